@@ -1,0 +1,51 @@
+# make quickstart, make test: each sets up its own virtual environment (.venv) first. Nothing else is needed than
+# Python 3.10+, a C++ compiler and make; with nvcc on PATH the CUDA kernels are built too (RLHF_FAST_CUDA=0 to skip).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: quickstart test lint format bench peers gpu clean
+
+quickstart: $(VENV)/.report
+	$(BIN)/rlhf-fast quickstart
+
+test: lint
+	$(BIN)/python -m pytest -n auto tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Ours beside PyTorch, torch.compile and TRL, into bench/results and README. Minutes, and only true on an idle machine.
+bench: $(VENV)/.bench
+	$(BIN)/rlhf-fast bench --device cpu --json bench/results/cpu.json
+	$(BIN)/python bench/report.py
+
+# On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op.
+gpu: $(VENV)/.bench
+	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/report.py
+
+# compat beside the functions it stands in for: TRL, verl and OpenRLHF from PyPI, each in a folder of its own.
+peers: $(VENV)/.test
+	$(BIN)/python tests/peers/run.py
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rlhf_fast/*.so
+
+# Editable, so that Python changes count at once; a changed native source runs this again and rebuilds only that.
+$(VENV)/.report: EXTRAS := report
+$(VENV)/.test: EXTRAS := report,test,dev
+$(VENV)/.bench: EXTRAS := report,test,dev,bench,trl
+$(VENV)/.report $(VENV)/.test $(VENV)/.bench: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $(VENV)/.report $@

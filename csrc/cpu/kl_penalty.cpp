@@ -1,0 +1,44 @@
+// kl_penalty on the CPU: the estimate at each token, and its derivative where a backward will follow.
+#include "../common/policy.h"
+#include "tile.h"
+
+namespace rlhf::RLHF_ISA {
+namespace {
+
+template <int estimator, class T>
+void run(const Grid& logprobs, const Grid& ref_logprobs, int64_t rows, int64_t cols, T input, T output, T* kl, T* slope,
+         int threads) {
+  const Units units(rows, cols);
+#pragma omp parallel for schedule(static) num_threads(worth_threads(threads, rows* cols))
+  for (int64_t u = 0; u < units.count; ++u) {
+    T p[kTile], q[kTile], value[kTile], derivative[kTile];
+    const int64_t row = units.row(u), end = units.end(u);
+    for (int64_t col = units.begin(u); col < end; col += kTile) {
+      const int n = int(end - col < kTile ? end - col : kTile);
+      load(p, logprobs, row, col, n);
+      load(q, ref_logprobs, row, col, n);
+      for (int j = 0; j < n; ++j) {
+        const Kl<T> token = kl_clamped<estimator>(p[j] - q[j], input, output);
+        value[j] = token.value;
+        derivative[j] = token.slope;
+      }
+      std::memcpy(kl + row * cols + col, value, n * sizeof(T));
+      if (slope) std::memcpy(slope + row * cols + col, derivative, n * sizeof(T));
+    }
+  }
+}
+
+}  // namespace
+
+int64_t kl_penalty(Grid logprobs, Grid ref_logprobs, int64_t rows, int64_t cols, int estimator, double input_clamp,
+                   double output_clamp, int dtype, void* kl, void* slope, int threads) {
+  auto call = [&](auto zero, auto kind) {
+    using T = decltype(zero);
+    run<kind()>(logprobs, ref_logprobs, rows, cols, T(input_clamp), T(output_clamp), (T*)kl, (T*)slope, threads);
+  };
+  auto with_dtype = [&](auto kind) { dtype == kFloat64 ? call(0.0, kind) : call(0.f, kind); };
+  with_estimator(estimator, with_dtype);
+  return -1;
+}
+
+}  // namespace rlhf::RLHF_ISA

@@ -1,0 +1,287 @@
+// One thin vector layer over GCC vector extensions. Kernels include it and are compiled once per instruction set
+// (CMakeLists.txt); the width follows from the flags.
+//
+// A kernel walks a row in steps of a Pair, two vectors of float32: on AVX-512 one 64-byte load of 16-bit elements.
+// Which element lands in which lane is up to the dtype, but load and store agree. Sums over lanes have a fixed order,
+// so what comes out for a row depends on nothing but the row.
+#pragma once
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+namespace rlhf::RLHF_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kPair = 2 * kWidth;
+
+using vf = float __attribute__((vector_size(4 * kWidth)));
+using vi = int32_t __attribute__((vector_size(4 * kWidth)));
+using vu = uint32_t __attribute__((vector_size(4 * kWidth)));
+using vs = int16_t __attribute__((vector_size(4 * kWidth)));  // a Pair of 16-bit elements
+using vh = uint16_t __attribute__((vector_size(2 * kWidth)));
+
+struct Pair {
+  vf a, b;
+};
+
+template <class To, class From>
+inline To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <class V>
+inline V load_vector(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline vf splat(float x) { return x - vf{}; }
+
+// max(a, b), and b where either is NaN: the running max(x, acc) ignores a NaN, the limit max(least, x) keeps it.
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline vs max(vs a, vs b) {
+#if defined(__AVX512F__)
+  return bits<vs>(_mm512_max_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bits<vs>(_mm256_max_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline vs min(vs a, vs b) {
+#if defined(__AVX512F__)
+  return bits<vs>(_mm512_min_epi16(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bits<vs>(_mm256_min_epi16(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Not inlined: gcc 12 keeps a vector whose lanes it can see being read in memory, also through the loop before.
+[[gnu::noinline]] inline float reduce_max(vf x) {
+  float m = x[0];
+  for (int i = 1; i < kWidth; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+[[gnu::noinline]] inline double reduce_add(vf x) {
+  double s = 0;
+  for (int i = 0; i < kWidth; ++i) s += x[i];
+  return s;
+}
+
+// ---- elements ------------------------------------------------------------------------------------------------------
+
+// The last n < kPair elements of a row. The other lanes read as -inf, a token that cannot happen.
+template <class E>
+inline Pair load_tail(const typename E::type* p, int64_t n) {
+  alignas(64) typename E::type buffer[kPair];
+  for (auto& x : buffer) x = E::kImpossible;
+  std::memcpy(buffer, p, n * sizeof *p);
+  return E::load(buffer);
+}
+
+template <class E>
+inline void store_tail(typename E::type* p, int64_t n, Pair x) {
+  alignas(64) typename E::type buffer[kPair];
+  E::store(buffer, x);
+  std::memcpy(p, buffer, n * sizeof *p);
+}
+
+// max over 16-bit floats by their bits, half the work of widening first. As signed integers positive floats come in
+// order and above all others, negative ones in reverse order. A NaN may come out.
+template <class E>
+inline float max16(const uint16_t* p, int64_t n) {
+  const int64_t whole = n - n % kPair;
+  alignas(64) uint16_t tail[kPair];
+  for (auto& x : tail) x = E::kImpossible;
+  std::memcpy(tail, p + whole, (n - whole) * sizeof *p);
+  vs v = load_vector<vs>(tail), most = v, least = v;
+  for (int64_t i = 0; i < whole; i += kPair) {
+    v = load_vector<vs>(p + i);
+    most = max(v, most);
+    least = min(v, least);
+  }
+  const Pair m = E::widen(most >= 0 ? most : least);
+  return reduce_max(max(m.a, m.b));
+}
+
+struct F32 {
+  using type = float;
+  static constexpr float kImpossible = -__builtin_inff();
+  static constexpr int kDegree = 6, kGradDegree = 6;  // of the exp polynomial
+  static float scalar(float x) { return x; }
+  static float round(double x) { return float(x); }
+  static Pair load(const float* p) { return {load_vector<vf>(p), load_vector<vf>(p + kWidth)}; }
+  static void store(float* p, Pair x) {
+    std::memcpy(p, &x.a, sizeof x.a);
+    std::memcpy(p + kWidth, &x.b, sizeof x.b);
+  }
+  // Of n elements; NaNs are ignored or come out, for every element type.
+  static float max(const float* p, int64_t n) {
+    const int64_t whole = n - n % kPair;
+    Pair m = load_tail<F32>(p + whole, n - whole);
+    for (int64_t i = 0; i < whole; i += kPair) {
+      const Pair x = load(p + i);
+      m = {RLHF_ISA::max(x.a, m.a), RLHF_ISA::max(x.b, m.b)};
+    }
+    return reduce_max(RLHF_ISA::max(m.a, m.b));
+  }
+};
+
+// bfloat16 is the upper half of a float32. Lane i of a holds element 2i and of b element 2i + 1, so nothing is
+// shuffled.
+struct BF16 {
+  using type = uint16_t;
+  static constexpr uint16_t kImpossible = 0xff80;
+  static constexpr int kDegree = 5, kGradDegree = 4;
+  static float scalar(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
+  static uint16_t round(double x) { return uint16_t((bits<uint32_t>(float(x)) + 0x8000) >> 16); }
+  static Pair widen(vs x) {
+    const vu u = bits<vu>(x);
+    return {bits<vf>(u << 16), bits<vf>(u & 0xffff0000u)};
+  }
+  static Pair load(const uint16_t* p) { return widen(load_vector<vs>(p)); }
+  // To nearest, ties away from zero: a computed gradient is a tie once in 65536, and this is 2 operations, not 5.
+  static void store(uint16_t* p, Pair x) {
+    const vu u = ((bits<vu>(x.a) + 0x8000u) >> 16) | ((bits<vu>(x.b) + 0x8000u) & 0xffff0000u);
+    std::memcpy(p, &u, sizeof u);
+  }
+  static float max(const uint16_t* p, int64_t n) { return max16<BF16>(p, n); }
+};
+
+struct F16 {
+  using type = uint16_t;
+  static constexpr uint16_t kImpossible = 0xfc00;
+  static constexpr int kDegree = 5, kGradDegree = 4;
+  static vf widen(vh h) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(bits<__m256i>(h));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(bits<__m128i>(h));
+#else
+    const vu u = __builtin_convertvector(h, vu), magnitude = (u & 0x7fffu) << 13;
+    const vu scaled = bits<vu>(bits<vf>(magnitude) * 0x1p112f);                    // also normalises subnormals
+    const vu special = bits<vu>(bits<vi>(magnitude) >= 0x0f800000) & 0x7f800000u;  // inf and NaN
+    return bits<vf>(scaled | special | (u & 0x8000u) << 16);
+#endif
+  }
+  static vh narrow(vf x) {  // to nearest even
+#if defined(__AVX512F__)
+    return bits<vh>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    return bits<vh>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const vf magnitude = bits<vf>(bits<vu>(x) & 0x7fffffffu);
+    const vu u = bits<vu>(magnitude);
+    const vu subnormal = bits<vu>(magnitude + 0.5f) - 0x3f000000u;  // the sum rounds at 2^-24, their spacing
+    const vu normal = (u - (112u << 23) + 0xfffu + (u >> 13 & 1u)) >> 13;
+    const vu special = magnitude != magnitude ? splat_u(0x7e00) : splat_u(0x7c00);
+    const vu rounded = magnitude < 0x1p-14f ? subnormal : magnitude < 65520.0f ? normal : special;
+    return __builtin_convertvector(rounded | (bits<vu>(x) >> 16 & 0x8000u), vh);
+#endif
+  }
+  static vu splat_u(uint32_t x) { return x - vu{}; }
+  static float scalar(uint16_t x) { return widen(x - vh{})[0]; }
+  static uint16_t round(double x) { return narrow(splat(float(x)))[0]; }
+  static Pair widen(vs x) {
+    vh half[2];
+    std::memcpy(half, &x, sizeof x);
+    return {widen(half[0]), widen(half[1])};
+  }
+  static Pair load(const uint16_t* p) { return {widen(load_vector<vh>(p)), widen(load_vector<vh>(p + kWidth))}; }
+  static void store(uint16_t* p, Pair x) {
+    const vh a = narrow(x.a), b = narrow(x.b);
+    std::memcpy(p, &a, sizeof a);
+    std::memcpy(p + kWidth, &b, sizeof b);
+  }
+  static float max(const uint16_t* p, int64_t n) { return max16<F16>(p, n); }
+};
+
+// ---- exp
+// -------------------------------------------------------------------------------------------------------------
+
+// d, or a finite number in place of -inf, so that exp(d) (a + b d) is 0 there for any sane b. NaN stays.
+inline vf finite(vf d) { return max(splat(-1e20f), d); }
+
+// exp(c d) for c d <= 0 as 2^y = 2^floor(y) p(y - floor(y)), y = c log2(e) d. p is minimax for 2^r on [0, 1] with
+// p(0) = 1, so exp(0) is exactly 1; its relative error by degree: 4: 2.9e-6, 5: 8.2e-8, 6: 2.0e-9. The rounding of y
+// adds an absolute error below 2^-24. exp(-inf) is 0 and NaN stays. Throughput is bound by the ports of the vector
+// units (EPYC 9004: 13 operations, two a cycle), so neither Estrin's scheme nor more chains in flight gains anything.
+template <int kDegree>
+struct Exp {
+  vf factor;
+
+  explicit Exp(double c) : factor(splat(float(c * 1.4426950408889634))) {}
+
+  vf operator()(vf d) const {
+    const vf y = d * factor;
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(polynomial(_mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), y);
+#else
+    const vf shifted = (y - 0.5f) + 12582912.0f;  // + 1.5 2^23 leaves the integer in the low bits
+    const vf p = polynomial(y - (shifted - 12582912.0f));
+    const vi normal = ~(y <= -126.0f);  // below lies 0; NaN compares false and stays
+    return bits<vf>((bits<vi>(p) + (bits<vi>(shifted) << 23)) & normal);
+#endif
+  }
+
+ private:
+  static vf polynomial(vf r) {
+    vf p;
+    if constexpr (kDegree == 6) {
+      p = fma(splat(2.16129163e-4f), r, splat(1.24678458e-3f));
+      p = fma(p, r, splat(9.67545155e-3f));
+      p = fma(p, r, splat(5.54852821e-2f));
+      p = fma(p, r, splat(2.40229309e-1f));
+      p = fma(p, r, splat(6.93147063e-1f));
+    } else if constexpr (kDegree == 5) {
+      p = fma(splat(1.86713017e-3f), r, splat(9.01702978e-3f));
+      p = fma(p, r, splat(5.57999127e-2f));
+      p = fma(p, r, splat(2.40164444e-1f));
+      p = fma(p, r, splat(6.93151295e-1f));
+    } else {
+      static_assert(kDegree == 4);
+      p = fma(splat(1.34266848e-2f), r, splat(5.22424728e-2f));
+      p = fma(p, r, splat(2.41280198e-1f));
+      p = fma(p, r, splat(6.93044841e-1f));
+    }
+    return fma(p, r, splat(1.0f));
+  }
+};
+
+}  // namespace rlhf::RLHF_ISA

@@ -1,0 +1,128 @@
+// One row of a softmax: its statistics from one pass over memory, and its gradient from another.
+//
+//   d_j = c (x_j - max x),  sum = sum_j e^d_j,  moment = sum_j e^d_j d_j,  c = 1 / temperature
+//   log p_j = d_j - log(sum),  H = log(sum) - moment / sum
+//
+// Distances are taken from the row's true maximum and before anything else, so large logits lose nothing. Block sums
+// are float32 over at most kBlock / kPair terms a lane; across blocks they are double.
+#pragma once
+#include <cmath>
+#include <type_traits>
+
+#include "simd.h"
+
+namespace rlhf::RLHF_ISA {
+
+// Elements; 128 terms a lane. A block is read twice, for its maximum and for its sums, the second time from L1;
+// meanwhile the next one is fetched, because the hardware prefetcher stops at every page (without: 1.4x slower from
+// memory).
+constexpr int64_t kBlock = 256 * kWidth;
+
+struct F64 {  // for gradcheck; plain loops
+  using type = double;
+  static double scalar(double x) { return x; }
+  static double round(double x) { return x; }
+};
+
+struct Softmax {
+  double max = -INFINITY, sum = 0, moment = 0;
+
+  // Later sums will be relative to m, if that is larger; the ones so far are moved there.
+  void raise_max(double m, double c) {
+    if (!(m > max)) return;
+    const double shift = c * (max - m), scale = std::exp(shift);
+    moment = scale > 0 ? scale * (moment + shift * sum) : 0;
+    sum *= scale;
+    max = m;
+  }
+  double log_prob(double x, double c) const { return c * (x - max) - std::log(sum); }
+  double entropy() const { return std::log(sum) - moment / sum; }
+};
+
+template <bool kMoment, class E>
+inline Softmax softmax_row(const typename E::type* x, int64_t vocab, double c) {
+  Softmax row;
+  if constexpr (std::is_same_v<E, F64>) {
+    for (int64_t j = 0; j < vocab; ++j) row.max = x[j] > row.max ? x[j] : row.max;
+    for (int64_t j = 0; j < vocab; ++j) {
+      const double d = c * (x[j] - (row.max == -INFINITY ? 0.0 : row.max)), e = std::exp(d);
+      row.sum += e;
+      row.moment += e == 0 ? 0 : e * d;
+    }
+    return row;
+  } else {
+    const Exp<E::kDegree> exp(c);
+    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+      const auto* p = x + begin;
+      const int64_t size = vocab - begin < kBlock ? vocab - begin : kBlock, whole = size - size % kPair;
+      row.raise_max(E::max(p, size), c);
+      const vf max = splat(row.max == -INFINITY ? 0.0f : float(row.max));  // -inf - -inf is not a distance
+
+      vf sum{}, sum_b{}, moment{}, moment_b{};
+      const auto accumulate = [&](Pair v) {
+        vf d = v.a - max, d_b = v.b - max;
+        const vf e = exp(d), e_b = exp(d_b);
+        sum += e;
+        sum_b += e_b;
+        if constexpr (kMoment) {
+          moment = fma(e, finite(d), moment);
+          moment_b = fma(e_b, finite(d_b), moment_b);
+        }
+      };
+      for (int64_t i = 0; i < whole; i += kPair) {
+        for (size_t byte = 0; byte < kPair * sizeof *p; byte += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(p + i + kBlock) + byte);
+        }
+        accumulate(E::load(p + i));
+      }
+      if (whole < size) accumulate(load_tail<E>(p + whole, size - whole));
+      row.sum += reduce_add(sum + sum_b);
+      if constexpr (kMoment) row.moment += c * reduce_add(moment + moment_b);
+    }
+    return row;
+  }
+}
+
+// The gradient with respect to x of  g log p_y + h H:  c (g (1[j = y] - p_j) - h p_j (log p_j + H)).
+struct RowGradient {
+  double g, h;
+  double max, log_sum, entropy;  // entropy only where h is not 0
+};
+
+// Writes grad_j = e^d_j (a + b (x_j - max)) and then the label's element. x and grad may be the same memory.
+template <bool kMoment, class E>
+inline void gradient_row(const typename E::type* x, typename E::type* grad, int64_t vocab, int64_t label, double c,
+                         const RowGradient& row) {
+  const double scale = c * std::exp(-row.log_sum);  // p_j = e^d_j / sum
+  const double mean = row.log_sum - row.entropy;    // of d under p
+  const double x_label = E::scalar(x[label]);
+  if constexpr (std::is_same_v<E, F64>) {
+    for (int64_t j = 0; j < vocab; ++j) {
+      const double d = c * (x[j] - row.max), e = std::exp(d);
+      grad[j] = e == 0 ? 0 : -scale * e * (kMoment ? row.g + row.h * (d - mean) : row.g);
+    }
+  } else {
+    const Exp<E::kGradDegree> exp(c);
+    const vf max = splat(float(row.max));
+    const vf a = splat(float(-scale * (kMoment ? row.g - row.h * mean : row.g))), b = splat(float(-scale * row.h * c));
+    const auto gradient = [&](vf v) {
+      const vf d = v - max;
+      return exp(d) * (kMoment ? fma(b, finite(d), a) : a);
+    };
+    const int64_t whole = vocab - vocab % kPair;
+    for (int64_t i = 0; i < whole; i += kPair) {
+      const Pair v = E::load(x + i);
+      E::store(grad + i, {gradient(v.a), gradient(v.b)});
+    }
+    if (whole < vocab) {
+      const Pair v = load_tail<E>(x + whole, vocab - whole);
+      store_tail<E>(grad + whole, vocab - whole, {gradient(v.a), gradient(v.b)});
+    }
+  }
+  // 1 - p_y from expm1, because it cancels when the model is sure.
+  const double log_p = c * (x_label - row.max) - row.log_sum, p = std::exp(log_p);
+  grad[label] =
+      E::round(c * (-row.g * std::expm1(log_p) - (kMoment && p != 0 ? row.h * p * (log_p + row.entropy) : 0)));
+}
+
+}  // namespace rlhf::RLHF_ISA

@@ -1,0 +1,143 @@
+// The contract of every native op. csrc/ sees pointers, never tensors: Python checks shapes and dtypes, allocates,
+// keeps the tensors alive, and passes
+//   pointers      as integers, null where an optional tensor is absent
+//   strides       in elements
+//   dtype         a DType code: what the void pointers point at
+//   threads       how many OpenMP threads to use, torch.get_num_threads()
+// Adding an op: a member with its meaning here, its name in the list below, a definition in csrc/cpu/<op>.cpp or
+// csrc/cuda/<op>.cu. The bindings and the tables follow from the list.
+#pragma once
+
+#include <cstdint>
+
+namespace rlhf {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBool = 4 };
+
+// A (rows, cols) input of a small op, from a Python tuple in this order. data is null where an optional one is absent.
+struct Grid {
+  const void* data;
+  int dtype;
+  int64_t row_stride, col_stride;
+};
+
+// A matrix of rows may lie in memory as outer groups of inner rows, so that logits[:, :-1] needs no copy:
+// row i starts at data + (i / inner) * outer_stride + (i % inner) * inner_stride.
+
+// CPU ops. Each returns -1, or the index of the first row that it refuses (a label out of range).
+// "accum" is float, or double where dtype is kFloat64.
+struct CpuOps {
+  // logprobs[i] = z[label] - logsumexp(z) and entropy[i] (may be null), z = logits[i] / temperature, all accum.
+  // saved (rows, 2) accum: the row's maximum logit and log sum exp(z - max z), for the backward.
+  // mask (rows) bytes, may be null: a 0 row is not read and gives 0.
+  int64_t (*token_logprobs_forward)(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner,
+                                    int64_t outer_stride, int64_t inner_stride, const int64_t* labels,
+                                    const uint8_t* mask, double temperature, void* logprobs, void* entropy, void* saved,
+                                    int threads);
+
+  // grad_logits (its own strides; may be logits itself) of sum(grad_logprobs * logprobs) + sum(grad_entropy * entropy).
+  // Either gradient (rows accum) may be null; entropy is what the forward returned, read only with grad_entropy.
+  int64_t (*token_logprobs_backward)(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner,
+                                     int64_t outer_stride, int64_t inner_stride, const int64_t* labels,
+                                     const uint8_t* mask, double temperature, const void* saved, const void* entropy,
+                                     const void* grad_logprobs, const void* grad_entropy, void* grad_logits,
+                                     int64_t grad_outer_stride, int64_t grad_inner_stride, int threads);
+
+  // reference.ppo_loss with its gradients. mask is kBool; ref_logprobs, entropy, importance_weights may be absent.
+  // The ratio is clipped to [clip_low, clip_high]; dual_clip and log_ratio_clamp are infinite where there is none.
+  // kl_estimator and aggregation are indices into reference.KL_ESTIMATORS' values and reference.AGGREGATIONS;
+  // normalizer may be null. dtype (float32 or float64) is that of loss (1), stats (PPO_STATS) and the contiguous (rows,
+  // cols) gradients, which may be null.
+  int64_t (*ppo_loss)(Grid logprobs, Grid old_logprobs, Grid advantages, Grid mask, Grid ref_logprobs, Grid entropy,
+                      Grid importance_weights, int64_t rows, int64_t cols, double clip_low, double clip_high,
+                      double dual_clip, double log_ratio_clamp, double kl_coef, int kl_estimator, double entropy_coef,
+                      int aggregation, const double* normalizer, int dtype, void* loss, void* stats,
+                      void* grad_logprobs, void* grad_entropy, int threads);
+
+  // kl[i] = KL(softmax(logits[i]) || softmax(ref_logits[i])), accum, both contiguous (rows, vocab); a 0 row of mask is
+  // not read and gives 0. saved (rows, 4) accum: both maxima, both log sums, for the backward.
+  int64_t (*kl_divergence_forward)(const void* logits, const void* ref_logits, int dtype, int64_t rows, int64_t vocab,
+                                   const uint8_t* mask, void* kl, void* saved, int threads);
+
+  // Gradients of sum(grad_kl * kl) with respect to both; either may be null.
+  int64_t (*kl_divergence_backward)(const void* logits, const void* ref_logits, int dtype, int64_t rows, int64_t vocab,
+                                    const uint8_t* mask, const void* kl, const void* saved, const void* grad_kl,
+                                    void* grad_logits, void* grad_ref_logits, int threads);
+
+  // reference.value_loss, in the manner of ppo_loss. cliprange is infinite where there is none.
+  int64_t (*value_loss)(Grid values, Grid old_values, Grid returns, Grid mask, int64_t rows, int64_t cols,
+                        double cliprange, int aggregation, const double* normalizer, int dtype, void* loss, void* stats,
+                        void* grad, int threads);
+
+  // reference.kl_penalty; the clamps are infinite where there are none. kl and its derivative by logprobs (may be null)
+  // are contiguous.
+  int64_t (*kl_penalty)(Grid logprobs, Grid ref_logprobs, int64_t rows, int64_t cols, int estimator, double input_clamp,
+                        double output_clamp, int dtype, void* kl, void* slope, int threads);
+
+  // reference.pairwise_loss of one row of pairs; of scale * (chosen - ref_chosen) and scale * (rejected - ref_rejected)
+  // where those are given. margin_value and prob_value hold where margin and target_prob are absent.
+  int64_t (*pairwise_loss)(Grid chosen, Grid rejected, Grid ref_chosen, Grid ref_rejected, Grid margin,
+                           Grid target_prob, Grid weights, int64_t pairs, double scale, double margin_value,
+                           double prob_value, double center_coef, int dtype, void* loss, void* stats, void* grad_chosen,
+                           void* grad_rejected);
+
+  // reference.ranking_loss; ranks and grad are contiguous (rows, k).
+  int64_t (*ranking_loss)(Grid rewards, const int64_t* ranks, int64_t rows, int64_t k, int dtype, void* loss,
+                          void* stats, void* grad, int threads);
+
+  // reference.gae; carry is 0 for gap_mode "zero". advantages and returns are contiguous.
+  int64_t (*gae)(Grid rewards, Grid values, Grid mask, int64_t rows, int64_t cols, double gamma, double lam, int carry,
+                 int dtype, void* advantages, void* returns, int threads);
+
+  // The mean of each row over its mask (may be absent), and the number it was divided by, at least 1.
+  int64_t (*masked_mean)(Grid values, Grid mask, int64_t rows, int64_t cols, int dtype, void* means, void* counts,
+                         int threads);
+
+  // reference.masked_whiten over all rows, contiguous. saved (3): mean, 1 / sqrt(var + eps), number of values.
+  int64_t (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
+                           void* whitened, void* saved, int threads);
+};
+
+#define RLHF_CPU_OPS(X)      \
+  X(token_logprobs_forward)  \
+  X(token_logprobs_backward) \
+  X(kl_divergence_forward)   \
+  X(kl_divergence_backward)  \
+  X(ppo_loss)                \
+  X(value_loss)              \
+  X(kl_penalty)              \
+  X(pairwise_loss)           \
+  X(ranking_loss)            \
+  X(gae)                     \
+  X(masked_mean)             \
+  X(masked_whiten)
+
+// The instruction sets compiled into this module, best first; cpu_isa() is the one in use.
+struct CpuIsa {
+  const char* name;  // "avx512", "avx2", "portable"
+  CpuOps ops;
+  bool supported;  // by this CPU
+};
+const CpuIsa* cpu_isas(int* count);
+const CpuIsa& cpu_isa();
+bool use_cpu_isa(const char* name);  // false where it is not compiled in or not supported
+
+// CUDA ops. Each launches on stream, which belongs to the current device, and returns the cudaError_t of the launch
+// (0 is success); nothing synchronises. A label out of range prints its row and stops the kernel, as a device-side
+// assert of PyTorch does.
+struct CudaOps {
+  int (*token_logprobs_forward)(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner,
+                                int64_t outer_stride, int64_t inner_stride, const int64_t* labels, const uint8_t* mask,
+                                double temperature, void* logprobs, void* entropy, void* saved, void* stream);
+  int (*token_logprobs_backward)(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner,
+                                 int64_t outer_stride, int64_t inner_stride, const int64_t* labels, const uint8_t* mask,
+                                 double temperature, const void* saved, const void* entropy, const void* grad_logprobs,
+                                 const void* grad_entropy, void* grad_logits, int64_t grad_outer_stride,
+                                 int64_t grad_inner_stride, void* stream);
+};
+
+#define RLHF_CUDA_OPS(X)    \
+  X(token_logprobs_forward) \
+  X(token_logprobs_backward)
+
+}  // namespace rlhf

@@ -1,0 +1,44 @@
+"""rlhf_fast: fused RLHF losses for PyTorch, and a thin trainer over them (SFT, reward model, PPO, Constitutional AI).
+
+Names are imported on first use: the ops alone do not pay for transformers, nor `rlhf-fast --help` for torch.
+"""
+
+# ruff: noqa: F401, F403 - names are re-exported
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ._version import __version__
+
+if TYPE_CHECKING:  # what an editor should see
+    from .ops import *
+    from .trainers.ppo import PPOConfig, PPOTrainer
+    from .trainers.reward import RewardConfig, RewardTrainer
+    from .trainers.sft import SFTConfig, SFTTrainer
+
+_TRAINERS = {
+    "SFTConfig": "trainers.sft",
+    "SFTTrainer": "trainers.sft",
+    "RewardConfig": "trainers.reward",
+    "RewardTrainer": "trainers.reward",
+    "PPOConfig": "trainers.ppo",
+    "PPOTrainer": "trainers.ppo",
+}
+
+
+def __getattr__(name):
+    if name in _TRAINERS:
+        return getattr(import_module(f"{__name__}.{_TRAINERS[name]}"), name)
+    if not name.startswith("_") or name == "__all__":
+        ops = import_module(f"{__name__}.ops")
+        if name == "__all__":
+            return ["__version__", *ops.__all__, *_TRAINERS]
+        if name == "ops":
+            return ops
+        if name in ops.__all__:
+            globals()[name] = getattr(ops, name)  # found directly from now on
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -1,0 +1,64 @@
+"""`rlhf-fast bench`: our ops beside PyTorch, torch.compile and the installed peers, on this machine, with the floor.
+
+Times are medians; "x" columns are the other's time over ours, the median over rounds in which all took turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from .harness import OURS, interleaved, provenance, summarize
+from .rows import Row, all_rows
+
+
+def measure(row: Row, device: torch.device, seconds: float) -> dict:
+    """One row of the result file."""
+    torch._dynamo.reset()  # else the ninth shape of a function falls back to eager
+    samples, peaks = interleaved(row.build(), device, seconds)
+    return {
+        "op": row.op,
+        "shape": row.shape,
+        "dtype": str(row.dtype).removeprefix("torch."),
+        "direction": row.direction,
+        "implementations": summarize(samples, peaks),
+    }
+
+
+def line(result: dict) -> str:
+    """The row for a terminal."""
+    timed = dict(result["implementations"])
+    ours, floor = timed.pop(OURS), timed.pop("floor")
+    others = "  ".join(f"{name} {figures['over_ours']:.2f}x" for name, figures in timed.items())
+    label = f"{result['op']:27}{result['shape']:16}{result['dtype']:9}{result['direction']:17}"
+    return f"{label}{ours['ms']:10.3f} ms, {1 / floor['over_ours']:5.2f} floors;  {others}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints a line per row, and writes the JSON if asked to."""
+    parser = argparse.ArgumentParser(prog="rlhf-fast bench", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
+    parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    chosen = list(all_rows(device, options.small))
+    unknown = set(options.ops) - {row.op for row in chosen}
+    if unknown:
+        parser.error(f"no rows for {', '.join(sorted(unknown))}; there are {', '.join(sorted({r.op for r in chosen}))}")
+    results = {**provenance(device, argv), "rows": []}
+    for row in chosen:
+        if not options.ops or row.op in options.ops:
+            results["rows"].append(measure(row, device, options.seconds))
+            print(line(results["rows"][-1]), flush=True)
+            if options.json:  # after every row: an interrupted run keeps what it has
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0

@@ -1,0 +1,108 @@
+"""What people use today for the same numbers: PyTorch as written in papers, torch.compile of it, and the peers.
+
+Each table maps a name to a function with the arguments of our op. Peers appear where their package is installed, and
+the kernels that only run on a GPU only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+
+from ..ops import reference
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def log_softmax_gather(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def negative_cross_entropy(logits, labels):
+    return -F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def log_softmax_gather_and_entropy(logits, labels):
+    logp = logits.log_softmax(-1)
+    return logp.gather(-1, labels[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def token_logprobs(device: torch.device) -> dict[str, Callable]:
+    """(logits, labels) -> log-probabilities. Cross-entropy without a reduction is their negative."""
+    table = {
+        "eager": log_softmax_gather,
+        "compile log_softmax": compiled(log_softmax_gather),
+        "compile cross_entropy": compiled(negative_cross_entropy),
+    }
+    if find_spec("trl"):
+        from trl.trainer.utils import selective_log_softmax
+
+        table["TRL"] = selective_log_softmax
+    if device.type == "cuda" and find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        # Liger writes the gradient over the logits in its forward: it gets a copy, as a caller who needs them gives it.
+        table["Liger cross_entropy"] = lambda x, y: -liger_cross_entropy(x.clone(), y, reduction="none")
+    if device.type == "cuda" and find_spec("quack"):
+        from quack.cross_entropy import cross_entropy
+
+        table["quack cross_entropy"] = lambda x, y: -cross_entropy(x, y, reduction="none")
+    return table
+
+
+def token_logprobs_and_entropy(device: torch.device) -> dict[str, Callable]:
+    """(logits, labels) -> log-probabilities and entropies."""
+    table = {"eager": log_softmax_gather_and_entropy, "compile": compiled(log_softmax_gather_and_entropy)}
+    if find_spec("trl"):
+        from trl.trainer.utils import selective_log_softmax_and_entropy
+
+        table["TRL"] = selective_log_softmax_and_entropy
+    return table
+
+
+def matmul_cross_entropy(hidden, weight, labels):
+    return F.cross_entropy((hidden @ weight.T).float(), labels)
+
+
+def linear_cross_entropy(device: torch.device) -> dict[str, Callable]:
+    """(hidden, weight, labels) -> mean loss."""
+    table = {"eager": matmul_cross_entropy, "compile": compiled(matmul_cross_entropy)}
+    if device.type == "cuda" and find_spec("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        table["Liger"] = liger_fused_linear_cross_entropy
+    if device.type == "cuda" and find_spec("quack"):
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        table["quack"] = chunked_linear_cross_entropy
+    if device.type == "cuda" and find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+        table["cut-cross-entropy"] = cut_cross_entropy
+    return table
+
+
+def matmul_ppo_loss(hidden, weight, labels, old_logprobs, advantages, mask):
+    logprobs = log_softmax_gather((hidden @ weight.T).float(), labels)
+    return reference.ppo_loss(logprobs, old_logprobs, advantages, mask)
+
+
+def linear_ppo_loss(device: torch.device) -> dict[str, Callable]:
+    """(hidden, weight, labels, old_logprobs, advantages, mask) -> loss and statistics."""
+    return {"eager": matmul_ppo_loss, "compile": compiled(matmul_ppo_loss)}
+
+
+def plain_and_compiled(name: str) -> Callable[[torch.device], dict[str, Callable]]:
+    """The specification of a small op, which is also how every peer writes it."""
+    function = getattr(reference, name)
+    return lambda device: {"eager": function, "compile": compiled(function)}
+
+
+def gae(device: torch.device) -> dict[str, Callable]:
+    """(rewards, values, mask) -> advantages and returns: the Python loop of TRL, verl and OpenRLHF."""
+    return {"eager": reference.gae}

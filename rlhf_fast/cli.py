@@ -1,0 +1,230 @@
+"""The command rlhf-fast: one word for each stage, settings from a YAML file, flags of the same names over them.
+
+    shared keys of the file  <  its section for the stage (sft:, reward:, ppo:, cai:)  <  flags
+
+Exit codes: 0 done; 1 failed (with a traceback, for it is our bug or the machine's); 2 refused, with one line that says
+what to change; 130 interrupted, with what is needed to resume on disk.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ._version import __version__
+from .data.chat import ConfigError
+
+HELP = """\
+usage: rlhf-fast COMMAND [--config FILE.yaml] [--KEY VALUE ...]
+
+Train
+  sft         supervised fine-tuning on demonstrations
+  reward      a reward model from preferences
+  ppo         PPO against a reward model or a Python function
+  cai         Constitutional AI: revise, fine-tune, label, reward model, PPO
+              --resume goes on from the newest checkpoint, --help lists the keys
+
+Look
+  generate    answer prompts with a model
+  report      write report.html for a run directory
+  quickstart  all stages on a small task made on the spot, in minutes on a CPU
+  bench       measure the ops on this machine beside PyTorch and others
+  info        versions, build, and the kernel each op runs
+
+A YAML file has the keys that are flags here, either shared by all stages or in a section sft:, reward:, ppo:, cai:.
+Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 130 interrupted (--resume continues)."""
+
+COMMANDS = ("sft", "reward", "ppo", "cai", "generate", "report", "quickstart", "bench", "info")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(HELP)
+        return 0
+    if argv[:1] == ["--version"]:
+        print(f"rlhf-fast {__version__}")
+        return 0
+    try:
+        command = argv[0] if argv else ""
+        if command not in COMMANDS:
+            raise ConfigError(
+                f"{_unknown('command', command, COMMANDS) if argv else 'no command'}; see rlhf-fast --help"
+            )
+        return _run(command, argv[1:])
+    except ConfigError as error:
+        print(f"rlhf-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rlhf-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, argv: list[str]) -> int:
+    # Imports stand where they are needed: torch and transformers take seconds, and --help should not.
+    if command in ("sft", "reward", "ppo", "cai"):
+        from .jobs import STAGES, quiet
+
+        quiet()
+        return _train(command, argv, STAGES)
+    if command == "generate":
+        return _generate(argv)
+    if command == "report":
+        return _report(argv)
+    if command == "quickstart":
+        return _quickstart(argv)
+    if command == "bench":
+        from .bench import main as bench
+
+        return bench(argv)
+    return _info(argv)
+
+
+# -- training commands -------------------------------------------------------------------------------------------------
+
+
+def _train(stage: str, argv: list[str], stages: dict) -> int:
+    spec = stages[stage]
+    usage = f"rlhf-fast {stage} [--config FILE] [--resume] [--KEY VALUE ...]"
+    parser = _Parser(prog=f"rlhf-fast {stage}", usage=usage, description=spec.summary)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    keys = spec.keys()
+    for name, key in keys.items():
+        parser.add_argument(
+            f"--{name}", metavar=key.shown, default=argparse.SUPPRESS, help=key.comment.replace("%", "%%")
+        )
+    flags = vars(parser.parse_args(argv))
+    file, resume = flags.pop("config"), flags.pop("resume")
+    values = {name: keys[name].parse(text) for name, text in flags.items()}
+    if file:
+        values = read_sections(file, {name: list(s.keys()) for name, s in stages.items()})[stage] | values
+    spec.run(values, resume)
+    return 0
+
+
+def read_sections(path: str, keys: dict[str, list[str]]) -> dict[str, dict]:
+    """The values of every stage in a YAML file: the shared keys that it has, and over them those of its section.
+
+    `keys` names what each stage has. Raises ConfigError for a file that cannot be read or is no mapping, and for a key
+    that nothing has.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must be a mapping of keys to values, got {type(content).__name__}")
+    sections = {name: content.pop(name, None) or {} for name in keys}
+    everywhere = {key for names in keys.values() for key in names}
+    for key in content:
+        if key not in everywhere:
+            raise ConfigError(f"{path}: {_unknown('key', key, [*everywhere, *keys])}")
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: section {name}: must be a mapping of keys to values")
+        for key in section:
+            if key not in keys[name]:
+                raise ConfigError(f"{path}: section {name}: {_unknown('key', key, keys[name])}")
+    return {
+        name: {key: value for key, value in content.items() if key in keys[name]} | section
+        for name, section in sections.items()
+    }
+
+
+# -- the other commands ------------------------------------------------------------------------------------------------
+
+
+def _generate(argv: list[str]) -> int:
+    parser = _Parser(prog="rlhf-fast generate", description="Answers prompts with a model, on standard output.")
+    parser.add_argument("--model", required=True, help="run directory, or any transformers causal language model")
+    parser.add_argument("--prompt", action="append", help="may be repeated; without it, one prompt a line of stdin")
+    parser.add_argument("--system", help="system message, for a tokenizer with a chat template")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default 0.7)")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    from .jobs import answer, quiet
+
+    quiet()
+    for prompt, text in zip(prompts, answer(**vars(options) | {"prompt": prompts}), strict=True):
+        print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _Parser(prog="rlhf-fast report", description="Writes report.html for a run, or for a quickstart's root.")
+    parser.add_argument("directory", metavar="DIR", help="with train_log.jsonl, or with a summary.json of all stages")
+    directory = Path(parser.parse_args(argv).directory)
+    from .report import write_quickstart_report, write_report
+
+    if (directory / "train_log.jsonl").is_file():
+        print(write_report(directory))
+    elif (directory / "summary.json").is_file():
+        print(write_quickstart_report(directory))
+    else:
+        raise ConfigError(f"report: {directory} holds neither train_log.jsonl nor summary.json")
+    return 0
+
+
+def _quickstart(argv: list[str]) -> int:
+    about = "All four stages on a task made on the spot; a second call goes on where the first ended."
+    parser = _Parser(prog="rlhf-fast quickstart", description=about)
+    parser.add_argument("--output_dir", default="runs/quickstart")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="everything in under a minute, no promises on quality")
+    options = parser.parse_args(argv)
+    from .jobs import quiet
+    from .quickstart import run_quickstart
+
+    quiet()
+    run_quickstart(**vars(options))
+    print(f"{options.output_dir}/report.html")
+    return 0
+
+
+def _info(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="rlhf-fast info", description="Versions, build, and the kernel each op runs, with the reason."
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    options = parser.parse_args(argv)
+    from .info import main as info
+
+    info(options.json)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that refuses as the rest of the package does: one line, with the nearest name."""
+
+    def __init__(self, **options):
+        formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=118)  # noqa: E731
+        super().__init__(**options, allow_abbrev=False, formatter_class=formatter)
+
+    def parse_args(self, args=None, namespace=None):
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = [name for action in self._actions for name in action.option_strings]
+            raise ConfigError(f"{self.prog.split()[-1]}: {_unknown('argument', rest[0].split('=')[0], flags)}")
+        return options
+
+    def error(self, message):
+        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""TRL's tensor functions over our ops: `trl.trainer.utils`, `trl.kernels` (1.16) and `trl.experimental.ppo` (1.12).
+
+For all of them: results are float32 whatever the input dtype (TRL's eager path returns bf16 log-probs for bf16 logits);
+-inf logits give finite entropies (TRL: NaN); an empty mask gives 0 (TRL: NaN, or an error in masked_var); NaN outside a
+mask reaches nothing.
+
+Left out, because there is no arithmetic in them to replace: pad, flush_left, truncate_response (layout of tokens),
+get_reward (runs a model), create_reference_model (copies one).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.reference import as_accumulator, linear_logits
+
+OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_STATISTICS_ELEMENTS = 1 << 24  # float32 logits held at once by the statistics of ChunkedLogProbFunction: 64 MiB
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """(..., V) logits, index (...) or (..., K) -> log-probabilities of shape index, float32.
+
+    row_mask has index's shape; where it is 0 the result is 0, its gradient too, and a row without any 1 is not read.
+    """
+    if index.ndim == logits.ndim - 1:
+        return ops.token_logprobs(logits, index, temperature=temperature, mask=row_mask)
+    rows = None if row_mask is None else row_mask.bool().any(-1)
+    # K labels of one row differ by their logits; the best token's log-probability is finite, so it carries the rest.
+    best = logits.detach().argmax(-1)
+    anchor = ops.token_logprobs(logits, best, temperature=temperature, mask=rows)
+    if row_mask is not None:
+        index = index.masked_fill(~row_mask.bool(), 0)
+    chosen = as_accumulator(logits.gather(-1, index))
+    logprobs = anchor[..., None] + (chosen - as_accumulator(logits.gather(-1, best[..., None]))) / temperature
+    return logprobs if row_mask is None else torch.where(row_mask.bool(), logprobs, 0.0)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """(..., V) logits -> (...) entropies in nats, differentiable. chunk_size is accepted and not needed: one pass."""
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    return ops.token_logprobs_and_entropy(logits, labels)[1]
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(..., V) logits, (...) index -> log-probabilities and entropies in one read; rows with row_mask 0 give 0."""
+    logprobs, entropy = ops.token_logprobs_and_entropy(logits, index, temperature=temperature, mask=row_mask)
+    return logprobs, entropy if entropy_requires_grad else entropy.detach()
+
+
+class ChunkedLogProbFunction:
+    """TRL 1.16's log-probabilities of hidden @ weight.T without the logits; call its `apply`."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = OPTIONAL_OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(N, D) hidden, (V, D) weight, (N,) targets -> logprobs and the four OPTIONAL_OUTPUTS, each (N,).
+
+        What outputs does not name is None; the last three carry no gradient and cost a second product over the
+        vocabulary, so name only what is used. chunk_size is accepted and not needed: chunks are sized by bytes.
+        Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's where bf16 logits tie.
+        """
+        if not logit_scale > 0:
+            raise ValueError(f"ChunkedLogProbFunction: logit_scale {logit_scale} must be > 0")
+        # cap tanh(scale x / cap) / T is (cap / scale) tanh(x / (cap / scale)) / (T / scale): no scaled copy of hidden.
+        softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
+        scaled = {"bias": bias, "softcap": softcap, "temperature": temperature / logit_scale}
+        with_entropy = "entropy" in outputs
+        result = ops.linear_token_logprobs(hidden, weight, targets, with_entropy=with_entropy, **scaled)
+        logprobs, entropy = result if with_entropy else (result, None)
+        statistics = {}
+        if {"log_sum_sq_probs", "mean_logits", "is_top1"} & set(outputs):
+            statistics = _logit_statistics(hidden, weight, targets, **scaled)
+        return logprobs, entropy, *(statistics[name] if name in outputs else None for name in OPTIONAL_OUTPUTS[1:])
+
+
+class _ChunkedLogProbFunction:
+    """TRL 1.12's form of the same. TRL drops the gradient of the entropy there; ours is right."""
+
+    @staticmethod
+    def apply(
+        last_hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """(N, D) hidden, (V, D) weight, (N,) targets -> logprobs and entropy, both (N,), float32."""
+        return ChunkedLogProbFunction.apply(
+            last_hidden, weight, None, targets, temperature, chunk_size, final_logit_softcapping, logit_scale,
+            outputs=("entropy",),
+        )[:2]  # fmt: skip
+
+
+@torch.no_grad()
+def _logit_statistics(hidden, weight, targets, bias, softcap, temperature) -> dict[str, Tensor]:
+    """log sum_v p_v^2, the mean logit, and whether the target is the first of the largest logits; each (N,)."""
+    rows = max(1, _STATISTICS_ELEMENTS // max(1, weight.shape[0]))
+    parts = []
+    for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        z = linear_logits(h, weight, bias, softcap) / temperature
+        parts.append(((2 * z.log_softmax(-1)).logsumexp(-1), z.mean(-1), z.argmax(-1) == target))
+    names = ("log_sum_sq_probs", "mean_logits", "is_top1")
+    return dict(zip(names, (torch.cat(column) for column in zip(*parts, strict=True)), strict=True))
+
+
+def dft_loss(outputs, labels: Tensor, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+    """Dynamic fine-tuning (arXiv 2508.05629): -p.detach() log p of the next token, averaged over the labels.
+
+    outputs.logits (B, T, V), labels (B, T), which are shifted here; -100 does not count. num_items_in_batch replaces
+    the number of labels as the divisor.
+    """
+    targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    mask = targets != -100
+    logprobs = ops.token_logprobs(outputs.logits, targets, mask=mask)
+    losses = -logprobs.exp().detach() * logprobs  # outside the mask the log-probability is 0
+    return losses.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
+    """Mean of values where mask is True, over axis (default: all); 0 where there is none (TRL: NaN)."""
+    return ops.masked_mean(values, mask, axis)
+
+
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of values over the mask, with Bessel's correction unless unbiased=False.
+
+    One value or none has variance 0 (TRL raises on an empty mask, and gives NaN for a single value).
+    """
+    mask = mask.bool().expand_as(values)
+    centered = torch.where(mask, as_accumulator(values) - ops.masked_mean(values, mask), 0.0)
+    return centered.square().sum() / (mask.sum() - int(unbiased)).clamp(min=1)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(values - mean) / sqrt(var + 1e-8) over the mask; shift_mean=False adds the mean back.
+
+    Outside the mask the result is 0; TRL whitens the padding too, and its trainer then overwrites it with 0.
+    """
+    return ops.masked_whiten(values, mask, shift_mean=shift_mean)
+
+
+def first_true_indices(bools: Tensor, dtype: torch.dtype = torch.long) -> Tensor:
+    """(..., T) bool -> (...) index of the first True, or T where there is none."""
+    first = bools.to(torch.uint8).argmax(-1)
+    return torch.where(bools.any(-1), first, bools.shape[-1]).to(dtype)
+
+
+def nanstd(tensor: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+    """Unbiased standard deviation of what is not NaN; NaN where there are fewer than two values, as in TRL."""
+    axes = tuple(range(tensor.ndim)) if dim is None else dim
+    real = ~tensor.isnan()
+    count = real.sum(axes, keepdim=True)
+    mean = tensor.nansum(axes, keepdim=True) / count
+    squares = torch.where(real, tensor - mean, 0.0).square().sum(axes, keepdim=True)
+    std = (squares / torch.where(count > 1, count - 1, torch.nan)).sqrt()
+    return std if keepdim else std.squeeze(axes)
+
+
+def nanmin(tensor: Tensor) -> Tensor:
+    """Smallest value that is not NaN; NaN where there is none. An empty tensor gives NaN (TRL 1.16 does too)."""
+    return -nanmax(-tensor)
+
+
+def nanmax(tensor: Tensor) -> Tensor:
+    """Largest value that is not NaN; NaN where there is none."""
+    real = ~tensor.isnan()
+    if tensor.numel() == 0:
+        return tensor.new_tensor(torch.nan)
+    return torch.where(real.any(), torch.where(real, tensor, -torch.inf).amax(), torch.nan)

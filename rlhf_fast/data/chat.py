@@ -1,0 +1,202 @@
+"""From conversations and text to tokens: what the model reads, and which of it is its own response.
+
+    prompt     <|user|> what is 2+2? <|assistant|>
+    response                                       four <eos>
+    ids        5        9 3 7        6             8    1
+    response   .        . . .        .             x    x      x: learned in SFT
+
+The chat template alone knows where a response starts and ends. So the conversation is rendered up to each assistant
+turn (with the generation prompt) and with it, and the difference is the response: no marker is searched for. Training
+and generation encode a prompt by the same function, token for token.
+
+eos ends every final response, exactly once: one that the template or the text brings is kept, otherwise it is
+appended, and white space after it (ChatML's newline) is dropped. It is marked by its place, so pad == eos is harmless.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jinja2 import TemplateError
+
+Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
+Text = str | Messages
+
+
+class ConfigError(ValueError):
+    """A config, dataset or tokenizer refused before training; the message says what to do."""
+
+
+@dataclass
+class Encoded:
+    """One sequence: input_ids (T,) int32 and response_mask (T,) bool, True on the tokens that are learned."""
+
+    input_ids: np.ndarray
+    response_mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_labels(self) -> int:
+        """Learned tokens; the first of a sequence has nothing before it to be predicted from."""
+        return int(self.response_mask[1:].sum())
+
+
+def is_conversation(x) -> bool:
+    return isinstance(x, (list, tuple)) and all(isinstance(m, dict) and "role" in m and "content" in m for m in x)
+
+
+def check_tokenizer(tokenizer, conversational: bool) -> None:
+    """ConfigError for a tokenizer that cannot end a response, pad a batch, or (if asked) render a conversation."""
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"tokenizer {name!r} has no eos token, so a response could never end: set tokenizer.eos_token"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"tokenizer {name!r} has no pad token: set tokenizer.pad_token = tokenizer.eos_token "
+            "(masks decide what counts, so the two may be the same)"
+        )
+    if conversational and not tokenizer.chat_template:
+        raise ConfigError(
+            f"the data is conversational and tokenizer {name!r} has no chat template: set tokenizer.chat_template, "
+            "or give prompt and response as text"
+        )
+
+
+# --- rendering -------------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    """The conversation as the chat template writes it. ConfigError, with its reason, where the template refuses it."""
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except TemplateError as error:
+        roles = ", ".join(str(m["role"]) for m in messages)
+        raise ConfigError(
+            f"the chat template refuses a conversation ({error}): its roles are {roles}, and it begins with "
+            f"{messages[0]['content'][:80]!r}"
+        ) from error
+
+
+def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Texts to learn from, and in each the (start, end) of its responses: the assistant turns of messages[first:].
+
+    Usually one text. A template that writes a past turn differently from a last one (some drop its reasoning) gives one
+    text per turn, each as the model meets it when it answers. A turn that opens the conversation is read, not learned.
+    """
+    texts: list[tuple[str, list[tuple[int, int]]]] = []
+    for i in range(max(first, 1), len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
+        prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
+        text = render(tokenizer, messages[: i + 1])
+        # Some templates open a reasoning block in the generation prompt that a written turn does not have.
+        start = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        if start < len(render(tokenizer, messages[:i])):
+            raise ConfigError(
+                "the chat template writes the messages before an assistant turn differently when that turn follows, so "
+                f"the response cannot be told from its prompt; it rendered {prompt[-80:]!r} and then {text[-80:]!r}"
+            )
+        earlier = texts.pop()[1] if texts and text.startswith(texts[-1][0]) else []
+        texts.append((text, [*earlier, (start, len(text))]))
+    return texts
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def _tokenize(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+
+def _bos(tokenizer, ids: list[int]) -> list[int]:
+    """The bos that the tokenizer puts before plain text, unless the text already has it."""
+    bos = tokenizer.bos_token_id
+    adds = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+    return [bos] if adds and ids[:1] != [bos] else []
+
+
+def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
+    """Tokens of text in len(cuts) + 1 pieces. A token that would straddle a cut is broken there: when the model
+    answers, the prompt has been tokenized alone."""
+    whole = _tokenize(tokenizer, text)
+    sizes = [0]
+    for cut in cuts:
+        before = _tokenize(tokenizer, text[:cut])
+        if before != whole[: len(before)]:
+            edges = [0, *cuts, len(text)]
+            return [_tokenize(tokenizer, text[a:b]) for a, b in pairwise(edges)]
+        sizes.append(len(before))
+    sizes.append(len(whole))
+    return [whole[a:b] for a, b in pairwise(sizes)]
+
+
+def _last_eos(tokenizer, ids: list[int]) -> int | None:
+    """Where ids end with eos and at most white space after it, the length through that eos; else None."""
+    eos = tokenizer.eos_token_id
+    if eos not in ids:
+        return None
+    end = len(ids) - ids[::-1].index(eos)
+    return end if not tokenizer.decode(ids[end:]).strip() else None
+
+
+def _end_with_eos(tokenizer, ids: list[int]) -> list[int]:
+    end = _last_eos(tokenizer, ids)
+    return [*ids, tokenizer.eos_token_id] if end is None else ids[:end]
+
+
+def encode_prompt(tokenizer, prompt: Text) -> list[int]:
+    """What generation starts from: text (with the tokenizer's bos), or messages rendered with the generation prompt."""
+    if isinstance(prompt, str):
+        ids = _tokenize(tokenizer, prompt)
+        return [*_bos(tokenizer, ids), *ids]
+    return _tokenize(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+
+
+def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:
+    """Sequences to learn the assistant turns from (those of messages[first:]); see response_spans for why several."""
+    encoded = []
+    for text, spans in response_spans(tokenizer, messages, first):
+        pieces = _split(tokenizer, text, [edge for span in spans for edge in span][:-1])
+        ids: list[int] = []
+        mask: list[bool] = []
+        for k, piece in enumerate(pieces):
+            if k == len(pieces) - 1:
+                piece = _end_with_eos(tokenizer, piece)
+            learned = 0 if k % 2 == 0 else (_last_eos(tokenizer, piece) or len(piece))
+            ids += piece
+            mask += [True] * learned + [False] * (len(piece) - learned)
+        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool)))
+    return encoded
+
+
+def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
+    """Text after text: bos, prompt, response, eos; the response and eos are learned."""
+    before, after = _split(tokenizer, prompt + response, [len(prompt)])
+    before, after = [*_bos(tokenizer, before), *before], _end_with_eos(tokenizer, after)
+    mask = np.arange(len(before) + len(after)) >= len(before)
+    return Encoded(np.array(before + after, np.int32), mask)
+
+
+def encode_to_score(tokenizer, prompt: Text | None, response: Text) -> np.ndarray:
+    """(T,) int32 for a reward model: the whole text, ending in eos, where the score is read.
+
+    Messages on either side make both a conversation: text becomes a user turn (prompt) or an assistant turn (response).
+    """
+    if is_conversation(prompt) or is_conversation(response):
+        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
+        ids = _tokenize(tokenizer, render(tokenizer, messages))
+    else:
+        ids = _tokenize(tokenizer, (prompt or "") + response)
+        ids = [*_bos(tokenizer, ids), *ids]
+    return np.array(_end_with_eos(tokenizer, ids), np.int32)
+
+
+def as_messages(x: Text | None, role: str) -> Messages:
+    return [] if x is None else [{"role": role, "content": x}] if isinstance(x, str) else list(x)

@@ -1,0 +1,126 @@
+"""Anthropic's preference transcripts (hh-rlhf), parsed into turns.
+
+    "\\n\\nHuman: Hi\\n\\nAssistant: Hello"
+    -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+A line holds two transcripts, `chosen` and `rejected`, that share everything up to the last reply (Bai et al. 2022,
+arXiv 2204.05862, section 2). A pair becomes {"prompt": messages, "chosen": [reply], "rejected": [reply]}. A pair
+that breaks the form is left out, and every pair left out is named by its line and a reason.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One pair that was not used: its 1-based line, one of four kinds, and what is wrong with it."""
+
+    line: int
+    kind: str  # "malformed", "identical", "diverging" or "over-long"
+    reason: str
+
+    def __str__(self):
+        return f"line {self.line}: {self.kind}: {self.reason}"
+
+
+def parse_transcript(text: str) -> list[dict[str, str]]:
+    """A transcript -> its messages, user first, assistant last, in turns, none empty.
+
+    Raises ValueError, with the turn, on text that is not such a dialogue.
+    """
+    before, *parts = _SPEAKER.split(text)
+    if before.strip() or not parts:
+        raise ValueError(f"starts with {text[:20]!r}, not with a Human turn")
+    messages = []
+    for turn, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), 1):
+        expected = ("Human", "Assistant")[(turn - 1) % 2]
+        if speaker != expected:
+            raise ValueError(f"turn {turn} is {speaker}'s, expected {expected}'s")
+        if not content.strip():
+            raise ValueError(f"turn {turn} ({speaker}) is empty")
+        messages.append({"role": _ROLES[speaker], "content": content.strip()})
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last turn is not the Assistant's")
+    return messages
+
+
+def load_pairs(
+    path: str | Path, *, max_length: int | None = None, length: Callable[[list[dict]], int] | None = None
+) -> tuple[list[dict], list[LeftOut]]:
+    """Reads a .jsonl or .jsonl.gz file -> (pairs, the pairs left out).
+
+    A pair is over-long where either of its transcripts passes `max_length`, in the unit of `length`, which maps the
+    messages of a transcript to a number (a tokenizer's count of tokens, say; characters of content when not given).
+    """
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return parse_pairs(lines, max_length=max_length, length=length)
+
+
+def parse_pairs(
+    lines: Iterable[str], *, max_length: int | None = None, length: Callable[[list[dict]], int] | None = None
+) -> tuple[list[dict], list[LeftOut]]:
+    """`load_pairs` on lines of text that are already at hand. Blank lines are not pairs and are skipped."""
+    length = length or (lambda messages: sum(len(message["content"]) for message in messages))
+    pairs, left_out = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            chosen, rejected = _transcripts(line)
+        except ValueError as error:
+            left_out.append(LeftOut(number, "malformed", str(error)))
+            continue
+        longest = max(length(chosen), length(rejected)) if max_length is not None else 0
+        if chosen == rejected:
+            left_out.append(LeftOut(number, "identical", "chosen and rejected are the same"))
+        elif chosen[:-1] != rejected[:-1]:
+            left_out.append(
+                LeftOut(number, "diverging", f"the transcripts part at turn {_first_difference(chosen, rejected)}")
+            )
+        elif max_length is not None and longest > max_length:
+            left_out.append(LeftOut(number, "over-long", f"length {longest} is over {max_length}"))
+        else:
+            pairs.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+    return pairs, left_out
+
+
+def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
+    """How many pairs are used and, for each kind that is left out, how many and on which lines: for people to read."""
+    lines = [f"{len(pairs)} of {len(pairs) + len(left_out)} pairs used"]
+    for kind in ("malformed", "identical", "diverging", "over-long"):
+        of_kind = [item for item in left_out if item.kind == kind]
+        if of_kind:
+            numbers = ", ".join(str(item.line) for item in of_kind)
+            lines.append(f"  {len(of_kind)} {kind}, on line {numbers}; {of_kind[0]}")
+    return "\n".join(lines)
+
+
+def _transcripts(line: str) -> tuple[list[dict], list[dict]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+    parsed = []
+    for side in ("chosen", "rejected"):
+        if not isinstance(row, dict) or not isinstance(row.get(side), str):
+            raise ValueError(f"has no text under {side!r}")
+        try:
+            parsed.append(parse_transcript(row[side]))
+        except ValueError as error:
+            raise ValueError(f"{side}: {error}") from None
+    return parsed[0], parsed[1]
+
+
+def _first_difference(a: list[dict], b: list[dict]) -> int:
+    """The 1-based turn where two transcripts stop agreeing."""
+    return next((turn for turn, (x, y) in enumerate(zip(a, b, strict=False), 1) if x != y), min(len(a), len(b)) + 1)

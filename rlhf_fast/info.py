@@ -1,0 +1,98 @@
+"""`rlhf-fast info`: what is installed, what was built, and which kernel runs each op where, with the reason."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+from .ops import backends
+from .ops._dispatch import _C
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def collect() -> dict:
+    """Everything `rlhf-fast info --json` prints."""
+    built = None
+    if _C is not None:
+        built = {
+            "module": _C.__file__,
+            "version": _C.version,
+            "compiler": _C.compiler,
+            "instruction_sets": dict(_C.isas()),
+            "instruction_set_in_use": _C.isa(),
+            "cuda": _C.cuda_version,
+            "cuda_architectures": getattr(_C, "cuda_architectures", None),
+        }
+    usable = torch.cuda.is_available()
+    return {
+        "rlhf_fast": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {"name": cpu_name(), "torch_capability": torch.backends.cpu.get_cpu_capability()},
+        "threads": torch.get_num_threads(),
+        "build": built,
+        "cuda": {
+            "torch": torch.version.cuda,
+            "usable": usable,
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if usable else [],
+        },
+        "backends": backends(),
+    }
+
+
+def render(info: dict) -> str:
+    """The same for a person."""
+    build = info["build"]
+    lines = [
+        f"rlhf_fast {info['rlhf_fast']}, Python {info['python']}, {info['platform']}",
+        "  " + ", ".join(f"{name} {v or 'not installed'}" for name, v in info["packages"].items()),
+        f"CPU   {info['cpu']['name']}, {info['threads']} threads",
+    ]
+    if build is None:
+        lines.append("build no native module: run pip install . in the source tree")
+    else:
+        sets = ", ".join(name if ok else f"{name} (not on this CPU)" for name, ok in build["instruction_sets"].items())
+        cuda = f"{build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "not built in"
+        lines.append(f"build {build['compiler']}; {sets}; in use: {build['instruction_set_in_use']}; CUDA {cuda}")
+    cuda = info["cuda"]
+    devices = ", ".join(cuda["devices"]) or "no device usable"
+    lines.append(f"CUDA  torch was built {'for ' + cuda['torch'] if cuda['torch'] else 'without CUDA'}; {devices}")
+    width = max(len(name) for name in info["backends"])
+    lines.append(f"\n{'op':{width}}  cpu        cuda")
+    reasons: dict[str, list[str]] = {}
+    for name, devices in info["backends"].items():
+        lines.append(f"{name:{width}}  {devices['cpu']['backend']:9}  {devices['cuda']['backend']}")
+        for device, choice in devices.items():
+            if choice["why"]:
+                reasons.setdefault(f"{device}: {choice['why']}", []).append(name)
+    for reason, names in reasons.items():
+        lines.append(f"why not better on {reason} ({', '.join(names)})")
+    return "\n".join(lines)
+
+
+def main(as_json: bool = False) -> None:
+    """Print it."""
+    info = collect()
+    print(json.dumps(info, indent=2) if as_json else render(info))

@@ -1,0 +1,453 @@
+"""What the training commands do around a trainer: read data and models, run it, leave a report.
+
+The keys of a command are the fields of two dataclasses: its job (which models, which data) and the trainer's config.
+"""
+
+import dataclasses
+import gzip
+import importlib.util
+import inspect
+import json
+import re
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils import logging as transformers_logging
+
+from .data import hh_rlhf
+from .data.baselines import bag_of_words, shorter_wins, wilson_interval
+from .data.chat import ConfigError, encode_prompt, encode_to_score
+from .data.formats import read_dataset
+from .judges import Constitution, LocalJudge, Reply, RuleJudge
+from .models import load_policy, load_reward_model, load_tokenizer
+from .quickstart.model import tiny_llama, train_tokenizer
+from .report import write_quickstart_report, write_report
+from .rewards import RewardModelReward
+from .rollout import generate_text
+from .trainers.common import check_config, config_from_dict, latest_checkpoint
+from .trainers.constitutional import TextGenerator, label, revise, revise_sampled, sample_pairs
+from .trainers.ppo import PPOConfig, PPOTrainer
+from .trainers.reward import RewardConfig, RewardTrainer
+from .trainers.sft import SFTConfig, SFTTrainer
+
+# -- commands and their keys -------------------------------------------------------------------------------------------
+
+
+REQUIRED = "REQUIRED"  # in place of a default
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a command: its default as text, the comment behind it in the source, the type of its values."""
+
+    shown: str
+    comment: str
+    hint: Any
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` would have in a YAML file; text stays text where the key takes text."""
+        kinds = typing.get_args(self.hint) or (self.hint,)
+        if str in kinds and list not in kinds:
+            return None if text == "null" and type(None) in kinds else text
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{text!r} is not a YAML value") from None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training command: what --help says, the dataclasses that hold its keys, and the function that takes them."""
+
+    name: str
+    summary: str
+    configs: tuple[type, ...]
+    function: Callable
+
+    def keys(self) -> dict[str, Key]:
+        return {name: key for cls in self.configs for name, key in _keys_of(cls).items()}
+
+    def run(self, values: dict, resume: bool) -> None:
+        """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended."""
+        required = [name for name, key in self.keys().items() if key.shown == REQUIRED and name not in values]
+        if required:
+            raise ConfigError(f"{self.name} needs {', '.join(required)}: as flags, or as keys of a --config file")
+        configs = []
+        for cls in self.configs:
+            names = {f.name for f in dataclasses.fields(cls)}
+            configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
+        self.function(*configs, resume)
+
+
+def _keys_of(cls: type) -> dict[str, Key]:
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    hints = typing.get_type_hints(cls)
+    keys = {}
+    for f in dataclasses.fields(cls):
+        if f.default is not dataclasses.MISSING:
+            shown = "null" if f.default is None else str(f.default)
+        else:
+            shown = REQUIRED if f.default_factory is dataclasses.MISSING else "{}"
+        keys[f.name] = Key(shown, comments.get(f.name, ""), hints[f.name])
+    return keys
+
+
+# -- the jobs ----------------------------------------------------------------------------------------------------------
+
+
+class _Checked:
+    def __post_init__(self):
+        check_config(self)
+
+
+@dataclass
+class SFTJob(_Checked):
+    train_data: str  # .jsonl in a TRL format, hh-rlhf transcripts (.jsonl or .jsonl.gz), or a dataset's name
+    eval_data: str | None = None  # held out, in the same forms
+    model: str | None = None  # directory or name; without it, a new model from `scratch`
+    scratch: dict = field(
+        default_factory=dict
+    )  # vocab_size, hidden, layers, initializer_range; its tokenizer learns train_data
+
+
+@dataclass
+class RewardJob(_Checked):
+    model: str  # the SFT model (its trunk gets a new head), or a reward model to go on from
+    train_data: str  # preferences: .jsonl in a TRL format, hh-rlhf transcripts, or a dataset's name
+    eval_data: str | None = None  # held out, in the same forms
+
+
+@dataclass
+class PPOJob(_Checked):
+    model: str  # the policy to start from; a frozen copy is the reference
+    train_data: str  # rows with a prompt
+    reward: str | list  # reward model directory, file.py:function, or a list of [either, weight]
+    eval_data: str | None = None  # prompts that the policy never trains on
+    eval_rewards: dict = field(default_factory=dict)  # name: reward that the policy never trains on
+    value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
+
+
+@dataclass
+class CAIJob(_Checked):
+    model: str  # the SFT model: answers, critiques and revises, and is then trained
+    train_data: str  # rows with a prompt
+    constitution: str  # file of principles
+    eval_data: str | None = None  # prompts whose answers are checked before, between and after
+    judge: str = "rules"  # or a model's directory or name
+    allow_code: bool = False  # the constitution may name rules by import path, which runs code
+    output_dir: str = "runs/cai"
+    seed: int = 0
+    num_prompts: int = 512  # for the revisions, and as many others for the comparisons
+    max_prompt_length: int = 512  # tokens; longer prompts of hh-rlhf are left out, and named
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    max_revisions: int = 4
+    eval_share: float = 0.1  # of the comparisons, held out from the reward model
+    sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
+    reward: dict = field(default_factory=dict)
+    ppo: dict = field(default_factory=dict)
+
+
+def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
+    """rlhf-fast sft"""
+    if (job.model is None) == (not job.scratch):
+        raise ConfigError("sft: give either model, or scratch to start from random weights")
+    model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
+    train, held_out = read_data(job, "sft", config.output_dir, **_limit("sft", tokenizer, config))
+    _train(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume)
+
+
+def _from_scratch(job: SFTJob, config: SFTConfig):
+    """A new Llama and a tokenizer trained on the texts of train_data; the same data and seed give the same two."""
+    options = {"vocab_size": 4096, "hidden": 128, "layers": 4, "initializer_range": 0.02}
+    if unknown := set(job.scratch) - set(options):
+        raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
+    options |= job.scratch
+    rows, _ = _rows_for("sft", job.train_data)
+    replies = [row["messages"] if "messages" in row else [row["prompt"], row["completion"]] for row in rows]
+    texts = [text for reply in replies for text in _texts(reply)]
+    tokenizer = train_tokenizer(texts, options.pop("vocab_size"), max_length=config.max_length)
+    return tiny_llama(tokenizer, config.seed, **options), tokenizer
+
+
+def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
+    """rlhf-fast reward: trains, then sets the held-out accuracy beside what takes no model."""
+    tokenizer = load_tokenizer(job.model)
+    train, held_out = read_data(job, "reward", config.output_dir, **_limit("reward", tokenizer, config))
+    trainer = RewardTrainer(config, job.model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer)
+    result = _train(trainer, resume)
+    if held_out:
+        summary = against_floors(train, held_out, result.metrics["eval_accuracy"], result.metrics["eval_num_pairs"])
+        Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
+        write_report(config.output_dir)
+
+
+def against_floors(train: list[dict], held_out: list[dict], accuracy: float, num_pairs: float) -> dict:
+    """Held-out accuracy with its 95 % interval, beside the floors of data/baselines.py where the data is pairs."""
+    low, high = wilson_interval(accuracy, int(num_pairs))
+    summary = {"held-out accuracy": round(accuracy, 4), "95 % interval": f"{low:.3f} to {high:.3f}",
+               "held-out pairs": int(num_pairs)}  # fmt: skip
+    if all("chosen" in row for row in [*train, *held_out]):
+        summary["floor: shorter reply wins"] = round(shorter_wins(held_out), 4)
+        summary["floor: bag of words"] = round(bag_of_words(train, held_out), 4)
+    return summary
+
+
+def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
+    """rlhf-fast ppo"""
+    tokenizer = load_tokenizer(job.model)
+    train, held_out = read_data(job, "ppo", config.output_dir, **_limit("ppo", tokenizer, config))
+    trainer = PPOTrainer(
+        config,
+        job.model,
+        reward=resolve_reward(job.reward),
+        train_dataset=train,
+        eval_dataset=held_out,
+        tokenizer=tokenizer,
+        value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
+        eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
+    )
+    _train(trainer, resume)
+
+
+def _value_model(path: str, tokenizer):
+    """A trained reward model that reads the tokens of the policy."""
+    trained = RewardModelReward.load(path)
+    if not tokenizer.get_vocab().items() <= trained.tokenizer.get_vocab().items():
+        raise ConfigError(
+            f"ppo: value_model {path!r} was trained with another tokenizer than the policy's, so its values would mean "
+            "nothing; leave value_model out (as `reward` it is welcome)"
+        )
+    return trained.model
+
+
+def run_cai(job: CAIJob, resume: bool) -> None:
+    """rlhf-fast cai: revisions -> SFT -> comparisons -> reward model -> PPO, held-out answers checked in between."""
+    root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
+    constitution = Constitution.load(job.constitution, allow_code=job.allow_code)
+    judge = RuleJudge()
+    if job.judge != "rules":
+        judge = LocalJudge(load_policy(job.judge), load_tokenizer(job.judge), constitution, seed=job.seed)
+    configs = {
+        name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
+        for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
+    }
+    limit = {
+        "max_length": job.max_prompt_length,
+        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
+    }
+    prompts, held_out = read_data(job, "ppo", root, **limit)
+    prompts = prompts[: 2 * job.num_prompts]
+    options = {"seed": job.seed, "batch_size": 128}
+
+    def generator(model: str) -> TextGenerator:
+        return TextGenerator(load_policy(model), tokenizer, job.max_new_tokens, job.temperature)
+
+    def part(name: str, make: Callable) -> dict:
+        """Trains one part, unless it is finished already, and returns its last metrics."""
+        directory = root / name
+        if not (resume and (directory / "config.json").is_file()):  # transformers writes it with the final model
+            _train(make(configs[name]), resume and latest_checkpoint(directory) is not None)
+        return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+    stages = _StageTable(root, job, constitution, judge, tokenizer, held_out)
+    stages.add("start", job.model)
+
+    # Phase 1, on the first half of the prompts.
+    half = len(prompts) // 2
+    if any(p.check and p.revise for p in constitution.principles):
+        revised = revise(prompts[:half], generator(job.model), constitution, judge, output_dir=root / "revise",
+                         max_steps=job.max_revisions, **options)  # fmt: skip
+    else:
+        revised = revise_sampled(prompts[:half], generator(job.model), constitution, output_dir=root / "revise",
+                                 steps=job.max_revisions, **options)  # fmt: skip
+    print(f"revise: {revised.counts}")
+    part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=tokenizer))
+    sft = str(root / "sft")
+    stages.add("sft", sft)
+
+    # Phase 2, on the other half; PPO sees all of them.
+    pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
+    labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", **options)
+    print(f"label: {labelled.counts}")
+    if not labelled.rows:
+        raise ConfigError(
+            "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
+        )
+    cut = round(len(labelled.rows) * job.eval_share)
+    data = {"train_dataset": labelled.rows[cut:], "eval_dataset": labelled.rows[:cut] or None}
+    metrics = part("reward", lambda config: RewardTrainer(config, sft, **data))
+    stages.add("reward", rm_accuracy=metrics.get("eval_accuracy"))
+    data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
+    metrics = part("ppo", lambda config: PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]), **data))
+    stages.add("ppo", str(root / "ppo"), kl=metrics["objective/kl"], proxy_reward=metrics["objective/scores"])
+
+
+class _StageTable:
+    """summary.json and report.html of a run of several stages, written again as each of them ends."""
+
+    def __init__(self, root: Path, job: CAIJob, constitution, judge, tokenizer, held_out: list[dict] | None):
+        self.root, self.job, self.judge, self.tokenizer = root, job, judge, tokenizer
+        self.principles = [p for p in constitution.principles if p.check]
+        self.prompts = [row["prompt"] for row in held_out or []]
+        self.stages: list[dict] = []
+        self.samples: list[dict] = [{"prompt": prompt, "responses": []} for prompt in self.prompts[:8]]
+        self.clock = time.perf_counter()
+
+    def add(self, name: str, model: str | None = None, **values) -> None:
+        stage = {"name": name, "run": name, "seconds": round(time.perf_counter() - self.clock, 1), **values}
+        if model is not None and self.prompts and self.principles:
+            stage |= self._check_answers(name, model)
+        self.stages.append(stage)
+        summary = {"seed": self.job.seed, "stages": self.stages, "samples": self.samples}
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
+        print(f"{name}: {shown}; {write_quickstart_report(self.root)}")
+        self.clock = time.perf_counter()
+
+    def _check_answers(self, name: str, model: str) -> dict:
+        replies = generate_text(
+            load_policy(model), self.tokenizer, self.prompts, max_new_tokens=self.job.max_new_tokens,
+            temperature=self.job.temperature, seed=self.job.seed,
+        )  # fmt: skip
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
+        checks = self.judge.check([Reply(c, r, self.principles) for c, r in zip(conversations, replies, strict=True)])
+        violated = [[check.principle for check in row if check.satisfied is False] for row in checks]
+        for sample, text, violates in zip(self.samples, replies, violated, strict=False):
+            sample["responses"].append({"stage": name, "text": text, "violates": violates})
+        applies = {p.id: [c.satisfied for row in checks for c in row if c.principle == p.id and c.satisfied is not None]
+                   for p in self.principles}  # fmt: skip
+        return {
+            "pass_rate": sum(not v for v in violated) / len(violated),
+            "pass_rate_per_principle": {p: sum(kept) / len(kept) for p, kept in applies.items() if kept},
+        }
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("sft", "Supervised fine-tuning, on demonstrations or the chosen replies.", (SFTJob, SFTConfig), run_sft),
+        Stage("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
+        Stage("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
+        Stage("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (CAIJob,), run_cai),
+    )
+}
+
+
+# -- around a trainer --------------------------------------------------------------------------------------------------
+
+
+def _train(trainer, resume: bool):
+    result = trainer.train(resume)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)
+    print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {result.output_dir}/report.html")
+    return result
+
+
+def read_data(job, stage: str, output_dir: str | Path, **limit) -> list[list[dict] | None]:
+    """The rows of job.train_data and of job.eval_data (None where there is none), in the form that the stage takes.
+
+    Pairs of hh-rlhf that are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl; `limit`
+    is load_pairs' for them. A limit on other data is the trainer's.
+    """
+    sources, named = [], []
+    for path in (job.train_data, job.eval_data):
+        rows, left_out = (None, []) if path is None else _rows_for(stage, path, **limit)
+        sources.append(rows)
+        named += [{"file": path, **vars(item)} for item in left_out]
+        if left_out:
+            print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    Path(output_dir, "left_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named), encoding="utf-8")
+    return sources
+
+
+def _rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
+    """The rows of one source, and what was left out: preferences give demonstrations and prompts too."""
+    rows, left_out = hh_rlhf.load_pairs(path, **limit) if _is_hh(path) else (list(read_dataset(path)), [])
+    if stage == "sft":
+        rows = [_as_demonstration(row) for row in rows]
+    if stage == "ppo":
+        rows = [{k: v for k, v in row.items() if k not in ("chosen", "rejected", "responses", "ranks")} for row in rows]
+    return rows, left_out
+
+
+def _limit(stage: str, tokenizer, config) -> dict:
+    """What load_pairs needs to leave out, by line, what the trainer would by record: its limit, and what it counts."""
+    if config.on_overlong != "skip":
+        return {}
+    if stage == "ppo":
+        return {"max_length": config.max_prompt_length, "length": lambda m: len(encode_prompt(tokenizer, m[:-1]))}
+    return {"max_length": config.max_length, "length": lambda m: len(encode_to_score(tokenizer, m[:-1], m[-1:]))}
+
+
+def quiet() -> None:
+    """No progress bars from transformers for every model that is loaded; ours tell how far a stage is."""
+    transformers_logging.disable_progress_bar()
+
+
+def _is_hh(path: str) -> bool:
+    """Whether the first line of a .jsonl or .jsonl.gz holds Anthropic's transcripts."""
+    if not path.endswith((".jsonl", ".jsonl.gz")):
+        return False
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            return re.match(r'\s*\{\s*"(chosen|rejected)"\s*:\s*"\\n\\nHuman:', file.readline()) is not None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+
+
+def _as_demonstration(row: dict) -> dict:
+    if "chosen" in row and "completion" not in row and "messages" not in row:
+        return {"prompt": row["prompt"], "completion": row["chosen"]}
+    return row
+
+
+def _texts(value) -> list[str]:
+    """Every text in a string, a message, or a list of them."""
+    if isinstance(value, str):
+        return [value]
+    return [value["content"]] if isinstance(value, dict) else [text for part in value for text in _texts(part)]
+
+
+def resolve_reward(spec: str | list):
+    """A reward as PPOTrainer takes it, from a directory, file.py:function, or [[either, weight], ...] in a config."""
+    if isinstance(spec, list):
+        if not all(isinstance(part, list) and len(part) == 2 for part in spec):
+            raise ConfigError(f"a list of rewards is [[reward, weight], ...], got {spec!r}")
+        return [(resolve_reward(reward), weight) for reward, weight in spec]
+    path, colon, name = spec.rpartition(":")
+    if not (colon and path.endswith(".py")):
+        return spec
+    if not Path(path).is_file():
+        raise ConfigError(f"reward {spec!r}: there is no file {path!r}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ConfigError(f"reward {spec!r}: {path} has no function {name!r}")
+    return getattr(module, name)
+
+
+def answer(model: str, prompt: list[str], system: str | None, **sampling) -> list[str]:
+    """rlhf-fast generate: one answer a prompt, through the chat template where the tokenizer has one."""
+    tokenizer = load_tokenizer(model)
+    prompts: list = prompt
+    if tokenizer.chat_template:
+        before = [{"role": "system", "content": system}] if system else []
+        prompts = [[*before, {"role": "user", "content": text}] for text in prompt]
+    elif system:
+        raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
+    temperature = sampling.pop("temperature")
+    return generate_text(
+        load_policy(model), tokenizer, prompts, do_sample=temperature > 0, temperature=temperature or 1.0, **sampling
+    )

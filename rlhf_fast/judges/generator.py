@@ -1,0 +1,92 @@
+"""Who writes: a language model as a generator, and the requests of phase 1 put to it.
+
+A generator is any function (prompts, seeds) -> texts, a prompt being a string or messages. Seeds come from (run seed,
+item, purpose), so no text depends on what else is in its batch.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..rollout import generate_text
+from .constitution import Constitution, Principle
+from .journal import seed_for
+from .layouts import CRITIQUE_LAYOUTS, Turn
+from .protocol import Messages
+
+Generate = Callable[[Sequence[str | Messages], Sequence[int]], list[str]]
+
+
+@dataclass
+class TextGenerator:
+    """A causal language model of `transformers` as a generator. temperature 0 takes the most likely token."""
+
+    model: object
+    tokenizer: object
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 128
+
+    def __call__(self, prompts: Sequence[str | Messages], seeds: Sequence[int]) -> list[str]:
+        return generate_text(
+            self.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size, seed=seeds,
+        )  # fmt: skip
+
+    def describe(self) -> dict:
+        """JSON-ready provenance, stored in run.json."""
+        sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p")}
+        return {**describe_model(self.model), **sampling}
+
+
+def describe_model(model) -> dict:
+    """Name, dtype and a digest of the weights: a retrained model under an old name is not the same model."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]  # 64 values or so, spread over it
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"model": model.config.name_or_path, "dtype": dtype, "weights": digest.hexdigest()}
+
+
+def describe(generate: Generate) -> dict:
+    return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
+
+
+class Writer:
+    """Puts prompts and the constitution's requests to a generator, in the constitution's layout, with its few-shots."""
+
+    def __init__(self, generate: Generate, constitution: Constitution, seed: int):
+        self.generate, self.seed, self.few_shots = generate, seed, constitution.critique_few_shots
+        self.render, self.clean = CRITIQUE_LAYOUTS[constitution.critique_layout]
+        self.settings = {"constitution_sha256": constitution.sha256, "generator": describe(generate)}
+
+    def answer(self, items: Sequence[dict], name: str) -> list[str]:
+        """First replies to items {"id", "prompt"}; name tells several apart."""
+        prompts = [self.render([], item["prompt"], []) for item in items]
+        return self._ask([(item["id"], name) for item in items], prompts)
+
+    def revise(self, tasks: Sequence[tuple[str, int, Messages, str, Principle]]) -> list[tuple[str | None, str]]:
+        """(critique or None, revision) for each (id, step, conversation, reply, principle)."""
+        turns: list[list[Turn]] = [[("Assistant", reply)] for *_, reply, _ in tasks]
+        critical = [i for i, (*_, principle) in enumerate(tasks) if principle.critique]
+        for i in critical:
+            turns[i].append(("CritiqueRequest", tasks[i][-1].critique))
+        critiques: list[str | None] = [None] * len(tasks)
+        for i, critique in zip(critical, self._next_turn(tasks, turns, critical, "critique"), strict=True):
+            critiques[i] = critique
+            turns[i].append(("Critique", critique))
+        for (*_, principle), so_far in zip(tasks, turns, strict=True):
+            so_far.append(("RevisionRequest", principle.revise))
+        return list(zip(critiques, self._next_turn(tasks, turns, range(len(tasks)), "revision"), strict=True))
+
+    def _next_turn(self, tasks, turns: Sequence[Sequence[Turn]], which: Sequence[int], name: str) -> list[str]:
+        keys = [(tasks[i][0], name, tasks[i][1]) for i in which]
+        return self._ask(keys, [self.render(self.few_shots, tasks[i][2], turns[i]) for i in which])
+
+    def _ask(self, keys: Sequence[tuple], prompts: Sequence[str | Messages]) -> list[str]:
+        texts = self.generate(prompts, [seed_for(self.seed, *key) for key in keys]) if prompts else []
+        if len(texts) != len(prompts):
+            raise ValueError(f"generate: got {len(prompts)} prompts, returned {len(texts)} texts")
+        return list(map(self.clean, texts))

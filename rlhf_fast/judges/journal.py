@@ -1,0 +1,188 @@
+"""A stage that may be killed at any moment: every finished batch is on disk, a second run does only the rest.
+
+    <output_dir>/<name>.jsonl    the journal: one line an item, in the order of the items, appended batch by batch
+    <output_dir>/run.json        what the journal was made with; a run with other settings is refused, not mixed in
+
+A line counts once its batch is complete. A torn batch is cut off and done again from the same seeds, so the bytes at
+the end do not depend on whether, or where, the run was interrupted.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..data.chat import ConfigError
+
+
+def seed_for(run_seed: int, *names: object) -> int:
+    """A seed that depends on the run and on the item, not on the order in which items are done. 63 bits."""
+    digest = hashlib.blake2b(json.dumps([run_seed, *names]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass
+class Stage:
+    """What a stage leaves behind. counts["inputs"] is the sum of the other counts."""
+
+    records: list[dict]  # one an input, in the order of the inputs
+    rows: list[dict]  # what the next trainer takes
+    rejected: list[dict]  # what it does not take, each with its reason
+    counts: dict[str, int]
+    output_dir: Path
+
+
+def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
+    """Rows (or bare prompts) -> {"id", "prompt" as messages, and the named text columns}.
+
+    A row without "id" gets a hash of its content, with a counter behind what occurs again. Raises ConfigError for a
+    missing column, a prompt that does not end with the user, an id that occurs twice, or no rows at all.
+    """
+    items, seen = [], Counter()
+    for i, row in enumerate(rows):
+        row = row if isinstance(row, dict) else {"prompt": row}
+        if missing := {"prompt", *texts} - set(row):
+            raise ConfigError(f"row {i} has no {sorted(missing)}; it has {sorted(row)}")
+        prompt = row["prompt"]
+        if not all(isinstance(row[name], str) for name in texts):
+            raise ConfigError(
+                f"row {i}: {list(texts)} must be text, got {[type(row[name]).__name__ for name in texts]}"
+            )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not messages or messages[-1]["role"] != "user":
+            raise ConfigError(f"row {i}: the prompt must end with a user message, it ends with {messages[-1:]}")
+        item = {"prompt": messages, **{name: row[name] for name in texts}}
+        content = json.dumps(item, sort_keys=True, ensure_ascii=False).encode()
+        name = str(row.get("id", hashlib.blake2b(content, digest_size=8).hexdigest()))
+        seen[name] += 1
+        if seen[name] > 1:
+            if "id" in row:
+                raise ConfigError(
+                    f"row {i}: id {name!r} occurs twice; ids name items in the records and must be unique"
+                )
+            name = f"{name}-{seen[name]}"
+        items.append({"id": name, **item})
+    if not items:
+        raise ConfigError("no rows: there is nothing to answer or to compare")
+    return items
+
+
+def run_stage(
+    output_dir: str | Path,
+    name: str,
+    items: Sequence[dict],
+    work: Callable[[list[dict]], list[dict]],
+    *,
+    settings: dict,
+    batch_size: int,
+) -> list[dict]:
+    """Applies `work` to batches of items, each of which has an "id", and journals what it returns: one record an item,
+    with the same "id". Returns all records. Raises ConfigError if output_dir holds a journal of another run.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"{name}: batch_size = {batch_size} must be 1 or more")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    ids = [item["id"] for item in items]
+    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    manifest = {
+        "stage": name,
+        "settings": {**settings, "batch_size": batch_size, "items": len(ids), "ids_sha256": digest},
+    }
+    journal = output_dir / f"{name}.jsonl"
+    _claim(output_dir / "run.json", journal, manifest)
+    records = _finished_batches(journal, len(ids), batch_size)
+    with (
+        open(journal, "ab") as file,
+        tqdm(total=len(ids), initial=len(records), desc=name, unit="item", disable=None) as bar,
+    ):
+        for start in range(len(records), len(items), batch_size):
+            try:
+                done = work(list(items[start : start + batch_size]))
+            except KeyboardInterrupt:
+                tqdm.write(
+                    f"{name}: stopped after {start} of {len(ids)} items, all in {journal}; the same call goes on there"
+                )
+                raise
+            if [r["id"] for r in done] != ids[start : start + batch_size]:
+                raise RuntimeError(f"{name}: a batch must give one record for each of its items, in their order")
+            file.write("".join(map(json_line, done)).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            records += done
+            bar.update(len(done))
+    return records
+
+
+def finish_stage(
+    output_dir: str | Path,
+    records: list[dict],
+    row_of: Callable[[dict], list[dict]],
+    *,
+    used: Sequence[str],
+    refused: Sequence[str] = (),
+    name: str | None = None,
+) -> Stage:
+    """Derives from the records what trains (row_of a record whose status is in `used`) and what does not (a status in
+    `refused`), writes `<name>.jsonl` and `rejected.jsonl`, each whole or not at all, and the counts into run.json.
+
+    Raises RuntimeError for a status in neither: then the counts would not add up.
+    """
+    output_dir, statuses = Path(output_dir), Counter(record["status"] for record in records)
+    if unknown := set(statuses) - {*used, *refused}:
+        raise RuntimeError(f"{output_dir}: records have statuses {sorted(unknown)}, needs one of {[*used, *refused]}")
+    counts = {"inputs": len(records), **{status: statuses[status] for status in (*used, *refused)}}
+    rows = [row for record in records if record["status"] in used for row in row_of(record)]
+    rejected = [record for record in records if record["status"] in refused]
+    if name:
+        write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
+        write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
+    manifest = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | {"counts": counts}
+    write_atomic(output_dir / "run.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return Stage(records, rows, rejected, counts, output_dir)
+
+
+def json_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """After a crash the path holds the old content or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _claim(run_json: Path, journal: Path, manifest: dict) -> None:
+    """Starts a run, or makes sure that this is the run that was started here."""
+    if not run_json.exists():
+        if journal.exists():
+            raise ConfigError(f"{journal}: there is no run.json beside it; give another output_dir or remove it")
+        write_atomic(run_json, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        return
+    old = json.loads(run_json.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
+    before, now = {"stage": old["stage"], **old["settings"]}, {"stage": wanted["stage"], **wanted["settings"]}
+    changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    if changed:
+        what = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed)
+        raise ConfigError(f"{run_json}: output_dir holds another run ({what}); give another output_dir or remove it")
+
+
+def _finished_batches(journal: Path, total: int, batch_size: int) -> list[dict]:
+    """The records of complete batches; what stands behind them is cut off."""
+    if not journal.exists():
+        return []
+    lines = journal.read_bytes().split(b"\n")[:-1]  # behind the last newline: nothing, or a torn line
+    keep = len(lines) if len(lines) == total else len(lines) - len(lines) % batch_size
+    with open(journal, "r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in lines[:keep]))
+    return [json.loads(line) for line in lines[:keep]]

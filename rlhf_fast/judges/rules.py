@@ -1,0 +1,74 @@
+"""Rules: principles that Python can decide.
+
+A rule is `rule(conversation, reply, **args) -> bool | float in [0, 1] | None`: True or 1.0 is satisfied, None means
+that it does not apply. A constitution names it: `check: {rule: max_words, args: {n: 120}}`.
+"""
+
+import re
+from collections.abc import Callable
+
+RULES: dict[str, Callable] = {}
+
+
+def rule(name: str) -> Callable:
+    """Decorator: registers a function under the name that constitutions use. A name is given once."""
+
+    def register(function):
+        if name in RULES:
+            raise ValueError(
+                f"rule({name!r}): already registered by {RULES[name].__module__}.{RULES[name].__qualname__}"
+            )
+        RULES[name] = function
+        return function
+
+    return register
+
+
+@rule("max_words")
+def max_words(conversation, reply, *, n):
+    """At most n words separated by blanks."""
+    return len(reply.split()) <= n
+
+
+@rule("max_chars")
+def max_chars(conversation, reply, *, n):
+    """At most n characters; the measure for languages that write without blanks."""
+    return len(reply) <= n
+
+
+@rule("min_chars")
+def min_chars(conversation, reply, *, n):
+    """At least n characters that are not blanks."""
+    return len("".join(reply.split())) >= n
+
+
+@rule("no_repetition")
+def no_repetition(conversation, reply, *, n=4, times=2):
+    """No n words in a row (n characters, where the reply has no blanks) occur `times` times or more."""
+    units = reply.split() if len(reply.split()) > 1 else list(reply)
+    grams = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
+    return all(grams.count(gram) < times for gram in set(grams))
+
+
+@rule("must_end_with")
+def must_end_with(conversation, reply, *, endings):
+    """The reply, without blanks behind it, ends with one of `endings`."""
+    return reply.rstrip().endswith(tuple([endings] if isinstance(endings, str) else endings))
+
+
+@rule("must_contain")
+def must_contain(conversation, reply, *, any_of):
+    """At least one of the strings occurs, whatever its case."""
+    return any(word.casefold() in reply.casefold() for word in any_of)
+
+
+@rule("banned_words")
+def banned_words(conversation, reply, *, words):
+    """None of the words occurs as a whole word, whatever its case. Words of CJK scripts, which stand without
+    blanks, are found inside others."""
+    text = reply.casefold()
+    for word in map(str.casefold, words):
+        pattern = rf"\b{re.escape(word)}\b" if word.isascii() else re.escape(word)
+        if re.search(pattern, text):
+            return False
+    return True

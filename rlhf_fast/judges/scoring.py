@@ -1,0 +1,139 @@
+"""Log-probabilities of labels, with what questions have in common computed once.
+
+A question is given as the tokens of prompt + label, once for each label, because where the prompt ends and the label
+begins is the tokenizer's choice. What its sequences share is the prefix, the rest of each is its label:
+
+    log p(label) = sum_j log p(tail_j | prefix, tail_<j)
+
+Sequences form a tree. Where they share most of their tokens (few-shots in front of all questions; conversation and
+replies in front of all principles), the shared part goes through the model once and its keys and values serve them all.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+from ..models import lm_head
+from ..ops import linear_token_logprobs
+
+Row = tuple[int, ...]
+
+
+def encode(tokenizer, text: str, special_tokens: bool) -> list[int]:
+    """Token ids of a text that is to be continued: what stands in front of a sequence, never what closes one."""
+    ids = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+    return ids[:-1] if special_tokens and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
+
+
+@torch.no_grad()
+def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_batch: int) -> list[tuple[float, ...]]:
+    """For each question the log-probability of each of its labels, in nats.
+
+    tokens_per_batch bounds rows times columns of one forward pass, what is shared included; one row always fits.
+    """
+    reads: dict[Row, dict[tuple[int, int], list]] = {}  # inputs -> {(position, token): [(question, label)]}
+    for q, sequences in enumerate(questions):
+        prefix = _common_prefix(sequences)
+        for label, ids in enumerate(sequences):
+            if prefix == 0 or prefix == len(ids):
+                raise ValueError(
+                    f"label_logprobs: question {q}: needs labels that differ after a prefix, got {sequences}"
+                )
+            row = reads.setdefault(tuple(ids[:-1]), {})  # one-token labels of a question have one row
+            for position in range(prefix, len(ids)):
+                row.setdefault((position - 1, ids[position]), []).append((q, label))
+    # A shared part ends before the first position that is read.
+    tree = _grow(sorted(reads), {row: min(position for position, _ in reads[row]) for row in reads}, 0)
+    totals = [[0.0] * len(sequences) for sequences in questions]
+    head = lm_head(model)
+    for rows, hidden, start in _walk(model, tree, None, tokens_per_batch):
+        which = [(i, *read) for i, row in enumerate(rows) for read in reads[row]]  # (row, position, token)
+        at = hidden[[i for i, _, _ in which], [position - start for _, position, _ in which]]  # (N, D)
+        tokens = torch.tensor([token for _, _, token in which], device=hidden.device)
+        values = linear_token_logprobs(at, head[0], tokens, bias=head[1], softcap=head[2]).tolist()
+        for (i, position, token), value in zip(which, values, strict=True):
+            for q, label in reads[rows[i]][position, token]:
+                totals[q][label] += value
+    return list(map(tuple, totals))
+
+
+@dataclass
+class _Node:
+    """Rows that agree up to `end`. `leaves` go on alone from there, `children` are nodes that share more."""
+
+    end: int
+    shared: Row
+    leaves: list[Row] = field(default_factory=list)
+    children: list["_Node"] = field(default_factory=list)
+
+
+def _grow(rows: Sequence[Row], limits: dict[Row, int], end: int) -> _Node:
+    """The tree of sorted rows that agree up to `end`."""
+    node, groups = _Node(end, rows[0][:end] if rows else ()), [list(rows)] if rows else []
+    while groups:
+        group = groups.pop()
+        common = min(_common_prefix((group[0], group[-1])), *(limits[row] for row in group), len(group[0]))
+        saved = (len(group) - 1) * (common - end)
+        if len(group) > 1 and 2 * saved >= sum(
+            len(row) - end for row in group
+        ):  # else it costs more calls than it saves
+            node.children.append(_grow(group, limits, common))
+        elif len(group) == 1 or common >= min(limits[row] for row in group):
+            node.leaves += group
+        else:
+            branches: dict[int, list[Row]] = {}
+            for row in group:
+                branches.setdefault(row[common], []).append(row)
+            groups += branches.values()
+    return node
+
+
+def _walk(model, node: _Node, cache: DynamicCache | None, tokens_per_batch: int):
+    """Yields (rows, hidden (B, T, D), start): hidden[:, i] belongs to position start + i of the rows."""
+    for batch in _batches(node.leaves, tokens_per_batch):
+        copies = None if cache is None else _copies(cache, len(batch))
+        hidden = _forward(model, [row[node.end :] for row in batch], copies, node.end)
+        yield batch, hidden, node.end
+    for child in node.children:
+        longer = DynamicCache(config=model.config) if cache is None else _copies(cache, 1)
+        _forward(model, [child.shared[node.end :]], longer, node.end)
+        yield from _walk(model, child, longer, tokens_per_batch)
+
+
+def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int) -> torch.Tensor:
+    """Rows that follow `start` cached tokens -> hidden (B, T, D); the cache, if there is one, grows by them.
+
+    Rows are padded on the right, where a causal model cannot see it, so that no mask is needed.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=model.device)
+    positions = torch.arange(start, start + width, device=model.device)[None].expand(len(rows), -1)
+    out = model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    return out.last_hidden_state
+
+
+def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Rows in batches of similar length, each of at most `budget` cells, or of one row."""
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    for n, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
+            return n
+    return min(map(len, sequences))

@@ -1,0 +1,166 @@
+"""token_logprobs in Triton, for CUDA devices without the CUDA build. Formulas: csrc/cuda/token_logprobs.cu.
+
+Forward: one program per row reads it once. A block of it is a (DEPTH, WIDTH) tile, and every one of the WIDTH columns
+keeps its own (max, sum, weighted), so that nothing crosses a thread before the row ends.
+Backward: one program per row and block.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+# Where x - max is a factor of its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0.
+FLOOR = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite -inf: the maximum of nothing
+
+
+@triton.jit
+def _row(row, inner, outer_stride, inner_stride):
+    """Element offset of a row: the layout of csrc/ops.h, in 64 bits because rows * vocab passes 2^31."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def _forward_kernel(
+    logits, inner, outer_stride, inner_stride, vocab, labels, mask, scale: tl.float64, inverse_temperature: tl.float64,
+    logprobs, entropy, saved, ACCUM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    scale = tl.full([], scale, ACCUM)  # log2(e) / temperature
+    inverse_temperature = tl.full([], inverse_temperature, ACCUM)
+    counts = tl.full([], True, tl.int1)
+    if mask is not None:
+        counts = tl.load(mask + row) != 0
+    x = logits + _row(row, inner, outer_stride, inner_stride)
+    label = tl.load(labels + row)
+    inside = (label >= 0) & (label < vocab)
+    tl.device_assert(
+        inside | (counts == 0),
+        "token_logprobs: the label of the row with this block's number is outside the vocabulary",
+    )
+    x_label = tl.load(x + label, mask=inside & counts, other=float("nan")).to(ACCUM)
+
+    max_ = tl.full([WIDTH], LOWEST, ACCUM)
+    sum_ = tl.zeros([WIDTH], ACCUM)
+    weighted = tl.zeros([WIDTH], ACCUM)
+    tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    for start in range(0, tl.where(counts, vocab, 0), DEPTH * WIDTH):
+        values = tl.load(x + start + tile, mask=start + tile < vocab, other=-float("inf")).to(ACCUM)
+        top = tl.maximum(max_, tl.max(values, 0))
+        factor = tl.exp2((max_ - top) * scale)
+        weighted = factor * (weighted + (max_ - top) * sum_)
+        sum_ *= factor
+        max_ = top
+        shift = values - top[None, :]
+        power = tl.exp2(shift * scale)
+        sum_ += tl.sum(power, 0)
+        if entropy is not None:
+            weighted += tl.sum(power * tl.maximum(shift, FLOOR), 0)
+
+    top = tl.max(max_, 0)
+    factor = tl.exp2((max_ - top) * scale)
+    weighted = tl.sum(factor * (weighted + (max_ - top) * sum_), 0)
+    total = tl.sum(factor * sum_, 0)
+    log_sum = tl.log(total)
+    tl.store(logprobs + row, tl.where(counts, (x_label - top) * inverse_temperature - log_sum, 0.0))
+    if entropy is not None:
+        tl.store(entropy + row, tl.where(counts, log_sum - weighted / total * inverse_temperature, 0.0))
+    tl.store(saved + 2 * row, top)
+    tl.store(saved + 2 * row + 1, log_sum)
+
+
+@triton.jit
+def _backward_kernel(
+    logits, inner, outer_stride, inner_stride, vocab, labels, mask, scale: tl.float64, inverse_temperature: tl.float64,
+    saved, entropy, grad_logprobs, grad_entropy, grad_logits, grad_outer_stride, grad_inner_stride,
+    ACCUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.full([], scale, ACCUM)
+    inverse_temperature = tl.full([], inverse_temperature, ACCUM)
+    counts = tl.full([], True, tl.int1)
+    if mask is not None:
+        counts = tl.load(mask + row) != 0
+    g = tl.full([], 0.0, ACCUM)
+    h = tl.full([], 0.0, ACCUM)
+    if grad_logprobs is not None:
+        g = tl.load(grad_logprobs + row, mask=counts, other=0.0)
+    if grad_entropy is not None:
+        h = tl.load(grad_entropy + row, mask=counts, other=0.0)
+    read = columns < tl.where((g != 0.0) | (h != 0.0), vocab, 0)
+
+    top = tl.load(saved + 2 * row)
+    log_sum = tl.load(saved + 2 * row + 1)
+    inverse = inverse_temperature * tl.exp(-log_sum)
+    x = logits + _row(row, inner, outer_stride, inner_stride)
+    shift = tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top
+    factor = g
+    if grad_entropy is not None:
+        factor += h * (tl.maximum(shift, FLOOR) * inverse_temperature - log_sum + tl.load(entropy + row))
+    gradient = -tl.exp2(shift * scale) * inverse * factor
+    gradient += tl.where(columns == tl.load(labels + row), g * inverse_temperature, 0.0)
+    out = grad_logits + _row(row, inner, grad_outer_stride, grad_inner_stride)
+    tl.store(out + columns, tl.where(read, gradient, 0.0).to(grad_logits.dtype.element_ty), mask=columns < vocab)
+
+
+def _refuse_cpu(logits: torch.Tensor) -> None:
+    if logits.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "token_logprobs: Triton runs on CPU tensors only under its interpreter; set TRITON_INTERPRET=1 before "
+            "it is imported"
+        )
+
+
+def token_logprobs_forward(
+    logits, dtype, rows, vocab, inner, outer_stride, inner_stride, labels, mask, temperature, logprobs, entropy, saved
+):
+    """The forward of csrc/ops.h, with tensors in place of pointers."""
+    _refuse_cpu(logits)
+    if rows:
+        _forward_kernel[(rows,)](
+            logits, inner, outer_stride, inner_stride, vocab, labels, mask, LOG2_E / temperature, 1 / temperature,
+            logprobs, entropy, saved, **forward_tiles(logits.dtype), debug=True, sanitize_overflow=False,
+        )  # fmt: skip
+
+
+def token_logprobs_backward(
+    logits, dtype, rows, vocab, inner, outer_stride, inner_stride, labels, mask, temperature, saved, entropy,
+    grad_logprobs, grad_entropy, grad_logits, grad_outer_stride, grad_inner_stride,
+):  # fmt: skip
+    """The backward of csrc/ops.h, with tensors in place of pointers."""
+    _refuse_cpu(logits)
+    if rows:
+        tiles = backward_tiles(logits.dtype)
+        _backward_kernel[(rows, triton.cdiv(vocab, tiles["BLOCK"]))](
+            logits, inner, outer_stride, inner_stride, vocab, labels, mask, LOG2_E / temperature, 1 / temperature,
+            saved, entropy, grad_logprobs, grad_entropy, grad_logits, grad_outer_stride, grad_inner_stride, **tiles,
+        )  # fmt: skip
+
+
+def _accumulator(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def forward_tiles(dtype: torch.dtype) -> dict:
+    """Four loads of 16 bytes in flight for each of 256 threads."""
+    return {
+        "ACCUM": _accumulator(dtype),
+        "DEPTH": 4,
+        "WIDTH": 256 * 16 // dtype.itemsize,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
+
+
+def backward_tiles(dtype: torch.dtype) -> dict:
+    """Two, which leaves the registers for twice the blocks."""
+    return {
+        "ACCUM": _accumulator(dtype),
+        "BLOCK": 2 * 256 * 16 // dtype.itemsize,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }

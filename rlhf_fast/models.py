@@ -1,0 +1,284 @@
+"""Loading models, and looking at them: hidden states, log-probabilities of responses, scores, values.
+
+    trunk      (B, T) tokens -> (B, T, D) hidden states; the lm_head runs only where its output is used
+    policy     trunk + lm_head                                = AutoModelForCausalLM
+    reward     trunk + scalar head, read at the last real token = AutoModelForSequenceClassification, num_labels=1
+    value      trunk + scalar head, read at every token         = the same checkpoint format
+
+Padding may be on either side: positions count real tokens (position_ids_from_mask) and a reward is read where the mask
+ends, so the pad token's identity (also pad == eos) plays no part. attention_mask is bool, (B, T), and True counts; None
+means no padding on the left, and then the attention is plainly causal (what follows a token cannot change it).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .data.chat import ConfigError
+from .ops import linear_token_logprobs
+
+
+def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """A causal language model as it is given, or by name or path; then on the GPU where there is one."""
+    if isinstance(model, (str, Path)):
+        with _loading("model", model):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(default_device())
+    return _learn_eos(model)
+
+
+def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A tokenizer as it is given, or by path, or by a model's own path; then eos pads where it has no pad token."""
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    path = source if isinstance(source, (str, Path)) else source.name_or_path
+    if not path:
+        raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
+    with _loading("tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextmanager
+def _loading(what: str, path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # what transformers raises for a folder or name that is nowhere, or holds no such thing
+        raise ConfigError(f"no {what} can be loaded from {str(path)!r}: {str(error).splitlines()[0]}") from error
+
+
+def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Raises ConfigError where the tokenizer has ids, or the data sequences, that the model cannot embed."""
+    rows, positions = (
+        model.get_input_embeddings().num_embeddings,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: use the model's own tokenizer, or "
+            f"call model.resize_token_embeddings({len(tokenizer)})"
+        )
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"the longest sequence has {longest} tokens and the model {positions} positions: lower max_length"
+        )
+
+
+def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer's eos among those at which transformers' generate() stops, and its pad: what training teaches."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if tokenizer.eos_token_id not in known:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known] if known else tokenizer.eos_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy in eval mode."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Every dropout rate to 0: the same tokens then score the same in train mode, and the first PPO ratio is 1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # read by functional attention
+            module.attention_dropout = 0.0
+
+
+def _learn_eos(model: PreTrainedModel) -> PreTrainedModel:
+    """An embedding built with padding_idx gives that token no gradient, and it may be eos. Masks keep padding out."""
+    model.get_input_embeddings().padding_idx = None
+    return model
+
+
+# --- trunk and heads -------------------------------------------------------------------------------------------------
+
+
+def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B, T) int64: the number of real tokens before each; 0 on left padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """(B, T) tokens -> (B, T, D), the trunk's last hidden state after its final norm; no lm_head."""
+    inputs = {} if attention_mask is None else {
+        "attention_mask": attention_mask.long(), "position_ids": position_ids_from_mask(attention_mask)
+    }  # fmt: skip
+    return model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None]:
+    """(V, D) weight, (V,) bias or None, logit softcap or None: what linear_token_logprobs takes."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_lm_head(model: PreTrainedModel) -> None:
+    """Raises ValueError where the logits are not lm_head(hidden_states), as in architectures that scale them."""
+    ids = torch.arange(2, device=model.device)[None]
+    was_training = model.training
+    model.eval()
+    weight, bias, softcap = lm_head(model)
+    ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
+    ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than lm_head, bias and softcap; rlhf_fast computes "
+            "log-probabilities from hidden states and would be wrong for it"
+        )
+
+
+def response_logprobs(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, response_length: int, *,
+    temperature: float = 1.0, mask: Tensor | None = None, with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, P + R) tokens -> (B, R) log-probability of each of the last R given what precedes it (and entropies).
+
+    mask (B, R), default attention_mask[:, -R:]: what lies outside it is 0. No (B, T, V) tensor is made.
+    """
+    response = slice(input_ids.shape[1] - response_length, None)
+    hidden = hidden_states(model, input_ids, attention_mask)[:, response.start - 1 : -1]
+    weight, bias, softcap = lm_head(model)
+    return linear_token_logprobs(
+        hidden, weight, input_ids[:, response], bias=bias, temperature=temperature, softcap=softcap,
+        mask=attention_mask[:, response] if mask is None else mask, with_entropy=with_entropy,
+    )  # fmt: skip
+
+
+# --- scalar heads ----------------------------------------------------------------------------------------------------
+
+
+def load_reward_model(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *,
+    dtype: torch.dtype | str = torch.float32,
+) -> PreTrainedModel:  # fmt: skip
+    """AutoModelForSequenceClassification with num_labels=1, from a reward model (its head is kept) or a language model.
+
+    From a language model the trunk is taken over (copied, if an object is given) and the head drawn from a
+    normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), under the seed in force. The
+    tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad).
+    """
+    if isinstance(model, (str, Path)):
+        if has_scalar_head(model):
+            reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(default_device())
+        else:
+            reward = scalar_head_on(load_policy(model, dtype=dtype))
+    else:
+        reward = model if has_scalar_head(model) else scalar_head_on(model)
+    if reward.config.num_labels != 1:
+        raise ConfigError(f"a reward is one number; {type(reward).__name__} has num_labels={reward.config.num_labels}")
+    if tokenizer is not None:
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            raise ConfigError("a reward model needs a pad token that is not eos: use with_own_pad(tokenizer)")
+        if len(tokenizer) > reward.get_input_embeddings().num_embeddings:
+            reward.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        reward.config.pad_token_id = tokenizer.pad_token_id
+    return _learn_eos(reward)
+
+
+def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
+    """Whether it is a reward model already, or a language model that would get a new head."""
+    if not isinstance(model, (str, Path)):
+        return hasattr(model, "score")
+    with _loading("model", model):
+        config = AutoConfig.from_pretrained(model)
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
+    """AutoModelForSequenceClassification: a copy of the trunk under a new scalar head (see load_reward_model)."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    scalar.base_model.load_state_dict(model.base_model.state_dict())
+    width = scalar.score.weight.shape[1]
+    nn.init.normal_(scalar.score.weight, std=1 / math.sqrt(width + 1))
+    return _learn_eos(scalar)
+
+
+def with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer if its pad token is not eos, else a copy that pads with unk or bos, or with a new token <|pad|>.
+
+    transformers reads a reward at the last token that is not pad, so a reward model's pad must not be eos.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    spare = [t for t in (own.unk_token, own.bos_token) if t is not None and t != own.eos_token]
+    own.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
+    return own
+
+
+def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, T) tokens, padded on either side -> (B,) float32 rewards, read at the last real token of each row."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (positions * attention_mask).argmax(-1)
+    padded_left = not bool(attention_mask[:, 0].all())
+    hidden = hidden_states(model, input_ids, attention_mask if padded_left else None)
+    return scalar_head(model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """(B, T) tokens -> (B, T) float32, the scalar head at every token."""
+    return scalar_head(model, hidden_states(model, input_ids, attention_mask))
+
+
+def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The head in float32 whatever the trunk's dtype: differences of rewards are what counts."""
+    bias = model.score.bias if model.score.bias is None else model.score.bias.float()
+    return nn.functional.linear(hidden.float(), model.score.weight.float(), bias).squeeze(-1)
+
+
+class ValueModel(nn.Module):
+    """V(s) at every token: forward(input_ids, attention_mask) -> (B, T) float32. `model` is the scalar-head model."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_reward_model(cls, model: PreTrainedModel) -> ValueModel:
+        """Starts as a copy of the reward model: the value of the last state is already the reward."""
+        if not has_scalar_head(model):
+            raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
+        value = copy.deepcopy(model).requires_grad_(True)
+        return cls(value)
+
+    @classmethod
+    def from_policy(cls, model: PreTrainedModel) -> ValueModel:
+        """The policy's trunk under a head of zeros: the first values are 0, not noise."""
+        value = scalar_head_on(model)
+        nn.init.zeros_(value.score.weight)
+        return cls(value)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return token_values(self.model, input_ids, attention_mask)
+
+    def save_pretrained(self, path) -> None:
+        self.model.save_pretrained(path)

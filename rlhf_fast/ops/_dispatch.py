@@ -1,0 +1,222 @@
+"""Which kernel runs an op: the table (op, device) -> backend, and the two ways into a native op.
+
+A public function asks `op.backend(tensor)`. "reference" is ops/reference.py, ordinary PyTorch under ordinary autograd.
+Any other backend is a native kernel, which `op(...)` enters
+    directly, on plain tensors in eager mode: one autograd.Function, or no wrapper at all when nothing requires grad;
+    through torch.library everywhere else (torch.compile, fake tensors, functorch, tensor subclasses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+try:
+    from .. import _C
+except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
+    _C, _C_MISSING = None, str(error)
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
+
+_LIBRARY = torch.library.Library("rlhf_fast", "DEF")
+_OPS: dict[str, Op] = {}
+_forced: str | None = None  # use_backend
+
+
+@lru_cache(None)
+def _unavailable(device: str, backend: str) -> str | None:
+    """Why a backend cannot run on this machine; None where it can."""
+    if device == "cpu":
+        if backend == "native" and _C is None:
+            return f"rlhf_fast._C is not built ({_C_MISSING}); run pip install . in the source tree"
+        if backend == "triton":
+            return "Triton runs on the CPU only under its interpreter, which use_backend('triton') asks for"
+    elif backend == "native":
+        if _C is None or _C.cuda_version is None:
+            return f"this build has no CUDA kernels; {HOW_TO_BUILD}"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+    elif backend == "triton" and find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+class Op:
+    """One native op: a schema of torch.library, its kernels by device and backend (best first), fake and autograd."""
+
+    def __init__(self, schema, kernels, fake, backward=None, setup_context=None):
+        self.name = schema.split("(")[0]
+        self.kernels: dict[str, dict[str, Callable]] = {}
+        for (device, backend), kernel in kernels.items():
+            self.kernels.setdefault(device, {})[backend] = kernel
+        self._chosen: dict[str, str] = {}  # device -> backend, filled on first use
+
+        qualname = f"rlhf_fast::{self.name}"
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in self.kernels:
+            _LIBRARY.impl(self.name, self._kernel, device.upper())
+        torch.library.register_fake(qualname, fake, lib=_LIBRARY)
+        self.function = None
+        if backward is None:  # a backward op: without this, a second derivative would be silently zero
+            torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
+        else:
+            torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=_LIBRARY)
+
+            def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
+                output = self._kernel(*args)
+                ctx.direct = True  # outputs that the public function hides may be overwritten in the backward
+                setup_context(ctx, args, output)
+                return output
+
+            methods = {
+                "forward": staticmethod(forward),
+                "backward": staticmethod(once_differentiable(backward)),
+            }
+            self.function = type(self.name, (torch.autograd.Function,), methods)
+        self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
+        _OPS[self.name] = self
+
+    def _refuse_gradient(self, ctx, *grads):
+        raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
+
+    def __call__(self, *args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not plain(tensors):
+            return self.library_op(*args)
+        if self.function is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self.function.apply(*args)
+        return self._kernel(*args)
+
+    def _kernel(self, *args):
+        return self.kernel_on(args[0].device.type)(*args)
+
+    def kernel_on(self, device: str) -> Callable:
+        return self.kernels[device][self.backend_on(device)]
+
+    def backend(self, tensor: Tensor) -> str:
+        """The backend that runs this op on the device of tensor."""
+        return self.backend_on(tensor.device.type)
+
+    def backend_on(self, device: str) -> str:
+        if _forced is not None:
+            if _forced != "reference" and _forced not in self.kernels.get(device, ()):
+                raise RuntimeError(f"{self.name}: use_backend({_forced!r}) has no kernel for it on {device}")
+            return _forced
+        if device not in self._chosen:
+            self._chosen[device], _ = self._choose(device)
+        return self._chosen[device]
+
+    def _choose(self, device: str) -> tuple[str, str | None]:
+        """The first available backend, and why the better ones are not."""
+        reasons = []
+        for backend in self.kernels.get(device, ()):
+            reason = _unavailable(device, backend)
+            if reason is None:
+                return backend, "; ".join(reasons) or None
+            reasons.append(f"{backend}: {reason}")
+        if device == "cpu" and reasons:
+            raise RuntimeError(f"{self.name}: {reasons[0]}. Plain PyTorch: with rlhf_fast.use_backend('reference')")
+        if reasons and device == "cuda" and torch.cuda.is_available():
+            raise RuntimeError(
+                f"{self.name} got a CUDA tensor, and {'; '.join(reasons)}. Plain PyTorch: with "
+                "rlhf_fast.use_backend('reference')"
+            )
+        return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
+
+
+def plain(tensors: list[Tensor]) -> bool:
+    """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
+@contextmanager
+def use_backend(name: str):
+    """Run every op on one backend inside the block: "reference", "native" or "triton". Not thread-local."""
+    global _forced
+    if name not in ("reference", "native", "triton"):
+        raise ValueError(f"use_backend: {name!r} must be 'reference', 'native' or 'triton'")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backends() -> dict[str, dict[str, dict[str, str | None]]]:
+    """{op: {device: {"backend": what runs, "why": why no better one does}}} for "cpu" and "cuda"."""
+    table = {}
+    for kernel, op in sorted(_OPS.items()):
+        if kernel.endswith("_backward"):  # runs where its forward does
+            continue
+        name = kernel.removesuffix("_forward")
+        table[name] = {}
+        for device in ("cpu", "cuda"):
+            try:
+                backend, why = op._choose(device)
+            except RuntimeError as error:
+                backend, why = "none", str(error)
+            table[name][device] = {"backend": backend, "why": why}
+    return table
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def pointers(arguments: tuple) -> tuple:
+    """A native op's arguments: tensors as their addresses, None as null, numbers as they are."""
+    return tuple(pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
+
+
+def launch(kernel: Callable, arguments: tuple) -> None:
+    """Queues a CUDA op on the current stream of its first tensor's device."""
+    device = arguments[0].device
+    with torch.cuda.device(device):
+        error = kernel(*pointers(arguments), torch.cuda.current_stream(device).cuda_stream)
+    if error:
+        raise RuntimeError(f"{kernel.__name__}: the launch on {device} failed with cudaError_t {error}")
+
+
+def byte_mask(mask: Tensor | None) -> Tensor | None:
+    """A contiguous bool tensor for the kernels, from bool or 0/1 numbers."""
+    return None if mask is None else mask.bool().contiguous()
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two indices share memory (an expanded tensor): writing it in place would lose values."""
+    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def strided_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(..., V) -> x, inner, outer_stride, inner_stride: the layout of ops.h, copying only what it cannot express.
+
+    Row i of the flattened leading axes starts at (i // inner) * outer_stride + (i % inner) * inner_stride.
+    """
+    if x.is_contiguous():
+        return x, 1, x.shape[-1], 0
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    axes = []  # (size, stride) of the leading axes, neighbours merged where memory allows
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return x.contiguous(), 1, x.shape[-1], 0
+    if len(axes) == 2:
+        return x, axes[1][0], axes[0][1], axes[1][1]
+    return x, 1, axes[0][1] if axes else 0, 0

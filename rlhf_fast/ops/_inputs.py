@@ -1,0 +1,92 @@
+"""What the ops over (B, T) tokens and (B,) pairs share: checks of their inputs, and their way into csrc/ (Grid)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import DTYPE_CODES
+
+_ABSENT = (0, 0, 0, 0)
+_BOOL = 4  # kBool of csrc/ops.h
+
+
+def grid(x: Tensor | None) -> tuple[int, int, int, int]:
+    """A (rows, cols) tensor, or a (cols,) one as a single row, as the Grid of csrc/ops.h: pointer, dtype, strides."""
+    if x is None:
+        return _ABSENT
+    if x.ndim == 1:
+        return x.data_ptr(), DTYPE_CODES.get(x.dtype, _BOOL), 0, x.stride(0)
+    return (x.data_ptr(), DTYPE_CODES.get(x.dtype, _BOOL), *x.stride())
+
+
+def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
+    """All tensors have the first one's shape and device, and a floating dtype; ndim is the number of axes it needs."""
+    first_name, first = next(iter(tensors.items()))
+    shape, device = first.shape, first.device
+    if ndim is not None and len(shape) != ndim:
+        need = {1: "(B,)", 2: "(B, T)"}[ndim]
+        raise ValueError(f"{op}: {first_name} is {tuple(shape)}; needs {need}")
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.dtype not in DTYPE_CODES:
+            raise TypeError(f"{op}: {name} is {x.dtype}; needs float32, bfloat16, float16 or float64")
+        _check_one(op, name, x, first_name, shape, device)
+    if mask is not None:
+        _check_one(op, "mask", mask, first_name, shape, device)
+
+
+def _check_one(op, name, x, first_name, shape, device):
+    if x.shape != shape:
+        raise ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(shape)}")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, {first_name} on {device}; move them to one device")
+
+
+def aggregation_code(op: str, mode: str) -> int:
+    if mode not in reference.AGGREGATIONS:
+        raise ValueError(f"{op}: loss_agg_mode {mode!r} must be one of {', '.join(reference.AGGREGATIONS)}")
+    return reference.AGGREGATIONS.index(mode)
+
+
+def estimator_code(op: str, estimator: str) -> int:
+    if estimator not in reference.KL_ESTIMATORS:
+        raise ValueError(f"{op}: estimator {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
+    return ("k1", "k2", "k3", "abs").index(reference.KL_ESTIMATORS[estimator])
+
+
+def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """As a float64 scalar tensor, which a kernel reads where it lies: no synchronisation."""
+    if normalizer is None:
+        return None
+    if not isinstance(normalizer, Tensor):
+        return torch.full((), normalizer, dtype=torch.float64, device=like.device)
+    if normalizer.numel() != 1 or normalizer.device != like.device:
+        raise ValueError(
+            f"{op}: normalizer is {tuple(normalizer.shape)} on {normalizer.device}; needs one number on {like.device}"
+        )
+    return normalizer.detach().double()
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def gradient_buffer(like: Tensor, wanted: bool) -> Tensor:
+    """Where a forward writes the gradient it knows already; empty where nobody will ask for it."""
+    return torch.empty(like.shape if wanted else (0,), dtype=accumulation_dtype(like), device=like.device)
+
+
+def wants_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(...) -> (rows, columns), a view where memory allows."""
+    if x.ndim == 2:
+        return x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)

@@ -1,0 +1,230 @@
+"""What the ops from hidden states share: rows that count, in chunks; logits of a chunk; gradients of a chunk.
+
+    z = softcap(hidden @ weight.T + bias)      only ever (chunk, V), in float32 (float64 for float64 inputs)
+    dhidden = dz @ weight,  dweight = dz.T @ hidden,  dbias = sum of dz over rows
+
+Rows outside the mask are dropped first, so time is proportional to the rows that count. The gradient of the logits is
+written over the logits, and the weight gradient is accumulated in float32 over the chunks. Memory beside the results:
+one chunk (two with a softcap) and, for half-precision weights, one tile of the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dispatch import plain
+from .token_logprobs import _backward as row_backward
+from .token_logprobs import _forward as row_forward
+
+# 64 MiB are 333 rows at V = 50257: the weight-gradient product is within 5 % of its speed at 512 rows, and a step
+# stays below a tenth of the memory of eager PyTorch at 2048 rows.
+CHUNK_BYTES = 64 << 20
+LEAST_ROWS = 128  # below, the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
+TILE = 4096  # rows of a half-precision weight that are upcast at a time
+
+
+class Inputs(NamedTuple):
+    """The rows that count: (n, D) hidden and (n,) labels; index says which of the N rows they are (None: all)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    index: Tensor | None
+    rows: int  # N
+    softcap: float | None
+
+    def take(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (n, ...)."""
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def put(self, x: Tensor) -> Tensor:
+        """(n, ...) -> (N, ...), 0 outside the mask."""
+        if self.index is None:
+            return x
+        return x.new_zeros(self.rows, *x.shape[1:]).index_copy_(0, self.index, x)
+
+
+def compact(op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap) -> Inputs:
+    """(N, D) hidden, (N,) labels and mask -> the rows that count; an IndexError for a label outside the vocabulary."""
+    index = None if mask is None else mask.nonzero().squeeze(1)
+    if index is not None and index.shape[0] == labels.shape[0]:
+        index = None
+    inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap)
+    labels = inputs.take(labels)
+    wrong = (labels < 0) | (labels >= weight.shape[0])
+    if wrong.any():
+        at = wrong.nonzero()[0, 0]
+        raise IndexError(
+            f"{op}: label {labels[at]} at row {at if index is None else index[at]} is outside the vocabulary of "
+            f"{weight.shape[0]}; a label that does not count needs mask=False (or ignore_index) there"
+        )
+    return inputs._replace(hidden=inputs.take(hidden), labels=labels)
+
+
+def chunks(rows: int, vocab: int) -> list[slice]:
+    """Equal shares of at most CHUNK_BYTES of float32 logits."""
+    most = max(CHUNK_BYTES // (4 * max(vocab, 1)), LEAST_ROWS)
+    step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def logits_buffer(inputs: Inputs, parts: list[slice]) -> Tensor:
+    most = max((p.stop - p.start for p in parts), default=0)
+    return torch.empty(most, inputs.weight.shape[0], dtype=accumulator(inputs.hidden), device=inputs.hidden.device)
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
+    """z (rows of part, V) = the logits, in the accumulator dtype."""
+    z, x, weight = z[: part.stop - part.start], inputs.hidden[part].to(z.dtype), inputs.weight
+    if weight.dtype == z.dtype:
+        torch.mm(x, weight.T, out=z)
+    else:
+        for v in range(0, weight.shape[0], TILE):
+            torch.mm(x, weight[v : v + TILE].to(z.dtype).T, out=z[:, v : v + TILE])
+    if inputs.bias is not None:
+        z.add_(inputs.bias)
+    if inputs.softcap is not None:
+        z.div_(inputs.softcap).tanh_().mul_(inputs.softcap)
+    return z
+
+
+def row_statistics(z: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, V) logits -> logprobs, entropy, and what the row gradient needs."""
+    return row_forward.kernel_on(z.device.type)(z, labels, None, temperature, with_entropy, False)
+
+
+class Gradients:
+    """Sums the gradients of hidden, weight and bias over chunks; `wanted` says which of them anybody asked for."""
+
+    def __init__(self, inputs: Inputs, wanted: tuple[bool, bool, bool]):
+        self.inputs, self.wanted = inputs, wanted
+        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+        dtype = accumulator(hidden)
+        self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
+        self.weight = torch.empty(weight.shape if wanted[1] else 0, dtype=dtype, device=hidden.device)
+        self.bias = torch.zeros(bias.shape if wanted[2] else 0, dtype=dtype, device=hidden.device)
+        self.beta = 0  # the first chunk overwrites
+
+    def add(self, z, part, temperature, saved, entropy, grad_logprobs, grad_entropy) -> None:
+        """Consumes z: the gradient of the chunk's logits is written over them."""
+        inputs, labels = self.inputs, self.inputs.labels[part]
+        slope = None if inputs.softcap is None else 1 - (z / inputs.softcap).square_()  # of cap tanh(z / cap)
+        row_backward.kernel_on(z.device.type)(
+            z, labels, None, temperature, saved, entropy, grad_logprobs, grad_entropy, out=z
+        )
+        if slope is not None:
+            z.mul_(slope)
+        if self.wanted[2]:
+            self.bias += z.sum(0)
+        hidden, weight = inputs.hidden[part], inputs.weight
+        if not half_products_are_native(hidden, weight):
+            hidden = hidden.to(z.dtype)
+        else:
+            z = z.to(hidden.dtype)
+        if self.wanted[0]:
+            self.hidden[part] = product(z, weight)
+        if self.wanted[1]:
+            self._add_weight(z, hidden)
+        self.beta = 1
+
+    def _add_weight(self, dz: Tensor, x: Tensor) -> None:
+        if x.dtype == self.weight.dtype:
+            torch.addmm(self.weight, dz.T, x, beta=self.beta, out=self.weight)
+            return
+        for v in range(0, self.weight.shape[0], TILE):
+            tile = self.weight[v : v + TILE]
+            update = torch.mm(dz[:, v : v + TILE].T, x, out=x.new_empty(tile.shape))
+            if self.beta:
+                tile += update
+            else:
+                tile.copy_(update)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.inputs
+        if self.beta == 0:  # no row counted
+            self.weight.zero_()
+        return (
+            inputs.put(self.hidden) if self.wanted[0] else self.hidden,
+            self.weight.to(inputs.weight.dtype),
+            self.bias if inputs.bias is None else self.bias.to(inputs.bias.dtype),
+        )
+
+
+def product(dz: Tensor, weight: Tensor) -> Tensor:
+    """dz @ weight, upcasting the weight by tiles where the dtypes differ."""
+    if dz.dtype == weight.dtype:
+        return torch.mm(dz, weight, out=dz.new_empty(dz.shape[0], weight.shape[1]))  # out=: autocast keeps away
+    total = dz.new_zeros(dz.shape[0], weight.shape[1])
+    for v in range(0, weight.shape[0], TILE):
+        total.addmm_(dz[:, v : v + TILE], weight[v : v + TILE].to(dz.dtype))
+    return total
+
+
+def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the two gradient products run in bfloat16, with dz rounded to it, rather than in float32.
+
+    True where the CPU multiplies bfloat16 itself: 187 against 85 GFLOP/s a core with avx512_bf16 (EPYC 9004); without
+    it, 20 against 80. The logits are always computed in float32, because log-probabilities are float32 results.
+    """
+    return hidden.dtype == weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+
+
+def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """What Gradients.results returns, for fake tensors."""
+    bias = hidden.new_empty(0, dtype=accumulator(hidden)) if bias is None else bias
+    return (
+        hidden.new_empty(hidden.shape if wanted[0] else (0,)),
+        weight.new_empty(weight.shape if wanted[1] else (0,)),
+        bias.new_empty(bias.shape if wanted[2] else (0,)),
+    )
+
+
+def may_consume(ctx, tensors: list[Tensor]) -> bool:
+    """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
+    direct = getattr(ctx, "direct", False)  # not through torch.library, where they are visible
+    return direct and plain(tensors) and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def scale_gradients(ctx, factor: Tensor | None) -> list[Tensor | None]:
+    """The saved gradients times the gradient of the loss, without a second weight gradient where possible."""
+    gradients = ctx.saved_tensors
+    if factor is None:
+        return [None] * 3
+    if may_consume(ctx, [*gradients, factor]):
+        return [g.detach().mul_(factor) if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
+    return [(g * factor).to(g.dtype) if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
+
+
+def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(t is not None and torch.is_grad_enabled() and t.requires_grad for t in tensors)
+
+
+def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
+    """What the three ops refuse, as ValueError or TypeError in the name of the op."""
+    if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{op}: hidden {tuple(hidden.shape)} must be (..., D), weight {tuple(weight.shape)} (V, D), "
+            f"labels {tuple(labels.shape)} (...)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} must be (V,) = ({weight.shape[0]},)")
+    if mask is not None and mask.shape != labels.shape:
+        raise ValueError(f"{op}: mask {tuple(mask.shape)} must have the shape of labels {tuple(labels.shape)}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
+    for name, t in (("weight", weight), ("labels", labels), ("bias", bias), ("mask", mask)):
+        if t is not None and t.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {t.device}, hidden on {hidden.device}; move them to one device")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(f"{op}: hidden is {hidden.dtype} and weight {weight.dtype}; needs floating dtypes")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap {softcap} must be > 0")

@@ -1,0 +1,26 @@
+"""SFT's loss from logits: token_logprobs, summed over the labels that count. No (..., V) tensor but the gradient.
+
+    loss = sum over labels that are not ignore_index of -log p(label) / normalizer
+
+Specification: reference.cross_entropy.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .token_logprobs import token_logprobs
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, normalizer: Tensor | float | None = None
+) -> Tensor:
+    """(..., V) logits, (...) labels -> scalar: the sum of -log p(label) over the number of labels. None gives 0.
+
+    Labels equal to ignore_index do not count; their rows are not read and may be NaN. normalizer replaces the number of
+    labels: give the global one under gradient accumulation and data parallelism. The loss is float32 (float64 for
+    float64 logits) and differentiable once. Raises as token_logprobs does.
+    """
+    mask = labels != ignore_index
+    nll = -token_logprobs(logits, labels, mask=mask).sum()
+    return nll / (mask.sum().clamp(min=1) if normalizer is None else normalizer)

@@ -1,0 +1,48 @@
+"""Direct preference optimisation (Rafailov et al. 2023, eq. 7): the pairwise loss of implicit rewards.
+
+    reward = beta (log pi(y | x) - log pi_ref(y | x));  loss = -log sigma(reward of chosen - reward of rejected)
+
+Specification: reference.dpo_loss. Kernel: that of pairwise_loss, which forms the rewards while it reads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from ._inputs import check, wants_gradient
+from .pairwise_loss import pairwise_op
+from .reference import PAIRWISE_STATS
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,) log-probs of whole responses (sums over their tokens) -> scalar loss and statistics (PAIRWISE_STATS).
+
+    The statistics are of the implicit rewards. The policy's log-probs receive gradients, the reference's are data.
+    label_smoothing is the probability that a preference is flipped (conservative DPO, Mitchell 2023).
+    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64). An empty batch gives 0.
+    Raises ValueError or TypeError for shapes, dtypes and devices.
+    """
+    check(
+        "dpo_loss", 1, None,
+        {"chosen_logprobs": chosen_logprobs, "rejected_logprobs": rejected_logprobs,
+         "ref_chosen_logprobs": ref_chosen_logprobs, "ref_rejected_logprobs": ref_rejected_logprobs},
+    )  # fmt: skip
+    if pairwise_op.backend(chosen_logprobs) == "reference":
+        return reference.dpo_loss(
+            chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+    loss, stats, _, _ = pairwise_op(
+        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, float(beta),
+        0.0, 1.0 - label_smoothing, 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
+    )  # fmt: skip
+    return loss, dict(zip(PAIRWISE_STATS, stats.unbind(), strict=True))

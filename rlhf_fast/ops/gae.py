@@ -1,0 +1,56 @@
+"""Generalised advantage estimation (Schulman et al. 2016, eq. 16) over (B, T) tokens.
+
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
+
+Specification: reference.gae. Kernel: csrc/cpu/gae.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op
+from ._inputs import accumulation_dtype, check, grid
+
+
+def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    advantages = torch.empty(rewards.shape, dtype=accumulation_dtype(rewards), device=rewards.device)
+    return advantages, torch.empty_like(advantages)
+
+
+def _cpu(rewards, values, mask, gamma, lam, carry):
+    advantages, returns = _outputs(rewards)
+    _C.gae(
+        grid(rewards), grid(values), grid(mask), *rewards.shape, gamma, lam, carry, DTYPE_CODES[returns.dtype],
+        advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, returns
+
+
+_op = Op(
+    "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool carry) -> "
+    "(Tensor advantages, Tensor returns)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda rewards, *_: _outputs(rewards),
+)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, gap_mode: str = "carry"
+) -> tuple[Tensor, Tensor]:
+    """(B, T) per-token rewards, values V(s_t) and mask -> (advantages, returns), both (B, T) and 0 outside the mask.
+
+    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64 rewards). After the last token of the
+    mask V and A are 0 (the episode ends there). gap_mode says what a masked token inside a sequence does, such as an
+    observation in a dialogue: "carry" passes over it, t + 1 is the next token of the mask (verl); "zero" steps over it
+    with r = V = 0, so that A decays by gamma lam each time (OpenRLHF). The results are targets and carry no gradient.
+    Raises ValueError or TypeError for shapes, dtypes, devices and gap_mode.
+    """
+    check("gae", 2, mask, {"rewards": rewards, "values": values})
+    if gap_mode not in ("carry", "zero"):
+        raise ValueError(f"gae: gap_mode {gap_mode!r} must be 'carry' or 'zero'")
+    if _op.backend(rewards) == "reference":
+        return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, gap_mode=gap_mode)
+    return _op(rewards.detach(), values.detach(), mask.bool(), float(gamma), float(lam), gap_mode == "carry")

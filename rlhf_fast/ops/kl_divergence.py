@@ -1,0 +1,112 @@
+"""The exact KL(policy || reference) of each token's distribution, from one read of both logits.
+
+    KL = sum_v p_v (log p_v - log q_v),  p = softmax(logits), q = softmax(ref_logits)
+    dKL/dlogits_v = p_v (log p_v - log q_v - KL),  dKL/dref_logits_v = q_v - p_v
+
+kl_penalty estimates it from the sampled token alone. Specification: reference.kl_divergence. Kernel: csrc/cpu.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, pointer
+from ._inputs import accumulation_dtype, wants_gradient
+
+NAME = "kl_divergence"
+
+
+def _outputs(logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    new = {"dtype": accumulation_dtype(logits), "device": logits.device}
+    return torch.empty(logits.shape[:-1], **new), torch.empty((*logits.shape[:-1], 4), **new)
+
+
+def _forward_cpu(logits, ref_logits, mask, *with_grads):
+    logits, ref_logits, mask = logits.contiguous(), ref_logits.contiguous(), byte_mask(mask)
+    kl, saved = _outputs(logits)
+    _C.kl_divergence_forward(
+        logits.data_ptr(), ref_logits.data_ptr(), DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1],
+        pointer(mask), kl.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return kl, saved
+
+
+def _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
+    return tuple(
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        for x, wanted in zip((logits, ref_logits), with_grads, strict=True)
+    )
+
+
+def _backward_cpu(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
+    logits, ref_logits, mask, grad_kl = (
+        logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
+    )  # fmt: skip
+    grads = _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads)
+    _C.kl_divergence_backward(
+        logits.data_ptr(), ref_logits.data_ptr(), DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1],
+        pointer(mask), kl.data_ptr(), saved.data_ptr(), grad_kl.data_ptr(),
+        *(pointer(g) if wanted else 0 for g, wanted in zip(grads, with_grads, strict=True)), torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+_backward = Op(
+    f"{NAME}_backward(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor saved, Tensor grad_kl, "
+    "bool with_grad, bool with_ref_grad) -> (Tensor, Tensor)",
+    kernels={("cpu", "native"): _backward_cpu},
+    fake=_gradients,
+)
+
+
+def _save(ctx, inputs, output):
+    *tensors, with_grad, with_ref_grad = inputs
+    ctx.with_grads = (with_grad, with_ref_grad)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grad(ctx, grad_kl, _):
+    logits, ref_logits, mask, kl, saved = ctx.saved_tensors
+    grads = _backward(logits.detach(), ref_logits.detach(), mask, kl.detach(), saved, grad_kl, *ctx.with_grads)
+    return *(g if wanted else None for g, wanted in zip(grads, ctx.with_grads, strict=True)), None, None, None
+
+
+_forward = Op(
+    f"{NAME}(Tensor logits, Tensor ref_logits, Tensor? mask, bool with_grad, bool with_ref_grad) "
+    "-> (Tensor kl, Tensor saved)",
+    kernels={("cpu", "native"): _forward_cpu},
+    fake=_outputs,
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(..., V) both -> (...) exact KL(softmax(logits) || softmax(ref_logits)) in nats, float32 (float64 for float64).
+
+    Both receive gradients, once. Logits are float32, bfloat16, float16 or float64; two dtypes meet in the wider one.
+    A token that p forbids (-inf) adds nothing; one that only q forbids makes the divergence infinite. mask (...) bool
+    or 0/1: where it is False the rows are not read, the result is 0 and so is the gradient.
+    Raises ValueError for shapes and devices, TypeError for dtypes.
+    """
+    if logits.shape != ref_logits.shape or logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{NAME}: logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be (..., V)"
+        )
+    if mask is not None and mask.shape != logits.shape[:-1]:
+        raise ValueError(f"{NAME}: mask {tuple(mask.shape)} must be logits {tuple(logits.shape)} without the last axis")
+    for name, x in (("ref_logits", ref_logits), ("mask", mask)):
+        if x is not None and x.device != logits.device:
+            raise ValueError(f"{NAME}: {name} is on {x.device}, logits on {logits.device}; move them to one device")
+    if logits.dtype not in DTYPE_CODES or ref_logits.dtype not in DTYPE_CODES:
+        raise TypeError(
+            f"{NAME}: got {logits.dtype} and {ref_logits.dtype}; needs float32, bfloat16, float16 or float64"
+        )
+    if _forward.backend(logits) == "reference":
+        return reference.kl_divergence(logits, ref_logits, mask)
+    wider = torch.promote_types(logits.dtype, ref_logits.dtype)
+    logits, ref_logits = logits.to(wider), ref_logits.to(wider)
+    return _forward(logits, ref_logits, mask, wants_gradient(logits), wants_gradient(ref_logits))[0]

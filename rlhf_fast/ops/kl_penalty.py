@@ -1,0 +1,83 @@
+"""Estimates of KL(policy || reference) from the log-probs of tokens that the policy sampled (Schulman 2020).
+
+    d = logprobs - ref_logprobs;  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d,  abs = |d|
+
+Specification: reference.kl_penalty. Kernel: csrc/cpu/kl_penalty.cpp, the formulas in csrc/common/policy.h.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op, pointer
+from ._inputs import accumulation_dtype, as_rows, check, estimator_code, gradient_buffer, grid, wants_gradient
+
+
+def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+    kl = torch.empty(logprobs.shape, dtype=accumulation_dtype(logprobs), device=logprobs.device)
+    return kl, gradient_buffer(logprobs, with_grad)
+
+
+def _cpu(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
+    kl, slope = outputs = _outputs(logprobs, with_grad)
+    _C.kl_penalty(
+        grid(logprobs), grid(ref_logprobs), *logprobs.shape, estimator, input_clamp, output_clamp,
+        DTYPE_CODES[kl.dtype], kl.data_ptr(), pointer(slope), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_kl, _):
+    if grad_kl is None:
+        return (None,) * 6
+    grad = ctx.saved_tensors[0] * grad_kl
+    return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, *[None] * 4
+
+
+_op = Op(
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator, float input_clamp, float output_clamp, "
+    "bool with_grad) -> (Tensor kl, Tensor slope)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda logprobs, *args: _outputs(logprobs, args[-1]),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def kl_penalty(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    estimator: str = "k1",
+    input_clamp: float | None = None,
+    output_clamp: float | None = None,
+) -> Tensor:
+    """Log-probs of the same tokens under two models, (...) both -> (...) estimates in nats; both receive gradients.
+
+    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64 logprobs).
+    estimator: "k1" ("kl"), "k2" ("mse"), "k3" ("low_var_kl") or "abs". k1 is unbiased and may be negative, k3 is
+    unbiased and never negative, k2 has the gradient of the true KL.
+    input_clamp limits d to +-input_clamp, output_clamp the result; both bias the estimate, so neither is on unless
+    asked for, and the gradient is 0 where one holds.
+    Raises ValueError or TypeError for shapes, dtypes, devices and estimator.
+    """
+    check("kl_penalty", None, None, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
+    code = estimator_code("kl_penalty", estimator)
+    if _op.backend(logprobs) == "reference":
+        return reference.kl_penalty(
+            logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp
+        )
+    limits = [math.inf if limit is None else float(limit) for limit in (input_clamp, output_clamp)]
+    with_grad = wants_gradient(logprobs) or wants_gradient(ref_logprobs)
+    kl, _ = _op(as_rows(logprobs), as_rows(ref_logprobs), code, *limits, with_grad)
+    return kl if logprobs.ndim == 2 else kl.view(logprobs.shape)

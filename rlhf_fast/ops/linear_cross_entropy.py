@@ -1,0 +1,101 @@
+"""SFT's loss from hidden states: cross entropy of hidden @ weight.T, whose logits never exist as a whole.
+
+    loss = sum over labels that are not ignore_index of -log p(label) / normalizer
+
+The gradient of the loss with respect to the logits is known as soon as they are, so the forward takes three matrix
+products in all and the backward only scales. Specification: reference.linear_cross_entropy; _linear.py has the chunks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from ._dispatch import Op
+from ._inputs import normalizer_tensor
+from ._linear import (
+    Gradients,
+    accumulator,
+    check,
+    chunks,
+    compact,
+    empty_gradients,
+    logits_buffer,
+    row_statistics,
+    scale_gradients,
+    wanted_gradients,
+    write_logits,
+)
+
+
+def _forward_cpu(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
+    inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap)
+    rows = inputs.labels.shape[0]
+    parts = chunks(rows, weight.shape[0])
+    buffer = logits_buffer(inputs, parts)
+    gradients = Gradients(inputs, wanted)
+    logprobs = buffer.new_empty(rows)
+    grad_logprobs = (-1 / normalizer).to(buffer.dtype).expand(rows).contiguous()
+    for part in parts:
+        z = write_logits(buffer, inputs, part)
+        logprobs[part], _, saved = row_statistics(z, inputs.labels[part], 1.0, False)
+        if any(wanted):
+            gradients.add(z, part, 1.0, saved, None, grad_logprobs[part], None)
+    return -(logprobs.sum() / normalizer).to(buffer.dtype), *gradients.results()
+
+
+def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
+    return hidden.new_empty((), dtype=accumulator(hidden)), *empty_gradients(hidden, weight, bias, wanted)
+
+
+def _save(ctx, inputs, output):
+    ctx.wanted = inputs[-3:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_loss, *_):
+    return *scale_gradients(ctx, grad_loss), *[None] * 7
+
+
+_op = Op(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor normalizer, "
+    "float? softcap, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor loss, Tensor, Tensor, Tensor)",
+    kernels={("cpu", "native"): _forward_cpu},
+    fake=_fake,
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """(..., D) hidden, (V, D) weight, (...) labels -> scalar: the sum of -log p(label) over its number of labels.
+
+    Labels equal to ignore_index do not count; their rows are dropped before anything is computed. normalizer replaces
+    the number of labels: give the global one under gradient accumulation and data parallelism. bias (V,); softcap c
+    makes the logits c tanh(logits / c) (Gemma 2). No label gives 0. hidden, weight and bias are float32, bfloat16,
+    float16 or float64 and receive gradients, once; a weight that needs none costs no product. The loss is float32.
+    Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
+    """
+    check("linear_cross_entropy", hidden, weight, labels, bias, None, softcap)
+    if _op.backend(hidden) == "reference":
+        return reference.linear_cross_entropy(
+            hidden, weight, labels, bias=bias, softcap=softcap, ignore_index=ignore_index, normalizer=normalizer
+        )
+    labels = labels.reshape(-1).long()
+    mask = labels != ignore_index
+    count = mask.sum().clamp(min=1) if normalizer is None else normalizer
+    return _op(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, mask,
+        normalizer_tensor("linear_cross_entropy", count, hidden), softcap, *wanted_gradients(hidden, weight, bias),
+    )[0]  # fmt: skip

@@ -1,0 +1,165 @@
+"""PPO's loss from hidden states: ppo_loss of linear_token_logprobs, in three matrix products with its backward.
+
+Beside the log-probs everything in the loss is known before it is computed, the divisor included, so each chunk of
+logits turns into its gradient at once:  dL/dlogprob_i = w_i f'(logprob_i), with f the token's loss and w_i its weight
+in the aggregation. Both come from the ppo_loss kernel: f' on the chunk's tokens, w on a batch whose ratios are all 1.
+Specification: reference.linear_ppo_loss; _linear.py has the chunks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import Op, byte_mask
+from ._inputs import aggregation_code, estimator_code, normalizer_tensor
+from ._inputs import check as check_tokens
+from ._linear import (
+    Gradients,
+    accumulator,
+    check,
+    chunks,
+    compact,
+    empty_gradients,
+    logits_buffer,
+    row_statistics,
+    scale_gradients,
+    wanted_gradients,
+    write_logits,
+)
+from .ppo_loss import _op as ppo_op
+from .reference import PPO_STATS
+
+NAME = "linear_ppo_loss"
+_UNCLIPPED = (0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)  # of the options below, up to aggregation
+_TOKEN_MEAN = 0
+
+
+def _forward_cpu(
+    hidden, weight, bias, labels, old_logprobs, advantages, mask, ref_logprobs, importance_weights, normalizer,
+    temperature, softcap, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
+    aggregation, *wanted,
+):  # fmt: skip
+    ppo = ppo_op.kernel_on(hidden.device.type)
+    options = (clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef)
+    inputs = compact(NAME, hidden, weight, bias, labels.view(-1), mask.view(-1), softcap)
+    rows = inputs.labels.shape[0]
+    parts = chunks(rows, weight.shape[0])
+    buffer = logits_buffer(inputs, parts)
+    gradients = Gradients(inputs, wanted)
+    logprobs, entropy = buffer.new_empty(2, rows)
+    if any(wanted):
+        ones = torch.ones(mask.shape, dtype=buffer.dtype, device=hidden.device)
+        weights = ppo(
+            ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False
+        )[2]  # fmt: skip
+        tokens = [old_logprobs, advantages, ref_logprobs, importance_weights, weights]
+        tokens = [None if t is None else inputs.take(t.reshape(-1))[None] for t in tokens]
+        one = torch.ones((), dtype=torch.float64, device=hidden.device)
+    for part in parts:
+        z = write_logits(buffer, inputs, part)
+        logprobs[part], entropy[part], saved = row_statistics(z, inputs.labels[part], temperature, True)
+        if any(wanted):
+            old, advantage, ref, importance, w = (None if t is None else t[:, part] for t in tokens)
+            _, _, grad, grad_entropy = ppo(
+                logprobs[None, part], old, advantage, torch.ones_like(old, dtype=torch.bool), ref, entropy[None, part],
+                importance, one, *options, _TOKEN_MEAN, True, entropy_coef != 0,
+            )  # fmt: skip
+            grad_entropy = (grad_entropy * w)[0] if entropy_coef != 0 else None
+            gradients.add(z, part, temperature, saved, entropy[part], (grad * w)[0], grad_entropy)
+    loss, stats, _, _ = ppo(
+        inputs.put(logprobs).view(mask.shape), old_logprobs, advantages, mask, ref_logprobs,
+        inputs.put(entropy).view(mask.shape), importance_weights, normalizer, *options, aggregation, False, False,
+    )  # fmt: skip
+    return loss, stats, *gradients.results()
+
+
+def _fake(hidden, weight, bias, *rest):
+    dtype = accumulator(hidden)
+    loss, stats = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(PPO_STATS), dtype=dtype)
+    return loss, stats, *empty_gradients(hidden, weight, bias, rest[-3:])
+
+
+def _save(ctx, inputs, output):
+    ctx.wanted = inputs[-3:]
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_loss, *_):
+    return *scale_gradients(ctx, grad_loss), *[None] * 20
+
+
+_op = Op(
+    f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor old_logprobs, Tensor advantages, "
+    "Tensor mask, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? normalizer, float temperature, "
+    "float? softcap, float clip_low, float clip_high, float dual_clip, float log_ratio_clamp, float kl_coef, "
+    "int kl_estimator, float entropy_coef, int aggregation, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "-> (Tensor loss, Tensor stats, Tensor, Tensor, Tensor)",
+    kernels={("cpu", "native"): _forward_cpu},
+    fake=_fake,
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    normalizer: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B, T, D) hidden, (V, D) weight, the rest (B, T) -> scalar loss to minimise, and statistics (PPO_STATS).
+
+    Equals ppo_loss(linear_token_logprobs(hidden, weight, labels, ...), ...), whose docstrings describe the options; the
+    entropy is always computed. Rows outside the mask are dropped first and may hold anything. hidden, weight and bias
+    receive gradients, once; everything else is data. Memory beside the results is one chunk of logits.
+    Raises ValueError or TypeError for shapes, dtypes and options, IndexError for a label outside the vocabulary.
+    """
+    check(NAME, hidden, weight, labels, bias, mask, softcap)
+    check_tokens(
+        NAME, 2, mask,
+        {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
+         "importance_weights": importance_weights},
+    )  # fmt: skip
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{NAME}: dual_clip {dual_clip} must be > 1")
+    if not temperature > 0:
+        raise ValueError(f"{NAME}: temperature {temperature} must be > 0")
+    if _op.backend(hidden) == "reference":
+        return reference.linear_ppo_loss(
+            hidden, weight, labels, old_logprobs, advantages, mask, bias=bias, temperature=temperature, softcap=softcap,
+            cliprange=cliprange, cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
+            importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
+        )  # fmt: skip
+    loss, stats, *_ = _op(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.long().contiguous(), old_logprobs, advantages,
+        byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
+        float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
+        math.inf if dual_clip is None else dual_clip, math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        float(kl_coef), estimator_code(NAME, kl_estimator), float(entropy_coef),
+        aggregation_code(NAME, loss_agg_mode), *wanted_gradients(hidden, weight, bias),
+    )  # fmt: skip
+    return loss, dict(zip(PPO_STATS, stats.unbind(), strict=True))

@@ -1,0 +1,159 @@
+"""token_logprobs from hidden states: the logits hidden @ weight.T never exist as a whole.
+
+Here the gradient of the log-probs is not known in the forward (any loss may follow: GSPO, DPO, a sequence's sum), so
+the backward needs the logits of each chunk again. They are kept where all of them fit into one chunk (CHUNK_BYTES,
+three matrix products in all), and computed again where they do not (four). Where the loss is PPO's or SFT's, use
+linear_ppo_loss or linear_cross_entropy, which always take three. Specification: reference.linear_token_logprobs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import Op, byte_mask
+from ._linear import (
+    Gradients,
+    accumulator,
+    check,
+    chunks,
+    compact,
+    empty_gradients,
+    logits_buffer,
+    may_consume,
+    row_statistics,
+    wanted_gradients,
+    write_logits,
+)
+
+NAME = "linear_token_logprobs"
+
+
+def _outputs(hidden, weight, labels, with_entropy, keep) -> tuple[Tensor, ...]:
+    """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) or empty."""
+    rows, vocab = labels.shape[0], weight.shape[0]
+    keep = keep and len(chunks(rows, vocab)) == 1
+    shapes = ((rows,), (rows if with_entropy else 0,), (rows, 2), (rows if keep else 0, vocab))
+    return tuple(torch.empty(s, dtype=accumulator(hidden), device=hidden.device) for s in shapes)
+
+
+def _forward_cpu(hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted):
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
+    rows = inputs.labels.shape[0]
+    logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted))
+    parts = chunks(rows, weight.shape[0])
+    buffer = logits[:rows] if logits.shape[0] else logits_buffer(inputs, parts)
+    for part in parts:
+        z = write_logits(buffer, inputs, part)
+        logprobs[part], h, saved[part] = row_statistics(z, inputs.labels[part], temperature, with_entropy)
+        if with_entropy:
+            entropy[part] = h
+    if inputs.index is not None:
+        saved[rows:], logits[rows:] = 0, 0  # outputs of the library op, which has to be reproducible
+        logprobs = inputs.put(logprobs[:rows])
+        entropy = inputs.put(entropy[:rows]) if with_entropy else entropy
+    return logprobs, entropy, saved, logits
+
+
+def _backward_cpu(
+    hidden, weight, bias, labels, mask, temperature, softcap, entropy, saved, logits, grad_logprobs, grad_entropy,
+    *wanted, consume=False,
+):  # fmt: skip
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
+    rows = inputs.labels.shape[0]
+    parts = chunks(rows, weight.shape[0])
+    gradients = Gradients(inputs, wanted)
+    kept = logits.shape[0] > 0
+    buffer = (logits if consume else logits.clone())[:rows] if kept else logits_buffer(inputs, parts)
+    by_row = [None if t is None else inputs.take(t.contiguous()) for t in (grad_logprobs, grad_entropy)]
+    entropy = None if grad_entropy is None else inputs.take(entropy)
+    for part in parts:
+        z = buffer if kept else write_logits(buffer, inputs, part)
+        g, h, e = (None if t is None else t[part] for t in (*by_row, entropy))
+        gradients.add(z, part, temperature, saved[part], e, g, h)
+    return gradients.results()
+
+
+_backward = Op(
+    f"{NAME}_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
+    "float? softcap, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, Tensor? grad_entropy, "
+    "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+    kernels={("cpu", "native"): _backward_cpu},
+    fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
+)
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:8]
+    ctx.wanted = inputs[8:]
+    ctx.save_for_backward(hidden, weight, bias, labels, mask, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_logprobs, grad_entropy, *_):
+    hidden, weight, bias, labels, mask, entropy, saved, logits = ctx.saved_tensors
+    if not ctx.with_entropy:
+        grad_entropy = None
+    hidden, weight, entropy = hidden.detach(), weight.detach(), entropy.detach()
+    bias = None if bias is None else bias.detach()
+    args = (
+        hidden, weight, bias, labels, mask, *ctx.options, entropy, saved, logits, grad_logprobs, grad_entropy,
+        *ctx.wanted,
+    )  # fmt: skip
+    if may_consume(ctx, [t for t in args if isinstance(t, Tensor)]):
+        grads = _backward.kernel_on(hidden.device.type)(*args, consume=True)
+    else:
+        grads = _backward(*args)
+    return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *[None] * 8
+
+
+_forward = Op(
+    f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
+    "float? softcap, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits)",
+    kernels={("cpu", "native"): _forward_cpu},
+    fake=lambda hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted: _outputs(
+        hidden, weight, labels, with_entropy, any(wanted)
+    ),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    with_entropy: bool = False,
+):
+    """(..., D) hidden, (V, D) weight, (...) labels -> (...) log-probs; with_entropy adds (...) entropies in nats.
+
+    The logits are softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, bias (V,) and softcap optional.
+    mask (...) bool or 0/1: where it is False the row is dropped before anything is computed, the label may be anything,
+    both results are 0 and so is the gradient. hidden, weight and bias are float32, bfloat16, float16 or float64 and
+    receive gradients, once; results are float32 (float64 for float64 hidden). Rows share matrix products, so unlike
+    token_logprobs a row's last bit may depend on the number of rows.
+    Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
+    """
+    check(NAME, hidden, weight, labels, bias, mask, softcap)
+    if not temperature > 0:
+        raise ValueError(f"{NAME}: temperature {temperature} must be > 0")
+    if _forward.backend(hidden) == "reference":
+        return reference.linear_token_logprobs(
+            hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, mask=mask,
+            with_entropy=with_entropy,
+        )  # fmt: skip
+    logprobs, entropy, _, _ = _forward(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(),
+        None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap, with_entropy,
+        *wanted_gradients(hidden, weight, bias),
+    )  # fmt: skip
+    logprobs = logprobs.view(labels.shape)
+    return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs

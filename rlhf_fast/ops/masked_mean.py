@@ -1,0 +1,91 @@
+"""The mean over a mask, 0 where it is empty: sum(values * mask) / max(sum(mask), 1), with NaN outside the mask ignored.
+
+Specification: reference.masked_mean. Kernel: csrc/cpu/masked.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op
+from ._inputs import accumulation_dtype, grid
+
+
+def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
+    rows, dtype, device = values.shape[0], accumulation_dtype(values), values.device
+    return torch.empty(rows, dtype=dtype, device=device), torch.empty(rows, dtype=dtype, device=device)
+
+
+def _cpu(values, mask):
+    means, counts = _outputs(values)
+    _C.masked_mean(
+        grid(values), grid(mask), *values.shape, DTYPE_CODES[means.dtype], means.data_ptr(), counts.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return means, counts
+
+
+def _save(ctx, inputs, output):
+    values, mask = inputs
+    ctx.shape = values.shape
+    ctx.save_for_backward(mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_means, _):
+    if grad_means is None:
+        return None, None
+    mask, counts = ctx.saved_tensors
+    each = (grad_means / counts)[:, None].expand(ctx.shape)
+    return each if mask is None else torch.where(mask, each, 0.0), None
+
+
+_op = Op(
+    "masked_mean(Tensor values, Tensor? mask) -> (Tensor means, Tensor counts)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda values, _: _outputs(values),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    """Mean of values (any shape) where mask is True, over the axes dim (all of them by default), without these axes.
+
+    mask is bool or 0/1, of the shape of values or broadcastable to it; None counts everything. 0 where the mask is
+    empty. Floating values of any precision or numbers, float32 out (float64 for float64); values receives the gradient.
+    Raises ValueError where the mask does not fit, IndexError for an axis that values does not have.
+    """
+    if mask is not None:
+        mask = fitting_mask("masked_mean", values, mask)
+    if not values.is_floating_point():
+        values = values.float()
+    if _op.backend(values) == "reference":
+        return reference.masked_mean(values, mask, dim)
+    if dim is None:
+        kept, reduced = (), tuple(range(values.ndim))
+    else:
+        reduced = tuple(range(values.ndim)[axis] for axis in ((dim,) if isinstance(dim, int) else dim))
+        kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
+    shape = [values.shape[axis] for axis in kept]
+    rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])
+    to_rows = lambda x: x.permute((*kept, *reduced)).reshape(rows, columns)  # noqa: E731
+    means, _ = _op(to_rows(values), None if mask is None else to_rows(mask))
+    return means.view(shape)
+
+
+def fitting_mask(op: str, values: Tensor, mask: Tensor) -> Tensor:
+    """As bool of the shape of values."""
+    if mask.device != values.device:
+        raise ValueError(f"{op}: mask is on {mask.device}, values on {values.device}; move them to one device")
+    try:
+        return mask.bool().expand(values.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{op}: mask {tuple(mask.shape)} cannot be broadcast to values {tuple(values.shape)}"
+        ) from error

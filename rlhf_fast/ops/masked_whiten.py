@@ -1,0 +1,82 @@
+"""Values to mean 0 and variance 1 over a mask, as PPO does with advantages.
+
+    (values - mean) / sqrt(var + eps), var with Bessel's correction; 0 outside the mask
+
+Specification: reference.masked_whiten. Kernel: csrc/cpu/masked.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op
+from ._inputs import accumulation_dtype, as_rows, grid
+from .masked_mean import fitting_mask
+
+
+def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(values)
+    whitened = torch.empty(values.shape, dtype=dtype, device=values.device)
+    return whitened, torch.empty(3, dtype=dtype, device=values.device)
+
+
+def _cpu(values, mask, shift_mean, eps):
+    whitened, saved = _outputs(values)
+    _C.masked_whiten(
+        grid(values), grid(mask), *values.shape, shift_mean, eps, DTYPE_CODES[saved.dtype], whitened.data_ptr(),
+        saved.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return whitened, saved
+
+
+def _save(ctx, inputs, output):
+    values, mask, ctx.shift_mean, _ = inputs
+    ctx.save_for_backward(values, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad, _):
+    if grad is None:
+        return (None,) * 4
+    values, mask, (mean, scale, count) = *ctx.saved_tensors[:2], ctx.saved_tensors[2].unbind()
+    white = (values.to(grad.dtype) - mean) * scale
+    if mask is not None:
+        grad, white = torch.where(mask, grad, 0.0), torch.where(mask, white, 0.0)
+    # d/dx of (x - mean) scale, where mean and scale = 1 / sqrt(sum (x - mean)^2 / (count - 1) + eps) depend on x too
+    grad_mean = grad.sum() / count.clamp(min=1)
+    grad_values = scale * (grad - grad_mean - white * ((grad * white).sum() / (count - 1).clamp(min=1)))
+    if not ctx.shift_mean:
+        grad_values = grad_values + grad_mean
+    return grad_values if mask is None else torch.where(mask, grad_values, 0.0), None, None, None
+
+
+_op = Op(
+    "masked_whiten(Tensor values, Tensor? mask, bool shift_mean, float eps) -> (Tensor whitened, Tensor saved)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda values, *_: _outputs(values),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Values (any shape) whitened over all positions where mask is True -> the same shape, 0 outside the mask.
+
+    mask is bool or 0/1, of the shape of values or broadcastable to it. shift_mean=False adds the mean back: the scale
+    changes, the centre stays (TRL's whitening of rewards). One value has no variance and becomes 0 (or its mean), none
+    gives zeros. float32 out (float64 for float64); values receives the gradient.
+    Raises ValueError where the mask does not fit or eps is not positive.
+    """
+    if not eps > 0:
+        raise ValueError(f"masked_whiten: eps {eps} must be > 0")
+    if mask is not None:
+        mask = fitting_mask("masked_whiten", values, mask)
+    if not values.is_floating_point():
+        values = values.float()
+    if _op.backend(values) == "reference":
+        return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)
+    whitened, _ = _op(as_rows(values), None if mask is None else as_rows(mask), shift_mean, float(eps))
+    return whitened.view(values.shape)

@@ -1,0 +1,137 @@
+"""PPO's clipped surrogate loss (Schulman et al. 2017, eq. 7) with its gradient and its statistics from one pass.
+
+    r = exp(logprobs - old_logprobs);  loss = mean over the mask of -min(r A, clip(r, 1 - cliprange, 1 + cliprange) A)
+
+Everything but the log-probs is known when the loss is computed, so the forward writes the gradient too and the backward
+only scales it. Specification: reference.ppo_loss. Kernels: csrc/cpu/ppo_loss.cpp, the formula in csrc/common/policy.h.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op, pointer
+from ._inputs import (
+    accumulation_dtype,
+    aggregation_code,
+    check,
+    estimator_code,
+    gradient_buffer,
+    grid,
+    normalizer_tensor,
+    wants_gradient,
+)
+from .reference import PPO_STATS
+
+
+def _outputs(logprobs: Tensor, with_grad: bool, with_entropy_grad: bool) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(logprobs)
+    loss = torch.empty((), dtype=dtype, device=logprobs.device)
+    stats = torch.empty(len(PPO_STATS), dtype=dtype, device=logprobs.device)
+    grads = gradient_buffer(logprobs, with_grad), gradient_buffer(logprobs, with_entropy_grad)
+    return loss, stats, *grads
+
+
+def _cpu(
+    logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, normalizer, clip_low,
+    clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, *with_grads,
+):  # fmt: skip
+    loss, stats, grad_logprobs, grad_entropy = outputs = _outputs(logprobs, *with_grads)
+    _C.ppo_loss(
+        grid(logprobs), grid(old_logprobs), grid(advantages), grid(mask), grid(ref_logprobs), grid(entropy),
+        grid(importance_weights), *logprobs.shape, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef,
+        kl_estimator, entropy_coef, aggregation, pointer(normalizer), DTYPE_CODES[loss.dtype], loss.data_ptr(),
+        stats.data_ptr(), grad_logprobs.data_ptr(), grad_entropy.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _save(ctx, inputs, output):
+    ctx.with_grads = inputs[-2:]
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 18
+    # Out of place, because the saved gradient must survive a second backward.
+    grads = [g * grad_loss if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.with_grads, strict=True)]
+    return grads[0], None, None, None, None, grads[1], *[None] * 12
+
+
+_op = Op(
+    "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? entropy, Tensor? importance_weights, Tensor? normalizer, float clip_low, float clip_high, "
+    "float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator, float entropy_coef, int aggregation, "
+    "bool with_grad, bool with_entropy_grad) -> (Tensor loss, Tensor stats, Tensor grad, Tensor entropy_grad)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda *args: _outputs(args[0], *args[-2:]),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    importance_weights: Tensor | None = None,
+    loss_agg_mode: str = "token-mean",
+    normalizer: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B, T) log-probs, advantages and mask -> scalar loss to minimise, and statistics (PPO_STATS) as scalar tensors.
+
+    Floating inputs are float32, bfloat16, float16 or float64, any strides; the loss is float32 (float64 for float64
+    logprobs). mask is bool or 0/1; what it hides may be NaN. logprobs and entropy receive gradients, the rest is data.
+
+    cliprange, cliprange_high: the ratio is clipped to [1 - cliprange, 1 + cliprange_high] (default: symmetric).
+    dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al. 2020). Off by default; verl uses 3.
+    log_ratio_clamp: limits |logprobs - old_logprobs| before exp; no gradient beyond it. verl and OpenRLHF use 20.
+    ref_logprobs, kl_coef, kl_estimator: adds kl_coef * kl_penalty(logprobs, ref_logprobs) per token.
+    entropy, entropy_coef: subtracts entropy_coef * entropy per token. A coefficient of 0 leaves only the statistic.
+    importance_weights: (B, T), truncated already, multiplies the surrogate (rollouts from another engine).
+    loss_agg_mode: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or "seq-mean-token-sum-norm".
+    normalizer: replaces the divisor (number of tokens; of sequences; of sequences; T), so that micro-batches and ranks
+    that all divide by the global number add up to the gradient of the full batch.
+    An empty mask gives 0 and zero gradients. Raises ValueError or TypeError for shapes, dtypes, devices and options.
+    """
+    check(
+        "ppo_loss", 2, mask,
+        {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
+         "entropy": entropy, "importance_weights": importance_weights},
+    )  # fmt: skip
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"ppo_loss: dual_clip {dual_clip} must be > 1")
+    estimator, aggregation = estimator_code("ppo_loss", kl_estimator), aggregation_code("ppo_loss", loss_agg_mode)
+    if _op.backend(logprobs) == "reference":
+        return reference.ppo_loss(
+            logprobs, old_logprobs, advantages, mask, cliprange=cliprange, cliprange_high=cliprange_high,
+            dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp, ref_logprobs=ref_logprobs, kl_coef=kl_coef,
+            kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
+            importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
+        )  # fmt: skip
+    loss, stats, _, _ = _op(
+        logprobs, old_logprobs, advantages, mask.bool(), ref_logprobs, entropy, importance_weights,
+        normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - cliprange,
+        1.0 + (cliprange if cliprange_high is None else cliprange_high), math.inf if dual_clip is None else dual_clip,
+        math.inf if log_ratio_clamp is None else log_ratio_clamp, float(kl_coef), estimator, float(entropy_coef),
+        aggregation, wants_gradient(logprobs), entropy_coef != 0 and wants_gradient(entropy),
+    )  # fmt: skip
+    return loss, dict(zip(PPO_STATS, stats.unbind(), strict=True))

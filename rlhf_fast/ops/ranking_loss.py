@@ -1,0 +1,70 @@
+"""The reward model's loss over K ranked responses (Ouyang et al. 2022, eq. 1): every pair that the ranking orders.
+
+    loss = mean over prompts of the mean over pairs with rank_i < rank_j of -log sigma(r_i - r_j)
+
+Specification: reference.ranking_loss. Kernel: csrc/cpu/pairwise_loss.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op
+from ._inputs import accumulation_dtype, check, grid
+from .reference import RANKING_STATS
+
+
+def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(rewards)
+    loss = torch.empty((), dtype=dtype, device=rewards.device)
+    stats = torch.empty(len(RANKING_STATS), dtype=dtype, device=rewards.device)
+    return loss, stats, torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
+
+
+def _cpu(rewards, ranks):
+    loss, stats, grad = outputs = _outputs(rewards)
+    ranks = ranks.contiguous()
+    _C.ranking_loss(
+        grid(rewards), ranks.data_ptr(), *rewards.shape, DTYPE_CODES[loss.dtype], loss.data_ptr(), stats.data_ptr(),
+        grad.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+_op = Op(
+    "ranking_loss(Tensor rewards, Tensor ranks) -> (Tensor loss, Tensor stats, Tensor grad)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda rewards, _: _outputs(rewards),
+    backward=lambda ctx, grad_loss, *_: (None if grad_loss is None else ctx.saved_tensors[0] * grad_loss, None),
+    setup_context=_save,
+)
+
+
+def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B, K) rewards and integer ranks -> scalar loss and statistics over all pairs (RANKING_STATS).
+
+    Rank 0 is the best; equal ranks are ties and make no pair; a negative rank is padding, its reward may be NaN.
+    A prompt counts once, whatever the number of its pairs; one without a pair does not count, a batch of such gives 0.
+    float32, bfloat16, float16 or float64 rewards, float32 out (float64 for float64); rewards receives the gradient.
+    Raises ValueError or TypeError for shapes, dtypes and devices.
+    """
+    check("ranking_loss", 2, None, {"rewards": rewards})
+    if ranks.shape != rewards.shape or ranks.device != rewards.device:
+        raise ValueError(
+            f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "
+            f"{tuple(rewards.shape)} on {rewards.device}"
+        )
+    if ranks.is_floating_point() or ranks.dtype == torch.bool:
+        raise TypeError(f"ranking_loss: ranks are {ranks.dtype}; needs integers")
+    if _op.backend(rewards) == "reference":
+        return reference.ranking_loss(rewards, ranks)
+    loss, stats, _ = _op(rewards, ranks.long())
+    return loss, dict(zip(RANKING_STATS, stats.unbind(), strict=True))

@@ -1,0 +1,214 @@
+"""The log-probability a model gives each label, and the entropy of its distribution, in one read of the logits.
+
+    z = logits / temperature;  logprobs = z[label] - logsumexp(z);  entropy = logsumexp(z) - sum_v softmax(z)_v z_v
+
+Specification: reference.token_logprobs_and_entropy. Kernels: csrc/cpu, csrc/cuda, kernels (Triton).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, launch, overlaps_itself, plain, pointers, strided_rows
+
+
+def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    accum = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logprobs = torch.empty(labels.shape, dtype=accum, device=logits.device)
+    entropy = torch.empty(labels.shape if with_entropy else (0,), dtype=accum, device=logits.device)
+    saved = torch.empty((*labels.shape, 2), dtype=accum, device=logits.device)
+    return logprobs, entropy, saved
+
+
+def _forward_arguments(logits, labels, mask, temperature, with_entropy):
+    """What csrc/ops.h asks of a forward kernel, up to its last argument, and the tensors that it fills."""
+    logits, inner, outer_stride, inner_stride = strided_rows(logits)
+    labels, mask = labels.contiguous(), byte_mask(mask)
+    outputs = logprobs, entropy, saved = _outputs(logits, labels, with_entropy)
+    arguments = (
+        logits, DTYPE_CODES[logits.dtype], labels.numel(), logits.shape[-1], inner, outer_stride, inner_stride,
+        labels, mask, temperature, logprobs, entropy if with_entropy else None, saved,
+    )  # fmt: skip
+    return arguments, outputs
+
+
+def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out):
+    """The same of a backward kernel: its arguments, and the gradient that it fills (out: over the logits)."""
+    rows, inner, outer_stride, inner_stride = strided_rows(logits)
+    labels, mask = labels.contiguous(), byte_mask(mask)
+    grad_logprobs = None if grad_logprobs is None else grad_logprobs.contiguous()
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    if out is None:
+        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        grad_outer_stride, grad_inner_stride = inner * logits.shape[-1], logits.shape[-1]
+    else:  # over the logits, or over the copy that their strides made necessary
+        out, grad_outer_stride, grad_inner_stride = rows, outer_stride, inner_stride
+    arguments = (
+        rows, DTYPE_CODES[logits.dtype], labels.numel(), logits.shape[-1], inner, outer_stride, inner_stride,
+        labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out, grad_outer_stride,
+        grad_inner_stride,
+    )  # fmt: skip
+    return arguments, out
+
+
+def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backward):
+    arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
+    refused = _C.token_logprobs_forward(*pointers(arguments), torch.get_num_threads())
+    if refused >= 0:
+        raise IndexError(
+            f"token_logprobs: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
+            f"{logits.shape[-1]}; a label that does not count needs mask=False there"
+        )
+    return outputs
+
+
+def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
+    arguments, out = _backward_arguments(
+        logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
+    )
+    _C.token_logprobs_backward(*pointers(arguments), torch.get_num_threads())
+    return out
+
+
+def _forward_cuda(logits, labels, mask, temperature, with_entropy, inplace_backward):
+    arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
+    launch(_C.cuda.token_logprobs_forward, arguments)
+    return outputs
+
+
+def _backward_cuda(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
+    arguments, out = _backward_arguments(
+        logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
+    )
+    launch(_C.cuda.token_logprobs_backward, arguments)
+    return out
+
+
+def _forward_triton(logits, labels, mask, temperature, with_entropy, inplace_backward):
+    from ..kernels import token_logprobs as kernels
+
+    arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
+    with torch.cuda.device_of(logits):
+        kernels.token_logprobs_forward(*arguments)
+    return outputs
+
+
+def _backward_triton(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
+    from ..kernels import token_logprobs as kernels
+
+    arguments, out = _backward_arguments(
+        logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
+    )
+    with torch.cuda.device_of(logits):
+        kernels.token_logprobs_backward(*arguments)
+    return out
+
+
+_backward = Op(
+    "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? mask, float temperature, Tensor saved, "
+    "Tensor? entropy, Tensor? grad_logprobs, Tensor? grad_entropy) -> Tensor",
+    kernels={
+        ("cpu", "native"): _backward_cpu,
+        ("cpu", "triton"): _backward_triton,
+        ("cuda", "native"): _backward_cuda,
+        ("cuda", "triton"): _backward_triton,
+    },
+    fake=lambda logits, *rest: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
+)
+
+
+def _save(ctx, inputs, output):
+    logits, labels, mask, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
+    ctx.save_for_backward(logits, labels, mask, output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_logprobs, grad_entropy, _):
+    logits, labels, mask, entropy, saved = ctx.saved_tensors
+    entropy, grad_entropy = (entropy, grad_entropy) if ctx.with_entropy else (None, None)
+    args = (logits.detach(), labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
+    if ctx.inplace and plain([logits]) and not overlaps_itself(logits):
+        torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
+        grad = _backward.kernel_on(logits.device.type)(*args, out=args[0])
+    else:
+        grad = _backward(*args)
+    return grad, None, None, None, None, None
+
+
+_forward = Op(
+    "token_logprobs_forward(Tensor logits, Tensor labels, Tensor? mask, float temperature, bool with_entropy, "
+    "bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor saved)",
+    kernels={
+        ("cpu", "native"): _forward_cpu,
+        ("cpu", "triton"): _forward_triton,
+        ("cuda", "native"): _forward_cuda,
+        ("cuda", "triton"): _forward_triton,
+    },
+    fake=lambda logits, labels, mask, temperature, with_entropy, inplace: _outputs(logits, labels, with_entropy),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def _check(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float) -> None:
+    if labels.shape != logits.shape[:-1] or logits.ndim == 0:
+        raise ValueError(
+            f"{op}: labels {tuple(labels.shape)} must be logits {tuple(logits.shape)} without the vocabulary axis"
+        )
+    if mask is not None and mask.shape != labels.shape:
+        raise ValueError(f"{op}: mask {tuple(mask.shape)} must have the shape of labels {tuple(labels.shape)}")
+    if logits.dtype not in DTYPE_CODES:
+        raise TypeError(f"{op}: logits are {logits.dtype}; needs float32, bfloat16, float16 or float64")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
+    for name, x in (("labels", labels), ("mask", mask)):
+        if x is not None and x.device != logits.device:
+            raise ValueError(f"{op}: {name} are on {x.device}, logits on {logits.device}; move them to one device")
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature {temperature} must be > 0")
+    if logits.shape[-1] == 0 and labels.numel():
+        raise ValueError(f"{op}: logits {tuple(logits.shape)} have an empty vocabulary")
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label and entropy (nats) of each distribution, from one read of the logits.
+
+    logits (..., V) float32, bfloat16, float16 or float64, any strides; labels (...) integer ids; mask (...) bool or
+    0/1: where it is False the row is not read, the label may be anything, both results are 0 and so is the gradient.
+    Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
+    inplace_backward lets the backward write the gradient over the logits, which saves their size in memory; autograd
+    then raises on any other use of them in backward. torch.compile plans memory itself and ignores it.
+    Raises IndexError for a label outside [0, V) where the mask is True.
+    """
+    _check("token_logprobs_and_entropy", logits, labels, mask, temperature)
+    if _forward.backend(logits) == "reference":
+        return reference.token_logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
+    logprobs, entropy, _ = _forward(logits, labels.long(), mask, float(temperature), True, inplace_backward)
+    return logprobs, entropy
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """(..., V) logits and (...) labels -> (...) log-probabilities; token_logprobs_and_entropy without the entropy.
+
+    Equals (logits / temperature).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1), in float32.
+    """
+    _check("token_logprobs", logits, labels, mask, temperature)
+    if _forward.backend(logits) == "reference":
+        return reference.token_logprobs(logits, labels, temperature=temperature, mask=mask)
+    return _forward(logits, labels.long(), mask, float(temperature), False, inplace_backward)[0]

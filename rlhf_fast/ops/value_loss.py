@@ -1,0 +1,96 @@
+"""The clipped loss of PPO's value function (Schulman et al. 2017, as in OpenAI's baselines), in one pass.
+
+    loss = mean over the mask of 0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
+
+Specification: reference.value_loss. Kernel: csrc/cpu/value_loss.cpp. The forward writes the gradient, the backward
+scales it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._dispatch import _C, DTYPE_CODES, Op, pointer
+from ._inputs import (
+    accumulation_dtype,
+    aggregation_code,
+    check,
+    gradient_buffer,
+    grid,
+    normalizer_tensor,
+    wants_gradient,
+)
+from .reference import VALUE_STATS
+
+
+def _outputs(values: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(values)
+    loss = torch.empty((), dtype=dtype, device=values.device)
+    stats = torch.empty(len(VALUE_STATS), dtype=dtype, device=values.device)
+    return loss, stats, gradient_buffer(values, with_grad)
+
+
+def _cpu(values, old_values, returns, mask, normalizer, cliprange, aggregation, with_grad):
+    loss, stats, grad = outputs = _outputs(values, with_grad)
+    _C.value_loss(
+        grid(values), grid(old_values), grid(returns), grid(mask), *values.shape, cliprange, aggregation,
+        pointer(normalizer), DTYPE_CODES[loss.dtype], loss.data_ptr(), stats.data_ptr(), grad.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return outputs
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _grad(ctx, grad_loss, *_):
+    return None if grad_loss is None else ctx.saved_tensors[0] * grad_loss, *[None] * 7
+
+
+_op = Op(
+    "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? normalizer, float cliprange, "
+    "int aggregation, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
+    kernels={("cpu", "native"): _cpu},
+    fake=lambda *args: _outputs(args[0], args[-1]),
+    backward=_grad,
+    setup_context=_save,
+)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    cliprange_value: float | None = 0.2,
+    loss_agg_mode: str = "token-mean",
+    normalizer: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B, T) values, values of the rollout, returns and mask -> scalar loss and statistics (VALUE_STATS).
+
+    Floating inputs are float32, bfloat16, float16 or float64, any strides; the loss is float32 (float64 for float64
+    values). mask is bool or 0/1; what it hides may be NaN. values receives the gradient, old_values and returns are
+    data. cliprange_value=None does not clip. loss_agg_mode and normalizer as in ppo_loss; an empty mask gives 0.
+    The statistics' variances are population variances, error is returns - values, so that the explained variance is
+    1 - error_var / returns_var. Raises ValueError or TypeError for shapes, dtypes, devices and options.
+    """
+    check("value_loss", 2, mask, {"values": values, "old_values": old_values, "returns": returns})
+    aggregation = aggregation_code("value_loss", loss_agg_mode)
+    if _op.backend(values) == "reference":
+        return reference.value_loss(
+            values, old_values, returns, mask, cliprange_value=cliprange_value, loss_agg_mode=loss_agg_mode,
+            normalizer=normalizer,
+        )  # fmt: skip
+    loss, stats, _ = _op(
+        values, old_values, returns, mask.bool(), normalizer_tensor("value_loss", normalizer, values),
+        math.inf if cliprange_value is None else float(cliprange_value), aggregation, wants_gradient(values),
+    )  # fmt: skip
+    return loss, dict(zip(VALUE_STATS, stats.unbind(), strict=True))

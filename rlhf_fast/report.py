@@ -1,0 +1,335 @@
+"""report.html of a run: one file that needs nothing else, readable on a phone.
+
+    write_report(run_dir)          reads train_log.jsonl, samples.jsonl, run_config.json, and summary.json if any
+    write_quickstart_report(root)  reads summary.json and the run directory of every stage
+
+summary.json of several stages, where a value may be missing or null:
+
+    {"seed": 0, "stages": [{"name": "sft", "run": "sft",         # the run directory below root
+                            "pass_rate": 0.4,                    # held-out, by rules the policy never trains on
+                            "pass_rate_per_principle": {"polite": 0.8},
+                            "proxy_reward": 0.1, "kl": 0.0,      # what PPO optimises; nats a sequence, to the reference
+                            "rm_accuracy": null, "seconds": 30.0}],
+     "samples": [{"prompt": "...", "responses": [{"stage": "sft", "text": "...", "violates": ["polite"]}]}]}
+"""
+
+import json
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from ._version import __version__
+from .charts import Series, line_chart, short
+
+MAX_SAMPLES = 12  # on the page; samples.jsonl has them all
+
+# Charts a reader looks for first, in the order of the story. A chart appears where the log has one of its metrics.
+# Each is (title, percent?, metrics with their label).
+CHARTS = [
+    ("Loss", False, {"loss": "training", "eval_loss": "held-out"}),
+    ("Token accuracy", True, {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out"}),
+    ("Preference accuracy", True, {"accuracy": "training", "eval_accuracy": "held-out"}),
+    ("Margin, chosen over rejected", False, {"margin": "training", "eval_margin": "held-out"}),
+    (
+        "Reward that PPO optimises",
+        False,
+        {"objective/scores": "score", "eval_scores": "held-out score", "objective/rlhf_reward": "score minus KL"},
+    ),
+    ("True score, never trained on", True, {"eval_pass_rate": "held-out pass rate"}),
+    ("KL to the reference, per sequence", False, {"objective/kl": "training", "eval_kl": "held-out"}),
+    ("Response length, tokens", False, {"response_length/mean": "training", "eval_response_length/mean": "held-out"}),
+    ("Policy loss", False, {"loss/policy_avg": "policy"}),
+    ("Value loss", False, {"loss/value_avg": "value"}),
+    ("Clipped share of tokens", False, {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}),
+    ("Entropy per token", False, {"policy/entropy_avg": "nats"}),
+]
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes `run_dir`/report.html from the logs of one trainer and returns its path.
+
+    Raises FileNotFoundError where the directory has no train_log.jsonl.
+    """
+    run_dir = Path(run_dir)
+    log = read_jsonl(run_dir / "train_log.jsonl")
+    body = [
+        f"<p>{len(log)} log lines, to step {short(max((row.get('step', 0) for row in log), default=0))}.</p>",
+        _section("Result", _mapping_table("", run_dir / "summary.json")),
+        _section("Curves", _figures(log)),
+        _section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
+        _details("Every other metric", _other_figures(log)),
+        _details("Last value of each metric", _last_values(log)),
+        _details("Configuration", _mapping_table("Key", run_dir / "run_config.json")),
+    ]
+    return _write(run_dir / "report.html", f"Run {run_dir.resolve().name}", body)
+
+
+def write_quickstart_report(root: str | Path) -> Path:
+    """Writes `root`/report.html over all stages of summary.json and returns its path.
+
+    Raises FileNotFoundError where there is no summary.json, ValueError where it lists no stages.
+    """
+    root = Path(root)
+    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    stages = summary.get("stages")
+    if not stages:
+        raise ValueError(f"write_quickstart_report: {root / 'summary.json'} lists no stages")
+    runs = {stage["name"]: root / stage.get("run", stage["name"]) for stage in stages}
+    logs = {name: read_jsonl(run / "train_log.jsonl", missing_ok=True) for name, run in runs.items()}
+    body = [
+        _headline(summary),
+        _section("Stages", _stage_table(stages)),
+        _section("True against proxy", _true_against_proxy(stages, logs)),
+        _section("Pass rate per principle", _principle_table(stages)),
+        _section("Before and after", _sample_cards(summary.get("samples", []))),
+        *(_section(f"Curves of {name}", _figures(log)) for name, log in logs.items()),
+    ]
+    return _write(root / "report.html", "From a base model to an aligned one", body)
+
+
+def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
+    """The rows of a .jsonl file; [] for a file that is not there, where that is fine."""
+    if missing_ok and not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+# -- curves --------------------------------------------------------------------------------------------------------
+
+
+def _points(log: list[dict], metric: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[metric]) for row in log if isinstance(row.get(metric), int | float)]
+
+
+def _figures(log: list[dict]) -> str:
+    return _grid(
+        line_chart(title, [Series(label, _points(log, metric)) for metric, label in metrics.items()], percent=percent)
+        for title, percent, metrics in CHARTS
+    )
+
+
+def _other_figures(log: list[dict]) -> str:
+    shown = {"step", *(metric for _, _, metrics in CHARTS for metric in metrics)}
+    names = dict.fromkeys(name for row in log for name in row if name not in shown)
+    return _grid(line_chart(name, [Series("", points)]) for name in names if (points := _points(log, name)))
+
+
+def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
+    """The two curves of every stage that has both: what the policy optimises, and what is right."""
+    cells = []
+    for stage in stages:
+        name, log = stage["name"], logs[stage["name"]]
+        proxy, true, kl = (_points(log, metric) for metric in ("objective/scores", "eval_pass_rate", "objective/kl"))
+        principles = [Series(p, _points(log, f"eval_{p}")) for p in stage.get("pass_rate_per_principle") or {}]
+        if proxy and true:
+            steps = [step for step, _ in (*proxy, *true)]
+            axis = (min(steps), max(steps))  # common to the three, to be read one beside the other
+            scores = [Series("training", proxy), Series("held-out", _points(log, "eval_scores"))]
+            cells += [
+                line_chart(f"{name}: proxy reward", scores, x_range=axis),
+                line_chart(f"{name}: pass rate", [Series("all", true), *principles], percent=True, x_range=axis),
+                line_chart(f"{name}: KL to the reference", [Series("nats", kl)], x_range=axis),
+            ]
+    note = "<p>The policy sees only the proxy. Where it rises and the pass rate falls, the reward is being hacked.</p>"
+    return note + _grid(cells) if cells else ""
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def _headline(summary: dict) -> str:
+    rated = [stage for stage in summary["stages"] if stage.get("pass_rate") is not None]
+    seconds = sum(stage.get("seconds") or 0 for stage in summary["stages"])
+    text = f"Seed {summary.get('seed', 'not recorded')}, {seconds:.0f} s of work."
+    if rated:
+        rates = ", ".join(f"{stage['pass_rate']:.0%} after {escape(stage['name'])}" for stage in rated)
+        text += f" Answers to held-out prompts that keep every rule: {rates}."
+    return f'<p class="lead">{text}</p>'
+
+
+def _stage_table(stages: list[dict]) -> str:
+    columns = [
+        ("Pass rate", "pass_rate", "{:.1%}"),
+        ("Proxy reward", "proxy_reward", "{:.2f}"),
+        ("KL, nats", "kl", "{:.2f}"),
+        ("RM accuracy", "rm_accuracy", "{:.1%}"),
+        ("Seconds", "seconds", "{:.0f}"),
+    ]
+    rows = [["Stage", *(title for title, _, _ in columns)]]
+    for stage in stages:
+        values = [(key, stage.get(key), form) for _, key, form in columns]
+        rows.append(
+            [stage["name"], *("" if v is None else _bar(v, form, key == "pass_rate") for key, v, form in values)]
+        )
+    return _table(rows)
+
+
+def _principle_table(stages: list[dict]) -> str:
+    rated = [stage for stage in stages if stage.get("pass_rate_per_principle")]
+    principles = list(dict.fromkeys(p for stage in rated for p in stage["pass_rate_per_principle"]))
+    if not principles:
+        return ""
+    rows = [["Principle", *(stage["name"] for stage in rated)]]
+    for principle in principles:
+        values = [stage["pass_rate_per_principle"].get(principle) for stage in rated]
+        rows.append([principle, *("" if value is None else _bar(value, "{:.0%}", True) for value in values)])
+    return _table(rows)
+
+
+class _Html(str):
+    """Text that is markup already; everything else is escaped."""
+
+
+def _bar(value: float, form: str, drawn: bool) -> str:
+    number = form.format(value)
+    return _Html(f'<span class="bar" style="--w:{100 * value:.0f}%">{number}</span>') if drawn else number
+
+
+def _table(rows: list[list[str]]) -> str:
+    def cell(tag, value):
+        return f"<{tag}>{value if isinstance(value, _Html) else escape(str(value))}</{tag}>"
+
+    head = "".join(cell("th", value) for value in rows[0])
+    body = "".join(f"<tr>{cell('th', r[0])}{''.join(cell('td', v) for v in r[1:])}</tr>" for r in rows[1:])
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _last_values(log: list[dict]) -> str:
+    last: dict = {}
+    for row in log:
+        last.update(row)
+    return _table([["Metric", "Last value"], *([name, _plain(value)] for name, value in last.items())]) if last else ""
+
+
+def _mapping_table(head: str, path: Path) -> str:
+    if not path.exists():
+        return ""
+    mapping = json.loads(path.read_text(encoding="utf-8"))
+    return _table([[head, "Value"], *([key, _plain(value)] for key, value in mapping.items())])
+
+
+def _plain(value) -> str:
+    return short(value) if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+# -- samples -------------------------------------------------------------------------------------------------------
+
+
+def _first_and_last(samples: list[dict]) -> str:
+    """The same prompts at the first and at the last evaluation, side by side.
+
+    Where a prompt has several responses at a time (chosen and rejected), those of the last evaluation.
+    """
+    by_prompt: dict[str, list[dict]] = {}
+    for sample in samples:
+        by_prompt.setdefault(_dialogue(sample.get("prompt", "")), []).append(sample)
+    cards = []
+    for prompt, rows in list(by_prompt.items())[:MAX_SAMPLES]:
+        last = [row for row in rows if row.get("step") == rows[-1].get("step")]
+        shown = [rows[0], rows[-1]] if len(last) == 1 < len(rows) else last
+        replies = []
+        for row in shown:
+            extra = {k: v for k, v in row.items() if k not in ("step", "prompt", "response")}
+            note = ", ".join(f"{key} {_plain(value)}" for key, value in extra.items())
+            replies.append(_reply(f"step {row.get('step', '?')}", row.get("response", ""), note))
+        cards.append(_card(prompt, replies))
+    return "".join(cards)
+
+
+def _sample_cards(samples: list[dict]) -> str:
+    cards = []
+    for sample in samples[:MAX_SAMPLES]:
+        replies = []
+        for reply in sample["responses"]:
+            violates = reply.get("violates")
+            mark = None if violates is None else not violates
+            note = "keeps every principle" if mark else ", ".join(violates or [])
+            replies.append(_reply(reply["stage"], reply["text"], note, mark))
+        cards.append(_card(_dialogue(sample["prompt"]), replies))
+    return "".join(cards)
+
+
+def _dialogue(prompt) -> str:
+    """A prompt, a string or messages, as escaped HTML."""
+    if isinstance(prompt, str):
+        return escape(prompt)
+    return "<br>".join(f"<i>{escape(str(m['role']))}</i> {escape(str(m['content']))}" for m in prompt)
+
+
+def _reply(label: str, text, note: str, passed: bool | None = None) -> str:
+    shown = escape(text) if isinstance(text, str) else _dialogue(text)
+    sign = {None: "", True: '<span class="ok">✓</span> ', False: '<span class="bad">✗</span> '}[passed]
+    empty = '<em class="none">(empty)</em>'
+    return f"<div><h4>{escape(label)}</h4><p>{shown or empty}</p><small>{sign}{escape(note)}</small></div>"
+
+
+def _card(prompt: str, replies: list[str]) -> str:
+    return f'<article><p class="prompt">{prompt}</p><div class="replies">{"".join(replies)}</div></article>'
+
+
+# -- page ----------------------------------------------------------------------------------------------------------
+
+
+def _grid(figures: Iterable[str]) -> str:
+    drawn = "".join(figures)
+    return f'<div class="figures">{drawn}</div>' if drawn else ""
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>" if content else ""
+
+
+def _write(path: Path, title: str, body: Iterable[str]) -> Path:
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><h1>{escape(title)}</h1>{''.join(body)}<footer>rlhf_fast {__version__}</footer></body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c1f23; --soft: #667; --rule: #e3e5e8; --tint: #dbe9f4; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 70rem; color: var(--ink); background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Hiragino Sans", "Noto Sans CJK JP",
+  "Yu Gothic", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; }
+h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--rule); }
+h4 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--soft); }
+p { margin: 0 0 .75rem; max-width: 44rem; }
+.lead { font-size: 1.1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { font-weight: 500; }
+thead th { color: var(--soft); font-size: .8rem; }
+th:first-child { text-align: left; white-space: normal; }
+.bar { display: inline-block; min-width: 4rem; padding: 0 .3rem;
+  background: linear-gradient(to right, var(--tint) var(--w), transparent var(--w)); }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem; }
+figure { margin: 0; }
+figcaption { font-size: .85rem; line-height: 1.4; margin-bottom: .25rem; }
+figcaption b { font-weight: 600; margin-right: .4rem; }
+.key { color: var(--soft); white-space: nowrap; margin-right: .6rem; }
+.key i { display: inline-block; width: .9em; height: 3px; margin-right: .3em; vertical-align: middle; }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .grid { stroke: var(--rule); }
+svg polyline { fill: none; stroke-linejoin: round; }
+.axis { display: block; text-align: right; color: var(--soft); font-size: .72rem; line-height: 1; }
+article { margin: 0 0 1.5rem; padding: .9rem 1rem; border: 1px solid var(--rule); border-radius: 6px; }
+.prompt { font-weight: 500; overflow-wrap: anywhere; white-space: pre-wrap; }
+.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); gap: 1rem; }
+.replies p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .15rem 0; max-height: 13em; overflow-y: auto; }
+small { color: var(--soft); }
+.ok { color: #007a55; } .bad { color: #b3420a; } .none { color: var(--soft); }
+details { margin-top: 1.5rem; } summary { cursor: pointer; color: var(--soft); }
+footer { margin-top: 3rem; color: var(--soft); font-size: .8rem; }
+"""

@@ -1,0 +1,491 @@
+"""What the trainers share: the run around the steps (log, evaluation, checkpoints, signals), seeds, batches, optimizer.
+
+A trainer is any object with
+
+    config                  flat dataclass with output_dir, seed, logging_steps, eval_steps, save_steps,
+                            save_total_limit
+    total_steps: int        optimizer steps (PPO: iterations) of the whole run
+    step: int               how many of them are done
+    __iter__()              goes on from `step`, yields a dict of metrics per step; state is updated before the yield
+    evaluate() -> dict      eval_* metrics; {} where there is nothing to evaluate
+    samples() -> list[dict] a few texts for samples.jsonl
+    state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
+    save_model(path)        transformers checkpoint and tokenizer
+
+and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+import types
+import typing
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..data.chat import ConfigError
+from ..report import write_report
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None) -> None:
+    """Raises ConfigError unless every field has its annotated type and lies in its range.
+
+    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes.
+    """
+    name = type(config).__name__
+    for field, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, field)
+        union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+        kinds = tuple(typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,)))
+        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, field, float(value))
+        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
+            raise ConfigError(f"{name}.{field} = {value!r} must be {names}")
+    for fields, ok, what in (
+        (positive, lambda v: v > 0, "greater than 0"),
+        (non_negative, lambda v: v >= 0, "0 or more"),
+        (unit, lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ):
+        for field in fields:
+            value = getattr(config, field)
+            if value is not None and not ok(value):
+                raise ConfigError(f"{name}.{field} = {value!r} must be {what}")
+    for field, allowed in (choices or {}).items():
+        if getattr(config, field) not in allowed:
+            raise ConfigError(
+                f"{name}.{field} = {getattr(config, field)!r} must be one of {', '.join(map(repr, allowed))}"
+            )
+
+
+def config_from_dict(cls, values: dict):
+    """cls(**values), where an unknown key is a ConfigError that proposes the nearest field.
+
+    Numbers written as text are converted: YAML 1.1 reads 1e-5 as a string.
+    """
+    hints = typing.get_type_hints(cls)
+    converted = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(hints))}"
+            raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        if isinstance(value, str) and float in kinds and str not in kinds:
+            try:
+                value = float(value)
+            except ValueError:
+                raise ConfigError(f"{cls.__name__}.{key} = {value!r} must be a number") from None
+        converted[key] = value
+    try:
+        return cls(**converted)
+    except TypeError as error:  # a required field is missing
+        raise ConfigError(f"{cls.__name__}: {str(error).replace('__init__() ', '')}") from None
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def set_seed(seed: int) -> None:
+    """Seeds torch (all devices), numpy and random."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """The state of every generator that set_seed seeds, in types that torch.load(weights_only=True) accepts."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "random": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+@contextmanager
+def preserved_rng():
+    """What runs inside draws from the generators without moving them: looking at a run does not change it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def epoch_batches(lengths, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
+    """Indices of one epoch in length-bucketed batches; one batch may be smaller, nothing is dropped.
+
+    A function of its arguments alone, so the number of steps done is all that a checkpoint has to know. Within a pool
+    of 50 shuffled batches, neighbours in length share a batch, longest first; then the batches are shuffled. seed None
+    does not shuffle: one pool, longest first.
+    """
+    lengths, order, batches = np.asarray(lengths), np.arange(len(lengths)), []
+    if seed is None:
+        order = np.argsort(-lengths, kind="stable")
+        return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+    generator = np.random.default_rng([seed % 2**32, epoch])
+    generator.shuffle(order)
+    for start in range(0, len(order), 50 * batch_size):
+        pool = order[start : start + 50 * batch_size]
+        pool = pool[np.argsort(-lengths[pool], kind="stable")]
+        batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int):
+    """(epochs done, indices) of steps start to stop - 1, epoch after epoch."""
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    while start < stop:
+        for indices in epoch_batches(lengths, batch_size, seed=seed, epoch=start // per_epoch)[start % per_epoch :]:
+            if start == stop:
+                return
+            start += 1
+            yield start / per_epoch, indices
+
+
+def check_same_data(before: Tensor, lengths: list[int]) -> None:
+    """Raises ConfigError where the lengths in a checkpoint are not those of the data at hand."""
+    if before.tolist() != lengths:
+        raise ConfigError(
+            f"the checkpoint was trained on other data ({len(before)} examples, now {len(lengths)}, or of other "
+            "lengths): resume with the same dataset, tokenizer and max_length, or start anew from that model"
+        )
+
+
+def steps_in_run(num_examples: int, batch_size: int, num_train_epochs: float, max_steps: int) -> int:
+    """Optimizer steps of a run: max_steps where it is > 0, else num_train_epochs over the data, at least one."""
+    if max_steps > 0:
+        return max_steps
+    return max(1, math.ceil(math.ceil(num_examples / batch_size) * num_train_epochs))
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(models, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW over the parameters that require grad, each once; only matrices decay (no norms, no biases)."""
+    models = models if isinstance(models, (list, tuple)) else [models]
+    unique = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
+    matrices = [p for p in unique.values() if p.ndim >= 2]
+    others = [p for p in unique.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)
+
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: float = 0.0):
+    """Linear warm-up over warmup_ratio of the run, then one of SCHEDULES; linear and cosine end at 0."""
+    warmup = math.ceil(total_steps * warmup_ratio)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, total_steps - warmup)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
+    """Clips the global gradient norm, steps, clears the gradients; returns the norm before clipping, a float32 scalar.
+
+    A gradient that is not finite skips the update (the schedule still advances) and warns; the norm returned shows it.
+    max_grad_norm None or 0 does not clip.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    if torch.isfinite(norm):
+        optimizer.step()
+    else:
+        warnings.warn(f"gradient norm is {float(norm)}: this update is skipped", RuntimeWarning, stacklevel=2)
+    optimizer.zero_grad(set_to_none=True)
+    if scheduler is not None:
+        scheduler.step()
+    return norm.detach().float()
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RunResult:
+    """How run_training ended: the last step's metrics (with the final eval_*), and whether a signal ended it."""
+
+    step: int
+    metrics: dict
+    interrupted: bool
+    output_dir: str
+
+
+def run_training(trainer, resume: bool = False) -> RunResult:
+    """Runs the trainer from its step to its end and keeps the run directory; returns early on SIGINT or SIGTERM.
+
+    output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, tensorboard/ (if installed),
+    report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps (then also
+    before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0: never) and
+    on a signal; the newest save_total_limit are kept. resume=True goes on from the newest checkpoint, bit for bit.
+
+    Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
+    """
+    config, run_dir = trainer.config, Path(trainer.config.output_dir)
+    start = _open_run(trainer, run_dir, resume)
+    kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
+    log, samples = _JsonLines(run_dir / "train_log.jsonl", kept), _JsonLines(run_dir / "samples.jsonl", kept)
+    board = _tensorboard(run_dir / "tensorboard", start)
+    metrics = {k: v for k, v in log.last.items() if k != "step"}  # what a run with no step left to do returns
+
+    def look(step: int) -> dict:
+        with preserved_rng():
+            for sample in trainer.samples():
+                samples.write({"step": step, **sample})
+        with preserved_rng():
+            return as_numbers(trainer.evaluate())
+
+    with (
+        _signals() as stop,
+        tqdm(total=trainer.total_steps, initial=start, desc=type(trainer).__name__, disable=None) as bar,
+    ):
+        if start == 0 and config.eval_steps:
+            log.write({"step": 0, **look(0)})
+        clock = time.perf_counter()
+        for metrics in trainer if trainer.step < trainer.total_steps else ():
+            step, last = trainer.step, trainer.step >= trainer.total_steps
+            metrics = as_numbers(metrics)
+            metrics["timing_s/step"] = time.perf_counter() - clock
+            if last or (config.eval_steps and step % config.eval_steps == 0):
+                metrics |= look(step)
+            log.write({"step": step, **metrics})
+            if board and (last or step % config.logging_steps == 0):
+                for key, value in metrics.items():
+                    board.add_scalar(key, value if value is not None else math.nan, step)
+            bar.update(1)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
+            stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
+            if stopping or (config.save_steps and step % config.save_steps == 0):
+                save_checkpoint(trainer, run_dir, config.save_total_limit)
+            if stopping:
+                break
+            clock = time.perf_counter()
+
+    for file in (log, samples, board):
+        if file is not None:
+            file.close()
+    write_report(run_dir)
+    interrupted = trainer.step < trainer.total_steps
+    if interrupted:
+        print(
+            f"Stopped by {stop[0]} after step {trainer.step} of {trainer.total_steps}; nothing is lost. "
+            f"Continue with resume=True (--resume): {run_dir / f'checkpoint-{trainer.step}'}"
+        )
+    else:
+        _save_quietly(trainer, run_dir)
+        (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
+    return RunResult(trainer.step, metrics, interrupted, str(run_dir))
+
+
+_SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
+
+
+def _open_run(trainer, run_dir: Path, resume: bool) -> int:
+    """Prepares the directory and, on resume, the trainer; returns the step from which the run goes on."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for stale in run_dir.glob(".tmp-checkpoint-*"):
+        shutil.rmtree(stale)
+    newest = latest_checkpoint(run_dir)
+    written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
+    config_path = run_dir / "run_config.json"
+    if not resume:
+        log = run_dir / "train_log.jsonl"
+        if newest is not None or (log.exists() and log.stat().st_size):
+            way_on = "" if newest is None else "continue it with resume=True (--resume), "
+            raise ConfigError(
+                f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
+            )
+        for report in getattr(trainer, "reports", ()):
+            if report.overlong:
+                print(report)
+        (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(r) for r in getattr(trainer, "reports", ())]))
+        config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
+        return trainer.step
+    if newest is None:
+        raise ConfigError(
+            f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
+            "on Ctrl-C); run without resume"
+        )
+    before = json.loads(config_path.read_text()) if config_path.exists() else {}
+    changed = [
+        k for k, v in json.loads(json.dumps(written, default=str)).items() if before.get(k) != v and k != "output_dir"
+    ]
+    if changed:
+        warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
+    load_checkpoint(trainer, newest)
+    return trainer.step
+
+
+def model_card(trainer, metrics: dict) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads, the last metrics and every setting."""
+    name = type(trainer).__name__
+    settings = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k != "output_dir"}
+    tables = [
+        f"| {title} | |\n|---|---|\n" + "\n".join(f"| `{k}` | {_short(v)} |" for k, v in rows.items())
+        for title, rows in (("metric at the end", metrics), ("setting", settings))
+        if rows
+    ]
+    head = f"---\nlibrary_name: transformers\ntags: [rlhf-fast, {name.removesuffix('Trainer').lower()}]\n---\n"
+    title = f"# {Path(trainer.config.output_dir).name}\n\nTrained with rlhf_fast's `{name}`, {trainer.step} steps.\n"
+    return "\n".join([head + title, *(table + "\n" for table in tables)])
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_numbers(metrics: dict) -> dict:
+    """Tensors and numpy scalars to Python numbers; what is not finite becomes None (null in JSON)."""
+    numbers = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+class _JsonLines:
+    """Appends one JSON object a line, flushed; what a file has beyond `step` is cut when it is opened."""
+
+    def __init__(self, path: Path, step: int):
+        self.last, size = {}, 0
+        # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+            row = json.loads(line)
+            if row["step"] > step:
+                break
+            self.last, size = row, size + len(line) + 1
+        self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(size)
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tensorboard(path: Path, start: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path), purge_step=start + 1 if start else None)
+
+
+@contextmanager
+def _signals():
+    """Yields a list that the name of a SIGINT or SIGTERM enters; a second signal acts as it did before."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
+        yield received
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number, frame):
+        received.append(signal.Signals(number).name)
+        for s, old in previous.items():
+            signal.signal(s, old)
+        print(f"\n{received[0]}: finishing this step, then saving (again to stop at once)", flush=True)
+
+    for s in previous:
+        signal.signal(s, handler)
+    try:
+        yield received
+    finally:
+        for s, old in previous.items():
+            signal.signal(s, old)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(trainer, run_dir: Path, keep: int | None) -> Path:
+    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all; prunes old ones."""
+    run_dir = Path(run_dir)
+    target = run_dir / f"checkpoint-{trainer.step}"
+    temporary = target.with_name(f".tmp-{target.name}")
+    temporary.mkdir(parents=True)
+    _save_quietly(trainer, temporary)
+    torch.save({"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state()}, temporary / "state.pt")
+    for path in [*temporary.rglob("*"), temporary]:
+        _fsync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    _fsync(target.parent)
+    for old in _checkpoints(run_dir)[: -keep or None] if keep else []:
+        shutil.rmtree(old)
+    return target
+
+
+def _save_quietly(trainer, path: Path) -> None:
+    """save_model without the progress bar of transformers, which would write over ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    trainer.save_model(path)
+    if shown:
+        transformers_logging.enable_progress_bar()
+
+
+def load_checkpoint(trainer, path: Path) -> None:
+    state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
+    trainer.load_state_dict(state["trainer"])
+    if trainer.step != state["step"]:
+        raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
+    set_rng_state(state["rng"])
+
+
+def latest_checkpoint(run_dir) -> Path | None:
+    found = _checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def _checkpoints(run_dir) -> list[Path]:
+    found = [p for p in Path(run_dir).glob("checkpoint-*") if (p / "state.pt").exists()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,272 @@
+"""Constitutional AI (Bai et al. 2022, arXiv 2212.08073): a constitution takes the place of the human labels.
+
+    phase 1   x -> y_0;  for each principle with c_i(x, y) = 0: critique, revise, check again   `revise`
+              the best of y_0, y_1, ... is a demonstration                                      -> SFT
+    phase 2   x -> (a, b);  a judge compares them under the constitution: P(a better)           `sample_pairs`, `label`
+              (x, y_w, y_l, P(y_w better))                                                      -> RM -> PPO
+
+`revise_sampled` is the paper's own phase 1: principles drawn at random, no checks, all revisions kept.
+Each function reads rows, writes one directory (judges/journal.py: may be killed and run again) and returns a `Stage`.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from ..data.chat import ConfigError
+from ..judges.constitution import Constitution, Principle
+from ..judges.generator import Generate, TextGenerator, Writer
+from ..judges.journal import Stage, finish_stage, read_items, run_stage, seed_for
+from ..judges.protocol import Check, Judge, Messages, Pair, Reply, Verdict
+
+__all__ = ["Generate", "Stage", "TextGenerator", "label", "revise", "revise_sampled", "sample_pairs"]
+
+
+# --- phase 1 ---
+
+
+@dataclass
+class _Draft:
+    """One prompt on its way through phase 1."""
+
+    id: str
+    prompt: Messages
+    replies: list[str]  # y_0, y_1, ...
+    checks: list[list[Check]] = field(default_factory=list)  # of each reply, under all principles
+    steps: list[dict] = field(default_factory=list)  # step i made reply i + 1
+    tried: set[tuple[str, str]] = field(default_factory=set)  # (reply, principle) that were revised already
+    current: int = 0  # the reply that the next revision starts from
+
+
+def revise(
+    prompts: Iterable, generate: Generate, constitution: Constitution, judge: Judge, *, output_dir: str | Path,
+    max_steps: int = 4, batch_size: int = 32, seed: int = 0,
+) -> Stage:  # fmt: skip
+    """Phase 1: answers each prompt, then checks, critiques and revises until no principle is violated.
+
+    A step takes the first violated principle (hard ones first) that was not yet tried on this very reply, critiques the
+    reply under it if the principle has a critique text, revises, and checks the revision against all principles. The
+    next step starts from the revision unless it is worse. A draft stops when nothing is left to try, or after max_steps
+    revisions. The best reply is selected from all of them, the original included: fewest hard principles violated,
+    then the smallest weighted violation sum_i weight_i (1 - c_i), then the smallest edit.
+
+    prompts: rows {"prompt": str | messages}, optionally "id". Writes revisions.jsonl (everything), sft.jsonl (`rows`:
+    {"prompt", "completion"} for SFTTrainer) and rejected.jsonl. Statuses: "clean" (the original violates nothing),
+    "revised" (a revision was selected), "unchanged" (violations remain, no revision was better), "hard_violation" (the
+    selected reply violates a hard principle; rejected), "failed" (a check gave no answer; rejected).
+    """
+    principles = [p for p in constitution.principles if p.check]
+    repairable = sorted((p for p in principles if p.revise), key=lambda p: not p.hard)
+    if not repairable:
+        raise ConfigError(
+            f"revise: constitution {constitution.name!r} has no principle with both 'check' and 'revise'; "
+            "revise_sampled needs no checks"
+        )
+    if max_steps < 1:
+        raise ConfigError(f"revise: max_steps = {max_steps} must be 1 or more")
+    writer = Writer(generate, constitution, seed)
+
+    def work(items: list[dict]) -> list[dict]:
+        first = writer.answer(items, "reply")
+        drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(items, first, strict=True)]
+        _check_last(drafts, judge, principles)
+        for _ in range(max_steps):
+            todo = [(draft, p) for draft in drafts if (p := _next_violation(draft, repairable))]
+            _revise_current(todo, writer)
+            _check_last([draft for draft, _ in todo], judge, principles)
+            for draft, principle in todo:
+                _go_on_unless_worse(draft, principle, principles)
+        return [_revision_record(draft, principles) for draft in drafts]
+
+    settings = {"seed": seed, "max_steps": max_steps, "judge": judge.describe(), **writer.settings}
+    records = run_stage(output_dir, "revisions", read_items(prompts), work, settings=settings, batch_size=batch_size)
+    return finish_stage(
+        output_dir, records, lambda record: [_demonstration(record, record["selected"])], name="sft",
+        used=("clean", "revised", "unchanged"), refused=("hard_violation", "failed"),
+    )  # fmt: skip
+
+
+def revise_sampled(
+    prompts: Iterable, generate: Generate, constitution: Constitution, *, output_dir: str | Path, steps: int = 4,
+    batch_size: int = 32, seed: int = 0,
+) -> Stage:  # fmt: skip
+    """Phase 1 of the paper: `steps` principles drawn with replacement for each prompt, each revision in place of the
+    reply before it, no checks. The revisions of all steps are demonstrations. Files as in `revise`.
+    """
+    usable = [p for p in constitution.principles if p.revise]
+    if not usable or steps < 1:
+        raise ConfigError(
+            f"revise_sampled: needs a principle with 'revise' and steps >= 1; constitution {constitution.name!r} has "
+            f"{len(usable)}, steps = {steps}"
+        )
+    writer = Writer(generate, constitution, seed)
+
+    def work(items: list[dict]) -> list[dict]:
+        first = writer.answer(items, "reply")
+        drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(items, first, strict=True)]
+        for step in range(steps):
+            _revise_current(
+                [(d, random.Random(seed_for(seed, d.id, "draw", step)).choice(usable)) for d in drafts], writer
+            )
+            for draft in drafts:
+                draft.current = len(draft.replies) - 1
+        return [
+            {"id": d.id, "status": "revised", "prompt": d.prompt, "replies": d.replies, "steps": d.steps}
+            for d in drafts
+        ]
+
+    settings = {"seed": seed, "steps": steps, **writer.settings}
+    records = run_stage(output_dir, "revisions", read_items(prompts), work, settings=settings, batch_size=batch_size)
+    return finish_stage(
+        output_dir, records, lambda record: [_demonstration(record, i + 1) for i in range(steps)], name="sft",
+        used=("revised",),
+    )  # fmt: skip
+
+
+def _revise_current(todo: Sequence[tuple[_Draft, Principle]], writer: Writer) -> None:
+    """Adds to each draft one revision of its current reply under the principle."""
+    tasks = [(d.id, len(d.steps), d.prompt, d.replies[d.current], principle) for d, principle in todo]
+    for (draft, principle), (critique, revision) in zip(todo, writer.revise(tasks), strict=True):
+        draft.steps.append({"principle": principle.id, "of": draft.current, "critique": critique})
+        draft.replies.append(revision)
+
+
+def _check_last(drafts: Sequence[_Draft], judge: Judge, principles: Sequence[Principle]) -> None:
+    answers = judge.check([Reply(d.prompt, d.replies[-1], principles) for d in drafts])
+    for draft, checks in zip(drafts, answers, strict=True):
+        draft.checks.append(checks)
+
+
+def _failure(checks: Sequence[Check]) -> str:
+    """Why there is no answer for a reply; such a reply is never used."""
+    return next((c.reason for c in checks if c.status not in ("ok", "not_applicable")), "")
+
+
+def _next_violation(draft: _Draft, repairable: Sequence[Principle]) -> Principle | None:
+    reply, checks = draft.replies[draft.current], draft.checks[draft.current]
+    violated = set() if _failure(checks) else {c.principle for c in checks if c.satisfied is False}
+    return next((p for p in repairable if p.id in violated and (reply, p.id) not in draft.tried), None)
+
+
+def _violation(checks: Sequence[Check], principles: Sequence[Principle]) -> tuple[int, float]:
+    """(hard principles violated, weighted violation); smaller is better. What does not apply is not violated."""
+    hard = sum(p.hard and c.satisfied is False for p, c in zip(principles, checks, strict=True))
+    soft = sum(p.weight * (1 - c.score) for p, c in zip(principles, checks, strict=True) if c.score is not None)
+    return hard, round(soft, 9)  # so that the order of summation cannot decide
+
+
+def _go_on_unless_worse(draft: _Draft, principle: Principle, principles: Sequence[Principle]) -> None:
+    before, after = draft.checks[draft.current], draft.checks[-1]
+    draft.tried.add((draft.replies[draft.current], principle.id))
+    accepted = not _failure(after) and _violation(after, principles) <= _violation(before, principles)
+    draft.steps[-1]["accepted"] = accepted
+    if accepted:
+        draft.current = len(draft.replies) - 1
+
+
+def _select(draft: _Draft, principles: Sequence[Principle]) -> int:
+    """Index of the best reply. Only replies that are otherwise equal are compared by their distance to the original."""
+    violations = {i: _violation(c, principles) for i, c in enumerate(draft.checks) if not _failure(c)}
+    best = [i for i, v in violations.items() if v == min(violations.values())]
+    return max(best, key=lambda i: SequenceMatcher(None, draft.replies[0], draft.replies[i], autojunk=False).ratio())
+
+
+def _revision_record(draft: _Draft, principles: Sequence[Principle]) -> dict:
+    checks = [{c.principle: c.score for c in reply} for reply in draft.checks]
+    record = {"id": draft.id, "status": "failed", "prompt": draft.prompt, "replies": draft.replies, "checks": checks}
+    record["steps"] = draft.steps
+    if reason := _failure(draft.checks[0]):
+        return {**record, "reason": reason}
+    selected = _select(draft, principles)
+    violated = [c.principle for c in draft.checks[selected] if c.satisfied is False]
+    record |= {"selected": selected, "violated": violated}
+    if hard := [p.id for p in principles if p.hard and p.id in violated]:
+        return {**record, "status": "hard_violation", "reason": f"violates {', '.join(hard)}"}
+    return {**record, "status": "revised" if selected else ("unchanged" if violated else "clean")}
+
+
+def _demonstration(record: dict, reply: int) -> dict:
+    completion = [{"role": "assistant", "content": record["replies"][reply]}]
+    return {"prompt": record["prompt"], "completion": completion, "id": record["id"], "step": reply}
+
+
+# --- phase 2 ---
+
+
+def sample_pairs(
+    prompts: Iterable, generate: Generate, constitution: Constitution, *, output_dir: str | Path, batch_size: int = 32,
+    seed: int = 0,
+) -> Stage:  # fmt: skip
+    """Phase 2, first half: two answers to each prompt. rows: {"id", "prompt", "a", "b"}, for `label`; pairs.jsonl."""
+    writer = Writer(generate, constitution, seed)
+
+    def work(items: list[dict]) -> list[dict]:
+        a, b = writer.answer(items, "a"), writer.answer(items, "b")
+        return [{**item, "status": "ok", "a": a, "b": b} for item, a, b in zip(items, a, b, strict=True)]
+
+    settings = {"seed": seed, **writer.settings}
+    records = run_stage(output_dir, "pairs", read_items(prompts), work, settings=settings, batch_size=batch_size)
+    return finish_stage(output_dir, records, lambda record: [record], used=("ok",))
+
+
+def label(
+    pairs: Iterable[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
+    principles_per_pair: int | None = None, tie_margin: float = 0.01, batch_size: int = 32, seed: int = 0,
+) -> Stage:  # fmt: skip
+    """Phase 2, second half: the judge compares each pair; its probability is kept as a soft label.
+
+    pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id". principles_per_pair: how many
+    principles to draw for a pair (the paper draws 1); None takes all. |P(a better) - 0.5| < tie_margin is a tie.
+
+    Writes labels.jsonl (everything), comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...}
+    for RewardTrainer, chosen_prob >= 0.5) and rejected.jsonl: ties and what the judge could not decide get no label.
+    """
+    if not 0 <= tie_margin < 0.5:
+        raise ConfigError(f"label: tie_margin = {tie_margin} is a distance from 0.5 and must lie in [0, 0.5)")
+    usable = judge.comparable(constitution.principles)
+    if len(usable) < (principles_per_pair or 1):
+        raise ConfigError(
+            f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
+            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}"
+        )
+    provenance = {"judge": judge.describe(), "constitution_sha256": constitution.sha256}
+
+    def question(item: dict) -> Pair:
+        draw = random.Random(seed_for(seed, item["id"], "principles"))
+        drawn = usable if principles_per_pair is None else draw.sample(usable, principles_per_pair)
+        return Pair(item["prompt"], item["a"], item["b"], drawn)
+
+    def work(items: list[dict]) -> list[dict]:
+        verdicts = judge.compare(list(map(question, items)))
+        return [_label_record(i, v, tie_margin) for i, v in zip(items, verdicts, strict=True)]
+
+    settings = {"seed": seed, "principles_per_pair": principles_per_pair, "tie_margin": tie_margin, **provenance}
+    items = read_items(pairs, ("a", "b"))
+    records = run_stage(output_dir, "labels", items, work, settings=settings, batch_size=batch_size)
+    return finish_stage(
+        output_dir, records, lambda record: [_comparison(record, provenance)], name="comparisons",
+        used=("ok",), refused=("tie", "unparsed", "too_long", "failed"),
+    )  # fmt: skip
+
+
+def _label_record(item: dict, verdict: Verdict, tie_margin: float) -> dict:
+    status, reason = verdict.status, verdict.reason
+    if status == "ok" and abs(verdict.prob_a - 0.5) < tie_margin:
+        status, reason = "tie", f"P(a better) = {verdict.prob_a:.4f}"
+    evidence = {"prob_a": verdict.prob_a, "logit": verdict.logit, "order_gap": verdict.order_gap}
+    return {**item, "status": status, "reason": reason, **evidence, "votes": [vars(vote) for vote in verdict.votes]}
+
+
+def _comparison(record: dict, provenance: dict) -> dict:
+    chosen, rejected = ("a", "b") if record["logit"] > 0 else ("b", "a")
+    evidence = {name: record[name] for name in ("logit", "order_gap", "votes")}
+    return {
+        "prompt": record["prompt"],
+        "chosen": [{"role": "assistant", "content": record[chosen]}],
+        "rejected": [{"role": "assistant", "content": record[rejected]}],
+        "chosen_prob": max(record["prob_a"], 1 - record["prob_a"]),
+        "label_source": "ai",
+        "cai": {"pair_id": record["id"], "a": "chosen" if chosen == "a" else "rejected", **evidence, **provenance},
+    }

@@ -1,0 +1,232 @@
+"""Reward model: a scalar r(x, y), learned from which of several responses is better (Ouyang et al. 2022, eq. 1).
+
+    pairs     loss = - p log sigma(r_w - r_l - margin) - (1 - p) log sigma(r_l - r_w + margin) + c (r_w + r_l)^2
+    K ranked  loss = mean over the pairs i better than j of - log sigma(r_i - r_j)
+
+p is 1, or the judge's probability that the first is better (chosen_prob); c is center_rewards_coefficient. All
+responses of a prompt go through the trunk in one batch; the head reads the hidden state at eos, the last real token.
+The checkpoint is a transformers AutoModelForSequenceClassification with num_labels=1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.chat import encode_to_score
+from ..data.collate import collate_comparisons, pad_right
+from ..data.formats import Comparison, as_records, comparisons
+from ..models import (
+    check_lengths,
+    disable_dropout,
+    load_reward_model,
+    load_tokenizer,
+    score_tokens,
+    with_own_pad,
+)  # fmt: skip
+from ..ops import pairwise_loss, ranking_loss
+from ..rollout import evaluating
+from . import common
+
+
+@dataclass
+class RewardConfig:
+    output_dir: str = "runs/reward"  # log, samples, checkpoints, and in the end the model
+    seed: int = 0  # of the order of the data, dropout, and new weights
+    num_train_epochs: float = 1.0  # passes over the data
+    max_steps: int = 0  # optimizer steps; 0: num_train_epochs decides
+    per_device_train_batch_size: int = 8  # prompts, with all their responses, in one forward pass
+    gradient_accumulation_steps: int = 1  # forward passes in one step
+    per_device_eval_batch_size: int = 16  # prompts
+    learning_rate: float = 1e-5  # 1e-3 for a million parameters from scratch, or with a frozen trunk
+    lr_scheduler_type: str = "linear"  # to 0 at the end; or "cosine", or "constant"
+    warmup_ratio: float = 0.03  # of the steps, in which the rate rises from 0
+    weight_decay: float = 0.0  # of matrices, not of norms and biases
+    max_grad_norm: float = 1.0  # of all gradients together; 0: no clipping
+    freeze_trunk: bool = False  # learn the head alone
+    center_rewards_coefficient: float = 0.0  # 0.01 keeps rewards near 0 (Eisenstein et al. 2023)
+    max_length: int = 1024  # tokens of prompt and response together
+    on_overlong: str = "error"  # or "skip": leave out prompts with a longer response, and name them
+    logging_steps: int = 10  # TensorBoard; train_log.jsonl has every step
+    eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
+    save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
+    save_total_limit: int = 2  # newest checkpoints kept
+    num_samples: int = 4  # prompts whose responses and rewards go to samples.jsonl at each evaluation
+
+    def __post_init__(self):
+        common.check_config(
+            self,
+            positive=(
+                "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+                "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
+            ),
+            non_negative=(
+                "max_steps", "weight_decay", "max_grad_norm", "center_rewards_coefficient", "eval_steps", "save_steps",
+                "num_samples",
+            ),
+            unit=("warmup_ratio",),
+            choices={"lr_scheduler_type": common.SCHEDULES, "on_overlong": ("error", "skip")},
+        )  # fmt: skip
+
+
+class RewardTrainer:
+    """Iterate it for a dict of metrics per step, or call train() for the run with log, evaluation and checkpoints.
+
+    model: a language model (its trunk is taken, see models.load_reward_model), a reward model to go on with, or the
+    name or path of one. tokenizer: by default the model's; where its pad is eos, the reward model gets its own pad
+    token (with_own_pad). Datasets: data/formats.py; pairs if every prompt has two responses, else all pairs of the K
+    ranked ones. Dropout is off: both responses of a pair must be seen by the same network.
+    """
+
+    def __init__(self, config: RewardConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
+        common.set_seed(config.seed)
+        self.config = config
+        self.tokenizer = with_own_pad(load_tokenizer(model if tokenizer is None else tokenizer))
+        options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
+        records = as_records(train_dataset, "train_dataset")
+        self.items, report = comparisons(records, self.tokenizer, **options)
+        self.reports, self.eval_items = [report], []
+        if eval_dataset is not None:
+            records = as_records(eval_dataset, "eval_dataset")
+            self.eval_items, report = comparisons(records, self.tokenizer, **options, name="eval_dataset")
+            self.reports.append(report)
+        self.sample_records = records[: config.num_samples]
+        self.width = max(len(item.responses) for item in self.items + self.eval_items)
+        self._check_pairs()
+        self.model = load_reward_model(model, self.tokenizer)
+        check_lengths(self.model, self.tokenizer, max(map(len, self.items + self.eval_items)))
+        disable_dropout(self.model)
+        self.model.base_model.requires_grad_(not config.freeze_trunk)
+
+        self.lengths = [len(item) for item in self.items]
+        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.total_steps = common.steps_in_run(
+            len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
+        )
+        self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
+        self.scheduler = common.make_scheduler(
+            self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
+        )
+        self.step, self.num_tokens = 0, 0
+
+    def _check_pairs(self) -> None:
+        plain = Comparison([], [])
+        items = self.items + self.eval_items
+        odd = [k for k in ("margin", "chosen_prob", "weight") for i in items if getattr(i, k) != getattr(plain, k)]
+        if self.config.center_rewards_coefficient:
+            odd.append("center_rewards_coefficient")
+        if self.width > 2 and odd:
+            raise common.ConfigError(
+                f"{', '.join(dict.fromkeys(odd))} is defined for pairs, and the data ranks {self.width} responses: "
+                "leave it out, or give the data as pairs of chosen and rejected"
+            )
+
+    def __iter__(self):
+        batches = common.run_batches(
+            self.lengths, self.batch_size, seed=self.config.seed, start=self.step, stop=self.total_steps
+        )
+        for epoch, indices in batches:
+            yield {"epoch": epoch, **self._train_step([self.items[i] for i in indices])}
+
+    def _train_step(self, items: list[Comparison]) -> dict:
+        size = self.config.per_device_train_batch_size
+        total = sum(item.weight for item in items)
+        self.model.train()
+        seen = []
+
+        for k in range(0, len(items), size):  # sorted by length, so a micro-batch has little padding
+            part = items[k : k + size]
+            rewards, batch = self._rewards(part)
+            # The loss is a weighted mean over prompts, so this is its share of the step's mean.
+            share = sum(item.weight for item in part) / total if total else 0.0
+            (self._loss(rewards, batch)[0] * share).backward()
+            seen.append((rewards.detach(), batch))
+
+        learning_rate = self.scheduler.get_last_lr()[0]
+        grad_norm = common.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
+        self.step += 1
+        self.num_tokens += sum(len(response) for item in items for response in item.responses)
+        metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
+        return self._metrics(seen) | metrics
+
+    def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, K) rewards, one forward pass for all responses; where ranks is -1 there is no response."""
+        batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
+        scores = score_tokens(self.model, batch["input_ids"], batch["attention_mask"])
+        return scores[batch["slot"]], batch
+
+    def _loss(self, rewards: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.width > 2:
+            return ranking_loss(rewards, batch["ranks"])
+        return pairwise_loss(
+            rewards[:, 0], rewards[:, 1], margin=batch["margin"], target_prob=batch["chosen_prob"],
+            center_coef=self.config.center_rewards_coefficient, weights=batch["weight"],
+        )  # fmt: skip
+
+    def _metrics(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> dict:
+        """Loss, accuracy (a tie is half right), margin and the spread of the rewards, over all micro-batches as one."""
+        rewards = torch.cat([r for r, _ in seen])
+        batch = {k: torch.cat([b[k] for _, b in seen]) for k in ("ranks", "margin", "chosen_prob", "weight")}
+        loss, stats = self._loss(rewards, batch)
+        real = rewards[batch["ranks"] >= 0]
+        return {
+            "loss": loss,
+            "accuracy": stats["accuracy"],
+            "margin": stats["margin"],
+            "mean_reward": real.mean(),
+            "min_reward": real.min(),
+            "max_reward": real.max(),
+            "reward_std": real.std(correction=0),
+            "num_pairs": stats["num_pairs"],
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """eval_loss, eval_accuracy, eval_margin, eval_mean_reward, eval_reward_std, ... over the whole eval_dataset."""
+        if not self.eval_items:
+            return {}
+        batches = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
+        with evaluating(self.model):
+            seen = [self._rewards([self.eval_items[i] for i in indices]) for indices in batches]
+        return {f"eval_{k}": v for k, v in self._metrics(seen).items()}
+
+    @torch.no_grad()
+    def samples(self) -> list[dict]:
+        """The first held-out prompts (training prompts where nothing is held out), each response with its reward."""
+        rows = []
+        for record in self.sample_records:
+            prompt = record.get("prompt")
+            responses = [record["chosen"], record["rejected"]] if "chosen" in record else record["responses"]
+            tokens = [encode_to_score(self.tokenizer, prompt, response) for response in responses]
+            with evaluating(self.model):
+                ids, mask = (x.to(self.model.device) for x in pad_right(tokens, self.tokenizer.pad_token_id))
+                rewards = score_tokens(self.model, ids, mask).tolist()
+            texts = [r if isinstance(r, str) else r[-1]["content"] for r in responses]
+            rows += [{"prompt": prompt, "response": x, "reward": r} for x, r in zip(texts, rewards, strict=True)]
+        return rows
+
+    def train(self, resume: bool = False) -> common.RunResult:
+        return common.run_training(self, resume=resume)
+
+    def save_model(self, path) -> None:
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "lengths": torch.tensor(self.lengths),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        common.check_same_data(state["lengths"], self.lengths)
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,212 @@
+"""Supervised fine-tuning: maximise log pi(y | x) over the response tokens (Ouyang et al. 2022, section 3.5).
+
+    loss = - sum over response tokens of log pi(token | what precedes it) / their number in the whole step
+
+The number is that of all micro-batches of the step together, so gradient accumulation changes memory and nothing else.
+The lm_head runs on the positions that predict a response token, and its logits never exist as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..data.chat import Encoded, encode_prompt
+from ..data.collate import collate_sft
+from ..data.formats import as_records, sft_examples
+from ..models import check_lengths, check_lm_head, hidden_states, lm_head, load_policy, load_tokenizer, stop_at_eos
+from ..ops import linear_cross_entropy
+from ..rollout import evaluating, generate_text
+from . import common
+
+
+@dataclass
+class SFTConfig:
+    output_dir: str = "runs/sft"  # log, samples, checkpoints, and in the end the model
+    seed: int = 0  # of the order of the data, dropout, and new weights
+    num_train_epochs: float = 1.0  # passes over the data
+    max_steps: int = 0  # optimizer steps; 0: num_train_epochs decides
+    per_device_train_batch_size: int = 8  # sequences in one forward pass
+    gradient_accumulation_steps: int = 1  # forward passes in one step
+    per_device_eval_batch_size: int = 16  # sequences
+    learning_rate: float = 1e-5  # 1e-3 for models of a million parameters from scratch
+    lr_scheduler_type: str = "linear"  # to 0 at the end; or "cosine", or "constant"
+    warmup_ratio: float = 0.03  # of the steps, in which the rate rises from 0
+    weight_decay: float = 0.0  # of matrices, not of norms and biases
+    max_grad_norm: float = 1.0  # of all gradients together; 0: no clipping
+    max_length: int = 1024  # tokens of prompt and response together
+    on_overlong: str = "error"  # or "skip": leave longer records out, and name them
+    logging_steps: int = 10  # train_log.jsonl has every step; token accuracy and TensorBoard only these
+    eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
+    save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
+    save_total_limit: int = 2  # newest checkpoints kept
+    num_samples: int = 4  # prompts answered at each evaluation, for samples.jsonl
+    sample_max_new_tokens: int = 64  # of such an answer
+
+    def __post_init__(self):
+        common.check_config(
+            self,
+            positive=(
+                "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+                "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
+                "sample_max_new_tokens",
+            ),
+            non_negative=("max_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps", "num_samples"),
+            unit=("warmup_ratio",),
+            choices={"lr_scheduler_type": common.SCHEDULES, "on_overlong": ("error", "skip")},
+        )  # fmt: skip
+
+
+class SFTTrainer:
+    """Iterate it for a dict of metrics per step, or call train() for the run with log, evaluation and checkpoints.
+
+    model: a causal language model, or its name or path. tokenizer: by default the model's. Datasets: data/formats.py.
+    It trains in train mode, with whatever dropout the model's config has; evaluation has none.
+    """
+
+    def __init__(self, config: SFTConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
+        common.set_seed(config.seed)
+        self.config = config
+        self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
+        options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
+        records = as_records(train_dataset, "train_dataset")
+        self.examples, report = sft_examples(records, self.tokenizer, **options)
+        self.reports, self.eval_examples = [report], []
+        if eval_dataset is not None:
+            records = as_records(eval_dataset, "eval_dataset")
+            self.eval_examples, report = sft_examples(records, self.tokenizer, **options, name="eval_dataset")
+            self.reports.append(report)
+        self.model = load_policy(model)
+        check_lengths(self.model, self.tokenizer, max(map(len, self.examples + self.eval_examples)))
+        check_lm_head(self.model)
+        stop_at_eos(self.model, self.tokenizer)
+        self.sample_prompts = self._choose_prompts(records)
+
+        self.lengths = [len(e) for e in self.examples]
+        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.total_steps = common.steps_in_run(
+            len(self.examples), self.batch_size, config.num_train_epochs, config.max_steps
+        )
+        self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
+        self.scheduler = common.make_scheduler(
+            self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
+        )
+        self.step, self.num_tokens = 0, 0
+
+    def __iter__(self):
+        batches = common.run_batches(
+            self.lengths, self.batch_size, seed=self.config.seed, start=self.step, stop=self.total_steps
+        )
+        for epoch, indices in batches:
+            yield {"epoch": epoch, **self._train_step([self.examples[i] for i in indices])}
+
+    def _train_step(self, examples: list[Encoded]) -> dict:
+        config, size = self.config, self.config.per_device_train_batch_size
+        self.model.train()
+        weight, bias, softcap = lm_head(self.model)
+        num_labels = max(1, sum(e.num_labels for e in examples))
+        with_accuracy = (self.step + 1) % config.logging_steps == 0
+        loss, correct = 0.0, 0
+
+        for k in range(0, len(examples), size):  # sorted by length, so a micro-batch has little padding
+            batch = collate_sft(examples[k : k + size], self.tokenizer.pad_token_id, self.model.device)
+            hidden = response_hidden(self.model, batch)
+            micro_loss = linear_cross_entropy(
+                hidden, weight, batch["labels"], bias=bias, softcap=softcap, normalizer=num_labels
+            )
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            if with_accuracy:
+                correct += count_correct(hidden, weight, bias, batch["labels"])
+
+        learning_rate = self.scheduler.get_last_lr()[0]
+        grad_norm = common.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
+        self.step += 1
+        self.num_tokens += sum(map(len, examples))
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
+        return metrics | ({"mean_token_accuracy": correct / num_labels} if with_accuracy else {})
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """eval_loss (nats per response token) and eval_mean_token_accuracy over the whole eval_dataset, by token."""
+        weight, bias, softcap = lm_head(self.model)
+        nll = correct = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        num_labels = sum(e.num_labels for e in self.eval_examples)
+        if not num_labels:
+            return {}
+        batches = common.epoch_batches(list(map(len, self.eval_examples)), self.config.per_device_eval_batch_size)
+        with evaluating(self.model):
+            for indices in batches:
+                examples = [self.eval_examples[i] for i in indices]
+                batch = collate_sft(examples, self.tokenizer.pad_token_id, self.model.device)
+                hidden = response_hidden(self.model, batch)
+                nll = nll + linear_cross_entropy(
+                    hidden, weight, batch["labels"], bias=bias, softcap=softcap, normalizer=1.0
+                )
+                correct = correct + count_correct(hidden, weight, bias, batch["labels"])
+        return {"eval_loss": nll / num_labels, "eval_mean_token_accuracy": correct / num_labels}
+
+    def _choose_prompts(self, records: list[dict]) -> list:
+        """What precedes the last response of the first records, where the model has room for an answer to it."""
+        room = getattr(self.model.config, "max_position_embeddings", float("inf")) - self.config.sample_max_new_tokens
+        prompts = []
+        for record in records:
+            if len(prompts) == self.config.num_samples:
+                break
+            if "messages" in record:  # as in sft_examples, also where a prompt stands beside them
+                last = max(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
+                prompt = record["messages"][:last]
+            else:
+                prompt = record["prompt"]
+            if prompt and 0 < len(encode_prompt(self.tokenizer, prompt)) <= room:
+                prompts.append(prompt)
+        return prompts
+
+    def samples(self) -> list[dict]:
+        """Greedy answers to the first held-out prompts (training prompts where nothing is held out)."""
+        if not self.sample_prompts:
+            return []
+        responses = generate_text(
+            self.model, self.tokenizer, self.sample_prompts,
+            max_new_tokens=self.config.sample_max_new_tokens, do_sample=False,
+        )  # fmt: skip
+        return [{"prompt": p, "response": r} for p, r in zip(self.sample_prompts, responses, strict=True)]
+
+    def train(self, resume: bool = False) -> common.RunResult:
+        return common.run_training(self, resume=resume)
+
+    def save_model(self, path) -> None:
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "lengths": torch.tensor(self.lengths),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        common.check_same_data(state["lengths"], self.lengths)
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def response_hidden(model, batch: dict[str, Tensor]) -> Tensor:
+    """(N, D): the hidden states that predict the N response tokens of the batch; no other reaches the lm_head."""
+    return hidden_states(model, batch["input_ids"]).flatten(0, 1).index_select(0, batch["positions"])
+
+
+@torch.no_grad()
+def count_correct(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """How many of the (N,) labels are the most likely token, 2^24 logits at a time. (A softcap keeps order.)"""
+    rows = max(1, 2**24 // weight.shape[0])
+    best = [torch.nn.functional.linear(h, weight, bias).argmax(-1) for h in hidden.split(rows)]
+    return (torch.cat(best) == labels).sum()

@@ -1,0 +1,189 @@
+"""Every op on a GPU (`make gpu`): accuracy, compile, streams, host synchronisation, bits, more than 2^31 elements."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import rlhf_fast as rf
+from rlhf_fast.ops import reference
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+from cases import CASES, Sampler
+from test_contract import LAYOUTS, assert_as_close_as_eager, cast, lay_out, run, tensors_of
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+BACKENDS = ("native", "triton")
+every_case = pytest.mark.parametrize(
+    "case, backend",
+    [
+        pytest.param(case, backend, id=f"{case.name}-{backend}")
+        for case in CASES
+        for backend in (BACKENDS if case.name.startswith("token_logprobs") else ("default",))
+    ],
+)
+
+
+def backend_of(name: str):
+    return nullcontext() if name == "default" else rf.use_backend(name)
+
+
+def on_device(case, layout: str = "contiguous"):
+    """The case with an op that moves its arguments to the GPU and its results back, so that CPU tensors drive it."""
+
+    def op(**inputs):
+        def there(x):
+            return lay_out(x.cuda(), layout) if x.is_floating_point() else x.cuda()
+
+        outputs = case.op(**{k: there(x) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()})
+        return tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, outputs)
+
+    return case._replace(op=op)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_is_as_close_to_float64_as_eager_is(case, backend, dtype):
+    with backend_of(backend):
+        for seed in range(24):
+            inputs = case.inputs(Sampler(random.Random(seed)))
+            assert_as_close_as_eager(on_device(case, LAYOUTS[seed % 4]), inputs, dtype)
+
+
+@every_case
+def test_gradcheck(case, backend):
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    op, checked = on_device(case).op, 0
+    for seed in range(12):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float64)
+        wrt = [n for n in case.wrt if isinstance(inputs.get(n), torch.Tensor)]
+        if any(inputs[n].isinf().any() or inputs[n].numel() > 400 for n in wrt):
+            continue
+
+        def f(*values, inputs=inputs, wrt=wrt):
+            out = tensors_of(op(**(inputs | dict(zip(wrt, values, strict=True)))))
+            return tuple(t for t in out.values() if t.requires_grad)
+
+        with backend_of(backend):
+            assert torch.autograd.gradcheck(f, [inputs[n].requires_grad_() for n in wrt], eps=1e-7, atol=1e-5)
+        checked += 1
+    assert checked >= 2
+
+
+@every_case
+def test_compiles_to_one_graph_with_the_same_result(case, backend):
+    torch._dynamo.reset()
+    graph = case._replace(op=torch.compile(case.op, fullgraph=True, dynamic=False))
+    with backend_of(backend):
+        for seed in range(2):
+            inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+            ours, compiled = (run(on_device(c).op, c, inputs) for c in (case, graph))
+            for name in ours:
+                torch.testing.assert_close(compiled[name], ours[name], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@every_case
+def test_two_runs_give_the_same_bits(case, backend):
+    with backend_of(backend):
+        for seed in range(8):
+            inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+            first, second = (run(on_device(case).op, case, inputs) for _ in range(2))
+            for name in first:
+                assert torch.equal(first[name].nan_to_num(nan=7.0), second[name].nan_to_num(nan=7.0)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_gives_the_same_bits_anywhere_in_the_batch(backend, dtype):
+    logits = torch.randn(64, 50257, device="cuda").to(dtype)  # rows at every alignment
+    labels = torch.randint(50257, (64,), device="cuda")
+    order = torch.randperm(64, device="cuda")
+    with rf.use_backend(backend):
+        straight = rf.token_logprobs_and_entropy(logits, labels)
+        shuffled = rf.token_logprobs_and_entropy(logits[order].contiguous(), labels[order])
+        few = rf.token_logprobs_and_entropy(logits[:3], labels[:3])
+    for a, b, c in zip(straight, shuffled, few, strict=True):
+        assert torch.equal(a[order], b) and torch.equal(a[:3], c)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_runs_on_the_current_stream_and_never_waits_for_it(backend):
+    x = torch.zeros(32, 32000, device="cuda")
+    values = torch.randn_like(x)
+    labels = torch.arange(32, device="cuda")
+    want = reference.token_logprobs(values, labels)
+    stream = torch.cuda.Stream()
+    with rf.use_backend(backend):
+        rf.token_logprobs(values, labels)  # loads the kernel, which may synchronise
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(200_000_000)
+                x.copy_(values)  # later on this stream: a kernel on another one would read zeros
+                got = rf.token_logprobs(x, labels)
+            waited = stream.query()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not waited, "the call waited for the GPU"
+    torch.cuda.synchronize()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_than_2_to_the_31_elements(backend):
+    rows, vocab = 16384, 151936
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    with rf.use_backend(backend):
+        logprobs, entropy = rf.token_logprobs_and_entropy(logits, labels)
+        (logprobs.sum() + entropy.sum()).backward()
+    for row in (0, 14133, 14135, rows - 1):  # 2^31 / vocab = 14134.1
+        x = logits[row].detach().double().requires_grad_()
+        want_logprobs, want_entropy = reference.token_logprobs_and_entropy(x, labels[row])
+        (want_logprobs + want_entropy).backward()
+        torch.testing.assert_close(logprobs[row].double(), want_logprobs, rtol=2e-6, atol=0)
+        torch.testing.assert_close(entropy[row].double(), want_entropy, rtol=2e-6, atol=0)
+        assert (logits.grad[row].double() - x.grad).norm() <= 2**-8 * x.grad.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_gradient(backend):
+    logits, labels = torch.randn(7, 50257, device="cuda"), torch.arange(7, device="cuda")
+    mask = labels % 3 != 0
+    with rf.use_backend(backend):
+        apart, over = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        rf.token_logprobs(apart, labels, mask=mask).sum().backward()
+        rf.token_logprobs(over, labels, mask=mask, inplace_backward=True).sum().backward()
+    assert torch.equal(apart.grad, over.grad) and over.grad.data_ptr() == over.data_ptr()
+    assert not apart.grad[0].any()
+
+
+@pytest.mark.parametrize("backend, says", [("native", "label 9 of row 1"), ("triton", "outside the vocabulary")])
+def test_a_label_out_of_range_stops_the_kernel_by_name(backend, says):
+    """In a process of its own, because a stopped kernel takes the CUDA context with it."""
+    code = f"""
+import torch, rlhf_fast as rf
+with rf.use_backend({backend!r}):
+    rf.token_logprobs(torch.zeros(3, 9, device="cuda"), torch.tensor([3, 9, 0], device="cuda"))
+torch.cuda.synchronize()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0 and says in result.stdout + result.stderr, result.stdout + result.stderr
+
+
+def test_backends_name_the_cuda_kernel():
+    assert rf.backends()["token_logprobs_forward"]["cuda"]["backend"] == "native"

@@ -1,0 +1,166 @@
+"""What is learned and what is only read, found by rendering, for templates of every habit."""
+
+import numpy as np
+import pytest
+from helpers import CHAT_TEMPLATE, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from rlhf_fast.data.chat import (
+    ConfigError,
+    check_tokenizer,
+    encode_conversation,
+    encode_prompt,
+    encode_response,
+    encode_to_score,
+)  # fmt: skip
+
+USER, FOUR = {"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}
+AGAIN, STILL = {"role": "user", "content": "again?"}, {"role": "assistant", "content": "still four"}
+
+
+def learned(tokenizer, encoded):
+    """The learned stretches of a sequence, as text."""
+    edges = np.flatnonzero(np.diff(np.r_[False, encoded.response_mask, False]))
+    return [tokenizer.decode(encoded.input_ids[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_the_response_and_its_eos_are_learned_and_nothing_else(pad):
+    tokenizer = tiny_tokenizer(pad=pad)
+    (encoded,) = encode_conversation(tokenizer, [USER, FOUR])
+    # The template's newline after eos is dropped, so eos is the last token.
+    assert tokenizer.decode(encoded.input_ids) == "<|user|>two plus two?<|assistant|>four<eos>"
+    assert learned(tokenizer, encoded) == ["four<eos>"]
+    assert encoded.num_labels == len(tokenizer("four")["input_ids"]) + 1
+
+
+def test_every_assistant_turn_is_learned_and_the_newline_between_is_read():
+    tokenizer = tiny_tokenizer()
+    (encoded,) = encode_conversation(tokenizer, [USER, FOUR, AGAIN, STILL])
+    assert learned(tokenizer, encoded) == ["four<eos>", "still four<eos>"]
+    assert tokenizer.decode(encoded.input_ids).count("<eos>\n<|user|>again?") == 1
+
+
+def test_of_a_completion_only_its_own_turns_are_learned():
+    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(), [USER, FOUR, AGAIN, STILL], first=3)
+    assert learned(tokenizer, encoded) == ["still four<eos>"]
+
+
+def test_messages_after_the_last_response_are_left_out():
+    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(), [USER, FOUR, AGAIN])
+    assert tokenizer.decode(encoded.input_ids).endswith("four<eos>")
+
+
+def test_a_response_that_looks_like_the_template_is_still_the_response():
+    sly = {"role": "assistant", "content": "say four, please say four"}
+    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(), [{"role": "user", "content": "say four"}, sly])
+    assert learned(tokenizer, encoded) == ["say four, please say four<eos>"]
+
+
+def test_eos_is_appended_where_the_template_has_none():
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ eos_token }}\n", "\n"))
+    (encoded,) = encode_conversation(tokenizer, [USER, FOUR])
+    assert learned(tokenizer, encoded) == ["four<eos>"]
+
+
+def test_a_template_that_drops_past_reasoning_gives_one_sequence_per_turn():
+    """As Qwen3's does: a past turn is not what the model wrote when the turn was the last."""
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' and loop.last %}[think]{% endif %}"
+        "{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    first, second = encode_conversation(tokenizer, [USER, FOUR, AGAIN, STILL])
+    assert learned(tokenizer, first) == ["[think]four<eos>"]
+    assert learned(tokenizer, second) == ["[think]still four<eos>"]
+    assert "<|assistant|>four<eos><|user|>" in tokenizer.decode(second.input_ids)
+
+
+def test_a_generation_prompt_that_opens_a_block_still_finds_the_response():
+    """As DeepSeek-R1's does: the written turn has no <think>."""
+    template = CHAT_TEMPLATE.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
+    )
+    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(chat_template=template), [USER, FOUR])
+    assert learned(tokenizer, encoded) == ["four<eos>"]
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    template = "{{ messages | length }}" + CHAT_TEMPLATE
+    with pytest.raises(ConfigError, match="cannot be told from its prompt"):
+        encode_conversation(tiny_tokenizer(chat_template=template), [USER, FOUR])
+
+
+def test_training_sees_the_prompt_as_generation_does():
+    tokenizer = tiny_tokenizer()
+    (encoded,) = encode_conversation(tokenizer, [USER, FOUR, AGAIN, STILL], first=3)
+    prompt = encode_prompt(tokenizer, [USER, FOUR, AGAIN])
+    assert encoded.input_ids[: len(prompt)].tolist() == prompt
+    assert not encoded.response_mask[: len(prompt)].any() and encoded.response_mask[len(prompt) :].all()
+
+
+def test_a_token_across_prompt_and_response_is_broken_there():
+    tokenizer = tiny_tokenizer()
+    assert len(tokenizer("the")["input_ids"]) == 1  # "th" + "e" would be one token
+    encoded = encode_response(tokenizer, "th", "e")
+    assert encoded.input_ids.tolist() == [*encode_prompt(tokenizer, "th"), *tokenizer("e")["input_ids"], 1]
+    assert learned(tokenizer, encoded) == ["e<eos>"]
+
+
+@pytest.mark.parametrize("response", ["four", "four<eos>", "four<eos>\n"])
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_eos_ends_a_text_exactly_once(pad, response):
+    tokenizer = tiny_tokenizer(pad=pad)
+    encoded = encode_response(tokenizer, "two plus two? ", response)
+    assert encoded.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert learned(tokenizer, encoded) == ["four<eos>"]
+
+
+def with_bos(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["two plus two?", "<bos>two plus two?"])
+def test_text_gets_the_tokenizers_bos_once_and_no_eos_before_the_response(prompt):
+    tokenizer = with_bos(tiny_tokenizer())
+    encoded = encode_response(tokenizer, prompt, "four")
+    assert tokenizer.decode(encoded.input_ids) == "<bos>two plus two?four<eos>"
+    assert encode_prompt(tokenizer, prompt) == encoded.input_ids[: -encoded.num_labels].tolist()
+    assert encode_to_score(tokenizer, prompt, "four").tolist() == encoded.input_ids.tolist()
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+@pytest.mark.parametrize(
+    ("prompt", "response"),
+    [([USER], [FOUR]), ([USER], "four"), ("two plus two?", [FOUR]), (None, [USER, FOUR])],
+)
+def test_what_is_scored_ends_in_its_only_eos(pad, prompt, response):
+    tokenizer = tiny_tokenizer(pad=pad)
+    ids = encode_to_score(tokenizer, prompt, response)
+    assert tokenizer.decode(ids) == "<|user|>two plus two?<|assistant|>four<eos>"
+
+
+def test_what_is_scored_keeps_a_response_that_the_template_does_not_end():
+    """The earlier turn has the only eos: cutting there would lose the answer that is to be scored."""
+    template = CHAT_TEMPLATE.replace("{{ eos_token }}", "{% if not loop.last %}{{ eos_token }}{% endif %}")
+    tokenizer = tiny_tokenizer(chat_template=template)
+    ids = encode_to_score(tokenizer, [USER, FOUR, AGAIN], [STILL])
+    assert tokenizer.decode(ids).endswith("four<eos><|user|>again?<|assistant|>still four<eos>")
+
+
+def test_a_tokenizer_that_cannot_do_the_work_is_refused_with_the_way_out():
+    tokenizer = tiny_tokenizer(chat_template=None)
+    check_tokenizer(tokenizer, conversational=False)
+    with pytest.raises(ConfigError, match=r"set tokenizer\.chat_template"):
+        check_tokenizer(tokenizer, conversational=True)
+    tokenizer.pad_token = None
+    with pytest.raises(ConfigError, match=r"set tokenizer\.pad_token = tokenizer\.eos_token"):
+        check_tokenizer(tokenizer, conversational=False)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=r"set tokenizer\.eos_token"):
+        check_tokenizer(tokenizer, conversational=False)

@@ -1,0 +1,162 @@
+"""Records in, encoded examples out; what cannot be used is refused or counted, with its index."""
+
+import json
+import math
+
+import pytest
+from datasets import Dataset
+from helpers import tiny_tokenizer
+
+from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.data.formats import as_records, comparisons, prompts, read_dataset, sft_examples
+
+TOKENIZER = tiny_tokenizer()
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+PAIR = {"prompt": "say hello: ", "chosen": "hello", "rejected": "0 1 2"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": CHAT},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"prompt": "hi", "completion": CHAT[1:]},
+        {"prompt": CHAT[:1], "completion": "hello"},
+    ],
+)
+def test_every_conversational_form_of_sft_is_the_same_sequence(record):
+    (example,), report = sft_examples([record], TOKENIZER, max_length=64)
+    assert TOKENIZER.decode(example.input_ids) == "<|user|>hi<|assistant|>hello<eos>"
+    assert TOKENIZER.decode(example.input_ids[example.response_mask]) == "hello<eos>"
+    assert (report.records, report.used, report.overlong) == (1, 1, [])
+
+
+def test_a_datasets_dataset_is_read_like_a_list():
+    records = [{"messages": CHAT}, {"messages": CHAT}]
+    from_list, _ = sft_examples(records, TOKENIZER, max_length=64)
+    from_dataset, _ = sft_examples(Dataset.from_list(records), TOKENIZER, max_length=64)
+    assert [e.input_ids.tolist() for e in from_dataset] == [e.input_ids.tolist() for e in from_list]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "train_dataset is empty"),
+        (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
+        ("data.jsonl", "must be a list of dicts"),
+        (["text"], "record 0 must be a dict, got str"),
+        ([{"messages": CHAT}, {"text": "hi"}], "record 1 has the columns text; it needs"),
+        ([{"prompt": "hi"}], "record 0 has the columns prompt; it needs"),
+        ([{"messages": "hi there"}, {"messages": 3}], "record 0: 'messages' must be a list"),
+        ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "record 1: 'messages' must be a list"),
+        ([{"messages": CHAT[:1]}], "record 0 has no response"),
+    ],
+)
+def test_sft_data_in_the_wrong_form_is_refused_by_its_index(dataset, message):
+    with pytest.raises(ConfigError, match=message):
+        sft_examples(dataset, TOKENIZER, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"chosen": "a"}, "record 0 has the columns chosen; it needs"),
+        ({**PAIR, "rejected": None}, "'rejected' must be text or a list"),
+        ({**PAIR, "chosen_prob": 1.5}, r"chosen_prob must lie in \[0, 1\]"),
+        ({**PAIR, "weight": -1}, "weight be 0 or more"),
+        ({"prompt": "p", "responses": ["only one"]}, "a list of at least two"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, 0]}, "not all the same"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}, "each of the 2 responses a rank"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, -1]}, "0 for the best"),
+    ],
+)
+def test_comparisons_in_the_wrong_form_are_refused_by_their_index(record, message):
+    with pytest.raises(ConfigError, match=message):
+        comparisons([record], TOKENIZER, max_length=64)
+
+
+def test_too_long_records_are_refused_or_skipped_but_always_named():
+    records = [{"prompt": "a", "completion": "b" * n} for n in (3, 90, 4, 80)]
+    with pytest.raises(
+        ConfigError, match=r"2 longer than max_length=20: record 1 \(\d+ tokens\), 3 .*on_overlong='skip'"
+    ):
+        sft_examples(records, TOKENIZER, max_length=20)
+    examples, report = sft_examples(records, TOKENIZER, max_length=20, on_overlong="skip")
+    assert len(examples) == report.used == 2 and report.records == 4
+    assert [i for i, _ in report.overlong] == [1, 3]
+    assert str(report).startswith("train_dataset: 2 of 4 records used; 2 longer than max_length=20: record 1 (")
+    with pytest.raises(ConfigError, match="raise max_length"):
+        sft_examples(records, TOKENIZER, max_length=2, on_overlong="skip")
+
+
+def test_a_pair_is_as_long_as_its_longer_response():
+    pairs = [PAIR, {**PAIR, "rejected": "9 " * 60}, {**PAIR, "chosen": "9 " * 60}]
+    items, report = comparisons(pairs, TOKENIZER, max_length=30, on_overlong="skip")
+    assert len(items) == 1 and [i for i, _ in report.overlong] == [1, 2]
+
+
+def test_the_columns_of_a_pair_arrive():
+    (item,), _ = comparisons([{**PAIR, "margin": 0.5, "chosen_prob": 0.8, "weight": 2}], TOKENIZER, max_length=30)
+    assert [TOKENIZER.decode(r) for r in item.responses] == ["say hello: hello<eos>", "say hello: 0 1 2<eos>"]
+    assert (item.ranks, item.margin, item.chosen_prob, item.weight) == ([0, 1], 0.5, 0.8, 2.0)
+
+
+def test_the_prompt_may_be_inside_chosen_and_rejected():
+    chosen, rejected = CHAT, [CHAT[0], {"role": "assistant", "content": "0"}]
+    (inside,), _ = comparisons([{"chosen": chosen, "rejected": rejected}], TOKENIZER, max_length=30)
+    record = {"prompt": CHAT[:1], "chosen": chosen[1:], "rejected": rejected[1:]}
+    (outside,), _ = comparisons([record], TOKENIZER, max_length=30)
+    assert [r.tolist() for r in inside.responses] == [r.tolist() for r in outside.responses]
+
+
+def test_ranked_responses_are_ordered_best_first():
+    record = {"prompt": "p ", "responses": ["bad", "good", "fine", "also good"], "ranks": [2, 0, 1, 0]}
+    (item,), _ = comparisons([record], TOKENIZER, max_length=30)
+    assert [TOKENIZER.decode(r) for r in item.responses] == [
+        f"p {x}<eos>" for x in ("good", "also good", "fine", "bad")
+    ]
+    assert item.ranks == [0, 0, 1, 2]
+
+
+def test_files_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(PAIR) + "\n\n" + json.dumps(PAIR) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps([PAIR]))
+    assert read_dataset(tmp_path / "a.jsonl") == [PAIR, PAIR]
+    assert read_dataset(str(tmp_path / "a.json")) == [PAIR]
+    assert read_dataset([PAIR]) == [PAIR]
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_dataset(tmp_path / "b.jsonl")
+
+
+def test_as_records_reads_an_iterator_once():
+    assert as_records(iter([PAIR]), "data") == [PAIR]
+
+
+def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a\u2028b\x85", "completion": "c"}\n\n', encoding="utf-8")
+    assert read_dataset(path) == [{"prompt": "a\u2028b\x85", "completion": "c"}]
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="line 2: not JSON"):
+        read_dataset(path)
+
+
+def test_what_would_train_on_something_else_is_refused():
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    with pytest.raises(ConfigError, match="record 0: 'messages': the content of a user turn must be text, got 'None'"):
+        sft_examples([{"messages": [{**user, "content": None}, assistant]}], TOKENIZER, max_length=50)
+    with pytest.raises(ConfigError, match="record 0: the response repeats the prompt"):
+        sft_examples([{"prompt": "hi", "completion": [user, assistant]}], TOKENIZER, max_length=50)
+    whole = [user, assistant]
+    with pytest.raises(ConfigError, match="record 0: the response repeats the prompt"):
+        comparisons([{"prompt": "hi", "chosen": whole, "rejected": whole}], TOKENIZER, max_length=50)
+    for key, value in (("margin", math.nan), ("margin", "a"), ("weight", math.inf)):
+        with pytest.raises(ConfigError, match=f"'{key}' must be a finite number"):
+            comparisons([{"prompt": "a", "chosen": "b", "rejected": "c", key: value}], TOKENIZER, max_length=50)
+
+
+def test_reward_functions_see_the_same_columns_for_every_prompt():
+    rows, _ = prompts([{"prompt": "a"}, {"prompt": "b", "gold": 3}], TOKENIZER, max_length=50)
+    assert [p.columns for p in rows] == [{"gold": None}, {"gold": 3}]
+    with pytest.raises(ConfigError, match="has the column 'responses'"):
+        prompts([{"prompt": "a", "responses": ["b"]}], TOKENIZER, max_length=50)

@@ -1,0 +1,121 @@
+import json
+
+import pytest
+
+from rlhf_fast.judges.journal import finish_stage, read_items, run_stage, seed_for
+
+ITEMS = [{"id": str(i)} for i in range(10)]
+
+
+def work(batch):
+    return [{"id": item["id"], "status": "ok", "text": "\u3042" * len(batch)} for item in batch]
+
+
+def run(folder, items=ITEMS, work=work, settings=None, batch_size=3):
+    return run_stage(folder, "stage", items, work, settings=settings or {"seed": 0}, batch_size=batch_size)
+
+
+def test_a_journal_cut_anywhere_ends_with_the_same_bytes(tmp_path):
+    records = run(tmp_path)
+    journal = tmp_path / "stage.jsonl"
+    whole = journal.read_bytes()
+    for cut in [*range(0, len(whole), 7), len(whole)]:
+        journal.write_bytes(whole[:cut])
+        assert run(tmp_path) == records
+        assert journal.read_bytes() == whole
+
+
+def test_a_finished_batch_is_never_done_again(tmp_path, capsys):
+    asked = []
+
+    def counting(batch):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append([item["id"] for item in batch])
+        return work(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, work=counting)
+    assert "stopped after 6 of 10 items" in capsys.readouterr().out
+    first, asked = asked, []
+    run(tmp_path, work=counting)
+    assert first + asked == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": {"seed": 1}}, "seed: 0 there, 1 now"),
+        ({"batch_size": 4}, "batch_size: 3 there, 4 now"),
+        ({"items": ITEMS[:-1]}, "items: 10 there, 9 now"),
+        ({"items": ITEMS[::-1]}, "ids_sha256"),
+    ],
+)
+def test_another_run_is_not_mixed_in(tmp_path, change, named):
+    run(tmp_path)
+    before = (tmp_path / "stage.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=named):
+        run(tmp_path, **change)
+    assert (tmp_path / "stage.jsonl").read_bytes() == before
+
+
+def test_a_journal_of_unknown_origin_is_refused(tmp_path):
+    (tmp_path / "stage.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"run\.json"):
+        run(tmp_path)
+
+
+def test_a_batch_has_items(tmp_path):
+    with pytest.raises(ValueError, match="batch_size = 0"):
+        run(tmp_path, batch_size=0)
+
+
+def test_a_batch_gives_a_record_for_each_item(tmp_path):
+    with pytest.raises(RuntimeError, match="one record for each"):
+        run(tmp_path, work=lambda batch: work(batch)[:-1])
+
+
+def test_counts_add_up_or_the_stage_does_not_end(tmp_path):
+    records = run(tmp_path)
+    records[0]["status"], records[1]["status"] = "tie", "failed"
+    stage = finish_stage(
+        tmp_path, records, lambda r: [r, r], used=["ok"], refused=["tie", "failed", "odd"], name="rows"
+    )
+    assert stage.counts == {"inputs": 10, "ok": 8, "tie": 1, "failed": 1, "odd": 0}
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(stage.rows) == 16
+    assert [json.loads(line)["id"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()] == ["0", "1"]
+    assert json.loads((tmp_path / "run.json").read_text())["counts"] == stage.counts
+    with pytest.raises(RuntimeError, match="tie"):
+        finish_stage(tmp_path, records, lambda r: [r], used=["ok"], refused=["failed"])
+
+
+def test_items_are_named_by_their_content():
+    hello = [{"role": "user", "content": "hello"}]
+    one, two, three, given = read_items(["hello", {"prompt": hello, "extra": 1}, "other", {"prompt": "x", "id": 7}])
+    assert one["prompt"] == two["prompt"] == hello and two["id"] == one["id"] + "-2" != three["id"]
+    assert given["id"] == "7" and read_items(["other"])[0]["id"] == three["id"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([], "no rows"),
+        ([{"text": "hello"}], "row 0 has no .*prompt"),
+        (["fine", {"prompt": [{"role": "assistant", "content": "hi"}]}], "row 1: .*end with a user message"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "row 1: id '1' occurs twice"),
+    ],
+)
+def test_rows_that_cannot_be_used(rows, named):
+    with pytest.raises(ValueError, match=named):
+        read_items(rows)
+
+
+def test_texts_are_text():
+    with pytest.raises(ValueError, match=r"row 0: .*must be text.*'list'"):
+        read_items([{"prompt": "x", "a": "one", "b": [{"role": "assistant", "content": "two"}]}], ("a", "b"))
+
+
+def test_seeds_belong_to_the_item():
+    seeds = {seed_for(run_seed, item, name) for run_seed in (0, 1) for item in "ab" for name in ("reply", "revision")}
+    assert len(seeds) == 8 and all(0 <= s < 2**63 for s in seeds)
+    assert seed_for(0, "a", "reply") == seed_for(0, "a", "reply")

@@ -1,0 +1,74 @@
+"""The files released with the paper, byte for byte. Skipped where they are absent: set RLHF_FAST_DATA to their folder's
+parent."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.judges import Constitution, Verdict
+from rlhf_fast.judges.evaluate import evaluate_judge, read_released_comparisons
+from rlhf_fast.judges.layouts import (
+    compare_question,
+    messages_of,
+    parse_turns,
+    render_turns,
+    text_exchange,
+    text_prompt,
+)
+
+FOLDER = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "constitutional-ai"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the released constitutional-ai files are not here")
+
+SL, RL = FOLDER / "CritiqueRevisionInstructions.json", FOLDER / "RLMadisonInstructions.json"
+SHOTS = FOLDER / "CritiqueRevisionFewShotPrompts.json", FOLDER / "RLMadisonFewShotPrompts.json"
+
+
+def test_instructions_round_trip():
+    constitution = Constitution.load(SL, RL)
+    critiques, comparisons = constitution.export_released()
+    assert critiques == json.loads(SL.read_text()) and len(critiques) == 16
+    assert comparisons == json.loads(RL.read_text()) and len(comparisons) == 16
+    assert (constitution.compare_layout, constitution.critique_layout) == ("anthropic", "anthropic")
+    assert constitution.principles[0].critique.startswith("Identify specific ways")
+
+
+def test_every_evaluation_prompt_is_rebuilt_from_its_parts():
+    instruction = Constitution.load(RL).principles[1].compare
+    rows = [json.loads(line) for line in (FOLDER / "hhh_eval.jsonl").read_text().splitlines()]
+    for row in rows:
+        replies = {" (A)": row["text_correct"], " (B)": row["text_incorrect"]}
+        if row["corrects"] == [" (B)"]:
+            replies = {" (A)": row["text_incorrect"], " (B)": row["text_correct"]}
+        (*conversation, (_, a)), (*_, (_, b)) = parse_turns(replies[" (A)"]), parse_turns(replies[" (B)"])
+        question = compare_question(messages_of(conversation), a, b, instruction)
+        assert text_prompt(None, [], question) == row["prompt"]
+    assert len(rows) > 200
+
+
+def test_the_evaluation_file_with_a_judge_of_length():
+    """Choosing the longer reply is the floor; judged by length, the lead over it is nothing at all."""
+
+    class Longer:
+        def compare(self, pairs):
+            return [Verdict("ok", float(len(pair.a) - len(pair.b))) for pair in pairs]
+
+    rows = read_released_comparisons(FOLDER / "hhh_eval.jsonl")
+    figures = evaluate_judge(Longer(), [], rows)
+    assert figures["accuracy"] == figures["longer"] and figures["lead_low"] == figures["lead_high"] == 0
+    assert figures["longer_low"] < 0.562 < figures["longer_high"]  # 246 of 438 in the whole file
+    assert figures["conversations"] < figures["pairs"] == len(rows) == figures["ok"]
+
+
+def test_few_shots_are_the_prompts_that_lead_to_them():
+    """A few-shot, cut before its critique or its revision, is what the layout would ask for that answer."""
+    constitution = Constitution.load(SL, RL, *SHOTS)
+    texts = json.loads(SHOTS[0].read_text())
+    assert len(constitution.critique_few_shots) == len(texts) == 5 and len(constitution.compare_few_shots) == 5
+    for text, turns in zip(texts, constitution.critique_few_shots, strict=True):
+        assert text.removesuffix("\n\nHuman:") == render_turns(turns)
+        exchange = [head for head, _ in turns].index("CritiqueRequest") - 1
+        conversation, rest = messages_of(turns[:exchange]), turns[exchange:]
+        for upto, end in ((2, "\n\nCritique:"), (4, "\n\nRevision:")):
+            assert text_exchange([], conversation, rest[:upto]) == text[: text.index(end) + len(end)]

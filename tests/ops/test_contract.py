@@ -1,0 +1,274 @@
+"""The battery that every op in cases.py passes. Nothing here knows an op by name."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+import torch
+from cases import CASES, Sampler
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rlhf_fast as rf
+from rlhf_fast.ops import _dispatch
+
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+fuzz = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+randoms = st.randoms(use_true_random=False)
+LAYOUTS = ("contiguous", "sliced", "transposed", "padded")
+
+
+def tensors_of(output) -> dict[str, torch.Tensor]:
+    """An op's output (tensor, tuple, or (loss, statistics)) as named tensors."""
+    if isinstance(output, torch.Tensor):
+        return {"0": output}
+    if isinstance(output, dict):
+        return dict(output)
+    return {f"{i}.{k}": t for i, part in enumerate(output) for k, t in tensors_of(part).items()}
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in another memory layout."""
+    if layout == "sliced" and x.ndim >= 2:  # logits[:, :-1]
+        big = torch.cat([x, x[:, :1] if x.shape[1] else x.new_zeros(x.shape[0], 1, *x.shape[2:])], 1)
+        return big[:, :-1] if x.shape[1] else big[:, :0]
+    if layout == "transposed" and x.ndim >= 2:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "padded" and x.ndim >= 1:  # every second element
+        return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    return x.contiguous()
+
+
+def cast(inputs: dict, dtype: torch.dtype, layout: str = "contiguous") -> dict:
+    def one(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return lay_out(x.to(dtype) if x.is_floating_point() else x, layout)
+
+    return {name: one(x) for name, x in inputs.items()}
+
+
+def run(function, case, inputs: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Outputs, and the gradients of a random combination of the differentiable ones."""
+    inputs = {
+        k: v.detach().requires_grad_(k in case.wrt) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
+    }
+    results = tensors_of(function(**inputs))
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0
+    for out in results.values():
+        if out.requires_grad:
+            weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+            total = total + (torch.where(out.isfinite(), out, 0.0) * weight).sum()
+    results = {k: v.detach() for k, v in results.items()}
+    wrt = [name for name in case.wrt if isinstance(inputs.get(name), torch.Tensor)]
+    if isinstance(total, torch.Tensor):
+        grads = torch.autograd.grad(total, [inputs[name] for name in wrt], allow_unused=True)
+        results |= {f"grad_{n}": g.detach() for n, g in zip(wrt, grads, strict=True) if g is not None}
+    return results
+
+
+def error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest absolute error; infinities and NaN must agree in place and sign."""
+    got, truth = got.double(), truth.double()
+    special = ~truth.isfinite()
+    assert torch.equal(got[special].nan_to_num(nan=7.0), truth[special].nan_to_num(nan=7.0)), (got, truth)
+    return (got[~special] - truth[~special]).abs().max().item() if (~special).any() else 0.0
+
+
+def assert_as_close_as_eager(case, inputs, dtype, layout="contiguous"):
+    """|ours - float64| <= 2 |eager - float64|, plus a few roundings at the size of the result."""
+    low = cast(inputs, dtype, layout)
+    truth = run(
+        case.reference,
+        case,
+        {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in low.items()},
+    )
+    eager = run(case.reference, case, low)
+    ours = run(case.op, case, low)
+    assert ours.keys() == truth.keys() == eager.keys()
+    for name, want in truth.items():
+        assert ours[name].dtype == eager[name].dtype, name
+        assert ours[name].shape == want.shape, name
+        finite = want[want.isfinite()].abs()
+        size = max(finite.max().item() if finite.numel() else 0.0, case.size)
+        # A few roundings of the result. In float64 eager is its own truth, so there only a fixed bound is left.
+        slack = 1e-12 * max(size, 1.0) if dtype == torch.float64 else 4 * torch.finfo(eager[name].dtype).eps * size
+        assert error(ours[name], want) <= 2 * error(eager[name], want) + slack, name
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_is_as_close_to_float64_as_eager_is(case, dtype):
+    @fuzz
+    @given(randoms, st.sampled_from(LAYOUTS))
+    def property(rng, layout):
+        assert_as_close_as_eager(case, case.inputs(Sampler(rng)), dtype, layout)
+
+    property()
+
+
+@every_case
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_every_instruction_set_of_the_wheel(case, isa):
+    if not _dispatch._C.isas().get(isa, False):
+        pytest.skip(f"this CPU does not run {isa}")
+    before = _dispatch._C.isa()
+    _dispatch._C.use_isa(isa)
+    try:
+        for seed in range(6):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert_as_close_as_eager(case, case.inputs(Sampler(random.Random(seed))), dtype)
+    finally:
+        _dispatch._C.use_isa(before)
+
+
+@every_case
+def test_gradcheck(case):
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    checked = 0
+    for seed in range(12):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float64)
+        wrt = [n for n in case.wrt if isinstance(inputs.get(n), torch.Tensor)]
+        if any(inputs[n].isinf().any() or inputs[n].numel() > 400 for n in wrt):
+            continue  # finite differences need finite inputs; the fuzz test covers the others
+
+        def f(*values, inputs=inputs, wrt=wrt):
+            out = tensors_of(case.op(**(inputs | dict(zip(wrt, values, strict=True)))))
+            return tuple(t for t in out.values() if t.requires_grad)
+
+        assert torch.autograd.gradcheck(f, [inputs[n].requires_grad_() for n in wrt], eps=1e-7, atol=1e-5)
+        checked += 1
+    assert checked >= 2
+
+
+@every_case
+def test_opcheck(case, monkeypatch):
+    calls = []
+    original = _dispatch.Op.__call__
+    monkeypatch.setattr(_dispatch.Op, "__call__", lambda self, *a: (calls.append((self, a)), original(self, *a))[1])
+    for seed in range(4):
+        run(case.op, case, cast(case.inputs(Sampler(random.Random(seed))), torch.float32))
+    assert calls, "the op never reached a native kernel"
+    monkeypatch.undo()
+    for op, args in calls:
+        if op.function is None:  # a backward op: its inputs carry the graph it was called from
+            args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(op.library_op, args)
+
+
+@every_case
+def test_compiles_to_one_graph_with_the_same_result(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(case.op, fullgraph=True, dynamic=False)
+    for seed in range(2):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        ours, graph = run(case.op, case, inputs), run(compiled, case, inputs)
+        for name in ours:
+            torch.testing.assert_close(graph[name], ours[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@every_case
+def test_a_result_is_the_same_in_every_run_and_on_any_number_of_threads(case):
+    threads = torch.get_num_threads()
+    try:
+        for seed in range(8):
+            inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+            runs = []
+            for n in (1, 2, 2):
+                torch.set_num_threads(n)
+                runs.append(run(case.op, case, inputs))
+            for other in runs[1:]:
+                for name in other:
+                    assert torch.equal(other[name].nan_to_num(nan=7.0), runs[0][name].nan_to_num(nan=7.0)), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_case
+def test_a_row_does_not_depend_on_its_batch(case):
+    if not case.rowwise:
+        pytest.skip("reduces over the batch")
+    compared = 0
+    for seed in range(12):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        n = inputs[case.rowwise[0]].shape[0] if inputs[case.rowwise[0]].ndim > 1 else 0
+        whole = tensors_of(case.op(**inputs))
+        for i in range(n):
+            part = {k: v[i : i + 1] if k in case.rowwise else v for k, v in inputs.items()}
+            for name, one in tensors_of(case.op(**part)).items():
+                assert torch.equal(one[0].nan_to_num(nan=7.0), whole[name][i].nan_to_num(nan=7.0))
+                compared += 1
+    assert compared
+
+
+@every_case
+def test_what_the_mask_hides_never_matters(case):
+    if not case.masked:
+        pytest.skip("has no mask")
+    hidden = 0
+    for seed in range(30):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        if inputs.get("mask") is None or inputs["mask"].all():
+            continue
+        poisoned = dict(inputs)
+        for name in case.masked:
+            if isinstance(x := inputs.get(name), torch.Tensor):
+                mask = inputs["mask"].reshape(inputs["mask"].shape + (1,) * (x.ndim - inputs["mask"].ndim))
+                poisoned[name] = torch.where(mask, x, torch.nan)
+        clean, dirty = run(case.op, case, inputs), run(case.op, case, poisoned)
+        for name in clean:
+            assert torch.equal(clean[name], dirty[name]), name
+        hidden += 1
+    assert hidden
+
+
+@every_case
+def test_a_mask_of_numbers_counts_like_one_of_bools(case):
+    for seed in range(10):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        if inputs.get("mask") is not None:
+            for dtype in (torch.float32, torch.int64, torch.uint8):
+                numbers = run(case.op, case, inputs | {"mask": inputs["mask"].to(dtype)})
+                for name, value in run(case.op, case, inputs).items():
+                    torch.testing.assert_close(numbers[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@every_case
+def test_no_argument_is_modified(case):
+    for seed in range(6):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        before = {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        run(case.op, case, inputs)
+        for name, value in before.items():
+            assert torch.equal(inputs[name].nan_to_num(nan=7.0), value.nan_to_num(nan=7.0)), name
+
+
+@every_case
+def test_the_backward_runs_twice(case):
+    """retain_graph: a saved gradient must not be consumed by its first use."""
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    for seed in range(4):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        inputs = {k: v.requires_grad_(k in case.wrt) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        total = sum(t[t.isfinite()].sum() for t in tensors_of(case.op(**inputs)).values() if t.requires_grad)
+        wrt = [inputs[n] for n in case.wrt if isinstance(inputs.get(n), torch.Tensor)]
+        first = torch.autograd.grad(3.0 * total, wrt, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(3.0 * total, wrt, allow_unused=True)
+        for a, b in zip(first, second, strict=True):
+            assert a is b is None or torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+
+
+@every_case
+def test_reference_backend_is_the_reference(case):
+    inputs = cast(case.inputs(Sampler(random.Random(3))), torch.float32)
+    with rf.use_backend("reference"):
+        ours = run(case.op, case, inputs)
+    for name, value in run(case.reference, case, inputs).items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
+    with contextlib.suppress(RuntimeError), rf.use_backend("triton"):
+        case.op(**inputs)  # either a kernel, or an error that names the op: never a silent other backend

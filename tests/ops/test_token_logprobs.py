@@ -1,0 +1,151 @@
+"""token_logprobs and its entropy beyond the common battery: large vocabularies, in place, 64-bit offsets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf_fast.ops import reference, token_logprobs, token_logprobs_and_entropy
+
+VOCABS = (1, 7, 640, 1100, 50257, 151936)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def results(function, logits, labels, g, h, **options):
+    """Log-probabilities, entropies, and the gradient of g . logprobs + h . entropy."""
+    logits = logits.detach().clone().requires_grad_()
+    logprobs, entropy = function(logits, labels, **options)
+    torch.autograd.backward([logprobs, entropy], [g.to(logprobs), h.to(entropy)])
+    return logprobs.detach(), entropy.detach(), logits.grad
+
+
+def worst(got, truth):
+    assert got.isfinite().equal(truth.isfinite())
+    return torch.where(truth.isfinite(), got.double() - truth, 0.0).abs().max().item()
+
+
+def test_two_way_softmax_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)]])  # probabilities 1/4 and 3/4
+    logprobs, entropy = token_logprobs_and_entropy(logits, torch.tensor([1]))
+    assert logprobs.item() == pytest.approx(math.log(0.75))
+    assert entropy.item() == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("kind", ["ordinary", "around 170", "blocks of -inf", "sure"])
+def test_error_against_float64_is_at_most_twice_that_of_eager(vocab, dtype, kind):
+    generator = torch.Generator().manual_seed(vocab)
+    rows = 6
+    logits = 3 * torch.randn(rows, vocab, generator=generator)
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    if kind == "around 170":
+        logits = logits + 170 * torch.tensor([1.0, -1.0]).repeat(3)[:, None]
+    elif kind == "sure":
+        logits.scatter_(1, labels[:, None], 30.0)
+    elif kind == "blocks of -inf" and vocab > 1:
+        logits[:3, : vocab // 2] = -torch.inf
+        logits[3:, vocab // 3 :: 2] = -torch.inf
+        logits[:, -1] = 0.5
+        labels[::2] = vocab - 1
+    logits = logits.to(dtype)
+    g, h = torch.randn(2, rows, generator=generator)
+    truth = results(reference.token_logprobs_and_entropy, logits.double(), labels, g, h)
+    eager = results(reference.token_logprobs_and_entropy, logits, labels, g, h)
+    ours = results(token_logprobs_and_entropy, logits, labels, g, h)
+    for name, a, b, t in zip(("logprobs", "entropy", "gradient"), ours, eager, truth, strict=True):
+        slack = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(b.dtype).eps * t[t.isfinite()].abs().max().item()
+        assert a.dtype == b.dtype
+        assert worst(a, t) <= 2 * worst(b, t) + slack, name
+
+
+def test_a_certain_token_has_log_probability_zero_and_no_gradient():
+    logits = torch.full((2, 1000), -torch.inf)
+    logits[:, 3] = 170.1
+    logprobs, entropy, grad = results(
+        token_logprobs_and_entropy, logits, torch.tensor([3, 3]), torch.ones(2), torch.ones(2)
+    )
+    assert not logprobs.any() and not entropy.any() and not grad.any()
+
+
+def test_a_row_is_bitwise_the_same_alone_in_a_batch_and_at_any_alignment():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(33, 5001), torch.randint(5001, (33,))
+    whole = token_logprobs_and_entropy(logits, labels)
+    for i in (0, 7, 32):
+        alone = token_logprobs_and_entropy(logits[i : i + 1].clone(), labels[i : i + 1])
+        assert alone[0][0] == whole[0][i] and alone[1][0] == whole[1][i]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inplace_backward_writes_the_same_gradient_over_the_logits(dtype):
+    torch.manual_seed(0)
+    data, labels, mask = torch.randn(4, 6, 333).to(dtype), torch.randint(333, (4, 6)), torch.rand(4, 6) < 0.7
+    weights = torch.randn(4, 6)
+
+    def gradient(inplace):
+        leaf = data.clone().requires_grad_()
+        logits = leaf * 1.0
+        view = logits[:, :-1]
+        out = token_logprobs(view, labels[:, :-1], mask=mask[:, :-1], inplace_backward=inplace)
+        (grad,) = torch.autograd.grad((out * weights[:, :-1]).sum(), view)
+        return grad, logits.detach()
+
+    (fresh, _), (inplace, logits) = gradient(False), gradient(True)
+    assert torch.equal(fresh, inplace)
+    assert inplace.data_ptr() == logits.data_ptr()
+    assert torch.equal(logits[:, -1], data[:, -1])  # between the rows nothing is touched
+
+
+def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
+    logits = torch.randn(3, 5, requires_grad=True) * 1.0
+    labels = torch.tensor([0, 1, 2])
+    other = logits.square().sum()
+    token_logprobs(logits, labels, inplace_backward=True).sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@pytest.mark.parametrize("label", [-1, -100, 11, 2**40])
+def test_a_label_out_of_range_is_an_error_that_names_it(label):
+    logits, labels = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.int64)
+    labels[1, 1] = label
+    with pytest.raises(IndexError, match=f"label {label} at row 4 .* vocabulary of 11"):
+        token_logprobs(logits, labels)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    mask[1, 1] = False
+    assert token_logprobs(logits, labels, mask=mask)[1, 1] == 0
+
+
+def test_nan_stays_in_its_row():
+    logits = torch.randn(3, 700)
+    logits[1, 650] = torch.nan
+    out = results(token_logprobs_and_entropy, logits, torch.tensor([0, 1, 2]), torch.ones(3), torch.ones(3))
+    for t in out:
+        assert t[1].isnan().all() and t[[0, 2]].isfinite().all()
+
+
+def test_offsets_past_2_to_the_31():
+    rows, vocab, stride = 4, 1000, 2**30 - 7  # untouched zero pages cost no memory
+    logits = torch.zeros(3 * stride + vocab, dtype=torch.bfloat16).as_strided((rows, vocab), (stride, 1))
+    torch.manual_seed(0)
+    small = torch.randn(rows, vocab).bfloat16()
+    logits.copy_(small)
+    labels = torch.randint(vocab, (rows,))
+    for inplace in (False, True):
+        a, b = logits.detach().requires_grad_(), small.clone().requires_grad_()
+        far = token_logprobs(a.view_as(a), labels, inplace_backward=inplace)
+        near = token_logprobs(b * 1, labels, inplace_backward=inplace)
+        assert torch.equal(far, near)
+        assert torch.equal(torch.autograd.grad(far.sum(), a)[0], torch.autograd.grad(near.sum(), b)[0])
+
+
+def test_more_than_2_to_the_31_elements():
+    vocab = 151936
+    row = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = 2**31 // vocab + 2
+    labels = torch.full((rows,), 12345)
+    out = token_logprobs(row.expand(rows, vocab), labels)
+    assert torch.equal(out, token_logprobs(row, labels[:1]).expand(rows))

@@ -1,0 +1,103 @@
+"""The bench measures what it says, and its report reads what it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast import bench
+from rlhf_fast.bench import baselines, harness, rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import report
+
+CPU = torch.device("cpu")
+
+
+def test_rounds_interleave_and_ratios_compare_within_a_round(monkeypatch):
+    clock, seen = [0.0], []
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+
+    def takes(name, seconds):
+        def call():
+            seen.append(name)
+            clock[0] += seconds
+
+        return call
+
+    functions = {harness.OURS: takes("ours", 0.01), "other": takes("other", 0.03)}
+    samples, _ = harness.interleaved(functions, CPU, seconds=0.2)
+    assert len(samples["other"]) == len(samples[harness.OURS]) >= 5
+    assert seen[4:8] == ["ours", "other", "other", "ours"]
+    assert harness.summarize(samples, {})["other"]["over_ours"] == pytest.approx(3.0)
+
+
+def test_short_calls_are_repeated_within_a_sample(monkeypatch):
+    count = [0]
+
+    def call():
+        count[0] += 1
+
+    samples, _ = harness.interleaved({harness.OURS: call}, CPU, seconds=0.0)
+    assert count[0] > 3 * 100 and len(samples[harness.OURS]) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_the_peak_counts_what_is_freed_again():
+    size = 64 * 2**20
+    peak, _ = harness.probe(lambda: torch.ones(size // 4).sum(), CPU)
+    assert 0.9 * size <= peak < 1.5 * size  # pages that an earlier test left resident are not counted again
+
+
+def test_the_floor_moves_the_bytes_it_names():
+    read = rows.moved_bytes(4000, 0, CPU)
+    assert read.__self__.numel() == 1000
+    _, copied = rows.moved_bytes(12000, 4000, CPU)()
+    assert copied.numel() == 1000
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_every_row_has_its_name_once(small):
+    names = [str(row) for row in rows.all_rows(CPU, small)]
+    assert len(names) == len(set(names)) > 10
+
+
+def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "bench" / "results" / "cpu.json"
+    monkeypatch.setattr(baselines, "token_logprobs", lambda device: {"eager": baselines.log_softmax_gather})
+    arguments = ["token_logprobs", "--small", "--seconds", "0", "--device", "cpu", "--json", str(output)]
+    assert bench.main(arguments) == 0
+    assert "eager" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert {"machine", "commit", "command", "OMP_WAIT_POLICY", "threads", "rows"} <= result.keys()
+    forward, both = result["rows"][:2]
+    assert set(forward["implementations"]) == {"floor", "eager", harness.OURS}
+    assert set(both["implementations"]) == {"floor", "eager", harness.OURS, f"{harness.OURS} in place"}
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    page = tmp_path / "docs" / "ops.md"
+    page.parent.mkdir()
+    page.write_text(
+        f"formula\n<!-- bench:token_logprobs -->\nold\n{report.END}\n<!-- bench:gae -->\n{report.END}\nend\n"
+    )
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.main()
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| `token_logprobs` | 64x50257 |" in text and result["machine"] in text
+    assert (tmp_path / "docs" / "bench.svg").stat().st_size > 1000
+    assert page.read_text().startswith("formula\n") and page.read_text().endswith(
+        f"<!-- bench:gae -->\n{report.END}\nend\n"
+    )
+    assert "| `token_logprobs` | 64x50257 |" in page.read_text() and "old" not in page.read_text()
+    report.main()
+    assert readme.read_text() == text
+
+
+def test_an_unknown_op_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["softmax"])
+    assert "softmax" in capsys.readouterr().err

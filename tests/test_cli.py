@@ -1,0 +1,253 @@
+"""The command line: what it refuses and how, where values come from, and the four stages on a few rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_fits_a_screen_and_loads_no_torch():
+    out = run_python(
+        "import sys; from rlhf_fast.cli import main; assert main(['--help']) == 0\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert out.rstrip().endswith("[]")
+    assert len(HELP.splitlines()) <= 24 and max(map(len, HELP.splitlines())) <= 120
+    assert all(f"\n  {command} " in HELP for command in COMMANDS)
+
+
+def test_importing_the_package_loads_no_torch_until_a_name_is_used():
+    out = run_python(
+        "import sys, rlhf_fast as rf; before = 'torch' in sys.modules; rf.gae\n"
+        "print(before, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    assert out.split() == ["False", "True", "False"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no command"),
+        (["rewards"], "unknown command 'rewards'; did you mean 'reward'?"),
+        (["sft", "--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean '--learning_rate'?"),
+        (["sft", "--train_data"], "expected one argument"),
+        (["sft", "--model", "x"], "sft needs train_data: as flags"),
+        (["sft", "--train_data", "x.jsonl"], "give either model, or scratch"),
+        (["sft", "--train_data", "x", "--scratch", "{layer: 2}"], "scratch takes vocab_size, hidden, layers, init"),
+        (["sft", "--train_data", "no.jsonl", "--scratch", "{layers: 2}"], "no.jsonl: No such file"),
+        (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
+        (["sft", "--train_data", "x", "--max_steps", "many"], "SFTConfig.max_steps = 'many' must be int"),
+        (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
+        (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
+        (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json"),
+        (["generate", "--prompt", "hi"], "required: --model"),
+    ],
+)  # fmt: skip
+def test_what_the_user_gets_wrong_is_one_line_and_exit_code_2(argv, message, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("rlhf-fast: ") and error.count("\n") == 1
+
+
+def write_yaml(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+KEYS = {"sft": ["seed", "model", "max_steps"], "ppo": ["seed", "model", "kl_coef"]}
+
+
+def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_path):
+    path = write_yaml(tmp_path / "c.yaml", "seed: 3\nkl_coef: 0.1\nsft: {seed: 4, max_steps: 9}\n")
+    assert read_sections(path, KEYS) == {"sft": {"seed": 4, "max_steps": 9}, "ppo": {"seed": 3, "kl_coef": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sed: 3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("sft: {max_step: 9}", "section sft: unknown key 'max_step'; did you mean 'max_steps'?"),
+        ("ppo: {max_steps: 9}", "section ppo: unknown key 'max_steps'"),
+        ("pp: {seed: 1}", "unknown key 'pp'; did you mean 'ppo'?"),
+        ("sft: 3", "section sft: must be a mapping"),
+        ("- 3", "must be a mapping of keys to values, got list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_key_that_nothing_has_is_refused_with_the_nearest(text, message, tmp_path, capsys):
+    from rlhf_fast.data.chat import ConfigError
+
+    with pytest.raises(ConfigError) as error:
+        read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS)
+    assert message in str(error.value)
+
+
+def test_info_prints_versions_and_backends(capsys):
+    assert main(["info", "--json"]) == 0
+    assert "token_logprobs" in json.loads(capsys.readouterr().out)["backends"]
+
+
+# -- the stages, on a dozen transcripts --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Transcripts in hh-rlhf's form (one of them malformed), a Python reward, a constitution, and one YAML for all."""
+    root = tmp_path_factory.mktemp("cli")
+    pairs = [
+        {
+            "chosen": f"\n\nHuman: Name {n} and {n + 1}.\n\nAssistant: They are {n} and {n + 1}.",
+            "rejected": f"\n\nHuman: Name {n} and {n + 1}.\n\nAssistant: no no no no no no no no no {n}",
+        }
+        for n in range(24)
+    ]
+    pairs.insert(3, {"chosen": "no transcript", "rejected": "\n\nHuman: a\n\nAssistant: b"})
+    data = root / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (root / "rewards.py").write_text(
+        "def short(prompts, responses, **columns):\n    return [-len(r) / 10 for r in responses]\n"
+    )
+    (root / "constitution.yaml").write_text(
+        "format: rlhf_fast/constitution@1\nname: test\nprinciples:\n"
+        "  - {id: has-n, check: {rule: must_contain, args: {any_of: [n]}}, revise: Say n.}\n"
+    )
+    (root / "all.yaml").write_text(f"""
+train_data: {data}
+eval_data: {data}
+max_length: 128
+sft: {{scratch: {{vocab_size: 300, hidden: 16, layers: 1}}, output_dir: {root}/sft, learning_rate: 1e-2, save_steps: 1}}
+reward: {{model: {root}/sft, output_dir: {root}/reward, learning_rate: 1e-2}}
+ppo:
+  model: {root}/sft
+  reward: [[{root}/reward, 1.0], ["{root}/rewards.py:short", 0.5]]
+  eval_rewards: {{short: "{root}/rewards.py:short"}}
+  output_dir: {root}/ppo
+  batch_size: 8
+  minibatch_size: 4
+  response_length: 8
+  total_episodes: 16
+cai:
+  model: {root}/sft
+  constitution: {root}/constitution.yaml
+  output_dir: {root}/cai
+  num_prompts: 12
+  max_new_tokens: 12
+  sft: {{max_steps: 2}}
+  reward: {{max_steps: 2}}
+  ppo: {{batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8}}
+""")
+    return root
+
+
+def stage(root, name, *flags):
+    return main([name, "--config", str(root / "all.yaml"), *flags])
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sft(workspace):
+    """The workspace, with a model in sft/."""
+    assert stage(workspace, "sft", "--max_steps", "2") == 0
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def reward(sft):
+    """The same, with a reward model in reward/."""
+    assert stage(sft, "reward") == 0
+    return sft
+
+
+def test_sft_from_scratch_names_what_it_left_out_and_resumes(workspace, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert stage(workspace, "sft", "--output_dir", str(run), "--max_steps", "2") == 0
+    out = capsys.readouterr().out
+    assert "24 of 25 pairs used" in out and "1 malformed, on line 4" in out and "eval_loss" in out
+    left_out = [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()]
+    assert {row["line"] for row in left_out} == {4}
+    assert (run / "report.html").is_file()
+    assert stage(workspace, "sft", "--output_dir", str(run)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="max_steps"):
+        assert stage(workspace, "sft", "--output_dir", str(run), "--max_steps", "3", "--resume") == 0
+    assert [row["step"] for row in log_of(run)] == [1, 2, 3]
+
+
+def test_reward_reports_accuracy_with_interval_against_floors(sft, tmp_path, capsys):
+    assert stage(sft, "reward", "--output_dir", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "held-out accuracy" in out and "95 % interval" in out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["floor: shorter reply wins"] == 1.0 and summary["floor: bag of words"] == 1.0
+    assert summary["held-out pairs"] == 24
+    assert "floor: bag of words" in (tmp_path / "report.html").read_text()
+
+
+def test_ppo_takes_a_model_and_a_function_and_reads_another_reward(reward):
+    assert stage(reward, "ppo") == 0
+    log = log_of(reward / "ppo")
+    assert [row["step"] for row in log] == [1, 2]
+    assert log[0]["policy/first_minibatch_max_abs_log_ratio"] == 0
+    assert "eval_short" in log[-1]
+
+
+def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
+    assert stage(sft, "cai") == 0
+    cai = sft / "cai"
+    summary = json.loads((cai / "summary.json").read_text())
+    assert [row["name"] for row in summary["stages"]] == ["start", "sft", "reward", "ppo"]
+    assert all(0 <= row["pass_rate"] <= 1 for row in summary["stages"] if row["name"] != "reward")
+    assert [r["stage"] for r in summary["samples"][0]["responses"]] == ["start", "sft", "ppo"]
+    assert (cai / "report.html").is_file()
+    before = (cai / "ppo" / "train_log.jsonl").read_bytes()
+    assert stage(sft, "cai", "--resume") == 0
+    assert (cai / "ppo" / "train_log.jsonl").read_bytes() == before
+
+
+def test_a_constitution_that_cannot_be_used_is_refused(sft, tmp_path, capsys):
+    bad = write_yaml(tmp_path / "bad.yaml", "format: rlhf_fast/constitution@1\nprinciples: [{id: a, chek: 1}]\n")
+    assert stage(sft, "cai", "--constitution", bad, "--output_dir", str(tmp_path / "run")) == 2
+    assert "did you mean 'check'?" in capsys.readouterr().err
+
+
+def test_generate_answers_each_prompt(sft, capsys):
+    capsys.readouterr()  # what making the model printed
+    argv = ["generate", "--model", str(sft / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
+    assert main([*argv, "--prompt", "Name 1 and 2.", "--prompt", "Name 3 and 4."]) == 0
+    assert capsys.readouterr().out.count("> Name") == 2
+
+
+def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp_path):
+    """SIGINT through the whole command, as a terminal sends it."""
+    argv = ["sft", "--config", str(workspace / "all.yaml"), "--max_steps", "6", "--output_dir"]
+    code = (
+        "import os, signal, sys; from rlhf_fast.cli import main; from rlhf_fast.trainers.sft import SFTTrainer\n"
+        "step = SFTTrainer._train_step\n"
+        "def interrupted(self, examples):\n"
+        "    if self.step == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return step(self, examples)\n"
+        "SFTTrainer._train_step = interrupted\n"
+        f"sys.exit(main({[*argv, str(tmp_path / 'cut')]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert len(log_of(tmp_path / "cut")) == 3
+    assert main([*argv, str(tmp_path / "cut"), "--resume"]) == 0
+    assert main([*argv, str(tmp_path / "whole")]) == 0
+    losses = [[row["loss"] for row in log_of(tmp_path / name)] for name in ("cut", "whole")]
+    assert losses[0] == losses[1]

@@ -1,0 +1,38 @@
+"""The examples run as they are, and their configs name only keys that exist."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.cli import read_sections
+from rlhf_fast.jobs import STAGES, resolve_reward
+from rlhf_fast.judges import Constitution
+from rlhf_fast.trainers.common import config_from_dict
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_own_loop_learns(capsys):
+    spec = importlib.util.spec_from_file_location("own_loop", EXAMPLES / "own_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main() > 0.9  # chance is 5 words of 64
+    assert "ratio 1.000" in capsys.readouterr().out
+
+
+def test_rewards_by_hand():
+    prompts = [[]] * 3
+    assert resolve_reward(f"{EXAMPLES}/rewards.py:finished")(prompts, ["Yes.", "Yes", "はい。"]) == [1.0, 0.0, 1.0]
+    repetition = resolve_reward(f"{EXAMPLES}/rewards.py:no_repetition")
+    assert repetition(prompts, ["a b c", "a a a a", ""]) == [1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_yaml_files_are_accepted(path):
+    if path.read_text().startswith("#") and "rlhf_fast/constitution@1" in path.read_text():
+        assert Constitution.load(path).principles
+        return
+    for name, values in read_sections(str(path), {name: list(s.keys()) for name, s in STAGES.items()}).items():
+        for cls in STAGES[name].configs:
+            config_from_dict(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__})

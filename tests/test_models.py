@@ -1,0 +1,256 @@
+"""Models looked at through their trunk: the same numbers as transformers gives, whatever the padding."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from rlhf_fast import models
+from rlhf_fast.data.chat import ConfigError
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+
+
+def llama(tokenizer):
+    return tiny_model(tokenizer)
+
+
+def gpt2(tokenizer):
+    """Absolute positions: without position_ids, left padding would change every score."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0)
+    config.eos_token_id = config.bos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    return GPT2LMHeadModel(config).eval()
+
+
+def gemma2(tokenizer):
+    """A capped softmax, small enough a cap that it bends these logits."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, head_dim=8, final_logit_softcapping=0.1, pad_token_id=0, **SMALL
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def sequences(tokenizer):
+    """Three sequences of 3, 6 and 9 tokens that end in eos, of which the model may have seen one before the end."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(5, len(tokenizer), (n,), generator=generator) for n in (2, 5, 8)]
+    return [torch.cat([row, torch.tensor([tokenizer.eos_token_id])]) for row in rows]
+
+
+def padded(rows, pad, side, extra=0):
+    width = max(map(len, rows)) + extra
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), None) if side == "left" else slice(len(row))
+        ids[i, where], mask[i, where] = row, True
+    return ids, mask
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_rewards_do_not_know_padding(build, pad):
+    tokenizer = tiny_tokenizer(pad=pad)
+    model = models.load_reward_model(build(tokenizer)).eval()
+    rows = sequences(tokenizer)
+    with torch.no_grad():
+        alone = torch.cat([models.score_tokens(model, row[None], torch.ones(1, len(row)).bool()) for row in rows])
+        assert alone.std() > 0.1
+        for side, extra in (("left", 0), ("right", 0), ("left", 5), ("right", 5)):
+            scores = models.score_tokens(model, *padded(rows, tokenizer.pad_token_id, side, extra))
+            torch.testing.assert_close(scores, alone, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_the_checkpoint_is_a_transformers_model_with_the_same_scores(build, pad, tmp_path):
+    tokenizer = models.with_own_pad(tiny_tokenizer(pad=pad))
+    model = models.load_reward_model(build(tokenizer), tokenizer).eval()
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == tokenizer.pad_token_id
+    ids, mask = padded(sequences(tokenizer), tokenizer.pad_token_id, "right")
+    with torch.no_grad():
+        scores = models.score_tokens(model, ids, mask)
+        torch.testing.assert_close(theirs(ids, attention_mask=mask.long()).logits[:, 0], scores, rtol=0, atol=1e-6)
+        again = models.load_reward_model(str(tmp_path), tokenizer).eval()
+        assert torch.equal(models.score_tokens(again, ids, mask), scores)
+
+
+def test_a_new_head_is_drawn_as_documented_and_the_trunk_is_a_copy():
+    tokenizer = tiny_tokenizer()
+    policy = tiny_model(tokenizer, hidden_size=512)
+    reward = models.load_reward_model(policy)
+    assert reward.score.weight.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
+    assert reward.score.bias is None
+    trunk, copy = policy.base_model.state_dict(), reward.base_model.state_dict()
+    assert all(torch.equal(trunk[k], copy[k]) and trunk[k].data_ptr() != copy[k].data_ptr() for k in trunk)
+
+
+def test_a_reward_model_goes_on_with_its_head():
+    reward = models.load_reward_model(tiny_model(tiny_tokenizer()))
+    assert models.load_reward_model(reward) is reward
+
+
+def test_a_classifier_of_two_labels_is_no_reward_model():
+    policy = tiny_model(tiny_tokenizer())
+    policy.config.num_labels = 2
+    classifier = AutoModelForSequenceClassification.from_config(policy.config)
+    with pytest.raises(ConfigError, match="num_labels=2"):
+        models.load_reward_model(classifier)
+
+
+def test_a_reward_models_pad_is_not_eos():
+    tokenizer = tiny_tokenizer(pad="<eos>")
+    with pytest.raises(ConfigError, match=r"with_own_pad\(tokenizer\)"):
+        models.load_reward_model(tiny_model(tokenizer), tokenizer)
+    own = models.with_own_pad(tokenizer)
+    assert own.pad_token == "<|pad|>" and tokenizer.pad_token == "<eos>"
+    assert models.load_reward_model(tiny_model(tokenizer), own).get_input_embeddings().num_embeddings == len(own)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    assert models.with_own_pad(tokenizer).pad_token == "<bos>"
+    fine = tiny_tokenizer()
+    assert models.with_own_pad(fine) is fine
+
+
+def test_eos_learns_its_embedding_where_it_is_also_pad():
+    tokenizer = tiny_tokenizer(pad="<eos>")
+    eos, policy = tokenizer.eos_token_id, tiny_model(tokenizer)
+    assert policy.get_input_embeddings().padding_idx == eos
+    value = models.ValueModel.from_policy(policy)
+    for model in (models.load_policy(policy), models.load_reward_model(policy), value.model):
+        hidden = models.hidden_states(model, torch.tensor([[7, eos, 8]]))
+        hidden[0, -1].square().sum().backward()
+        assert model.get_input_embeddings().weight.grad[eos].abs().max() > 0
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_response_logprobs_are_those_of_the_logits(build, temperature):
+    tokenizer = tiny_tokenizer()
+    model = build(tokenizer)
+    ids = torch.randint(5, len(tokenizer), (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[0, :2] = False  # left padding of the prompt
+    mask[1, -2:] = False  # right padding of the response
+    logprobs, entropy = models.response_logprobs(model, ids, mask, 4, temperature=temperature, with_entropy=True)
+    positions = models.position_ids_from_mask(mask)
+    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits / temperature
+    everything = logits[:, 4:8].log_softmax(-1)
+    expected = everything.gather(-1, ids[:, 5:, None]).squeeze(-1) * mask[:, 5:]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, -(everything.exp() * everything).sum(-1) * mask[:, 5:], rtol=1e-5, atol=1e-5)
+
+
+def test_positions_count_real_tokens():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1]]).bool()
+    assert models.position_ids_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2], [0, 0, 1, 2]]
+
+
+def test_logits_that_lm_head_alone_does_not_explain_are_refused():
+    for build in (llama, gpt2, gemma2):
+        models.check_lm_head(build(tiny_tokenizer()))
+    config = CohereConfig(vocab_size=64, hidden_size=32, logit_scale=0.5, pad_token_id=0, **SMALL)
+    with pytest.raises(ValueError, match="CohereForCausalLM does more to its logits"):
+        models.check_lm_head(CohereForCausalLM(config).eval())
+
+
+def test_the_trunk_makes_no_logits(monkeypatch):
+    model = tiny_model(tiny_tokenizer())
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the lm_head ran"))
+    assert models.hidden_states(model, torch.tensor([[5, 6, 7]])).shape == (1, 3, 32)
+
+
+def test_the_scalar_head_works_in_float32_over_a_bfloat16_trunk():
+    tokenizer = tiny_tokenizer()
+    model = models.load_reward_model(tiny_model(tokenizer).bfloat16()).eval()
+    ids, mask = padded(sequences(tokenizer), tokenizer.pad_token_id, "right")
+    with torch.no_grad():
+        scores = models.score_tokens(model, ids, mask)
+        last = models.hidden_states(model, ids)[range(3), mask.sum(1) - 1]
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, (last.double() @ model.score.weight.double().T)[:, 0].float())
+
+
+def test_a_value_model_starts_at_the_reward_or_at_zero(tmp_path):
+    tokenizer = tiny_tokenizer()
+    reward = models.load_reward_model(tiny_model(tokenizer)).requires_grad_(False).eval()
+    ids, mask = padded(sequences(tokenizer), tokenizer.pad_token_id, "left")
+    value = models.ValueModel.from_reward_model(reward)
+    with torch.no_grad():
+        torch.testing.assert_close(value(ids, mask)[:, -1], models.score_tokens(reward, ids, mask), rtol=0, atol=1e-6)
+    assert all(p.requires_grad for p in value.parameters())
+    assert not {p.data_ptr() for p in value.parameters()} & {p.data_ptr() for p in reward.parameters()}
+    assert models.ValueModel.from_policy(tiny_model(tokenizer))(ids, mask).abs().max() == 0
+    value.save_pretrained(tmp_path)
+    assert torch.equal(models.load_reward_model(tmp_path).score.weight, value.model.score.weight)
+
+
+def test_a_reference_is_frozen_and_apart():
+    policy = tiny_model(tiny_tokenizer()).train()
+    reference = models.make_reference(policy)
+    assert not reference.training and not any(p.requires_grad for p in reference.parameters())
+    with torch.no_grad():
+        policy.lm_head.weight.add_(1.0)
+    assert not torch.equal(policy.lm_head.weight, reference.lm_head.weight)
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_without_dropout_train_mode_answers_like_eval_mode():
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, attn_pdrop=0.5)
+    model, ids = GPT2LMHeadModel(config).train(), torch.tensor([[5, 6, 7, 8]])
+    assert not torch.equal(models.hidden_states(model, ids), models.hidden_states(model, ids))
+    models.disable_dropout(model)
+    assert torch.equal(models.hidden_states(model, ids), models.hidden_states(model.eval(), ids))
+    model = tiny_model(tokenizer, attention_dropout=0.5).train()  # kept outside any nn.Dropout
+    models.disable_dropout(model)
+    assert torch.equal(models.hidden_states(model, ids), models.hidden_states(model.eval(), ids))
+
+
+def test_tokenizers_and_models_are_found_by_path(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    with pytest.raises(ConfigError, match="has to be given"):
+        models.load_tokenizer(model)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = models.load_policy(str(tmp_path))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert models.load_tokenizer(tmp_path).pad_token == "<eos>"
+    assert models.load_tokenizer(loaded).eos_token == "<eos>"
+    assert models.load_tokenizer(tokenizer) is tokenizer
+
+
+def test_generate_stops_where_training_says(tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
+    model.generation_config.eos_token_id = 9
+    models.stop_at_eos(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == [tokenizer.eos_token_id, 9]
+    assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_what_the_model_cannot_embed_is_refused():
+    tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer(), max_position_embeddings=16)
+    models.check_lengths(model, tokenizer, 16)
+    with pytest.raises(ConfigError, match="17 tokens and the model 16 positions: lower max_length"):
+        models.check_lengths(model, tokenizer, 17)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ConfigError, match=r"301 tokens and the model embeds 300.*resize_token_embeddings\(301\)"):
+        models.check_lengths(model, tokenizer, 4)

@@ -1,0 +1,72 @@
+"""What the README tells people to type works: its Python runs, its commands, targets and files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_fast.cli import COMMANDS
+from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    fenced = README.split("```")[1::2]
+    return [block.partition("\n")[2] for block in fenced if block.partition("\n")[0] == language]
+
+
+def test_python_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
+    """In a directory with a model called my-model, as a reader would have; a small one, so that it takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tokenizer = train_tokenizer(["What is 2 + 2? And 3 + 3? 4. 6. Who knows."] * 4, vocab_size=300)
+    tiny_llama(tokenizer, seed=0, hidden=16, layers=1).save_pretrained("my-model")
+    tokenizer.save_pretrained("my-model")
+    snippets, names = blocks("python"), {}
+    assert len(snippets) >= 7
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert (tmp_path / "runs/sft/config.json").is_file() and (tmp_path / "runs/reward/config.json").is_file()
+    assert names["metrics"]["objective/kl"] is not None
+    assert names["revised"].counts["inputs"] == len(names["prompts"]) == names["comparisons"].counts["inputs"]
+
+
+def test_the_line_it_says_the_op_equals_is_what_the_op_equals():
+    import torch
+
+    import rlhf_fast as rf
+
+    (line,) = re.findall(r"^#   (torch\.log_softmax.*)$", README, re.MULTILINE)
+    logits, labels = torch.randn(2, 3, 11), torch.randint(11, (2, 3))
+    torch.testing.assert_close(
+        rf.token_logprobs(logits, labels), eval(line, {"torch": torch, "logits": logits, "labels": labels})
+    )
+
+
+def test_commands_and_targets_exist():
+    typed = "\n".join(blocks(""))
+    commands, targets = re.findall(r"rlhf-fast ([a-z]+)", README), re.findall(r"^make ([a-z]+)", typed, re.MULTILINE)
+    assert commands and set(commands) <= set(COMMANDS)
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hh_rlhf.md"])
+def test_files_it_names_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:rlhf_fast|csrc|tests|docs|bench|examples)/[\w./-]+)`", text)
+    paths += re.findall(r"\]\((?!http)([^)]+)\)", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_flags_it_types_are_keys_of_the_command():
+    from rlhf_fast.jobs import STAGES
+
+    for stage, rest in re.findall(r"^rlhf-fast (sft|reward|ppo|cai) (.*)$", README, re.MULTILINE):
+        flags = set(re.findall(r"--(\w+)", rest)) - {"config", "resume"}
+        assert flags <= set(STAGES[stage].keys())
+        for config in re.findall(r"--config (\S+)", rest):
+            assert stage in yaml.safe_load((ROOT / config).read_text())

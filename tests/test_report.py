@@ -1,0 +1,122 @@
+"""The report: self-contained, safe with any text a model writes, and complete where logs are not."""
+
+import itertools
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from rlhf_fast.charts import MAX_POINTS, Series, line_chart, nice_ticks, short
+from rlhf_fast.report import write_quickstart_report, write_report
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def points(svg_figure):
+    """The polylines of a figure as lists of (x, y) pixels."""
+    found = re.findall(r'<polyline points="([^"]+)"', svg_figure)
+    return [[tuple(map(float, point.split(","))) for point in line.split()] for line in found]
+
+
+def test_line_chart_places_points_in_proportion():
+    (line,) = points(line_chart("t", [Series("a", [(0, 0.0), (5, 0.5), (10, 1.0)])], percent=True))
+    (x0, y0), (x1, y1), (x2, y2) = line
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.11) and y1 == pytest.approx((y0 + y2) / 2, abs=0.11)
+    assert x0 < x2 and y0 > y2  # up is smaller in SVG
+
+
+def test_points_that_are_not_finite_are_left_out_and_an_empty_chart_is_none():
+    nan, inf = float("nan"), float("inf")
+    (line,) = points(line_chart("t", [Series("a", [(0, 1.0), (1, nan), (2, inf), (3, 2.0)])]))
+    assert len(line) == 2
+    assert line_chart("t", [Series("a", [(0, nan)]), Series("b", [])]) == ""
+
+
+def test_a_long_line_is_averaged_not_cut():
+    (line,) = points(line_chart("t", [Series("a", [(i, float(i)) for i in range(10_001)])]))
+    assert 100 < len(line) <= MAX_POINTS
+    assert line[-1][1] < 15  # its end is still at the top
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.62, 0.64), (-3e-7, 4e-7), (5, 5), (0, 0), (9000, 51234)])
+def test_ticks_enclose_the_data_in_round_steps(low, high):
+    ticks = nice_ticks(low, high, 4)
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
+    steps = {f"{b - a:.3e}" for a, b in itertools.pairwise(ticks)}
+    assert len(steps) == 1 and steps.pop()[0] in "125"
+    assert len({short(tick) for tick in ticks}) == len(ticks)
+
+
+def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
+    write_jsonl(
+        tmp_path / "train_log.jsonl", [{"step": i, "loss": 9.0 - i, "note": "text", "lr": 0.1} for i in range(5)]
+    )
+    evil = "<script>alert(1)</script> & \"quotes\" 'too'"
+    conversation = [{"role": "user", "content": "日本の首都は？<b>"}]
+    rows = [
+        {"step": step, "prompt": prompt, "response": response, "score": 0.5}
+        for step, response in ((0, "first try"), (1, "in between"), (2, evil))
+        for prompt in ("plain <i>", conversation)
+    ]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    (tmp_path / "run_config.json").write_text(json.dumps({"learning_rate": 1e-5, "output_dir": "<x>"}))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "日本の首都は？&lt;b&gt;" in page and "plain &lt;i&gt;" in page and "&lt;x&gt;" in page
+    assert "first try" in page and "in between" not in page  # the first and the last evaluation
+    assert not re.search(r"""(src|href|url)\s*[=(]|https?://|@import""", page)
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(svg)
+    assert "<b>Loss</b>" in page and "<b>lr</b>" in page
+
+
+def test_run_report_without_a_log_says_which_file():
+    with pytest.raises(FileNotFoundError, match=r"train_log\.jsonl"):
+        write_report("/nonexistent")
+
+
+def test_quickstart_report_shows_both_curves_principles_and_samples(tmp_path):
+    stages = [
+        {
+            "name": "sft",
+            "pass_rate": 0.25,
+            "pass_rate_per_principle": {"polite": 0.5},
+            "seconds": 30.0,
+            "rm_accuracy": None,
+        },
+        {"name": "reward", "run": "rm", "rm_accuracy": 0.93, "seconds": 12},
+        {
+            "name": "ppo",
+            "pass_rate": 0.75,
+            "pass_rate_per_principle": {"polite": 0.875},
+            "kl": 3.25,
+            "proxy_reward": 1.5,
+        },
+    ]
+    replies = [
+        {"stage": "sft", "text": "<br>", "violates": ["polite"]},
+        {"stage": "ppo", "text": "はい。", "violates": []},
+    ]
+    samples = [{"prompt": "こんにちは", "responses": replies}]
+    (tmp_path / "summary.json").write_text(json.dumps({"seed": 7, "stages": stages, "samples": samples}))
+    write_jsonl(tmp_path / "rm" / "train_log.jsonl", [{"step": i, "accuracy": i / 10} for i in range(10)])
+    log = [{"step": i, "objective/scores": i / 4, "objective/kl": float(i), "eval_pass_rate": 0.5} for i in range(4)]
+    log[3]["eval_polite"] = 0.6
+    write_jsonl(tmp_path / "ppo" / "train_log.jsonl", log)
+    page = write_quickstart_report(tmp_path).read_text(encoding="utf-8")
+    assert "Seed 7" in page and "keep every rule: 25% after sft, 75% after ppo." in page
+    for title in ("ppo: proxy reward", "ppo: pass rate", "ppo: KL to the reference"):
+        assert f"<b>{title}</b>" in page
+    assert page.count(">88%<") == 1 and "93.0%" in page and "3.25" in page
+    assert "&lt;br&gt;" in page and "はい。" in page and "✓" in page and "✗" in page
+    assert "Curves of reward" in page and "Curves of sft" not in page
+
+
+def test_quickstart_report_refuses_a_summary_without_stages(tmp_path):
+    (tmp_path / "summary.json").write_text('{"seed": 0, "stages": []}')
+    with pytest.raises(ValueError, match="lists no stages"):
+        write_quickstart_report(tmp_path)

@@ -1,0 +1,134 @@
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.models import load_reward_model
+from rlhf_fast.rewards import RewardModelReward, compute_scores, make_reward, weighted
+
+CHAT = [{"role": "user", "content": "hello there"}]
+
+
+def length(prompts, responses, **columns):
+    return [len(response) for response in responses]
+
+
+@pytest.fixture
+def reward_model(tokenizer):
+    torch.manual_seed(1)
+    return load_reward_model(tiny_model(tokenizer), tokenizer)
+
+
+@pytest.fixture
+def word_tokenizer():
+    """Whole words where the policy's tokenizer has byte pairs: other ids, lengths, template and eos."""
+    vocabulary = {
+        word: i for i, word in enumerate(["[end]", "[unk]", "[pad]", "U", "A", "hello", "there", "fine", "no"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[end]", unk_token="[unk]", pad_token="[pad]")
+    fast.chat_template = (
+        "{% for m in messages %}{{ 'U' if m['role'] == 'user' else 'A' }} {{ m['content'] }} {% endfor %}"
+    )
+    return fast
+
+
+def test_a_reward_model_reads_the_dialogue_in_its_own_template_up_to_one_eos(tokenizer, reward_model):
+    reward = RewardModelReward(reward_model, tokenizer)
+    text = "<|user|>hello there<|assistant|>hi<eos>"
+    assert tokenizer.decode(reward.encode(CHAT, "hi")).startswith(text)
+    assert reward.encode(CHAT, "hi")[-1] == tokenizer.eos_token_id
+    assert reward.encode("a b", " c") == [*tokenizer("a b c")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_model):
+    reward = RewardModelReward(reward_model, tokenizer, batch_size=2)
+    responses = ["hi", "a much longer answer than the others", "", "no", "the cat sat"]
+    scores = reward([CHAT] * 5, responses)
+    for score, response in zip(scores, responses, strict=True):
+        ids = torch.tensor([reward.encode(CHAT, response)])
+        torch.testing.assert_close(score, reward_model(input_ids=ids).logits[0, 0])
+    assert len(set(scores.tolist())) == 5
+
+
+def test_a_reward_model_may_have_another_tokenizer(tokenizer, word_tokenizer):
+    model = load_reward_model(tiny_model(word_tokenizer), word_tokenizer)
+    reward = RewardModelReward(model, word_tokenizer)
+    assert word_tokenizer.convert_ids_to_tokens(reward.encode(CHAT, "fine")) == [
+        "U",
+        "hello",
+        "there",
+        "A",
+        "fine",
+        "[end]",
+    ]
+    ids = torch.tensor([[3, 5, 6, 4, 7, 0]])
+    torch.testing.assert_close(reward([CHAT], ["fine"])[0], model(input_ids=ids).logits[0, 0])
+    with pytest.raises(ConfigError, match="the model embeds 9"):  # the policy's tokenizer would read past its embedding
+        RewardModelReward(model, tokenizer)
+
+
+def test_a_saved_reward_model_brings_its_tokenizer(tmp_path, word_tokenizer):
+    model = load_reward_model(tiny_model(word_tokenizer), word_tokenizer)
+    model.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    loaded = make_reward(tmp_path, tokenizer=tiny_tokenizer())
+    torch.testing.assert_close(loaded([CHAT], ["no"]), RewardModelReward(model, word_tokenizer)([CHAT], ["no"]))
+
+
+def test_a_weighted_list_is_the_weighted_sum(tokenizer, reward_model):
+    reward = make_reward([(reward_model, 2.0), (length, -0.5)], tokenizer)
+    responses = ["one", "two words"]
+    expected = 2.0 * RewardModelReward(reward_model, tokenizer)([CHAT] * 2, responses) - 0.5 * torch.tensor([3.0, 9.0])
+    torch.testing.assert_close(reward([CHAT] * 2, responses), expected)
+
+
+def test_columns_reach_the_function():
+    def matches(prompts, responses, answer, **columns):
+        return [float(r == a) for r, a in zip(responses, answer, strict=True)]
+
+    columns = {"answer": ["4", "5"], "source": ["x", "y"]}
+    assert compute_scores(weighted([(matches, 1.0)]), ["2+2", "2+3"], ["4", "4"], columns).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [([1.0], r"shape \(1,\) for 2"), ([[1.0, 2.0]], "shape"), ([0.0, float("nan")], "'b'")]
+)
+def test_a_wrong_answer_of_a_reward_is_refused_by_name(values, message):
+    def broken(prompts, responses, **columns):
+        return values
+
+    with pytest.raises(ValueError, match=f"'broken'.*{message}"):
+        compute_scores(broken, ["x", "y"], ["a", "b"], {})
+
+
+def test_what_is_no_reward_is_refused(tokenizer):
+    with pytest.raises(TypeError, match="got int"):
+        make_reward(3, tokenizer)
+
+
+def test_a_language_model_is_no_reward_and_never_gets_a_random_head(tokenizer, tmp_path):
+    model = tiny_model(tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for spec in (model, tmp_path):
+        with pytest.raises(ConfigError, match="is a language model: train it first"):
+            make_reward(spec, tokenizer)
+
+
+@pytest.mark.parametrize("returned", [None, [None, None], ["a", "b"]])
+def test_a_reward_that_returns_no_numbers_is_named(returned):
+    def odd(prompts, responses, **columns):
+        return returned
+
+    with pytest.raises(ConfigError, match="'odd' must return one number for each response"):
+        compute_scores(odd, ["p", "q"], ["a", "b"], {})
+
+
+def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
+    for spec in ([], [length, length]):
+        with pytest.raises(ConfigError, match="a list of rewards"):
+            make_reward(spec, tokenizer)

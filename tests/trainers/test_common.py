@@ -1,0 +1,372 @@
+"""The run around the steps, on a trainer of one number: log, evaluation, checkpoints, resume, signals, refusals."""
+
+import json
+import math
+import os
+import random
+import signal
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_fast.trainers import common
+from rlhf_fast.trainers.common import ConfigError
+
+
+@dataclass
+class Config:
+    output_dir: str
+    seed: int = 0
+    logging_steps: int = 1
+    eval_steps: int = 0
+    save_steps: int = 0
+    save_total_limit: int = 2
+    learning_rate: float = 0.1
+    limit: int | None = None
+    kind: str = "linear"
+    names: list[str] | None = None
+
+    def __post_init__(self):
+        common.check_config(
+            self, positive=("learning_rate", "limit"), non_negative=("eval_steps", "save_steps"),
+            choices={"kind": ("linear", "cosine")},
+        )  # fmt: skip
+
+
+class Walk:
+    """Adds a random number a step, from all three generators."""
+
+    def __init__(self, config, total_steps=10, at_step=None):
+        common.set_seed(config.seed)
+        self.config, self.total_steps, self.at_step = config, total_steps, at_step or {}
+        self.step, self.value = 0, 0.0
+
+    def __iter__(self):
+        while self.step < self.total_steps:
+            self.at_step.get(self.step + 1, lambda: None)()
+            self.value += random.random() + np.random.rand() + torch.rand(()).item()
+            self.step += 1
+            yield {"value": torch.tensor(self.value, dtype=torch.float64), "worst": float("nan")}
+
+    def evaluate(self):
+        return {"eval_draw": random.random() + np.random.rand() + torch.rand(()).item()}
+
+    def samples(self):
+        return [{"prompt": "p", "response": f"{torch.rand(()).item()}"}]
+
+    def state_dict(self):
+        return {"step": self.step, "value": self.value}
+
+    def load_state_dict(self, state):
+        self.step, self.value = state["step"], state["value"]
+
+    def save_model(self, path):
+        (path / "model.txt").write_text(str(self.value))
+
+    def train(self, resume=False):
+        return common.run_training(self, resume=resume)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(log):
+    return [{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in log]
+
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 0.1}, "Config has no field 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"zzz": 1}, "Config has no field 'zzz'; it has eval_steps"),
+        ({"learning_rate": 0}, "Config.learning_rate = 0.0 must be greater than 0"),
+        ({"learning_rate": "fast"}, "Config.learning_rate = 'fast' must be a number"),
+        ({"learning_rate": math.nan}, "Config.learning_rate = nan must be greater than 0"),
+        ({"save_steps": -1}, "Config.save_steps = -1 must be 0 or more"),
+        ({"save_steps": 1.5}, "Config.save_steps = 1.5 must be int"),
+        ({"save_steps": True}, "Config.save_steps = True must be int"),
+        ({"kind": "square"}, "Config.kind = 'square' must be one of 'linear', 'cosine'"),
+        ({"names": "a"}, "Config.names = 'a' must be list or None"),
+        ({"limit": 0}, "Config.limit = 0 must be greater than 0"),
+        ({"output_dir": None}, "Config.output_dir = None must be str"),
+    ],
+)
+def test_a_bad_config_is_refused_by_field(values, message):
+    with pytest.raises(ConfigError) as error:
+        common.config_from_dict(Config, {"output_dir": "x", **values})
+    assert str(error.value).startswith(message)
+
+
+def test_a_config_from_a_file():
+    config = common.config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
+    assert config.learning_rate == 1e-5  # YAML reads 1e-5 as text
+    assert isinstance(Config("x", learning_rate=1).learning_rate, float)
+    with pytest.raises(ConfigError, match="missing 1 required positional argument: 'output_dir'"):
+        common.config_from_dict(Config, {})
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 1001])
+def test_an_epoch_is_every_example_once(count):
+    lengths = np.random.default_rng(0).integers(1, 100, count).tolist()
+    batches = common.epoch_batches(lengths, 4, seed=1, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert max(map(len, batches)) <= 4 and len(batches) == math.ceil(count / 4)
+    assert batches == common.epoch_batches(lengths, 4, seed=1, epoch=0)
+
+
+def test_batches_share_a_length_and_come_in_random_order():
+    lengths = np.random.default_rng(0).integers(1, 100, 1000).tolist()
+    batches = common.epoch_batches(lengths, 10, seed=1, epoch=0)
+    spread = [lengths[b[0]] - lengths[b[-1]] for b in batches]
+    assert min(spread) >= 0 and np.mean(spread) < 3  # longest first; at random it would be 82
+    longest = [lengths[b[0]] for b in batches]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3
+    for other in ({"seed": 2, "epoch": 0}, {"seed": 1, "epoch": 1}):
+        assert batches != common.epoch_batches(lengths, 10, **other)
+
+
+def test_a_run_goes_on_where_it_was():
+    lengths = list(range(10))
+    whole = list(common.run_batches(lengths, 4, seed=0, start=0, stop=7))
+    assert [epoch for epoch, _ in whole] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 7 / 3])
+    for start in range(7):
+        assert list(common.run_batches(lengths, 4, seed=0, start=start, stop=7)) == whole[start:]
+
+
+def test_steps_of_a_run():
+    assert common.steps_in_run(10, 4, 2.0, 0) == 6
+    assert common.steps_in_run(10, 4, 0.5, 0) == 2
+    assert common.steps_in_run(3, 64, 1.0, 0) == 1
+    assert common.steps_in_run(10, 4, 2.0, 100) == 100
+
+
+# --- optimizer -------------------------------------------------------------------------------------------------------
+
+
+def test_only_matrices_decay_and_each_parameter_is_there_once():
+    layer = torch.nn.Linear(2, 2)
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    groups = common.make_optimizer([layer, layer, frozen], 0.1, weight_decay=0.5).param_groups
+    assert [(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups] == [
+        (0.5, [id(layer.weight)]),
+        (0.0, [id(layer.bias)]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1]),
+        ("linear", [0.5, 1, 2 / 3, 1 / 3]),
+        ("cosine", [0.5, 1, 0.75, 0.25]),
+    ],
+)
+def test_schedules_by_hand(schedule, expected):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = common.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.25)
+    rates = []
+    for _ in range(4):
+        rates.append(scheduler.get_last_lr()[0] / 2.0)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_clipping_by_hand():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert common.optimizer_step(optimizer, max_grad_norm=1.0).item() == 5.0
+    assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5) and weight.grad is None
+    weight.grad = torch.tensor([3.0, 4.0])
+    common.optimizer_step(optimizer, max_grad_norm=0)
+    assert weight.tolist() == pytest.approx([-3.6, -4.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_not_applied(bad):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = common.make_optimizer(torch.nn.ParameterList([weight]), 0.1)
+    weight.grad = torch.tensor([1.0, bad])
+    with pytest.warns(RuntimeWarning, match="this update is skipped"):
+        norm = common.optimizer_step(optimizer)
+    assert not torch.isfinite(norm) and weight.tolist() == [1.0, 1.0] and weight.grad is None
+    weight.grad = torch.ones(2)
+    common.optimizer_step(optimizer)
+    assert weight.tolist() == pytest.approx([0.9, 0.9])
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_directory(tmp_path):
+    result = Walk(Config(str(tmp_path), eval_steps=4, save_steps=3)).train()
+    log = rows(tmp_path / "train_log.jsonl")
+    assert [row["step"] for row in log] == list(range(11))
+    assert [row["step"] for row in log if "eval_draw" in row] == [0, 4, 8, 10]
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [0, 4, 8, 10]
+    assert log[5]["worst"] is None  # NaN is not JSON
+    assert not result.interrupted and result.step == 10 and result.metrics["eval_draw"] == log[-1]["eval_draw"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+    assert (tmp_path / "model.txt").read_text() == str(log[-1]["value"])
+    assert json.loads((tmp_path / "run_config.json").read_text())["learning_rate"] == 0.1
+    assert "| `learning_rate` | 0.1 |" in (tmp_path / "README.md").read_text()
+
+
+def test_tensorboard_gets_the_logged_steps(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    Walk(Config(str(tmp_path), logging_steps=4)).train()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("value")
+    assert [event.step for event in events] == [4, 8, 10]
+    assert events[-1].value == pytest.approx(rows(tmp_path / "train_log.jsonl")[-1]["value"])
+
+
+@pytest.mark.parametrize("crash_after", [3, 4, 5, 7])
+def test_a_crashed_run_resumes_to_the_last_bit(tmp_path, crash_after):
+    def crash():
+        raise RuntimeError("crash")
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Walk(Config(str(whole), eval_steps=2, save_steps=3)).train()
+    config = Config(str(broken), eval_steps=2, save_steps=3)
+    with pytest.raises(RuntimeError, match="crash"):
+        Walk(config, at_step={crash_after + 1: crash}).train()
+    with (broken / "train_log.jsonl").open("a") as log:
+        log.write('{"step": 8, "val')  # the power failed in the middle of a line
+    random.random()
+    Walk(config).train(resume=True)
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        assert without_time(rows(broken / name)) == without_time(rows(whole / name))
+    assert (broken / "model.txt").read_text() == (whole / "model.txt").read_text()
+
+
+def test_a_run_that_died_while_saving_its_model_still_ends_well(tmp_path):
+    config = Config(str(tmp_path), save_steps=5)
+    walk = Walk(config)
+    walk.save_model = lambda path: None if path.name.startswith(".tmp") else (_ for _ in ()).throw(OSError("disk full"))
+    with pytest.raises(OSError, match="disk full"):
+        walk.train()
+    result = Walk(config).train(resume=True)
+    assert result.step == 10 and not result.interrupted
+    assert result.metrics["eval_draw"] == rows(tmp_path / "train_log.jsonl")[-1]["eval_draw"]
+    assert (tmp_path / "model.txt").read_text() == str(result.metrics["value"])
+
+
+def test_looking_does_not_change_the_run(tmp_path):
+    for name, every in (("never", 0), ("often", 1)):
+        Walk(Config(str(tmp_path / name), eval_steps=every)).train()
+    assert (tmp_path / "never/model.txt").read_text() == (tmp_path / "often/model.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    Walk(Config(str(whole))).train()
+    before = signal.getsignal(number)
+    result = Walk(Config(str(stopped)), at_step={4: lambda: os.kill(os.getpid(), number)}).train()
+    assert signal.getsignal(number) is before
+    assert result.interrupted and result.step == 4
+    assert f"Stopped by {number.name} after step 4 of 10; nothing is lost" in capsys.readouterr().out
+    assert not (stopped / "model.txt").exists()
+    assert not Walk(Config(str(stopped))).train(resume=True).interrupted
+    assert without_time(rows(stopped / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Walk(Config(str(tmp_path)), at_step={4: twice}).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_what_would_lose_a_run_is_refused(tmp_path):
+    config = Config(str(tmp_path / "run"), save_steps=5)
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        Walk(config).train(resume=True)
+    Walk(config).train()
+    with pytest.raises(ConfigError, match="already holds a run: continue it with resume=True"):
+        Walk(config).train()
+    Walk(Config(str(tmp_path / "short"))).train()
+    with pytest.raises(ConfigError, match="already holds a run: choose another output_dir"):
+        Walk(Config(str(tmp_path / "short"))).train()
+
+
+def test_resuming_with_another_config_says_so(tmp_path):
+    Walk(Config(str(tmp_path), save_steps=5)).train()
+    with pytest.warns(UserWarning, match="differs in learning_rate"):
+        Walk(Config(str(tmp_path), save_steps=5, learning_rate=0.2)).train(resume=True)
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    walk = Walk(Config(str(tmp_path), save_steps=2), total_steps=4)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        walk.train()
+    assert common.latest_checkpoint(tmp_path) is None
+    monkeypatch.undo()
+    (tmp_path / "train_log.jsonl").unlink()
+    Walk(Config(str(tmp_path), save_steps=2), total_steps=4).train()
+    assert common.latest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
+    Walk(Config(str(tmp_path), save_steps=1, save_total_limit=3), total_steps=11).train()
+    assert common.latest_checkpoint(tmp_path).name == "checkpoint-11"
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+
+
+def test_every_generator_comes_back():
+    common.set_seed(3)
+    state = common.rng_state()
+    draws = [(random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()) for _ in range(2)]
+    common.set_rng_state(state)
+    with common.preserved_rng():
+        random.gauss(0, 1), np.random.randn(5), torch.randn(7)
+    assert [(random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()) for _ in range(2)] == draws
+
+
+def test_other_data_cannot_resume():
+    common.check_same_data(torch.tensor([3, 4]), [3, 4])
+    with pytest.raises(ConfigError, match=r"other data \(2 examples, now 3"):
+        common.check_same_data(torch.tensor([3, 4]), [3, 4, 5])
+
+
+def test_samples_survive_a_resume_whatever_is_in_them(tmp_path):
+    """Line separators of Unicode inside a text, and a line torn within a character by a crash."""
+
+    class Odd(Walk):
+        def samples(self):
+            return [{"prompt": "日本", "response": "a\u2028b\x85"}]
+
+    config = Config(str(tmp_path), eval_steps=2, save_steps=4)
+    Odd(config, total_steps=6).train()
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write('{"step": 6, "prompt": "日'.encode()[:-1])
+    Odd(config, total_steps=6).train(resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+
+
+def test_a_run_that_failed_before_its_first_line_can_be_started_again(tmp_path):
+    def fail():
+        raise RuntimeError("a reward with a mistake")
+
+    with pytest.raises(RuntimeError):
+        Walk(Config(str(tmp_path)), at_step={1: fail}).train()
+    assert Walk(Config(str(tmp_path))).train().step == 10

@@ -1,0 +1,294 @@
+"""The reward model against plain PyTorch: losses by hand, one forward pass, a checkpoint others read."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_fast import RewardConfig, RewardTrainer, models
+from rlhf_fast.data.chat import ConfigError, encode_to_score
+from rlhf_fast.rewards import RewardModelReward
+
+
+def pair(i, **columns):
+    """Answers that mention the cat are better, whatever their length."""
+    answers = [f"{i} the cat sat {'on the mat' * (i % 3)}", f"{i} sat {'on the mat' * ((i + 1) % 3)}"]
+    prompt, (chosen, rejected) = [{"role": "user", "content": f"say {i}"}], [
+        [{"role": "assistant", "content": a}] for a in answers
+    ]  # fmt: skip
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **columns}
+
+
+def ranked(i):
+    """Four answers, or three; the last two of the four are a tie."""
+    answers = [f"{i} the cat sat on the mat", f"{i} the cat", f"{i} two", f"{i}"]
+    if i % 2:
+        return {"prompt": f"say {i}: ", "responses": answers[:3]}
+    return {"prompt": f"say {i}: ", "responses": answers, "ranks": [0, 1, 2, 2]}
+
+
+PAIRS, RANKED = [pair(i) for i in range(10)], [ranked(i) for i in range(7)]
+SOFT = [pair(i, margin=0.1 * i, chosen_prob=1 - 0.05 * i, weight=0.5 + i) for i in range(10)]
+
+
+def trainer(tmp_path, data=PAIRS, pad="<pad>", tokenizer=None, model=None, eval_dataset=None, **config):
+    tokenizer = tokenizer or tiny_tokenizer(pad=pad)
+    config = RewardConfig(str(tmp_path / "run"), **{"learning_rate": 1e-2, "max_length": 200, **config})
+    model = model or tiny_model(tokenizer)
+    return RewardTrainer(config, model, train_dataset=data, eval_dataset=eval_dataset, tokenizer=tokenizer)
+
+
+def reward_alone(trainer, prompt, response):
+    """One response in a batch of its own, through transformers' forward."""
+    ids = torch.tensor([encode_to_score(trainer.tokenizer, prompt, response).tolist()])
+    return trainer.model.eval()(ids).logits[0, 0].double()
+
+
+def pairs_by_hand(trainer, data, center=0.0):
+    loss = total = right = gap = 0.0
+    for x in data:
+        chosen, rejected = (reward_alone(trainer, x["prompt"], x[key]) for key in ("chosen", "rejected"))
+        d, p, w = chosen - rejected - x.get("margin", 0.0), x.get("chosen_prob", 1.0), x.get("weight", 1.0)
+        loss += w * (-p * logsigmoid(d) - (1 - p) * logsigmoid(-d) + center * (chosen + rejected) ** 2)
+        right, gap, total = right + w * float(chosen > rejected), gap + w * (chosen - rejected), total + w
+    return loss / total, right / total, gap / total
+
+
+def ranked_by_hand(trainer, data):
+    loss = right = gap = count = 0.0
+    for x in data:
+        rewards = [reward_alone(trainer, x["prompt"], response) for response in x["responses"]]
+        ranks = x.get("ranks", range(len(rewards)))
+        gaps = [
+            a - b for a, i in zip(rewards, ranks, strict=True) for b, j in zip(rewards, ranks, strict=True) if i < j
+        ]
+        loss += sum(-logsigmoid(g) for g in gaps) / len(gaps)
+        right, gap, count = right + sum(float(g > 0) for g in gaps), gap + sum(gaps), count + len(gaps)
+    return loss / len(data), right / count, gap / count
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+@pytest.mark.parametrize(("data", "center"), [(PAIRS, 0.0), (SOFT, 0.01), (RANKED, 0.0)])
+def test_the_loss_is_that_of_the_paper(tmp_path, data, center, pad):
+    rm = trainer(
+        tmp_path, data, pad, center_rewards_coefficient=center, per_device_train_batch_size=3,
+        gradient_accumulation_steps=4,
+    )  # fmt: skip
+    with torch.no_grad():
+        loss, accuracy, margin = ranked_by_hand(rm, data) if data is RANKED else pairs_by_hand(rm, data, center)
+    metrics = next(iter(rm))
+    assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["accuracy"].item() == pytest.approx(accuracy, rel=1e-5)
+    assert metrics["margin"].item() == pytest.approx(margin.item(), abs=1e-5)
+    assert metrics["num_tokens"] == sum(len(r) for item in rm.items for r in item.responses)
+
+
+def gradients(tmp_path, data, **sizes):
+    rm = trainer(tmp_path, data, max_grad_norm=0.0, **sizes)
+    seen = {}
+    rm.optimizer.zero_grad = lambda **_: seen.update({n: p.grad.clone() for n, p in rm.model.named_parameters()})
+    next(iter(rm))
+    return seen
+
+
+@pytest.mark.parametrize("data", [SOFT, RANKED])
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, data):
+    whole = gradients(tmp_path, data, per_device_train_batch_size=len(data))
+    assert max(g.abs().max() for g in whole.values()) > 1e-3
+    for size in (1, 3, 4):
+        split = gradients(tmp_path, data, per_device_train_batch_size=size, gradient_accumulation_steps=12 // size)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_is_over_all_held_out_pairs(tmp_path):
+    rm = trainer(tmp_path, PAIRS[:3], eval_dataset=SOFT, per_device_eval_batch_size=4)
+    with torch.no_grad():
+        loss, accuracy, margin = pairs_by_hand(rm, SOFT)
+        rewards = torch.stack([reward_alone(rm, x["prompt"], x[k]) for x in SOFT for k in ("chosen", "rejected")])
+    metrics = rm.evaluate()
+    expected = {
+        "eval_loss": loss, "eval_accuracy": accuracy, "eval_margin": margin, "eval_mean_reward": rewards.mean(),
+        "eval_reward_std": rewards.std(correction=0), "eval_min_reward": rewards.min(),
+        "eval_max_reward": rewards.max(), "eval_num_pairs": 10,
+    }  # fmt: skip
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        assert float(metrics[name]) == pytest.approx(float(value), abs=1e-5), name
+    assert trainer(tmp_path).evaluate() == {}
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_it_learns_and_others_read_the_checkpoint(tmp_path, pad):
+    rm = trainer(tmp_path, PAIRS[:8], pad, eval_dataset=PAIRS[8:], max_steps=30, num_samples=2, eval_steps=30)
+    result = rm.train()
+    assert result.metrics["eval_accuracy"] == 1.0 and result.metrics["eval_margin"] > 2
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    after = [row["reward"] for row in rows if row["step"] == 30]
+    assert len(after) == 4 and after[0] > after[1] and after[2] > after[3]
+
+    # Without this package: the tokenizer pads, the model pools.
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    texts = [
+        tokenizer.apply_chat_template(x["prompt"] + x[k], tokenize=False).removesuffix("\n")
+        for x in PAIRS[8:] for k in ("chosen", "rejected")
+    ]  # fmt: skip
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        with torch.no_grad():
+            theirs = model(**tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)).logits[
+                :, 0
+            ]
+        assert theirs.tolist() == pytest.approx(after, abs=1e-5)
+
+    # And as PPO uses it.
+    scores = RewardModelReward.load(tmp_path / "run")(
+        [x["prompt"] for x in PAIRS[8:]], [x["chosen"][0]["content"] for x in PAIRS[8:]]
+    )
+    assert scores.tolist() == pytest.approx(after[::2], abs=1e-6)
+
+
+def test_soft_labels_are_learned_as_probabilities(tmp_path):
+    """At the optimum sigma(r_w - r_l) is the judge's probability: 0.8 means a margin of log 4."""
+    rm = trainer(tmp_path, [pair(1, chosen_prob=0.8)], max_steps=80, lr_scheduler_type="cosine")
+    assert list(rm)[-1]["margin"].item() == pytest.approx(math.log(4), abs=0.02)
+
+
+def test_a_frozen_trunk_stays_and_the_head_learns(tmp_path):
+    rm = trainer(tmp_path, freeze_trunk=True, max_steps=20)
+    before = {k: v.clone() for k, v in rm.model.state_dict().items()}
+    losses = [metrics["loss"].item() for metrics in rm]
+    changed = [k for k, v in rm.model.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == ["score.weight"] and losses[-1] < losses[0]
+
+
+def test_all_responses_of_a_micro_batch_share_one_forward_pass(tmp_path):
+    rm = trainer(tmp_path, per_device_train_batch_size=5, gradient_accumulation_steps=2)
+    shapes, forward = [], rm.model.base_model.forward
+    rm.model.base_model.forward = lambda **inputs: shapes.append(inputs["input_ids"].shape[0]) or forward(**inputs)
+    next(iter(rm))
+    assert shapes == [10, 10]
+
+
+def test_the_language_model_it_starts_from_is_left_alone(tmp_path):
+    tokenizer = tiny_tokenizer(pad="<eos>")
+    policy = tiny_model(tokenizer)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    rm = trainer(tmp_path, tokenizer=tokenizer, model=policy, max_steps=2)
+    list(rm)
+    assert all(torch.equal(v, before[k]) for k, v in policy.state_dict().items())
+    assert tokenizer.pad_token == "<eos>" and rm.tokenizer.pad_token == "<|pad|>"
+
+
+def test_it_starts_from_a_checkpoint_of_sft_or_of_itself(tmp_path):
+    tokenizer = tiny_tokenizer()
+    policy = tiny_model(tokenizer)
+    for part in (policy, tokenizer):
+        part.save_pretrained(tmp_path / "sft")
+    config = RewardConfig(str(tmp_path / "run"), max_steps=1)
+    first = RewardTrainer(config, str(tmp_path / "sft"), train_dataset=PAIRS)
+    trunk = first.model.base_model.state_dict()
+    assert all(torch.equal(v, trunk[k]) for k, v in policy.base_model.state_dict().items())
+    first.train()
+    second = RewardTrainer(config, tmp_path / "run", train_dataset=PAIRS)
+    assert torch.equal(second.model.score.weight, first.model.score.weight)
+
+
+RUN = {
+    "max_steps": 5,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "eval_steps": 2,
+    "save_steps": 2,
+}
+
+
+@pytest.mark.parametrize("data", [PAIRS, RANKED])
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path, data):
+    def make(name):
+        return trainer(tmp_path / name, data, eval_dataset=data[:3], **RUN)
+
+    def log_of(name):
+        rows = [json.loads(line) for line in (tmp_path / name / "run/train_log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in rows]
+
+    whole, broken = make("whole"), make("broken")
+    whole.train()
+
+    def killed(items, step=broken._train_step):
+        if broken.step == 3:
+            raise MemoryError("killed")
+        return step(items)
+
+    broken._train_step = killed
+    with pytest.raises(MemoryError):
+        broken.train()
+    resumed = make("broken")
+    resumed.train(resume=True)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight)
+    assert log_of("broken") == log_of("whole")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_pairs_than_a_batch(tmp_path, count):
+    rm = trainer(tmp_path, PAIRS[:count], per_device_train_batch_size=64, num_train_epochs=2.0)
+    assert [metrics["num_pairs"].item() for metrics in rm] == [count, count]
+
+
+def test_a_step_of_weightless_pairs_changes_nothing(tmp_path):
+    rm = trainer(tmp_path, [pair(0, weight=0.0)])
+    before = rm.model.score.weight.clone()
+    metrics = next(iter(rm))
+    assert metrics["loss"].item() == 0 and metrics["grad_norm"].item() == 0
+    assert torch.equal(rm.model.score.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": []}, "train_dataset is empty"),
+        ({"data": [{"prompt": "a", "completion": "b"}]}, "has the columns prompt, completion; it needs"),
+        ({"eval_dataset": [{"chosen": "a"}]}, "eval_dataset record 0 has the columns chosen"),
+        ({"tokenizer": tiny_tokenizer(chat_template=None)}, "no chat template"),
+        ({"max_length": 8}, r"longer than max_length=8.*on_overlong='skip'"),
+        ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient = -0.1 must be 0 or more"),
+        ({"data": RANKED, "center_rewards_coefficient": 0.1}, "center_rewards_coefficient is defined for pairs"),
+        ({"data": [*RANKED, pair(0, margin=1.0, chosen_prob=0.9)]}, "margin, chosen_prob is defined for pairs"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no eos token"):
+        trainer(tmp_path, tokenizer=tokenizer, model=model)
+
+
+def test_pairs_and_two_ranked_responses_are_the_same_thing(tmp_path):
+    as_ranked = [{"prompt": x["prompt"], "responses": [x["chosen"], x["rejected"]]} for x in PAIRS]
+    losses = [next(iter(trainer(tmp_path, data)))["loss"] for data in (PAIRS, as_ranked)]
+    assert torch.equal(*losses)
+    mixed = trainer(tmp_path, [*PAIRS[:4], *RANKED])  # pairs among longer lists are lists of two
+    assert math.isfinite(next(iter(mixed))["loss"])
+
+
+def test_values_start_from_the_trained_reward(tmp_path):
+    rm = trainer(tmp_path, max_steps=2)
+    list(rm)
+    value = models.ValueModel.from_reward_model(rm.model)
+    ids = torch.tensor([encode_to_score(rm.tokenizer, PAIRS[0]["prompt"], PAIRS[0]["chosen"]).tolist()])
+    assert value(ids)[0, -1].item() == pytest.approx(
+        reward_alone(rm, PAIRS[0]["prompt"], PAIRS[0]["chosen"]).item(), abs=1e-6
+    )

@@ -1,0 +1,256 @@
+"""SFT against plain PyTorch: which tokens count, how they are averaged, and that the rest changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from rlhf_fast import SFTConfig, SFTTrainer
+from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.trainers.common import load_checkpoint
+
+
+def chat(i):
+    question = {"role": "user", "content": f"say {'the cat ' * (i % 4)}{i}"}
+    return {"messages": [question, {"role": "assistant", "content": f"{i} sat on the mat" * (1 + i % 3)}]}
+
+
+DATA = [chat(i) for i in range(12)]
+
+
+def trainer(tmp_path, data=DATA, pad="<pad>", tokenizer=None, model=None, eval_dataset=None, **config):
+    tokenizer = tokenizer or tiny_tokenizer(pad=pad)
+    config = SFTConfig(str(tmp_path / "run"), **{"learning_rate": 1e-2, "max_length": 200, **config})
+    model = model or tiny_model(tokenizer)
+    return SFTTrainer(config, model, train_dataset=data, eval_dataset=eval_dataset, tokenizer=tokenizer)
+
+
+def by_hand(model, tokenizer, data):
+    """(sum of -log p, number right, number) over the tokens of every answer and its eos, one example at a time."""
+    nll, right, count = 0.0, 0, 0
+    for record in data:
+        text = tokenizer.apply_chat_template(record["messages"][:1], tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text)["input_ids"]
+        answer = [*tokenizer(record["messages"][1]["content"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+        nll -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+        right += (logits.argmax(-1) == torch.tensor(answer)).sum().item()
+        count += len(answer)
+    return nll, right, count
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_the_loss_is_over_answers_and_their_eos_and_nothing_else(tmp_path, pad):
+    sft = trainer(tmp_path, pad=pad, per_device_train_batch_size=5, gradient_accumulation_steps=3, logging_steps=1)
+    nll, right, count = by_hand(sft.model.eval(), sft.tokenizer, DATA)
+    metrics = next(iter(sft))
+    assert metrics["loss"].item() == pytest.approx(nll / count, rel=1e-5)
+    assert metrics["mean_token_accuracy"].item() == pytest.approx(right / count)
+    assert metrics["num_tokens"] == sum(map(len, sft.examples))
+    assert metrics["epoch"] == 1 and metrics["learning_rate"] == pytest.approx(1e-2 / 2)  # the warm-up's only step
+
+
+def gradients(tmp_path, **sizes):
+    sft = trainer(tmp_path, **sizes)
+    seen = {}
+    sft.optimizer.zero_grad = lambda **_: seen.update({n: p.grad.clone() for n, p in sft.model.named_parameters()})
+    next(iter(sft))
+    return seen
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path):
+    whole = gradients(tmp_path, per_device_train_batch_size=12, max_grad_norm=0.0)
+    assert max(g.abs().max() for g in whole.values()) > 1e-3
+    for size, steps in ((1, 12), (5, 3), (4, 3)):
+        split = gradients(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_grad_norm=0.0
+        )
+        for name, gradient in whole.items():
+            torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_evaluation_is_over_all_held_out_tokens(tmp_path):
+    sft = trainer(tmp_path, data=DATA[:4], eval_dataset=DATA[4:], per_device_eval_batch_size=3)
+    nll, right, count = by_hand(sft.model.eval(), sft.tokenizer, DATA[4:])
+    metrics = sft.evaluate()
+    assert metrics["eval_loss"].item() == pytest.approx(nll / count, rel=1e-5)
+    assert metrics["eval_mean_token_accuracy"].item() == pytest.approx(right / count)
+    assert trainer(tmp_path).evaluate() == {}
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.5)
+    sft = trainer(tmp_path, tokenizer=tokenizer, model=GPT2LMHeadModel(config), eval_dataset=DATA, learning_rate=1e-9)
+    nll, _, count = by_hand(sft.model.eval(), tokenizer, DATA)
+    assert sft.evaluate()["eval_loss"].item() == pytest.approx(nll / count, rel=1e-5)
+    sft.batch_size = 12
+    assert next(iter(sft))["loss"].item() != pytest.approx(nll / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_it_learns_to_answer_and_to_stop(tmp_path, pad):
+    data = [
+        {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+        for q, a in (("two plus two?", "four"), ("say hello", "hello to the world"))
+    ]
+    sft = trainer(
+        tmp_path, data=data, pad=pad, max_steps=60, eval_dataset=data, eval_steps=60, lr_scheduler_type="cosine"
+    )
+    result = sft.train()
+    assert result.metrics["eval_mean_token_accuracy"] == 1.0 and result.metrics["eval_loss"] < 0.1
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows if row["step"] == 60] == ["four", "hello to the world"]
+    log = [json.loads(line) for line in (tmp_path / "run/train_log.jsonl").read_text().splitlines()]
+    assert log[0]["eval_loss"] > 4 and log[0]["step"] == 0
+    # The run directory is a checkpoint that transformers loads, and it stops by itself.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    prompt = tokenizer.apply_chat_template(data[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "four<eos>"
+
+
+def test_text_after_text_is_learned_too(tmp_path):
+    data = [{"prompt": "two plus two?", "completion": " four"}]
+    tokenizer = tiny_tokenizer(chat_template=None)
+    sft = trainer(tmp_path, data=data, tokenizer=tokenizer, max_steps=40, num_samples=1)
+    sft.train()
+    assert [row["response"] for row in sft.samples()] == [" four"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_fewer_examples_than_a_batch(tmp_path, count):
+    sft = trainer(tmp_path, data=DATA[:count], per_device_train_batch_size=64, num_train_epochs=3.0)
+    assert [metrics["epoch"] for metrics in sft] == [1, 2, 3]
+
+
+def weights(sft):
+    return torch.cat([p.detach().flatten() for p in sft.model.parameters()])
+
+
+def log_of(tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "run/train_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in rows]
+
+
+RUN = {
+    "max_steps": 7,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "eval_steps": 2,
+    "save_steps": 3,
+}
+
+
+def test_a_killed_run_resumes_to_the_last_bit(tmp_path):
+    """With dropout, so that the generators have to come back as well."""
+
+    def make(name):
+        tokenizer = tiny_tokenizer()
+        model = tiny_model(tokenizer, attention_dropout=0.2)
+        return trainer(tmp_path / name, tokenizer=tokenizer, model=model, eval_dataset=DATA[:3], **RUN)
+
+    whole = make("whole")
+    whole.train()
+    broken = make("broken")
+
+    def killed(batch, step=broken._train_step):
+        if broken.step == 5:
+            raise MemoryError("killed")
+        return step(batch)
+
+    broken._train_step = killed
+    with pytest.raises(MemoryError):
+        broken.train()
+    resumed = make("broken")
+    assert not torch.equal(weights(resumed), weights(whole))
+    resumed.train(resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from trainers.test_sft import trainer
+sft = trainer(Path(sys.argv[2]), max_steps=400, per_device_train_batch_size=2)
+step = sft._train_step
+sft._train_step = lambda batch: (time.sleep(0.05), step(batch))[1]  # 20 s in all: the signal comes in the middle
+print(sft.train().interrupted)
+"""
+
+
+def test_ctrl_c_loses_nothing(tmp_path):
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join(filter(None, [str(tests.parent), os.environ.get("PYTHONPATH")]))
+    log = tmp_path / "run/train_log.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tests), str(tmp_path)], env=os.environ | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (log.exists() and log.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "nothing is lost" in output and output.endswith("True\n"), output
+    done = len(log_of(tmp_path))
+    assert 3 <= done < 400
+
+    # The same run without the interruption, and both a little further.
+    setting = {"max_steps": 400, "per_device_train_batch_size": 2}
+    resumed, whole = trainer(tmp_path, **setting), trainer(tmp_path / "whole", **setting)
+    load_checkpoint(resumed, tmp_path / f"run/checkpoint-{done}")
+    for sft, steps in ((resumed, 3), (whole, done + 3)):
+        for _ in zip(range(steps), sft, strict=False):
+            pass
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": []}, "train_dataset is empty"),
+        ({"data": [{"text": "hi"}]}, "has the columns text"),
+        ({"eval_dataset": [{"text": "hi"}]}, "eval_dataset record 0 has the columns text"),
+        ({"tokenizer": tiny_tokenizer(chat_template=None)}, "no chat template"),
+        ({"max_length": 10}, r"longer than max_length=10.*on_overlong='skip'"),
+        ({"model": tiny_model(tiny_tokenizer(), max_position_embeddings=8)}, "8 positions: lower max_length"),
+        ({"learning_rate": 0.0}, "SFTConfig.learning_rate"),
+        ({"per_device_train_batch_size": 0}, "SFTConfig.per_device_train_batch_size"),
+        ({"lr_scheduler_type": "polynomial"}, "must be one of 'linear', 'cosine', 'constant'"),
+        ({"on_overlong": "truncate"}, "must be one of 'error', 'skip'"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_left_out_is_on_record(tmp_path, capsys):
+    data = [*DATA, chat(2) | {"messages": [*chat(2)["messages"], *chat(3)["messages"] * 9]}]
+    sft = trainer(tmp_path, data=data, on_overlong="skip", max_steps=1)
+    sft.train()
+    assert "train_dataset: 12 of 13 records used; 1 longer than max_length=200: record 12" in capsys.readouterr().out
+    (report,) = json.loads((tmp_path / "run/data.json").read_text())
+    assert report["records"] == 13 and report["overlong"][0][0] == 12
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    trainer(tmp_path, **RUN).train()
+    with pytest.raises(ConfigError, match="trained on other data"):
+        trainer(tmp_path, data=DATA[:7], **RUN).train(resume=True)
