@@ -43,7 +43,7 @@ clean:
 # Editable, so that Python changes count at once; a changed native source runs this again and rebuilds only that.
 $(VENV)/.report: EXTRAS := report
 $(VENV)/.test: EXTRAS := report,test,dev
-$(VENV)/.bench: EXTRAS := report,test,dev,bench,trl
+$(VENV)/.bench: EXTRAS := report,test,dev,bench
 $(VENV)/.report $(VENV)/.test $(VENV)/.bench: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
