@@ -56,10 +56,10 @@ class Sizes:
     layers: int = 3
     demonstrations: int = 10_000
     criticisms: int = 9_000
-    candidates: int = 10_000  # pairs of written replies, for the annotator
-    pairs: int = 2_500  # pairs of sampled replies, for the annotator
-    judged_pairs: int = 4_000  # pairs of sampled replies, for the constitution's judge
-    held_out_pairs: int = 400  # of each kind
+    candidates: int = 16_000  # pairs of written replies, for the annotator
+    pairs: int = 5_000  # pairs of sampled replies, for the annotator
+    judged_pairs: int = 12_000  # pairs of sampled replies, for the constitution's judge
+    held_out_pairs: int = 1_000  # of each kind
     ppo_iterations: int = 20
     ppo_batch: int = 256
     revised_prompts: int = 400
