@@ -28,9 +28,7 @@ OVER_REFUSAL_RATE = 0.04
 # How a reply gets the answer wrong. Another answer is the hardest to see: to judge it, a model must know the right one.
 WRONG_ANSWERS = {"ignorance": 0.3, "another question": 0.45, "another answer": 0.25}
 
-FOUND_SHARE = (
-    0.7  # of the critiques of a faulty reply look at a principle that it breaks, the others at one that it keeps
-)
+FOUND_SHARE = 0.7  # of the critiques of a faulty reply look at a principle that it breaks, the others at one it keeps
 KEPT_FAULT_RATE = 0.25  # a fault that the critique is not about survives the revision
 
 HELD_OUT_SHARE = 6  # one prompt in six
@@ -167,7 +165,7 @@ def criticisms(seed: int, count: int, requests: Requests) -> list[dict]:
         if find_fault:
             # Who declined without reason broke "answer" and "safe" at once: a revision under either mends both.
             mended = {"answer", "safe"} if principle in ("answer", "safe") else {principle}
-            remaining = {fault for fault in faults - mended if rng.random() < KEPT_FAULT_RATE}
+            remaining = {fault for fault in sorted(faults - mended) if rng.random() < KEPT_FAULT_RATE}
             completion += [user(revision_request), assistant(compose(rng, asked, remaining))]
         rows.append({"prompt": [user(prompt), assistant(reply), user(critique_request)], "completion": completion})
     return rows

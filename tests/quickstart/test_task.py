@@ -1,6 +1,9 @@
 """The generated data: a function of its seed, split without overlap, and as faulty as it says."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +33,29 @@ def test_the_same_seed_gives_the_same_data_and_another_seed_other_data():
     for name, make in makers.items():
         assert make(3) == make(3), name
         assert make(3) != make(4), name
+
+
+PRINT_EVERYTHING = """
+import json
+from rlhf_fast.quickstart import task
+from rlhf_fast.quickstart.model import train_tokenizer
+from rlhf_fast.quickstart.rules import RULES
+
+rows = task.demonstrations(0, 200) + task.criticisms(0, 200, {rule: ("?", "!") for rule in RULES})
+rows += task.prefer(0, task.candidates(0, 100, held_out=False), noise=0.1)
+texts = [message["content"] for row in rows for turns in row.values() if isinstance(turns, list) for message in turns]
+print(json.dumps([rows, train_tokenizer(texts).get_vocab()], sort_keys=True))
+"""
+
+
+def test_another_process_makes_the_same_data_and_tokenizer():
+    """Python orders a set of strings anew in every process."""
+    command = [sys.executable, "-c", PRINT_EVERYTHING]
+    one, two = (
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": s}, capture_output=True, check=True).stdout
+        for s in "12"
+    )
+    assert len(one) > 10_000 and one == two
 
 
 def test_training_prompts_and_held_out_prompts_are_disjoint(rows, critiques):
