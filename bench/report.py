@@ -1,4 +1,4 @@
-"""Turns bench/results/*.json into README's table, the tables of docs/ops.md, and the picture docs/bench.svg."""
+"""Turns bench/results into the tables of README, docs/ops.md and docs/quickstart.md, and the picture docs/bench.svg."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+END = "<!-- end -->"
 OURS = "rlhf_fast"
 GROUPS = {"eager": ("eager",), "torch.compile": ("compile",), "TRL": ("TRL",)}  # column -> prefixes; the best counts
 
@@ -30,6 +30,39 @@ def milliseconds(ms: float) -> str:
 
 def megabytes(peak: int | None) -> str:
     return "?" if peak is None else f"{peak / 1e6:.0f}"
+
+
+def span(ratios: list[float | None]) -> str:
+    """The least and the most of what one op has over its shapes: "2.1-2.9x"."""
+    known = sorted(ratio for ratio in ratios if ratio is not None)
+    if not known:
+        return ""
+    least, most = f"{known[0]:.1f}", f"{known[-1]:.1f}"
+    return f"{least}x" if least == most else f"{least}-{most}x"
+
+
+def summary(result: dict) -> str:
+    """One result file for the README: a line for each op, dtype and direction, with the range over its shapes."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["op"], row["dtype"], row["direction"]), []).append(row)
+    lines = [f"| op | shapes | dtype | | {' | '.join(GROUPS)} | our time over the floor |", "|" + " --- |" * 8]
+    for (op, dtype, direction), rows in groups.items():
+        shapes = ", ".join(row["shape"] for row in rows)
+        others = [span([best(row, prefixes) for row in rows]) for prefixes in GROUPS.values()]
+        floors = span([1 / row["implementations"]["floor"]["over_ours"] for row in rows])
+        lines.append("| " + " | ".join([f"`{op}`", shapes, dtype, direction, *others, floors]) + " |")
+    return "\n".join([*lines, source(result)])
+
+
+def source(result: dict) -> str:
+    """Where the figures of a result file come from."""
+    commit = (result["commit"] or "installed package")[:12]
+    versions = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
+    return (
+        f"\n{result['machine']}, {result['threads']} threads, OMP_WAIT_POLICY={result['OMP_WAIT_POLICY'] or 'unset'}, "
+        f"{versions}, commit {commit}, {result['date'][:10]}: `{result['command']}`\n"
+    )
 
 
 def table(result: dict, ops: set[str] | None = None) -> str:
@@ -69,13 +102,7 @@ def table(result: dict, ops: set[str] | None = None) -> str:
         cells += [f"{1 / in_place['over_ours']:.1f}x faster" if in_place else ""]
         cells += [", ".join(megabytes(implementations[name]["extra_peak_bytes"]) for name in (OURS, "eager"))]
         lines.append("| " + " | ".join(cells) + " |")
-    commit = (result["commit"] or "installed package")[:12]
-    versions = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
-    lines.append(
-        f"\n{result['machine']}, {result['threads']} threads, OMP_WAIT_POLICY={result['OMP_WAIT_POLICY'] or 'unset'}, "
-        f"{versions}, commit {commit}, {result['date'][:10]}: `{result['command']}`\n"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, source(result)])
 
 
 def picture(result: dict, path: Path) -> None:
@@ -106,29 +133,54 @@ def picture(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def quickstart(results: list[dict]) -> str:
+    """The quickstart's runs, one a line: the true score by stage, and what the run took."""
+    stages = {"SFT": "sft", "PPO": "ppo", "CAI phase 1": "cai-sft", "CAI phase 2": "cai-ppo"}
+    judges = {"RM accuracy": "rm", "CAI RM accuracy": "cai-rm"}
+    lines = [f"| seed | {' | '.join([*stages, *judges])} | KL | minutes | CPU | memory |", "|" + " --- |" * 11]
+    for result in results:
+        by_name = {stage["name"]: stage for stage in result["stages"]}
+        cells = [str(result["seed"]), *(f"{by_name[stage]['pass_rate']:.1%}" for stage in stages.values())]
+        cells += [f"{by_name[stage]['rm_accuracy']:.1%}" for stage in judges.values()]
+        cells += ["{:.2f}, {:.2f}".format(*(by_name[stage]["kl"] for stage in ("ppo", "cai-ppo")))]
+        seconds, cpu = (sum(stage[name] for stage in result["stages"]) for name in ("seconds", "cpu_seconds"))
+        cells += [f"{seconds / 60:.1f}", f"{cpu:.0f} s", f"{result['peak_memory_gib']:.2f} GiB"]
+        lines.append("| " + " | ".join(cells) + " |")
+    about = results[0]
+    lines.append(
+        f"\n{about['machine']}, {about['provenance']['threads']} threads, torch {about['provenance']['torch']}, "
+        f"commit {about['provenance']['commit'][:12]}: `{about['command']}`\n"
+    )
+    return "\n".join(lines)
+
+
+def rewrite(path: Path, sections: dict[str, str]) -> None:
+    """Puts each text between <!-- name --> and <!-- end --> wherever the page has that section."""
+
+    def filled(match: re.Match) -> str:
+        return f"{match[1]}\n{sections[match[2]]}{END}" if match[2] in sections else match[0]
+
+    text = path.read_text()
+    path.write_text(re.sub(rf"(<!-- (\S+) -->)\n.*?{END}", filled, text, flags=re.DOTALL))
+
+
 def main() -> None:
-    """Rewrites the sections from every result file, and the picture from the first that has log-probabilities."""
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
-    if not results:
-        raise SystemExit("bench/results holds no JSON yet; run `make bench`")
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, marker, after = rest.partition(END)
-    if not marker:
-        raise SystemExit(f"README.md has no section between {START} and {END}")
-    section = "\n".join(["", *(table(result) for result in results), ""])
-    drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]
-    if drawn:
-        picture(drawn[0], ROOT / "docs" / "bench.svg")
-        section = "\n![token_logprobs beside the others](docs/bench.svg)\n" + section
-    readme.write_text(before + START + section + END + after)
-
-    def tables_of(match: re.Match) -> str:
-        rows = "\n".join(filter(None, (table(result, {match[1]}) for result in results)))
-        return f"<!-- bench:{match[1]} -->\n{rows}{END}"
-
-    page = ROOT / "docs" / "ops.md"
-    page.write_text(re.sub(rf"<!-- bench:(\w+) -->\n.*?{END}", tables_of, page.read_text(), flags=re.DOTALL))
+    """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
+    folder = ROOT / "bench" / "results"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    sections = {}
+    if results:
+        drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]
+        if drawn:
+            picture(drawn[0], ROOT / "docs" / "bench.svg")
+        sections["bench"] = "\n".join(summary(result) for result in results)
+        for op in {row["op"] for result in results for row in result["rows"]}:
+            sections[f"bench:{op}"] = "\n".join(filter(None, (table(result, {op}) for result in results)))
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "quickstart").glob("*.json"))]
+    if runs:
+        sections["quickstart"] = quickstart(runs)
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        rewrite(page, sections)
 
 
 if __name__ == "__main__":

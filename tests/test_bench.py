@@ -77,7 +77,7 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     assert set(both["implementations"]) == {"floor", "eager", harness.OURS, f"{harness.OURS} in place"}
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n<!-- bench -->\nold\n{report.END}\nafter\n")
     page = tmp_path / "docs" / "ops.md"
     page.parent.mkdir()
     page.write_text(
@@ -87,7 +87,7 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     report.main()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| `token_logprobs` | 64x50257 |" in text and result["machine"] in text
+    assert "| `token_logprobs` | 64x50257 | float32 | forward |" in text and result["machine"] in text
     assert (tmp_path / "docs" / "bench.svg").stat().st_size > 1000
     assert page.read_text().startswith("formula\n") and page.read_text().endswith(
         f"<!-- bench:gae -->\n{report.END}\nend\n"
