@@ -1,8 +1,7 @@
 // Python sees every op of ops.h under its own name: _C.token_logprobs_forward(...),
-// _C.cuda.token_logprobs_forward(...). Pointers arrive as integers. The GIL is released while a kernel runs.
+// _C.cuda.token_logprobs_forward(...). Tensors arrive as themselves. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
 #include <string>
 #include <type_traits>
 
@@ -10,17 +9,67 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// A tensor is read through its Python attributes: building needs no torch, and one build serves every torch.
+struct {
+  PyObject *data_ptr, *dtype, *stride;  // interned names
+  PyObject* dtypes[4];                  // torch.float32, ... in the order of DType
+} attributes;
+
+py::object attribute(py::handle tensor, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(tensor.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object method(py::handle tensor, PyObject* name) {
+  PyObject* value = PyObject_CallMethodNoArgs(tensor.ptr(), name);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// From a tensor, None, or an address as an integer.
+struct Address {
+  void* value;
+};
+
+void* address_of(py::handle source) {
+  if (source.is_none()) return nullptr;
+  void* value = PyLong_AsVoidPtr(PyLong_Check(source.ptr()) ? source.ptr() : method(source, attributes.data_ptr).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// From a (rows, cols) tensor, a (cols,) one as a single row, or None.
+rlhf::Grid grid_of(py::handle source) {
+  if (source.is_none()) return {nullptr, 0, 0, 0};
+  const py::object dtype = attribute(source, attributes.dtype), strides = method(source, attributes.stride);
+  int code = 0;
+  while (code < rlhf::kBool && dtype.ptr() != attributes.dtypes[code]) ++code;
+  const auto stride = [&](py::ssize_t axis) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), axis)); };
+  const py::ssize_t axes = PyTuple_GET_SIZE(strides.ptr());
+  return {address_of(source), code, axes == 2 ? stride(0) : 0, stride(axes - 1)};
+}
+
+}  // namespace
+
 namespace pybind11::detail {
 
 template <>
 struct type_caster<rlhf::Grid> {
-  PYBIND11_TYPE_CASTER(rlhf::Grid, const_name("tuple[int, int, int, int]"));
-
+  PYBIND11_TYPE_CASTER(rlhf::Grid, const_name("Tensor | None"));
   bool load(handle source, bool) {
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != 4) return false;
-    const auto item = [&](int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i)); };
-    value = {reinterpret_cast<const void*>(item(0)), int(item(1)), item(2), item(3)};
-    if (PyErr_Occurred()) throw error_already_set();
+    value = grid_of(source);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("Tensor | int | None"));
+  bool load(handle source, bool) {
+    value = {address_of(source)};
     return true;
   }
 };
@@ -30,12 +79,12 @@ struct type_caster<rlhf::Grid> {
 namespace {
 
 template <class T>
-using FromPython = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+using FromPython = std::conditional_t<std::is_pointer_v<T>, Address, T>;
 
 template <class T>
 T argument(FromPython<T> value) {
   if constexpr (std::is_pointer_v<T>) {
-    return reinterpret_cast<T>(value);
+    return static_cast<T>(value.value);
   } else {
     return value;
   }
@@ -72,6 +121,13 @@ RLHF_CUDA_OPS(DECLARE)
 #endif
 
 PYBIND11_MODULE(_C, m) {
+  const py::module_ torch = py::module_::import("torch");
+  attributes = {PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("dtype"),
+                PyUnicode_InternFromString("stride")};
+  const char* const dtypes[] = {"float32", "bfloat16", "float16", "float64"};
+  for (int code = 0; code < rlhf::kBool; ++code)
+    attributes.dtypes[code] = py::object(torch.attr(dtypes[code])).release().ptr();
+
 #define BIND(op) bind_cpu<&rlhf::CpuOps::op>(m, #op, rlhf::CpuOps{}.op);
   RLHF_CPU_OPS(BIND)
 #undef BIND

@@ -1,6 +1,6 @@
 // The contract of every native op. csrc/ sees pointers, never tensors: Python checks shapes and dtypes, allocates,
 // keeps the tensors alive, and passes
-//   pointers      as integers, null where an optional tensor is absent
+//   tensors       as themselves, or None: bindings.cpp turns them into pointers and Grids
 //   strides       in elements
 //   dtype         a DType code: what the void pointers point at
 //   threads       how many OpenMP threads to use, torch.get_num_threads()
@@ -14,7 +14,7 @@ namespace rlhf {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBool = 4 };
 
-// A (rows, cols) input of a small op, from a Python tuple in this order. data is null where an optional one is absent.
+// A (rows, cols) input of a small op, or a (cols,) one as a single row. data is null where an optional one is absent.
 struct Grid {
   const void* data;
   int dtype;

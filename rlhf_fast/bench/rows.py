@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ HEAD = dict(rows=2048, vocab=50257, widths=(256, 896))
 SMALL_HEAD = dict(rows=64, vocab=5003, widths=(64,))
 HEAD_CUDA = dict(rows=8192, vocab=128256, widths=(896, 4096))
 LOSS_SHAPE, GAE_SHAPE, PAIRS = (64, 512), (64, 1024), 512
+TINY_SHAPE = (2, 8)  # where a call costs what Python and autograd cost
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -55,6 +57,11 @@ def all_rows(device: torch.device, small: bool = False) -> Iterator[Row]:
         shape = {"gae": GAE_SHAPE, "pairwise_loss": (PAIRS,)}.get(op, LOSS_SHAPE)
         direction = FORWARD if op == "gae" else BOTH
         yield Row(op, "x".join(map(str, shape)), torch.float32, direction, _small(op, shape, direction, device))
+    for op in ("ppo_loss", "pairwise_loss"):
+        shape = TINY_SHAPE if op == "ppo_loss" else TINY_SHAPE[1:]
+        for direction in (FORWARD, BOTH):
+            build = _small(op, shape, direction, device, bare=True)
+            yield Row(op, "x".join(map(str, shape)), torch.float32, direction, build)
 
 
 def bind(functions: dict[str, Callable], inputs: tuple, wrt: tuple, direction: str) -> dict[str, Callable]:
@@ -148,7 +155,7 @@ def _three_products(n: int, width: int, vocab: int, dtype: torch.dtype, device: 
     return products
 
 
-def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device) -> Callable:
+def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device, bare: bool = False) -> Callable:
     def build():
         generator = torch.Generator().manual_seed(0)
         a, b, c = torch.randn(3, *shape, generator=generator).to(device)
@@ -165,6 +172,12 @@ def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device
             inputs = (inputs[0].clone().requires_grad_(), *inputs[1:])
             wrt = inputs[:1]
         functions = {OURS: getattr(rf, op), **_small_baselines(op)(device)}
+        if op == "pairwise_loss":  # with the soft labels of a judge
+            options = {"target_prob": c.sigmoid()}
+            functions = {name: partial(function, **options) for name, function in functions.items()}
+            functions["loss alone (eager)"] = baselines.plain_pairwise_loss  # no soft labels, no statistics
+        if bare:
+            functions["bare autograd.Function"] = baselines.bare_function
         buffers = [torch.empty_like(x) for x in inputs]
 
         def touch():  # every input once, by the fewest PyTorch calls

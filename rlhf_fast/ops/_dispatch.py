@@ -49,53 +49,80 @@ def _unavailable(device: str, backend: str) -> str | None:
 
 
 class Op:
-    """One native op: a schema of torch.library, its kernels by device and backend (best first), fake and autograd."""
+    """One native op: a schema of torch.library, its kernels by device and backend (best first), fake and autograd.
 
-    def __init__(self, schema, kernels, fake, backward=None, setup_context=None):
+    A kernel (and fake) may return None for an output that nobody asked for. Autograd sees the first `differentiable`
+    outputs only. The derivative is either setup_context and backward, as of torch.library.register_autograd, or
+    `gradients`: {input: output} of a loss whose forward computes its gradients too, so that the backward scales them.
+    """
+
+    def __init__(
+        self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1
+    ):  # fmt: skip
         self.name = schema.split("(")[0]
         self.kernels: dict[str, dict[str, Callable]] = {}
         for (device, backend), kernel in kernels.items():
             self.kernels.setdefault(device, {})[backend] = kernel
         self._chosen: dict[str, str] = {}  # device -> backend, filled on first use
+        if gradients is not None:
+            setup_context, backward = _scaled(gradients)
 
         qualname = f"rlhf_fast::{self.name}"
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in self.kernels:
-            _LIBRARY.impl(self.name, self._kernel, device.upper())
-        torch.library.register_fake(qualname, fake, lib=_LIBRARY)
-        self.function = None
+            _LIBRARY.impl(self.name, lambda *args: _in_full(self._kernel(*args)), device.upper())
+        torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
+        self._apply = self.function = None
         if backward is None:  # a backward op: without this, a second derivative would be silently zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
         else:
-            torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=_LIBRARY)
-
-            def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
-                output = self._kernel(*args)
-                ctx.direct = True  # outputs that the public function hides may be overwritten in the backward
-                setup_context(ctx, args, output)
-                return output
-
-            methods = {
-                "forward": staticmethod(forward),
-                "backward": staticmethod(once_differentiable(backward)),
-            }
-            self.function = type(self.name, (torch.autograd.Function,), methods)
+            self._differentiate(qualname, backward, setup_context, differentiable)
         self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
         _OPS[self.name] = self
+
+    def _differentiate(self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int) -> None:
+        def setup(ctx, inputs, output):
+            ctx.mark_non_differentiable(*output[differentiable:])
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+
+        torch.library.register_autograd(qualname, backward, setup_context=setup, lib=_LIBRARY)
+
+        def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
+            outputs = self._kernel(*args)
+            ctx.direct = True  # outputs that the public function hides may be overwritten in the backward
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, args, outputs)
+            return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
+
+        refusing = once_differentiable(backward)
+
+        def backward_once(ctx, *grads):  # once_differentiable takes 3 us, and matters only under create_graph
+            return (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+        self.function = type(self.name, (torch.autograd.Function,), methods)
+        # Without Function.apply's own look at each argument for functorch, which plain() has ruled out.
+        self._apply = super(torch.autograd.Function, self.function).apply
 
     def _refuse_gradient(self, ctx, *grads):
         raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
 
     def __call__(self, *args):
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if not plain(tensors):
+        if not plain(args):
             return self.library_op(*args)
-        if self.function is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return self.function.apply(*args)
+        if (
+            self._apply is not None
+            and torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        ):
+            *seen, hidden = self._apply(*args)
+            return *seen, *hidden
         return self._kernel(*args)
 
     def _kernel(self, *args):
-        return self.kernel_on(args[0].device.type)(*args)
+        device = args[0].device.type
+        return self.kernels[device][self.backend_on(device)](*args)
 
     def kernel_on(self, device: str) -> Callable:
         return self.kernels[device][self.backend_on(device)]
@@ -131,13 +158,56 @@ class Op:
         return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
 
 
-def plain(tensors: list[Tensor]) -> bool:
+# What a kernel's arguments are; any other type may be a subclass of Tensor.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
+
+
+def plain(arguments) -> bool:
     """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    return _PLAIN.issuperset(map(type, arguments))
+
+
+def _in_full(outputs):
+    """torch.library knows no absent outputs: an empty tensor stands there."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return tuple(outputs[0].new_empty(0) if o is None else o for o in outputs)
+
+
+def may_consume(ctx, tensors) -> bool:
+    """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
+    direct = getattr(ctx, "direct", False)  # not through torch.library, where they are visible
+    return direct and plain(tensors) and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
+    """setup_context and backward of a loss: output gradients[i], where it is wanted, is its gradient by input i."""
+
+    def setup_context(ctx, inputs, outputs):
+        ctx.inputs = len(inputs)
+        saved = []
+        for i, o in gradients.items():  # an unwanted output is None, or empty from torch.library
+            x, g = inputs[i], outputs[o]
+            saved.append(None if x is None or g is None or g.shape != x.shape else g)
+        ctx.save_for_backward(*saved)
+
+    def backward(ctx, factor, *_):
+        grads = [None] * ctx.inputs
+        if factor is None:
+            return tuple(grads)
+        saved = ctx.saved_tensors
+        mine = may_consume(ctx, (*saved, factor))
+        one = mine and factor.is_cpu and factor.item() == 1  # as from loss.backward()
+        for i, g in zip(gradients, saved, strict=True):
+            if g is not None and ctx.needs_input_grad[i]:
+                grads[i] = g if one else g.mul_(factor) if mine else g * factor
+        return tuple(grads)
+
+    return setup_context, backward
 
 
 @contextmanager
@@ -188,9 +258,13 @@ def launch(kernel: Callable, arguments: tuple) -> None:
         raise RuntimeError(f"{kernel.__name__}: the launch on {device} failed with cudaError_t {error}")
 
 
+def as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask.bool()
+
+
 def byte_mask(mask: Tensor | None) -> Tensor | None:
     """A contiguous bool tensor for the kernels, from bool or 0/1 numbers."""
-    return None if mask is None else mask.bool().contiguous()
+    return None if mask is None else as_bool(mask).contiguous()
 
 
 def overlaps_itself(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What the ops over (B, T) tokens and (B,) pairs share: checks of their inputs, and their way into csrc/ (Grid)."""
+"""What the ops over (B, T) tokens and (B,) pairs share: checks of their inputs, and where their results go."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from torch import Tensor
 from . import reference
 from ._dispatch import DTYPE_CODES
 
-_ABSENT = (0, 0, 0, 0)
-_BOOL = 4  # kBool of csrc/ops.h
-
-
-def grid(x: Tensor | None) -> tuple[int, int, int, int]:
-    """A (rows, cols) tensor, or a (cols,) one as a single row, as the Grid of csrc/ops.h: pointer, dtype, strides."""
-    if x is None:
-        return _ABSENT
-    if x.ndim == 1:
-        return x.data_ptr(), DTYPE_CODES.get(x.dtype, _BOOL), 0, x.stride(0)
-    return (x.data_ptr(), DTYPE_CODES.get(x.dtype, _BOOL), *x.stride())
-
 
 def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
     """All tensors have the first one's shape and device, and a floating dtype; ndim is the number of axes it needs."""
@@ -31,20 +19,18 @@ def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Ten
         need = {1: "(B,)", 2: "(B, T)"}[ndim]
         raise ValueError(f"{op}: {first_name} is {tuple(shape)}; needs {need}")
     for name, x in tensors.items():
-        if x is None:
-            continue
-        if x.dtype not in DTYPE_CODES:
-            raise TypeError(f"{op}: {name} is {x.dtype}; needs float32, bfloat16, float16 or float64")
-        _check_one(op, name, x, first_name, shape, device)
-    if mask is not None:
-        _check_one(op, "mask", mask, first_name, shape, device)
+        if x is not None and (x.shape != shape or x.dtype not in DTYPE_CODES or x.device != device):
+            _refuse(op, name, x, first_name, first)
+    if mask is not None and (mask.shape != shape or mask.device != device):
+        _refuse(op, "mask", mask, first_name, first)
 
 
-def _check_one(op, name, x, first_name, shape, device):
-    if x.shape != shape:
-        raise ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(shape)}")
-    if x.device != device:
-        raise ValueError(f"{op}: {name} is on {x.device}, {first_name} on {device}; move them to one device")
+def _refuse(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    if name != "mask" and x.dtype not in DTYPE_CODES:
+        raise TypeError(f"{op}: {name} is {x.dtype}; needs float32, bfloat16, float16 or float64")
+    if x.shape != first.shape:
+        raise ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(first.shape)}")
+    raise ValueError(f"{op}: {name} is on {x.device}, {first_name} on {first.device}; move them to one device")
 
 
 def aggregation_code(op: str, mode: str) -> int:
@@ -53,9 +39,9 @@ def aggregation_code(op: str, mode: str) -> int:
     return reference.AGGREGATIONS.index(mode)
 
 
-def estimator_code(op: str, estimator: str) -> int:
+def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
     if estimator not in reference.KL_ESTIMATORS:
-        raise ValueError(f"{op}: estimator {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
+        raise ValueError(f"{op}: {name} {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
     return ("k1", "k2", "k3", "abs").index(reference.KL_ESTIMATORS[estimator])
 
 
@@ -76,9 +62,21 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def gradient_buffer(like: Tensor, wanted: bool) -> Tensor:
-    """Where a forward writes the gradient it knows already; empty where nobody will ask for it."""
-    return torch.empty(like.shape if wanted else (0,), dtype=accumulation_dtype(like), device=like.device)
+def gradient_buffer(like: Tensor, wanted: bool) -> Tensor | None:
+    """Where a forward writes the gradient it knows already; None where nobody will ask for it."""
+    if not wanted:
+        return None
+    return torch.empty_like(like, dtype=accumulation_dtype(like), memory_format=torch.contiguous_format)
+
+
+def loss_and_statistics(like: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Where a loss writes its scalar and its statistics."""
+    dtype, device = accumulation_dtype(like), like.device
+    return torch.empty((), dtype=dtype, device=device), torch.empty(len(names), dtype=dtype, device=device)
+
+
+def by_name(names: tuple[str, ...], stats: Tensor) -> dict[str, Tensor]:
+    return dict(zip(names, stats.unbind(), strict=True))
 
 
 def wants_gradient(x: Tensor | None) -> bool:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import plain
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
 
@@ -186,22 +185,6 @@ def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, Tensor, Tenso
         weight.new_empty(weight.shape if wanted[1] else (0,)),
         bias.new_empty(bias.shape if wanted[2] else (0,)),
     )
-
-
-def may_consume(ctx, tensors: list[Tensor]) -> bool:
-    """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
-    direct = getattr(ctx, "direct", False)  # not through torch.library, where they are visible
-    return direct and plain(tensors) and not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def scale_gradients(ctx, factor: Tensor | None) -> list[Tensor | None]:
-    """The saved gradients times the gradient of the loss, without a second weight gradient where possible."""
-    gradients = ctx.saved_tensors
-    if factor is None:
-        return [None] * 3
-    if may_consume(ctx, [*gradients, factor]):
-        return [g.detach().mul_(factor) if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
-    return [(g * factor).to(g.dtype) if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
 
 
 def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:

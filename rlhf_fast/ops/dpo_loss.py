@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._inputs import check, wants_gradient
+from ._inputs import by_name, check, wants_gradient
 from .pairwise_loss import pairwise_op
 from .reference import PAIRWISE_STATS
 
@@ -45,4 +45,4 @@ def dpo_loss(
         chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, float(beta),
         0.0, 1.0 - label_smoothing, 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
     )  # fmt: skip
-    return loss, dict(zip(PAIRWISE_STATS, stats.unbind(), strict=True))
+    return loss, by_name(PAIRWISE_STATS, stats)

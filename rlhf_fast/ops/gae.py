@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op
-from ._inputs import accumulation_dtype, check, grid
+from ._dispatch import _C, DTYPE_CODES, Op, as_bool
+from ._inputs import accumulation_dtype, check
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,8 +23,8 @@ def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
 def _cpu(rewards, values, mask, gamma, lam, carry):
     advantages, returns = _outputs(rewards)
     _C.gae(
-        grid(rewards), grid(values), grid(mask), *rewards.shape, gamma, lam, carry, DTYPE_CODES[returns.dtype],
-        advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads(),
+        rewards, values, mask, *rewards.shape, gamma, lam, carry, DTYPE_CODES[returns.dtype], advantages, returns,
+        torch.get_num_threads(),
     )  # fmt: skip
     return advantages, returns
 
@@ -53,4 +53,4 @@ def gae(
         raise ValueError(f"gae: gap_mode {gap_mode!r} must be 'carry' or 'zero'")
     if _op.backend(rewards) == "reference":
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, gap_mode=gap_mode)
-    return _op(rewards.detach(), values.detach(), mask.bool(), float(gamma), float(lam), gap_mode == "carry")
+    return _op(rewards.detach(), values.detach(), as_bool(mask), float(gamma), float(lam), gap_mode == "carry")

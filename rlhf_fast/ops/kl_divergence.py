@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, pointer
+from ._dispatch import _C, DTYPE_CODES, Op, byte_mask
 from ._inputs import accumulation_dtype, wants_gradient
 
 NAME = "kl_divergence"
@@ -27,8 +27,8 @@ def _forward_cpu(logits, ref_logits, mask, *with_grads):
     logits, ref_logits, mask = logits.contiguous(), ref_logits.contiguous(), byte_mask(mask)
     kl, saved = _outputs(logits)
     _C.kl_divergence_forward(
-        logits.data_ptr(), ref_logits.data_ptr(), DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1],
-        pointer(mask), kl.data_ptr(), saved.data_ptr(), torch.get_num_threads(),
+        logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved,
+        torch.get_num_threads(),
     )  # fmt: skip
     return kl, saved
 
@@ -46,9 +46,8 @@ def _backward_cpu(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
     )  # fmt: skip
     grads = _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads)
     _C.kl_divergence_backward(
-        logits.data_ptr(), ref_logits.data_ptr(), DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1],
-        pointer(mask), kl.data_ptr(), saved.data_ptr(), grad_kl.data_ptr(),
-        *(pointer(g) if wanted else 0 for g, wanted in zip(grads, with_grads, strict=True)), torch.get_num_threads(),
+        logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved, grad_kl,
+        *(g if wanted else None for g, wanted in zip(grads, with_grads, strict=True)), torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
@@ -65,10 +64,11 @@ def _save(ctx, inputs, output):
     *tensors, with_grad, with_ref_grad = inputs
     ctx.with_grads = (with_grad, with_ref_grad)
     ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
 
 
 def _grad(ctx, grad_kl, _):
+    if grad_kl is None:
+        return (None,) * 5
     logits, ref_logits, mask, kl, saved = ctx.saved_tensors
     grads = _backward(logits.detach(), ref_logits.detach(), mask, kl.detach(), saved, grad_kl, *ctx.with_grads)
     return *(g if wanted else None for g, wanted in zip(grads, ctx.with_grads, strict=True)), None, None, None

@@ -13,28 +13,26 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, pointer
-from ._inputs import accumulation_dtype, as_rows, check, estimator_code, gradient_buffer, grid, wants_gradient
+from ._dispatch import _C, DTYPE_CODES, Op
+from ._inputs import accumulation_dtype, as_rows, check, estimator_code, gradient_buffer, wants_gradient
 
 
-def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
+def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     kl = torch.empty(logprobs.shape, dtype=accumulation_dtype(logprobs), device=logprobs.device)
     return kl, gradient_buffer(logprobs, with_grad)
 
 
 def _cpu(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
-    kl, slope = outputs = _outputs(logprobs, with_grad)
+    kl, slope = _outputs(logprobs, with_grad)
     _C.kl_penalty(
-        grid(logprobs), grid(ref_logprobs), *logprobs.shape, estimator, input_clamp, output_clamp,
-        DTYPE_CODES[kl.dtype], kl.data_ptr(), pointer(slope), torch.get_num_threads(),
+        logprobs, ref_logprobs, *logprobs.shape, estimator, input_clamp, output_clamp, DTYPE_CODES[kl.dtype], kl, slope,
+        torch.get_num_threads(),
     )  # fmt: skip
-    return outputs
+    return kl, slope
 
 
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _save(ctx, inputs, outputs):
+    ctx.save_for_backward(outputs[1])
 
 
 def _grad(ctx, grad_kl, _):

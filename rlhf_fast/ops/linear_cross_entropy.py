@@ -22,7 +22,6 @@ from ._linear import (
     empty_gradients,
     logits_buffer,
     row_statistics,
-    scale_gradients,
     wanted_gradients,
     write_logits,
 )
@@ -48,24 +47,12 @@ def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     return hidden.new_empty((), dtype=accumulator(hidden)), *empty_gradients(hidden, weight, bias, wanted)
 
 
-def _save(ctx, inputs, output):
-    ctx.wanted = inputs[-3:]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _grad(ctx, grad_loss, *_):
-    return *scale_gradients(ctx, grad_loss), *[None] * 7
-
-
 _op = Op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor normalizer, "
     "float? softcap, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor loss, Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _forward_cpu},
     fake=_fake,
-    backward=_grad,
-    setup_context=_save,
+    gradients={0: 1, 1: 2, 2: 3},
 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, byte_mask
-from ._inputs import aggregation_code, estimator_code, normalizer_tensor
+from ._inputs import aggregation_code, by_name, estimator_code, normalizer_tensor
 from ._inputs import check as check_tokens
 from ._linear import (
     Gradients,
@@ -26,7 +26,6 @@ from ._linear import (
     empty_gradients,
     logits_buffer,
     row_statistics,
-    scale_gradients,
     wanted_gradients,
     write_logits,
 )
@@ -83,17 +82,6 @@ def _fake(hidden, weight, bias, *rest):
     return loss, stats, *empty_gradients(hidden, weight, bias, rest[-3:])
 
 
-def _save(ctx, inputs, output):
-    ctx.wanted = inputs[-3:]
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _grad(ctx, grad_loss, *_):
-    return *scale_gradients(ctx, grad_loss), *[None] * 20
-
-
 _op = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor old_logprobs, Tensor advantages, "
     "Tensor mask, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? normalizer, float temperature, "
@@ -102,8 +90,7 @@ _op = Op(
     "-> (Tensor loss, Tensor stats, Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _forward_cpu},
     fake=_fake,
-    backward=_grad,
-    setup_context=_save,
+    gradients={0: 2, 1: 3, 2: 4},
 )
 
 
@@ -159,7 +146,7 @@ def linear_ppo_loss(
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
         float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
         math.inf if dual_clip is None else dual_clip, math.inf if log_ratio_clamp is None else log_ratio_clamp,
-        float(kl_coef), estimator_code(NAME, kl_estimator), float(entropy_coef),
+        float(kl_coef), estimator_code(NAME, kl_estimator, "kl_estimator"), float(entropy_coef),
         aggregation_code(NAME, loss_agg_mode), *wanted_gradients(hidden, weight, bias),
     )  # fmt: skip
-    return loss, dict(zip(PPO_STATS, stats.unbind(), strict=True))
+    return loss, by_name(PPO_STATS, stats)

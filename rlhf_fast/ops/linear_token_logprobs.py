@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, byte_mask
+from ._dispatch import Op, byte_mask, may_consume
 from ._linear import (
     Gradients,
     accumulator,
@@ -21,7 +21,6 @@ from ._linear import (
     compact,
     empty_gradients,
     logits_buffer,
-    may_consume,
     row_statistics,
     wanted_gradients,
     write_logits,
@@ -88,8 +87,6 @@ def _save(ctx, inputs, output):
     hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:8]
     ctx.wanted = inputs[8:]
     ctx.save_for_backward(hidden, weight, bias, labels, mask, *output[1:])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, *_):
@@ -119,6 +116,7 @@ _forward = Op(
     ),
     backward=_grad,
     setup_context=_save,
+    differentiable=2,
 )
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op
-from ._inputs import accumulation_dtype, grid
+from ._dispatch import _C, DTYPE_CODES, Op, as_bool
+from ._inputs import accumulation_dtype
 
 
 def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,8 +23,7 @@ def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
 def _cpu(values, mask):
     means, counts = _outputs(values)
     _C.masked_mean(
-        grid(values), grid(mask), *values.shape, DTYPE_CODES[means.dtype], means.data_ptr(), counts.data_ptr(),
-        torch.get_num_threads(),
+        values, mask, *values.shape, DTYPE_CODES[means.dtype], means, counts, torch.get_num_threads()
     )  # fmt: skip
     return means, counts
 
@@ -33,8 +32,6 @@ def _save(ctx, inputs, output):
     values, mask = inputs
     ctx.shape = values.shape
     ctx.save_for_backward(mask, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, grad_means, _):
@@ -68,13 +65,13 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     if _op.backend(values) == "reference":
         return reference.masked_mean(values, mask, dim)
     if dim is None:
-        kept, reduced = (), tuple(range(values.ndim))
+        shape, to_rows = (), lambda x: x.reshape(1, -1)
     else:
         reduced = tuple(range(values.ndim)[axis] for axis in ((dim,) if isinstance(dim, int) else dim))
         kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
-    shape = [values.shape[axis] for axis in kept]
-    rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])
-    to_rows = lambda x: x.permute((*kept, *reduced)).reshape(rows, columns)  # noqa: E731
+        shape = [values.shape[axis] for axis in kept]
+        rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])
+        to_rows = lambda x: x.permute((*kept, *reduced)).reshape(rows, columns)  # noqa: E731
     means, _ = _op(to_rows(values), None if mask is None else to_rows(mask))
     return means.view(shape)
 
@@ -84,7 +81,8 @@ def fitting_mask(op: str, values: Tensor, mask: Tensor) -> Tensor:
     if mask.device != values.device:
         raise ValueError(f"{op}: mask is on {mask.device}, values on {values.device}; move them to one device")
     try:
-        return mask.bool().expand(values.shape)
+        mask = as_bool(mask)
+        return mask if mask.shape == values.shape else mask.expand(values.shape)
     except RuntimeError as error:
         raise ValueError(
             f"{op}: mask {tuple(mask.shape)} cannot be broadcast to values {tuple(values.shape)}"

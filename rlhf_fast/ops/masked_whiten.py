@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op
-from ._inputs import accumulation_dtype, as_rows, grid
+from ._inputs import accumulation_dtype, as_rows
 from .masked_mean import fitting_mask
 
 
@@ -25,8 +25,8 @@ def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
 def _cpu(values, mask, shift_mean, eps):
     whitened, saved = _outputs(values)
     _C.masked_whiten(
-        grid(values), grid(mask), *values.shape, shift_mean, eps, DTYPE_CODES[saved.dtype], whitened.data_ptr(),
-        saved.data_ptr(), torch.get_num_threads(),
+        values, mask, *values.shape, shift_mean, eps, DTYPE_CODES[saved.dtype], whitened, saved,
+        torch.get_num_threads(),
     )  # fmt: skip
     return whitened, saved
 
@@ -34,8 +34,6 @@ def _cpu(values, mask, shift_mean, eps):
 def _save(ctx, inputs, output):
     values, mask, ctx.shift_mean, _ = inputs
     ctx.save_for_backward(values, mask, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, grad, _):
@@ -79,4 +77,4 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: boo
     if _op.backend(values) == "reference":
         return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)
     whitened, _ = _op(as_rows(values), None if mask is None else as_rows(mask), shift_mean, float(eps))
-    return whitened.view(values.shape)
+    return whitened if values.ndim == 2 else whitened.view(values.shape)

@@ -8,44 +8,27 @@ p = 1 is the loss of Ouyang et al. 2022, p from a judge that of RLAIF (Bai et al
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op
-from ._inputs import accumulation_dtype, check, gradient_buffer, grid, wants_gradient
+from ._inputs import by_name, check, gradient_buffer, loss_and_statistics, wants_gradient
 from .reference import PAIRWISE_STATS
 
 
-def _outputs(chosen: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(chosen)
-    loss = torch.empty((), dtype=dtype, device=chosen.device)
-    stats = torch.empty(len(PAIRWISE_STATS), dtype=dtype, device=chosen.device)
-    return loss, stats, gradient_buffer(chosen, with_grad), gradient_buffer(chosen, with_grad)
+def _outputs(chosen: Tensor, with_grad: bool) -> tuple[Tensor | None, ...]:
+    grads = gradient_buffer(chosen, with_grad), gradient_buffer(chosen, with_grad)
+    return *loss_and_statistics(chosen, PAIRWISE_STATS), *grads
 
 
 def _cpu(chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, scale, margin_value, prob_value,
          center_coef, with_grad):  # fmt: skip
-    loss, stats, grad_chosen, grad_rejected = outputs = _outputs(chosen, with_grad)
+    outputs = _outputs(chosen, with_grad)
     _C.pairwise_loss(
-        grid(chosen), grid(rejected), grid(ref_chosen), grid(ref_rejected), grid(margin), grid(target_prob),
-        grid(weights), chosen.shape[0], scale, margin_value, prob_value, center_coef, DTYPE_CODES[loss.dtype],
-        loss.data_ptr(), stats.data_ptr(), grad_chosen.data_ptr(), grad_rejected.data_ptr(),
+        chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, chosen.shape[0], scale, margin_value,
+        prob_value, center_coef, DTYPE_CODES[outputs[0].dtype], *outputs,
     )  # fmt: skip
     return outputs
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _grad(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 12
-    grads = [g * grad_loss if n else None for g, n in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)]
-    return *grads, *[None] * 10
 
 
 pairwise_op = Op(
@@ -54,8 +37,7 @@ pairwise_op = Op(
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
     kernels={("cpu", "native"): _cpu},
     fake=lambda chosen, *args: _outputs(chosen, args[-1]),
-    backward=_grad,
-    setup_context=_save,
+    gradients={0: 2, 1: 3},
 )
 
 
@@ -87,7 +69,7 @@ def pairwise_loss(
         chosen, rejected, None, None, margins, probs, weights, 1.0, _number(margin, 0.0), _number(target_prob, 1.0),
         float(center_coef), wants_gradient(chosen) or wants_gradient(rejected),
     )  # fmt: skip
-    return loss, dict(zip(PAIRWISE_STATS, stats.unbind(), strict=True))
+    return loss, by_name(PAIRWISE_STATS, stats)
 
 
 def _number(x: Tensor | float | None, default: float) -> float:

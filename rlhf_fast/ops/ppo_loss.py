@@ -14,55 +14,36 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, pointer
+from ._dispatch import _C, DTYPE_CODES, Op, as_bool
 from ._inputs import (
-    accumulation_dtype,
     aggregation_code,
+    by_name,
     check,
     estimator_code,
     gradient_buffer,
-    grid,
+    loss_and_statistics,
     normalizer_tensor,
     wants_gradient,
 )
 from .reference import PPO_STATS
 
 
-def _outputs(logprobs: Tensor, with_grad: bool, with_entropy_grad: bool) -> tuple[Tensor, ...]:
-    dtype = accumulation_dtype(logprobs)
-    loss = torch.empty((), dtype=dtype, device=logprobs.device)
-    stats = torch.empty(len(PPO_STATS), dtype=dtype, device=logprobs.device)
+def _outputs(logprobs: Tensor, with_grad: bool, with_entropy_grad: bool) -> tuple[Tensor | None, ...]:
     grads = gradient_buffer(logprobs, with_grad), gradient_buffer(logprobs, with_entropy_grad)
-    return loss, stats, *grads
+    return *loss_and_statistics(logprobs, PPO_STATS), *grads
 
 
 def _cpu(
     logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, normalizer, clip_low,
     clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, *with_grads,
 ):  # fmt: skip
-    loss, stats, grad_logprobs, grad_entropy = outputs = _outputs(logprobs, *with_grads)
+    outputs = _outputs(logprobs, *with_grads)
     _C.ppo_loss(
-        grid(logprobs), grid(old_logprobs), grid(advantages), grid(mask), grid(ref_logprobs), grid(entropy),
-        grid(importance_weights), *logprobs.shape, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef,
-        kl_estimator, entropy_coef, aggregation, pointer(normalizer), DTYPE_CODES[loss.dtype], loss.data_ptr(),
-        stats.data_ptr(), grad_logprobs.data_ptr(), grad_entropy.data_ptr(), torch.get_num_threads(),
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, *logprobs.shape, clip_low,
+        clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer,
+        DTYPE_CODES[outputs[0].dtype], *outputs, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
-
-
-def _save(ctx, inputs, output):
-    ctx.with_grads = inputs[-2:]
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _grad(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 18
-    # Out of place, because the saved gradient must survive a second backward.
-    grads = [g * grad_loss if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.with_grads, strict=True)]
-    return grads[0], None, None, None, None, grads[1], *[None] * 12
 
 
 _op = Op(
@@ -72,8 +53,7 @@ _op = Op(
     "bool with_grad, bool with_entropy_grad) -> (Tensor loss, Tensor stats, Tensor grad, Tensor entropy_grad)",
     kernels={("cpu", "native"): _cpu},
     fake=lambda *args: _outputs(args[0], *args[-2:]),
-    backward=_grad,
-    setup_context=_save,
+    gradients={0: 2, 5: 3},
 )
 
 
@@ -119,7 +99,8 @@ def ppo_loss(
     )  # fmt: skip
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"ppo_loss: dual_clip {dual_clip} must be > 1")
-    estimator, aggregation = estimator_code("ppo_loss", kl_estimator), aggregation_code("ppo_loss", loss_agg_mode)
+    estimator = estimator_code("ppo_loss", kl_estimator, "kl_estimator")
+    aggregation = aggregation_code("ppo_loss", loss_agg_mode)
     if _op.backend(logprobs) == "reference":
         return reference.ppo_loss(
             logprobs, old_logprobs, advantages, mask, cliprange=cliprange, cliprange_high=cliprange_high,
@@ -128,10 +109,10 @@ def ppo_loss(
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
         )  # fmt: skip
     loss, stats, _, _ = _op(
-        logprobs, old_logprobs, advantages, mask.bool(), ref_logprobs, entropy, importance_weights,
+        logprobs, old_logprobs, advantages, as_bool(mask), ref_logprobs, entropy, importance_weights,
         normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - cliprange,
         1.0 + (cliprange if cliprange_high is None else cliprange_high), math.inf if dual_clip is None else dual_clip,
         math.inf if log_ratio_clamp is None else log_ratio_clamp, float(kl_coef), estimator, float(entropy_coef),
         aggregation, wants_gradient(logprobs), entropy_coef != 0 and wants_gradient(entropy),
     )  # fmt: skip
-    return loss, dict(zip(PPO_STATS, stats.unbind(), strict=True))
+    return loss, by_name(PPO_STATS, stats)

@@ -12,39 +12,27 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op
-from ._inputs import accumulation_dtype, check, grid
+from ._inputs import by_name, check, gradient_buffer, loss_and_statistics
 from .reference import RANKING_STATS
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(rewards)
-    loss = torch.empty((), dtype=dtype, device=rewards.device)
-    stats = torch.empty(len(RANKING_STATS), dtype=dtype, device=rewards.device)
-    return loss, stats, torch.empty(rewards.shape, dtype=dtype, device=rewards.device)
+    return *loss_and_statistics(rewards, RANKING_STATS), gradient_buffer(rewards, True)
 
 
 def _cpu(rewards, ranks):
-    loss, stats, grad = outputs = _outputs(rewards)
-    ranks = ranks.contiguous()
+    outputs = _outputs(rewards)
     _C.ranking_loss(
-        grid(rewards), ranks.data_ptr(), *rewards.shape, DTYPE_CODES[loss.dtype], loss.data_ptr(), stats.data_ptr(),
-        grad.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+        rewards, ranks.contiguous(), *rewards.shape, DTYPE_CODES[outputs[0].dtype], *outputs, torch.get_num_threads()
+    )
     return outputs
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[2])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 _op = Op(
     "ranking_loss(Tensor rewards, Tensor ranks) -> (Tensor loss, Tensor stats, Tensor grad)",
     kernels={("cpu", "native"): _cpu},
     fake=lambda rewards, _: _outputs(rewards),
-    backward=lambda ctx, grad_loss, *_: (None if grad_loss is None else ctx.saved_tensors[0] * grad_loss, None),
-    setup_context=_save,
+    gradients={0: 2},
 )
 
 
@@ -67,4 +55,4 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
     if _op.backend(rewards) == "reference":
         return reference.ranking_loss(rewards, ranks)
     loss, stats, _ = _op(rewards, ranks.long())
-    return loss, dict(zip(RANKING_STATS, stats.unbind(), strict=True))
+    return loss, by_name(RANKING_STATS, stats)

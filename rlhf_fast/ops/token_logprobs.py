@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, launch, overlaps_itself, plain, pointers, strided_rows
+from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, launch, overlaps_itself, plain, strided_rows
 
 
-def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     accum = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs = torch.empty(labels.shape, dtype=accum, device=logits.device)
-    entropy = torch.empty(labels.shape if with_entropy else (0,), dtype=accum, device=logits.device)
+    entropy = torch.empty(labels.shape, dtype=accum, device=logits.device) if with_entropy else None
     saved = torch.empty((*labels.shape, 2), dtype=accum, device=logits.device)
     return logprobs, entropy, saved
 
@@ -29,7 +29,7 @@ def _forward_arguments(logits, labels, mask, temperature, with_entropy):
     outputs = logprobs, entropy, saved = _outputs(logits, labels, with_entropy)
     arguments = (
         logits, DTYPE_CODES[logits.dtype], labels.numel(), logits.shape[-1], inner, outer_stride, inner_stride,
-        labels, mask, temperature, logprobs, entropy if with_entropy else None, saved,
+        labels, mask, temperature, logprobs, entropy, saved,
     )  # fmt: skip
     return arguments, outputs
 
@@ -55,7 +55,7 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
 
 def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backward):
     arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
-    refused = _C.token_logprobs_forward(*pointers(arguments), torch.get_num_threads())
+    refused = _C.token_logprobs_forward(*arguments, torch.get_num_threads())
     if refused >= 0:
         raise IndexError(
             f"token_logprobs: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
@@ -68,7 +68,7 @@ def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logpro
     arguments, out = _backward_arguments(
         logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
     )
-    _C.token_logprobs_backward(*pointers(arguments), torch.get_num_threads())
+    _C.token_logprobs_backward(*arguments, torch.get_num_threads())
     return out
 
 
@@ -122,7 +122,6 @@ _backward = Op(
 def _save(ctx, inputs, output):
     logits, labels, mask, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
     ctx.save_for_backward(logits, labels, mask, output[1], output[2])
-    ctx.set_materialize_grads(False)
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, _):
@@ -149,6 +148,7 @@ _forward = Op(
     fake=lambda logits, labels, mask, temperature, with_entropy, inplace: _outputs(logits, labels, with_entropy),
     backward=_grad,
     setup_context=_save,
+    differentiable=2,
 )
 
 
@@ -165,7 +165,7 @@ def _check(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, tempera
         raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
     for name, x in (("labels", labels), ("mask", mask)):
         if x is not None and x.device != logits.device:
-            raise ValueError(f"{op}: {name} are on {x.device}, logits on {logits.device}; move them to one device")
+            raise ValueError(f"{op}: {name} is on {x.device}, logits on {logits.device}; move them to one device")
     if not temperature > 0:
         raise ValueError(f"{op}: temperature {temperature} must be > 0")
     if logits.shape[-1] == 0 and labels.numel():

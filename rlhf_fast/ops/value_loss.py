@@ -14,44 +14,30 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, pointer
+from ._dispatch import _C, DTYPE_CODES, Op, as_bool
 from ._inputs import (
-    accumulation_dtype,
     aggregation_code,
+    by_name,
     check,
     gradient_buffer,
-    grid,
+    loss_and_statistics,
     normalizer_tensor,
     wants_gradient,
 )
 from .reference import VALUE_STATS
 
 
-def _outputs(values: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(values)
-    loss = torch.empty((), dtype=dtype, device=values.device)
-    stats = torch.empty(len(VALUE_STATS), dtype=dtype, device=values.device)
-    return loss, stats, gradient_buffer(values, with_grad)
+def _outputs(values: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    return *loss_and_statistics(values, VALUE_STATS), gradient_buffer(values, with_grad)
 
 
 def _cpu(values, old_values, returns, mask, normalizer, cliprange, aggregation, with_grad):
-    loss, stats, grad = outputs = _outputs(values, with_grad)
+    outputs = _outputs(values, with_grad)
     _C.value_loss(
-        grid(values), grid(old_values), grid(returns), grid(mask), *values.shape, cliprange, aggregation,
-        pointer(normalizer), DTYPE_CODES[loss.dtype], loss.data_ptr(), stats.data_ptr(), grad.data_ptr(),
-        torch.get_num_threads(),
+        values, old_values, returns, mask, *values.shape, cliprange, aggregation, normalizer,
+        DTYPE_CODES[outputs[0].dtype], *outputs, torch.get_num_threads(),
     )  # fmt: skip
     return outputs
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(output[2])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _grad(ctx, grad_loss, *_):
-    return None if grad_loss is None else ctx.saved_tensors[0] * grad_loss, *[None] * 7
 
 
 _op = Op(
@@ -59,8 +45,7 @@ _op = Op(
     "int aggregation, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
     kernels={("cpu", "native"): _cpu},
     fake=lambda *args: _outputs(args[0], args[-1]),
-    backward=_grad,
-    setup_context=_save,
+    gradients={0: 2},
 )
 
 
@@ -90,7 +75,7 @@ def value_loss(
             normalizer=normalizer,
         )  # fmt: skip
     loss, stats, _ = _op(
-        values, old_values, returns, mask.bool(), normalizer_tensor("value_loss", normalizer, values),
+        values, old_values, returns, as_bool(mask), normalizer_tensor("value_loss", normalizer, values),
         math.inf if cliprange_value is None else float(cliprange_value), aggregation, wants_gradient(values),
     )  # fmt: skip
-    return loss, dict(zip(VALUE_STATS, stats.unbind(), strict=True))
+    return loss, by_name(VALUE_STATS, stats)

@@ -247,20 +247,47 @@ def test_no_argument_is_modified(case):
             assert torch.equal(inputs[name].nan_to_num(nan=7.0), value.nan_to_num(nan=7.0)), name
 
 
+def loss_and_leaves(case, seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sum of the differentiable outputs, and the inputs that receive gradients."""
+    inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+    inputs = {k: v.requires_grad_(k in case.wrt) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    total = sum(t[t.isfinite()].sum() for t in tensors_of(case.op(**inputs)).values() if t.requires_grad)
+    return total, [inputs[n] for n in case.wrt if isinstance(inputs.get(n), torch.Tensor)]
+
+
 @every_case
-def test_the_backward_runs_twice(case):
-    """retain_graph: a saved gradient must not be consumed by its first use."""
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_the_backward_runs_twice(case, factor):
+    """retain_graph: a saved gradient must not be consumed by its first use, nor be what the first use returned."""
     if not case.wrt:
         pytest.skip("not differentiable")
     for seed in range(4):
-        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
-        inputs = {k: v.requires_grad_(k in case.wrt) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        total = sum(t[t.isfinite()].sum() for t in tensors_of(case.op(**inputs)).values() if t.requires_grad)
-        wrt = [inputs[n] for n in case.wrt if isinstance(inputs.get(n), torch.Tensor)]
-        first = torch.autograd.grad(3.0 * total, wrt, retain_graph=True, allow_unused=True)
-        second = torch.autograd.grad(3.0 * total, wrt, allow_unused=True)
-        for a, b in zip(first, second, strict=True):
+        total, wrt = loss_and_leaves(case, seed)
+        first = torch.autograd.grad(factor * total, wrt, retain_graph=True, allow_unused=True)
+        kept = [None if g is None else g.clone() for g in first]
+        for g in first:
+            if g is not None:
+                g.zero_()
+        second = torch.autograd.grad(factor * total, wrt, allow_unused=True)
+        for a, b in zip(kept, second, strict=True):
             assert a is b is None or torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+
+
+@every_case
+def test_a_second_derivative_is_refused(case):
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    refused = 0
+    for seed in range(4):
+        total, wrt = loss_and_leaves(case, seed)
+        total = total * torch.ones((), requires_grad=True)
+        grads = torch.autograd.grad(total, wrt, create_graph=True, allow_unused=True)
+        grads = [g for g in grads if g is not None and g.requires_grad]
+        if grads:
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                sum(g.sum() for g in grads).backward()
+            refused += 1
+    assert refused
 
 
 @every_case

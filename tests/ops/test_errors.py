@@ -1,0 +1,184 @@
+"""What the ops refuse, and that the message names the op, the argument and what was wrong with it.
+
+A row is (op, what replaces its valid arguments, exception, words of the message in order). Every op has rows.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import rlhf_fast as rf
+from rlhf_fast import ops
+
+B, T, V, D = 2, 3, 5, 4
+token, meta = torch.zeros(B, T), torch.zeros(B, T, device="meta")
+mask = torch.ones(B, T, dtype=torch.bool)
+pair, pair_meta = torch.zeros(B), torch.zeros(B, device="meta")
+labels = torch.zeros(B, T, dtype=torch.int64)
+logits, hidden, weight = torch.zeros(B, T, V), torch.zeros(B, T, D), torch.zeros(V, D)
+from_logits = {"logits": logits, "labels": labels}
+from_hidden = {"hidden": hidden, "weight": weight, "labels": labels}
+ppo = {"old_logprobs": token, "advantages": token, "mask": mask}
+VALID = {
+    "token_logprobs": from_logits,
+    "token_logprobs_and_entropy": from_logits,
+    "cross_entropy": from_logits,
+    "linear_token_logprobs": from_hidden,
+    "linear_cross_entropy": from_hidden,
+    "linear_ppo_loss": from_hidden | ppo,
+    "kl_divergence": {"logits": logits, "ref_logits": logits},
+    "ppo_loss": {"logprobs": token} | ppo,
+    "value_loss": {"values": token, "old_values": token, "returns": token, "mask": mask},
+    "kl_penalty": {"logprobs": token, "ref_logprobs": token},
+    "gae": {"rewards": token, "values": token, "mask": mask},
+    "pairwise_loss": {"chosen": pair, "rejected": pair},
+    "ranking_loss": {"rewards": token, "ranks": labels},
+    "dpo_loss": {f"{ref}{which}_logprobs": pair for ref in ("", "ref_") for which in ("chosen", "rejected")},
+    "masked_mean": {"values": token, "mask": mask},
+    "masked_whiten": {"values": token, "mask": mask},
+}
+
+FLOATS = "needs float32, bfloat16, float16 or float64"
+long, wide = torch.zeros(B, T + 1), torch.ones(B, T + 1, dtype=torch.bool)
+ROWS = [
+    # Tensors of (B, T): every one has the shape, the device and a floating dtype of the first.
+    ("ppo_loss", {"logprobs": pair}, ValueError, "logprobs is (2,); needs (B, T)"),
+    ("ppo_loss", {"old_logprobs": long}, ValueError, "old_logprobs (2, 4) must have the shape of logprobs (2, 3)"),
+    ("ppo_loss", {"advantages": pair}, ValueError, "advantages (2,) must have the shape of logprobs (2, 3)"),
+    ("ppo_loss", {"mask": wide}, ValueError, "mask (2, 4) must have the shape of logprobs (2, 3)"),
+    ("ppo_loss", {"ref_logprobs": long}, ValueError, "ref_logprobs (2, 4) must have the shape of logprobs"),
+    ("ppo_loss", {"entropy": long}, ValueError, "entropy (2, 4) must have the shape of logprobs"),
+    ("ppo_loss", {"importance_weights": long}, ValueError, "importance_weights (2, 4) must have the shape of logprobs"),
+    ("ppo_loss", {"logprobs": labels}, TypeError, f"logprobs is torch.int64; {FLOATS}"),
+    ("ppo_loss", {"advantages": mask}, TypeError, f"advantages is torch.bool; {FLOATS}"),
+    ("ppo_loss", {"old_logprobs": meta}, ValueError, "old_logprobs is on meta, logprobs on cpu; move them"),
+    ("ppo_loss", {"mask": meta}, ValueError, "mask is on meta, logprobs on cpu; move them"),
+    ("ppo_loss", {"dual_clip": 1.0}, ValueError, "dual_clip 1.0 must be > 1"),
+    ("ppo_loss", {"dual_clip": float("nan")}, ValueError, "dual_clip nan must be > 1"),
+    ("ppo_loss", {"kl_estimator": "k4"}, ValueError, "kl_estimator 'k4' must be one of k1, kl, k2"),
+    ("ppo_loss", {"loss_agg_mode": "mean"}, ValueError, "loss_agg_mode 'mean' must be one of token-mean, seq-mean"),
+    ("ppo_loss", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
+    ("ppo_loss", {"normalizer": meta.sum()}, ValueError, "normalizer is () on meta; needs one number on cpu"),
+    ("value_loss", {"values": pair}, ValueError, "values is (2,); needs (B, T)"),
+    ("value_loss", {"old_values": long}, ValueError, "old_values (2, 4) must have the shape of values (2, 3)"),
+    ("value_loss", {"returns": labels}, TypeError, f"returns is torch.int64; {FLOATS}"),
+    ("value_loss", {"returns": meta}, ValueError, "returns is on meta, values on cpu"),
+    ("value_loss", {"mask": wide}, ValueError, "mask (2, 4) must have the shape of values"),
+    ("value_loss", {"loss_agg_mode": "sum"}, ValueError, "loss_agg_mode 'sum' must be one of token-mean"),
+    ("value_loss", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
+    ("kl_penalty", {"ref_logprobs": long}, ValueError, "ref_logprobs (2, 4) must have the shape of logprobs (2, 3)"),
+    ("kl_penalty", {"logprobs": labels}, TypeError, f"logprobs is torch.int64; {FLOATS}"),
+    ("kl_penalty", {"ref_logprobs": meta}, ValueError, "ref_logprobs is on meta, logprobs on cpu"),
+    ("kl_penalty", {"estimator": "k0"}, ValueError, "estimator 'k0' must be one of k1, kl, k2"),
+    ("gae", {"rewards": pair}, ValueError, "rewards is (2,); needs (B, T)"),
+    ("gae", {"values": long}, ValueError, "values (2, 4) must have the shape of rewards (2, 3)"),
+    ("gae", {"values": labels}, TypeError, f"values is torch.int64; {FLOATS}"),
+    ("gae", {"values": meta}, ValueError, "values is on meta, rewards on cpu"),
+    ("gae", {"mask": wide}, ValueError, "mask (2, 4) must have the shape of rewards"),
+    ("gae", {"gap_mode": "skip"}, ValueError, "gap_mode 'skip' must be 'carry' or 'zero'"),
+    # Pairs and rankings.
+    ("pairwise_loss", {"chosen": token}, ValueError, "chosen is (2, 3); needs (B,)"),
+    ("pairwise_loss", {"rejected": pair[:1]}, ValueError, "rejected (1,) must have the shape of chosen (2,)"),
+    ("pairwise_loss", {"weights": pair[:1]}, ValueError, "weights (1,) must have the shape of chosen (2,)"),
+    ("pairwise_loss", {"margin": pair[:1]}, ValueError, "margin (1,) must have the shape of chosen (2,)"),
+    ("pairwise_loss", {"target_prob": pair[:1]}, ValueError, "target_prob (1,) must have the shape of chosen (2,)"),
+    ("pairwise_loss", {"rejected": pair.long()}, TypeError, f"rejected is torch.int64; {FLOATS}"),
+    ("pairwise_loss", {"margin": pair_meta}, ValueError, "margin is on meta, chosen on cpu"),
+    ("dpo_loss", {"chosen_logprobs": token}, ValueError, "chosen_logprobs is (2, 3); needs (B,)"),
+    ("dpo_loss", {"ref_chosen_logprobs": pair[:1]}, ValueError, "ref_chosen_logprobs (1,) must have the shape of"),
+    ("dpo_loss", {"rejected_logprobs": pair.int()}, TypeError, f"rejected_logprobs is torch.int32; {FLOATS}"),
+    ("dpo_loss", {"ref_rejected_logprobs": pair_meta}, ValueError, "ref_rejected_logprobs is on meta, chosen_logprobs"),
+    ("ranking_loss", {"rewards": pair}, ValueError, "rewards is (2,); needs (B, T)"),
+    ("ranking_loss", {"rewards": labels}, TypeError, f"rewards is torch.int64; {FLOATS}"),
+    (
+        "ranking_loss",
+        {"ranks": labels[:1]},
+        ValueError,
+        "ranks (1, 3) on cpu must have the shape and device",
+    ),
+    ("ranking_loss", {"ranks": meta.long()}, ValueError, "ranks (2, 3) on meta must have the shape and device of"),
+    ("ranking_loss", {"ranks": token}, TypeError, "ranks are torch.float32; needs integers"),
+    ("ranking_loss", {"ranks": mask}, TypeError, "ranks are torch.bool; needs integers"),
+    # Masked reductions.
+    ("masked_mean", {"mask": wide}, ValueError, "mask (2, 4) cannot be broadcast to values (2, 3)"),
+    ("masked_mean", {"mask": meta}, ValueError, "mask is on meta, values on cpu"),
+    ("masked_whiten", {"mask": wide}, ValueError, "mask (2, 4) cannot be broadcast to values (2, 3)"),
+    ("masked_whiten", {"mask": meta}, ValueError, "mask is on meta, values on cpu"),
+    ("masked_whiten", {"eps": 0.0}, ValueError, "eps 0.0 must be > 0"),
+    # From logits.
+    ("kl_divergence", {"ref_logits": logits[..., 1:]}, ValueError, "logits (2, 3, 5) and ref_logits (2, 3, 4) must be"),
+    ("kl_divergence", {"mask": wide}, ValueError, "mask (2, 4) must be logits (2, 3, 5) without the last axis"),
+    ("kl_divergence", {"ref_logits": logits.to("meta")}, ValueError, "ref_logits is on meta, logits on cpu"),
+    ("kl_divergence", {"ref_logits": logits.long()}, TypeError, f"torch.float32 and torch.int64; {FLOATS}"),
+    *(
+        (op, bad, error, words)
+        for op in ("token_logprobs", "token_logprobs_and_entropy")
+        for bad, error, words in (
+            ({"labels": labels[:1]}, ValueError, "labels (1, 3) must be logits (2, 3, 5) without the vocabulary axis"),
+            ({"mask": wide}, ValueError, "mask (2, 4) must have the shape of labels (2, 3)"),
+            ({"logits": logits.long()}, TypeError, f"logits are torch.int64; {FLOATS}"),
+            ({"labels": token}, TypeError, "labels are torch.float32; needs integer token ids"),
+            ({"labels": mask}, TypeError, "labels are torch.bool; needs integer token ids"),
+            ({"labels": meta.long()}, ValueError, "labels is on meta, logits on cpu"),
+            ({"mask": meta.bool()}, ValueError, "mask is on meta, logits on cpu"),
+            ({"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),
+            ({"logits": logits[..., :0]}, ValueError, "logits (2, 3, 0) have an empty vocabulary"),
+            ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5; a label that does"),
+            ({"labels": labels - 1}, IndexError, "label -1 at row 0 is outside the vocabulary of 5"),
+        )
+    ),
+    ("cross_entropy", {"labels": labels[:1]}, ValueError, "labels (1, 3) must be logits (2, 3, 5) without the vocab"),
+    ("cross_entropy", {"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5"),
+    # From hidden states.
+    *(
+        (op, bad, error, words)
+        for op in ("linear_token_logprobs", "linear_cross_entropy", "linear_ppo_loss")
+        for bad, error, words in (
+            (
+                {"weight": logits},
+                ValueError,
+                "hidden (2, 3, 4) must be (..., D), weight (2, 3, 5) (V, D)",
+            ),
+            ({"labels": labels[:1]}, ValueError, "labels (1, 3) (...)"),
+            ({"bias": pair}, ValueError, "bias (2,) must be (V,) = (5,)"),
+            ({"labels": token}, TypeError, "labels are torch.float32; needs integer token ids"),
+            ({"weight": weight.to("meta")}, ValueError, "weight is on meta, hidden on cpu"),
+            ({"weight": weight.long()}, TypeError, "hidden is torch.float32 and weight torch.int64; needs floating"),
+            ({"softcap": 0.0}, ValueError, "softcap 0.0 must be > 0"),
+            ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5"),
+        )
+    ),
+    ("linear_token_logprobs", {"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),
+    ("linear_token_logprobs", {"mask": wide}, ValueError, "mask (2, 4) must have the shape of labels (2, 3)"),
+    ("linear_cross_entropy", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
+    ("linear_ppo_loss", {"old_logprobs": long}, ValueError, "advantages (2, 3) must have the shape of old_logprobs"),
+    (
+        "linear_ppo_loss",
+        {"advantages": long},
+        ValueError,
+        "advantages (2, 4) must have the shape of old_logprobs",
+    ),
+    ("linear_ppo_loss", {"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),
+    ("linear_ppo_loss", {"dual_clip": 0.5}, ValueError, "dual_clip 0.5 must be > 1"),
+    ("linear_ppo_loss", {"kl_estimator": "k4"}, ValueError, "kl_estimator 'k4' must be one of k1"),
+    ("linear_ppo_loss", {"loss_agg_mode": "mean"}, ValueError, "loss_agg_mode 'mean' must be one of token-mean"),
+    ("linear_ppo_loss", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
+]
+
+
+def test_every_op_has_valid_arguments_and_rows():
+    public = {name for name in ops.__all__ if callable(getattr(ops, name)) and name not in ("backends", "use_backend")}
+    assert public == VALID.keys() == {row[0] for row in ROWS}
+    for name, arguments in VALID.items():
+        getattr(rf, name)(**arguments)
+
+
+@pytest.mark.parametrize(("op", "bad", "error", "words"), ROWS, ids=[f"{row[0]}-{'-'.join(row[1])}" for row in ROWS])
+def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, words):
+    with pytest.raises(error, match=f"^.*{re.escape(words)}") as caught:
+        getattr(rf, op)(**(VALID[op] | bad))
+    if op != "cross_entropy" and error is not IndexError:
+        assert str(caught.value).startswith(f"{op}: ")
