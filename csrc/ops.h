@@ -43,6 +43,26 @@ struct CpuOps {
                                      const void* grad_logprobs, const void* grad_entropy, void* grad_logits,
                                      int64_t grad_outer_stride, int64_t grad_inner_stride, int threads);
 
+  // logits = hidden @ weight.T / temperature, and of them what token_logprobs_forward gives, in float32. dtype kFloat32
+  // or kBFloat16, of both. The logits, before the temperature, are kept for the backward where logits is not null:
+  // (vocab, rows padded to a multiple of 16), transposed. A row's results do not depend on the other rows. Labels are
+  // in range.
+  int64_t (*linear_forward)(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride,
+                            int dtype, int64_t rows, int64_t vocab, int64_t width, const int64_t* labels,
+                            double temperature, float* logits, float* logprobs, float* entropy, float* saved,
+                            int threads);
+
+  // Gradients of sum(grad_logprobs * logprobs) + sum(grad_entropy * entropy): grad_hidden (rows, width) and grad_weight
+  // (vocab, width), contiguous float32, either may be null; add adds to grad_weight. logits, the forward's, are lost.
+  int64_t (*linear_backward)(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride,
+                             int dtype, int64_t rows, int64_t vocab, int64_t width, const int64_t* labels,
+                             double temperature, float* logits, const float* saved, const float* entropy,
+                             const float* grad_logprobs, const float* grad_entropy, float* grad_hidden,
+                             float* grad_weight, int add, int threads);
+
+  // Whether these two are the fastest way on this CPU: 0 or 1.
+  int64_t (*linear_is_fast)(int dtype);
+
   // reference.ppo_loss with its gradients. mask is kBool; ref_logprobs, entropy, importance_weights may be absent.
   // The ratio is clipped to [clip_low, clip_high]; dual_clip and log_ratio_clamp are infinite where there is none.
   // kl_estimator and aggregation are indices into reference.KL_ESTIMATORS' values and reference.AGGREGATIONS;
@@ -101,6 +121,9 @@ struct CpuOps {
 #define RLHF_CPU_OPS(X)      \
   X(token_logprobs_forward)  \
   X(token_logprobs_backward) \
+  X(linear_forward)          \
+  X(linear_backward)         \
+  X(linear_is_fast)          \
   X(kl_divergence_forward)   \
   X(kl_divergence_backward)  \
   X(ppo_loss)                \

@@ -6,6 +6,9 @@
 Rows outside the mask are dropped first, so time is proportional to the rows that count. The gradient of the logits is
 written over the logits, and the weight gradient is accumulated in float32 over the chunks. Memory beside the results:
 one chunk (two with a softcap) and, for half-precision weights, one tile of the weight.
+
+A chunk goes one of two ways. Where is_fused says so, two native ops do it all, softmax between the products
+(csrc/cpu/linear.cpp). Elsewhere PyTorch multiplies, and the kernels of token_logprobs take the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._dispatch import _C, DTYPE_CODES
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
 
@@ -23,6 +27,7 @@ from .token_logprobs import _forward as row_forward
 # stays below a tenth of the memory of eager PyTorch at 2048 rows.
 CHUNK_BYTES = 64 << 20
 LEAST_ROWS = 128  # below, the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
+LANES = 16  # fused logits are transposed, (V, rows padded to a multiple of this)
 TILE = 4096  # rows of a half-precision weight that are upcast at a time
 
 
@@ -36,6 +41,12 @@ class Inputs(NamedTuple):
     index: Tensor | None
     rows: int  # N
     softcap: float | None
+    fused: bool
+
+    @property
+    def parts(self) -> list[slice]:
+        """The chunks of the n rows."""
+        return chunks(self.labels.shape[0], self.weight.shape[0], LANES if self.fused else 1)
 
     def take(self, x: Tensor) -> Tensor:
         """(N, ...) -> (n, ...)."""
@@ -53,8 +64,10 @@ def compact(op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask:
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
-    inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap)
-    labels = inputs.take(labels)
+    inputs = Inputs(
+        hidden, weight, bias, labels, index, labels.shape[0], softcap, is_fused(hidden, weight, bias, softcap)
+    )
+    labels = inputs.take(labels).contiguous()
     wrong = (labels < 0) | (labels >= weight.shape[0])
     if wrong.any():
         at = wrong.nonzero()[0, 0]
@@ -65,20 +78,80 @@ def compact(op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask:
     return inputs._replace(hidden=inputs.take(hidden), labels=labels)
 
 
-def chunks(rows: int, vocab: int) -> list[slice]:
-    """Equal shares of at most CHUNK_BYTES of float32 logits."""
+def chunks(rows: int, vocab: int, multiple: int = 1) -> list[slice]:
+    """Equal shares, but for the last, of about CHUNK_BYTES of float32 logits; of whole multiples of rows."""
     most = max(CHUNK_BYTES // (4 * max(vocab, 1)), LEAST_ROWS)
     step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
+    step = math.ceil(step / multiple) * multiple
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def logits_buffer(inputs: Inputs, parts: list[slice]) -> Tensor:
-    most = max((p.stop - p.start for p in parts), default=0)
+def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
+    """Whether csrc/cpu/linear.cpp computes the chunks: it wins where PyTorch's own products leave the CPU half idle.
+
+    GFLOP/s a core (EPYC 9005, 304 x 896 x 50257), softmax included: bfloat16 with avx512_bf16 430, PyTorch 187 to 300
+    without it, and 85 for the logits, which need float32. float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235
+    against 75 to 100. CPUs with AMX, which this has not run on, keep PyTorch's products.
+    """
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype == weight.dtype
+        and hidden.dtype in (torch.float32, torch.bfloat16)
+        and _C is not None
+        and bias is None
+        and softcap is None
+        and (weight.stride(1) == 1 or weight.shape[1] == 1)
+        and not (hidden.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+        and _C.linear_is_fast(DTYPE_CODES[hidden.dtype]) == 1
+    )
+
+
+def padded(rows: int, fused: bool) -> int:
+    return math.ceil(rows / LANES) * LANES if fused else rows
+
+
+def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
+    """Room for the logits of the largest chunk; None where only the statistics are wanted and that takes none."""
+    if inputs.fused and not needed:
+        return None
+    most = padded(max((p.stop - p.start for p in inputs.parts), default=0), inputs.fused)
     return torch.empty(most, inputs.weight.shape[0], dtype=accumulator(inputs.hidden), device=inputs.hidden.device)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def chunk_statistics(
+    buffer: Tensor | None, inputs: Inputs, part: slice, temperature: float, with_entropy: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """A chunk's logits z in the buffer, and of its rows logprobs, entropy, and what the gradient needs."""
+    if not inputs.fused:
+        z = write_logits(buffer, inputs, part)
+        return z, *row_forward.kernel_on(z.device.type)(z, inputs.labels[part], None, temperature, with_entropy, False)
+    rows = part.stop - part.start
+    logprobs, saved = (inputs.hidden.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
+    entropy = torch.empty_like(logprobs) if with_entropy else None
+    _C.linear_forward(
+        *fused_arguments(inputs, part, temperature), buffer, logprobs, entropy, saved, torch.get_num_threads()
+    )
+    return buffer, logprobs, entropy, saved
+
+
+def fused_arguments(inputs: Inputs, part: slice, temperature: float) -> tuple:
+    """What both native ops begin with (csrc/ops.h)."""
+    hidden, weight = inputs.hidden[part].contiguous(), inputs.weight
+    return (
+        hidden, hidden.stride(0), weight, weight.stride(0), DTYPE_CODES[hidden.dtype], hidden.shape[0], *weight.shape,
+        inputs.labels[part], temperature,
+    )  # fmt: skip
+
+
+def chunk_logits(buffer: Tensor, inputs: Inputs, part: slice, temperature: float) -> Tensor:
+    """The first of chunk_statistics alone."""
+    if inputs.fused:
+        return chunk_statistics(buffer, inputs, part, temperature, False)[0]
+    return write_logits(buffer, inputs, part)
 
 
 def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
@@ -96,11 +169,6 @@ def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
     return z
 
 
-def row_statistics(z: Tensor, labels: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, V) logits -> logprobs, entropy, and what the row gradient needs."""
-    return row_forward.kernel_on(z.device.type)(z, labels, None, temperature, with_entropy, False)
-
-
 class Gradients:
     """Sums the gradients of hidden, weight and bias over chunks; `wanted` says which of them anybody asked for."""
 
@@ -115,6 +183,10 @@ class Gradients:
 
     def add(self, z, part, temperature, saved, entropy, grad_logprobs, grad_entropy) -> None:
         """Consumes z: the gradient of the chunk's logits is written over them."""
+        if self.inputs.fused:
+            self._add_fused(z, part, temperature, saved, entropy, grad_logprobs, grad_entropy)
+            self.beta = 1
+            return
         inputs, labels = self.inputs, self.inputs.labels[part]
         slope = None if inputs.softcap is None else 1 - (z / inputs.softcap).square_()  # of cap tanh(z / cap)
         row_backward.kernel_on(z.device.type)(
@@ -134,6 +206,16 @@ class Gradients:
         if self.wanted[1]:
             self._add_weight(z, hidden)
         self.beta = 1
+
+    def _add_fused(self, z, part, temperature, saved, entropy, grad_logprobs, grad_entropy) -> None:
+        shape = (part.stop - part.start, self.inputs.hidden.shape[1])
+        grad_hidden = saved.new_empty(shape) if self.wanted[0] else None
+        _C.linear_backward(
+            *fused_arguments(self.inputs, part, temperature), z, saved, entropy, grad_logprobs, grad_entropy,
+            grad_hidden, self.weight if self.wanted[1] else None, self.beta, torch.get_num_threads(),
+        )  # fmt: skip
+        if self.wanted[0]:
+            self.hidden[part] = grad_hidden
 
     def _add_weight(self, dz: Tensor, x: Tensor) -> None:
         if x.dtype == self.weight.dtype:

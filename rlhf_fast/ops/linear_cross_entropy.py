@@ -17,30 +17,26 @@ from ._linear import (
     Gradients,
     accumulator,
     check,
-    chunks,
+    chunk_statistics,
     compact,
     empty_gradients,
     logits_buffer,
-    row_statistics,
     wanted_gradients,
-    write_logits,
 )
 
 
 def _forward_cpu(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap)
     rows = inputs.labels.shape[0]
-    parts = chunks(rows, weight.shape[0])
-    buffer = logits_buffer(inputs, parts)
+    buffer = logits_buffer(inputs, any(wanted))
     gradients = Gradients(inputs, wanted)
-    logprobs = buffer.new_empty(rows)
-    grad_logprobs = (-1 / normalizer).to(buffer.dtype).expand(rows).contiguous()
-    for part in parts:
-        z = write_logits(buffer, inputs, part)
-        logprobs[part], _, saved = row_statistics(z, inputs.labels[part], 1.0, False)
+    logprobs = hidden.new_empty(rows, dtype=accumulator(hidden))
+    grad_logprobs = (-1 / normalizer).to(logprobs.dtype).expand(rows).contiguous()
+    for part in inputs.parts:
+        z, logprobs[part], _, saved = chunk_statistics(buffer, inputs, part, 1.0, False)
         if any(wanted):
             gradients.add(z, part, 1.0, saved, None, grad_logprobs[part], None)
-    return -(logprobs.sum() / normalizer).to(buffer.dtype), *gradients.results()
+    return -(logprobs.sum() / normalizer).to(logprobs.dtype), *gradients.results()
 
 
 def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):

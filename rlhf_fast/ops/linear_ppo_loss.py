@@ -21,13 +21,11 @@ from ._linear import (
     Gradients,
     accumulator,
     check,
-    chunks,
+    chunk_statistics,
     compact,
     empty_gradients,
     logits_buffer,
-    row_statistics,
     wanted_gradients,
-    write_logits,
 )
 from .ppo_loss import _op as ppo_op
 from .reference import PPO_STATS
@@ -46,21 +44,19 @@ def _forward_cpu(
     options = (clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef)
     inputs = compact(NAME, hidden, weight, bias, labels.view(-1), mask.view(-1), softcap)
     rows = inputs.labels.shape[0]
-    parts = chunks(rows, weight.shape[0])
-    buffer = logits_buffer(inputs, parts)
+    buffer = logits_buffer(inputs, any(wanted))
     gradients = Gradients(inputs, wanted)
-    logprobs, entropy = buffer.new_empty(2, rows)
+    logprobs, entropy = hidden.new_empty(2, rows, dtype=accumulator(hidden))
     if any(wanted):
-        ones = torch.ones(mask.shape, dtype=buffer.dtype, device=hidden.device)
+        ones = torch.ones(mask.shape, dtype=logprobs.dtype, device=hidden.device)
         weights = ppo(
             ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False
         )[2]  # fmt: skip
         tokens = [old_logprobs, advantages, ref_logprobs, importance_weights, weights]
         tokens = [None if t is None else inputs.take(t.reshape(-1))[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
-    for part in parts:
-        z = write_logits(buffer, inputs, part)
-        logprobs[part], entropy[part], saved = row_statistics(z, inputs.labels[part], temperature, True)
+    for part in inputs.parts:
+        z, logprobs[part], entropy[part], saved = chunk_statistics(buffer, inputs, part, temperature, True)
         if any(wanted):
             old, advantage, ref, importance, w = (None if t is None else t[:, part] for t in tokens)
             _, _, grad, grad_entropy = ppo(

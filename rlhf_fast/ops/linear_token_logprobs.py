@@ -17,39 +17,42 @@ from ._linear import (
     Gradients,
     accumulator,
     check,
+    chunk_logits,
+    chunk_statistics,
     chunks,
     compact,
     empty_gradients,
+    is_fused,
     logits_buffer,
-    row_statistics,
+    padded,
     wanted_gradients,
-    write_logits,
 )
 
 NAME = "linear_token_logprobs"
 
 
-def _outputs(hidden, weight, labels, with_entropy, keep) -> tuple[Tensor, ...]:
-    """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) or empty."""
+def _outputs(hidden, weight, labels, with_entropy, keep, fused) -> tuple[Tensor, ...]:
+    """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) in some layout or empty."""
     rows, vocab = labels.shape[0], weight.shape[0]
     keep = keep and len(chunks(rows, vocab)) == 1
-    shapes = ((rows,), (rows if with_entropy else 0,), (rows, 2), (rows if keep else 0, vocab))
+    shapes = ((rows,), (rows if with_entropy else 0,), (rows, 2), (padded(rows, fused) if keep else 0, vocab))
     return tuple(torch.empty(s, dtype=accumulator(hidden), device=hidden.device) for s in shapes)
 
 
 def _forward_cpu(hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted):
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
     rows = inputs.labels.shape[0]
-    logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted))
-    parts = chunks(rows, weight.shape[0])
-    buffer = logits[:rows] if logits.shape[0] else logits_buffer(inputs, parts)
-    for part in parts:
-        z = write_logits(buffer, inputs, part)
-        logprobs[part], h, saved[part] = row_statistics(z, inputs.labels[part], temperature, with_entropy)
+    logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted), inputs.fused)
+    buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=False)
+    for part in inputs.parts:
+        _, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
         if with_entropy:
             entropy[part] = h
     if inputs.index is not None:
-        saved[rows:], logits[rows:] = 0, 0  # outputs of the library op, which has to be reproducible
+        saved[rows:], logits[padded(rows, inputs.fused) :] = (
+            0,
+            0,
+        )  # outputs of the library op, which has to be reproducible
         logprobs = inputs.put(logprobs[:rows])
         entropy = inputs.put(entropy[:rows]) if with_entropy else entropy
     return logprobs, entropy, saved, logits
@@ -60,15 +63,13 @@ def _backward_cpu(
     *wanted, consume=False,
 ):  # fmt: skip
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
-    rows = inputs.labels.shape[0]
-    parts = chunks(rows, weight.shape[0])
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0
-    buffer = (logits if consume else logits.clone())[:rows] if kept else logits_buffer(inputs, parts)
+    buffer = (logits if consume else logits.clone()) if kept else logits_buffer(inputs, any(wanted))
     by_row = [None if t is None else inputs.take(t.contiguous()) for t in (grad_logprobs, grad_entropy)]
     entropy = None if grad_entropy is None else inputs.take(entropy)
-    for part in parts:
-        z = buffer if kept else write_logits(buffer, inputs, part)
+    for part in inputs.parts:
+        z = buffer[: part.stop] if kept else chunk_logits(buffer, inputs, part, temperature)
         g, h, e = (None if t is None else t[part] for t in (*by_row, entropy))
         gradients.add(z, part, temperature, saved[part], e, g, h)
     return gradients.results()
@@ -112,7 +113,7 @@ _forward = Op(
     "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits)",
     kernels={("cpu", "native"): _forward_cpu},
     fake=lambda hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted: _outputs(
-        hidden, weight, labels, with_entropy, any(wanted)
+        hidden, weight, labels, with_entropy, any(wanted), is_fused(hidden, weight, bias, softcap)
     ),
     backward=_grad,
     setup_context=_save,
@@ -137,7 +138,8 @@ def linear_token_logprobs(
     mask (...) bool or 0/1: where it is False the row is dropped before anything is computed, the label may be anything,
     both results are 0 and so is the gradient. hidden, weight and bias are float32, bfloat16, float16 or float64 and
     receive gradients, once; results are float32 (float64 for float64 hidden). Rows share matrix products, so unlike
-    token_logprobs a row's last bit may depend on the number of rows.
+    token_logprobs a row's last bit may depend on the number of rows; not on CPUs with avx512_bf16 in bfloat16, nor on
+    AMD's with AVX-512 in float32, without bias and softcap (is_fused in _linear.py).
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)

@@ -165,31 +165,38 @@ def test_shapes_are_checked():
 
 PEAK = """
 import resource, sys, torch
-from rlhf_fast.ops import linear_cross_entropy, linear_token_logprobs
-function, rows = sys.argv[1], int(sys.argv[2])
-hidden, weight = torch.randn(rows, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
+from rlhf_fast.ops import linear_cross_entropy, linear_ppo_loss, linear_token_logprobs
+function, dtype, rows = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+hidden, weight = (torch.randn(n, 64).to(dtype).requires_grad_() for n in (rows, 50257))
 labels = torch.randint(50257, (rows,))
-small = torch.randn(8, 64, requires_grad=True)
-linear_cross_entropy(small, weight, labels[:8]).backward()  # everything that is allocated once
+
+def step(hidden, labels):
+    if function == "linear_cross_entropy":
+        linear_cross_entropy(hidden, weight, labels).backward()
+    elif function == "linear_token_logprobs":
+        linear_token_logprobs(hidden, weight, labels).sum().backward()
+    else:
+        tokens = torch.zeros(1, len(labels))
+        loss, _ = linear_ppo_loss(hidden[None], weight, labels[None], tokens - 11, tokens + 1, tokens == 0)
+        loss.backward()
+
+step(torch.randn(8, 64, dtype=dtype, requires_grad=True), labels[:8])  # everything that is allocated once
 weight.grad = None
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if function == "linear_cross_entropy":
-    linear_cross_entropy(hidden, weight, labels).backward()
-else:
-    linear_token_logprobs(hidden, weight, labels).sum().backward()
+step(hidden, labels)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 @pytest.mark.skipif(not hasattr(resource, "getrusage"), reason="needs getrusage")
-@pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_token_logprobs"])
-def test_memory_is_a_chunk_whatever_the_batch(function):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("function", ["linear_cross_entropy", "linear_token_logprobs", "linear_ppo_loss"])
+def test_memory_is_a_chunk_whatever_the_batch(function, dtype):
     def peak(rows):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        out = subprocess.check_output([sys.executable, "-c", PEAK, function, str(rows)], env=environment, text=True)
-        return float(out)
+        command = [sys.executable, "-c", PEAK, function, dtype, str(rows)]
+        return float(subprocess.check_output(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True))
 
-    few, many = peak(700), peak(2100)  # MiB; all logits would be 134 and 403
+    few, many = peak(700), peak(2100)  # MiB; all logits would be 134 and 403 in float32
     chunk = _linear.CHUNK_BYTES / 2**20
     assert many <= chunk + 25
     assert many <= few + 10
@@ -203,3 +210,142 @@ def test_autocast_changes_nothing(loss):
         inside = gradients(loss, sys.modules["rlhf_fast.ops"], *data)
     for a, b in zip(inside, plain, strict=True):
         assert torch.equal(a, b)
+
+
+# ---- the native way (csrc/cpu/linear.cpp), on every instruction set, also where it is not the fastest --------------
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def fused(request, monkeypatch):
+    """A function: loss, and the gradients of hidden and weight, with the native products."""
+    if not _linear._C.isas().get(request.param, False):
+        pytest.skip(f"this CPU does not run {request.param}")
+    before = _linear._C.isa()
+    _linear._C.use_isa(request.param)
+    monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 1)
+
+    def run(loss, hidden, weight, labels):
+        assert _linear.is_fused(hidden, weight, None, None)
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight)]  # keeps the strides
+        out = loss(sys.modules["rlhf_fast.ops"], *leaves, labels)
+        return [out.detach(), *torch.autograd.grad(out, leaves)]
+
+    yield run
+    _linear._C.use_isa(before)
+
+
+def fused_logprobs(module, hidden, weight, labels):
+    logprobs, entropy = module.linear_token_logprobs(hidden, weight, labels, temperature=0.7, with_entropy=True)
+    return (logprobs.square() + 0.3 * entropy).sum()
+
+
+def fused_cross_entropy(module, hidden, weight, labels):
+    return module.linear_cross_entropy(hidden, weight, labels)
+
+
+FUSED_LOSSES = pytest.mark.parametrize("loss", [fused_logprobs, fused_cross_entropy], ids=lambda f: f.__name__)
+HALF_OR_NOT = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def head(rows, vocab, width, dtype):
+    torch.manual_seed(rows + vocab + width)
+    weight = torch.randn(vocab, width) / width**0.5
+    return torch.randn(rows, width).to(dtype), weight.to(dtype), torch.randint(vocab, (rows,))
+
+
+def assert_is_the_gradient(loss, got, hidden, weight, labels):
+    """Of float64; half-precision logits' gradients are rounded once, and so are the results."""
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = loss(reference, *leaves, labels)
+    torch.testing.assert_close(got[0].double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    for g, want, like in zip(got[1:], torch.autograd.grad(truth, leaves), (hidden, weight), strict=True):
+        assert g.dtype == like.dtype and g.shape == like.shape
+        assert (g - want).norm() <= max(2 * torch.finfo(like.dtype).eps, 1e-5) * want.norm() + 1e-7
+
+
+@FUSED_LOSSES
+@HALF_OR_NOT
+@pytest.mark.parametrize("rows, vocab, width", [
+    (0, 3, 2), (1, 1, 1), (1, 2, 5), (3, 7, 16), (17, 191, 33), (64, 192, 64), (65, 193, 65), (130, 577, 100),
+    (350, 400, 7),
+])  # fmt: skip
+def test_fused_shapes(fused, loss, dtype, rows, vocab, width):
+    data = head(rows, vocab, width, dtype)
+    assert_is_the_gradient(loss, fused(loss, *data), *data)
+
+
+@FUSED_LOSSES
+@HALF_OR_NOT
+def test_fused_chunks(fused, loss, dtype, monkeypatch):
+    data = head(150, 400, 24, dtype)
+    whole = fused(loss, *data)
+    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
+    monkeypatch.setattr(_linear, "CHUNK_BYTES", 4 * 400 * 40)
+    chunked = fused(loss, *data)
+    assert_is_the_gradient(loss, chunked, *data)
+    assert torch.equal(whole[1], chunked[1])  # a row of hidden does not see the others
+
+
+@HALF_OR_NOT
+def test_fused_strides(fused, dtype):
+    hidden, weight, labels = head(50, 210, 33, dtype)
+    spread = torch.full((50, 40), torch.nan, dtype=dtype)
+    spread[:, 3:36] = hidden
+    padded = torch.full((210, 39), torch.nan, dtype=dtype)
+    padded[:, 1:34] = weight
+    want = fused(fused_cross_entropy, hidden, weight, labels)
+    for ours, expected in zip(fused(fused_cross_entropy, spread[:, 3:36], padded[:, 1:34], labels), want, strict=True):
+        assert torch.equal(ours, expected)
+    crossed = hidden.T.contiguous().T
+    assert torch.equal(fused(fused_cross_entropy, crossed, weight, labels)[1], want[1])
+    assert not _linear.is_fused(hidden, weight.T.contiguous().T, None, None)  # it would need a copy of the weight
+
+
+@FUSED_LOSSES
+@HALF_OR_NOT
+def test_fused_threads_change_nothing(fused, loss, dtype):
+    data = head(210, 2000, 150, dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(fused(loss, *data))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@HALF_OR_NOT
+def test_fused_rows_do_not_depend_on_the_batch(fused, dtype):
+    hidden, weight, labels = head(100, 500, 40, dtype)
+    together = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
+    for rows in (slice(0, 1), slice(37, 38), slice(13, 80), slice(99, 100)):
+        alone = linear_token_logprobs(hidden[rows], weight, labels[rows], with_entropy=True)
+        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+
+
+@HALF_OR_NOT
+def test_fused_special_values_stay_in_their_rows(fused, dtype):
+    hidden, weight, labels = head(40, 300, 9, dtype)
+    clean = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
+    hidden = hidden.clone()
+    hidden[3, 2], hidden[20, 8], hidden[21, 0] = torch.nan, torch.inf, -torch.inf
+    marked = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
+    rows = torch.tensor([3, 20, 21])
+    others = torch.ones(40, dtype=torch.bool).index_fill(0, rows, False)
+    for a, b in zip(marked, clean, strict=True):
+        assert a[rows].isnan().all() and torch.equal(a[others], b[others])
+    # A token of logit -inf is impossible; one of NaN makes every row NaN.
+    hidden, weight = hidden.abs().nan_to_num(1.0, 1.0, 1.0), weight.clone()
+    weight[5] = -torch.inf
+    labels[labels == 5] = 6
+    labels[7] = 5
+    ours = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
+    want = reference.linear_token_logprobs(hidden.double(), weight.double(), labels, with_entropy=True)
+    torch.testing.assert_close([t.double() for t in ours], list(want), rtol=1e-5, atol=1e-5)
+    assert ours[0][7] == -torch.inf
+    weight[5] = torch.nan
+    assert linear_token_logprobs(hidden, weight, labels).isnan().all()

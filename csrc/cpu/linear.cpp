@@ -1,0 +1,373 @@
+// Log-probs from hidden states on the CPU, and their gradients: three matrix products with the softmax between them.
+//
+//   z = weight @ hidden.T   (vocab, lanes), one lane a row of hidden: maxima and sums run down the lanes of a vector
+//   dz = z's gradient, over z;  dweight += dz @ hidden;  dhidden = dz.T @ weight
+//
+// Threads share the tiles of the vocabulary, then the columns of dhidden. Every number is summed in an order that
+// depends on neither the threads nor, in the forward and in dhidden, on the other rows.
+#include <cmath>
+
+#include "../ops.h"
+#include "parallel.h"
+#include "product.h"
+#include "softmax_row.h"
+#include "tile.h"
+
+namespace rlhf::RLHF_ISA {
+namespace {
+
+using vd = double __attribute__((vector_size(8 * kWidth)));
+
+// Rows of the weight. Their logits, 230 KB at 304 lanes, and their part of dweight stay in L2; dhidden is loaded and
+// stored once a tile.
+constexpr int64_t kTileRows = 192;
+constexpr int64_t kLanes = 16;  // the lanes are padded to a multiple
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What is common to both directions.
+template <class Unit>
+struct Problem {
+  using type = typename Unit::type;
+  const type* hidden;
+  int64_t hidden_stride;
+  const type* weight;
+  int64_t weight_stride, rows, vocab, width;
+
+  int64_t lanes() const { return (rows + kLanes - 1) / kLanes * kLanes; }
+  int64_t tiles() const { return (vocab + kTileRows - 1) / kTileRows; }
+  int64_t tile_rows(int64_t tile) const { return least(vocab - tile * kTileRows, kTileRows); }
+  const type* weight_tile(int64_t tile) const { return weight + tile * kTileRows * weight_stride; }
+};
+
+// The maximum of each lane and its sums of exp and of exp times distance (softmax_row.h), over the rows of a tile.
+template <bool kMoment>
+void lane_statistics(const float* z, int64_t stride, int64_t rows, const Exp<6>& exp, float* out, int64_t out_stride) {
+  vf most = splat(-INFINITY), most_b = most;
+  for (int64_t v = 0; v + 1 < rows; v += 2) {
+    most = max(load_vector<vf>(z + v * stride), most);
+    most_b = max(load_vector<vf>(z + (v + 1) * stride), most_b);
+  }
+  if (rows % 2) most = max(load_vector<vf>(z + (rows - 1) * stride), most);
+  most = max(most, most_b);
+  const vf origin = most == splat(-INFINITY) ? vf{} : most;  // -inf - -inf is not a distance
+  vf sum{}, moment{};
+  for (int64_t v = 0; v < rows; ++v) {
+    const vf d = load_vector<vf>(z + v * stride) - origin, e = exp(d);
+    sum += e;
+    if constexpr (kMoment) moment = fma(e, finite(d), moment);
+  }
+  std::memcpy(out, &most, sizeof most);
+  std::memcpy(out + out_stride, &sum, sizeof sum);
+  std::memcpy(out + 2 * out_stride, &moment, sizeof moment);
+}
+
+struct LaneSums {
+  vf max;
+  vd sum, moment;
+};
+
+// The tiles of kWidth lanes together, in order and in double.
+LaneSums merge(const float* partial, int64_t tiles, int64_t stride, const Exp<6>& exp) {
+  vf most = splat(-INFINITY);
+  for (int64_t t = 0; t < tiles; ++t) most = max(load_vector<vf>(partial + 3 * t * stride), most);
+  const vf origin = most == splat(-INFINITY) ? vf{} : most;
+  vd sum{}, moment{};
+  for (int64_t t = 0; t < tiles; ++t) {
+    const float* part = partial + 3 * t * stride;
+    const vf shift = load_vector<vf>(part) - origin;
+    const vd scale = __builtin_convertvector(exp(shift), vd);
+    const vd part_sum = __builtin_convertvector(load_vector<vf>(part + stride), vd);
+    const vd part_moment = __builtin_convertvector(load_vector<vf>(part + 2 * stride), vd);
+    sum += scale * part_sum;
+    moment += scale * (part_moment + __builtin_convertvector(finite(shift), vd) * part_sum);
+  }
+  return {most, sum, moment};
+}
+
+template <class Unit>
+void forward(const Problem<Unit>& p, const int64_t* labels, double temperature, float* logits, float* logprobs,
+             float* entropy, float* saved, int threads) {
+  const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.width);
+  const bool ragged = p.width % Unit::kSize != 0;  // the last unit of a weight row would reach into the next one
+  const double c = 1 / temperature;
+  const Exp<6> exp(c);
+  const Buffer<uint32_t> hidden(lanes * depth);
+  const Buffer<float> partial(tiles * 3 * lanes), label_logit(p.rows);
+  if (logits) use_huge_pages(logits, p.vocab * lanes * sizeof *logits);
+#pragma omp parallel num_threads(team(threads, p.rows* p.vocab))
+  {
+    const Buffer<float> own(logits ? 0 : kTileRows * lanes);
+    const Buffer<typename Unit::type> even(ragged ? kTileRows * (p.width + 1) : 0);
+#pragma omp for
+    for (int64_t lane = 0; lane < lanes; lane += kPanel) {
+      // The padding lanes are rows of zeros.
+      const int64_t panel = least(lanes - lane, kPanel), filled = least(p.rows - lane, panel);
+      pack_rows<Unit>(p.hidden + lane * p.hidden_stride, p.hidden_stride, filled, p.width, panel,
+                      hidden.data + lane * depth);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * kTileRows, count = p.tile_rows(tile);
+      float* z = logits ? logits + first * lanes : own.data;
+      Left weight{p.weight_tile(tile), p.weight_stride * int64_t(sizeof *p.weight), 4};
+      if (ragged) {
+        for (int64_t v = 0; v < count; ++v) {
+          std::memcpy(&even[v * (p.width + 1)], p.weight_tile(tile) + v * p.weight_stride, p.width * sizeof *p.weight);
+        }
+        weight = {even.data, (p.width + 1) * int64_t(sizeof *p.weight), 4};
+      }
+      for (int64_t lane = 0; lane < lanes; lane += kPanel) {
+        const int64_t panel = least(lanes - lane, kPanel);
+        multiply<Unit>(weight, count, hidden.data + lane * depth, depth, z + lane, lanes, panel, false);
+        for (int64_t j = lane; j < lane + panel; j += kWidth) {
+          (entropy ? lane_statistics<true> : lane_statistics<false>)(z + j, lanes, count, exp,
+                                                                     &partial[3 * tile * lanes + j], lanes);
+        }
+      }
+      for (int64_t i = 0; i < p.rows; ++i) {
+        if (labels[i] >= first && labels[i] < first + count) label_logit[i] = z[(labels[i] - first) * lanes + i];
+      }
+    }
+#pragma omp for
+    for (int64_t lane = 0; lane < lanes; lane += kWidth) {
+      const LaneSums s = merge(&partial[lane], tiles, lanes, exp);
+      for (int64_t i = lane; i < least(lane + kWidth, p.rows); ++i) {
+        const double max = s.max[i - lane], sum = s.sum[i - lane], log_sum = std::log(sum);
+        logprobs[i] = float(c * (label_logit[i] - max) - log_sum);
+        if (entropy) entropy[i] = float(log_sum - c * s.moment[i - lane] / sum);
+        saved[2 * i] = float(max);
+        saved[2 * i + 1] = float(log_sum);
+      }
+    }
+  }
+}
+
+// The gradient with respect to a lane's logits is e^d (a + b (z - max)), and at its label something else: gradient_row.
+struct LaneGradients {
+  const Buffer<float> max, a, b;
+  explicit LaneGradients(int64_t lanes) : max(lanes), a(lanes), b(lanes) {}
+};
+
+void write_gradient(float* z, int64_t lanes, int64_t rows, const LaneGradients& g, const Exp<6>& exp) {
+  for (int64_t lane = 0; lane < lanes; lane += kWidth) {
+    const vf max = load_vector<vf>(&g.max[lane]), a = load_vector<vf>(&g.a[lane]), b = load_vector<vf>(&g.b[lane]);
+    for (int64_t v = 0; v < rows; ++v) {
+      const vf d = load_vector<vf>(z + v * lanes + lane) - max;
+      const vf dz = exp(d) * fma(b, finite(d), a);
+      std::memcpy(z + v * lanes + lane, &dz, sizeof dz);
+    }
+  }
+}
+
+// dz in bfloat16 twice: by rows for dweight, and over itself in units of two neighbouring rows for dhidden.
+void narrow(float* dz, int64_t lanes, int64_t rows, uint16_t* by_row) {
+  for (int64_t v = 0; v < rows; v += 2) {
+    const float *low = dz + v * lanes, *high = low + lanes;
+    for (int64_t lane = 0; lane < lanes; lane += kWidth) {
+      const vu a = bits<vu>(load_vector<vf>(low + lane)) + 0x8000u;  // rounded as BF16::store does
+      const vu b = v + 1 < rows ? bits<vu>(load_vector<vf>(high + lane)) + 0x8000u : vu{};
+      const vh even = __builtin_convertvector(a >> 16, vh), odd = __builtin_convertvector(b >> 16, vh);
+      const vu unit = a >> 16 | (b & 0xffff0000u);
+      std::memcpy(by_row + v * lanes + lane, &even, sizeof even);
+      if (v + 1 < rows) std::memcpy(by_row + (v + 1) * lanes + lane, &odd, sizeof odd);
+      std::memcpy(dz + v / 2 * lanes + lane, &unit, sizeof unit);  // rows v / 2 and before have been read
+    }
+  }
+}
+
+// Blocks of kBlockRows lanes, each contiguous.
+void pack_blocks(const uint32_t* x, int64_t stride, int64_t lanes, int64_t depth, uint32_t* out) {
+  const int64_t whole = lanes / kBlockRows * kBlockRows;
+  for (int64_t k = 0; k < depth; ++k, x += stride) {
+    for (int64_t lane = 0; lane < whole; lane += kBlockRows) {
+      std::memcpy(out + lane * depth + k * kBlockRows, x + lane, kBlockRows * sizeof *x);
+    }
+    if (whole < lanes) {
+      std::memcpy(out + whole * depth + k * kBlockRows, x + whole, (lanes - whole) * sizeof *x);
+    }
+  }
+}
+
+// Fetches rows of memory into L2, a few lines at a time and while something else is computed.
+class Ahead {
+ public:
+  Ahead(const void* data, int64_t rows, int64_t bytes, int64_t stride, int64_t calls)
+      : row_(static_cast<const char*>(data)),
+        rows_(rows),
+        bytes_(bytes),
+        stride_(stride),
+        share_(rows * ((bytes + 63) / 64) / calls + 1) {}
+  void fetch() {
+    for (int64_t i = 0; i < share_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + offset_, 0, 2);
+      if ((offset_ += 64) < bytes_) continue;
+      offset_ = 0;
+      row_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t rows_, bytes_, stride_, share_, offset_ = 0;
+};
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The rows and columns of dhidden = dz.T @ weight that one thread computes, over the whole vocabulary. Both factors
+// come from memory and neither lies as it is read, so the next piece of each is fetched during the product of this one.
+template <class Unit>
+void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range columns, float* grad_hidden) {
+  const int64_t lanes = p.lanes(), most = units<Unit>(kTileRows);
+  const int64_t blocks = (rows.size() + kBlockRows - 1) / kBlockRows;
+  const Buffer<uint32_t> dz(most * blocks * kBlockRows), weight(most * kPanel);
+  const int64_t panels = (columns.size() + kPanel - 1) / kPanel;
+  const auto dz_tile = [&](int64_t tile) {
+    return reinterpret_cast<const uint32_t*>(logits + tile * kTileRows * lanes) + rows.begin;
+  };
+  for (int64_t tile = 0; tile < p.tiles(); ++tile) {
+    const int64_t count = p.tile_rows(tile), depth = units<Unit>(count), after = least(tile + 1, p.tiles() - 1);
+    pack_blocks(dz_tile(tile), lanes, rows.size(), depth, dz.data);
+    Ahead next_dz(dz_tile(after), units<Unit>(p.tile_rows(after)), rows.size() * 4, lanes * 4, blocks * panels);
+    for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
+      const int64_t panel = least(columns.end - column, kPanel);
+      pack_columns<Unit>(p.weight_tile(tile) + column, p.weight_stride, count, panel, weight.data);
+      const bool last = column + kPanel >= columns.end;
+      const auto* next = last ? p.weight_tile(after) + columns.begin : p.weight_tile(tile) + column + kPanel;
+      Ahead next_weight(next, last ? p.tile_rows(after) : count, panel * sizeof *next, p.weight_stride * sizeof *next,
+                        blocks);
+      for (int64_t row = 0; row < rows.size(); row += kBlockRows) {
+        next_weight.fetch();
+        next_dz.fetch();
+        multiply<Unit>(Left{dz.data + row * depth, 4, 4 * kBlockRows}, least(rows.size() - row, kBlockRows),
+                       weight.data, depth, grad_hidden + (rows.begin + row) * p.width + column, p.width, panel,
+                       tile > 0);
+      }
+    }
+  }
+}
+
+template <class Unit>
+void backward(const Problem<Unit>& p, const int64_t* labels, double temperature, float* logits, const float* saved,
+              const float* entropy, const float* grad_logprobs, const float* grad_entropy, float* grad_hidden,
+              float* grad_weight, bool add, int threads) {
+  constexpr bool half = Unit::kSize == 2;
+  const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.rows);
+  const double c = 1 / temperature;
+  const Exp<6> exp(c);
+  const Buffer<uint32_t> hidden(grad_weight ? depth * whole_vectors(p.width) : 0);
+  const LaneGradients lane_gradients(lanes);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
+    const double scale = c * std::exp(-double(saved[2 * i + 1]));
+    lane_gradients.max[i] = saved[2 * i];
+    lane_gradients.a[i] = float(-scale * (grad_entropy ? g - h * (double(saved[2 * i + 1]) - entropy[i]) : g));
+    lane_gradients.b[i] = float(-scale * h * c);
+  }
+  const auto at_label = [&](int64_t i, float z) {
+    const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
+    const double log_p = c * (double(z) - saved[2 * i]) - saved[2 * i + 1], prob = std::exp(log_p);
+    return float(c * (-g * std::expm1(log_p) - (h != 0 && prob != 0 ? h * prob * (log_p + entropy[i]) : 0)));
+  };
+  const Buffer<float> label_dz(p.rows);
+  const auto for_labels = [&](int64_t first, int64_t count, auto f) {  // f(row, row within the tile)
+    for (int64_t i = 0; i < p.rows; ++i) {
+      if (labels[i] >= first && labels[i] < first + count) f(i, labels[i] - first);
+    }
+  };
+  if (grad_weight && !add) use_huge_pages(grad_weight, p.vocab * p.width * sizeof *grad_weight);
+
+  const int team_size = team(threads, p.rows * p.vocab);
+  const int64_t panels = (p.width + kPanel - 1) / kPanel;
+  // dhidden in a grid: first its columns are shared, because every share of its rows packs the weight again.
+  const int64_t column_shares = grad_hidden ? least(team_size, panels) : 0;
+  const int64_t row_shares =
+      column_shares ? least(team_size / column_shares, (p.rows + kBlockRows - 1) / kBlockRows) : 0;
+  const int64_t share_panels = column_shares ? (panels + column_shares - 1) / column_shares : 0;
+#pragma omp parallel num_threads(team_size)
+  {
+    const Buffer<uint16_t> by_row(half ? kTileRows * lanes : 0);
+    if (grad_weight) {
+#pragma omp for
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t column = panel * kPanel;
+        pack_columns<Unit>(p.hidden + column, p.hidden_stride, p.rows, least(p.width - column, kPanel),
+                           hidden.data + column * depth);
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t first = tile * kTileRows, count = p.tile_rows(tile);
+      float* z = logits + first * lanes;
+      for_labels(first, count, [&](int64_t i, int64_t v) { label_dz[i] = at_label(i, z[v * lanes + i]); });
+      write_gradient(z, lanes, count, lane_gradients, exp);
+      for_labels(first, count, [&](int64_t i, int64_t v) { z[v * lanes + i] = label_dz[i]; });
+      if (half) narrow(z, lanes, count, by_row.data);
+      if (!grad_weight) continue;
+      const Left dz = half ? Left{by_row.data, lanes * 2, 4} : Left{z, lanes * 4, 4};
+      for (int64_t column = 0; column < p.width; column += kPanel) {
+        multiply<Unit>(dz, count, hidden.data + column * depth, depth, grad_weight + first * p.width + column, p.width,
+                       least(p.width - column, kPanel), add);
+      }
+    }
+#pragma omp for schedule(static, 1)
+    for (int64_t share = 0; share < column_shares * row_shares; ++share) {
+      const int64_t first = share % column_shares * share_panels * kPanel, row = share / column_shares;
+      add_hidden(p, logits, {row * p.rows / row_shares, (row + 1) * p.rows / row_shares},
+                 {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
+    }
+  }
+}
+
+// f(Unit{}) for the dtypes of ops.h that have one.
+template <class F>
+void with_unit(int dtype, F f) {
+  if (dtype == kFloat32) return f(UnitF32{});
+#if defined(__AVX512F__)
+  if (__builtin_cpu_supports("avx512bf16")) return f(UnitBF16Native{});
+#endif
+  f(UnitBF16{});
+}
+
+}  // namespace
+
+int64_t linear_forward(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride, int dtype,
+                       int64_t rows, int64_t vocab, int64_t width, const int64_t* labels, double temperature,
+                       float* logits, float* logprobs, float* entropy, float* saved, int threads) {
+  with_unit(dtype, [&](auto unit) {
+    using T = typename decltype(unit)::type;
+    const Problem<decltype(unit)> p{
+        static_cast<const T*>(hidden), hidden_stride, static_cast<const T*>(weight), weight_stride, rows, vocab, width};
+    forward(p, labels, temperature, logits, logprobs, entropy, saved, threads);
+  });
+  return -1;
+}
+
+int64_t linear_backward(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride, int dtype,
+                        int64_t rows, int64_t vocab, int64_t width, const int64_t* labels, double temperature,
+                        float* logits, const float* saved, const float* entropy, const float* grad_logprobs,
+                        const float* grad_entropy, float* grad_hidden, float* grad_weight, int add, int threads) {
+  with_unit(dtype, [&](auto unit) {
+    using T = typename decltype(unit)::type;
+    const Problem<decltype(unit)> p{
+        static_cast<const T*>(hidden), hidden_stride, static_cast<const T*>(weight), weight_stride, rows, vocab, width};
+    backward(p, labels, temperature, logits, saved, entropy, grad_logprobs, grad_entropy, grad_hidden, grad_weight,
+             add != 0, threads);
+  });
+  return -1;
+}
+
+int64_t linear_is_fast(int dtype) {
+#if defined(__AVX512F__)
+  if (dtype == kBFloat16) return __builtin_cpu_supports("avx512bf16") != 0;
+  return dtype == kFloat32 && __builtin_cpu_is("amd");
+#else
+  return 0;
+#endif
+}
+
+}  // namespace rlhf::RLHF_ISA

@@ -1,0 +1,158 @@
+// Matrix products  c (rows, lanes) = or += a (rows, depth) b (depth, lanes)  in float32, from one block of registers.
+//
+// Everything is counted in units of 32 bits along depth: one float32, or two neighbouring bfloat16, which
+// vdpbf16ps multiplies and adds up at once. a lies anywhere (a unit is broadcast from memory), b is packed in panels of
+// kPanel lanes, c has rows of any stride. An element of c is one chain of sums in the order of depth: it does not
+// depend on the other rows and lanes.
+#pragma once
+#include <cstdint>
+
+#include "simd.h"
+
+namespace rlhf::RLHF_ISA {
+
+// 24 sums, 4 vectors of b and one of a in 32 registers; 10 loads feed 24 multiplications.
+constexpr int kBlockRows = 6, kBlockVectors = 4;
+constexpr int kPanel = kBlockVectors * kWidth;  // lanes
+
+struct UnitF32 {
+  using type = float;
+  static constexpr int kSize = 1;  // elements
+  static vf dot(vu a, vu b, vf c) { return fma(bits<vf>(a), bits<vf>(b), c); }
+};
+
+struct UnitBF16 {
+  using type = uint16_t;
+  static constexpr int kSize = 2;
+  static vf dot(vu a, vu b, vf c) {
+    c = fma(bits<vf>(a << 16), bits<vf>(b << 16), c);
+    return fma(bits<vf>(a & 0xffff0000u), bits<vf>(b & 0xffff0000u), c);
+  }
+};
+
+#if defined(__AVX512F__)
+struct UnitBF16Native : UnitBF16 {  // CPUs with avx512_bf16; by name, so that no other code here may use the extension
+  static vf dot(vu a, vu b, vf c) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+};
+#endif
+
+template <class Unit>
+constexpr int64_t units(int64_t elements) {
+  return (elements + Unit::kSize - 1) / Unit::kSize;
+}
+
+struct Left {  // a: unit k of row i lies at data + i * row + k * step, in bytes
+  const void* data;
+  int64_t row, step;
+  Left skip(int64_t rows) const { return {static_cast<const char*>(data) + rows * row, row, step}; }
+};
+
+template <class Unit, int kRows, int kVectors>
+[[gnu::noinline]] void multiply_block(Left left, const uint32_t* b, int64_t depth, float* c, int64_t c_row, bool add) {
+  vf sum[kRows][kVectors];
+  for (auto& row : sum) {
+    for (auto& x : row) x = vf{};
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c + i * c_row + j * kWidth, 1);  // may lie far away
+  }
+  const char* a = static_cast<const char*>(left.data);
+  for (int64_t k = 0; k < depth; ++k, a += left.step, b += kVectors * kWidth) {
+    vu right[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) right[j] = load_vector<vu>(b + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const vu x = load_vector<uint32_t>(a + i * left.row) - vu{};
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = Unit::dot(x, right[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      float* out = c + i * c_row + j * kWidth;
+      const vf x = add ? load_vector<vf>(out) + sum[i][j] : sum[i][j];
+      std::memcpy(out, &x, sizeof x);
+    }
+  }
+}
+
+// kRows rows, fewer where there are no more.
+template <class Unit, int kRows, int kVectors>
+inline void multiply_rows(int rows, Left a, const uint32_t* b, int64_t depth, float* c, int64_t c_row, bool add) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return multiply_rows<Unit, kRows - 1, kVectors>(rows, a, b, depth, c, c_row, add);
+  }
+  multiply_block<Unit, kRows, kVectors>(a, b, depth, c, c_row, add);
+}
+
+// One panel of at most kPanel lanes of b, padded to whole vectors, with as many rows as there are.
+template <class Unit, int kVectors = kBlockVectors>
+void multiply(Left a, int64_t rows, const uint32_t* b, int64_t depth, float* c, int64_t c_row, int64_t lanes,
+              bool add) {
+  if constexpr (kVectors > 1) {
+    if (lanes <= (kVectors - 1) * kWidth) {
+      return multiply<Unit, kVectors - 1>(a, rows, b, depth, c, c_row, lanes, add);
+    }
+  }
+  constexpr int kLanes = kVectors * kWidth;
+  for (int64_t i = 0; i < rows; i += kBlockRows) {
+    const int count = rows - i < kBlockRows ? int(rows - i) : kBlockRows;
+    float* out = c + i * c_row;
+    if (lanes == kLanes) {
+      multiply_rows<Unit, kBlockRows, kVectors>(count, a.skip(i), b, depth, out, c_row, add);
+      continue;
+    }
+    float whole[kBlockRows * kLanes];  // c has no room for the padding
+    multiply_rows<Unit, kBlockRows, kVectors>(count, a.skip(i), b, depth, whole, kLanes, false);
+    for (int r = 0; r < count; ++r) {
+      for (int64_t j = 0; j < lanes; ++j) {
+        out[r * c_row + j] = (add ? out[r * c_row + j] : 0.0f) + whole[r * kLanes + j];
+      }
+    }
+  }
+}
+
+// ---- packing: a panel of lanes, (depth in units, lanes padded to whole vectors), 0 where there is nothing --------
+
+inline int64_t whole_vectors(int64_t lanes) { return (lanes + kWidth - 1) / kWidth * kWidth; }
+
+// b = x.T: lane i is row i of x, units lie along the row.
+template <class Unit>
+void pack_rows(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t elements, int64_t lanes,
+               uint32_t* b) {
+  const int64_t padded = whole_vectors(lanes), depth = units<Unit>(elements);
+  std::memset(b, 0, padded * depth * sizeof *b);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t whole = elements / Unit::kSize;
+    for (int64_t k = 0; k < whole; ++k) std::memcpy(b + k * padded + i, x + i * stride + k * Unit::kSize, sizeof *b);
+    if (whole < depth) std::memcpy(b + whole * padded + i, x + i * stride + whole * Unit::kSize, sizeof *x);
+  }
+}
+
+// b = x: lane j is column j of x, a unit joins neighbouring rows.
+template <class Unit>
+void pack_columns(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t lanes, uint32_t* b) {
+  const int64_t padded = whole_vectors(lanes), vectors = lanes / kWidth * kWidth;
+  for (int64_t k = 0; k < units<Unit>(rows); ++k, b += padded) {
+    const auto* low = x + k * Unit::kSize * stride;
+    if constexpr (Unit::kSize == 1) {
+      std::memcpy(b, low, lanes * sizeof *b);
+    } else {
+      const bool both = 2 * k + 1 < rows;
+      const auto* high = low + stride;
+      for (int64_t j = 0; j < vectors; j += kWidth) {
+        vu pair = __builtin_convertvector(load_vector<vh>(low + j), vu);
+        if (both) pair |= __builtin_convertvector(load_vector<vh>(high + j), vu) << 16;
+        std::memcpy(b + j, &pair, sizeof pair);
+      }
+      for (int64_t j = vectors; j < lanes; ++j) b[j] = low[j] | (both ? uint32_t(high[j]) << 16 : 0);
+    }
+    for (int64_t j = lanes; j < padded; ++j) b[j] = 0;
+  }
+}
+
+}  // namespace rlhf::RLHF_ISA
