@@ -111,13 +111,11 @@ class Op:
     def __call__(self, *args):
         if not plain(args):
             return self.library_op(*args)
-        if (
-            self._apply is not None
-            and torch.is_grad_enabled()
-            and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        ):
-            *seen, hidden = self._apply(*args)
-            return *seen, *hidden
+        if self._apply is not None and torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    *seen, hidden = self._apply(*args)
+                    return *seen, *hidden
         return self._kernel(*args)
 
     def _kernel(self, *args):

@@ -58,9 +58,12 @@ def pairwise_loss(
     accuracy counts chosen > rejected, a tie as one half; reward_mean and reward_std are over both responses.
     An empty batch, or one of weight 0, gives 0. Raises ValueError or TypeError for shapes, dtypes and devices.
     """
-    tensors = {"chosen": chosen, "rejected": rejected, "weights": weights}
-    margins, probs = (x if isinstance(x, Tensor) else None for x in (margin, target_prob))
-    check("pairwise_loss", 1, None, tensors | {"margin": margins, "target_prob": probs})
+    margins = margin if isinstance(margin, Tensor) else None
+    probs = target_prob if isinstance(target_prob, Tensor) else None
+    check(
+        "pairwise_loss", 1, None,
+        {"chosen": chosen, "rejected": rejected, "weights": weights, "margin": margins, "target_prob": probs},
+    )  # fmt: skip
     if pairwise_op.backend(chosen) == "reference":
         return reference.pairwise_loss(
             chosen, rejected, margin=margin, target_prob=target_prob, center_coef=center_coef, weights=weights
