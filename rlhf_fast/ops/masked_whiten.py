@@ -13,6 +13,7 @@ from torch import Tensor
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op
 from ._inputs import accumulation_dtype, as_rows
+from .masked_mean import _op as _mean
 from .masked_mean import fitting_mask
 
 
@@ -43,9 +44,11 @@ def _grad(ctx, grad, _):
     white = (values.to(grad.dtype) - mean) * scale
     if mask is not None:
         grad, white = torch.where(mask, grad, 0.0), torch.where(mask, white, 0.0)
-    # d/dx of (x - mean) scale, where mean and scale = 1 / sqrt(sum (x - mean)^2 / (count - 1) + eps) depend on x too
-    grad_mean = grad.sum() / count.clamp(min=1)
-    grad_values = scale * (grad - grad_mean - white * ((grad * white).sum() / (count - 1).clamp(min=1)))
+    # d/dx of (x - mean) scale, where mean and scale = 1 / sqrt(sum (x - mean)^2 / (count - 1) + eps) depend on x too.
+    # masked_mean, and not sum(), whose order of addition depends on the number of threads.
+    flat = None if mask is None else mask.reshape(1, -1)
+    grad_mean, grad_scale = (_mean(x.reshape(1, -1), flat)[0] for x in (grad, grad * white))
+    grad_values = scale * (grad - grad_mean - white * (grad_scale * count / (count - 1).clamp(min=1)))
     if not ctx.shift_mean:
         grad_values = grad_values + grad_mean
     return grad_values if mask is None else torch.where(mask, grad_values, 0.0), None, None, None
