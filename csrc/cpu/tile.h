@@ -12,12 +12,12 @@
 
 namespace rlhf::RLHF_ISA {
 
-constexpr int kTile = 512;         // elements: ten float tiles fit into L1
-constexpr int64_t kUnit = 16384;   // elements of a row per unit
+constexpr int kTile = 512;        // elements: ten float tiles fit into L1
+constexpr int64_t kUnit = 16384;  // elements of a row per unit
 
 // Elements for which another thread is woken. A thread that sleeps (OMP_WAIT_POLICY=PASSIVE, or nothing parallel just
-// before) takes 40 us to wake, and ppo_loss 1.5 ns an element: 64k break even. One that still spins would pay from 8k on
-// and save 25 us at 32k (EPYC, 2 cores).
+// before) takes 40 us to wake, and ppo_loss 1.5 ns an element: 64k break even. One that still spins would pay from 8k
+// on and save 25 us at 32k (EPYC, 2 cores).
 constexpr int64_t kWorth = 65536;
 
 struct Units {
