@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op
+from ._dispatch import _C, DTYPE_CODES, Op, may_consume
 from ._inputs import accumulation_dtype, as_rows, check, estimator_code, gradient_buffer, wants_gradient
 
 
@@ -38,7 +38,8 @@ def _save(ctx, inputs, outputs):
 def _grad(ctx, grad_kl, _):
     if grad_kl is None:
         return (None,) * 6
-    grad = ctx.saved_tensors[0] * grad_kl
+    (slope,) = ctx.saved_tensors
+    grad = slope.mul_(grad_kl) if may_consume(ctx, (slope, grad_kl)) else slope * grad_kl
     return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, *[None] * 4
 
 
