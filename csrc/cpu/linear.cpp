@@ -284,10 +284,10 @@ void backward(const Problem<Unit>& p, const int64_t* labels, double temperature,
   const int team_size = team(threads, p.rows * p.vocab);
   const int64_t panels = (p.width + kPanel - 1) / kPanel;
   // dhidden in a grid: first its columns are shared, because every share of its rows packs the weight again.
-  const int64_t column_shares = grad_hidden ? least(team_size, panels) : 0;
+  const int64_t share_panels = (panels + team_size - 1) / team_size;
+  const int64_t column_shares = grad_hidden ? (panels + share_panels - 1) / share_panels : 0;  // none is empty
   const int64_t row_shares =
       column_shares ? least(team_size / column_shares, (p.rows + kBlockRows - 1) / kBlockRows) : 0;
-  const int64_t share_panels = column_shares ? (panels + column_shares - 1) / column_shares : 0;
 #pragma omp parallel num_threads(team_size)
   {
     const Buffer<uint16_t> by_row(half ? kTileRows * lanes : 0);
