@@ -98,6 +98,7 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.float32, torch.bfloat16)
         and _C is not None
+        and weight.numel() > 0
         and bias is None
         and softcap is None
         and (weight.stride(1) == 1 or weight.shape[1] == 1)

@@ -249,7 +249,7 @@ HALF_OR_NOT = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 def head(rows, vocab, width, dtype):
     torch.manual_seed(rows + vocab + width)
-    weight = torch.randn(vocab, width) / width**0.5
+    weight = torch.randn(vocab, width) / max(width, 1) ** 0.5
     return torch.randn(rows, width).to(dtype), weight.to(dtype), torch.randint(vocab, (rows,))
 
 
@@ -316,6 +316,13 @@ def test_fused_threads_change_nothing(fused, loss, dtype):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@HALF_OR_NOT
+def test_fused_without_a_width(dtype):
+    hidden, weight, labels = head(4, 7, 0, dtype)
+    assert not _linear.is_fused(hidden, weight, None, None)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), torch.tensor(7.0).log())
 
 
 @HALF_OR_NOT
