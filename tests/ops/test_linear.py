@@ -320,9 +320,8 @@ def test_fused_threads_change_nothing(fused, loss, dtype):
 
 @HALF_OR_NOT
 def test_fused_without_a_width(dtype):
-    hidden, weight, labels = head(4, 7, 0, dtype)
+    hidden, weight, _ = head(4, 7, 0, dtype)
     assert not _linear.is_fused(hidden, weight, None, None)
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), torch.tensor(7.0).log())
 
 
 @HALF_OR_NOT
