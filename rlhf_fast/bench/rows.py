@@ -144,7 +144,7 @@ def _head(op: str, n: int, width: int, vocab: int, dtype: torch.dtype, device: t
 def _three_products(n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Callable:
     """hidden W^T, dz W and dz^T hidden, by PyTorch's own product: bfloat16 ones where the CPU multiplies it natively.
 
-    Not the least possible where PyTorch's product leaves a CPU half idle; linear.cpp's take fewer than one floor there.
+    Not the least possible where PyTorch's product leaves a CPU half idle; linear.cpp's float32 ones take half of it.
     """
     if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         dtype = torch.float32  # the faster one for bfloat16 too

@@ -89,7 +89,7 @@ def chunks(rows: int, vocab: int, multiple: int = 1) -> list[slice]:
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
     """Whether csrc/cpu/linear.cpp computes the chunks: it wins where PyTorch's own products leave the CPU half idle.
 
-    GFLOP/s a core (EPYC 9005, 304 x 896 x 50257), softmax included: bfloat16 with avx512_bf16 430, PyTorch 187 to 300
+    GFLOP/s a core (EPYC 9005, 304 x 896 x 50257), softmax included: bfloat16 with avx512_bf16 430, PyTorch 187 to 400
     without it, and 85 for the logits, which need float32. float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235
     against 75 to 100. CPUs with AMX, which this has not run on, keep PyTorch's products.
     """
