@@ -150,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = RLHF_CUDA;  // of the nvcc that built this module
   m.attr("cuda_architectures") = RLHF_CUDA_ARCHITECTURES;
   py::module_ cuda = m.def_submodule("cuda");
+  cuda.attr("scratch_doubles") = rlhf::kCudaScratch;
 #define BIND(op) bind_cuda(cuda, #op, &rlhf::cuda::op);
   RLHF_CUDA_OPS(BIND)
 #undef BIND

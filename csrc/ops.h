@@ -13,6 +13,7 @@
 namespace rlhf {
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kBool = 4 };
+enum Aggregation : int { kTokenMean = 0, kSeqMeanTokenSum = 1, kSeqMeanTokenMean = 2, kSeqMeanTokenSumNorm = 3 };
 
 // A (rows, cols) input of a small op, or a (cols,) one as a single row. data is null where an optional one is absent.
 struct Grid {
@@ -99,7 +100,7 @@ struct CpuOps {
   int64_t (*pairwise_loss)(Grid chosen, Grid rejected, Grid ref_chosen, Grid ref_rejected, Grid margin,
                            Grid target_prob, Grid weights, int64_t pairs, double scale, double margin_value,
                            double prob_value, double center_coef, int dtype, void* loss, void* stats, void* grad_chosen,
-                           void* grad_rejected);
+                           void* grad_rejected, int threads);
 
   // reference.ranking_loss; ranks and grad are contiguous (rows, k).
   int64_t (*ranking_loss)(Grid rewards, const int64_t* ranks, int64_t rows, int64_t k, int dtype, void* loss,
@@ -147,7 +148,10 @@ bool use_cpu_isa(const char* name);  // false where it is not compiled in or not
 
 // CUDA ops. Each launches on stream, which belongs to the current device, and returns the cudaError_t of the launch
 // (0 is success); nothing synchronises. A label out of range prints its row and stops the kernel, as a device-side
-// assert of PyTorch does.
+// assert of PyTorch does. The small ops are those of CpuOps, with scratch in place of threads: kCudaScratch + rows
+// doubles (rows of the op, 0 without), in any state, of this call alone.
+constexpr int64_t kCudaScratch = 1 << 15;
+
 struct CudaOps {
   int (*token_logprobs_forward)(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner,
                                 int64_t outer_stride, int64_t inner_stride, const int64_t* labels, const uint8_t* mask,
@@ -157,10 +161,38 @@ struct CudaOps {
                                  double temperature, const void* saved, const void* entropy, const void* grad_logprobs,
                                  const void* grad_entropy, void* grad_logits, int64_t grad_outer_stride,
                                  int64_t grad_inner_stride, void* stream);
+
+  int (*ppo_loss)(Grid logprobs, Grid old_logprobs, Grid advantages, Grid mask, Grid ref_logprobs, Grid entropy,
+                  Grid importance_weights, int64_t rows, int64_t cols, double clip_low, double clip_high,
+                  double dual_clip, double log_ratio_clamp, double kl_coef, int kl_estimator, double entropy_coef,
+                  int aggregation, const double* normalizer, int dtype, void* loss, void* stats, void* grad_logprobs,
+                  void* grad_entropy, double* scratch, void* stream);
+  int (*value_loss)(Grid values, Grid old_values, Grid returns, Grid mask, int64_t rows, int64_t cols, double cliprange,
+                    int aggregation, const double* normalizer, int dtype, void* loss, void* stats, void* grad,
+                    double* scratch, void* stream);
+  int (*kl_penalty)(Grid logprobs, Grid ref_logprobs, int64_t rows, int64_t cols, int estimator, double input_clamp,
+                    double output_clamp, int dtype, void* kl, void* slope, void* stream);
+  int (*pairwise_loss)(Grid chosen, Grid rejected, Grid ref_chosen, Grid ref_rejected, Grid margin, Grid target_prob,
+                       Grid weights, int64_t pairs, double scale, double margin_value, double prob_value,
+                       double center_coef, int dtype, void* loss, void* stats, void* grad_chosen, void* grad_rejected,
+                       double* scratch, void* stream);
+  int (*gae)(Grid rewards, Grid values, Grid mask, int64_t rows, int64_t cols, double gamma, double lam, int carry,
+             int dtype, void* advantages, void* returns, void* stream);
+  int (*masked_mean)(Grid values, Grid mask, int64_t rows, int64_t cols, int dtype, void* means, void* counts,
+                     double* scratch, void* stream);
+  int (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
+                       void* whitened, void* saved, double* scratch, void* stream);
 };
 
-#define RLHF_CUDA_OPS(X)    \
-  X(token_logprobs_forward) \
-  X(token_logprobs_backward)
+#define RLHF_CUDA_OPS(X)     \
+  X(token_logprobs_forward)  \
+  X(token_logprobs_backward) \
+  X(ppo_loss)                \
+  X(value_loss)              \
+  X(kl_penalty)              \
+  X(pairwise_loss)           \
+  X(gae)                     \
+  X(masked_mean)             \
+  X(masked_whiten)
 
 }  // namespace rlhf

@@ -100,4 +100,22 @@ RLHF_INLINE Preference<T> preference(T d, T p) {
   return {log1p_of(e) + linear, (1 - p) * positive - p * negative};
 }
 
+// One pair of rewards: the loss of its preference, centred where coef is not 0, and the derivatives by both rewards.
+template <class T>
+struct PairLoss {
+  T loss, by_chosen, by_rejected;
+};
+
+template <class T>
+RLHF_INLINE PairLoss<T> pair_loss(T chosen, T rejected, T margin, T p, T center_coef) {
+  const Preference<T> one = preference(chosen - rejected - margin, p);
+  const T center = chosen + rejected, pull = center_coef != 0 ? center_coef * center : T(0);
+  return {one.loss + (center_coef != 0 ? pull * center : T(0)), 2 * pull + one.slope, 2 * pull - one.slope};
+}
+
+template <class T>
+RLHF_INLINE T sign(T x) {
+  return x > 0 ? T(1) : x < 0 ? T(-1) : x;  // NaN stays
+}
+
 }  // namespace rlhf::RLHF_ISA

@@ -1,4 +1,4 @@
-// What PPO and the KL penalty do at one token.
+// What PPO, its value function and the KL penalty do at one token.
 #pragma once
 
 #include <type_traits>
@@ -82,6 +82,24 @@ RLHF_INLINE PpoToken<T> ppo_token(T logprob, T old_logprob, T advantage, T weigh
   const bool flat = over | under | (d > o.log_ratio_clamp) | (d < -o.log_ratio_clamp);
   const bool high = over & (advantage > 0), dual = over & (advantage < 0);
   return {loss, flat ? T(0) : loss, d, ratio, exp_minus_1_minus(d, e), high, under, dual};
+}
+
+template <class T>
+struct ValueToken {
+  T loss, slope, error;  // slope: d loss / d value; error: target - value
+  bool clipped;
+};
+
+// The larger of two squared errors, with the value free and with it held within +-range of the old one. What is held
+// at the edge of the clip is a constant.
+template <class T>
+RLHF_INLINE ValueToken<T> value_token(T value, T old_value, T target, T range) {
+  const T low = old_value - range, high = old_value + range;
+  const T inside = value < low ? low : value > high ? high : value;
+  const T free_error = value - target, clipped_error = inside - target;
+  const bool held = clipped_error * clipped_error > free_error * free_error;
+  const T used = held ? clipped_error : free_error;
+  return {T(0.5) * used * used, held ? T(0) : used, -free_error, held};
 }
 
 }  // namespace rlhf::RLHF_ISA

@@ -5,8 +5,6 @@
 
 namespace rlhf::RLHF_ISA {
 
-enum Aggregation : int { kTokenMean = 0, kSeqMeanTokenSum = 1, kSeqMeanTokenMean = 2, kSeqMeanTokenSumNorm = 3 };
-
 inline int64_t count_row(const Grid& mask, int64_t row, int64_t cols) {
   const uint8_t* m = (const uint8_t*)mask.data + row * mask.row_stride;
   int64_t total = 0;

@@ -6,11 +6,6 @@ namespace rlhf::RLHF_ISA {
 namespace {
 
 template <class T>
-T sign(T x) {
-  return x > 0 ? T(1) : x < 0 ? T(-1) : x;  // NaN stays
-}
-
-template <class T>
 struct Pairs {
   Grid chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights;
   T scale, margin_value, prob_value, center_coef;
@@ -51,12 +46,11 @@ void run(const Pairs<T>& in, int64_t pairs, T* loss, T* stats) {
     }
 #pragma omp simd reduction(+ : accuracy, difference, chosen, rejected)
     for (int j = 0; j < n; ++j) {
-      const Preference<T> one = preference(c[j] - r[j] - margin[j], p[j]);
-      const T center = c[j] + r[j], pull = in.center_coef != 0 ? in.center_coef * center : T(0);
+      const PairLoss<T> one = pair_loss(c[j], r[j], margin[j], p[j], in.center_coef);
       const T each = w[j] * T(share) * in.scale;
-      losses[j] = w[j] * (one.loss + (in.center_coef != 0 ? pull * center : T(0)));
-      margin[j] = each * (2 * pull + one.slope);  // from here on the gradients
-      extra[j] = each * (2 * pull - one.slope);
+      losses[j] = w[j] * one.loss;
+      margin[j] = each * one.by_chosen;  // from here on the gradients
+      extra[j] = each * one.by_rejected;
       accuracy += w[j] * (T(0.5) * (sign(c[j] - r[j]) + 1));
       difference += w[j] * (c[j] - r[j]);
       chosen += w[j] * c[j];
@@ -133,7 +127,8 @@ void run_ranking(const Grid& rewards, const int64_t* ranks, int64_t rows, int64_
 
 int64_t pairwise_loss(Grid chosen, Grid rejected, Grid ref_chosen, Grid ref_rejected, Grid margin, Grid target_prob,
                       Grid weights, int64_t pairs, double scale, double margin_value, double prob_value,
-                      double center_coef, int dtype, void* loss, void* stats, void* grad_chosen, void* grad_rejected) {
+                      double center_coef, int dtype, void* loss, void* stats, void* grad_chosen, void* grad_rejected,
+                      int) {
   auto call = [&](auto zero) {
     using T = decltype(zero);
     const Pairs<T> in{chosen,         rejected,        ref_chosen,       ref_rejected,    margin,

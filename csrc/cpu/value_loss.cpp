@@ -1,4 +1,5 @@
 // value_loss on the CPU: one pass over the inputs gives the loss, its gradient and all statistics.
+#include "../common/policy.h"
 #include "aggregate.h"
 
 namespace rlhf::RLHF_ISA {
@@ -32,15 +33,11 @@ void unit(const Inputs<T>& in, int64_t row, int64_t begin, int64_t end, T weight
     T clipped = 0;
 #pragma omp simd reduction(+ : clipped)
     for (int j = 0; j < n; ++j) {
-      const T low = old[j] - range, high = old[j] + range;
-      const T inside = v[j] < low ? low : v[j] > high ? high : v[j];
-      const T free_error = v[j] - target[j], clipped_error = inside - target[j];
-      const bool held = clipped_error * clipped_error > free_error * free_error;
-      const T used = held ? clipped_error : free_error;
-      loss[j] = T(0.5) * used * used;
-      slope[j] = held ? T(0) : used;  // what is held at the edge of the clip is a constant
-      error[j] = -free_error;
-      clipped += held ? T(1) : T(0);
+      const auto token = value_token(v[j], old[j], target[j], range);
+      loss[j] = token.loss;
+      slope[j] = token.slope;
+      error[j] = token.error;
+      clipped += token.clipped ? T(1) : T(0);
     }
     const double count = sum(mask, n);
     p.loss += sum(loss, n);

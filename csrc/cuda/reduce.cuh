@@ -7,18 +7,14 @@
 // Milakov & Gimelshein 2018, "Online normalizer calculation for softmax".
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
-namespace rlhf::cuda {
+#include "launch.cuh"
 
-constexpr int kWarp = 32;
+namespace rlhf::cuda {
 
 // float accumulates every input dtype, double its own.
 template <typename scalar_t>

@@ -9,7 +9,7 @@
 // row gives the same bits wherever it lies in the batch, odd vocabularies (GPT-2: 50257) included.
 #include <cstdio>
 
-#include "../ops.h"
+#include "launch.cuh"
 #include "reduce.cuh"
 
 namespace rlhf::cuda {
@@ -194,34 +194,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
       });
 }
 
-// body(scalar_t()) for a DType code.
-template <typename Body>
-int with_dtype(int dtype, Body body) {
-  switch (dtype) {
-    case kFloat32:
-      return body(float());
-    case kBFloat16:
-      return body(__nv_bfloat16());
-    case kFloat16:
-      return body(__half());
-    case kFloat64:
-      return body(double());
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <typename... Parameters, typename... Values>
-int launch(void (*kernel)(Parameters...), int64_t rows, void* stream, Values... values) {
-  if (rows == 0) return cudaSuccess;
-  if (rows > INT32_MAX) return cudaErrorInvalidValue;  // the grid's x axis
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(values)...);
-}
-
 }  // namespace
 
 int token_logprobs_forward(const void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner,
@@ -238,7 +210,7 @@ int token_logprobs_forward(const void* logits, int dtype, int64_t rows, int64_t 
                                  acc_t(kLog2E / temperature),
                                  acc_t(1 / temperature)};
     const auto kernel = entropy == nullptr ? forward_kernel<scalar_t, false> : forward_kernel<scalar_t, true>;
-    return launch(kernel, rows, stream, in, static_cast<acc_t*>(logprobs), static_cast<acc_t*>(entropy),
+    return launch(kernel, rows, kThreads, stream, in, static_cast<acc_t*>(logprobs), static_cast<acc_t*>(entropy),
                   static_cast<acc_t*>(saved));
   });
 }
@@ -259,9 +231,10 @@ int token_logprobs_backward(const void* logits, int dtype, int64_t rows, int64_t
                                  acc_t(kLog2E / temperature),
                                  acc_t(1 / temperature)};
     const auto kernel = grad_entropy == nullptr ? backward_kernel<scalar_t, false> : backward_kernel<scalar_t, true>;
-    return launch(kernel, rows, stream, in, static_cast<const acc_t*>(saved), static_cast<const acc_t*>(entropy),
-                  static_cast<const acc_t*>(grad_logprobs), static_cast<const acc_t*>(grad_entropy),
-                  static_cast<scalar_t*>(grad_logits), Rows{inner, grad_outer_stride, grad_inner_stride});
+    return launch(kernel, rows, kThreads, stream, in, static_cast<const acc_t*>(saved),
+                  static_cast<const acc_t*>(entropy), static_cast<const acc_t*>(grad_logprobs),
+                  static_cast<const acc_t*>(grad_entropy), static_cast<scalar_t*>(grad_logits),
+                  Rows{inner, grad_outer_stride, grad_inner_stride});
   });
 }
 

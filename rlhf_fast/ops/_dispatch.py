@@ -9,7 +9,7 @@ Any other backend is a native kernel, which `op(...)` enters
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -238,22 +238,32 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     return table
 
 
-def pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def pointers(arguments: tuple) -> tuple:
-    """A native op's arguments: tensors as their addresses, None as null, numbers as they are."""
-    return tuple(pointer(a) if a is None or isinstance(a, Tensor) else a for a in arguments)
-
-
-def launch(kernel: Callable, arguments: tuple) -> None:
-    """Queues a CUDA op on the current stream of its first tensor's device."""
+def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
+    """Queues a CUDA op of csrc/ops.h on the current stream of its first tensor's device."""
     device = arguments[0].device
-    with torch.cuda.device(device):
-        error = kernel(*pointers(arguments), torch.cuda.current_stream(device).cuda_stream)
+    if scratch_rows is not None:  # in use until the kernel has run, which is before anything later on this stream
+        size = _C.cuda.scratch_doubles + scratch_rows
+        arguments = (*arguments, torch.empty(size, dtype=torch.float64, device=device))
+    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        error = getattr(_C.cuda, op)(*arguments, torch.cuda.current_stream(device).cuda_stream)
     if error:
-        raise RuntimeError(f"{kernel.__name__}: the launch on {device} failed with cudaError_t {error}")
+        raise RuntimeError(f"{op}: the launch on {device} failed with cudaError_t {error}")
+
+
+def native(op: str, arguments: Callable, *, scratch: bool) -> dict[tuple[str, str], Callable]:
+    """The native kernels of a small op: arguments(*args) gives what csrc/ops.h asks of both, and the outputs."""
+
+    def cpu(*args):
+        given, outputs = arguments(*args)
+        getattr(_C, op)(*given, torch.get_num_threads())
+        return outputs
+
+    def cuda(*args):
+        given, outputs = arguments(*args)
+        launch(op, given, args[0].shape[0] if scratch else None)
+        return outputs
+
+    return {("cpu", "native"): cpu, ("cuda", "native"): cuda}
 
 
 def as_bool(mask: Tensor) -> Tensor:

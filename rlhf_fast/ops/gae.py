@@ -2,7 +2,7 @@
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
 
-Specification: reference.gae. Kernel: csrc/cpu/gae.cpp.
+Specification: reference.gae. Kernels: csrc/cpu/gae.cpp, csrc/cuda/gae.cu.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool
+from ._dispatch import DTYPE_CODES, Op, as_bool, native
 from ._inputs import accumulation_dtype, check
 
 
@@ -20,19 +20,18 @@ def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return advantages, torch.empty_like(advantages)
 
 
-def _cpu(rewards, values, mask, gamma, lam, carry):
+def _arguments(rewards, values, mask, gamma, lam, carry):
     advantages, returns = _outputs(rewards)
-    _C.gae(
+    arguments = (
         rewards, values, mask, *rewards.shape, gamma, lam, carry, DTYPE_CODES[returns.dtype], advantages, returns,
-        torch.get_num_threads(),
     )  # fmt: skip
-    return advantages, returns
+    return arguments, (advantages, returns)
 
 
 _op = Op(
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool carry) -> "
     "(Tensor advantages, Tensor returns)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("gae", _arguments, scratch=False),
     fake=lambda rewards, *_: _outputs(rewards),
 )
 

@@ -2,7 +2,7 @@
 
     d = logprobs - ref_logprobs;  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d,  abs = |d|
 
-Specification: reference.kl_penalty. Kernel: csrc/cpu/kl_penalty.cpp, the formulas in csrc/common/policy.h.
+Specification: reference.kl_penalty. Kernels: csrc/cpu, csrc/cuda, the formulas in csrc/common/policy.h.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, may_consume
+from ._dispatch import DTYPE_CODES, Op, may_consume, native
 from ._inputs import accumulation_dtype, as_rows, check, estimator_code, gradient_buffer, wants_gradient
 
 
@@ -22,13 +22,12 @@ def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     return kl, gradient_buffer(logprobs, with_grad)
 
 
-def _cpu(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
+def _arguments(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
     kl, slope = _outputs(logprobs, with_grad)
-    _C.kl_penalty(
+    arguments = (
         logprobs, ref_logprobs, *logprobs.shape, estimator, input_clamp, output_clamp, DTYPE_CODES[kl.dtype], kl, slope,
-        torch.get_num_threads(),
     )  # fmt: skip
-    return kl, slope
+    return arguments, (kl, slope)
 
 
 def _save(ctx, inputs, outputs):
@@ -46,7 +45,7 @@ def _grad(ctx, grad_kl, _):
 _op = Op(
     "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator, float input_clamp, float output_clamp, "
     "bool with_grad) -> (Tensor kl, Tensor slope)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("kl_penalty", _arguments, scratch=False),
     fake=lambda logprobs, *args: _outputs(logprobs, args[-1]),
     backward=_grad,
     setup_context=_save,

@@ -1,6 +1,6 @@
 """The mean over a mask, 0 where it is empty: sum(values * mask) / max(sum(mask), 1), with NaN outside the mask ignored.
 
-Specification: reference.masked_mean. Kernel: csrc/cpu/masked.cpp.
+Specification: reference.masked_mean. Kernels: csrc/cpu/masked.cpp, csrc/cuda/masked.cu.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool
+from ._dispatch import DTYPE_CODES, Op, as_bool, native
 from ._inputs import accumulation_dtype
 
 
@@ -20,12 +20,9 @@ def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(rows, dtype=dtype, device=device), torch.empty(rows, dtype=dtype, device=device)
 
 
-def _cpu(values, mask):
+def _arguments(values, mask):
     means, counts = _outputs(values)
-    _C.masked_mean(
-        values, mask, *values.shape, DTYPE_CODES[means.dtype], means, counts, torch.get_num_threads()
-    )  # fmt: skip
-    return means, counts
+    return (values, mask, *values.shape, DTYPE_CODES[means.dtype], means, counts), (means, counts)
 
 
 def _save(ctx, inputs, output):
@@ -44,7 +41,7 @@ def _grad(ctx, grad_means, _):
 
 _op = Op(
     "masked_mean(Tensor values, Tensor? mask) -> (Tensor means, Tensor counts)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("masked_mean", _arguments, scratch=True),
     fake=lambda values, _: _outputs(values),
     backward=_grad,
     setup_context=_save,

@@ -2,7 +2,7 @@
 
     (values - mean) / sqrt(var + eps), var with Bessel's correction; 0 outside the mask
 
-Specification: reference.masked_whiten. Kernel: csrc/cpu/masked.cpp.
+Specification: reference.masked_whiten. Kernels: csrc/cpu/masked.cpp, csrc/cuda/masked.cu.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op
+from ._dispatch import DTYPE_CODES, Op, native
 from ._inputs import accumulation_dtype, as_rows
 from .masked_mean import _op as _mean
 from .masked_mean import fitting_mask
@@ -23,13 +23,12 @@ def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
     return whitened, torch.empty(3, dtype=dtype, device=values.device)
 
 
-def _cpu(values, mask, shift_mean, eps):
+def _arguments(values, mask, shift_mean, eps):
     whitened, saved = _outputs(values)
-    _C.masked_whiten(
+    arguments = (
         values, mask, *values.shape, shift_mean, eps, DTYPE_CODES[saved.dtype], whitened, saved,
-        torch.get_num_threads(),
     )  # fmt: skip
-    return whitened, saved
+    return arguments, (whitened, saved)
 
 
 def _save(ctx, inputs, output):
@@ -56,7 +55,7 @@ def _grad(ctx, grad, _):
 
 _op = Op(
     "masked_whiten(Tensor values, Tensor? mask, bool shift_mean, float eps) -> (Tensor whitened, Tensor saved)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("masked_whiten", _arguments, scratch=True),
     fake=lambda values, *_: _outputs(values),
     backward=_grad,
     setup_context=_save,

@@ -3,7 +3,7 @@
     d = chosen - rejected - margin;  loss = -p log sigma(d) - (1 - p) log sigma(-d) + center_coef (chosen + rejected)^2
 
 p = 1 is the loss of Ouyang et al. 2022, p from a judge that of RLAIF (Bai et al. 2022b), the last term centres rewards
-(Eisenstein et al. 2023). Specification: reference.pairwise_loss. Kernel: csrc/cpu/pairwise_loss.cpp.
+(Eisenstein et al. 2023). Specification: reference.pairwise_loss. Kernels: csrc/cpu, csrc/cuda.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op
+from ._dispatch import DTYPE_CODES, Op, native
 from ._inputs import by_name, check, gradient_buffer, loss_and_statistics, wants_gradient
 from .reference import PAIRWISE_STATS
 
@@ -21,21 +21,23 @@ def _outputs(chosen: Tensor, with_grad: bool) -> tuple[Tensor | None, ...]:
     return *loss_and_statistics(chosen, PAIRWISE_STATS), *grads
 
 
-def _cpu(chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, scale, margin_value, prob_value,
-         center_coef, with_grad):  # fmt: skip
+def _arguments(
+    chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, scale, margin_value, prob_value,
+    center_coef, with_grad,
+):  # fmt: skip
     outputs = _outputs(chosen, with_grad)
-    _C.pairwise_loss(
+    arguments = (
         chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, chosen.shape[0], scale, margin_value,
         prob_value, center_coef, DTYPE_CODES[outputs[0].dtype], *outputs,
     )  # fmt: skip
-    return outputs
+    return arguments, outputs
 
 
 pairwise_op = Op(
     "pairwise_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? margin, "
     "Tensor? target_prob, Tensor? weights, float scale, float margin_value, float prob_value, float center_coef, "
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("pairwise_loss", _arguments, scratch=True),
     fake=lambda chosen, *args: _outputs(chosen, args[-1]),
     gradients={0: 2, 1: 3},
 )

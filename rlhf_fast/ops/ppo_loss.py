@@ -3,18 +3,17 @@
     r = exp(logprobs - old_logprobs);  loss = mean over the mask of -min(r A, clip(r, 1 - cliprange, 1 + cliprange) A)
 
 Everything but the log-probs is known when the loss is computed, so the forward writes the gradient too and the backward
-only scales it. Specification: reference.ppo_loss. Kernels: csrc/cpu/ppo_loss.cpp, the formula in csrc/common/policy.h.
+only scales it. Specification: reference.ppo_loss. Kernels: csrc/cpu, csrc/cuda, the formula in csrc/common/policy.h.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool
+from ._dispatch import DTYPE_CODES, Op, as_bool, native
 from ._inputs import (
     aggregation_code,
     by_name,
@@ -33,17 +32,17 @@ def _outputs(logprobs: Tensor, with_grad: bool, with_entropy_grad: bool) -> tupl
     return *loss_and_statistics(logprobs, PPO_STATS), *grads
 
 
-def _cpu(
+def _arguments(
     logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, normalizer, clip_low,
     clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, *with_grads,
 ):  # fmt: skip
     outputs = _outputs(logprobs, *with_grads)
-    _C.ppo_loss(
+    arguments = (
         logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, *logprobs.shape, clip_low,
         clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer,
-        DTYPE_CODES[outputs[0].dtype], *outputs, torch.get_num_threads(),
+        DTYPE_CODES[outputs[0].dtype], *outputs,
     )  # fmt: skip
-    return outputs
+    return arguments, outputs
 
 
 _op = Op(
@@ -51,7 +50,7 @@ _op = Op(
     "Tensor? entropy, Tensor? importance_weights, Tensor? normalizer, float clip_low, float clip_high, "
     "float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator, float entropy_coef, int aggregation, "
     "bool with_grad, bool with_entropy_grad) -> (Tensor loss, Tensor stats, Tensor grad, Tensor entropy_grad)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("ppo_loss", _arguments, scratch=True),
     fake=lambda *args: _outputs(args[0], *args[-2:]),
     gradients={0: 2, 5: 3},
 )

@@ -74,7 +74,7 @@ def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logpro
 
 def _forward_cuda(logits, labels, mask, temperature, with_entropy, inplace_backward):
     arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
-    launch(_C.cuda.token_logprobs_forward, arguments)
+    launch("token_logprobs_forward", arguments)
     return outputs
 
 
@@ -82,7 +82,7 @@ def _backward_cuda(logits, labels, mask, temperature, saved, entropy, grad_logpr
     arguments, out = _backward_arguments(
         logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
     )
-    launch(_C.cuda.token_logprobs_backward, arguments)
+    launch("token_logprobs_backward", arguments)
     return out
 
 

@@ -2,7 +2,7 @@
 
     loss = mean over the mask of 0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
-Specification: reference.value_loss. Kernel: csrc/cpu/value_loss.cpp. The forward writes the gradient, the backward
+Specification: reference.value_loss. Kernels: csrc/cpu, csrc/cuda. The forward writes the gradient, the backward
 scales it.
 """
 
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool
+from ._dispatch import DTYPE_CODES, Op, as_bool, native
 from ._inputs import (
     aggregation_code,
     by_name,
@@ -31,19 +30,19 @@ def _outputs(values: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | 
     return *loss_and_statistics(values, VALUE_STATS), gradient_buffer(values, with_grad)
 
 
-def _cpu(values, old_values, returns, mask, normalizer, cliprange, aggregation, with_grad):
+def _arguments(values, old_values, returns, mask, normalizer, cliprange, aggregation, with_grad):
     outputs = _outputs(values, with_grad)
-    _C.value_loss(
+    arguments = (
         values, old_values, returns, mask, *values.shape, cliprange, aggregation, normalizer,
-        DTYPE_CODES[outputs[0].dtype], *outputs, torch.get_num_threads(),
+        DTYPE_CODES[outputs[0].dtype], *outputs,
     )  # fmt: skip
-    return outputs
+    return arguments, outputs
 
 
 _op = Op(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? normalizer, float cliprange, "
     "int aggregation, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("value_loss", _arguments, scratch=True),
     fake=lambda *args: _outputs(args[0], args[-1]),
     gradients={0: 2},
 )

@@ -1,53 +1,149 @@
-"""Runs csrc/cuda/token_logprobs.cu on the CPU: the source as it is, compiled by g++ over tests/cuda/emulator."""
+"""Runs csrc/cuda on the CPU: the sources as they are, compiled by g++ over tests/cuda/emulator.
+
+csrc/ops.h is the table of what is emulated: every op of RLHF_CUDA_OPS, with the parameters that it declares.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from rlhf_fast.ops._dispatch import pointers
+import torch
+
+from rlhf_fast.ops import _dispatch
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "csrc" / "cuda" / "token_logprobs.cu"
-HEADER = ROOT / "csrc" / "cuda" / "reduce.cuh"
-ASCENDING, DESCENDING, SHUFFLED = 0, 1, 2  # which thread runs first
-
-_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-_ROWS = [_P, _I, _L, _L, _L, _L, _L, _P, _P, _D]  # logits ... temperature, as in csrc/ops.h
+CUDA = ROOT / "csrc" / "cuda"
+EMULATOR = Path(__file__).parent / "emulator"
+ASCENDING, DESCENDING, SHUFFLED = ORDERS = (0, 1, 2)  # which thread, and which block, runs first
+TICKETS = 64  # of sums.cuh, few enough to use them up
 
 
-def build(folder: Path, source: Path = SOURCE) -> ctypes.CDLL:
-    """The compiled emulation of source; headers beside source win over csrc/cuda."""
-    library = folder / "emulated.so"
-    subprocess.run(
-        [
-            "g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
-            "-fno-gnu-unique", f"-I{source.parent}", f"-I{Path(__file__).parent / 'emulator'}", f"-I{ROOT / 'csrc'}",
-            f'-DRLHF_CUDA_SOURCE="{source}"', str(Path(__file__).parent / "emulator" / "token_logprobs.cpp"),
-            "-o", str(library),
-        ],
-        check=True,
+class Grid(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("row_stride", ctypes.c_int64),
+        ("col_stride", ctypes.c_int64),
     )  # fmt: skip
-    emulated = ctypes.CDLL(str(library))
-    emulated.forward.argtypes = [*_ROWS, _P, _P, _P]
-    emulated.backward.argtypes = [*_ROWS, _P, _P, _P, _P, _P, _L, _L]
-    return emulated
+
+    @classmethod
+    def of(cls, x: torch.Tensor | None) -> Grid:
+        """As grid_of in csrc/bindings.cpp."""
+        if x is None:
+            return cls(None, 0, 0, 0)
+        return cls(x.data_ptr(), _dispatch.DTYPE_CODES.get(x.dtype, 4), x.stride(0) if x.ndim == 2 else 0, x.stride(-1))
 
 
-def install(monkeypatch, emulated: ctypes.CDLL) -> None:
+C_TYPES = {"Grid": Grid, "int": ctypes.c_int, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
+
+
+def signatures() -> dict[str, list[str]]:
+    """{op: the type of each parameter} of every op of RLHF_CUDA_OPS."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc" / "ops.h").read_text())
+    table = text.split("struct CudaOps {")[1].split("};")[0]
+    declared = re.findall(r"int \(\*(\w+)\)\((.*?)\);", table, re.DOTALL)
+    listed = re.findall(r"X\((\w+)\)", text.split("#define RLHF_CUDA_OPS(X)")[1])
+    assert [name for name, _ in declared] == listed
+    types = {
+        name: [re.sub(r"\s*\w+$", "", p.strip()).removeprefix("const ") for p in parameters.split(",")]
+        for name, parameters in declared
+    }
+    return {name: ["pointer" if t.endswith("*") else t for t in kinds] for name, kinds in types.items()}
+
+
+def compile_all(commands: list[list[str]]) -> None:
+    for command in commands:
+        subprocess.run(["g++", "-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", *command], check=True)
+
+
+def compile_source(source: Path, to: Path) -> None:
+    """One .cu as ordinary C++; headers beside it win over csrc/cuda."""
+    compile_all([[
+        "-ffp-contract=off", "-fno-strict-aliasing", f"-DRLHF_TICKETS={TICKETS}", f"-I{EMULATOR}",
+        f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", str(source), "-o", str(to),
+    ]])  # fmt: skip
+
+
+class Emulated:
+    """The compiled kernels; an attribute for each op, called with tensors as _C.cuda is."""
+
+    def __init__(self, objects: list[Path], library: Path):
+        compile_all([[
+            "-shared", f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", str(EMULATOR / "emulated.cpp"), *map(str, objects),
+            "-o", str(library),
+        ]])  # fmt: skip
+        self.library = ctypes.CDLL(str(library))
+        self.scratch_doubles = ctypes.c_int64.in_dll(self.library, "scratch_doubles").value
+        self.objects = objects
+        for name, kinds in signatures().items():
+            setattr(self, name, self._op(name, kinds))
+
+    def _op(self, name: str, kinds: list[str]):
+        address = ctypes.c_void_p.in_dll(self.library, f"{name}_address").value
+        function = ctypes.CFUNCTYPE(ctypes.c_int, *(C_TYPES.get(kind, ctypes.c_void_p) for kind in kinds))(address)
+
+        def call(*arguments):
+            def convert(kind, x):
+                if kind == "Grid":
+                    return Grid.of(x)
+                return x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+            return function(*(convert(kind, x) for kind, x in zip(kinds, arguments, strict=True)))
+
+        return call
+
+    def set_order(self, order: int) -> None:
+        self.library.set_order(order)
+
+    def set_capturing(self, capturing: bool) -> None:
+        self.library.set_capturing(capturing)
+
+    def launches(self) -> int:
+        return self.library.launches()
+
+    def flush(self) -> None:
+        self.library.flush()
+
+
+def build(folder: Path) -> Emulated:
+    objects = [folder / f"{source.stem}.o" for source in sorted(CUDA.glob("*.cu"))]
+    for to in objects:
+        compile_source(CUDA / f"{to.stem}.cu", to)
+    return Emulated(objects, folder / "emulated.so")
+
+
+def rebuild(emulated: Emulated, folder: Path, op: str, edits: dict[str, str]) -> Emulated:
+    """The same with the file of one op compiled anew, from a copy of csrc with other text in some files of it."""
+    for source in [*(ROOT / "csrc").glob("*/*.h"), *(ROOT / "csrc").glob("*.h"), *CUDA.iterdir()]:
+        to = folder / source.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(edits.get(source.name, source.read_text()))
+    compile_source(folder / "csrc" / "cuda" / f"{op}.cu", folder / f"{op}.o")
+    objects = [folder / o.name if o.stem == op else o for o in emulated.objects]
+    return Emulated(objects, folder / "emulated.so")
+
+
+def install(monkeypatch, emulated: Emulated) -> None:
     """Lets the public functions run the emulated kernels on CPU tensors, through the Python of the CUDA backend."""
-    module = sys.modules["rlhf_fast.ops.token_logprobs"]
-    cuda = SimpleNamespace(token_logprobs_forward=emulated.forward, token_logprobs_backward=emulated.backward)
-    monkeypatch.setattr(module, "_C", SimpleNamespace(cuda=cuda))
+    guard = 64
 
-    def launch(kernel, arguments):
-        error = kernel(*pointers(arguments))
+    def launch(op, arguments, scratch_rows=None):
+        scratch = ()
+        if scratch_rows is not None:  # whatever lay there, and nothing behind it is touched
+            size = emulated.scratch_doubles + scratch_rows
+            scratch = (torch.full((size + guard,), torch.nan, dtype=torch.float64),)
+        error = getattr(emulated, op)(*arguments, *scratch, None)
+        assert not scratch or scratch[0][size:].isnan().all(), f"{op} writes behind its scratch memory"
         if error:
-            raise RuntimeError(f"cudaError_t {error}")
+            raise RuntimeError(f"{op}: cudaError_t {error}")
 
-    monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setitem(module._forward.kernels["cpu"], "native", module._forward_cuda)
-    monkeypatch.setitem(module._backward.kernels["cpu"], "native", module._backward_cuda)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("rlhf_fast.ops.") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(_dispatch, "_C", SimpleNamespace(cuda=emulated, cuda_version="emulated"))
+    for op in _dispatch._OPS.values():
+        if "native" in op.kernels.get("cuda", {}):
+            monkeypatch.setitem(op.kernels["cpu"], "native", op.kernels["cuda"]["native"])

@@ -1,4 +1,4 @@
-"""Every op on a GPU (`make gpu`): accuracy, compile, streams, host synchronisation, bits, more than 2^31 elements."""
+"""Every op on a GPU (`make gpu`): accuracy, compile, streams, graphs, devices, host synchronisation, bits, size."""
 
 from __future__ import annotations
 
@@ -186,4 +186,156 @@ torch.cuda.synchronize()
 
 
 def test_backends_name_the_cuda_kernel():
-    assert rf.backends()["token_logprobs_forward"]["cuda"]["backend"] == "native"
+    for op in ("token_logprobs_forward", *SMALL):
+        assert rf.backends()[op.removesuffix("_forward")]["cuda"]["backend"] == "native", op
+
+
+# --- The small ops: one launch, whatever the stream, the device, the graph -------------------------------------------
+
+SMALL = ("ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "gae", "masked_mean", "masked_whiten")
+small_ops = pytest.mark.parametrize("op", SMALL)
+
+
+def small_inputs(op: str, device: str = "cuda", rows: int = 64, columns: int = 1024) -> dict[str, torch.Tensor]:
+    """Of a PPO step's size: many blocks, several of which may run on other streams at the same time."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, device=device, generator=generator)  # noqa: E731
+    mask = torch.rand(rows, columns, device=device, generator=generator) < 0.8
+    names = {
+        "ppo_loss": ("logprobs", "old_logprobs", "advantages"), "value_loss": ("values", "old_values", "returns"),
+        "kl_penalty": ("logprobs", "ref_logprobs"), "gae": ("rewards", "values"), "masked_mean": ("values",),
+        "masked_whiten": ("values",),
+    }  # fmt: skip
+    if op == "pairwise_loss":
+        return {name: draw(rows * columns) for name in ("chosen", "rejected")}
+    tensors = {name: draw(rows, columns) for name in names[op]}
+    if op in ("ppo_loss", "value_loss"):  # a normalizer that lies on the device, and is read there
+        tensors["normalizer"] = torch.full((), 1000.0, dtype=torch.float64, device=device)
+    return tensors | ({"mask": mask} if op != "kl_penalty" else {})
+
+
+def forward_and_gradient(op: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = next(iter(inputs))
+    prediction = inputs[first].detach().requires_grad_(op != "gae")
+    outputs = tensors_of(getattr(rf, op)(**(inputs | {first: prediction})))
+    total = sum(out.sum() for out in outputs.values() if out.requires_grad)
+    results = {name: out.detach() for name, out in outputs.items()}
+    return results if op == "gae" else results | {"grad": torch.autograd.grad(total, prediction)[0]}
+
+
+def assert_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@small_ops
+def test_a_small_op_never_waits_for_its_stream(op):
+    inputs = small_inputs(op)
+    want = forward_and_gradient(op, inputs)  # loads the kernels, which may synchronise
+    late = {name: torch.zeros_like(x) for name, x in inputs.items()}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        forward_and_gradient(op, inputs)  # fills this stream's part of the caching allocator
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            for name, x in inputs.items():
+                late[name].copy_(x)
+            got = forward_and_gradient(op, late)
+        waited = stream.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not waited, "the call waited for the GPU"
+    torch.cuda.synchronize()
+    assert_same_bits(got, want)
+
+
+@small_ops
+def test_streams_side_by_side_share_nothing(op):
+    inputs = small_inputs(op)
+    want = forward_and_gradient(op, inputs)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(8)]
+    results = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(forward_and_gradient(op, inputs))
+    torch.cuda.synchronize()
+    for got in results:
+        assert_same_bits(got, want)
+
+
+@small_ops
+def test_inside_a_cuda_graph(op):
+    """Captured once, replayed with other inputs; two graphs, and calls outside them, at the same time."""
+    inputs = small_inputs(op)
+    static = {name: x.clone() for name, x in inputs.items()}
+    want = forward_and_gradient(op, inputs)
+    warmup = torch.cuda.Stream()
+    with torch.cuda.stream(warmup):
+        forward_and_gradient(op, static)
+    torch.cuda.synchronize()
+    graphs, outputs = [], []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(forward_and_gradient(op, static))
+        graphs.append(graph)
+    for x in static.values():
+        x.zero_()
+    for graph in graphs:
+        graph.replay()
+    for name, x in inputs.items():
+        static[name].copy_(x)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in graphs]
+    beside = []
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        beside.append(forward_and_gradient(op, inputs))
+    torch.cuda.synchronize()
+    for got in (*outputs, *beside):
+        assert_same_bits(got, want)
+
+
+@small_ops
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(op):
+    want = forward_and_gradient(op, small_inputs(op))
+    moved = {name: x.to("cuda:1") for name, x in small_inputs(op).items()}
+    got = forward_and_gradient(op, moved)
+    assert torch.cuda.current_device() == 0
+    assert_same_bits({name: x.to("cuda:0") for name, x in got.items()}, want)
+
+
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "gae", "kl_penalty"])
+def test_a_small_op_of_more_than_2_to_the_31_elements(op):
+    """Its last rows are those of a small batch of them."""
+    rows, columns = 2**21 + 8, 1024
+    if torch.cuda.mem_get_info()[0] < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
+    part = small_inputs(op, rows=8)
+    whole = {
+        name: x if x.ndim == 0 else torch.zeros(rows, columns, dtype=x.dtype, device="cuda") for name, x in part.items()
+    }
+    for name, x in part.items():
+        if x.ndim:
+            whole[name][-8:] = x
+    names = ["grad"] if op != "gae" else ["0", "1"]
+    want, got = forward_and_gradient(op, part), forward_and_gradient(op, whole)
+    for name in names:
+        assert torch.equal(got[name][-8:], want[name]), name
+
+
+def test_a_masked_mean_of_more_than_2_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    values = torch.ones(2**31 + 40, device="cuda", dtype=torch.bfloat16)
+    values[-40:] = 2.0**20
+    want = (2**31 + 40 * 2**20) / (2**31 + 40)
+    assert abs(rf.masked_mean(values).item() / want - 1) < 1e-6

@@ -1,4 +1,4 @@
-"""The CUDA source executed without a GPU: arithmetic, indexing, layouts, barriers. Not its speed or memory order."""
+"""The CUDA sources executed without a GPU: arithmetic, indexing, layouts, barriers. Not its speed or memory order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from rlhf_fast.ops import reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import CASES, Sampler
-from test_contract import LAYOUTS, assert_as_close_as_eager
+from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_of
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-ORDERS = (emulation.ASCENDING, emulation.DESCENDING, emulation.SHUFFLED)
-every_case = pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name.startswith("token_logprobs")], ids=lambda c: c.name
+ORDERS = emulation.ORDERS
+USES = {"token_logprobs_and_entropy": "token_logprobs", "dpo_loss": "pairwise_loss"}  # an op: whose kernel it runs
+EMULATED = {name.removesuffix("_forward").removesuffix("_backward") for name in emulation.signatures()}
+EMULATED_CASES = [case for case in CASES if USES.get(case.name, case.name) in EMULATED]
+every_case = pytest.mark.parametrize("case", EMULATED_CASES, ids=lambda c: c.name)
+small_ops = pytest.mark.parametrize(
+    "case", [c for c in EMULATED_CASES if not c.name.startswith("token_logprobs")], ids=lambda c: c.name
 )
 
 
@@ -37,12 +41,31 @@ def on_emulator(emulated, monkeypatch):
     return emulated
 
 
+def in_every_order(emulated, call) -> dict[str, torch.Tensor]:
+    """The results of call(), which are the same bits whichever thread and block runs first."""
+    results = []
+    for order in ORDERS:
+        emulated.set_order(order)
+        results.append(call())
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert torch.equal(other[name].nan_to_num(nan=7.0), value.nan_to_num(nan=7.0)), name
+    return results[0]
+
+
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_is_as_close_to_float64_as_eager_is(case, dtype, on_emulator):
     for seed in range(16):
         on_emulator.set_order(ORDERS[seed % 3])
         assert_as_close_as_eager(case, case.inputs(Sampler(random.Random(seed))), dtype, LAYOUTS[seed % 4])
+
+
+@small_ops
+def test_the_order_of_threads_and_blocks_does_not_matter(case, on_emulator):
+    for seed in range(6):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        in_every_order(on_emulator, lambda inputs=inputs: run(case.op, case, inputs))
 
 
 def gpt2_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,26 +133,198 @@ def test_a_label_out_of_range_is_named(on_emulator, capfd):
     assert torch.equal(rf.token_logprobs(torch.randn(3, 9), labels, mask=mask)[1:], torch.zeros(2))
 
 
-def test_without_its_barrier_the_result_depends_on_the_schedule(tmp_path, monkeypatch):
-    """The emulator sees races: each barrier of the kernel, taken out, changes results or never ends."""
-    header = emulation.HEADER.read_text()
-    barriers = header.count("__syncthreads();")
-    assert barriers
-    logits, labels = torch.randn(3, 4000), torch.tensor([1, 2, 3])
-    truth = reference.token_logprobs(logits, labels)
-    for i in range(barriers):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        parts = header.split("__syncthreads();")
-        (folder / "reduce.cuh").write_text(
-            "__syncthreads();".join(parts[: i + 1]) + "__syncthreads();".join(parts[i + 1 :])
-        )
-        source = emulation.SOURCE.read_text().replace('"../ops.h"', '"ops.h"')
-        (folder / "token_logprobs.cu").write_text(source)
-        emulated = emulation.build(folder, folder / "token_logprobs.cu")
-        emulation.install(monkeypatch, emulated)
+@every_case
+def test_what_the_mask_hides_never_matters(case, on_emulator):
+    if not case.masked:
+        pytest.skip("has no mask")
+    for seed in range(12):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        if inputs.get("mask") is None:
+            continue
+        poisoned = dict(inputs)
+        for name in case.masked:
+            if isinstance(x := inputs.get(name), torch.Tensor):
+                mask = inputs["mask"].reshape(inputs["mask"].shape + (1,) * (x.ndim - inputs["mask"].ndim))
+                poisoned[name] = torch.where(mask, x, torch.nan)
+        clean, dirty = run(case.op, case, inputs), run(case.op, case, poisoned)
+        for name in clean:
+            assert torch.equal(clean[name], dirty[name]), name
+
+
+@small_ops
+def test_a_row_does_not_depend_on_its_batch(case, on_emulator):
+    if not case.rowwise:
+        pytest.skip("reduces over the batch")
+    for seed in range(8):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        whole = tensors_of(case.op(**inputs))
+        for i in range(inputs[case.rowwise[0]].shape[0] if inputs[case.rowwise[0]].ndim > 1 else 0):
+            part = {k: v[i : i + 1] if k in case.rowwise else v for k, v in inputs.items()}
+            for name, one in tensors_of(case.op(**part)).items():
+                assert torch.equal(one[0], whole[name][i]), name
+
+
+def batch(rows: int, columns: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    s = Sampler(random.Random(seed))
+    shape = (rows, columns)
+    old = -5 * s.uniform(*shape)
+    tensors = {
+        "logprobs": old + s.normal(*shape, scale=0.3), "old_logprobs": old, "advantages": s.normal(*shape),
+        "values": 3 + s.normal(*shape), "old_values": 3 + s.normal(*shape), "returns": 3 + s.normal(*shape),
+    }  # fmt: skip
+    return {k: v.float() for k, v in tensors.items()} | {"mask": s.uniform(*shape) < 0.8}
+
+
+PPO = ("logprobs", "old_logprobs", "advantages", "mask")
+VALUE = ("values", "old_values", "returns", "mask")
+
+
+@pytest.mark.parametrize("mode", reference.AGGREGATIONS)
+@pytest.mark.parametrize(
+    "rows, columns, launches",
+    [(64, 1024, 1), (600, 40, 3), (3, 70000, 3), (520, 8, 3)],
+    ids=["one launch", "many rows", "long rows", "more rows than a block counts"],
+)
+def test_batches_of_many_blocks(mode, rows, columns, launches, on_emulator):
+    """Each way to count the mask: every block for itself, or a launch before (and the memset that it needs)."""
+    x = batch(rows, columns)
+    counted = mode != "seq-mean-token-sum-norm"
+    if mode == "token-mean" and rows * columns <= 1 << 17:  # a run of bytes, however many rows
+        counted = False
+    for op, want_of, names in (
+        (rf.ppo_loss, reference.ppo_loss, PPO),
+        (rf.value_loss, reference.value_loss, VALUE),
+    ):
+        truth = {n: x[n].double() if x[n].is_floating_point() else x[n] for n in names}
+        truth[names[0]].requires_grad_()
+        want, want_stats = want_of(*truth.values(), loss_agg_mode=mode)
+        (want_grad,) = torch.autograd.grad(want, truth[names[0]])
+        prediction = x[names[0]].clone().requires_grad_()
+        before = on_emulator.launches()
+        loss, stats = op(prediction, *(x[n] for n in names[1:]), loss_agg_mode=mode)
+        assert on_emulator.launches() - before == (launches if counted else 1)
+        (grad,) = torch.autograd.grad(loss, prediction)
+        torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(grad.double(), want_grad, rtol=1e-5, atol=1e-7 * want_grad.abs().max().item())
+        for name, value in want_stats.items():
+            torch.testing.assert_close(stats[name].double(), value.double(), rtol=2e-6, atol=1e-6, msg=name)
+
+
+def test_the_counters_of_the_last_block_are_left_at_0(on_emulator):
+    """Or the second launch would end wrong; and when they are used up, as by captures, scratch memory takes over."""
+    x = batch(4, 1000)
+    want, _ = rf.ppo_loss(*(x[n] for n in PPO))
+    on_emulator.set_capturing(True)
+    try:
+        for call in range(emulation.TICKETS + 8):
+            before = on_emulator.launches()
+            got, _ = rf.ppo_loss(*(x[n] for n in PPO))
+            assert torch.equal(got, want)
+            spare = on_emulator.launches() - before == 2  # a memset first
+            if call == 0:
+                assert not spare
+    finally:
+        on_emulator.set_capturing(False)
+    assert spare
+
+
+@pytest.mark.parametrize("columns", [5, 1024, 1025, 2500, 600_000])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_masked_mean_of_short_and_long_rows(rows, columns, on_emulator):
+    values = 100 + torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    mask = values > 99.5
+    got = in_every_order(on_emulator, lambda: {"mean": rf.masked_mean(values, mask, dim=1)})["mean"]
+    torch.testing.assert_close(got.double(), reference.masked_mean(values.double(), mask, dim=1), rtol=1e-7, atol=0)
+    if columns <= 2500:  # 61 rows: one block takes a row, and the bits stay
+        many = rf.masked_mean(values[:1].expand(61, -1), mask[:1].expand(61, -1), dim=1)
+        assert (many == got[0]).all()
+
+
+@pytest.mark.parametrize("gap_mode", ["carry", "zero"])
+@pytest.mark.parametrize("columns", [1024, 1027, 2900, 3072])
+def test_gae_over_tiles(columns, gap_mode, on_emulator):
+    s = Sampler(random.Random(columns))
+    rewards, values = s.normal(3, columns).float(), s.normal(3, columns).float()
+    mask = s.uniform(3, columns) < 0.7
+    mask[1] = True
+
+    def ours():
+        return dict(zip("ar", rf.gae(rewards, values, mask, gamma=0.99, lam=0.95, gap_mode=gap_mode), strict=True))
+
+    got = in_every_order(on_emulator, ours)
+    want = reference.gae(rewards.double(), values.double(), mask, gamma=0.99, lam=0.95, gap_mode=gap_mode)
+    for name, truth in zip("ar", want, strict=True):
+        torch.testing.assert_close(got[name].double(), truth, rtol=0, atol=2e-6 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("pairs", [4096, 5000])
+def test_pairs_of_many_blocks_with_weights(pairs, on_emulator):
+    s = Sampler(random.Random(0))
+    chosen, rejected, weights = s.normal(pairs).float(), s.normal(pairs).float(), s.uniform(pairs).float()
+    before = on_emulator.launches()
+    loss, stats = rf.pairwise_loss(chosen, rejected, weights=weights)
+    assert on_emulator.launches() - before == (1 if pairs <= 4096 else 2)
+    want, want_stats = reference.pairwise_loss(chosen.double(), rejected.double(), weights=weights.double())
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    for name, value in want_stats.items():
+        torch.testing.assert_close(stats[name].double(), value, rtol=2e-6, atol=1e-7, msg=name)
+
+
+def test_a_spread_far_smaller_than_the_mean(on_emulator):
+    values = 1000 + 1e-3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = {"values": values.float(), "old_values": values.float(), "returns": values.float() + 1}
+    _, stats = rf.value_loss(*x.values(), torch.ones(40, 500, dtype=torch.bool))
+    torch.testing.assert_close(
+        stats["returns_var"].double(), x["returns"].double().var(correction=0), rtol=1e-6, atol=0
+    )
+    assert stats["error_var"] == 0
+    white = rf.masked_whiten(x["values"])
+    torch.testing.assert_close(white.double(), reference.masked_whiten(x["values"].double()), rtol=0, atol=0.05)
+
+
+BARRIERS = {  # a file that waits at barriers: a source whose results show it
+    "reduce.cuh": "token_logprobs", "sums.cuh": "value_loss", "weights.cuh": "ppo_loss", "gae.cu": "gae",
+    "masked.cu": "masked",
+}  # fmt: skip
+
+
+def results_of(op: str) -> dict[str, torch.Tensor]:
+    """Of a batch that takes every barrier: several blocks, tiles, rows."""
+    x = batch(64, 100)
+    if op == "token_logprobs":
+        return {"0": rf.token_logprobs(torch.linspace(-9, 9, 12000).view(3, 4000), torch.tensor([1, 2, 3]))}
+    if op == "gae":
+        return tensors_of(rf.gae(*(torch.cat([x[n]] * 30, 1)[:70] for n in ("values", "returns", "mask"))))
+    if op == "masked":
+        return tensors_of(rf.masked_mean(torch.cat([x["values"]] * 50, 1), dim=1))
+    if op == "value_loss":
+        x["mask"][:9] = False  # the first token lies elsewhere in the first block than in the others
+        return tensors_of(rf.value_loss(*(x[n] + 1e6 for n in VALUE[:3]), x["mask"]))  # 1e6: far from their spread
+    prediction = x["logprobs"].clone().requires_grad_()
+    loss, stats = rf.ppo_loss(prediction, *(x[n] for n in PPO[1:]), loss_agg_mode="seq-mean-token-mean")
+    return stats | {"loss": loss.detach(), "grad": torch.autograd.grad(loss, prediction)[0]}
+
+
+@pytest.mark.parametrize("file", BARRIERS)
+def test_without_a_barrier_the_result_depends_on_the_schedule(file, emulated, tmp_path, monkeypatch):
+    """The emulator sees races: each barrier of the kernels, taken out, changes results or never ends."""
+    text, op = (emulation.CUDA / file).read_text(), BARRIERS[file]
+    parts = text.split("__syncthreads();")
+    assert len(parts) > 1
+    emulation.install(monkeypatch, emulated)
+    want = in_every_order(emulated, lambda: results_of(op))
+    for i in range(1, len(parts)):
+        if parts[i - 1].endswith("__threadfence();\n  "):
+            continue  # is_last_block: only blocks side by side, which the emulator does not run, would show it
+        edited = "__syncthreads();".join(parts[:i]) + ";" + "__syncthreads();".join(parts[i:])
+        broken = emulation.rebuild(emulated, tmp_path / str(i), op, {file: edited})
+        emulation.install(monkeypatch, broken)
         wrong = []
         for order in ORDERS:
-            emulated.set_order(order)
-            wrong.append((rf.token_logprobs(logits, labels) - truth).abs().max().item() > 1e-3)
-        assert any(wrong)
+            broken.set_order(order)
+            try:
+                got = results_of(op)
+            except RuntimeError:  # a thread waits for ever
+                got = {name: value + 1 for name, value in want.items()}
+            wrong.append(any(not torch.equal(got[name], value) for name, value in want.items()))
+        assert any(wrong), f"barrier {i} of {file}"

@@ -1,8 +1,9 @@
 // CUDA's runtime header for a machine without CUDA: kernels run as ordinary C++, one fiber per thread of a block.
 //
-// Blocks run one after the other. A fiber runs until it waits at a barrier or a shuffle; emulator::order says who runs
-// next (0 ascending, 1 descending, 2 shuffled), and results that depend on it are races. Shared memory is a static
-// variable. Not modelled: memory ordering within a warp, divergence, tensor cores, asynchronous copies.
+// Blocks run one after the other. A fiber runs until it waits at a barrier or for its warp; emulator::order says which
+// thread, and which block, runs next (0 ascending, 1 descending, 2 shuffled), and results that depend on it are races.
+// Shared memory is a static variable. Not modelled: blocks side by side, memory ordering, divergence within a warp,
+// tensor cores, asynchronous copies.
 #pragma once
 
 #include <ucontext.h>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -31,6 +33,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -51,7 +57,9 @@ namespace emulator {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 * 1024;
 
-inline int order = 0;  // who runs next, see above
+inline int order = 0;           // who runs next, see above
+inline bool capturing = false;  // what cudaStreamIsCapturing says
+inline long launches = 0;       // kernels and memsets so far
 
 enum class State { kReady, kDone };
 
@@ -59,12 +67,12 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   State state;
-  long barriers, shuffles;  // how many it has reached
+  long barriers, exchanges;  // how many it has reached
 };
 
 struct Warp {
-  long deposits;  // into shuffles, by all lanes together
-  double slots[2][kWarp];
+  long deposits;  // into exchanges, by all lanes together
+  uint64_t slots[2][kWarp];
 };
 
 inline std::vector<Fiber> fibers;
@@ -92,12 +100,21 @@ inline void run_fiber() {
 inline void start_fiber(Fiber& fiber) {
   fiber.stack.resize(kStack);
   fiber.state = State::kReady;
-  fiber.barriers = fiber.shuffles = 0;
+  fiber.barriers = fiber.exchanges = 0;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.data();
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = &scheduler;
   makecontext(&fiber.context, run_fiber, 0);
+}
+
+template <typename Index>
+std::vector<Index> in_order(Index count, std::mt19937& random) {
+  std::vector<Index> queue(count);
+  std::iota(queue.begin(), queue.end(), Index(0));
+  if (order == 1) std::reverse(queue.begin(), queue.end());
+  if (order == 2) std::shuffle(queue.begin(), queue.end(), random);
+  return queue;
 }
 
 // cudaErrorLaunchTimeout where every thread waits for another: a barrier that some of them never reach.
@@ -106,11 +123,8 @@ inline cudaError_t run_block(std::mt19937& random) {
   fibers.resize(threads);
   warps.assign((threads + kWarp - 1) / kWarp, Warp());
   arrivals = 0;
-  std::vector<unsigned> queue(threads);
-  for (unsigned i = 0; i < threads; ++i) {
-    start_fiber(fibers[i]);
-    queue[i] = order == 1 ? threads - 1 - i : i;
-  }
+  for (Fiber& fiber : fibers) start_fiber(fiber);
+  std::vector<unsigned> queue = in_order(threads, random);
   while (!queue.empty()) {
     progress = false;
     if (order == 2) std::shuffle(queue.begin(), queue.end(), random);
@@ -127,6 +141,31 @@ inline cudaError_t run_block(std::mt19937& random) {
   return cudaSuccess;
 }
 
+// Every lane of the warp gives a value and gets `read` of all of them. Two generations of slots: nobody deposits a
+// second time before all have read the first.
+template <typename T, typename Read>
+auto exchange(T value, Read read) {
+  static_assert(sizeof(T) <= 8);
+  const unsigned lane = current % kWarp;
+  Warp& warp = warps[current / kWarp];
+  const long mine = fibers[current].exchanges++;
+  uint64_t* slots = warp.slots[mine % 2];
+  std::memcpy(slots + lane, &value, sizeof(T));
+  ++warp.deposits;
+  wait_until([&] { return warp.deposits >= (mine + 1) * kWarp; });
+  return read([slots](unsigned from) {
+    T theirs;
+    std::memcpy(&theirs, slots + from, sizeof(T));
+    return theirs;
+  });
+}
+
+template <typename T>
+T value_of_lane(T value, unsigned from) {
+  const unsigned lane = current % kWarp;
+  return exchange(value, [&](auto slot) { return slot(from < kWarp ? from : lane); });
+}
+
 }  // namespace emulator
 
 inline void __syncthreads() {
@@ -134,18 +173,51 @@ inline void __syncthreads() {
   ++emulator::arrivals;
   emulator::wait_until([mine] { return emulator::arrivals >= mine * static_cast<long>(blockDim.x); });
 }
+inline void __threadfence() {}
 
-// Two generations of slots: nobody deposits a second time before all have read the first.
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return emulator::value_of_lane(value, from);
+}
 template <typename T>
 T __shfl_down_sync(unsigned, T value, int offset) {
-  using namespace emulator;
-  const unsigned lane = current % kWarp, from = lane + offset;
-  Warp& warp = warps[current / kWarp];
-  const long mine = fibers[current].shuffles++;
-  warp.slots[mine % 2][lane] = value;
-  ++warp.deposits;
-  wait_until([&] { return warp.deposits >= (mine + 1) * kWarp; });
-  return static_cast<T>(warp.slots[mine % 2][from < kWarp ? from : lane]);
+  return emulator::value_of_lane(value, emulator::current % emulator::kWarp + offset);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+  return emulator::value_of_lane(value, emulator::current % emulator::kWarp ^ bits);
+}
+inline unsigned __ballot_sync(unsigned, int flag) {
+  return emulator::exchange(flag, [](auto slot) {
+    unsigned bits = 0;
+    for (int i = 0; i < emulator::kWarp; ++i) bits |= slot(i) ? 1u << i : 0u;
+    return bits;
+  });
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return emulator::exchange(value, [](auto slot) {
+    int sum = 0;
+    for (int i = 0; i < emulator::kWarp; ++i) sum += slot(i);
+    return sum;
+  });
+}
+
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
+  *to += value;
+  return before;
+}
+inline unsigned atomicInc(unsigned* to, unsigned limit) {
+  const unsigned before = *to;
+  *to = before >= limit ? 0 : before + 1;
+  return before;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);
+  return sum;
 }
 
 [[noreturn]] inline void __trap() {
@@ -161,16 +233,37 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   emulator::trapped = false;
   emulator::body = [=] { kernel(values...); };
-  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+  ++emulator::launches;
+  for (const unsigned block : emulator::in_order(config->gridDim.x, random)) {
     blockIdx = dim3(block);
     if (const cudaError_t error = emulator::run_block(random)) return error;
   }
   return cudaSuccess;
 }
 
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  ++emulator::launches;
+  return cudaSuccess;
+}
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulator::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  *id = reinterpret_cast<uintptr_t>(stream);
+  return cudaSuccess;
+}
+
 using std::exp;
+using std::fmax;
+using std::isfinite;
 using std::log;
+using std::max;
 using std::min;
+using std::sqrt;
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
@@ -179,4 +272,8 @@ inline float __uint_as_float(uint32_t bits) {
 template <typename T>
 void __stcs(T* to, T value) {
   *to = value;
+}
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
 }
