@@ -20,7 +20,7 @@ lint: $(VENV)/.test
 
 # Ours beside PyTorch, torch.compile and TRL, into bench/results and README. Minutes, and only true on an idle machine.
 bench: $(VENV)/.bench
-	$(BIN)/rlhf-fast bench --device cpu --json bench/results/cpu.json
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/rlhf-fast bench --device cpu --json bench/results/cpu.json
 	$(BIN)/python bench/report.py
 
 # On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op.
