@@ -97,6 +97,34 @@ def linear_ppo_loss(device: torch.device) -> dict[str, Callable]:
     return {"eager": matmul_ppo_loss, "compile": compiled(matmul_ppo_loss)}
 
 
+def matmul_token_logprobs(hidden, weight, labels):
+    return log_softmax_gather((hidden @ weight.T).float(), labels)
+
+
+def linear_token_logprobs(device: torch.device) -> dict[str, Callable]:
+    """(hidden, weight, labels) -> log-probabilities."""
+    return {"eager": matmul_token_logprobs, "compile": compiled(matmul_token_logprobs)}
+
+
+def plain_kl_divergence(logits, ref_logits):
+    logp, logq = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+def kl_divergence(device: torch.device) -> dict[str, Callable]:
+    """(logits, ref_logits) -> exact KL divergences."""
+    return {"eager": plain_kl_divergence, "compile": compiled(plain_kl_divergence)}
+
+
+def plain_masked_mean(values, mask):
+    return (values * mask).sum() / mask.sum()
+
+
+def masked_mean(device: torch.device) -> dict[str, Callable]:
+    """(values, mask) -> mean, as verl and TRL write it: NaN for an empty mask, and behind one."""
+    return {"eager": plain_masked_mean, "compile": compiled(plain_masked_mean)}
+
+
 def plain_and_compiled(name: str) -> Callable[[torch.device], dict[str, Callable]]:
     """The specification of a small op, which is also how every peer writes it."""
     function = getattr(reference, name)
@@ -110,6 +138,14 @@ def gae(device: torch.device) -> dict[str, Callable]:
 
 def plain_pairwise_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
+
+
+def plain_dpo_loss(chosen, rejected, ref_chosen, ref_rejected):
+    return -F.logsigmoid(0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+
+
+# What a loop that logs nothing runs: no soft labels, no statistics.
+LOSS_ALONE = {"pairwise_loss": plain_pairwise_loss, "dpo_loss": plain_dpo_loss}
 
 
 class _Bare(torch.autograd.Function):

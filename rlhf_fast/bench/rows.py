@@ -20,7 +20,7 @@ LOGITS_SHAPES_CUDA = ((8192, 50257), (8192, 128256), (8192, 151936))
 HEAD = dict(rows=2048, vocab=50257, widths=(256, 896))
 SMALL_HEAD = dict(rows=64, vocab=5003, widths=(64,))
 HEAD_CUDA = dict(rows=8192, vocab=128256, widths=(896, 4096))
-LOSS_SHAPE, GAE_SHAPE, PAIRS = (64, 512), (64, 1024), 512
+LOSS_SHAPE, GAE_SHAPE, PAIRS, RANKED = (64, 512), (64, 1024), 512, (128, 4)
 TINY_SHAPE = (2, 8)  # where a call costs what Python and autograd cost
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -47,15 +47,21 @@ def all_rows(device: torch.device, small: bool = False) -> Iterator[Row]:
                 ("token_logprobs_and_entropy", FORWARD),
             ):
                 yield Row(op, f"{shape[0]}x{shape[1]}", dtype, direction, _logits(op, shape, dtype, direction, device))
+    shape = SMALL_LOGITS_SHAPES[0] if small else LOGITS_SHAPES[0]
+    for dtype in DTYPES:
+        yield Row("kl_divergence", f"{shape[0]}x{shape[1]}", dtype, BOTH, _kl_divergence(shape, dtype, device))
     head = SMALL_HEAD if small else HEAD_CUDA if cuda else HEAD
     for width in head["widths"]:
         for dtype in (torch.bfloat16,) if cuda else DTYPES:
-            for op in ("linear_cross_entropy", "linear_ppo_loss"):
+            for op in ("linear_cross_entropy", "linear_ppo_loss", "linear_token_logprobs"):
                 shape = f"{head['rows']}x{width}x{head['vocab']}"
                 yield Row(op, shape, dtype, BOTH, _head(op, head["rows"], width, head["vocab"], dtype, device))
-    for op in ("ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "gae"):
-        shape = {"gae": GAE_SHAPE, "pairwise_loss": (PAIRS,)}.get(op, LOSS_SHAPE)
-        direction = FORWARD if op == "gae" else BOTH
+    for op, shape in (
+        ("ppo_loss", LOSS_SHAPE), ("value_loss", LOSS_SHAPE), ("kl_penalty", LOSS_SHAPE), ("masked_mean", LOSS_SHAPE),
+        ("masked_whiten", LOSS_SHAPE), ("pairwise_loss", (PAIRS,)), ("dpo_loss", (PAIRS,)), ("ranking_loss", RANKED),
+        ("gae", GAE_SHAPE),
+    ):  # fmt: skip
+        direction = FORWARD if op in ("gae", "masked_whiten") else BOTH  # advantages carry no gradient
         yield Row(op, "x".join(map(str, shape)), torch.float32, direction, _small(op, shape, direction, device))
     for op in ("ppo_loss", "pairwise_loss"):
         shape = TINY_SHAPE if op == "ppo_loss" else TINY_SHAPE[1:]
@@ -121,6 +127,18 @@ def _logits(op: str, shape: tuple[int, int], dtype: torch.dtype, direction: str,
     return build
 
 
+def _kl_divergence(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable:
+    def build():
+        generator = torch.Generator().manual_seed(0)
+        logits, ref_logits = (4 * torch.randn(2, *shape, generator=generator)).to(device, dtype)
+        inputs = logits.requires_grad_(), ref_logits
+        functions = {OURS: rf.kl_divergence, **baselines.kl_divergence(device)}
+        floor = moved_bytes(4 * logits.nbytes, logits.nbytes, device)  # both twice, one gradient
+        return bind(functions, inputs, inputs[:1], BOTH) | {"floor": floor}
+
+    return build
+
+
 def _head(op: str, n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Callable:
     def build():
         generator = torch.Generator().manual_seed(0)
@@ -168,7 +186,11 @@ def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device
             "ppo_loss": (a, a + 0.1 * b, c, mask),
             "value_loss": (a, a + 0.1 * b, c, mask),
             "kl_penalty": (a, a + 0.1 * b),
+            "masked_mean": (a, mask),
+            "masked_whiten": (a, mask),
             "pairwise_loss": (a, b),
+            "dpo_loss": (a, b, a + 0.1 * c, b - 0.1 * c),
+            "ranking_loss": (a, b.argsort(-1)),
             "gae": (a, b, mask),
         }[op]
         wrt = ()
@@ -179,7 +201,8 @@ def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device
         if op == "pairwise_loss":  # with the soft labels of a judge
             options = {"target_prob": c.sigmoid()}
             functions = {name: partial(function, **options) for name, function in functions.items()}
-            functions["loss alone (eager)"] = baselines.plain_pairwise_loss  # no soft labels, no statistics
+        if op in baselines.LOSS_ALONE:
+            functions["loss alone (eager)"] = baselines.LOSS_ALONE[op]
         if bare:
             functions["bare autograd.Function"] = baselines.bare_function
         buffers = [torch.empty_like(x) for x in inputs]
@@ -194,4 +217,4 @@ def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device
 
 
 def _small_baselines(op: str) -> Callable:
-    return baselines.gae if op == "gae" else baselines.plain_and_compiled(op)
+    return getattr(baselines, op, None) or baselines.plain_and_compiled(op)
