@@ -178,10 +178,11 @@ def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     sections = {}
     if results:
+        sections["bench"] = "\n".join(summary(result) for result in results)
         drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]
         if drawn:
             picture(drawn[0], ROOT / "docs" / "bench.svg")
-        sections["bench"] = "\n".join(summary(result) for result in results)
+            sections["bench"] += "\n![token_logprobs beside the others](docs/bench.svg)\n"
         for op in {row["op"] for result in results for row in result["rows"]}:
             sections[f"bench:{op}"] = "\n".join(filter(None, (table(result, {op}) for result in results)))
     runs = [json.loads(path.read_text()) for path in sorted((folder / "quickstart").glob("*.json"))]
