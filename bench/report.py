@@ -118,6 +118,7 @@ def picture(result: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rlhf_fast"  # the same picture is the same file
     import matplotlib.pyplot as plt
 
     rows = [row for row in result["rows"] if row["op"] == "token_logprobs"]
