@@ -66,6 +66,8 @@ def pairwise_loss(
         "pairwise_loss", 1, None,
         {"chosen": chosen, "rejected": rejected, "weights": weights, "margin": margins, "target_prob": probs},
     )  # fmt: skip
+    if not 0.0 <= _number(target_prob, 1.0) <= 1.0:
+        raise ValueError(f"pairwise_loss: target_prob {target_prob} must be a probability, in [0, 1]")
     if pairwise_op.backend(chosen) == "reference":
         return reference.pairwise_loss(
             chosen, rejected, margin=margin, target_prob=target_prob, center_coef=center_coef, weights=weights
