@@ -176,12 +176,20 @@ struct CudaOps {
                        Grid weights, int64_t pairs, double scale, double margin_value, double prob_value,
                        double center_coef, int dtype, void* loss, void* stats, void* grad_chosen, void* grad_rejected,
                        double* scratch, void* stream);
+  int (*ranking_loss)(Grid rewards, const int64_t* ranks, int64_t rows, int64_t k, int dtype, void* loss, void* stats,
+                      void* grad, double* scratch, void* stream);
   int (*gae)(Grid rewards, Grid values, Grid mask, int64_t rows, int64_t cols, double gamma, double lam, int carry,
              int dtype, void* advantages, void* returns, void* stream);
   int (*masked_mean)(Grid values, Grid mask, int64_t rows, int64_t cols, int dtype, void* means, void* counts,
                      double* scratch, void* stream);
   int (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
                        void* whitened, void* saved, double* scratch, void* stream);
+
+  int (*kl_divergence_forward)(const void* logits, const void* ref_logits, int dtype, int64_t rows, int64_t vocab,
+                               const uint8_t* mask, void* kl, void* saved, void* stream);
+  int (*kl_divergence_backward)(const void* logits, const void* ref_logits, int dtype, int64_t rows, int64_t vocab,
+                                const uint8_t* mask, const void* kl, const void* saved, const void* grad_kl,
+                                void* grad_logits, void* grad_ref_logits, void* stream);
 };
 
 #define RLHF_CUDA_OPS(X)     \
@@ -191,8 +199,11 @@ struct CudaOps {
   X(value_loss)              \
   X(kl_penalty)              \
   X(pairwise_loss)           \
+  X(ranking_loss)            \
   X(gae)                     \
   X(masked_mean)             \
-  X(masked_whiten)
+  X(masked_whiten)           \
+  X(kl_divergence_forward)   \
+  X(kl_divergence_backward)
 
 }  // namespace rlhf

@@ -57,6 +57,8 @@ __device__ inline double multiply_add(double a, double b, double c) { return fma
 // would give, into 0.
 constexpr float kFloor = -1e30f;
 
+constexpr double kLog2E = 1.4426950408889634;
+
 // Scale is log2(e) / temperature: exponentials are powers of two. It multiplies x - max, not x, so that the largest
 // logit counts exactly 1 whatever its size.
 template <typename acc_t>
@@ -99,35 +101,42 @@ struct SoftmaxState {
   }
 };
 
-template <typename acc_t>
-__device__ inline SoftmaxState<acc_t> warp_merge(SoftmaxState<acc_t> state, acc_t scale) {
+// A state is a struct of acc_t with empty() and merge(other, scale).
+template <typename acc_t, typename State>
+__device__ inline State warp_merge(State state, acc_t scale) {
+  constexpr int kValues = sizeof(State) / sizeof(acc_t);
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    state.merge({__shfl_down_sync(0xffffffffu, state.max, offset), __shfl_down_sync(0xffffffffu, state.sum, offset),
-                 __shfl_down_sync(0xffffffffu, state.weighted, offset)},
-                scale);
+    State other = state;
+    auto* values = reinterpret_cast<acc_t*>(&other);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = __shfl_down_sync(0xffffffffu, values[i], offset);
+    state.merge(other, scale);
   }
   return state;
 }
 
 // The merged state is valid in thread 0. One call a block: the shared array is not guarded against a second.
-template <int kThreads, typename acc_t>
-__device__ inline SoftmaxState<acc_t> block_merge(SoftmaxState<acc_t> state, acc_t scale) {
-  constexpr int kWarps = kThreads / kWarp;
+template <int kThreads, typename acc_t, typename State>
+__device__ inline State block_merge(State state, acc_t scale) {
+  constexpr int kWarps = kThreads / kWarp, kValues = sizeof(State) / sizeof(acc_t);
   static_assert(kWarps <= kWarp && kThreads % kWarp == 0);
-  __shared__ acc_t partial[3][kWarps];
+  __shared__ acc_t partial[kValues][kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
   state = warp_merge(state, scale);
+  auto* values = reinterpret_cast<acc_t*>(&state);
   if (lane == 0) {
-    partial[0][warp] = state.max;
-    partial[1][warp] = state.sum;
-    partial[2][warp] = state.weighted;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) partial[i][warp] = values[i];
   }
   __syncthreads();
   if (warp == 0) {
-    state = lane < kWarps ? SoftmaxState<acc_t>{partial[0][lane], partial[1][lane], partial[2][lane]}
-                          : SoftmaxState<acc_t>::empty();
+    state = State::empty();
+    if (lane < kWarps) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) values[i] = partial[i][lane];
+    }
     state = warp_merge(state, scale);
   }
   return state;
@@ -201,6 +210,19 @@ __device__ inline auto with_alignment(const scalar_t* p, Body body) {
     if (address % 4 == 0) return body(std::integral_constant<int, 4>());
   }
   return body(std::integral_constant<int, sizeof(scalar_t)>());
+}
+
+// Writes a row in stores of 16 bytes, whatever its alignment: element(j) at the ragged ends, packs(head, count)
+// between.
+template <typename scalar_t, typename Element, typename Packs>
+__device__ inline void write_row(scalar_t* out, int vocab, Element element, Packs packs) {
+  constexpr int kSize = Pack<scalar_t>::kSize;
+  const int to_boundary = static_cast<int>(-reinterpret_cast<uintptr_t>(out) % 16 / sizeof(scalar_t));
+  const int head = min(vocab, to_boundary), count = (vocab - head) / kSize, tail = head + count * kSize;
+  const int thread = threadIdx.x;
+  if (thread < head) out[thread] = element(thread);
+  packs(head, count);
+  if (tail + thread < vocab) out[tail + thread] = element(tail + thread);
 }
 
 }  // namespace rlhf::cuda

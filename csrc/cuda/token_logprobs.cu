@@ -19,7 +19,6 @@ constexpr int kThreads = 512;
 constexpr int kUnroll = 4;  // packs of 16 bytes that a thread keeps in flight: 64 KiB an SM at two blocks
 template <typename scalar_t>
 constexpr int kBlocksPerSm = sizeof(scalar_t) == 8 ? 1 : 2;  // at most 64 registers a thread, which float64 passes
-constexpr double kLog2E = 1.4426950408889634;
 
 struct Rows {  // ops.h: row i starts at (i / inner) * outer_stride + (i % inner) * inner_stride
   int64_t inner, outer_stride, inner_stride;
@@ -114,19 +113,6 @@ struct Gradient {
     return (*this)(x) + (column == label ? at_label : acc_t(0));
   }
 };
-
-// Writes a row in stores of 16 bytes, whatever its alignment: element(j) at the ragged ends, packs(head, count)
-// between.
-template <typename scalar_t, typename Element, typename Packs>
-__device__ void write_row(scalar_t* out, int vocab, Element element, Packs packs) {
-  constexpr int kSize = Pack<scalar_t>::kSize;
-  const int to_boundary = static_cast<int>(-reinterpret_cast<uintptr_t>(out) % 16 / sizeof(scalar_t));
-  const int head = min(vocab, to_boundary), count = (vocab - head) / kSize, tail = head + count * kSize;
-  const int thread = threadIdx.x;
-  if (thread < head) out[thread] = element(thread);
-  packs(head, count);
-  if (tail + thread < vocab) out[tail + thread] = element(tail + thread);
-}
 
 template <int kAlign, typename scalar_t, typename acc_t, bool kEntropy>
 __device__ void gradient_packs(const scalar_t* x, scalar_t* out, int head, int count,

@@ -251,7 +251,7 @@ def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
 
 
 def native(op: str, arguments: Callable, *, scratch: bool) -> dict[tuple[str, str], Callable]:
-    """The native kernels of a small op: arguments(*args) gives what csrc/ops.h asks of both, and the outputs."""
+    """The native kernels of an op: arguments(*args) gives what csrc/ops.h asks of both, and the outputs."""
 
     def cpu(*args):
         given, outputs = arguments(*args)

@@ -3,7 +3,8 @@
     KL = sum_v p_v (log p_v - log q_v),  p = softmax(logits), q = softmax(ref_logits)
     dKL/dlogits_v = p_v (log p_v - log q_v - KL),  dKL/dref_logits_v = q_v - p_v
 
-kl_penalty estimates it from the sampled token alone. Specification: reference.kl_divergence. Kernel: csrc/cpu.
+kl_penalty estimates it from the sampled token alone. Specification: reference.kl_divergence. Kernels: csrc/cpu,
+csrc/cuda.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, byte_mask
+from ._dispatch import DTYPE_CODES, Op, byte_mask, native
 from ._inputs import accumulation_dtype, wants_gradient
 
 NAME = "kl_divergence"
@@ -23,14 +24,11 @@ def _outputs(logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return torch.empty(logits.shape[:-1], **new), torch.empty((*logits.shape[:-1], 4), **new)
 
 
-def _forward_cpu(logits, ref_logits, mask, *with_grads):
+def _forward_arguments(logits, ref_logits, mask, *with_grads):
     logits, ref_logits, mask = logits.contiguous(), ref_logits.contiguous(), byte_mask(mask)
     kl, saved = _outputs(logits)
-    _C.kl_divergence_forward(
-        logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return kl, saved
+    arguments = logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved
+    return arguments, (kl, saved)
 
 
 def _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
@@ -40,22 +38,22 @@ def _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
     )
 
 
-def _backward_cpu(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
+def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
     logits, ref_logits, mask, grad_kl = (
         logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
     )  # fmt: skip
     grads = _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads)
-    _C.kl_divergence_backward(
+    arguments = (
         logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved, grad_kl,
-        *(g if wanted else None for g, wanted in zip(grads, with_grads, strict=True)), torch.get_num_threads(),
+        *(g if wanted else None for g, wanted in zip(grads, with_grads, strict=True)),
     )  # fmt: skip
-    return grads
+    return arguments, grads
 
 
 _backward = Op(
     f"{NAME}_backward(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor saved, Tensor grad_kl, "
     "bool with_grad, bool with_ref_grad) -> (Tensor, Tensor)",
-    kernels={("cpu", "native"): _backward_cpu},
+    kernels=native(f"{NAME}_backward", _backward_arguments, scratch=False),
     fake=_gradients,
 )
 
@@ -77,7 +75,7 @@ def _grad(ctx, grad_kl, _):
 _forward = Op(
     f"{NAME}(Tensor logits, Tensor ref_logits, Tensor? mask, bool with_grad, bool with_ref_grad) "
     "-> (Tensor kl, Tensor saved)",
-    kernels={("cpu", "native"): _forward_cpu},
+    kernels=native(f"{NAME}_forward", _forward_arguments, scratch=False),
     fake=_outputs,
     backward=_grad,
     setup_context=_save,

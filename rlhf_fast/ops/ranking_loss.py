@@ -2,7 +2,7 @@
 
     loss = mean over prompts of the mean over pairs with rank_i < rank_j of -log sigma(r_i - r_j)
 
-Specification: reference.ranking_loss. Kernel: csrc/cpu/pairwise_loss.cpp.
+Specification: reference.ranking_loss. Kernels: csrc/cpu/pairwise_loss.cpp, csrc/cuda/ranking_loss.cu.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op
+from ._dispatch import DTYPE_CODES, Op, native
 from ._inputs import by_name, check, gradient_buffer, loss_and_statistics
 from .reference import RANKING_STATS
 
@@ -20,17 +20,14 @@ def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return *loss_and_statistics(rewards, RANKING_STATS), gradient_buffer(rewards, True)
 
 
-def _cpu(rewards, ranks):
+def _arguments(rewards, ranks):
     outputs = _outputs(rewards)
-    _C.ranking_loss(
-        rewards, ranks.contiguous(), *rewards.shape, DTYPE_CODES[outputs[0].dtype], *outputs, torch.get_num_threads()
-    )
-    return outputs
+    return (rewards, ranks.contiguous(), *rewards.shape, DTYPE_CODES[outputs[0].dtype], *outputs), outputs
 
 
 _op = Op(
     "ranking_loss(Tensor rewards, Tensor ranks) -> (Tensor loss, Tensor stats, Tensor grad)",
-    kernels={("cpu", "native"): _cpu},
+    kernels=native("ranking_loss", _arguments, scratch=True),
     fake=lambda rewards, _: _outputs(rewards),
     gradients={0: 2},
 )

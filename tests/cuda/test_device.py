@@ -186,8 +186,8 @@ torch.cuda.synchronize()
 
 
 def test_backends_name_the_cuda_kernel():
-    for op in ("token_logprobs_forward", *SMALL):
-        assert rf.backends()[op.removesuffix("_forward")]["cuda"]["backend"] == "native", op
+    for op in ("token_logprobs", "kl_divergence", "ranking_loss", *SMALL):
+        assert rf.backends()[op]["cuda"]["backend"] == "native", op
 
 
 # --- The small ops: one launch, whatever the stream, the device, the graph -------------------------------------------

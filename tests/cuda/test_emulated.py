@@ -108,6 +108,32 @@ def test_a_row_gives_the_same_bits_at_every_alignment(dtype, on_emulator):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset, ref_offset", [(0, 0), (3, 3), (1, 4)], ids=["aligned", "odd", "apart"])
+def test_kl_divergence_of_a_gpt2_vocabulary(offset, ref_offset, dtype, on_emulator):
+    logits, _ = gpt2_logits(dtype)
+    ref_logits = (logits.float() + torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))).to(dtype)
+
+    def shifted(x, by):
+        return torch.cat([x.new_zeros(by), x.flatten()])[by:].view(x.shape).requires_grad_()
+
+    ours = shifted(logits, offset), shifted(ref_logits, ref_offset)
+    truth = [x.detach().double().requires_grad_() for x in ours]
+    kl, want = rf.kl_divergence(*ours), reference.kl_divergence(*truth)
+    torch.testing.assert_close(kl.double(), want, rtol=2e-6, atol=0)
+    kl.sum().backward()
+    want.sum().backward()
+    for x, true in zip(ours, truth, strict=True):
+        assert (x.grad.double() - true.grad).norm() <= 4 * torch.finfo(dtype).eps * true.grad.norm()
+
+
+def test_kl_divergence_is_infinite_where_the_reference_says_impossible(on_emulator):
+    logits, ref_logits = torch.zeros(3, 9000), torch.zeros(3, 9000)
+    ref_logits[1, 5] = -torch.inf
+    logits[2, :8000] = ref_logits[2, :8000] = -torch.inf
+    assert rf.kl_divergence(logits, ref_logits).tolist() == [0.0, torch.inf, 0.0]
+
+
 @pytest.mark.parametrize("vocab", [13, 1000, 2051])
 def test_in_place_gradient_and_its_neighbours(vocab, on_emulator):
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(2))
@@ -268,6 +294,26 @@ def test_pairs_of_many_blocks_with_weights(pairs, on_emulator):
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
     for name, value in want_stats.items():
         torch.testing.assert_close(stats[name].double(), value, rtol=2e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("prompts, k, launches", [(40, 40, 1), (1200, 20, 2)])
+def test_rankings_of_many_blocks(prompts, k, launches, on_emulator):
+    """More responses than a warp has lanes; more ranks than a block counts."""
+    s = Sampler(random.Random(0))
+    rewards, ranks = s.normal(prompts, k).float().requires_grad_(), s.labels(prompts, k, vocab=6) - 1
+    ranks[: prompts // 4] = 2  # all tied: no pair
+    rewards.data[ranks < 0] = torch.nan
+    before = on_emulator.launches()
+    loss, stats = rf.ranking_loss(rewards, ranks)
+    assert on_emulator.launches() - before == launches
+    truth = rewards.detach().double().requires_grad_()
+    want, want_stats = reference.ranking_loss(truth, ranks)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    for name, value in want_stats.items():
+        torch.testing.assert_close(stats[name].double(), value, rtol=2e-6, atol=1e-7, msg=name)
+    loss.backward()
+    want.backward()
+    torch.testing.assert_close(rewards.grad.double(), truth.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_a_spread_far_smaller_than_the_mean(on_emulator):
