@@ -5,6 +5,9 @@
     reward     trunk + scalar head, read at the last real token = AutoModelForSequenceClassification, num_labels=1
     value      trunk + scalar head, read at every token         = the same checkpoint format
 
+Any of them may carry LoRA adapters (peft; add_lora, or a directory with an adapter_config.json): then only these are
+trained and saved, and the policy under adapters_off is its own reference.
+
 Padding may be on either side: positions count real tokens (position_ids_from_mask) and a reward is read where the mask
 ends, so the pad token's identity (also pad == eos) plays no part. attention_mask is bool, (B, T), and True counts; None
 means no padding on the left, and then the attention is plainly causal (what follows a token cannot change it).
@@ -28,16 +31,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .data.chat import ConfigError
 from .ops import linear_token_logprobs
 
 
 def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """A causal language model as it is given, or by name or path; then on the GPU where there is one."""
+    """A causal language model as it is given, or by name or path; then on the GPU where there is one.
+
+    A path with LoRA adapters gives their base model with the adapters on it, ready to train further.
+    """
     if isinstance(model, (str, Path)):
+        if base := _adapter_base(model):
+            return _with_saved_adapters(load_policy(base, dtype=dtype), model)
         with _loading("model", model):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(default_device())
+    check_lm_head_is_plain(model)
     return _learn_eos(model)
 
 
@@ -114,6 +124,103 @@ def _learn_eos(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether it is a peft.PeftModel. (transformers' own models spell the method disable_adapters.)"""
+    return hasattr(model, "disable_adapter")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, whose layers carry the adapters if there are any."""
+    return model.get_base_model() if has_adapters(model) else model
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
+) -> nn.Module:
+    """The model with new LoRA adapters (Hu et al. 2021): W x + (alpha / r) B A x, of which only A and B learn.
+
+    B starts at 0, so at first nothing changes. target_modules: names of linear layers, by default all of the trunk. A
+    reward model's head is trained as a whole and saved with the adapters. ConfigError without peft, or for the lm_head,
+    whose product runs fused in the loss.
+    """
+    if has_adapters(model):
+        raise ConfigError("the model has adapters already, and they go on learning: set lora_r to 0")
+    peft = _peft()
+    scalar = has_scalar_head(model)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules or "all-linear",
+        task_type="SEQ_CLS" if scalar else "CAUSAL_LM", modules_to_save=["score"] if scalar else None,
+    )  # fmt: skip
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:  # no layer of that name
+        raise ConfigError(f"lora_target_modules: {error}") from error
+    check_lm_head_is_plain(adapted)
+    return adapted
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model answers as it did before its adapters learned: the reference policy at no memory."""
+    if not has_adapters(model):
+        raise ConfigError("adapters_off needs a model with adapters (add_lora); use make_reference(model)")
+    with model.disable_adapter():
+        yield
+
+
+def merge_adapters(model: nn.Module) -> PreTrainedModel:
+    """A plain transformers model with the same outputs; the one given keeps its adapters. Without any, itself."""
+    return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold: every weight, or beside adapters those that learn, for the rest is the base's."""
+    if not has_adapters(model):
+        return model.state_dict()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    if has_adapters(model) and state.keys() != trained_state(model).keys():
+        raise ConfigError("the checkpoint has other adapters: resume with the same lora_r and lora_target_modules")
+    model.load_state_dict(state, strict=not has_adapters(model))
+
+
+def check_lm_head_is_plain(model: nn.Module) -> None:
+    """ConfigError for an adapter on the lm_head: the losses read its weight, and would not see the adapter."""
+    if has_adapters(model) and hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ConfigError("LoRA on the lm_head is not supported: leave it out of lora_target_modules")
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("LoRA adapters need peft: pip install 'rlhf-fast[peft]'") from None
+    return peft
+
+
+def _adapter_base(path: str | Path) -> str | None:
+    """The name or path of the model under the adapters that are saved there; None where there are no adapters."""
+    if find_adapter_config_file(str(path)) is None:
+        return None
+    base = _peft().PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"the adapters in {str(path)!r} do not name their base model: load it yourself, and give "
+            "peft.PeftModel.from_pretrained(base, path, is_trainable=True)"
+        )
+    return base
+
+
+def _with_saved_adapters(model: PreTrainedModel, path: str | Path) -> nn.Module:
+    with _loading("adapters", path):
+        return _peft().PeftModel.from_pretrained(model, str(path), is_trainable=True)
+
+
 # --- trunk and heads -------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +234,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     inputs = {} if attention_mask is None else {
         "attention_mask": attention_mask.long(), "position_ids": position_ids_from_mask(attention_mask)
     }  # fmt: skip
-    return model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    return unwrapped(model).base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
 
 def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None]:
@@ -180,15 +287,19 @@ def load_reward_model(
 ) -> PreTrainedModel:  # fmt: skip
     """AutoModelForSequenceClassification with num_labels=1, from a reward model (its head is kept) or a language model.
 
-    From a language model the trunk is taken over (copied, if an object is given) and the head drawn from a
-    normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), under the seed in force. The
-    tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad).
+    From a language model the trunk is taken over (copied, if an object is given; adapters merged) and the head drawn
+    from a normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), under the seed in force.
+    The tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad).
     """
     if isinstance(model, (str, Path)):
+        base = _adapter_base(model)
+        if base and has_scalar_head(model):
+            return _with_saved_adapters(load_reward_model(base, tokenizer, dtype=dtype), model)
         if has_scalar_head(model):
             reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(default_device())
         else:
             reward = scalar_head_on(load_policy(model, dtype=dtype))
+            reward.name_or_path = str(model)  # where adapters that are put on it later find it again
     else:
         reward = model if has_scalar_head(model) else scalar_head_on(model)
     if reward.config.num_labels != 1:
@@ -206,6 +317,8 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
     """Whether it is a reward model already, or a language model that would get a new head."""
     if not isinstance(model, (str, Path)):
         return hasattr(model, "score")
+    if _adapter_base(model):
+        return _peft().PeftConfig.from_pretrained(str(model)).task_type == "SEQ_CLS"
     with _loading("model", model):
         config = AutoConfig.from_pretrained(model)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
@@ -213,6 +326,7 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     """AutoModelForSequenceClassification: a copy of the trunk under a new scalar head (see load_reward_model)."""
+    model = merge_adapters(model)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
@@ -267,7 +381,7 @@ class ValueModel(nn.Module):
         """Starts as a copy of the reward model: the value of the last state is already the reward."""
         if not has_scalar_head(model):
             raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
-        value = copy.deepcopy(model).requires_grad_(True)
+        value = copy.deepcopy(merge_adapters(model)).requires_grad_(True)
         return cls(value)
 
     @classmethod

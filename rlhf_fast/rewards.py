@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .data.chat import ConfigError, Text, encode_to_score
-from .models import check_lengths, has_scalar_head, load_reward_model, load_tokenizer, score_tokens
+from .models import (
+    check_lengths,
+    has_scalar_head,
+    load_reward_model,
+    load_tokenizer,
+    merge_adapters,
+    score_tokens,
+    with_own_pad,
+)  # fmt: skip
 from .rollout import evaluating, pad
 
 Reward = Callable[..., "Sequence[float] | Tensor"]
@@ -39,7 +47,7 @@ class RewardModelReward:
         """A checkpoint folder (or hub name) with the reward model and the tokenizer it was trained with."""
         _check_trained(path, repr(str(path)))
         tokenizer = load_tokenizer(str(path))
-        return cls(load_reward_model(str(path)), tokenizer, **options)
+        return cls(merge_adapters(load_reward_model(str(path), with_own_pad(tokenizer))), tokenizer, **options)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], responses: Sequence[str], **columns) -> Tensor:

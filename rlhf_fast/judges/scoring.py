@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
-from ..models import lm_head
+from ..models import lm_head, unwrapped
 from ..ops import linear_token_logprobs
 
 Row = tuple[int, ...]
@@ -111,7 +111,9 @@ def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int)
     width = max(map(len, rows))
     ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=model.device)
     positions = torch.arange(start, start + width, device=model.device)[None].expand(len(rows), -1)
-    out = model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+    out = unwrapped(model).base_model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+    )
     return out.last_hidden_state
 
 

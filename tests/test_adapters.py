@@ -1,0 +1,126 @@
+"""LoRA adapters under the same functions as whole models: what they compute, what is saved, what comes back."""
+
+import sys
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from rlhf_fast import models
+from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.rewards import RewardModelReward
+
+peft = pytest.importorskip("peft")
+IDS = torch.randint(5, 200, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def base(tmp_path, model, tokenizer):
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def with_lora(model, **options):
+    """Adapters whose B is not 0, so that they show."""
+    adapted = models.add_lora(model, r=4, alpha=8, **options)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.3) if "lora_B" in name else None
+    return adapted.eval()
+
+
+def hidden(model):
+    with torch.no_grad():
+        return models.hidden_states(model, IDS)
+
+
+def test_new_adapters_change_nothing_and_only_they_learn(base):
+    policy = models.load_policy(base)
+    before = hidden(policy)
+    adapted = models.add_lora(policy, r=4, alpha=8)
+    assert torch.equal(hidden(adapted.eval()), before)
+    learning = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert learning and all("lora_" in name for name in learning)
+    assert set(models.trained_state(adapted)) == set(learning)
+
+
+def test_the_policy_without_its_adapters_is_its_own_reference(base):
+    before = hidden(models.load_policy(base))
+    adapted = with_lora(models.load_policy(base))
+    after = hidden(adapted)
+    assert (after - before).abs().max() > 0.1
+    with models.adapters_off(adapted):
+        assert torch.equal(hidden(adapted), before)
+    assert torch.equal(hidden(adapted), after)
+    with pytest.raises(ConfigError, match="make_reference"), models.adapters_off(models.load_policy(base)):
+        pass
+
+
+def test_hidden_states_are_those_of_the_adapted_model(base):
+    adapted = with_lora(models.load_policy(base))
+    with torch.no_grad():
+        theirs = adapted(input_ids=IDS).logits
+        ours = torch.nn.functional.linear(hidden(adapted), models.lm_head(adapted)[0])
+    torch.testing.assert_close(ours, theirs)
+    assert (hidden(models.merge_adapters(adapted)) - hidden(adapted)).abs().max() < 1e-5
+    assert models.has_adapters(adapted)  # merging was done on a copy
+
+
+def test_a_policy_comes_back_from_its_adapters_and_learns_on(base, tmp_path):
+    adapted = with_lora(models.load_policy(base))
+    adapted.save_pretrained(tmp_path / "lora")
+    again = models.load_policy(tmp_path / "lora")
+    assert torch.equal(hidden(again.eval()), hidden(adapted))
+    assert set(models.trained_state(again)) == set(models.trained_state(adapted))
+    # As peft and transformers load it, without this package.
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
+    assert torch.equal(hidden(theirs.eval()), hidden(adapted))
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
+    """On top of a policy that is itself adapters, whose merged trunk it must find again."""
+    tokenizer = tiny_tokenizer(pad=pad)
+    tiny_model(tokenizer).save_pretrained(tmp_path / "base")
+    with_lora(models.load_policy(tmp_path / "base")).save_pretrained(tmp_path / "sft")
+    own = models.with_own_pad(tokenizer)
+    reward = with_lora(models.load_reward_model(tmp_path / "sft", own))
+    assert any("score" in name for name in models.trained_state(reward))
+    mask = torch.ones_like(IDS, dtype=torch.bool)
+    with torch.no_grad():
+        scores = models.score_tokens(reward, IDS, mask)
+        reward.save_pretrained(tmp_path / "rm")
+        own.save_pretrained(tmp_path / "rm")
+        torch.manual_seed(99)  # a head drawn anew would be another
+        again = models.load_reward_model(tmp_path / "rm", own).eval()
+        assert torch.equal(models.score_tokens(again, IDS, mask), scores)
+        served = RewardModelReward.load(tmp_path / "rm")
+        assert not models.has_adapters(served.model)
+        torch.testing.assert_close(models.score_tokens(served.model, IDS, mask), scores, rtol=0, atol=1e-5)
+        values = models.ValueModel.from_reward_model(again)(IDS)
+        torch.testing.assert_close(values[:, -1], scores, rtol=0, atol=1e-5)
+
+
+def test_what_would_be_wrong_is_refused(base, tmp_path, monkeypatch):
+    policy = models.load_policy(base)
+    with pytest.raises(ConfigError, match="lm_head is not supported"):
+        models.add_lora(models.load_policy(base), r=4, alpha=8, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match=r"lora_target_modules: .*no_such"):
+        models.add_lora(models.load_policy(base), r=4, alpha=8, target_modules=["no_such"])
+    adapted = models.add_lora(policy, r=4, alpha=8)
+    with pytest.raises(ConfigError, match="adapters already"):
+        models.add_lora(adapted, r=4, alpha=8)
+    with pytest.raises(ConfigError, match="has other adapters"):
+        models.load_trained_state(adapted, {})
+    adapted.save_pretrained(tmp_path / "lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for call in (
+        lambda: models.add_lora(models.load_policy(base), r=4, alpha=8),
+        lambda: models.load_policy(tmp_path / "lora"),
+    ):
+        with pytest.raises(ConfigError, match=r"pip install 'rlhf-fast\[peft\]'"):
+            call()
