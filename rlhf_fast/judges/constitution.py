@@ -2,6 +2,7 @@
 
     format: rlhf_fast/constitution@1
     name: my-constitution
+    language: en | ja                # of the principles; picks the words by which a refusal is recognised
     layout: {compare: anthropic | principle_last | chat, critique: anthropic | chat}
     principles:
       - id: no-crime                 # stable, unique, [a-z0-9-]+
@@ -14,10 +15,20 @@
       - id: max-120-words
         check:    {rule: max_words, args: {n: 120}}
         revise:   "Shorten the reply to at most 120 words."
-    few_shot: {critique: critique.json, compare: compare.json}
+    few_shot: {critique: critique.json, compare: compare.json}   # files beside this one, or the shots themselves:
+      critique: [{Human: "...", Assistant: "...", CritiqueRequest: "...", Critique: "...", RevisionRequest: "...",
+                  Revision: "..."}]
+      compare: [{prompt: "...", better: "...", worse: "..."}]
 
-A text may be missing; the principle is then used only where it has one. The JSON files released with
-"Constitutional AI: Harmlessness from AI Feedback" (arXiv 2212.08073) load as they are, few-shots included.
+A text may be missing; the principle is then used only where it has one. Files of others load as they are:
+
+    Anthropic (arXiv 2212.08073)  CritiqueRevisionInstructions, RLMadisonInstructions, and the few-shots of both
+    llm-swarm                     {"constitutions": [{"critic", "revision"}], "system_chat": [messages, ...]}
+    SALMON                        [{"dimension", "definition", "weight", "negative_definition"}]: compares only; the
+                                  negative definitions, principles turned round to train a reward model, are not used
+    statements                    ["Choose the reply that ...", ...], as ICAI writes them: compares only
+
+`Constitution.load("safe-en")` and "safe-ja" are the ones that come with this package.
 """
 
 import difflib
@@ -27,56 +38,25 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
-from ..data.chat import ConfigError
-from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, Turn, messages_of, parse_turns
+from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, Turn
+from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, text_field, weight_field
+from .released import FORMAT, compare_shots, critique_shots, export_released, parse_released
 from .rules import RULES
 
-FORMAT = "rlhf_fast/constitution@1"
-
-
-class ConstitutionError(ConfigError):
-    """A constitution file that cannot be used. The message names the file, the principle and the field."""
-
-
-@dataclass(frozen=True)
-class RuleCheck:
-    """c_i(x, y) as a Python function: `function(conversation, reply, **args)`."""
-
-    rule: str
-    args: dict = field(default_factory=dict)
-    function: Callable = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class ModelCheck:
-    """c_i(x, y) as a yes-or-no question. Satisfied where P(answer == violation_if) < threshold."""
-
-    ask: str
-    violation_if: str = "yes"
-    threshold: float = 0.5
-
-
-@dataclass(frozen=True)
-class Principle:
-    id: str
-    weight: float = 1.0
-    hard: bool = False
-    tags: tuple[str, ...] = ()
-    critique: str | None = None
-    revise: str | None = None
-    compare: str | None = None
-    check: RuleCheck | ModelCheck | None = None
+LANGUAGES = ("en", "ja")
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitutions").glob("*.yaml"))}
 
 
 @dataclass(frozen=True)
 class Constitution:
     name: str
     principles: tuple[Principle, ...]
+    language: str = "en"
     compare_layout: str = "anthropic"
     critique_layout: str = "chat"
     critique_few_shots: tuple[tuple[Turn, ...], ...] = ()  # transcripts that end with a revision
@@ -84,8 +64,8 @@ class Constitution:
 
     @classmethod
     def load(cls, *paths: str | Path, allow_code: bool = False) -> "Constitution":
-        """Reads one constitution from one or more files, each recognised by its shape: this package's YAML (or the same
-        as JSON), and the released CritiqueRevisionInstructions, RLMadisonInstructions and their few-shot files.
+        """Reads one constitution from one or more files, each recognised by its shape (see above), or by the name of
+        one that comes with the package.
 
         allow_code: `rule:` may also be an import path "package.module:function". Loading a file then runs code.
         Raises ConstitutionError, which names file, principle and field.
@@ -98,12 +78,12 @@ class Constitution:
             "compare_layout": "anthropic",
             "critique_layout": "anthropic",
         }
-        for path in map(Path, paths):
+        for path in (SHIPPED.get(str(path), Path(path)) for path in paths):
             content = _read(path)
             if isinstance(content, dict) and "format" in content:
                 parts |= _parse_own(content, path, allow_code, parts["principles"])
             else:
-                _parse_released(content, path, parts)
+                parse_released(content, path, parts)
         ids = [p.id for p in parts["principles"]]
         if repeated := sorted({i for i in ids if ids.count(i) > 1}):
             raise ConstitutionError(
@@ -123,12 +103,7 @@ class Constitution:
 
     def export_released(self) -> tuple[dict, list[str]]:
         """(CritiqueRevisionInstructions, RLMadisonInstructions): the principles in the shape of the released files."""
-        critiques = {
-            p.id: {"prompt": [_wrap(_CRITIQUE, p.critique)], "edit_request": _wrap(_REVISION, p.revise)}
-            for p in self.principles
-            if p.critique and p.revise
-        }
-        return critiques, [_wrap(_OPTIONS, p.compare) for p in self.principles if p.compare]
+        return export_released(self.principles)
 
 
 def _read(path: Path):
@@ -136,101 +111,54 @@ def _read(path: Path):
         text = path.read_text(encoding="utf-8")
         return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except OSError as error:
-        raise ConstitutionError(f"{path}: cannot be read: {error.strerror}") from error
+        hint = "" if path.suffix else f"; the package has {', '.join(SHIPPED)}"
+        raise ConstitutionError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConstitutionError(f"{path}: neither YAML (.yaml, .yml) nor JSON: {error}") from error
 
 
-# --- the released files: scaffold and text are separated, and joined again without loss ---
-
-_CRITIQUE = ("\n\nCritiqueRequest: ", "\n\nCritique:")
-_REVISION = ("\n\nRevisionRequest: ", "\n\nRevision:")
-_OPTIONS = ("\n", " Options:")
-
-
-def _wrap(scaffold: tuple[str, str], text: str) -> str:
-    return scaffold[0] + text + scaffold[1]
-
-
-def _unwrap(scaffold: tuple[str, str], text: str, where: str) -> str:
-    if not (text.startswith(scaffold[0]) and text.endswith(scaffold[1])):
-        raise ConstitutionError(f"{where}: {text[:60]!r} must begin with {scaffold[0]!r} and end with {scaffold[1]!r}")
-    return text[len(scaffold[0]) : -len(scaffold[1])]
-
-
-def _parse_released(content, path: Path, parts: dict) -> None:
-    """Adds what the file holds to `parts`."""
-    values = list(content.values()) if isinstance(content, dict) else content
-    if not isinstance(values, list) or not values:
-        raise ConstitutionError(f"{path}: field 'format': missing; needs {FORMAT!r}, or one of the released JSON files")
-    if isinstance(content, dict) and all(isinstance(v, dict) and {"prompt", "edit_request"} <= set(v) for v in values):
-        for name, entry in content.items():
-            where = f"{path}: principle {name!r}: field"
-            critique = _unwrap(_CRITIQUE, entry["prompt"][0], f"{where} 'prompt'")
-            revise = _unwrap(_REVISION, entry["edit_request"], f"{where} 'edit_request'")
-            parts["principles"].append(Principle(name, critique=critique, revise=revise))
-    elif all(isinstance(v, str) and v.endswith(_OPTIONS[1]) for v in values):
-        for i, text in enumerate(values):
-            compare = _unwrap(_OPTIONS, text, f"{path}: principle {i}")
-            parts["principles"].append(Principle(f"compare{i}", compare=compare))
-    elif all(isinstance(v, str) for v in values):
-        parts["critique_few_shots"] = _critique_shots(values, path)
-    elif all(isinstance(v, dict) and {"prompt", "corrects", "incorrects"} <= set(v) for v in values):
-        parts["compare_few_shots"] = _compare_shots(values, path)
-    else:
-        raise ConstitutionError(f"{path}: unknown shape; needs 'format: {FORMAT}', or one of the released JSON files")
-
-
-def _critique_shots(values, path: Path) -> list:
-    shots = []
-    for i, text in enumerate(values):
-        try:
-            shots.append(tuple(parse_turns(text)))
-        except ValueError as error:
-            raise ConstitutionError(f"{path}: few-shot {i}: {error}") from error
-    return shots
-
-
-def _compare_shots(values, path: Path) -> list:
-    shots = []
-    for i, shot in enumerate(values):
-        try:
-            conversation = messages_of(parse_turns(shot["prompt"]))
-        except ValueError as error:
-            raise ConstitutionError(f"{path}: few-shot {i}: field 'prompt': {error}") from error
-        shots.append({"conversation": conversation, "better": shot["corrects"][0], "worse": shot["incorrects"][0]})
-    return shots
-
-
 # --- this package's format ---
 
-_TOP = {"format", "name", "version", "layout", "principles", "few_shot"}
-_TEXTS = {"critique": str, "revise": str, "compare": str}
-_PRINCIPLE = {"id": str, "weight": (int, float), "hard": bool, "tags": list, **_TEXTS, "check": dict}
+_TOP = {"format", "name", "version", "language", "layout", "principles", "few_shot"}
+_TOP_TYPES = {"name": str, "layout": dict, "few_shot": dict, "principles": list}
+_TEXTS = ("critique", "revise", "compare")
+_PRINCIPLE = {"id": str, "weight": float, "hard": bool, "tags": list, **dict.fromkeys(_TEXTS, str), "check": dict}
 
 
 def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dict:
     if content["format"] != FORMAT:
         raise ConstitutionError(f"{path}: field 'format': got {content['format']!r}, needs {FORMAT!r}")
     _known(content, _TOP, f"{path}:")
+    for name, kind in _TOP_TYPES.items():
+        if not isinstance(content.get(name) or kind(), kind):
+            got = content[name]
+            raise ConstitutionError(
+                f"{path}: field {name!r}: needs a {kind.__name__}, got {type(got).__name__} {got!r}"
+            )
     layout, few_shot = content.get("layout") or {}, content.get("few_shot") or {}
     _known(layout, {"compare", "critique"}, f"{path}: field 'layout':")
     _known(few_shot, {"critique", "compare"}, f"{path}: field 'few_shot':")
     parts = {
         "name": content.get("name", path.stem),
+        "language": content.get("language", "en"),
         "compare_layout": layout.get("compare", "anthropic"),
         "critique_layout": layout.get("critique", "chat"),
         "principles": before
         + [_parse_principle(p, i, path, allow_code) for i, p in enumerate(content.get("principles") or [])],
     }
+    if parts["language"] not in LANGUAGES:
+        got = parts["language"]
+        raise ConstitutionError(f"{path}: field 'language': got {got!r}, needs one of {', '.join(LANGUAGES)}")
     for name, layouts in (("compare", COMPARE_LAYOUTS), ("critique", CRITIQUE_LAYOUTS)):
         if parts[f"{name}_layout"] not in layouts:
             got = parts[f"{name}_layout"]
             raise ConstitutionError(f"{path}: field 'layout.{name}': got {got!r}, needs one of {', '.join(layouts)}")
-    for name, parse in (("critique", _critique_shots), ("compare", _compare_shots)):
-        if name in few_shot:
-            shots = path.parent / few_shot[name]
-            parts[f"{name}_few_shots"] = parse(_read(shots), shots)
+    for name, parse in (("critique", critique_shots), ("compare", compare_shots)):
+        if isinstance(shots := few_shot.get(name), list):
+            parts[f"{name}_few_shots"] = parse(shots, path)
+        elif shots:
+            beside = path.parent / text_field(shots, f"{path}:", f"few_shot.{name}")
+            parts[f"{name}_few_shots"] = parse(_read(beside), beside)
     return parts
 
 
@@ -240,11 +168,16 @@ def _parse_principle(entry, index: int, path: Path, allow_code: bool) -> Princip
     where = f"{path}: principle {entry['id']!r}:"
     _known(entry, _PRINCIPLE, where)
     for name, value in entry.items():
-        wrong_bool = isinstance(value, bool) and name == "weight"
-        if not isinstance(value, _PRINCIPLE[name]) or wrong_bool:
+        if name in _TEXTS:
+            text_field(value, where, name)
+        elif name == "weight":
+            weight_field(value, where)
+        elif not isinstance(value, _PRINCIPLE[name]):
             raise ConstitutionError(f"{where} field {name!r}: got {type(value).__name__} {value!r}")
-    if entry.get("weight", 1.0) < 0:
-        raise ConstitutionError(f"{where} field 'weight': got {entry['weight']}, needs 0 or more")
+    if entry.get("hard") and "check" not in entry:
+        raise ConstitutionError(
+            f"{where} field 'hard': only a check can tell that a principle is violated; needs 'check'"
+        )
     if not {"revise", "compare", "check"} & set(entry):
         raise ConstitutionError(f"{where} fields 'revise', 'compare', 'check': needs at least one")
     if "critique" in entry and "revise" not in entry:

@@ -1,8 +1,12 @@
 """Constitution files: what loads, and what is refused in words that say where."""
 
+import json
+
 import pytest
 
 from rlhf_fast.judges import Constitution, ConstitutionError, ModelCheck, RuleCheck
+from rlhf_fast.judges.constitution import SHIPPED
+from rlhf_fast.judges.layouts import chat_exchange
 
 OWN = """
 format: rlhf_fast/constitution@1
@@ -86,6 +90,13 @@ def test_few_shots_stand_beside_the_file(write):
         ("args: {n: 120}", "args: {}", ["'short'", "check.args", "'n'"]),
         ("    revise: Rewrite it without.\n", "", ["'no-crime'", "'revise'"]),
         ("principles:", "principels:", ["'principels'", "did you mean 'principles'"]),
+        ("version: 3", "language: de", ["'language'", "'de'", "en, ja"]),
+        ("name: house-rules", "name: [a]", ["'name'", "list"]),
+        ("layout: {compare: principle_last, critique: chat}", "layout: chat", ["'layout'", "dict", "'chat'"]),
+        ("revise: Shorten it.", "revise: ''", ["'short'", "'revise'", "text"]),
+        ("revise: Shorten it.", "revise: 3", ["'short'", "'revise'", "3"]),
+        ("weight: 2.0", "weight: .inf", ["'no-crime'", "'weight'", "inf"]),
+        ("    check: {rule: max_words, args: {n: 120}}", "    hard: true", ["'short'", "'hard'", "'check'"]),
     ],
 )
 def test_what_is_wrong_is_named(write, old, new, words):
@@ -110,3 +121,110 @@ def test_import_paths_need_permission(write, tmp_path, monkeypatch):
         Constitution.load(path)
     check = Constitution.load(path, allow_code=True).principles[1].check
     assert check.function([], "please") and not check.function([], "now")
+
+
+LLM_SWARM = {
+    "constitutions": [{"critic": "Was that kind?", "revision": "Say it kindly."}, {"critic": "C?", "revision": "R."}],
+    "system_chat": [
+        [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 4, "abcdefgh", strict=True)]
+    ],
+}
+SALMON = [
+    {"dimension": "Honest and Accurate", "definition": "The AI says what is so.", "negative_definition": "It lies."},
+    {"dimension": "Concise", "definition": "The AI is brief.", "weight": 4},
+]
+
+
+def test_llm_swarms_file(write):
+    constitution = Constitution.load(write(json.dumps(LLM_SWARM), "swarm.json"))
+    assert [(p.id, p.critique, p.revise, p.compare) for p in constitution.principles] == [
+        ("critic0", "Was that kind?", "Say it kindly.", None), ("critic1", "C?", "R.", None),
+    ]  # fmt: skip
+    assert constitution.critique_layout == "chat"
+    # Put back into a chat, the few-shots are the messages that the file holds.
+    assert chat_exchange(constitution.critique_few_shots, [], []) == LLM_SWARM["system_chat"][0]
+    assert [head for head, _ in constitution.critique_few_shots[0]][:5] == [
+        "Human", "Assistant", "Human", "Assistant", "CritiqueRequest",
+    ]  # fmt: skip
+
+
+def test_salmons_file(write):
+    honest, concise = Constitution.load(write(json.dumps(SALMON), "salmon.json")).principles
+    assert (honest.id, honest.weight, concise.id, concise.weight) == ("honest-and-accurate", 1.0, "concise", 4)
+    assert "The AI says what is so." in honest.compare and honest.revise is None
+
+
+def test_statements_and_several_files(write):
+    statements = write('["Select the kinder reply.", "Select the shorter reply."]', "statements.json")
+    constitution = Constitution.load(write(OWN), statements, write(json.dumps(SALMON), "salmon.json"))
+    ids = [p.id for p in constitution.principles]
+    assert ids == ["no-crime", "short", "statement0", "statement1", "honest-and-accurate", "concise"]
+    assert constitution.principles[3].compare == "Select the shorter reply."
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"constitutions": [{"critic": "C?"}]}, ["principle 0", "'revision'", "None"]),
+        ({"constitutions": "all"}, ["'constitutions'", "list"]),
+        ({**LLM_SWARM, "system_chat": [LLM_SWARM["system_chat"][0][:5]]}, ["few-shot 0", "'system_chat'", "six"]),
+        ([{"dimension": "Kind"}], ["'Kind'", "'definition'"]),
+        ([{**SALMON[0], "weight": "much"}], ["'Honest and Accurate'", "'weight'", "much"]),
+        ({"harmful0": {"prompt": [], "edit_request": "x"}}, ["'harmful0'", "'prompt'"]),
+        (["\n\nHuman: a\n\nAssistant: b", "no transcript"], ["few-shot 1", "Human:"]),
+        ([{"prompt": "\n\nHuman: a", "corrects": [""], "incorrects": ["b"]}], ["few-shot 0", "'better'"]),
+    ],
+)
+def test_what_is_wrong_in_others_files_is_named(write, content, words):
+    with pytest.raises(ConstitutionError) as error:
+        Constitution.load(write(json.dumps(content), "theirs.json"))
+    for word in ["theirs.json", *words]:
+        assert word in str(error.value)
+
+
+def test_few_shots_in_the_file_itself(write):
+    own = (
+        OWN
+        + """
+few_shot:
+  critique: [{Human: h, Assistant: a, CritiqueRequest: C, Critique: c, RevisionRequest: R, Revision: r}]
+  compare: [{prompt: p, better: b, worse: w}]
+"""
+    )
+    constitution = Constitution.load(write(own))
+    assert constitution.critique_few_shots[0][-1] == ("Revision", "r")
+    assert constitution.compare_few_shots[0]["better"] == "b"
+    wrong = [
+        ("Revision: r", "Revison: r", ["few-shot 0", "Revision"]),
+        ("worse: w", "wors: w", ["'worse'"]),
+        ("better: b", "better: ''", ["few-shot 0", "'better'"]),
+    ]
+    for old, new, words in wrong:
+        with pytest.raises(ConstitutionError) as error:
+            Constitution.load(write(own.replace(old, new)))
+        assert all(word in str(error.value) for word in ["c.yaml", *words])
+
+
+def test_the_constitutions_that_come_with_the_package():
+    english, japanese = (Constitution.load(name) for name in ("safe-en", "safe-ja"))
+    assert set(SHIPPED) == {"safe-en", "safe-ja"} and (english.language, japanese.language) == ("en", "ja")
+    for en, ja in zip(english.principles, japanese.principles, strict=True):
+        assert (en.id, en.weight, en.hard, en.tags, type(en.check)) == (
+            ja.id,
+            ja.weight,
+            ja.hard,
+            ja.tags,
+            type(ja.check),
+        )
+        assert bool(en.critique) == bool(ja.critique) and bool(en.compare) == bool(ja.compare)
+        assert en.revise.isascii() and not ja.revise.isascii()
+    assert len(english.principles) > 10 and any(p.hard for p in english.principles)
+    for one, two in ((english.critique_few_shots, japanese.critique_few_shots),
+                     (english.compare_few_shots, japanese.compare_few_shots)):  # fmt: skip
+        assert len(one) == len(two) > 2
+    # A few-shot asks in the words of a principle, as the questions after it do.
+    for constitution in (english, japanese):
+        asked = {text for p in constitution.principles for text in (p.critique, p.revise)}
+        assert all(t[-4][1] in asked and t[-2][1] in asked for t in constitution.critique_few_shots)
+    with pytest.raises(ConstitutionError, match="safe-en, safe-ja"):
+        Constitution.load("safe-fr")

@@ -1,5 +1,5 @@
 """The files released with the paper, byte for byte. Skipped where they are absent: set RLHF_FAST_DATA to their folder's
-parent."""
+parent. The evaluation file may be the whole one or any part of it, under either name."""
 
 import json
 import os
@@ -22,6 +22,7 @@ FOLDER = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).parents[3] / "shar
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the released constitutional-ai files are not here")
 
 SL, RL = FOLDER / "CritiqueRevisionInstructions.json", FOLDER / "RLMadisonInstructions.json"
+EVALUATIONS = [path for name in ("hhh_eval.jsonl", "438HHHEvaluations.jsonl") if (path := FOLDER / name).exists()]
 SHOTS = FOLDER / "CritiqueRevisionFewShotPrompts.json", FOLDER / "RLMadisonFewShotPrompts.json"
 
 
@@ -34,9 +35,10 @@ def test_instructions_round_trip():
     assert constitution.principles[0].critique.startswith("Identify specific ways")
 
 
-def test_every_evaluation_prompt_is_rebuilt_from_its_parts():
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.name)
+def test_every_evaluation_prompt_is_rebuilt_from_its_parts(path):
     instruction = Constitution.load(RL).principles[1].compare
-    rows = [json.loads(line) for line in (FOLDER / "hhh_eval.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     for row in rows:
         replies = {" (A)": row["text_correct"], " (B)": row["text_incorrect"]}
         if row["corrects"] == [" (B)"]:
@@ -44,7 +46,7 @@ def test_every_evaluation_prompt_is_rebuilt_from_its_parts():
         (*conversation, (_, a)), (*_, (_, b)) = parse_turns(replies[" (A)"]), parse_turns(replies[" (B)"])
         question = compare_question(messages_of(conversation), a, b, instruction)
         assert text_prompt(None, [], question) == row["prompt"]
-    assert len(rows) > 200
+    assert len(rows) in (219, 438)
 
 
 def test_the_evaluation_file_with_a_judge_of_length():

@@ -1,0 +1,158 @@
+"""Constitution files of others, each recognised by its shape.
+
+    Anthropic    CritiqueRevisionInstructions {name: {"prompt": [critique request], "edit_request": ...}},
+                 RLMadisonInstructions [comparison, ...], few-shots of both (arXiv 2212.08073)
+    llm-swarm    {"constitutions": [{"critic", "revision"}], "system_chat": [messages, ...]}
+    SALMON       [{"dimension", "definition", "weight", "negative_definition"}]
+    statements   ["Choose the reply that ...", ...], as ICAI writes them
+
+Anthropic's scaffold ("CritiqueRequest:" and so on) and the text in it are separated, and joined again without loss.
+"""
+
+import re
+from pathlib import Path
+
+from .layouts import messages_of, parse_turns
+from .principles import ConstitutionError, Principle, text_field, weight_field
+
+FORMAT = "rlhf_fast/constitution@1"
+_CRITIQUE = ("\n\nCritiqueRequest: ", "\n\nCritique:")
+_REVISION = ("\n\nRevisionRequest: ", "\n\nRevision:")
+_OPTIONS = ("\n", " Options:")
+_ANSWERS = ("CritiqueRequest", "Critique", "RevisionRequest", "Revision")  # the end of a few-shot of phase 1
+
+
+def _wrap(scaffold: tuple[str, str], text: str) -> str:
+    return scaffold[0] + text + scaffold[1]
+
+
+def _unwrap(scaffold: tuple[str, str], text: str, where: str) -> str:
+    if not (isinstance(text, str) and text.startswith(scaffold[0]) and text.endswith(scaffold[1])):
+        begin, end = scaffold
+        raise ConstitutionError(f"{where}: {str(text)[:60]!r} must begin with {begin!r} and end with {end!r}")
+    return text[len(scaffold[0]) : -len(scaffold[1])]
+
+
+def _first(value):
+    """The only element of the lists in which Anthropic's files hold a text."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def parse_released(content, path: Path, parts: dict) -> None:
+    """Adds to `parts` what a file of somebody else's holds."""
+    if isinstance(content, dict) and "constitutions" in content:
+        return _parse_llm_swarm(content, path, parts)
+    values = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(values, list) or not values:
+        raise ConstitutionError(
+            f"{path}: field 'format': missing; needs {FORMAT!r}, or a file that others have released"
+        )
+    if isinstance(content, dict) and all(isinstance(v, dict) and {"prompt", "edit_request"} <= set(v) for v in values):
+        for name, entry in content.items():
+            where = f"{path}: principle {name!r}: field"
+            critique = _unwrap(_CRITIQUE, _first(entry["prompt"]), f"{where} 'prompt'")
+            revise = _unwrap(_REVISION, entry["edit_request"], f"{where} 'edit_request'")
+            parts["principles"].append(Principle(name, critique=critique, revise=revise))
+    elif all(isinstance(v, str) and v.endswith(_OPTIONS[1]) for v in values):
+        for i, text in enumerate(values):
+            compare = _unwrap(_OPTIONS, text, f"{path}: principle {i}")
+            parts["principles"].append(Principle(f"compare{i}", compare=compare))
+    elif all(isinstance(v, str) for v in values) and any("\n\nHuman:" in v for v in values):
+        parts["critique_few_shots"] = critique_shots(values, path)
+    elif all(isinstance(v, str) for v in values):
+        texts = [text_field(v, f"{path}: principle {i}:", "statement") for i, v in enumerate(values)]
+        parts["principles"] += [Principle(f"statement{i}", compare=text) for i, text in enumerate(texts)]
+    elif all(isinstance(v, dict) and {"prompt", "corrects", "incorrects"} <= set(v) for v in values):
+        parts["compare_few_shots"] = compare_shots(values, path)
+    elif all(isinstance(v, dict) and "dimension" in v for v in values):
+        _parse_salmon(values, path, parts)
+    else:
+        raise ConstitutionError(f"{path}: unknown shape; needs 'format: {FORMAT}', or a file that others have released")
+
+
+def _parse_llm_swarm(content: dict, path: Path, parts: dict) -> None:
+    """Its few-shots are conversations of a chat model that end with critique and revision; it asks in a chat too."""
+    for i, entry in enumerate(_list(content, "constitutions", path)):
+        where = f"{path}: principle {i}:"
+        if not isinstance(entry, dict):
+            raise ConstitutionError(f"{where} needs the fields 'critic' and 'revision', got {entry!r}")
+        critique, revise = (text_field(entry.get(name), where, name) for name in ("critic", "revision"))
+        parts["principles"].append(Principle(f"critic{i}", critique=critique, revise=revise))
+    shots, last = [], list(_ANSWERS)
+    for i, chat in enumerate(_list(content, "system_chat", path) if "system_chat" in content else []):
+        roles = [m.get("role") if isinstance(m, dict) else None for m in chat] if isinstance(chat, list) else []
+        if len(roles) < 6 or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise ConstitutionError(
+                f"{path}: few-shot {i}: field 'system_chat': needs user and assistant in turn, six messages or more "
+                f"(prompt, reply, critique request, critique, revision request, revision), got {roles}"
+            )
+        heads = ["Human", "Assistant"] * (len(roles) // 2 - 2) + last
+        texts = [text_field(m.get("content"), f"{path}: few-shot {i}:", "content") for m in chat]
+        shots.append(tuple(zip(heads, texts, strict=True)))
+    parts |= {"critique_few_shots": shots, "critique_layout": "chat"}
+
+
+def _parse_salmon(values: list[dict], path: Path, parts: dict) -> None:
+    for i, entry in enumerate(values):
+        where = f"{path}: principle {entry['dimension']!r}:"
+        name = re.sub(
+            r"[^a-z0-9]+", "-", text_field(entry["dimension"], f"{path}: principle {i}:", "dimension").lower()
+        )
+        definition = text_field(entry.get("definition"), where, "definition")
+        compare = f"Please choose the response that better keeps this principle: {definition}"
+        weight = weight_field(entry.get("weight", 1.0), where)
+        parts["principles"].append(Principle(name.strip("-"), weight=weight, compare=compare))
+
+
+def _list(content: dict, name: str, path: Path) -> list:
+    if not isinstance(content.get(name), list):
+        raise ConstitutionError(f"{path}: field {name!r}: needs a list, got {type(content.get(name)).__name__}")
+    return content[name]
+
+
+def critique_shots(values, path: Path) -> list:
+    """Transcripts, or mappings from head to text that stand in this package's file."""
+    shots = []
+    for i, shot in enumerate(values):
+        where = f"{path}: few-shot {i}:"
+        try:
+            turns = parse_turns(shot) if isinstance(shot, str) else list(dict(shot).items())
+        except ValueError as error:
+            raise ConstitutionError(f"{where} {error}") from error
+        if not isinstance(shot, str) and [head for head, _ in turns][-4:] != list(_ANSWERS):
+            raise ConstitutionError(f"{where} needs {', '.join(_ANSWERS)} in the end, got {[h for h, _ in turns]}")
+        shots.append(tuple((head, text_field(text, where, head)) for head, text in turns))
+    return shots
+
+
+def compare_shots(values, path: Path) -> list:
+    """The released shape, or {"prompt": text or messages, "better", "worse"}."""
+    shots = []
+    for i, shot in enumerate(values):
+        where = f"{path}: few-shot {i}:"
+        if not isinstance(shot, dict) or not (
+            {"corrects", "incorrects"} <= set(shot) or {"better", "worse"} <= set(shot)
+        ):
+            raise ConstitutionError(f"{where} needs the fields 'prompt', 'better' and 'worse', got {shot!r}")
+        released = "corrects" in shot
+        better, worse = (
+            (_first(shot[k]) for k in ("corrects", "incorrects")) if released else (shot["better"], shot["worse"])
+        )
+        try:
+            prompt = text_field(shot.get("prompt"), where, "prompt")
+            conversation = messages_of(parse_turns(prompt)) if released else [{"role": "user", "content": prompt}]
+        except ValueError as error:
+            raise ConstitutionError(f"{where} field 'prompt': {error}") from error
+        texts = {"better": text_field(better, where, "better"), "worse": text_field(worse, where, "worse")}
+        shots.append({"conversation": conversation, **texts})
+    return shots
+
+
+def export_released(principles) -> tuple[dict, list[str]]:
+    """(CritiqueRevisionInstructions, RLMadisonInstructions): principles in the shape of Anthropic's files."""
+    critiques = {
+        p.id: {"prompt": [_wrap(_CRITIQUE, p.critique)], "edit_request": _wrap(_REVISION, p.revise)}
+        for p in principles
+        if p.critique and p.revise
+    }
+    return critiques, [_wrap(_OPTIONS, p.compare) for p in principles if p.compare]
