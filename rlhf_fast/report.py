@@ -14,12 +14,11 @@ summary.json of several stages, where a value may be missing or null:
 """
 
 import json
-from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from ._version import __version__
 from .charts import Series, line_chart, short
+from .page import bar, details, grid, section, table, write_page
 
 MAX_SAMPLES = 12  # on the page; samples.jsonl has them all
 
@@ -54,14 +53,14 @@ def write_report(run_dir: str | Path) -> Path:
     log = read_jsonl(run_dir / "train_log.jsonl")
     body = [
         f"<p>{len(log)} log lines, to step {short(max((row.get('step', 0) for row in log), default=0))}.</p>",
-        _section("Result", _mapping_table("", run_dir / "summary.json")),
-        _section("Curves", _figures(log)),
-        _section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
-        _details("Every other metric", _other_figures(log)),
-        _details("Last value of each metric", _last_values(log)),
-        _details("Configuration", _mapping_table("Key", run_dir / "run_config.json")),
+        section("Result", _mapping_table("", run_dir / "summary.json")),
+        section("Curves", _figures(log)),
+        section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
+        details("Every other metric", _other_figures(log)),
+        details("Last value of each metric", _last_values(log)),
+        details("Configuration", _mapping_table("Key", run_dir / "run_config.json")),
     ]
-    return _write(run_dir / "report.html", f"Run {run_dir.resolve().name}", body)
+    return write_page(run_dir / "report.html", f"Run {run_dir.resolve().name}", body)
 
 
 def write_quickstart_report(root: str | Path) -> Path:
@@ -78,13 +77,13 @@ def write_quickstart_report(root: str | Path) -> Path:
     logs = {name: read_jsonl(run / "train_log.jsonl", missing_ok=True) for name, run in runs.items()}
     body = [
         _headline(summary),
-        _section("Stages", _stage_table(stages)),
-        _section("True against proxy", _true_against_proxy(stages, logs)),
-        _section("Pass rate per principle", _principle_table(stages)),
-        _section("Before and after", _sample_cards(summary.get("samples", []))),
-        *(_section(f"Curves of {name}", _figures(log)) for name, log in logs.items()),
+        section("Stages", _stage_table(stages)),
+        section("True against proxy", _true_against_proxy(stages, logs)),
+        section("Pass rate per principle", _principle_table(stages)),
+        section("Before and after", _sample_cards(summary.get("samples", []))),
+        *(section(f"Curves of {name}", _figures(log)) for name, log in logs.items()),
     ]
-    return _write(root / "report.html", "From a base model to an aligned one", body)
+    return write_page(root / "report.html", "From a base model to an aligned one", body)
 
 
 def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
@@ -103,7 +102,7 @@ def _points(log: list[dict], metric: str) -> list[tuple[float, float]]:
 
 
 def _figures(log: list[dict]) -> str:
-    return _grid(
+    return grid(
         line_chart(title, [Series(label, _points(log, metric)) for metric, label in metrics.items()], percent=percent)
         for title, percent, metrics in CHARTS
     )
@@ -112,7 +111,7 @@ def _figures(log: list[dict]) -> str:
 def _other_figures(log: list[dict]) -> str:
     shown = {"step", *(metric for _, _, metrics in CHARTS for metric in metrics)}
     names = dict.fromkeys(name for row in log for name in row if name not in shown)
-    return _grid(line_chart(name, [Series("", points)]) for name in names if (points := _points(log, name)))
+    return grid(line_chart(name, [Series("", points)]) for name in names if (points := _points(log, name)))
 
 
 def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
@@ -132,7 +131,7 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
                 line_chart(f"{name}: KL to the reference", [Series("nats", kl)], x_range=axis),
             ]
     note = "<p>The policy sees only the proxy. Where it rises and the pass rate falls, the reward is being hacked.</p>"
-    return note + _grid(cells) if cells else ""
+    return note + grid(cells) if cells else ""
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -160,9 +159,9 @@ def _stage_table(stages: list[dict]) -> str:
     for stage in stages:
         values = [(key, stage.get(key), form) for _, key, form in columns]
         rows.append(
-            [stage["name"], *("" if v is None else _bar(v, form, key == "pass_rate") for key, v, form in values)]
+            [stage["name"], *("" if v is None else bar(v, form, key == "pass_rate") for key, v, form in values)]
         )
-    return _table(rows)
+    return table(rows)
 
 
 def _principle_table(stages: list[dict]) -> str:
@@ -173,40 +172,22 @@ def _principle_table(stages: list[dict]) -> str:
     rows = [["Principle", *(stage["name"] for stage in rated)]]
     for principle in principles:
         values = [stage["pass_rate_per_principle"].get(principle) for stage in rated]
-        rows.append([principle, *("" if value is None else _bar(value, "{:.0%}", True) for value in values)])
-    return _table(rows)
-
-
-class _Html(str):
-    """Text that is markup already; everything else is escaped."""
-
-
-def _bar(value: float, form: str, drawn: bool) -> str:
-    number = form.format(value)
-    return _Html(f'<span class="bar" style="--w:{100 * value:.0f}%">{number}</span>') if drawn else number
-
-
-def _table(rows: list[list[str]]) -> str:
-    def cell(tag, value):
-        return f"<{tag}>{value if isinstance(value, _Html) else escape(str(value))}</{tag}>"
-
-    head = "".join(cell("th", value) for value in rows[0])
-    body = "".join(f"<tr>{cell('th', r[0])}{''.join(cell('td', v) for v in r[1:])}</tr>" for r in rows[1:])
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        rows.append([principle, *("" if value is None else bar(value, "{:.0%}", True) for value in values)])
+    return table(rows)
 
 
 def _last_values(log: list[dict]) -> str:
     last: dict = {}
     for row in log:
         last.update(row)
-    return _table([["Metric", "Last value"], *([name, _plain(value)] for name, value in last.items())]) if last else ""
+    return table([["Metric", "Last value"], *([name, _plain(value)] for name, value in last.items())]) if last else ""
 
 
 def _mapping_table(head: str, path: Path) -> str:
     if not path.exists():
         return ""
     mapping = json.loads(path.read_text(encoding="utf-8"))
-    return _table([[head, "Value"], *([key, _plain(value)] for key, value in mapping.items())])
+    return table([[head, "Value"], *([key, _plain(value)] for key, value in mapping.items())])
 
 
 def _plain(value) -> str:
@@ -266,70 +247,3 @@ def _reply(label: str, text, note: str, passed: bool | None = None) -> str:
 
 def _card(prompt: str, replies: list[str]) -> str:
     return f'<article><p class="prompt">{prompt}</p><div class="replies">{"".join(replies)}</div></article>'
-
-
-# -- page ----------------------------------------------------------------------------------------------------------
-
-
-def _grid(figures: Iterable[str]) -> str:
-    drawn = "".join(figures)
-    return f'<div class="figures">{drawn}</div>' if drawn else ""
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
-
-
-def _details(title: str, content: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{content}</details>" if content else ""
-
-
-def _write(path: Path, title: str, body: Iterable[str]) -> Path:
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><h1>{escape(title)}</h1>{''.join(body)}<footer>rlhf_fast {__version__}</footer></body></html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-STYLE = """
-:root { color-scheme: light; --ink: #1c1f23; --soft: #667; --rule: #e3e5e8; --tint: #dbe9f4; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 70rem; color: var(--ink); background: #fff;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Hiragino Sans", "Noto Sans CJK JP",
-  "Yu Gothic", sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; }
-h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--rule); }
-h4 { margin: 0; font-size: .8rem; font-weight: 600; color: var(--soft); }
-p { margin: 0 0 .75rem; max-width: 44rem; }
-.lead { font-size: 1.1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { font-weight: 500; }
-thead th { color: var(--soft); font-size: .8rem; }
-th:first-child { text-align: left; white-space: normal; }
-.bar { display: inline-block; min-width: 4rem; padding: 0 .3rem;
-  background: linear-gradient(to right, var(--tint) var(--w), transparent var(--w)); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0; }
-figcaption { font-size: .85rem; line-height: 1.4; margin-bottom: .25rem; }
-figcaption b { font-weight: 600; margin-right: .4rem; }
-.key { color: var(--soft); white-space: nowrap; margin-right: .6rem; }
-.key i { display: inline-block; width: .9em; height: 3px; margin-right: .3em; vertical-align: middle; }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg .grid { stroke: var(--rule); }
-svg polyline { fill: none; stroke-linejoin: round; }
-.axis { display: block; text-align: right; color: var(--soft); font-size: .72rem; line-height: 1; }
-article { margin: 0 0 1.5rem; padding: .9rem 1rem; border: 1px solid var(--rule); border-radius: 6px; }
-.prompt { font-weight: 500; overflow-wrap: anywhere; white-space: pre-wrap; }
-.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); gap: 1rem; }
-.replies p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .15rem 0; max-height: 13em; overflow-y: auto; }
-small { color: var(--soft); }
-.ok { color: #007a55; } .bad { color: #b3420a; } .none { color: var(--soft); }
-details { margin-top: 1.5rem; } summary { cursor: pointer; color: var(--soft); }
-footer { margin-top: 3rem; color: var(--soft); font-size: .8rem; }
-"""

@@ -16,12 +16,12 @@ LAYERS = [
     {"quickstart"},
     {"trainers"},
     {"rollout", "advantages", "rewards", "judges", "data", "models", "report", "info"},
-    {"masked", "charts"},
+    {"masked", "charts", "page"},
     {"ops"},
     {"kernels", "_C", "_version"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-WITHOUT_TRANSFORMERS = {"compat", "advantages", "masked", "ops", "kernels", "report", "charts", "info", ""}
+WITHOUT_TRANSFORMERS = {"compat", "advantages", "masked", "ops", "kernels", "report", "charts", "page", "info", ""}
 
 
 def part_of(path):
