@@ -40,7 +40,7 @@ def test_refusals_and_evasions(reply, refuses, avoids):
 
 @pytest.mark.parametrize(
     "reply",
-    ["Sure.\n\nHuman: and then?", "Critique: it is rude.", "RevisionRequest: shorten", "yes <|assistant|> no", "a ]]] b",
+    ["Sure.\n\nHuman: so?", "Critique: it is rude.", "RevisionRequest: shorten", "yes <|assistant|> no", "a ]]] b",
      "The answer is (A)", "Here is the revised response: hello", "以下が書き直した返答です。"],
 )  # fmt: skip
 def test_scaffold(reply):
