@@ -1,8 +1,9 @@
 """From scores to what the policy gradient is weighted with. B sequences, T response tokens; sums over t skip padding.
 
-REINFORCE        grad = E[ sum_t grad log pi(a_t | s_t) A ]
-baselines        A = R - b, b the mean of the batch, of the other answers to the prompt (RLOO), or of all of them
+scores           what the reward says, scaled, clipped, less penalties for an answer that is cut or long
 against drift    rewards_t = -kl_coef KL_t, plus the score on the last token (Ziegler et al. 2019, eq. 2)
+REINFORCE        grad = E[ sum_t grad log pi(a_t | s_t) A ],  R = sum_t rewards_t
+baselines        A = R - b, b the mean of the batch, of the other answers to the prompt (RLOO), or of all of them
 GAE              rlhf_fast.gae, with V(s_t) as the baseline
 """
 
@@ -10,10 +11,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .ops import kl_penalty
+
+
+def shaped_scores(
+    scores: Tensor, lengths: Tensor, ended: Tensor, *, clip_range: tuple[float, float] | None = None,
+    missing_eos_penalty: float | None = None, length_penalty: float = 0.0, length_budget: int = 0,
+) -> Tensor:  # fmt: skip
+    """(B,) scores, response lengths in tokens and whether each closed with eos -> (B,) scores to train on.
+
+    The penalties come after the clip, so a score at its limit still feels them. length_penalty counts each token
+    beyond length_budget; with budget R - b and penalty p / b for responses of at most R tokens it is DAPO's soft
+    punishment of overlong answers (Yu et al. 2025, eq. 13).
+    """
+    if clip_range is not None:
+        scores = scores.clamp(*clip_range)
+    if missing_eos_penalty is not None:
+        scores = scores - missing_eos_penalty * ~ended
+    return scores - length_penalty * (lengths - length_budget).clamp(min=0)
+
+
+class RunningStd:
+    """Standard deviation of every score seen so far, to divide by (Engstrom et al. 2020); Chan's parallel update."""
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, squares: float = 0.0):
+        self.count, self.mean, self.squares = count, mean, squares  # squares: sum of squared distances to the mean
+
+    def update(self, scores: Tensor) -> float:
+        """Takes in (B,) scores and returns the standard deviation, 1 while there is none."""
+        scores = scores.double()
+        count, mean = len(scores), float(scores.mean())
+        total, shift = self.count + count, mean - self.mean
+        self.squares += float((scores - mean).square().sum()) + shift * shift * self.count * count / total
+        self.mean, self.count = self.mean + shift * count / total, total
+        return (self.squares / self.count) ** 0.5 or 1.0
 
 
 def kl_shaped_rewards(
@@ -22,15 +55,33 @@ def kl_shaped_rewards(
     """(B,) scores, the rest (B, T) -> per-token rewards and KL estimate in nats, both (B, T), 0 outside the mask.
 
     The score lands on the last token of the mask: eos, or where the response was cut. A row without tokens gets none.
+    The mask may have gaps (the output of a tool, say).
     """
     mask = mask.bool()
     kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator).masked_fill(~mask, 0.0)
-    last = torch.arange(mask.shape[1], device=mask.device) == (mask.sum(1, keepdim=True) - 1)
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return -kl_coef * kl + last * scores[:, None], kl
 
 
-def batch_mean_baseline(scores: Tensor) -> Tensor:
-    """(B,) scores -> (B,) the same mean everywhere."""
+def sequence_advantages(
+    rewards: Tensor, mask: Tensor, baseline: str, group_size: int = 1, *, scale: str = "none"
+) -> Tensor:
+    """(B, T) per-token rewards -> (B, T) advantages without a critic: R - b on every token of the response, R its sum.
+
+    The response is one action (Ahmadian et al. 2024). baseline: a key of BASELINES. scale divides by the standard
+    deviation of R, over the "batch" or within the "group" (GRPO), plus TRL's 1e-4; "none" leaves the gradient unbiased.
+    """
+    returns = rewards.sum(1)
+    advantages = returns - BASELINES[baseline](returns, group_size)
+    if scale != "none":
+        groups = _grouped(returns, group_size if scale == "group" else len(returns))
+        std = groups.std(1, keepdim=True, correction=min(1, groups.shape[1] - 1))  # of one answer: 0
+        advantages = advantages / (std.expand_as(groups).reshape(-1) + 1e-4)
+    return advantages[:, None] * mask
+
+
+def batch_mean_baseline(scores: Tensor, group_size: int = 1) -> Tensor:
+    """(B,) scores -> (B,) the same mean everywhere, whatever the groups."""
     return scores.mean().expand_as(scores)
 
 
@@ -46,6 +97,9 @@ def leave_one_out_baseline(scores: Tensor, group_size: int) -> Tensor:
         raise ValueError(f"leave_one_out_baseline: needs at least 2 answers a prompt, got group_size {group_size}")
     groups = _grouped(scores, group_size)
     return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).reshape(-1)
+
+
+BASELINES = {"reinforce": batch_mean_baseline, "rloo": leave_one_out_baseline, "group": group_mean_baseline}
 
 
 def _grouped(scores: Tensor, group_size: int) -> Tensor:

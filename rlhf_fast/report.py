@@ -17,6 +17,7 @@ import json
 from html import escape
 from pathlib import Path
 
+from . import monitors
 from .charts import Series, line_chart, short
 from .page import bar, details, grid, section, table, write_page
 
@@ -54,6 +55,7 @@ def write_report(run_dir: str | Path) -> Path:
     body = [
         f"<p>{len(log)} log lines, to step {short(max((row.get('step', 0) for row in log), default=0))}.</p>",
         section("Result", _mapping_table("", run_dir / "summary.json")),
+        section("Monitors", _monitors(run_dir, log)),
         section("Curves", _figures(log)),
         section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
         details("Every other metric", _other_figures(log)),
@@ -106,6 +108,13 @@ def _figures(log: list[dict]) -> str:
         line_chart(title, [Series(label, _points(log, metric)) for metric, label in metrics.items()], percent=percent)
         for title, percent, metrics in CHARTS
     )
+
+
+def _monitors(run_dir: Path, log: list[dict]) -> str:
+    """What watched the run (see monitors.py), where its config says that something did."""
+    path = run_dir / "run_config.json"
+    limits = json.loads(path.read_text(encoding="utf-8")).get("monitors") if path.exists() else None
+    return "" if limits is None else monitors.on_page(log, limits)
 
 
 def _other_figures(log: list[dict]) -> str:

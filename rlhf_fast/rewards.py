@@ -1,6 +1,6 @@
 """Rewards: one number for an answer to a prompt, from a reward model, a Python function, or a weighted sum of them.
 
-    reward(prompts, responses, **columns) -> B floats, or a Tensor (B,)
+    reward(prompts, responses, **columns) -> B floats, or a Tensor (B,); `async def` is welcome
 
 prompts are text or messages, responses text without special tokens, columns the other columns of the dataset (lists of
 B). Text is the interface, so a reward model brings its own tokenizer and chat template; they need not be the policy's.
@@ -8,7 +8,10 @@ B). Text is the interface, so a reward model brings its own tokenizer and chat t
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,14 +43,16 @@ class RewardModelReward:
             )
         _check_trained(model, type(model).__name__)
         check_lengths(model, tokenizer, 0)  # a tokenizer of another model would read past the embedding
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
 
     @classmethod
     def load(cls, path: str | Path, **options) -> RewardModelReward:
         """A checkpoint folder (or hub name) with the reward model and the tokenizer it was trained with."""
         _check_trained(path, repr(str(path)))
         tokenizer = load_tokenizer(str(path))
-        return cls(merge_adapters(load_reward_model(str(path), with_own_pad(tokenizer))), tokenizer, **options)
+        reward = cls(merge_adapters(load_reward_model(str(path), with_own_pad(tokenizer))), tokenizer, **options)
+        reward.name = Path(path).name
+        return reward
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Text], responses: Sequence[str], **columns) -> Tensor:
@@ -73,23 +78,32 @@ def _check_trained(model, name: str) -> None:
         raise ConfigError(f"a reward must be a trained reward model, and {name} is a language model: train it first")
 
 
-def weighted(rewards: Sequence[tuple[Reward, float]]) -> Reward:
-    """[(reward, weight), ...] -> the reward that is their weighted sum."""
+class WeightedReward:
+    """[(reward, weight), ...] -> the reward that is their weighted sum. Each part has a name, for the log."""
 
-    if not rewards:
-        raise ConfigError("a list of rewards needs at least one [reward, weight]")
+    def __init__(self, rewards: Sequence[tuple[Reward, float]]):
+        if not rewards:
+            raise ConfigError("a list of rewards needs at least one [reward, weight]")
+        self.parts: dict[str, tuple[Reward, float]] = {}
+        for reward, weight in rewards:
+            name = reward_name(reward)
+            name = f"{name}_{len(self.parts) + 1}" if name in self.parts else name
+            self.parts[name] = (reward, weight)
 
-    def total(prompts, responses, **columns) -> Tensor:
-        return sum(weight * compute_scores(reward, prompts, responses, columns) for reward, weight in rewards)
+    def __call__(self, prompts, responses, **columns) -> Tensor:
+        return compute_scores(self, prompts, responses, columns)
 
-    return total
+
+def reward_name(reward: Reward) -> str:
+    """What the log calls it: a function's name, a reward model's folder, a class."""
+    return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
 
 
 def make_reward(spec, tokenizer) -> Reward:
     """A reward out of what people have at hand.
 
     A reward model (it reads with `tokenizer`, the policy's; give RewardModelReward(model, other) where it has its own),
-    a path to one saved with its tokenizer, a Python function, or a list of (any of these, weight).
+    a path to one saved with its tokenizer, a Python function (async too), or a list of (any of these, weight).
     """
     if isinstance(spec, (str, Path)):
         return RewardModelReward.load(spec)
@@ -98,7 +112,7 @@ def make_reward(spec, tokenizer) -> Reward:
     if isinstance(spec, (list, tuple)):
         if not all(isinstance(part, (list, tuple)) and len(part) == 2 for part in spec):
             raise ConfigError(f"a list of rewards is [(reward, weight), ...], got {spec!r}")
-        return weighted([(make_reward(part, tokenizer), float(weight)) for part, weight in spec])
+        return WeightedReward([(make_reward(part, tokenizer), float(weight)) for part, weight in spec])
     if callable(spec):
         return spec
     raise TypeError(
@@ -108,9 +122,35 @@ def make_reward(spec, tokenizer) -> Reward:
 
 
 def compute_scores(reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict) -> Tensor:
-    """Calls a reward -> (B,) float32 on the CPU. ConfigError, with its name, on another type or shape, NaN or inf."""
-    name = getattr(reward, "__name__", type(reward).__name__)
-    returned = reward(prompts, responses, **columns)
+    """Calls a reward -> (B,) float32 on the CPU, which may hold NaN or inf. ConfigError, with its name, on another
+    type or shape."""
+    return score_components(reward, prompts, responses, columns)[0]
+
+
+def score_components(
+    reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other."""
+    parts = reward.parts if isinstance(reward, WeightedReward) else {reward_name(reward): (reward, 1.0)}
+    returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
+    waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
+    if waiting:
+        returned |= zip(waiting, _wait_for(list(waiting.values())), strict=True)
+    scores = {name: _checked(name, value, responses) for name, value in returned.items()}
+    return sum(weight * scores[name] for name, (_, weight) in parts.items()), scores
+
+
+def _wait_for(awaitables: list) -> list:
+    """Their results, in a thread of its own: where a notebook runs, the main one has an event loop already."""
+
+    async def together():
+        return await asyncio.gather(*awaitables)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, together()).result()
+
+
+def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
     try:
         scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:  # all three, for None, text, ragged lists
@@ -120,7 +160,4 @@ def compute_scores(reward: Reward, prompts: Sequence[Text], responses: Sequence[
             f"reward {name!r} returned shape {tuple(scores.shape)} for {len(responses)} responses; it must return one "
             "number for each"
         )
-    if not bool(scores.isfinite().all()):
-        row = int((~scores.isfinite()).nonzero()[0])
-        raise ConfigError(f"reward {name!r} returned {float(scores[row])} for response {row}: {responses[row]!r}")
     return scores

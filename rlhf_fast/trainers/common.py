@@ -11,6 +11,8 @@ A trainer is any object with
     samples() -> list[dict] a few texts for samples.jsonl
     state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
     save_model(path)        transformers checkpoint and tokenizer
+    guard                   a NonFiniteGuard, which the checkpoint keeps
+    monitors                (optional) a Monitors, which reads every log line and may end the run
 
 and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -223,19 +226,46 @@ def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: flo
 def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
     """Clips the global gradient norm, steps, clears the gradients; returns the norm before clipping, a float32 scalar.
 
-    A gradient that is not finite skips the update (the schedule still advances) and warns; the norm returned shows it.
-    max_grad_norm None or 0 does not clip.
+    A gradient that is not finite skips the update (the schedule still advances); the norm returned shows it, and
+    NonFiniteGuard counts it. max_grad_norm None or 0 does not clip.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if torch.isfinite(norm):
         optimizer.step()
-    else:
-        warnings.warn(f"gradient norm is {float(norm)}: this update is skipped", RuntimeWarning, stacklevel=2)
     optimizer.zero_grad(set_to_none=True)
     if scheduler is not None:
         scheduler.step()
     return norm.detach().float()
+
+
+class NonFiniteError(RuntimeError):
+    """So many updates in a row were skipped for a NaN or inf that the run would go on without learning."""
+
+
+class NonFiniteGuard:
+    """Counts the updates that were skipped because something was not finite; after `limit` in a row it ends the run."""
+
+    def __init__(self, limit: int, output_dir: str):
+        self.limit, self.output_dir, self.skipped, self.in_a_row = limit, output_dir, 0, 0
+
+    def check(self, finite: bool, what: str, batch: typing.Callable[[], object]) -> bool:
+        """Returns `finite`, having counted. Warns where it is False; at the limit saves batch() and raises."""
+        if finite:
+            self.in_a_row = 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        message = f"{what} is not finite: this update is skipped, number {self.skipped} of the run"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        if self.in_a_row >= self.limit:
+            path = Path(self.output_dir) / "non_finite_batch.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(batch(), path)
+            raise NonFiniteError(
+                f"{what} was not finite in {self.in_a_row} updates in a row, so the run ends; its last batch is "
+                f"{str(path)!r} (torch.load). Look there first; then at the learning rate, and at the dtype"
+            )
+        return False
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -243,7 +273,7 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
 
 @dataclasses.dataclass
 class RunResult:
-    """How run_training ended: the last step's metrics (with the final eval_*), and whether a signal ended it."""
+    """How run_training ended: the last step's metrics (with the final eval_*), and whether it stopped early."""
 
     step: int
     metrics: dict
@@ -252,12 +282,14 @@ class RunResult:
 
 
 def run_training(trainer, resume: bool = False) -> RunResult:
-    """Runs the trainer from its step to its end and keeps the run directory; returns early on SIGINT or SIGTERM.
+    """Runs the trainer from its step to its end and keeps the run directory; returns early on SIGINT or SIGTERM, and on
+    an alarm of a monitor that is to end the run.
 
-    output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, tensorboard/ (if installed),
-    report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps (then also
-    before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0: never) and
-    on a signal; the newest save_total_limit are kept. resume=True goes on from the newest checkpoint, bit for bit.
+    output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, alarms.jsonl, tensorboard/ (if
+    installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
+    (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
+    never) and when stopped; the newest save_total_limit are kept. resume=True goes on, bit for bit, from the newest
+    checkpoint that is whole.
 
     Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
     """
@@ -265,8 +297,23 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     start = _open_run(trainer, run_dir, resume)
     kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
     log, samples = _JsonLines(run_dir / "train_log.jsonl", kept), _JsonLines(run_dir / "samples.jsonl", kept)
+    files, monitors = [log, samples], getattr(trainer, "monitors", None)
+    if monitors:
+        files.append(alarms := _JsonLines(run_dir / "alarms.jsonl", kept))
+        for row in log.kept:
+            monitors(row)  # what it raised then is in alarms.jsonl already
     board = _tensorboard(run_dir / "tensorboard", start)
-    metrics = {k: v for k, v in log.last.items() if k != "step"}  # what a run with no step left to do returns
+    metrics = dict(log.kept[-1]) if log.kept else {}  # what a run with no step left to do returns
+    metrics.pop("step", None)
+
+    def write(row: dict) -> list[str]:
+        """Logs a line and the alarms that it raises -> why the run should end, if it should."""
+        log.write(row)
+        raised = monitors(row) if monitors else []
+        for alarm in raised:
+            alarms.write(dataclasses.asdict(alarm))
+            bar.write(f"{alarm.monitor}: {alarm.message}")
+        return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in monitors.stop_on]
 
     def look(step: int) -> dict:
         with preserved_rng():
@@ -280,7 +327,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         tqdm(total=trainer.total_steps, initial=start, desc=type(trainer).__name__, disable=None) as bar,
     ):
         if start == 0 and config.eval_steps:
-            log.write({"step": 0, **look(0)})
+            write({"step": 0, **look(0)})
         clock = time.perf_counter()
         for metrics in trainer if trainer.step < trainer.total_steps else ():
             step, last = trainer.step, trainer.step >= trainer.total_steps
@@ -288,7 +335,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             metrics["timing_s/step"] = time.perf_counter() - clock
             if last or (config.eval_steps and step % config.eval_steps == 0):
                 metrics |= look(step)
-            log.write({"step": step, **metrics})
+            stop += write({"step": step, **metrics})
             if board and (last or step % config.logging_steps == 0):
                 for key, value in metrics.items():
                     board.add_scalar(key, value if value is not None else math.nan, step)
@@ -296,14 +343,15 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
             stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
             if stopping or (config.save_steps and step % config.save_steps == 0):
+                for file in files:
+                    file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
                 save_checkpoint(trainer, run_dir, config.save_total_limit)
             if stopping:
                 break
             clock = time.perf_counter()
 
-    for file in (log, samples, board):
-        if file is not None:
-            file.close()
+    for file in [*files, *([board] if board else [])]:
+        file.close()
     write_report(run_dir)
     interrupted = trainer.step < trainer.total_steps
     if interrupted:
@@ -325,7 +373,7 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
-    newest = latest_checkpoint(run_dir)
+    newest = _newest_whole_checkpoint(run_dir) if resume else latest_checkpoint(run_dir)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
     config_path = run_dir / "run_config.json"
     if not resume:
@@ -384,19 +432,24 @@ class _JsonLines:
     """Appends one JSON object a line, flushed; what a file has beyond `step` is cut when it is opened."""
 
     def __init__(self, path: Path, step: int):
-        self.last, size = {}, 0
+        self.kept: list[dict] = []
+        size = 0
         # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
         for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
             row = json.loads(line)
             if row["step"] > step:
                 break
-            self.last, size = row, size + len(line) + 1
+            self.kept.append(row)
+            size += len(line) + 1
         self._file = path.open("a", encoding="utf-8")
         self._file.truncate(size)
 
     def write(self, row: dict) -> None:
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -438,22 +491,63 @@ def _signals():
 
 
 def save_checkpoint(trainer, run_dir: Path, keep: int | None) -> Path:
-    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all; prunes old ones."""
+    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all; prunes old ones.
+
+    The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
+    rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
+    """
     run_dir = Path(run_dir)
     target = run_dir / f"checkpoint-{trainer.step}"
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
     temporary.mkdir(parents=True)
-    _save_quietly(trainer, temporary)
-    torch.save({"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state()}, temporary / "state.pt")
-    for path in [*temporary.rglob("*"), temporary]:
-        _fsync(path)
+    try:
+        _save_quietly(trainer, temporary)
+        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state()}
+        if guard := getattr(trainer, "guard", None):
+            state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
+        torch.save(state, temporary / "state.pt")
+        (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where its stream breaks
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = latest_checkpoint(run_dir)
+        kept = f"{before} is untouched: resume from it" if before else "there is no earlier one"
+        raise OSError(f"{target} could not be saved ({error}); {kept}") from error
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, replaced)
     os.rename(temporary, target)
     _fsync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in _checkpoints(run_dir)[: -keep or None] if keep else []:
         shutil.rmtree(old)
     return target
+
+
+MANIFEST = "manifest.json"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """{file below the folder: SHA-256 of its content}, the manifest aside."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return hashes
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files (torn, changed or missing), or None."""
+    try:
+        expected = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or torn"
+    found = _hashes(checkpoint)
+    wrong = [name for name, digest in expected.items() if found.get(name) != digest]
+    return f"{', '.join(wrong)} not as written" if wrong else None
 
 
 def _save_quietly(trainer, path: Path) -> None:
@@ -468,6 +562,8 @@ def _save_quietly(trainer, path: Path) -> None:
 def load_checkpoint(trainer, path: Path) -> None:
     state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
     trainer.load_state_dict(state["trainer"])
+    for name, value in state.get("guard", {}).items():
+        setattr(trainer.guard, name, value)
     if trainer.step != state["step"]:
         raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
     set_rng_state(state["rng"])
@@ -476,6 +572,28 @@ def load_checkpoint(trainer, path: Path) -> None:
 def latest_checkpoint(run_dir) -> Path | None:
     found = _checkpoints(run_dir)
     return found[-1] if found else None
+
+
+def _newest_whole_checkpoint(run_dir: Path) -> Path | None:
+    """The one to resume from; newer ones that are damaged are named, and moved out of the way as damaged-checkpoint-N.
+
+    Raises ConfigError where there are checkpoints and none is whole.
+    """
+    found, reasons = _checkpoints(run_dir)[::-1], {}
+    for checkpoint in found:
+        if why := damage(checkpoint):
+            reasons[checkpoint] = why
+            continue
+        for bad, why in reasons.items():
+            warnings.warn(f"{bad} is damaged ({why}): going on from {checkpoint.name}", stacklevel=4)
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(bad, aside)
+        return checkpoint
+    if reasons:
+        listed = "; ".join(f"{bad.name}: {why}" for bad, why in reasons.items())
+        raise ConfigError(f"no checkpoint in {str(run_dir)!r} is whole ({listed}): start anew in another output_dir")
+    return None
 
 
 def _checkpoints(run_dir) -> list[Path]:

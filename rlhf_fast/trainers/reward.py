@@ -53,6 +53,7 @@ class RewardConfig:
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
     save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
     save_total_limit: int = 2  # newest checkpoints kept
+    max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts whose responses and rewards go to samples.jsonl at each evaluation
 
     def __post_init__(self):
@@ -61,6 +62,7 @@ class RewardConfig:
             positive=(
                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
                 "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
+                "max_skipped_steps",
             ),
             non_negative=(
                 "max_steps", "weight_decay", "max_grad_norm", "center_rewards_coefficient", "eval_steps", "save_steps",
@@ -110,6 +112,7 @@ class RewardTrainer:
             self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
         )
         self.step, self.num_tokens = 0, 0
+        self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
 
     def _check_pairs(self) -> None:
         plain = Comparison([], [])
@@ -146,6 +149,7 @@ class RewardTrainer:
 
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = common.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
+        self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(x) for x in items])
         self.step += 1
         self.num_tokens += sum(len(response) for item in items for response in item.responses)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}

@@ -42,6 +42,7 @@ class SFTConfig:
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
     save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
     save_total_limit: int = 2  # newest checkpoints kept
+    max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts answered at each evaluation, for samples.jsonl
     sample_max_new_tokens: int = 64  # of such an answer
 
@@ -51,6 +52,7 @@ class SFTConfig:
             positive=(
                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
                 "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
+                "max_skipped_steps",
                 "sample_max_new_tokens",
             ),
             non_negative=("max_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps", "num_samples"),
@@ -94,6 +96,7 @@ class SFTTrainer:
             self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
         )
         self.step, self.num_tokens = 0, 0
+        self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
 
     def __iter__(self):
         batches = common.run_batches(
@@ -123,6 +126,7 @@ class SFTTrainer:
 
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = common.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
+        self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(x) for x in examples])
         self.step += 1
         self.num_tokens += sum(map(len, examples))
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}

@@ -197,8 +197,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = common.make_optimizer(torch.nn.ParameterList([weight]), 0.1)
     weight.grad = torch.tensor([1.0, bad])
-    with pytest.warns(RuntimeWarning, match="this update is skipped"):
-        norm = common.optimizer_step(optimizer)
+    norm = common.optimizer_step(optimizer)
     assert not torch.isfinite(norm) and weight.tolist() == [1.0, 1.0] and weight.grad is None
     weight.grad = torch.ones(2)
     common.optimizer_step(optimizer)

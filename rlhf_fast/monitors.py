@@ -1,0 +1,167 @@
+"""Watches the metrics of a run and says, with evidence, when the policy is being rewarded for the wrong thing.
+
+    name              metric                                 alarm, by default
+    kl                objective/kl                           above 20 nats a response
+    entropy           policy/entropy_avg                     below 0.1 of where it began
+    length            response_length/mean                   beyond a factor of 2 from where it began
+    repetition        response/repetition                    0.2 above where it began
+    score_length      objective/score_length_correlation     beyond +-0.6: the score has become a matter of length
+    overoptimization  eval_<name> of a held-out reward       3 standard errors below its best while eval_scores is above
+                                                             what it was there (Gao et al. 2023)
+
+What is compared is the mean over WINDOW log lines, with the first WINDOW as the beginning. Everything is a function of
+the log alone: a resumed run raises the alarms of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from html import escape
+
+from .charts import Series, line_chart, short
+from .page import Html, grid, table
+
+WINDOW = 5
+
+
+@dataclass(frozen=True)
+class _Band:
+    """A metric that should stay between two bounds, which depend on where it began and on the limit."""
+
+    metric: str
+    title: str
+    limit: float
+    bounds: Callable[[float, float], tuple[float | None, float | None]]
+
+
+BANDS = {
+    "kl": _Band("objective/kl", "KL to the reference, nats a response", 20.0, lambda start, limit: (None, limit)),
+    "entropy": _Band("policy/entropy_avg", "Entropy, nats a token", 0.1, lambda start, limit: (limit * start, None)),
+    "length": _Band(
+        "response_length/mean", "Response length, tokens", 2.0, lambda start, limit: (start / limit, start * limit)
+    ),
+    "repetition": _Band(
+        "response/repetition", "Pairs of tokens seen before", 0.2, lambda start, limit: (None, start + limit)
+    ),
+    "score_length": _Band(
+        "objective/score_length_correlation", "Correlation of score and length", 0.6,
+        lambda start, limit: (-limit, limit),
+    ),
+}  # fmt: skip
+LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimization": 3.0}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What went out of its bounds, at which step, and the numbers that say so."""
+
+    step: int
+    monitor: str
+    message: str
+    evidence: dict[str, float] = field(default_factory=dict)
+
+
+class Monitors:
+    """Give it one log line after the other; it returns the alarms that are new. One that lasts is raised once.
+
+    limits: {name: limit, or None to switch that monitor off} over LIMITS. stop_on: names whose alarm is to end the run.
+    """
+
+    def __init__(self, limits: dict[str, float | None] | None = None, stop_on: Iterable[str] = ()):
+        limits = LIMITS | (limits or {})
+        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+        self.stop_on = set(stop_on)
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._lasting: set[str] = set()
+
+    def __call__(self, row: dict) -> list[Alarm]:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self.history[name].append((row["step"], value))
+        new = []
+        for name, alarm in self._readings(row):
+            if alarm and name not in self._lasting:
+                new.append(alarm)
+            (self._lasting.add if alarm else self._lasting.discard)(name)
+        return new
+
+    def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
+        """Every monitor that this line has news for, and its alarm where there is reason for one."""
+        for name, band in BANDS.items():
+            if name in self.limits and band.metric in row and len(self.history[band.metric]) > WINDOW:
+                yield name, self._outside(row["step"], name, band)
+        if "overoptimization" in self.limits and "eval_scores" in row:
+            yield (
+                "overoptimization",
+                next((alarm for name in held_out_rewards(row) if (alarm := self._fallen(row, name))), None),
+            )
+
+    def _outside(self, step: int, name: str, band: _Band) -> Alarm | None:
+        points = self.history[band.metric]
+        start, now = _mean(points[:WINDOW]), _mean(points[-WINDOW:])
+        low, high = band.bounds(start, self.limits[name])
+        below, above = low is not None and now < low, high is not None and now > high
+        if not (below or above):
+            return None
+        bound = low if below else high
+        message = (
+            f"{band.metric} is {short(now)} over steps {points[-WINDOW:][0][0]} to {step}, "
+            f"{'below' if below else 'above'} {short(bound)}; it began at {short(start)}"
+        )
+        return Alarm(step, name, message, {"now": now, "bound": bound, "start": start})
+
+    def _fallen(self, row: dict, name: str) -> Alarm | None:
+        best_step, best = max(self.history[name], key=lambda point: point[1])
+        proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
+        spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
+        fall = (best - row[name]) / max(spread, 1e-12)
+        if fall <= self.limits["overoptimization"] or row["eval_scores"] <= proxy[best_step]:
+            return None
+        message = (
+            f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {short(fall)} standard errors, "
+            f"while the reward that is optimised rose from {short(proxy[best_step])} to {short(row['eval_scores'])}: "
+            f"step {best_step} is the better policy"
+        )
+        evidence = {"best_step": best_step, "best": best, "now": row[name], "standard_errors": fall}
+        return Alarm(row["step"], "overoptimization", message, evidence)
+
+
+def held_out_rewards(row: dict) -> list[str]:
+    """The eval_<name> in a log line that come with a standard error, the optimised reward aside."""
+    names = [key.removesuffix("_stderr") for key in row if key.startswith("eval_") and key.endswith("_stderr")]
+    return [name for name in names if name != "eval_scores" and isinstance(row.get(name), int | float)]
+
+
+def _mean(points: list[tuple[int, float]]) -> float:
+    return sum(value for _, value in points) / len(points)
+
+
+# -- in the report -----------------------------------------------------------------------------------------------------
+
+
+def on_page(log: list[dict], limits: dict[str, float | None]) -> str:
+    """HTML: every alarm that the log gives rise to, or that there is none, and what each monitor saw, with its bounds."""
+    monitors = Monitors(limits)
+    alarms = [alarm for row in log for alarm in monitors(row)]
+    rows = [
+        ["Monitor", "Step", "Alarm"],
+        *([a.monitor, str(a.step), Html(f"<p>{escape(a.message)}</p>")] for a in alarms),
+    ]
+    said = table(rows) if alarms else f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
+    return said + grid(_charts(log, monitors))
+
+
+def _charts(log: list[dict], monitors: Monitors) -> Iterator[str]:
+    for name, limit in monitors.limits.items():
+        points = monitors.history[BANDS[name].metric] if name in BANDS else []
+        if len(points) > 1:
+            edges = zip(("lower bound", "upper bound"), BANDS[name].bounds(_mean(points[:WINDOW]), limit), strict=True)
+            ends = (points[0][0], points[-1][0])
+            lines = [Series(label, [(x, edge) for x in ends]) for label, edge in edges if edge is not None]
+            yield line_chart(f"{name}: {BANDS[name].title}", [Series("run", points), *lines])
+    names = dict.fromkeys(name for row in log for name in held_out_rewards(row))
+    for name in ["eval_scores", *names] if names and "overoptimization" in monitors.limits else ():
+        what = "what is optimised" if name == "eval_scores" else f"{name.removeprefix('eval_')}, never trained on"
+        yield line_chart(f"overoptimization: {what}", [Series("held-out", monitors.history[name])])

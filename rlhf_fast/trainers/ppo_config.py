@@ -1,0 +1,129 @@
+"""The settings of PPOTrainer. docs/ppo.md has the reason for each option, and what TRL, verl and OpenRLHF call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..advantages import BASELINES
+from ..monitors import LIMITS
+from ..ops.reference import AGGREGATIONS
+from . import common
+
+
+@dataclass
+class PPOConfig:
+    """Names are TRL's where TRL has the thing. Sizes count responses unless they say tokens."""
+
+    output_dir: str = "runs/ppo"
+    seed: int = 0
+
+    # --- responses
+    total_episodes: int | None = None  # responses sampled in all, rounded up to whole batches; None: one epoch
+    batch_size: int = 512  # responses per iteration, that is per rollout
+    num_generations: int = 1  # responses to each prompt, side by side; divides batch_size
+    generation_batch_size: int = 128
+    response_length: int = 53  # tokens at most, eos included
+    max_prompt_length: int = 512  # tokens
+    on_overlong: str = "error"  # or "skip": leave longer prompts out, and name them
+    temperature: float = 0.7  # of sampling, and so of every log-probability
+
+    # --- from scores to advantages
+    scale_scores: bool = False  # divide by the running standard deviation of all scores so far
+    reward_clip_range: list | tuple | None = None  # [low, high] for the score, before the penalties
+    missing_eos_penalty: float | None = None  # subtracted from the score of a response that was cut
+    length_penalty: float = 0.0  # subtracted from the score per token beyond length_budget
+    length_budget: int = 0  # tokens
+    kl_coef: float = 0.05
+    kl_estimator: str = "k1"
+    kl_in_loss: bool = False  # the KL term is in the loss instead of in the rewards; then kl_estimator k2 or k3
+    kl_target: float | None = None  # nats per response, like objective/kl; None: kl_coef is fixed
+    kl_horizon: float = 10_000.0  # responses over which the adaptive kl_coef reacts, see KLController
+    whiten_rewards: bool = False  # scales the per-token rewards to variance 1 and leaves their mean
+    advantage_estimator: str = "gae"  # or without a critic: reinforce (batch mean), rloo (leave-one-out), group (mean)
+    gamma: float = 1.0  # gae only, as is lam
+    lam: float = 0.95
+    scale_advantages: str = "batch"  # to variance 1, or "group": within the answers to a prompt (GRPO), or "none"
+
+    # --- update
+    minibatch_size: int = 64  # responses per optimizer step; divides batch_size
+    micro_batch_size: int | None = None  # responses per forward and backward, None: all; changes memory, not the result
+    num_ppo_epochs: int = 4
+    learning_rate: float = 3e-6
+    value_learning_rate: float | None = None  # of a separate value model; None: learning_rate
+    lr_scheduler_type: str = "linear"  # over iterations
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    cliprange: float = 0.2
+    cliprange_high: float | None = None  # of the ratio upward; None: cliprange
+    dual_clip: float | None = None  # bounds the loss of a token with A < 0 by -dual_clip A; verl has 3
+    target_kl: float | None = None  # nats per token (k3) from the old policy to the new one; beyond it the update stops
+    entropy_coef: float = 0.0
+    loss_agg_mode: str = "token-mean"  # or a sequence mode of rlhf_fast.ppo_loss; seq-mean-token-sum is grad J itself
+    importance_cap: float | None = None  # with a rollout_func: weights min(p_train / p_rollout, cap) on the tokens
+
+    # --- critic
+    cliprange_value: float | None = 0.2  # None: no clipping
+    vf_coef: float = 0.1
+    share_trunk: bool = False  # the value head sits on the policy's own trunk: one forward and backward for both
+    detach_values: bool = False  # with share_trunk: the value loss trains the head and not the trunk
+    critic_warmup_steps: int = 0  # iterations that train the critic alone, before the policy moves
+
+    # --- the run
+    logging_steps: int = 1
+    eval_steps: int = 0  # iterations between evaluations; 0: only at the end
+    save_steps: int = 0  # 0: only when interrupted
+    save_total_limit: int = 2
+    num_samples: int = 8  # answers written to samples.jsonl at every evaluation
+    max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
+    monitors: dict = field(default_factory=dict)  # {name: limit, or null to switch it off}, see rlhf_fast/monitors.py
+    stop_on: list = field(default_factory=list)  # names of monitors whose alarm ends the run, with a checkpoint
+
+    def __post_init__(self):
+        common.check_config(
+            self,
+            positive=(
+                "total_episodes", "batch_size", "num_generations", "generation_batch_size", "response_length",
+                "max_prompt_length", "temperature", "kl_target", "kl_horizon", "minibatch_size", "micro_batch_size",
+                "num_ppo_epochs", "learning_rate", "value_learning_rate", "cliprange", "cliprange_high", "target_kl",
+                "importance_cap", "cliprange_value", "logging_steps", "save_total_limit", "max_skipped_steps",
+            ),
+            non_negative=(
+                "missing_eos_penalty", "length_penalty", "length_budget", "kl_coef", "weight_decay", "max_grad_norm",
+                "entropy_coef", "vf_coef", "critic_warmup_steps", "eval_steps", "save_steps", "num_samples",
+            ),
+            unit=("gamma", "lam", "warmup_ratio"),
+            choices={
+                "lr_scheduler_type": common.SCHEDULES, "kl_estimator": ("k1", "k2", "k3"),
+                "on_overlong": ("error", "skip"), "advantage_estimator": ("gae", *BASELINES),
+                "scale_advantages": ("batch", "group", "none"), "loss_agg_mode": AGGREGATIONS,
+            },
+        )  # fmt: skip
+        critic = self.advantage_estimator == "gae"
+        low_high = self.reward_clip_range or (0, 1)
+        refusals = {
+            f"batch_size = {self.batch_size} must be a multiple of minibatch_size = {self.minibatch_size}":
+                self.batch_size % self.minibatch_size,
+            f"batch_size = {self.batch_size} must be a multiple of num_generations = {self.num_generations}":
+                self.batch_size % self.num_generations,
+            f"advantage_estimator = {self.advantage_estimator!r} compares answers to one prompt, so num_generations "
+            "must be 2 or more": self.advantage_estimator in ("rloo", "group") and self.num_generations < 2,
+            "scale_advantages = 'group' needs num_generations >= 2, and an advantage_estimator without a critic":
+                self.scale_advantages == "group" and (critic or self.num_generations < 2),
+            f"advantage_estimator = {self.advantage_estimator!r} has no critic, so share_trunk, detach_values and "
+            "critic_warmup_steps have no meaning":
+                not critic and (self.share_trunk or self.detach_values or self.critic_warmup_steps),
+            "detach_values is about a trunk that is shared: set share_trunk too":
+                self.detach_values and not self.share_trunk,
+            "kl_target moves kl_coef by factors, so kl_coef must start above 0":
+                self.kl_target is not None and self.kl_coef == 0,
+            "kl_in_loss with kl_estimator k1 has a gradient of expectation 0: take k2 (the gradient of the KL) or k3":
+                self.kl_in_loss and self.kl_estimator == "k1",
+            f"reward_clip_range = {self.reward_clip_range!r} must be [low, high]":
+                len(low_high) != 2 or not low_high[0] < low_high[1],
+            f"dual_clip = {self.dual_clip} must be above 1": self.dual_clip is not None and self.dual_clip <= 1,
+            f"monitors and stop_on know {', '.join(LIMITS)}": {*self.monitors, *self.stop_on} - {*LIMITS},
+        }  # fmt: skip
+        for message, refused in refusals.items():
+            if refused:
+                raise common.ConfigError(f"PPOConfig: {message}")
