@@ -41,13 +41,14 @@ from ..models import (
     load_trained_state,
     make_reference,
     scalar_head,
+    scalar_head_on,
     trained_state,
     unwrapped,
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_token_logprobs, masked_mean, masked_whiten, ppo_loss, value_loss
 from ..rewards import compute_scores, make_reward, score_components
-from ..rollout import Rollout, generate, make_rollout, rollout_metrics, squeeze, text_metrics
+from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
 from . import common
 from .ppo_config import PPOConfig
 
@@ -58,8 +59,8 @@ class PPOTrainer:
     model: the policy, a causal language model, or its name or path. tokenizer: by default the model's.
     reward: reward model, its path, function(prompts, responses, **columns), sync or async, or list of (any of these,
     weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
-    ref_model: by default the policy as it comes in: with LoRA adapters (models.add_lora) these are switched off while
-    it is asked, otherwise it is a frozen copy.
+    ref_model: by default the policy as it comes in, a frozen copy of it; under new LoRA adapters (models.add_lora) the
+    policy itself, with these switched off while it is asked.
     value_model: a ValueModel, or a reward model to start one from; by default the policy's trunk under a head of zeros.
     None with an advantage_estimator other than "gae".
     eval_rewards: {name: reward that the policy never trains on}, read on eval_dataset as eval_<name>: what is right,
@@ -95,7 +96,7 @@ class PPOTrainer:
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
         self.rollout_func = rollout_func
         self.reference = None  # the policy itself, without its adapters
-        if ref_model is not None or not has_adapters(self.policy):
+        if ref_model is not None or not _starts_as_its_base(self.policy):
             self.reference = make_reference(self.policy) if ref_model is None else load_policy(ref_model)
             self.reference.eval().requires_grad_(False)
         self.value_model = self._make_critic(value_model)
@@ -407,7 +408,11 @@ class PPOTrainer:
 
     def save_model(self, path) -> None:
         """The policy (AutoModelForCausalLM), and in value_model/ the critic (AutoModelForSequenceClassification)."""
-        for model, folder in ((self.policy, Path(path)), (self.value_model, Path(path) / "value_model")):
+        critic = self.value_model and self.value_model.model
+        if self.config.share_trunk and has_adapters(self.policy):
+            critic = scalar_head_on(self.policy)  # a trunk of its own, with the adapters merged
+            critic.score.load_state_dict(self.value_model.model.score.state_dict())
+        for model, folder in ((self.policy, Path(path)), (critic, Path(path) / "value_model")):
             if model is not None:
                 model.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
@@ -450,6 +455,18 @@ def minibatches(
         for rows in order.to(lengths.device).split(minibatch_size)
     )
     return [list(rows.split(micro_batch_size or minibatch_size)) for rows in sorted_rows]
+
+
+@torch.no_grad()
+def _starts_as_its_base(policy) -> bool:
+    """Whether it has adapters that change nothing yet: then it is its own reference without them."""
+    if not has_adapters(policy):
+        return False
+    ids = torch.arange(2, device=policy.device)[None]
+    with evaluating(policy), adapters_off(policy):
+        base = hidden_states(policy, ids)
+    with evaluating(policy):
+        return torch.equal(base, hidden_states(policy, ids))
 
 
 def _hidden_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
