@@ -142,7 +142,7 @@ def _mean(points: list[tuple[int, float]]) -> float:
 
 
 def on_page(log: list[dict], limits: dict[str, float | None]) -> str:
-    """HTML: every alarm that the log gives rise to, or that there is none, and what each monitor saw, with its bounds."""
+    """HTML: every alarm that the log gives rise to, or that there is none, and what each monitor saw between bounds."""
     monitors = Monitors(limits)
     alarms = [alarm for row in log for alarm in monitors(row)]
     rows = [
