@@ -1,19 +1,26 @@
 """Judges: who says which reply is better, and whether a reply keeps a principle."""
 
+from .calibration import Calibration
 from .constitution import Constitution, ConstitutionError, ModelCheck, Principle, RuleCheck
 from .evaluate import evaluate_judge
+from .labels import derive, judge_pairs
+from .ledger import Answer, Ledger
 from .local import LocalJudge
-from .protocol import Check, Judge, Pair, Reply, Verdict, Vote
+from .protocol import Check, Judge, Missing, Pair, Reply, Verdict, Vote, decide
 from .rule_judge import RuleJudge
 from .rules import RULES, rule
 
 __all__ = [
     "RULES",
+    "Answer",
+    "Calibration",
     "Check",
     "Constitution",
     "ConstitutionError",
     "Judge",
+    "Ledger",
     "LocalJudge",
+    "Missing",
     "ModelCheck",
     "Pair",
     "Principle",
@@ -22,6 +29,9 @@ __all__ = [
     "RuleJudge",
     "Verdict",
     "Vote",
+    "decide",
+    "derive",
     "evaluate_judge",
+    "judge_pairs",
     "rule",
 ]

@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .journal import read_items, seed_for
 from .layouts import messages_of, parse_turns
+from .ledger import Ledger
 from .protocol import Judge, Pair
+from .stages import read_items, seed_for
 
 
 def evaluate_judge(
-    judge: Judge, principles: Sequence, rows: Sequence[dict], *, samples: int = 2000, seed: int = 0
-) -> dict[str, float]:
+    judge: Judge, principles: Sequence, rows: Sequence[dict], *, ledger: Ledger | None = None, samples: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """rows: {"prompt": str | messages, "better": str, "worse": str}. Every pair is judged under all principles.
 
     Returns the figures above, `*_low` and `*_high` of each accuracy, `longer` (the accuracy of choosing the longer
@@ -35,7 +37,7 @@ def evaluate_judge(
         Pair(i["prompt"], *((i["worse"], i["better"]) if flip else (i["better"], i["worse"])), principles)
         for i, flip in zip(items, flipped, strict=True)
     ]
-    verdicts = judge.compare(questions)
+    verdicts = judge.compare(questions, ledger)
     logits = [
         0.0 if v.status != "ok" else (-v.logit if flip else v.logit) for v, flip in zip(verdicts, flipped, strict=True)
     ]

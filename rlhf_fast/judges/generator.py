@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from ..rollout import generate_text
 from .constitution import Constitution, Principle
-from .journal import seed_for
 from .layouts import CRITIQUE_LAYOUTS, Turn
+from .ledger import Answer, Ledger, Tries
 from .protocol import Messages
+from .stages import seed_for
 
 Generate = Callable[[Sequence[str | Messages], Sequence[int]], list[str]]
 
@@ -54,13 +55,40 @@ def describe(generate: Generate) -> dict:
     return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
 
 
-class Writer:
-    """Puts prompts and the constitution's requests to a generator, in the constitution's layout, with its few-shots."""
+class _Function:
+    """Any generator as a backend of the ledger: it answers a whole batch, or raises."""
 
-    def __init__(self, generate: Generate, constitution: Constitution, seed: int):
-        self.generate, self.seed, self.few_shots = generate, seed, constitution.critique_few_shots
+    def __init__(self, generate: Generate):
+        self.generate = generate
+
+    def describe(self) -> dict:
+        return describe(self.generate)
+
+    def answer(self, requests: Sequence[dict], tries: Tries) -> None:
+        texts = self.generate([r["prompt"] for r in requests], [r["seed"] for r in requests])
+        if len(texts) != len(requests):
+            raise ValueError(f"generate: got {len(requests)} prompts, returned {len(texts)} texts")
+        tries.all([Answer("ok", {"text": text}) for text in texts])
+
+
+class Writer:
+    """Puts prompts and the constitution's requests to a generator, in the constitution's layout, with its few-shots.
+
+    What was not written (a server refused, or failed to the end) is "" and named in `failures`, item id -> reason; of
+    such an item nothing more is asked, and its record must say that it failed.
+    """
+
+    def __init__(self, generate: Generate, constitution: Constitution, ledger: Ledger, seed: int):
+        self.seed, self.few_shots, self.ledger = seed, constitution.critique_few_shots, ledger
+        self.backend = generate if hasattr(generate, "answer") else _Function(generate)
         self.render, self.clean = CRITIQUE_LAYOUTS[constitution.critique_layout]
         self.settings = {"constitution_sha256": constitution.sha256, "generator": describe(generate)}
+        self.failures: dict[str, str] = {}
+
+    def or_failed(self, record: dict) -> dict:
+        """The record of an item, unless the item has failed; then what was written of it is no result."""
+        reason = self.failures.get(record["id"])
+        return record if reason is None else {**record, "status": "failed", "reason": reason}
 
     def answer(self, items: Sequence[dict], name: str) -> list[str]:
         """First replies to items {"id", "prompt"}; name tells several apart."""
@@ -86,7 +114,15 @@ class Writer:
         return self._ask(keys, [self.render(self.few_shots, tasks[i][2], turns[i]) for i in which])
 
     def _ask(self, keys: Sequence[tuple], prompts: Sequence[str | Messages]) -> list[str]:
-        texts = self.generate(prompts, [seed_for(self.seed, *key) for key in keys]) if prompts else []
-        if len(texts) != len(prompts):
-            raise ValueError(f"generate: got {len(prompts)} prompts, returned {len(texts)} texts")
-        return list(map(self.clean, texts))
+        asked = [i for i, key in enumerate(keys) if key[0] not in self.failures]
+        requests = [
+            {"prompt": prompts[i], "seed": seed_for(self.seed, *keys[i]), "about": "/".join(map(str, keys[i]))}
+            for i in asked
+        ]
+        texts = [""] * len(prompts)
+        for i, answer in zip(asked, self.ledger.ask(self.backend, requests), strict=True):
+            if answer.status == "ok":
+                texts[i] = self.clean(answer.value["text"])
+            else:
+                self.failures[keys[i][0]] = f"{keys[i][1]}: {answer.status}: {answer.reason}"
+        return texts

@@ -76,6 +76,7 @@ CRITIQUE_LAYOUTS = {"anthropic": (text_exchange, cut_at_head), "chat": (chat_exc
 # --- comparisons and checks: one string, to be continued by one of the labels ---
 
 STEM = "\n\nThe answer is:"
+THINK, COT_STEM = "Let's think step by step:", "So the answer is:"
 COMPARE_LABELS = (" (A)", " (B)")
 CHECK_LABELS = (" yes", " no")
 _OPENING = "\n\nConsider the following conversation between a human and an assistant:"
@@ -100,12 +101,22 @@ def check_question(conversation: Sequence[dict], reply: str, ask: str) -> str:
     return f"{_OPENING}{render_turns([*turns_of(conversation), ('Assistant', reply)])}\n\n{ask} Answer yes or no."
 
 
-def text_prompt(tokenizer, shots: Sequence[tuple[str, str]], question: str) -> str:
-    """shots: (question, label) pairs. One string that ends with the stem, for base models."""
+def text_prompt(
+    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False
+) -> str:
+    """shots: (question, label) pairs. One string that ends with the stem, for base models.
+
+    asking: the prompt that a rationale continues; with `rationale`, the stem stands behind it.
+    """
+    if asking or rationale is not None:
+        thinking = f"\n\nHuman: {question.strip()}\n\nAssistant: {THINK}"
+        return thinking if asking else f"{thinking} {rationale}\n\nHuman:\n{COT_STEM}"
     return "".join(f"{q}{STEM}{label}" for q, label in shots) + question + STEM
 
 
-def chat_prompt(tokenizer, shots: Sequence[tuple[str, str]], question: str) -> str:
+def chat_prompt(
+    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False
+) -> str:
     """The question as a user turn in the tokenizer's chat template; the stem opens the assistant's answer."""
     messages = []
     for q, label in shots:
@@ -114,7 +125,10 @@ def chat_prompt(tokenizer, shots: Sequence[tuple[str, str]], question: str) -> s
             {"role": "assistant", "content": (STEM + label).strip()},
         ]
     messages.append({"role": "user", "content": question.strip()})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + STEM.strip()
+    opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if asking or rationale is not None:
+        return opened + THINK + ("" if asking else f" {rationale}\n\n{COT_STEM}")
+    return opened + STEM.strip()
 
 
 # name -> (question, prompt)
@@ -123,3 +137,24 @@ COMPARE_LAYOUTS = {
     "principle_last": (compare_question_principle_last, text_prompt),
     "chat": (compare_question, chat_prompt),
 }
+
+
+# --- text that others wrote ---
+
+_SCAFFOLD = re.compile(
+    rf"\n\n(?=(?:{'|'.join(_ROLE_OF)}):|{re.escape(STEM.strip())}|{re.escape(COT_STEM)}|{re.escape(_OPENING.strip())})"
+)
+_MARKUP = re.compile(r"<(?=\||/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
+
+
+def defuse(text: str, special_tokens: Sequence[str] = ()) -> str:
+    """A message that cannot close its own quotation, open another speaker's turn, or hold a token of the chat template.
+
+    Text that does nothing of the kind is returned as it is.
+    """
+    text = text.replace("[[[", "[ [ [").replace("]]]", "] ] ]")
+    text = _MARKUP.sub(lambda found: found[0] + " ", _SCAFFOLD.sub("\n\n ", text))
+    for token in special_tokens:
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text

@@ -9,13 +9,17 @@ A judge never invents an answer. What it cannot decide carries a status other th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from .constitution import Principle
+from .ledger import Ledger
 
 Messages = list[dict]  # [{"role": "user", "content": "..."}, ...], the last one from the user
+
+# The worst first: a pair that several principles could not decide has the first of these that occurs.
+UNDECIDED = ("failed", "refused", "too_long", "unparsed")
 
 
 class Pair(NamedTuple):
@@ -43,6 +47,9 @@ class Vote:
     logit_ab: float  # with a standing first
     logit_ba: float  # with b standing first
     label_mass: float = 1.0  # probability that the judge gave to the labels at all, mean of the two orders
+    kind: str = "exact"  # where the logits come from: "exact" log-probabilities, "top_k" with a bound, "votes", "rule"
+    slack: float = 0.0  # how far P(a is better) of either order may lie from the truth, where kind is "top_k"
+    keys: tuple[str, ...] = ()  # of the ledger's rows behind it
 
     @property
     def logit(self) -> float:
@@ -51,17 +58,28 @@ class Vote:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A principle that gave no vote on a pair, and why."""
+
+    principle: str
+    status: str  # one of UNDECIDED
+    reason: str
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The answer to one `Pair`. `logit` is the log-odds that a is better; only status "ok" may become a label."""
 
-    status: str  # "ok" | "tie" | "unparsed" | "too_long" | "failed"
+    status: str  # "ok" | "tie", or one of UNDECIDED
     logit: float = 0.0
     votes: tuple[Vote, ...] = ()
     reason: str = ""
+    missing: tuple[Missing, ...] = ()
 
     @property
     def prob_a(self) -> float:
-        return 1 / (1 + math.exp(-self.logit)) if self.logit > -700 else 0.0
+        return sigmoid(self.logit)
 
     @property
     def order_gap(self) -> float:
@@ -76,16 +94,19 @@ class Check:
     principle: str
     score: float | None
     satisfied: bool | None
-    status: str = "ok"  # "ok" | "not_applicable" | "unparsed" | "too_long" | "failed"
+    status: str = "ok"  # "ok" | "not_applicable", or one of UNDECIDED
     reason: str = ""
 
 
 class Judge(Protocol):
-    """What `revise` and `label` need. Questions come in batches; answers keep their order."""
+    """What `revise` and `label` need. Questions come in batches; answers keep their order.
 
-    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]: ...
+    What a judge asks of a model goes through `ledger.ask`, so that a stage that was killed does not ask again.
+    """
 
-    def check(self, replies: Sequence[Reply]) -> list[list[Check]]: ...
+    def compare(self, pairs: Sequence[Pair], ledger: Ledger | None = None) -> list[Verdict]: ...
+
+    def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]: ...
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
         """Those of the principles that this judge can compare replies under."""
@@ -94,3 +115,42 @@ class Judge(Protocol):
     def describe(self) -> dict:
         """JSON-ready provenance, stored with every label."""
         ...
+
+
+def decide(
+    votes: Sequence[Vote], missing: Sequence[Missing], weights: Mapping[str, float], *, combine: str = "logit"
+) -> Verdict:
+    """The verdict on a pair: votes of weight 0 or none in `weights` play no part, and all others must be there.
+
+    combine: "logit" is the mean over both orders and all principles in log-odds, "prob" in probabilities, as in RLAIF
+    (arXiv 2309.00267), which keeps the sign and shrinks what the two orders disagree on; "sum" adds the log-odds up, as
+    evidence from independent rules.
+    """
+    votes = tuple(v for v in votes if weights.get(v.principle, 0) > 0)
+    missing = tuple(m for m in missing if weights.get(m.principle, 0) > 0)
+    for status in UNDECIDED:
+        if named := [m for m in missing if m.status == status]:
+            reason = "; ".join(f"{m.principle}: {m.reason}" for m in named)
+            return Verdict(status, votes=votes, missing=missing, reason=reason)
+    if not votes:
+        return Verdict("tie", reason="no principle applies to both replies")
+    total = sum(weights[v.principle] for v in votes)
+    if combine in ("logit", "sum"):
+        logit = sum(weights[v.principle] * v.logit for v in votes) / (total if combine == "logit" else 1)
+    else:
+        # Means of P - 1/2, so that swapping the replies negates every term exactly.
+        half = sum(weights[v.principle] * (_from_even(v.logit_ab) + _from_even(v.logit_ba)) / 2 for v in votes) / total
+        logit = 2 * math.atanh(min(max(2 * half, -_NEARLY_ONE), _NEARLY_ONE))
+    return Verdict("ok" if logit else "tie", logit, votes, "" if logit else "the votes are exactly even")
+
+
+_NEARLY_ONE = 1 - 2**-53
+
+
+def _from_even(logit: float) -> float:
+    return math.tanh(logit / 2) / 2
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)) without overflow; sigmoid(x) + sigmoid(-x) is 1."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x)) if x > -700 else 0.0

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from ..data.chat import ConfigError
 from .constitution import Principle, RuleCheck
-from .protocol import Check, Messages, Pair, Reply, Verdict, Vote
+from .ledger import Ledger
+from .protocol import Check, Messages, Missing, Pair, Reply, Verdict, Vote, decide
 
 
 def check_rule(principle: Principle, conversation: Messages, reply: str) -> Check:
@@ -32,36 +33,30 @@ class RuleJudge:
     def __init__(self, scale: float = 2.0):
         self.scale = scale
 
-    def check(self, replies: Sequence[Reply]) -> list[list[Check]]:
+    def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]:
         return [[check_rule(p, r.conversation, r.reply) for p in _with_rules(r.principles, "check")] for r in replies]
 
-    def compare(self, pairs: Sequence[Pair]) -> list[Verdict]:
+    def compare(self, pairs: Sequence[Pair], ledger: Ledger | None = None) -> list[Verdict]:
         return [self._compare(pair) for pair in pairs]
 
     def _compare(self, pair: Pair) -> Verdict:
-        votes, logit = [], 0.0
+        votes, missing = [], []
         for principle in _with_rules(pair.principles, "compare"):
             a = check_rule(principle, pair.conversation, pair.a)
             b = check_rule(principle, pair.conversation, pair.b)
             if "failed" in (a.status, b.status):
-                return Verdict("failed", reason=a.reason or b.reason)
-            if a.score is None or b.score is None:
-                continue
-            vote = self.scale * principle.weight * (a.score - b.score)
-            votes.append(Vote(principle.id, vote, vote))
-            logit += vote
-        if not votes:
-            return Verdict("tie", reason="no principle applies to both replies")
-        if logit == 0:
-            return Verdict("tie", votes=tuple(votes), reason="equal rule scores")
-        return Verdict("ok", logit, tuple(votes))
+                missing.append(Missing(principle.id, "failed", a.reason or b.reason))
+            elif a.score is not None and b.score is not None:
+                logit = self.scale * (a.score - b.score)
+                votes.append(Vote(principle.id, logit, logit, kind="rule"))
+        return decide(votes, missing, {p.id: p.weight for p in pair.principles}, combine="sum")
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
         """Those that a rule decides."""
         return [p for p in principles if isinstance(p.check, RuleCheck)]
 
     def describe(self) -> dict:
-        return {"backend": "rule", "scale": self.scale}
+        return {"backend": "rule", "scale": self.scale, "combine": "sum"}
 
 
 def _with_rules(principles, question):

@@ -30,7 +30,7 @@ import torch
 from .._version import __version__
 from ..data.chat import ConfigError
 from ..judges import Constitution, RuleJudge
-from ..judges.journal import write_atomic
+from ..judges.stages import write_atomic
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
 from ..rollout import generate_text

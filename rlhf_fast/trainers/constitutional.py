@@ -6,7 +6,7 @@
               (x, y_w, y_l, P(y_w better))                                                      -> RM -> PPO
 
 `revise_sampled` is the paper's own phase 1: principles drawn at random, no checks, all revisions kept.
-Each function reads rows, writes one directory (judges/journal.py: may be killed and run again) and returns a `Stage`.
+Each function reads rows, writes one directory (judges/stages.py: may be killed and run again) and returns a `Stage`.
 """
 
 import random
@@ -16,12 +16,15 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from ..data.chat import ConfigError
+from ..judges.calibration import UNCALIBRATED, Calibration
 from ..judges.constitution import Constitution, Principle
 from ..judges.generator import Generate, TextGenerator, Writer
-from ..judges.journal import Stage, finish_stage, read_items, run_stage, seed_for
-from ..judges.protocol import Check, Judge, Messages, Pair, Reply, Verdict
+from ..judges.labels import derive, judge_pairs, label_settings
+from ..judges.ledger import Ledger
+from ..judges.protocol import Check, Judge, Messages, Reply
+from ..judges.stages import Stage, finish_stage, read_items, run_stage, seed_for
 
-__all__ = ["Generate", "Stage", "TextGenerator", "label", "revise", "revise_sampled", "sample_pairs"]
+__all__ = ["Generate", "Stage", "TextGenerator", "derive", "label", "revise", "revise_sampled", "sample_pairs"]
 
 
 # --- phase 1 ---
@@ -66,22 +69,24 @@ def revise(
         )
     if max_steps < 1:
         raise ConfigError(f"revise: max_steps = {max_steps} must be 1 or more")
-    writer = Writer(generate, constitution, seed)
+    items = read_items(prompts)
+    with Ledger(output_dir) as ledger:
+        writer = Writer(generate, constitution, ledger, seed)
 
-    def work(items: list[dict]) -> list[dict]:
-        first = writer.answer(items, "reply")
-        drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(items, first, strict=True)]
-        _check_last(drafts, judge, principles)
-        for _ in range(max_steps):
-            todo = [(draft, p) for draft in drafts if (p := _next_violation(draft, repairable))]
-            _revise_current(todo, writer)
-            _check_last([draft for draft, _ in todo], judge, principles)
-            for draft, principle in todo:
-                _go_on_unless_worse(draft, principle, principles)
-        return [_revision_record(draft, principles) for draft in drafts]
+        def work(batch: list[dict]) -> list[dict]:
+            first = writer.answer(batch, "reply")
+            drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(batch, first, strict=True)]
+            _check_last(drafts, judge, ledger, principles)
+            for _ in range(max_steps):
+                todo = [(draft, p) for draft in drafts if (p := _next_violation(draft, repairable))]
+                _revise_current(todo, writer)
+                _check_last([draft for draft, _ in todo], judge, ledger, principles)
+                for draft, principle in todo:
+                    _go_on_unless_worse(draft, principle, principles)
+            return [writer.or_failed(_revision_record(draft, principles)) for draft in drafts]
 
-    settings = {"seed": seed, "max_steps": max_steps, "judge": judge.describe(), **writer.settings}
-    records = run_stage(output_dir, "revisions", read_items(prompts), work, settings=settings, batch_size=batch_size)
+        settings = {"seed": seed, "max_steps": max_steps, "judge": judge.describe(), **writer.settings}
+        records = run_stage(ledger, "revisions", items, work, settings=settings, batch_size=batch_size)
     return finish_stage(
         output_dir, records, lambda record: [_demonstration(record, record["selected"])], name="sft",
         used=("clean", "revised", "unchanged"), refused=("hard_violation", "failed"),
@@ -101,27 +106,29 @@ def revise_sampled(
             f"revise_sampled: needs a principle with 'revise' and steps >= 1; constitution {constitution.name!r} has "
             f"{len(usable)}, steps = {steps}"
         )
-    writer = Writer(generate, constitution, seed)
+    items = read_items(prompts)
+    with Ledger(output_dir) as ledger:
+        writer = Writer(generate, constitution, ledger, seed)
 
-    def work(items: list[dict]) -> list[dict]:
-        first = writer.answer(items, "reply")
-        drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(items, first, strict=True)]
-        for step in range(steps):
-            _revise_current(
-                [(d, random.Random(seed_for(seed, d.id, "draw", step)).choice(usable)) for d in drafts], writer
-            )
-            for draft in drafts:
-                draft.current = len(draft.replies) - 1
-        return [
-            {"id": d.id, "status": "revised", "prompt": d.prompt, "replies": d.replies, "steps": d.steps}
-            for d in drafts
-        ]
+        def work(batch: list[dict]) -> list[dict]:
+            first = writer.answer(batch, "reply")
+            drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(batch, first, strict=True)]
+            for step in range(steps):
+                _revise_current(
+                    [(d, random.Random(seed_for(seed, d.id, "draw", step)).choice(usable)) for d in drafts], writer
+                )
+                for draft in drafts:
+                    draft.current = len(draft.replies) - 1
+            return [
+                writer.or_failed({"id": d.id, "status": "revised", "prompt": d.prompt, "replies": d.replies,
+                                  "steps": d.steps}) for d in drafts
+            ]  # fmt: skip
 
-    settings = {"seed": seed, "steps": steps, **writer.settings}
-    records = run_stage(output_dir, "revisions", read_items(prompts), work, settings=settings, batch_size=batch_size)
+        settings = {"seed": seed, "steps": steps, **writer.settings}
+        records = run_stage(ledger, "revisions", items, work, settings=settings, batch_size=batch_size)
     return finish_stage(
         output_dir, records, lambda record: [_demonstration(record, i + 1) for i in range(steps)], name="sft",
-        used=("revised",),
+        used=("revised",), refused=("failed",),
     )  # fmt: skip
 
 
@@ -133,8 +140,8 @@ def _revise_current(todo: Sequence[tuple[_Draft, Principle]], writer: Writer) ->
         draft.replies.append(revision)
 
 
-def _check_last(drafts: Sequence[_Draft], judge: Judge, principles: Sequence[Principle]) -> None:
-    answers = judge.check([Reply(d.prompt, d.replies[-1], principles) for d in drafts])
+def _check_last(drafts: Sequence[_Draft], judge: Judge, ledger: Ledger, principles: Sequence[Principle]) -> None:
+    answers = judge.check([Reply(d.prompt, d.replies[-1], principles) for d in drafts], ledger)
     for draft, checks in zip(drafts, answers, strict=True):
         draft.checks.append(checks)
 
@@ -200,73 +207,40 @@ def sample_pairs(
     seed: int = 0,
 ) -> Stage:  # fmt: skip
     """Phase 2, first half: two answers to each prompt. rows: {"id", "prompt", "a", "b"}, for `label`; pairs.jsonl."""
-    writer = Writer(generate, constitution, seed)
+    items = read_items(prompts)
+    with Ledger(output_dir) as ledger:
+        writer = Writer(generate, constitution, ledger, seed)
 
-    def work(items: list[dict]) -> list[dict]:
-        a, b = writer.answer(items, "a"), writer.answer(items, "b")
-        return [{**item, "status": "ok", "a": a, "b": b} for item, a, b in zip(items, a, b, strict=True)]
+        def work(batch: list[dict]) -> list[dict]:
+            a, b = writer.answer(batch, "a"), writer.answer(batch, "b")
+            return [
+                writer.or_failed({**i, "status": "ok", "a": a, "b": b}) for i, a, b in zip(batch, a, b, strict=True)
+            ]
 
-    settings = {"seed": seed, **writer.settings}
-    records = run_stage(output_dir, "pairs", read_items(prompts), work, settings=settings, batch_size=batch_size)
-    return finish_stage(output_dir, records, lambda record: [record], used=("ok",))
+        settings = {"seed": seed, **writer.settings}
+        records = run_stage(ledger, "pairs", items, work, settings=settings, batch_size=batch_size)
+    return finish_stage(output_dir, records, lambda record: [record], used=("ok",), refused=("failed",))
 
 
 def label(
     pairs: Iterable[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
-    principles_per_pair: int | None = None, tie_margin: float = 0.01, batch_size: int = 32, seed: int = 0,
+    principles_per_pair: int | None = None, combine: str | None = None, calibration: Calibration = UNCALIBRATED,
+    clamp: tuple[float, float] | None = None, tie_margin: float = 0.01, batch_size: int = 32, seed: int = 0,
 ) -> Stage:  # fmt: skip
     """Phase 2, second half: the judge compares each pair; its probability is kept as a soft label.
 
     pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id". principles_per_pair: how many
     principles to draw for a pair (the paper draws 1); None takes all. |P(a better) - 0.5| < tie_margin is a tie.
 
-    Writes labels.jsonl (everything), comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...}
-    for RewardTrainer, chosen_prob >= 0.5) and rejected.jsonl: ties and what the judge could not decide get no label.
+    Writes judgements.jsonl (every vote of every pair), and what judges/labels.py derives from it: comparisons.jsonl
+    (`rows`), and rejected.jsonl, for ties and what the judge could not decide get no label. `derive` does so again,
+    under other weights, `combine`, `calibration`, `clamp` or `tie_margin`, without asking the judge.
     """
-    if not 0 <= tie_margin < 0.5:
-        raise ConfigError(f"label: tie_margin = {tie_margin} is a distance from 0.5 and must lie in [0, 0.5)")
-    usable = judge.comparable(constitution.principles)
-    if len(usable) < (principles_per_pair or 1):
-        raise ConfigError(
-            f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
-            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}"
-        )
-    provenance = {"judge": judge.describe(), "constitution_sha256": constitution.sha256}
-
-    def question(item: dict) -> Pair:
-        draw = random.Random(seed_for(seed, item["id"], "principles"))
-        drawn = usable if principles_per_pair is None else draw.sample(usable, principles_per_pair)
-        return Pair(item["prompt"], item["a"], item["b"], drawn)
-
-    def work(items: list[dict]) -> list[dict]:
-        verdicts = judge.compare(list(map(question, items)))
-        return [_label_record(i, v, tie_margin) for i, v in zip(items, verdicts, strict=True)]
-
-    settings = {"seed": seed, "principles_per_pair": principles_per_pair, "tie_margin": tie_margin, **provenance}
-    items = read_items(pairs, ("a", "b"))
-    records = run_stage(output_dir, "labels", items, work, settings=settings, batch_size=batch_size)
-    return finish_stage(
-        output_dir, records, lambda record: [_comparison(record, provenance)], name="comparisons",
-        used=("ok",), refused=("tie", "unparsed", "too_long", "failed"),
+    how = label_settings(judge.describe(), combine, calibration, clamp, tie_margin)
+    judge_pairs(
+        pairs, constitution, judge, output_dir=output_dir, principles_per_pair=principles_per_pair,
+        batch_size=batch_size, seed=seed, settings=how,
     )  # fmt: skip
-
-
-def _label_record(item: dict, verdict: Verdict, tie_margin: float) -> dict:
-    status, reason = verdict.status, verdict.reason
-    if status == "ok" and abs(verdict.prob_a - 0.5) < tie_margin:
-        status, reason = "tie", f"P(a better) = {verdict.prob_a:.4f}"
-    evidence = {"prob_a": verdict.prob_a, "logit": verdict.logit, "order_gap": verdict.order_gap}
-    return {**item, "status": status, "reason": reason, **evidence, "votes": [vars(vote) for vote in verdict.votes]}
-
-
-def _comparison(record: dict, provenance: dict) -> dict:
-    chosen, rejected = ("a", "b") if record["logit"] > 0 else ("b", "a")
-    evidence = {name: record[name] for name in ("logit", "order_gap", "votes")}
-    return {
-        "prompt": record["prompt"],
-        "chosen": [{"role": "assistant", "content": record[chosen]}],
-        "rejected": [{"role": "assistant", "content": record[rejected]}],
-        "chosen_prob": max(record["prob_a"], 1 - record["prob_a"]),
-        "label_source": "ai",
-        "cai": {"pair_id": record["id"], "a": "chosen" if chosen == "a" else "rejected", **evidence, **provenance},
-    }
+    return derive(
+        output_dir, output_dir=output_dir, combine=combine, calibration=calibration, clamp=clamp, tie_margin=tie_margin
+    )

@@ -14,7 +14,7 @@ class Planted:
     def __init__(self, bias=0.0, noise=0.0, by_length=False):
         self.bias, self.noise, self.by_length, self.random = bias, noise, by_length, random.Random(0)
 
-    def compare(self, pairs):
+    def compare(self, pairs, ledger=None):
         def worth(reply):
             return len(reply) if self.by_length else float(reply.split()[0])
 

@@ -7,8 +7,8 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from rlhf_fast.judges import Constitution, LocalJudge, ModelCheck, Pair, Principle, Reply, RuleCheck
-from rlhf_fast.judges.layouts import compare_question, render_turns
+from rlhf_fast.judges import Answer, Constitution, LocalJudge, ModelCheck, Pair, Principle, Reply, RuleCheck
+from rlhf_fast.judges.layouts import COMPARE_LABELS, compare_question, render_turns
 from rlhf_fast.judges.scoring import encode, label_logprobs
 
 ASK = [{"role": "user", "content": "say hello"}]
@@ -26,6 +26,16 @@ def judge(model, tokenizer, layout="anthropic", **fields):
     return LocalJudge(
         model, tokenizer, constitution(compare_layout=layout, compare_few_shots=shots), min_label_mass=0.0, **fields
     )
+
+
+def scripted(judge, logprobs):
+    """In place of the model: prompt -> (log p(A), log p(B)), or None where only the prompt matters."""
+
+    def score(request):
+        scores = logprobs(request["prompt"]) or (-1.0, -1.0)
+        return Answer("ok", {"logprobs": list(scores), "mass": sum(map(math.exp, scores)), "kind": "exact"})
+
+    judge.backend._scores = lambda requests: list(map(score, requests))
 
 
 @pytest.fixture
@@ -103,9 +113,9 @@ def test_what_questions_share_is_computed_once_and_changes_nothing(model, layout
     ]
     this = judge(model, tokenizer, layout)
     questions = []
-    this._score = lambda prompts, labels: questions.extend(
-        [encode(tokenizer, prompt + label, True) for label in labels] for prompt in prompts
-    ) or [(0.0, 0.0)] * len(prompts)  # fmt: skip
+    scripted(
+        this, lambda prompt: questions.append([encode(tokenizer, prompt + label, True) for label in COMPARE_LABELS])
+    )
     this.compare([Pair(ASK, a, b, principles) for a, b in PAIRS])
     assert len(questions) == 2 * len(PAIRS) * len(principles)
 
@@ -159,19 +169,17 @@ def test_a_reply_against_itself_is_exactly_even(model, tokenizer):
     assert verdict.logit == 0 and verdict.order_gap != 0  # the random model prefers a position, the mean cancels it
 
 
-def test_a_planted_order_bias_is_found_and_cancelled(model, tokenizer, monkeypatch):
+def test_a_planted_order_bias_is_found_and_cancelled(model, tokenizer):
     """A judge that knows the truth s and adds b to whatever stands first."""
     truth, bias = {"hello": 1.5, "go away": -0.5}, 2.0
 
-    def score(prompts, labels):
-        def logit(prompt):
-            a, b = (prompt.rsplit(f" ({x}) [[[", 1)[1].split("]]]")[0] for x in "AB")
-            return truth[a] - truth[b] + bias
-
-        return [tuple(-math.log1p(math.exp(-sign * logit(p))) for sign in (1, -1)) for p in prompts]
+    def score(prompt):
+        a, b = (prompt.rsplit(f" ({x}) [[[", 1)[1].split("]]]")[0] for x in "AB")
+        logit = truth[a] - truth[b] + bias
+        return tuple(-math.log1p(math.exp(-sign * logit)) for sign in (1, -1))
 
     this = judge(model, tokenizer)
-    monkeypatch.setattr(this, "_score", score)
+    scripted(this, score)
     for a, b in (("hello", "go away"), ("go away", "hello")):
         (verdict,) = this.compare([Pair(ASK, a, b, [KIND])])
         assert verdict.logit == pytest.approx(truth[a] - truth[b])
@@ -211,7 +219,7 @@ def test_a_threshold_moves_the_check(model, tokenizer):
 def test_few_shots_stand_in_front_in_the_same_format(model, tokenizer):
     seen = []
     this = judge(model, tokenizer)
-    this._score = lambda prompts, labels: seen.extend(prompts) or [(-1.0, -1.0)] * len(prompts)
+    scripted(this, seen.append)
     this.compare([Pair(ASK, "a1", "b1", [KIND])])
     question = compare_question(ASK, "a1", "b1", KIND.compare)
     assert seen[0].endswith(question + "\n\nThe answer is:") and seen[0].count("The answer is: (") == 2

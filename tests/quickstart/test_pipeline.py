@@ -89,7 +89,7 @@ def test_revisions_are_the_models_own_text(finished):
     root, _ = finished
     generator = Quickstart(root, 0, TINY)._generator("sft")
     rows = [json.loads(line) for line in (root / "cai-revise" / "revisions.jsonl").open(encoding="utf-8")]
-    from rlhf_fast.judges.journal import seed_for
+    from rlhf_fast.judges.stages import seed_for
 
     for row in rows:
         assert generator([row["prompt"]], [seed_for(0, row["id"], "reply")])[0].strip() == row["replies"][0]

@@ -2,51 +2,42 @@ import json
 
 import pytest
 
-from rlhf_fast.judges.journal import finish_stage, read_items, run_stage, seed_for
+from rlhf_fast.judges.ledger import Ledger
+from rlhf_fast.judges.stages import finish_stage, read_items, run_stage, seed_for
 
 ITEMS = [{"id": str(i)} for i in range(10)]
 
 
 def work(batch):
-    return [{"id": item["id"], "status": "ok", "text": "\u3042" * len(batch)} for item in batch]
+    return [{"id": item["id"], "status": "ok", "text": "\u3042"} for item in batch]
 
 
 def run(folder, items=ITEMS, work=work, settings=None, batch_size=3):
-    return run_stage(folder, "stage", items, work, settings=settings or {"seed": 0}, batch_size=batch_size)
+    with Ledger(folder) as ledger:
+        return run_stage(ledger, "stage", items, work, settings=settings or {"seed": 0}, batch_size=batch_size)
 
 
-def test_a_journal_cut_anywhere_ends_with_the_same_bytes(tmp_path):
-    records = run(tmp_path)
-    journal = tmp_path / "stage.jsonl"
-    whole = journal.read_bytes()
-    for cut in [*range(0, len(whole), 7), len(whole)]:
-        journal.write_bytes(whole[:cut])
-        assert run(tmp_path) == records
-        assert journal.read_bytes() == whole
-
-
-def test_a_finished_batch_is_never_done_again(tmp_path, capsys):
+def test_records_are_written_whole_and_in_order(tmp_path, capsys):
     asked = []
 
     def counting(batch):
-        if len(asked) == 2:
-            raise KeyboardInterrupt
         asked.append([item["id"] for item in batch])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
         return work(batch)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, work=counting)
-    assert "stopped after 6 of 10 items" in capsys.readouterr().out
-    first, asked = asked, []
-    run(tmp_path, work=counting)
-    assert first + asked == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9"]]
+    assert "stopped after 6 of 10 items" in capsys.readouterr().out and not (tmp_path / "stage.jsonl").exists()
+    records = run(tmp_path, work=counting)
+    assert [json.loads(line) for line in (tmp_path / "stage.jsonl").read_text().splitlines()] == records
+    assert asked[3:] == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9"]]
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"settings": {"seed": 1}}, "seed: 0 there, 1 now"),
-        ({"batch_size": 4}, "batch_size: 3 there, 4 now"),
         ({"items": ITEMS[:-1]}, "items: 10 there, 9 now"),
         ({"items": ITEMS[::-1]}, "ids_sha256"),
     ],
@@ -57,12 +48,8 @@ def test_another_run_is_not_mixed_in(tmp_path, change, named):
     with pytest.raises(ValueError, match=named):
         run(tmp_path, **change)
     assert (tmp_path / "stage.jsonl").read_bytes() == before
-
-
-def test_a_journal_of_unknown_origin_is_refused(tmp_path):
-    (tmp_path / "stage.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"run\.json"):
-        run(tmp_path)
+    run(tmp_path, batch_size=4)
+    assert (tmp_path / "stage.jsonl").read_bytes() == before
 
 
 def test_a_batch_has_items(tmp_path):

@@ -1,10 +1,11 @@
-"""A stage that may be killed at any moment: every finished batch is on disk, a second run does only the rest.
+"""A stage that may be killed at any moment: what it asked is in its ledger, and all it writes is derived from that.
 
-    <output_dir>/<name>.jsonl    the journal: one line an item, in the order of the items, appended batch by batch
-    <output_dir>/run.json        what the journal was made with; a run with other settings is refused, not mixed in
+    <output_dir>/ledger.sqlite   every question to a model and its answer (ledger.py)
+    <output_dir>/<name>.jsonl    one record an item, in the order of the items, written whole when all are done
+    <output_dir>/run.json        what the stage was run with; another run in the same directory is refused, not mixed in
 
-A line counts once its batch is complete. A torn batch is cut off and done again from the same seeds, so the bytes at
-the end do not depend on whether, or where, the run was interrupted.
+A second run goes through the same items in the same batches, finds in the ledger what was answered, and asks the rest.
+Seeds belong to items, so the bytes at the end do not depend on whether, or where, the run was interrupted.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.chat import ConfigError
+from .ledger import Ledger
 
 
 def seed_for(run_seed: int, *names: object) -> int:
@@ -73,7 +75,7 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
 
 
 def run_stage(
-    output_dir: str | Path,
+    ledger: Ledger,
     name: str,
     items: Sequence[dict],
     work: Callable[[list[dict]], list[dict]],
@@ -81,41 +83,32 @@ def run_stage(
     settings: dict,
     batch_size: int,
 ) -> list[dict]:
-    """Applies `work` to batches of items, each of which has an "id", and journals what it returns: one record an item,
-    with the same "id". Returns all records. Raises ConfigError if output_dir holds a journal of another run.
+    """Applies `work` to batches of items, each of which has an "id"; it returns one record an item, with the same "id".
+
+    What `work` asks of models goes through the ledger, so that it costs nothing a second time. Writes and returns all
+    records. Raises ConfigError if the ledger's directory holds another run.
     """
     if batch_size < 1:
         raise ConfigError(f"{name}: batch_size = {batch_size} must be 1 or more")
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    ids = [item["id"] for item in items]
+    output_dir, ids = ledger.directory, [item["id"] for item in items]
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    manifest = {
-        "stage": name,
-        "settings": {**settings, "batch_size": batch_size, "items": len(ids), "ids_sha256": digest},
-    }
-    journal = output_dir / f"{name}.jsonl"
-    _claim(output_dir / "run.json", journal, manifest)
-    records = _finished_batches(journal, len(ids), batch_size)
-    with (
-        open(journal, "ab") as file,
-        tqdm(total=len(ids), initial=len(records), desc=name, unit="item", disable=None) as bar,
-    ):
-        for start in range(len(records), len(items), batch_size):
+    claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "ids_sha256": digest}})
+    records: list[dict] = []
+    with tqdm(total=len(ids), desc=name, unit="item", disable=None) as bar:
+        for start in range(0, len(items), batch_size):
             try:
                 done = work(list(items[start : start + batch_size]))
             except KeyboardInterrupt:
                 tqdm.write(
-                    f"{name}: stopped after {start} of {len(ids)} items, all in {journal}; the same call goes on there"
+                    f"{name}: stopped after {start} of {len(ids)} items; {output_dir}/ledger.sqlite has every answer, "
+                    "and the same call goes on there"
                 )
                 raise
             if [r["id"] for r in done] != ids[start : start + batch_size]:
                 raise RuntimeError(f"{name}: a batch must give one record for each of its items, in their order")
-            file.write("".join(map(json_line, done)).encode())
-            file.flush()
-            os.fsync(file.fileno())
             records += done
             bar.update(len(done))
+    write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, records)))
     return records
 
 
@@ -161,11 +154,9 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _claim(run_json: Path, journal: Path, manifest: dict) -> None:
+def claim(run_json: Path, manifest: dict) -> None:
     """Starts a run, or makes sure that this is the run that was started here."""
     if not run_json.exists():
-        if journal.exists():
-            raise ConfigError(f"{journal}: there is no run.json beside it; give another output_dir or remove it")
         write_atomic(run_json, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return
     old = json.loads(run_json.read_text(encoding="utf-8"))
@@ -175,14 +166,3 @@ def _claim(run_json: Path, journal: Path, manifest: dict) -> None:
     if changed:
         what = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed)
         raise ConfigError(f"{run_json}: output_dir holds another run ({what}); give another output_dir or remove it")
-
-
-def _finished_batches(journal: Path, total: int, batch_size: int) -> list[dict]:
-    """The records of complete batches; what stands behind them is cut off."""
-    if not journal.exists():
-        return []
-    lines = journal.read_bytes().split(b"\n")[:-1]  # behind the last newline: nothing, or a torn line
-    keep = len(lines) if len(lines) == total else len(lines) - len(lines) % batch_size
-    with open(journal, "r+b") as file:
-        file.truncate(sum(len(line) + 1 for line in lines[:keep]))
-    return [json.loads(line) for line in lines[:keep]]

@@ -1,0 +1,61 @@
+"""What a judge's log-odds are worth, fitted on pairs that people compared.
+
+    P(a better) = sigmoid(slope * mean over votes and orders of (logit of the one in front - bias, signed towards a))
+
+`bias` is what standing first is worth to the judge, in nats: half the mean gap between the two orders, no human label
+needed. It cancels where logits are averaged, and counts where probabilities are. `slope` is the maximum-likelihood
+temperature: below 1 the judge is overconfident. There is no other intercept, for which reply is called a is a matter of
+chance. Targets are (n + 1) / (n + 2) in place of 1 (Platt 1999), so that a judge that errs on none of n pairs does not
+get an infinite slope.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .protocol import Vote
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """slope without unit, bias in nats."""
+
+    slope: float = 1.0
+    bias: float = 0.0
+
+    def unbiased(self, vote: Vote) -> Vote:
+        return replace(vote, logit_ab=vote.logit_ab - self.bias, logit_ba=vote.logit_ba + self.bias)
+
+
+UNCALIBRATED = Calibration()
+
+
+def fit_bias(votes: Sequence[Vote]) -> float:
+    """Half the mean of logit_ab - logit_ba, in nats; 0 where there are no votes."""
+    return float(np.mean([(v.logit_ab - v.logit_ba) / 2 for v in votes])) if votes else 0.0
+
+
+def fit_slope(logits: Sequence[float], weights: np.ndarray | None = None) -> np.ndarray | float:
+    """The slope at which sigmoid(slope * logit) is most likely; logits (N,) are signed towards the reply people chose.
+
+    weights: (S, N) how often each pair counts, one row a resample; then the result is (S,). A slope is never below 0:
+    a judge that is wrong more often than right is to be refused, not turned round.
+    """
+    x = np.asarray(logits, dtype=float)
+    w = np.ones((1, len(x))) if weights is None else np.asarray(weights, dtype=float)
+    n = w.sum(1, keepdims=True)
+    target = (n + 1) / (n + 2)
+    low, high = np.zeros(len(w)), np.full(len(w), 1.0)
+
+    def gradient(slope):  # of the log-likelihood, which is concave
+        return (w * (target - 1 / (1 + np.exp(-np.clip(slope[:, None] * x, -500, 500)))) * x).sum(1)
+
+    for _ in range(60):
+        high = np.where(gradient(high) > 0, high * 2, high)
+    for _ in range(80):
+        middle = (low + high) / 2
+        rising = gradient(middle) > 0
+        low, high = np.where(rising, middle, low), np.where(rising, high, middle)
+    slope = np.where(gradient(np.zeros(len(w))) > 0, (low + high) / 2, 0.0)
+    return float(slope[0]) if weights is None else slope

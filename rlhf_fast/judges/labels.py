@@ -1,0 +1,168 @@
+"""Judgements are evidence and are asked for once; labels are derived from them, as often as one likes.
+
+    judge_pairs   pairs, constitution, judge  ->  judgements.jsonl: the votes in both orders, and which are missing
+    derive        judgements                  ->  comparisons.jsonl: P(chosen is better); rejected.jsonl: other pairs
+
+    logit         mean of the votes under the principles' weights, both orders           protocol.decide
+    p_calibrated  sigmoid(slope * logit), each order rid of the bias first               calibration.py
+    p             p_calibrated, clamped; |p_calibrated - 1/2| < tie_margin is a tie and gets no label
+
+Other weights (0 leaves a principle out), another clamp, calibration or way to combine cost no call to the judge.
+"""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..data.chat import ConfigError
+from .calibration import UNCALIBRATED, Calibration
+from .constitution import Constitution
+from .ledger import Ledger
+from .protocol import UNDECIDED, Judge, Missing, Pair, Verdict, Vote, decide, sigmoid
+from .stages import Stage, claim, finish_stage, read_items, run_stage, seed_for
+
+COMBINE = ("logit", "prob", "sum")
+
+
+def judge_pairs(
+    pairs: Iterable[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
+    principles_per_pair: int | None = None, batch_size: int = 32, seed: int = 0, settings: dict | None = None,
+    retry: Iterable[str] = ("failed",),
+) -> list[dict]:  # fmt: skip
+    """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b").
+
+    Writes and returns judgements.jsonl, one record a pair: its columns, "votes" and "missing". principles_per_pair: how
+    many principles to draw for a pair; None takes all. retry: statuses of earlier runs that are asked again.
+    """
+    usable = judge.comparable(constitution.principles)
+    if len(usable) < (principles_per_pair or 1):
+        raise ConfigError(
+            f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
+            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}"
+        )
+    pairs = list(pairs)
+    items = read_items(pairs, ("a", "b"))
+    for item, row in zip(items, pairs, strict=True):
+        if "better" in row:
+            if row["better"] not in ("a", "b"):
+                raise ConfigError(f"pair {item['id']}: 'better' is {row['better']!r}, needs 'a' or 'b'")
+            item["better"] = row["better"]
+
+    def question(item: dict) -> Pair:
+        draw = random.Random(seed_for(seed, item["id"], "principles"))
+        drawn = usable if principles_per_pair is None else draw.sample(usable, principles_per_pair)
+        return Pair(item["prompt"], item["a"], item["b"], drawn)
+
+    described = {
+        "seed": seed, "principles_per_pair": principles_per_pair, "judge": judge.describe(),
+        "constitution_sha256": constitution.sha256, "weights": {p.id: p.weight for p in usable}, **(settings or {}),
+    }  # fmt: skip
+    with Ledger(output_dir, retry=retry) as ledger:
+
+        def work(batch: list[dict]) -> list[dict]:
+            verdicts = judge.compare(list(map(question, batch)), ledger)
+            return [_judgement(i, v) for i, v in zip(batch, verdicts, strict=True)]
+
+        return run_stage(ledger, "judgements", items, work, settings=described, batch_size=batch_size)
+
+
+def _judgement(item: dict, verdict: Verdict) -> dict:
+    votes, missing = verdict.votes, verdict.missing
+    if verdict.status in UNDECIDED and not missing:
+        missing = (Missing("", verdict.status, verdict.reason),)
+    if verdict.status == "ok" and not votes:
+        votes = (Vote("", verdict.logit, verdict.logit),)
+    return {**item, "votes": list(map(dataclasses.asdict, votes)), "missing": list(map(dataclasses.asdict, missing))}
+
+
+def verdict_of(
+    judgement: dict, weights: Mapping[str, float], *, combine: str, calibration: Calibration = UNCALIBRATED
+) -> Verdict:
+    """The verdict that the votes of a judgement come to. A principle that `weights` does not name weighs 1."""
+    votes = [calibration.unbiased(Vote(**{**v, "keys": tuple(v["keys"])})) for v in judgement["votes"]]
+    missing = [Missing(**{**m, "keys": tuple(m["keys"])}) for m in judgement["missing"]]
+    names = {x.principle for x in (*votes, *missing)}
+    return decide(votes, missing, {name: weights.get(name, 1.0) for name in names}, combine=combine)
+
+
+def derive(
+    judgements: str | Path, *, output_dir: str | Path, weights: Mapping[str, float] | None = None,
+    combine: str | None = None, calibration: Calibration = UNCALIBRATED, clamp: tuple[float, float] | None = None,
+    tie_margin: float = 0.01,
+) -> Stage:  # fmt: skip
+    """Labels from the judgements in a directory that `label` or `judge_pairs` filled. The judge is not asked.
+
+    weights: in place of those of the constitution, for the principles that it names. combine: "logit", "prob" or "sum"
+    (protocol.decide); None takes the judge's own. clamp: (low, high) bounds of P; the paper clamps judges that reason
+    step by step to (0.4, 0.6). Writes comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...}
+    for RewardTrainer, chosen_prob >= 0.5), rejected.jsonl and run.json.
+    """
+    source = Path(judgements)
+    if not (source / "judgements.jsonl").is_file():
+        raise ConfigError(f"derive: {source} has no judgements.jsonl; `label` writes it when all pairs were asked")
+    made_with = json.loads((source / "run.json").read_text(encoding="utf-8"))["settings"]
+    if unknown := set(weights or {}) - set(made_with["weights"]):
+        raise ConfigError(f"derive: no votes under {sorted(unknown)}; there are {', '.join(made_with['weights'])}")
+    records = [json.loads(line) for line in (source / "judgements.jsonl").open(encoding="utf-8")]
+    how = label_settings(made_with["judge"], combine, calibration, clamp, tie_margin)
+    how["weights"] = made_with["weights"] | dict(weights or {})
+    if Path(output_dir).resolve() != source.resolve():
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        claim(Path(output_dir) / "run.json", {"stage": "derive", "settings": made_with | how})
+    return _write_labels(output_dir, records, how, {k: made_with[k] for k in ("judge", "constitution_sha256")})
+
+
+def label_settings(judge: dict, combine: str | None, calibration: Calibration, clamp, tie_margin: float) -> dict:
+    """What labels are derived with, checked before the judge is asked: JSON-ready, for run.json."""
+    combine = combine or judge.get("combine", "logit")
+    if combine not in COMBINE:
+        raise ConfigError(f"label: combine = {combine!r}, needs one of {', '.join(COMBINE)}")
+    if not 0 <= tie_margin < 0.5:
+        raise ConfigError(f"label: tie_margin = {tie_margin} is a distance from 0.5 and must lie in [0, 0.5)")
+    if clamp is not None and not 0 <= clamp[0] < 0.5 < clamp[1] <= 1:
+        raise ConfigError(f"label: clamp = {clamp} must be (low, high) with 0 <= low < 0.5 < high <= 1")
+    return {
+        "combine": combine, "calibration": dataclasses.asdict(calibration), "clamp": clamp and list(clamp),
+        "tie_margin": tie_margin,
+    }  # fmt: skip
+
+
+def _write_labels(output_dir, records: Sequence[dict], how: dict, provenance: dict) -> Stage:
+    labelled = [_labelled(record, how) for record in records]
+    return finish_stage(
+        output_dir, labelled, lambda record: [_comparison(record, how, provenance)], name="comparisons", used=("ok",),
+        refused=("tie", *UNDECIDED),
+    )  # fmt: skip
+
+
+def _labelled(record: dict, how: dict) -> dict:
+    calibration = Calibration(**how["calibration"])
+    raw = verdict_of(record, how["weights"], combine=how["combine"])
+    verdict = verdict_of(record, how["weights"], combine=how["combine"], calibration=calibration)
+    logit = calibration.slope * verdict.logit
+    prob = sigmoid(logit)
+    status, reason = verdict.status, verdict.reason
+    if status == "ok" and (logit == 0 or abs(prob - 0.5) < how["tie_margin"]):
+        status, reason = "tie", f"P(a better) = {prob:.4f}"
+    evidence = {"p_raw": raw.prob_a, "p_calibrated": prob, "logit": logit, "order_gap": raw.order_gap}
+    if how["clamp"]:
+        prob = min(max(prob, how["clamp"][0]), how["clamp"][1])
+    return {**record, "status": status, "reason": reason, "prob_a": prob, **evidence}
+
+
+def _comparison(record: dict, how: dict, provenance: dict) -> dict:
+    chosen, rejected = ("a", "b") if record["logit"] > 0 else ("b", "a")
+    evidence = {name: record[name] for name in ("p_raw", "p_calibrated", "logit", "order_gap", "votes")}
+    return {
+        "prompt": record["prompt"],
+        "chosen": [{"role": "assistant", "content": record[chosen]}],
+        "rejected": [{"role": "assistant", "content": record[rejected]}],
+        "chosen_prob": max(record["prob_a"], 1 - record["prob_a"]),
+        "label_source": "ai",
+        "cai": {
+            "pair_id": record["id"], "a": "chosen" if chosen == "a" else "rejected", "clamp": how["clamp"],
+            "status": record["status"], **evidence, **provenance,
+        },
+    }  # fmt: skip

@@ -1,0 +1,170 @@
+"""A language model as a judge, wherever it runs. It writes nothing that must be parsed: the labels are scored.
+
+    logit(a over b) = log p(" (A)" | question) - log p(" (B)" | question)      with a shown as (A), and
+    logit(a over b) = log p(" (B)" | question) - log p(" (A)" | question)      with a shown as (B)
+
+A vote is the mean of the two. Averaging logits cancels exactly what is added to whatever stands first: an order bias,
+and a reply that says "The answer is (A)". The pair's logit is the mean of its votes, weighted by the principles'
+weights. A pair has a logit only if all of its principles voted.
+
+With `cot_tokens` the model first writes a rationale for each question, and the labels are scored behind it (section 4.1
+of arXiv 2212.08073).
+"""
+
+import random
+from collections.abc import Sequence
+
+from .constitution import Constitution, ModelCheck, Principle, RuleCheck
+from .layouts import CHECK_LABELS, COMPARE_LABELS, COMPARE_LAYOUTS, check_question, cut_at_head, defuse
+from .ledger import Answer, Backend, Ledger
+from .protocol import UNDECIDED, Check, Messages, Missing, Pair, Reply, Verdict, Vote, decide, sigmoid
+from .rule_judge import check_rule
+from .stages import seed_for
+
+
+class ScoringBackend(Backend):
+    """A backend that answers two kinds of requests.
+
+    {"prompt", "labels"}                     value {"logprobs": one a label, "mass", "kind", "slack"}
+    {"prompt", "max_tokens", "seed"}         value {"text"}
+    """
+
+    def prompt(self, layout: str, shots: Sequence[tuple[str, str]], question: str, labels, rationale: str | None):
+        """The prompt behind which a label is scored; behind `rationale`, where there is one."""
+
+    def ask_for_rationale(self, layout: str, question: str):
+        """The prompt that a rationale continues."""
+
+    def special_tokens(self) -> Sequence[str]:
+        """Strings that mean something to the tokenizer, and must not be had from a reply."""
+
+
+class ModelJudge:
+    """Judges through a backend, in the constitution's `layout.compare` and with its few-shots.
+
+    A principle whose check is a rule is checked by the rule; comparisons use the principles with a `compare` text.
+    min_label_mass: an answer on which the model put less probability than this is "unparsed": it did not take the
+    question for a choice between the labels.
+    The few-shots are shown under principles drawn at random, as in the paper, once for the life of the judge (seed).
+    """
+
+    def __init__(
+        self, backend: ScoringBackend, constitution: Constitution, *, min_label_mass: float, cot_tokens: int, seed: int
+    ):
+        self.backend, self.layout = backend, constitution.compare_layout
+        self.min_label_mass, self.cot_tokens, self.seed = min_label_mass, cot_tokens, seed
+        self._question = COMPARE_LAYOUTS[self.layout][0]
+        self._shots = [] if cot_tokens else self._draw_shots(constitution)  # theirs have no rationale
+
+    def _draw_shots(self, constitution: Constitution) -> list[tuple[str, str]]:
+        principles = self.comparable(constitution.principles)
+        draw = random.Random(self.seed)
+        shots = []
+        for shot in constitution.compare_few_shots if principles else ():
+            first = draw.random() < 0.5  # the better reply is (A) in half of them
+            replies = (shot["better"], shot["worse"]) if first else (shot["worse"], shot["better"])
+            question = self._question(shot["conversation"], *replies, draw.choice(principles).compare)
+            shots.append((question, COMPARE_LABELS[0 if first else 1]))
+        return shots
+
+    def compare(self, pairs: Sequence[Pair], ledger: Ledger | None = None) -> list[Verdict]:
+        questions = []
+        for pair in pairs:
+            conversation, a, b = self._defused(pair.conversation, pair.a, pair.b)
+            for principle in pair.principles:
+                for order, replies in (("ab", (a, b)), ("ba", (b, a))):
+                    questions.append((f"compare/{principle.id}/{order}",
+                                      self._question(conversation, *replies, principle.compare)))  # fmt: skip
+        answers = iter(self._answers(questions, self._shots, COMPARE_LABELS, self.cot_tokens, ledger))
+        return [self._verdict(pair, [(next(answers), next(answers)) for _ in pair.principles]) for pair in pairs]
+
+    def _verdict(self, pair: Pair, answers: Sequence[tuple[Answer, Answer]]) -> Verdict:
+        """answers: (with a first, with b first), one a principle."""
+        results = [self._vote(p, ab, ba) for p, (ab, ba) in zip(pair.principles, answers, strict=True)]
+        votes = tuple(r for r in results if isinstance(r, Vote))
+        missing = tuple(r for r in results if isinstance(r, Missing))
+        return decide(votes, missing, {p.id: p.weight for p in pair.principles})
+
+    def _vote(self, principle: Principle, ab: Answer, ba: Answer) -> Vote | Missing:
+        keys = (ab.key, ba.key)
+        for status in UNDECIDED:
+            for answer in (ab, ba):
+                if answer.status == status:
+                    return Missing(principle.id, status, answer.reason, keys)
+        mass = (ab.value["mass"] + ba.value["mass"]) / 2
+        if mass < self.min_label_mass:
+            return Missing(principle.id, "unparsed", f"label mass {mass:.3g} is below {self.min_label_mass}", keys)
+        (ab_a, ab_b), (ba_a, ba_b) = ab.value["logprobs"], ba.value["logprobs"]
+        kind, slack = ab.value["kind"], max(ab.value.get("slack", 0.0), ba.value.get("slack", 0.0))
+        return Vote(principle.id, ab_a - ab_b, ba_b - ba_a, mass, kind, slack, keys)
+
+    def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]:
+        questions = []
+        for conversation, reply, principles in replies:
+            conversation, reply = self._defused(conversation, reply)
+            questions += [
+                (f"check/{p.id}", check_question(conversation, reply, p.check.ask))
+                for p in principles
+                if isinstance(p.check, ModelCheck)
+            ]
+        answers = iter(self._answers(questions, [], CHECK_LABELS, 0, ledger))
+        return [
+            [
+                check_rule(p, r.conversation, r.reply)
+                if isinstance(p.check, RuleCheck)
+                else self._check(p, next(answers))
+                for p in r.principles
+            ]
+            for r in replies
+        ]
+
+    def _check(self, principle: Principle, answer: Answer) -> Check:
+        if answer.status != "ok":
+            return Check(principle.id, None, None, answer.status, f"{principle.id}: {answer.reason}")
+        if answer.value["mass"] < self.min_label_mass:
+            reason = f"{principle.id}: label mass {answer.value['mass']:.3g} is below {self.min_label_mass}"
+            return Check(principle.id, None, None, "unparsed", reason)
+        yes, no = answer.value["logprobs"]
+        violation = sigmoid(yes - no if principle.check.violation_if == "yes" else no - yes)
+        return Check(principle.id, 1 - violation, violation < principle.check.threshold)
+
+    def _answers(self, questions, shots, labels, cot_tokens: int, ledger: Ledger | None) -> list[Answer]:
+        ledger = ledger or Ledger(None)
+        rationales: list[Answer | None] = [None] * len(questions)
+        if cot_tokens:
+            rationales = ledger.ask(self.backend, [
+                {"prompt": self.backend.ask_for_rationale(self.layout, question), "max_tokens": cot_tokens,
+                 "seed": seed_for(self.seed, question), "layout": self.layout, "about": f"rationale/{about}"}
+                for about, question in questions
+            ])  # fmt: skip
+        asked = [i for i, r in enumerate(rationales) if r is None or r.status == "ok"]
+        texts = {i: cut_at_head(rationales[i].value["text"]) for i in asked if rationales[i]}
+        scores = ledger.ask(self.backend, [
+            {"prompt": self.backend.prompt(self.layout, shots, questions[i][1], labels, texts.get(i)),
+             "labels": list(labels), "layout": self.layout, "about": questions[i][0]} for i in asked
+        ])  # fmt: skip
+        answers = list(rationales)
+        for i, score in zip(asked, scores, strict=True):
+            answers[i] = score
+        return answers
+
+    def _defused(self, conversation: Messages, *replies: str) -> tuple:
+        special = self.backend.special_tokens()
+        safe = [{**m, "content": defuse(m["content"], special)} for m in conversation]
+        return safe, *(defuse(reply, special) for reply in replies)
+
+    def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
+        """Those with a `compare` text."""
+        return [p for p in principles if p.compare and p.weight > 0]
+
+    def describe(self) -> dict:
+        """JSON-ready provenance, stored with every label."""
+        return {
+            **self.backend.describe(),
+            "combine": "logit",
+            "layout": self.layout,
+            "few_shots": len(self._shots),
+            "min_label_mass": self.min_label_mass,
+            "cot_tokens": self.cot_tokens,
+            "seed": self.seed,
+        }

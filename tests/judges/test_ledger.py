@@ -1,0 +1,119 @@
+"""The ledger: what was answered is not asked again, what failed is, and nothing is in between."""
+
+import json
+import os
+import signal
+import sqlite3
+
+import pytest
+
+from rlhf_fast.judges.ledger import Answer, Ledger
+
+
+class Echo:
+    """Answers prompts with themselves, unless its script says otherwise; counts what it was asked."""
+
+    def __init__(self, script=None, name="echo"):
+        self.script, self.name, self.asked = script or {}, name, []
+
+    def describe(self):
+        return {"name": self.name}
+
+    def answer(self, requests, tries):
+        self.asked += [r["prompt"] for r in requests]
+        tries.all([self.script.get(r["prompt"]) or Answer("ok", {"text": r["prompt"]}) for r in requests])
+
+
+def ask(ledger, backend, *prompts):
+    return [(a.status, a.value) for a in ledger.ask(backend, [{"prompt": p, "about": f"for {p}"} for p in prompts])]
+
+
+def test_answers_are_asked_for_once(tmp_path):
+    echo = Echo()
+    with Ledger(tmp_path) as ledger:
+        first = ask(ledger, echo, "a", "b", "a")
+        assert first == [("ok", {"text": "a"}), ("ok", {"text": "b"}), ("ok", {"text": "a"})]
+    with Ledger(tmp_path) as ledger:
+        assert ask(ledger, echo, "b", "c", "a") == [first[1], ("ok", {"text": "c"}), first[0]]
+    assert echo.asked == ["a", "b", "c"]
+
+
+def test_who_is_asked_and_what_is_asked_make_the_key(tmp_path):
+    one, two = Echo(), Echo(name="other")
+    with Ledger(tmp_path) as ledger:
+        ask(ledger, one, "a")
+        ask(ledger, two, "a")
+        keys = {a.key for seed in (0, 1) for a in ledger.ask(one, [{"prompt": "a", "seed": seed, "about": "x"}])}
+        assert keys == {a.key for a in ledger.ask(one, [{"about": "y", "prompt": "a", "seed": s} for s in (0, 1)])}
+    assert len(keys) == 2 and one.asked == ["a", "a", "a"] and two.asked == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("retry", "again"), [(("failed",), ["failed"]), (("failed", "refused"), ["failed", "refused"]), ((), [])]
+)
+def test_failures_are_no_answers(tmp_path, retry, again):
+    statuses = ("failed", "refused", "unparsed", "too_long")
+    echo = Echo({s: Answer(s, reason=f"because {s}") for s in statuses})
+    with Ledger(tmp_path) as ledger:
+        assert ask(ledger, echo, *statuses) == [(s, None) for s in statuses]
+        assert ask(ledger, echo, *statuses) == [(s, None) for s in statuses]  # given up for this run
+    assert len(echo.asked) == 4
+    echo.asked, echo.script = [], {}
+    with Ledger(tmp_path, retry=retry) as ledger:
+        answers = ask(ledger, echo, *statuses)
+        assert sum(ledger.counts().values()) == ledger.usage().requests == 4 + len(again)
+    assert echo.asked == again
+    assert answers == [("ok", {"text": s}) if s in again else (s, None) for s in statuses]
+
+
+def test_an_attempt_is_on_disk_before_it_is_sent(tmp_path):
+    """A process that dies in the middle of a call leaves the call behind, and it is asked again."""
+
+    class Dies(Echo):
+        def answer(self, requests, tries):
+            for i, request in enumerate(requests):
+                attempt = tries.begin(i)
+                if request["prompt"] == "c":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                tries.end(attempt, i, Answer("ok", {"text": "x"}), raw="{...", prompt_tokens=3, completion_tokens=1)
+
+    child = os.fork()
+    if child == 0:
+        ask(Ledger(tmp_path), Dies(), "a", "b", "c", "d")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    echo = Echo()
+    with Ledger(tmp_path) as ledger:
+        assert ledger.counts() == {"ok": 2, "interrupted": 1} and ledger.usage() == (3, 6, 2)
+        assert [text["text"] for _, text in ask(ledger, echo, *"abcd")] == ["x", "x", "c", "d"]
+        assert ledger.usage().requests == 5
+    assert echo.asked == ["c", "d"]
+
+
+def test_rows_tell_the_whole_story(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        (answer,) = ask(ledger, Echo({"yes": Answer("ok", ("half \ud83d",))}), "yes")
+        assert answer == ("ok", ["half ?"]) == ask(ledger, Echo(), "yes")[0]  # as a later run reads it
+        ask(ledger, Echo({"no": Answer("refused", reason="I cannot \ud83d")}), "no")
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.row_factory = sqlite3.Row
+    _, row = db.execute("SELECT * FROM attempts JOIN backends ON backends.id = backend")
+    assert (row["about"], row["status"], json.loads(row["description"])) == ("for no", "refused", {"name": "echo"})
+    assert len(row["prompt_sha256"]) == 64 and len(row["key"]) == 32 and db.execute("PRAGMA integrity_check")
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path):
+    with Ledger(tmp_path), pytest.raises(ValueError, match="another process works in it"):
+        Ledger(tmp_path)
+    Ledger(tmp_path).close()
+
+
+def test_a_backend_that_leaves_out_an_answer_is_a_bug(tmp_path):
+    class Silent(Echo):
+        def answer(self, requests, tries):
+            pass
+
+    with Ledger(tmp_path) as ledger, pytest.raises(RuntimeError, match="without an answer to 'for a'"):
+        ask(ledger, Silent(), "a")
+    with pytest.raises(ValueError, match=r"retry: .*'ok'"):
+        Ledger(tmp_path, retry=("ok",))
