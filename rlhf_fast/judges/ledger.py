@@ -96,8 +96,8 @@ class Tries:
             db.execute(
                 "UPDATE attempts SET status=?, value=?, reason=?, raw=?, http_status=?, prompt_tokens=?, "
                 "completion_tokens=?, seconds=?-started WHERE id=?",
-                (answer.status, _dump(answer.value), answer.reason, raw and _utf8(raw), http_status, prompt_tokens, completion_tokens,
-                 time.time(), attempt),
+                (answer.status, _dump(answer.value), answer.reason, raw and _utf8(raw), http_status, prompt_tokens,
+                 completion_tokens, time.time(), attempt),
             )  # fmt: skip
         self.last[i] = answer
 
