@@ -169,7 +169,7 @@ def _from_scratch(job: SFTJob, config: SFTConfig):
         raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
     options |= job.scratch
     rows, _ = _rows_for("sft", job.train_data)
-    replies = [row["messages"] if "messages" in row else [row["prompt"], row["completion"]] for row in rows]
+    replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
     texts = [text for reply in replies for text in _texts(reply)]
     tokenizer = train_tokenizer(texts, options.pop("vocab_size"), max_length=config.max_length)
     return tiny_llama(tokenizer, config.seed, **options), tokenizer

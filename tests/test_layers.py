@@ -15,7 +15,7 @@ LAYERS = [
     {"jobs", "bench"},
     {"quickstart"},
     {"trainers"},
-    {"rollout", "advantages", "rewards", "judges", "data", "models", "report", "monitors", "info"},
+    {"rollout", "advantages", "rewards", "judges", "data", "models", "packing", "report", "monitors", "info"},
     {"masked", "charts", "page"},
     {"ops"},
     {"kernels", "_C", "_version"},

@@ -1,10 +1,12 @@
-"""From encoded sequences to batches. Everything here pads on the right: under causal attention no token then sees
-padding, so the trunk needs no mask, and positions are simply counted.
+"""From encoded sequences to batches: laid end to end in one row (Packed, see packing.py), or padded on the right, where
+under causal attention no token sees padding, so that the trunk needs no mask and positions are simply counted.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +14,29 @@ from torch import Tensor
 
 from .chat import Encoded
 from .formats import Comparison
+
+
+@dataclass
+class Packed:
+    """Sequences in one row of N tokens. Sequence i has lengths[i] tokens of its own; where prefixes[i] = (j, n) has
+    n > 0, it goes on from the first n tokens of an earlier sequence j, which are not repeated."""
+
+    input_ids: Tensor  # (1, N) int64
+    position_ids: Tensor  # (1, N) int64
+    lengths: list[int]
+    prefixes: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tensor | np.ndarray], prefixes: list[tuple[int, int]] | None = None) -> Packed:
+        """Whole sequences; what each shares with its prefix is left out here. prefixes: by default none."""
+        prefixes = prefixes or [(0, 0)] * len(sequences)
+        own = [torch.as_tensor(s)[n:] for s, (_, n) in zip(sequences, prefixes, strict=True)]
+        positions = [torch.arange(n, n + len(x), device=x.device) for x, (_, n) in zip(own, prefixes, strict=True)]
+        return cls(torch.cat(own).long()[None], torch.cat(positions)[None], [len(x) for x in own], prefixes)
+
+    def to(self, device) -> Packed:
+        ids, positions = (x.to(device, non_blocking=True) for x in (self.input_ids, self.position_ids))
+        return Packed(ids, positions, self.lengths, self.prefixes)
 
 
 def pad_right(sequences: Sequence[np.ndarray], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -35,22 +60,74 @@ def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> 
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
+def pack_sft(examples: Sequence[Encoded], device=None) -> tuple[Packed, dict[str, Tensor]]:
+    """The examples in one row of N tokens, and positions and labels as in collate_sft."""
+    mask = np.concatenate([np.r_[False, e.response_mask[1:]] for e in examples])  # nothing precedes a first token
+    packed = Packed.of([e.input_ids for e in examples])
+    (learned,) = torch.from_numpy(mask).nonzero(as_tuple=True)
+    batch = {"positions": learned - 1, "labels": packed.input_ids[0, learned]}
+    return packed.to(device), {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in rows of at most `capacity` tokens by best fit decreasing: longest first, each into the fullest row that
+    has room. A sequence over the capacity has a row of its own."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(room, (lengths[i], -1))
+        left, row = room.pop(at) if at < len(room) else (capacity, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(room, (left - lengths[i], row))
+    return rows
+
+
+MIN_SHARED = 16  # tokens; below it a sequence of its own is cheaper than a mask
+
+
+def pack_comparisons(
+    items: Sequence[Comparison], width: int, device=None, *, share: bool = True
+) -> tuple[Packed, dict[str, Tensor]]:
+    """All responses of all B prompts in one row; those of a prompt share the tokens that they have in common (share).
+
+    Returned beside it: last (M,), where in the row each response ends, and slot, ranks, ... as in collate_comparisons.
+    """
+    sequences, prefixes = [], []
+    for item in items:
+        first = len(sequences)
+        common = min(_common_prefix(item.responses), min(map(len, item.responses)) - 1) if share else 0
+        common = common if common >= MIN_SHARED else 0
+        sequences += item.responses
+        prefixes += [(first, 0), *[(first, common)] * (len(item.responses) - 1)]
+    packed = Packed.of(sequences, prefixes)
+    batch = {"last": torch.tensor(packed.lengths).cumsum(0) - 1, **_comparison_columns(items, width)}
+    return packed.to(device), {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    shortest = min(map(len, sequences))
+    same = np.stack([s[:shortest] for s in sequences])
+    differs = (same != same[0]).any(0)
+    return int(differs.argmax()) if differs.any() else shortest
+
+
 def collate_comparisons(items: Sequence[Comparison], pad_token_id: int, width: int, device=None) -> dict[str, Tensor]:
     """input_ids, attention_mask (N, T) of all responses of all B prompts, for one forward pass; slot (B, K): which of
     the N is response k of prompt b; ranks (B, K), -1 where a prompt has fewer; margin, chosen_prob, weight (B,).
     K is width."""
     input_ids, attention_mask = pad_right([r for item in items for r in item.responses], pad_token_id)
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, **_comparison_columns(items, width)}
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _comparison_columns(items: Sequence[Comparison], width: int) -> dict[str, Tensor]:
     slot, ranks, start = [], [], 0
     for item in items:
         k = len(item.responses)
         slot.append([*range(start, start + k), *[start] * (width - k)])
         ranks.append([*item.ranks, *[-1] * (width - k)])
         start += k
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "slot": torch.tensor(slot),
-        "ranks": torch.tensor(ranks),
-        **{k: torch.tensor([getattr(item, k) for item in items]) for k in ("margin", "chosen_prob", "weight")},
-    }
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    columns = {k: torch.tensor([getattr(item, k) for item in items]) for k in ("margin", "chosen_prob", "weight")}
+    return {"slot": torch.tensor(slot), "ranks": torch.tensor(ranks), **columns}

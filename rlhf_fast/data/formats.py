@@ -1,19 +1,22 @@
 """TRL's dataset formats, checked record by record and encoded; what is left out is counted and named.
 
 SFT       {"messages": [...]}                                     every assistant turn is learned
-          {"prompt": text | messages, "completion": text | messages}
+          {"prompt": text | messages, "completion": text | messages}    the completion's assistant turns
+          {"text": text}                                          every token
 pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         prompt optional: chosen and rejected may hold it
-          optional: margin (r_w - r_l is to exceed it), chosen_prob (how likely chosen is better, RLAIF), weight
+          optional: margin (r_w - r_l is to exceed it), chosen_prob (how likely chosen is better, RLAIF), weight,
+          source (evaluation is also split by it)
 ranked    {"prompt": ..., "responses": [best, ..., worst]}        optional: ranks, 0 best, equal = tie
 prompts   {"prompt": ...} and any other columns                   for PPO, which hands them to reward functions
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from tqdm.auto import tqdm
 from . import chat
 from .chat import ConfigError, Encoded, as_messages, is_conversation
 
-SFT_FORMATS = '{"messages": [...]} or {"prompt": ..., "completion": ...}'
+SFT_FORMATS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 PREFERENCE_FORMATS = (
     '{"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "responses": [best, ..., worst]}'
 )
@@ -30,16 +33,20 @@ PREFERENCE_FORMATS = (
 
 @dataclass
 class Report:
-    """What became of a dataset: records read, records used, and the index and length of each that was too long."""
+    """What became of a dataset: records read and used, and the index and length of each that was too long."""
 
     name: str
     records: int = 0
     used: int = 0
     max_length: int | None = None
-    overlong: list[tuple[int, int]] = field(default_factory=list)  # (index in the dataset, tokens)
+    overlong: list[tuple[int, int]] = field(default_factory=list)  # left out: (index in the dataset, tokens)
+    truncated: list[tuple[int, int]] = field(default_factory=list)  # used, but cut: (index, tokens before)
+    tokens_cut: int = 0
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.used} of {self.records} records used"
+        if self.truncated:
+            text += f", {len(self.truncated)} of them cut to max_length={self.max_length} ({self.tokens_cut} tokens)"
         return f"{text}; {self.named_overlong()}" if self.overlong else text
 
     def named_overlong(self) -> str:
@@ -57,31 +64,43 @@ class Comparison:
     margin: float = 0.0
     chosen_prob: float = 1.0
     weight: float = 1.0
+    source: str | None = None  # where the record says it comes from: evaluation is also split by it
+    index: int = 0  # of the record in its dataset
 
     def __len__(self) -> int:
         return max(map(len, self.responses))
 
 
-def read_dataset(source, split: str = "train") -> list[dict]:
-    """Records from a list, a datasets.Dataset, a .json or .jsonl file, or whatever datasets.load_dataset takes."""
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.suffix in (".jsonl", ".json") and path.is_file():
-            return _read_json(path)
-        if path.suffix in (".jsonl", ".json"):
-            raise ConfigError(f"dataset file {str(source)!r} does not exist")
-        from datasets import load_dataset  # takes a second to import, and lists do not need it
+_FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> builder of datasets
 
-        try:
-            source = load_dataset(str(source), split=split)
-        except OSError as error:  # what datasets raises for a name that is nowhere, or out of reach
-            raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
-    return source
+
+def read_dataset(source, split: str = "train") -> list[dict]:
+    """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory of
+    Dataset.save_to_disk, or whatever datasets.load_dataset takes."""
+    if not isinstance(source, (str, Path)):
+        return source
+    path = Path(source)
+    json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
+    if (json_like or path.suffix in _FILES) and not path.is_file():
+        raise ConfigError(f"dataset file {str(source)!r} does not exist")
+    if json_like:
+        return _read_json(path)
+    import datasets  # takes a second to import, and lists do not need it
+
+    try:
+        if path.suffix in _FILES:
+            return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(source), split=split)
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:  # nowhere, out of reach, or not of that form
+        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 
 
 def _read_json(path: Path) -> list[dict]:
     # Only "\n" ends a row: str.splitlines would also cut at the U+2028 and U+0085 that JSON leaves inside texts.
-    rows = path.read_text(encoding="utf-8").split("\n")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
+        rows = file.read().split("\n")
     numbered = (
         [(1, "\n".join(rows))] if path.suffix == ".json" else [(i, r) for i, r in enumerate(rows, 1) if r.strip()]
     )
@@ -162,25 +181,50 @@ def _wrong_columns(record: dict, name: str, i: int, accepted: str) -> ConfigErro
     return ConfigError(f"{name} record {i} has the columns {', '.join(map(str, record))}; it needs {accepted}")
 
 
-def _limited(examples: dict[int, int], report: Report, on_overlong: str) -> set[int]:
-    """Which of the records ({index: tokens}) to keep; raises where some are too long and none may be skipped."""
-    report.overlong = [(i, n) for i, n in examples.items() if n > report.max_length]
-    report.used = len(examples) - len(report.overlong)
+ON_OVERLONG = ("error", "skip", "keep_start", "keep_end")
+
+
+def _limited(examples: dict[int, list], report: Report, on_overlong: str, cut=None) -> list:
+    """The sequences of the records to use, in order, {index: [sequence, ...]}; what is too long goes to the report.
+
+    cut(sequence, on_overlong) -> a shorter one, or None where nothing would be left to learn from.
+    """
+    used = []
+    for i, sequences in examples.items():
+        longest = max(map(len, sequences))
+        if longest > report.max_length and on_overlong in ("keep_start", "keep_end"):
+            before = sum(map(len, sequences))
+            sequences = [s if len(s) <= report.max_length else cut(s, on_overlong) for s in sequences]
+            sequences = [s for s in sequences if s is not None]
+            if sequences:
+                report.truncated.append((i, longest))
+                report.tokens_cut += before - sum(map(len, sequences))
+        elif longest > report.max_length:
+            sequences = []
+        if not sequences:
+            report.overlong.append((i, longest))
+        used += sequences
+        report.used += bool(sequences)
     if report.overlong and on_overlong == "error":
         raise ConfigError(
-            f"{report.name}: {report.named_overlong()}. Raise max_length, shorten them, or set on_overlong='skip'"
+            f"{report.name}: {report.named_overlong()}. Raise max_length, shorten them, or set on_overlong='skip' "
+            "(or, to cut them, 'keep_start' or 'keep_end')"
         )
     if not report.used:
         raise ConfigError(
             f"{report.name}: every record is {report.named_overlong().split(' ', 1)[1]}; raise max_length"
         )
-    return {i for i, n in examples.items() if n <= report.max_length}
+    return used
 
 
 def sft_examples(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "train_dataset"
 ) -> tuple[list[Encoded], Report]:
-    """SFT records -> encoded sequences. ConfigError names a record in the wrong form, or too long under "error"."""
+    """SFT records -> encoded sequences. ConfigError names a record in the wrong form, or too long under "error".
+
+    on_overlong: "error"; "skip" leaves the record out; "keep_start" cuts its end (a response then has no eos to learn),
+    "keep_end" its beginning (a bos stays). A record with no learned token left is left out. The report counts each.
+    """
     records = as_records(dataset, name)
     encoded: dict[int, list[Encoded]] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
@@ -188,6 +232,8 @@ def sft_examples(
             prompt, completion = [], _text_or_messages(record, "messages", name, i, text=False)
         elif "prompt" in record and "completion" in record:
             prompt, completion = (_text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
+        elif isinstance(record.get("text"), str):
+            prompt, completion = "", record["text"]
         else:
             raise _wrong_columns(record, name, i, SFT_FORMATS)
         _check_not_repeated(prompt, completion, name, i)
@@ -203,14 +249,26 @@ def sft_examples(
                 f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it"
             )
     report = Report(name, len(records), max_length=max_length)
-    kept = _limited({i: max(map(len, e)) for i, e in encoded.items()}, report, on_overlong)
-    return [e for i in sorted(kept) for e in encoded[i]], report
+
+    def cut(example: Encoded, keep: str) -> Encoded | None:
+        bos = int(keep == "keep_end" and example.input_ids[0] == tokenizer.bos_token_id)
+        kept = (
+            slice(max_length) if keep == "keep_start" else np.r_[:bos, len(example) - max_length + bos : len(example)]
+        )
+        example = Encoded(example.input_ids[kept], example.response_mask[kept])
+        return example if example.num_labels else None
+
+    return _limited(encoded, report, on_overlong, cut), report
 
 
 def comparisons(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "train_dataset"
 ) -> tuple[list[Comparison], Report]:
-    """Pairs or ranked responses -> encoded comparisons. Raises ConfigError as sft_examples does."""
+    """Pairs or ranked responses -> encoded comparisons. Raises ConfigError as sft_examples does.
+
+    on_overlong "keep_end" cuts the same tokens from the beginning of all responses of a prompt, so that they still answer
+    the same; where these are not in the prompt, the record is left out. Each has source and index of its record.
+    """
     records = as_records(dataset, name)
     encoded: dict[int, Comparison] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
@@ -227,10 +285,19 @@ def comparisons(
         if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
             raise ConfigError(f"{name} record {i}: chosen_prob must lie in [0, 1] and weight be 0 or more, got {extra}")
         chat.check_tokenizer(tokenizer, any(map(is_conversation, [prompt, *responses])))
-        encoded[i] = Comparison([chat.encode_to_score(tokenizer, prompt, r) for r in responses], ranks, **extra)
+        encoded[i] = Comparison(
+            [chat.encode_to_score(tokenizer, prompt, r) for r in responses], ranks, **extra,
+            source=record.get("source"), index=i,
+        )  # fmt: skip
     report = Report(name, len(records), max_length=max_length)
-    kept = _limited({i: len(c) for i, c in encoded.items()}, report, on_overlong)
-    return [encoded[i] for i in sorted(kept)], report
+
+    def cut(item: Comparison, keep: str) -> Comparison | None:
+        bos = int(all(r[0] == tokenizer.bos_token_id for r in item.responses))
+        end = len(item) - max_length + bos
+        same = all(len(r) > end and np.array_equal(r[:end], item.responses[0][:end]) for r in item.responses)
+        return replace(item, responses=[np.r_[r[:bos], r[end:]] for r in item.responses]) if same else None
+
+    return _limited({i: [item] for i, item in encoded.items()}, report, on_overlong, cut), report
 
 
 def prompts(
@@ -260,8 +327,7 @@ def prompts(
             )
         encoded[i] = Prompt(prompt, tokens, {key: record.get(key) for key in columns})
     report = Report(name, len(records), max_length=max_length)
-    kept = _limited({i: len(p) for i, p in encoded.items()}, report, on_overlong)
-    return [encoded[i] for i in sorted(kept)], report
+    return _limited({i: [p] for i, p in encoded.items()}, report, on_overlong), report
 
 
 _PAIR_COLUMNS = ("margin", "chosen_prob", "weight")

@@ -42,7 +42,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .. import models
 from ..data.chat import ConfigError
+from ..packing import why_not_packed
 from ..report import write_report
 
 # --- configs ---------------------------------------------------------------------------------------------------------
@@ -146,12 +148,15 @@ def preserved_rng():
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def epoch_batches(lengths, batch_size: int, *, seed: int | None = None, epoch: int = 0) -> list[list[int]]:
-    """Indices of one epoch in length-bucketed batches; one batch may be smaller, nothing is dropped.
+def epoch_batches(
+    lengths, batch_size: int, *, seed: int | None = None, epoch: int = 0, by_length: bool = True
+) -> list[list[int]]:
+    """Indices of one epoch in batches; one batch may be smaller, nothing is dropped.
 
-    A function of its arguments alone, so the number of steps done is all that a checkpoint has to know. Within a pool
-    of 50 shuffled batches, neighbours in length share a batch, longest first; then the batches are shuffled. seed None
-    does not shuffle: one pool, longest first.
+    A function of its arguments alone, so the number of steps done is all that a checkpoint has to know. by_length:
+    within a pool of 50 shuffled batches, neighbours in length share a batch, longest first; then the batches are
+    shuffled. Without it (where nothing is padded) batches are drawn at random. seed None does not shuffle: one pool,
+    longest first.
     """
     lengths, order, batches = np.asarray(lengths), np.arange(len(lengths)), []
     if seed is None:
@@ -159,6 +164,8 @@ def epoch_batches(lengths, batch_size: int, *, seed: int | None = None, epoch: i
         return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
     generator = np.random.default_rng([seed % 2**32, epoch])
     generator.shuffle(order)
+    if not by_length:
+        return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
     for start in range(0, len(order), 50 * batch_size):
         pool = order[start : start + 50 * batch_size]
         pool = pool[np.argsort(-lengths[pool], kind="stable")]
@@ -167,11 +174,12 @@ def epoch_batches(lengths, batch_size: int, *, seed: int | None = None, epoch: i
     return batches
 
 
-def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int):
+def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, by_length: bool = True):
     """(epochs done, indices) of steps start to stop - 1, epoch after epoch."""
     per_epoch = math.ceil(len(lengths) / batch_size)
     while start < stop:
-        for indices in epoch_batches(lengths, batch_size, seed=seed, epoch=start // per_epoch)[start % per_epoch :]:
+        batches = epoch_batches(lengths, batch_size, seed=seed, epoch=start // per_epoch, by_length=by_length)
+        for indices in batches[start % per_epoch :]:
             if start == stop:
                 return
             start += 1
@@ -194,13 +202,59 @@ def steps_in_run(num_examples: int, batch_size: int, num_train_epochs: float, ma
     return max(1, math.ceil(math.ceil(num_examples / batch_size) * num_train_epochs))
 
 
+# --- the model as it is trained ---------------------------------------------------------------------------------------
+
+
+def check_best(config, eval_dataset) -> None:
+    """Raises ConfigError where load_best_model_at_end has nothing to choose by."""
+    if config.load_best_model_at_end and (eval_dataset is None or not config.eval_steps):
+        raise ConfigError("load_best_model_at_end needs an eval_dataset (eval_data) and eval_steps")
+
+
+def prepare(model, config):
+    """The model with what a config asks for: lora_* adapters, gradient_checkpointing; bf16 is checked, not applied."""
+    if config.lora_r:
+        model = models.add_lora(
+            model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+        )  # fmt: skip
+    if config.gradient_checkpointing:
+        inner = models.unwrapped(model)
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.bf16 and not bf16_supported(model.device):
+        raise ConfigError(f"bf16: {model.device.type} has no bfloat16 instructions here, so it would only be slower")
+    return model
+
+
+def bf16_supported(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(model, bf16: bool):
+    """Products in bfloat16, weights and sums in float32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+
+
+def packing_if_possible(model, required: bool = False) -> bool:
+    """Whether batches can be rows without padding (packing.py). If not: a warning, or ConfigError where required."""
+    reason = why_not_packed(model)
+    if reason and required:
+        raise ConfigError(f"packing: {reason}; set packing to false")
+    if reason:
+        warnings.warn(f"batches are padded, within buckets of similar length: {reason}", stacklevel=3)
+    return not reason
+
+
 # --- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(models, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+def make_optimizer(modules, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW over the parameters that require grad, each once; only matrices decay (no norms, no biases)."""
-    models = models if isinstance(models, (list, tuple)) else [models]
-    unique = {id(p): p for model in models for p in model.parameters() if p.requires_grad}
+    modules = modules if isinstance(modules, (list, tuple)) else [modules]
+    unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     matrices = [p for p in unique.values() if p.ndim >= 2]
     others = [p for p in unique.values() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -289,7 +343,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
     (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
     never) and when stopped; the newest save_total_limit are kept. resume=True goes on, bit for bit, from the newest
-    checkpoint that is whole.
+    checkpoint that is whole. load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose
+    metric_for_best_model is the best so far, and in the end the model of the best of them, evaluated once more.
 
     Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
     """
@@ -303,6 +358,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         for row in log.kept:
             monitors(row)  # what it raised then is in alarms.jsonl already
     board = _tensorboard(run_dir / "tensorboard", start)
+    best = _Best(config, log.kept)
     metrics = dict(log.kept[-1]) if log.kept else {}  # what a run with no step left to do returns
     metrics.pop("step", None)
 
@@ -327,7 +383,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         tqdm(total=trainer.total_steps, initial=start, desc=type(trainer).__name__, disable=None) as bar,
     ):
         if start == 0 and config.eval_steps:
-            write({"step": 0, **look(0)})
+            write({"step": 0, **(first := look(0))})
+            best.improved(0, first)
         clock = time.perf_counter()
         for metrics in trainer if trainer.step < trainer.total_steps else ():
             step, last = trainer.step, trainer.step >= trainer.total_steps
@@ -342,18 +399,26 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             bar.update(1)
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
             stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
-            if stopping or (config.save_steps and step % config.save_steps == 0):
+            if best.improved(step, metrics) or stopping or (config.save_steps and step % config.save_steps == 0):
                 for file in files:
                     file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
-                save_checkpoint(trainer, run_dir, config.save_total_limit)
+                save_checkpoint(trainer, run_dir, config.save_total_limit, best.step)
             if stopping:
                 break
             clock = time.perf_counter()
 
     for file in [*files, *([board] if board else [])]:
         file.close()
-    write_report(run_dir)
     interrupted = trainer.step < trainer.total_steps
+    if best.step is not None and not interrupted:
+        state = torch.load(run_dir / f"checkpoint-{best.step}" / "state.pt", map_location="cpu", weights_only=True)
+        models.load_trained_state(trainer.model, state["trainer"]["model"])
+        print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
+        with preserved_rng():
+            metrics |= {"best_step": best.step, **as_numbers(trainer.evaluate())}
+    if hasattr(trainer, "save_evaluation"):
+        trainer.save_evaluation(run_dir)
+    write_report(run_dir)
     if interrupted:
         print(
             f"Stopped by {stop[0]} after step {trainer.step} of {trainer.total_steps}; nothing is lost. "
@@ -366,6 +431,33 @@ def run_training(trainer, resume: bool = False) -> RunResult:
 
 
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
+
+
+class _Best:
+    """The step whose evaluation was the best so far; on resume, found again in the log."""
+
+    def __init__(self, config, log: list[dict]):
+        self.name = config.metric_for_best_model if getattr(config, "load_best_model_at_end", False) else None
+        self.step, self.value = None, math.inf
+        if self.name is None:
+            return
+        greater = config.greater_is_better
+        self.sign = -1 if (not self.name.endswith(("loss", "perplexity", "ece")) if greater is None else greater) else 1
+        for row in log:
+            self.improved(row["step"], row)
+
+    def improved(self, step: int, metrics: dict) -> bool:
+        """Whether the metrics of a step are an evaluation, and the best so far."""
+        evaluated = [name for name in metrics if name.startswith("eval_")]
+        if self.name is None or not evaluated:
+            return False
+        if self.name not in metrics:
+            raise ConfigError(f"metric_for_best_model = {self.name!r} is not among {', '.join(evaluated)}")
+        value = metrics[self.name]
+        if step == 0 or value is None or (self.step is not None and self.sign * value >= self.sign * self.value):
+            return False  # step 0 is the model that was given; None was not finite
+        self.step, self.value = step, value
+        return True
 
 
 def _open_run(trainer, run_dir: Path, resume: bool) -> int:
@@ -384,7 +476,7 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> int:
                 f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
             )
         for report in getattr(trainer, "reports", ()):
-            if report.overlong:
+            if report.overlong or report.truncated:
                 print(report)
         (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(r) for r in getattr(trainer, "reports", ())]))
         config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
@@ -490,8 +582,8 @@ def _signals():
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(trainer, run_dir: Path, keep: int | None) -> Path:
-    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all; prunes old ones.
+def save_checkpoint(trainer, run_dir: Path, keep: int | None, best: int | None = None) -> Path:
+    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all; prunes old ones but the best.
 
     The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
     rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
@@ -520,7 +612,8 @@ def save_checkpoint(trainer, run_dir: Path, keep: int | None) -> Path:
     _fsync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in _checkpoints(run_dir)[: -keep or None] if keep else []:
-        shutil.rmtree(old)
+        if old.name != f"checkpoint-{best}":
+            shutil.rmtree(old)
     return target
 
 

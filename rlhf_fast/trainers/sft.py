@@ -3,21 +3,34 @@
     loss = - sum over response tokens of log pi(token | what precedes it) / their number in the whole step
 
 The number is that of all micro-batches of the step together, so gradient accumulation changes memory and nothing else.
-The lm_head runs on the positions that predict a response token, and its logits never exist as a whole.
+A micro-batch is one row of sequences without padding (packing.py). The lm_head runs on the positions that predict a
+response token, and its logits never exist as a whole.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..data.chat import Encoded, encode_prompt
-from ..data.collate import collate_sft
-from ..data.formats import as_records, sft_examples
-from ..models import check_lengths, check_lm_head, hidden_states, lm_head, load_policy, load_tokenizer, stop_at_eos
-from ..ops import linear_cross_entropy
+from ..data.collate import collate_sft, pack_rows, pack_sft
+from ..data.formats import ON_OVERLONG, as_records, sft_examples
+from ..models import (
+    check_lengths,
+    check_lm_head,
+    hidden_states,
+    lm_head,
+    load_policy,
+    load_tokenizer,
+    load_trained_state,
+    stop_at_eos,
+    trained_state,
+)  # fmt: skip
+from ..ops import linear_cross_entropy, token_logprobs_and_entropy
+from ..packing import packed_hidden_states, packing
 from ..rollout import evaluating, generate_text
 from . import common
 
@@ -37,11 +50,21 @@ class SFTConfig:
     weight_decay: float = 0.0  # of matrices, not of norms and biases
     max_grad_norm: float = 1.0  # of all gradients together; 0: no clipping
     max_length: int = 1024  # tokens of prompt and response together
-    on_overlong: str = "error"  # or "skip": leave longer records out, and name them
-    logging_steps: int = 10  # train_log.jsonl has every step; token accuracy and TensorBoard only these
+    on_overlong: str = "error"  # longer records: "skip", or cut to "keep_start" or "keep_end"; all are counted
+    packing: bool = False  # fill rows with sequences up to max_length; batch sizes then count rows
+    lora_r: int = 0  # rank of LoRA adapters; 0: all weights learn
+    lora_alpha: float = 32.0  # the adapters' product is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # of the adapters' input
+    lora_target_modules: list | None = None  # names of linear layers; null: all of the trunk
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
+    bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
+    logging_steps: int = 10  # train_log.jsonl has every step; token accuracy, entropy and TensorBoard only these
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
+    load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
+    metric_for_best_model: str = "eval_loss"  # any metric of an evaluation
+    greater_is_better: bool | None = None  # null: not for a loss, a perplexity or an ece
     save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
-    save_total_limit: int = 2  # newest checkpoints kept
+    save_total_limit: int = 2  # newest checkpoints kept, beside the best
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts answered at each evaluation, for samples.jsonl
     sample_max_new_tokens: int = 64  # of such an answer
@@ -52,12 +75,13 @@ class SFTConfig:
             positive=(
                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
                 "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
-                "max_skipped_steps",
-                "sample_max_new_tokens",
+                "max_skipped_steps", "sample_max_new_tokens", "lora_alpha",
             ),
-            non_negative=("max_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps", "num_samples"),
-            unit=("warmup_ratio",),
-            choices={"lr_scheduler_type": common.SCHEDULES, "on_overlong": ("error", "skip")},
+            non_negative=(
+                "max_steps", "weight_decay", "max_grad_norm", "eval_steps", "save_steps", "num_samples", "lora_r",
+            ),
+            unit=("warmup_ratio", "lora_dropout"),
+            choices={"lr_scheduler_type": common.SCHEDULES, "on_overlong": ON_OVERLONG},
         )  # fmt: skip
 
 
@@ -80,16 +104,19 @@ class SFTTrainer:
             records = as_records(eval_dataset, "eval_dataset")
             self.eval_examples, report = sft_examples(records, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
-        self.model = load_policy(model)
+        common.check_best(config, eval_dataset)
+        self.model = common.prepare(load_policy(model), config)
         check_lengths(self.model, self.tokenizer, max(map(len, self.examples + self.eval_examples)))
         check_lm_head(self.model)
         stop_at_eos(self.model, self.tokenizer)
         self.sample_prompts = self._choose_prompts(records)
+        self.packed = common.packing_if_possible(self.model, required=config.packing)
 
         self.lengths = [len(e) for e in self.examples]
+        self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.total_steps = common.steps_in_run(
-            len(self.examples), self.batch_size, config.num_train_epochs, config.max_steps
+            len(self.rows), self.batch_size, config.num_train_epochs, config.max_steps
         )
         self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
         self.scheduler = common.make_scheduler(
@@ -98,59 +125,87 @@ class SFTTrainer:
         self.step, self.num_tokens = 0, 0
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
 
+    def __len__(self) -> int:
+        """Examples to learn from."""
+        return len(self.examples)
+
     def __iter__(self):
         batches = common.run_batches(
-            self.lengths, self.batch_size, seed=self.config.seed, start=self.step, stop=self.total_steps
-        )
+            [sum(self.lengths[i] for i in row) for row in self.rows], self.batch_size, seed=self.config.seed,
+            start=self.step, stop=self.total_steps, by_length=not self.packed,
+        )  # fmt: skip
         for epoch, indices in batches:
-            yield {"epoch": epoch, **self._train_step([self.examples[i] for i in indices])}
+            yield {"epoch": epoch, **self._train_step([[self.examples[i] for i in self.rows[r]] for r in indices])}
 
-    def _train_step(self, examples: list[Encoded]) -> dict:
+    def _train_step(self, rows: list[list[Encoded]]) -> dict:
         config, size = self.config, self.config.per_device_train_batch_size
         self.model.train()
-        weight, bias, softcap = lm_head(self.model)
-        num_labels = max(1, sum(e.num_labels for e in examples))
-        with_accuracy = (self.step + 1) % config.logging_steps == 0
-        loss, correct = 0.0, 0
+        num_labels = max(1, sum(e.num_labels for row in rows for e in row))
+        with_statistics = (self.step + 1) % config.logging_steps == 0
+        loss, statistics = 0.0, 0.0
 
-        for k in range(0, len(examples), size):  # sorted by length, so a micro-batch has little padding
-            batch = collate_sft(examples[k : k + size], self.tokenizer.pad_token_id, self.model.device)
-            hidden = response_hidden(self.model, batch)
-            micro_loss = linear_cross_entropy(
-                hidden, weight, batch["labels"], bias=bias, softcap=softcap, normalizer=num_labels
-            )
-            micro_loss.backward()
+        for k in range(0, len(rows), size):
+            with self._packing():
+                hidden, labels = self._response_hidden([e for row in rows[k : k + size] for e in row])
+                weight, bias, softcap = self._lm_head()
+                micro_loss = linear_cross_entropy(
+                    hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
+                )
+                micro_loss.backward()
             loss += micro_loss.detach()
-            if with_accuracy:
-                correct += count_correct(hidden, weight, bias, batch["labels"])
+            if with_statistics:
+                statistics += token_statistics(hidden, weight, bias, softcap, labels)
 
         learning_rate = self.scheduler.get_last_lr()[0]
         grad_norm = common.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
-        self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(x) for x in examples])
+        self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(e) for row in rows for e in row])
         self.step += 1
-        self.num_tokens += sum(map(len, examples))
+        self.num_tokens += sum(len(e) for row in rows for e in row)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
-        return metrics | ({"mean_token_accuracy": correct / num_labels} if with_accuracy else {})
+        if with_statistics:
+            _, correct, entropy = statistics / num_labels
+            metrics |= {"mean_token_accuracy": correct, "entropy": entropy}
+        return metrics
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """eval_loss (nats per response token) and eval_mean_token_accuracy over the whole eval_dataset, by token."""
-        weight, bias, softcap = lm_head(self.model)
-        nll = correct = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        """eval_loss (nats per response token), eval_perplexity, eval_mean_token_accuracy and eval_entropy (nats), over
+        all response tokens of the eval_dataset."""
         num_labels = sum(e.num_labels for e in self.eval_examples)
         if not num_labels:
             return {}
+        statistics = 0.0
         batches = common.epoch_batches(list(map(len, self.eval_examples)), self.config.per_device_eval_batch_size)
-        with evaluating(self.model):
+        with evaluating(self.model), self._packing():
             for indices in batches:
-                examples = [self.eval_examples[i] for i in indices]
+                hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
+                statistics = statistics + token_statistics(hidden, *self._lm_head(), labels)
+        loss, correct, entropy = statistics / num_labels
+        return {
+            "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,
+            "eval_entropy": entropy,
+        }  # fmt: skip
+
+    def _packing(self):
+        return packing(self.model) if self.packed else nullcontext()
+
+    def _response_hidden(self, examples: list[Encoded]) -> tuple[Tensor, Tensor]:
+        """(N, D) hidden states that predict the N response tokens, and these (N,); no other reaches the lm_head."""
+        with common.autocast(self.model, self.config.bf16):
+            if self.packed:
+                packed, batch = pack_sft(examples, self.model.device)
+                hidden = packed_hidden_states(self.model, packed)
+            else:
                 batch = collate_sft(examples, self.tokenizer.pad_token_id, self.model.device)
-                hidden = response_hidden(self.model, batch)
-                nll = nll + linear_cross_entropy(
-                    hidden, weight, batch["labels"], bias=bias, softcap=softcap, normalizer=1.0
-                )
-                correct = correct + count_correct(hidden, weight, bias, batch["labels"])
-        return {"eval_loss": nll / num_labels, "eval_mean_token_accuracy": correct / num_labels}
+                hidden = hidden_states(self.model, batch["input_ids"]).flatten(0, 1)
+        hidden = hidden.index_select(0, batch["positions"])
+        return hidden.bfloat16() if self.config.bf16 else hidden, batch["labels"]
+
+    def _lm_head(self) -> tuple[Tensor, Tensor | None, float | None]:
+        weight, bias, softcap = lm_head(self.model)
+        if self.config.bf16:
+            weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+        return weight, bias, softcap
 
     def _choose_prompts(self, records: list[dict]) -> list:
         """What precedes the last response of the first records, where the model has room for an answer to it."""
@@ -163,7 +218,7 @@ class SFTTrainer:
                 last = max(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
                 prompt = record["messages"][:last]
             else:
-                prompt = record["prompt"]
+                prompt = record.get("prompt")
             if prompt and 0 < len(encode_prompt(self.tokenizer, prompt)) <= room:
                 prompts.append(prompt)
         return prompts
@@ -190,7 +245,7 @@ class SFTTrainer:
             "step": self.step,
             "num_tokens": self.num_tokens,
             "lengths": torch.tensor(self.lengths),
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
@@ -198,19 +253,21 @@ class SFTTrainer:
     def load_state_dict(self, state: dict) -> None:
         common.check_same_data(state["lengths"], self.lengths)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self.model.load_state_dict(state["model"])
+        load_trained_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
 
-def response_hidden(model, batch: dict[str, Tensor]) -> Tensor:
-    """(N, D): the hidden states that predict the N response tokens of the batch; no other reaches the lm_head."""
-    return hidden_states(model, batch["input_ids"]).flatten(0, 1).index_select(0, batch["positions"])
-
-
 @torch.no_grad()
-def count_correct(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """How many of the (N,) labels are the most likely token, 2^24 logits at a time. (A softcap keeps order.)"""
-    rows = max(1, 2**24 // weight.shape[0])
-    best = [torch.nn.functional.linear(h, weight, bias).argmax(-1) for h in hidden.split(rows)]
-    return (torch.cat(best) == labels).sum()
+def token_statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, labels: Tensor
+) -> Tensor:
+    """(3,) float64 sums over the N labels: -log p, how many are the most likely token, entropy; 2^22 logits at a time."""
+    rows = max(1, 2**22 // weight.shape[0])
+    total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
+    for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits = torch.nn.functional.linear(h, weight, bias)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logprobs, entropy = token_logprobs_and_entropy(logits, label)
+        total += torch.stack([-logprobs.sum(), (logits.argmax(-1) == label).sum(), entropy.sum()])
+    return total

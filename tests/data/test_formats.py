@@ -45,7 +45,7 @@ def test_a_datasets_dataset_is_read_like_a_list():
         (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
         ("data.jsonl", "must be a list of dicts"),
         (["text"], "record 0 must be a dict, got str"),
-        ([{"messages": CHAT}, {"text": "hi"}], "record 1 has the columns text; it needs"),
+        ([{"messages": CHAT}, {"body": "hi"}], "record 1 has the columns body; it needs"),
         ([{"prompt": "hi"}], "record 0 has the columns prompt; it needs"),
         ([{"messages": "hi there"}, {"messages": 3}], "record 0: 'messages' must be a list"),
         ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "record 1: 'messages' must be a list"),

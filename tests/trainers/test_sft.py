@@ -224,8 +224,8 @@ def test_ctrl_c_loses_nothing(tmp_path):
     ("change", "message"),
     [
         ({"data": []}, "train_dataset is empty"),
-        ({"data": [{"text": "hi"}]}, "has the columns text"),
-        ({"eval_dataset": [{"text": "hi"}]}, "eval_dataset record 0 has the columns text"),
+        ({"data": [{"body": "hi"}]}, "has the columns body"),
+        ({"eval_dataset": [{"body": "hi"}]}, "eval_dataset record 0 has the columns body"),
         ({"tokenizer": tiny_tokenizer(chat_template=None)}, "no chat template"),
         ({"max_length": 10}, r"longer than max_length=10.*on_overlong='skip'"),
         ({"model": tiny_model(tiny_tokenizer(), max_position_embeddings=8)}, "8 positions: lower max_length"),

@@ -1,0 +1,125 @@
+"""Sequences end to end in one row: no padding, and each sees itself alone.
+
+    tokens      a0 a1 a2 a3 | b2 b3 b4 | c0 c1        (1, N)
+    positions    0  1  2  3 |  2  3  4 |  0  1
+    attention   a causal    | b: a0 a1 and itself | c causal
+
+Everything but attention works token by token, so only attention has to know where a sequence ends: it runs on each
+sequence alone, and no N x N mask exists. A sequence may go on from the first tokens of another (b from a0 a1): responses
+to one prompt then share its computation, as in a prefix tree. Under causal attention that changes nothing: what follows
+a token cannot reach it. With flash attention installed and chosen for the model, its own variable-length kernel runs
+instead (for rows without shared prefixes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from .data.collate import Packed
+from .models import unwrapped
+
+NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
+FLASH = ("flash_attention_2", "flash_attention_3")
+
+
+def packed_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed: Packed, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, **others,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); the signature is that of transformers."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise NotImplementedError(f"packed attention knows no {name}")
+    queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
+    outputs = []
+    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
+        parent, shared = packed.prefixes[i]
+        if shared:
+            k, v = (torch.cat([x[parent][:, :, :shared], own], dim=2) for x, own in ((keys, k), (values, v)))
+        mask = None
+        if shared or (sliding_window is not None and k.shape[2] > sliding_window):
+            mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        outputs.append(
+            scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )  # fmt: skip
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _mask(queries: int, keys: int, window: int | None, device) -> Tensor:
+    """(Q, K) bool, where the last query stands at the last key: causal, and no further back than window."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+@contextmanager
+def packing(model) -> Iterator[None]:
+    """Inside, forward and backward of packed_hidden_states know the sequences. (Backward: activation checkpointing
+    runs the layers again.)"""
+    config = unwrapped(model).config
+    before = config._attn_implementation
+    AttentionInterface.register(NAME, packed_attention)  # transformers' place for it; used by nobody who does not ask
+    try:
+        config._attn_implementation = before if before in FLASH else NAME
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def packed_hidden_states(model, packed: Packed) -> Tensor:
+    """(N, D): the trunk's last hidden states of every token. Call it within packing(model)."""
+    trunk = unwrapped(model).base_model
+    if trunk.config._attn_implementation == NAME:
+        where = {"packed": packed}
+    else:  # flash attention
+        if any(shared for _, shared in packed.prefixes):
+            raise NotImplementedError("flash attention runs whole sequences: pack without shared prefixes")
+        ends = torch.tensor([0, *packed.lengths]).cumsum(0).to(packed.input_ids.device, torch.int32)
+        longest = max(packed.lengths)
+        where = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return trunk(
+        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **where
+    ).last_hidden_state[0]
+
+
+@torch.no_grad()
+def why_not_packed(model) -> str | None:
+    """None where the model gives each packed sequence what it gives it alone; else what went wrong."""
+    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().num_embeddings
+    flash = unwrapped(model).config._attn_implementation in FLASH
+    other = ids.flip(1)
+    shared = 0 if flash else 3
+    packed = Packed.of([other[0, :5], ids[0], torch.cat([ids[0, :3], other[0, 3:]])], [(0, 0), (0, 0), (1, shared)])
+    training = model.training
+    model.eval()
+    try:
+        with packing(model):
+            together = packed_hidden_states(model, packed)
+        trunk = unwrapped(model).base_model
+        alone = [
+            trunk(input_ids=row, use_cache=False).last_hidden_state[0]
+            for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
+        ]
+        alone = torch.cat([*alone[:2], alone[2][shared:]])
+    except (TypeError, NotImplementedError) as error:
+        return str(error)
+    finally:
+        model.train(training)
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
+        return f"{type(unwrapped(model)).__name__} lets one sequence of a row see another"
+    return None

@@ -1,0 +1,242 @@
+"""A row of sequences is its sequences alone: same hidden states, loss and gradients, for every kind of attention."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlhf_fast import SFTConfig, SFTTrainer, models
+from rlhf_fast.data.chat import ConfigError, Encoded
+from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
+from rlhf_fast.data.formats import Comparison
+from rlhf_fast.ops import linear_cross_entropy
+from rlhf_fast.packing import packed_attention, packed_hidden_states, packing, why_not_packed
+
+V = 97
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+
+
+def llama(**options):
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=32, **SIZES, **options))
+
+
+def qwen2(**options):
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=V, hidden_size=32, **SIZES, **options))
+
+
+def gpt2(**options):
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, **options))
+
+
+def sliding(**options):
+    return MistralForCausalLM(MistralConfig(vocab_size=V, hidden_size=32, sliding_window=5, **SIZES, **options))
+
+
+ARCHITECTURES = [llama, qwen2, gpt2, sliding]
+
+
+def build(architecture, **options):
+    torch.manual_seed(0)
+    special = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": None}
+    model = architecture(**special, **options).eval()
+    with torch.no_grad():
+        for weight in model.parameters():  # larger than transformers draws them, so that attention is sharp
+            weight.mul_(4) if weight.ndim > 1 else None
+    return model
+
+
+def sequences(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(V, (n,), generator=generator) for n in lengths]
+
+
+def alone(model, rows):
+    return torch.cat([model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows])
+
+
+def together(model, packed):
+    with packing(model):
+        return packed_hidden_states(model, packed)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_sequences_alone(architecture, attention):
+    model = build(architecture, attn_implementation=attention)
+    rows = sequences(9, 1, 17, 4)
+    expected = alone(model, rows)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(together(model, Packed.of(rows)), expected, rtol=1e-5, atol=1e-5)
+    assert model.config._attn_implementation == attention
+    assert why_not_packed(model) is None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_not_a_bit_leaks_between_sequences(architecture):
+    model = build(architecture)
+    a, b, c = sequences(9, 12, 5)
+    (other,) = sequences(9, seed=1)
+    first, second = (together(model, Packed.of([x, b, c])) for x in (a, other))
+    assert not torch.equal(first[:9], second[:9]) and torch.equal(first[9:], second[9:])
+    after = together(model, Packed.of([a, b, other[:5]]))
+    assert torch.equal(after[:21], first[:21]) and not torch.equal(after[21:], first[21:])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_what_two_sequences_share_is_computed_once(architecture):
+    model = build(architecture)
+    a, b, c, d = sequences(20, 7, 5, 9)
+    rows = [a, torch.cat([a[:13], b]), torch.cat([a[:13], c]), d]
+    packed = Packed.of(rows, [(0, 0), (0, 13), (0, 13), (0, 0)])
+    assert packed.lengths == [20, 7, 5, 9] and packed.position_ids[0, 20] == 13
+    expected = alone(model, rows)
+    own = torch.cat([expected[:20], expected[33:40], expected[53:]])
+    torch.testing.assert_close(together(model, packed), own, rtol=1e-5, atol=1e-5)
+
+
+def gradients(model, loss):
+    loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architecture, checkpointing):
+    model = build(architecture)
+    generator = np.random.default_rng(0)
+    examples = [Encoded(row.numpy().astype(np.int32), generator.random(len(row)) < 0.5) for row in sequences(9, 2, 17)]
+    total, expected = sum(e.num_labels for e in examples), 0.0
+    for e in examples:
+        ids, mask = torch.from_numpy(e.input_ids).long(), torch.from_numpy(e.response_mask)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        expected += torch.nn.functional.cross_entropy(logits[mask[1:]], ids[1:][mask[1:]], reduction="sum") / total
+    wanted = gradients(model, expected)
+    if checkpointing:
+        model.train()  # no dropout in these, and recomputation happens in train mode alone
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            module.p = 0.0
+    packed, batch = pack_sft(examples)
+    weight, bias, _ = models.lm_head(model)
+    with packing(model):
+        hidden = packed_hidden_states(model, packed)[batch["positions"]]
+        loss = linear_cross_entropy(hidden, weight, batch["labels"], bias=bias, normalizer=total)
+        found = gradients(model, loss)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert max(g.abs().max() for g in wanted.values()) > 0.1
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flash_attention_gets_its_own_arguments(monkeypatch):
+    """The kernel is not here; one that reads cu_seq_lens as it does stands in for it."""
+    model = build(llama)
+    rows = sequences(9, 1, 17)
+    expected = alone(model, rows)
+
+    def varlen(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
+               **options):  # fmt: skip
+        assert attention_mask is None and cu_seq_lens_q.dtype == torch.int32 and max_length_q == max_length_k == 17
+        lengths = cu_seq_lens_k.diff().tolist()
+        return packed_attention(
+            module, query, key, value, None, packed=Packed(None, None, lengths, [(0, 0)] * 3), **options
+        )
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    torch.testing.assert_close(together(model, Packed.of(rows)), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="without shared prefixes"):
+        together(model, Packed.of(rows[:1] * 2, [(0, 0), (0, 3)]))
+
+
+def test_models_that_cannot_be_packed_say_why():
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4))
+    gemma2 = Gemma2ForCausalLM(Gemma2Config(vocab_size=V, hidden_size=32, head_dim=8, pad_token_id=0, **SIZES))
+    assert "lets one sequence of a row see another" in why_not_packed(bloom)
+    assert "no softcap" in why_not_packed(gemma2)
+    assert bloom.training and bloom.config._attn_implementation == "eager"
+
+
+def test_rows_are_filled_by_best_fit():
+    assert pack_rows([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert pack_rows([30, 1], 10) == [[0], [1]]
+    lengths = np.random.default_rng(0).integers(1, 50, 500).tolist()
+    rows = pack_rows(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(500))
+    assert all(sum(lengths[i] for i in row) <= 100 for row in rows)
+    assert len(rows) <= 1.02 * sum(lengths) / 100
+
+
+def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
+    prompt = np.arange(20)
+    items = [
+        Comparison([np.r_[prompt, 50, 51], np.r_[prompt, 60]], [0, 1]),
+        Comparison([prompt[:5], np.r_[prompt[:5], 7]], [0, 1]),  # too little to share
+        Comparison([prompt, np.r_[prompt, 7], np.r_[prompt, 8]], [0, 1, 2]),  # the first is a beginning of the others
+    ]
+    packed, batch = pack_comparisons(items, width=3)
+    assert packed.lengths == [22, 1, 5, 6, 20, 2, 2]
+    assert packed.prefixes == [(0, 0), (0, 20), (2, 0), (2, 0), (4, 0), (4, 19), (4, 19)]
+    assert packed.input_ids[0, batch["last"]].tolist() == [51, 60, 4, 7, 19, 7, 8]
+    assert batch["slot"].tolist() == [[0, 1, 0], [2, 3, 2], [4, 5, 6]]
+    unshared, _ = pack_comparisons(items, width=3, share=False)
+    assert unshared.lengths == [22, 21, 5, 6, 20, 21, 21]
+
+
+def test_a_trainer_fills_its_rows_and_learns_the_same(tmp_path):
+    """All examples in one step, as rows of several or one by one: the same loss and the same new weights."""
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": f"say {'the cat ' * (i % 5)}", "completion": f"{i} sat"} for i in range(12)]
+    seen = []
+    for packs in (False, True):
+        config = SFTConfig(str(tmp_path / str(packs)), packing=packs, max_length=60, per_device_train_batch_size=12)
+        sft = SFTTrainer(config, tiny_model(tokenizer), train_dataset=data, tokenizer=tokenizer)
+        (metrics,) = list(sft)
+        seen.append((len(sft.rows), metrics["loss"], torch.cat([p.detach().flatten() for p in sft.model.parameters()])))
+    (rows, loss, weights), (fewer, same_loss, same_weights) = seen
+    assert rows == 12 and fewer < 6
+    torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(same_weights, weights, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_packed_is_padded_or_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=32, head_dim=8, pad_token_id=0, **SIZES)
+    data = [{"prompt": "say ", "completion": "the cat " * n} for n in (1, 5)]
+    losses = {}
+    with pytest.warns(UserWarning, match="batches are padded.*softcap"):
+        for size in (1, 2):
+            torch.manual_seed(0)
+            sft = SFTTrainer(
+                SFTConfig(str(tmp_path / "run"), per_device_train_batch_size=size, gradient_accumulation_steps=2 // size),
+                Gemma2ForCausalLM(config), train_dataset=data, tokenizer=tokenizer,
+            )  # fmt: skip
+            losses[size] = next(iter(sft))["loss"].item()
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
+    with pytest.raises(ConfigError, match="packing: .*set packing to false"):
+        SFTTrainer(
+            SFTConfig(str(tmp_path / "run"), packing=True), Gemma2ForCausalLM(config), train_dataset=data,
+            tokenizer=tokenizer,
+        )  # fmt: skip
