@@ -5,9 +5,9 @@
     attention   a causal    | b: a0 a1 and itself | c causal
 
 Everything but attention works token by token, so only attention has to know where a sequence ends: it runs on each
-sequence alone, and no N x N mask exists. A sequence may go on from the first tokens of another (b from a0 a1): responses
-to one prompt then share its computation, as in a prefix tree. Under causal attention that changes nothing: what follows
-a token cannot reach it. With flash attention installed and chosen for the model, its own variable-length kernel runs
+sequence alone, and no N x N mask exists. A sequence may go on from the first tokens of another (b from a0 a1): the
+responses to one prompt then share its computation. Under causal attention that changes nothing, for what follows a
+token cannot reach it. With flash attention installed and chosen for the model, its own variable-length kernel runs
 instead (for rows without shared prefixes).
 """
 
@@ -37,7 +37,7 @@ def packed_attention(
         if others.get(name) is not None:
             raise NotImplementedError(f"packed attention knows no {name}")
     queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
-    outputs = []
+    outputs, gqa = [], query.shape[1] != key.shape[1]
     for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
         parent, shared = packed.prefixes[i]
         if shared:
@@ -45,18 +45,8 @@ def packed_attention(
         mask = None
         if shared or (sliding_window is not None and k.shape[2] > sliding_window):
             mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        outputs.append(
-            scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )  # fmt: skip
-        )
+        options = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -226,16 +226,17 @@ def test_a_model_that_cannot_be_packed_is_padded_or_refused(tmp_path):
     config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=32, head_dim=8, pad_token_id=0, **SIZES)
     data = [{"prompt": "say ", "completion": "the cat " * n} for n in (1, 5)]
     losses = {}
-    with pytest.warns(UserWarning, match="batches are padded.*softcap"):
+    with pytest.warns(UserWarning, match=r"batches are padded.*softcap"):
         for size in (1, 2):
             torch.manual_seed(0)
+            sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2 // size}
             sft = SFTTrainer(
-                SFTConfig(str(tmp_path / "run"), per_device_train_batch_size=size, gradient_accumulation_steps=2 // size),
-                Gemma2ForCausalLM(config), train_dataset=data, tokenizer=tokenizer,
+                SFTConfig(str(tmp_path / "run"), **sizes), Gemma2ForCausalLM(config), train_dataset=data,
+                tokenizer=tokenizer,
             )  # fmt: skip
             losses[size] = next(iter(sft))["loss"].item()
     assert losses[1] == pytest.approx(losses[2], rel=1e-5)
-    with pytest.raises(ConfigError, match="packing: .*set packing to false"):
+    with pytest.raises(ConfigError, match=r"packing: .*set packing to false"):
         SFTTrainer(
             SFTConfig(str(tmp_path / "run"), packing=True), Gemma2ForCausalLM(config), train_dataset=data,
             tokenizer=tokenizer,

@@ -70,8 +70,8 @@ def pack_sft(examples: Sequence[Encoded], device=None) -> tuple[Packed, dict[str
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in rows of at most `capacity` tokens by best fit decreasing: longest first, each into the fullest row that
-    has room. A sequence over the capacity has a row of its own."""
+    """Indices in rows of at most `capacity` tokens by best fit decreasing: longest first, each into the fullest row
+    with room for it. A sequence over the capacity has a row of its own."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

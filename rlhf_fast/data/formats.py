@@ -75,8 +75,8 @@ _FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> 
 
 
 def read_dataset(source, split: str = "train") -> list[dict]:
-    """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory of
-    Dataset.save_to_disk, or whatever datasets.load_dataset takes."""
+    """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory
+    of Dataset.save_to_disk, or whatever datasets.load_dataset takes."""
     if not isinstance(source, (str, Path)):
         return source
     path = Path(source)
@@ -93,7 +93,7 @@ def read_dataset(source, split: str = "train") -> list[dict]:
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(source), split=split)
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:  # nowhere, out of reach, or not of that form
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or no such form
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 
 
@@ -266,8 +266,8 @@ def comparisons(
 ) -> tuple[list[Comparison], Report]:
     """Pairs or ranked responses -> encoded comparisons. Raises ConfigError as sft_examples does.
 
-    on_overlong "keep_end" cuts the same tokens from the beginning of all responses of a prompt, so that they still answer
-    the same; where these are not in the prompt, the record is left out. Each has source and index of its record.
+    on_overlong "keep_end" cuts the same tokens from the beginning of all responses of a prompt, so that they still
+    answer the same; where they differ there already, the record is left out.
     """
     records = as_records(dataset, name)
     encoded: dict[int, Comparison] = {}

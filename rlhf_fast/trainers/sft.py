@@ -262,7 +262,7 @@ class SFTTrainer:
 def token_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, labels: Tensor
 ) -> Tensor:
-    """(3,) float64 sums over the N labels: -log p, how many are the most likely token, entropy; 2^22 logits at a time."""
+    """(3,) float64 sums over the N labels: -log p, whether it is the likeliest, entropy; 2^22 logits at a time."""
     rows = max(1, 2**22 // weight.shape[0])
     total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):

@@ -1,5 +1,6 @@
 """Records in, encoded examples out; what cannot be used is refused or counted, with its index."""
 
+import gzip
 import json
 import math
 
@@ -126,6 +127,36 @@ def test_files_are_read(tmp_path):
     assert read_dataset([PAIR]) == [PAIR]
     with pytest.raises(ConfigError, match="does not exist"):
         read_dataset(tmp_path / "b.jsonl")
+
+
+def test_tables_and_directories_are_read_through_datasets(tmp_path):
+    rows = Dataset.from_list([PAIR, {**PAIR, "chosen": "yes"}])
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.to_csv(tmp_path / "a.csv")
+    rows.save_to_disk(tmp_path / "saved")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for name in ("a.parquet", "a.csv", "saved", "a.jsonl.gz"):
+        assert list(read_dataset(tmp_path / name)) == list(rows), name
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_dataset(tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_text("no table")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        read_dataset(tmp_path / "c.parquet")
+
+
+def test_a_cut_pair_still_answers_the_same(tmp_path):
+    """Both responses lose the same beginning; where they differ there, the pair is left out."""
+    long = {"prompt": "0 1 2 3 4 5 6 7 8 9 ", "chosen": "the cat sat on", "rejected": "no"}
+    (whole,), _ = comparisons([long], TOKENIZER, max_length=99)
+    limit = len(whole) - 3
+    apart = {**long, "rejected": "x" + long["rejected"], "prompt": None, "chosen": long["prompt"] + long["chosen"]}
+    (item,), report = comparisons([long, apart], TOKENIZER, max_length=limit, on_overlong="keep_end")
+    assert [r.tolist() for r in item.responses] == [r[3:].tolist() for r in whole.responses]
+    assert report.truncated == [(0, len(whole))] and report.tokens_cut == 3 and [i for i, _ in report.overlong] == [1]
+    assert str(report).startswith(
+        f"train_dataset: 1 of 2 records used, 1 of them cut to max_length={limit} (3 tokens);"
+    )
 
 
 def test_as_records_reads_an_iterator_once():

@@ -1,6 +1,7 @@
 """SFT against plain PyTorch: which tokens count, how they are averaged, and that the rest changes nothing."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from rlhf_fast import SFTConfig, SFTTrainer
 from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.trainers import common
 from rlhf_fast.trainers.common import load_checkpoint
 
 
@@ -127,6 +129,118 @@ def test_text_after_text_is_learned_too(tmp_path):
     sft = trainer(tmp_path, data=data, tokenizer=tokenizer, max_steps=40, num_samples=1)
     sft.train()
     assert [row["response"] for row in sft.samples()] == [" four"]
+
+
+def test_plain_text_is_learned_as_a_whole(tmp_path):
+    sft = trainer(tmp_path, data=[{"text": "the cat sat"}], tokenizer=tiny_tokenizer(chat_template=None))
+    (example,) = sft.examples
+    assert sft.tokenizer.decode(example.input_ids) == "the cat sat<eos>" and example.response_mask.all()
+    assert example.num_labels == len(example) - 1  # nothing precedes the first token
+
+
+def test_perplexity_and_entropy_by_hand(tmp_path):
+    sft = trainer(tmp_path, eval_dataset=DATA, logging_steps=1, per_device_train_batch_size=12)
+    entropy = count = 0.0
+    with torch.no_grad():
+        for e in sft.examples:
+            ids = torch.from_numpy(e.input_ids).long()[None]
+            logprobs = sft.model(ids).logits[0, :-1][torch.from_numpy(e.response_mask)[1:]].double().log_softmax(-1)
+            entropy, count = entropy - (logprobs.exp() * logprobs).sum().item(), count + len(logprobs)
+    metrics = sft.evaluate()
+    assert metrics["eval_entropy"].item() == pytest.approx(entropy / count, rel=1e-5)
+    assert metrics["eval_perplexity"].item() == pytest.approx(math.exp(metrics["eval_loss"].item()), rel=1e-6)
+    assert next(iter(sft))["entropy"].item() == pytest.approx(entropy / count, rel=1e-5)
+
+
+def test_checkpointing_recomputes_and_changes_nothing(tmp_path):
+    plain = gradients(tmp_path, max_grad_norm=0.0, per_device_train_batch_size=6)
+    recomputed = gradients(tmp_path, max_grad_norm=0.0, per_device_train_batch_size=6, gradient_checkpointing=True)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_is_near_and_refused_without_the_hardware(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "bf16_supported", lambda device: False)
+    with pytest.raises(ConfigError, match="bf16: cpu has no bfloat16 instructions"):
+        trainer(tmp_path, bf16=True)
+    monkeypatch.setattr(common, "bf16_supported", lambda device: True)
+    exact, rounded = (trainer(tmp_path, bf16=bf16, eval_dataset=DATA) for bf16 in (False, True))
+    a, b = exact.evaluate()["eval_loss"].item(), rounded.evaluate()["eval_loss"].item()
+    assert a != b and a == pytest.approx(b, rel=0.02)
+    next(iter(rounded))
+    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
+    assert (weights(rounded) - weights(exact)).abs().max() > 1e-3
+
+
+@pytest.fixture
+def saved_base(tmp_path):
+    tokenizer = tiny_tokenizer()
+    for part in (tiny_model(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+LORA = {"lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.2}
+
+
+def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_path, saved_base):
+    def make(name):
+        config = SFTConfig(str(tmp_path / name), learning_rate=1e-2, **LORA, **RUN)
+        return SFTTrainer(config, saved_base, train_dataset=DATA, eval_dataset=DATA[:3])
+
+    whole = make("whole")
+    before = {name: p.clone() for name, p in whole.model.named_parameters()}
+    whole.train()
+    changed = {name for name, p in whole.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and changed == {name for name in before if "lora_" in name}
+    assert (tmp_path / "whole/adapter_model.safetensors").exists()
+    assert not (tmp_path / "whole/model.safetensors").exists()
+
+    stopped = make("stopped")
+    for _ in zip(range(3), stopped, strict=False):
+        pass
+    common.save_checkpoint(stopped, tmp_path / "stopped", 2)
+    resumed = make("stopped")
+    common.load_checkpoint(resumed, tmp_path / "stopped/checkpoint-3")
+    list(resumed)
+    assert torch.equal(weights(resumed), weights(whole))
+    # And a directory of adapters is a model like any other, here to go on from.
+    again = SFTTrainer(SFTConfig(str(tmp_path / "more")), str(tmp_path / "whole"), train_dataset=DATA)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_the_best_model_is_kept_also_over_a_resume(tmp_path):
+    """The rate is so high that it gets worse: the best of three evaluations is not the last."""
+    setting = {"learning_rate": 0.3, "max_steps": 6, "eval_steps": 2, "save_total_limit": 1,
+               "lr_scheduler_type": "constant", "load_best_model_at_end": True,
+               "eval_dataset": DATA[:3], "per_device_train_batch_size": 2}  # fmt: skip
+    whole = trainer(tmp_path / "whole", **setting)
+    result = whole.train()
+    losses = {row["step"]: row["eval_loss"] for row in log_of(tmp_path / "whole") if "eval_loss" in row and row["step"]}
+    best = min(losses, key=losses.get)
+    assert len(losses) == 3 and best != 6
+    assert result.metrics["best_step"] == best and result.metrics["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert whole.evaluate()["eval_loss"].item() == pytest.approx(losses[best], rel=1e-6)
+
+    broken = trainer(tmp_path / "broken", **setting, save_steps=5)
+
+    def killed(batch, step=broken._train_step):
+        if broken.step == 5:
+            raise MemoryError("killed")
+        return step(batch)
+
+    broken._train_step = killed
+    with pytest.raises(MemoryError):
+        broken.train()
+    resumed = trainer(tmp_path / "broken", **setting, save_steps=5)
+    resumed.train(resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    for change, message in (
+        ({"eval_dataset": None}, "needs an eval_dataset"),
+        ({"metric_for_best_model": "eval_los"}, "'eval_los' is not among eval_loss, eval_perplexity"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer(tmp_path / "refused", **setting | change).train()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -248,6 +362,25 @@ def test_what_was_left_out_is_on_record(tmp_path, capsys):
     assert "train_dataset: 12 of 13 records used; 1 longer than max_length=200: record 12" in capsys.readouterr().out
     (report,) = json.loads((tmp_path / "run/data.json").read_text())
     assert report["records"] == 13 and report["overlong"][0][0] == 12
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"), [("keep_start", "<|user|>say the cat 1<|assistant|>"), ("keep_end", "mat<eos>")]
+)
+def test_what_is_cut_is_counted(tmp_path, policy, kept, capsys):
+    whole = trainer(tmp_path, data=[chat(1)] * 2).examples[0]
+    limit = len(whole) - 4
+    sft = trainer(tmp_path, data=[chat(1)] * 2, on_overlong=policy, max_length=limit, max_steps=1)
+    text = sft.tokenizer.decode(sft.examples[0].input_ids)
+    assert len(sft.examples[0]) == limit and (text.startswith(kept) if policy == "keep_start" else text.endswith(kept))
+    sft.train()
+    said = f"2 of 2 records used, 2 of them cut to max_length={limit} (8 tokens)"
+    assert said in capsys.readouterr().out
+    (report,) = json.loads((tmp_path / "run/data.json").read_text())
+    assert report["truncated"] == [[0, len(whole)], [1, len(whole)]] and not report["overlong"]
+    # Cut to the prompt alone there is nothing to learn, and that is not called a use of the record.
+    with pytest.raises(ConfigError, match="raise max_length"):
+        trainer(tmp_path, data=[chat(1)], on_overlong="keep_start", max_length=4)
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
