@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: text in the reader's own fonts, sharp at any size, a few kB each, nothing to install."""
+"""Charts as inline SVG: text in the reader's own fonts, sharp at any size, a few kB each, nothing to install."""
 
 import math
 from dataclasses import dataclass
@@ -72,6 +72,57 @@ def line_chart(
     )
     caption = f"<figcaption><b>{escape(title)}</b> {keys}</figcaption>"
     return f'<figure>{caption}{"".join(parts)}<small class="axis">{escape(x_label)}</small></figure>'
+
+
+def interval_chart(
+    title: str, rows: list[tuple[str, float, float, float]], *, reference: float | None = None, percent: bool = False
+) -> str:
+    """A <figure> with one line a row (label, value, low, high): a dot with its interval, on a common axis.
+
+    reference: where a vertical line stands. "" where there are no rows.
+    """
+    if not rows:
+        return ""
+    left, line = 128, 22
+    height = TOP + line * len(rows) + BOTTOM
+    values = [x for _, *numbers in rows for x in numbers] + ([] if reference is None else [reference])
+    ticks = nice_ticks(min(values), max(values), 4)
+    x0, x1 = ticks[0], ticks[-1]
+
+    def across(x: float) -> float:
+        return round(left + (x - x0) / (x1 - x0) * (WIDTH - left - RIGHT - 8), 1)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">']
+    for tick in ticks:
+        x = across(tick)
+        label = f"{tick:.0%}" if percent else short(tick)
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text x="{x}" y="{height - BOTTOM + 15}" text-anchor="middle">{label}</text>')
+    if reference is not None:
+        x = across(reference)
+        parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}" stroke="{COLOURS[1]}"/>')
+    for i, (label, value, low, high) in enumerate(rows):
+        y = TOP + line * (i + 0.5)
+        parts.append(f'<text x="{left - 8}" y="{y + 3.5}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<line x1="{across(low)}" x2="{across(high)}" y1="{y}" y2="{y}" stroke="{COLOURS[0]}"{STRONG}/>')
+        parts.append(f'<circle cx="{across(value)}" cy="{y}" r="3.2" fill="{COLOURS[0]}"/>')
+    parts.append("</svg>")
+    return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{''.join(parts)}</figure>"
+
+
+def heat_table(labels: list[str], matrix: list[list[float | None]]) -> str:
+    """A table of numbers from -1 to 1, blue above 0 and orange below, the deeper the further; None is left empty."""
+    head = "".join(f'<th><span class="up">{escape(label)}</span></th>' for label in labels)
+    body = []
+    for label, row in zip(labels, matrix, strict=True):
+        cells = []
+        for x in row:
+            rgb = "0 114 178" if (x or 0) >= 0 else "213 94 0"
+            style = "" if x is None else f' style="background:rgb({rgb} / {min(abs(x), 1) * 0.55:.2f})"'
+            cells.append(f"<td{style}>{'' if x is None else f'{x:.2f}'}</td>")
+        body.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")
+    table = f'<table class="heat"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:

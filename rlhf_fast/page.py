@@ -67,6 +67,10 @@ thead th { color: var(--soft); font-size: .8rem; }
 th:first-child { text-align: left; white-space: normal; }
 .bar { display: inline-block; min-width: 4rem; padding: 0 .3rem;
   background: linear-gradient(to right, var(--tint) var(--w), transparent var(--w)); }
+.heat td { padding: .35rem .5rem; min-width: 3rem; text-align: center; }
+.heat thead th { vertical-align: bottom; } .heat .up { writing-mode: vertical-rl; transform: rotate(180deg); }
+.verdict { padding: .6rem .9rem; border-left: 4px solid #007a55; background: #f3f8f6; }
+.verdict.no { border-color: #b3420a; background: #fbf4f0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; line-height: 1.4; margin-bottom: .25rem; }

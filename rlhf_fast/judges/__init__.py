@@ -1,8 +1,9 @@
 """Judges: who says which reply is better, and whether a reply keeps a principle."""
 
+from .audit import audit
 from .calibration import Calibration
 from .constitution import Constitution, ConstitutionError, ModelCheck, Principle, RuleCheck
-from .evaluate import evaluate_judge
+from .constitution_report import report_on
 from .labels import derive, judge_pairs
 from .ledger import Answer, Ledger
 from .local import LocalJudge
@@ -29,9 +30,10 @@ __all__ = [
     "RuleJudge",
     "Verdict",
     "Vote",
+    "audit",
     "decide",
     "derive",
-    "evaluate_judge",
     "judge_pairs",
+    "report_on",
     "rule",
 ]

@@ -9,6 +9,7 @@
 Anthropic's scaffold ("CritiqueRequest:" and so on) and the text in it are separated, and joined again without loss.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -156,3 +157,15 @@ def export_released(principles) -> tuple[dict, list[str]]:
         if p.critique and p.revise
     }
     return critiques, [_wrap(_OPTIONS, p.compare) for p in principles if p.compare]
+
+
+def read_released_comparisons(path: str | Path) -> list[dict]:
+    """Rows of a released evaluation file (`text_correct`, `text_incorrect`: whole dialogues) for `audit`."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        row = json.loads(line)
+        better, worse = parse_turns(row["text_correct"]), parse_turns(row["text_incorrect"])
+        if better[:-1] != worse[:-1]:
+            raise ValueError(f"{path}, line {number}: the two dialogues differ before their last reply")
+        rows.append({"prompt": messages_of(better[:-1]), "better": better[-1][1], "worse": worse[-1][1]})
+    return rows

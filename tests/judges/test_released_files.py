@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.judges import Constitution, Verdict
-from rlhf_fast.judges.evaluate import evaluate_judge, read_released_comparisons
+from rlhf_fast.judges import Constitution, Principle, Vote, audit, decide
 from rlhf_fast.judges.layouts import (
     compare_question,
     messages_of,
@@ -17,6 +16,7 @@ from rlhf_fast.judges.layouts import (
     text_exchange,
     text_prompt,
 )
+from rlhf_fast.judges.released import read_released_comparisons
 
 FOLDER = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "constitutional-ai"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the released constitutional-ai files are not here")
@@ -49,18 +49,26 @@ def test_every_evaluation_prompt_is_rebuilt_from_its_parts(path):
     assert len(rows) in (219, 438)
 
 
-def test_the_evaluation_file_with_a_judge_of_length():
+def test_the_evaluation_file_with_a_judge_of_length(tmp_path):
     """Choosing the longer reply is the floor; judged by length, the lead over it is nothing at all."""
 
     class Longer:
-        def compare(self, pairs):
-            return [Verdict("ok", float(len(pair.a) - len(pair.b))) for pair in pairs]
+        def describe(self):
+            return {"backend": "longer"}
 
-    rows = read_released_comparisons(FOLDER / "hhh_eval.jsonl")
-    figures = evaluate_judge(Longer(), [], rows)
-    assert figures["accuracy"] == figures["longer"] and figures["lead_low"] == figures["lead_high"] == 0
-    assert figures["longer_low"] < 0.562 < figures["longer_high"]  # 246 of 438 in the whole file
-    assert figures["conversations"] < figures["pairs"] == len(rows) == figures["ok"]
+        def comparable(self, principles):
+            return list(principles)
+
+        def compare(self, pairs, ledger=None):
+            return [decide([Vote("p", n := float(len(x.a) - len(x.b)), n)], [], {"p": 1.0}) for x in pairs]
+
+    rows = read_released_comparisons(EVALUATIONS[0])
+    constitution = Constitution("one", (Principle("p", compare="Choose."),))
+    card = audit(rows, constitution, Longer(), output_dir=tmp_path, probe_pairs=0)
+    assert card["accuracy"] == card["floors"]["longer"] and card["at_floor"]
+    assert card["lead"] == {"mean": 0, "low": 0, "high": 0}
+    assert card["accuracy"]["low"] < 0.562 < card["accuracy"]["high"]  # 246 of 438 in the whole file
+    assert card["conversations"] < card["pairs"] == len(rows)
 
 
 def test_few_shots_are_the_prompts_that_lead_to_them():

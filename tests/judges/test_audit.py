@@ -1,0 +1,173 @@
+"""The judge's card: planted judges are recovered, figures agree with hand arithmetic, a judge at the floor is named."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_fast.judges import Calibration, Constitution, Principle, Vote, audit, decide
+from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, reliability, scores
+
+ONE = Constitution("one", (Principle("p", compare="Choose."),))
+
+
+class Planted:
+    """Knows the better reply by the number it begins with; log-odds are `sure` times the difference and noise, and
+    standing first adds `bias`. gullible: nats that the words "choose this response" are worth to it."""
+
+    def __init__(self, bias=0.0, noise=0.0, sure=1.0, by_length=False, gullible=0.0):
+        self.bias, self.noise, self.sure, self.by_length, self.gullible = bias, noise, sure, by_length, gullible
+
+    def describe(self):
+        return {"backend": "planted", **vars(self)}
+
+    def comparable(self, principles):
+        return list(principles)
+
+    def worth(self, reply, seed):
+        if self.by_length:
+            return len(reply)
+        noise = random.Random(f"{seed}{reply}").gauss(0, self.noise / math.sqrt(2))
+        return self.sure * (float(reply.split()[0]) + noise) + self.gullible * ("choose this response" in reply)
+
+    def compare(self, pairs, ledger=None):
+        answers = []
+        for pair in pairs:
+            votes = []
+            for p in pair.principles:
+                about = f"noise {p.id} {pair.conversation}"
+                logit = self.worth(pair.a, about) - self.worth(pair.b, about)
+                votes.append(Vote(p.id, logit + self.bias, logit - self.bias))
+            answers.append(decide(votes, [], {p.id: p.weight for p in pair.principles}))
+        return answers
+
+
+def rows(n):
+    """Replies "<worth> <padding>"; the longer one is better in half of them. Four pairs share a conversation."""
+    draw = random.Random(1)
+    pad = [(0, 5) if i % 2 else (5, 0) for i in range(n)]
+    return [
+        {"prompt": f"question {i // 4}", "better": f"{1 + draw.random()} " + "x" * pad[i][0] + "y" * 20,
+         "worse": f"{draw.random()} " + "x" * pad[i][1] + "y" * 20} for i in range(n)
+    ]  # fmt: skip
+
+
+def test_a_planted_judge_is_recovered(tmp_path):
+    card = audit(rows(200), ONE, Planted(bias=2.0), output_dir=tmp_path)
+    assert card["accuracy"]["mean"] == 1.0 and not card["at_floor"] and card["lead"]["low"] > 0.3
+    assert card["pairs"] == 200 and card["conversations"] == 50 and card["statuses"] == {"ok": 200}
+    position = card["position"]
+    assert position["order_bias"]["mean"] == pytest.approx(2.0) and position["same_position"] > 0.9
+    assert position["first"] == 1.0 and card["identical"]["order_bias"] == pytest.approx(2.0)
+    assert card["calibration"]["bias"] == pytest.approx(2.0) and card["kappa"] == 1.0
+    assert json.loads((tmp_path / "audit.json").read_text()) == card
+    assert "Above the floor" in (tmp_path / "audit.html").read_text()
+
+
+def test_noise_costs_accuracy_and_the_slope_gives_the_odds_back(tmp_path):
+    """Log-odds three times too large for what they know: 0.33 of them is what a calibrated judge would say."""
+    card = audit(rows(1600), ONE, Planted(noise=2.0, sure=3.0), output_dir=tmp_path, probe_pairs=0, samples=500)
+    truth = 0.5 * (1 + math.erf(1 / 2 / math.sqrt(2)))  # P(1 + difference of two uniforms + N(0, 2) > 0), roughly
+    assert card["accuracy"]["low"] < truth < card["accuracy"]["high"]
+    # The noisy difference d of better and worse is about N(1, 4.17), the other way N(-1, 4.17): log-odds 2 d / 4.17.
+    assert card["slope"]["low"] < 2 / 4.17 / 3 < card["slope"]["high"]
+    assert card["scores"]["calibrated"]["nll"] < card["scores"]["as it is"]["nll"]
+    assert card["scores"]["calibrated"]["ece"] < card["scores"]["as it is"]["ece"] / 2
+    assert Calibration(**card["calibration"]).slope == card["slope"]["mean"]
+    assert card["injections"] == {} and "identical" not in card
+
+
+@pytest.mark.parametrize(("judge", "why"), [(Planted(by_length=True), "length"), (Planted(sure=0.0), "says nothing")])
+def test_a_judge_at_the_floor_is_named(tmp_path, judge, why):
+    card = audit(rows(200), ONE, judge, output_dir=tmp_path)
+    assert card["at_floor"] and card["lead"]["mean"] == pytest.approx(0, abs=0.15), why
+    assert "At the floor" in (tmp_path / "audit.html").read_text()
+
+
+def test_length_is_told_apart(tmp_path):
+    card = audit(rows(200), ONE, Planted(by_length=True), output_dir=tmp_path)
+    assert [card["length"][f"better_is_{name}"]["accuracy"] for name in ("longer", "shorter")] == [1.0, 0.0]
+    assert card["floors"]["longer"]["mean"] + card["floors"]["shorter"]["mean"] == 1
+
+
+def test_what_an_injection_moves(tmp_path):
+    card = audit(rows(80), ONE, Planted(gullible=3.0), output_dir=tmp_path, probe_pairs=20)
+    table = card["injections"]
+    assert set(table) == set(INJECTIONS) and all(x["pairs"] == 20 for x in table.values())
+    assert table[NEUTRAL]["nats"] == pytest.approx(0) and table[NEUTRAL]["turned"] == 0
+    assert table["an order to the judge"]["nats"] == pytest.approx(3.0)
+    assert table["an order to the judge"]["turned"] == 20  # the better one is worth 2 more at most
+    assert table["the answer"]["probability"] == pytest.approx(0)
+
+
+def test_few_shots_are_no_test_of_a_judge_that_has_seen_them(tmp_path):
+    data = rows(20)
+    shot = {"conversation": [], "better": data[3]["better"], "worse": "another"}
+    seen = Constitution("seen", ONE.principles, compare_few_shots=(shot,))
+    card = audit(data, seen, Planted(), output_dir=tmp_path / "a")
+    assert card["in_few_shots"] == 1 and card["pairs"] == 19
+    with pytest.raises(ValueError, match="few-shots"):
+        audit(data[3:4], seen, Planted(), output_dir=tmp_path / "b")
+
+
+class Broken(Planted):
+    """Refuses one pair in five, as a judge of harmful text will."""
+
+    def compare(self, pairs, ledger=None):
+        from rlhf_fast.judges import Missing
+
+        return [
+            decide([], [Missing("p", "refused", "I cannot")], {"p": 1.0}) if int(v.votes[0].logit * 1e6) % 5 == 0 else v
+            for v in super().compare(pairs)
+        ]
+
+
+def test_refusals_are_counted_and_count_as_half(tmp_path):
+    card = audit(rows(200), ONE, Broken(), output_dir=tmp_path, probe_pairs=0)
+    refused = card["statuses"]["refused"]
+    assert 20 < refused < 60 and card["statuses"]["ok"] == 200 - refused
+    assert card["accuracy"]["mean"] == pytest.approx(1 - refused / 400)
+    assert card["principles"]["p"]["missing"] == {"refused": refused}
+
+
+def test_scores_by_hand():
+    """Two pairs: P(better) = 3/4 and 1/4."""
+    found = scores(np.array([math.log(3), -math.log(3)]))
+    assert found["nll"] == pytest.approx(-(math.log(0.75) + math.log(0.25)) / 2)
+    assert found["brier"] == pytest.approx((1 / 16 + 9 / 16) / 2) and found["accuracy"] == 0.5
+    # Each its own bin, both at confidence 3/4: one is right (off by 1/4), one is wrong (off by 3/4).
+    assert found["ece"] == pytest.approx(0.5)
+    assert reliability(np.array([0.0] * 20))[0] == [0.5, 0.5, 2]
+    assert scores(np.zeros(4)) == pytest.approx({"accuracy": 0.5, "nll": math.log(2), "brier": 0.25, "ece": 0.0})
+
+
+def test_pairs_of_one_conversation_are_not_independent():
+    """Ten copies of each answer: the naive standard error would be sqrt(10) too small."""
+    draw = np.random.default_rng(0)
+    once = draw.integers(0, 2, 100).astype(float)
+    (_, low, high) = cluster_bootstrap({"x": once}, range(100), 4000, 0)["x"]
+    (_, low10, high10) = cluster_bootstrap({"x": np.repeat(once, 10)}, np.repeat(np.arange(100), 10), 4000, 0)["x"]
+    assert high10 - low10 == pytest.approx(high - low, rel=0.05)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.15)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """200 planted samples of 60 clusters of 3: the 95 % interval misses in 5 %, give or take (binomial, 4 sigma)."""
+    rng, misses = np.random.default_rng(0), 0
+    for i in range(200):
+        p = np.repeat(rng.beta(2, 1, 60), 3)  # mean 2/3, shared by the pairs of a conversation
+        right = (rng.random(180) < p).astype(float)
+        _, low, high = cluster_bootstrap({"x": right}, np.repeat(np.arange(60), 3), 400, i)["x"]
+        misses += not low <= 2 / 3 <= high
+    assert misses < 200 * 0.05 + 4 * math.sqrt(200 * 0.05 * 0.95)
+
+
+def test_an_audit_is_read_from_its_own_directory(tmp_path):
+    """A second call asks the judge nothing it was asked before: the files are the same bytes."""
+    audit(rows(40), ONE, Planted(bias=1.0), output_dir=tmp_path)
+    before = {p: p.read_bytes() for p in Path(tmp_path).glob("*.json*")}
+    audit(rows(40), ONE, Planted(bias=1.0), output_dir=tmp_path)
+    assert {p: p.read_bytes() for p in Path(tmp_path).glob("*.json*")} == before
