@@ -21,6 +21,44 @@ class Series:
     points: list[tuple[float, float]]
 
 
+def bar_chart(title: str, bars: list[tuple[float, float, float]], *, x_label: str) -> str:
+    """A <figure> with bars (left, right, height), as of a histogram, and a line at x = 0 where it lies within."""
+    x0, x1 = min(left for left, _, _ in bars), max(right for _, right, _ in bars)
+    ticks = nice_ticks(0, max(height for _, _, height in bars) or 1, 4)
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
+
+    def up(y: float) -> float:
+        return round(HEIGHT - BOTTOM - y / ticks[-1] * (HEIGHT - TOP - BOTTOM), 1)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick)}" y2="{up(tick)}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+    for left, right, height in bars:
+        width = max(across(right) - across(left) - 1, 1)
+        size = f'width="{width:.1f}" height="{up(0) - up(height):.1f}"'
+        parts.append(f'<rect x="{across(left)}" y="{up(height)}" {size} fill="{COLOURS[0]}"/>')
+    for tick in nice_ticks(x0, x1, 5):
+        if x0 <= tick <= x1:
+            parts.append(
+                f'<text x="{across(tick)}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>'
+            )
+    if x0 < 0 < x1:
+        parts.append(f'<line x1="{across(0)}" x2="{across(0)}" y1="{TOP}" y2="{up(0)}" stroke="#1c1f23"/>')
+    return _figure(title, [], "".join([*parts, "</svg>"]), x_label)
+
+
+def _figure(title: str, series: list[Series], drawing: str, x_label: str) -> str:
+    keys = "".join(
+        f'<span class="key"><i style="background:{colour}"></i>{escape(s.label)}</span>'
+        for s, colour in zip(series, COLOURS * len(series), strict=False)
+    )
+    caption = f"<figcaption><b>{escape(title)}</b> {keys}</figcaption>"
+    return f'<figure>{caption}{drawing}<small class="axis">{escape(x_label)}</small></figure>'
+
+
 def line_chart(
     title: str,
     series: list[Series],
@@ -65,13 +103,7 @@ def line_chart(
         parts.append(f'<polyline points="{path}" stroke="{colour}"{STRONG if few else DENSE}/>')
         if few:  # show that the line between them is drawn, not measured
             parts += [f'<circle cx="{x}" cy="{y}" r="2.4" fill="{colour}"/>' for x, y in placed]
-    parts.append("</svg>")
-    keys = "".join(
-        f'<span class="key"><i style="background:{colour}"></i>{escape(s.label)}</span>'
-        for s, colour in zip(series, COLOURS * len(series), strict=False)
-    )
-    caption = f"<figcaption><b>{escape(title)}</b> {keys}</figcaption>"
-    return f'<figure>{caption}{"".join(parts)}<small class="axis">{escape(x_label)}</small></figure>'
+    return _figure(title, series, "".join([*parts, "</svg>"]), x_label)
 
 
 def interval_chart(

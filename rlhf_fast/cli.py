@@ -8,6 +8,7 @@ what to change; 130 interrupted, with what is needed to resume on disk.
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ Train
 
 Look
   generate    answer prompts with a model
+  score       JSONL of prompts and responses in, with the scores of a reward model out
   report      write report.html for a run directory
   quickstart  all stages on a small task made on the spot, in minutes on a CPU
   bench       measure the ops on this machine beside PyTorch and others
@@ -37,7 +39,7 @@ Look
 A YAML file has the keys that are flags here, either shared by all stages or in a section sft:, reward:, ppo:, cai:.
 Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 130 interrupted (--resume continues)."""
 
-COMMANDS = ("sft", "reward", "ppo", "cai", "generate", "report", "quickstart", "bench", "info")
+COMMANDS = ("sft", "reward", "ppo", "cai", "generate", "score", "report", "quickstart", "bench", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +75,8 @@ def _run(command: str, argv: list[str]) -> int:
         return _train(command, argv, STAGES)
     if command == "generate":
         return _generate(argv)
+    if command == "score":
+        return _score(argv)
     if command == "report":
         return _report(argv)
     if command == "quickstart":
@@ -157,6 +161,28 @@ def _generate(argv: list[str]) -> int:
     quiet()
     for prompt, text in zip(prompts, answer(**vars(options) | {"prompt": prompts}), strict=True):
         print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
+    return 0
+
+
+def _score(argv: list[str]) -> int:
+    about = "The records of a JSONL file, each with the score of a reward model, on standard output or in a file."
+    parser = _Parser(prog="rlhf-fast score", description=about)
+    parser.add_argument("--model", required=True, help="run directory of rlhf-fast reward, or any reward model")
+    parser.add_argument("--input", default="-", help="records with a prompt and a response, or pairs; - reads stdin")
+    parser.add_argument("--output", default="-", help="- writes to standard output")
+    parser.add_argument("--batch_size", type=int, default=64)
+    options = parser.parse_args(argv)
+    from .data.formats import parse_jsonl
+    from .jobs import quiet, read_rows, score
+
+    quiet()
+    records = parse_jsonl(sys.stdin.read(), "input") if options.input == "-" else read_rows(options.input)
+    rows = score(options.model, records, options.batch_size)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if options.output == "-":
+        sys.stdout.write(text)
+    else:
+        Path(options.output).write_text(text, encoding="utf-8")
     return 0
 
 

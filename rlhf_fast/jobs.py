@@ -20,13 +20,12 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
-from .data.baselines import bag_of_words, shorter_wins, wilson_interval
 from .data.chat import ConfigError, encode_prompt, encode_to_score
-from .data.formats import read_dataset
+from .data.formats import read_dataset, responses_of
 from .judges import Constitution, LocalJudge, Reply, RuleJudge
 from .models import load_policy, load_reward_model, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
-from .report import write_quickstart_report, write_report
+from .report import write_quickstart_report
 from .rewards import RewardModelReward
 from .rollout import generate_text
 from .trainers.common import check_config, config_from_dict, latest_checkpoint
@@ -120,6 +119,7 @@ class RewardJob(_Checked):
     model: str  # the SFT model (its trunk gets a new head), or a reward model to go on from
     train_data: str  # preferences: .jsonl in a TRL format, hh-rlhf transcripts, or a dataset's name
     eval_data: str | None = None  # held out, in the same forms
+    reference_data: str | None = None  # responses whose rewards get mean 0 and deviation 1 where the model is used
 
 
 @dataclass
@@ -179,24 +179,41 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     """rlhf-fast reward: trains, then sets the held-out accuracy beside what takes no model."""
     tokenizer = load_tokenizer(job.model)
     train, held_out = read_data(job, "reward", config.output_dir, **_limit("reward", tokenizer, config))
-    trainer = RewardTrainer(config, job.model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer)
-    result = _train(trainer, resume)
+    reference = None if job.reference_data is None else read_rows(job.reference_data)
+    trainer = RewardTrainer(
+        config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
+    )
+    _train(trainer, resume)
     if held_out:
-        summary = against_floors(train, held_out, result.metrics["eval_accuracy"], result.metrics["eval_num_pairs"])
+        judged = json.loads(Path(config.output_dir, "preferences.json").read_text(encoding="utf-8"))
+        summary = {
+            "held-out accuracy": round(judged["accuracy"], 4),
+            "95 % interval": f"{judged['low']:.3f} to {judged['high']:.3f}",
+            "held-out pairs": judged["pairs"],
+            **{f"floor: {name}": round(value, 4) for name, value in judged["floors"].items()},
+            "expected calibration error": round(judged["calibration"]["ece"], 4),
+        }
         Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
-        write_report(config.output_dir)
 
 
-def against_floors(train: list[dict], held_out: list[dict], accuracy: float, num_pairs: float) -> dict:
-    """Held-out accuracy with its 95 % interval, beside the floors of data/baselines.py where the data is pairs."""
-    low, high = wilson_interval(accuracy, int(num_pairs))
-    summary = {"held-out accuracy": round(accuracy, 4), "95 % interval": f"{low:.3f} to {high:.3f}",
-               "held-out pairs": int(num_pairs)}  # fmt: skip
-    if all("chosen" in row for row in [*train, *held_out]):
-        summary["floor: shorter reply wins"] = round(shorter_wins(held_out), 4)
-        summary["floor: bag of words"] = round(bag_of_words(train, held_out), 4)
-    return summary
+def read_rows(path: str) -> list[dict]:
+    """Preferences, demonstrations or any records in a form that train_data may have."""
+    return _rows_for("reward", path)[0]
+
+
+def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
+    """rlhf-fast score: each record with its "score", or "scores" where it has several responses, in their order."""
+    reward = RewardModelReward.load(model, batch_size=batch_size)
+    asked = [responses_of(record, "input", i) for i, record in enumerate(records)]
+    flat = [(prompt, response) for prompt, responses in asked for response in responses]
+    scores = iter(reward([p for p, _ in flat], [r for _, r in flat]).tolist())
+    rows = []
+    for record, (_, responses) in zip(records, asked, strict=True):
+        values = [next(scores) for _ in responses]
+        several = "chosen" in record or "responses" in record
+        rows.append({**record, **({"scores": values} if several else {"score": values[0]})})
+    return rows
 
 
 def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:

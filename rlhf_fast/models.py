@@ -104,6 +104,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """A directory that load_policy or load_reward_model reads: the model, or its adapters and the config, and the
+    tokenizer."""
+    model.save_pretrained(path)
+    if has_adapters(model):
+        unwrapped(model).config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
 def make_reference(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy in eval mode."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -294,7 +303,10 @@ def load_reward_model(
     if isinstance(model, (str, Path)):
         base = _adapter_base(model)
         if base and has_scalar_head(model):
-            return _with_saved_adapters(load_reward_model(base, tokenizer, dtype=dtype), model)
+            reward = _with_saved_adapters(load_reward_model(base, tokenizer, dtype=dtype), model)
+            if Path(model, "config.json").is_file():
+                set_reward_scale(reward, *reward_scale(AutoConfig.from_pretrained(model)))
+            return reward
         if has_scalar_head(model):
             reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(default_device())
         else:
@@ -367,6 +379,29 @@ def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The head in float32 whatever the trunk's dtype: differences of rewards are what counts."""
     bias = model.score.bias if model.score.bias is None else model.score.bias.float()
     return nn.functional.linear(hidden.float(), model.score.weight.float(), bias).squeeze(-1)
+
+
+def reward_scale(config) -> tuple[float, float]:
+    """Mean and standard deviation of the raw reward on its reference set, as the config has them; 0 and 1 without."""
+    return getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+
+
+def set_reward_scale(model: nn.Module, mean: float, std: float) -> None:
+    """Where the reward is used (RewardModelReward) it is (raw - mean) / std; forward and training stay raw."""
+    config = unwrapped(model).config
+    config.reward_mean, config.reward_std = mean, std
+
+
+def train_last_layers(model: PreTrainedModel, n: int) -> None:
+    """Of the trunk only the last n layers and the final norm go on learning; embeddings and the others are frozen."""
+    trunk = model.base_model
+    layers = max((m for m in trunk.children() if isinstance(m, nn.ModuleList)), key=len)
+    if n > len(layers):
+        raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
+    trunk.requires_grad_(False)
+    norms = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
+    for module in [*layers[len(layers) - n :], *norms]:
+        module.requires_grad_(True)
 
 
 class ValueModel(nn.Module):

@@ -1,6 +1,7 @@
 """report.html of a run: one file that needs nothing else, readable on a phone.
 
-    write_report(run_dir)          reads train_log.jsonl, samples.jsonl, run_config.json, and summary.json if any
+    write_report(run_dir)          reads train_log.jsonl, samples.jsonl, run_config.json, and if any summary.json,
+                                   preferences.json (preferences.py), alarms.jsonl
     write_quickstart_report(root)  reads summary.json and the run directory of every stage
 
 summary.json of several stages, where a value may be missing or null:
@@ -17,7 +18,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from . import monitors
+from . import monitors, preferences
 from .charts import Series, line_chart, short
 from .page import bar, details, grid, section, table, write_page
 
@@ -56,6 +57,7 @@ def write_report(run_dir: str | Path) -> Path:
         f"<p>{len(log)} log lines, to step {short(max((row.get('step', 0) for row in log), default=0))}.</p>",
         section("Result", _mapping_table("", run_dir / "summary.json")),
         section("Monitors", _monitors(run_dir, log)),
+        section("Held-out preferences", _preferences(run_dir)),
         section("Curves", _figures(log)),
         section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
         details("Every other metric", _other_figures(log)),
@@ -63,6 +65,11 @@ def write_report(run_dir: str | Path) -> Path:
         details("Configuration", _mapping_table("Key", run_dir / "run_config.json")),
     ]
     return write_page(run_dir / "report.html", f"Run {run_dir.resolve().name}", body)
+
+
+def _preferences(run_dir: Path) -> str:
+    path = run_dir / "preferences.json"
+    return preferences.section(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
 
 
 def write_quickstart_report(root: str | Path) -> Path:

@@ -25,6 +25,7 @@ from .models import (
     load_reward_model,
     load_tokenizer,
     merge_adapters,
+    reward_scale,
     score_tokens,
     with_own_pad,
 )  # fmt: skip
@@ -34,7 +35,8 @@ Reward = Callable[..., "Sequence[float] | Tensor"]
 
 
 class RewardModelReward:
-    """The score of a reward model (a scalar head at the last token, see models.py) on prompt + response + eos."""
+    """The score of a reward model (a scalar head at the last token, see models.py) on prompt + response + eos, less the
+    mean and over the standard deviation of its reference set, where the model has one (models.set_reward_scale)."""
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, batch_size: int = 64):
         if tokenizer.eos_token is None:
@@ -55,7 +57,7 @@ class RewardModelReward:
         return reward
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Text], responses: Sequence[str], **columns) -> Tensor:
+    def __call__(self, prompts: Sequence[Text | None], responses: Sequence[Text], **columns) -> Tensor:
         tokens = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         check_lengths(self.model, self.tokenizer, max(map(len, tokens), default=0))
         scores = torch.empty(len(tokens))
@@ -65,9 +67,10 @@ class RewardModelReward:
                 rows = by_length[start : start + self.batch_size]
                 ids, mask = (x.to(self.model.device) for x in pad([tokens[i] for i in rows], 0))
                 scores[rows] = score_tokens(self.model, ids, mask).cpu()
-        return scores
+        mean, std = reward_scale(self.model.config)
+        return (scores - mean) / std
 
-    def encode(self, prompt: Text, response: str) -> list[int]:
+    def encode(self, prompt: Text | None, response: Text) -> list[int]:
         """The tokens scored: the dialogue in the reward model's own template (or plain text), ending in one eos."""
         return encode_to_score(self.tokenizer, prompt, response).tolist()
 

@@ -1,5 +1,6 @@
 """The command line: what it refuses and how, where values come from, and the four stages on a few rows."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
+from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,9 +195,9 @@ def test_reward_reports_accuracy_with_interval_against_floors(sft, tmp_path, cap
     out = capsys.readouterr().out
     assert "held-out accuracy" in out and "95 % interval" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["floor: shorter reply wins"] == 1.0 and summary["floor: bag of words"] == 1.0
+    assert summary["floor: shorter response wins"] == 1.0 and summary["floor: bag of words"] == 1.0
     assert summary["held-out pairs"] == 24
-    assert "floor: bag of words" in (tmp_path / "report.html").read_text()
+    assert "without a model: bag of words" in (tmp_path / "report.html").read_text()
 
 
 def test_ppo_takes_a_model_and_a_function_and_reads_another_reward(reward):
@@ -251,3 +253,25 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp
     assert main([*argv, str(tmp_path / "whole")]) == 0
     losses = [[row["loss"] for row in log_of(tmp_path / name)] for name in ("cut", "whole")]
     assert losses[0] == losses[1]
+
+
+def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monkeypatch):
+    assert stage(sft, "reward", "--output_dir", str(tmp_path / "rm")) == 0
+    capsys.readouterr()
+    records = [
+        {"prompt": "hi", "response": "hello", "id": 7},
+        {"prompt": "hi", "chosen": "hello", "rejected": "no"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    argv = ["score", "--model", str(tmp_path / "rm")]
+    assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
+    reward = RewardModelReward.load(tmp_path / "rm")
+    assert rows[2]["score"] == pytest.approx(reward([records[2]["messages"][:1]], ["hello"]).item(), abs=1e-5)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(records[0]) + "\n"))
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(rows[0]["score"], abs=1e-5)
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
+    assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err

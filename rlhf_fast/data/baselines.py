@@ -1,6 +1,6 @@
 """What a set of preferences gives away without a reward model: the floors that a reward model is reported against.
 
-    shorter_wins    the share of pairs whose chosen reply is the shorter one
+    shorter_wins    the share of pairs whose chosen reply is the shorter one; longer_wins the other way round
     bag_of_words    logistic regression on word counts, P(chosen) = sigma(w . (log1p n_chosen - log1p n_rejected))
 
 Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages.
@@ -25,6 +25,11 @@ def shorter_wins(pairs: list[dict]) -> float:
     """Accuracy of preferring the reply with fewer characters; a tie counts one half."""
     lengths = [(len(_text(pair["chosen"])), len(_text(pair["rejected"]))) for pair in pairs]
     return sum(1.0 if c < r else 0.5 if c == r else 0.0 for c, r in lengths) / len(pairs)
+
+
+def longer_wins(pairs: list[dict]) -> float:
+    """Accuracy of preferring the reply with more characters; a tie counts one half."""
+    return 1 - shorter_wins(pairs)
 
 
 def bag_of_words(train: list[dict], held_out: list[dict], *, min_pairs: int = 3, l2: float = 0.003) -> float:

@@ -97,7 +97,7 @@ def pack_comparisons(
     sequences, prefixes = [], []
     for item in items:
         first = len(sequences)
-        common = min(_common_prefix(item.responses), min(map(len, item.responses)) - 1) if share else 0
+        common = min(common_prefix(item.responses), min(map(len, item.responses)) - 1) if share else 0
         common = common if common >= MIN_SHARED else 0
         sequences += item.responses
         prefixes += [(first, 0), *[(first, common)] * (len(item.responses) - 1)]
@@ -106,7 +106,8 @@ def pack_comparisons(
     return packed.to(device), {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
-def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """The number of tokens with which all of them begin."""
     shortest = min(map(len, sequences))
     same = np.stack([s[:shortest] for s in sequences])
     differs = (same != same[0]).any(0)

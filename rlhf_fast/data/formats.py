@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -98,19 +99,22 @@ def read_dataset(source, split: str = "train") -> list[dict]:
 
 
 def _read_json(path: Path) -> list[dict]:
-    # Only "\n" ends a row: str.splitlines would also cut at the U+2028 and U+0085 that JSON leaves inside texts.
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-        rows = file.read().split("\n")
-    numbered = (
-        [(1, "\n".join(rows))] if path.suffix == ".json" else [(i, r) for i, r in enumerate(rows, 1) if r.strip()]
-    )
-    records = []
-    for number, text in numbered:
-        try:
-            records.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
-    return records[0] if path.suffix == ".json" else records
+        text = file.read()
+    return parse_jsonl(text, str(path)) if path.suffix != ".json" else _parse(text, str(path), 1)
+
+
+def parse_jsonl(text: str, name: str) -> list:
+    """One JSON value a line; empty lines are skipped. ConfigError names the line that is none."""
+    # Only "\n" ends a row: str.splitlines would also cut at the U+2028 and U+0085 that JSON leaves inside texts.
+    return [_parse(row, name, i) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
+
+
+def _parse(text: str, name: str, line: int):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
 
 
 @dataclass
@@ -259,6 +263,38 @@ def sft_examples(
         return example if example.num_labels else None
 
     return _limited(encoded, report, on_overlong, cut), report
+
+
+def responses_of(record: dict, name: str, i: int) -> tuple[chat.Text | None, list[chat.Text]]:
+    """The prompt and the responses to score in a record of any format, or {"prompt": ..., "response": ...}."""
+    prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
+    if "chosen" in record and "rejected" in record:
+        return prompt, [_text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
+    if isinstance(record.get("responses"), list) and record["responses"]:
+        return prompt, [_text_or_messages({"responses": r}, "responses", name, i) for r in record["responses"]]
+    if "messages" in record:
+        messages = _text_or_messages(record, "messages", name, i, text=False)
+        return messages[:-1], [messages[-1:]]
+    for key in ("response", "completion", "text"):
+        if key in record:
+            return prompt, [_text_or_messages(record, key, name, i)]
+    raise _wrong_columns(record, name, i, f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}')
+
+
+def as_pairs(records: Iterable[dict]) -> list[dict]:
+    """Comparisons as rows of chosen and rejected: every ordered pair of ranked responses."""
+    rows = []
+    for record in records:
+        if "chosen" in record:
+            rows.append(record)
+            continue
+        responses, ranks = _ranked(record, "dataset", len(rows))
+        rows += [
+            {"prompt": record.get("prompt"), "chosen": responses[a], "rejected": responses[b]}
+            for a, b in combinations(range(len(ranks)), 2)
+            if ranks[a] < ranks[b]
+        ]
+    return rows
 
 
 def comparisons(

@@ -11,6 +11,7 @@ A trainer is any object with
     samples() -> list[dict] a few texts for samples.jsonl
     state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
     save_model(path)        transformers checkpoint and tokenizer
+    finish(run_dir)         if there: once after the last step, before the report is written and the model saved
     guard                   a NonFiniteGuard, which the checkpoint keeps
     monitors                (optional) a Monitors, which reads every log line and may end the run
 
@@ -416,8 +417,9 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
         with preserved_rng():
             metrics |= {"best_step": best.step, **as_numbers(trainer.evaluate())}
-    if hasattr(trainer, "save_evaluation"):
-        trainer.save_evaluation(run_dir)
+    if hasattr(trainer, "finish") and not interrupted:
+        with preserved_rng():
+            trainer.finish(run_dir)
     write_report(run_dir)
     if interrupted:
         print(

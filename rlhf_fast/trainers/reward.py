@@ -4,29 +4,47 @@
     K ranked  loss = mean over the pairs i better than j of - log sigma(r_i - r_j)
 
 p is 1, or the judge's probability that the first is better (chosen_prob); c is center_rewards_coefficient. All
-responses of a prompt go through the trunk in one batch; the head reads the hidden state at eos, the last real token.
-The checkpoint is a transformers AutoModelForSequenceClassification with num_labels=1.
+responses of a micro-batch lie in one row without padding, and those of a prompt share its computation (packing.py). The
+head reads the hidden state at eos, the last real token. The checkpoint is a transformers
+AutoModelForSequenceClassification with num_labels=1.
 """
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.baselines import bag_of_words, longer_wins, shorter_wins
 from ..data.chat import encode_to_score
-from ..data.collate import collate_comparisons, pad_right
-from ..data.formats import Comparison, as_records, comparisons
+from ..data.collate import collate_comparisons, common_prefix, pack_comparisons, pad_right
+from ..data.formats import Comparison, as_pairs, as_records, comparisons, responses_of
 from ..models import (
     check_lengths,
     disable_dropout,
+    has_adapters,
     load_reward_model,
     load_tokenizer,
+    load_trained_state,
+    save_model,
+    scalar_head,
     score_tokens,
+    set_reward_scale,
+    train_last_layers,
+    trained_state,
+    unwrapped,
     with_own_pad,
 )  # fmt: skip
 from ..ops import pairwise_loss, ranking_loss
+from ..packing import FLASH, packed_hidden_states, packing
+from ..preferences import Pairs, evaluate_pairs
+from ..rewards import RewardModelReward
 from ..rollout import evaluating
 from . import common
 
@@ -46,13 +64,23 @@ class RewardConfig:
     weight_decay: float = 0.0  # of matrices, not of norms and biases
     max_grad_norm: float = 1.0  # of all gradients together; 0: no clipping
     freeze_trunk: bool = False  # learn the head alone
+    train_last_layers: int = 0  # of the trunk, beside the head; 0: all of them
+    lora_r: int = 0  # rank of LoRA adapters of the trunk, beside the head; 0: all weights learn
+    lora_alpha: float = 32.0  # the adapters' product is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # of the adapters' input
+    lora_target_modules: list | None = None  # names of linear layers; null: all of the trunk
+    gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
+    bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
     center_rewards_coefficient: float = 0.0  # 0.01 keeps rewards near 0 (Eisenstein et al. 2023)
     max_length: int = 1024  # tokens of prompt and response together
-    on_overlong: str = "error"  # or "skip": leave out prompts with a longer response, and name them
+    on_overlong: str = "error"  # a longer response: "skip" its prompt, or "keep_end" of both; all are counted
     logging_steps: int = 10  # TensorBoard; train_log.jsonl has every step
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
+    load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
+    metric_for_best_model: str = "eval_loss"  # any metric of an evaluation
+    greater_is_better: bool | None = None  # null: not for a loss or an ece
     save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
-    save_total_limit: int = 2  # newest checkpoints kept
+    save_total_limit: int = 2  # newest checkpoints kept, beside the best
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts whose responses and rewards go to samples.jsonl at each evaluation
 
@@ -62,15 +90,18 @@ class RewardConfig:
             positive=(
                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
                 "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
+                "lora_alpha",
                 "max_skipped_steps",
             ),
             non_negative=(
                 "max_steps", "weight_decay", "max_grad_norm", "center_rewards_coefficient", "eval_steps", "save_steps",
-                "num_samples",
+                "num_samples", "train_last_layers", "lora_r",
             ),
-            unit=("warmup_ratio",),
-            choices={"lr_scheduler_type": common.SCHEDULES, "on_overlong": ("error", "skip")},
+            unit=("warmup_ratio", "lora_dropout"),
+            choices={"lr_scheduler_type": common.SCHEDULES, "on_overlong": ("error", "skip", "keep_end")},
         )  # fmt: skip
+        if self.freeze_trunk + bool(self.train_last_layers) + bool(self.lora_r) > 1:
+            raise common.ConfigError("RewardConfig: choose one of freeze_trunk, train_last_layers and lora_r")
 
 
 class RewardTrainer:
@@ -79,28 +110,44 @@ class RewardTrainer:
     model: a language model (its trunk is taken, see models.load_reward_model), a reward model to go on with, or the
     name or path of one. tokenizer: by default the model's; where its pad is eos, the reward model gets its own pad
     token (with_own_pad). Datasets: data/formats.py; pairs if every prompt has two responses, else all pairs of the K
-    ranked ones. Dropout is off: both responses of a pair must be seen by the same network.
+    ranked ones. Dropout is off: both responses of a pair must be seen by the same network. reference_dataset: responses
+    (demonstrations or comparisons) whose reward is to have mean 0 and standard deviation 1 wherever the model is used;
+    these are measured at the end and saved with it.
     """
 
-    def __init__(self, config: RewardConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
+    def __init__(
+        self, config: RewardConfig, model, *, train_dataset, eval_dataset=None, reference_dataset=None, tokenizer=None
+    ):
         common.set_seed(config.seed)
         self.config = config
         self.tokenizer = with_own_pad(load_tokenizer(model if tokenizer is None else tokenizer))
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
-        records = as_records(train_dataset, "train_dataset")
+        common.check_best(config, eval_dataset)
+        self.records = records = as_records(train_dataset, "train_dataset")
         self.items, report = comparisons(records, self.tokenizer, **options)
-        self.reports, self.eval_items = [report], []
+        self.reports, self.eval_items, self.eval_records = [report], [], []
         if eval_dataset is not None:
-            records = as_records(eval_dataset, "eval_dataset")
+            self.eval_records = records = as_records(eval_dataset, "eval_dataset")
             self.eval_items, report = comparisons(records, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
         self.sample_records = records[: config.num_samples]
         self.width = max(len(item.responses) for item in self.items + self.eval_items)
         self._check_pairs()
+        self.reference = []
+        if reference_dataset is not None:
+            rows = enumerate(as_records(reference_dataset, "reference_dataset"))
+            self.reference = [responses_of(record, "reference_dataset", i) for i, record in rows]
         self.model = load_reward_model(model, self.tokenizer)
+        set_reward_scale(self.model, 0.0, 1.0)  # of an earlier training
         check_lengths(self.model, self.tokenizer, max(map(len, self.items + self.eval_items)))
         disable_dropout(self.model)
-        self.model.base_model.requires_grad_(not config.freeze_trunk)
+        if not has_adapters(self.model) or config.freeze_trunk:
+            unwrapped(self.model).base_model.requires_grad_(not config.freeze_trunk)
+        if config.train_last_layers:
+            train_last_layers(self.model, config.train_last_layers)
+        self.model = common.prepare(self.model, config)
+        self.packed = common.packing_if_possible(self.model)
+        self.evaluation: Pairs | None = None  # of the last evaluate()
 
         self.lengths = [len(item) for item in self.items]
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -128,8 +175,9 @@ class RewardTrainer:
 
     def __iter__(self):
         batches = common.run_batches(
-            self.lengths, self.batch_size, seed=self.config.seed, start=self.step, stop=self.total_steps
-        )
+            self.lengths, self.batch_size, seed=self.config.seed, start=self.step, stop=self.total_steps,
+            by_length=not self.packed,
+        )  # fmt: skip
         for epoch, indices in batches:
             yield {"epoch": epoch, **self._train_step([self.items[i] for i in indices])}
 
@@ -139,12 +187,13 @@ class RewardTrainer:
         self.model.train()
         seen = []
 
-        for k in range(0, len(items), size):  # sorted by length, so a micro-batch has little padding
+        for k in range(0, len(items), size):
             part = items[k : k + size]
-            rewards, batch = self._rewards(part)
-            # The loss is a weighted mean over prompts, so this is its share of the step's mean.
-            share = sum(item.weight for item in part) / total if total else 0.0
-            (self._loss(rewards, batch)[0] * share).backward()
+            with self._packing():
+                rewards, batch = self._rewards(part)
+                # The loss is a weighted mean over prompts, so this is its share of the step's mean.
+                share = sum(item.weight for item in part) / total if total else 0.0
+                (self._loss(rewards, batch)[0] * share).backward()
             seen.append((rewards.detach(), batch))
 
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -155,11 +204,20 @@ class RewardTrainer:
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
         return self._metrics(seen) | metrics
 
+    def _packing(self):
+        return packing(self.model) if self.packed else nullcontext()
+
     def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, K) rewards, one forward pass for all responses; where ranks is -1 there is no response."""
-        batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
-        scores = score_tokens(self.model, batch["input_ids"], batch["attention_mask"])
-        return scores[batch["slot"]], batch
+        with common.autocast(self.model, self.config.bf16):
+            if self.packed:
+                share = unwrapped(self.model).config._attn_implementation not in FLASH
+                packed, batch = pack_comparisons(items, self.width, self.model.device, share=share)
+                hidden = packed_hidden_states(self.model, packed)[batch["last"]]
+            else:
+                batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
+                return score_tokens(self.model, batch["input_ids"], batch["attention_mask"])[batch["slot"]], batch
+        return scalar_head(self.model, hidden)[batch["slot"]], batch
 
     def _loss(self, rewards: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if self.width > 2:
@@ -188,13 +246,43 @@ class RewardTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """eval_loss, eval_accuracy, eval_margin, eval_mean_reward, eval_reward_std, ... over the whole eval_dataset."""
+        """Over the whole eval_dataset: eval_loss, eval_margin, eval_mean_reward, eval_reward_std, ..., eval_accuracy
+        with its 95 % interval, eval_ece and eval_length_correlation (preferences.py)."""
         if not self.eval_items:
             return {}
         batches = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
-        with evaluating(self.model):
+        with evaluating(self.model), self._packing():
             seen = [self._rewards([self.eval_items[i] for i in indices]) for indices in batches]
-        return {f"eval_{k}": v for k, v in self._metrics(seen).items()}
+        rewards = torch.cat([r for r, _ in seen])
+        self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.cpu().numpy())
+        judged = evaluate_pairs(self.evaluation, {})
+        metrics = {f"eval_{k}": v for k, v in self._metrics(seen).items()}
+        return metrics | {
+            "eval_accuracy": judged["accuracy"],
+            "eval_accuracy_low": judged["low"],
+            "eval_accuracy_high": judged["high"],
+            "eval_ece": judged["calibration"]["ece"],
+            "eval_length_correlation": judged["length_correlation"]["reward_with_length"],
+        }
+
+    def finish(self, run_dir: Path) -> None:
+        """After the last step: preferences.json, with the floors, for the report; the scale of the reward."""
+        if self.evaluation is not None:
+            held_out, train = (
+                as_pairs(records[item.index] for item in items)
+                for records, items in ((self.eval_records, self.eval_items), (self.records, self.items))
+            )
+            floors = {
+                "shorter response wins": shorter_wins(held_out),
+                "longer response wins": longer_wins(held_out),
+                "bag of words": bag_of_words(train, held_out),
+            }
+            judged = evaluate_pairs(self.evaluation, floors)
+            (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
+        if self.reference:
+            prompts, responses = zip(*((p, r) for p, several in self.reference for r in several), strict=True)
+            rewards = RewardModelReward(self.model, self.tokenizer)(prompts, responses)
+            set_reward_scale(self.model, float(rewards.mean()), max(float(rewards.std(correction=0)), 1e-6))
 
     @torch.no_grad()
     def samples(self) -> list[dict]:
@@ -215,15 +303,14 @@ class RewardTrainer:
         return common.run_training(self, resume=resume)
 
     def save_model(self, path) -> None:
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:
         return {
             "step": self.step,
             "num_tokens": self.num_tokens,
             "lengths": torch.tensor(self.lengths),
-            "model": self.model.state_dict(),
+            "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
@@ -231,6 +318,21 @@ class RewardTrainer:
     def load_state_dict(self, state: dict) -> None:
         common.check_same_data(state["lengths"], self.lengths)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self.model.load_state_dict(state["model"])
+        load_trained_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:
+    """Every ordered pair of every item; rewards (B, K) as _rewards returns them. A length is that of the response: its
+    tokens after those that all responses of the prompt share."""
+    rows = []
+    for prompt, (item, row) in enumerate(zip(items, rewards, strict=True)):
+        prefix = common_prefix(item.responses)
+        target = item.chosen_prob if len(item.responses) == 2 else 1.0
+        for i, j in combinations(range(len(item.responses)), 2):
+            if item.ranks[i] < item.ranks[j]:
+                lengths = [len(item.responses[k]) - prefix for k in (i, j)]
+                rows.append((row[[i, j]], lengths, target, item.weight, item.source, prompt))
+    columns = list(zip(*rows, strict=True))
+    return Pairs(*(list(c) if k == 4 else np.array(c) for k, c in enumerate(columns)))

@@ -26,6 +26,7 @@ from ..models import (
     load_policy,
     load_tokenizer,
     load_trained_state,
+    save_model,
     stop_at_eos,
     trained_state,
 )  # fmt: skip
@@ -237,8 +238,7 @@ class SFTTrainer:
         return common.run_training(self, resume=resume)
 
     def save_model(self, path) -> None:
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:
         return {

@@ -11,7 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import RewardConfig, RewardTrainer, models
 from rlhf_fast.data.chat import ConfigError, encode_to_score
+from rlhf_fast.data.collate import common_prefix
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.trainers import common
 
 
 def pair(i, **columns):
@@ -116,7 +118,11 @@ def test_evaluation_is_over_all_held_out_pairs(tmp_path):
         "eval_reward_std": rewards.std(correction=0), "eval_min_reward": rewards.min(),
         "eval_max_reward": rewards.max(), "eval_num_pairs": 10,
     }  # fmt: skip
-    assert set(metrics) == set(expected)
+    judged = {"eval_accuracy_low", "eval_accuracy_high", "eval_ece", "eval_length_correlation"}
+    assert (
+        set(metrics) == set(expected) | judged
+        and metrics["eval_accuracy_low"] <= accuracy < metrics["eval_accuracy_high"]
+    )
     for name, value in expected.items():
         assert float(metrics[name]) == pytest.approx(float(value), abs=1e-5), name
     assert trainer(tmp_path).evaluate() == {}
@@ -167,12 +173,91 @@ def test_a_frozen_trunk_stays_and_the_head_learns(tmp_path):
     assert changed == ["score.weight"] and losses[-1] < losses[0]
 
 
-def test_all_responses_of_a_micro_batch_share_one_forward_pass(tmp_path):
-    rm = trainer(tmp_path, per_device_train_batch_size=5, gradient_accumulation_steps=2)
+def test_all_responses_of_a_micro_batch_share_one_forward_pass_and_those_of_a_prompt_its_tokens(tmp_path):
+    """Ten pairs in two passes of five; the prompt, 40 tokens and more, is read once a pair."""
+    data = [{**x, "prompt": [{"role": "user", "content": f"please say {i} " * 9}]} for i, x in enumerate(PAIRS)]
+    rm = trainer(tmp_path, data, per_device_train_batch_size=5, gradient_accumulation_steps=2)
     shapes, forward = [], rm.model.base_model.forward
-    rm.model.base_model.forward = lambda **inputs: shapes.append(inputs["input_ids"].shape[0]) or forward(**inputs)
-    next(iter(rm))
-    assert shapes == [10, 10]
+    rm.model.base_model.forward = lambda **inputs: shapes.append(inputs["input_ids"].shape) or forward(**inputs)
+    metrics = next(iter(rm))
+    shared = [common_prefix(item.responses) for item in rm.items]
+    assert min(shared) > 40
+    assert [s[0] for s in shapes] == [1, 1] and sum(s[1] for s in shapes) == metrics["num_tokens"] - sum(shared)
+
+
+def test_a_model_that_cannot_be_packed_is_padded_and_learns_the_same(tmp_path, monkeypatch):
+    packed = gradients(tmp_path, SOFT, per_device_train_batch_size=5, gradient_accumulation_steps=2)
+    monkeypatch.setattr(common, "why_not_packed", lambda model: "a reason")
+    with pytest.warns(UserWarning, match="batches are padded, within buckets of similar length: a reason"):
+        padded = gradients(tmp_path, SOFT, per_device_train_batch_size=5, gradient_accumulation_steps=2)
+    for name, gradient in packed.items():
+        torch.testing.assert_close(padded[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_last_layers_learn(tmp_path):
+    rm = trainer(tmp_path, train_last_layers=1, max_steps=2)
+    before = {k: v.clone() for k, v in rm.model.state_dict().items()}
+    list(rm)
+    changed = {k for k, v in rm.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert "score.weight" in changed and "model.norm.weight" in changed
+    assert {k for k in before if "layers.1." in k} <= changed
+    assert not {k for k in changed if "layers.0." in k or "embed" in k}
+    with pytest.raises(ConfigError, match="train_last_layers = 3, and the model has 2 layers"):
+        trainer(tmp_path, train_last_layers=3)
+    with pytest.raises(ConfigError, match="choose one of"):
+        trainer(tmp_path, train_last_layers=1, freeze_trunk=True)
+
+
+def test_lora_keeps_the_head(tmp_path):
+    tokenizer = tiny_tokenizer()
+    for part in (tiny_model(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path / "sft")
+    config = RewardConfig(str(tmp_path / "run"), max_steps=20, learning_rate=1e-2, lora_r=4)
+    rm = RewardTrainer(config, str(tmp_path / "sft"), train_dataset=PAIRS, eval_dataset=PAIRS, reference_dataset=PAIRS)
+    result = rm.train()
+    assert result.metrics["eval_accuracy"] == 1.0
+    prompts, responses = zip(*((x["prompt"], x[k]) for x in PAIRS for k in ("chosen", "rejected")), strict=True)
+    served = RewardModelReward.load(tmp_path / "run")
+    torch.testing.assert_close(
+        served(prompts, responses), RewardModelReward(rm.model, rm.tokenizer)(prompts, responses), rtol=0, atol=1e-4
+    )
+
+
+def test_the_scale_of_the_reference_is_saved_and_applied_where_the_model_is_used(tmp_path):
+    reference = [{"prompt": x["prompt"], "completion": x["chosen"]} for x in PAIRS[:6]]
+    tokenizer = tiny_tokenizer()
+    config = RewardConfig(str(tmp_path / "run"), max_steps=5, learning_rate=1e-2)
+    rm = RewardTrainer(
+        config, tiny_model(tokenizer), train_dataset=PAIRS, reference_dataset=reference, tokenizer=tokenizer
+    )
+    rm.train()
+    with torch.no_grad():
+        raw = torch.stack([reward_alone(rm, x["prompt"], x["completion"]) for x in reference])
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["reward_mean"] == pytest.approx(raw.mean().item(), abs=1e-5)
+    assert saved["reward_std"] == pytest.approx(raw.std(correction=0).item(), rel=1e-4)
+    served = RewardModelReward.load(tmp_path / "run")
+    scores = served([x["prompt"] for x in reference], [x["completion"] for x in reference])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std(correction=0).item() == pytest.approx(1)
+    # transformers' own forward stays raw, and a training that goes on from it starts without the scale.
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    ids = torch.tensor([encode_to_score(tokenizer, reference[0]["prompt"], reference[0]["completion"]).tolist()])
+    assert model(ids).logits.item() == pytest.approx(raw[0].item(), abs=1e-5)
+    again = RewardTrainer(RewardConfig(str(tmp_path / "again")), str(tmp_path / "run"), train_dataset=PAIRS)
+    assert models.reward_scale(again.model.config) == (0.0, 1.0)
+
+
+def test_the_report_says_how_far_to_trust_it(tmp_path):
+    data = [{**x, "source": "even" if i % 2 else "odd"} for i, x in enumerate(PAIRS)]
+    trainer(tmp_path, data, eval_dataset=data, max_steps=20).train()
+    judged = json.loads((tmp_path / "run/preferences.json").read_text())
+    assert judged["pairs"] == 10 and judged["accuracy"] == 1.0
+    assert {k: v["pairs"] for k, v in judged["by_source"].items()} == {"even": 5, "odd": 5}
+    assert set(judged["floors"]) == {"shorter response wins", "longer response wins", "bag of words"}
+    assert judged["floors"]["shorter response wins"] + judged["floors"]["longer response wins"] == 1
+    page = (tmp_path / "run/report.html").read_text()
+    for words in ("100.0%</b> of 10 held-out pairs", "Reliability", "Agreement by length difference", "bag of words"):
+        assert words in page
 
 
 def test_the_language_model_it_starts_from_is_left_alone(tmp_path):

@@ -1,0 +1,172 @@
+"""How far a reward model can be trusted, from its rewards on held-out comparisons: numbers, and the report's section.
+
+    d = r(chosen) - r(rejected)        a pair agrees where d > 0; a tie is half an agreement
+    P(chosen is better) = sigma(d)     calibrated where, among pairs with sigma(|d|) near c, the share c agrees
+    ECE = sum over bins of (pairs in it / all) |mean sigma(|d|) - share that agrees|         (Guo et al. 2017)
+
+Where a label is a probability p, accuracy takes the likelier side as the better one (p = 1/2 is a tie), and calibration
+counts an agreement of p where d > 0, of 1 - p where d < 0. What a reward model has to beat
+are the floors of data/baselines.py; where it follows length instead of the labels, the split by length shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .charts import Series, bar_chart, line_chart
+from .data.baselines import wilson_interval
+from .page import Html, grid, table
+
+
+@dataclass
+class Pairs:
+    """M ordered pairs: rewards and lengths in tokens (M, 2), the better response first; target (M,) is the probability
+    that it is the better one; source and prompt (M,) name where a pair comes from, and what it answers."""
+
+    rewards: np.ndarray
+    lengths: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    source: list[str | None]
+    prompt: np.ndarray
+
+
+def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
+    """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts: several
+    pairs of one prompt do not count as independent."""
+    margin = pairs.rewards[:, 0] - pairs.rewards[:, 1]
+    label = np.sign(pairs.target - 0.5)
+    right = (np.sign(margin) * label + 1) / 2
+    agrees = np.select([margin > 0, margin < 0], [pairs.target, 1 - pairs.target], 0.5)
+    longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
+
+    def share(rows: np.ndarray) -> dict:
+        weight = pairs.weight[rows]
+        accuracy = float(np.average(right[rows], weights=weight)) if weight.sum() else 0.5
+        prompts = len(np.unique(pairs.prompt[rows]))
+        low, high = wilson_interval(accuracy, prompts)
+        return {"pairs": int(rows.sum()), "accuracy": accuracy, "low": low, "high": high}
+
+    everything = np.ones(len(margin), bool)
+    quantiles = np.quantile(margin, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
+    counts, edges = np.histogram(margin, bins=24)
+    sources = sorted({s for s in pairs.source if s is not None})
+    return {
+        **share(everything),
+        "ties": int((margin == 0).sum()),
+        "margin": {"mean": float(margin.mean()), "std": float(margin.std()), "quantiles": quantiles,
+                   "counts": counts.tolist(), "edges": edges.tolist()},
+        "calibration": _calibration(margin, agrees, pairs.weight),
+        "by_length_difference": [
+            {"from": int(longer[rows].min()), "to": int(longer[rows].max()), **share(rows)} for rows in _fifths(longer)
+        ],
+        "length_correlation": {
+            "reward_with_length": _correlation(pairs.rewards.ravel(), pairs.lengths.ravel()),
+            "margin_with_length_difference": _correlation(margin, longer),
+        },
+        "by_source": {s: share(np.array([x == s for x in pairs.source])) for s in sources},
+        "floors": floors,
+    }  # fmt: skip
+
+
+def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bins: int = 10) -> dict:
+    """ECE and its bins of equal width over confidence, sigma(|d|) in [0.5, 1]."""
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    rows, ece = [], 0.0
+    for k in range(bins):
+        inside = place == k
+        if weight[inside].sum():
+            mean = [float(np.average(x[inside], weights=weight[inside])) for x in (confidence, agrees)]
+            ece += float(weight[inside].sum() / weight.sum()) * abs(mean[0] - mean[1])
+            rows.append({"confidence": mean[0], "accuracy": mean[1], "pairs": int(inside.sum())})
+    return {"ece": ece, "bins": rows}
+
+
+def _fifths(values: np.ndarray) -> list[np.ndarray]:
+    """Masks of at most five groups of about the same size and neighbouring values; equal values share a group."""
+    edges = np.unique(np.quantile(values, (0.2, 0.4, 0.6, 0.8), method="nearest"))
+    place = np.searchsorted(edges, values, side="left")
+    return [place == k for k in np.unique(place)]
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    if len(x) < 2 or not x.std() or not y.std():
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+# -- the section of the report -----------------------------------------------------------------------------------------
+
+
+def section(evaluation: dict) -> str:
+    """HTML of what evaluate_pairs returned: accuracy beside the floors, margins, calibration, length, sources."""
+    correlation, calibration = evaluation["length_correlation"], evaluation["calibration"]
+    lead = (
+        f"It prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of {evaluation['pairs']} held-out "
+        f"pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']} ties count half)."
+    )
+    figures = [
+        _histogram(evaluation["margin"]),
+        _reliability(calibration),
+        _by_length(evaluation["by_length_difference"]),
+    ]
+    notes = (
+        f"Expected calibration error {calibration['ece']:.3f}: how far the probability it gives to its preference is, "
+        "on average, from how often that preference is right. Correlation of the reward with the response's length "
+        f"{correlation['reward_with_length']:+.2f}, of the margin with the difference of lengths "
+        f"{correlation['margin_with_length_difference']:+.2f}."
+    )
+    return (
+        f'<p class="lead">{lead}</p>{_beside_floors(evaluation)}<p></p>{grid(figures)}<p>{notes}</p>'
+        f"{_by_source(evaluation['by_source'])}"
+    )
+
+
+def _beside_floors(evaluation: dict) -> str:
+    rows = [["", "Accuracy", "95 % interval"]]
+    rows.append(["this reward model", f"{evaluation['accuracy']:.1%}", _interval(evaluation)])
+    for name, value in evaluation["floors"].items():
+        reached = evaluation["low"] > value
+        note = "below the interval" if reached else "not told apart" if value <= evaluation["high"] else "better"
+        mark = Html(f'<span class="{"ok" if reached else "bad"}">{note}</span>')
+        rows.append([f"without a model: {name}", f"{value:.1%}", mark])
+    return table(rows)
+
+
+def _interval(share: dict) -> str:
+    return f"{share['low']:.1%} to {share['high']:.1%}"
+
+
+def _histogram(margin: dict) -> str:
+    bars = list(zip(margin["edges"], margin["edges"][1:], margin["counts"], strict=False))
+    return bar_chart("Pairs by margin", bars, x_label="r(chosen) - r(rejected); left of 0 it is wrong")
+
+
+def _reliability(calibration: dict) -> str:
+    points = [(row["confidence"], row["accuracy"]) for row in calibration["bins"]]
+    ideal = Series("calibrated", [(0.5, 0.5), (1.0, 1.0)])
+    return line_chart(
+        "Reliability", [ideal, Series("share that agrees", points)], percent=True, x_range=(0.5, 1.0),
+        x_label="probability it gives to its preference",
+    )  # fmt: skip
+
+
+def _by_length(rows: list[dict]) -> str:
+    middle = [(row["from"] + row["to"]) / 2 for row in rows]
+    lines = {"agreement": "accuracy", "95 % interval, low": "low", "high": "high"}
+    series = [Series(label, list(zip(middle, [row[key] for row in rows], strict=True))) for label, key in lines.items()]
+    return line_chart(
+        "Agreement by length difference", series, percent=True, x_label="tokens that the better response has more"
+    )
+
+
+def _by_source(sources: dict[str, dict]) -> str:
+    if not sources:
+        return ""
+    rows = [["Source", "Pairs", "Accuracy", "95 % interval"]]
+    rows += [[name, str(s["pairs"]), f"{s['accuracy']:.1%}", _interval(s)] for name, s in sources.items()]
+    return table(rows)
