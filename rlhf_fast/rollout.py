@@ -1,23 +1,19 @@
-"""Answers to prompts: sampling with a key-value cache, and the Rollout that PPO learns from.
+"""The Rollout that PPO learns from: answers to prompts, and what the models say about them.
 
-Sampling is inverse-transform: the token of row i at step t is the first whose cumulative probability exceeds u[i, t],
-and the uniforms u are drawn before the first step. So an answer does not depend on the batch size or on when other
-rows finish (up to the rounding of the matrix products).
+How the answers are sampled is in generation.py, whose names are also names of this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .data.chat import Text, encode_prompt
+from .data.chat import Text
 from .data.formats import Prompt
+from .generation import evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
 from .ops import masked_mean
 
 
@@ -74,162 +70,6 @@ class Rollout:
         return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
-class _PreallocatedLayer(DynamicLayer):
-    """DynamicLayer that writes into one buffer. Concatenating each step copies the cache into fresh pages: on a
-    1M-parameter model (B 128, 64 positions, 2 CPU cores) that was 79 % of the time of generation."""
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity, self.length = capacity, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)]
-        start, self.length = self.length, self.length + key_states.shape[2]
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : self.length] = new
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        for i, buffer in enumerate(self.buffers):
-            buffer[: len(indices), :, : self.length] = buffer[indices, :, : self.length]
-            self.buffers[i] = buffer[: len(indices)]
-
-
-def _make_cache(model, capacity: int) -> DynamicCache:
-    """The model's own kind of cache, with plain layers preallocated (sliding-window and recurrent ones stay)."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-@contextmanager
-def evaluating(*models) -> Iterator[None]:
-    """Dropout off inside, each model's mode as before afterwards."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """B lists of tokens -> (B, T) int64 ids and their bool mask, T the longest (at least 1)."""
-    width = max([1, *map(len, rows)])
-    ids = torch.full((len(rows), width), value)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(len(row))
-        ids[i, where] = torch.as_tensor(row, dtype=torch.int64)
-        mask[i, where] = True
-    return ids, mask
-
-
-def sample(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """(B, V) logits, (B,) uniforms in [0, 1) -> (B,) tokens from softmax(logits / temperature), or from its nucleus:
-    the fewest tokens whose probability reaches top_p (Holtzman et al. 2020)."""
-    probs, order = torch.softmax(logits.double() / temperature, -1), None
-    if top_p < 1.0:
-        probs, order = probs.sort(-1, descending=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
-    cdf = probs.cumsum(-1)
-    index = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1)
-
-
-@torch.no_grad()
-def generate_tokens(
-    model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int, temperature: float = 1.0,
-    top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-) -> list[list[int]]:  # fmt: skip
-    """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut.
-
-    temperature and top_p count only with do_sample; otherwise the most likely token is taken.
-    generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
-    """
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
-    if max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0 and 0 < top_p <= 1, "
-            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}"
-        )
-    uniforms, choose = None, lambda logits, _: logits.argmax(-1)
-    if do_sample:
-        if isinstance(generator, Sequence):
-            rows = [torch.rand(1, max_new_tokens, dtype=torch.float64, generator=g) for g in generator]
-            uniforms = torch.cat(rows) if rows else torch.empty(0, max_new_tokens, dtype=torch.float64)
-        else:
-            uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, generator=generator)
-        choose = partial(sample, temperature=temperature, top_p=top_p)
-    responses: list[list[int]] = [[] for _ in prompts]
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with evaluating(model):
-        for start in range(0, len(prompts), batch_size):
-            rows = longest_first[start : start + batch_size]
-            tokens, lengths = _generate_batch(
-                model, [prompts[i] for i in rows], max_new_tokens, eos_token_id, choose,
-                None if uniforms is None else uniforms[rows].to(model.device),
-            )  # fmt: skip
-            for i, row, length in zip(rows, tokens.tolist(), lengths.tolist(), strict=True):
-                responses[i] = row[:length]
-    return responses
-
-
-def _generate_batch(model, prompts, max_new_tokens, eos_token_id, choose, uniforms) -> tuple[Tensor, Tensor]:
-    """-> (B, max_new_tokens) tokens and their (B,) number. Finished rows leave the batch."""
-    ids, mask = (x.to(model.device) for x in pad(prompts, eos_token_id, left=True))
-    tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=ids.device)
-    lengths = torch.full((len(prompts),), max_new_tokens, device=ids.device)
-    alive = torch.arange(len(prompts), device=ids.device)  # row of the batch -> row of the answer
-    padded = not bool(mask.all())
-    mask = torch.cat([mask, mask.new_ones(len(prompts), max_new_tokens)], 1)
-    positions = (mask[:, : ids.shape[1]].long().cumsum(1) - 1).clamp_(min=0)
-    cache, seen = _make_cache(model, mask.shape[1]), ids.shape[1]
-    for step in range(max_new_tokens):
-        out = model(
-            input_ids=ids, attention_mask=mask[:, :seen] if padded else None, position_ids=positions,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        if cache.get_seq_length() != seen:
-            raise ValueError(f"generate: {type(model).__name__} keeps no key-value cache in past_key_values")
-        token = choose(out.logits[:, -1], None if uniforms is None else uniforms[alive, step])
-        tokens[alive, step] = token
-        going = token != eos_token_id
-        lengths[alive[~going]] = step + 1
-        kept = going.nonzero().squeeze(1)
-        if len(kept) == 0:
-            break
-        if len(kept) < len(alive):
-            cache.batch_select_indices(kept)
-            alive, mask, positions, token = alive[kept], mask[kept], positions[kept], token[kept]
-        ids, positions, seen = token[:, None], positions[:, -1:] + 1, seen + 1
-    return tokens, lengths
-
-
-def generate_text(
-    model, tokenizer, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0,
-    do_sample: bool = True, batch_size: int = 128, seed: int | Sequence[int] = 0,
-) -> list[str]:  # fmt: skip
-    """One answer a prompt (text or messages), decoded without special tokens. The same seed gives the same answers;
-    with one seed a prompt, an answer depends on its own prompt and seed only."""
-    one = isinstance(seed, int)
-    generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
-    responses = generate_tokens(
-        model, [encode_prompt(tokenizer, prompt) for prompt in prompts], max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, temperature=temperature, top_p=top_p, do_sample=do_sample,
-        batch_size=batch_size, generator=generator,
-    )  # fmt: skip
-    return tokenizer.batch_decode(responses, skip_special_tokens=True)
-
-
 def generate(
     model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 1.0,
     batch_size: int = 128, generator: torch.Generator | None = None,
@@ -240,11 +80,11 @@ def generate(
     """
     eos = tokenizer.eos_token_id
     encoded = [prompt.tokens for prompt in prompts]
-    responses = generate_tokens(
+    responses, logprobs = generate_with_logprobs(
         model, encoded, max_new_tokens=max_new_tokens, eos_token_id=eos, temperature=temperature,
         batch_size=batch_size, generator=generator,
     )  # fmt: skip
-    return make_rollout(tokenizer, prompts, responses, device=model.device)
+    return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, device=model.device)
 
 
 def make_rollout(

@@ -1,0 +1,228 @@
+"""The forward pass of generation for decoder-only models: one new token a row, over keys and values in one buffer.
+
+    x = embed(token)                                                    (B, T, D), T = 1 after the prompt
+    for every layer:   q, k, v = project(norm(x))                       k, v go into the buffers at the row's position
+                       x += output(softmax(q k^T / sqrt(d)) v)
+                       x += mlp(norm(x))
+    logits = lm_head(norm(x))                                           of the last token only
+
+The weights are the model's own, and so are all modules that are more than a plain linear layer or an RMSNorm (LoRA
+adapters, say). What is left out is what transformers does anew for each token and layer: masks, cache objects, rotary
+tables, output records; small projections of the same input are one product, for which their weights are copied.
+Specification: the model's own forward, token for token.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .models import unwrapped
+
+SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
+MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its call, and a second copy would be felt
+
+
+def why_not(model) -> str | None:
+    """Why Decoder cannot run this model; None where it can."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "its adapter adds tokens of its own to the prompt"
+    model = unwrapped(model)
+    config = model.config
+    layers = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))
+    if config.model_type not in SUPPORTED or layers is None:
+        return f"its architecture is {config.model_type}, not one of {', '.join(SUPPORTED)}"
+    if getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "default") in ("dynamic", "longrope"):
+        return "it rescales its rotary positions as the text grows"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        return "some of its layers attend to a window only"
+    if not type(layers[0]).__module__.startswith("transformers.models."):
+        return f"its layers are {type(layers[0]).__name__}, which is not transformers' own class"  # FSDP, say
+    if getattr(config, "reorder_and_upcast_attn", False) or getattr(config, "add_cross_attention", False):
+        return "its attention is not the usual one (reorder_and_upcast_attn or add_cross_attention)"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "its weights lie on several devices"
+    return None
+
+
+def _side_by_side(*modules: nn.Module):
+    """x -> what these give for it, concatenated: one product of small plain linear layers (not adapted ones)."""
+    if not all(type(module) is nn.Linear for module in modules) or sum(m.weight.numel() for m in modules) > MOST_COPIED:
+        return lambda x: torch.cat([module(x) for module in modules], -1)
+    weight, bias = torch.cat([module.weight for module in modules]), None
+    if any(module.bias is not None for module in modules):
+        none = weight.new_zeros
+        bias = torch.cat([none(len(m.weight)) if m.bias is None else m.bias for m in modules])
+    return partial(nn.functional.linear, weight=weight, bias=bias)
+
+
+def _rms_norm(module: nn.Module):
+    """One call for what transformers' RMSNorm does in seven; half precision, which it rounds earlier, is left to it."""
+    weight = module.weight
+    if weight.dtype != torch.float32:
+        return module
+    return partial(nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
+
+
+class _Rotary:
+    """llama, qwen2, qwen3: rotary positions, RMSNorm, gated MLP."""
+
+    def __init__(self, trunk, length: int):
+        self.embed_tokens, self.layers, self.norm = trunk.embed_tokens, [], _rms_norm(trunk.norm)
+        for layer in trunk.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self.layers.append({
+                "scaling": attention.scaling,
+                "norm": _rms_norm(layer.input_layernorm),
+                "qkv": _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj),
+                "qk_norms": [_rms_norm(norm) for norm in (attention.q_norm, attention.k_norm)]
+                if hasattr(attention, "q_norm") else None,
+                "output": attention.o_proj,
+                "mlp_norm": _rms_norm(layer.post_attention_layernorm),
+                "gate_up": _side_by_side(mlp.gate_proj, mlp.up_proj),
+                "activation": mlp.act_fn,
+                "down": mlp.down_proj,
+            })  # fmt: skip
+        config = trunk.config
+        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = trunk.layers[0].self_attn.head_dim
+        weight = trunk.embed_tokens.weight
+        cos, sin = trunk.rotary_emb(weight[:1], position_ids=torch.arange(length, device=weight.device)[None])
+        half = self.head_dim // 2
+        # rotate_half(x) = (-x2, x1): the minus goes into the sine, and roll swaps the halves.
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # (length, d)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        self.rotation = self.cos[positions][:, :, None], self.sin[positions][:, :, None]  # (B, T, 1, d)
+        return self.embed_tokens(ids.flatten())
+
+    def project(self, layer: dict, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        heads = layer["qkv"](layer["norm"](x)).view(*shape, -1, self.head_dim)
+        qk, v = heads.split([self.queries + self.keys, self.keys], 2)
+        if layer["qk_norms"] is not None:
+            parts = qk.split([self.queries, self.keys], 2)
+            qk = torch.cat([norm(part) for norm, part in zip(layer["qk_norms"], parts, strict=True)], 2)
+        cos, sin = self.rotation
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        q, k = qk.transpose(1, 2).split([self.queries, self.keys], 1)
+        return q, k, v.transpose(1, 2)
+
+    def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + layer["output"](attended)
+        gate, up = layer["gate_up"](layer["mlp_norm"](x)).chunk(2, -1)
+        return x + layer["down"](layer["activation"](gate) * up)
+
+
+class _GPT2:
+    """gpt2: learned positions, LayerNorm, one projection to q, k and v."""
+
+    def __init__(self, trunk, length: int):
+        self.trunk, self.norm, self.head_dim = trunk, trunk.ln_f, trunk.h[0].attn.head_dim
+        self.layers = [{"block": block, "scaling": block.attn.scaling} for block in trunk.h]
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        return self.trunk.wte(ids.flatten()) + self.trunk.wpe(positions.flatten())
+
+    def project(self, layer: dict, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = layer["block"].attn.c_attn(layer["block"].ln_1(x))
+        return qkv.view(*shape, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + layer["block"].attn.c_proj(attended)
+        return x + layer["block"].mlp(layer["block"].ln_2(x))
+
+
+class Decoder:
+    """B prompts of up to P tokens, padded on the left, and room for their answers: start(), then step() for each token.
+
+    Raises nothing of its own: ask why_not(model) first. The model should be in eval mode.
+    On the CPU attention reads what is filled of the buffers. On CUDA it reads all of them under a mask, so that shapes
+    and addresses are the same at every step and a CUDA graph of step() can be replayed (generation.py does).
+    """
+
+    def __init__(self, model, ids: Tensor, mask: Tensor, room: int):
+        model = unwrapped(model)
+        family = _GPT2 if model.config.model_type == "gpt2" else _Rotary
+        self.fixed = ids.is_cuda
+        self.ids, self.prompt_mask, self.filled = ids, mask, 0
+        self.capacity = ids.shape[1] + room
+        self.network, self.lm_head = family(model.base_model, self.capacity), model.get_output_embeddings()
+        self.keys: list[Tensor] = []  # of each layer, (B, heads, capacity, d)
+        self.values: list[Tensor] = []
+        self.positions = mask.sum(1, keepdim=True)  # (B, 1): of the next token
+        self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # filled, where a CUDA graph can read it
+        self.bias: Tensor | None = None  # (B, 1, 1, capacity): -inf where nobody may look; None: nowhere
+
+    def start(self) -> Tensor:
+        """Reads the prompts -> (B, V) logits of the first answer token."""
+        ids, mask = self.ids, self.prompt_mask
+        width = ids.shape[1]
+        padded = not bool(mask.all())
+        self.filled = width
+        attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
+        if padded:  # padding attends to itself: a softmax over nothing would be NaN, and spread
+            attend |= torch.eye(width, dtype=torch.bool, device=ids.device)
+        logits = self._forward(ids, (mask.cumsum(1) - 1).clamp_(min=0), partial(self._read_prompt, attend=attend))
+        if padded or self.fixed:
+            hidden = mask.new_ones(len(ids), self.capacity)
+            hidden[:, :width] = mask
+            if self.fixed:
+                hidden[:, width:] = False  # step() opens one column at a time
+            self.bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=ids.device)
+            self.bias = self.bias.masked_fill_(~hidden, -torch.inf)[:, None, None]
+        return logits
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """(B,) tokens -> (B, V) logits of the next ones."""
+        self.filled += 1
+        if self.fixed:
+            self.bias.index_fill_(3, self.slot, 0.0)
+        logits = self._forward(tokens[:, None], self.positions, self._read_buffers)
+        self.positions += 1
+        self.slot += 1
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on; the front of the same buffers holds them."""
+        filled = slice(self.capacity if self.fixed else self.filled)
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffer[: len(rows), :, filled] = buffer[rows, :, filled]
+                buffers[i] = buffer[: len(rows)]
+        self.positions = self.positions[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
+
+    def _forward(self, ids: Tensor, positions: Tensor, read) -> Tensor:
+        network = self.network
+        x = network.embed(ids, positions)
+        for i, layer in enumerate(network.layers):
+            q, k, v = network.project(layer, x, ids.shape)
+            attended = read(i, q, k, v, layer["scaling"])
+            x = network.finish(layer, x, attended.transpose(1, 2).reshape(len(x), -1))
+        return self.lm_head(network.norm(x.view(*ids.shape, -1)[:, -1]))
+
+    def _read_prompt(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None) -> Tensor:
+        for buffers, new in ((self.keys, k), (self.values, v)):
+            # Where all of a buffer is read, what is not filled yet meets a probability of 0, and 0 * NaN is NaN.
+            make = new.new_zeros if self.fixed else new.new_empty
+            buffers.append(make(*new.shape[:2], self.capacity, new.shape[3]))
+            buffers[i][:, :, : self.filled] = new
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attend, is_causal=attend is None, scale=scale)
+
+    def _read_buffers(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        keys, values, bias = self.keys[i], self.values[i], self.bias
+        if self.fixed:
+            keys.index_copy_(2, self.slot, k)
+            values.index_copy_(2, self.slot, v)
+        else:
+            keys[:, :, self.filled - 1 : self.filled] = k
+            values[:, :, self.filled - 1 : self.filled] = v
+            keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
+            bias = None if bias is None else bias[..., : self.filled]
+        # The query heads that share a key head stand where a longer query has its tokens: nothing is repeated.
+        grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[3])
+        attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, bias, scale=scale)
+        return attended.reshape(q.shape)

@@ -1,0 +1,276 @@
+"""Sampling from a causal language model: prompts in, answers and the log-probability of each of their tokens out.
+
+Sampling is inverse-transform: the token of row i at step t is the first whose cumulative probability exceeds u[i, t],
+and the uniforms u are drawn before the first step. So an answer does not depend on the batch size or on when other
+rows finish (up to the rounding of the matrix products).
+
+Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, qwen2, qwen3 and gpt2 models;
+any other goes through transformers' generate() with the same sampling, and a warning says so once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .data.chat import Text, encode_prompt
+from .decoder import Decoder, why_not
+
+BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
+
+
+@contextmanager
+def evaluating(*models) -> Iterator[None]:
+    """Dropout off inside, each model's mode as before afterwards."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """B lists of tokens -> (B, T) int64 ids and their bool mask, T the longest (at least 1)."""
+    width = max([1, *map(len, rows)])
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, where] = torch.as_tensor(row, dtype=torch.int64)
+        mask[i, where] = True
+    return ids, mask
+
+
+# --- one token -------------------------------------------------------------------------------------------------------
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(B, V) logits, (B,) uniforms in [0, 1) -> (B,) tokens and their (B,) log-probabilities under
+    softmax(logits / temperature).
+
+    top_k keeps the k most likely tokens (and ties), then top_p the fewest whose probability reaches top_p (Holtzman et
+    al. 2020). The log-probabilities are those before that. Nothing is sorted unless one of the two asks for it.
+    """
+    rows, vocab = logits.shape
+    z = logits.float() if logits.dtype.itemsize < 4 else logits
+    z = z if temperature == 1.0 else z / temperature
+    largest = z.amax(-1, keepdim=True)
+    weights = z.new_empty(rows, -(-vocab // BLOCK) * BLOCK)
+    weights[:, vocab:] = 0.0
+    torch.sub(z, largest, out=weights[:, :vocab]).exp_()
+    blocks = weights.view(rows, -1, BLOCK)
+    sums = blocks.sum(-1).double()
+    total = sums.sum(-1)
+    if top_k is not None or top_p < 1.0:
+        _truncate(weights, top_k, top_p)
+        sums = blocks.sum(-1).double()
+
+    # First the block, then the token in it: one cumulative sum over the vocabulary would cost more than its logits.
+    cdf = sums.cumsum(-1)
+    target = uniforms.double().clamp(max=1 - 1e-12)[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, target, right=True)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    # The share of the block that lies below the target. Below 1, so that a token of probability 0 is never reached.
+    share = (1 - (cdf.gather(1, block) - target) / sums.gather(1, block)).clamp_(0.0, 1 - 1e-9)
+    token = block * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
+    return token.squeeze(1), ((z.gather(1, token) - largest).squeeze(1) - total.log()).float()
+
+
+def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
+    """Sets to 0 what top_k and top_p leave out."""
+    if top_k is not None and top_k < weights.shape[1]:
+        weights.masked_fill_(weights < weights.topk(top_k).values[:, -1:], 0.0)
+    if top_p < 1.0:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+        out = before >= top_p * ordered.sum(-1, keepdim=True, dtype=torch.float64)
+        weights.scatter_(1, order, ordered.masked_fill_(out, 0.0))
+
+
+def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """sample() without chance: the token of the largest logit, the first of several."""
+    z = logits.float() / temperature
+    return logits.argmax(-1), z.amax(-1) - z.logsumexp(-1)
+
+
+# --- many answers ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate_with_logprobs(
+    model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+    """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut, and the
+    log-probability of each of their ids under softmax(logits / temperature).
+
+    top_k and top_p count only with do_sample; otherwise the most likely token is taken.
+    generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
+    """
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
+    if (
+        max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
+        or (top_k is not None and top_k < 1)
+    ):  # fmt: skip
+        raise ValueError(
+            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1 and top_k >= 1 or "
+            f"None, got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}"
+        )
+    uniforms, choose = None, partial(most_likely, temperature=temperature)
+    if do_sample:
+        uniforms = _uniforms(len(prompts), max_new_tokens, generator)
+        choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    answer, reason = _answer_batch, why_not(model)
+    if reason is not None:
+        _say_once(f"{type(model).__name__} generates through transformers' generate(), which is slower: {reason}")
+        answer = _answer_batch_by_transformers
+    responses, logprobs = ([[] for _ in prompts] for _ in range(2))
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            rows = longest_first[start : start + batch_size]
+            tokens, logps = answer(
+                model, [prompts[i] for i in rows], max_new_tokens, eos_token_id, choose,
+                None if uniforms is None else uniforms[rows].to(model.device),
+            )  # fmt: skip
+            lengths = (tokens != eos_token_id).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
+            for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
+                responses[i], logprobs[i] = row[:length], logp[:length]
+    return responses, logprobs
+
+
+def _uniforms(rows: int, columns: int, generator) -> Tensor:
+    if not isinstance(generator, Sequence):
+        return torch.rand(rows, columns, dtype=torch.float64, generator=generator)
+    drawn = [torch.rand(1, columns, dtype=torch.float64, generator=g) for g in generator]
+    return torch.cat(drawn) if drawn else torch.empty(0, columns, dtype=torch.float64)
+
+
+def generate_tokens(model, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
+    """generate_with_logprobs, the responses alone."""
+    return generate_with_logprobs(model, prompts, **options)[0]
+
+
+@lru_cache(None)
+def _say_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=5)
+
+
+def _answer_batch(model, prompts, max_new_tokens, eos_token_id, choose, uniforms) -> tuple[Tensor, Tensor]:
+    """-> (B, max_new_tokens) tokens, eos from the first eos on, and their log-probabilities."""
+    ids, mask = (x.to(model.device) for x in pad(prompts, eos_token_id, left=True))
+    decoder = Decoder(model, ids, mask, max_new_tokens)
+    step = _Graph(decoder) if ids.is_cuda else decoder.step
+    # Rows leave together: moving the buffers costs about a step, and on CUDA a graph is captured for each batch size.
+    # There, too, asking who has finished would wait for the device, so it is not asked at every step.
+    least_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
+    tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=ids.device)
+    logprobs = torch.zeros(tokens.shape, device=ids.device)
+    alive = torch.arange(len(prompts), device=ids.device)  # row of the batch -> row of the answer
+    done = torch.zeros_like(alive, dtype=torch.bool)
+    logits = decoder.start()
+    for t in range(max_new_tokens):
+        token, logprob = choose(logits, None if uniforms is None else uniforms[alive, t])
+        token.masked_fill_(done, eos_token_id)
+        tokens[alive, t], logprobs[alive, t] = token, logprob
+        done |= token == eos_token_id
+        if t + 1 == max_new_tokens:
+            break
+        if (t + 1) % every == 0:
+            finished = int(done.sum())
+            if finished == len(alive):
+                break
+            if finished >= least_share * len(alive):
+                kept = (~done).nonzero().squeeze(1)
+                decoder.keep(kept)
+                alive, done, token = alive[kept], done[kept], token[kept]
+                step = _Graph(decoder) if ids.is_cuda else decoder.step
+        logits = step(token)
+    return tokens, logprobs
+
+
+class _Graph:
+    """Decoder.step as a CUDA graph: one launch a token in place of some twenty for each layer.
+
+    The first call runs as it is, which also sets up the libraries it uses; the second is captured; all later ones are
+    replays. decoder.keep() changes shapes and so needs a new one.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder, self.graph, self.tokens, self.logits = decoder, None, None, None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if self.tokens is None:
+            self.tokens = tokens.clone()
+            return self.decoder.step(self.tokens)
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and computes nothing
+                self.logits = self.decoder.step(self.tokens)
+        self.graph.replay()
+        return self.logits
+
+
+class _Chooser:
+    """Our choice of a token as a logits processor: all others become impossible."""
+
+    def __init__(self, choose, uniforms: Tensor | None):
+        self.choose, self.uniforms, self.logprobs = choose, uniforms, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        column = None if self.uniforms is None else self.uniforms[:, len(self.logprobs)]
+        token, logprob = self.choose(scores, column)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def _answer_batch_by_transformers(
+    model, prompts, max_new_tokens, eos_token_id, choose, uniforms
+) -> tuple[Tensor, Tensor]:
+    """_answer_batch for any model that has generate()."""
+    ids, mask = (x.to(model.device) for x in pad(prompts, eos_token_id, left=True))
+    chooser = _Chooser(choose, uniforms)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+    )  # fmt: skip
+    out = model.generate(
+        input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
+    )
+    tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=ids.device)
+    logprobs = torch.zeros(tokens.shape, device=ids.device)
+    steps = len(chooser.logprobs)
+    tokens[:, :steps], logprobs[:, :steps] = out[:, ids.shape[1] :], torch.stack(chooser.logprobs, 1)
+    return tokens, logprobs
+
+
+def generate_text(
+    model, tokenizer, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
+    seed: int | Sequence[int] = 0,
+) -> list[str]:  # fmt: skip
+    """One answer a prompt (text or messages), decoded without special tokens. The same seed gives the same answers;
+    with one seed a prompt, an answer depends on its own prompt and seed only."""
+    one = isinstance(seed, int)
+    generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
+    responses = generate_tokens(
+        model, [encode_prompt(tokenizer, prompt) for prompt in prompts], max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, temperature=temperature, top_k=top_k, top_p=top_p, do_sample=do_sample,
+        batch_size=batch_size, generator=generator,
+    )  # fmt: skip
+    return tokenizer.batch_decode(responses, skip_special_tokens=True)

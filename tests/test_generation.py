@@ -1,0 +1,238 @@
+import copy
+import random
+import warnings
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rlhf_fast import generation
+from rlhf_fast.decoder import Decoder, why_not
+from rlhf_fast.generation import generate_tokens, generate_with_logprobs, pad, sample
+
+EOS, VOCAB = 2, 60
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+ARCHITECTURES = {
+    "llama": lambda tokens: LlamaForCausalLM(LlamaConfig(**SIZES, **tokens)),
+    "llama3 rope": lambda tokens: LlamaForCausalLM(LlamaConfig(**SIZES, **tokens, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    })),
+    "qwen2": lambda tokens: Qwen2ForCausalLM(Qwen2Config(**SIZES, **tokens)),
+    "qwen3": lambda tokens: Qwen3ForCausalLM(Qwen3Config(**SIZES, **tokens, head_dim=8)),
+    "gpt2": lambda tokens: GPT2LMHeadModel(GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **tokens)),
+    "mistral": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens)),  # through generate()
+}  # fmt: skip
+
+
+def with_opinions(name):
+    """A random model far from uniform, with biases and norms that are not what they start as."""
+    torch.manual_seed(5)  # rows of all of them end at different times
+    tokens = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS}
+    model = ARCHITECTURES[name](tokens).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+def by_transformers(model, prompts, max_new_tokens):
+    """Greedy answers of generate(), cut after their first eos."""
+    ids, mask = pad(prompts, 0, left=True)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask.long(), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=EOS,
+        pad_token_id=0,
+    )[:, ids.shape[1] :].tolist()  # fmt: skip
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in out]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=EOS, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(20)  # a random model is nearly uniform; this one has opinions
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(0)
+    return [[rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 12))] for _ in range(23)]
+
+
+def both(model, prompts, batch_size=64, seed=0, **options):
+    options = {"max_new_tokens": 16, "eos_token_id": EOS, **options}
+    return generate_with_logprobs(
+        model, prompts, batch_size=batch_size, generator=torch.Generator().manual_seed(seed), **options
+    )
+
+
+def sampled(*arguments, **options):
+    return both(*arguments, **options)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_equals_transformers(name, prompts):
+    model = with_opinions(name)
+    assert (why_not(model) is None) == (name != "mistral")
+    expected = by_transformers(model, prompts, 24)
+    assert len({len(row) for row in expected}) > 2  # rows end at different times, so compaction is at work
+    for batch_size in (5, 64):
+        assert generate_tokens(
+            model, prompts, max_new_tokens=24, eos_token_id=EOS, do_sample=False, batch_size=batch_size
+        ) == expected  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral"])
+def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, prompts):
+    model, temperature = with_opinions(name), 0.8
+    answers, logprobs = generate_with_logprobs(
+        model, prompts, max_new_tokens=12, eos_token_id=EOS, temperature=temperature, top_k=5, top_p=0.9,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprob), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_model_with_adapters_is_decoded_with_them(prompts):
+    peft = pytest.importorskip("peft")
+    model = with_opinions("llama")
+    plain = generate_tokens(model, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    assert why_not(adapted) is None
+    answers = generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
+    assert answers == by_transformers(adapted, prompts, 8) != plain
+    with adapted.disable_adapter():
+        assert generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False) == plain
+
+
+def test_falling_back_is_said_once_with_its_reason(prompts):
+    generation._say_once.cache_clear()
+    model = with_opinions("mistral")
+    with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*architecture is mistral"):
+        sampled(model, prompts[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled(model, prompts[:2])
+
+
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
+    ours, logprobs = both(model, prompts, top_p=0.9)
+    monkeypatch.setattr(generation, "why_not", lambda model: "a test asks for it")
+    theirs, their_logprobs = both(model, prompts, top_p=0.9)
+    assert ours == theirs
+    for a, b in zip(logprobs, their_logprobs, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
+    """The form that CUDA graphs replay, on the CPU: the same shapes at every step, and rows that leave."""
+    model = with_opinions("qwen2")
+    ids, mask = pad(prompts[:6], EOS, left=True)
+    decoders = [Decoder(model, ids, mask, 8) for _ in range(2)]
+    decoders[1].fixed = True
+    with torch.no_grad():
+        logits = [decoder.start() for decoder in decoders]
+        for step in range(6):
+            torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+            if step == 3:
+                for decoder in decoders:
+                    decoder.keep(torch.tensor([1, 2, 5]))
+                logits = [x[[1, 2, 5]] for x in logits]
+            logits = [d.step(x.argmax(-1)) for d, x in zip(decoders, logits, strict=True)]
+
+
+def test_an_answer_does_not_depend_on_its_batch(model, prompts):
+    together = sampled(model, prompts)
+    assert len({len(row) for row in together}) > 1  # some rows left the batch early, so compaction was at work
+    assert together == sampled(model, prompts, batch_size=4)
+    assert together[:9] == sampled(model, prompts[:9])
+    assert together != sampled(model, prompts, seed=1)
+
+
+def test_eos_is_the_last_token_and_appears_once(model, prompts):
+    for row in sampled(model, prompts, max_new_tokens=40):
+        assert EOS not in row[:-1] and 1 <= len(row) <= 40
+        assert row[-1] == EOS or len(row) == 40
+
+
+@pytest.mark.parametrize("vocab", [4, 128, 300])  # within a block of the vocabulary, exactly one, several
+def test_sampled_frequencies_are_the_softmax_at_the_temperature(vocab):
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2
+    logits[[0, vocab // 2, vocab - 1]] = -torch.inf
+    uniforms = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    tokens, logprobs = sample(logits.expand(len(uniforms), -1), uniforms, temperature=0.5)
+    expected = torch.softmax(logits.double() / 0.5, -1)
+    frequencies = torch.bincount(tokens, minlength=vocab).double() / len(uniforms)
+    torch.testing.assert_close(
+        frequencies, expected, atol=1.1e-5, rtol=0
+    )  # a token's interval, to a uniform at each end
+    assert (tokens.diff() >= 0).all()  # the first token whose cumulative probability exceeds u
+    torch.testing.assert_close(logprobs.double(), expected.log()[tokens], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53, 1.0])
+def test_the_extreme_uniforms_fall_on_tokens_that_can_be(u):
+    logits = torch.full((1, 300), -torch.inf)
+    logits[0, 131], logits[0, 257] = 0.0, 3.0
+    token, _ = sample(logits, torch.tensor([u], dtype=torch.float64))
+    assert token.item() == (131 if u == 0.0 else 257)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    logits = torch.tensor([0.2, 0.5, 0.3]).log()
+    uniforms = torch.linspace(0, 0.999, 1000, dtype=torch.float64)
+    draw = lambda **options: torch.bincount(sample(logits.expand(1000, -1), uniforms, **options)[0], minlength=3)  # noqa: E731
+    assert draw(top_p=0.45).tolist() == [0, 1000, 0]
+    assert draw(top_p=0.6)[0] == 0 and abs(draw(top_p=0.6)[1] - 625) <= 1  # 0.5 / 0.8
+    assert (draw(top_p=0.9) > 0).all()
+    assert draw(top_k=1).tolist() == [0, 1000, 0]
+    assert draw(top_k=2)[0] == 0 and abs(draw(top_k=2)[1] - 625) <= 1
+    assert draw(top_k=2, top_p=0.6).tolist() == [0, 1000, 0]  # 0.625 of what top_k keeps reaches 0.6
+    assert torch.equal(draw(top_k=99), draw())
+
+
+def test_the_mode_of_the_model_is_as_before(model, prompts):
+    model.train()
+    sampled(model, prompts[:2])
+    assert model.training
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"batch_size": 0}, {"top_k": 0}]
+)
+def test_wrong_options_are_refused(model, prompts, wrong):
+    with pytest.raises(ValueError, match="generate: needs"):
+        sampled(model, prompts, **wrong)
+
+
+def test_an_empty_prompt_is_named(model):
+    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
+        sampled(model, [[5], []])
