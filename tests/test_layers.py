@@ -17,8 +17,6 @@ LAYERS = [
     {"trainers"},
     {
         "rollout",
-    {
-        "rollout",
         "generation",
         "decoder",
         "advantages",
@@ -27,28 +25,11 @@ LAYERS = [
         "data",
         "models",
         "packing",
-        "report",
-        "monitors",
-        "info",
-    },
-        "advantages",
-        "rewards",
-        "judges",
-        "data",
-        "models",
-        "packing",
-<<<<<<< HEAD
         "preferences",
         "report",
         "monitors",
         "info",
     },
-=======
-        "report",
-        "monitors",
-        "info",
-    },  # fmt: skip
->>>>>>> 16d78ce (Generation through a decoder of our own: one buffer of keys and values, nothing sorted or summed over the whole vocabulary unasked, log-probabilities of what was sampled; other models through generate())
     {"masked", "charts", "page"},
     {"ops"},
     {"kernels", "_C", "_version"},

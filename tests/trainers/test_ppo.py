@@ -145,7 +145,7 @@ def test_padding_columns_change_nothing(tmp_path):
         "response_ids": (0, 5, 7),
         "response_mask": (0, 5, False),
     }
-    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns"):
+    for name in ("rollout_logprobs", "logprobs", "ref_logprobs", "values", "advantages", "returns"):
         widths[name] = (0, 5, 99.0)  # what lies outside the mask must not matter
     wider = dataclasses.replace(rollout, **{
         name: torch.nn.functional.pad(getattr(rollout, name), pad[:2], value=pad[2]) for name, pad in widths.items()
