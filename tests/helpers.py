@@ -44,3 +44,11 @@ def tiny_model(tokenizer, *, seed: int = 0, **overrides) -> LlamaForCausalLM:
     )  # fmt: skip
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).eval()
+
+
+def word_tokenizer(words, eos: str = "<eos>"):
+    """One token a word, in the order given, eos last; eos also pads."""
+    vocabulary = {word: i for i, word in enumerate([*words, eos])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos)
