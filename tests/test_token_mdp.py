@@ -18,7 +18,7 @@ from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 V, T, EOS = 4, 3, 3
 PREFIXES = [(), *((a,) for a in range(3)), *itertools.product(range(3), repeat=2)]  # the states
-ANSWERS = [p + (EOS,) for p in PREFIXES] + list(itertools.product(range(3), repeat=3))
+ANSWERS = [*((*p, EOS) for p in PREFIXES), *itertools.product(range(3), repeat=3)]
 IDS = torch.tensor([[*answer, 0, 0][:T] for answer in ANSWERS])  # (40, T)
 MASK = torch.tensor([[t < len(answer) for t in range(T)] for answer in ANSWERS])
 STATE = torch.tensor([[PREFIXES.index(answer[:t]) if t < len(answer) else 0 for t in range(T)] for answer in ANSWERS])
@@ -119,7 +119,8 @@ def test_bellman_optimality_by_policy_iteration():
     """Greedy on our advantages, again and again: ends where no action has a positive advantage, which is the best."""
     best = torch.stack([SCORES[[x[: len(s)] == s for x in ANSWERS]].max() for s in PREFIXES])  # by brute force
     policy = torch.zeros(13, dtype=torch.long)
-    for round in range(T + 1):
+    start = policy
+    for _ in range(T + 1):
         values = exact_values(torch.nn.functional.one_hot(policy, V).double().mul(1e4), kl_coef=0.0)
         advantages, _ = gae(rewards_of(LOGITS, kl_coef=0.0), values[STATE], MASK, gamma=1.0, lam=0.0)
         q = torch.full((13, V), -torch.inf, dtype=torch.float64).index_put((STATE[MASK], IDS[MASK]), advantages[MASK])
@@ -127,7 +128,7 @@ def test_bellman_optimality_by_policy_iteration():
         if bool((q <= 1e-9).all()):
             break
         policy = q.argmax(1)
-    assert round > 0
+    assert not torch.equal(policy, start)
     torch.testing.assert_close(values, best)  # V* = max_a Q*
     assert bool((exact_values(LOGITS, kl_coef=0.0) <= best + 1e-9).all())
 
@@ -206,7 +207,8 @@ def test_every_baseline_lowers_the_variance(sampled_gradients, name):
 
 
 def test_what_a_kl_in_the_loss_pulls_toward():
-    """Exact, over all answers: in the loss k1 pulls nowhere, k2 down KL(pi || ref) of each state, k3 down KL(ref || pi)."""
+    """Exact, over all answers. In the loss k1 pulls nowhere; k2 lowers KL(pi || ref) of each state that is visited, k3
+    KL(ref || pi). None of them sees that a token leads to states of more KL: that takes KL in the rewards."""
     p, gradients = probabilities(LOGITS), {}
     visits = torch.zeros(13, dtype=torch.float64).index_add(0, STATE[MASK], (p[:, None] * MASK)[MASK])
     for estimator in ("k1", "k2", "k3"):

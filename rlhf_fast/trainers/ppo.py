@@ -30,6 +30,7 @@ from ..data.formats import prompts as read_prompts
 from ..models import (
     ValueModel,
     adapters_off,
+    add_lora,
     check_lengths,
     check_lm_head,
     disable_dropout,
@@ -59,7 +60,7 @@ class PPOTrainer:
     model: the policy, a causal language model, or its name or path. tokenizer: by default the model's.
     reward: reward model, its path, function(prompts, responses, **columns), sync or async, or list of (any of these,
     weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
-    ref_model: by default the policy as it comes in, a frozen copy of it; under new LoRA adapters (models.add_lora) the
+    ref_model: by default the policy as it comes in, a frozen copy of it; under new LoRA adapters (config.lora_r) the
     policy itself, with these switched off while it is asked.
     value_model: a ValueModel, or a reward model to start one from; by default the policy's trunk under a head of zeros.
     None with an advantage_estimator other than "gae".
@@ -83,6 +84,10 @@ class PPOTrainer:
             self.eval_prompts, report = read_prompts(eval_dataset, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
         self.policy = load_policy(model)
+        if config.lora_r:
+            self.policy = add_lora(
+                self.policy, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules
+            )
         if ref_model is self.policy:
             raise common.ConfigError(
                 "PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy"

@@ -69,6 +69,11 @@ class PPOConfig:
     detach_values: bool = False  # with share_trunk: the value loss trains the head and not the trunk
     critic_warmup_steps: int = 0  # iterations that train the critic alone, before the policy moves
 
+    # --- adapters; new ones make the policy its own reference
+    lora_r: int = 0  # rank of LoRA adapters on the policy; 0: all weights learn
+    lora_alpha: float = 32.0  # the adapters' product is scaled by lora_alpha / lora_r
+    lora_target_modules: list | None = None  # names of linear layers; null: all of the trunk
+
     # --- the run
     logging_steps: int = 1
     eval_steps: int = 0  # iterations between evaluations; 0: only at the end
@@ -86,11 +91,12 @@ class PPOConfig:
                 "total_episodes", "batch_size", "num_generations", "generation_batch_size", "response_length",
                 "max_prompt_length", "temperature", "kl_target", "kl_horizon", "minibatch_size", "micro_batch_size",
                 "num_ppo_epochs", "learning_rate", "value_learning_rate", "cliprange", "cliprange_high", "target_kl",
-                "importance_cap", "cliprange_value", "logging_steps", "save_total_limit", "max_skipped_steps",
+                "importance_cap", "cliprange_value", "lora_alpha", "logging_steps", "save_total_limit",
+                "max_skipped_steps",
             ),
             non_negative=(
                 "missing_eos_penalty", "length_penalty", "length_budget", "kl_coef", "weight_decay", "max_grad_norm",
-                "entropy_coef", "vf_coef", "critic_warmup_steps", "eval_steps", "save_steps", "num_samples",
+                "entropy_coef", "vf_coef", "lora_r", "critic_warmup_steps", "eval_steps", "save_steps", "num_samples",
             ),
             unit=("gamma", "lam", "warmup_ratio"),
             choices={
