@@ -1,0 +1,452 @@
+"""Every option of PPOConfig does what it says, in a run of the trainer or by hand."""
+
+import asyncio
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+
+from rlhf_fast import kl_penalty
+from rlhf_fast.advantages import RunningStd, sequence_advantages, shaped_scores
+from rlhf_fast.models import hidden_states
+from rlhf_fast.rollout import make_rollout, squeeze
+from rlhf_fast.trainers.common import ConfigError, NonFiniteError
+from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer, minibatches
+
+PROMPTS = [
+    {"prompt": f"say {word}", "word": word} for word in ("one", "two", "three", "four", "cat", "sat", "on", "mat")
+]
+CRITIC_FREE = [
+    {"advantage_estimator": "reinforce"},
+    {"advantage_estimator": "rloo", "num_generations": 4},
+    {"advantage_estimator": "group", "num_generations": 4, "scale_advantages": "group"},
+]
+
+
+def variety(prompts, responses, **columns):
+    """Differs from answer to answer, also of a model that knows nothing."""
+    return [len(set(response)) / 10 + (sum(map(ord, response)) % 97) / 970 for response in responses]
+
+
+def make_trainer(tmp_path, model=None, reward=variety, train_dataset=PROMPTS, **options):
+    others = ("eval_dataset", "eval_rewards", "value_model", "ref_model", "rollout_func")
+    trainer_options = {name: options.pop(name) for name in others if name in options}
+    tokenizer = tiny_tokenizer()
+    defaults = {
+        "output_dir": str(tmp_path), "total_episodes": 32, "batch_size": 16, "minibatch_size": 8, "response_length": 7,
+        "num_ppo_epochs": 2, "temperature": 0.8, "learning_rate": 3e-3,
+    }  # fmt: skip
+    return PPOTrainer(
+        PPOConfig(**(defaults | options)), model or tiny_model(tokenizer), tokenizer=tokenizer, reward=reward,
+        train_dataset=train_dataset, **trainer_options,
+    )  # fmt: skip
+
+
+def one_iteration(trainer, monkeypatch=None):
+    """-> its metrics as floats, and the rollout that it learned from."""
+    seen, update = [], trainer._update
+    trainer._update = lambda rollout, plan: seen.append(rollout) or update(rollout, plan)
+    metrics = next(iter(trainer))
+    return {name: float(value) for name, value in metrics.items()}, seen[0]
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+# --- scores and advantages -------------------------------------------------------------------------------------------
+
+
+def test_penalties_by_hand():
+    scores = torch.tensor([12.0, -3.0, 0.5])
+    lengths, ended = torch.tensor([10, 4, 7]), torch.tensor([False, True, True])
+    shaped = shaped_scores(
+        scores, lengths, ended, clip_range=(-2, 8), missing_eos_penalty=1.0, length_penalty=0.5, length_budget=6
+    )
+    assert shaped.tolist() == [8 - 1 - 0.5 * 4, -2.0, 0.5 - 0.5 * 1]
+
+
+def test_the_running_standard_deviation_is_that_of_all_scores_so_far():
+    scores, running = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 3 + 100, RunningStd()
+    assert RunningStd().update(torch.tensor([4.0, 4.0])) == 1.0  # nothing to divide by
+    for start in range(0, 50, 10):
+        std = running.update(scores[start : start + 10])
+        assert std == pytest.approx(float(scores[: start + 10].double().std(correction=0)), rel=1e-6)
+    assert vars(RunningStd(**vars(running))) == vars(running)  # what the checkpoint keeps
+
+
+def test_scores_are_scaled_clipped_and_penalised_in_the_run(tmp_path):
+    options = {"scale_scores": True, "reward_clip_range": [-0.5, 0.5], "length_penalty": 0.25, "length_budget": 3}
+    trainer = make_trainer(tmp_path, reward=lambda p, r, **c: [1000.0 * x for x in variety(p, r)], **options)
+    metrics, rollout = one_iteration(trainer)
+    raw = torch.tensor(variety(rollout.prompts, rollout.responses)) * 1000
+    expected = (raw / raw.std(correction=0)).clamp(-0.5, 0.5) - 0.25 * (rollout.response_mask.sum(1) - 3).clamp(min=0)
+    torch.testing.assert_close(rollout.scores, expected)
+    assert metrics["rewards/<lambda>/mean"] == pytest.approx(float(raw.mean()), rel=1e-5)  # the log has what was given
+    assert metrics["objective/scores"] == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+def test_advantages_without_a_critic_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [4.0, 0.0, 0.0], [0.0, 8.0, 0.0]])  # sums 3 1 4 8
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    expected = {"reinforce": [-1, -3, 0, 4], "rloo": [2, -2, -4, 4], "group": [1, -1, -2, 2]}
+    for name, values in expected.items():
+        advantages = sequence_advantages(rewards, mask, name, 2)
+        assert advantages.tolist() == [[v * float(m) for m in row] for v, row in zip(values, mask, strict=True)]
+    grouped = sequence_advantages(rewards, mask, "group", 2, scale="group")[:, 0]
+    torch.testing.assert_close(grouped, torch.tensor([1, -1, -2, 2]) / (torch.tensor([2, 2, 8, 8]).sqrt() + 1e-4))
+    scaled = sequence_advantages(rewards, mask, "reinforce", scale="batch")[:, 0]
+    torch.testing.assert_close(scaled, torch.tensor([-1.0, -3, 0, 4]) / ((26 / 3) ** 0.5 + 1e-4))
+
+
+@pytest.mark.parametrize("options", CRITIC_FREE, ids=lambda o: o["advantage_estimator"])
+def test_without_a_critic(tmp_path, options):
+    trainer = make_trainer(tmp_path / "run", save_steps=1, **options)
+    assert trainer.value_model is None and len(trainer.optimizers) == 1
+    metrics, rollout = one_iteration(trainer)
+    assert metrics["policy/first_minibatch_max_abs_log_ratio"] == 0.0 < metrics["policy/max_abs_log_ratio"]
+    assert not [name for name in metrics if name.startswith(("critic/", "val/clipfrac", "loss/value"))]
+    k = options.get("num_generations", 1)
+    assert [p for p in rollout.prompts[::k] for _ in range(k)] == rollout.prompts  # side by side
+    assert len(set(rollout.prompts)) == min(8, 16 // k) and len(set(rollout.responses)) > 12
+    returns = rollout.scores - 0.05 * (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    if k == 4:
+        assert rollout.advantages[:, 0].view(4, 4).sum(1).abs().max() < 1e-4
+    assert (
+        rollout.advantages[:, 0].sign().tolist()
+        == (returns - returns.view(-1, k if k > 1 else 16).mean(1).repeat_interleave(k if k > 1 else 16))
+        .sign()
+        .tolist()
+    )
+    trainer.train()
+    assert not (tmp_path / "run/value_model").exists()
+
+
+def test_whitening_may_be_off(tmp_path):
+    _, raw = one_iteration(make_trainer(tmp_path, scale_advantages="none"))
+    _, white = one_iteration(make_trainer(tmp_path))
+    assert float(raw.advantages[raw.response_mask].std()) < 0.2  # of a share of letters
+    assert float(white.advantages[white.response_mask].std()) == pytest.approx(1.0, abs=1e-4)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_kl_in_the_loss_and_not_in_the_rewards(tmp_path):
+    options = {"kl_in_loss": True, "kl_estimator": "k2", "kl_coef": 0.3, "learning_rate": 1e-2}
+    _, second = make_trainer(tmp_path, **options)
+    assert second["objective/kl"] > 0 and second["loss/kl_avg"] > 0
+    trainer = make_trainer(tmp_path, **options)
+    next(iter(trainer))
+    _, rollout = one_iteration(trainer)
+    score_only = torch.zeros_like(rollout.rewards)
+    score_only[torch.arange(16), rollout.response_mask.sum(1) - 1] = rollout.scores
+    torch.testing.assert_close(rollout.rewards, score_only)
+    # By autograd: what the KL adds to the gradient is that of its own mean.
+    (minibatch,) = minibatches(rollout.lengths, 16, None)
+
+    def gradient(kl_coef):
+        trainer.kl_controller.kl_coef = kl_coef
+        trainer._accumulate_gradient(rollout, minibatch)
+        collected = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+        return collected
+
+    added = gradient(0.3) - gradient(0.0)
+    rows = minibatch[0]
+    logprobs, _, _ = trainer._look(rollout, rows)
+    kl = kl_penalty(logprobs, rollout.ref_logprobs[rows], estimator="k2")
+    (0.3 * kl.sum() / rollout.response_mask.sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
+    torch.testing.assert_close(added, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_an_entropy_bonus_keeps_entropy_up(tmp_path):
+    flat = lambda p, r, **c: [0.0] * len(r)  # noqa: E731
+    ends = []
+    for entropy_coef in (0.0, 1.0):
+        model = tiny_model(tiny_tokenizer(), initializer_range=0.3)  # with entropy to gain
+        trainer = make_trainer(
+            tmp_path, model, reward=flat, entropy_coef=entropy_coef, kl_coef=0.0, learning_rate=1e-2, total_episodes=64
+        )
+        ends.append([float(m["policy/entropy_avg"]) for m in trainer][-1])
+    assert ends[1] > ends[0] + 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"cliprange_high": 0.5}, "clip"), ({"dual_clip": 1.05}, "dual"), ({"cliprange_value": None}, "value")],
+)
+def test_options_of_the_clips_reach_the_loss(tmp_path, options, message):
+    """Large steps, so that the clips hold: asymmetric clips fewer, dual clip some, and no value clip none."""
+    plain, _ = one_iteration(make_trainer(tmp_path, learning_rate=5e-2))
+    with_it, _ = one_iteration(make_trainer(tmp_path, learning_rate=5e-2, **options))
+    assert plain["policy/clipfrac_avg"] > 0.05 and plain["policy/dual_clipfrac_avg"] == 0 < plain["val/clipfrac_avg"]
+    changed = {
+        "clip": with_it["policy/clipfrac_avg"] != plain["policy/clipfrac_avg"],
+        "dual": with_it["policy/dual_clipfrac_avg"] > 0,
+        "value": with_it["val/clipfrac_avg"] == 0,
+    }
+    assert changed[message]
+
+
+@pytest.mark.parametrize("mode", ["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_no_aggregation_depends_on_micro_batches(tmp_path, mode):
+    trainer = make_trainer(tmp_path, loss_agg_mode=mode, advantage_estimator="reinforce")
+    _, rollout = one_iteration(trainer)
+    assert len(set(rollout.response_mask.sum(1).tolist())) > 1
+    gradients = []
+    for size in (None, 5):
+        (minibatch,) = minibatches(rollout.lengths, 16, size)
+        trainer._accumulate_gradient(rollout, minibatch)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()]))
+        trainer.optimizers[0].zero_grad()
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, atol=2e-6, rtol=1e-3)
+
+
+# --- critic and reference --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_the_critic_warms_up_before_the_policy_moves(tmp_path, share_trunk):
+    trainer = make_trainer(tmp_path, critic_warmup_steps=1, share_trunk=share_trunk)
+    policy, critic = weights(trainer.policy), weights(trainer.value_model.model.score)
+    run = iter(trainer)
+    next(run)
+    assert torch.equal(weights(trainer.policy), policy) and not torch.equal(
+        weights(trainer.value_model.model.score), critic
+    )
+    next(run)
+    assert not torch.equal(weights(trainer.policy), policy)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_values_of_a_shared_trunk_may_stop_at_the_head(tmp_path, detach):
+    trainer = make_trainer(tmp_path, share_trunk=True, detach_values=detach)
+    with torch.no_grad():
+        trainer.value_model.model.score.weight.normal_(generator=torch.Generator().manual_seed(2))
+    _, rollout = one_iteration(trainer)
+    rollout.advantages = torch.zeros_like(rollout.advantages)  # then only the values have a gradient
+    trainer._accumulate_gradient(rollout, minibatches(rollout.lengths, 16, None)[0])
+    assert trainer.value_model.model.score.weight.grad.abs().max() > 0
+    trunk = max(float(p.grad.abs().max()) for p in trainer.policy.base_model.parameters() if p.grad is not None)
+    assert trunk == 0.0 if detach else trunk > 1e-6
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_new_adapters_make_the_policy_its_own_reference(tmp_path, share_trunk):
+    pytest.importorskip("peft")
+    model = tiny_model(tiny_tokenizer())
+    model.name_or_path = "base"
+    before = hidden_states(model, torch.tensor([[5, 6, 7]])).detach()
+    trainer = make_trainer(
+        tmp_path / "run", model, lora_r=4, lora_alpha=8.0, lora_target_modules=["q_proj", "v_proj"],
+        share_trunk=share_trunk, save_steps=1, learning_rate=1e-2,
+    )  # fmt: skip
+    assert trainer.reference is None
+    first, second = trainer
+    assert abs(float(first["objective/kl"])) < 1e-5 and abs(float(second["objective/kl"])) > 1e-5
+    with trainer.policy.disable_adapter():
+        torch.testing.assert_close(hidden_states(trainer.policy, torch.tensor([[5, 6, 7]])), before)
+    # Adapters that have learned already are part of the policy, so the reference keeps them.
+    again = make_trainer(tmp_path / "again", trainer.policy)
+    assert again.reference is not None and abs(float(next(iter(again))["objective/kl"])) < 1e-5
+
+
+# --- other engines, several turns ------------------------------------------------------------------------------------
+
+
+def with_a_tool(prompts, trainer):
+    """The model samples three tokens, a tool answers with two, the model goes on."""
+    generator = torch.Generator().manual_seed(trainer.step)
+    completions, mask, logprobs = [], [], []
+    for prompt in prompts:
+        n = 2 + len(prompt) % 3
+        own = torch.randint(5, 100, (n + 3,), generator=generator).tolist()
+        completions.append([*own[:n], 7, 8, *own[n:], trainer.tokenizer.eos_token_id])
+        mask.append([1] * n + [0, 0] + [1] * 4)
+        logprobs.append([-6.0] * len(mask[-1]))
+    return {"completion_ids": completions, "env_mask": mask, "logprobs": logprobs, "turns": [2] * len(prompts)}
+
+
+def test_what_a_tool_says_is_read_and_never_learned(tmp_path):
+    seen = []
+
+    def reward(prompts, responses, turns, word, **columns):
+        seen.extend(zip(responses, turns, word, strict=True))
+        return variety(prompts, responses)
+
+    trainer = make_trainer(tmp_path, rollout_func=with_a_tool, reward=reward)
+    metrics, rollout = one_iteration(trainer)
+    assert metrics["policy/first_minibatch_max_abs_log_ratio"] == 0.0
+    assert len(seen) == 16 and all(turns == 2 for _, turns, _ in seen)
+    trainer._score_tokens(rollout, minibatches(rollout.lengths, 16, None))
+    for i in range(16):
+        prompt, response = rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.response_ids[i][rollout.present[i]]
+        mask = rollout.response_mask[i][: len(response)]
+        assert mask.tolist()[-6:-4] == [False, False] or (~mask).sum() == 2
+        ids = torch.cat([prompt, response])[None]
+        with torch.no_grad():
+            logp = (trainer.policy(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.8).log_softmax(-1)
+        want = logp.gather(1, response[:, None])[:, 0] * mask
+        torch.testing.assert_close(rollout.logprobs[i, : len(response)], want, atol=1e-5, rtol=1e-5)
+        last = int(mask.nonzero()[-1])
+        assert rollout.rewards[i, last] > rollout.rewards[i].abs().sum() - rollout.rewards[i, last].abs() - 1e-3
+    # Another tool output is another context, but no gradient ever asks for the probability of its tokens.
+    ids, positions, labels = squeeze(rollout, torch.arange(16))
+    assert len(labels) == int(rollout.response_mask.sum()) == len(positions)
+    assert float(metrics["sampling/sampling_logp_difference/mean"]) > 0
+
+
+def test_weights_for_another_engine_are_truncated(tmp_path):
+    trainer = make_trainer(tmp_path, rollout_func=with_a_tool, importance_cap=1.5)
+    seen, accumulate = [], trainer._accumulate_gradient
+    trainer._accumulate_gradient = lambda *args: seen.append(args) or accumulate(*args)
+    metrics, rollout = one_iteration(trainer)
+    weights = seen[0][2]
+    expected = (rollout.logprobs - rollout.rollout_logprobs).exp().clamp(max=1.5)
+    torch.testing.assert_close(weights, expected)
+    assert weights.max() == 1.5 and (weights[rollout.response_mask] < 1.5).any()
+    assert 0 < metrics["sampling/importance_sampling_ratio/mean"] < 1.5
+    unweighted, _ = one_iteration(make_trainer(tmp_path, rollout_func=with_a_tool))
+    assert metrics["loss/policy_avg"] != unweighted["loss/policy_avg"]
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"completion_ids": [[5, 6]]}, "completion_ids has 1 rows for 2 prompts"),
+        (
+            {"completion_ids": [[5], [6, 7]], "logprobs": [[-1.0], [-1.0]]},
+            "logprobs must have one number for each token",
+        ),
+        ({"completion_ids": [[5], [6, 7]], "env_mask": [[1], [0, 0]]}, "response 1 has no token"),
+        ({"completion_ids": [[5], []]}, "response 1 has no token"),
+        ({"completion_ids": [[5], [6]], "turns": [1]}, "turns has 1 rows"),
+    ],
+)
+def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        make_rollout(trainer.tokenizer, trainer.prompts[:2], **lists)
+
+
+def test_prompts_of_several_turns(tmp_path):
+    turns = [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"}, {"role": "user", "content": "say cat"},
+    ]  # fmt: skip
+    seen = []
+
+    def reward(prompts, responses, **columns):
+        seen.extend(prompts)
+        return variety(prompts, responses)
+
+    _, rollout = one_iteration(make_trainer(tmp_path, reward=reward, train_dataset=[{"prompt": turns}]))
+    assert seen == [turns] * 16
+    text = make_trainer(tmp_path).tokenizer.decode(rollout.prompt_ids[0])
+    assert text == "<|system|>be brief<|user|>hello<|assistant|>hi<eos>\n<|user|>say cat<|assistant|>"
+
+
+def test_rewards_may_be_async_and_each_part_is_logged(tmp_path):
+    async def remote(prompts, responses, word, **columns):
+        await asyncio.sleep(0.01)
+        return [float(w in r) for w, r in zip(word, responses, strict=True)]
+
+    metrics, _ = one_iteration(make_trainer(tmp_path, reward=[(variety, 2.0), (remote, 1.0)]))
+    assert metrics["rewards/variety/mean"] > 0 and 0 <= metrics["rewards/remote/mean"] <= 1
+    total = 2 * metrics["rewards/variety/mean"] + metrics["rewards/remote/mean"]
+    assert metrics["objective/scores"] == pytest.approx(total, rel=1e-5)
+
+
+# --- what is not finite ----------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_is_not_finite_skips_the_update(tmp_path):
+    calls = []
+
+    def reward(prompts, responses, **columns):
+        calls.append(1)
+        return [float("nan") if len(calls) == 2 and i == 3 else 1.0 * len(r) for i, r in enumerate(responses)]
+
+    trainer = make_trainer(tmp_path, reward=reward, total_episodes=48)
+    run = iter(trainer)
+    next(run)
+    before = weights(trainer.policy)
+    with pytest.warns(RuntimeWarning, match="the reward is not finite"):
+        metrics = next(run)
+    assert torch.equal(weights(trainer.policy), before) and metrics["skipped_steps"] == 1
+    metrics = next(run)
+    assert (
+        metrics["skipped_steps"] == 1
+        and trainer.guard.in_a_row == 0
+        and not torch.equal(weights(trainer.policy), before)
+    )
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
+    trainer = make_trainer(
+        tmp_path, reward=lambda p, r, **c: [float("inf")] * len(r), max_skipped_steps=2, total_episodes=320
+    )
+    with warnings.catch_warnings(), pytest.raises(NonFiniteError, match="in 2 updates in a row"):
+        warnings.simplefilter("ignore")
+        trainer.train()
+    batch = torch.load(tmp_path / "non_finite_batch.pt")
+    assert len(batch["responses"]) == 16 and batch["scores"].isinf().all() and batch["response_ids"].shape[0] == 16
+    assert trainer.step == 1
+
+
+def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
+    trainer = make_trainer(tmp_path, advantage_estimator="reinforce")
+    accumulate, count = trainer._accumulate_gradient, []
+
+    def broken(*args):
+        stats = accumulate(*args)
+        count.append(1)
+        if len(count) == 2:
+            next(trainer.policy.parameters()).grad.fill_(float("nan"))
+        return stats
+
+    trainer._accumulate_gradient = broken
+    with pytest.warns(RuntimeWarning, match="the gradient is not finite"):
+        metrics = next(iter(trainer))
+    assert metrics["skipped_steps"] == 1 and metrics["policy/updates"] == 4
+    assert weights(trainer.policy).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"advantage_estimator": "rloo"}, "num_generations must be 2 or more"),
+        ({"advantage_estimator": "magic"}, "must be one of 'gae', 'reinforce', 'rloo', 'group'"),
+        ({"num_generations": 3}, "multiple of num_generations"),
+        ({"scale_advantages": "group"}, "without a critic"),
+        ({"advantage_estimator": "reinforce", "share_trunk": True}, "has no critic"),
+        ({"advantage_estimator": "reinforce", "value_model": object()}, "has no critic; give no value_model"),
+        ({"detach_values": True}, "set share_trunk too"),
+        ({"kl_in_loss": True}, "expectation 0"),
+        ({"reward_clip_range": [1.0]}, "low, high"),
+        ({"reward_clip_range": [2.0, 1.0]}, "low, high"),
+        ({"dual_clip": 1.0}, "above 1"),
+        ({"monitors": {"lenght": 3}}, "monitors and stop_on know kl, entropy, length"),
+        ({"stop_on": ["everything"]}, "monitors and stop_on know"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path, **wrong)
+
+
+def test_no_field_is_without_a_test_or_a_run():
+    """Speculative options are not welcome: each field is set in some test, example, quickstart or benchmark."""
+    root = Path(__file__).parents[2]
+    folders = ("tests/**/*.py", "examples/*", "rlhf_fast/quickstart/*.py", "bench/*.py")
+    text = "\n".join(path.read_text() for folder in folders for path in root.glob(folder))
+    names = [field.name for field in dataclasses.fields(PPOConfig)]
+    assert not [name for name in names if not re.search(rf'\b{name}("\s*:|=|:)', text)]
