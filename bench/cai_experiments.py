@@ -36,7 +36,11 @@ from rlhf_fast.trainers.constitutional import label, revise
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 
 RESULT = Path(__file__).parent / "results" / "cai.json"
-SIZES = Sizes(judged_pairs=6_000, held_out_pairs=800, ppo_iterations=12, held_out_prompts=500)
+SIZES = Sizes(  # about a third of the quickstart's, for three constitutions of three seeds
+    layers=2, demonstrations=5_000, criticisms=4_000, judged_pairs=2_500, held_out_pairs=400, ppo_iterations=8,
+    held_out_prompts=400,
+)  # fmt: skip
+WRITTEN_PAIRS = {"train": 1_500, "held_out": 1_000}  # for the reward models
 MARGINS = {
     "house": "violations per reply fall by 0.30 or more in phase 1 and by 0.03 or more in phase 2, in every seed",
     "negated": "violations per reply rise by 0.30 or more in phase 1 and by 0.10 or more in phase 2, in every seed",
@@ -110,7 +114,8 @@ class Arm(Quickstart):
 
     def __init__(self, root: Path, seed: int, constitution: Constitution, sft: Path):
         super().__init__(root, seed, SIZES)
-        self.constitution = constitution
+        self.constitution, self.look_at = constitution, self.held_out
+        self.held_out = self.held_out[:32]  # what PPO evaluates on while it trains
         if not (root / "sft").exists():
             (root / "sft").symlink_to(sft.resolve(), target_is_directory=True)
 
@@ -133,7 +138,7 @@ class Arm(Quickstart):
         return {"counts": stage.counts}
 
     def _look(self, policy: str) -> dict:
-        return look(self._path(policy), self.held_out, self.seed)
+        return look(self._path(policy), self.look_at, self.seed)
 
 
 def look(path: str, held_out: list[str], seed: int) -> dict:
@@ -156,7 +161,7 @@ def train_sft(root: Path, seed: int) -> Path:
     """The quickstart's SFT stage with the rows of `revisions_to_order` added."""
     path = root / "sft"
     if not (path / "config.json").exists():
-        extra = revisions_to_order(seed, 5_000)
+        extra = revisions_to_order(seed, 3_000)
         run, criticisms = Quickstart(root, seed, SIZES), task.criticisms
         task.criticisms = lambda *args: criticisms(*args) + extra
         try:
@@ -181,7 +186,7 @@ def reward_model(root: Path, sft: Path, train: list[dict], held_out: list[dict],
 def labels(root: Path, seed: int) -> tuple[list[dict], list[dict]]:
     """Comparisons of written replies under HOUSE; the held-out ones with the truth, not a probability."""
     sets = []
-    for name, count in (("train", 3_000), ("held_out", 1_000)):
+    for name, count in WRITTEN_PAIRS.items():
         pairs = task.candidates(seed, count, held_out=name == "held_out")
         sets.append(label(pairs, HOUSE, RuleJudge(), output_dir=root / f"labels-{name}", seed=seed).rows)
     return sets[0], [{k: v for k, v in row.items() if k != "chosen_prob"} for row in sets[1]]
