@@ -1,6 +1,7 @@
 """Who writes: a language model as a generator, and the requests of phase 1 put to it.
 
-A generator is any function (prompts, seeds) -> texts, a prompt being a string or messages. Seeds come from (run seed,
+A generator is any function (prompts, seeds) -> texts, a prompt being a string or messages; a text that it had to stop
+is a `Cut`. Seeds come from (run seed,
 item, purpose), so no text depends on what else is in its batch.
 """
 
@@ -8,7 +9,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..rollout import generate_text
+import torch
+
+from ..data.chat import encode_prompt
+from ..rollout import generate_tokens
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
 from .ledger import Answer, Ledger, Tries
@@ -16,6 +20,10 @@ from .protocol import Messages
 from .stages import seed_for
 
 Generate = Callable[[Sequence[str | Messages], Sequence[int]], list[str]]
+
+
+class Cut(str):
+    """A text that its generator stopped at the length limit."""
 
 
 @dataclass
@@ -30,10 +38,14 @@ class TextGenerator:
     batch_size: int = 128
 
     def __call__(self, prompts: Sequence[str | Messages], seeds: Sequence[int]) -> list[str]:
-        return generate_text(
-            self.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size, seed=seeds,
+        eos = self.tokenizer.eos_token_id
+        responses = generate_tokens(
+            self.model, [encode_prompt(self.tokenizer, prompt) for prompt in prompts], eos_token_id=eos,
+            max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0, temperature=self.temperature or 1.0,
+            top_p=self.top_p, batch_size=self.batch_size, generator=[torch.Generator().manual_seed(s) for s in seeds],
         )  # fmt: skip
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [text if ids[-1] == eos else Cut(text) for text, ids in zip(texts, responses, strict=True)]
 
     def describe(self) -> dict:
         """JSON-ready provenance, stored in run.json."""
@@ -68,7 +80,8 @@ class _Function:
         texts = self.generate([r["prompt"] for r in requests], [r["seed"] for r in requests])
         if len(texts) != len(requests):
             raise ValueError(f"generate: got {len(requests)} prompts, returned {len(texts)} texts")
-        tries.all([Answer("ok", {"text": text}) for text in texts])
+        ends = ["length" if isinstance(text, Cut) else "stop" for text in texts]
+        tries.all([Answer("ok", {"text": text, "finish_reason": end}) for text, end in zip(texts, ends, strict=True)])
 
 
 class Writer:
@@ -122,7 +135,9 @@ class Writer:
         texts = [""] * len(prompts)
         for i, answer in zip(asked, self.ledger.ask(self.backend, requests), strict=True):
             if answer.status == "ok":
-                texts[i] = self.clean(answer.value["text"])
+                text = answer.value["text"]
+                whole = answer.value.get("finish_reason") != "length" or self.clean(text) != text.strip()
+                texts[i] = self.clean(text) if whole else Cut(self.clean(text))
             else:
                 self.failures[keys[i][0]] = f"{keys[i][1]}: {answer.status}: {answer.reason}"
         return texts

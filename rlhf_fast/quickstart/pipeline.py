@@ -148,7 +148,8 @@ class Quickstart:
         """Phase 1. A critique is asked for where a rule found a fault, so a good one names that fault."""
         stage = revise(
             task.prompts(self.seed + 1, self.sizes.revised_prompts, held_out=False), self._generator("sft"),
-            self.constitution, self.judge, output_dir=run_dir, max_steps=3, batch_size=512, seed=self.seed,
+            self.constitution, self.judge, output_dir=run_dir, max_steps=3, drop=("empty", "scaffold_leak"),
+            batch_size=512, seed=self.seed,  # what is cut off is wrong by the rules, or harmless
         )  # fmt: skip
         before = [all(record["checks"][0].values()) for record in stage.records]
         after = [all(record["checks"][record["selected"]].values()) for record in stage.records]

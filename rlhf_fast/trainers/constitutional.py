@@ -5,12 +5,15 @@
     phase 2   x -> (a, b);  a judge compares them under the constitution: P(a better)           `sample_pairs`, `label`
               (x, y_w, y_l, P(y_w better))                                                      -> RM -> PPO
 
-`revise_sampled` is the paper's own phase 1: principles drawn at random, no checks, all revisions kept.
-Each function reads rows, writes one directory (judges/stages.py: may be killed and run again) and returns a `Stage`.
+Phase 1 has two schedules: "check-all" is `revise`; "paper" is `revise_sampled`, the paper's own: principles drawn at
+random, no checks, all revisions kept. Both flag replies (judges/hygiene.py), and use none with a flag of `drop`.
+`mix_comparisons` joins what judges and people compared. The others read rows, write one directory (judges/stages.py:
+may be killed and run again) and return a `Stage`.
 """
 
+import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -18,16 +21,22 @@ from pathlib import Path
 from ..data.chat import ConfigError
 from ..judges.calibration import UNCALIBRATED, Calibration
 from ..judges.constitution import Constitution, Principle
-from ..judges.generator import Generate, TextGenerator, Writer
+from ..judges.generator import Cut, Generate, TextGenerator, Writer
+from ..judges.hygiene import flags_of, hygiene
 from ..judges.labels import derive, judge_pairs, label_settings
 from ..judges.ledger import Ledger
 from ..judges.protocol import Check, Judge, Messages, Reply
-from ..judges.stages import Stage, finish_stage, read_items, run_stage, seed_for
+from ..judges.stages import Stage, finish_stage, read_items, run_stage, seed_for, write_atomic
 
-__all__ = ["Generate", "Stage", "TextGenerator", "derive", "label", "revise", "revise_sampled", "sample_pairs"]
+__all__ = [
+    "SCHEDULES", "Generate", "Stage", "TextGenerator", "derive", "label", "mix_comparisons", "revise", "revise_sampled",
+    "sample_pairs",
+]  # fmt: skip
 
 
 # --- phase 1 ---
+
+DROP = ("empty", "truncated", "scaffold_leak")  # what no model should learn, whatever the principles say of it
 
 
 @dataclass
@@ -36,29 +45,34 @@ class _Draft:
 
     id: str
     prompt: Messages
+    kind: str  # "red-team", "benign" or what the rows say
     replies: list[str]  # y_0, y_1, ...
     checks: list[list[Check]] = field(default_factory=list)  # of each reply, under all principles
     steps: list[dict] = field(default_factory=list)  # step i made reply i + 1
+    flags: list[list[str]] = field(default_factory=list)  # of each reply
     tried: set[tuple[str, str]] = field(default_factory=set)  # (reply, principle) that were revised already
     current: int = 0  # the reply that the next revision starts from
 
 
 def revise(
     prompts: Iterable, generate: Generate, constitution: Constitution, judge: Judge, *, output_dir: str | Path,
-    max_steps: int = 4, batch_size: int = 32, seed: int = 0,
+    max_steps: int | None = None, drop: Sequence[str] = DROP, batch_size: int = 32, seed: int = 0,
 ) -> Stage:  # fmt: skip
     """Phase 1: answers each prompt, then checks, critiques and revises until no principle is violated.
 
     A step takes the first violated principle (hard ones first) that was not yet tried on this very reply, critiques the
     reply under it if the principle has a critique text, revises, and checks the revision against all principles. The
     next step starts from the revision unless it is worse. A draft stops when nothing is left to try, or after max_steps
-    revisions. The best reply is selected from all of them, the original included: fewest hard principles violated,
-    then the smallest weighted violation sum_i weight_i (1 - c_i), then the smallest edit.
+    revisions (None: as many as there are principles that can be repaired). The best reply is selected from all of them,
+    the original included: fewest hard principles violated, then the smallest weighted violation sum_i weight_i (1 -
+    c_i), then the smallest edit.
 
-    prompts: rows {"prompt": str | messages}, optionally "id". Writes revisions.jsonl (everything), sft.jsonl (`rows`:
-    {"prompt", "completion"} for SFTTrainer) and rejected.jsonl. Statuses: "clean" (the original violates nothing),
-    "revised" (a revision was selected), "unchanged" (violations remain, no revision was better), "hard_violation" (the
-    selected reply violates a hard principle; rejected), "failed" (a check gave no answer; rejected).
+    prompts: rows {"prompt": str | messages}, optionally "id" and "kind" ("red-team", "benign": hygiene.json counts
+    refusals apart for each). Writes revisions.jsonl (everything), sft.jsonl (`rows`: {"prompt", "completion"} for
+    SFTTrainer), rejected.jsonl and hygiene.json. Statuses: "clean" (the original violates nothing), "revised" (a
+    revision was selected), "unchanged" (violations remain, no revision was better); rejected are "hard_violation" (the
+    best reply violates a hard principle), "flagged" (every reply has a flag of `drop`), "failed" (a check gave no
+    answer).
     """
     principles = [p for p in constitution.principles if p.check]
     repairable = sorted((p for p in principles if p.revise), key=lambda p: not p.hard)
@@ -67,38 +81,38 @@ def revise(
             f"revise: constitution {constitution.name!r} has no principle with both 'check' and 'revise'; "
             "revise_sampled needs no checks"
         )
+    max_steps = len(repairable) if max_steps is None else max_steps
     if max_steps < 1:
         raise ConfigError(f"revise: max_steps = {max_steps} must be 1 or more")
-    items = read_items(prompts)
+    items = _items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
 
         def work(batch: list[dict]) -> list[dict]:
             first = writer.answer(batch, "reply")
-            drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(batch, first, strict=True)]
+            drafts = [_Draft(i["id"], i["prompt"], i["kind"], [r]) for i, r in zip(batch, first, strict=True)]
             _check_last(drafts, judge, ledger, principles)
             for _ in range(max_steps):
                 todo = [(draft, p) for draft in drafts if (p := _next_violation(draft, repairable))]
                 _revise_current(todo, writer)
                 _check_last([draft for draft, _ in todo], judge, ledger, principles)
                 for draft, principle in todo:
-                    _go_on_unless_worse(draft, principle, principles)
-            return [writer.or_failed(_revision_record(draft, principles)) for draft in drafts]
+                    _go_on_unless_worse(draft, principle, principles, drop)
+            return [_finished(writer, _revision_record(draft, principles, drop)) for draft in drafts]
 
-        settings = {"seed": seed, "max_steps": max_steps, "judge": judge.describe(), **writer.settings}
+        settings = {"seed": seed, "max_steps": max_steps, "drop": list(drop), "judge": judge.describe()}
+        settings |= writer.settings
         records = run_stage(ledger, "revisions", items, work, settings=settings, batch_size=batch_size)
-    return finish_stage(
-        output_dir, records, lambda record: [_demonstration(record, record["selected"])], name="sft",
-        used=("clean", "revised", "unchanged"), refused=("hard_violation", "failed"),
-    )  # fmt: skip
+    return _finish_revisions(output_dir, records)
 
 
 def revise_sampled(
     prompts: Iterable, generate: Generate, constitution: Constitution, *, output_dir: str | Path, steps: int = 4,
-    batch_size: int = 32, seed: int = 0,
+    drop: Sequence[str] = DROP, batch_size: int = 32, seed: int = 0,
 ) -> Stage:  # fmt: skip
     """Phase 1 of the paper: `steps` principles drawn with replacement for each prompt, each revision in place of the
-    reply before it, no checks. The revisions of all steps are demonstrations. Files as in `revise`.
+    reply before it, no checks. The revisions of all steps are demonstrations, but for those with a flag of `drop`.
+    Files as in `revise`; statuses are "revised", "flagged" (every revision is) and "failed".
     """
     usable = [p for p in constitution.principles if p.revise]
     if not usable or steps < 1:
@@ -106,30 +120,51 @@ def revise_sampled(
             f"revise_sampled: needs a principle with 'revise' and steps >= 1; constitution {constitution.name!r} has "
             f"{len(usable)}, steps = {steps}"
         )
-    items = read_items(prompts)
+    items = _items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
 
         def work(batch: list[dict]) -> list[dict]:
             first = writer.answer(batch, "reply")
-            drafts = [_Draft(i["id"], i["prompt"], [reply]) for i, reply in zip(batch, first, strict=True)]
+            drafts = [_Draft(i["id"], i["prompt"], i["kind"], [r]) for i, r in zip(batch, first, strict=True)]
+            for draft in drafts:
+                _flag_last(draft, usable)
             for step in range(steps):
                 _revise_current(
                     [(d, random.Random(seed_for(seed, d.id, "draw", step)).choice(usable)) for d in drafts], writer
                 )
                 for draft in drafts:
+                    _flag_last(draft, usable)
                     draft.current = len(draft.replies) - 1
-            return [
-                writer.or_failed({"id": d.id, "status": "revised", "prompt": d.prompt, "replies": d.replies,
-                                  "steps": d.steps}) for d in drafts
-            ]  # fmt: skip
+            return [_finished(writer, _sampled_record(draft, drop)) for draft in drafts]
 
-        settings = {"seed": seed, "steps": steps, **writer.settings}
+        settings = {"seed": seed, "steps": steps, "drop": list(drop), **writer.settings}
         records = run_stage(ledger, "revisions", items, work, settings=settings, batch_size=batch_size)
-    return finish_stage(
-        output_dir, records, lambda record: [_demonstration(record, i + 1) for i in range(steps)], name="sft",
-        used=("revised",), refused=("failed",),
+    return _finish_revisions(output_dir, records)
+
+
+SCHEDULES = {"check-all": revise, "paper": revise_sampled}
+
+
+def _items_with_kind(prompts: Iterable) -> list[dict]:
+    rows = list(prompts)
+    kinds = [row.get("kind", "unspecified") if isinstance(row, dict) else "unspecified" for row in rows]
+    return [{**item, "kind": kind} for item, kind in zip(read_items(rows), kinds, strict=True)]
+
+
+def _finished(writer: Writer, record: dict) -> dict:
+    """The record of a prompt; what was not written to the end is used nowhere."""
+    record = writer.or_failed(record)
+    return {**record, "used": []} if record["status"] == "failed" else record
+
+
+def _finish_revisions(output_dir: str | Path, records: list[dict]) -> Stage:
+    stage = finish_stage(
+        output_dir, records, lambda record: [_demonstration(record, i) for i in record["used"]], name="sft",
+        used=("clean", "revised", "unchanged"), refused=("hard_violation", "flagged", "failed"),
     )  # fmt: skip
+    write_atomic(Path(output_dir) / "hygiene.json", json.dumps(hygiene(records), indent=1) + "\n")
+    return stage
 
 
 def _revise_current(todo: Sequence[tuple[_Draft, Principle]], writer: Writer) -> None:
@@ -144,6 +179,22 @@ def _check_last(drafts: Sequence[_Draft], judge: Judge, ledger: Ledger, principl
     answers = judge.check([Reply(d.prompt, d.replies[-1], principles) for d in drafts], ledger)
     for draft, checks in zip(drafts, answers, strict=True):
         draft.checks.append(checks)
+        _flag_last(draft, principles)
+
+
+def _flag_last(draft: _Draft, principles: Sequence[Principle]) -> None:
+    """Flags the newest reply; damage is what the checks, where there are any, say of it and of the reply it revises."""
+    reply, of, requests, damaged = draft.replies[-1], None, (), False
+    if draft.steps:
+        step = draft.steps[-1]
+        principle = next(p for p in principles if p.id == step["principle"])
+        of, requests = draft.replies[step["of"]], (principle.critique, principle.revise)
+        if draft.checks:
+            kept = {c.principle for c in draft.checks[step["of"]] if c.satisfied}
+            damaged = any(c.principle in kept and c.satisfied is False for c in draft.checks[-1])
+    draft.flags.append(
+        flags_of(reply, draft.prompt, of=of, requests=requests, truncated=isinstance(reply, Cut), damaged=damaged)
+    )
 
 
 def _failure(checks: Sequence[Check]) -> str:
@@ -164,34 +215,54 @@ def _violation(checks: Sequence[Check], principles: Sequence[Principle]) -> tupl
     return hard, round(soft, 9)  # so that the order of summation cannot decide
 
 
-def _go_on_unless_worse(draft: _Draft, principle: Principle, principles: Sequence[Principle]) -> None:
+def _go_on_unless_worse(draft: _Draft, principle: Principle, principles: Sequence[Principle], drop) -> None:
     before, after = draft.checks[draft.current], draft.checks[-1]
     draft.tried.add((draft.replies[draft.current], principle.id))
-    accepted = not _failure(after) and _violation(after, principles) <= _violation(before, principles)
+    usable = not _failure(after) and not set(draft.flags[-1]) & set(drop)
+    accepted = usable and _violation(after, principles) <= _violation(before, principles)
     draft.steps[-1]["accepted"] = accepted
     if accepted:
         draft.current = len(draft.replies) - 1
 
 
-def _select(draft: _Draft, principles: Sequence[Principle]) -> int:
-    """Index of the best reply. Only replies that are otherwise equal are compared by their distance to the original."""
-    violations = {i: _violation(c, principles) for i, c in enumerate(draft.checks) if not _failure(c)}
+def _select(draft: _Draft, principles: Sequence[Principle], drop: Sequence[str]) -> int | None:
+    """Index of the best reply, None where all are flagged. Only replies that are otherwise equal are compared by their
+    distance to the original."""
+    usable = [i for i, c in enumerate(draft.checks) if not _failure(c) and not set(draft.flags[i]) & set(drop)]
+    if not usable:
+        return None
+    violations = {i: _violation(draft.checks[i], principles) for i in usable}
     best = [i for i, v in violations.items() if v == min(violations.values())]
     return max(best, key=lambda i: SequenceMatcher(None, draft.replies[0], draft.replies[i], autojunk=False).ratio())
 
 
-def _revision_record(draft: _Draft, principles: Sequence[Principle]) -> dict:
-    checks = [{c.principle: c.score for c in reply} for reply in draft.checks]
-    record = {"id": draft.id, "status": "failed", "prompt": draft.prompt, "replies": draft.replies, "checks": checks}
-    record["steps"] = draft.steps
+def _record(draft: _Draft, **more) -> dict:
+    return {
+        "id": draft.id, "status": "failed", "prompt": draft.prompt, "kind": draft.kind, "replies": draft.replies,
+        "steps": draft.steps, "flags": draft.flags, "used": [], **more,
+    }  # fmt: skip
+
+
+def _sampled_record(draft: _Draft, drop: Sequence[str]) -> dict:
+    used = [i for i, flags in enumerate(draft.flags) if i and not set(flags) & set(drop)]
+    if not used:
+        return _record(draft, status="flagged", reason="every revision has a flag of what is dropped")
+    return _record(draft, status="revised", used=used)
+
+
+def _revision_record(draft: _Draft, principles: Sequence[Principle], drop: Sequence[str]) -> dict:
+    record = _record(draft, checks=[{c.principle: c.score for c in reply} for reply in draft.checks])
     if reason := _failure(draft.checks[0]):
         return {**record, "reason": reason}
-    selected = _select(draft, principles)
+    selected = _select(draft, principles, drop)
+    if selected is None:
+        return {**record, "status": "flagged", "reason": "every reply has a flag of what is dropped"}
     violated = [c.principle for c in draft.checks[selected] if c.satisfied is False]
     record |= {"selected": selected, "violated": violated}
     if hard := [p.id for p in principles if p.hard and p.id in violated]:
         return {**record, "status": "hard_violation", "reason": f"violates {', '.join(hard)}"}
-    return {**record, "status": "revised" if selected else ("unchanged" if violated else "clean")}
+    status = "revised" if selected else ("unchanged" if violated else "clean")
+    return {**record, "status": status, "used": [selected]}
 
 
 def _demonstration(record: dict, reply: int) -> dict:
@@ -244,3 +315,30 @@ def label(
     return derive(
         output_dir, output_dir=output_dir, combine=combine, calibration=calibration, clamp=clamp, tie_margin=tie_margin
     )
+
+
+def mix_comparisons(
+    sources: Mapping[str, Iterable[dict]], weights: Mapping[str, float] | None = None, *, seed: int = 0
+) -> list[dict]:
+    """Comparisons of several origins as one data set for RewardTrainer, in an order drawn from the seed.
+
+    sources: name -> rows {"prompt", "chosen", "rejected", ...}, such as {"ai": label(...).rows, "human": pairs}. Each
+    row gets its `source`, by which RewardTrainer splits its accuracy and margin, and `weight`, its own times that of
+    the source (1 where `weights` does not name it). The paper's preference model is such a mix, of 182,831 harmlessness
+    labels by a model and 135,296 helpfulness comparisons by people, each of weight 1. Soft labels bound the margin that
+    is best (log-odds of the label), hard ones do not: look at the margins of both sources before the mix is trusted.
+    """
+    sources = {name: list(rows) for name, rows in sources.items()}
+    if empty := [name for name, rows in sources.items() if not rows]:
+        raise ConfigError(f"mix_comparisons: source {empty[0]!r} has no rows")
+    if unknown := set(weights or {}) - set(sources):
+        raise ConfigError(f"mix_comparisons: weights name {sorted(unknown)}; the sources are {', '.join(sources)}")
+    if wrong := {name: w for name, w in (weights or {}).items() if not w >= 0}:
+        raise ConfigError(f"mix_comparisons: weights must be 0 or more, got {wrong}")
+    mixed = [
+        {**row, "source": name, "weight": row.get("weight", 1.0) * (weights or {}).get(name, 1.0)}
+        for name, rows in sources.items()
+        for row in rows
+    ]
+    random.Random(seed).shuffle(mixed)
+    return mixed

@@ -14,8 +14,17 @@ import torch
 from tqdm import tqdm
 
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
+from rlhf_fast.judges.generator import Cut
 from rlhf_fast.models import load_policy
-from rlhf_fast.trainers.constitutional import TextGenerator, label, revise, revise_sampled, sample_pairs
+from rlhf_fast.trainers.constitutional import (
+    SCHEDULES,
+    TextGenerator,
+    label,
+    mix_comparisons,
+    revise,
+    revise_sampled,
+    sample_pairs,
+)
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -448,7 +457,9 @@ def test_the_rows_are_what_the_other_trainers_take(tmp_path, model, tokenizer):
     constitution, judge = Constitution("c", (short,)), RuleJudge(scale=40.0)
     options = {"logging_steps": 1, "num_samples": 1}
     generate = TextGenerator(model, tokenizer, max_new_tokens=8)
-    revised = revise(PROMPTS[:8], generate, constitution, judge, output_dir=tmp_path / "revise", max_steps=1)
+    revised = revise(  # a random model never ends by itself
+        PROMPTS[:8], generate, constitution, judge, output_dir=tmp_path / "revise", max_steps=1, drop=()
+    )
     SFTTrainer(SFTConfig(output_dir=str(tmp_path / "sft"), max_steps=2, **options), model,
                train_dataset=revised.rows, tokenizer=tokenizer).train()  # fmt: skip
 
@@ -491,3 +502,118 @@ def test_with_a_real_model(tmp_path, model, tokenizer):
     assert all(p["a"] == p["b"] for p in pairs)
     stage = label(pairs, constitution, RuleJudge(), output_dir=tmp_path / "d")
     assert stage.counts["tie"] == 6 and stage.rows == []
+
+
+# --- hygiene ---
+
+
+def test_replies_are_flagged_and_what_no_model_should_learn_is_not_used(tmp_path):
+    """0 leaks scaffolding, 1 is cut, 2 is a revision that changes nothing, 3 does damage, 4 is fine."""
+    first = {"q0": "0\n\nHuman: so?", "q1": Cut("0 and"), "q2": "0", "q3": "20", "q4": "0"}
+    then = {"q0": "1 fine", "q1": Cut("1 and so"), "q2": "0", "q3": "1 without, 2 9", "q4": "1 fine"}
+
+    def scripted_by_prompt(prompts, seeds):
+        return [(then if len(p) > 1 else first)[p[0]["content"]] for p in prompts]
+
+    house = Constitution("house", (principle("has-1", HAS_1.check.function), NO_9))
+    rows = [{"id": q, "prompt": q, "kind": "benign" if q == "q4" else "red-team"} for q in first]
+    stage = revise(rows, scripted_by_prompt, house, RuleJudge(), output_dir=tmp_path, max_steps=1)
+    flags = {r["id"]: r["flags"] for r in stage.records}
+    assert flags == {
+        "q0": [["scaffold_leak"], []], "q1": [["truncated"], ["truncated"]], "q2": [[], ["no_op"]],
+        "q3": [[], ["damage"]], "q4": [[], []],
+    }  # fmt: skip
+    assert {r["id"]: r["status"] for r in stage.records} == {
+        "q0": "revised", "q1": "flagged", "q2": "unchanged", "q3": "unchanged", "q4": "revised",
+    }  # fmt: skip
+    assert [row["completion"][0]["content"] for row in stage.rows] == ["1 fine", "0", "20", "1 fine"]
+    assert stage.counts["inputs"] == 5 == sum(n for status, n in stage.counts.items() if status != "inputs")
+    counts = json.loads((tmp_path / "hygiene.json").read_text())
+    assert (
+        counts["originals"]["replies"] == 5 and counts["revisions"]["replies"] == 5 and counts["used"]["replies"] == 4
+    )
+    assert counts["revisions"]["damage"] == counts["revisions"]["no_op"] == 1 and counts["used"]["scaffold_leak"] == 0
+    assert counts["kinds"]["benign"]["used"] == {"replies": 1, "refusal": 0, "evasive": 0}
+
+
+def test_refusals_are_counted_apart_for_harmful_and_for_harmless_prompts(tmp_path):
+    def refuses(prompts, seeds):
+        return ["I'm sorry, but I can't help with that." if len(p) > 1 else "Sure, do this first." for p in prompts]
+
+    plain = Constitution("plain", (Principle("p", revise="Make it harmless."),))
+    rows = [{"prompt": f"question {i}", "kind": kind} for i, kind in enumerate(["red-team"] * 3 + ["benign"] * 2)]
+    stage = SCHEDULES["paper"](rows, refuses, plain, output_dir=tmp_path, steps=2)
+    kinds = json.loads((tmp_path / "hygiene.json").read_text())["kinds"]
+    assert kinds["red-team"] == {"original": {"replies": 3, "refusal": 0, "evasive": 0},
+                                 "used": {"replies": 6, "refusal": 6, "evasive": 6}}  # fmt: skip
+    assert kinds["benign"]["used"]["refusal"] == 4 and len(stage.rows) == 10
+
+
+def test_the_papers_schedule_leaves_out_flagged_revisions(tmp_path):
+    def counts_steps(prompts, seeds):
+        """The second revision leaks, whatever it revises."""
+        return [
+            "start" if len(p) == 1 else {"start": "one", "one": "Revision: two"}.get(p[1]["content"], "three")
+            for p in prompts
+        ]
+
+    plain = Constitution("plain", (Principle("p", revise="Again."),))
+    stage = revise_sampled(["x"], counts_steps, plain, output_dir=tmp_path, steps=3)
+    assert [row["completion"][0]["content"] for row in stage.rows] == ["one", "three"]
+    assert [row["step"] for row in stage.rows] == [1, 3] and stage.records[0]["flags"][2] == ["scaffold_leak"]
+
+
+def test_a_generator_says_what_it_had_to_cut(model, tokenizer, tmp_path):
+    texts = TextGenerator(model, tokenizer, max_new_tokens=3)(PROMPTS[:4], [0, 1, 2, 3])
+    assert all(isinstance(text, Cut) for text in texts)  # a random model does not end by itself
+    stage = revise(
+        PROMPTS[:4], TextGenerator(model, tokenizer, max_new_tokens=3), HOUSE, RuleJudge(), output_dir=tmp_path
+    )
+    assert stage.counts["flagged"] == 4 and stage.rows == []
+    assert all("truncated" in flags for record in stage.records for flags in record["flags"])
+
+
+def test_several_turns(tmp_path):
+    """The reply that is criticised is the one to the last turn; those before it are context."""
+    asked = []
+    turns = [("user", "hello"), ("assistant", "1"), ("user", "and now?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+
+    def listening(prompts, seeds):
+        asked.extend(prompts)
+        return ["0" if len(p) == 3 else "noted" if len(p) == 5 else "1" for p in prompts]
+
+    stage = revise([messages], listening, Constitution("one", (HAS_1,)), RuleJudge(), output_dir=tmp_path)
+    assert [len(p) for p in asked] == [3, 5, 7] and all(p[:3] == messages for p in asked)
+    assert stage.rows[0]["prompt"] == messages and stage.rows[0]["completion"][0]["content"] == "1"
+
+
+# --- mixing ---
+
+
+def test_sources_are_mixed_with_their_weights():
+    ai = [{"prompt": "x", "chosen": str(i), "rejected": "r", "chosen_prob": 0.6, "weight": 2.0} for i in range(30)]
+    human = [{"prompt": "y", "chosen": str(i), "rejected": "r"} for i in range(20)]
+    mixed = mix_comparisons({"ai": ai, "human": human}, {"ai": 0.5})
+    assert len(mixed) == 50 and {row["source"] for row in mixed[:20]} == {"ai", "human"}
+    assert {(row["source"], row["weight"]) for row in mixed} == {("ai", 1.0), ("human", 1.0)}
+    assert sorted(row["chosen"] for row in mixed if row["source"] == "human") == sorted(row["chosen"] for row in human)
+    assert mix_comparisons({"ai": ai, "human": human}, {"ai": 0.5}) == mixed and "source" not in ai[0]
+    for sources, weights, word in (
+        ({"ai": []}, None, "'ai'"),
+        ({"ai": ai}, {"people": 1}, "people"),
+        ({"ai": ai}, {"ai": -1}, "0"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            mix_comparisons(sources, weights)
+
+
+def test_a_mix_is_what_the_reward_trainer_takes(tmp_path, model, tokenizer):
+    def pairs(chosen, prob):
+        return [{"prompt": f"q{i}", "chosen": chosen, "rejected": "no", "chosen_prob": prob} for i in range(6)]
+
+    mixed = mix_comparisons({"ai": pairs("yes", 0.7), "human": pairs("fine", 1.0)}, {"human": 3.0})
+    config = RewardConfig(output_dir=str(tmp_path), max_steps=1, logging_steps=1, num_samples=0)
+    trainer = RewardTrainer(config, model, tokenizer=tokenizer, train_dataset=mixed)
+    assert sorted((item.chosen_prob, item.weight) for item in trainer.items) == [(0.7, 1.0)] * 6 + [(1.0, 3.0)] * 6
+    trainer.train()
