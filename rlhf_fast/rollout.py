@@ -65,9 +65,11 @@ class Rollout:
         return self.response_mask if self.present is None else self.present
 
     def scatter(self, rows: Tensor, x: Tensor) -> Tensor:
-        """(N,) a number for each response token of b rows -> (b, R), 0 outside response_mask."""
+        """(N, ...) something for each response token of b rows -> (b, R, ...), 0 outside response_mask."""
         mask = self.response_mask[rows]
-        return x.new_zeros(mask.shape).masked_scatter(mask, x)
+        if bool(mask.all()):
+            return x.view(*mask.shape, *x.shape[1:])
+        return x.new_zeros(*mask.shape, *x.shape[1:]).index_put((mask,), x)
 
 
 def generate(

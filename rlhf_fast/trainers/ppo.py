@@ -47,9 +47,9 @@ from ..models import (
     unwrapped,
 )
 from ..monitors import Monitors
-from ..ops import gae, linear_token_logprobs, masked_mean, masked_whiten, ppo_loss, value_loss
+from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import compute_scores, make_reward, score_components
-from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
+from ..rollout import Rollout, generate, make_rollout, rollout_metrics, squeeze, text_metrics
 from . import common
 from .ppo_config import PPOConfig
 
@@ -168,8 +168,7 @@ class PPOTrainer:
         scores, components = self._score(rollout)
         if self.guard.check(bool(scores.isfinite().all()), "the reward", lambda: _as_rows(rollout, scores)):
             rollout.scores = self._shape(scores, rollout)
-            sizes = (rollout.lengths, config.minibatch_size, config.micro_batch_size)
-            plan = [minibatches(*sizes, generator) for _ in range(config.num_ppo_epochs)]
+            plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])
             kl = self._advantages(rollout)
             clock.append(time.perf_counter())
@@ -239,36 +238,38 @@ class PPOTrainer:
         for name in ("logprobs", "ref_logprobs", *(["values"] if self.value_model else [])):
             setattr(rollout, name, torch.zeros(rollout.response_mask.shape, device=rollout.response_mask.device))
         for rows in chain.from_iterable(plan):
-            rollout.logprobs[rows], _, values = self._look(rollout, rows)
+            inputs = squeeze(rollout, rows)
+            hidden, values = self._look(rollout, rows, inputs)
+            rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
             if values is not None:
                 rollout.values[rows] = values
-            rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*squeeze(rollout, rows)))
+            rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
 
-    def _look(self, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Policy and critic on b rows -> logprobs, entropy, values, each (b, R) and 0 outside the mask.
+    def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
+        """Policy and critic on b rows, squeezed -> (N, D) hidden states of the policy that predict the N response
+        tokens, (b, R) values, 0 outside the mask.
 
-        Scoring and training both come through here. Only the N response tokens reach the two heads.
+        Scoring and training both come through here, and only those N reach the two heads.
         """
-        input_ids, positions, labels = squeeze(rollout, rows)
-        hidden = _hidden_at(self.policy, input_ids, positions)  # (N, D)
-        logprobs, entropy = (rollout.scatter(rows, x) for x in self._logprobs(self.policy, hidden, labels))
+        input_ids, positions, _ = inputs
+        hidden = critic_hidden = _hidden_at(self.policy, input_ids, positions)
         if self.value_model is None:
-            return logprobs, entropy, None
+            return hidden, None
         if not self.config.share_trunk:
-            hidden = _hidden_at(self.value_model.model, input_ids, positions)
+            critic_hidden = _hidden_at(self.value_model.model, input_ids, positions)
         elif self.config.detach_values or self._warming_up:
-            hidden = hidden.detach()
-        return logprobs, entropy, rollout.scatter(rows, scalar_head(self.value_model.model, hidden))
+            critic_hidden = hidden.detach()
+        return hidden, rollout.scatter(rows, scalar_head(self.value_model.model, critic_hidden))
 
     def _reference_logprobs(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         with adapters_off(self.policy) if self.reference is None else nullcontext():
             model = self.policy if self.reference is None else self.reference
-            return self._logprobs(model, _hidden_at(model, input_ids, positions), labels)[0]
+            return self._logprobs(model, _hidden_at(model, input_ids, positions), labels)
 
-    def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> Tensor:
         weight, bias, softcap = lm_head(model)
         return linear_token_logprobs(
-            hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature, with_entropy=True
+            hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature
         )
 
     def _advantages(self, rollout: Rollout) -> Tensor:
@@ -290,6 +291,11 @@ class PPOTrainer:
         return kl
 
     # --- update ---
+
+    def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
+        config = self.config
+        sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+        return minibatches(rollout.lengths, config.minibatch_size, **sizes, generator=generator)
 
     @property
     def _warming_up(self) -> bool:
@@ -337,13 +343,15 @@ class PPOTrainer:
         }.get(config.loss_agg_mode, len(every_row))  # fmt: skip
         for rows in minibatch:
             mask = rollout.response_mask[rows]
-            logprobs, entropy, values = self._look(rollout, rows)
-            policy_loss, p = ppo_loss(
-                logprobs, rollout.logprobs[rows], rollout.advantages[rows], mask, cliprange=config.cliprange,
-                cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
+            hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
+            weight, bias, softcap = lm_head(self.policy)
+            policy_loss, p = linear_ppo_loss(
+                rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
+                rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
+                cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
                 ref_logprobs=rollout.ref_logprobs[rows],
                 kl_coef=self.kl_controller.kl_coef if config.kl_in_loss else 0.0, kl_estimator=config.kl_estimator,
-                entropy=entropy, entropy_coef=config.entropy_coef,
+                entropy_coef=config.entropy_coef,
                 importance_weights=None if weights is None else weights[rows], loss_agg_mode=config.loss_agg_mode,
                 normalizer=normalizer,
             )  # fmt: skip
@@ -360,12 +368,12 @@ class PPOTrainer:
 
             stats["loss/policy_avg"] += p["policy_loss"]
             stats["loss/kl_avg"] += p["kl"]
+            stats["policy/entropy_avg"] += p["entropy"]  # aggregated like the loss, as that of a bonus would be
             stats["max_abs_log_ratio"] = torch.maximum(stats["max_abs_log_ratio"], p["max_abs_log_ratio"])
             for name, mean in {
                 "policy/approxkl_avg": p["approx_kl_k2"], "policy/approxkl_k3_avg": p["approx_kl_k3"],
                 "policy/clipfrac_avg": p["clipfrac_high"] + p["clipfrac_low"],
                 "policy/dual_clipfrac_avg": p["dual_clipfrac"],
-                "policy/entropy_avg": masked_mean(entropy.detach(), mask),
                 "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"],
             }.items():  # fmt: skip
                 stats[name] += mean * (p["num_tokens"] / num_tokens)
@@ -384,9 +392,7 @@ class PPOTrainer:
         if not self.eval_prompts:
             return {}
         rollout, scores = self._look_at_held_out()
-        self._score_tokens(
-            rollout, minibatches(rollout.lengths, self.config.minibatch_size, self.config.micro_batch_size)
-        )
+        self._score_tokens(rollout, self._minibatches(rollout))
         errors = {f"{name}_stderr": x.std(correction=0) / max(1, len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
         metrics["kl"] = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
@@ -448,21 +454,30 @@ class PPOTrainer:
 
 
 def minibatches(
-    lengths: Tensor, minibatch_size: int, micro_batch_size: int | None, generator: torch.Generator | None = None
-) -> list[list[Tensor]]:
+    lengths: Tensor, minibatch_size: int, micro_batch_size: int | None = None, *, micro_batch_tokens: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[Tensor]]:  # fmt: skip
     """(B,) lengths -> [minibatch][micro-batch] -> row numbers; each row once, shuffled where there is a generator.
 
-    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding.
+    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding. One
+    holds micro_batch_size rows at most, and micro_batch_tokens tokens, padding included, but always one row.
     """
     order = torch.arange(len(lengths)) if generator is None else torch.randperm(len(lengths), generator=generator)
-    sorted_rows = (
-        rows[lengths[rows].argsort(descending=True, stable=True)]
-        for rows in order.to(lengths.device).split(minibatch_size)
-    )
-    return [list(rows.split(micro_batch_size or minibatch_size)) for rows in sorted_rows]
+    plan = []
+    for rows in order.to(lengths.device).split(minibatch_size):
+        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        sizes, start = [], 0
+        widths = lengths[rows].tolist()
+        while start < len(rows):
+            most = micro_batch_size or len(rows)
+            if micro_batch_tokens is not None:
+                most = min(most, max(1, micro_batch_tokens // widths[start]))
+            sizes.append(min(most, len(rows) - start))
+            start += sizes[-1]
+        plan.append(list(rows.split(sizes)))
+    return plan
 
 
-@torch.no_grad()
 def _starts_as_its_base(policy) -> bool:
     """Whether it has adapters that change nothing yet: then it is its own reference without them."""
     if not has_adapters(policy):

@@ -47,6 +47,7 @@ class PPOConfig:
     # --- update
     minibatch_size: int = 64  # responses per optimizer step; divides batch_size
     micro_batch_size: int | None = None  # responses per forward and backward, None: all; changes memory, not the result
+    micro_batch_tokens: int | None = None  # the same, in tokens of prompt and response with padding; None: no limit
     num_ppo_epochs: int = 4
     learning_rate: float = 3e-6
     value_learning_rate: float | None = None  # of a separate value model; None: learning_rate
@@ -90,9 +91,9 @@ class PPOConfig:
             positive=(
                 "total_episodes", "batch_size", "num_generations", "generation_batch_size", "response_length",
                 "max_prompt_length", "temperature", "kl_target", "kl_horizon", "minibatch_size", "micro_batch_size",
-                "num_ppo_epochs", "learning_rate", "value_learning_rate", "cliprange", "cliprange_high", "target_kl",
-                "importance_cap", "cliprange_value", "lora_alpha", "logging_steps", "save_total_limit",
-                "max_skipped_steps",
+                "micro_batch_tokens", "num_ppo_epochs", "learning_rate", "value_learning_rate", "cliprange",
+                "cliprange_high", "target_kl", "importance_cap", "cliprange_value", "lora_alpha", "logging_steps",
+                "save_total_limit", "max_skipped_steps",
             ),
             non_negative=(
                 "missing_eos_penalty", "length_penalty", "length_budget", "kl_coef", "weight_decay", "max_grad_norm",

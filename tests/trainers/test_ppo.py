@@ -80,8 +80,14 @@ def test_a_ratio_of_one_and_a_half_counts_as_1_2():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"micro_batch_size": 3}, {"share_trunk": True, "micro_batch_size": 5}, {"minibatch_size": 16}],
-    ids=["plain", "ragged micro-batches", "shared trunk", "one minibatch"],
+    [
+        {},
+        {"micro_batch_size": 3},
+        {"share_trunk": True, "micro_batch_size": 5},
+        {"minibatch_size": 16},
+        {"micro_batch_tokens": 50},
+    ],
+    ids=["plain", "ragged micro-batches", "shared trunk", "one minibatch", "token budget"],
 )
 def test_the_first_ratio_is_exactly_one(tmp_path, options):
     for metrics in make_trainer(tmp_path, total_episodes=48, **options):
@@ -123,8 +129,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(tmp_path, share_trunk):
         trainer.value_model.model.score.weight.normal_(generator=torch.Generator().manual_seed(2))
     rollout = a_rollout(trainer)
     gradients, losses = [], []
-    for micro_batch_size in (None, 1, 3):
-        (minibatch,) = minibatches(rollout.lengths, len(rollout.prompts), micro_batch_size)
+    for limits in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 3}, {"micro_batch_tokens": 40}):
+        (minibatch,) = minibatches(rollout.lengths, len(rollout.prompts), **limits)
         losses.append(trainer._accumulate_gradient(rollout, minibatch)["loss/policy_avg"])
         parameters = [*trainer.policy.parameters(), *trainer.value_model.parameters()]
         gradients.append([p.grad.clone() for p in parameters])
@@ -133,7 +139,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(tmp_path, share_trunk):
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=2e-6, rtol=1e-4)
-    torch.testing.assert_close(losses[1:], [losses[0]] * 2)
+    torch.testing.assert_close(losses[1:], [losses[0]] * 3)
 
 
 def test_padding_columns_change_nothing(tmp_path):
@@ -190,13 +196,21 @@ def test_squeeze_takes_the_padding_out_of_the_middle():
 
 def test_minibatches_hold_each_row_once_and_sort_only_within():
     lengths = torch.arange(24) % 7
-    first, second = (minibatches(lengths, 8, 3, torch.Generator().manual_seed(s)) for s in (0, 1))
+    first, second = (minibatches(lengths, 8, 3, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     assert [[len(rows) for rows in minibatch] for minibatch in first] == [[3, 3, 2]] * 3
     for minibatch in first:
         in_order = lengths[torch.cat(minibatch)].tolist()
         assert in_order == sorted(in_order, reverse=True)
     assert sorted(torch.cat([torch.cat(m) for m in first]).tolist()) == list(range(24))
     assert set(torch.cat(first[0]).tolist()) != set(torch.cat(second[0]).tolist())
+
+
+def test_micro_batches_hold_the_tokens_they_may_and_at_least_a_row():
+    lengths = torch.tensor([3, 9, 4, 12, 1, 5])
+    (minibatch,) = minibatches(lengths, 6, micro_batch_tokens=10)
+    assert [lengths[rows].tolist() for rows in minibatch] == [[12], [9], [5, 4], [3, 1]]  # 12 alone is over the budget
+    (minibatch,) = minibatches(lengths, 6, 1, micro_batch_tokens=10)
+    assert [len(rows) for rows in minibatch] == [1] * 6
 
 
 def test_repetition_is_the_share_of_pairs_seen_before():
