@@ -1,0 +1,220 @@
+"""PPO end to end beside TRL 1.12.0: the same Llama, prompts, reward and settings, one process for each run, in turns.
+
+    python bench/bench_ppo.py [--part speed|memory|rollout|race] ... [--small]
+
+speed    response tokens per CPU-second of whole iterations: shared trunk, separate critic, TRL (its best micro-batch)
+memory   peak resident memory of such a process at two vocabularies, and what everything takes before the first step
+rollout  our generation beside transformers' generate(), in one process in turns
+race     reward over CPU-seconds, and over KL, from the same start; five seeds; each with the best learning rate of one
+         grid, chosen on a seed that does not count
+TRL is installed from PyPI into a folder of its own and is on the path of its processes only. CPU-seconds are those of
+the process, all threads together; OMP_WAIT_POLICY=PASSIVE, so that no thread is paid for waiting, on either side.
+Results: bench/results/ppo.json, a part at a time; bench/report.py makes the tables and the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from ppo_worker import Run  # noqa: E402
+
+TRL = "trl==1.12.0"
+SYSTEMS = ("shared", "separate", "trl")
+TRL_MICRO_BATCHES = (16, 64)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+RACE = Run(
+    vocab=512, hidden=64, layers=2, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
+    iterations=16, kl_coef=0.003, num_prompts=1024,
+)  # fmt: skip
+TUNING_SEED, SEEDS = 100, range(5)
+
+
+def install_trl(folder: Path) -> Path:
+    if not (folder / "trl").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, TRL]
+        subprocess.run(command, check=True)
+    return folder
+
+
+def execute(run: Run, trl: Path) -> dict:
+    """The run in a process of its own -> {"rows": [...], "peak_rss": bytes}."""
+    with tempfile.TemporaryDirectory() as folder:
+        order, result = Path(folder) / "run.json", Path(folder) / "result.json"
+        order.write_text(json.dumps(asdict(run)))
+        path = [ROOT, *([trl] if run.system == "trl" else [])]
+        environment = {
+            **os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, path)),
+        }  # fmt: skip
+        command = [sys.executable, "-W", "ignore", HERE / "ppo_worker.py", order, result]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{run} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return json.loads(result.read_text())
+
+
+def steady(result: dict) -> tuple[int, float]:
+    """Response tokens and CPU-seconds of all iterations but the first, which also sets everything up."""
+    rows = result["rows"]
+    return sum(row["tokens"] for row in rows[1:]), rows[-1]["cpu_seconds"] - rows[0]["cpu_seconds"]
+
+
+def rate(result: dict) -> float:
+    tokens, seconds = steady(result)
+    return tokens / seconds
+
+
+def speed(options) -> dict:
+    """Rounds in which all take turns; medians, and the ratio to TRL within each round."""
+    base = Run(hidden=128, iterations=options.iterations)
+    if options.small:
+        base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
+    sizes = {m: rate(execute(replace(base, system="trl", micro_batch_size=m), options.trl)) for m in options.micro}
+    best = max(sizes, key=sizes.get)
+    print("TRL by micro-batch:", {m: round(r) for m, r in sizes.items()}, flush=True)
+    rounds = []
+    for i in range(options.rounds):
+        names = SYSTEMS[i % 3 :] + SYSTEMS[: i % 3]
+        runs = {name: replace(base, system=name) for name in names}
+        runs["trl"] = replace(runs["trl"], micro_batch_size=best)
+        results = {name: execute(run, options.trl) for name, run in runs.items()}
+        rounds.append({name: rate(results[name]) for name in SYSTEMS})
+        print({name: f"{r:.0f} tokens per CPU-second" for name, r in rounds[-1].items()}, flush=True)
+    medians = {name: statistics.median(r[name] for r in rounds) for name in SYSTEMS}
+    ratios = {name: statistics.median(r[name] / r["trl"] for r in rounds) for name in SYSTEMS[:2]}
+    return {
+        "run": asdict(base), "trl_micro_batch_size": best, "trl_by_micro_batch": sizes, "rounds": rounds,
+        "tokens_per_cpu_second": medians, "over_trl": ratios,
+    }  # fmt: skip
+
+
+def memory(options) -> dict:
+    """Peak resident memory of a process that ran an iteration. `imports`: of one that set up the trainer only."""
+    rows = []
+    for vocab in (512,) if options.small else (8192, 32_768):
+        base = Run(hidden=128, vocab=vocab, iterations=1)
+        row = {"vocab": vocab, "imports": execute(replace(base, iterations=0), options.trl)["peak_rss"]}
+        for name in SYSTEMS:
+            row[name] = execute(replace(base, system=name), options.trl)["peak_rss"]
+        rows.append(row)
+        print({k: v if k == "vocab" else f"{v / 1e6:.0f} MB" for k, v in row.items()}, flush=True)
+    return {"run": asdict(base), "rows": rows}
+
+
+def rollout(options) -> dict:
+    """Seconds of CPU for the same prompts; medians over rounds, and of the ratio within a round."""
+    import torch
+    from ppo_worker import make_model, make_prompts
+    from transformers import GenerationConfig
+
+    from rlhf_fast.generation import generate_tokens, pad
+
+    torch.set_num_threads(1)
+    rows = []
+    for hidden, vocab, batch in ((128, 8192, 64), (128, 8192, 8), (256, 32_768, 32)):
+        run = Run(hidden=hidden, vocab=vocab)
+        model, prompts = make_model(run).eval(), make_prompts(run)[:batch]
+        ids, mask = pad(prompts, 0, left=True)
+        sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        config = GenerationConfig(max_new_tokens=run.response_length, eos_token_id=1, pad_token_id=0, **sampling)
+
+        def ours(model=model, prompts=prompts, run=run):
+            generate_tokens(model, prompts, max_new_tokens=run.response_length, eos_token_id=1)
+
+        def theirs(model=model, ids=ids, mask=mask, config=config, **more):
+            with torch.no_grad():
+                return model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config, **more)
+
+        def trls(theirs=theirs):  # as TRL calls it, for every token's logits
+            torch.stack(theirs(return_dict_in_generate=True, output_scores=True).scores, 1)
+
+        functions = {"ours": ours, "generate": theirs, "TRL's call of generate": trls}
+        samples = {name: [] for name in functions}
+        for i in range(1 + options.rounds):
+            for name, function in functions.items():
+                start = time.process_time()
+                function()
+                if i:
+                    samples[name].append(time.process_time() - start)
+        row = {"hidden": hidden, "vocab": vocab, "batch": batch, "response_length": run.response_length}
+        row["cpu_seconds"] = {name: statistics.median(values) for name, values in samples.items()}
+        row["over_ours"] = {
+            name: statistics.median(t / o for t, o in zip(values, samples["ours"], strict=True))
+            for name, values in samples.items()
+        }
+        rows.append(row)
+        print(row, flush=True)
+    return {"rows": rows}
+
+
+def race(options) -> dict:
+    """Curves of (CPU-seconds, reward, KL) for each seed."""
+    base = replace(RACE, iterations=3) if options.small else RACE
+    names, curves, tuning = ("shared", "trl"), {}, {}
+    for name in names:
+        finals = {}
+        for lr in LEARNING_RATES:
+            rows = execute(replace(base, system=name, learning_rate=lr, seed=TUNING_SEED), options.trl)["rows"]
+            finals[lr] = statistics.fmean(row["reward"] for row in rows[-3:])
+        tuning[name] = finals
+        curves[name] = []
+        print(name, "reward of the last iterations by learning rate:", finals, flush=True)
+    for seed in SEEDS:
+        for name in names:
+            best = max(tuning[name], key=tuning[name].get)
+            # Ours is given iterations for about TRL's time; only what both have time for is compared.
+            longer = 1 if name == "trl" else options.longer
+            run = replace(base, system=name, learning_rate=best, seed=seed, iterations=base.iterations * longer)
+            rows = execute(run, options.trl)["rows"]
+            curves[name].append([{k: row[k] for k in ("cpu_seconds", "reward", "kl")} for row in rows])
+            print(f"seed {seed} {name}: {rows[-1]}", flush=True)
+    return {"run": asdict(base), "tuning": {n: {str(k): v for k, v in t.items()} for n, t in tuning.items()},
+            "curves": curves}  # fmt: skip
+
+
+PARTS = {"speed": speed, "memory": memory, "rollout": rollout, "race": race}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench/bench_ppo.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be repeated (default: all)")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers" / "trl-1.12.0", help="where TRL goes")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=3, help="of a speed run; the first does not count")
+    parser.add_argument("--longer", type=int, default=3, help="iterations of ours for one of TRL in the race")
+    parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
+    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "ppo.json")
+    options = parser.parse_args()
+    options.trl = install_trl(options.folder.resolve())
+    options.micro = TRL_MICRO_BATCHES[:1] if options.small else TRL_MICRO_BATCHES
+    import torch
+
+    from rlhf_fast.bench.harness import provenance
+
+    results = json.loads(options.json.read_text()) if options.json.exists() else {"parts": {}}
+    for part in options.part or PARTS:
+        result = PARTS[part](options)
+        about = provenance(torch.device("cpu"), [])
+        about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
+                  "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
+        about["packages"]["trl"] = TRL.split("==")[1]
+        results["parts"][part] = {**about, **result}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

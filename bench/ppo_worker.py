@@ -1,0 +1,201 @@
+"""One PPO run in a process of its own, ours or TRL's, for bench_ppo.py: python bench/ppo_worker.py run.json result.json
+
+Both get the same Llama from the same seed, the same prompts and the same reward, and write one row an iteration:
+CPU-seconds used so far (all threads), response tokens, reward and KL to the reference.
+
+The task: a response scores the share of its tokens that lie in a fixed tenth of the vocabulary; prompts have none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PAD, EOS, FIRST = 0, 1, 2  # FIRST: the first ordinary token
+
+
+@dataclass
+class Run:
+    """What both trainers are told. One optimizer step takes minibatch_size responses, in micro-batches."""
+
+    system: str = "shared"  # or "separate", or "trl"
+    vocab: int = 8192
+    hidden: int = 256
+    layers: int = 4
+    batch_size: int = 64
+    minibatch_size: int = 64
+    micro_batch_size: int = 16
+    num_ppo_epochs: int = 4
+    prompt_length: tuple[int, int] = (16, 48)
+    response_length: int = 64
+    iterations: int = 4
+    num_prompts: int = 512
+    learning_rate: float = 3e-4
+    kl_coef: float = 0.05
+    temperature: float = 1.0
+    seed: int = 0
+    device: str = "cpu"
+    options: dict | None = None  # what one trainer has and the other lacks
+
+    @property
+    def good(self) -> range:
+        """The tokens that score."""
+        return range(FIRST, FIRST + self.vocab // 10)
+
+
+def make_tokenizer(vocab: int):
+    """Token i is the word t<i>, but for the two special ones."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, "<eos>": EOS, **{f"t{i}": i for i in range(FIRST, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def make_model(run: Run):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(run.seed)
+    heads = max(1, run.hidden // 64)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=run.vocab, hidden_size=run.hidden, intermediate_size=run.hidden * 8 // 3,
+            num_hidden_layers=run.layers, num_attention_heads=heads, num_key_value_heads=heads,
+            max_position_embeddings=1024, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
+        )
+    ).to(run.device)  # fmt: skip
+
+
+def make_prompts(run: Run) -> list[list[int]]:
+    rng = random.Random(run.seed)
+    words = range(run.good.stop, run.vocab)
+    return [[rng.choice(words) for _ in range(rng.randint(*run.prompt_length))] for _ in range(run.num_prompts)]
+
+
+class Clock:
+    """Rows of (CPU-seconds since the start of training, what else is known)."""
+
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.start = time.process_time()
+
+    def row(self, **values) -> None:
+        self.rows.append({"cpu_seconds": time.process_time() - self.start, **values})
+
+
+def run_ours(run: Run) -> list[dict]:
+    from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
+
+    def reward(prompts, responses, **columns):
+        words = [[int(word[1:]) in run.good for word in response.split()] for response in responses]
+        return [sum(row) / run.response_length for row in words]
+
+    config = PPOConfig(
+        output_dir="", seed=run.seed, total_episodes=run.iterations * run.batch_size, batch_size=run.batch_size,
+        minibatch_size=run.minibatch_size, micro_batch_size=run.micro_batch_size, num_ppo_epochs=run.num_ppo_epochs,
+        generation_batch_size=run.batch_size, response_length=run.response_length, temperature=run.temperature,
+        learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
+        share_trunk=run.system == "shared", **(run.options or {}),
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        config, make_model(run), reward=reward, tokenizer=make_tokenizer(run.vocab),
+        train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
+    )  # fmt: skip
+    clock = Clock()
+    for metrics in trainer:
+        clock.row(
+            tokens=int(metrics["response_length/mean"] * run.batch_size + 0.5),
+            reward=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]),
+            entropy=float(metrics["policy/entropy_avg"]),
+            seconds={k.removeprefix("timing_s/"): v for k, v in metrics.items() if k.startswith("timing_s/")},
+        )  # fmt: skip
+    return clock.rows
+
+
+class ShareOfGood(torch.nn.Module):
+    """The reward as the only thing that TRL takes: a module with a backbone whose "hidden state" a head turns into
+    rewards at every token. The backbone counts."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, run: Run):
+        super().__init__()
+        self.run = run
+
+    @property
+    def backbone(self):
+        return self.count
+
+    def count(self, input_ids, **_):
+        from types import SimpleNamespace
+
+        good = (input_ids >= self.run.good.start) & (input_ids < self.run.good.stop)
+        return SimpleNamespace(hidden_states=[good.cumsum(1).float()[..., None]])
+
+    def score(self, counts):
+        return counts / self.run.response_length
+
+
+def run_trl(run: Run) -> list[dict]:
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    clock = Clock()
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            clock.row(
+                tokens=run.batch_size * run.response_length, reward=logs["objective/scores"],
+                kl=logs["objective/kl"], entropy=logs["policy/entropy_avg"],
+            )  # fmt: skip
+
+    policy, tokenizer = make_model(run), make_tokenizer(run.vocab)
+    config = type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1})
+    value_model = AutoModelForSequenceClassification.from_config(config).to(run.device)
+    value_model.model.load_state_dict(policy.model.state_dict())
+    torch.nn.init.zeros_(value_model.score.weight)  # as ours starts
+    accumulate = run.minibatch_size // run.micro_batch_size
+    if run.batch_size != run.minibatch_size:
+        # TRL ignores num_mini_batches, but steps after every micro-batch while its data loader is at its last batch:
+        # a dataset of one batch makes it take its minibatches.
+        raise NotImplementedError
+    args = PPOConfig(
+        output_dir="/tmp/trl", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        seed=run.seed, total_episodes=run.iterations * run.batch_size, per_device_train_batch_size=run.micro_batch_size,
+        gradient_accumulation_steps=accumulate, num_mini_batches=1, num_ppo_epochs=run.num_ppo_epochs,
+        local_rollout_forward_batch_size=run.batch_size, response_length=run.response_length, stop_token="eos",
+        temperature=run.temperature, learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
+        num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=run.device == "cpu",
+        **(run.options or {}),
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        args=args, processing_class=tokenizer, model=policy, ref_model=None, reward_model=ShareOfGood(run),
+        train_dataset=Dataset.from_dict({"input_ids": make_prompts(run)}), value_model=value_model, callbacks=[Watch()],
+    )  # fmt: skip
+    clock.start = time.process_time()
+    trainer.train()
+    return clock.rows
+
+
+def main() -> None:
+    run = Run(**json.loads(Path(sys.argv[1]).read_text()))
+    torch.set_num_threads(1)
+    rows = (run_trl if run.system == "trl" else run_ours)(run)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(sys.argv[2]).write_text(json.dumps({"rows": rows, "peak_rss": peak}))
+
+
+if __name__ == "__main__":
+    main()
