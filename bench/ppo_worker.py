@@ -102,7 +102,7 @@ def run_ours(run: Run) -> list[dict]:
         return [sum(row) / run.response_length for row in words]
 
     config = PPOConfig(
-        output_dir="", seed=run.seed, total_episodes=run.iterations * run.batch_size, batch_size=run.batch_size,
+        output_dir="", seed=run.seed, total_episodes=max(1, run.iterations) * run.batch_size, batch_size=run.batch_size,
         minibatch_size=run.minibatch_size, micro_batch_size=run.micro_batch_size, num_ppo_epochs=run.num_ppo_epochs,
         generation_batch_size=run.batch_size, response_length=run.response_length, temperature=run.temperature,
         learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
@@ -113,7 +113,7 @@ def run_ours(run: Run) -> list[dict]:
         train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
     )  # fmt: skip
     clock = Clock()
-    for metrics in trainer:
+    for _, metrics in zip(range(run.iterations), trainer, strict=False):
         clock.row(
             tokens=int(metrics["response_length/mean"] * run.batch_size + 0.5),
             reward=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]),
