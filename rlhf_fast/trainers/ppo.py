@@ -49,7 +49,7 @@ from ..models import (
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import compute_scores, make_reward, score_components
-from ..rollout import Rollout, generate, make_rollout, rollout_metrics, squeeze, text_metrics
+from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
 from . import common
 from .ppo_config import PPOConfig
 
