@@ -603,7 +603,7 @@ def save_checkpoint(trainer, run_dir: Path, keep: int | None, best: int | None =
         (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where its stream breaks
+    except Exception as error:  # a full disk is an OSError, a RuntimeError of torch.save or one of safetensors' own
         shutil.rmtree(temporary, ignore_errors=True)
         before = latest_checkpoint(run_dir)
         kept = f"{before} is untouched: resume from it" if before else "there is no earlier one"

@@ -50,7 +50,7 @@ def install(folder: Path, packages: list[str]) -> str | None:
 
 
 def pytest(folder: Path, *arguments) -> tuple[int, str]:
-    path = os.pathsep.join(map(str, [folder, ROOT, HERE]))
+    path = os.pathsep.join(map(str, [folder, ROOT, HERE, HERE.parent]))
     environment = {**os.environ, "PYTHONPATH": path, "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [
         sys.executable,
@@ -96,6 +96,8 @@ def main() -> int:
             failed = True
             continue
         runs = [(f"compat beside {name}", [HERE / f"compare_{name.split('-')[0]}.py"])]
+        if name == "trl-1.12.0":
+            runs.append(("one PPO update beside trl-1.12.0", [HERE / "compare_trl_ppo.py"]))
         if name.startswith("verl"):
             tests = folder / name / "tests" / "trainer" / "ppo"
             runs.append(

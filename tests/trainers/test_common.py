@@ -369,3 +369,82 @@ def test_a_run_that_failed_before_its_first_line_can_be_started_again(tmp_path):
     with pytest.raises(RuntimeError):
         Walk(Config(str(tmp_path)), at_step={1: fail}).train()
     assert Walk(Config(str(tmp_path))).train().step == 10
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [tear, flip_a_bit, lambda path: path.unlink()], ids=["torn", "a bit", "gone"])
+@pytest.mark.parametrize("name", ["model.txt", "manifest.json", "state.pt"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm, name):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Walk(Config(str(whole))).train()
+    config = Config(str(broken), save_steps=3)
+    with pytest.raises(RuntimeError, match="crash"):
+        Walk(config, at_step={8: _crash}).train()
+    harm(broken / "checkpoint-6" / name)
+    if (name, harm.__name__) == ("state.pt", "<lambda>"):  # without it, it is no checkpoint at all
+        assert common.latest_checkpoint(broken).name == "checkpoint-3"
+        Walk(config).train(resume=True)
+    else:
+        with pytest.warns(UserWarning, match="checkpoint-6 is damaged .*: going on from checkpoint-3"):
+            Walk(config).train(resume=True)
+        assert (broken / "damaged-checkpoint-6").is_dir()
+    assert without_time(rows(broken / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
+    assert common.damage(broken / "checkpoint-6") is None  # saved again on the way
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path):
+    config = Config(str(tmp_path), save_steps=3)
+    with pytest.raises(RuntimeError, match="crash"):
+        Walk(config, at_step={8: _crash}).train()
+    for step in (3, 6):
+        tear(tmp_path / f"checkpoint-{step}/state.pt")
+    with pytest.raises(
+        ConfigError, match=r"no checkpoint in .* is whole \(checkpoint-6: state.pt not as written; check"
+    ):
+        Walk(config).train(resume=True)
+    assert {p.name for p in tmp_path.glob("*checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
+
+
+def _crash():
+    raise RuntimeError("crash")
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path, monkeypatch):
+    config, save = Config(str(tmp_path), save_steps=3), torch.save
+
+    def full(state, path):
+        if state["step"] == 6:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-6 could not be saved .*No space left.*checkpoint-3 is untouched"):
+        Walk(config).train()
+    assert not list(tmp_path.glob(".tmp*")) and common.damage(tmp_path / "checkpoint-3") is None
+    monkeypatch.undo()
+    assert Walk(config).train(resume=True).step == 10
+
+
+def test_updates_that_are_skipped_are_counted_and_too_many_in_a_row_end_the_run(tmp_path):
+    guard = common.NonFiniteGuard(3, str(tmp_path / "run"))
+    batch = lambda: {"texts": ["a"]}  # noqa: E731
+    for finite in (True, False, False, True, False, False):
+        if finite:
+            assert guard.check(True, "the gradient", batch)
+        else:
+            with pytest.warns(RuntimeWarning, match="the gradient is not finite: this update is skipped, number"):
+                assert not guard.check(False, "the gradient", batch)
+    assert (guard.skipped, guard.in_a_row) == (4, 2) and not (tmp_path / "run").exists()
+    with pytest.warns(RuntimeWarning), pytest.raises(common.NonFiniteError, match="in 3 updates in a row"):
+        guard.check(False, "the gradient", batch)
+    assert torch.load(tmp_path / "run/non_finite_batch.pt") == {"texts": ["a"]}

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import re
 import warnings
 from pathlib import Path
@@ -450,3 +451,16 @@ def test_no_field_is_without_a_test_or_a_run():
     text = "\n".join(path.read_text() for folder in folders for path in root.glob(folder))
     names = [field.name for field in dataclasses.fields(PPOConfig)]
     assert not [name for name in names if not re.search(rf'\b{name}("\s*:|=|:)', text)]
+
+
+def test_a_monitor_ends_the_run_with_a_checkpoint_and_resume_overrides_it(tmp_path, capsys):
+    options = {"monitors": {"length": 1.0001}, "stop_on": ["length"], "total_episodes": 160, "num_ppo_epochs": 1}
+    result = make_trainer(tmp_path, **options).train()
+    assert result.interrupted and 6 <= result.step < 10 and (tmp_path / f"checkpoint-{result.step}").exists()
+    alarms = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    assert alarms[-1]["monitor"] == "length" and alarms[-1]["step"] == result.step
+    out = capsys.readouterr().out
+    assert f"Stopped by monitor length after step {result.step} of 10" in out
+    assert not make_trainer(tmp_path, **options | {"stop_on": []}).train(resume=True).interrupted
+    again = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    assert again[: len(alarms)] == alarms

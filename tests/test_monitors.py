@@ -1,0 +1,89 @@
+"""Monitors on logs made up by hand: silent on a good run, and each raises its alarm, once, with the numbers."""
+
+import json
+
+import pytest
+
+from rlhf_fast.monitors import BANDS, LIMITS, Monitors, on_page
+from rlhf_fast.report import write_report
+
+START = {
+    "objective/kl": 0.5, "policy/entropy_avg": 3.0, "response_length/mean": 20.0, "response/repetition": 0.05,
+    "objective/score_length_correlation": 0.1,
+}  # fmt: skip
+
+
+def a_log(steps=20, **changed):
+    """A quiet run; changed: {metric: value} in its second half."""
+    return [{"step": i, **START, **(changed if i > steps // 2 else {})} for i in range(1, steps + 1)]
+
+
+def alarms_of(log, **options):
+    monitors = Monitors(**options)
+    return [alarm for row in log for alarm in monitors(row)]
+
+
+def test_a_good_run_is_quiet():
+    assert alarms_of(a_log()) == []
+    assert alarms_of(a_log(**{"objective/kl": 12.0, "policy/entropy_avg": 1.0, "response_length/mean": 30.0})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("kl", 50.0, 20.0), ("entropy", 0.1, 0.3), ("length", 100.0, 40.0), ("length", 2.0, 10.0),
+        ("repetition", 0.6, 0.25), ("score_length", 0.9, 0.6), ("score_length", -0.9, -0.6),
+    ],
+)  # fmt: skip
+def test_each_monitor_raises_its_alarm_once_with_evidence(name, value, bound):
+    metric = BANDS[name].metric
+    log = a_log(**{metric: value})
+    (alarm,) = alarms_of(log)
+    assert alarm.monitor == name and 11 <= alarm.step <= 15  # within one window
+    assert alarm.evidence["bound"] == pytest.approx(bound) and alarm.evidence["start"] == pytest.approx(START[metric])
+    assert metric in alarm.message and f"over steps {alarm.step - 4} to {alarm.step}" in alarm.message
+    assert alarms_of(log, limits={name: None}) == []  # switched off
+    recovered = [
+        *log,
+        *({**row, "step": row["step"] + 20} for row in a_log()),
+        *({**row, "step": row["step"] + 40} for row in log),
+    ]
+    assert [a.monitor for a in alarms_of(recovered)] == [name, name]  # raised again when it comes back
+
+
+def test_limits_are_those_asked_for():
+    (alarm,) = alarms_of(a_log(**{"objective/kl": 3.0}), limits={"kl": 2.0})
+    assert alarm.evidence["now"] > 2.0
+
+
+def evaluations(true, proxy, error=0.01):
+    return [
+        {"step": i, "eval_scores": p, "eval_scores_stderr": 0.02, "eval_pass_rate": t, "eval_pass_rate_stderr": error,
+         "eval_kl": 1.0}
+        for i, (t, p) in enumerate(zip(true, proxy, strict=True))
+    ]  # fmt: skip
+
+
+def test_reward_up_while_the_held_out_reward_falls():
+    rising = [1.0, 1.5, 2.0, 2.5, 3.0]
+    (alarm,) = alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising))
+    assert alarm.monitor == "overoptimization" and alarm.step == 4
+    assert alarm.evidence["best_step"] == 2 and alarm.evidence["standard_errors"] == pytest.approx(0.13 / 0.01 / 2**0.5)
+    assert "step 2 is the better policy" in alarm.message and "from 2 to 3" in alarm.message
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.71, 0.70], rising))  # within three standard errors
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.05))  # noise
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising[::-1]))  # both fall: no hacking
+    assert not alarms_of(evaluations([0.5, 0.6, 0.7, 0.8, 0.9], rising))
+
+
+def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
+    log = a_log(**{"response_length/mean": 90.0})
+    page = on_page(log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0]), {})
+    assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # two of overoptimization
+    assert "response_length/mean is" in page and "eval_pass_rate fell" in page
+    assert "No alarm from kl, entropy" in on_page(a_log(), {})
+    (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert "Monitors" not in write_report(tmp_path).read_text()  # a run that nothing watched
+    (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))
+    text = write_report(tmp_path).read_text()
+    assert "<h2>Monitors</h2>" in text and "No alarm" in text  # its limits are those of the run
