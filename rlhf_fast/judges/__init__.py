@@ -4,12 +4,14 @@ from .audit import audit
 from .calibration import Calibration
 from .constitution import Constitution, ConstitutionError, ModelCheck, Principle, RuleCheck
 from .constitution_report import report_on
+from .http_judge import HTTPGenerator, HTTPJudge
 from .labels import derive, judge_pairs
 from .ledger import Answer, Ledger
 from .local import LocalJudge
 from .protocol import Check, Judge, Missing, Pair, Reply, Verdict, Vote, decide
 from .rule_judge import RuleJudge
 from .rules import RULES, rule
+from .server import Server
 
 __all__ = [
     "RULES",
@@ -18,6 +20,8 @@ __all__ = [
     "Check",
     "Constitution",
     "ConstitutionError",
+    "HTTPGenerator",
+    "HTTPJudge",
     "Judge",
     "Ledger",
     "LocalJudge",
@@ -28,6 +32,7 @@ __all__ = [
     "Reply",
     "RuleCheck",
     "RuleJudge",
+    "Server",
     "Verdict",
     "Vote",
     "audit",

@@ -5,7 +5,9 @@
 
     logit         mean of the votes under the principles' weights, both orders           protocol.decide
     p_calibrated  sigmoid(slope * logit), each order rid of the bias first               calibration.py
-    p             p_calibrated, clamped; |p_calibrated - 1/2| < tie_margin is a tie and gets no label
+    p             p_calibrated, clamped; p_calibrated - 1/2 < tie_margin is a tie and gets no label
+
+p is of the reply that is preferred: P(chosen is better), at least 1/2.
 
 Other weights (0 leaves a principle out), another clamp, calibration or way to combine cost no call to the judge.
 """
@@ -121,8 +123,10 @@ def label_settings(judge: dict, combine: str | None, calibration: Calibration, c
         raise ConfigError(f"label: combine = {combine!r}, needs one of {', '.join(COMBINE)}")
     if not 0 <= tie_margin < 0.5:
         raise ConfigError(f"label: tie_margin = {tie_margin} is a distance from 0.5 and must lie in [0, 0.5)")
-    if clamp is not None and not 0 <= clamp[0] < 0.5 < clamp[1] <= 1:
-        raise ConfigError(f"label: clamp = {clamp} must be (low, high) with 0 <= low < 0.5 < high <= 1")
+    if clamp is not None and not (0.5 < clamp[1] <= 1 and abs(clamp[0] + clamp[1] - 1) < 1e-9):
+        raise ConfigError(
+            f"label: clamp = {clamp} must be (1 - p, p) with 0.5 < p <= 1: which reply is called a is chance"
+        )
     return {
         "combine": combine, "calibration": dataclasses.asdict(calibration), "clamp": clamp and list(clamp),
         "tie_margin": tie_margin,
@@ -142,14 +146,13 @@ def _labelled(record: dict, how: dict) -> dict:
     raw = verdict_of(record, how["weights"], combine=how["combine"])
     verdict = verdict_of(record, how["weights"], combine=how["combine"], calibration=calibration)
     logit = calibration.slope * verdict.logit
-    prob = sigmoid(logit)
+    prob = sigmoid(abs(logit))  # of the reply that is preferred, so that swapping the two changes no bit of it
     status, reason = verdict.status, verdict.reason
-    if status == "ok" and (logit == 0 or abs(prob - 0.5) < how["tie_margin"]):
-        status, reason = "tie", f"P(a better) = {prob:.4f}"
-    evidence = {"p_raw": raw.prob_a, "p_calibrated": prob, "logit": logit, "order_gap": raw.order_gap}
-    if how["clamp"]:
-        prob = min(max(prob, how["clamp"][0]), how["clamp"][1])
-    return {**record, "status": status, "reason": reason, "prob_a": prob, **evidence}
+    if status == "ok" and (logit == 0 or prob - 0.5 < how["tie_margin"]):
+        status, reason = "tie", f"P(better) = {prob:.4f}"
+    final = min(prob, how["clamp"][1]) if how["clamp"] else prob
+    evidence = {"p_raw": sigmoid(abs(raw.logit)), "p_calibrated": prob, "p": final}
+    return {**record, "status": status, "reason": reason, "logit": logit, "order_gap": raw.order_gap, **evidence}
 
 
 def _comparison(record: dict, how: dict, provenance: dict) -> dict:
@@ -159,7 +162,7 @@ def _comparison(record: dict, how: dict, provenance: dict) -> dict:
         "prompt": record["prompt"],
         "chosen": [{"role": "assistant", "content": record[chosen]}],
         "rejected": [{"role": "assistant", "content": record[rejected]}],
-        "chosen_prob": max(record["prob_a"], 1 - record["prob_a"]),
+        "chosen_prob": record["p"],
         "label_source": "ai",
         "cai": {
             "pair_id": record["id"], "a": "chosen" if chosen == "a" else "rejected", "clamp": how["clamp"],

@@ -80,6 +80,7 @@ class Tries:
     def begin(self, i: int) -> int:
         """Request i is about to be sent."""
         request, now = self._requests[i], time.time()
+        self._ledger._count(1)
         row = (request.key, self._backend, request.about, request.prompt_sha256, "started", now)
         with self._ledger.transaction() as db:
             return db.execute(
@@ -99,6 +100,7 @@ class Tries:
                 (answer.status, _dump(answer.value), answer.reason, raw and _utf8(raw), http_status, prompt_tokens,
                  completion_tokens, time.time(), attempt),
             )  # fmt: skip
+        self._ledger._count(0, prompt_tokens, completion_tokens)
         self.last[i] = answer
 
     def all(self, answers: Sequence[Answer]) -> None:
@@ -116,6 +118,7 @@ class Tries:
                 "VALUES (?,?,?,?,?,?,?,?,?)",
                 rows,
             )
+        self._ledger._count(len(rows))
         self.last = answers
 
 
@@ -145,7 +148,10 @@ class Ledger:
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
         self._db.execute("UPDATE attempts SET status='interrupted' WHERE status='started'")
-        (self._opened_after,) = self._db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
+        self._opened_after, *self._used = self._db.execute(
+            "SELECT coalesce(max(id), 0), count(*), coalesce(sum(prompt_tokens), 0), "
+            "coalesce(sum(completion_tokens), 0) FROM attempts"
+        ).fetchone()
 
     def _hold(self):
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -211,10 +217,12 @@ class Ledger:
 
     def usage(self) -> Usage:
         with self._lock:
-            row = self._db.execute(
-                "SELECT count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) FROM attempts"
-            ).fetchone()
-        return Usage(*row)
+            return Usage(*self._used)
+
+    def _count(self, requests: int = 0, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> None:
+        with self._lock:
+            more = (requests, prompt_tokens or 0, completion_tokens or 0)
+            self._used = [a + b for a, b in zip(self._used, more, strict=True)]
 
     def counts(self) -> Counter:
         """Attempts by status; they sum to `usage().requests`."""

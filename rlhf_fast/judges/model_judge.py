@@ -11,6 +11,7 @@ With `cot_tokens` the model first writes a rationale for each question, and the 
 of arXiv 2212.08073).
 """
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ class ScoringBackend(Backend):
     """A backend that answers two kinds of requests.
 
     {"prompt", "labels"}                     value {"logprobs": one a label, "mass", "kind", "slack"}
+    {"prompt", "labels", "seed"}             value {"label": the index of the one that was sampled}, for `votes`
     {"prompt", "max_tokens", "seed"}         value {"text"}
     """
 
@@ -49,10 +51,11 @@ class ModelJudge:
     """
 
     def __init__(
-        self, backend: ScoringBackend, constitution: Constitution, *, min_label_mass: float, cot_tokens: int, seed: int
-    ):
+        self, backend: ScoringBackend, constitution: Constitution, *, min_label_mass: float, cot_tokens: int, seed: int,
+        votes: int = 0,
+    ):  # fmt: skip
         self.backend, self.layout = backend, constitution.compare_layout
-        self.min_label_mass, self.cot_tokens, self.seed = min_label_mass, cot_tokens, seed
+        self.min_label_mass, self.cot_tokens, self.seed, self.votes = min_label_mass, cot_tokens, seed, votes
         self._question = COMPARE_LAYOUTS[self.layout][0]
         self._shots = [] if cot_tokens else self._draw_shots(constitution)  # theirs have no rationale
 
@@ -139,10 +142,16 @@ class ModelJudge:
             ])  # fmt: skip
         asked = [i for i, r in enumerate(rationales) if r is None or r.status == "ok"]
         texts = {i: cut_at_head(rationales[i].value["text"]) for i in asked if rationales[i]}
-        scores = ledger.ask(self.backend, [
+        requests = [
             {"prompt": self.backend.prompt(self.layout, shots, questions[i][1], labels, texts.get(i)),
              "labels": list(labels), "layout": self.layout, "about": questions[i][0]} for i in asked
-        ])  # fmt: skip
+        ]  # fmt: skip
+        if self.votes:
+            cast = [{**r, "seed": seed_for(self.seed, r["prompt"], k)} for r in requests for k in range(self.votes)]
+            ballots = ledger.ask(self.backend, cast)
+            scores = [_counted(ballots[k : k + self.votes]) for k in range(0, len(ballots), self.votes)]
+        else:
+            scores = ledger.ask(self.backend, requests)
         answers = list(rationales)
         for i, score in zip(asked, scores, strict=True):
             answers[i] = score
@@ -168,3 +177,17 @@ class ModelJudge:
             "cot_tokens": self.cot_tokens,
             "seed": self.seed,
         }
+
+
+def _counted(answers: Sequence[Answer]) -> Answer:
+    """k samples of one question -> its answer; P = (n_A + 1/2) / (n + 1) over the n that chose a label."""
+    counts = [sum(a.status == "ok" and a.value["label"] == i for a in answers) for i in (0, 1)]
+    n = sum(counts)
+    others = [a for a in answers if a.status != "ok"]
+    if failed := [a for a in others if a.status == "failed"]:
+        return failed[0]  # a vote that was not cast is not the judge's answer
+    if not n:
+        return others[0]
+    logprobs = [math.log((c + 0.5) / (n + 1)) for c in counts]
+    value = {"logprobs": logprobs, "mass": n / len(answers), "kind": "votes", "counts": counts}
+    return Answer("ok", value, key="+".join(a.key for a in answers))

@@ -1,0 +1,327 @@
+"""An OpenAI-compatible server as a judge and as a generator (server.py has the calls, model_judge.py the judging).
+
+What a server supports is tried when the judge is made, the best first, and never changes in the middle of a run:
+
+    echo         /completions with the prompt echoed: the exact log-probability of each whole label
+    top_k        /completions, log-probabilities of the k likeliest first tokens
+    chat         /chat/completions, the same with at most 20
+    systemone    /systemone of `transformers serve`: probabilities of the labels, which add up to 1 by construction
+    votes        /chat/completions, k samples a question; P = (n_A + 1/2) / (n + 1), n of them valid. Only if asked for
+
+A label that is not among the k likeliest has no log-probability; it has at most u, the smaller of the
+least of them and what they leave. It is taken to have u, the value that moves P least from 1/2, and `slack` says how
+far P may lie from the truth; where that is more than max_slack, the answer is unparsed. A reply without
+log-probabilities is a failed try, not a vote.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+from ..data.chat import ConfigError
+from .constitution import Constitution
+from .layouts import COMPARE_LABELS, THINK, text_prompt
+from .ledger import Answer, Tries
+from .model_judge import ModelJudge
+from .server import Server, Unreadable
+
+MODES = ("echo", "top_k", "chat", "systemone", "votes")
+
+_REFUSAL = re.compile(
+    r"\b(?:I|we) (?:can ?not|can't|can’t|won't|am unable|must decline)|\bI'm (?:sorry|unable)|申し訳|お答えできません",
+    re.I,
+)
+
+
+class HTTPBackend:
+    """Scores labels, or has them chosen, through a server."""
+
+    def __init__(
+        self, server: Server, layout: str, *, mode: str, votes: int, vote_tokens: int, top_k: int, max_slack: float
+    ):
+        if mode not in ("auto", *MODES):
+            raise ConfigError(f"HTTPJudge: mode = {mode!r}, needs auto or one of {', '.join(MODES)}")
+        if (mode == "votes") != (votes > 0):
+            raise ConfigError(
+                f"HTTPJudge: votes = {votes} goes with mode: votes only, which samples each question so often"
+            )
+        self.server, self.layout, self.votes, self.vote_tokens = server, layout, votes, vote_tokens
+        self.top_k, self.max_slack = top_k, max_slack
+        self.mode, self.found = self._probe(mode)
+
+    def _probe(self, mode: str) -> tuple[str, dict[str, str]]:
+        """(the mode to use, what each mode that was tried came to)."""
+        chats = ["chat", "systemone"]
+        wanted = [mode] if mode != "auto" else chats if self.layout == "chat" else ["echo", "top_k", *chats]
+        question = "\n\nWhich letter comes first in the alphabet?\n (A) A\n (B) B"
+        found = {}
+        for name in wanted:
+            self.mode = name
+            labels = list(COMPARE_LABELS)
+            request = {"prompt": self.prompt(self.layout, [], question, labels, None), "labels": labels}
+            try:
+                answer = self._read(request, self.server.post(*self._send(request)))
+                if answer.status == "ok" or name == "votes":
+                    return name, {**found, name: "yes"}
+                found[name] = f"{answer.status}: {answer.reason}"
+            except Unreadable as error:
+                found[name] = str(error)
+            except self.server.openai.APIStatusError as error:
+                if error.status_code in (401, 429) or error.status_code >= 500:
+                    raise ConfigError(f"{self.server.base_url}: HTTP {error.status_code}: {error.message}") from None
+                found[name] = f"HTTP {error.status_code}: {error.message}"
+            except self.server.openai.APIError as error:
+                raise ConfigError(f"{self.server.base_url} cannot be reached: {error}") from None
+        if mode == "votes":
+            raise ConfigError(f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}")
+        told = "; ".join(f"{name}: {reason}" for name, reason in found.items())
+        raise ConfigError(
+            f"{self.server.base_url} gives no log-probabilities for {self.server.model!r} ({told}). With mode: votes "
+            "and votes: 8, say, labels are counted from samples: coarser, and that many calls a question"
+        )
+
+    def describe(self) -> dict:
+        counted = {"votes": self.votes, "vote_tokens": self.vote_tokens} if self.votes else {}
+        return {
+            **self.server.describe(),
+            "mode": self.mode,
+            "top_k": self.top_k,
+            "max_slack": self.max_slack,
+            **counted,
+        }
+
+    def special_tokens(self) -> Sequence[str]:
+        return ()  # the server's tokenizer is not known; `defuse` knows the common ones
+
+    def prompt(self, layout: str, shots, question: str, labels, rationale: str | None):
+        if self.mode in ("echo", "top_k"):
+            # Where only the first token is seen, it must be the one that differs.
+            begun = " (" if self.mode == "top_k" and all(label.startswith(" (") for label in labels) else ""
+            return text_prompt(None, shots, question, rationale) + begun
+        a, b = map(_bare, labels)
+        messages = []
+        for asked, label in shots:
+            messages += [_user(f"{asked.strip()}\n\n{_only(a, b)}"), {"role": "assistant", "content": _bare(label)}]
+        if rationale is None:
+            return [*messages, _user(f"{question.strip()}\n\n{_only(a, b)}")]
+        return [
+            _user(f"{question.strip()}\n\n{THINK}"),
+            {"role": "assistant", "content": rationale},
+            _user(_only(a, b)),
+        ]
+
+    def ask_for_rationale(self, layout: str, question: str):
+        if self.mode in ("echo", "top_k"):
+            return text_prompt(None, [], question, asking=True)
+        return [_user(f"{question.strip()}\n\n{THINK}")]
+
+    def answer(self, requests: Sequence[dict], tries: Tries) -> None:
+        self.server.call_all(requests, tries, self._send, self._read)
+
+    # -- one request, in each of the modes --
+
+    def _send(self, request: dict) -> tuple[str, dict]:
+        prompt = request["prompt"]
+        if "labels" not in request:
+            return _text_call(prompt, request["max_tokens"], temperature=0, seed=request["seed"])
+        if self.mode == "echo":
+            return "/completions", {"prompt": [prompt + label for label in request["labels"]], "echo": True,
+                                    "max_tokens": 1, "logprobs": 1, "temperature": 0}  # fmt: skip
+        if self.mode == "top_k":
+            return "/completions", {"prompt": prompt, "max_tokens": 1, "logprobs": self.top_k, "temperature": 0}
+        if self.mode == "chat":
+            return "/chat/completions", {"messages": prompt, "max_tokens": 1, "temperature": 0, "logprobs": True,
+                                         "top_logprobs": min(self.top_k, 20)}  # fmt: skip
+        if self.mode == "systemone":
+            criteria = {_bare(label): label.strip() for label in request["labels"]}
+            question = {"type": "choice", "instructions": "Choose the answer.", "criteria": criteria}
+            state = "\n\n".join(m["content"] for m in prompt)
+            return "/systemone", {"state": state, "questions": {"answer": question}}
+        return "/chat/completions", {"messages": prompt, "max_tokens": self.vote_tokens, "temperature": 1.0,
+                                     "seed": request.get("seed", 0) % 2**31}  # fmt: skip
+
+    def _read(self, request: dict, reply: dict) -> Answer:
+        if "labels" not in request:
+            return read_text(reply)
+        labels = request["labels"]
+        if self.mode == "systemone":
+            return _read_systemone(labels, reply)
+        if self.mode == "echo":
+            return _read_echo(request["prompt"], labels, reply)
+        if self.mode == "votes":
+            return _read_vote(labels, reply)
+        return _read_top(labels, reply, self.max_slack)
+
+
+class HTTPJudge(ModelJudge):
+    """Judges through a server. mode "auto" takes the best that gives log-probabilities, and refuses a server without.
+
+    votes: samples a question, for mode "votes". vote_tokens: how much a sample may write. top_k: asked for where the
+    mode has one; the OpenAI API allows 5 for top_k and 20 for chat. The other arguments are `ModelJudge`'s.
+    """
+
+    def __init__(
+        self, server: Server, constitution: Constitution, *, mode: str = "auto", votes: int = 0, vote_tokens: int = 16,
+        top_k: int = 20, max_slack: float = 0.05, min_label_mass: float = 0.1, cot_tokens: int = 0, seed: int = 0,
+    ):  # fmt: skip
+        backend = HTTPBackend(
+            server, constitution.compare_layout, mode=mode, votes=votes, vote_tokens=vote_tokens, top_k=top_k,
+            max_slack=max_slack,
+        )  # fmt: skip
+        super().__init__(
+            backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, votes=votes, seed=seed
+        )
+
+
+class HTTPGenerator:
+    """A server as a generator, for `revise` and `sample_pairs`. temperature 0 takes the most likely token."""
+
+    def __init__(self, server: Server, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0):
+        self.server, self.sampling = server, {"temperature": temperature, "top_p": top_p}
+        self.max_new_tokens = max_new_tokens
+
+    def describe(self) -> dict:
+        """JSON-ready provenance, stored in run.json."""
+        return {**self.server.describe(), "max_new_tokens": self.max_new_tokens, **self.sampling}
+
+    def answer(self, requests: Sequence[dict], tries: Tries) -> None:
+        """Requests {"prompt", "seed"} -> {"text"}; text prompts go to /completions, messages to /chat/completions."""
+
+        def send(request: dict) -> tuple[str, dict]:
+            return _text_call(request["prompt"], self.max_new_tokens, seed=request["seed"], **self.sampling)
+
+        self.server.call_all(requests, tries, send, lambda request, reply: read_text(reply))
+
+
+def _text_call(prompt, max_tokens: int, *, seed: int, **sampling) -> tuple[str, dict]:
+    body = {"max_tokens": max_tokens, "seed": seed % 2**31, **sampling}
+    if isinstance(prompt, str):
+        return "/completions", {"prompt": prompt, **body}
+    return "/chat/completions", {"messages": prompt, **body}
+
+
+def _user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _bare(label: str) -> str:
+    return label.strip(" ()")
+
+
+def _only(a: str, b: str) -> str:
+    return f"Answer with {a} or {b} and nothing else."
+
+
+# -- what comes back --
+
+
+def _choice(reply: dict, number: int = 0) -> dict:
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or len(choices) <= number:
+        raise Unreadable("the reply has no choices")
+    return choices[number]
+
+
+def read_text(reply: dict) -> Answer:
+    """{"text", "finish_reason"} of a chat or text completion."""
+    choice = _choice(reply)
+    message = choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else choice.get("text")
+    if choice.get("finish_reason") == "content_filter":
+        return Answer("refused", reason="content filter")
+    if isinstance(message, dict) and message.get("refusal"):
+        return Answer("refused", reason=message["refusal"])
+    if not isinstance(text, str):
+        raise Unreadable("the reply has no text")
+    return Answer("ok", {"text": text, "finish_reason": choice.get("finish_reason")})
+
+
+def _read_vote(labels: Sequence[str], reply: dict) -> Answer:
+    """{"label": index}, where the text is one of the labels and nothing else."""
+    answer = read_text(reply)
+    if answer.status != "ok":
+        return answer
+    text = answer.value["text"]
+    said = re.sub(r"[\W_]+", " ", text).strip().casefold().removeprefix("the answer is").strip()
+    bare = [_bare(label).casefold() for label in labels]
+    if said in bare:
+        return Answer("ok", {"label": bare.index(said)})
+    status = "refused" if _REFUSAL.search(text) else "unparsed"
+    return Answer(status, reason=f"answered {text[:200]!r}")
+
+
+def _read_echo(prompt: str, labels: Sequence[str], reply: dict) -> Answer:
+    """Sums what stands behind the tokens that all the echoed texts have in common."""
+    rows = []
+    for number, label in enumerate(labels):
+        got = _choice(reply, number).get("logprobs") or {}
+        tokens, scores, starts = (got.get(name) for name in ("tokens", "token_logprobs", "text_offset"))
+        if not tokens or not scores or not starts or not len(tokens) == len(scores) == len(starts):
+            raise Unreadable("no log-probabilities of the echoed prompt")
+        keep = sum(start - starts[0] < len(prompt + label) for start in starts)  # the rest was written, not echoed
+        rows.append((tokens[:keep], scores[:keep]))
+        if len("".join(tokens[:keep])) < len(label):
+            raise Unreadable("the prompt was not echoed")
+    same = 0
+    while len({tuple(tokens[same : same + 1]) for tokens, _ in rows}) == 1 and same < len(rows[0][0]):
+        same += 1
+    tails = [scores[same:] for _, scores in rows]
+    if any(not tail or None in tail for tail in tails):
+        raise Unreadable("the labels have no log-probabilities of their own")
+    logprobs = [float(sum(tail)) for tail in tails]
+    return Answer("ok", {"logprobs": logprobs, "mass": min(sum(map(math.exp, logprobs)), 1.0), "kind": "exact"})
+
+
+def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
+    """The first token's likeliest alternatives; all the ways to write a label ("A", " A", "(A") count as it."""
+    choice = _choice(reply)
+    if choice.get("finish_reason") == "content_filter" or (choice.get("message") or {}).get("refusal"):
+        return Answer("refused", reason="content filter or refusal")
+    top = _top_of(choice)
+    seen = [0.0] * len(labels)
+    bare = [_bare(label) for label in labels]
+    for token, logprob in top.items():
+        word = token.strip(" \n(\"'*▁Ġ").rstrip(")\"'*.:")
+        for i, label in enumerate(bare):
+            if word == label or (len(label) > 1 and word.casefold() == label.casefold()):
+                seen[i] += math.exp(logprob)
+    if not any(seen):
+        likeliest = max(top, key=top.get)
+        return Answer("unparsed", reason=f"neither label is among the {len(top)} likeliest; {likeliest!r} is the first")
+    unseen = max(min(math.exp(min(top.values())), 1 - sum(map(math.exp, top.values()))), 1e-12)
+    mass, slack, kind = sum(seen), 0.0, "exact"
+    if not all(seen):
+        kind, slack = "top_k", unseen / (mass + unseen)
+        seen = [p or unseen for p in seen]
+        if slack > max_slack:
+            reason = f"one label is not among the {len(top)} likeliest, and P is known to {slack:.3g} only"
+            return Answer("unparsed", reason=reason)
+    return Answer("ok", {"logprobs": list(map(math.log, seen)), "mass": min(mass, 1.0), "kind": kind, "slack": slack})
+
+
+def _top_of(choice: dict) -> dict[str, float]:
+    """token -> log-probability of the first position, from either API's form."""
+    got = choice.get("logprobs") or {}
+    if got.get("content"):
+        pairs = [(t.get("token"), t.get("logprob")) for t in got["content"][0].get("top_logprobs") or []]
+    else:
+        first = (got.get("top_logprobs") or [None])[0]
+        pairs = list(first.items()) if isinstance(first, dict) else []
+    top: dict[str, float] = {}
+    for token, logprob in pairs:
+        if isinstance(token, str) and isinstance(logprob, (int, float)) and not math.isnan(logprob):
+            top[token] = max(top.get(token, -math.inf), float(logprob))
+    if len(top) < 2:
+        raise Unreadable("no log-probabilities in the reply")
+    return top
+
+
+def _read_systemone(labels: Sequence[str], reply: dict) -> Answer:
+    try:
+        probabilities = reply["answers"]["answer"]["probabilities"]
+        values = [float(probabilities[_bare(label)]) for label in labels]
+    except (KeyError, TypeError, ValueError):
+        raise Unreadable("no probabilities in the reply") from None
+    if not all(0 < p <= 1 for p in values):
+        raise Unreadable(f"probabilities {values} have no logarithms")
+    return Answer("ok", {"logprobs": list(map(math.log, values)), "mass": 1.0, "kind": "normalised"})

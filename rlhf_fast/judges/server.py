@@ -1,0 +1,250 @@
+"""Calls to an OpenAI-compatible server: many at once, each try recorded, none paid for twice.
+
+    200 that can be read              the answer
+    429, 408, 409, 5xx, time-out,     again after Retry-After, or a random time below backoff * 2^tries (full jitter),
+    no connection, torn JSON          at most max_tries times; then the question has failed
+    400 that names length or safety   too_long, refused
+    other 4xx                         failed, and not tried again
+    401, 403, 404, no quota left,     the run stops: the next question would fare no better
+    ten questions in a row failed
+
+On a 429 the number of calls at once is halved, and grows again by one for as many good answers as it is.
+"""
+
+import email.utils
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+
+from ..data.chat import ConfigError
+from .ledger import Answer, Tries
+
+_STOP = {401, 403, 404, 405}
+_AGAIN = {408, 409, 425, 429}
+_TOO_LONG = re.compile(
+    r"context.?length|maximum context|max_model_len|too (?:long|many tokens)|reduce the length", re.I
+)
+_REFUSED = re.compile(r"content.?(?:filter|management|policy)|safety|responsible.?ai", re.I)
+_NO_QUOTA = re.compile(r"insufficient_quota|billing", re.I)
+FAILURES_IN_A_ROW = 10
+
+
+class Unreadable(Exception):
+    """A 200 without what was asked for. The message says what is missing."""
+
+
+@dataclass
+class Server:
+    """Where the calls go, and how many. The key is read from the environment variable `api_key_env`, where it is set.
+
+    max_requests, max_total_tokens and max_cost bound what one ledger may hold, earlier runs included; prices are in the
+    unit of max_cost for 1,000,000 tokens. A call whose cost is known only afterwards may pass the last two by what is
+    on its way.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    max_tries: int = 6
+    timeout: float = 120.0  # seconds of one try
+    backoff: float = 0.5  # seconds; the longest wait is 60
+    requests_per_minute: float | None = None
+    max_requests: int | None = None
+    max_total_tokens: int | None = None
+    max_cost: float | None = None
+    price_prompt: float = 0.0
+    price_completion: float = 0.0
+    _client: object = field(default=None, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.concurrency < 1 or self.max_tries < 1 or self.timeout <= 0:
+            raise ConfigError(
+                f"server: needs concurrency >= 1, max_tries >= 1 and timeout > 0, got {self.concurrency}, "
+                f"{self.max_tries}, {self.timeout}"
+            )
+        if self.max_cost is not None and not (self.price_prompt or self.price_completion):
+            raise ConfigError("server: max_cost needs price_prompt and price_completion, for 1,000,000 tokens each")
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError("a server needs the openai client: pip install rlhf_fast[http]") from None
+        self.openai = openai
+        key = os.environ.get(self.api_key_env) or "none"  # a server of one's own wants none
+        self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
+        self._gate, self._budget = threading.Condition(), threading.Lock()
+        self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
+
+    def describe(self) -> dict:
+        return {"backend": "http", "base_url": self.base_url, "model": self.model}
+
+    def post(self, path: str, body: dict) -> dict:
+        """One call, JSON to JSON, without a second try. Raises what the openai client raises, and Unreadable."""
+        return _json(self._send(path, body).text)
+
+    def _send(self, path: str, body: dict):
+        """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
+        options = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what the client's with_raw_response sets
+        return self._client.post(
+            path, body={"model": self.model, **body}, cast_to=object, options=options
+        ).http_response
+
+    def call_all(
+        self, requests: Sequence[dict], tries: Tries, send: Callable[[dict], tuple[str, dict]],
+        read: Callable[[dict, dict], Answer],
+    ) -> None:  # fmt: skip
+        """Ends every request of a ledger. send: request -> (path, body); read: (request, reply) -> Answer."""
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            calls = [pool.submit(self._until_answered, i, r, tries, send, read, stop) for i, r in enumerate(requests)]
+            for call in as_completed(calls):
+                call.result()
+        except BaseException:
+            stop.set()  # what is on its way is waited for and recorded, nothing new is sent
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _until_answered(self, i: int, request: dict, tries: Tries, send, read, stop: threading.Event) -> None:
+        path, body = send(request)
+        for number in range(self.max_tries):
+            if not self._enter(stop):
+                return
+            wait = 0.0
+            try:
+                attempt = self._begin(i, tries)
+                answer, again, wait, about = self._try(path, body, request, read)
+                tries.end(attempt, i, answer, **about)
+            finally:
+                self._leave()
+            last = not again or number + 1 == self.max_tries
+            self._pace(answer, about.get("http_status"), again, wait, last)
+            if last or stop.wait(wait or self._jitter(number)):
+                return
+
+    def _try(self, path: str, body: dict, request: dict, read) -> tuple[Answer, bool, float, dict]:
+        """(answer, whether to try again, seconds that the server asked to wait, what else the ledger keeps)."""
+        about: dict = {}
+        try:
+            response = self._send(path, body)
+            about = {"raw": response.text, "http_status": response.status_code}
+            reply = _json(response.text)
+            usage = reply.get("usage") or {}
+            about["prompt_tokens"] = usage.get("prompt_tokens", usage.get("input_tokens"))
+            about["completion_tokens"] = usage.get("completion_tokens", usage.get("output_tokens"))
+            return read(request, reply), False, 0.0, about
+        except Unreadable as error:
+            return Answer("failed", reason=str(error)), True, 0.0, about
+        except self.openai.APIStatusError as error:
+            text, code = error.response.text, error.status_code
+            about = {"raw": text, "http_status": code}
+            reason = f"HTTP {code}: {_short(text)}"
+            if code in (400, 413, 422) and _TOO_LONG.search(text):
+                return Answer("too_long", reason=reason), False, 0.0, about
+            if code in (400, 403, 422) and _REFUSED.search(text):
+                return Answer("refused", reason=reason), False, 0.0, about
+            again = code >= 500 or (code in _AGAIN and not _NO_QUOTA.search(text))
+            return Answer("failed", reason=reason), again, _retry_after(error.response.headers), about
+        except self.openai.APITimeoutError:
+            return Answer("failed", reason=f"no answer within {self.timeout:g} s"), True, 0.0, about
+        except self.openai.APIError as error:
+            return Answer("failed", reason=f"{type(error).__name__}: {_short(str(error))}"), True, 0.0, about
+
+    # -- how fast --
+
+    def _enter(self, stop: threading.Event) -> bool:
+        """Waits for a free place and for the time that the server, or requests_per_minute, sets. False: stopped."""
+        with self._gate:
+            while not stop.is_set():
+                now = time.monotonic()
+                if self._active < max(1, int(self._allowed)) and now >= self._not_before:
+                    self._active += 1
+                    if self.requests_per_minute:
+                        self._not_before = now + 60 / self.requests_per_minute
+                    return True
+                self._gate.wait(min(max(self._not_before - now, 0.05), 0.5))
+        return False
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._active -= 1
+            self._gate.notify_all()
+
+    def _pace(self, answer: Answer, status: int | None, again: bool, wait: float, last: bool) -> None:
+        """Learns from a try; `last`: of its question. Raises ConfigError where going on makes no sense."""
+        with self._gate:
+            if answer.status != "failed":
+                self._failures = 0
+                self._allowed = min(self.concurrency, self._allowed + 1 / max(self._allowed, 1))
+                return
+            self._failures += last
+            if status == 429:
+                self._allowed = max(1.0, self._allowed / 2)
+            if status in _STOP or (status == 429 and not again):
+                raise ConfigError(f"{self.base_url}: {answer.reason}; {_KEPT}")
+            if wait > 600:
+                raise ConfigError(f"{self.base_url} asks to wait for {wait:.0f} s ({answer.reason}); {_KEPT}")
+            self._not_before = max(self._not_before, time.monotonic() + wait)
+            if self._failures >= FAILURES_IN_A_ROW:
+                raise ConfigError(
+                    f"{self.base_url}: {self._failures} questions in a row failed ({answer.reason}); {_KEPT}"
+                )
+
+    def _jitter(self, number: int) -> float:
+        return random.uniform(0, min(60.0, self.backoff * 2**number))
+
+    def _begin(self, i: int, tries: Tries) -> int:
+        with self._budget:
+            spent = tries.usage()
+            cost = (spent.prompt_tokens * self.price_prompt + spent.completion_tokens * self.price_completion) / 1e6
+            for name, value, bound in (
+                ("max_requests", spent.requests, self.max_requests),
+                ("max_total_tokens", spent.prompt_tokens + spent.completion_tokens, self.max_total_tokens),
+                ("max_cost", cost, self.max_cost),
+            ):
+                if bound is not None and value >= bound:
+                    raise ConfigError(
+                        f"the budget is spent: {name} = {bound}, {value:g} used; {_KEPT}, with a larger one"
+                    )
+            return tries.begin(i)
+
+
+_KEPT = "every answer is in the ledger, and the same command goes on from there"
+
+
+def _json(text: str) -> dict:
+    try:
+        reply = json.loads(text)
+    except ValueError:
+        raise Unreadable(f"the reply is not JSON: {_short(text)}") from None
+    if not isinstance(reply, dict):
+        raise Unreadable(f"the reply is not a JSON object: {_short(text)}")
+    return reply
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _retry_after(headers) -> float:
+    """Seconds, from any of the three forms of the header; 0 where there is none."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+        value = headers.get("retry-after")
+        if value is None:
+            return 0.0
+        try:
+            return max(float(value), 0.0)
+        except ValueError:
+            return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,326 @@
+"""An HTTP judge against a server that knows the truth and fails by script: no label without evidence, no call twice."""
+
+import json
+import math
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+
+import pytest
+from fake_server import serving
+from tqdm import tqdm
+
+pytest.importorskip("openai")
+
+from rlhf_fast.judges import Constitution, HTTPGenerator, HTTPJudge, Ledger, ModelCheck, Pair, Principle, Reply, Server
+from rlhf_fast.judges.server import _retry_after
+from rlhf_fast.trainers.constitutional import label, sample_pairs
+
+ASK = [{"role": "user", "content": "say a number"}]
+KIND = Principle("kind", compare="Choose the kinder reply.")
+SHORT = Principle("short", compare="Choose the shorter reply.")
+HOUSE = Constitution("house", (KIND, SHORT), compare_layout="chat")
+
+
+def server_at(fake, **options):
+    return Server(fake.url, "fake", **({"backoff": 0.01, "timeout": 0.4, "concurrency": 4} | options))
+
+
+def judge_at(fake, constitution=HOUSE, server=None, **options):
+    return HTTPJudge(server_at(fake, **(server or {})), constitution, **options)
+
+
+def pairs(n, seed=0):
+    draw = random.Random(seed)
+    return [
+        {"id": f"{i}", "prompt": f"question {i}", "a": f"{draw.uniform(-2, 2):.3f}", "b": f"{draw.uniform(-2, 2):.3f}"}
+        for i in range(n)
+    ]
+
+
+def truth(pair):
+    return float(pair["a"]) - float(pair["b"])
+
+
+# --- what a server supports ---
+
+
+@pytest.mark.parametrize(
+    ("modes", "layout", "expected"),
+    [
+        (("echo", "top_k", "chat"), "anthropic", "echo"),
+        (("top_k", "chat"), "anthropic", "top_k"),
+        (("chat",), "anthropic", "chat"),
+        (("echo", "chat"), "chat", "chat"),
+    ],
+)
+def test_the_best_that_the_server_has_is_used_and_gives_the_truth(modes, layout, expected):
+    with serving(modes=modes, bias=0.7) as fake:
+        judge = judge_at(fake, Constitution("c", (KIND,), compare_layout=layout))
+        assert judge.backend.mode == judge.describe()["mode"] == expected
+        (verdict,) = judge.compare([Pair(ASK, "1.5", "0.3", [KIND])])
+        (vote,) = verdict.votes
+        assert verdict.status == "ok" and vote.kind == "exact"
+        assert verdict.logit == pytest.approx(1.2, abs=1e-9)
+        assert (vote.logit_ab, vote.logit_ba) == pytest.approx((1.9, 0.5), abs=1e-9)
+        assert vote.label_mass == pytest.approx(0.9)
+
+
+def test_a_server_without_log_probabilities_is_refused_and_not_made_do_with():
+    with serving(modes=()) as fake:
+        with pytest.raises(ValueError, match=r"no log-probabilities for 'fake' .*chat: no log-prob.*mode: votes"):
+            judge_at(fake)
+        with pytest.raises(ValueError, match="votes = 4 goes with mode: votes only"):
+            judge_at(fake, votes=4)
+        judge = judge_at(fake, mode="votes", votes=8)
+        (verdict,) = judge.compare([Pair(ASK, "1.5", "-1.5", [KIND])])
+        (vote,) = verdict.votes
+        possible = [math.log((k + 0.5) / (8 - k + 0.5)) for k in range(9)]
+        assert vote.kind == "votes" and vote.logit > 0
+        assert any(vote.logit_ab == pytest.approx(x) for x in possible)
+        assert sum(fake.answered.values()) == 16 and len(vote.keys[0].split("+")) == 8
+
+
+def test_nobody_there_is_said_before_the_run(tmp_path):
+    with serving() as fake:
+        url = fake.url
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1.* cannot be reached"):
+        HTTPJudge(Server(url, "fake"), HOUSE)
+
+
+def test_an_unseen_label_is_bounded_and_never_zero():
+    """Two tokens come back: A and The, or A and B. B unseen has at most the smaller's probability."""
+    with serving(mass=0.9999) as fake:
+        judge = judge_at(fake, top_k=2, max_slack=0.05)
+        sure, split = judge.compare([Pair(ASK, "30", "0", [KIND]), Pair(ASK, "0.1", "0", [KIND])])
+        (vote,) = sure.votes
+        assert vote.kind == "top_k" and 0 < vote.slack < 1e-4 and 5 < vote.logit < 12  # the truth is 30
+        assert split.votes[0].kind == "exact" and split.logit == pytest.approx(0.1)
+        strict = judge_at(fake, top_k=2, max_slack=1e-7)
+        assert [v.status for v in strict.compare([Pair(ASK, "30", "0", [KIND])])] == ["unparsed"]
+
+
+def test_checks_and_rationales_go_the_same_way():
+    asked = Principle("asked", check=ModelCheck("Is it rude?"))
+    with serving(lambda text, before: "no label" if "rude" in text else None) as fake:
+        judge = judge_at(fake, cot_tokens=20)
+        ((check,),) = judge.check([Reply(ASK, "1.0", [asked])])
+        assert check.status == "unparsed" and check.satisfied is None and "neither label" in check.reason
+        (verdict,) = judge.compare([Pair(ASK, "1.0", "0.0", [KIND])])
+        assert verdict.logit == pytest.approx(1.0)
+        assert sum(fake.answered.values()) == 4  # a rationale and a score in each order
+
+
+# --- faults ---
+
+TRANSIENT = ("429", "500", "time-out", "torn", "missing", "empty")
+FINAL = {"refusal": "refused", "filter": "refused", "too_long": "too_long", "no label": "unparsed", "bad": "failed"}
+
+
+def faults(text, before):
+    """By the pair's number: some answer after one or two faults, some never do."""
+    number = int(text.split("question ")[-1].split()[0])
+    if number % 3 == 0 and before < 1 + number % 2:
+        return TRANSIENT[number // 3 % len(TRANSIENT)]
+    if number % 8 == 1:
+        return list(FINAL)[number // 8 % len(FINAL)]
+    return "500" if number % 16 == 7 else None
+
+
+def expected_status(number):
+    if number % 8 == 1:
+        return list(FINAL.values())[number // 8 % len(FINAL)]
+    return "failed" if number % 16 == 7 else "ok"
+
+
+def test_every_fault_is_counted_and_none_becomes_a_label(tmp_path):
+    rows = pairs(48)
+    with serving(faults, bias=1.0) as fake:
+        probed = sum(fake.asked.values())
+        judge = judge_at(fake)
+        probed = sum(fake.asked.values()) - probed
+        stage = label(rows, HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
+        calls = sum(fake.asked.values()) - probed
+    expected = Counter(expected_status(i) for i in range(48))
+    assert stage.counts == {"inputs": 48, "tie": 0, **expected} and sum(expected.values()) == 48
+    assert min(expected[s] for s in ("ok", "refused", "too_long", "unparsed", "failed")) > 0
+    by_id = {row["id"]: row for row in rows}
+    for row in stage.rows:
+        pair = by_id[row["cai"]["pair_id"]]
+        assert expected_status(int(pair["id"])) == "ok"
+        assert float(row["chosen"][0]["content"]) > float(row["rejected"][0]["content"])
+        assert row["cai"]["logit"] == pytest.approx(truth(pair), abs=1e-9)  # the bias of 1.0 is gone
+        assert row["cai"]["order_gap"] == pytest.approx(2.0, abs=1e-9)
+    for record in stage.rejected:
+        assert record["status"] == expected_status(int(record["id"])) and record["reason"] and not record["votes"]
+        assert {m["principle"] for m in record["missing"]} == {"kind", "short"}
+    with Ledger(tmp_path) as ledger:
+        assert ledger.usage().requests == calls == sum(ledger.counts().values())
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    reasons = " ".join(reason for (reason,) in db.execute("SELECT reason FROM attempts WHERE status='failed'"))
+    for named in ("HTTP 429", "HTTP 500", "no answer within", "not JSON", "no log-probabilities", "no choices"):
+        assert named in reasons
+    assert all(raw for (raw,) in db.execute("SELECT raw FROM attempts WHERE status='ok'"))
+
+
+def test_swapping_the_replies_negates_every_logit_exactly(tmp_path):
+    rows = pairs(16)
+    swapped = [{**r, "a": r["b"], "b": r["a"]} for r in rows]
+    with serving(faults, bias=0.3) as fake:
+        judge = judge_at(fake)
+        one, two = (label(r, HOUSE, judge, output_dir=tmp_path / n) for n, r in (("one", rows), ("two", swapped)))
+    assert one.counts == two.counts and len(one.rows) > 8
+    for x, y in zip(one.rows, two.rows, strict=True):
+        assert x["chosen"] == y["chosen"] and x["chosen_prob"] == y["chosen_prob"]
+        assert x["cai"]["logit"] == -y["cai"]["logit"]
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes_and_pays_for_nothing_twice(tmp_path):
+    rows, kills = pairs(24), []
+
+    def run(folder):
+        judge = judge_at(fake, server={"max_tries": 3})
+        label(rows, HOUSE, judge, output_dir=folder, batch_size=6)
+
+    victim: dict = {}
+
+    def kill(total):
+        if victim and total >= victim["at"]:
+            os.kill(victim.pop("pid"), signal.SIGKILL)
+            victim.clear()
+
+    with serving(faults, on_request=kill) as fake:
+        run(tmp_path / "whole")
+        first, fake.asked = fake.asked, Counter()
+        draw = random.Random(0)
+        for _ in range(30):
+            at = sum(fake.asked.values()) + draw.randint(16, 40)  # every run first asks again what failed: 12 calls
+            child = os.fork()
+            if child == 0:
+                tqdm.set_lock(threading.RLock())
+                run(tmp_path / "killed")
+                os._exit(0)
+            victim.update(pid=child, at=at)
+            status = os.waitpid(child, 0)[1]
+            victim.clear()
+            if os.WIFEXITED(status):
+                assert os.WEXITSTATUS(status) == 0
+                break
+            kills.append(at)
+        assert len(kills) >= 3
+        again, fake.asked = fake.asked, Counter()
+        run(tmp_path / "killed")
+        assert sum(fake.asked.values()) <= 1 + 4 * 3 * sum(expected_status(i) == "failed" for i in range(24))
+    names = ("judgements.jsonl", "comparisons.jsonl", "rejected.jsonl", "run.json")
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    db = sqlite3.connect(tmp_path / "killed" / "ledger.sqlite")
+    by_key: dict = {}
+    for key, status in db.execute("SELECT key, status FROM attempts ORDER BY id"):
+        by_key.setdefault(key, []).append(status)
+    final = {"ok", "refused", "too_long", "unparsed"}
+    for statuses in by_key.values():
+        assert sum(s in final for s in statuses) <= 1 and not final & set(statuses[:-1])  # nothing after an answer
+    assert sum(again.values()) >= sum(first.values()) - 1  # and the server saw no fewer calls than the whole run's
+
+
+def test_failures_are_asked_again_and_answers_are_not(tmp_path):
+    rows, down = pairs(6), [True]
+    with serving(lambda text, before: "500" if down[0] and "question 3" in text else None) as fake:
+        judge = judge_at(fake, server={"max_tries": 2})
+        one = label(rows, HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
+        assert one.counts["failed"] == 1
+        down[0], before = False, sum(fake.asked.values())
+        two = label(rows, HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
+        assert two.counts["ok"] == 6 and sum(fake.asked.values()) - before == 4  # two principles in two orders
+
+
+# --- when to stop, and how fast to go ---
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [("401", "HTTP 401"), ("quota", "insufficient_quota"), ("429 long", "86400 s"), ("bad", "10 questions in a row")],
+)
+def test_what_will_not_get_better_stops_the_run(tmp_path, fault, named):
+    with serving(lambda text, before: fault) as fake:
+        judge = judge_at(fake, server={"concurrency": 2})
+        with pytest.raises(ValueError, match=f"{named}.*in the ledger"):
+            label(pairs(8), HOUSE, judge, output_dir=tmp_path)
+        assert sum(fake.asked.values()) <= 16
+        fake.script = None
+        assert label(pairs(8), HOUSE, judge, output_dir=tmp_path).counts["failed"] == 0
+
+
+def test_the_budget_is_kept_to_the_call_and_can_be_raised(tmp_path):
+    with serving() as fake:
+        judge = judge_at(fake, server={"max_requests": 10})
+        start = sum(fake.asked.values())
+        for _ in range(2):  # the second run has nothing left to spend
+            with pytest.raises(ValueError, match="max_requests = 10, 10 used"):
+                label(pairs(8), HOUSE, judge, output_dir=tmp_path)
+            assert sum(fake.asked.values()) - start == 10
+        judge = judge_at(fake, server={"max_requests": 32})
+        start += 1  # its probe
+        assert label(pairs(8), HOUSE, judge, output_dir=tmp_path).counts["inputs"] == 8
+        assert sum(fake.asked.values()) - start == 32
+        tokens = judge_at(fake, server={"max_total_tokens": 400, "concurrency": 1})
+        with pytest.raises(ValueError, match="max_total_tokens = 400"):
+            label(pairs(8), HOUSE, tokens, output_dir=tmp_path / "tokens")
+        priced = {"max_cost": 0.01, "price_prompt": 100.0, "price_completion": 0.0}
+        with pytest.raises(ValueError, match=r"max_cost = 0\.01"):
+            label(pairs(8), HOUSE, judge_at(fake, server=priced), output_dir=tmp_path / "cost")
+    with pytest.raises(ValueError, match="max_cost needs price_prompt"):
+        Server("http://x", "m", max_cost=1.0)
+
+
+def test_a_429_slows_everyone_down(tmp_path):
+    refused = []
+
+    def busy(text, before):
+        with fake.lock:
+            many = fake.running > 2
+        if many:
+            refused.append(1)
+            return "429"
+        time.sleep(0.01)
+
+    with serving(busy) as fake:
+        judge = judge_at(fake, server={"concurrency": 8, "max_tries": 20})
+        stage = label(pairs(24), HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
+        assert stage.counts["ok"] == 24 and 2 < fake.largest <= 8
+        assert 0 < len(refused) < 96  # of 96 calls; eight at once, unslowed, would be refused far more often
+
+
+def test_headers_say_how_long_to_wait():
+    soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert _retry_after({"retry-after": "7"}) == 7 and _retry_after({"retry-after-ms": "250"}) == 0.25
+    assert 28 < _retry_after({"retry-after": soon}) <= 30
+    assert _retry_after({}) == _retry_after({"retry-after": "soon"}) == _retry_after({"retry-after": "-3"}) == 0
+
+
+# --- a server that writes ---
+
+
+def test_pairs_are_written_by_a_server(tmp_path):
+    def script(text, before):
+        return "refusal" if "question 2" in text else "500" if before < 1 else None
+
+    with serving(script) as fake:
+        fake.logit = lambda text: 0.0
+        stage = sample_pairs(pairs(6), HTTPGenerator(server_at(fake), 8), HOUSE_CHAT, output_dir=tmp_path)
+        assert stage.counts == {"inputs": 6, "ok": 5, "failed": 1}
+        assert {row["a"] for row in stage.rows} | {row["b"] for row in stage.rows} <= {"A", "B"}
+        (failed,) = [r for r in stage.records if r["status"] == "failed"]
+        assert "refused: I can't judge that." in failed["reason"]
+        before = sum(fake.asked.values())
+        again = sample_pairs(pairs(6), HTTPGenerator(server_at(fake), 8), HOUSE_CHAT, output_dir=tmp_path)
+        assert again.records == stage.records and sum(fake.asked.values()) == before
+        assert json.loads((tmp_path / "run.json").read_text())["settings"]["generator"]["max_new_tokens"] == 8
+
+
+HOUSE_CHAT = Constitution("house", (KIND,), critique_layout="chat")
