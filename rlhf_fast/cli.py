@@ -25,7 +25,7 @@ Train
   sft         supervised fine-tuning on demonstrations
   reward      a reward model from preferences
   ppo         PPO against a reward model or a Python function
-  cai         Constitutional AI: revise, fine-tune, label, reward model, PPO
+  cai WORD    Constitutional AI: validate, revise, pairs, audit, label, derive, or train for all of it
               --resume goes on from the newest checkpoint, --help lists the keys
 
 Look
@@ -36,7 +36,7 @@ Look
   bench       measure the ops on this machine beside PyTorch and others
   info        versions, build, and the kernel each op runs
 
-A YAML file has the keys that are flags here, either shared by all stages or in a section sft:, reward:, ppo:, cai:.
+A YAML file has the keys that are flags here, either shared by all stages or in a section named as the stage is.
 Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 130 interrupted (--resume continues)."""
 
 COMMANDS = ("sft", "reward", "ppo", "cai", "generate", "score", "report", "quickstart", "bench", "info")
@@ -68,11 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     # Imports stand where they are needed: torch and transformers take seconds, and --help should not.
-    if command in ("sft", "reward", "ppo", "cai"):
-        from .jobs import STAGES, quiet
+    if command in ("sft", "reward", "ppo"):
+        from .jobs import quiet
 
         quiet()
-        return _train(command, argv, STAGES)
+        return _train(command, argv)
+    if command == "cai":
+        return _cai(argv)
     if command == "generate":
         return _generate(argv)
     if command == "score":
@@ -91,10 +93,41 @@ def _run(command: str, argv: list[str]) -> int:
 # -- training commands -------------------------------------------------------------------------------------------------
 
 
-def _train(stage: str, argv: list[str], stages: dict) -> int:
+CAI_WORDS = ("validate", "revise", "pairs", "audit", "label", "derive", "train")
+
+
+def _cai(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        from .cai_jobs import __doc__ as about
+
+        print(about)
+        return 0
+    word, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+    if word not in CAI_WORDS:
+        raise ConfigError(f"cai: {_unknown('word', word, CAI_WORDS)}; see rlhf-fast cai --help")
+    if word == "validate":
+        parser = _Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
+        parser.add_argument("files", nargs="+", metavar="FILE", help="several files make one constitution")
+        parser.add_argument("--allow_code", action="store_true", help="rules by import path, which runs code")
+        options = parser.parse_args(rest)
+        from .cai_jobs import validate
+
+        print(validate(options.files, options.allow_code))
+        return 0
+    from .jobs import quiet
+
+    quiet()
+    return _train("cai" if word == "train" else word, rest, f"cai {word}")
+
+
+def _train(stage: str, argv: list[str], shown: str | None = None) -> int:
+    from .cai_jobs import CAI
+    from .jobs import STAGES
+
+    stages, shown = STAGES | CAI, shown or stage
     spec = stages[stage]
-    usage = f"rlhf-fast {stage} [--config FILE] [--resume] [--KEY VALUE ...]"
-    parser = _Parser(prog=f"rlhf-fast {stage}", usage=usage, description=spec.summary)
+    usage = f"rlhf-fast {shown} [--config FILE] [--resume] [--KEY VALUE ...]"
+    parser = _Parser(prog=f"rlhf-fast {shown}", usage=usage, description=spec.summary)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     keys = spec.keys()

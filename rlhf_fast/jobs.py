@@ -9,7 +9,6 @@ import importlib.util
 import inspect
 import json
 import re
-import time
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,14 +21,11 @@ from transformers.utils import logging as transformers_logging
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score
 from .data.formats import read_dataset, responses_of
-from .judges import Constitution, LocalJudge, Reply, RuleJudge
-from .models import load_policy, load_reward_model, load_tokenizer
+from .models import load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
-from .report import write_quickstart_report
 from .rewards import RewardModelReward
 from .rollout import generate_text
-from .trainers.common import check_config, config_from_dict, latest_checkpoint
-from .trainers.constitutional import TextGenerator, label, revise, revise_sampled, sample_pairs
+from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.sft import SFTConfig, SFTTrainer
@@ -99,13 +95,13 @@ def _keys_of(cls: type) -> dict[str, Key]:
 # -- the jobs ----------------------------------------------------------------------------------------------------------
 
 
-class _Checked:
+class Checked:
     def __post_init__(self):
         check_config(self)
 
 
 @dataclass
-class SFTJob(_Checked):
+class SFTJob(Checked):
     train_data: str  # .jsonl in a TRL format, hh-rlhf transcripts (.jsonl or .jsonl.gz), or a dataset's name
     eval_data: str | None = None  # held out, in the same forms
     model: str | None = None  # directory or name; without it, a new model from `scratch`
@@ -115,7 +111,7 @@ class SFTJob(_Checked):
 
 
 @dataclass
-class RewardJob(_Checked):
+class RewardJob(Checked):
     model: str  # the SFT model (its trunk gets a new head), or a reward model to go on from
     train_data: str  # preferences: .jsonl in a TRL format, hh-rlhf transcripts, or a dataset's name
     eval_data: str | None = None  # held out, in the same forms
@@ -123,7 +119,7 @@ class RewardJob(_Checked):
 
 
 @dataclass
-class PPOJob(_Checked):
+class PPOJob(Checked):
     model: str  # the policy to start from; a frozen copy is the reference
     train_data: str  # rows with a prompt
     reward: str | list  # reward model directory, file.py:function, or a list of [either, weight]
@@ -132,34 +128,13 @@ class PPOJob(_Checked):
     value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
 
 
-@dataclass
-class CAIJob(_Checked):
-    model: str  # the SFT model: answers, critiques and revises, and is then trained
-    train_data: str  # rows with a prompt
-    constitution: str  # file of principles
-    eval_data: str | None = None  # prompts whose answers are checked before, between and after
-    judge: str = "rules"  # or a model's directory or name
-    allow_code: bool = False  # the constitution may name rules by import path, which runs code
-    output_dir: str = "runs/cai"
-    seed: int = 0
-    num_prompts: int = 512  # for the revisions, and as many others for the comparisons
-    max_prompt_length: int = 512  # tokens; longer prompts of hh-rlhf are left out, and named
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    max_revisions: int = 4
-    eval_share: float = 0.1  # of the comparisons, held out from the reward model
-    sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
-    reward: dict = field(default_factory=dict)
-    ppo: dict = field(default_factory=dict)
-
-
 def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
     """rlhf-fast sft"""
     if (job.model is None) == (not job.scratch):
         raise ConfigError("sft: give either model, or scratch to start from random weights")
     model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
     train, held_out = read_data(job, "sft", config.output_dir, **_limit("sft", tokenizer, config))
-    _train(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume)
+    run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume)
 
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
@@ -168,7 +143,7 @@ def _from_scratch(job: SFTJob, config: SFTConfig):
     if unknown := set(job.scratch) - set(options):
         raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
     options |= job.scratch
-    rows, _ = _rows_for("sft", job.train_data)
+    rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
     texts = [text for reply in replies for text in _texts(reply)]
     tokenizer = train_tokenizer(texts, options.pop("vocab_size"), max_length=config.max_length)
@@ -183,7 +158,7 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     trainer = RewardTrainer(
         config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
     )
-    _train(trainer, resume)
+    run_trainer(trainer, resume)
     if held_out:
         judged = json.loads(Path(config.output_dir, "preferences.json").read_text(encoding="utf-8"))
         summary = {
@@ -199,7 +174,7 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
 
 def read_rows(path: str) -> list[dict]:
     """Preferences, demonstrations or any records in a form that train_data may have."""
-    return _rows_for("reward", path)[0]
+    return rows_for("reward", path)[0]
 
 
 def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
@@ -230,7 +205,7 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
     )
-    _train(trainer, resume)
+    run_trainer(trainer, resume)
 
 
 def _value_model(path: str, tokenizer):
@@ -244,116 +219,12 @@ def _value_model(path: str, tokenizer):
     return trained.model
 
 
-def run_cai(job: CAIJob, resume: bool) -> None:
-    """rlhf-fast cai: revisions -> SFT -> comparisons -> reward model -> PPO, held-out answers checked in between."""
-    root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
-    constitution = Constitution.load(job.constitution, allow_code=job.allow_code)
-    judge = RuleJudge()
-    if job.judge != "rules":
-        judge = LocalJudge(load_policy(job.judge), load_tokenizer(job.judge), constitution, seed=job.seed)
-    configs = {
-        name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
-        for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
-    }
-    limit = {
-        "max_length": job.max_prompt_length,
-        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
-    }
-    prompts, held_out = read_data(job, "ppo", root, **limit)
-    prompts = prompts[: 2 * job.num_prompts]
-    options = {"seed": job.seed, "batch_size": 128}
-
-    def generator(model: str) -> TextGenerator:
-        return TextGenerator(load_policy(model), tokenizer, job.max_new_tokens, job.temperature)
-
-    def part(name: str, make: Callable) -> dict:
-        """Trains one part, unless it is finished already, and returns its last metrics."""
-        directory = root / name
-        if not (resume and (directory / "config.json").is_file()):  # transformers writes it with the final model
-            _train(make(configs[name]), resume and latest_checkpoint(directory) is not None)
-        return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-
-    stages = _StageTable(root, job, constitution, judge, tokenizer, held_out)
-    stages.add("start", job.model)
-
-    # Phase 1, on the first half of the prompts.
-    half = len(prompts) // 2
-    if any(p.check and p.revise for p in constitution.principles):
-        revised = revise(prompts[:half], generator(job.model), constitution, judge, output_dir=root / "revise",
-                         max_steps=job.max_revisions, **options)  # fmt: skip
-    else:
-        revised = revise_sampled(prompts[:half], generator(job.model), constitution, output_dir=root / "revise",
-                                 steps=job.max_revisions, **options)  # fmt: skip
-    print(f"revise: {revised.counts}")
-    part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=tokenizer))
-    sft = str(root / "sft")
-    stages.add("sft", sft)
-
-    # Phase 2, on the other half; PPO sees all of them.
-    pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
-    labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", **options)
-    print(f"label: {labelled.counts}")
-    if not labelled.rows:
-        raise ConfigError(
-            "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
-        )
-    cut = round(len(labelled.rows) * job.eval_share)
-    data = {"train_dataset": labelled.rows[cut:], "eval_dataset": labelled.rows[:cut] or None}
-    metrics = part("reward", lambda config: RewardTrainer(config, sft, **data))
-    stages.add("reward", rm_accuracy=metrics.get("eval_accuracy"))
-    data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
-    metrics = part("ppo", lambda config: PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]), **data))
-    stages.add("ppo", str(root / "ppo"), kl=metrics["objective/kl"], proxy_reward=metrics["objective/scores"])
-
-
-class _StageTable:
-    """summary.json and report.html of a run of several stages, written again as each of them ends."""
-
-    def __init__(self, root: Path, job: CAIJob, constitution, judge, tokenizer, held_out: list[dict] | None):
-        self.root, self.job, self.judge, self.tokenizer = root, job, judge, tokenizer
-        self.principles = [p for p in constitution.principles if p.check]
-        self.prompts = [row["prompt"] for row in held_out or []]
-        self.stages: list[dict] = []
-        self.samples: list[dict] = [{"prompt": prompt, "responses": []} for prompt in self.prompts[:8]]
-        self.clock = time.perf_counter()
-
-    def add(self, name: str, model: str | None = None, **values) -> None:
-        stage = {"name": name, "run": name, "seconds": round(time.perf_counter() - self.clock, 1), **values}
-        if model is not None and self.prompts and self.principles:
-            stage |= self._check_answers(name, model)
-        self.stages.append(stage)
-        summary = {"seed": self.job.seed, "stages": self.stages, "samples": self.samples}
-        self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
-        print(f"{name}: {shown}; {write_quickstart_report(self.root)}")
-        self.clock = time.perf_counter()
-
-    def _check_answers(self, name: str, model: str) -> dict:
-        replies = generate_text(
-            load_policy(model), self.tokenizer, self.prompts, max_new_tokens=self.job.max_new_tokens,
-            temperature=self.job.temperature, seed=self.job.seed,
-        )  # fmt: skip
-        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
-        checks = self.judge.check([Reply(c, r, self.principles) for c, r in zip(conversations, replies, strict=True)])
-        violated = [[check.principle for check in row if check.satisfied is False] for row in checks]
-        for sample, text, violates in zip(self.samples, replies, violated, strict=False):
-            sample["responses"].append({"stage": name, "text": text, "violates": violates})
-        applies = {p.id: [c.satisfied for row in checks for c in row if c.principle == p.id and c.satisfied is not None]
-                   for p in self.principles}  # fmt: skip
-        return {
-            "pass_rate": sum(not v for v in violated) / len(violated),
-            "pass_rate_per_principle": {p: sum(kept) / len(kept) for p, kept in applies.items() if kept},
-        }
-
-
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("sft", "Supervised fine-tuning, on demonstrations or the chosen replies.", (SFTJob, SFTConfig), run_sft),
         Stage("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
         Stage("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
-        Stage("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (CAIJob,), run_cai),
     )
 }
 
@@ -361,7 +232,7 @@ STAGES = {
 # -- around a trainer --------------------------------------------------------------------------------------------------
 
 
-def _train(trainer, resume: bool):
+def run_trainer(trainer, resume: bool):
     result = trainer.train(resume)
     if result.interrupted:
         raise KeyboardInterrupt
@@ -378,7 +249,7 @@ def read_data(job, stage: str, output_dir: str | Path, **limit) -> list[list[dic
     """
     sources, named = [], []
     for path in (job.train_data, job.eval_data):
-        rows, left_out = (None, []) if path is None else _rows_for(stage, path, **limit)
+        rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
         sources.append(rows)
         named += [{"file": path, **vars(item)} for item in left_out]
         if left_out:
@@ -388,7 +259,7 @@ def read_data(job, stage: str, output_dir: str | Path, **limit) -> list[list[dic
     return sources
 
 
-def _rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
+def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
     """The rows of one source, and what was left out: preferences give demonstrations and prompts too."""
     rows, left_out = hh_rlhf.load_pairs(path, **limit) if _is_hh(path) else (list(read_dataset(path)), [])
     if stage == "sft":

@@ -54,12 +54,12 @@ class LocalBackend:
         reason = f"the question and a rationale of {budget} tokens are longer than {self.max_length} tokens"
         encoded, answers = [self._encode(r) for r in requests], [Answer("too_long", reason=reason)] * len(requests)
         fits = [i for i, ids in enumerate(encoded) if len(ids) + budget <= self.max_length]
-        tokens = generate_tokens(
+        written = generate_tokens(
             self.model, [encoded[i] for i in fits], max_new_tokens=budget, eos_token_id=self.tokenizer.eos_token_id,
             do_sample=False,
-        ) if fits else []  # fmt: skip
-        for i, text in zip(fits, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-            answers[i] = Answer("ok", {"text": text})
+        )  # fmt: skip
+        for i, tokens in zip(fits, written, strict=True):
+            answers[i] = Answer("ok", {"text": self.tokenizer.decode(tokens, skip_special_tokens=True)})
         return answers
 
     def _encode(self, request: dict, label: str = "") -> list[int]:

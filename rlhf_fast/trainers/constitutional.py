@@ -297,11 +297,13 @@ def label(
     pairs: Iterable[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
     principles_per_pair: int | None = None, combine: str | None = None, calibration: Calibration = UNCALIBRATED,
     clamp: tuple[float, float] | None = None, tie_margin: float = 0.01, batch_size: int = 32, seed: int = 0,
+    retry: Iterable[str] = ("failed",),
 ) -> Stage:  # fmt: skip
     """Phase 2, second half: the judge compares each pair; its probability is kept as a soft label.
 
     pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id". principles_per_pair: how many
     principles to draw for a pair (the paper draws 1); None takes all. |P(a better) - 0.5| < tie_margin is a tie.
+    retry: outcomes of earlier runs in the same directory that are asked for again.
 
     Writes judgements.jsonl (every vote of every pair), and what judges/labels.py derives from it: comparisons.jsonl
     (`rows`), and rejected.jsonl, for ties and what the judge could not decide get no label. `derive` does so again,
@@ -310,7 +312,7 @@ def label(
     how = label_settings(judge.describe(), combine, calibration, clamp, tie_margin)
     judge_pairs(
         pairs, constitution, judge, output_dir=output_dir, principles_per_pair=principles_per_pair,
-        batch_size=batch_size, seed=seed, settings=how,
+        batch_size=batch_size, seed=seed, settings=how, retry=retry,
     )  # fmt: skip
     return derive(
         output_dir, output_dir=output_dir, combine=combine, calibration=calibration, clamp=clamp, tie_margin=tie_margin

@@ -1,0 +1,464 @@
+"""rlhf-fast cai WORD: Constitutional AI, one part at a time or from end to end.
+
+    validate   constitution files            -> what is in them, or the file, principle and field that is wrong
+    revise     prompts                       -> revisions.jsonl, sft.jsonl                               phase 1
+    pairs      prompts                       -> pairs.jsonl                                              phase 2
+    audit      pairs that people compared    -> audit.json, audit.html: how good the judge is
+    label      pairs, the judge's card       -> judgements.jsonl, comparisons.jsonl, constitution.html
+    derive     judgements                    -> comparisons.jsonl under other weights, clamp, calibration; no judge
+    train      prompts                       -> all of it, with SFT, reward model and PPO in between
+
+Each writes one directory and goes on there when it is called again (judges/stages.py).
+"""
+
+import difflib
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .data.chat import ConfigError, encode_prompt
+from .data.formats import read_dataset
+from .jobs import Checked, Stage, read_data, rows_for, run_trainer
+from .judges import (
+    Constitution,
+    HTTPGenerator,
+    HTTPJudge,
+    LocalJudge,
+    Reply,
+    RuleJudge,
+    Server,
+    audit,
+    report_on,
+)  # fmt: skip
+from .judges.calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
+from .judges.labels import verdict_of
+from .judges.released import read_released_comparisons
+from .models import load_policy, load_reward_model, load_tokenizer
+from .report import write_quickstart_report
+from .rollout import generate_text
+from .trainers.common import config_from_dict, latest_checkpoint
+from .trainers.constitutional import TextGenerator, derive, label, revise, revise_sampled, sample_pairs
+from .trainers.ppo import PPOConfig, PPOTrainer
+from .trainers.reward import RewardConfig, RewardTrainer
+from .trainers.sft import SFTConfig, SFTTrainer
+
+# -- who judges, who writes --------------------------------------------------------------------------------------------
+
+
+def _is_server(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+@dataclass
+class JudgeJob(Checked):
+    constitution: str | list  # file of principles, or several that make one
+    judge: str = "rules"  # or a model's directory or name, or the URL of an OpenAI-compatible server (http://.../v1)
+    judge_model: str | None = None  # the model's name there, where judge is a URL
+    judge_options: dict = field(default_factory=dict)  # of LocalJudge or HTTPJudge: cot_tokens, mode, votes, ...
+    judge_server: dict = field(default_factory=dict)  # of Server: concurrency, max_requests, max_cost, ...
+    allow_code: bool = False  # the constitution may name rules by import path, which runs code
+
+    def load(self, seed: int):
+        """(constitution, judge)"""
+        constitution = load_constitution(self.constitution, self.allow_code)
+        if self.judge == "rules":
+            return constitution, RuleJudge(**_known(RuleJudge, self.judge_options, "judge_options"))
+        kind = HTTPJudge if _is_server(self.judge) else LocalJudge
+        options = {"seed": seed, **_known(kind, self.judge_options, "judge_options")}
+        if kind is HTTPJudge:
+            server = _server(self.judge, self.judge_model, self.judge_server, "judge_")
+            return constitution, HTTPJudge(server, constitution, **options)
+        return constitution, LocalJudge(load_policy(self.judge), load_tokenizer(self.judge), constitution, **options)
+
+
+@dataclass
+class WriterJob(Checked):
+    model: str  # directory or name of the model that writes, or the URL of an OpenAI-compatible server
+    server_model: str | None = None  # the model's name there, where model is a URL
+    server: dict = field(default_factory=dict)  # of Server: concurrency, max_requests, max_cost, ...
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def load(self):
+        if _is_server(self.model):
+            server = _server(self.model, self.server_model, self.server)
+            return HTTPGenerator(server, self.max_new_tokens, self.temperature, self.top_p)
+        policy, tokenizer = load_policy(self.model), load_tokenizer(self.model)
+        return TextGenerator(policy, tokenizer, self.max_new_tokens, self.temperature, self.top_p)
+
+
+def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
+    if not model:
+        raise ConfigError(f"{url} is a server: give the model's name there as {prefix or 'server_'}model")
+    return Server(url, model, **_known(Server, options, f"{prefix}server"))
+
+
+def _known(cls: type, options: dict, key: str) -> dict:
+    """The options, if `cls` takes them all."""
+    takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
+    for name in options:
+        if name not in takes:
+            near = difflib.get_close_matches(str(name), takes, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(takes)}"
+            raise ConfigError(f"{key}: {cls.__name__} has no {name!r}; {hint}")
+    return options
+
+
+def load_constitution(files: str | list, allow_code: bool) -> Constitution:
+    return Constitution.load(*([files] if isinstance(files, str) else files), allow_code=allow_code)
+
+
+# -- whether the judge may label ---------------------------------------------------------------------------------------
+
+
+def trusted(judge, constitution: Constitution, card: str | None, allow_weak_judge: bool) -> Calibration:
+    """The calibration of a judge that may label: by rules, or with a card above the floor.
+
+    Raises ConfigError for a judge without a card, with another's card, or at the floor, unless `allow_weak_judge`.
+    """
+    if card is None:
+        if judge.describe()["backend"] == "rule" or allow_weak_judge:
+            return UNCALIBRATED
+        raise ConfigError(
+            "label: nothing is known about this judge. Run `rlhf-fast cai audit` on pairs that people compared "
+            "and give its directory as card, or set allow_weak_judge"
+        )
+    path = Path(card) / "audit.json"
+    if not path.is_file():
+        raise ConfigError(f"label: {path} is not there; card is the directory of `rlhf-fast cai audit`")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    for name, now in (("judge", judge.describe()), ("constitution_sha256", constitution.sha256)):
+        if known[name] != json.loads(json.dumps(now)):
+            raise ConfigError(f"label: {path} is of another {name}: {known[name]!r}, now {now!r}; audit this one")
+    if known["at_floor"] and not allow_weak_judge:
+        lead = known["lead"]
+        raise ConfigError(
+            f"label: the judge is at the floor: its accuracy is {known['accuracy']['mean']:.3f}, its lead over "
+            f"{known['best_floor']!r} {lead['mean']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f}). Labels of "
+            "such a judge teach nothing; take another judge, or set allow_weak_judge"
+        )
+    return Calibration(**known["calibration"])
+
+
+def refitted(card: str, weights: dict, combine: str) -> Calibration:
+    """The calibration under other weights, from the judgements of an audit."""
+    path = Path(card) / "judgements.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"derive: {path} is not there; card is the directory of `rlhf-fast cai audit`")
+    records = [json.loads(line) for line in path.open(encoding="utf-8")]
+    unbiased = Calibration(1.0, fit_bias([
+        vote for r in records for vote in verdict_of(r, weights, combine=combine).votes
+    ]))  # fmt: skip
+    verdicts = [verdict_of(r, weights, combine=combine, calibration=unbiased) for r in records]
+    logits = [v.logit if r["better"] == "a" else -v.logit for r, v in zip(records, verdicts, strict=True)
+              if v.status == "ok"]  # fmt: skip
+    return Calibration(fit_slope(logits) if logits else 1.0, unbiased.bias)
+
+
+def _clamp(judge, clamp: list | None) -> tuple[float, float] | None:
+    """What was asked for; the paper's 40-60 for a judge that reasons step by step, whose P lies near 0 and 1."""
+    if clamp:
+        return tuple(clamp)
+    return (0.4, 0.6) if judge.describe().get("cot_tokens") else None
+
+
+# -- the parts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReviseJob(Checked):
+    train_data: str  # rows with a prompt
+    schedule: str = "check-all"  # check-all: revise what is violated, keep the best; paper: four revisions at random
+    max_steps: int | None = None  # revisions of a prompt; null is the schedule's own number
+    num_prompts: int | None = None  # the first so many; null takes all
+    output_dir: str = "runs/cai/revise"
+    batch_size: int = 32
+    seed: int = 0
+
+
+def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
+    constitution, judge = who.load(job.seed)
+    prompts = _prompts(job)
+    options = {"output_dir": job.output_dir, "batch_size": job.batch_size, "seed": job.seed}
+    if job.schedule == "check-all":
+        stage = revise(prompts, writer.load(), constitution, judge, max_steps=job.max_steps or 4, **options)
+    elif job.schedule == "paper":
+        stage = revise_sampled(prompts, writer.load(), constitution, steps=job.max_steps or 4, **options)
+    else:
+        raise ConfigError(f"revise: schedule = {job.schedule!r}, needs check-all or paper")
+    _tell("revise", stage, "sft.jsonl")
+
+
+@dataclass
+class PairsJob(Checked):
+    train_data: str  # rows with a prompt
+    constitution: str | list  # its layout says how prompts are put
+    num_prompts: int | None = None  # the first so many; null takes all
+    output_dir: str = "runs/cai/pairs"
+    batch_size: int = 32
+    seed: int = 0
+    allow_code: bool = False  # the constitution may name rules by import path, which runs code
+
+
+def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
+    constitution = load_constitution(job.constitution, job.allow_code)
+    stage = sample_pairs(_prompts(job), writer.load(), constitution, output_dir=job.output_dir,
+                         batch_size=job.batch_size, seed=job.seed)  # fmt: skip
+    _tell("pairs", stage, "pairs.jsonl")
+
+
+@dataclass
+class AuditJob(Checked):
+    data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
+    num_pairs: int | None = None  # the first so many; null takes all
+    probe_pairs: int = 24  # of them asked again with injections
+    output_dir: str = "runs/cai/audit"
+    batch_size: int = 32
+    seed: int = 0
+
+
+def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
+    constitution, judge = who.load(job.seed)
+    rows = _compared(job.data)[: job.num_pairs]
+    card = audit(rows, constitution, judge, output_dir=job.output_dir, probe_pairs=job.probe_pairs,
+                 batch_size=job.batch_size, seed=job.seed)  # fmt: skip
+    shown = ", ".join(f"{name} {card[name]['mean']:.3f} ({card[name]['low']:.3f} to {card[name]['high']:.3f})"
+                      for name in ("accuracy", "lead"))  # fmt: skip
+    floor = "AT THE FLOOR: `label` refuses this judge" if card["at_floor"] else "above the floor"
+    print(f"audit: {card['pairs']} pairs, {shown} over {card['best_floor']!r}: {floor}; {job.output_dir}/audit.html")
+
+
+def _compared(path: str) -> list[dict]:
+    """Pairs that people compared, in any of the forms."""
+    if path.endswith(".jsonl") and Path(path).is_file():
+        with open(path, encoding="utf-8") as file:
+            if "text_correct" in file.readline():
+                return read_released_comparisons(path)
+    rows, _ = rows_for("reward", path)
+    for row in rows:
+        for name, column in (("better", "chosen"), ("worse", "rejected")):
+            if column in row:
+                row[name] = row[column] if isinstance(row[column], str) else row[column][-1]["content"]
+    return [{k: row[k] for k in ("id", "prompt", "better", "worse") if k in row} for row in rows]
+
+
+@dataclass
+class LabelJob(Checked):
+    data: str  # pairs.jsonl of `cai pairs`, or rows {prompt, a, b}
+    card: str | None = None  # directory of `cai audit` of this judge: its floor, and the calibration of the labels
+    allow_weak_judge: bool = False  # label without a card, or at the floor
+    principles_per_pair: int | None = None  # the paper draws 1; null takes all
+    combine: str | None = None  # logit or prob, of both orders and all principles; null is the judge's own
+    clamp: list | None = None  # [low, high] of P; null is [0.4, 0.6] for a judge with cot_tokens, and none otherwise
+    tie_margin: float = 0.01  # |P - 0.5| below it is a tie
+    retry: str = "failed"  # outcomes of earlier runs that are asked again: failed,refused,unparsed
+    output_dir: str = "runs/cai/label"
+    batch_size: int = 32
+    seed: int = 0
+
+
+def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
+    constitution, judge = who.load(job.seed)
+    calibration = trusted(judge, constitution, job.card, job.allow_weak_judge)
+    stage = label(
+        read_dataset(job.data), constitution, judge, output_dir=job.output_dir, combine=job.combine,
+        principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=_clamp(judge, job.clamp),
+        tie_margin=job.tie_margin, batch_size=job.batch_size, seed=job.seed, retry=job.retry.split(","),
+    )  # fmt: skip
+    report_on(job.output_dir, name=constitution.name, calibration=calibration, tie_margin=job.tie_margin)
+    _tell("label", stage, "comparisons.jsonl", "constitution.html")
+
+
+@dataclass
+class DeriveJob(Checked):
+    judgements: str  # directory of `cai label`
+    output_dir: str
+    weights: dict = field(default_factory=dict)  # principle: weight, in place of the constitution's; 0 leaves it out
+    combine: str | None = None  # logit or prob; null is the judge's own
+    card: str | None = None  # directory of `cai audit`: the calibration is fitted again, under these weights
+    clamp: list | None = None  # [low, high] of P
+    tie_margin: float = 0.01
+
+
+def run_derive(job: DeriveJob, resume: bool) -> None:
+    calibration = UNCALIBRATED
+    if job.card:
+        run = Path(job.judgements) / "run.json"
+        made_with = json.loads(run.read_text(encoding="utf-8"))["settings"] if run.is_file() else {}
+        weights = {**made_with.get("weights", {}), **job.weights}
+        calibration = refitted(job.card, weights, job.combine or made_with.get("judge", {}).get("combine", "logit"))
+    stage = derive(
+        job.judgements, output_dir=job.output_dir, weights=job.weights, combine=job.combine, calibration=calibration,
+        clamp=job.clamp and tuple(job.clamp), tie_margin=job.tie_margin,
+    )  # fmt: skip
+    _tell("derive", stage, "comparisons.jsonl")
+
+
+def validate(files: list[str], allow_code: bool) -> str:
+    """What the files hold together, one line a principle. Raises ConstitutionError, which says what is wrong where."""
+    constitution = Constitution.load(*files, allow_code=allow_code)
+    lines = []
+    for p in constitution.principles:
+        has = [name for name in ("critique", "revise", "compare", "check") if getattr(p, name)]
+        lines.append(f"  {p.id}: {', '.join(has)}; weight {p.weight:g}{', hard' if p.hard else ''}")
+    shots = (
+        f"{len(constitution.critique_few_shots)} for critiques, {len(constitution.compare_few_shots)} for comparisons"
+    )
+    return "\n".join([
+        f"{constitution.name}: {len(constitution.principles)} principles; few-shots: {shots}", *lines,
+        f"layouts: compare {constitution.compare_layout}, critique {constitution.critique_layout}",
+        f"sha256 {constitution.sha256}",
+    ])  # fmt: skip
+
+
+def _prompts(job) -> list[dict]:
+    return rows_for("ppo", job.train_data)[0][: job.num_prompts]
+
+
+def _tell(name: str, stage, *files: str) -> None:
+    counts = ", ".join(f"{n} {status}" for status, n in stage.counts.items() if n or status == "inputs")
+    print(f"{name}: {counts}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
+
+
+# -- from end to end ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainJob(Checked):
+    model: str  # the SFT model: answers, critiques and revises, and is then trained
+    train_data: str  # rows with a prompt
+    eval_data: str | None = None  # prompts whose answers are checked before, between and after
+    card: str | None = None  # directory of `cai audit` of this judge; a judge of rules needs none
+    allow_weak_judge: bool = False  # label without a card, or at the floor
+    output_dir: str = "runs/cai"
+    seed: int = 0
+    num_prompts: int = 512  # for the revisions, and as many others for the comparisons
+    max_prompt_length: int = 512  # tokens; longer prompts of hh-rlhf are left out, and named
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    max_revisions: int = 4
+    eval_share: float = 0.1  # of the comparisons, held out from the reward model
+    sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
+    reward: dict = field(default_factory=dict)
+    ppo: dict = field(default_factory=dict)
+
+
+def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
+    """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
+    root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
+    constitution, judge = who.load(job.seed)
+    calibration = trusted(judge, constitution, job.card, job.allow_weak_judge)
+    configs = {
+        name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
+        for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
+    }
+    limit = {
+        "max_length": job.max_prompt_length,
+        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
+    }
+    prompts, held_out = read_data(job, "ppo", root, **limit)
+    prompts = prompts[: 2 * job.num_prompts]
+    options = {"seed": job.seed, "batch_size": 128}
+
+    def generator(model: str) -> TextGenerator:
+        return TextGenerator(load_policy(model), tokenizer, job.max_new_tokens, job.temperature)
+
+    def part(name: str, make: Callable) -> dict:
+        """Trains one part, unless it is finished already, and returns its last metrics."""
+        directory = root / name
+        if not (resume and (directory / "config.json").is_file()):  # transformers writes it with the final model
+            run_trainer(make(configs[name]), resume and latest_checkpoint(directory) is not None)
+        return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+    stages = _StageTable(root, job, constitution, judge, tokenizer, held_out)
+    stages.add("start", job.model)
+
+    # Phase 1, on the first half of the prompts.
+    half = len(prompts) // 2
+    if any(p.check and p.revise for p in constitution.principles):
+        revised = revise(prompts[:half], generator(job.model), constitution, judge, output_dir=root / "revise",
+                         max_steps=job.max_revisions, **options)  # fmt: skip
+    else:
+        revised = revise_sampled(prompts[:half], generator(job.model), constitution, output_dir=root / "revise",
+                                 steps=job.max_revisions, **options)  # fmt: skip
+    print(f"revise: {revised.counts}")
+    part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=tokenizer))
+    sft = str(root / "sft")
+    stages.add("sft", sft)
+
+    # Phase 2, on the other half; PPO sees all of them.
+    pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
+    labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=calibration,
+                     clamp=_clamp(judge, None), **options)  # fmt: skip
+    print(f"label: {labelled.counts}")
+    if not labelled.rows:
+        raise ConfigError(
+            "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
+        )
+    cut = round(len(labelled.rows) * job.eval_share)
+    data = {"train_dataset": labelled.rows[cut:], "eval_dataset": labelled.rows[:cut] or None}
+    metrics = part("reward", lambda config: RewardTrainer(config, sft, **data))
+    stages.add("reward", rm_accuracy=metrics.get("eval_accuracy"))
+    data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
+    metrics = part("ppo", lambda config: PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]), **data))
+    stages.add("ppo", str(root / "ppo"), kl=metrics["objective/kl"], proxy_reward=metrics["objective/scores"])
+
+
+class _StageTable:
+    """summary.json and report.html of a run of several stages, written again as each of them ends."""
+
+    def __init__(self, root: Path, job: TrainJob, constitution, judge, tokenizer, held_out: list[dict] | None):
+        self.root, self.job, self.judge, self.tokenizer = root, job, judge, tokenizer
+        self.principles = [p for p in constitution.principles if p.check]
+        self.prompts = [row["prompt"] for row in held_out or []]
+        self.stages: list[dict] = []
+        self.samples: list[dict] = [{"prompt": prompt, "responses": []} for prompt in self.prompts[:8]]
+        self.clock = time.perf_counter()
+
+    def add(self, name: str, model: str | None = None, **values) -> None:
+        stage = {"name": name, "run": name, "seconds": round(time.perf_counter() - self.clock, 1), **values}
+        if model is not None and self.prompts and self.principles:
+            stage |= self._check_answers(name, model)
+        self.stages.append(stage)
+        summary = {"seed": self.job.seed, "stages": self.stages, "samples": self.samples}
+        self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
+        print(f"{name}: {shown}; {write_quickstart_report(self.root)}")
+        self.clock = time.perf_counter()
+
+    def _check_answers(self, name: str, model: str) -> dict:
+        replies = generate_text(
+            load_policy(model), self.tokenizer, self.prompts, max_new_tokens=self.job.max_new_tokens,
+            temperature=self.job.temperature, seed=self.job.seed,
+        )  # fmt: skip
+        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
+        checks = self.judge.check([Reply(c, r, self.principles) for c, r in zip(conversations, replies, strict=True)])
+        violated = [[check.principle for check in row if check.satisfied is False] for row in checks]
+        for sample, text, violates in zip(self.samples, replies, violated, strict=False):
+            sample["responses"].append({"stage": name, "text": text, "violates": violates})
+        applies = {p.id: [c.satisfied for row in checks for c in row if c.principle == p.id and c.satisfied is not None]
+                   for p in self.principles}  # fmt: skip
+        return {
+            "pass_rate": sum(not v for v in violated) / len(violated),
+            "pass_rate_per_principle": {p: sum(kept) / len(kept) for p, kept in applies.items() if kept},
+        }
+
+
+CAI = {
+    stage.name: stage
+    for stage in (
+        Stage("revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
+              run_revise),
+        Stage("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
+        Stage("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
+        Stage("label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label),
+        Stage("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
+        Stage("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
+              run_train),
+    )
+}  # fmt: skip

@@ -1,0 +1,173 @@
+"""From votes to labels: calibration recovered from a planted judge, clamp, other weights; the counts add up."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from helpers import tiny_model, tiny_tokenizer
+
+from rlhf_fast.judges import Calibration, Constitution, LocalJudge, Missing, Pair, Principle, Verdict, Vote, decide
+from rlhf_fast.judges.calibration import fit_bias, fit_slope
+from rlhf_fast.judges.labels import derive, verdict_of
+from rlhf_fast.judges.protocol import sigmoid
+from rlhf_fast.trainers.constitutional import label
+
+ASK = [{"role": "user", "content": "say hello"}]
+KIND, SHORT = Principle("kind", compare="Kinder?"), Principle("short", compare="Shorter?", weight=3.0)
+HOUSE = Constitution("house", (KIND, SHORT))
+
+
+class Planted:
+    """The truth s is the difference of the numbers that are the replies; what it says is s / slope + bias in front."""
+
+    def __init__(self, slope=1.0, bias=0.0, missing=()):
+        self.slope, self.bias, self.lost = slope, bias, missing
+
+    def comparable(self, principles):
+        return list(principles)
+
+    def describe(self):
+        return {"backend": "planted", "slope": self.slope, "bias": self.bias}
+
+    def compare(self, pairs, ledger=None):
+        return [self._one(pair) for pair in pairs]
+
+    def _one(self, pair):
+        s = (float(pair.a) - float(pair.b)) / self.slope
+        gone = tuple(Missing(p.id, "refused", "no") for p in pair.principles if (p.id, pair.a) in self.lost)
+        names = [p.id for p in pair.principles if p.id not in {m.principle for m in gone}]
+        votes = tuple(Vote(name, s + self.bias, s - self.bias) for name in names)
+        return decide(votes, gone, {p.id: p.weight for p in pair.principles})
+
+
+def planted_rows(n, seed=0):
+    """Pairs with the truth between -3 and 3; people choose a with probability sigmoid(s)."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(n):
+        a, b = draw.uniform(-1.5, 1.5), draw.uniform(-1.5, 1.5)
+        better = "a" if draw.random() < sigmoid(a - b) else "b"
+        rows.append({"id": str(i), "prompt": "q", "a": f"{a:.6f}", "b": f"{b:.6f}", "better": better})
+    return rows
+
+
+@pytest.mark.parametrize(("slope", "bias"), [(0.4, 0.0), (1.0, 1.2), (2.5, -0.7)])
+def test_planted_slope_and_bias_are_recovered(slope, bias):
+    """4,000 pairs: the bias exactly, the slope within four standard errors (a false alarm in 16,000)."""
+    judge, rows = Planted(slope, bias), planted_rows(4000)
+    verdicts = judge.compare([Pair(ASK, r["a"], r["b"], [KIND]) for r in rows])
+    assert fit_bias([v.votes[0] for v in verdicts]) == pytest.approx(bias, abs=1e-9)
+    logits = np.array([v.logit if r["better"] == "a" else -v.logit for v, r in zip(verdicts, rows, strict=True)])
+    p = 1 / (1 + np.exp(-np.abs(logits) * slope))
+    error = 1 / math.sqrt((p * (1 - p) * logits**2).sum())  # from the Fisher information
+    assert fit_slope(logits) == pytest.approx(slope, abs=4 * error)
+
+
+def test_the_fit_by_hand_and_at_its_limits():
+    assert fit_slope([1.0] * 9) == pytest.approx(math.log(10), abs=1e-9)  # sigmoid(slope) = 10 / 11
+    assert fit_slope([1.0, -1.0]) == pytest.approx(0, abs=1e-9) and fit_slope([-1.0] * 9) == 0
+    assert fit_slope([2.0] * 9) == pytest.approx(math.log(10) / 2, abs=1e-9)
+    drawn = fit_slope([1.0, -1.0, 1.0], np.array([[9, 0, 0], [4, 1, 4], [0, 5, 0]]))
+    assert drawn[0] == pytest.approx(math.log(10), abs=1e-9) and drawn[0] > drawn[1] > drawn[2] == 0
+    assert fit_bias([]) == 0
+
+
+def test_the_calibration_is_in_the_labels(tmp_path):
+    rows = planted_rows(40)
+    stage = label(rows, HOUSE, Planted(0.5, 1.0), output_dir=tmp_path, calibration=Calibration(0.5, 1.0), tie_margin=0)
+    by_id = {row["id"]: float(row["a"]) - float(row["b"]) for row in rows}
+    for row in stage.rows:
+        truth = abs(by_id[row["cai"]["pair_id"]])
+        assert row["chosen_prob"] == row["cai"]["p_calibrated"] == pytest.approx(sigmoid(truth))
+        assert row["cai"]["p_raw"] == pytest.approx(sigmoid(truth / 0.5))
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert settings["calibration"] == {"slope": 0.5, "bias": 1.0}
+
+
+def test_the_bias_counts_where_probabilities_are_averaged():
+    votes = (Vote("kind", 1.0 + 2.0, 1.0 - 2.0),)
+    record = {"votes": [vars(v) for v in votes], "missing": []}
+    raw = verdict_of(record, {}, combine="prob")
+    assert raw.prob_a == pytest.approx((sigmoid(3.0) + sigmoid(-1.0)) / 2)
+    clean = verdict_of(record, {}, combine="prob", calibration=Calibration(1.0, 2.0))
+    assert clean.logit == pytest.approx(1.0)
+    assert verdict_of(record, {}, combine="logit").logit == 1.0
+
+
+@pytest.mark.parametrize("combine", ["logit", "prob", "sum"])
+def test_swapping_negates_exactly_however_orders_are_combined(combine):
+    draw = random.Random(0)
+    for _ in range(200):
+        votes = [Vote(n, draw.gauss(0, 30), draw.gauss(0, 30)) for n in ("kind", "short")]
+        swapped = [Vote(v.principle, -v.logit_ba, -v.logit_ab) for v in votes]
+        weights = {"kind": 1.0, "short": 3.0}
+        one, two = decide(votes, (), weights, combine=combine), decide(swapped, (), weights, combine=combine)
+        assert one.logit == -two.logit and math.isfinite(one.logit)
+
+
+def test_a_clamp_bounds_the_label_and_keeps_the_order(tmp_path):
+    rows = planted_rows(40)
+    label(rows, HOUSE, Planted(), output_dir=tmp_path / "raw", tie_margin=0)
+    stage = derive(tmp_path / "raw", output_dir=tmp_path / "clamped", clamp=(0.4, 0.6), tie_margin=0)
+    assert max(row["chosen_prob"] for row in stage.rows) == 0.6
+    for row in stage.rows:
+        assert row["chosen_prob"] == min(row["cai"]["p_calibrated"], 0.6) and row["cai"]["clamp"] == [0.4, 0.6]
+    for clamp in ((0.3, 0.6), (0.5, 0.5), (0.6, 0.4)):
+        with pytest.raises(ValueError, match="which reply is called a is chance"):
+            derive(tmp_path / "raw", output_dir=tmp_path / "x", clamp=clamp)
+
+
+def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
+    rows = planted_rows(12)
+    judge = Planted(missing={("short", rows[3]["a"])})
+    first = label(rows, HOUSE, judge, output_dir=tmp_path / "all", tie_margin=0)
+    assert first.counts == {"inputs": 12, "ok": 11, "tie": 0, "failed": 0, "refused": 1, "too_long": 0, "unparsed": 0}
+    assert first.rejected[0]["id"] == "3" and "short: no" in first.rejected[0]["reason"]
+    again = derive(tmp_path / "all", output_dir=tmp_path / "same", tie_margin=0)
+    assert (tmp_path / "same" / "comparisons.jsonl").read_bytes() == (
+        tmp_path / "all" / "comparisons.jsonl"
+    ).read_bytes()
+    assert again.counts == first.counts
+    without = derive(tmp_path / "all", output_dir=tmp_path / "kind", weights={"short": 0}, tie_margin=0)
+    assert without.counts["ok"] == 12
+    nothing = derive(tmp_path / "all", output_dir=tmp_path / "none", weights={"short": 0, "kind": 0})
+    assert nothing.counts["tie"] == 12 and nothing.rows == []
+    with pytest.raises(ValueError, match=r"no votes under \['shrt'\]"):
+        derive(tmp_path / "all", output_dir=tmp_path / "x", weights={"shrt": 1})
+    with pytest.raises(ValueError, match=r"has no judgements\.jsonl"):
+        derive(tmp_path, output_dir=tmp_path / "x")
+
+
+def test_a_judge_that_gives_no_votes_is_taken_at_its_word(tmp_path):
+    class Plain(Planted):
+        def _one(self, pair):
+            return Verdict("ok", 1.0) if pair.a > "0" else Verdict("failed", 3.0, reason="broken")
+
+    rows = [{"prompt": "q", "a": a, "b": "x"} for a in ("1", "-1")]
+    stage = label(rows, HOUSE, Plain(), output_dir=tmp_path)
+    assert stage.counts["ok"] == stage.counts["failed"] == 1
+    assert stage.rows[0]["chosen_prob"] == pytest.approx(sigmoid(1.0)) and stage.rejected[0]["reason"] == ": broken"
+
+
+# --- reasoning step by step ---
+
+
+def test_a_rationale_is_written_first_and_scored_behind(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, max_position_embeddings=1024)
+    judge = LocalJudge(model, tokenizer, HOUSE, min_label_mass=0.0, cot_tokens=6)
+    assert judge.describe()["cot_tokens"] == 6 and judge.describe()["few_shots"] == 0
+    prompts = []
+    score = judge.backend._scores
+    judge.backend._scores = lambda requests: prompts.extend(r["prompt"] for r in requests) or score(requests)
+    one, two = judge.compare([Pair(ASK, "hello", "no", [KIND]), Pair(ASK, "no", "hello", [KIND])])
+    assert one.status == "ok" and one.logit == -two.logit
+    assert len(prompts) == 2  # the swapped pair asks the same two questions
+    for prompt in prompts:
+        head, _, rationale = prompt.partition("Let's think step by step:")
+        assert "\n\nHuman: Consider the following" in head and rationale.endswith("\n\nHuman:\nSo the answer is:")
+        assert len(tokenizer(rationale)["input_ids"]) > 6
+    (long,) = LocalJudge(model, tokenizer, HOUSE, cot_tokens=1020).compare([Pair(ASK, "hello", "no", [KIND])])
+    assert long.status == "too_long" and "rationale of 1020 tokens" in long.reason

@@ -1,0 +1,132 @@
+"""rlhf-fast cai: every word of it, on a tiny model and on a server on loopback."""
+
+import json
+
+import pytest
+from fake_server import serving
+from helpers import tiny_model, tiny_tokenizer
+
+from rlhf_fast.cli import main
+
+HOUSE = """\
+format: rlhf_fast/constitution@1
+name: house
+layout: {compare: principle_last, critique: chat}
+principles:
+  - {id: short, check: {rule: max_chars, args: {n: 12}}, revise: Say less., compare: Choose the shorter reply.}
+  - {id: kind, compare: Choose the kinder reply., weight: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cai")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, max_position_embeddings=1024)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    (root / "house.yaml").write_text(HOUSE)
+    write(root / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(10)])
+    write(root / "people.jsonl", [
+        {"prompt": f"say {n // 2}", "chosen": f"{n}{'!' * (n % 3)}", "rejected": f"-{n} {'?' * (n % 2)}"}
+        for n in range(20)
+    ])  # fmt: skip
+    return root
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def cai(word, **keys):
+    argv = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+    return main(["cai", word, *argv])
+
+
+def test_validate_says_what_is_in_a_file_or_wrong_with_it(house, tmp_path, capsys):
+    assert main(["cai", "validate", str(house / "house.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "house: 2 principles" in out and "kind: compare; weight 2" in out and "sha256" in out
+    (tmp_path / "bad.yaml").write_text(HOUSE.replace("weight: 2", "weight: heavy"))
+    assert main(["cai", "validate", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml: principle 'kind': field 'weight'" in capsys.readouterr().err
+    assert main(["cai", "lable"]) == 2 and "did you mean 'label'?" in capsys.readouterr().err
+
+
+def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsys):
+    common = {"constitution": house / "house.yaml", "model": house / "model", "train_data": house / "prompts.jsonl",
+              "num_prompts": 6, "max_new_tokens": 8}  # fmt: skip
+    assert cai("revise", **common, output_dir=tmp_path / "revise") == 0
+    assert "revise: 6 inputs" in capsys.readouterr().out
+    assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
+    assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
+    assert "needs check-all or paper" in capsys.readouterr().err
+    assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
+    pairs = tmp_path / "pairs" / "pairs.jsonl"
+    assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
+    assert "label: 6 inputs" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def audited(house):
+    """The card of the tiny judge, which knows nothing, in card/."""
+    judge = {"constitution": house / "house.yaml", "judge": house / "model", "judge_options": "{min_label_mass: 0}"}
+    assert cai("audit", **judge, data=house / "people.jsonl", output_dir=house / "card", probe_pairs=2) == 0
+    write(house / "pairs.jsonl", [{"id": n, "prompt": f"say {n}", "a": f"{n}", "b": f"{n} {n}"} for n in range(8)])
+    return {**judge, "data": house / "pairs.jsonl"}
+
+
+def test_a_judge_at_the_floor_does_not_label_unless_told_to(house, audited, tmp_path, capsys):
+    out = tmp_path / "label"
+    assert cai("label", **audited, output_dir=out) == 2
+    assert "nothing is known about this judge" in capsys.readouterr().err
+    assert cai("label", **audited, card=house / "card", output_dir=out) == 2
+    assert "the judge is at the floor" in capsys.readouterr().err and not out.exists()
+    assert cai("label", **{**audited, "judge_options": "{}"}, card=house / "card", output_dir=out) == 2
+    assert "is of another judge" in capsys.readouterr().err
+    assert cai("label", **audited, card=house / "card", allow_weak_judge="true", output_dir=out) == 0
+    card, run = (json.loads((p).read_text()) for p in (house / "card" / "audit.json", out / "run.json"))
+    assert run["settings"]["calibration"] == card["calibration"] and run["counts"]["inputs"] == 8
+    assert (out / "constitution.html").is_file() and len(read(out / "judgements.jsonl")) == 8
+
+
+def test_derive_gives_other_labels_without_the_judge(house, audited, tmp_path, capsys):
+    label, derived = tmp_path / "label", tmp_path / "derived"
+    assert cai("label", **audited, allow_weak_judge="true", tie_margin=0, output_dir=label) == 0
+    before = {p.name: p.read_bytes() for p in label.iterdir()}
+    options = {"judgements": label, "tie_margin": 0, "output_dir": derived}
+    assert cai("derive", **options, weights="{kind: 0}", clamp="[0.4, 0.6]") == 0
+    rows = {row["cai"]["pair_id"]: row for row in read(derived / "comparisons.jsonl")}
+    for record in read(label / "judgements.jsonl"):
+        (short,) = [v for v in record["votes"] if v["principle"] == "short"]
+        assert rows[record["id"]]["cai"]["logit"] == pytest.approx((short["logit_ab"] + short["logit_ba"]) / 2)
+        assert 0.5 < rows[record["id"]]["chosen_prob"] <= 0.6
+    assert {p.name: p.read_bytes() for p in label.iterdir()} == before
+    assert cai("derive", **options, weights="{kind: 1}") == 2
+    assert "another run" in capsys.readouterr().err
+    assert cai("derive", **{**options, "output_dir": tmp_path / "c"}, card=house / "card") == 0
+    assert cai("derive", **options, weights="{kin: 1}") == 2 and "no votes under ['kin']" in capsys.readouterr().err
+
+
+def test_a_server_writes_and_judges(house, tmp_path, capsys):
+    pytest.importorskip("openai")
+    with serving() as fake:
+        fake.logit = lambda text: 1.0
+        common = {"constitution": house / "house.yaml", "output_dir": tmp_path / "pairs"}
+        here = {"model": fake.url, "train_data": house / "prompts.jsonl", "num_prompts": 3}
+        assert cai("pairs", **common, **here) == 2
+        assert "server_model" in capsys.readouterr().err
+        assert cai("pairs", **common, **here, server_model="m", server="{concurency: 2}") == 2
+        assert "Server has no 'concurency'; did you mean 'concurrency'?" in capsys.readouterr().err
+        assert cai("pairs", **common, **here, server_model="m") == 0
+        judge = {"judge": fake.url, "judge_model": "m", "allow_weak_judge": "true", "data": house / "pairs.jsonl"}
+        write(house / "pairs.jsonl", [{"prompt": f"say {n}", "a": f"{n}", "b": f"{n} {n}"} for n in range(4)])
+        stopped = {**common, **judge, "output_dir": tmp_path / "label"}
+        assert cai("label", **stopped, judge_server="{max_requests: 5}") == 2
+        assert "the budget is spent: max_requests = 5" in capsys.readouterr().err
+        assert cai("label", **stopped) == 0
+        assert "4 tie" in capsys.readouterr().out  # whatever stands first is better: both orders together say nothing
