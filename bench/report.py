@@ -163,6 +163,31 @@ def quickstart(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def judge_scoring(result: dict) -> str:
+    """What all principles in both orders cost a local judge, one way a line."""
+    layouts = result["layouts"]
+    heads = [f"{layout}: tokens | CPU s | of shared" for layout in layouts]
+    lines = [f"| a pair, both orders, {result['principles']} principles | {' | '.join(heads)} |"]
+    lines.append("|" + " --- |" * (1 + 3 * len(layouts)))
+    for name in next(iter(layouts.values())):
+        cells = [name]
+        for them in layouts.values():
+            row = them[name]
+            cells += [
+                f"{row['tokens_per_pair']:,.0f}",
+                f"{row['cpu_seconds_per_pair']:.2f}",
+                times(row["times_shared"]),
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    differences = ", ".join(f"{them['shared']['largest_difference_to_naive']:.1e}" for them in layouts.values())
+    return "\n".join([
+        *lines,
+        f"\nLargest difference of a log-probability between shared and naive: {differences}. {result['model']}, "
+        f"{result['few_shots']} few-shots, batches of {result['pairs']} pairs of Anthropic's evaluation set; "
+        f"{result['machine']['cpu']}, one thread, commit {result['commit']}: `{result['command']}`\n",
+    ])  # fmt: skip
+
+
 def rewrite(path: Path, sections: dict[str, str]) -> None:
     """Puts each text between <!-- name --> and <!-- end --> wherever the page has that section."""
 
@@ -189,6 +214,8 @@ def main() -> None:
     runs = [json.loads(path.read_text()) for path in sorted((folder / "quickstart").glob("*.json"))]
     if runs:
         sections["quickstart"] = quickstart(runs)
+    if (folder / "cai" / "judge_scoring.json").is_file():
+        sections["judge_scoring"] = judge_scoring(json.loads((folder / "cai" / "judge_scoring.json").read_text()))
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         rewrite(page, sections)
 

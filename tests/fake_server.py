@@ -133,8 +133,7 @@ class Handler(BaseHTTPRequestHandler):
                 scores = [None, *[-1.0] * (len(parts) - 1)]
                 scores[-3] = label  # " (" "A" ")" " on": the letter stands third from behind
                 scores[-2] = 0.0
-                starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
-                got = {"tokens": parts, "token_logprobs": scores, "text_offset": starts}
+                got = {"tokens": parts, "token_logprobs": scores}
                 choices.append({"index": number, "text": "".join(parts), "logprobs": got, "finish_reason": "length"})
         else:
             choice["text"] = "A"

@@ -147,7 +147,7 @@ class HTTPBackend:
         if self.mode == "systemone":
             return _read_systemone(labels, reply)
         if self.mode == "echo":
-            return _read_echo(request["prompt"], labels, reply)
+            return _read_echo(labels, reply)
         if self.mode == "votes":
             return _read_vote(labels, reply)
         return _read_top(labels, reply, self.max_slack)
@@ -250,18 +250,19 @@ def _read_vote(labels: Sequence[str], reply: dict) -> Answer:
     return Answer(status, reason=f"answered {text[:200]!r}")
 
 
-def _read_echo(prompt: str, labels: Sequence[str], reply: dict) -> Answer:
+def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
     """Sums what stands behind the tokens that all the echoed texts have in common."""
     rows = []
     for number, label in enumerate(labels):
         got = _choice(reply, number).get("logprobs") or {}
-        tokens, scores, starts = (got.get(name) for name in ("tokens", "token_logprobs", "text_offset"))
-        if not tokens or not scores or not starts or not len(tokens) == len(scores) == len(starts):
+        tokens, scores = got.get("tokens"), got.get("token_logprobs")
+        if not tokens or not scores or len(tokens) != len(scores):
             raise Unreadable("no log-probabilities of the echoed prompt")
-        keep = sum(start - starts[0] < len(prompt + label) for start in starts)  # the rest was written, not echoed
-        rows.append((tokens[:keep], scores[:keep]))
-        if len("".join(tokens[:keep])) < len(label):
+        # The last token was written, not echoed, if it is there at all. Offsets are no help: some count a bos token.
+        keep = next((n for n in (len(tokens) - 1, len(tokens)) if "".join(tokens[:n]).endswith(label.strip())), 0)
+        if not keep:
             raise Unreadable("the prompt was not echoed")
+        rows.append((tokens[:keep], scores[:keep]))
     same = 0
     while len({tuple(tokens[same : same + 1]) for tokens, _ in rows}) == 1 and same < len(rows[0][0]):
         same += 1

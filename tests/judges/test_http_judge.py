@@ -296,6 +296,14 @@ def test_a_429_slows_everyone_down(tmp_path):
         assert 0 < len(refused) < 96  # of 96 calls; eight at once, unslowed, would be refused far more often
 
 
+def test_no_more_calls_a_minute_than_asked_for():
+    with serving() as fake:
+        judge = judge_at(fake, server={"requests_per_minute": 1200})
+        start = time.monotonic()
+        judge.compare([Pair(ASK, f"{n}", "0", [KIND]) for n in range(1, 4)])
+        assert time.monotonic() - start >= 5 * 60 / 1200  # six calls, five pauses
+
+
 def test_headers_say_how_long_to_wait():
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert _retry_after({"retry-after": "7"}) == 7 and _retry_after({"retry-after-ms": "250"}) == 0.25
