@@ -40,7 +40,7 @@ from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.common import config_from_dict, latest_checkpoint
-from .trainers.constitutional import TextGenerator, derive, label, revise, revise_sampled, sample_pairs
+from .trainers.constitutional import DROP, TextGenerator, derive, label, revise, revise_sampled, sample_pairs
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.sft import SFTConfig, SFTTrainer
@@ -174,6 +174,7 @@ class ReviseJob(Checked):
     train_data: str  # rows with a prompt
     schedule: str = "check-all"  # check-all: revise what is violated, keep the best; paper: four revisions at random
     max_steps: int | None = None  # revisions of a prompt; null is the schedule's own number
+    drop: list = field(default_factory=lambda: list(DROP))  # flags of replies that no model should learn from
     num_prompts: int | None = None  # the first so many; null takes all
     output_dir: str = "runs/cai/revise"
     batch_size: int = 32
@@ -183,9 +184,9 @@ class ReviseJob(Checked):
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
     constitution, judge = who.load(job.seed)
     prompts = _prompts(job)
-    options = {"output_dir": job.output_dir, "batch_size": job.batch_size, "seed": job.seed}
+    options = {"output_dir": job.output_dir, "batch_size": job.batch_size, "seed": job.seed, "drop": job.drop}
     if job.schedule == "check-all":
-        stage = revise(prompts, writer.load(), constitution, judge, max_steps=job.max_steps or 4, **options)
+        stage = revise(prompts, writer.load(), constitution, judge, max_steps=job.max_steps, **options)
     elif job.schedule == "paper":
         stage = revise_sampled(prompts, writer.load(), constitution, steps=job.max_steps or 4, **options)
     else:
@@ -341,6 +342,7 @@ class TrainJob(Checked):
     max_new_tokens: int = 64
     temperature: float = 1.0
     max_revisions: int = 4
+    drop: list = field(default_factory=lambda: list(DROP))  # flags of replies that no model should learn from
     eval_share: float = 0.1  # of the comparisons, held out from the reward model
     sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
     reward: dict = field(default_factory=dict)
@@ -381,11 +383,16 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     half = len(prompts) // 2
     if any(p.check and p.revise for p in constitution.principles):
         revised = revise(prompts[:half], generator(job.model), constitution, judge, output_dir=root / "revise",
-                         max_steps=job.max_revisions, **options)  # fmt: skip
+                         max_steps=job.max_revisions, drop=job.drop, **options)  # fmt: skip
     else:
         revised = revise_sampled(prompts[:half], generator(job.model), constitution, output_dir=root / "revise",
-                                 steps=job.max_revisions, **options)  # fmt: skip
-    print(f"revise: {revised.counts}")
+                                 steps=job.max_revisions, drop=job.drop, **options)  # fmt: skip
+    _tell("revise", revised, "sft.jsonl")
+    if not revised.rows:
+        raise ConfigError(
+            f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why. A reply that is cut off at "
+            "max_new_tokens is dropped, unless `drop` says otherwise"
+        )
     part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=tokenizer))
     sft = str(root / "sft")
     stages.add("sft", sft)
@@ -394,7 +401,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
     labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=calibration,
                      clamp=_clamp(judge, None), **options)  # fmt: skip
-    print(f"label: {labelled.counts}")
+    _tell("label", labelled, "comparisons.jsonl")
     if not labelled.rows:
         raise ConfigError(
             "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"

@@ -87,7 +87,7 @@ def _keys_of(cls: type) -> dict[str, Key]:
         if f.default is not dataclasses.MISSING:
             shown = "null" if f.default is None else str(f.default)
         else:
-            shown = REQUIRED if f.default_factory is dataclasses.MISSING else "{}"
+            shown = REQUIRED if f.default_factory is dataclasses.MISSING else str(f.default_factory())
         keys[f.name] = Key(shown, comments.get(f.name, ""), hints[f.name])
     return keys
 

@@ -146,6 +146,7 @@ cai:
   output_dir: {root}/cai
   num_prompts: 12
   max_new_tokens: 12
+  drop: []
   sft: {{max_steps: 2}}
   reward: {{max_steps: 2}}
   ppo: {{batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8}}

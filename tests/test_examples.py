@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import read_sections
 from rlhf_fast.jobs import STAGES, resolve_reward
 from rlhf_fast.judges import Constitution
@@ -33,6 +34,7 @@ def test_yaml_files_are_accepted(path):
     if path.read_text().startswith("#") and "rlhf_fast/constitution@1" in path.read_text():
         assert Constitution.load(path).principles
         return
-    for name, values in read_sections(str(path), {name: list(s.keys()) for name, s in STAGES.items()}).items():
-        for cls in STAGES[name].configs:
+    stages = STAGES | CAI
+    for name, values in read_sections(str(path), {name: list(s.keys()) for name, s in stages.items()}).items():
+        for cls in stages[name].configs:
             config_from_dict(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__})
