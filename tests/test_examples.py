@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import read_sections
@@ -35,6 +36,10 @@ def test_yaml_files_are_accepted(path):
         assert Constitution.load(path).principles
         return
     stages = STAGES | CAI
-    for name, values in read_sections(str(path), {name: list(s.keys()) for name, s in stages.items()}).items():
+    sections = read_sections(str(path), {name: list(s.keys()) for name, s in stages.items()})
+    named = yaml.safe_load(path.read_text()).keys() & stages.keys()
+    assert named
+    for name in named:
+        values = sections[name]
         for cls in stages[name].configs:
             config_from_dict(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__})
