@@ -1,12 +1,15 @@
 """PPO end to end beside TRL 1.12.0: the same Llama, prompts, reward and settings, one process for each run, in turns.
 
-    python bench/bench_ppo.py [--part speed|memory|rollout|race] ... [--small]
+    python bench/bench_ppo.py [--part speed|memory|rollout|race] ... [--device cuda] [--small]
 
 speed    response tokens per CPU-second of whole iterations: shared trunk, separate critic, TRL (its best micro-batch)
 memory   peak resident memory of such a process at two vocabularies, and what everything takes before the first step
 rollout  our generation beside transformers' generate(), in one process in turns
 race     reward over CPU-seconds, and over KL, from the same start; five seeds; each with the best learning rate of one
          grid, chosen on a seed that does not count
+gpu      (alone, with --device cuda) a 0.5B Qwen2-shaped model: tokens per second of rollout and of scoring and
+         update, peak memory, and a profile of ours
+
 TRL is installed from PyPI into a folder of its own and is on the path of its processes only. CPU-seconds are those of
 the process, all threads together; OMP_WAIT_POLICY=PASSIVE, so that no thread is paid for waiting, on either side.
 Results: bench/results/ppo.json, a part at a time; bench/report.py makes the tables and the picture.
@@ -34,7 +37,7 @@ from ppo_worker import Run  # noqa: E402
 TRL = "trl==1.12.0"
 SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-3, 1e-2)
 RACE = Run(
     vocab=512, hidden=64, layers=2, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
     iterations=16, kl_coef=0.003, num_prompts=1024,
@@ -185,16 +188,38 @@ def race(options) -> dict:
             "curves": curves}  # fmt: skip
 
 
-PARTS = {"speed": speed, "memory": memory, "rollout": rollout, "race": race}
+def gpu(options) -> dict:
+    """A 0.5B Qwen2-shaped model with random weights: 64 prompts of 128 tokens, 256 tokens of answer."""
+    base = Run(
+        shape="qwen2-0.5b", vocab=151_936, prompt_length=(128, 128), response_length=256, batch_size=64,
+        minibatch_size=64, micro_batch_size=8, iterations=3, learning_rate=3e-6, device="cuda",
+    )  # fmt: skip
+    systems = {}
+    for name in SYSTEMS:
+        result = execute(replace(base, system=name, profile=name == "shared"), options.trl)
+        last, before = result["rows"][-1], result["rows"][-2]
+        seconds = last["seconds"] - before["seconds"]
+        systems[name] = {
+            "rollout_tokens_per_second": last["tokens"] / last["generate_seconds"],
+            "update_tokens_per_second": last["tokens"] / (seconds - last["generate_seconds"]),  # scoring included
+            "tokens_per_second": last["tokens"] / seconds, "peak_allocated": result["peak_allocated"],
+            "profile": last.get("profile"),
+        }  # fmt: skip
+        print(name, systems[name], flush=True)
+    return {"run": asdict(base), "systems": systems}
+
+
+PARTS = {"speed": speed, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench/bench_ppo.py", description=__doc__.splitlines()[0])
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be repeated (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the part gpu, alone")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers" / "trl-1.12.0", help="where TRL goes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3, help="of a speed run; the first does not count")
-    parser.add_argument("--longer", type=int, default=3, help="iterations of ours for one of TRL in the race")
+    parser.add_argument("--longer", type=int, default=2, help="iterations of ours for one of TRL in the race")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "ppo.json")
     options = parser.parse_args()
@@ -205,9 +230,9 @@ def main() -> None:
     from rlhf_fast.bench.harness import provenance
 
     results = json.loads(options.json.read_text()) if options.json.exists() else {"parts": {}}
-    for part in options.part or PARTS:
+    for part in options.part or (["gpu"] if options.device == "cuda" else [p for p in PARTS if p != "gpu"]):
         result = PARTS[part](options)
-        about = provenance(torch.device("cpu"), [])
+        about = provenance(torch.device(options.device), [])
         about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
                   "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
         about["packages"]["trl"] = TRL.split("==")[1]

@@ -41,8 +41,9 @@ class Run:
     kl_coef: float = 0.05
     temperature: float = 1.0
     seed: int = 0
-    device: str = "cpu"
-    options: dict | None = None  # what one trainer has and the other lacks
+    shape: str = "llama"  # or "qwen2-0.5b", whose own sizes replace vocab, hidden and layers
+    device: str = "cpu"  # on "cuda" the weights are bfloat16
+    profile: bool = False  # adds the operations on which the last iteration spends its time
 
     @property
     def good(self) -> range:
@@ -64,9 +65,16 @@ def make_tokenizer(vocab: int):
 
 
 def make_model(run: Run):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(run.seed)
+    if run.shape == "qwen2-0.5b":
+        config = Qwen2Config(
+            vocab_size=run.vocab, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
+            pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
+        )  # fmt: skip
+        return Qwen2ForCausalLM(config).to(run.device, torch.bfloat16 if run.device == "cuda" else torch.float32)
     heads = max(1, run.hidden // 64)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -84,14 +92,21 @@ def make_prompts(run: Run) -> list[list[int]]:
 
 
 class Clock:
-    """Rows of (CPU-seconds since the start of training, what else is known)."""
+    """Rows of (CPU-seconds and seconds since the start of training, what else is known)."""
 
-    def __init__(self):
+    def __init__(self, device: str):
         self.rows: list[dict] = []
-        self.start = time.process_time()
+        self.device = device
+        self.begin()
+
+    def begin(self) -> None:
+        self.start, self.wall = time.process_time(), time.perf_counter()
 
     def row(self, **values) -> None:
-        self.rows.append({"cpu_seconds": time.process_time() - self.start, **values})
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = {"cpu_seconds": time.process_time() - self.start, "seconds": time.perf_counter() - self.wall}
+        self.rows.append(now | values)
 
 
 def run_ours(run: Run) -> list[dict]:
@@ -106,21 +121,42 @@ def run_ours(run: Run) -> list[dict]:
         minibatch_size=run.minibatch_size, micro_batch_size=run.micro_batch_size, num_ppo_epochs=run.num_ppo_epochs,
         generation_batch_size=run.batch_size, response_length=run.response_length, temperature=run.temperature,
         learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
-        share_trunk=run.system == "shared", **(run.options or {}),
+        share_trunk=run.system == "shared",
     )  # fmt: skip
     trainer = PPOTrainer(
         config, make_model(run), reward=reward, tokenizer=make_tokenizer(run.vocab),
         train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
     )  # fmt: skip
-    clock = Clock()
-    for _, metrics in zip(range(run.iterations), trainer, strict=False):
+    clock, iterations = Clock(run.device), iter(trainer)
+    for i in range(run.iterations):
+        profiler = Profile(run.profile and i + 1 == run.iterations)
+        with profiler:
+            metrics = next(iterations)
         clock.row(
             tokens=int(metrics["response_length/mean"] * run.batch_size + 0.5),
             reward=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]),
             entropy=float(metrics["policy/entropy_avg"]),
-            seconds={k.removeprefix("timing_s/"): v for k, v in metrics.items() if k.startswith("timing_s/")},
+            generate_seconds=metrics["timing_s/generate"], profile=profiler.table,
         )  # fmt: skip
     return clock.rows
+
+
+class Profile:
+    """Inside, where asked for, torch's profiler; afterwards `table` has its first lines."""
+
+    def __init__(self, wanted: bool):
+        self.profiler, self.table = torch.profiler.profile() if wanted else None, None
+
+    def __enter__(self) -> None:
+        if self.profiler is not None:
+            self.profiler.start()
+
+    def __exit__(self, *_) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            averages = self.profiler.key_averages()
+            self.table = averages.table(sort_by=key, row_limit=25, max_name_column_width=60)
 
 
 class ShareOfGood(torch.nn.Module):
@@ -150,27 +186,35 @@ class ShareOfGood(torch.nn.Module):
 def run_trl(run: Run) -> list[dict]:
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    clock = Clock()
+    clock, generation, generate = Clock(run.device), [0.0], ppo_trainer.batch_generation
+
+    def timed(*arguments, **options):
+        start = time.perf_counter()
+        out = generate(*arguments, **options)
+        if run.device == "cuda":
+            torch.cuda.synchronize()
+        generation[0] = time.perf_counter() - start
+        return out
+
+    ppo_trainer.batch_generation = timed
 
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
             clock.row(
                 tokens=run.batch_size * run.response_length, reward=logs["objective/scores"],
-                kl=logs["objective/kl"], entropy=logs["policy/entropy_avg"],
+                kl=logs["objective/kl"], entropy=logs["policy/entropy_avg"], generate_seconds=generation[0],
             )  # fmt: skip
 
     policy, tokenizer = make_model(run), make_tokenizer(run.vocab)
     config = type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1})
-    value_model = AutoModelForSequenceClassification.from_config(config).to(run.device)
+    value_model = AutoModelForSequenceClassification.from_config(config).to(run.device, policy.dtype)
     value_model.model.load_state_dict(policy.model.state_dict())
     torch.nn.init.zeros_(value_model.score.weight)  # as ours starts
-    accumulate = run.minibatch_size // run.micro_batch_size
     if run.batch_size != run.minibatch_size:
-        # TRL ignores num_mini_batches, but steps after every micro-batch while its data loader is at its last batch:
-        # a dataset of one batch makes it take its minibatches.
-        raise NotImplementedError
+        raise ValueError("TRL 1.12.0 ignores num_mini_batches: it takes one optimizer step for the whole batch")
+    accumulate = run.minibatch_size // run.micro_batch_size
     args = PPOConfig(
         output_dir="/tmp/trl", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         seed=run.seed, total_episodes=run.iterations * run.batch_size, per_device_train_batch_size=run.micro_batch_size,
@@ -178,13 +222,12 @@ def run_trl(run: Run) -> list[dict]:
         local_rollout_forward_batch_size=run.batch_size, response_length=run.response_length, stop_token="eos",
         temperature=run.temperature, learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
         num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=run.device == "cpu",
-        **(run.options or {}),
     )  # fmt: skip
     trainer = PPOTrainer(
         args=args, processing_class=tokenizer, model=policy, ref_model=None, reward_model=ShareOfGood(run),
         train_dataset=Dataset.from_dict({"input_ids": make_prompts(run)}), value_model=value_model, callbacks=[Watch()],
     )  # fmt: skip
-    clock.start = time.process_time()
+    clock.begin()
     trainer.train()
     return clock.rows
 
@@ -193,8 +236,10 @@ def main() -> None:
     run = Run(**json.loads(Path(sys.argv[1]).read_text()))
     torch.set_num_threads(1)
     rows = (run_trl if run.system == "trl" else run_ours)(run)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(sys.argv[2]).write_text(json.dumps({"rows": rows, "peak_rss": peak}))
+    peaks = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if run.device == "cuda":
+        peaks["peak_allocated"] = torch.cuda.max_memory_allocated()
+    Path(sys.argv[2]).write_text(json.dumps({"rows": rows, **peaks}))
 
 
 if __name__ == "__main__":

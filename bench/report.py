@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import ppo_report
+
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
 OURS, BARE = "rlhf_fast", "bare autograd.Function"
@@ -201,8 +203,10 @@ def rewrite(path: Path, sections: dict[str, str]) -> None:
 def main() -> None:
     """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
     folder = ROOT / "bench" / "results"
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "ppo.json"]
     sections = {}
+    if (folder / "ppo.json").exists():
+        sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
     if results:
         sections["bench"] = "\n".join(summary(result) for result in results)
         drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]

@@ -1,0 +1,147 @@
+"""The tables and the picture of bench_ppo.py's result file; bench/report.py puts them into the pages."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Student's t, by number of seeds
+NAMES = {"shared": "rlhf_fast, shared trunk", "separate": "rlhf_fast, separate critic", "trl": "TRL 1.12.0"}
+
+
+def source(part: dict) -> str:
+    packages = ", ".join(f"{name} {part['packages'][name]}" for name in ("torch", "trl"))
+    return (
+        f"\n{part['cpu']}, {part['threads']} thread, OMP_WAIT_POLICY={part['OMP_WAIT_POLICY']}, {packages}, "
+        f"load {part['load_average']:.0f}, commit {part['commit'][:12]}, {part['date'][:10]}: `{part['command']}`\n"
+    )
+
+
+def lines(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
+
+
+def speed(part: dict) -> str:
+    rows = []
+    for name, rate in part["tokens_per_cpu_second"].items():
+        each = sorted(r[name] / r["trl"] for r in part["rounds"])
+        over = f"{statistics.median(each):.2f}x ({each[0]:.2f}-{each[-1]:.2f})" if name != "trl" else "1"
+        rows.append([NAMES[name], f"{rate:.0f}", over])
+    run = part["run"]
+    about = (
+        f"\nLlama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}; {run['batch_size']} "
+        f"prompts of {run['prompt_length'][0]}-{run['prompt_length'][1]} tokens, {run['response_length']} tokens of "
+        f"answer, {run['num_ppo_epochs']} epochs, one optimizer step each, micro-batches of {run['micro_batch_size']} "
+        f"(TRL: {part['trl_micro_batch_size']}, the faster of {', '.join(part['trl_by_micro_batch'])}). Median of "
+        f"{len(part['rounds'])} rounds, and the range.\n"
+    )
+    return lines(["", "response tokens per CPU-second", "over TRL"], rows) + "\n" + about + source(part)
+
+
+def memory(part: dict) -> str:
+    rows = []
+    for row in part["rows"]:
+        cells = [f"{row['vocab']}", f"{row['imports'] / 1e6:.0f}"]
+        for name in ("shared", "separate", "trl"):
+            share = "" if name == "trl" else f" ({row[name] / row['trl']:.2f}x)"
+            cells.append(f"{row[name] / 1e6:.0f}{share}")
+        over = [(row[name] - row["imports"]) / (row["trl"] - row["imports"]) for name in ("shared", "separate")]
+        rows.append([*cells, ", ".join(f"{x:.2f}x" for x in over)])
+    head = ["vocabulary", "before the first step, MB", "shared trunk, MB", "separate critic, MB", "TRL, MB"]
+    return lines([*head, "over TRL, without what was there before"], rows) + "\n" + source(part)
+
+
+def rollout(part: dict) -> str:
+    rows = [
+        [
+            f"{row['hidden']}", f"{row['vocab']}", f"{row['batch']}", f"{row['cpu_seconds']['ours']:.2f}",
+            *(f"{row['over_ours'][name]:.2f}x" for name in ("generate", "TRL's call of generate")),
+        ]
+        for row in part["rows"]
+    ]  # fmt: skip
+    head = ["width", "vocabulary", "batch", "ours, CPU-seconds", "`generate`", "TRL's call, which keeps the logits"]
+    return lines(head, rows) + "\n" + source(part)
+
+
+def at(rows: list[dict], axis: str, where: np.ndarray) -> np.ndarray:
+    """Reward of one run, linear between iterations, at points of an axis that only grows (KL: its largest so far)."""
+    x = np.maximum.accumulate([row[axis] for row in rows])
+    return np.interp(where, x, [row["reward"] for row in rows])
+
+
+def together(part: dict, axis: str, points: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Points that every run reaches, and the reward there: name -> (seeds, points)."""
+    curves = part["curves"]
+    least = min(max(row[axis] for row in rows) for runs in curves.values() for rows in runs)
+    first = max(rows[0][axis] for runs in curves.values() for rows in runs)
+    where = np.linspace(max(first, 0), least, points)
+    return where, {name: np.array([at(rows, axis, where) for rows in runs]) for name, runs in curves.items()}
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(seeds, points) -> mean and half width of its 95 % interval."""
+    n = len(values)
+    return values.mean(0), T_95[n] * values.std(0, ddof=1) / n**0.5
+
+
+def race(part: dict) -> str:
+    rows = []
+    for axis, unit in (("cpu_seconds", "CPU-seconds"), ("kl", "nats of KL")):
+        where, rewards = together(part, axis, 5)
+        for i in range(1, 5):
+            cells = [f"{where[i]:.1f} {unit}"]
+            cells += ["{:.3f} +- {:.3f}".format(*(x[i] for x in interval(rewards[n]))) for n in ("shared", "trl")]
+            mean, half = interval(rewards["shared"] - rewards["trl"])
+            rows.append([*cells, f"{mean[i]:+.3f} +- {half[i]:.3f}"])
+    rates = {name: max(tried, key=tried.get) for name, tried in part["tuning"].items()}
+    run = part["run"]
+    about = (
+        f"\nMean of {len(part['curves']['trl'])} seeds and its 95 % interval; the last column is the paired "
+        f"difference. Learning rate {rates['shared']} (ours) and {rates['trl']} (TRL), each the best of "
+        f"{', '.join(part['tuning']['trl'])} on another seed. Llama of {run['layers']} layers, width {run['hidden']}, "
+        f"vocabulary {run['vocab']}, {run['batch_size']} prompts an iteration, {run['response_length']} tokens of "
+        f"answer, kl_coef {run['kl_coef']}; a random policy scores 0.1.\n"
+    )
+    return lines(["at", NAMES["shared"], NAMES["trl"], "difference"], rows) + "\n" + about + source(part)
+
+
+def picture(part: dict, path: Path) -> None:
+    """Reward over CPU-seconds and over KL: every seed, and the mean with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "rlhf_fast"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    colours = {"shared": "#c7683c", "trl": "#3b76af"}
+    for panel, axis, label in zip(axes, ("cpu_seconds", "kl"), ("CPU-seconds", "KL to the start, nats"), strict=True):
+        where, rewards = together(part, axis, 60)
+        for name, values in rewards.items():
+            for row in values:
+                panel.plot(where, row, color=colours[name], alpha=0.25, linewidth=0.7)
+            mean, half = interval(values)
+            panel.plot(where, mean, color=colours[name], linewidth=2, label=NAMES[name])
+            panel.fill_between(where, mean - half, mean + half, color=colours[name], alpha=0.2)
+        panel.set_xlabel(label)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    axes[0].set_ylabel("reward")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def sections(result: dict, folder: Path) -> dict[str, str]:
+    """Section name -> text, for the parts that were measured; draws folder/ppo_race.svg."""
+    made = {
+        f"ppo:{name}": make(result["parts"][name])
+        for name, make in (("speed", speed), ("memory", memory), ("rollout", rollout), ("race", race))
+        if name in result["parts"]
+    }
+    if "race" in result["parts"]:
+        picture(result["parts"]["race"], folder / "ppo_race.svg")
+    return made
