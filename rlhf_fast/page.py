@@ -71,6 +71,7 @@ th:first-child { text-align: left; white-space: normal; }
 .heat thead th { vertical-align: bottom; } .heat .up { writing-mode: vertical-rl; transform: rotate(180deg); }
 .verdict { padding: .6rem .9rem; border-left: 4px solid #007a55; background: #f3f8f6; }
 .verdict.no { border-color: #b3420a; background: #fbf4f0; }
+.scroll + .figures, .scroll + p, .figures + .scroll { margin-top: 1rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; line-height: 1.4; margin-bottom: .25rem; }

@@ -32,11 +32,14 @@ def _verdict(card: dict) -> str:
     share = f"It prefers the reply that people prefer on {_percent(card['accuracy'])} of {card['pairs']} pairs."
     if card["at_floor"]:
         text = (
-            f"At the floor. {share} Choosing the one that is or {floor} would do as well: the lead is "
-            f"{_points(lead)} points. Labels from this judge teach a reward model nothing about the constitution."
+            f"At the floor. {share} The rule of thumb “{floor}”, which needs no judge, may do as well: the lead "
+            f"over it is {_points(lead)} points. Labels from this judge need not say anything about the constitution."
         )
     else:
-        text = f"Above the floor. {share} That is {_points(lead)} points above the best rule of thumb ({floor})."
+        text = (
+            f"Above the floor. {share} That is {_points(lead)} points more than the best rule of thumb that needs no "
+            f"judge, “{floor}”."
+        )
     return f'<p class="verdict{" no" if card["at_floor"] else ""}">{escape(text)}</p>'
 
 
@@ -161,16 +164,19 @@ def _reading(report: dict) -> str:
 
 def _votes_table(report: dict) -> str:
     truth = any(x["accuracy"] is not None for x in report["principles"].values())
-    head = ["Principle", "weight", "votes", "decided", "agrees with the others", "mean |nats|", "same position"]
-    rows = [
-        [
-            *head,
-            "labels it turns",
-            "labels it makes",
-            "mean change of P",
-            *(["accuracy", "without it"] if truth else []),
-        ]
+    head = [
+        "Principle",
+        "weight",
+        "votes",
+        "decided",
+        "agrees",
+        "|nats|",
+        "same place",
+        "turns",
+        "makes",
+        "change of P",
     ]
+    rows = [[*head, *(["accuracy", "without"] if truth else [])]]
     for name, x in report["principles"].items():
         more = [_share(x["accuracy"]), _share(x["accuracy_without"])] if truth else []
         rows.append([
@@ -178,8 +184,9 @@ def _votes_table(report: dict) -> str:
             _share(x["same_position"]), str(x["turns"]), str(x["makes"]), f"{x['change']:.4f}", *more,
         ])  # fmt: skip
     note = (
-        "<p>Leave one out: the labels whose side would be the other one without the principle, those that would be "
-        "ties, and how far P moves.</p>"
+        "<p>decided: votes that are no tie; agrees: with the verdict of all other principles; |nats|: mean size. Leave one "
+        "out: labels that turn to the other side without the principle, that become ties, and the mean change of P. "
+        "accuracy: of the principle alone; without: of all the others.</p>"
     )
     return table(rows) + note
 
