@@ -9,21 +9,24 @@ a principle drawn at random and in both orders. Nobody should label with it, and
 
 import argparse
 import dataclasses
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from rlhf_fast.bench.harness import provenance
 from rlhf_fast.data import hh_rlhf
 from rlhf_fast.jobs import quiet
-from rlhf_fast.judges import Constitution, LocalJudge, audit, report_on
+from rlhf_fast.judges import Calibration, Constitution, LocalJudge, audit, report_on
 from rlhf_fast.judges.layouts import COMPARE_LABELS, COMPARE_LAYOUTS
 from rlhf_fast.judges.released import read_released_comparisons
 from rlhf_fast.models import load_policy, load_tokenizer
 from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
+RESULT = Path(__file__).parent / "results" / "cai_audit.json"
 LONGEST = 1024  # tokens of a question; longer ones are answers of their own ("too_long")
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=500, help="of hh-rlhf, that the judge learns from")
+    parser.add_argument("--pairs", type=int, default=300, help="of hh-rlhf, that the judge learns from")
     options = parser.parse_args()
     quiet()
     constitution = Constitution.load("safe-en")
@@ -66,9 +69,13 @@ def main() -> None:
     judge = LocalJudge(load_policy(str(path)), load_tokenizer(str(path)), constitution)
     rows = read_released_comparisons(options.data / "constitutional-ai" / "hhh_eval.jsonl")
     card = audit(rows, constitution, judge, output_dir=options.work / "audit")
-    print({k: card[k] for k in ("accuracy", "lead", "at_floor", "statuses", "slope")})
-    report = report_on(options.work / "audit", name=constitution.name)
-    print({k: report[k] for k in ("pairs", "labels", "effective_principles")})
+    calibration = Calibration(**card["calibration"])
+    report = report_on(options.work / "audit", name=constitution.name, calibration=calibration)
+    command = f"python bench/cai_audit.py --data DIR --work DIR --pairs {options.pairs}"
+    about = {**provenance(torch.device("cpu"), []), "command": command}
+    card["judge"]["model"] = path.name
+    RESULT.write_text(json.dumps(about | {"card": card, "report": report}, indent=1, ensure_ascii=False) + "\n")
+    print(options.work / "audit" / "audit.html", options.work / "audit" / "constitution.html", RESULT)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,43 @@ def judge_scoring(result: dict) -> str:
     ])  # fmt: skip
 
 
+def constitutional(result: dict) -> str:
+    """bench/cai_experiments.py: violations per reply in each phase, what one principle more changes, reward models."""
+
+    def mean(values) -> str:
+        values = list(values)
+        return f"{sum(values) / len(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+
+    runs, principles = result["runs"], list(result["runs"][0]["sft"]["kept"])
+    lines = ["| violations per reply | SFT | phase 1 | phase 2 |", "| --- | --- | --- | --- |"]
+    for arm in ("house", "negated", "plus-one"):
+        stages = [(run["sft"], *(run["arms"][arm][phase] for phase in ("phase 1", "phase 2"))) for run in runs]
+        lines.append(
+            f"| {arm} | "
+            + " | ".join(mean(s["violations"] for s in column) for column in zip(*stages, strict=True))
+            + " |"
+        )
+    lines += ["", f"| kept after phase 2 | {' | '.join(principles)} | thanks |", "|" + " --- |" * (len(principles) + 2)]
+    for arm in ("house", "plus-one"):
+        last = [run["arms"][arm]["phase 2"] for run in runs]
+        cells = [mean(stage["kept"][name] for stage in last) for name in principles] + [mean(s["thanks"] for s in last)]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    lines += ["", "| reward model trained on | held-out accuracy |", "| --- | --- |"]
+    for name in runs[0]["reward_models"]:
+        lines.append(f"| {name} | " + mean(run["reward_models"][name]["accuracy"] for run in runs) + " |")
+    lines += ["", "| margin, stated before | held |", "| --- | --- |"]
+    lines += [
+        f"| {name}: {text} | {'yes' if result['held'][name] else 'NO'} |" for name, text in result["margins"].items()
+    ]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    cpu = sum(run["cpu_seconds"] for run in runs)
+    lines.append(
+        f"\nMeans of seeds {seeds} (each in brackets). {result['cpu']}, {result['threads']} thread, shared with other "
+        f"work, {cpu} CPU-seconds in all, commit {result['commit'][:12]}: `{result['command']}`\n"
+    )
+    return "\n".join(lines)
+
+
 def rewrite(path: Path, sections: dict[str, str]) -> None:
     """Puts each text between <!-- name --> and <!-- end --> wherever the page has that section."""
 
@@ -203,7 +240,8 @@ def rewrite(path: Path, sections: dict[str, str]) -> None:
 def main() -> None:
     """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
     folder = ROOT / "bench" / "results"
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "ppo.json"]
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "ppo.json"]
+    results = [result for result in files if "rows" in result]  # of `rlhf-fast bench`
     sections = {}
     if (folder / "ppo.json").exists():
         sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
@@ -220,6 +258,8 @@ def main() -> None:
         sections["quickstart"] = quickstart(runs)
     if (folder / "cai" / "judge_scoring.json").is_file():
         sections["judge_scoring"] = judge_scoring(json.loads((folder / "cai" / "judge_scoring.json").read_text()))
+    if (folder / "cai.json").exists():
+        sections["cai"] = constitutional(json.loads((folder / "cai.json").read_text()))
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         rewrite(page, sections)
 

@@ -33,7 +33,8 @@ def _verdict(card: dict) -> str:
     if card["at_floor"]:
         text = (
             f"At the floor. {share} The rule of thumb “{floor}”, which needs no judge, may do as well: "
-            f"the lead over it is {_points(lead)} points. Labels from this judge need not say anything about the constitution."
+            f"the lead over it is {_points(lead)} points. Labels from this judge need not say anything about the "
+            "constitution."
         )
     else:
         text = (
@@ -184,8 +185,8 @@ def _votes_table(report: dict) -> str:
             _share(x["same_position"]), str(x["turns"]), str(x["makes"]), f"{x['change']:.4f}", *more,
         ])  # fmt: skip
     note = (
-        "<p>decided: votes that are no tie; agrees: with the verdict of all other principles; |nats|: mean size. Leave "
-        "one out: labels that turn to the other side without the principle, that become ties, and the mean change of P. "
+        "<p>decided: votes that are no tie; agrees: with the verdict of all others; |nats|: mean size. Leave "
+        "one out: labels that turn to the other side without it, that become ties, and the mean change of P. "
         "accuracy: of the principle alone; without: of all the others.</p>"
     )
     return table(rows) + note
