@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cai" / "judge_scoring.json")
     parser.add_argument("--pairs", type=int, default=2, help="a batch of the judge")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the model; it has four layers")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def main() -> None:
     rows = read_released_comparisons(options.data / "hhh_eval.jsonl")
     texts = [text for row in rows for text in (row["better"], row["worse"], *(m["content"] for m in row["prompt"]))]
     tokenizer = train_tokenizer([*texts, *(p.compare for p in constitution.principles)], 8192, max_length=4096)
-    model = tiny_llama(tokenizer, 0).eval()
+    model = tiny_llama(tokenizer, 0, options.hidden).eval()
     chosen = rows[:: len(rows) // options.pairs][: options.pairs]
 
     ways, cells = {}, []

@@ -107,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, json.dumps(reply)[:-20])
         if fault == "empty":
             reply["choices"] = []
+        if fault == "shape":
+            reply = {"choices": ["yes"], "usage": "much"}
         if fault == "no label":
             for position in reply["choices"][0]["logprobs"]["content"]:
                 position["top_logprobs"] = [{"token": "I", "logprob": -0.1}, {"token": "The", "logprob": -3.0}]

@@ -60,7 +60,7 @@ class HTTPBackend:
             labels = list(COMPARE_LABELS)
             request = {"prompt": self.prompt(self.layout, [], question, labels, None), "labels": labels}
             try:
-                answer = self._read(request, self.server.post(*self._send(request)))
+                answer = self.server.ask_once(request, self._send, self._read)
                 if answer.status == "ok" or name == "votes":
                     return name, {**found, name: "yes"}
                 found[name] = f"{answer.status}: {answer.reason}"

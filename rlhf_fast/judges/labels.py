@@ -113,6 +113,8 @@ def derive(
     if Path(output_dir).resolve() != source.resolve():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         claim(Path(output_dir) / "run.json", {"stage": "derive", "settings": made_with | how})
+    elif made_with | how != made_with:
+        raise ConfigError(f"derive: {output_dir} holds the labels that were made with its judgements; give another one")
     return _write_labels(output_dir, records, how, {k: made_with[k] for k in ("judge", "constitution_sha256")})
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..models import lm_head, unwrapped
 from ..ops import linear_token_logprobs
@@ -118,9 +118,16 @@ def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int)
 
 
 def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
-    cache = copy.deepcopy(cache)
-    cache.batch_repeat_interleave(rows)
-    return cache
+    """The cache for so many rows. Its tensors are read, never written, so rows may share them until theirs differ."""
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in copied.layers:
+        layer.keys, layer.values = (x.expand(rows, -1, -1, -1) for x in (layer.keys, layer.values))
+    return copied
 
 
 def _batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
@@ -135,7 +142,10 @@ def _batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    for n, tokens in enumerate(zip(*sequences, strict=False)):
-        if len(set(tokens)) > 1:
-            return n
-    return min(map(len, sequences))
+    """How many tokens all have in common: what the least and the greatest have. Slices are compared in C."""
+    least, greatest = min(sequences), max(sequences)
+    low, high = 0, min(len(least), len(greatest))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if least[:middle] == greatest[:middle] else (low, middle - 1)
+    return low

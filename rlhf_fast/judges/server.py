@@ -84,9 +84,9 @@ class Server:
     def describe(self) -> dict:
         return {"backend": "http", "base_url": self.base_url, "model": self.model}
 
-    def post(self, path: str, body: dict) -> dict:
-        """One call, JSON to JSON, without a second try. Raises what the openai client raises, and Unreadable."""
-        return _json(self._send(path, body).text)
+    def ask_once(self, request: dict, send, read) -> Answer:
+        """One call without a second try, in no ledger. Raises what the openai client raises, and Unreadable."""
+        return _read(read, request, _json(self._send(*send(request)).text))
 
     def _send(self, path: str, body: dict):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
@@ -136,10 +136,8 @@ class Server:
             response = self._send(path, body)
             about = {"raw": response.text, "http_status": response.status_code}
             reply = _json(response.text)
-            usage = reply.get("usage") or {}
-            about["prompt_tokens"] = usage.get("prompt_tokens", usage.get("input_tokens"))
-            about["completion_tokens"] = usage.get("completion_tokens", usage.get("output_tokens"))
-            return read(request, reply), False, 0.0, about
+            about |= _usage(reply)
+            return _read(read, request, reply), False, 0.0, about
         except Unreadable as error:
             return Answer("failed", reason=str(error)), True, 0.0, about
         except self.openai.APIStatusError as error:
@@ -227,6 +225,23 @@ def _json(text: str) -> dict:
     if not isinstance(reply, dict):
         raise Unreadable(f"the reply is not a JSON object: {_short(text)}")
     return reply
+
+
+def _read(read, request: dict, reply: dict) -> Answer:
+    """A reply of a shape that nobody expects is a failed try, and no reason to end the run."""
+    try:
+        return read(request, reply)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable(f"the reply has another shape: {type(error).__name__}: {error}") from None
+
+
+def _usage(reply: dict) -> dict[str, int | None]:
+    usage = reply.get("usage")
+    if not isinstance(usage, dict):
+        return {}
+    found = {"prompt_tokens": usage.get("prompt_tokens", usage.get("input_tokens")),
+             "completion_tokens": usage.get("completion_tokens", usage.get("output_tokens"))}  # fmt: skip
+    return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 def _short(text: str) -> str:

@@ -117,7 +117,7 @@ def test_checks_and_rationales_go_the_same_way():
 
 # --- faults ---
 
-TRANSIENT = ("429", "500", "time-out", "torn", "missing", "empty")
+TRANSIENT = ("429", "500", "time-out", "torn", "missing", "empty", "shape")
 FINAL = {"refusal": "refused", "filter": "refused", "too_long": "too_long", "no label": "unparsed", "bad": "failed"}
 
 
@@ -162,7 +162,15 @@ def test_every_fault_is_counted_and_none_becomes_a_label(tmp_path):
         assert ledger.usage().requests == calls == sum(ledger.counts().values())
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     reasons = " ".join(reason for (reason,) in db.execute("SELECT reason FROM attempts WHERE status='failed'"))
-    for named in ("HTTP 429", "HTTP 500", "no answer within", "not JSON", "no log-probabilities", "no choices"):
+    for named in (
+        "HTTP 429",
+        "HTTP 500",
+        "no answer within",
+        "not JSON",
+        "no log-probabilities",
+        "no choices",
+        "another shape",
+    ):
         assert named in reasons
     assert all(raw for (raw,) in db.execute("SELECT raw FROM attempts WHERE status='ok'"))
 

@@ -136,6 +136,8 @@ def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
     assert nothing.counts["tie"] == 12 and nothing.rows == []
     with pytest.raises(ValueError, match=r"no votes under \['shrt'\]"):
         derive(tmp_path / "all", output_dir=tmp_path / "x", weights={"shrt": 1})
+    with pytest.raises(ValueError, match="give another one"):
+        derive(tmp_path / "all", output_dir=tmp_path / "all", weights={"kind": 5})
     with pytest.raises(ValueError, match=r"has no judgements\.jsonl"):
         derive(tmp_path, output_dir=tmp_path / "x")
 
