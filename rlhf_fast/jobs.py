@@ -126,6 +126,7 @@ class PPOJob(Checked):
     eval_data: str | None = None  # prompts that the policy never trains on
     eval_rewards: dict = field(default_factory=dict)  # name: reward that the policy never trains on
     value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
+    rollout_func: str | None = None  # file.py:function(prompts, trainer), another engine in place of our sampling
 
 
 def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
@@ -204,6 +205,7 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         tokenizer=tokenizer,
         value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
+        rollout_func=resolve_reward(job.rollout_func) if job.rollout_func else None,
     )
     run_trainer(trainer, resume)
 

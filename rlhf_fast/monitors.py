@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from .charts import Series, line_chart, short
-from .page import Html, grid, table
+from .page import grid
 
 WINDOW = 5
 
@@ -145,11 +145,8 @@ def on_page(log: list[dict], limits: dict[str, float | None]) -> str:
     """HTML: every alarm that the log gives rise to, or that there is none, and what each monitor saw between bounds."""
     monitors = Monitors(limits)
     alarms = [alarm for row in log for alarm in monitors(row)]
-    rows = [
-        ["Monitor", "Step", "Alarm"],
-        *([a.monitor, str(a.step), Html(f"<p>{escape(a.message)}</p>")] for a in alarms),
-    ]
-    said = table(rows) if alarms else f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
+    said = [f"<p><b>{escape(a.monitor)}</b>, step {a.step}: {escape(a.message)}.</p>" for a in alarms]
+    said = "".join(said) or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
     return said + grid(_charts(log, monitors))
 
 

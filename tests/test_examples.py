@@ -1,6 +1,7 @@
 """The examples run as they are, and their configs name only keys that exist."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,18 @@ def test_own_loop_learns(capsys):
     spec.loader.exec_module(module)
     assert module.main() > 0.9  # chance is 5 words of 64
     assert "ratio 1.000" in capsys.readouterr().out
+
+
+def test_a_hacked_reward_is_noticed(tmp_path):
+    spec = importlib.util.spec_from_file_location("reward_hacking", EXAMPLES / "reward_hacking.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.kind_and_short([], ["please", "thanks please", "please please " * 6, "cat"]) == [0.5, 1.0, 0.5, 0.0]
+    trainer = module.main(str(tmp_path))
+    assert trainer.step < trainer.total_steps  # it was stopped
+    alarms = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
+    assert alarms[-1]["monitor"] == "overoptimization" and alarms[-1]["evidence"]["standard_errors"] > 3
+    assert "<b>overoptimization</b>" in (tmp_path / "report.html").read_text()
 
 
 def test_rewards_by_hand():

@@ -99,6 +99,8 @@ class PPOTrainer:
             )
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
+        if not (rollout_func is None or callable(rollout_func)):
+            raise common.ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
         self.rollout_func = rollout_func
         self.reference = None  # the policy itself, without its adapters
         if ref_model is not None or not _starts_as_its_base(self.policy):
@@ -368,7 +370,10 @@ class PPOTrainer:
 
             stats["loss/policy_avg"] += p["policy_loss"]
             stats["loss/kl_avg"] += p["kl"]
-            stats["policy/entropy_avg"] += p["entropy"]  # aggregated like the loss, as that of a bonus would be
+            # The op aggregates it like the loss; logged it is nats per token (with seq-mean-token-mean, of a sequence).
+            stats["policy/entropy_avg"] += p["entropy"] * (
+                1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
+            )
             stats["max_abs_log_ratio"] = torch.maximum(stats["max_abs_log_ratio"], p["max_abs_log_ratio"])
             for name, mean in {
                 "policy/approxkl_avg": p["approx_kl_k2"], "policy/approxkl_k3_avg": p["approx_kl_k3"],

@@ -435,6 +435,7 @@ def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
         ({"reward_clip_range": [1.0]}, "low, high"),
         ({"reward_clip_range": [2.0, 1.0]}, "low, high"),
         ({"dual_clip": 1.0}, "above 1"),
+        ({"rollout_func": "tools.py"}, "must be a function"),
         ({"monitors": {"lenght": 3}}, "monitors and stop_on know kl, entropy, length"),
         ({"stop_on": ["everything"]}, "monitors and stop_on know"),
     ],
