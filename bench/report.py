@@ -1,4 +1,4 @@
-"""Turns bench/results into the tables of README, docs/ops.md and docs/quickstart.md, and the picture docs/bench.svg."""
+"""Turns bench/results into the tables of README and docs/*.md, and the picture docs/bench.svg."""
 
 from __future__ import annotations
 
@@ -227,6 +227,39 @@ def constitutional(result: dict) -> str:
     return "\n".join(lines)
 
 
+def trainers(result: dict) -> str:
+    """One result of bench_trainers.py: a line for each implementation, medians over its rounds."""
+    accuracy = [" held-out accuracy |", " --- |"] if result["stage"] == "reward" else ["", ""]
+    lines = [
+        f"| {result['stage']} | real tokens a CPU-second | ours is faster by | peak memory | ours over its | "
+        f"of which training | ours over its | held-out loss |{accuracy[0]}",
+        "|" + " --- |" * 8 + accuracy[1],
+    ]
+    for row in result["rows"]:
+        ours = row["who"] == OURS
+        cells = [
+            row["who"],
+            f"{row['real_tokens_per_cpu_second']:.0f}",
+            "" if ours else f"{row['ours_is_faster_by']:.1f}x",
+        ]
+        for key in ("peak_bytes", "training_bytes"):
+            cells += [f"{row[key] / 1e6:.0f} MB", "" if ours else f"{row[f'our_{key}_over_its']:.2f}"]
+        cells += [f"{row['held_out_loss']:.3f}"]
+        cells += [f"{row['held_out_accuracy']:.3f}"] if accuracy[0] else []
+        lines.append("| " + " | ".join(cells) + " |")
+    about, settings = result["model_and_data"], result["settings"]
+    of = "sequences" if result["stage"] == "sft" else "pairs"
+    length = about["tokens_a_sequence"]
+    learned = f", {about['learned_share']:.0%} of them learned" if "learned_share" in about else ""
+    return "\n".join(lines) + (
+        f"\n\nLlama of {about['weights'] / 1e6:.1f}M weights ({settings['hidden']} x {settings['layers']}, vocabulary "
+        f"{settings['vocab']}), float32, {settings['steps']} steps of {settings['batch']} {of} of hh-rlhf; tokens a "
+        f"sequence: mean {length['mean']:.0f}, median {length['median']:.0f}, most {length['max']}{learned}; "
+        f"{len(result['rows'][0]['rounds'])} rounds.\n"
+        f"{source(result)}"
+    )
+
+
 def rewrite(path: Path, sections: dict[str, str]) -> None:
     """Puts each text between <!-- name --> and <!-- end --> wherever the page has that section."""
 
@@ -245,6 +278,12 @@ def main() -> None:
     sections = {}
     if (folder / "ppo.json").exists():
         sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
+
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
+    sections = {}
+    if stages := [file for file in files if file.get("stage") in ("sft", "reward")]:
+        sections["trainers"] = "\n".join(map(trainers, sorted(stages, key=lambda file: file["stage"], reverse=True)))
     if results:
         sections["bench"] = "\n".join(summary(result) for result in results)
         drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]

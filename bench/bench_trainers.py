@@ -1,0 +1,296 @@
+"""SFT and reward model beside TRL's trainers: the same model, data, batches, optimizer and precision, on the CPU.
+
+    python bench/bench_trainers.py sft    --data data/hh-rlhf --json bench/results/sft.json
+    python bench/bench_trainers.py reward --data data/hh-rlhf --json bench/results/reward.json
+
+Every run is a process of its own (peak memory is a process's), and the implementations take turns. What counts is the
+CPU time of training alone: loading, tokenization and evaluation are outside. All see the same token ids: ours encodes
+them, TRL gets them as it documents (input_ids with completion_mask; chosen_ids and rejected_ids). A real token is one
+that is no padding; of a pair, both sequences count in full for everybody, although ours reads a shared prompt once.
+
+TRL runs as it comes (its defaults are gradient checkpointing and batches at random), and set for this machine: without
+checkpointing, batches grouped by length. Its loss is its own chunked one in both. Its padding-free batches and packing
+need flash attention, which a CPU does not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+OURS = "rlhf_fast"
+VARIANTS = {
+    OURS: {},
+    "TRL, its defaults": {"gradient_checkpointing": True},
+    "TRL, grouped by length, no checkpointing": {
+        "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length",
+    },
+}  # fmt: skip
+
+
+# -- one run, in a process of its own ----------------------------------------------------------------------------------
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+class Measured:
+    """CPU seconds, wall seconds and peak memory of what runs inside."""
+
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        self.before = resident("VmRSS")
+        self.cpu, self.wall = self._cpu(), time.perf_counter()
+        return self
+
+    def __exit__(self, *error):
+        self.cpu, self.wall = self._cpu() - self.cpu, time.perf_counter() - self.wall
+        self.peak = resident("VmHWM")
+
+    @staticmethod
+    def _cpu() -> float:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_utime + usage.ru_stime
+
+    def figures(self) -> dict:
+        return {"cpu_seconds": self.cpu, "wall_seconds": self.wall, "peak_bytes": self.peak,
+                "training_bytes": self.peak - self.before}  # fmt: skip
+
+
+def run_ours(folder: Path, options: dict, seed: int) -> tuple:
+    from rlhf_fast import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+    from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
+
+    config, trainer = (SFTConfig, SFTTrainer) if options["stage"] == "sft" else (RewardConfig, RewardTrainer)
+    load = load_policy if options["stage"] == "sft" else load_reward_model
+    records, _ = json.loads((folder / "records.json").read_text())
+    trainer = trainer(
+        config(
+            str(folder / "run"), seed=seed, max_steps=options["steps"], warmup_ratio=0.0,
+            per_device_train_batch_size=options["batch"], learning_rate=options["learning_rate"],
+            max_length=options["max_length"],
+        ),
+        load(folder / "model"), train_dataset=records, tokenizer=load_tokenizer(folder / "model"),
+    )  # fmt: skip
+    with Measured() as measured:
+        for _ in trainer:
+            pass
+    return trainer.model, trainer.num_tokens, measured
+
+
+def run_trl(folder: Path, options: dict, seed: int) -> tuple:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    sft = options["stage"] == "sft"
+    load = AutoModelForCausalLM if sft else AutoModelForSequenceClassification
+    rows = json.loads((folder / "train.json").read_text())
+    config = trl.SFTConfig if sft else trl.RewardConfig
+    arguments = config(
+        output_dir=str(folder / "run"), seed=seed, max_steps=options["steps"], warmup_steps=0,
+        per_device_train_batch_size=options["batch"], learning_rate=options["learning_rate"],
+        max_length=options["max_length"], lr_scheduler_type="linear", use_cpu=True, bf16=False, report_to=[],
+        save_strategy="no", logging_steps=10, disable_tqdm=True, dataloader_pin_memory=False,
+        **VARIANTS[options["who"]],
+    )  # fmt: skip
+    trainer = (trl.SFTTrainer if sft else trl.RewardTrainer)(
+        model=load.from_pretrained(folder / "model"), args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )  # fmt: skip
+    tokens, collate = [], trainer.data_collator
+
+    def counting(examples):
+        keys = ["input_ids"] if sft else ["chosen_ids", "rejected_ids"]
+        tokens.append(sum(len(e[key]) for e in examples for key in keys))
+        return collate(examples)
+
+    trainer.data_collator = counting
+    with Measured() as measured:
+        trainer.train()
+    return trainer.model, sum(tokens[: options["steps"]]), measured
+
+
+def held_out(model, stage: str, rows: list[dict]) -> dict:
+    """Loss on the held-out rows by plain transformers, one sequence at a time; of pairs also the accuracy."""
+    import torch
+    from torch.nn import functional
+
+    model.eval()
+    with torch.no_grad():
+        if stage == "sft":
+            total = count = 0
+            for row in rows:
+                ids, mask = torch.tensor([row["input_ids"]]), torch.tensor(row["completion_mask"][1:]).bool()
+                logits = model(input_ids=ids).logits[0, :-1][mask]
+                total += float(functional.cross_entropy(logits, ids[0, 1:][mask], reduction="sum"))
+                count += int(mask.sum())
+            return {"held_out_loss": total / count}
+        reward = lambda ids: float(model(input_ids=torch.tensor([ids])).logits)  # noqa: E731
+        margins = torch.tensor([reward(row["chosen_ids"]) - reward(row["rejected_ids"]) for row in rows])
+        return {
+            "held_out_loss": float(-functional.logsigmoid(margins).mean()),
+            "held_out_accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()),
+        }
+
+
+def child(folder: Path, options: dict, seed: int) -> None:
+    import torch
+
+    torch.manual_seed(seed)
+    model, tokens, measured = (run_ours if options["who"] == OURS else run_trl)(folder, options, seed)
+    figures = {"real_tokens": tokens, **measured.figures()}
+    figures |= held_out(model, options["stage"], json.loads((folder / "eval.json").read_text()))
+    print("RESULT " + json.dumps(figures))
+
+
+# -- what they all get -------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, options: dict, data: Path) -> dict:
+    """records.json for us; train.json and eval.json, the same as token ids, for TRL and for measuring; model/."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_fast.data.formats import comparisons, sft_examples
+    from rlhf_fast.data.hh_rlhf import load_pairs
+    from rlhf_fast.models import load_reward_model
+    from rlhf_fast.quickstart.model import train_tokenizer
+
+    pairs = {name: load_pairs(data / f"{name}.jsonl.gz")[0] for name in ("train", "eval")}
+    texts = [m["content"] for row in pairs["train"] for m in [*row["prompt"], *row["chosen"], *row["rejected"]]]
+    tokenizer = train_tokenizer(texts, options["tokenizer_vocab"], max_length=options["max_length"])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=options["vocab"], hidden_size=options["hidden"], intermediate_size=11 * options["hidden"] // 4,
+            num_hidden_layers=options["layers"], num_attention_heads=options["hidden"] // 64,
+            max_position_embeddings=options["max_length"], pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        )
+    )  # fmt: skip
+    sft = options["stage"] == "sft"
+    model = model if sft else load_reward_model(model, tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    limit = {"max_length": options["max_length"], "on_overlong": "skip"}
+    records, lengths = [], []
+    for name in ("train", "eval"):
+        rows = [{"prompt": r["prompt"], "completion": r["chosen"]} if sft else r for r in pairs[name]]
+        kept, tokens = [], []
+        for row in rows:  # one by one, to know which are too long
+            try:
+                (item,), _ = (sft_examples if sft else comparisons)([row], tokenizer, **limit)
+            except ValueError:
+                continue
+            kept.append(row)
+            if sft:
+                tokens.append(
+                    {"input_ids": item.input_ids.tolist(), "completion_mask": item.response_mask.astype(int).tolist()}
+                )
+            else:
+                tokens.append(
+                    {f"{k}_ids": r.tolist() for k, r in zip(("chosen", "rejected"), item.responses, strict=True)}
+                )
+        records.append(kept)
+        (folder / f"{name}.json").write_text(json.dumps(tokens if name == "train" else tokens[: options["eval_rows"]]))
+        lengths += [len(t) for row in tokens for k, t in row.items() if k.endswith("ids")] if name == "train" else []
+    (folder / "records.json").write_text(json.dumps(records))
+    learned = [sum(r["completion_mask"]) for r in json.loads((folder / "train.json").read_text())] if sft else []
+    spread = {"mean": statistics.mean(lengths), "median": statistics.median(lengths), "max": max(lengths)}
+    return {
+        "weights": sum(p.numel() for p in model.parameters()), "tokenizer": len(tokenizer), "records": len(records[0]),
+        "tokens_a_sequence": spread,
+        **({"learned_share": sum(learned) / sum(lengths)} if sft else {}),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("sft", "reward"))
+    parser.add_argument("--data", type=Path, default=Path("data/hh-rlhf"), help="with train.jsonl.gz and eval.jsonl.gz")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=32_000, help="of the model, as Llama 2; the tokenizer has fewer")
+    parser.add_argument("--tokenizer_vocab", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--eval_rows", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    options = vars(parser.parse_args())
+    if run := options.pop("child"):
+        child(Path(run["folder"]), run["options"], run["seed"])
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options["threads"]), "OMP_WAIT_POLICY": "PASSIVE",
+                   "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    settings = {k: v for k, v in options.items() if k not in ("data", "json", "rounds")}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        about = prepare(folder, settings, options["data"])
+        runs: dict[str, list[dict]] = {who: [] for who in VARIANTS}
+        for seed in range(options["rounds"]):
+            names = list(VARIANTS)
+            for who in names[seed % len(names) :] + names[: seed % len(names)]:
+                run = {"folder": temporary, "options": {**settings, "who": who}, "seed": seed}
+                done = subprocess.run(
+                    [sys.executable, __file__, options["stage"], "--child", json.dumps(run)], env=environment,
+                    capture_output=True, text=True,
+                )  # fmt: skip
+                if done.returncode:
+                    raise SystemExit(f"{who}:\n{done.stderr}")
+                line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+                runs[who].append(json.loads(line.removeprefix("RESULT ")))
+                print(seed, who, {k: round(v, 4) for k, v in runs[who][-1].items()}, flush=True)
+    result = {**summarized(runs), "settings": settings, "model_and_data": about, **provenance(options)}
+    print(json.dumps(result["rows"], indent=1))
+    if options["json"]:
+        options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
+
+
+def summarized(runs: dict[str, list[dict]]) -> dict:
+    """Medians over the rounds; ratios to ours within a round first, then their median."""
+    rows = []
+    for who, rounds in runs.items():
+        row = {"who": who, **{k: statistics.median(r[k] for r in rounds) for k in rounds[0]}}
+        speed = [r["real_tokens"] / r["cpu_seconds"] for r in rounds]
+        ours = [r["real_tokens"] / r["cpu_seconds"] for r in runs[OURS]]
+        row["real_tokens_per_cpu_second"] = statistics.median(speed)
+        row["ours_is_faster_by"] = statistics.median(a / b for a, b in zip(ours, speed, strict=True))
+        for key in ("peak_bytes", "training_bytes"):
+            row[f"our_{key}_over_its"] = statistics.median(
+                a[key] / b[key] for a, b in zip(runs[OURS], rounds, strict=True)
+            )
+        rows.append({**row, "rounds": rounds})
+    return {"rows": rows}
+
+
+def provenance(options: dict) -> dict:
+    import torch
+
+    from rlhf_fast.bench.harness import provenance
+
+    torch.set_num_threads(options["threads"])
+    facts = provenance(torch.device("cpu"), [])
+    return facts | {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "command": "python " + " ".join(["bench/bench_trainers.py", *sys.argv[1:]]),
+    }
+
+
+if __name__ == "__main__":
+    main()
