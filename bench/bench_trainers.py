@@ -256,10 +256,9 @@ def main() -> None:
                 line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
                 runs[who].append(json.loads(line.removeprefix("RESULT ")))
                 print(seed, who, {k: round(v, 4) for k, v in runs[who][-1].items()}, flush=True)
-    result = {**summarized(runs), "settings": settings, "model_and_data": about, **provenance(options)}
-    print(json.dumps(result["rows"], indent=1))
-    if options["json"]:
-        options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
+            if options["json"]:  # after every round: a run that is stopped leaves those that it finished
+                result = {**summarized(runs), "settings": settings, "model_and_data": about, **provenance(options)}
+                options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
 
 
 def summarized(runs: dict[str, list[dict]]) -> dict:
