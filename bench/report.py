@@ -274,14 +274,10 @@ def main() -> None:
     """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
     folder = ROOT / "bench" / "results"
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "ppo.json"]
-    results = [result for result in files if "rows" in result]  # of `rlhf-fast bench`
+    results = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
     sections = {}
     if (folder / "ppo.json").exists():
         sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
-
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    results = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
-    sections = {}
     if stages := [file for file in files if file.get("stage") in ("sft", "reward")]:
         sections["trainers"] = "\n".join(map(trainers, sorted(stages, key=lambda file: file["stage"], reverse=True)))
     if results:
