@@ -40,7 +40,16 @@ from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.common import config_from_dict, latest_checkpoint
-from .trainers.constitutional import DROP, TextGenerator, derive, label, revise, revise_sampled, sample_pairs
+from .trainers.constitutional import (
+    DROP,
+    TextGenerator,
+    derive,
+    label,
+    mix_comparisons,
+    revise,
+    revise_sampled,
+    sample_pairs,
+)
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.sft import SFTConfig, SFTTrainer
@@ -343,7 +352,9 @@ class TrainJob(Checked):
     temperature: float = 1.0
     max_revisions: int = 4
     drop: list = field(default_factory=lambda: list(DROP))  # flags of replies that no model should learn from
-    eval_share: float = 0.1  # of the comparisons, held out from the reward model
+    human_data: str | None = None  # comparisons by people, for the reward model beside the judge's
+    source_weights: dict = field(default_factory=dict)  # of "ai" and "human" in its loss; 1 where not named
+    eval_share: float = 0.1  # of the comparisons of each source, held out from the reward model
     sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
     reward: dict = field(default_factory=dict)
     ppo: dict = field(default_factory=dict)
@@ -406,8 +417,15 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         raise ConfigError(
             "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
         )
-    cut = round(len(labelled.rows) * job.eval_share)
-    data = {"train_dataset": labelled.rows[cut:], "eval_dataset": labelled.rows[:cut] or None}
+    sources = {"ai": labelled.rows}
+    if job.human_data:
+        sources["human"], _ = rows_for("reward", job.human_data)
+    cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
+    train = {name: rows[cuts[name] :] for name, rows in sources.items()}
+    held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
+    data = {
+        "train_dataset": mix_comparisons(train, job.source_weights, seed=job.seed), "eval_dataset": held or None,
+    }  # fmt: skip
     metrics = part("reward", lambda config: RewardTrainer(config, sft, **data))
     stages.add("reward", rm_accuracy=metrics.get("eval_accuracy"))
     data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}

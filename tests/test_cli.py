@@ -147,6 +147,8 @@ cai:
   num_prompts: 12
   max_new_tokens: 12
   drop: []
+  human_data: {data}
+  source_weights: {{human: 0.5}}
   sft: {{max_steps: 2}}
   reward: {{max_steps: 2}}
   ppo: {{batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8}}
@@ -217,6 +219,8 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     assert all(0 <= row["pass_rate"] <= 1 for row in summary["stages"] if row["name"] != "reward")
     assert [r["stage"] for r in summary["samples"][0]["responses"]] == ["start", "sft", "ppo"]
     assert (cai / "report.html").is_file()
+    judged = json.loads((cai / "reward" / "preferences.json").read_text())
+    assert set(judged["by_source"]) == {"ai", "human"} and judged["by_source"]["human"]["pairs"] == 2  # a tenth of 24
     before = (cai / "ppo" / "train_log.jsonl").read_bytes()
     assert stage(sft, "cai", "--resume") == 0
     assert (cai / "ppo" / "train_log.jsonl").read_bytes() == before

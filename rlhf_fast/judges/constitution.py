@@ -2,7 +2,6 @@
 
     format: rlhf_fast/constitution@1
     name: my-constitution
-    language: en | ja                # of the principles; picks the words by which a refusal is recognised
     layout: {compare: anthropic | principle_last | chat, critique: anthropic | chat}
     principles:
       - id: no-crime                 # stable, unique, [a-z0-9-]+
@@ -48,7 +47,6 @@ from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, tex
 from .released import FORMAT, compare_shots, critique_shots, export_released, parse_released
 from .rules import RULES
 
-LANGUAGES = ("en", "ja")
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitutions").glob("*.yaml"))}
 
 
@@ -56,7 +54,6 @@ SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitu
 class Constitution:
     name: str
     principles: tuple[Principle, ...]
-    language: str = "en"
     compare_layout: str = "anthropic"
     critique_layout: str = "chat"
     critique_few_shots: tuple[tuple[Turn, ...], ...] = ()  # transcripts that end with a revision
@@ -119,7 +116,7 @@ def _read(path: Path):
 
 # --- this package's format ---
 
-_TOP = {"format", "name", "version", "language", "layout", "principles", "few_shot"}
+_TOP = {"format", "name", "version", "layout", "principles", "few_shot"}
 _TOP_TYPES = {"name": str, "layout": dict, "few_shot": dict, "principles": list}
 _TEXTS = ("critique", "revise", "compare")
 _PRINCIPLE = {"id": str, "weight": float, "hard": bool, "tags": list, **dict.fromkeys(_TEXTS, str), "check": dict}
@@ -140,15 +137,11 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dic
     _known(few_shot, {"critique", "compare"}, f"{path}: field 'few_shot':")
     parts = {
         "name": content.get("name", path.stem),
-        "language": content.get("language", "en"),
         "compare_layout": layout.get("compare", "anthropic"),
         "critique_layout": layout.get("critique", "chat"),
         "principles": before
         + [_parse_principle(p, i, path, allow_code) for i, p in enumerate(content.get("principles") or [])],
     }
-    if parts["language"] not in LANGUAGES:
-        got = parts["language"]
-        raise ConstitutionError(f"{path}: field 'language': got {got!r}, needs one of {', '.join(LANGUAGES)}")
     for name, layouts in (("compare", COMPARE_LAYOUTS), ("critique", CRITIQUE_LAYOUTS)):
         if parts[f"{name}_layout"] not in layouts:
             got = parts[f"{name}_layout"]
