@@ -315,12 +315,21 @@ class NonFiniteGuard:
         if self.in_a_row >= self.limit:
             path = Path(self.output_dir) / "non_finite_batch.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(batch(), path)
+            torch.save(_with_tensors(batch()), path)
             raise NonFiniteError(
                 f"{what} was not finite in {self.in_a_row} updates in a row, so the run ends; its last batch is "
                 f"{str(path)!r} (torch.load). Look there first; then at the learning rate, and at the dtype"
             )
         return False
+
+
+def _with_tensors(x):
+    """Nested lists and dicts with their arrays as tensors, which torch.load takes without trust in the file."""
+    if isinstance(x, dict):
+        return {key: _with_tensors(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_with_tensors(value) for value in x]
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
