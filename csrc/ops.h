@@ -162,6 +162,20 @@ struct CudaOps {
                                  const void* grad_entropy, void* grad_logits, int64_t grad_outer_stride,
                                  int64_t grad_inner_stride, void* stream);
 
+  // Each row of logits becomes, in place, the gradient of weights[i] times its loss: ppo_loss's of one token, of
+  // logprob and entropy, or -logprob where old_logprobs is null. ref_logprobs and importance_weights may be null too.
+  // All of them, and the row's logprob and entropy that it writes, are accum (rows).
+  int (*known_gradient)(void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner, int64_t outer_stride,
+                        int64_t inner_stride, const int64_t* labels, const uint8_t* mask, double temperature,
+                        const void* weights, const void* old_logprobs, const void* advantages, const void* ref_logprobs,
+                        const void* importance_weights, double clip_low, double clip_high, double dual_clip,
+                        double log_ratio_clamp, double kl_coef, int kl_estimator, double entropy_coef, void* logprobs,
+                        void* entropy, void* stream);
+
+  // x (count contiguous, on a boundary of 16 bytes) *= factor, a float32 or float64 number; nothing moves where it
+  // is 1.
+  int (*scale)(void* x, int dtype, int64_t count, const void* factor, int factor_dtype, void* stream);
+
   int (*ppo_loss)(Grid logprobs, Grid old_logprobs, Grid advantages, Grid mask, Grid ref_logprobs, Grid entropy,
                   Grid importance_weights, int64_t rows, int64_t cols, double clip_low, double clip_high,
                   double dual_clip, double log_ratio_clamp, double kl_coef, int kl_estimator, double entropy_coef,
@@ -195,6 +209,8 @@ struct CudaOps {
 #define RLHF_CUDA_OPS(X)     \
   X(token_logprobs_forward)  \
   X(token_logprobs_backward) \
+  X(known_gradient)          \
+  X(scale)                   \
   X(ppo_loss)                \
   X(value_loss)              \
   X(kl_penalty)              \

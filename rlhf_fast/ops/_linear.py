@@ -7,8 +7,14 @@ Rows outside the mask are dropped first, so time is proportional to the rows tha
 written over the logits, and the weight gradient is accumulated in float32 over the chunks. Memory beside the results:
 one chunk (two with a softcap) and, for half-precision weights, one tile of the weight.
 
-A chunk goes one of two ways. Where is_fused says so, two native ops do it all, softmax between the products
-(csrc/cpu/linear.cpp). Elsewhere PyTorch multiplies, and the kernels of token_logprobs take the rows.
+A chunk goes one of three ways (way_of).
+FUSED     two native ops do it all, softmax between the products (csrc/cpu/linear.cpp);
+IN_DTYPE  on a GPU, PyTorch multiplies and the logits have the dtype of hidden and weight, as those of any lm_head do:
+          the products are the tensor cores', and a chunk moves 2 bytes a logit where float32 would move 4. Where the
+          gradient is known in the forward one kernel turns them into it (_known_gradient.py), 4 bytes a logit;
+WIDE      elsewhere PyTorch multiplies, the logits are in the accumulation dtype, and the kernels of token_logprobs take
+          the rows.
+On a GPU nothing here waits for the device but `compact`, which reads how many rows count where there is a mask.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import _C, DTYPE_CODES
+from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
 
@@ -27,8 +34,13 @@ from .token_logprobs import _forward as row_forward
 # stays below a tenth of the memory of eager PyTorch at 2048 rows.
 CHUNK_BYTES = 64 << 20
 LEAST_ROWS = 128  # below, the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
+# On an H200 the products reach their rate at 1024 rows, and each chunk reads and writes the float32 weight gradient
+# once more (1 ms at 128256 x 4096): few chunks, within half a GiB. Whole tiles of cuBLAS.
+GPU_CHUNK_BYTES, GPU_LEAST_ROWS, GPU_ROWS = 512 << 20, 1024, 128
+GPU_LINE = 64  # a row of logits starts on a boundary of so many elements: cuBLAS and 16-byte loads want it
 LANES = 16  # fused logits are transposed, (V, rows padded to a multiple of this)
 TILE = 4096  # rows of a half-precision weight that are upcast at a time
+FUSED, IN_DTYPE, WIDE = "fused", "in dtype", "wide"
 
 
 class Inputs(NamedTuple):
@@ -41,12 +53,16 @@ class Inputs(NamedTuple):
     index: Tensor | None
     rows: int  # N
     softcap: float | None
-    fused: bool
+    way: str
+
+    @property
+    def fused(self) -> bool:
+        return self.way == FUSED
 
     @property
     def parts(self) -> list[slice]:
         """The chunks of the n rows."""
-        return chunks(self.labels.shape[0], self.weight.shape[0], LANES if self.fused else 1)
+        return chunks_of(self.labels.shape[0], self.weight, self.way)
 
     def take(self, x: Tensor) -> Tensor:
         """(N, ...) -> (n, ...)."""
@@ -64,10 +80,11 @@ def compact(op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask:
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
-    inputs = Inputs(
-        hidden, weight, bias, labels, index, labels.shape[0], softcap, is_fused(hidden, weight, bias, softcap)
-    )
+    way = way_of(hidden, weight, bias, softcap)
+    inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap, way)
     labels = inputs.take(labels).contiguous()
+    if on_gpu(hidden):  # the kernel stops at a wrong label; looking for one here would wait for the device
+        return inputs._replace(hidden=inputs.take(hidden), labels=labels)
     wrong = (labels < 0) | (labels >= weight.shape[0])
     if wrong.any():
         at = wrong.nonzero()[0, 0]
@@ -78,9 +95,33 @@ def compact(op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask:
     return inputs._replace(hidden=inputs.take(hidden), labels=labels)
 
 
-def chunks(rows: int, vocab: int, multiple: int = 1) -> list[slice]:
-    """Equal shares, but for the last, of about CHUNK_BYTES of float32 logits; of whole multiples of rows."""
-    most = max(CHUNK_BYTES // (4 * max(vocab, 1)), LEAST_ROWS)
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def way_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> str:
+    """FUSED, IN_DTYPE or WIDE. float16 cannot hold a gradient divided by the number of tokens, and is WIDE."""
+    if is_fused(hidden, weight, bias, softcap):
+        return FUSED
+    same = hidden.dtype == weight.dtype != torch.float16 and (bias is None or bias.dtype == hidden.dtype)
+    return IN_DTYPE if on_gpu(hidden) and same and softcap is None else WIDE
+
+
+def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
+    """The chunks of so many rows."""
+    if way == IN_DTYPE:
+        return chunks(rows, weight.shape[0], GPU_ROWS, weight.element_size(), GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
+    if on_gpu(weight):
+        return chunks(rows, weight.shape[0], GPU_ROWS, 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
+    return chunks(rows, weight.shape[0], LANES if way == FUSED else 1)
+
+
+def chunks(
+    rows: int, vocab: int, multiple: int = 1, size: int = 4, budget: int | None = None, least: int | None = None
+) -> list[slice]:
+    """Equal shares, but for the last, of about `budget` bytes of logits of `size`; of whole multiples of rows."""
+    budget, least = CHUNK_BYTES if budget is None else budget, LEAST_ROWS if least is None else least
+    most = max(budget // (size * max(vocab, 1)) // multiple * multiple, least)
     step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     step = math.ceil(step / multiple) * multiple
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
@@ -107,16 +148,24 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
     )
 
 
-def padded(rows: int, fused: bool) -> int:
-    return math.ceil(rows / LANES) * LANES if fused else rows
+def logits_shape(rows: int, vocab: int, way: str) -> tuple[int, int]:
+    """Of the memory of a chunk's logits."""
+    if way == IN_DTYPE:
+        return rows, math.ceil(vocab / GPU_LINE) * GPU_LINE
+    return (math.ceil(rows / LANES) * LANES if way == FUSED else rows), vocab
+
+
+def logits_dtype(hidden: Tensor, way: str) -> torch.dtype:
+    return hidden.dtype if way == IN_DTYPE else accumulator(hidden)
 
 
 def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
     """Room for the logits of the largest chunk; None where only the statistics are wanted and that takes none."""
     if inputs.fused and not needed:
         return None
-    most = padded(max((p.stop - p.start for p in inputs.parts), default=0), inputs.fused)
-    return torch.empty(most, inputs.weight.shape[0], dtype=accumulator(inputs.hidden), device=inputs.hidden.device)
+    most = max((p.stop - p.start for p in inputs.parts), default=0)
+    shape = logits_shape(most, inputs.weight.shape[0], inputs.way)
+    return torch.empty(shape, dtype=logits_dtype(inputs.hidden, inputs.way), device=inputs.hidden.device)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -156,8 +205,11 @@ def chunk_logits(buffer: Tensor, inputs: Inputs, part: slice, temperature: float
 
 
 def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
-    """z (rows of part, V) = the logits, in the accumulator dtype."""
-    z, x, weight = z[: part.stop - part.start], inputs.hidden[part].to(z.dtype), inputs.weight
+    """z (rows of part, V) = the logits, in the dtype of z."""
+    weight = inputs.weight
+    z, x = z[: part.stop - part.start, : weight.shape[0]], inputs.hidden[part].to(z.dtype)
+    if inputs.way == IN_DTYPE and inputs.bias is not None:
+        return torch.addmm(inputs.bias, x, weight.T, out=z)  # rounded once
     if weight.dtype == z.dtype:
         torch.mm(x, weight.T, out=z)
     else:
@@ -170,6 +222,19 @@ def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
     return z
 
 
+def turn(
+    buffer: Tensor | None, inputs: Inputs, part: slice, temperature: float, weights: Tensor, ppo: PpoTokens | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's gradient of its logits in the buffer, and logprobs and entropy of its rows; IN_DTYPE and native."""
+    z = write_logits(buffer, inputs, part)
+    return z, *known_gradient(z, inputs.labels[part], None, temperature, weights, ppo)
+
+
+def turns(inputs: Inputs) -> bool:
+    """Whether `turn` computes the chunks of a loss whose gradient is known."""
+    return inputs.way == IN_DTYPE and row_forward.backend_on(inputs.hidden.device.type) == "native"
+
+
 class Gradients:
     """Sums the gradients of hidden, weight and bias over chunks; `wanted` says which of them anybody asked for."""
 
@@ -178,7 +243,11 @@ class Gradients:
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         dtype = accumulator(hidden)
         self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
-        self.weight = torch.empty(weight.shape if wanted[1] else 0, dtype=dtype, device=hidden.device)
+        # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
+        once = inputs.way == IN_DTYPE and len(inputs.parts) <= 1
+        self.weight = torch.empty(
+            weight.shape if wanted[1] else 0, dtype=weight.dtype if once else dtype, device=hidden.device
+        )
         self.bias = torch.zeros(bias.shape if wanted[2] else 0, dtype=dtype, device=hidden.device)
         self.beta = 0  # the first chunk overwrites
 
@@ -195,14 +264,21 @@ class Gradients:
         )
         if slope is not None:
             z.mul_(slope)
+        self.multiply(z, part)
+
+    def multiply(self, z: Tensor, part: slice) -> None:
+        """Adds what follows from z, the gradient of the chunk's logits, and not fused."""
+        inputs = self.inputs
         if self.wanted[2]:
-            self.bias += z.sum(0)
+            self.bias += z.sum(0, dtype=self.bias.dtype)
         hidden, weight = inputs.hidden[part], inputs.weight
         if not half_products_are_native(hidden, weight):
             hidden = hidden.to(z.dtype)
         else:
             z = z.to(hidden.dtype)
-        if self.wanted[0]:
+        if self.wanted[0] and self.hidden.dtype == z.dtype == weight.dtype:
+            torch.mm(z, weight, out=self.hidden[part])
+        elif self.wanted[0]:
             self.hidden[part] = product(z, weight)
         if self.wanted[1]:
             self._add_weight(z, hidden)
@@ -221,6 +297,9 @@ class Gradients:
     def _add_weight(self, dz: Tensor, x: Tensor) -> None:
         if x.dtype == self.weight.dtype:
             torch.addmm(self.weight, dz.T, x, beta=self.beta, out=self.weight)
+            return
+        if x.is_cuda:  # half-precision factors, float32 sum
+            torch.addmm(self.weight, dz.T, x, out_dtype=self.weight.dtype, beta=self.beta, out=self.weight)
             return
         for v in range(0, self.weight.shape[0], TILE):
             tile = self.weight[v : v + TILE]
@@ -254,10 +333,12 @@ def product(dz: Tensor, weight: Tensor) -> Tensor:
 def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
     """Whether the two gradient products run in bfloat16, with dz rounded to it, rather than in float32.
 
-    True where the CPU multiplies bfloat16 itself: 187 against 85 GFLOP/s a core with avx512_bf16 (EPYC 9004); without
-    it, 20 against 80. The logits are always computed in float32, because log-probabilities are float32 results.
+    True on a GPU, and where the CPU multiplies bfloat16 itself: 187 against 85 GFLOP/s a core with avx512_bf16 (EPYC
+    9004); without it, 20 against 80. A CPU's logits are always float32, because log-probabilities are float32 results.
     """
-    return hidden.dtype == weight.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    if hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return False
+    return on_gpu(hidden) or torch.cpu._is_avx512_bf16_supported()
 
 
 def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, Tensor, Tensor]:

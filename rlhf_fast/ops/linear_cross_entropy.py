@@ -21,11 +21,13 @@ from ._linear import (
     compact,
     empty_gradients,
     logits_buffer,
+    turn,
+    turns,
     wanted_gradients,
 )
 
 
-def _forward_cpu(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
+def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap)
     rows = inputs.labels.shape[0]
     buffer = logits_buffer(inputs, any(wanted))
@@ -33,6 +35,10 @@ def _forward_cpu(hidden, weight, bias, labels, mask, normalizer, softcap, *wante
     logprobs = hidden.new_empty(rows, dtype=accumulator(hidden))
     grad_logprobs = (-1 / normalizer).to(logprobs.dtype).expand(rows).contiguous()
     for part in inputs.parts:
+        if any(wanted) and turns(inputs):
+            z, logprobs[part], _ = turn(buffer, inputs, part, 1.0, -grad_logprobs[part], None)
+            gradients.multiply(z, part)
+            continue
         z, logprobs[part], _, saved = chunk_statistics(buffer, inputs, part, 1.0, False)
         if any(wanted):
             gradients.add(z, part, 1.0, saved, None, grad_logprobs[part], None)
@@ -46,7 +52,7 @@ def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
 _op = Op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor normalizer, "
     "float? softcap, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor loss, Tensor, Tensor, Tensor)",
-    kernels={("cpu", "native"): _forward_cpu},
+    kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
     gradients={0: 1, 1: 2, 2: 3},
 )
@@ -68,6 +74,7 @@ def linear_cross_entropy(
     the number of labels: give the global one under gradient accumulation and data parallelism. bias (V,); softcap c
     makes the logits c tanh(logits / c) (Gemma 2). No label gives 0. hidden, weight and bias are float32, bfloat16,
     float16 or float64 and receive gradients, once; a weight that needs none costs no product. The loss is float32.
+    On a GPU the logits of two bfloat16 inputs are bfloat16, as an lm_head's are; to drop the rows it waits once for it.
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check("linear_cross_entropy", hidden, weight, labels, bias, None, softcap)

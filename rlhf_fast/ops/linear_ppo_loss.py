@@ -17,6 +17,7 @@ from . import reference
 from ._dispatch import Op, byte_mask
 from ._inputs import aggregation_code, by_name, estimator_code, normalizer_tensor
 from ._inputs import check as check_tokens
+from ._known_gradient import PpoTokens
 from ._linear import (
     Gradients,
     accumulator,
@@ -25,6 +26,8 @@ from ._linear import (
     compact,
     empty_gradients,
     logits_buffer,
+    turn,
+    turns,
     wanted_gradients,
 )
 from .ppo_loss import _op as ppo_op
@@ -35,7 +38,7 @@ _UNCLIPPED = (0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)  # of the options 
 _TOKEN_MEAN = 0
 
 
-def _forward_cpu(
+def _forward(
     hidden, weight, bias, labels, old_logprobs, advantages, mask, ref_logprobs, importance_weights, normalizer,
     temperature, softcap, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
     aggregation, *wanted,
@@ -56,6 +59,12 @@ def _forward_cpu(
         tokens = [None if t is None else inputs.take(t.reshape(-1))[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
     for part in inputs.parts:
+        if any(wanted) and turns(inputs):
+            old, advantage, ref, importance, w = (None if t is None else t[0, part].to(logprobs.dtype) for t in tokens)
+            ppo_tokens = PpoTokens(old, advantage, ref, importance, options)
+            z, logprobs[part], entropy[part] = turn(buffer, inputs, part, temperature, w, ppo_tokens)
+            gradients.multiply(z, part)
+            continue
         z, logprobs[part], entropy[part], saved = chunk_statistics(buffer, inputs, part, temperature, True)
         if any(wanted):
             old, advantage, ref, importance, w = (None if t is None else t[:, part] for t in tokens)
@@ -84,7 +93,7 @@ _op = Op(
     "float? softcap, float clip_low, float clip_high, float dual_clip, float log_ratio_clamp, float kl_coef, "
     "int kl_estimator, float entropy_coef, int aggregation, bool grad_hidden, bool grad_weight, bool grad_bias) "
     "-> (Tensor loss, Tensor stats, Tensor, Tensor, Tensor)",
-    kernels={("cpu", "native"): _forward_cpu},
+    kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
     gradients={0: 2, 1: 3, 2: 4},
 )
@@ -117,7 +126,8 @@ def linear_ppo_loss(
 
     Equals ppo_loss(linear_token_logprobs(hidden, weight, labels, ...), ...), whose docstrings describe the options; the
     entropy is always computed. Rows outside the mask are dropped first and may hold anything. hidden, weight and bias
-    receive gradients, once; everything else is data. Memory beside the results is one chunk of logits.
+    receive gradients, once; everything else is data. Memory beside the results is one chunk of logits. On a GPU the
+    logits of two bfloat16 inputs are bfloat16, as an lm_head's are, and to drop the rows it waits once for the device.
     Raises ValueError or TypeError for shapes, dtypes and options, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)

@@ -19,46 +19,52 @@ from ._linear import (
     check,
     chunk_logits,
     chunk_statistics,
-    chunks,
+    chunks_of,
     compact,
     empty_gradients,
-    is_fused,
     logits_buffer,
-    padded,
+    logits_dtype,
+    logits_shape,
     wanted_gradients,
+    way_of,
 )
 
 NAME = "linear_token_logprobs"
 
 
-def _outputs(hidden, weight, labels, with_entropy, keep, fused) -> tuple[Tensor, ...]:
+def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, ...]:
     """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) in some layout or empty."""
-    rows, vocab = labels.shape[0], weight.shape[0]
-    keep = keep and len(chunks(rows, vocab)) == 1
-    shapes = ((rows,), (rows if with_entropy else 0,), (rows, 2), (padded(rows, fused) if keep else 0, vocab))
-    return tuple(torch.empty(s, dtype=accumulator(hidden), device=hidden.device) for s in shapes)
+    rows, accum = labels.shape[0], accumulator(hidden)
+    kept = logits_shape(rows, weight.shape[0], way)
+    if not keep or len(chunks_of(rows, weight, way)) != 1:
+        kept = (0, kept[1])
+    outputs = (
+        ((rows,), accum),
+        ((rows if with_entropy else 0,), accum),
+        ((rows, 2), accum),
+        (kept, logits_dtype(hidden, way)),
+    )
+    return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
 
 
-def _forward_cpu(hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted):
+def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted):
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
     rows = inputs.labels.shape[0]
-    logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted), inputs.fused)
+    logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted), inputs.way)
     buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=False)
     for part in inputs.parts:
         _, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
         if with_entropy:
             entropy[part] = h
     if inputs.index is not None:
-        saved[rows:], logits[padded(rows, inputs.fused) :] = (
-            0,
-            0,
-        )  # outputs of the library op, which has to be reproducible
+        # Outputs of the library op, which has to be reproducible.
+        saved[rows:], logits[logits_shape(rows, weight.shape[0], inputs.way)[0] :] = 0, 0
         logprobs = inputs.put(logprobs[:rows])
         entropy = inputs.put(entropy[:rows]) if with_entropy else entropy
     return logprobs, entropy, saved, logits
 
 
-def _backward_cpu(
+def _backward_any(
     hidden, weight, bias, labels, mask, temperature, softcap, entropy, saved, logits, grad_logprobs, grad_entropy,
     *wanted, consume=False,
 ):  # fmt: skip
@@ -69,7 +75,7 @@ def _backward_cpu(
     by_row = [None if t is None else inputs.take(t.contiguous()) for t in (grad_logprobs, grad_entropy)]
     entropy = None if grad_entropy is None else inputs.take(entropy)
     for part in inputs.parts:
-        z = buffer[: part.stop] if kept else chunk_logits(buffer, inputs, part, temperature)
+        z = buffer[: part.stop, : weight.shape[0]] if kept else chunk_logits(buffer, inputs, part, temperature)
         g, h, e = (None if t is None else t[part] for t in (*by_row, entropy))
         gradients.add(z, part, temperature, saved[part], e, g, h)
     return gradients.results()
@@ -79,7 +85,7 @@ _backward = Op(
     f"{NAME}_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
     "float? softcap, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, Tensor? grad_entropy, "
     "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
-    kernels={("cpu", "native"): _backward_cpu},
+    kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
 )
 
@@ -111,9 +117,9 @@ _forward = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
     "float? softcap, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
     "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits)",
-    kernels={("cpu", "native"): _forward_cpu},
+    kernels={("cpu", "native"): _forward_any, ("cuda", "native"): _forward_any, ("cuda", "triton"): _forward_any},
     fake=lambda hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted: _outputs(
-        hidden, weight, labels, with_entropy, any(wanted), is_fused(hidden, weight, bias, softcap)
+        hidden, weight, labels, with_entropy, any(wanted), way_of(hidden, weight, bias, softcap)
     ),
     backward=_grad,
     setup_context=_save,
@@ -139,7 +145,8 @@ def linear_token_logprobs(
     both results are 0 and so is the gradient. hidden, weight and bias are float32, bfloat16, float16 or float64 and
     receive gradients, once; results are float32 (float64 for float64 hidden). Rows share matrix products, so unlike
     token_logprobs a row's last bit may depend on the number of rows; not on CPUs with avx512_bf16 in bfloat16, nor on
-    AMD's with AVX-512 in float32, without bias and softcap (is_fused in _linear.py).
+    AMD's with AVX-512 in float32, without bias and softcap (is_fused in _linear.py). On a GPU the logits of two
+    bfloat16 inputs are bfloat16, as an lm_head's are (8 bits: 0.06 at a logit of 20), and only a mask makes it wait.
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)

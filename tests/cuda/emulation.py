@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _dispatch, _linear, reference
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -101,6 +101,9 @@ class Emulated:
     def set_capturing(self, capturing: bool) -> None:
         self.library.set_capturing(capturing)
 
+    def set_shared_limit(self, size: int) -> None:
+        self.library.set_shared_limit(size)
+
     def launches(self) -> int:
         return self.library.launches()
 
@@ -144,6 +147,22 @@ def install(monkeypatch, emulated: Emulated) -> None:
         if name.startswith("rlhf_fast.ops.") and hasattr(module, "launch"):
             monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(_dispatch, "_C", SimpleNamespace(cuda=emulated, cuda_version="emulated"))
+    monkeypatch.setattr(_linear, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_linear, "_C", None)
     for op in _dispatch._OPS.values():
         if "native" in op.kernels.get("cuda", {}):
             monkeypatch.setitem(op.kernels["cpu"], "native", op.kernels["cuda"]["native"])
+
+
+def logits_in_their_dtype(monkeypatch) -> None:
+    """What eager PyTorch is on a GPU: the product of two bfloat16 matrices is one, and only then becomes float32."""
+    wide = reference.linear_logits
+
+    def linear_logits(hidden, weight, bias=None, softcap=None):
+        same = hidden.dtype == weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == weight.dtype)
+        if not same or softcap is not None:
+            return wide(hidden, weight, bias, softcap)
+        logits = hidden.float() @ weight.float().T
+        return (logits if bias is None else logits + bias.float()).bfloat16().float()
+
+    monkeypatch.setattr(reference, "linear_logits", linear_logits)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rlhf_fast as rf
-from rlhf_fast.ops import reference
+from rlhf_fast.ops import _dispatch, _known_gradient, _linear, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import CASES, Sampler
@@ -20,12 +20,15 @@ from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 ORDERS = emulation.ORDERS
-USES = {"token_logprobs_and_entropy": "token_logprobs", "dpo_loss": "pairwise_loss"}  # an op: whose kernel it runs
+USES = {  # an op: whose kernel it runs
+    "token_logprobs_and_entropy": "token_logprobs", "dpo_loss": "pairwise_loss", "cross_entropy": "token_logprobs",
+}  # fmt: skip
+LINEAR = [case for case in CASES if case.name.startswith("linear_")]
 EMULATED = {name.removesuffix("_forward").removesuffix("_backward") for name in emulation.signatures()}
 EMULATED_CASES = [case for case in CASES if USES.get(case.name, case.name) in EMULATED]
 every_case = pytest.mark.parametrize("case", EMULATED_CASES, ids=lambda c: c.name)
 small_ops = pytest.mark.parametrize(
-    "case", [c for c in EMULATED_CASES if not c.name.startswith("token_logprobs")], ids=lambda c: c.name
+    "case", [c for c in EMULATED_CASES if USES.get(c.name, c.name) != "token_logprobs"], ids=lambda c: c.name
 )
 
 
@@ -66,6 +69,133 @@ def test_the_order_of_threads_and_blocks_does_not_matter(case, on_emulator):
     for seed in range(6):
         inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
         in_every_order(on_emulator, lambda inputs=inputs: run(case.op, case, inputs))
+
+
+# --- From hidden states: the products are PyTorch's, the rows a kernel's ---------------------------------------------
+
+
+def few_rows(case, seed: int) -> dict:
+    """The case's inputs with at most eight rows: each is a block of 512 fibers here."""
+    inputs = case.inputs(Sampler(random.Random(seed)))
+    if case.name == "linear_ppo_loss":
+        inputs = {k: v[:2, :4] if torch.is_tensor(v) and v.ndim > 1 and k != "weight" else v for k, v in inputs.items()}
+    return inputs
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_linear_op_is_as_close_to_float64_as_eager_is(case, dtype, on_emulator, monkeypatch):
+    emulation.logits_in_their_dtype(monkeypatch)
+    for seed in range(8):
+        on_emulator.set_order(ORDERS[seed % 3])
+        assert_as_close_as_eager(case, few_rows(case, seed), dtype, LAYOUTS[seed % 4])
+
+
+def head(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A PPO step's head, with a masked row that holds NaN."""
+    g = torch.Generator().manual_seed(rows + vocab)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    mask = torch.rand(1, rows, generator=g) < 0.8
+    mask[0, 1] = False
+    hidden = draw(1, rows, 16).masked_fill(~mask[..., None], torch.nan)
+    return {
+        "hidden": hidden.to(dtype), "weight": (draw(vocab, 16) / 4).to(dtype),
+        "labels": torch.randint(vocab, (1, rows), generator=g), "old_logprobs": 0.2 * draw(1, rows) - vocab**0.2,
+        "advantages": draw(1, rows), "mask": mask,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_a_head_in_one_kernel(chunk_rows, dtype, on_emulator, monkeypatch):
+    """One launch a chunk beside the small ops; the logits lie in rows padded to 64, whose end stays out."""
+    x = head(12, 1003, dtype)
+    monkeypatch.setattr(_linear, "GPU_ROWS", 1)
+    monkeypatch.setattr(_linear, "GPU_LEAST_ROWS", 1)
+    monkeypatch.setattr(_linear, "GPU_CHUNK_BYTES", chunk_rows * 1003 * x["weight"].element_size())
+    chunks = -(-int(x["mask"].sum()) // chunk_rows)
+    turned = []
+    known = _linear.known_gradient
+    monkeypatch.setattr(_linear, "known_gradient", lambda *a: turned.append(a[0].shape[0]) or known(*a))
+    truth = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    for option in ({}, {"entropy_coef": 0.01, "ref_logprobs": x["old_logprobs"], "kl_coef": 0.1, "dual_clip": 3.0}):
+        turned.clear()
+        leaves = [x[n].clone().requires_grad_() for n in ("hidden", "weight")]
+        loss, stats = rf.linear_ppo_loss(*leaves, *list(x.values())[2:], **option)
+        assert len(turned) == chunks and sum(turned) == x["mask"].sum()
+        grads = torch.autograd.grad(loss, leaves)
+        true = [truth[n].clone().requires_grad_() for n in ("hidden", "weight")]
+        want, want_stats = reference.linear_ppo_loss(*true, *list(truth.values())[2:], **option)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(stats["ratio_mean"].double(), want_stats["ratio_mean"], rtol=tolerance, atol=0)
+        for got, expected in zip(grads, torch.autograd.grad(want, true), strict=True):
+            assert (got - expected).norm() <= (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
+    turned.clear()
+    with torch.no_grad():
+        rf.linear_ppo_loss(*x.values())
+    assert not turned  # nobody asked for a gradient: the forward kernel alone reads the logits
+
+
+def turn(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, ppo=None, temperature=0.8):
+    logprobs, entropy = _known_gradient.known_gradient(logits, labels, None, temperature, weights, ppo)
+    return {"logprobs": logprobs, "entropy": entropy, "gradient": logits}
+
+
+@pytest.mark.parametrize("shared", [2048, 9000, 20000, 232448], ids=["none", "a part", "most", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_known_gradient_at_every_alignment(dtype, shared, on_emulator):
+    """Whatever of the row fits into shared memory, and wherever it lies: the same bits, and nothing beside it."""
+    row = 3 * torch.randn(5003, generator=torch.Generator().manual_seed(1)) - 90
+    row[:2000] = -torch.inf
+    row, labels, weights = row.to(dtype), torch.tensor([2500]), torch.tensor([0.7])
+    truth = row.double().requires_grad_()
+    logprob, entropy = reference.token_logprobs_and_entropy(truth, labels[0], temperature=0.8)
+    (-0.7 * logprob).backward()
+    on_emulator.set_shared_limit(shared)
+    try:
+        for offset in (0, 1, 2, 3, 5, 7):
+            room = torch.full((offset + len(row) + 8,), 1000.0, dtype=dtype)
+            x = room[offset : offset + len(row)]
+
+            def call(x=x):
+                x.copy_(row)
+                return {k: v.clone() for k, v in turn(x[None], labels, weights).items()}
+
+            got = in_every_order(on_emulator, call) if offset == 1 else call()
+            assert (room[:offset] == 1000).all() and (room[offset + len(row) :] == 1000).all()
+            torch.testing.assert_close(got["logprobs"][0].double(), logprob.detach(), rtol=2e-6, atol=0)
+            torch.testing.assert_close(got["entropy"][0].double(), entropy.detach(), rtol=2e-6, atol=0)
+            error = (got["gradient"][0].double() - truth.grad).norm()
+            assert error <= torch.finfo(dtype).eps * truth.grad.norm()
+            if offset == 0:
+                first = got
+            for name in first:
+                assert torch.equal(got[name], first[name]), (name, offset)
+    finally:
+        on_emulator.set_shared_limit(232448)
+
+
+def test_a_known_gradient_of_weight_0_is_0_and_a_wrong_label_is_named(on_emulator, capfd):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    got = turn(logits.clone(), torch.tensor([3, 4, 5]), torch.tensor([1.0, 0.0, 2.0]))
+    assert not got["gradient"][1].any() and got["gradient"][[0, 2]].all()
+    assert torch.equal(got["logprobs"], rf.token_logprobs(logits, torch.tensor([3, 4, 5]), temperature=0.8))
+    with pytest.raises(RuntimeError, match="710"):
+        turn(logits, torch.tensor([3, 50, 5]), torch.ones(3))
+    on_emulator.flush()
+    assert "known_gradient: label 50 of row 1 is outside [0, 50)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scale_by_a_number_on_the_device(dtype, emulated):
+    x = torch.randn(9001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for factor in (torch.tensor(1.0), torch.tensor(-2.5), torch.tensor(0.3, dtype=torch.float64)):
+        room = torch.cat([x, x.new_full((8,), 7.0)])
+        arguments = room, _dispatch.DTYPE_CODES[dtype], 9001, factor, _dispatch.DTYPE_CODES[factor.dtype], None
+        assert emulated.scale(*arguments) == 0
+        want = (x.to(torch.float64 if dtype == torch.float64 else torch.float32) * factor).to(dtype)
+        assert torch.equal(room[:9001], want) and (room[9001:] == 7).all()
 
 
 def gpt2_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,7 +460,7 @@ def test_a_spread_far_smaller_than_the_mean(on_emulator):
 
 BARRIERS = {  # a file that waits at barriers: a source whose results show it
     "reduce.cuh": "token_logprobs", "sums.cuh": "value_loss", "weights.cuh": "ppo_loss", "gae.cu": "gae",
-    "masked.cu": "masked",
+    "masked.cu": "masked", "known_gradient.cu": "known_gradient",
 }  # fmt: skip
 
 
@@ -339,6 +469,9 @@ def results_of(op: str) -> dict[str, torch.Tensor]:
     x = batch(64, 100)
     if op == "token_logprobs":
         return {"0": rf.token_logprobs(torch.linspace(-9, 9, 12000).view(3, 4000), torch.tensor([1, 2, 3]))}
+    if op == "known_gradient":
+        logits = torch.linspace(-9, 9, 2700).view(3, 900)
+        return turn(logits, torch.tensor([1, 2, 3]), torch.ones(3))
     if op == "gae":
         return tensors_of(rf.gae(*(torch.cat([x[n]] * 30, 1)[:70] for n in ("values", "returns", "mask"))))
     if op == "masked":

@@ -44,7 +44,16 @@ struct dim3 {
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorAssert = 710, cudaErrorLaunchTimeout = 702 };
+constexpr int kMostShared = 232448;  // bytes a block of Hopper may ask for
+inline uint4 dynamic_shared[kMostShared / 16 + 1];
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchTimeout = 702,
+  cudaErrorAssert = 710
+};
 using cudaStream_t = struct Stream*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -60,6 +69,7 @@ constexpr size_t kStack = 128 * 1024;
 inline int order = 0;           // who runs next, see above
 inline bool capturing = false;  // what cudaStreamIsCapturing says
 inline long launches = 0;       // kernels and memsets so far
+inline int shared_limit = kMostShared;
 
 enum class State { kReady, kDone };
 
@@ -213,6 +223,9 @@ inline unsigned atomicInc(unsigned* to, unsigned limit) {
   *to = before >= limit ? 0 : before + 1;
   return before;
 }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return static_cast<unsigned>((uint64_t(high) << 32 | low) >> (bits & 31));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
@@ -234,9 +247,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::trapped = false;
   emulator::body = [=] { kernel(values...); };
   ++emulator::launches;
+  auto* shared = reinterpret_cast<unsigned char*>(dynamic_shared);
+  const size_t bytes = config->dynamicSmemBytes, guarded = std::min(bytes + 16, sizeof(dynamic_shared));
+  if (bytes > static_cast<size_t>(emulator::shared_limit)) return cudaErrorInvalidValue;
   for (const unsigned block : emulator::in_order(config->gridDim.x, random)) {
     blockIdx = dim3(block);
+    std::memset(shared, 0xff, guarded);  // NaN, in every dtype
     if (const cudaError_t error = emulator::run_block(random)) return error;
+    for (size_t i = bytes; i < guarded; ++i) {
+      if (shared[i] != 0xff) return cudaErrorIllegalAddress;  // what was written lies beyond what was asked for
+    }
   }
   return cudaSuccess;
 }
@@ -255,6 +275,21 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
   *id = reinterpret_cast<uintptr_t>(stream);
   return cudaSuccess;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = emulator::shared_limit + (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? 1024 : 0);
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= emulator::shared_limit ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 using std::exp;

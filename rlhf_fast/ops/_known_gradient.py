@@ -1,0 +1,47 @@
+"""Logits that become the gradient of their loss, in place, in the one kernel that reads them (csrc/cuda only).
+
+    loss = sum_i weights_i f(logprob_i, entropy_i),  f = PPO's loss of a token, or -logprob
+
+Two kernels move three times the bytes of the logits (a forward, then a backward that reads them again), this one twice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dispatch import DTYPE_CODES, launch, strided_rows
+
+
+class PpoTokens(NamedTuple):
+    """(N,) each, contiguous, in the accumulation dtype, and the options of ppo_loss's native op."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+    options: tuple  # clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef
+
+
+_NO_TOKENS = (None, None, None, None, 0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)
+
+
+def known_gradient(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, weights: Tensor, ppo: PpoTokens | None
+) -> tuple[Tensor, Tensor]:
+    """(N, V) logits, overwritten -> (N,) log-probs and entropies. Cross entropy without PPO's tokens."""
+    rows, *strides = strided_rows(logits)
+    if rows is not logits:
+        raise ValueError(f"known_gradient: logits {tuple(logits.shape)} with strides {logits.stride()} are no rows")
+    logprobs, entropy = torch.empty(2, labels.shape[0], dtype=weights.dtype, device=logits.device)
+    launch(
+        "known_gradient",
+        (
+            logits, DTYPE_CODES[logits.dtype], labels.shape[0], logits.shape[-1], *strides, labels, mask, temperature,
+            weights, *(_NO_TOKENS if ppo is None else (*ppo[:4], *ppo.options)), logprobs, entropy,
+        ),
+    )  # fmt: skip
+    return logprobs, entropy
