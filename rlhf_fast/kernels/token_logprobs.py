@@ -5,16 +5,11 @@ keeps its own (max, sum, weighted), so that nothing crosses a thread before the 
 Backward: one program per row and block.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
-# Where x - max is a factor of its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0.
-FLOOR = tl.constexpr(-1e30)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite -inf: the maximum of nothing
+from ._common import FLOOR, LOG2_E, LOWEST, accumulator, refuse_cpu
 
 
 @triton.jit
@@ -107,19 +102,11 @@ def _backward_kernel(
     tl.store(out + columns, tl.where(read, gradient, 0.0).to(grad_logits.dtype.element_ty), mask=columns < vocab)
 
 
-def _refuse_cpu(logits: torch.Tensor) -> None:
-    if logits.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(
-            "token_logprobs: Triton runs on CPU tensors only under its interpreter; set TRITON_INTERPRET=1 before "
-            "it is imported"
-        )
-
-
 def token_logprobs_forward(
     logits, dtype, rows, vocab, inner, outer_stride, inner_stride, labels, mask, temperature, logprobs, entropy, saved
 ):
     """The forward of csrc/ops.h, with tensors in place of pointers."""
-    _refuse_cpu(logits)
+    refuse_cpu("token_logprobs", logits)
     if rows:
         _forward_kernel[(rows,)](
             logits, inner, outer_stride, inner_stride, vocab, labels, mask, LOG2_E / temperature, 1 / temperature,
@@ -132,7 +119,7 @@ def token_logprobs_backward(
     grad_logprobs, grad_entropy, grad_logits, grad_outer_stride, grad_inner_stride,
 ):  # fmt: skip
     """The backward of csrc/ops.h, with tensors in place of pointers."""
-    _refuse_cpu(logits)
+    refuse_cpu("token_logprobs", logits)
     if rows:
         tiles = backward_tiles(logits.dtype)
         _backward_kernel[(rows, triton.cdiv(vocab, tiles["BLOCK"]))](
@@ -141,14 +128,10 @@ def token_logprobs_backward(
         )  # fmt: skip
 
 
-def _accumulator(dtype: torch.dtype):
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def forward_tiles(dtype: torch.dtype) -> dict:
     """Four loads of 16 bytes in flight for each of 256 threads."""
     return {
-        "ACCUM": _accumulator(dtype),
+        "ACCUM": accumulator(dtype),
         "DEPTH": 4,
         "WIDTH": 256 * 16 // dtype.itemsize,
         "num_warps": 8,
@@ -159,7 +142,7 @@ def forward_tiles(dtype: torch.dtype) -> dict:
 def backward_tiles(dtype: torch.dtype) -> dict:
     """Two, which leaves the registers for twice the blocks."""
     return {
-        "ACCUM": _accumulator(dtype),
+        "ACCUM": accumulator(dtype),
         "BLOCK": 2 * 256 * 16 // dtype.itemsize,
         "num_warps": 8,
         "enable_fp_fusion": True,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -259,8 +260,13 @@ def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
         raise RuntimeError(f"{op}: the launch on {device} failed with cudaError_t {error}")
 
 
-def native(op: str, arguments: Callable, *, scratch: bool) -> dict[tuple[str, str], Callable]:
-    """The native kernels of an op: arguments(*args) gives what csrc/ops.h asks of both, and the outputs."""
+def native(
+    op: str, arguments: Callable, *, scratch: bool, triton: str | None = None
+) -> dict[tuple[str, str], Callable]:
+    """The kernels of an op: arguments(*args) gives what csrc/ops.h asks of all, and the outputs.
+
+    triton: the module of rlhf_fast.kernels that has a function of this name, where there is one.
+    """
 
     def cpu(*args):
         given, outputs = arguments(*args)
@@ -272,7 +278,16 @@ def native(op: str, arguments: Callable, *, scratch: bool) -> dict[tuple[str, st
         launch(op, given, args[0].shape[0] if scratch else None)
         return outputs
 
-    return {("cpu", "native"): cpu, ("cuda", "native"): cuda}
+    def in_triton(*args):
+        given, outputs = arguments(*args)
+        with torch.cuda.device_of(args[0]):
+            getattr(import_module(f"rlhf_fast.kernels.{triton}"), op)(*given)
+        return outputs
+
+    kernels = {("cpu", "native"): cpu, ("cuda", "native"): cuda}
+    if triton is not None:
+        kernels |= {("cpu", "triton"): in_triton, ("cuda", "triton"): in_triton}
+    return kernels
 
 
 def as_bool(mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V
 
-Specification: reference.gae. Kernels: csrc/cpu/gae.cpp, csrc/cuda/gae.cu.
+Specification: reference.gae. Kernels: csrc/cpu/gae.cpp, csrc/cuda/gae.cu, kernels/gae.py (Triton).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _arguments(rewards, values, mask, gamma, lam, carry):
 _op = Op(
     "gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam, bool carry) -> "
     "(Tensor advantages, Tensor returns)",
-    kernels=native("gae", _arguments, scratch=False),
+    kernels=native("gae", _arguments, scratch=False, triton="gae"),
     fake=lambda rewards, *_: _outputs(rewards),
 )
 

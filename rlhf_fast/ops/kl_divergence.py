@@ -4,7 +4,7 @@
     dKL/dlogits_v = p_v (log p_v - log q_v - KL),  dKL/dref_logits_v = q_v - p_v
 
 kl_penalty estimates it from the sampled token alone. Specification: reference.kl_divergence. Kernels: csrc/cpu,
-csrc/cuda.
+csrc/cuda, kernels (Triton).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grad
 _backward = Op(
     f"{NAME}_backward(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor saved, Tensor grad_kl, "
     "bool with_grad, bool with_ref_grad) -> (Tensor, Tensor)",
-    kernels=native(f"{NAME}_backward", _backward_arguments, scratch=False),
+    kernels=native(f"{NAME}_backward", _backward_arguments, scratch=False, triton=NAME),
     fake=_gradients,
 )
 
@@ -75,7 +75,7 @@ def _grad(ctx, grad_kl, _):
 _forward = Op(
     f"{NAME}(Tensor logits, Tensor ref_logits, Tensor? mask, bool with_grad, bool with_ref_grad) "
     "-> (Tensor kl, Tensor saved)",
-    kernels=native(f"{NAME}_forward", _forward_arguments, scratch=False),
+    kernels=native(f"{NAME}_forward", _forward_arguments, scratch=False, triton=NAME),
     fake=_outputs,
     backward=_grad,
     setup_context=_save,

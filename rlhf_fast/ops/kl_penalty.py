@@ -2,7 +2,7 @@
 
     d = logprobs - ref_logprobs;  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d,  abs = |d|
 
-Specification: reference.kl_penalty. Kernels: csrc/cpu, csrc/cuda, the formulas in csrc/common/policy.h.
+Specification: reference.kl_penalty. Kernels: csrc/cpu, csrc/cuda (formulas: csrc/common/policy.h), kernels (Triton).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _grad(ctx, grad_kl, _):
 _op = Op(
     "kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator, float input_clamp, float output_clamp, "
     "bool with_grad) -> (Tensor kl, Tensor slope)",
-    kernels=native("kl_penalty", _arguments, scratch=False),
+    kernels=native("kl_penalty", _arguments, scratch=False, triton="kl_penalty"),
     fake=lambda logprobs, *args: _outputs(logprobs, args[-1]),
     backward=_grad,
     setup_context=_save,

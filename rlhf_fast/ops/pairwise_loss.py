@@ -3,7 +3,7 @@
     d = chosen - rejected - margin;  loss = -p log sigma(d) - (1 - p) log sigma(-d) + center_coef (chosen + rejected)^2
 
 p = 1 is the loss of Ouyang et al. 2022, p from a judge that of RLAIF (Bai et al. 2022b), the last term centres rewards
-(Eisenstein et al. 2023). Specification: reference.pairwise_loss. Kernels: csrc/cpu, csrc/cuda.
+(Eisenstein et al. 2023). Specification: reference.pairwise_loss. Kernels: csrc/cpu, csrc/cuda, kernels (Triton).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ pairwise_op = Op(
     "pairwise_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? margin, "
     "Tensor? target_prob, Tensor? weights, float scale, float margin_value, float prob_value, float center_coef, "
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
-    kernels=native("pairwise_loss", _arguments, scratch=True),
+    kernels=native("pairwise_loss", _arguments, scratch=True, triton="pairwise_loss"),
     fake=lambda chosen, *args: _outputs(chosen, args[-1]),
     gradients={0: 2, 1: 3},
 )

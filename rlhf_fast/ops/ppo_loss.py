@@ -3,7 +3,8 @@
     r = exp(logprobs - old_logprobs);  loss = mean over the mask of -min(r A, clip(r, 1 - cliprange, 1 + cliprange) A)
 
 Everything but the log-probs is known when the loss is computed, so the forward writes the gradient too and the backward
-only scales it. Specification: reference.ppo_loss. Kernels: csrc/cpu, csrc/cuda, the formula in csrc/common/policy.h.
+only scales it. Specification: reference.ppo_loss. Kernels: csrc/cpu, csrc/cuda, kernels (Triton), the formula in
+csrc/common/policy.h.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _op = Op(
     "Tensor? entropy, Tensor? importance_weights, Tensor? normalizer, float clip_low, float clip_high, "
     "float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator, float entropy_coef, int aggregation, "
     "bool with_grad, bool with_entropy_grad) -> (Tensor loss, Tensor stats, Tensor grad, Tensor entropy_grad)",
-    kernels=native("ppo_loss", _arguments, scratch=True),
+    kernels=native("ppo_loss", _arguments, scratch=True, triton="ppo_loss"),
     fake=lambda *args: _outputs(args[0], *args[-2:]),
     gradients={0: 2, 5: 3},
 )

@@ -1,0 +1,72 @@
+"""What the Triton kernels share: formulas of csrc/common, launches, and where Triton may run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+# Where x - max is a factor of its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0.
+FLOOR = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite -inf: the maximum of nothing
+BLOCK = 1024  # tokens of a program of the small ops
+
+
+@triton.jit
+def number(x, ACCUM: tl.constexpr):
+    """A run-time argument, which Triton passes as float64 where it is declared so, as a scalar of the accumulator."""
+    return tl.full([], x, ACCUM)
+
+
+@triton.jit
+def load(pointer, index, counts, ACCUM: tl.constexpr):
+    """Of any dtype; 0 where it does not count, so that no NaN from behind a mask enters a formula."""
+    return tl.load(pointer + index, mask=counts, other=0.0).to(ACCUM)
+
+
+@triton.jit
+def exp_minus_1_minus(x):
+    """exp(x) - 1 - x without the cancellation at small x: its series up to x^20 / 20! below 1."""
+    square = x * x
+    term = square * 0.5
+    series = term
+    for n in tl.static_range(3, 21):
+        term = term * x * (1.0 / n)
+        series += term
+    return tl.where((x > -1.0) & (x < 1.0), series, tl.where(x == float("inf"), x, (tl.exp(x) - 1.0) - x))
+
+
+@triton.jit
+def kl_token(d, ESTIMATOR: tl.constexpr):
+    """The estimate of a token and its derivative by d. ESTIMATOR is KlEstimator of csrc/common/policy.h."""
+    if ESTIMATOR == 0:
+        return d, d * 0.0 + 1.0
+    elif ESTIMATOR == 1:
+        return 0.5 * d * d, d
+    elif ESTIMATOR == 2:
+        return exp_minus_1_minus(-d), 1.0 - tl.exp(-d)
+    else:
+        return tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)).to(d.dtype)
+
+
+def accumulator(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def tiles(size: int, most: int = BLOCK) -> int:
+    """A power of two, of a warp at least."""
+    return max(32, min(triton.next_power_of_2(max(size, 1)), most))
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def refuse_cpu(op: str, x: torch.Tensor) -> None:
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{op}: Triton runs on CPU tensors only under its interpreter; set TRITON_INTERPRET=1 before it is imported"
+        )
