@@ -23,10 +23,12 @@ bench: $(VENV)/.bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/rlhf-fast bench --device cpu --json bench/results/cpu.json
 	$(BIN)/python bench/report.py
 
-# On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op.
-gpu: $(VENV)/.bench
-	$(BIN)/python bench/gpu.py
-	$(BIN)/python bench/report.py
+# On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op. PART="build test"
+# takes some parts, of ten minutes at most each (bench/gpu.py). Where $(PYTHON)'s torch sees the GPU nothing is installed.
+gpu:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
+	else $(MAKE) $(VENV)/.bench && python=$(BIN)/python; fi && \
+	$$python bench/gpu.py $(if $(PART),--part $(PART)) && $$python bench/report.py
 
 # compat beside the functions it stands in for: TRL, verl and OpenRLHF from PyPI, each in a folder of its own.
 peers: $(VENV)/.test

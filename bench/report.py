@@ -115,6 +115,69 @@ def table(result: dict, ops: set[str] | None = None) -> str:
     return "\n".join([*lines, source(result)])
 
 
+REACH = (  # op, shape, direction, unit (the device's microseconds for the small ops), and what an H200 should take
+    ("token_logprobs_and_entropy", "8192x151936", "forward", "ms", 0.61),
+    ("token_logprobs", "8192x151936", "forward+backward", "ms", 1.85),
+    ("ppo_from_logits", "8192x151936", "forward+backward", "ms", 1.28),
+    ("linear_token_logprobs", "8192x4096x128256", "forward", "ms", 12.4),
+    ("linear_ppo_loss", "8192x4096x128256", "forward+backward", "ms", 35.5),
+    ("linear_ppo_loss", "8192x896x151936", "forward+backward", "ms", 10.6),
+    ("ppo_loss", "64x1024", "forward+backward", "device_us", 3.0),
+    ("kl_penalty", "64x1024", "forward+backward", "device_us", 3.0),
+    ("pairwise_loss", "65536", "forward+backward", "device_us", 3.0),
+    ("gae", "64x1024", "forward", "device_us", 2.5),
+)
+
+
+def gpu_summary(results: list[dict]) -> str:
+    """For the README: what an H200 is meant to take, and what was measured where anything was."""
+    head = ["op", "shape", "", "to reach on an H200", "measured", "of the copy or cuBLAS rate", "fastest peer"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = [(result, row) for result in results for row in result["rows"]]
+    for op, shape, direction, unit, reach in REACH:
+        found = [(r, row) for r, row in rows if (row["op"], row["shape"], row["direction"]) == (op, shape, direction)
+                 and row["dtype"] == ("float32" if unit == "device_us" else "bfloat16")]  # fmt: skip
+        target = f"{reach} {'us, device' if unit == 'device_us' else 'ms'}"
+        if not found:
+            lines.append(f"| `{op}` | {shape} | {direction} | {target} | not yet measured | | |")
+        for result, row in found:
+            ours = row["implementations"][OURS]
+            taken = f"{ours[unit]:.4g} {target.split(' ', 1)[1]} ({result['machine'].removeprefix('NVIDIA ')})"
+            lines.append(
+                f"| `{op}` | {shape} | {direction} | {target} | {taken} | {rate(ours, result)} | {peer(row)} |"
+            )
+    sources = dict.fromkeys(gpu_source(result) for result in results)
+    return "\n".join([*lines, *sources]) + "\n"
+
+
+def rate(figures: dict, result: dict) -> str:
+    """A share of what the same run's own large copy, or large bfloat16 product, reached."""
+    for key, ceiling in (("gb_per_s", "copy_gb_per_s"), ("tflop_per_s", "bf16_tflop_per_s")):
+        if key in figures:
+            return f"{figures[key] / result['ceilings'][ceiling]:.0%}"
+    return ""
+
+
+def peer(row: dict) -> str:
+    """The fastest implementation that is not ours, and how many times our time it takes."""
+    others = {
+        name: f["over_ours"] for name, f in row["implementations"].items()
+        if not name.startswith(OURS) and name not in ("floor", BARE, "without entropy")
+    }  # fmt: skip
+    name = min(others, key=others.get, default=None)
+    return "" if name is None else f"{name} {others[name]:.2f}x"
+
+
+def gpu_source(result: dict) -> str:
+    versions = ", ".join(f"{name} {v or 'absent'}" for name, v in result["packages"].items())
+    measured = result["ceilings"]
+    return (
+        f"\n{result['machine']}, copy {measured['copy_gb_per_s'] / 1e3:.2f} TB/s, bfloat16 product "
+        f"{measured['bf16_tflop_per_s']:.0f} TFLOP/s, medians over a cold L2, {versions}, commit "
+        f"{(result['commit'] or 'installed package')[:12]}, {result['date'][:10]}: `make gpu`"
+    )
+
+
 def picture(result: dict, path: Path) -> None:
     """How many times our time the others take on the log-probabilities, forward and forward + backward."""
     import matplotlib
@@ -274,8 +337,9 @@ def main() -> None:
     """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
     folder = ROOT / "bench" / "results"
     files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "ppo.json"]
-    results = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
-    sections = {}
+    of_ops = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
+    results = [file for file in of_ops if "ceilings" not in file]  # of a CPU
+    sections = {"gpu": gpu_summary([file for file in of_ops if "ceilings" in file])}
     if (folder / "ppo.json").exists():
         sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
     if stages := [file for file in files if file.get("stage") in ("sft", "reward")]:

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
       }
     });
   };
-  if (out != nullptr) write_row(out, vocab, element, packs);
+  if (out != nullptr) write_row(out, out, vocab, element, packs);
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ __device__ inline void write_gradient(const Arguments<scalar_t>& in, int64_t row
   const Gradient<acc_t, kEntropy> gradient(in.scale, in.inverse_temperature, result.max, result.log_sum, result.entropy,
                                            in.labels[row], result.by.by_logprob, result.by.by_entropy);
   write_row(
-      x, in.vocab, [&](int j) { return from_acc<scalar_t>(gradient(to_acc(x[j]), j)); },
+      x, x, in.vocab, [&](int j) { return from_acc<scalar_t>(gradient(to_acc(x[j]), j)); },
       [&](int head, int count) {
         const int in_held = max(0, min(count, (held * kSize - head) / kSize));
         with_packs(reinterpret_cast<const scalar_t*>(dynamic_shared) + head,
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 1024 / k
     x_label = to_acc(x[in.labels[row]]);
   }
   SoftmaxState<acc_t> state = with_packs(x, [&](auto packs) {
+    held = min(held, packs.whole(in.vocab));
     return row_state<true, kThreads>(x, packs, in.vocab, in.scale, [&](int pack, const Pack<scalar_t>& bytes) {
       if (pack < held) dynamic_shared[pack] = *reinterpret_cast<const uint4*>(&bytes);
     });

@@ -213,12 +213,13 @@ __device__ inline auto with_alignment(const scalar_t* p, Body body) {
 }
 
 // Writes a row in stores of 16 bytes, whatever its alignment: element(j) at the ragged ends, packs(head, count)
-// between.
+// between. Where x, which is read, meets other boundaries than out, one pack less (Packs::whole in softmax_row.cuh).
 template <typename scalar_t, typename Element, typename Packs>
-__device__ inline void write_row(scalar_t* out, int vocab, Element element, Packs packs) {
+__device__ inline void write_row(scalar_t* out, const scalar_t* x, int vocab, Element element, Packs packs) {
   constexpr int kSize = Pack<scalar_t>::kSize;
   const int to_boundary = static_cast<int>(-reinterpret_cast<uintptr_t>(out) % 16 / sizeof(scalar_t));
-  const int head = min(vocab, to_boundary), count = (vocab - head) / kSize, tail = head + count * kSize;
+  const int apart = (reinterpret_cast<uintptr_t>(out) - reinterpret_cast<uintptr_t>(x)) % 16 != 0;
+  const int head = min(vocab, to_boundary), count = max(0, (vocab - head) / kSize - apart), tail = head + count * kSize;
   const int thread = threadIdx.x;
   if (thread < head) out[thread] = element(thread);
   packs(head, count);

@@ -59,7 +59,9 @@ struct Packs {
     boundary = reinterpret_cast<const uint4*>(address - address % 16);
     odd = address % 4 != 0 ? 16 : 0;
   }
-  // The pack must lie within the row: then every byte read shares its 16 with a byte of the row.
+  // How many packs may be asked for: those of a row of so many columns whose bytes, the second pack's included, end
+  // with the row. (Before its first byte the row may share 16 bytes with what is not its own; it reads and drops that.)
+  __device__ int whole(int vocab) const { return max(0, vocab / Pack<scalar_t>::kSize - (kWords < 0 ? 0 : 1)); }
   __device__ Pack<scalar_t> operator[](int64_t pack) const {
     Pack<scalar_t> result;
     auto* to = reinterpret_cast<uint32_t*>(&result);
@@ -101,7 +103,7 @@ __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t
   using acc_t = accumulator_t<scalar_t>;
   constexpr int kSize = Pack<scalar_t>::kSize;
   SoftmaxState<acc_t> state = SoftmaxState<acc_t>::empty();
-  const int whole = vocab / kSize;
+  const int whole = row.whole(vocab);
   for (int base = 0; base * kSize < vocab; base += kUnroll * kThreads) {
     acc_t values[kUnroll * kSize];
     const int first = base + threadIdx.x;
@@ -125,7 +127,7 @@ __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t
         } else {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            values[u * kSize + i] = pack == whole && pack * kSize + i < vocab ? to_acc(x[pack * kSize + i]) : -INFINITY;
+            values[u * kSize + i] = pack * kSize + i < vocab ? to_acc(x[pack * kSize + i]) : -INFINITY;
           }
         }
       }
@@ -178,7 +180,7 @@ template <int kThreads, typename scalar_t>
 __device__ inline void write_zeros(scalar_t* out, int vocab) {
   const auto zero = from_acc<scalar_t>(accumulator_t<scalar_t>(0));
   write_row(
-      out, vocab, [&](int) { return zero; },
+      out, out, vocab, [&](int) { return zero; },
       [&](int head, int count) {
         auto* packs = reinterpret_cast<uint4*>(out + head);
         for (int pack = threadIdx.x; pack < count; pack += kThreads) packs[pack] = make_uint4(0, 0, 0, 0);

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   const Gradient<acc_t, kEntropy> gradient(in.scale, in.inverse_temperature, saved[2 * row], saved[2 * row + 1],
                                            kEntropy ? entropy[row] : acc_t(0), in.labels[row], g, h);
   write_row(
-      out, in.vocab, [&](int j) { return from_acc<scalar_t>(gradient(to_acc(x[j]), j)); },
+      out, x, in.vocab, [&](int j) { return from_acc<scalar_t>(gradient(to_acc(x[j]), j)); },
       [&](int head, int count) {
         with_packs(x + head, [&](auto packs) { gradient_packs(packs, out, head, count, gradient); });
       });

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import device as on_device
 from .harness import OURS, interleaved, provenance, summarize
 from .rows import Row, all_rows
 
@@ -45,19 +46,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
+    parser.add_argument(
+        "--as-gpu", action="store_true", help="a GPU's rows and its way to measure, by the clock where there is none"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     device = torch.device(options.device)
-    chosen = list(all_rows(device, options.small))
+    gpu = device.type == "cuda" or options.as_gpu
+    chosen = list(all_rows(device, options.small, gpu))
     unknown = set(options.ops) - {row.op for row in chosen}
     if unknown:
         parser.error(f"no rows for {', '.join(sorted(unknown))}; there are {', '.join(sorted({r.op for r in chosen}))}")
-    results = {**provenance(device, argv), "rows": []}
+    results = {**provenance(device, argv), **({"ceilings": on_device.ceilings(device)} if gpu else {}), "rows": []}
     for row in chosen:
         if not options.ops or row.op in options.ops:
-            results["rows"].append(measure(row, device, options.seconds))
-            print(line(results["rows"][-1]), flush=True)
+            take, show = (on_device.measure, on_device.line) if gpu else (measure, line)
+            results["rows"].append(take(row, device, options.seconds))
+            print(show(results["rows"][-1]), flush=True)
             if options.json:  # after every row: an interrupted run keeps what it has
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(results, indent=1) + "\n")

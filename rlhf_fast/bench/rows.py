@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -10,17 +11,22 @@ import torch
 
 import rlhf_fast as rf
 
+from ..ops._known_gradient import PpoTokens, known_gradient
 from . import baselines
 from .harness import OURS
 
 FORWARD, BOTH = "forward", "forward+backward"
 LOGITS_SHAPES = ((512, 50257), (2048, 32000), (1024, 151936))  # GPT-2, Llama 2, Qwen
 SMALL_LOGITS_SHAPES = ((64, 50257),)
-LOGITS_SHAPES_CUDA = ((8192, 50257), (8192, 128256), (8192, 151936))
+# On a GPU: GPT-2 (rows on every boundary) and Qwen, random and peaked as a trained model's; float32 for the first only,
+# because each implementation's compilation counts against ten minutes.
+LOGITS_SHAPES_CUDA = ((8192, 50257), (8192, 151936))
+PEAKED = (8192, 151936)
 HEAD = dict(rows=2048, vocab=50257, widths=(256, 896))
 SMALL_HEAD = dict(rows=64, vocab=5003, widths=(64,))
-HEAD_CUDA = dict(rows=8192, vocab=128256, widths=(896, 4096))
+HEADS_CUDA = ((8192, 4096, 128256), (8192, 896, 151936))  # Llama 3 8B; Qwen 0.5B
 LOSS_SHAPE, GAE_SHAPE, PAIRS, RANKED = (64, 512), (64, 1024), 512, (128, 4)
+LOSS_SHAPE_CUDA, PAIRS_CUDA = (64, 1024), 65536
 TINY_SHAPE = (2, 8)  # where a call costs what Python and autograd cost
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -31,34 +37,32 @@ class Row(NamedTuple):
     dtype: torch.dtype
     direction: str
     build: Callable  # () -> {name: callable without arguments}, allocating its inputs; "floor" among them
+    bytes: int = 0  # the least that must move
+    flops: int = 0  # of the matrix products that the gradient needs
 
     def __str__(self) -> str:
         return f"{self.op}-{self.shape}-{str(self.dtype).removeprefix('torch.')}-{self.direction}"
 
 
-def all_rows(device: torch.device, small: bool = False) -> Iterator[Row]:
-    """All of them; small is for a look and for the test of the bench itself."""
-    cuda = device.type == "cuda"
+def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None) -> Iterator[Row]:
+    """All of them, a GPU's or a CPU's; small is for a look and for the test of the bench itself."""
+    cuda = device.type == "cuda" if gpu is None else gpu
     for shape in SMALL_LOGITS_SHAPES if small else LOGITS_SHAPES_CUDA if cuda else LOGITS_SHAPES:
-        for dtype in DTYPES:
-            for op, direction in (
-                ("token_logprobs", FORWARD),
-                ("token_logprobs", BOTH),
-                ("token_logprobs_and_entropy", FORWARD),
-            ):
-                yield Row(op, f"{shape[0]}x{shape[1]}", dtype, direction, _logits(op, shape, dtype, direction, device))
+        for dtype in DTYPES[1:] if cuda and shape != LOGITS_SHAPES_CUDA[0] else DTYPES:
+            yield from _rows_of_logits(shape, dtype, device, peaked=False)
+    if cuda:
+        yield from _rows_of_logits(SMALL_LOGITS_SHAPES[0] if small else PEAKED, torch.bfloat16, device, peaked=True)
+        yield from _rows_in_place(device, small)
     shape = SMALL_LOGITS_SHAPES[0] if small else LOGITS_SHAPES[0]
     for dtype in DTYPES:
-        yield Row("kl_divergence", f"{shape[0]}x{shape[1]}", dtype, BOTH, _kl_divergence(shape, dtype, device))
-    head = SMALL_HEAD if small else HEAD_CUDA if cuda else HEAD
-    for width in head["widths"]:
-        for dtype in (torch.bfloat16,) if cuda else DTYPES:
-            for op in ("linear_cross_entropy", "linear_ppo_loss", "linear_token_logprobs"):
-                shape = f"{head['rows']}x{width}x{head['vocab']}"
-                yield Row(op, shape, dtype, BOTH, _head(op, head["rows"], width, head["vocab"], dtype, device))
+        size = shape[0] * shape[1] * dtype.itemsize
+        build = _kl_divergence(shape, dtype, device)
+        yield Row("kl_divergence", f"{shape[0]}x{shape[1]}", dtype, BOTH, build, 5 * size)
+    yield from _rows_of_heads(device, small, cuda)
+    pairs, loss_shape = ((PAIRS_CUDA,), LOSS_SHAPE_CUDA) if cuda and not small else ((PAIRS,), LOSS_SHAPE)
     for op, shape in (
-        ("ppo_loss", LOSS_SHAPE), ("value_loss", LOSS_SHAPE), ("kl_penalty", LOSS_SHAPE), ("masked_mean", LOSS_SHAPE),
-        ("masked_whiten", LOSS_SHAPE), ("pairwise_loss", (PAIRS,)), ("dpo_loss", (PAIRS,)), ("ranking_loss", RANKED),
+        ("ppo_loss", loss_shape), ("value_loss", loss_shape), ("kl_penalty", loss_shape), ("masked_mean", loss_shape),
+        ("masked_whiten", loss_shape), ("pairwise_loss", pairs), ("dpo_loss", pairs), ("ranking_loss", RANKED),
         ("gae", GAE_SHAPE),
     ):  # fmt: skip
         direction = FORWARD if op in ("gae", "masked_whiten") else BOTH  # advantages carry no gradient
@@ -68,6 +72,39 @@ def all_rows(device: torch.device, small: bool = False) -> Iterator[Row]:
         for direction in (FORWARD, BOTH):
             build = _small(op, shape, direction, device, bare=True)
             yield Row(op, "x".join(map(str, shape)), torch.float32, direction, build)
+
+
+def _rows_of_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, peaked: bool) -> Iterator[Row]:
+    size, name = shape[0] * shape[1] * dtype.itemsize, f"{shape[0]}x{shape[1]}{' peaked' if peaked else ''}"
+    for op, direction in (
+        ("token_logprobs", FORWARD),
+        ("token_logprobs", BOTH),
+        ("token_logprobs_and_entropy", FORWARD),
+    ):
+        build = _logits(op, shape, dtype, direction, device, peaked)
+        yield Row(op, name, dtype, direction, build, size if direction == FORWARD else 3 * size)
+
+
+def _rows_of_heads(device: torch.device, small: bool, cuda: bool) -> Iterator[Row]:
+    head = SMALL_HEAD if small else HEAD
+    shapes = HEADS_CUDA if cuda and not small else [(head["rows"], w, head["vocab"]) for w in head["widths"]]
+    for n, width, vocab in shapes:
+        for dtype in (torch.bfloat16,) if cuda else DTYPES:
+            product = 2 * n * width * vocab
+            for op in ("linear_cross_entropy", "linear_ppo_loss", "linear_token_logprobs"):
+                build = _head(op, n, width, vocab, dtype, device)
+                yield Row(op, f"{n}x{width}x{vocab}", dtype, BOTH, build, flops=3 * product)
+            if cuda:
+                build = _head("linear_token_logprobs", n, width, vocab, dtype, device, FORWARD)
+                yield Row("linear_token_logprobs", f"{n}x{width}x{vocab}", dtype, FORWARD, build, flops=product)
+
+
+def _rows_in_place(device: torch.device, small: bool) -> Iterator[Row]:
+    """Logits that become PPO's gradient in place: what the linear ops run on each chunk."""
+    for shape in SMALL_LOGITS_SHAPES if small else LOGITS_SHAPES_CUDA:
+        size = shape[0] * shape[1] * 2
+        build = _ppo_from_logits(shape, torch.bfloat16, device)
+        yield Row("ppo_from_logits", f"{shape[0]}x{shape[1]}", torch.bfloat16, BOTH, build, 2 * size)
 
 
 def bind(functions: dict[str, Callable], inputs: tuple, wrt: tuple, direction: str) -> dict[str, Callable]:
@@ -101,15 +138,32 @@ def moved_bytes(read: int, written: int, device: torch.device) -> Callable:
     source = torch.ones(read // 4)
     if not written:
         return source.amax
-    alone, target = source[: (read - written) // 4], torch.ones(written // 4)
+    alone, target = source[: max((read - written) // 4, 1)], torch.ones(written // 4)
     return lambda: (alone.amax(), target.copy_(source[: written // 4]))
 
 
-def _logits(op: str, shape: tuple[int, int], dtype: torch.dtype, direction: str, device: torch.device) -> Callable:
+def draw_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, peaked: bool) -> tuple:
+    """Logits and labels. Peaked as a trained model's: eight tokens hold nearly all probability, the label first."""
+    on = device if device.type == "cuda" else torch.device("cpu")  # 1.2 billion draws take a CPU minutes
+    generator = torch.Generator(on).manual_seed(0)
+    logits = torch.empty(shape, dtype=dtype, device=device)
+    for part in logits.split(1024):
+        part.copy_((2 if peaked else 4) * torch.randn(part.shape, generator=generator, device=on))
+    labels = torch.randint(shape[1], shape[:1], generator=generator, device=on)
+    if peaked:
+        few = torch.randint(shape[1], (shape[0], 8), generator=generator, device=on)
+        few[:, 0] = labels
+        heights = torch.tensor([18.0, 16.0, 14.0, 13.0, 12.0, 11.0, 10.0, 9.0], device=on).to(dtype)
+        logits.scatter_(1, few.to(device), heights.to(device).expand(few.shape))
+    return logits, labels.to(device)
+
+
+def _logits(
+    op: str, shape: tuple[int, int], dtype: torch.dtype, direction: str, device: torch.device, peaked: bool
+) -> Callable:
     def build():
-        generator = torch.Generator().manual_seed(0)
-        logits = (4 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
-        labels = torch.randint(shape[1], shape[:1], generator=generator).to(device)
+        logits, labels = draw_logits(shape, dtype, device, peaked)
+        logits.requires_grad_()
         functions = {OURS: getattr(rf, op), **getattr(baselines, op)(device)}
         if op == "token_logprobs_and_entropy":
             functions["without entropy"] = rf.token_logprobs
@@ -127,6 +181,42 @@ def _logits(op: str, shape: tuple[int, int], dtype: torch.dtype, direction: str,
     return build
 
 
+def _ppo_from_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable:
+    """In place: from the second call on, what lies there is the gradient of the last, which takes the same time."""
+
+    def build():
+        logits, labels = draw_logits(shape, dtype, device, peaked=False)
+        old = rf.token_logprobs(logits, labels)[None]
+        advantages, mask = torch.randn_like(old), torch.ones_like(old, dtype=torch.bool)
+        options = (0.8, 1.2, math.inf, math.inf, 0.0, 0, 0.01)
+        tokens = PpoTokens(old[0], advantages[0], None, None, options)
+        weights = torch.full_like(old[0], 1 / len(labels))
+        apart = logits.clone().requires_grad_()
+
+        def in_two_kernels():
+            logprobs, entropy = rf.token_logprobs_and_entropy(apart, labels, inplace_backward=True)
+            loss, _ = rf.ppo_loss(logprobs[None], old, advantages, mask, entropy=entropy[None], entropy_coef=0.01)
+            torch.autograd.grad(loss, apart)
+
+        eager_logits = logits.clone().requires_grad_()
+
+        def eager():
+            logprobs, entropy = baselines.log_softmax_gather_and_entropy(eager_logits, labels)
+            loss, _ = rf.ops.reference.ppo_loss(
+                logprobs[None], old, advantages, mask, entropy=entropy[None], entropy_coef=0.01
+            )
+            torch.autograd.grad(loss, eager_logits)
+
+        return {
+            OURS: lambda: known_gradient(logits, labels, None, 1.0, weights, tokens),
+            "rlhf_fast in two kernels": in_two_kernels,
+            "eager": eager,
+            "floor": moved_bytes(logits.nbytes, logits.nbytes, device),
+        }
+
+    return build
+
+
 def _kl_divergence(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable:
     def build():
         generator = torch.Generator().manual_seed(0)
@@ -139,7 +229,9 @@ def _kl_divergence(shape: tuple[int, int], dtype: torch.dtype, device: torch.dev
     return build
 
 
-def _head(op: str, n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Callable:
+def _head(
+    op: str, n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device, direction: str = BOTH
+) -> Callable:
     def build():
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(n, width, generator=generator).to(device, dtype).requires_grad_()
@@ -152,14 +244,17 @@ def _head(op: str, n: int, width: int, vocab: int, dtype: torch.dtype, device: t
             inputs = [hidden.detach().view(sequences, -1, width).requires_grad_(), weight, inputs[2].view_as(mask)]
             inputs += [old - vocab**0.2, advantages, mask]
         functions = {OURS: getattr(rf, op), **getattr(baselines, op)(device)}
-        return bind(functions, tuple(inputs), tuple(inputs[:2]), BOTH) | {
-            "floor": _three_products(n, width, vocab, dtype, device)
-        }
+        if direction == FORWARD:
+            functions = {name: partial(f, with_entropy=True) if name == OURS else f for name, f in functions.items()}
+        floor = _three_products(n, width, vocab, dtype, device, only_logits=direction == FORWARD)
+        return bind(functions, tuple(inputs), tuple(inputs[:2]), direction) | {"floor": floor}
 
     return build
 
 
-def _three_products(n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Callable:
+def _three_products(
+    n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device, only_logits: bool = False
+) -> Callable:
     """hidden W^T, dz W and dz^T hidden, by PyTorch's own product: bfloat16 ones where the CPU multiplies it natively.
 
     Not the least possible where PyTorch's product leaves a CPU half idle; linear.cpp's float32 ones take half of it.
@@ -171,6 +266,8 @@ def _three_products(n: int, width: int, vocab: int, dtype: torch.dtype, device: 
 
     def products():
         torch.mm(hidden, weight.T, out=z)
+        if only_logits:
+            return
         torch.mm(z, weight, out=dh)
         torch.mm(z.T, hidden, out=dw)
 

@@ -1,6 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, as ptxas reports them.
 
-    python tests/cuda/resources.py      # writes resources.txt anew
+    python tests/cuda/resources.py             # writes resources.txt anew
+    python tests/cuda/resources.py gae scale   # the lines of these files of csrc/cuda
 
 test_build.py compares a build with that file: more registers are fewer threads on a multiprocessor, a spill is traffic.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -45,11 +47,13 @@ def readable(symbols: list[str]) -> list[str]:
     return names
 
 
-def measure() -> Kernels:
-    """Compiles every .cu with the flags of the build."""
+def measure(files: list[str] | None = None) -> Kernels:
+    """Compiles every .cu, or some, with the flags of the build."""
     kernels = {}
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES]
     for source in sorted(CUDA.glob("*.cu")):
+        if files and source.stem not in files:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", *targets, "-c", source, "-o", f"{folder}/kernel.o"]
             report = subprocess.run(command, capture_output=True, text=True)
@@ -95,4 +99,7 @@ def read() -> tuple[str, Kernels]:
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(write(measure()))
+    kept = {k: u for k, u in read()[1].items() if k[0].split(":")[0] not in sys.argv[1:]} if sys.argv[1:] else {}
+    measured = measure(sys.argv[1:])
+    print("\n".join(f"{name} on {a} spills {u.spilled} bytes" for (name, a), u in measured.items() if u.spilled))
+    GOLDEN.write_text(write(kept | measured))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
 from torch.utils._pytree import tree_map
 
 import rlhf_fast as rf
-from rlhf_fast.ops import reference
+from rlhf_fast.ops import _dispatch, _linear, reference
+from rlhf_fast.ops._known_gradient import PpoTokens, known_gradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import CASES, Sampler
@@ -24,18 +25,28 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 BACKENDS = ("native", "triton")
+
+
+def backends_of(case) -> list[str]:
+    """Those whose kernels the case runs on a GPU; a linear op runs those of the rows between its products."""
+    name = emulation.USES.get(case.name, case.name)
+    op = _dispatch._OPS.get(name) or _dispatch._OPS[f"{name}_forward"]
+    return list(op.kernels["cuda"])
+
+
 every_case = pytest.mark.parametrize(
     "case, backend",
-    [
-        pytest.param(case, backend, id=f"{case.name}-{backend}")
-        for case in CASES
-        for backend in (BACKENDS if case.name.startswith("token_logprobs") else ("default",))
-    ],
+    [pytest.param(case, backend, id=f"{case.name}-{backend}") for case in CASES for backend in backends_of(case)],
 )
 
 
+@pytest.fixture(autouse=True)
+def eager_logits_in_their_dtype(monkeypatch):
+    emulation.logits_in_their_dtype(monkeypatch)
+
+
 def backend_of(name: str):
-    return nullcontext() if name == "default" else rf.use_backend(name)
+    return rf.use_backend(name)
 
 
 def on_device(case, layout: str = "contiguous"):
@@ -79,6 +90,22 @@ def test_gradcheck(case, backend):
             assert torch.autograd.gradcheck(f, [inputs[n].requires_grad_() for n in wrt], eps=1e-7, atol=1e-5)
         checked += 1
     assert checked >= 2
+
+
+@every_case
+def test_opcheck(case, backend, monkeypatch):
+    calls = []
+    original = _dispatch.Op.__call__
+    monkeypatch.setattr(_dispatch.Op, "__call__", lambda self, *a: (calls.append((self, a)), original(self, *a))[1])
+    with backend_of(backend):
+        for seed in range(2):
+            run(on_device(case).op, case, cast(case.inputs(Sampler(random.Random(seed))), torch.float32))
+        monkeypatch.undo()
+        assert calls, "the op never reached a kernel"
+        for op, args in calls:
+            if op.function is None:  # a backward op: its inputs carry the graph it was called from
+                args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+            torch.library.opcheck(op.library_op, args)
 
 
 @every_case
@@ -186,8 +213,136 @@ torch.cuda.synchronize()
 
 
 def test_backends_name_the_cuda_kernel():
-    for op in ("token_logprobs", "kl_divergence", "ranking_loss", *SMALL):
+    linear = ("linear_token_logprobs", "linear_cross_entropy", "linear_ppo_loss")
+    for op in ("token_logprobs", "kl_divergence", "ranking_loss", *linear, *SMALL):
         assert rf.backends()[op]["cuda"]["backend"] == "native", op
+
+
+# --- From hidden states -----------------------------------------------------------------------------------------------
+
+
+def head(rows: int, width: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(1, rows, width) hidden, weight, labels, old log-probs, advantages, and a mask of about four in five."""
+    g = torch.Generator(device="cuda").manual_seed(rows)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=g)  # noqa: E731
+    return (
+        draw(1, rows, width).to(dtype), (draw(vocab, width) / width**0.5).to(dtype),
+        torch.randint(vocab, (1, rows), device="cuda", generator=g), 0.1 * draw(1, rows) - 10, draw(1, rows),
+        draw(1, rows) < 0.85,
+    )  # fmt: skip
+
+
+def linear_ppo(x, factor: float = 1.0, **options) -> list[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in x[:2]]
+    loss, stats = rf.linear_ppo_loss(*leaves, *x[2:], entropy_coef=0.01, **options)
+    return [loss.detach(), *torch.autograd.grad(factor * loss, leaves), stats["ratio_mean"]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocab", [5003, 32000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_a_head_add_up(dtype, vocab, backend, monkeypatch):
+    """One chunk, many, and float64: the weight's gradient is added up in float32 however many there are."""
+    x = head(700, 256, vocab, dtype)
+    truth = [t.double() if t.is_floating_point() else t for t in x]
+    with rf.use_backend("reference"):
+        want = linear_ppo(truth, factor=3.0)
+    with rf.use_backend(backend):
+        for rows in (1024, 128):
+            monkeypatch.setattr(_linear, "GPU_LEAST_ROWS", rows)
+            monkeypatch.setattr(_linear, "GPU_CHUNK_BYTES", rows * vocab * x[1].element_size())
+            got = linear_ppo(x, factor=3.0)
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            for ours, true in zip(got, want, strict=True):
+                assert (ours - true).norm() <= tolerance * true.norm().clamp(min=1e-3)
+
+
+def test_autocast_changes_nothing_in_a_head():
+    x = head(300, 64, 5003, torch.bfloat16)
+    plain = linear_ppo(x)
+    with torch.autocast("cuda", dtype=torch.float16):
+        inside = linear_ppo(x)
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_head_without_a_mask_never_waits():
+    """With one it waits once, to know how many rows count."""
+    x = head(512, 64, 5003, torch.bfloat16)
+    call = lambda: rf.linear_token_logprobs(x[0].requires_grad_(), x[1], x[2]).sum().backward()  # noqa: E731
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_of_a_head_is_a_chunk_and_the_gradient_of_the_weight():
+    rows, width, vocab = 8192, 4096, 128256
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB")
+    x = head(rows, width, vocab, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in x[:2]]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, _ = rf.linear_ppo_loss(*leaves, *x[2:])
+    extra = torch.cuda.max_memory_allocated() - before
+    # The rows that count are copied; float32 and bfloat16 gradients of the weight stand side by side at the end.
+    results = 2 * leaves[0].nbytes + (4 + 2) * vocab * width
+    assert extra - results <= 0.55 * 2**30, extra / 2**30
+    loss.backward()
+
+
+def test_a_large_gradient_is_scaled_where_the_factor_is_not_1():
+    x = head(64, 256, 8192, torch.bfloat16)  # a weight of 2^21 numbers
+    one, three = linear_ppo(x), linear_ppo(x, factor=3.0)
+    for a, b in zip(one[1:3], three[1:3], strict=True):
+        torch.testing.assert_close(b.float(), 3 * a.float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [50257, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_known_gradient_is_that_of_two_kernels(dtype, vocab):
+    """At every alignment, and with rows that shared memory holds whole, in part, and hardly."""
+    rows = 40
+    logits = (4 * torch.randn(rows, vocab, device="cuda")).to(dtype)
+    logits[3, : vocab // 2] = -torch.inf
+    labels = torch.randint(vocab // 2, vocab, (rows,), device="cuda")
+    weights = torch.rand(rows, device="cuda", dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    x = logits.clone().requires_grad_()
+    logprobs, entropy = rf.token_logprobs_and_entropy(x, labels, temperature=0.8)
+    old = logprobs.detach() - 0.1
+    loss, _ = rf.ppo_loss(logprobs[None], old[None], weights[None], old[None] < 0, entropy=entropy[None],
+                          entropy_coef=0.01, normalizer=1.0)  # fmt: skip
+    (want,) = torch.autograd.grad(loss, x)
+    options = (0.8, 1.2, torch.inf, torch.inf, 0.0, 0, 0.01)
+    tokens = PpoTokens(old, weights, None, None, options)
+    got = logits.clone()
+    known, known_entropy = known_gradient(got, labels, None, 0.8, torch.ones_like(weights), tokens)
+    torch.testing.assert_close(known, logprobs.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(known_entropy, entropy.detach(), rtol=1e-5, atol=1e-6)
+    assert (got.double() - want.double()).norm() <= 2 * torch.finfo(dtype).eps * want.double().norm() + 1e-6
+    again = logits.flip(0).contiguous()  # the same bits wherever a row lies
+    flipped = PpoTokens(old.flip(0), weights.flip(0), None, None, options)
+    known_gradient(again, labels.flip(0), None, 0.8, torch.ones_like(weights), flipped)
+    assert torch.equal(again.flip(0), got)
+
+
+def test_a_known_gradient_of_more_than_2_to_the_31_elements():
+    rows, vocab = 16384, 151936
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    kept = {row: logits[row].double() for row in (0, 14133, 14135, rows - 1)}
+    known_gradient(logits, labels, None, 1.0, torch.ones(rows, device="cuda"), None)
+    for row, x in kept.items():
+        x.requires_grad_()
+        (want,) = torch.autograd.grad(-reference.token_logprobs(x, labels[row]), x)
+        assert (logits[row].double() - want).norm() <= 2**-8 * want.norm()
 
 
 # --- The small ops: one launch, whatever the stream, the device, the graph -------------------------------------------

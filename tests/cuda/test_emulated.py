@@ -20,28 +20,13 @@ from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 ORDERS = emulation.ORDERS
-USES = {  # an op: whose kernel it runs
-    "token_logprobs_and_entropy": "token_logprobs", "dpo_loss": "pairwise_loss", "cross_entropy": "token_logprobs",
-}  # fmt: skip
 LINEAR = [case for case in CASES if case.name.startswith("linear_")]
 EMULATED = {name.removesuffix("_forward").removesuffix("_backward") for name in emulation.signatures()}
-EMULATED_CASES = [case for case in CASES if USES.get(case.name, case.name) in EMULATED]
+EMULATED_CASES = [case for case in CASES if emulation.USES.get(case.name, case.name) in EMULATED]
 every_case = pytest.mark.parametrize("case", EMULATED_CASES, ids=lambda c: c.name)
 small_ops = pytest.mark.parametrize(
-    "case", [c for c in EMULATED_CASES if USES.get(c.name, c.name) != "token_logprobs"], ids=lambda c: c.name
+    "case", [c for c in EMULATED_CASES if emulation.USES.get(c.name, c.name) != "token_logprobs"], ids=lambda c: c.name
 )
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    return emulation.build(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture
-def on_emulator(emulated, monkeypatch):
-    emulation.install(monkeypatch, emulated)
-    emulated.set_order(emulation.ASCENDING)
-    return emulated
 
 
 def in_every_order(emulated, call) -> dict[str, torch.Tensor]:

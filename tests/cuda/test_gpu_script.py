@@ -1,0 +1,131 @@
+"""`make gpu` without a GPU: what it would run, its rows and measuring code on the emulated kernels, its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import small_calls
+import torch
+
+from rlhf_fast import bench
+from rlhf_fast.bench import baselines, device, rows
+from rlhf_fast.bench.harness import OURS
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu  # noqa: E402
+import report  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name, slug", [
+    ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
+    ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"),
+])  # fmt: skip
+def test_the_card_names_the_file(name, slug):
+    assert gpu.card(name) == slug
+
+
+def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(gpu, "run", lambda *command, **env: commands.append(command) or int("pytest" in command))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
+    assert gpu.main([]) == 1
+    words = [word for command in commands for word in command]
+    assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
+    written = {Path(word).name for word in words if word.endswith(".json")}
+    ops = {row.op for row in rows.all_rows(CPU, small=True, gpu=True)}
+    assert written == {f"h200-{op}.json" for op in ops}  # no op without its file, no file without its op
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[-len(gpu.PARTS) :]] == [
+        [part, "FAILED" if part in gpu.TESTS else "passed"] for part in gpu.PARTS
+    ]
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main(["--part", "build"]) == 1
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_a_dry_run_leaves_the_results_alone(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", str(ROOT / "bench" / "results")])
+    assert "outside the repository" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(monkeypatch, on_emulator):
+    """The GPU's rows at a size for the emulator, and nothing compiled."""
+    monkeypatch.setattr(rows, "SMALL_LOGITS_SHAPES", ((2, 131),))
+    monkeypatch.setattr(rows, "SMALL_HEAD", dict(rows=2, vocab=67, widths=(16,)))
+    monkeypatch.setattr(rows, "LOGITS_SHAPES", ((2, 131),))
+    monkeypatch.setattr(rows, "LOSS_SHAPE", (4, 32))
+    monkeypatch.setattr(rows, "GAE_SHAPE", (4, 64))
+    monkeypatch.setattr(rows, "RANKED", (8, 4))
+    monkeypatch.setattr(rows, "PAIRS", 64)
+    cold = device.WallClock.cold
+    monkeypatch.setattr(device.WallClock, "cold", lambda self, function, repeats: cold(self, function, 1))
+    monkeypatch.setattr(device, "seconds_of_a_call", lambda function, device: function() or 1e-5)
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
+    for name in ("token_logprobs", "token_logprobs_and_entropy"):  # TRL's loop over rows takes long
+        table = getattr(baselines, name)(CPU)
+        table.pop("TRL", None)
+        monkeypatch.setattr(baselines, name, lambda device, table=table: dict(table))
+
+
+def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch):
+    def broken(*inputs):
+        raise RuntimeError("no kernel for this card\nand more")
+
+    gae = baselines.gae
+    monkeypatch.setattr(baselines, "gae", lambda device: gae(device) | {"a peer": broken})
+    folder = tmp_path / "bench" / "results"
+    chosen = [op for part in gpu.BENCHES for op in gpu.BENCHES[part]]
+    for op in chosen:
+        arguments = [op, "--device", "cpu", "--as-gpu", "--small", "--seconds", "0"]
+        assert bench.main([*arguments, "--json", str(folder / f"h200-{op}.json")]) == 0
+    results = {op: json.loads((folder / f"h200-{op}.json").read_text()) for op in chosen}
+    for op, result in results.items():
+        assert result["ceilings"].keys() == {"copy_gb_per_s", "bf16_tflop_per_s"} and result["rows"]
+        for row in result["rows"]:
+            assert row["op"] == op and {OURS, "floor"} <= row["implementations"].keys()
+            assert all(f["ms"] >= 0 for f in row["implementations"].values())
+            assert ("gb_per_s" in row["implementations"][OURS]) == bool(row["bytes"])
+            assert ("tflop_per_s" in row["implementations"][OURS]) == bool(row["flops"])
+    assert results["gae"]["rows"][0]["failed"]["a peer"] == "RuntimeError: no kernel for this card"
+    peaked = [row["shape"] for row in results["token_logprobs"]["rows"] if "peaked" in row["shape"]]
+    assert len(peaked) == 2
+    directions = [row["direction"] for row in results["linear_token_logprobs"]["rows"]]
+    assert directions == [rows.BOTH, rows.FORWARD]
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"<!-- gpu -->\nold\n{report.END}\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "REACH", (("gae", "4x64", "forward", "ms", 2.5), ("gae", "9x9", "forward", "ms", 1)))
+    for result in results.values():  # as the card would have written them
+        result["rows"] = [row | {"dtype": "bfloat16"} for row in result["rows"]]
+        (folder / f"h200-{result['rows'][0]['op']}.json").write_text(json.dumps(result))
+    report.main()
+    text = readme.read_text()
+    assert (
+        "| `gae` | 4x64 | forward | 2.5 ms | " in text and "| `gae` | 9x9 | forward | 1 ms | not yet measured" in text
+    )
+
+
+def test_the_rows_of_the_card_are_the_ones_to_reach():
+    """Each figure of the README has a row that measures it; on a GPU, where building one allocates."""
+    there = {(row.op, row.shape, row.direction) for row in rows.all_rows(CPU, gpu=True)}
+    assert {entry[:3] for entry in report.REACH} <= there
+
+
+def test_what_the_sanitizer_runs(on_emulator):
+    assert small_calls.battery("cpu", 1) == len(small_calls.CASES)
+    small_calls.rows_at_every_alignment("cpu")
