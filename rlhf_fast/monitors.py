@@ -92,7 +92,7 @@ class Monitors:
         for name, band in BANDS.items():
             if name in self.limits and band.metric in row and len(self.history[band.metric]) > WINDOW:
                 yield name, self._outside(row["step"], name, band)
-        if "overoptimization" in self.limits and "eval_scores" in row:
+        if "overoptimization" in self.limits and isinstance(row.get("eval_scores"), int | float):
             yield (
                 "overoptimization",
                 next((alarm for name in held_out_rewards(row) if (alarm := self._fallen(row, name))), None),
@@ -115,6 +115,8 @@ class Monitors:
     def _fallen(self, row: dict, name: str) -> Alarm | None:
         best_step, best = max(self.history[name], key=lambda point: point[1])
         proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
+        if best_step not in proxy:  # it was not finite there
+            return None
         spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
         fall = (best - row[name]) / max(spread, 1e-12)
         if fall <= self.limits["overoptimization"] or row["eval_scores"] <= proxy[best_step]:
