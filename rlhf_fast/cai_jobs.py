@@ -33,9 +33,9 @@ from .judges import (
     audit,
     report_on,
 )  # fmt: skip
-from .judges.calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
-from .judges.labels import verdict_of
+from .judges.calibration import UNCALIBRATED
 from .judges.released import read_released_comparisons
+from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
 from .rollout import generate_text
@@ -119,53 +119,6 @@ def _known(cls: type, options: dict, key: str) -> dict:
 
 def load_constitution(files: str | list, allow_code: bool) -> Constitution:
     return Constitution.load(*([files] if isinstance(files, str) else files), allow_code=allow_code)
-
-
-# -- whether the judge may label ---------------------------------------------------------------------------------------
-
-
-def trusted(judge, constitution: Constitution, card: str | None, allow_weak_judge: bool) -> Calibration:
-    """The calibration of a judge that may label: by rules, or with a card above the floor.
-
-    Raises ConfigError for a judge without a card, with another's card, or at the floor, unless `allow_weak_judge`.
-    """
-    if card is None:
-        if judge.describe()["backend"] == "rule" or allow_weak_judge:
-            return UNCALIBRATED
-        raise ConfigError(
-            "label: nothing is known about this judge. Run `rlhf-fast cai audit` on pairs that people compared "
-            "and give its directory as card, or set allow_weak_judge"
-        )
-    path = Path(card) / "audit.json"
-    if not path.is_file():
-        raise ConfigError(f"label: {path} is not there; card is the directory of `rlhf-fast cai audit`")
-    known = json.loads(path.read_text(encoding="utf-8"))
-    for name, now in (("judge", judge.describe()), ("constitution_sha256", constitution.sha256)):
-        if known[name] != json.loads(json.dumps(now)):
-            raise ConfigError(f"label: {path} is of another {name}: {known[name]!r}, now {now!r}; audit this one")
-    if known["at_floor"] and not allow_weak_judge:
-        lead = known["lead"]
-        raise ConfigError(
-            f"label: the judge is at the floor: its accuracy is {known['accuracy']['mean']:.3f}, its lead over "
-            f"{known['best_floor']!r} {lead['mean']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f}). Labels of "
-            "such a judge teach nothing; take another judge, or set allow_weak_judge"
-        )
-    return Calibration(**known["calibration"])
-
-
-def refitted(card: str, weights: dict, combine: str) -> Calibration:
-    """The calibration under other weights, from the judgements of an audit."""
-    path = Path(card) / "judgements.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"derive: {path} is not there; card is the directory of `rlhf-fast cai audit`")
-    records = [json.loads(line) for line in path.open(encoding="utf-8")]
-    unbiased = Calibration(1.0, fit_bias([
-        vote for r in records for vote in verdict_of(r, weights, combine=combine).votes
-    ]))  # fmt: skip
-    verdicts = [verdict_of(r, weights, combine=combine, calibration=unbiased) for r in records]
-    logits = [v.logit if r["better"] == "a" else -v.logit for r, v in zip(records, verdicts, strict=True)
-              if v.status == "ok"]  # fmt: skip
-    return Calibration(fit_slope(logits) if logits else 1.0, unbiased.bias)
 
 
 def _clamp(judge, clamp: list | None) -> tuple[float, float] | None:
@@ -273,7 +226,10 @@ class LabelJob(Checked):
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
     constitution, judge = who.load(job.seed)
-    calibration = trusted(judge, constitution, job.card, job.allow_weak_judge)
+    calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
+    if job.card and job.combine:  # the card's own is for the judge's way to combine
+        weights = {p.id: p.weight for p in judge.comparable(constitution.principles)}
+        calibration = refitted(job.card, weights, job.combine)
     stage = label(
         read_dataset(job.data), constitution, judge, output_dir=job.output_dir, combine=job.combine,
         principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=_clamp(judge, job.clamp),
@@ -364,7 +320,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
     root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
     constitution, judge = who.load(job.seed)
-    calibration = trusted(judge, constitution, job.card, job.allow_weak_judge)
+    calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
     configs = {
         name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
         for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))

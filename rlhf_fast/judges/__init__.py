@@ -12,6 +12,7 @@ from .protocol import Check, Judge, Missing, Pair, Reply, Verdict, Vote, decide
 from .rule_judge import RuleJudge
 from .rules import RULES, rule
 from .server import Server
+from .trust import trusted
 
 __all__ = [
     "RULES",
@@ -41,4 +42,5 @@ __all__ = [
     "judge_pairs",
     "report_on",
     "rule",
+    "trusted",
 ]

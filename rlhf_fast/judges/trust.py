@@ -1,0 +1,60 @@
+"""Whether a judge may label, and what its log-odds are worth: read from the card that `audit` left in a directory.
+
+label(pairs, constitution, judge, calibration=trusted(judge, constitution, "runs/cai/audit"), output_dir=...)
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..data.chat import ConfigError
+from .calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
+from .constitution import Constitution
+from .labels import verdict_of
+from .protocol import Judge
+
+
+def trusted(
+    judge: Judge, constitution: Constitution, card: str | Path | None = None, *, allow_weak_judge: bool = False
+) -> Calibration:
+    """The calibration of a judge that may label: by rules, or with a card above the floor.
+
+    Raises ConfigError for a judge without a card, with another's card, or at the floor, unless `allow_weak_judge`.
+    """
+    if card is None:
+        if judge.describe()["backend"] == "rule" or allow_weak_judge:
+            return UNCALIBRATED
+        raise ConfigError(
+            "label: nothing is known about this judge. Run `rlhf-fast cai audit` on pairs that people compared "
+            "and give its directory as card, or set allow_weak_judge"
+        )
+    path = Path(card) / "audit.json"
+    if not path.is_file():
+        raise ConfigError(f"label: {path} is not there; card is the directory of `rlhf-fast cai audit`")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    for name, now in (("judge", judge.describe()), ("constitution_sha256", constitution.sha256)):
+        if known[name] != json.loads(json.dumps(now)):
+            raise ConfigError(f"label: {path} is of another {name}: {known[name]!r}, now {now!r}; audit this one")
+    if known["at_floor"] and not allow_weak_judge:
+        lead = known["lead"]
+        raise ConfigError(
+            f"label: the judge is at the floor: its accuracy is {known['accuracy']['mean']:.3f}, its lead over "
+            f"{known['best_floor']!r} {lead['mean']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f}). Labels of "
+            "such a judge teach nothing; take another judge, or set allow_weak_judge"
+        )
+    return Calibration(**known["calibration"])
+
+
+def refitted(card: str | Path, weights: Mapping[str, float], combine: str) -> Calibration:
+    """The calibration under other weights, from the judgements of an audit."""
+    path = Path(card) / "judgements.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"derive: {path} is not there; card is the directory of `rlhf-fast cai audit`")
+    records = [json.loads(line) for line in path.open(encoding="utf-8")]
+    unbiased = Calibration(1.0, fit_bias([
+        vote for r in records for vote in verdict_of(r, weights, combine=combine).votes
+    ]))  # fmt: skip
+    verdicts = [verdict_of(r, weights, combine=combine, calibration=unbiased) for r in records]
+    logits = [v.logit if r["better"] == "a" else -v.logit for r, v in zip(records, verdicts, strict=True)
+              if v.status == "ok"]  # fmt: skip
+    return Calibration(fit_slope(logits) if logits else 1.0, unbiased.bias)
