@@ -32,24 +32,31 @@ def _arguments(values, mask, shift_mean, eps):
 
 
 def _save(ctx, inputs, output):
-    values, mask, ctx.shift_mean, _ = inputs
+    values, mask, ctx.shift_mean, ctx.eps = inputs
     ctx.save_for_backward(values, mask, output[1])
 
 
 def _grad(ctx, grad, _):
     if grad is None:
         return (None,) * 4
-    values, mask, (mean, scale, count) = *ctx.saved_tensors[:2], ctx.saved_tensors[2].unbind()
-    white = (values.to(grad.dtype) - mean) * scale
+    values, mask, count = *ctx.saved_tensors[:2], ctx.saved_tensors[2][2]
+    # In float64 from the values on: of few values the three terms below cancel to what a float32 mean has lost.
+    x, g = values.double(), grad.double()
     if mask is not None:
-        grad, white = torch.where(mask, grad, 0.0), torch.where(mask, white, 0.0)
-    # d/dx of (x - mean) scale, where mean and scale = 1 / sqrt(sum (x - mean)^2 / (count - 1) + eps) depend on x too.
-    # masked_mean, and not sum(), whose order of addition depends on the number of threads.
-    flat = None if mask is None else mask.reshape(1, -1)
-    grad_mean, grad_scale = (_mean(x.reshape(1, -1), flat)[0] for x in (grad, grad * white))
-    grad_values = scale * (grad - grad_mean - white * (grad_scale * count / (count - 1).clamp(min=1)))
+        x, g = torch.where(mask, x, 0.0), torch.where(mask, g, 0.0)
+
+    def mean(y):  # masked_mean, and not sum(), whose order of addition depends on the number of threads
+        return _mean(y.reshape(1, -1), None if mask is None else mask.reshape(1, -1))[0]
+
+    x = x - mean(x)
+    share = count.double() / (count - 1).clamp(min=1)  # of Bessel's correction
+    scale = torch.rsqrt(mean(x * x) * share + ctx.eps)
+    # d/dx of (x - mean) scale, where mean and scale depend on x too.
+    grad_mean, grad_scale = mean(g), mean(g * x) * scale
+    grad_values = scale * (g - grad_mean - x * (scale * grad_scale * share))
     if not ctx.shift_mean:
         grad_values = grad_values + grad_mean
+    grad_values = grad_values.to(grad.dtype)
     return grad_values if mask is None else torch.where(mask, grad_values, 0.0), None, None, None
 
 
