@@ -9,6 +9,7 @@ GAE              rlhf_fast.gae, with V(s_t) as the baseline
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -124,6 +125,6 @@ class KLController:
     horizon: float = 10_000
 
     def update(self, kl: float, num_sequences: int) -> None:
-        if self.target is not None:
+        if self.target is not None and math.isfinite(kl):  # one bad batch must not spoil the coefficient
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * num_sequences / self.horizon

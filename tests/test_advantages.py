@@ -99,5 +99,7 @@ def test_a_fixed_coefficient_stays():
 @pytest.mark.parametrize(("kl", "factor"), [(12.0, 1.002), (6.0, 1.0), (6.6, 1.001), (0.0, 0.998)])
 def test_an_adaptive_coefficient_moves_toward_its_target(kl, factor):
     controller = KLController(0.2, target=6.0, horizon=10_000)
+    controller.update(float("nan"), 100)
+    assert controller.kl_coef == 0.2
     controller.update(kl, 100)  # an error beyond 20 % counts as 20 %
     assert controller.kl_coef == pytest.approx(0.2 * factor)

@@ -168,7 +168,8 @@ class PPOTrainer:
         clock.append(time.perf_counter())
 
         scores, components = self._score(rollout)
-        if self.guard.check(bool(scores.isfinite().all()), "the reward", lambda: _as_rows(rollout, scores)):
+        finite = bool(scores.isfinite().all())
+        if finite or self.guard.check(False, "the reward", lambda: _as_rows(rollout, scores)):
             rollout.scores = self._shape(scores, rollout)
             plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])

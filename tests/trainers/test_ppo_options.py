@@ -423,6 +423,23 @@ def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
     assert weights(trainer.policy).isfinite().all()
 
 
+def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path):
+    """Finite rewards in between do not count as progress: four updates an iteration, so the sixth is in the second."""
+    trainer = make_trainer(tmp_path, advantage_estimator="reinforce", max_skipped_steps=6, total_episodes=320)
+    accumulate = trainer._accumulate_gradient
+
+    def broken(*args):
+        stats = accumulate(*args)
+        next(trainer.policy.parameters()).grad.fill_(float("inf"))
+        return stats
+
+    trainer._accumulate_gradient = broken
+    with warnings.catch_warnings(), pytest.raises(NonFiniteError, match="in 6 updates in a row"):
+        warnings.simplefilter("ignore")
+        list(trainer)
+    assert trainer.step == 1 and len(torch.load(tmp_path / "non_finite_batch.pt")["responses"]) == 8
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
