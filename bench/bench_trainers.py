@@ -200,12 +200,11 @@ def prepare(folder: Path, options: dict, data: Path) -> dict:
                     {"input_ids": item.input_ids.tolist(), "completion_mask": item.response_mask.astype(int).tolist()}
                 )
             else:
-                tokens.append(
-                    {f"{k}_ids": r.tolist() for k, r in zip(("chosen", "rejected"), item.responses, strict=True)}
-                )
+                chosen, rejected = (response.tolist() for response in item.responses)
+                tokens.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": len(item)})
         records.append(kept)
         (folder / f"{name}.json").write_text(json.dumps(tokens if name == "train" else tokens[: options["eval_rows"]]))
-        lengths += [len(t) for row in tokens for k, t in row.items() if k.endswith("ids")] if name == "train" else []
+        lengths += [len(t) for row in tokens for k, t in row.items() if k.endswith("_ids")] if name == "train" else []
     (folder / "records.json").write_text(json.dumps(records))
     learned = [sum(r["completion_mask"]) for r in json.loads((folder / "train.json").read_text())] if sft else []
     spread = {"mean": statistics.mean(lengths), "median": statistics.median(lengths), "max": max(lengths)}
