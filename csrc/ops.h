@@ -61,7 +61,11 @@ struct CpuOps {
                              const float* grad_logprobs, const float* grad_entropy, float* grad_hidden,
                              float* grad_weight, int add, int threads);
 
-  // Whether these two are the fastest way on this CPU: 0 or 1.
+  // out (count) bfloat16 = x, rounded to nearest even. x is lost: where it is large, its pages go back to the system
+  // while those of out come, so that the two never stand side by side.
+  int64_t (*linear_narrow)(float* x, int64_t count, void* out, int threads);
+
+  // Whether the first two are the fastest way on this CPU: 0 or 1.
   int64_t (*linear_is_fast)(int dtype);
 
   // reference.ppo_loss with its gradients. mask is kBool; ref_logprobs, entropy, importance_weights may be absent.
@@ -114,6 +118,10 @@ struct CpuOps {
   int64_t (*masked_mean)(Grid values, Grid mask, int64_t rows, int64_t cols, int dtype, void* means, void* counts,
                          int threads);
 
+  // The gradient of the values, (rows, cols) contiguous, from that of the means (accum): 0 outside the mask.
+  int64_t (*masked_mean_backward)(Grid mask, int64_t rows, int64_t cols, int dtype, const void* grad_means,
+                                  const void* counts, void* grad, int threads);
+
   // reference.masked_whiten over all rows, contiguous. saved (3): mean, 1 / sqrt(var + eps), number of values.
   int64_t (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
                            void* whitened, void* saved, int threads);
@@ -124,6 +132,7 @@ struct CpuOps {
   X(token_logprobs_backward) \
   X(linear_forward)          \
   X(linear_backward)         \
+  X(linear_narrow)           \
   X(linear_is_fast)          \
   X(kl_divergence_forward)   \
   X(kl_divergence_backward)  \
@@ -134,6 +143,7 @@ struct CpuOps {
   X(ranking_loss)            \
   X(gae)                     \
   X(masked_mean)             \
+  X(masked_mean_backward)    \
   X(masked_whiten)
 
 // The instruction sets compiled into this module, best first; cpu_isa() is the one in use.

@@ -64,12 +64,12 @@ int64_t gae(Grid rewards, Grid values, Grid mask, int64_t rows, int64_t cols, do
             int dtype, void* advantages, void* returns, int threads) {
   auto call = [&](auto zero) {
     using T = decltype(zero);
-// A token takes half as long as one of ppo_loss, for which kWorth was measured.
-#pragma omp parallel for schedule(static) num_threads(worth_threads(threads, rows* cols / 2))
-    for (int64_t first = 0; first < rows; first += kRows) {
+    // A token takes half as long as one of ppo_loss, for which kWorth was measured.
+    for_each((rows + kRows - 1) / kRows, worth_threads(threads, rows * cols / 2), [&](int64_t block) {
+      const int64_t first = block * kRows;
       const int n = int(rows - first < kRows ? rows - first : kRows);
       rows_from(rewards, values, mask, first, n, cols, T(gamma), T(lam), carry != 0, (T*)advantages, (T*)returns);
-    }
+    });
   };
   dtype == kFloat64 ? call(0.0) : call(0.f);
   return -1;

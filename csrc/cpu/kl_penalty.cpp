@@ -9,8 +9,7 @@ template <int estimator, class T>
 void run(const Grid& logprobs, const Grid& ref_logprobs, int64_t rows, int64_t cols, T input, T output, T* kl, T* slope,
          int threads) {
   const Units units(rows, cols);
-#pragma omp parallel for schedule(static) num_threads(worth_threads(threads, rows* cols))
-  for (int64_t u = 0; u < units.count; ++u) {
+  for_each(units.count, worth_threads(threads, rows * cols), [&](int64_t u) {
     T p[kTile], q[kTile], value[kTile], derivative[kTile];
     const int64_t row = units.row(u), end = units.end(u);
     for (int64_t col = units.begin(u); col < end; col += kTile) {
@@ -25,7 +24,7 @@ void run(const Grid& logprobs, const Grid& ref_logprobs, int64_t rows, int64_t c
       std::memcpy(kl + row * cols + col, value, n * sizeof(T));
       if (slope) std::memcpy(slope + row * cols + col, derivative, n * sizeof(T));
     }
-  }
+  });
 }
 
 }  // namespace

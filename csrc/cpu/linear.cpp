@@ -361,6 +361,25 @@ int64_t linear_backward(const void* hidden, int64_t hidden_stride, const void* w
   return -1;
 }
 
+int64_t linear_narrow(float* x, int64_t count, void* out, int threads) {
+  constexpr uintptr_t kPiece = uintptr_t(8) << 20;  // bytes, whole huge pages
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x), end = begin + count * sizeof *x;
+  use_huge_pages(out, count * 2);
+  const int64_t pieces = count ? (end - 1) / kPiece - begin / kPiece + 1 : 0;
+  for_each(pieces, least(threads, pieces), [&](int64_t i) {
+    const uintptr_t piece = (begin / kPiece + i) * kPiece;
+    const uintptr_t from = piece > begin ? piece : begin, to = piece + kPiece < end ? piece + kPiece : end;
+    const auto* values = reinterpret_cast<const uint32_t*>(from);
+    auto* narrow = static_cast<uint16_t*>(out) + (from - begin) / sizeof *x;
+    for (uintptr_t j = 0; j < (to - from) / sizeof *x; ++j) {
+      const uint32_t bits = values[j], rounded = bits + 0x7fffu + (bits >> 16 & 1);
+      narrow[j] = uint16_t(((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);  // a NaN stays one
+    }
+    release_pages(from, to, end - begin);
+  });
+  return -1;
+}
+
 int64_t linear_is_fast(int dtype) {
 #if defined(__AVX512F__)
   if (dtype == kBFloat16) return __builtin_cpu_supports("avx512bf16") != 0;

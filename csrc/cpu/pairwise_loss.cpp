@@ -99,15 +99,14 @@ template <class T>
 void run_ranking(const Grid& rewards, const int64_t* ranks, int64_t rows, int64_t k, T* loss, T* stats, T* grad,
                  int threads) {
   Buffer<Prompt> prompts(rows);
-#pragma omp parallel for schedule(static) num_threads(worth_threads(threads, rows * k * k))
-  for (int64_t i = 0; i < rows; ++i) {
+  for_each(rows, worth_threads(threads, rows * k * k), [&](int64_t i) {
     const Buffer<T> r(k);
     for (int64_t col = 0; col < k; col += kTile) {
       load(r.data + col, rewards, i, col, int(k - col < kTile ? k - col : kTile));
     }
     for (int64_t j = 0; j < k; ++j) grad[i * k + j] = 0;
     prompts[i] = rank_row(r.data, ranks + i * k, k, grad + i * k);
-  }
+  });
   double count = 0;
   Prompt all;
   for (int64_t i = 0; i < rows; ++i) {

@@ -46,4 +46,14 @@ inline void use_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Gives whole pages between two addresses back to the system, where they are part of such a large allocation. Their
+// content is lost, the addresses stay valid.
+inline void release_pages(uintptr_t from, uintptr_t to, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_DONTNEED)
+  if (bytes < int64_t(32) << 20) return;
+  const uintptr_t page = 4096, begin = (from + page - 1) & ~(page - 1), end = to & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#endif
+}
+
 }  // namespace rlhf::RLHF_ISA

@@ -116,11 +116,10 @@ void run(const Inputs<T>& in, int64_t rows, int aggregation, const double* norma
   const Units units(rows, in.cols);
   const TokenWeights weights(in.mask, rows, in.cols, aggregation, normalizer);
   Buffer<Partial> partials(units.count);
-#pragma omp parallel for schedule(static) num_threads(worth_threads(threads, rows* in.cols))
-  for (int64_t u = 0; u < units.count; ++u) {
+  for_each(units.count, worth_threads(threads, rows * in.cols), [&](int64_t u) {
     const int64_t row = units.row(u);
     unit(in, row, units.begin(u), units.end(u), T(weights.of_row[row]), partials[u]);
-  }
+  });
   Partial all;
   for (int64_t u = 0; u < units.count; ++u) {
     const Partial& p = partials[u];

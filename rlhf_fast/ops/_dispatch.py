@@ -17,6 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 try:
     from .. import _C
@@ -91,7 +92,6 @@ class Op:
 
         def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
             outputs = self._kernel(*args)
-            ctx.direct = True  # outputs that the public function hides may be overwritten in the backward
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, outputs)
             return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
@@ -103,6 +103,7 @@ class Op:
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
+        self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
         # Without Function.apply's own look at each argument for functorch, which plain() has ruled out.
         self._apply = super(torch.autograd.Function, self.function).apply
 
@@ -110,25 +111,23 @@ class Op:
         raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
 
     def __call__(self, *args):
-        if not plain(args):
+        way = _LIBRARY_OP if is_compiling() else _route(args)
+        if way == _LIBRARY_OP:
             return self.library_op(*args)
-        if self._apply is not None and torch.is_grad_enabled():
-            for a in args:
-                if isinstance(a, Tensor) and a.requires_grad:
-                    *seen, hidden = self._apply(*args)
-                    return *seen, *hidden
+        if way == _FUNCTION and self._apply is not None:
+            *seen, hidden = self._apply(*args)
+            return *seen, *hidden
         return self._kernel(*args)
 
     def _kernel(self, *args):
-        device = args[0].device.type
-        return self.kernels[device][self.backend_on(device)](*args)
+        return self.kernel_on(device_type(args[0]))(*args)
 
     def kernel_on(self, device: str) -> Callable:
         return self.kernels[device][self.backend_on(device)]
 
     def backend(self, tensor: Tensor) -> str:
         """The backend that runs this op on the device of tensor."""
-        return self.backend_on(tensor.device.type)
+        return self.backend_on(device_type(tensor))
 
     def backend_on(self, device: str) -> str:
         if _forced is not None:
@@ -157,17 +156,18 @@ class Op:
         return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
 
 
-# What a kernel's arguments are; any other type may be a subclass of Tensor.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
+# What route says of a call (csrc/tensor.h). Without the native module all go through torch.library.
+_LIBRARY_OP, _FUNCTION = 0, 2
+_route = (lambda arguments: _LIBRARY_OP) if _C is None else _C.route
 
 
-def plain(arguments) -> bool:
+def plain(arguments: tuple) -> bool:
     """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return _PLAIN.issuperset(map(type, arguments))
+    return not is_compiling() and _route(arguments) != _LIBRARY_OP
+
+
+def device_type(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type  # a device is an object; is_cpu takes a fifth of its time
 
 
 def _in_full(outputs):
@@ -179,8 +179,14 @@ def _in_full(outputs):
 
 def may_consume(ctx, tensors) -> bool:
     """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
-    direct = getattr(ctx, "direct", False)  # not through torch.library, where they are visible
-    return direct and plain(tensors) and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if not is_direct(ctx) or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return plain(tensors)
+
+
+def is_direct(ctx) -> bool:
+    """Whether ctx is of Op.function, not of torch.library, where all outputs are visible and an absent one is empty."""
+    return getattr(ctx, "direct", False)
 
 
 def _times(g: Tensor, factor: Tensor) -> Tensor:
@@ -196,22 +202,23 @@ def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
     """setup_context and backward of a loss: output gradients[i], where it is wanted, is its gradient by input i."""
 
     def setup_context(ctx, inputs, outputs):
-        ctx.inputs = len(inputs)
-        saved = []
-        for i, o in gradients.items():  # an unwanted output is None, or empty from torch.library
-            x, g = inputs[i], outputs[o]
-            saved.append(None if x is None or g is None or g.shape != x.shape else g)
+        saved = [outputs[o] for o in gradients.values()]
+        if not is_direct(ctx):
+            for at, i in enumerate(gradients):
+                if inputs[i] is None or saved[at].shape != inputs[i].shape:
+                    saved[at] = None
         ctx.save_for_backward(*saved)
 
     def backward(ctx, factor, *_):
-        grads = [None] * ctx.inputs
+        needed = ctx.needs_input_grad
+        grads = [None] * len(needed)
         if factor is None:
             return tuple(grads)
         saved = ctx.saved_tensors
         mine = may_consume(ctx, (*saved, factor))
         one = mine and factor.is_cpu and factor.item() == 1  # as from loss.backward()
         for i, g in zip(gradients, saved, strict=True):
-            if g is not None and ctx.needs_input_grad[i]:
+            if g is not None and needed[i]:
                 grads[i] = g if one else _times(g, factor) if mine else g * factor
         return tuple(grads)
 
@@ -268,14 +275,16 @@ def native(
     triton: the module of rlhf_fast.kernels that has a function of this name, where there is one.
     """
 
+    kernel = getattr(_C, op, None)
+
     def cpu(*args):
         given, outputs = arguments(*args)
-        getattr(_C, op)(*given, torch.get_num_threads())
+        kernel(*given, torch.get_num_threads())
         return outputs
 
     def cuda(*args):
         given, outputs = arguments(*args)
-        launch(op, given, args[0].shape[0] if scratch else None)
+        launch(op, given, max(args[0].shape[0], 1) if scratch else None)
         return outputs
 
     def in_triton(*args):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils import _pytree
 
 from . import reference
-from ._dispatch import DTYPE_CODES
+from ._dispatch import _C, DTYPE_CODES, plain
+
+_alike = (lambda ndim, mask, tensors: False) if _C is None else _C.alike
 
 
 def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
     """All tensors have the first one's shape and device, and a floating dtype; ndim is the number of axes it needs."""
+    if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, tensors):
+        return  # the usual case, for a tenth of the time of what follows
     first_name, first = next(iter(tensors.items()))
     shape, device = first.shape, first.device
     if ndim is not None and len(shape) != ndim:
@@ -62,20 +69,61 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def gradient_buffer(like: Tensor, wanted: bool) -> Tensor | None:
-    """Where a forward writes the gradient it knows already; None where nobody will ask for it."""
-    if not wanted:
-        return None
-    return torch.empty_like(like, dtype=accumulation_dtype(like), memory_format=torch.contiguous_format)
+def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
+    """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
+    dtype = accumulation_dtype(like)
+    loss, stats = like.new_empty((), dtype=dtype), like.new_empty(len(names), dtype=dtype)
+    return (
+        loss,
+        stats,
+        *[
+            torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
+            for wanted in with_grads
+        ],
+    )
 
 
-def loss_and_statistics(like: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Where a loss writes its scalar and its statistics."""
-    dtype, device = accumulation_dtype(like), like.device
-    return torch.empty((), dtype=dtype, device=device), torch.empty(len(names), dtype=dtype, device=device)
+class Statistics(dict):
+    """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss."""
+
+    _uncut: tuple[tuple[str, ...], Tensor] | None = None
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], vector: Tensor) -> Statistics:
+        self = cls()
+        self._uncut = names, vector
+        return self
+
+    def cut(self) -> None:
+        if self._uncut is not None:
+            names, vector = self._uncut
+            dict.update(self, zip(names, vector.unbind(), strict=True))
+            self._uncut = None
+
+    def __reduce__(self):  # copies and pickles are dicts
+        return dict, (dict(self),)
+
+
+def _cutting(method):
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        self.cut()
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+for _name in vars(dict).keys() - {"__new__", "__init__", "__getattribute__", "__class_getitem__", "fromkeys"}:
+    if callable(getattr(dict, _name)):
+        setattr(Statistics, _name, _cutting(getattr(dict, _name)))
+_pytree.register_pytree_node(
+    Statistics, lambda d: (list(d.values()), list(d)), lambda values, names: dict(zip(names, values, strict=True))
+)
 
 
 def by_name(names: tuple[str, ...], stats: Tensor) -> dict[str, Tensor]:
+    if plain((stats,)):
+        return Statistics.of(names, stats)
     return dict(zip(names, stats.unbind(), strict=True))
 
 

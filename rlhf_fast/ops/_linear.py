@@ -315,9 +315,18 @@ class Gradients:
             self.weight.zero_()
         return (
             inputs.put(self.hidden) if self.wanted[0] else self.hidden,
-            self.weight.to(inputs.weight.dtype),
+            narrowed(self.weight, inputs.weight.dtype),
             self.bias if inputs.bias is None else self.bias.to(inputs.bias.dtype),
         )
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype. x is lost: of a large one, one kind of number goes as the other comes."""
+    if (x.dtype, dtype) != (torch.float32, torch.bfloat16) or x.device.type != "cpu" or _C is None:
+        return x.to(dtype)
+    out = torch.empty(x.shape, dtype=dtype)
+    _C.linear_narrow(x, x.numel(), out, torch.get_num_threads())
+    return out
 
 
 def product(dz: Tensor, weight: Tensor) -> Tensor:

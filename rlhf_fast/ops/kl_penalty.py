@@ -14,12 +14,12 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, may_consume, native
-from ._inputs import accumulation_dtype, as_rows, check, estimator_code, gradient_buffer, wants_gradient
+from ._inputs import accumulation_dtype, as_rows, check, estimator_code, wants_gradient
 
 
 def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    kl = torch.empty(logprobs.shape, dtype=accumulation_dtype(logprobs), device=logprobs.device)
-    return kl, gradient_buffer(logprobs, with_grad)
+    kl = torch.empty_like(logprobs, dtype=accumulation_dtype(logprobs), memory_format=torch.contiguous_format)
+    return kl, torch.empty_like(kl) if with_grad else None
 
 
 def _arguments(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
@@ -71,7 +71,8 @@ def kl_penalty(
     """
     check("kl_penalty", None, None, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
     code = estimator_code("kl_penalty", estimator)
-    if _op.backend(logprobs) == "reference":
+    one_subtraction = code == 0 and input_clamp is None and output_clamp is None
+    if _op.backend(logprobs) == "reference" or (one_subtraction and logprobs.dtype == accumulation_dtype(logprobs)):
         return reference.kl_penalty(
             logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp
         )

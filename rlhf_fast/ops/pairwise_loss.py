@@ -12,20 +12,15 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, native
-from ._inputs import by_name, check, gradient_buffer, loss_and_statistics, wants_gradient
+from ._inputs import by_name, check, loss_outputs, wants_gradient
 from .reference import PAIRWISE_STATS
-
-
-def _outputs(chosen: Tensor, with_grad: bool) -> tuple[Tensor | None, ...]:
-    grads = gradient_buffer(chosen, with_grad), gradient_buffer(chosen, with_grad)
-    return *loss_and_statistics(chosen, PAIRWISE_STATS), *grads
 
 
 def _arguments(
     chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, scale, margin_value, prob_value,
     center_coef, with_grad,
 ):  # fmt: skip
-    outputs = _outputs(chosen, with_grad)
+    outputs = loss_outputs(chosen, PAIRWISE_STATS, with_grad, with_grad)
     arguments = (
         chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, chosen.shape[0], scale, margin_value,
         prob_value, center_coef, DTYPE_CODES[outputs[0].dtype], *outputs,
@@ -38,7 +33,7 @@ pairwise_op = Op(
     "Tensor? target_prob, Tensor? weights, float scale, float margin_value, float prob_value, float center_coef, "
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
     kernels=native("pairwise_loss", _arguments, scratch=True, triton="pairwise_loss"),
-    fake=lambda chosen, *args: _outputs(chosen, args[-1]),
+    fake=lambda chosen, *args: loss_outputs(chosen, PAIRWISE_STATS, args[-1], args[-1]),
     gradients={0: 2, 1: 3},
 )
 

@@ -20,24 +20,18 @@ from ._inputs import (
     by_name,
     check,
     estimator_code,
-    gradient_buffer,
-    loss_and_statistics,
+    loss_outputs,
     normalizer_tensor,
     wants_gradient,
 )
 from .reference import PPO_STATS
 
 
-def _outputs(logprobs: Tensor, with_grad: bool, with_entropy_grad: bool) -> tuple[Tensor | None, ...]:
-    grads = gradient_buffer(logprobs, with_grad), gradient_buffer(logprobs, with_entropy_grad)
-    return *loss_and_statistics(logprobs, PPO_STATS), *grads
-
-
 def _arguments(
     logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, normalizer, clip_low,
     clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, *with_grads,
 ):  # fmt: skip
-    outputs = _outputs(logprobs, *with_grads)
+    outputs = loss_outputs(logprobs, PPO_STATS, *with_grads)
     arguments = (
         logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, *logprobs.shape, clip_low,
         clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer,
@@ -52,7 +46,7 @@ _op = Op(
     "float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator, float entropy_coef, int aggregation, "
     "bool with_grad, bool with_entropy_grad) -> (Tensor loss, Tensor stats, Tensor grad, Tensor entropy_grad)",
     kernels=native("ppo_loss", _arguments, scratch=True, triton="ppo_loss"),
-    fake=lambda *args: _outputs(args[0], *args[-2:]),
+    fake=lambda *args: loss_outputs(args[0], PPO_STATS, *args[-2:]),
     gradients={0: 2, 5: 3},
 )
 

@@ -12,23 +12,19 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, native
-from ._inputs import by_name, check, gradient_buffer, loss_and_statistics
+from ._inputs import by_name, check, loss_outputs
 from .reference import RANKING_STATS
 
 
-def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return *loss_and_statistics(rewards, RANKING_STATS), gradient_buffer(rewards, True)
-
-
 def _arguments(rewards, ranks):
-    outputs = _outputs(rewards)
+    outputs = loss_outputs(rewards, RANKING_STATS, True)
     return (rewards, ranks.contiguous(), *rewards.shape, DTYPE_CODES[outputs[0].dtype], *outputs), outputs
 
 
 _op = Op(
     "ranking_loss(Tensor rewards, Tensor ranks) -> (Tensor loss, Tensor stats, Tensor grad)",
     kernels=native("ranking_loss", _arguments, scratch=True),
-    fake=lambda rewards, _: _outputs(rewards),
+    fake=lambda rewards, _: loss_outputs(rewards, RANKING_STATS, True),
     gradients={0: 2},
 )
 

@@ -128,7 +128,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, _):
     logits, labels, mask, entropy, saved = ctx.saved_tensors
     entropy, grad_entropy = (entropy, grad_entropy) if ctx.with_entropy else (None, None)
     args = (logits.detach(), labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
-    if ctx.inplace and plain([logits]) and not overlaps_itself(logits):
+    if ctx.inplace and plain((logits,)) and not overlaps_itself(logits):
         torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
         grad = _backward.kernel_on(logits.device.type)(*args, out=args[0])
     else:

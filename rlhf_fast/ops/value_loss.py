@@ -18,20 +18,15 @@ from ._inputs import (
     aggregation_code,
     by_name,
     check,
-    gradient_buffer,
-    loss_and_statistics,
+    loss_outputs,
     normalizer_tensor,
     wants_gradient,
 )
 from .reference import VALUE_STATS
 
 
-def _outputs(values: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    return *loss_and_statistics(values, VALUE_STATS), gradient_buffer(values, with_grad)
-
-
 def _arguments(values, old_values, returns, mask, normalizer, cliprange, aggregation, with_grad):
-    outputs = _outputs(values, with_grad)
+    outputs = loss_outputs(values, VALUE_STATS, with_grad)
     arguments = (
         values, old_values, returns, mask, *values.shape, cliprange, aggregation, normalizer,
         DTYPE_CODES[outputs[0].dtype], *outputs,
@@ -43,7 +38,7 @@ _op = Op(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? normalizer, float cliprange, "
     "int aggregation, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
     kernels=native("value_loss", _arguments, scratch=True),
-    fake=lambda *args: _outputs(args[0], args[-1]),
+    fake=lambda *args: loss_outputs(args[0], VALUE_STATS, args[-1]),
     gradients={0: 2},
 )
 

@@ -355,3 +355,25 @@ def test_fused_special_values_stay_in_their_rows(fused, dtype):
     assert ours[0][7] == -torch.inf
     weight[5] = torch.nan
     assert linear_token_logprobs(hidden, weight, labels).isnan().all()
+
+
+@pytest.mark.parametrize("offset, count", [(0, 0), (1, 1000), (3, 9_000_001)])  # the last in pieces that are given back
+def test_a_total_is_narrowed_as_pytorch_does_it(offset, count):
+    x = torch.randint(-(2**31), 2**31, (offset + count,), dtype=torch.int32).view(torch.float32)[offset:]
+    want = x.bfloat16()
+    got = _linear.narrowed(x, torch.bfloat16)
+    assert torch.equal(got.isnan(), want.isnan()) and (count < 1000 or want.isnan().any())
+    assert torch.equal(got[~got.isnan()].view(torch.int16), want[~want.isnan()].view(torch.int16))  # ties among them
+
+
+def test_a_large_total_and_its_copy_never_stand_side_by_side():
+    script = """
+import torch
+from rlhf_fast.bench.harness import probe
+from rlhf_fast.ops._linear import narrowed
+total = torch.ones(32 << 20)  # 128 MiB, 64 in bfloat16
+peak, _ = probe(lambda: narrowed(total, torch.bfloat16), torch.device("cpu"))
+print(peak)
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == "None" or int(printed) < 24 << 20

@@ -1,0 +1,166 @@
+// How the bindings read a torch tensor without torch's headers: one build then serves every torch.
+//
+// torch 2.10 and later hand out DLPack's table of C functions, which tells pointer, shape, strides, dtype and device in
+// some 20 ns; before, the Python attributes tell them, each in 50.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace rlhf {
+
+namespace py = pybind11;
+
+// As in dlpack.h 1.x.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+
+  int dtype() const {  // a DType; kBool stands for whatever is none of them
+    switch (code << 8 | bits) {
+      case 2 << 8 | 32:
+        return kFloat32;
+      case 4 << 8 | 16:
+        return kBFloat16;
+      case 2 << 8 | 16:
+        return kFloat16;
+      case 2 << 8 | 64:
+        return kFloat64;
+      default:
+        return kBool;
+    }
+  }
+};
+struct DLExchange {
+  uint32_t major, minor;
+  void *previous, *allocate, *from_object, *to_object;
+  int (*read)(void* object, DLTensor* out);  // 0, or -1 with a Python error; the tensor stays the owner
+};
+
+// What is asked of torch again and again, looked up once.
+struct Torch {
+  PyObject *data_ptr, *dtype, *stride, *requires_grad;  // interned names
+  PyObject *tensor, *parameter, *dtypes[4];             // types, and torch.float32, ... in the order of DType
+  PyObject *dispatch_modes, *functorch_level, *grad_enabled;
+  const DLExchange* exchange = nullptr;
+
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    const auto own = [](py::object x) { return x.release().ptr(); };  // for as long as the process lives
+    data_ptr = PyUnicode_InternFromString("data_ptr");
+    dtype = PyUnicode_InternFromString("dtype");
+    stride = PyUnicode_InternFromString("stride");
+    requires_grad = PyUnicode_InternFromString("requires_grad");
+    tensor = own(torch.attr("Tensor"));
+    parameter = own(torch.attr("nn").attr("Parameter"));
+    const char* const names[] = {"float32", "bfloat16", "float16", "float64"};
+    for (int code = 0; code < kBool; ++code) dtypes[code] = own(torch.attr(names[code]));
+    dispatch_modes = own(torch.attr("_C").attr("_len_torch_dispatch_stack"));
+    functorch_level = own(torch.attr("_C").attr("_functorch").attr("peek_interpreter_stack"));
+    grad_enabled = own(torch.attr("is_grad_enabled"));
+    const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
+    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+      const auto* table = static_cast<DLExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      if (table->major == 1) exchange = table;
+    }
+  }
+};
+
+inline const Torch& torch() {
+  static const Torch* instance = new Torch;
+  return *instance;
+}
+
+inline py::object checked(PyObject* x) {
+  if (!x) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(x);
+}
+
+inline bool is_plain_tensor(PyObject* x) {  // no subclass, which may mean something else by its data
+  return Py_TYPE(x) == (PyTypeObject*)torch().tensor || Py_TYPE(x) == (PyTypeObject*)torch().parameter;
+}
+
+// False where torch has no exchange table or the tensor no memory (functorch's wrappers).
+inline bool read(PyObject* x, DLTensor& out) {
+  if (!torch().exchange || !torch().exchange->read) return false;
+  if (torch().exchange->read(x, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// From a tensor, None, or an address as an integer.
+inline void* address_of(PyObject* x) {
+  if (x == Py_None) return nullptr;
+  DLTensor t;
+  if (is_plain_tensor(x) && read(x, t)) return static_cast<char*>(t.data) + t.byte_offset;
+  py::object number;
+  if (!PyLong_Check(x)) number = checked(PyObject_CallMethodNoArgs(x, torch().data_ptr));
+  void* address = PyLong_AsVoidPtr(number ? number.ptr() : x);
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return address;
+}
+
+// From a (rows, cols) tensor, a (cols,) one as a single row, or None.
+inline Grid grid_of(PyObject* x) {
+  if (x == Py_None) return {nullptr, 0, 0, 0};
+  DLTensor t;
+  if (is_plain_tensor(x) && read(x, t) && t.strides) {
+    return {static_cast<char*>(t.data) + t.byte_offset, t.dtype(), t.ndim == 2 ? t.strides[0] : 0,
+            t.strides[t.ndim - 1]};
+  }
+  const py::object dtype = checked(PyObject_GetAttr(x, torch().dtype));
+  const py::object strides = checked(PyObject_CallMethodNoArgs(x, torch().stride));
+  int code = 0;
+  while (code < kBool && dtype.ptr() != torch().dtypes[code]) ++code;
+  const auto stride = [&](py::ssize_t axis) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), axis)); };
+  const py::ssize_t axes = PyTuple_GET_SIZE(strides.ptr());
+  return {address_of(x), code, axes == 2 ? stride(0) : 0, stride(axes - 1)};
+}
+
+// Whether all that is given (None is not) are plain tensors of one shape and device, of ndim axes (-1: any number), and
+// all but the mask of a floating dtype. False may also mean that this cannot be told here.
+inline bool alike(int ndim, py::handle mask, const py::dict& tensors) {
+  DLTensor first, other;
+  bool begun = false;
+  const auto fits = [&](PyObject* x, bool floating) {
+    if (x == Py_None) return true;
+    DLTensor& t = begun ? other : first;
+    if (!is_plain_tensor(x) || !read(x, t) || (floating && t.dtype() == kBool)) return false;
+    if (!begun) return (begun = true) && (ndim < 0 || t.ndim == ndim);
+    return t.ndim == first.ndim && t.device_type == first.device_type && t.device_id == first.device_id &&
+           std::equal(t.shape, t.shape + t.ndim, first.shape);
+  };
+  for (const auto& [name, x] : tensors) {
+    if (!fits(x.ptr(), true)) return false;
+  }
+  return fits(mask.ptr(), false);
+}
+
+// The way of a call into an op (_dispatch.py).
+enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
+
+// kKernel: all arguments are plain tensors, numbers or None, and nobody watches (functorch, dispatch modes). kFunction:
+// so they are, and a gradient is wanted.
+inline int route(const py::tuple& arguments) {
+  bool differentiable = false;
+  for (const py::handle x : arguments) {
+    const PyTypeObject* type = Py_TYPE(x.ptr());
+    if (is_plain_tensor(x.ptr())) {
+      differentiable = differentiable || checked(PyObject_GetAttr(x.ptr(), torch().requires_grad)).ptr() == Py_True;
+    } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && !x.is_none()) {
+      return kLibrary;
+    }
+  }
+  const py::object modes = checked(PyObject_CallNoArgs(torch().dispatch_modes));
+  if (PyLong_AsLong(modes.ptr()) != 0) return kLibrary;
+  if (!checked(PyObject_CallNoArgs(torch().functorch_level)).is_none()) return kLibrary;
+  return differentiable && checked(PyObject_CallNoArgs(torch().grad_enabled)).ptr() == Py_True ? kFunction : kKernel;
+}
+
+}  // namespace rlhf

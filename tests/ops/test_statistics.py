@@ -1,0 +1,70 @@
+"""The statistics of a loss are a dict of scalar tensors, made when somebody looks at them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree
+
+import rlhf_fast as rf
+from rlhf_fast.ops import _inputs
+from rlhf_fast.ops.reference import PAIRWISE_STATS
+
+CHOSEN, REJECTED = torch.tensor([2.0, 0.0]), torch.tensor([0.5, 1.0])
+WANTED = {"accuracy": 0.5, "margin": 0.25, "chosen_mean": 1.0, "num_pairs": 2.0}
+
+
+def statistics() -> dict:
+    stats = rf.pairwise_loss(CHOSEN, REJECTED)[1]
+    assert isinstance(stats, _inputs.Statistics) and stats._uncut is not None  # nobody has looked yet
+    return stats
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        dict, lambda s: {**s}, lambda s: {} | s, lambda s: s | {}, lambda s: {k: s[k] for k in s},
+        lambda s: dict(s.items()), lambda s: dict(zip(s.keys(), s.values(), strict=True)), copy.copy, copy.deepcopy,
+        lambda s: s.copy(), lambda s: pickle.loads(pickle.dumps(s)), lambda s: {k: s.get(k) for k in PAIRWISE_STATS},
+        lambda s: (lambda **kwargs: kwargs)(**s), lambda s: _pytree.tree_map(lambda t: t, s),
+    ],
+)  # fmt: skip
+def test_every_way_to_read_a_dict_reads_them(look):
+    seen = look(statistics())
+    assert isinstance(seen, dict) and tuple(seen) == PAIRWISE_STATS
+    for name, value in WANTED.items():
+        assert seen[name].shape == () and seen[name].item() == value
+    assert not any(value.requires_grad for value in seen.values())
+
+
+def test_they_are_a_dict_before_anybody_looks():
+    assert len(statistics()) == len(PAIRWISE_STATS) and bool(statistics()) and "margin" in statistics()
+    assert statistics().get("nothing", 7) == 7 and "margin" in repr(statistics())
+    stats = statistics()
+    stats["margin"] = torch.tensor(9.0)  # what is set stays set
+    assert stats["margin"] == 9 and stats.pop("accuracy") == 0.5 and len(stats) == len(PAIRWISE_STATS) - 1
+    with pytest.raises(KeyError):
+        statistics()["nothing"]
+
+
+def test_in_a_graph_and_under_fake_tensors_they_are_cut_at_once():
+    def statistics_of(chosen):
+        return rf.pairwise_loss(chosen, REJECTED)[1]
+
+    stats = torch.compile(statistics_of, fullgraph=True, backend="eager")(CHOSEN)
+    assert type(stats) is dict and stats["margin"].item() == 0.25
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        stats = statistics_of(mode.from_tensor(CHOSEN))
+    assert type(stats) is dict and stats["margin"].shape == ()
+
+
+def test_an_unclamped_k1_is_a_subtraction_for_autograd_too():
+    x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    kl = rf.kl_penalty(x, y)
+    assert torch.equal(kl, x - y)
+    factor = torch.ones(2, 3, requires_grad=True)
+    grads = torch.autograd.grad((kl * factor).sum(), (x, y), create_graph=True)
+    assert torch.equal(grads[0], factor) and torch.equal(grads[1], -factor)
+    assert torch.equal(torch.autograd.grad(grads[0].sum(), factor)[0], torch.ones(2, 3))
