@@ -71,8 +71,9 @@ def kl_penalty(
     """
     check("kl_penalty", None, None, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
     code = estimator_code("kl_penalty", estimator)
-    one_subtraction = code == 0 and input_clamp is None and output_clamp is None
-    if _op.backend(logprobs) == "reference" or (one_subtraction and logprobs.dtype == accumulation_dtype(logprobs)):
+    if code == 0 and input_clamp is None and output_clamp is None and _are_accumulators(logprobs, ref_logprobs):
+        return logprobs - ref_logprobs  # a kernel of ours has nothing to fuse
+    if _op.backend(logprobs) == "reference":
         return reference.kl_penalty(
             logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp
         )
@@ -80,3 +81,7 @@ def kl_penalty(
     with_grad = wants_gradient(logprobs) or wants_gradient(ref_logprobs)
     kl, _ = _op(as_rows(logprobs), as_rows(ref_logprobs), code, *limits, with_grad)
     return kl if logprobs.ndim == 2 else kl.view(logprobs.shape)
+
+
+def _are_accumulators(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.dtype == accumulation_dtype(x)
