@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,8 +40,8 @@ SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
 LEARNING_RATES = (3e-3, 1e-2)
 RACE = Run(
-    vocab=512, hidden=64, layers=2, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
-    iterations=16, kl_coef=0.003, num_prompts=1024,
+    vocab=64, hidden=32, layers=1, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
+    iterations=20, kl_coef=0.003, num_prompts=1024, endless=True,
 )  # fmt: skip
 TUNING_SEED, SEEDS = 100, range(5)
 
@@ -54,10 +55,16 @@ def install_trl(folder: Path) -> Path:
 
 def execute(run: Run, trl: Path) -> dict:
     """The run in a process of its own -> {"rows": [...], "peak_rss": bytes}."""
+    result = execute_all([run], trl)
+    return result | {"rows": result["runs"][0]}
+
+
+def execute_all(runs: list[Run], trl: Path) -> dict:
+    """Runs of one system after another in one process."""
     with tempfile.TemporaryDirectory() as folder:
-        order, result = Path(folder) / "run.json", Path(folder) / "result.json"
-        order.write_text(json.dumps(asdict(run)))
-        path = [ROOT, *([trl] if run.system == "trl" else [])]
+        order, result = Path(folder) / "runs.json", Path(folder) / "result.json"
+        order.write_text(json.dumps([asdict(run) for run in runs]))
+        path = [ROOT, *([trl] if runs[0].system == "trl" else [])]
         environment = {
             **os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
             "PYTHONPATH": os.pathsep.join(map(str, path)),
@@ -65,7 +72,7 @@ def execute(run: Run, trl: Path) -> dict:
         command = [sys.executable, "-W", "ignore", HERE / "ppo_worker.py", order, result]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{run} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"{runs} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return json.loads(result.read_text())
 
 
@@ -164,28 +171,30 @@ def rollout(options) -> dict:
 
 
 def race(options) -> dict:
-    """Curves of (CPU-seconds, reward, KL) for each seed."""
+    """Curves of (CPU-seconds, reward, KL) for each seed. The two systems run at the same time, a core for each."""
     base = replace(RACE, iterations=3) if options.small else RACE
-    names, curves, tuning = ("shared", "trl"), {}, {}
-    for name in names:
-        finals = {}
-        for lr in LEARNING_RATES:
-            rows = execute(replace(base, system=name, learning_rate=lr, seed=TUNING_SEED), options.trl)["rows"]
-            finals[lr] = statistics.fmean(row["reward"] for row in rows[-3:])
-        tuning[name] = finals
-        curves[name] = []
-        print(name, "reward of the last iterations by learning rate:", finals, flush=True)
-    for seed in SEEDS:
-        for name in names:
-            best = max(tuning[name], key=tuning[name].get)
-            # Ours is given iterations for about TRL's time; only what both have time for is compared.
-            longer = 1 if name == "trl" else options.longer
-            run = replace(base, system=name, learning_rate=best, seed=seed, iterations=base.iterations * longer)
-            rows = execute(run, options.trl)["rows"]
-            curves[name].append([{k: row[k] for k in ("cpu_seconds", "reward", "kl")} for row in rows])
-            print(f"seed {seed} {name}: {rows[-1]}", flush=True)
-    return {"run": asdict(base), "tuning": {n: {str(k): v for k, v in t.items()} for n, t in tuning.items()},
-            "curves": curves}  # fmt: skip
+    tuning, curves = {}, {}
+
+    def compete(name: str) -> None:
+        # Ours is given iterations for about TRL's time; only what both have time for is compared.
+        iterations = base.iterations * (1 if name == "trl" else options.longer)
+        mine = replace(base, system=name, iterations=iterations)
+        tried = [replace(mine, learning_rate=lr, seed=TUNING_SEED) for lr in LEARNING_RATES]
+        runs = execute_all(tried, options.trl)["runs"]
+        tuning[name] = {str(run.learning_rate): late(rows) for run, rows in zip(tried, runs, strict=True)}
+        print(name, "mean reward of the last quarter by learning rate:", tuning[name], flush=True)
+        best = float(max(tuning[name], key=tuning[name].get))
+        runs = execute_all([replace(mine, learning_rate=best, seed=seed) for seed in SEEDS], options.trl)["runs"]
+        curves[name] = [[{k: row[k] for k in ("cpu_seconds", "reward", "kl")} for row in rows] for rows in runs]
+        print(name, "ends at", [{k: round(v, 3) for k, v in rows[-1].items()} for rows in curves[name]], flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compete, ("shared", "trl")))
+    return {"run": asdict(base), "tuning": tuning, "curves": curves}
+
+
+def late(rows: list[dict]) -> float:
+    return statistics.fmean(row["reward"] for row in rows[-max(1, len(rows) // 4) :])
 
 
 def gpu(options) -> dict:

@@ -1,4 +1,4 @@
-"""One PPO run in a process of its own, ours or TRL's, for bench_ppo.py: python bench/ppo_worker.py run.json result.json
+"""PPO runs in a process of their own, ours or TRL's, for bench_ppo.py: python bench/ppo_worker.py runs.json result.json
 
 Both get the same Llama from the same seed, the same prompts and the same reward, and write one row an iteration:
 CPU-seconds used so far (all threads), response tokens, reward and KL to the reference.
@@ -41,6 +41,7 @@ class Run:
     kl_coef: float = 0.05
     temperature: float = 1.0
     seed: int = 0
+    endless: bool = False  # the model never says eos or pad, so that all responses have their full length
     shape: str = "llama"  # or "qwen2-0.5b", whose own sizes replace vocab, hidden and layers
     device: str = "cpu"  # on "cuda" the weights are bfloat16
     profile: bool = False  # adds the operations on which the last iteration spends its time
@@ -76,13 +77,18 @@ def make_model(run: Run):
         )  # fmt: skip
         return Qwen2ForCausalLM(config).to(run.device, torch.bfloat16 if run.device == "cuda" else torch.float32)
     heads = max(1, run.hidden // 64)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=run.vocab, hidden_size=run.hidden, intermediate_size=run.hidden * 8 // 3,
             num_hidden_layers=run.layers, num_attention_heads=heads, num_key_value_heads=heads,
             max_position_embeddings=1024, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
         )
     ).to(run.device)  # fmt: skip
+    if run.endless:
+        bias = torch.zeros(run.vocab, device=run.device)
+        bias[[PAD, EOS]] = -30.0
+        model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return model
 
 
 def make_prompts(run: Run) -> list[list[int]]:
@@ -233,13 +239,14 @@ def run_trl(run: Run) -> list[dict]:
 
 
 def main() -> None:
-    run = Run(**json.loads(Path(sys.argv[1]).read_text()))
+    """Reads a list of runs, all of one system, and writes {"runs": [rows of each], "peak_rss": bytes}."""
     torch.set_num_threads(1)
-    rows = (run_trl if run.system == "trl" else run_ours)(run)
-    peaks = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if run.device == "cuda":
-        peaks["peak_allocated"] = torch.cuda.max_memory_allocated()
-    Path(sys.argv[2]).write_text(json.dumps({"rows": rows, **peaks}))
+    runs = [Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
+    result = {"runs": [(run_trl if run.system == "trl" else run_ours)(run) for run in runs]}
+    result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if runs[-1].device == "cuda":
+        result["peak_allocated"] = torch.cuda.max_memory_allocated()
+    Path(sys.argv[2]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
