@@ -41,16 +41,17 @@ def speed(part: dict) -> str:
 
 
 def memory(part: dict) -> str:
-    rows = []
+    rows, before = [], part["before_the_first_step"]
     for row in part["rows"]:
-        cells = [f"{row['vocab']}", f"{row['imports'] / 1e6:.0f}"]
+        cells = [f"{row['vocab']}"]
         for name in ("shared", "separate", "trl"):
             share = "" if name == "trl" else f" ({row[name] / row['trl']:.2f}x)"
             cells.append(f"{row[name] / 1e6:.0f}{share}")
-        over = [(row[name] - row["imports"]) / (row["trl"] - row["imports"]) for name in ("shared", "separate")]
+        over = [(row[name] - before) / (row["trl"] - before) for name in ("shared", "separate")]
         rows.append([*cells, ", ".join(f"{x:.2f}x" for x in over)])
-    head = ["vocabulary", "before the first step, MB", "shared trunk, MB", "separate critic, MB", "TRL, MB"]
-    return lines([*head, "over TRL, without what was there before"], rows) + "\n" + source(part)
+    head = ["vocabulary", "shared trunk, MB", "separate critic, MB", "TRL, MB", "what the iteration adds, over TRL's"]
+    about = f"\nBefore its first step a process holds {before / 1e6:.0f} MB.\n"
+    return lines(head, rows) + "\n" + about + source(part)
 
 
 def rollout(part: dict) -> str:
