@@ -171,26 +171,29 @@ def rollout(options) -> dict:
 
 
 def race(options) -> dict:
-    """Curves of (CPU-seconds, reward, KL) for each seed. The two systems run at the same time, a core for each."""
+    """Curves of (CPU-seconds, reward, KL) for each seed. Two systems run at the same time, a core for each."""
     base = replace(RACE, iterations=3) if options.small else RACE
-    tuning, curves = {}, {}
+    tuning, rates, curves = {}, {}, {}
 
     def compete(name: str) -> None:
         # Ours is given iterations for about TRL's time; only what both have time for is compared.
         iterations = base.iterations * (1 if name == "trl" else options.longer)
         mine = replace(base, system=name, iterations=iterations)
-        tried = [replace(mine, learning_rate=lr, seed=TUNING_SEED) for lr in LEARNING_RATES]
-        runs = execute_all(tried, options.trl)["runs"]
-        tuning[name] = {str(run.learning_rate): late(rows) for run, rows in zip(tried, runs, strict=True)}
-        print(name, "mean reward of the last quarter by learning rate:", tuning[name], flush=True)
-        best = float(max(tuning[name], key=tuning[name].get))
+        best = options.learning_rate
+        if best is None:
+            tried = [replace(mine, learning_rate=lr, seed=TUNING_SEED) for lr in LEARNING_RATES]
+            runs = execute_all(tried, options.trl)["runs"]
+            tuning[name] = {str(run.learning_rate): late(rows) for run, rows in zip(tried, runs, strict=True)}
+            print(name, "mean reward of the last quarter by learning rate:", tuning[name], flush=True)
+            best = float(max(tuning[name], key=tuning[name].get))
+        rates[name] = best
         runs = execute_all([replace(mine, learning_rate=best, seed=seed) for seed in SEEDS], options.trl)["runs"]
         curves[name] = [[{k: row[k] for k in ("cpu_seconds", "reward", "kl")} for row in rows] for rows in runs]
         print(name, "ends at", [{k: round(v, 3) for k, v in rows[-1].items()} for rows in curves[name]], flush=True)
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compete, ("shared", "trl")))
-    return {"run": asdict(base), "tuning": tuning, "curves": curves}
+        list(pool.map(compete, options.system or SYSTEMS))
+    return {"run": asdict(base), "tuning": tuning, "learning_rates": rates, "curves": curves}
 
 
 def late(rows: list[dict]) -> float:
@@ -228,6 +231,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers" / "trl-1.12.0", help="where TRL goes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3, help="of a speed run; the first does not count")
+    parser.add_argument("--system", action="append", choices=SYSTEMS, help="in the race; others keep their results")
+    parser.add_argument("--learning-rate", type=float, help="in the race, instead of the better one of the grid")
     parser.add_argument("--longer", type=int, default=2, help="iterations of ours for one of TRL in the race")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "ppo.json")
@@ -245,6 +250,11 @@ def main() -> None:
         about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
                   "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
         about["packages"]["trl"] = TRL.split("==")[1]
+        before = results["parts"].get(part, {})
+        if part == "race" and options.system and before.get("run") == json.loads(json.dumps(result["run"])):
+            for key in ("tuning", "learning_rates", "curves"):
+                result[key] = before[key] | result[key]
+            about["command"] = f"{before['command']}; {about['command']}"
         results["parts"][part] = {**about, **result}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")

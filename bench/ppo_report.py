@@ -88,24 +88,27 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def race(part: dict) -> str:
-    rows = []
+    rows, names = [], [name for name in ("shared", "separate", "trl") if name in part["curves"]]
     for axis, unit in (("cpu_seconds", "CPU-seconds"), ("kl", "nats of KL")):
         where, rewards = together(part, axis, 5)
         for i in range(1, 5):
             cells = [f"{where[i]:.1f} {unit}"]
-            cells += ["{:.3f} +- {:.3f}".format(*(x[i] for x in interval(rewards[n]))) for n in ("shared", "trl")]
-            mean, half = interval(rewards["shared"] - rewards["trl"])
-            rows.append([*cells, f"{mean[i]:+.3f} +- {half[i]:.3f}"])
-    rates = {name: max(tried, key=tried.get) for name, tried in part["tuning"].items()}
+            cells += ["{:.3f} +- {:.3f}".format(*(x[i] for x in interval(rewards[n]))) for n in names]
+            for n in names[:-1]:
+                mean, half = interval(rewards[n] - rewards["trl"])
+                cells.append(f"{mean[i]:+.3f} +- {half[i]:.3f}")
+            rows.append(cells)
+    rates = ", ".join(f"{part['learning_rates'][n]:g} ({NAMES[n].removeprefix('rlhf_fast, ')})" for n in names)
+    tried = {tuple(rewards) for rewards in part["tuning"].values()}
     run = part["run"]
     about = (
-        f"\nMean of {len(part['curves']['trl'])} seeds and its 95 % interval; the last column is the paired "
-        f"difference. Learning rate {rates['shared']} (ours) and {rates['trl']} (TRL), each the best of "
-        f"{', '.join(part['tuning']['trl'])} on another seed. Llama of {run['layers']} layers, width {run['hidden']}, "
+        f"\nMean of {len(part['curves']['trl'])} seeds and its 95 % interval, and the same of the paired difference. "
+        f"Learning rates: {rates}; tried on another seed: {', '.join(next(iter(tried)))}. Llama of {run['layers']} layers, width {run['hidden']}, "
         f"vocabulary {run['vocab']}, {run['batch_size']} prompts an iteration, {run['response_length']} tokens of "
         f"answer, kl_coef {run['kl_coef']}; a random policy scores 0.1.\n"
     )
-    return lines(["at", NAMES["shared"], NAMES["trl"], "difference"], rows) + "\n" + about + source(part)
+    head = ["at", *(NAMES[n] for n in names), *(f"{n} over TRL" for n in names[:-1])]
+    return lines(head, rows) + "\n" + about + source(part)
 
 
 def picture(part: dict, path: Path) -> None:
@@ -117,7 +120,7 @@ def picture(part: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    colours = {"shared": "#c7683c", "trl": "#3b76af"}
+    colours = {"shared": "#c7683c", "separate": "#4f9d69", "trl": "#3b76af"}
     for panel, axis, label in zip(axes, ("cpu_seconds", "kl"), ("CPU-seconds", "KL to the start, nats"), strict=True):
         where, rewards = together(part, axis, 60)
         for name, values in rewards.items():

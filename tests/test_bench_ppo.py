@@ -47,6 +47,7 @@ def race(curves):
     }
     return {
         "curves": rows, "tuning": {"shared": {"0.1": 0.5, "0.2": 0.7}, "trl": {"0.1": 0.5, "0.2": 0.3}},
+        "learning_rates": {"shared": 0.2, "trl": 0.1},
         "run": {"layers": 1, "hidden": 32, "vocab": 60, "batch_size": 4, "response_length": 6, "kl_coef": 0.1},
         "cpu": "cpu", "threads": 1, "OMP_WAIT_POLICY": "PASSIVE", "packages": {"torch": "2", "trl": "1"},
         "load_average": 1.0, "commit": "abc", "date": "2026-01-01T", "command": "command",
@@ -68,6 +69,6 @@ def test_the_race_is_read_where_all_runs_have_been(tmp_path):
     mean, half = ppo_report.interval(np.array([[1.0], [3.0]]))
     assert mean[0] == 2 and half[0] == pytest.approx(12.706)  # t(1) sqrt(2) / sqrt(2)
     text = ppo_report.race(part)
-    assert "| 8.0 CPU-seconds | 0.600 +-" in text and "Learning rate 0.2 (ours) and 0.1 (TRL)" in text
+    assert "| 8.0 CPU-seconds | 0.600 +-" in text and "0.2 (shared trunk), 0.1 (TRL 1.12.0)" in text
     ppo_report.picture(part, tmp_path / "race.svg")
     assert (tmp_path / "race.svg").stat().st_size > 1000
