@@ -103,9 +103,10 @@ def race(part: dict) -> str:
     run = part["run"]
     about = (
         f"\nMean of {len(part['curves']['trl'])} seeds and its 95 % interval, and the same of the paired difference. "
-        f"Learning rates: {rates}; tried on another seed: {', '.join(next(iter(tried)))}. Llama of {run['layers']} layers, width {run['hidden']}, "
-        f"vocabulary {run['vocab']}, {run['batch_size']} prompts an iteration, {run['response_length']} tokens of "
-        f"answer, kl_coef {run['kl_coef']}; a random policy scores 0.1.\n"
+        f"Learning rates: {rates}; tried on another seed: {', '.join(next(iter(tried)))}. "
+        f"Llama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}, {run['batch_size']} "
+        f"prompts an iteration, {run['response_length']} tokens of answer, kl_coef {run['kl_coef']}; a random policy "
+        "scores about 0.1.\n"
     )
     head = ["at", *(NAMES[n] for n in names), *(f"{n} over TRL" for n in names[:-1])]
     return lines(head, rows) + "\n" + about + source(part)
