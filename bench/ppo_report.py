@@ -15,7 +15,8 @@ def source(part: dict) -> str:
     packages = ", ".join(f"{name} {part['packages'][name]}" for name in ("torch", "trl"))
     return (
         f"\n{part['cpu']}, {part['threads']} thread, OMP_WAIT_POLICY={part['OMP_WAIT_POLICY']}, {packages}, "
-        f"load {part['load_average']:.0f}, commit {part['commit'][:12]}, {part['date'][:10]}: `{part['command']}`\n"
+        f"load {part['load_average']:.0f}, commit {part['commit'][:12]}, {part['date'][:10]}: `{part['command']}`"
+        f"{' (' + part['note'] + ')' if 'note' in part else ''}\n"
     )
 
 
@@ -47,10 +48,13 @@ def memory(part: dict) -> str:
         for name in ("shared", "separate", "trl"):
             share = "" if name == "trl" else f" ({row[name] / row['trl']:.2f}x)"
             cells.append(f"{row[name] / 1e6:.0f}{share}")
+        if before is None:  # the run was ended before it had all of its figures
+            rows.append([*cells, ""])
+            continue
         over = [(row[name] - before) / (row["trl"] - before) for name in ("shared", "separate")]
         rows.append([*cells, ", ".join(f"{x:.2f}x" for x in over)])
     head = ["vocabulary", "shared trunk, MB", "separate critic, MB", "TRL, MB", "what the iteration adds, over TRL's"]
-    about = f"\nBefore its first step a process holds {before / 1e6:.0f} MB.\n"
+    about = "" if before is None else f"\nBefore its first step a process holds {before / 1e6:.0f} MB.\n"
     return lines(head, rows) + "\n" + about + source(part)
 
 
