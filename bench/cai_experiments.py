@@ -220,20 +220,51 @@ def one_seed(root: Path, seed: int) -> dict:
     for name, constitution in ARMS.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         stages = Arm(root / name, seed, constitution, sft).run()
-        counts = {stage: stages[stage]["counts"] for stage in ("cai-revise", "cai-label")}
-        result["arms"][name] = {
-            "phase 1": {k: stages["cai-sft"][k] for k in ("violations", "pass_rate", "kept", "thanks")},
-            "phase 2": {k: stages["cai-ppo"][k] for k in ("violations", "pass_rate", "kept", "thanks", "kl")},
-            "rm_accuracy": stages["cai-rm"]["rm_accuracy"], "counts": counts,
-        }  # fmt: skip
+        result["arms"][name] = arm_result(stages)
         print(seed, name, json.dumps(result["arms"][name]["phase 2"]), flush=True)
     result["reward_models"] = label_arms(root, sft, seed)
     print(seed, json.dumps(result["reward_models"]), flush=True)
     return result
 
 
-def verdicts(runs: list[dict]) -> dict[str, bool]:
-    """MARGINS, as they are written there."""
+def arm_result(stages: dict[str, dict]) -> dict:
+    shown = ("violations", "pass_rate", "kept", "thanks")
+    return {
+        "phase 1": {k: stages["cai-sft"][k] for k in shown},
+        "phase 2": {k: stages["cai-ppo"][k] for k in (*shown, "kl")},
+        "rm_accuracy": stages["cai-rm"]["rm_accuracy"],
+        "counts": {stage: stages[stage]["counts"] for stage in ("cai-revise", "cai-label")},
+    }
+
+
+def collect(root: Path, seed: int) -> dict:
+    """What of `one_seed` is done, where it was stopped: whole arms and reward models only."""
+    held_out = task.prompts(seed, SIZES.held_out_prompts, held_out=True)
+    result = {"seed": seed, "sft": look(str(root / "sft"), held_out, seed), "arms": {}, "reward_models": {}}
+    for name in ARMS:
+        path = root / name / "summary.json"
+        stages = {s["name"]: s for s in json.loads(path.read_text())["stages"]} if path.exists() else {}
+        if "cai-ppo" in stages:
+            result["arms"][name] = arm_result(stages)
+    for path in sorted(root.glob("rm-*/config.json")):
+        last = read_jsonl(path.parent / "train_log.jsonl")[-1]
+        figures = {"accuracy": last["eval_accuracy"], "nll": last["eval_loss"]}
+        result["reward_models"][path.parent.name.removeprefix("rm-")] = figures
+    return result
+
+
+def verdicts(runs: list[dict]) -> dict[str, bool | None]:
+    """MARGINS, as they are written there, over the seeds that have what a margin is about; None where none has."""
+    needed = {"plus-one": ("house", "plus-one"), "shuffled": ("as-judged", "shuffled", "shuffled-turned"),
+              "noisy": ("noisy-soft", "noisy-hard")}  # fmt: skip
+    held = {}
+    for name in MARGINS:
+        having = [r for r in runs if set(needed.get(name, (name,))) <= {*r["arms"], *r["reward_models"]}]
+        held[name] = _held(name, having) if having else None
+    return held
+
+
+def _held(name: str, runs: list[dict]) -> bool:
 
     def change(arm, a, b):
         def of(run, stage):
@@ -250,17 +281,17 @@ def verdicts(runs: list[dict]) -> dict[str, bool]:
     def rm(name, figure):
         return [run["reward_models"][name][figure] for run in runs]
 
-    return {
-        "house": max(change("house", "sft", "phase 1")) <= -0.30
-        and max(change("house", "phase 1", "phase 2")) <= -0.03,
-        "negated": min(change("negated", "sft", "phase 1")) >= 0.30
-        and min(change("negated", "phase 1", "phase 2")) >= 0.10,
-        "plus-one": gap(lambda p: p["thanks"]) >= 0.30
-        and all(abs(gap(lambda p, n=name: p["kept"][n])) <= 0.06 for name in rules.RULES),
-        "shuffled": abs(statistics.fmean(rm("shuffled", "accuracy") + rm("shuffled-turned", "accuracy")) - 0.5) <= 0.10
-        and statistics.fmean(rm("as-judged", "accuracy")) >= 0.85,
-        "noisy": statistics.fmean(rm("noisy-soft", "accuracy")) > statistics.fmean(rm("noisy-hard", "accuracy")),
-    }
+    if name == "house":
+        return max(change("house", "sft", "phase 1")) <= -0.30 and max(change("house", "phase 1", "phase 2")) <= -0.03
+    if name == "negated":
+        return min(change("negated", "sft", "phase 1")) >= 0.30 and min(change("negated", "phase 1", "phase 2")) >= 0.10
+    if name == "plus-one":
+        others = [gap(lambda p, n=rule: p["kept"][n]) for rule in rules.RULES]
+        return gap(lambda p: p["thanks"]) >= 0.30 and all(abs(x) <= 0.06 for x in others)
+    if name == "shuffled":
+        chance = statistics.fmean(rm("shuffled", "accuracy") + rm("shuffled-turned", "accuracy"))
+        return abs(chance - 0.5) <= 0.10 and statistics.fmean(rm("as-judged", "accuracy")) >= 0.85
+    return statistics.fmean(rm("noisy-soft", "accuracy")) > statistics.fmean(rm("noisy-hard", "accuracy"))
 
 
 def main() -> None:
@@ -268,11 +299,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="where the runs go; a second call goes on there")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--collect", action="store_true", help="run nothing: write what is done of the seeds")
     options = parser.parse_args()
     quiet()
     runs = []
     for seed in options.seeds:
         done = options.work / f"seed{seed}" / "result.json"
+        if options.collect and not done.exists():
+            runs.append(collect(done.parent, seed))
+            continue
         if not done.exists():
             done.parent.mkdir(parents=True, exist_ok=True)
             before = resource.getrusage(resource.RUSAGE_SELF)
@@ -281,11 +316,14 @@ def main() -> None:
             result["cpu_seconds"] = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             done.write_text(json.dumps(result, ensure_ascii=False))
         runs.append(json.loads(done.read_text()))
-        command = f"python bench/cai_experiments.py --seeds {' '.join(map(str, options.seeds))} --work DIR"
-        about = {**provenance(torch.device("cpu"), []), "command": command}
-        about |= {"sizes": vars(SIZES), "margins": MARGINS, "held": verdicts(runs), "runs": runs}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    write(options, runs)
+
+
+def write(options, runs: list[dict]) -> None:
+    command = f"python bench/cai_experiments.py --seeds {' '.join(map(str, options.seeds))} --work DIR"
+    about = {**provenance(torch.device("cpu"), []), "command": command, "sizes": vars(SIZES)}
+    about |= {"margins": MARGINS, "held": verdicts(runs), "runs": runs}
+    options.output.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(about["held"], indent=1))
 
 

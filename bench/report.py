@@ -254,38 +254,38 @@ def judge_scoring(result: dict) -> str:
 
 
 def constitutional(result: dict) -> str:
-    """bench/cai_experiments.py: violations per reply in each phase, what one principle more changes, reward models."""
+    """bench/cai_experiments.py: violations per reply in each phase, what one principle more changes, reward models.
+
+    A seed that was stopped has some of the arms and reward models; a cell is over those that have it.
+    """
 
     def mean(values) -> str:
         values = list(values)
-        return f"{sum(values) / len(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+        return f"{sum(values) / len(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})" if values else ""
 
     runs, principles = result["runs"], list(result["runs"][0]["sft"]["kept"])
     lines = ["| violations per reply | SFT | phase 1 | phase 2 |", "| --- | --- | --- | --- |"]
     for arm in ("house", "negated", "plus-one"):
-        stages = [(run["sft"], *(run["arms"][arm][phase] for phase in ("phase 1", "phase 2"))) for run in runs]
-        lines.append(
-            f"| {arm} | "
-            + " | ".join(mean(s["violations"] for s in column) for column in zip(*stages, strict=True))
-            + " |"
-        )
+        having = [run for run in runs if arm in run["arms"]]
+        cells = [mean(run["sft"]["violations"] for run in having)]
+        cells += [mean(run["arms"][arm][phase]["violations"] for run in having) for phase in ("phase 1", "phase 2")]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", f"| kept after phase 2 | {' | '.join(principles)} | thanks |", "|" + " --- |" * (len(principles) + 2)]
     for arm in ("house", "plus-one"):
-        last = [run["arms"][arm]["phase 2"] for run in runs]
+        last = [run["arms"][arm]["phase 2"] for run in runs if arm in run["arms"]]
         cells = [mean(stage["kept"][name] for stage in last) for name in principles] + [mean(s["thanks"] for s in last)]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", "| reward model trained on | held-out accuracy |", "| --- | --- |"]
-    for name in runs[0]["reward_models"]:
-        lines.append(f"| {name} | " + mean(run["reward_models"][name]["accuracy"] for run in runs) + " |")
+    for name in ("as-judged", "shuffled", "shuffled-turned", "noisy-soft", "noisy-hard"):
+        known = [run["reward_models"][name]["accuracy"] for run in runs if name in run["reward_models"]]
+        lines.append(f"| {name} | {mean(known)} |")
     lines += ["", "| margin, stated before | held |", "| --- | --- |"]
-    lines += [
-        f"| {name}: {text} | {'yes' if result['held'][name] else 'NO'} |" for name, text in result["margins"].items()
-    ]
+    told = {True: "yes", False: "NO", None: ""}
+    lines += [f"| {name}: {text} | {told[result['held'][name]]} |" for name, text in result["margins"].items()]
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    cpu = sum(run["cpu_seconds"] for run in runs)
     lines.append(
-        f"\nMeans of seeds {seeds} (each in brackets). {result['cpu']}, {result['threads']} thread, shared with other "
-        f"work, {cpu} CPU-seconds in all, commit {result['commit'][:12]}: `{result['command']}`\n"
+        f"\nMeans of seeds {seeds} (each in brackets; an empty cell is not measured). {result['cpu']}, "
+        f"{result['threads']} thread, shared with other work, commit {result['commit'][:12]}: `{result['command']}`\n"
     )
     return "\n".join(lines)
 
