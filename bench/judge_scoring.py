@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="width of the model; it has four layers")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     torch.set_num_threads(1)
     files = [options.data / f"RLMadison{part}.json" for part in ("Instructions", "FewShotPrompts")]
     constitution = Constitution.load(*files)
@@ -126,7 +127,6 @@ def main() -> None:
             )
         for row in them.values():
             row["times_shared"] = round(row["cpu_seconds_per_pair"] / them["shared"]["cpu_seconds_per_pair"], 2)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     result = {
         "command": " ".join(["python", "bench/judge_scoring.py", *sys.argv[1:]]).replace(str(options.data), "DIR"),
         "commit": commit.stdout.strip(), "machine": {"cpu": cpu_name(), "python": platform.python_version(),

@@ -231,7 +231,7 @@ def quickstart(results: list[dict]) -> str:
 def judge_scoring(result: dict) -> str:
     """What all principles in both orders cost a local judge, one way a line."""
     layouts = result["layouts"]
-    heads = [f"{layout}: tokens | CPU s | of shared" for layout in layouts]
+    heads = [f"{layout}: tokens | CPU s | over shared" for layout in layouts]
     lines = [f"| a pair, both orders, {result['principles']} principles | {' | '.join(heads)} |"]
     lines.append("|" + " --- |" * (1 + 3 * len(layouts)))
     for name in next(iter(layouts.values())):
@@ -245,8 +245,14 @@ def judge_scoring(result: dict) -> str:
             ]
         lines.append(f"| {' | '.join(cells)} |")
     differences = ", ".join(f"{them['shared']['largest_difference_to_naive']:.1e}" for them in layouts.values())
+    price = ", ".join(
+        f"{them['shared']['cpu_seconds_per_pair'] / them['one judgement']['cpu_seconds_per_pair']:.1f} in {layout}"
+        for layout, them in layouts.items()
+    )
     return "\n".join([
         *lines,
+        f"\nEvery principle in both orders, shared, costs so many times one naive judgement: {price}. Time falls less "
+        "than tokens, for every question still attends to all that it shares.",
         f"\nLargest difference of a log-probability between shared and naive: {differences}. {result['model']}, "
         f"{result['few_shots']} few-shots, batches of {result['pairs']} pairs of Anthropic's evaluation set; "
         f"{result['machine']['cpu']}, one thread, commit {result['commit']}: `{result['command']}`\n",
