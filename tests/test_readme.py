@@ -58,8 +58,9 @@ def test_commands_and_targets_exist():
 def test_files_it_names_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:rlhf_fast|csrc|tests|docs|bench|examples)/[\w./-]+)`", text)
-    paths += re.findall(r"\]\((?!http)([^)]+)\)", text)
     assert not [path for path in paths if not (ROOT / path).exists()]
+    links = re.findall(r"\]\((?!http)([^)#]+)", text)  # from where the document lies
+    assert not [path for path in links if not (ROOT / document).parent.joinpath(path).exists()]
 
 
 def test_flags_it_types_are_keys_of_the_command():
