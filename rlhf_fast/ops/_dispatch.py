@@ -239,6 +239,11 @@ def use_backend(name: str):
         _forced = before
 
 
+def is_forced() -> bool:
+    """Whether use_backend is in force."""
+    return _forced is not None
+
+
 def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     """{op: {device: {"backend": what runs, "why": why no better one does}}} for "cpu" and "cuda"."""
     table = {}

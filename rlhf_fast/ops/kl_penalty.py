@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, may_consume, native
+from ._dispatch import DTYPE_CODES, Op, is_forced, may_consume, native
 from ._inputs import accumulation_dtype, as_rows, check, estimator_code, wants_gradient
 
 
@@ -71,7 +71,8 @@ def kl_penalty(
     """
     check("kl_penalty", None, None, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
     code = estimator_code("kl_penalty", estimator)
-    if code == 0 and input_clamp is None and output_clamp is None and _are_accumulators(logprobs, ref_logprobs):
+    one_subtraction = code == 0 and input_clamp is None and output_clamp is None
+    if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):
         return logprobs - ref_logprobs  # a kernel of ours has nothing to fuse
     if _op.backend(logprobs) == "reference":
         return reference.kl_penalty(
