@@ -111,3 +111,16 @@ def test_an_unknown_op_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["softmax"])
     assert "softmax" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_be_imported_fails_in_its_own_name():
+    def load():
+        raise ImportError("built for another Triton")
+
+    table = {}
+    baselines.add_peer(table, "absent", "no_such_module", load)
+    baselines.add_peer(table, "there", "json", lambda: len)
+    baselines.add_peer(table, "broken", "json", load)
+    assert table.keys() == {"there", "broken"} and table["there"]("ab") == 2
+    with pytest.raises(ImportError, match="another Triton"):
+        table["broken"](1)

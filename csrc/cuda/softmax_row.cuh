@@ -12,6 +12,7 @@
 namespace rlhf::cuda {
 
 constexpr int kUnroll = 4;  // packs of 16 bytes that a thread keeps in flight: 64 KiB an SM at 1024 threads
+constexpr int kGroup = 2;   // packs that a thread adds to its state at a time, whatever the alignment of the row
 
 struct Rows {  // ops.h: row i starts at (i / inner) * outer_stride + (i % inner) * inner_stride
   int64_t inner, outer_stride, inner_stride;
@@ -102,37 +103,42 @@ __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t
                                                                   int vocab, accumulator_t<scalar_t> scale, Keep keep) {
   using acc_t = accumulator_t<scalar_t>;
   constexpr int kSize = Pack<scalar_t>::kSize;
+  constexpr int kLoaded = kWords < 0 ? kUnroll : kGroup;  // twice the loads a pack: 64 registers hold no more
   SoftmaxState<acc_t> state = SoftmaxState<acc_t>::empty();
   const int whole = row.whole(vocab);
-  for (int base = 0; base * kSize < vocab; base += kUnroll * kThreads) {
-    acc_t values[kUnroll * kSize];
+  for (int base = 0; base * kSize < vocab; base += kLoaded * kThreads) {
     const int first = base + threadIdx.x;
-    if (base + kUnroll * kThreads <= whole) {
-      Pack<scalar_t> packs[kUnroll];
+    acc_t values[kGroup * kSize];
+    if (base + kLoaded * kThreads <= whole) {
+      Pack<scalar_t> packs[kLoaded];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) packs[u] = row[first + u * kThreads];
+      for (int u = 0; u < kLoaded; ++u) packs[u] = row[first + u * kThreads];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kLoaded; ++u) {
         keep(first + u * kThreads, packs[u]);
-        unpack(packs[u], values + u * kSize);
+        unpack(packs[u], values + u % kGroup * kSize);
+        if (u % kGroup == kGroup - 1) state.template add<kEntropy>(values, scale);
       }
     } else {
+#pragma unroll 1
+      for (int u = 0; u < kLoaded; u += kGroup) {
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int pack = first + u * kThreads;
-        if (pack < whole) {
-          const Pack<scalar_t> bytes = row[pack];
-          keep(pack, bytes);
-          unpack(bytes, values + u * kSize);
-        } else {
+        for (int v = 0; v < kGroup; ++v) {
+          const int pack = first + (u + v) * kThreads;
+          if (pack < whole) {
+            const Pack<scalar_t> bytes = row[pack];
+            keep(pack, bytes);
+            unpack(bytes, values + v * kSize);
+          } else {
 #pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            values[u * kSize + i] = pack * kSize + i < vocab ? to_acc(x[pack * kSize + i]) : -INFINITY;
+            for (int i = 0; i < kSize; ++i) {
+              values[v * kSize + i] = pack * kSize + i < vocab ? to_acc(x[pack * kSize + i]) : -INFINITY;
+            }
           }
         }
+        state.template add<kEntropy>(values, scale);
       }
     }
-    state.template add<kEntropy>(values, scale);
   }
   return state;
 }

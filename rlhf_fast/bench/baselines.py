@@ -19,6 +19,20 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def add_peer(table: dict[str, Callable], name: str, module: str, load: Callable[[], Callable]) -> None:
+    """Adds what load() imports, where the module is installed. One that cannot be imported fails when it is called."""
+    if not find_spec(module):
+        return
+    try:
+        table[name] = load()
+    except Exception as error:
+
+        def broken(*inputs, error=error):
+            raise error
+
+        table[name] = broken
+
+
 def log_softmax_gather(logits, labels):
     return logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
@@ -39,29 +53,40 @@ def token_logprobs(device: torch.device) -> dict[str, Callable]:
         "compile log_softmax": compiled(log_softmax_gather),
         "compile cross_entropy": compiled(negative_cross_entropy),
     }
-    if find_spec("trl"):
+
+    def trl():
         from trl.trainer.utils import selective_log_softmax
 
-        table["TRL"] = selective_log_softmax
-    if device.type == "cuda" and find_spec("liger_kernel"):
+        return selective_log_softmax
+
+    def liger():
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         # Liger writes the gradient over the logits in its forward: it gets a copy, as a caller who needs them gives it.
-        table["Liger cross_entropy"] = lambda x, y: -liger_cross_entropy(x.clone(), y, reduction="none")
-    if device.type == "cuda" and find_spec("quack"):
+        return lambda x, y: -liger_cross_entropy(x.clone(), y, reduction="none")
+
+    def quack():
         from quack.cross_entropy import cross_entropy
 
-        table["quack cross_entropy"] = lambda x, y: -cross_entropy(x, y, reduction="none")
+        return lambda x, y: -cross_entropy(x, y, reduction="none")
+
+    add_peer(table, "TRL", "trl", trl)
+    if device.type == "cuda":
+        add_peer(table, "Liger cross_entropy", "liger_kernel", liger)
+        add_peer(table, "quack cross_entropy", "quack", quack)
     return table
 
 
 def token_logprobs_and_entropy(device: torch.device) -> dict[str, Callable]:
     """(logits, labels) -> log-probabilities and entropies."""
     table = {"eager": log_softmax_gather_and_entropy, "compile": compiled(log_softmax_gather_and_entropy)}
-    if find_spec("trl"):
+
+    def trl():
         from trl.trainer.utils import selective_log_softmax_and_entropy
 
-        table["TRL"] = selective_log_softmax_and_entropy
+        return selective_log_softmax_and_entropy
+
+    add_peer(table, "TRL", "trl", trl)
     return table
 
 
@@ -72,18 +97,26 @@ def matmul_cross_entropy(hidden, weight, labels):
 def linear_cross_entropy(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels) -> mean loss."""
     table = {"eager": matmul_cross_entropy, "compile": compiled(matmul_cross_entropy)}
-    if device.type == "cuda" and find_spec("liger_kernel"):
+
+    def liger():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        table["Liger"] = liger_fused_linear_cross_entropy
-    if device.type == "cuda" and find_spec("quack"):
+        return liger_fused_linear_cross_entropy
+
+    def quack():
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-        table["quack"] = chunked_linear_cross_entropy
-    if device.type == "cuda" and find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+        return chunked_linear_cross_entropy
 
-        table["cut-cross-entropy"] = cut_cross_entropy
+    def cce():
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy
+
+    if device.type == "cuda":
+        add_peer(table, "Liger", "liger_kernel", liger)
+        add_peer(table, "quack", "quack", quack)
+        add_peer(table, "cut-cross-entropy", "cut_cross_entropy", cce)
     return table
 
 
@@ -94,7 +127,32 @@ def matmul_ppo_loss(hidden, weight, labels, old_logprobs, advantages, mask):
 
 def linear_ppo_loss(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels, old_logprobs, advantages, mask) -> loss and statistics."""
-    return {"eager": matmul_ppo_loss, "compile": compiled(matmul_ppo_loss)}
+    table = {"eager": matmul_ppo_loss, "compile": compiled(matmul_ppo_loss)}
+
+    def liger():  # one advantage a sequence, no statistics but the share of clipped tokens
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+        return lambda x, w, y, old, a, m: loss(x, w, y, m, a[:, 0], old_per_token_logps=old)[0]
+
+    if device.type == "cuda":
+        add_peer(table, "Liger GRPO", "liger_kernel", liger)
+    return table
+
+
+def ppo_from_logits(device: torch.device) -> dict[str, Callable]:
+    """(logits (1, N + 1, V), labels, old_logprobs, advantages, mask, each (1, N)) -> loss, its gradient in place."""
+
+    def liger():
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+        options = dict(temperature=1.0, beta=0.0, eps_high=0.2, inplace=True, reduce=True)
+        return lambda x, y, old, a, m: triton_grpo_loss(x, old, None, y, a[:, 0], m, **options)[0]
+
+    table: dict[str, Callable] = {}
+    if device.type == "cuda":
+        add_peer(table, "Liger GRPO in place", "liger_kernel", liger)
+    return table
 
 
 def matmul_token_logprobs(hidden, weight, labels):

@@ -207,7 +207,12 @@ def _ppo_from_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.d
             )
             torch.autograd.grad(loss, eager_logits)
 
-        return {
+        peers = {}
+        for name, function in baselines.ppo_from_logits(device).items():
+            longer = torch.cat([logits, logits[:1]])[None].requires_grad_()  # they drop the last position themselves
+            inputs = longer, labels[None], old, advantages, mask
+            peers |= bind({name: function}, inputs, (longer,), BOTH)
+        return peers | {
             OURS: lambda: known_gradient(logits, labels, None, 1.0, weights, tokens),
             "rlhf_fast in two kernels": in_two_kernels,
             "eager": eager,
