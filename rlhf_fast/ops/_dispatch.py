@@ -156,10 +156,9 @@ class Op:
         return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
 
 
-# What route says of a call (csrc/tensor.h). Without the native module, or with one built before there was a route (an
-# editable install that waits for its rebuild), all go through torch.library.
+# What route says of a call (csrc/tensor.h). Without the native module all go through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
-_route = getattr(_C, "route", lambda arguments: _LIBRARY_OP)
+_route = (lambda arguments: _LIBRARY_OP) if _C is None else _C.route
 
 
 def plain(arguments: tuple) -> bool:

@@ -13,7 +13,7 @@ from torch.utils import _pytree
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, plain
 
-_alike = getattr(_C, "alike", lambda ndim, mask, tensors: False)
+_alike = (lambda ndim, mask, tensors: False) if _C is None else _C.alike
 
 
 def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Tensor | None]) -> None:

@@ -44,7 +44,7 @@ def _backward_cpu(grad_means, counts, mask, whole):
     return grad
 
 
-def _backward_torch(grad_means, counts, mask, whole):
+def _backward_cuda(grad_means, counts, mask, whole):
     return _share(grad_means, counts, mask.shape, whole).masked_fill(~mask, 0.0)
 
 
@@ -56,10 +56,7 @@ def _share(grad_means: Tensor, counts: Tensor, shape: torch.Size, whole: bool) -
 
 _backward = Op(
     "masked_mean_backward(Tensor grad_means, Tensor counts, Tensor mask, bool whole) -> Tensor",
-    kernels={
-        ("cpu", "native"): _backward_cpu if hasattr(_C, "masked_mean_backward") else _backward_torch,
-        ("cuda", "native"): _backward_torch,
-    },
+    kernels={("cpu", "native"): _backward_cpu, ("cuda", "native"): _backward_cuda},
     fake=lambda grad_means, counts, mask, whole: counts.new_empty(mask.shape),
 )
 
