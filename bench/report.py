@@ -222,7 +222,7 @@ def quickstart(results: list[dict]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     about = results[0]
     lines.append(
-        f"\n{about['machine']}, {about['provenance']['threads']} threads, torch {about['provenance']['torch']}, "
+        f"\n{about['machine']}, torch {about['provenance']['torch']}, "
         f"commit {about['provenance']['commit'][:12]}: `{about['command']}`\n"
     )
     return "\n".join(lines)

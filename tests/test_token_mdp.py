@@ -275,9 +275,9 @@ def optimized(cliprange, start, policies=100, steps=60):
 def test_without_the_clip_one_batch_is_believed_too_much():
     """A good policy, and sixty steps on 16 noisy scores, two hundred times. The clip takes the gradient away where a
     ratio leaves 0.8 to 1.2: the policy stays near the one that was sampled, gains a little each time and never loses
-    much. Without it the policy runs to the luckiest answers. In a few small steps the two are alike. (From a policy that
-    has learned nothing the unclipped steps gain more on average, at fifteen times the KL: the clip protects what is
-    there, it does not always gain more.)"""
+    much. Without it the policy runs to the luckiest answers. In a few small steps the two are alike. (From a policy
+    that has learned nothing the unclipped steps gain more on average, at fifteen times the KL: the clip protects what
+    is there, it does not always gain more.)"""
     start = logits_of(closed_form(beta=1.0))
     torch.testing.assert_close(probabilities(start), closed_form(beta=1.0))
     (gain, kl, ratio), (free_gain, free_kl, free_ratio) = (optimized(clip, start, 200) for clip in (0.2, 1e9))
