@@ -178,10 +178,13 @@ int known_gradient(void* logits, int dtype, int64_t rows, int64_t vocab, int64_t
                            kl_estimator};
     Room room;
     if (const int error = find_room(vocab * sizeof(scalar_t), &room)) return error;
-    if constexpr (sizeof(scalar_t) < 8) {  // one block a multiprocessor takes 1024 threads to keep as much in flight
-      if (!room.two_blocks) return start<scalar_t, 1024>(in, loss, rows, room.held, logprobs, entropy, stream);
+    if constexpr (sizeof(scalar_t) == 8) {  // for gradcheck: 512 threads would leave too few registers
+      return start<scalar_t, 256>(in, loss, rows, room.held, logprobs, entropy, stream);
+    } else if (room.two_blocks) {
+      return start<scalar_t, 512>(in, loss, rows, room.held, logprobs, entropy, stream);
+    } else {  // one block a multiprocessor takes 1024 threads to keep as much in flight
+      return start<scalar_t, 1024>(in, loss, rows, room.held, logprobs, entropy, stream);
     }
-    return start<scalar_t, 512>(in, loss, rows, room.held, logprobs, entropy, stream);
   });
 }
 
