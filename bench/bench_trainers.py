@@ -102,7 +102,8 @@ def run_trl(folder: Path, options: dict, seed: int) -> tuple:
         per_device_train_batch_size=options["batch"], learning_rate=options["learning_rate"],
         max_length=options["max_length"], lr_scheduler_type="linear", use_cpu=True, bf16=False, report_to=[],
         save_strategy="no", logging_steps=10, disable_tqdm=True, dataloader_pin_memory=False,
-        **({"completion_only_loss": True} if sft else {}),  # TRL sees no prompts in token ids, and would learn all
+        # TRL sees no prompts in token ids, and would learn all; of pairs it would drop the lengths to group by.
+        **({"completion_only_loss": True} if sft else {"remove_unused_columns": False}),
         **VARIANTS[options["who"]],
     )  # fmt: skip
     trainer = (trl.SFTTrainer if sft else trl.RewardTrainer)(
