@@ -128,7 +128,8 @@ def rebuild(emulated: Emulated, folder: Path, op: str, edits: dict[str, str]) ->
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(edits.get(source.name, source.read_text()))
     compile_source(folder / "csrc" / "cuda" / f"{op}.cu", folder / f"{op}.o")
-    objects = [folder / o.name if o.stem == op else o for o in emulated.objects]
+    # First, because of templates that several objects hold the linker takes the first one's.
+    objects = [folder / f"{op}.o", *(o for o in emulated.objects if o.stem != op)]
     return Emulated(objects, folder / "emulated.so")
 
 
