@@ -9,15 +9,16 @@
 
     python bench/cai_experiments.py --seeds 0 1 2 --work /tmp/cai-experiments
 
-Each arm leaves its runs below --work and a line in bench/results/cai.json; a second call does only what is missing.
-What counts as a success is written down in MARGINS and was before the first run.
+An arm goes over all seeds before the next begins, and bench/results/cai.json is written after each: where a run is
+stopped, what is done stands there, and a second call does only what is missing. What counts as a success is written
+down in MARGINS and was before the first run.
 """
 
 import argparse
 import json
 import random
-import resource
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from rlhf_fast.bench.harness import provenance
 from rlhf_fast.jobs import quiet
 from rlhf_fast.judges import Constitution, Principle, RuleCheck, RuleJudge
+from rlhf_fast.judges.stages import write_atomic
 from rlhf_fast.models import load_policy, load_tokenizer
 from rlhf_fast.quickstart import rules, task
 from rlhf_fast.quickstart.pipeline import CONSTITUTION, MAX_NEW_TOKENS, Quickstart, Sizes
@@ -36,9 +38,9 @@ from rlhf_fast.trainers.constitutional import label, revise
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 
 RESULT = Path(__file__).parent / "results" / "cai.json"
-SIZES = Sizes(  # about a third of the quickstart's, for three constitutions of three seeds
-    layers=2, demonstrations=5_000, criticisms=4_000, judged_pairs=2_500, held_out_pairs=400, ppo_iterations=8,
-    held_out_prompts=400,
+SIZES = Sizes(  # about half of the quickstart's, for three constitutions of three seeds
+    layers=2, demonstrations=5_000, criticisms=4_000, judged_pairs=5_000, held_out_pairs=400, ppo_iterations=12,
+    held_out_prompts=1_500,  # two means of violations then differ by chance by 0.016, one standard error, or less
 )  # fmt: skip
 WRITTEN_PAIRS = {"train": 1_500, "held_out": 1_000}  # for the reward models
 MARGINS = {
@@ -125,7 +127,9 @@ class Arm(Quickstart):
         done = {stage["name"] for stage in self.summary["stages"]}
         for name, stage in stages.items():
             if name not in done:
+                cpu = time.process_time()
                 result = {"name": name, **stage(self.root / name)}
+                result["cpu_seconds"] = round(time.process_time() - cpu, 1)
                 self.summary["stages"].append(result)
                 self._write(result)
         return {stage["name"]: stage for stage in self.summary["stages"]}
@@ -213,43 +217,33 @@ def label_arms(root: Path, sft: Path, seed: int) -> dict:
     return {name: reward_model(root / f"rm-{name}", sft, rows, held_out, seed) for name, rows in sets.items()}
 
 
-def one_seed(root: Path, seed: int) -> dict:
+def run_arm(root: Path, seed: int, name: str) -> dict:
+    """One constitution through both phases."""
     sft = train_sft(root, seed)
-    held_out = task.prompts(seed, SIZES.held_out_prompts, held_out=True)
-    result = {"seed": seed, "sft": look(str(sft), held_out, seed), "arms": {}}
-    for name, constitution in ARMS.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        stages = Arm(root / name, seed, constitution, sft).run()
-        result["arms"][name] = arm_result(stages)
-        print(seed, name, json.dumps(result["arms"][name]["phase 2"]), flush=True)
-    result["reward_models"] = label_arms(root, sft, seed)
-    print(seed, json.dumps(result["reward_models"]), flush=True)
-    return result
-
-
-def arm_result(stages: dict[str, dict]) -> dict:
+    (root / name).mkdir(exist_ok=True)
+    stages = Arm(root / name, seed, ARMS[name], sft).run()
     shown = ("violations", "pass_rate", "kept", "thanks")
     return {
         "phase 1": {k: stages["cai-sft"][k] for k in shown},
         "phase 2": {k: stages["cai-ppo"][k] for k in (*shown, "kl")},
         "rm_accuracy": stages["cai-rm"]["rm_accuracy"],
         "counts": {stage: stages[stage]["counts"] for stage in ("cai-revise", "cai-label")},
+        "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in stages.values())),
     }
 
 
-def collect(root: Path, seed: int) -> dict:
-    """What of `one_seed` is done, where it was stopped: whole arms and reward models only."""
-    held_out = task.prompts(seed, SIZES.held_out_prompts, held_out=True)
-    result = {"seed": seed, "sft": look(str(root / "sft"), held_out, seed), "arms": {}, "reward_models": {}}
-    for name in ARMS:
-        path = root / name / "summary.json"
-        stages = {s["name"]: s for s in json.loads(path.read_text())["stages"]} if path.exists() else {}
-        if "cai-ppo" in stages:
-            result["arms"][name] = arm_result(stages)
-    for path in sorted(root.glob("rm-*/config.json")):
-        last = read_jsonl(path.parent / "train_log.jsonl")[-1]
-        figures = {"accuracy": last["eval_accuracy"], "nll": last["eval_loss"]}
-        result["reward_models"][path.parent.name.removeprefix("rm-")] = figures
+def run_seed(root: Path, seed: int, part: str, result: dict) -> dict:
+    """The result of a seed with one part more: an arm, or the reward models."""
+    root.mkdir(parents=True, exist_ok=True)
+    if "sft" not in result:
+        held_out = task.prompts(seed, SIZES.held_out_prompts, held_out=True)
+        result |= {"seed": seed, "sft": look(str(train_sft(root, seed)), held_out, seed), "arms": {}}
+        result["reward_models"] = {}
+    if part in ARMS:
+        result["arms"][part] = result["arms"].get(part) or run_arm(root, seed, part)
+    else:
+        result["reward_models"] = result["reward_models"] or label_arms(root, train_sft(root, seed), seed)
+    write_atomic(root / "result.json", json.dumps(result, ensure_ascii=False))
     return result
 
 
@@ -299,32 +293,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, required=True, help="where the runs go; a second call goes on there")
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--collect", action="store_true", help="run nothing: write what is done of the seeds")
     options = parser.parse_args()
     quiet()
-    runs = []
-    for seed in options.seeds:
-        done = options.work / f"seed{seed}" / "result.json"
-        if options.collect and not done.exists():
-            runs.append(collect(done.parent, seed))
-            continue
-        if not done.exists():
-            done.parent.mkdir(parents=True, exist_ok=True)
-            before = resource.getrusage(resource.RUSAGE_SELF)
-            result = one_seed(done.parent, seed)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            result["cpu_seconds"] = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-            done.write_text(json.dumps(result, ensure_ascii=False))
-        runs.append(json.loads(done.read_text()))
-    write(options, runs)
+    files = {seed: options.work / f"seed{seed}" / "result.json" for seed in options.seeds}
+    runs = {seed: json.loads(file.read_text()) if file.exists() else {} for seed, file in files.items()}
+    for part in ("reward models", *ARMS):
+        for seed, file in files.items():
+            print(f"seed {seed}: {part}", flush=True)
+            runs[seed] = run_seed(file.parent, seed, part, runs[seed])
+            write(options, [run for run in runs.values() if run])
 
 
 def write(options, runs: list[dict]) -> None:
     command = f"python bench/cai_experiments.py --seeds {' '.join(map(str, options.seeds))} --work DIR"
     about = {**provenance(torch.device("cpu"), []), "command": command, "sizes": vars(SIZES)}
     about |= {"margins": MARGINS, "held": verdicts(runs), "runs": runs}
-    options.output.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps(about["held"], indent=1))
+    write_atomic(options.output, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(about["held"]), flush=True)
 
 
 if __name__ == "__main__":
