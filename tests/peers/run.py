@@ -96,6 +96,8 @@ def main() -> int:
             failed = True
             continue
         runs = [(f"compat beside {name}", [HERE / f"compare_{name.split('-')[0]}.py"])]
+        if name == "trl-1.16.0":
+            runs.append(("SFT and reward model beside trl-1.16.0", [HERE / "compare_trl_trainers.py"]))
         if name == "trl-1.12.0":
             runs.append(("one PPO update beside trl-1.12.0", [HERE / "compare_trl_ppo.py"]))
         if name.startswith("verl"):
