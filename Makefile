@@ -10,8 +10,9 @@ SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find c
 quickstart: $(VENV)/.report
 	$(BIN)/rlhf-fast quickstart
 
+# A worker for each core, so one thread for each worker: two would wait for each other.
 test: lint
-	$(BIN)/python -m pytest -n auto tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
