@@ -276,7 +276,8 @@ def validate(files: list[str], allow_code: bool) -> str:
     )
     return "\n".join([
         f"{constitution.name}: {len(constitution.principles)} principles; few-shots: {shots}", *lines,
-        f"layouts: compare {constitution.compare_layout}, critique {constitution.critique_layout}",
+        f"layouts: compare {constitution.compare_layout}, critique {constitution.critique_layout}; words around a "
+        f"question: {constitution.language}",
         f"sha256 {constitution.sha256}",
     ])  # fmt: skip
 

@@ -2,6 +2,7 @@
 
     format: rlhf_fast/constitution@1
     name: my-constitution
+    language: en | ja                # of the words around what a judge is asked
     layout: {compare: anthropic | principle_last | chat, critique: anthropic | chat}
     principles:
       - id: no-crime                 # stable, unique, [a-z0-9-]+
@@ -42,7 +43,7 @@ from pathlib import Path
 
 import yaml
 
-from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, Turn
+from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, WORDS, Turn
 from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, text_field, weight_field
 from .released import FORMAT, compare_shots, critique_shots, export_released, parse_released
 from .rules import RULES
@@ -54,6 +55,7 @@ SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitu
 class Constitution:
     name: str
     principles: tuple[Principle, ...]
+    language: str = "en"  # of layouts.WORDS
     compare_layout: str = "anthropic"
     critique_layout: str = "chat"
     critique_few_shots: tuple[tuple[Turn, ...], ...] = ()  # transcripts that end with a revision
@@ -116,8 +118,8 @@ def _read(path: Path):
 
 # --- this package's format ---
 
-_TOP = {"format", "name", "version", "layout", "principles", "few_shot"}
-_TOP_TYPES = {"name": str, "layout": dict, "few_shot": dict, "principles": list}
+_TOP = {"format", "name", "version", "language", "layout", "principles", "few_shot"}
+_TOP_TYPES = {"name": str, "language": str, "layout": dict, "few_shot": dict, "principles": list}
 _TEXTS = ("critique", "revise", "compare")
 _PRINCIPLE = {"id": str, "weight": float, "hard": bool, "tags": list, **dict.fromkeys(_TEXTS, str), "check": dict}
 
@@ -137,15 +139,19 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dic
     _known(few_shot, {"critique", "compare"}, f"{path}: field 'few_shot':")
     parts = {
         "name": content.get("name", path.stem),
+        "language": content.get("language", "en"),
         "compare_layout": layout.get("compare", "anthropic"),
         "critique_layout": layout.get("critique", "chat"),
         "principles": before
         + [_parse_principle(p, i, path, allow_code) for i, p in enumerate(content.get("principles") or [])],
     }
-    for name, layouts in (("compare", COMPARE_LAYOUTS), ("critique", CRITIQUE_LAYOUTS)):
-        if parts[f"{name}_layout"] not in layouts:
-            got = parts[f"{name}_layout"]
-            raise ConstitutionError(f"{path}: field 'layout.{name}': got {got!r}, needs one of {', '.join(layouts)}")
+    for name, key, known in (
+        ("language", "language", WORDS),
+        ("layout.compare", "compare_layout", COMPARE_LAYOUTS),
+        ("layout.critique", "critique_layout", CRITIQUE_LAYOUTS),
+    ):
+        if parts[key] not in known:
+            raise ConstitutionError(f"{path}: field {name!r}: got {parts[key]!r}, needs one of {', '.join(known)}")
     for name, parse in (("critique", critique_shots), ("compare", compare_shots)):
         if isinstance(shots := few_shot.get(name), list):
             parts[f"{name}_few_shots"] = parse(shots, path)

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 from ..data.chat import ConfigError
 from .constitution import Constitution
-from .layouts import COMPARE_LABELS, THINK, text_prompt
-from .ledger import Answer, Tries
+from .layouts import COMPARE_LABELS, WORDS, Words, text_prompt
+from .ledger import Answer, Call, Ledger, Tries
 from .model_judge import ModelJudge
 from .server import Server, Unreadable
 
@@ -37,7 +37,16 @@ class HTTPBackend:
     """Scores labels, or has them chosen, through a server."""
 
     def __init__(
-        self, server: Server, layout: str, *, mode: str, votes: int, vote_tokens: int, top_k: int, max_slack: float
+        self,
+        server: Server,
+        layout: str,
+        words: Words,
+        *,
+        mode: str,
+        votes: int,
+        vote_tokens: int,
+        top_k: int,
+        max_slack: float,
     ):
         if mode not in ("auto", *MODES):
             raise ConfigError(f"HTTPJudge: mode = {mode!r}, needs auto or one of {', '.join(MODES)}")
@@ -45,8 +54,10 @@ class HTTPBackend:
             raise ConfigError(
                 f"HTTPJudge: votes = {votes} goes with mode: votes only, which samples each question so often"
             )
-        self.server, self.layout, self.votes, self.vote_tokens = server, layout, votes, vote_tokens
+        self.server, self.layout, self.words = server, layout, words
+        self.votes, self.vote_tokens = votes, vote_tokens
         self.top_k, self.max_slack = top_k, max_slack
+        self._calls: list[Call] = []  # of the probe, until there is a ledger for them
         self.mode, self.found = self._probe(mode)
 
     def _probe(self, mode: str) -> tuple[str, dict[str, str]]:
@@ -58,20 +69,18 @@ class HTTPBackend:
         for name in wanted:
             self.mode = name
             labels = list(COMPARE_LABELS)
-            request = {"prompt": self.prompt(self.layout, [], question, labels, None), "labels": labels}
-            try:
-                answer = self.server.ask_once(request, self._send, self._read)
-                if answer.status == "ok" or name == "votes":
-                    return name, {**found, name: "yes"}
-                found[name] = f"{answer.status}: {answer.reason}"
-            except Unreadable as error:
-                found[name] = str(error)
-            except self.server.openai.APIStatusError as error:
-                if error.status_code in (401, 429) or error.status_code >= 500:
-                    raise ConfigError(f"{self.server.base_url}: HTTP {error.status_code}: {error.message}") from None
-                found[name] = f"HTTP {error.status_code}: {error.message}"
-            except self.server.openai.APIError as error:
-                raise ConfigError(f"{self.server.base_url} cannot be reached: {error}") from None
+            prompt = self.prompt(self.layout, [], question, labels, None)
+            request = {"prompt": prompt, "labels": labels, "about": f"probe/{name}"}
+            call = self.server.ask_once(request, self._send, self._read)
+            self._calls.append(call)
+            answer, code = call.answer, call.about.get("http_status")
+            if answer.status == "ok" or (name == "votes" and code == 200 and answer.status != "failed"):
+                return name, {**found, name: "yes"}
+            if code is None:
+                raise ConfigError(f"{self.server.base_url} cannot be reached: {answer.reason}")
+            if code in (401, 429) or code >= 500:
+                raise ConfigError(f"{self.server.base_url}: {answer.reason}")
+            found[name] = answer.reason
         if mode == "votes":
             raise ConfigError(f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}")
         told = "; ".join(f"{name}: {reason}" for name, reason in found.items())
@@ -79,6 +88,12 @@ class HTTPBackend:
             f"{self.server.base_url} gives no log-probabilities for {self.server.model!r} ({told}). With mode: votes "
             "and votes: 8, say, labels are counted from samples: coarser, and that many calls a question"
         )
+
+    def note_probe(self, ledger: Ledger) -> None:
+        """The calls of the probe go into the first ledger that the judge works with."""
+        if ledger.directory:
+            calls, self._calls = self._calls, []
+            ledger.note(self, calls)
 
     def describe(self) -> dict:
         counted = {"votes": self.votes, "vote_tokens": self.vote_tokens} if self.votes else {}
@@ -94,26 +109,23 @@ class HTTPBackend:
         return ()  # the server's tokenizer is not known; `defuse` knows the common ones
 
     def prompt(self, layout: str, shots, question: str, labels, rationale: str | None):
+        """Text for /completions, messages for the others, which are told to answer with the letter alone."""
         if self.mode in ("echo", "top_k"):
             # Where only the first token is seen, it must be the one that differs.
             begun = " (" if self.mode == "top_k" and all(label.startswith(" (") for label in labels) else ""
-            return text_prompt(None, shots, question, rationale) + begun
-        a, b = map(_bare, labels)
+            return text_prompt(None, shots, question, rationale, words=self.words) + begun
+        only = self.words.only.format(*map(_bare, labels))
         messages = []
         for asked, label in shots:
-            messages += [_user(f"{asked.strip()}\n\n{_only(a, b)}"), {"role": "assistant", "content": _bare(label)}]
+            messages += [_user(f"{asked.strip()}\n\n{only}"), {"role": "assistant", "content": _bare(label)}]
         if rationale is None:
-            return [*messages, _user(f"{question.strip()}\n\n{_only(a, b)}")]
-        return [
-            _user(f"{question.strip()}\n\n{THINK}"),
-            {"role": "assistant", "content": rationale},
-            _user(_only(a, b)),
-        ]
+            return [*messages, _user(f"{question.strip()}\n\n{only}")]
+        return [*self.ask_for_rationale(layout, question), {"role": "assistant", "content": rationale}, _user(only)]
 
     def ask_for_rationale(self, layout: str, question: str):
         if self.mode in ("echo", "top_k"):
-            return text_prompt(None, [], question, asking=True)
-        return [_user(f"{question.strip()}\n\n{THINK}")]
+            return text_prompt(None, [], question, asking=True, words=self.words)
+        return [_user(f"{question.strip()}\n\n{self.words.think}")]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         self.server.call_all(requests, tries, self._send, self._read)
@@ -134,7 +146,7 @@ class HTTPBackend:
                                          "top_logprobs": min(self.top_k, 20)}  # fmt: skip
         if self.mode == "systemone":
             criteria = {_bare(label): label.strip() for label in request["labels"]}
-            question = {"type": "choice", "instructions": "Choose the answer.", "criteria": criteria}
+            question = {"type": "choice", "instructions": self.words.choose, "criteria": criteria}
             state = "\n\n".join(m["content"] for m in prompt)
             return "/systemone", {"state": state, "questions": {"answer": question}}
         return "/chat/completions", {"messages": prompt, "max_tokens": self.vote_tokens, "temperature": 1.0,
@@ -165,12 +177,17 @@ class HTTPJudge(ModelJudge):
         top_k: int = 20, max_slack: float = 0.05, min_label_mass: float = 0.1, cot_tokens: int = 0, seed: int = 0,
     ):  # fmt: skip
         backend = HTTPBackend(
-            server, constitution.compare_layout, mode=mode, votes=votes, vote_tokens=vote_tokens, top_k=top_k,
-            max_slack=max_slack,
+            server, constitution.compare_layout, WORDS[constitution.language], mode=mode, votes=votes,
+            vote_tokens=vote_tokens, top_k=top_k, max_slack=max_slack,
         )  # fmt: skip
         super().__init__(
             backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, votes=votes, seed=seed
         )
+
+    def _answers(self, questions, shots, labels, cot_tokens: int, ledger: Ledger | None) -> list[Answer]:
+        if ledger:
+            self.backend.note_probe(ledger)
+        return super()._answers(questions, shots, labels, cot_tokens, ledger)
 
 
 class HTTPGenerator:
@@ -206,10 +223,6 @@ def _user(text: str) -> dict:
 
 def _bare(label: str) -> str:
     return label.strip(" ()")
-
-
-def _only(a: str, b: str) -> str:
-    return f"Answer with {a} or {b} and nothing else."
 
 
 # -- what comes back --

@@ -60,8 +60,9 @@ _COURTESY = re.compile("|".join(_COURTESIES), re.IGNORECASE)
 
 _LEAK = re.compile(
     r"^\s*(?:human|user|assistant|system|critique ?request|critique|revision ?request|revision)\s*:"
+    r"|^\s*(?:人間|ユーザー|アシスタント|システム)\s*[:：]"
     r"|<\|\w+\|>|</?s>|\[/?INST\]|\[\[\[|\]\]\]"
-    r"|\bthe answer is:? ?\([AB]\)"
+    r"|(?:\bthe answer is:?|答えは[:：]?) ?\([AB]\)"
     r"|^\s*(?:here is|here's) (?:the|my|a) (?:revised|rewritten|improved|new) (?:reply|response|answer|version)"
     r"|^\s*以下(?:が|は|に).{0,12}(?:書き直し|修正|改善)",
     re.IGNORECASE | re.MULTILINE,

@@ -1,12 +1,14 @@
 """How questions are put to a model: transcripts, critique and revision requests, comparisons, checks.
 
-A transcript is `"\\n\\nHuman: ...\\n\\nAssistant: ..."`. Between those turns the critique loop adds
-`CritiqueRequest`, `Critique`, `RevisionRequest` and `Revision`. The `anthropic` layouts reproduce, byte for byte, the
-prompts of "Constitutional AI: Harmlessness from AI Feedback" (arXiv 2212.08073, appendices and data files).
+Comparisons and checks are worded in the language of the constitution (`WORDS`). A transcript is
+`"\\n\\nHuman: ...\\n\\nAssistant: ..."`. Between those turns the critique loop adds `CritiqueRequest`, `Critique`,
+`RevisionRequest` and `Revision`. The `anthropic` layouts reproduce, byte for byte, the prompts of "Constitutional AI:
+Harmlessness from AI Feedback" (arXiv 2212.08073, appendices and data files).
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 Turn = tuple[str, str]  # (head, text)
 
@@ -37,12 +39,53 @@ def parse_turns(text: str) -> list[Turn]:
     return turns[:-1] if not turns[-1][1] else turns
 
 
-def turns_of(messages: Sequence[dict]) -> list[Turn]:
-    return [(_HEAD_OF[m["role"]], m["content"]) for m in messages]
+def turns_of(messages: Sequence[dict], heads: dict[str, str] = _HEAD_OF) -> list[Turn]:
+    return [(heads[m["role"]], m["content"]) for m in messages]
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict]:
     return [{"role": _ROLE_OF[head], "content": text} for head, text in turns]
+
+
+# --- the words of a question, in each language ---
+
+
+@dataclass(frozen=True)
+class Words:
+    """What stands around the texts that are judged, in one language."""
+
+    heads: dict[str, str]  # role -> the head of its turns
+    opening: str
+    options: str  # before the replies, behind the principle
+    stem: str  # a label follows
+    think: str  # a rationale follows
+    cot_stem: str  # behind a rationale; a label follows
+    answers: str  # behind the question of a check
+    check_labels: tuple[str, str]  # violation_if "yes", "no"
+    only: str  # to a chat model, of which nothing but the first token is seen
+    choose: str
+
+
+WORDS = {
+    "en": Words(
+        heads=_HEAD_OF, opening="Consider the following conversation between a human and an assistant:",
+        options=" Options:", stem="The answer is:", think="Let's think step by step:", cot_stem="So the answer is:",
+        answers=" Answer yes or no.", check_labels=(" yes", " no"), only="Answer with {} or {} and nothing else.",
+        choose="Choose the answer.",
+    ),
+    "ja": Words(
+        heads={"system": "システム", "user": "人間", "assistant": "アシスタント"},
+        opening="次は、人間とアシスタントの会話です。", options="\n選択肢:", stem="答えは:",
+        think="順を追って考えましょう:", cot_stem="したがって、答えは:",
+        # Letters, for servers show first tokens only, and in most vocabularies いいえ is several.
+        answers="\n (A) はい\n (B) いいえ", check_labels=(" (A)", " (B)"),
+        only="{} か {} だけで答え、ほかには何も書かないでください。", choose="答えを選んでください。",
+    ),
+}  # fmt: skip
+ENGLISH = WORDS["en"]
+
+_ANY_HEAD = "|".join([*_ROLE_OF, *(head for words in WORDS.values() for head in words.heads.values())])
+_TURN = re.compile(rf"\n\n(?:{_ANY_HEAD}):")
 
 
 # --- critique and revision: (few_shots, conversation, turns) -> the prompt for the next turn ---
@@ -66,7 +109,7 @@ def chat_exchange(
 
 def cut_at_head(text: str) -> str:
     """What a base model wrote before it began somebody else's turn."""
-    return _HEAD.split(text, maxsplit=1)[0].strip()
+    return _TURN.split(text, maxsplit=1)[0].strip()
 
 
 # name -> (render, clean): how a prompt is made, and what of the generated text is the answer
@@ -75,60 +118,68 @@ CRITIQUE_LAYOUTS = {"anthropic": (text_exchange, cut_at_head), "chat": (chat_exc
 
 # --- comparisons and checks: one string, to be continued by one of the labels ---
 
-STEM = "\n\nThe answer is:"
-THINK, COT_STEM = "Let's think step by step:", "So the answer is:"
+
 COMPARE_LABELS = (" (A)", " (B)")
-CHECK_LABELS = (" yes", " no")
-_OPENING = "\n\nConsider the following conversation between a human and an assistant:"
 
 
-def compare_question(conversation: Sequence[dict], a: str, b: str, instruction: str) -> str:
+def _conversation(messages: Sequence[dict], words: Words) -> str:
+    return f"\n\n{words.opening}{render_turns(turns_of(messages, words.heads))}"
+
+
+def compare_question(
+    conversation: Sequence[dict], a: str, b: str, instruction: str, words: Words = ENGLISH
+) -> str:  # fmt: skip
     """The released multiple-choice format, without the stem."""
-    return (
-        f"{_OPENING}{render_turns(turns_of(conversation))}\n\n\n{instruction} Options:\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
-    )
+    shown = f"{words.options}\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
+    return f"{_conversation(conversation, words)}\n\n\n{instruction}{shown}"
 
 
-def compare_question_principle_last(conversation: Sequence[dict], a: str, b: str, instruction: str) -> str:
+def compare_question_principle_last(
+    conversation: Sequence[dict], a: str, b: str, instruction: str, words: Words = ENGLISH
+) -> str:
     """The same with the principle behind the options, so that all principles share one prefix."""
-    return (
-        f"{_OPENING}{render_turns(turns_of(conversation))}\n\nOptions:\n (A) [[[{a}]]]\n (B) [[[{b}]]]\n\n{instruction}"
-    )
+    shown = f"{words.options.strip()}\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
+    return f"{_conversation(conversation, words)}\n\n{shown}\n\n{instruction}"
 
 
-def check_question(conversation: Sequence[dict], reply: str, ask: str) -> str:
+def check_question(conversation: Sequence[dict], reply: str, ask: str, words: Words = ENGLISH) -> str:
     """One yes-or-no question about the last reply, behind it, so that all questions share one prefix."""
-    return f"{_OPENING}{render_turns([*turns_of(conversation), ('Assistant', reply)])}\n\n{ask} Answer yes or no."
+    turns = [*conversation, {"role": "assistant", "content": reply}]
+    return f"{_conversation(turns, words)}\n\n{ask}{words.answers}"
 
 
 def text_prompt(
-    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False
-) -> str:
+    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False,
+    words: Words = ENGLISH,
+) -> str:  # fmt: skip
     """shots: (question, label) pairs. One string that ends with the stem, for base models.
 
     asking: the prompt that a rationale continues; with `rationale`, the stem stands behind it.
     """
     if asking or rationale is not None:
-        thinking = f"\n\nHuman: {question.strip()}\n\nAssistant: {THINK}"
-        return thinking if asking else f"{thinking} {rationale}\n\nHuman:\n{COT_STEM}"
-    return "".join(f"{q}{STEM}{label}" for q, label in shots) + question + STEM
+        human, assistant = words.heads["user"], words.heads["assistant"]
+        thinking = f"\n\n{human}: {question.strip()}\n\n{assistant}: {words.think}"
+        return thinking if asking else f"{thinking} {rationale}\n\n{human}:\n{words.cot_stem}"
+    stem = f"\n\n{words.stem}"
+    return "".join(f"{q}{stem}{label}" for q, label in shots) + question + stem
 
 
 def chat_prompt(
-    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False
-) -> str:
+    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False,
+    words: Words = ENGLISH,
+) -> str:  # fmt: skip
     """The question as a user turn in the tokenizer's chat template; the stem opens the assistant's answer."""
     messages = []
     for q, label in shots:
         messages += [
             {"role": "user", "content": q.strip()},
-            {"role": "assistant", "content": (STEM + label).strip()},
+            {"role": "assistant", "content": words.stem + label},
         ]
     messages.append({"role": "user", "content": question.strip()})
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     if asking or rationale is not None:
-        return opened + THINK + ("" if asking else f" {rationale}\n\n{COT_STEM}")
-    return opened + STEM.strip()
+        return opened + words.think + ("" if asking else f" {rationale}\n\n{words.cot_stem}")
+    return opened + words.stem
 
 
 # name -> (question, prompt)
@@ -141,19 +192,21 @@ COMPARE_LAYOUTS = {
 
 # --- text that others wrote ---
 
-_SCAFFOLD = re.compile(
-    rf"\n\n(?=(?:{'|'.join(_ROLE_OF)}):|{re.escape(STEM.strip())}|{re.escape(COT_STEM)}|{re.escape(_OPENING.strip())})"
-)
+_OWN_WORDS = [re.escape(text) for words in WORDS.values() for text in (words.stem, words.cot_stem, words.opening)]
+_SCAFFOLD = re.compile(rf"\n\n(?=(?:{_ANY_HEAD}):|{'|'.join(_OWN_WORDS)})")
+_OPTION = re.compile(r"\n +(?=\([AB]\))")
 _MARKUP = re.compile(r"<(?=\||/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
 
 
 def defuse(text: str, special_tokens: Sequence[str] = ()) -> str:
-    """A message that cannot close its own quotation, open another speaker's turn, or hold a token of the chat template.
+    """A message that cannot close its own quotation, list options, open another speaker's turn, or hold a token of the
+    chat template.
 
     Text that does nothing of the kind is returned as it is.
     """
     text = text.replace("[[[", "[ [ [").replace("]]]", "] ] ]")
-    text = _MARKUP.sub(lambda found: found[0] + " ", _SCAFFOLD.sub("\n\n ", text))
+    text = _OPTION.sub("\n", _SCAFFOLD.sub("\n\n ", text))
+    text = _MARKUP.sub(lambda found: found[0] + " ", text)
     for token in special_tokens:
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")

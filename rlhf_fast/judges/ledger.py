@@ -47,6 +47,16 @@ class Answer:
     key: str = ""  # of the ledger's rows that it stands in
 
 
+class Call(NamedTuple):
+    """A call that was made before there was a ledger to write it down in."""
+
+    request: dict
+    answer: Answer
+    started: float  # seconds since 1970
+    seconds: float
+    about: dict  # raw, http_status, prompt_tokens, completion_tokens: what is known of them
+
+
 class Usage(NamedTuple):
     """What a ledger's attempts came to; `requests` are all that were started, whatever came of them."""
 
@@ -183,22 +193,45 @@ class Ledger:
         A request is {"prompt": str | messages, ...}, JSON throughout; "about" names it for people and is not part of
         the key. Equal requests are asked once.
         """
-        description = _dump(backend.describe())
-        who = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+        who = self._register(backend)
         described = [_request(who, request) for request in requests]
         known = self._known([r.key for r in described])
         missing = {r.key: i for i, r in reversed(list(enumerate(described))) if r.key not in known}
         which = sorted(missing.values())
         if which:
-            with self.transaction() as db:
-                db.execute("INSERT OR IGNORE INTO backends VALUES (?, ?)", (who, description))
             tries = Tries(self, [described[i] for i in which], who)
             backend.answer([requests[i] for i in which], tries)
             for i, answer in zip(which, tries.last, strict=True):
                 if answer is None:
-                    raise RuntimeError(f"{description}: ended without an answer to {described[i].about!r}")
+                    raise RuntimeError(f"{backend.describe()}: ended without an answer to {described[i].about!r}")
                 known[described[i].key] = answer
         return [known[r.key] for r in described]
+
+    def note(self, backend: Backend, calls: Iterable[Call]) -> None:
+        """Writes down calls of the past, such as a probe of the server: they count, and are the answer to nothing."""
+        who = self._register(backend)
+        for call in calls:
+            key, prompt_sha256, about = _request(who, {**call.request, "started": call.started})
+            more = [call.about.get(name) for name in ("raw", "http_status", "prompt_tokens", "completion_tokens")]
+            answer = _as_read(call.answer, key)
+            row = (key, who, about, prompt_sha256, answer.status, _dump(answer.value), answer.reason,
+                   more[0] and _utf8(more[0]), *more[1:], call.started, call.seconds)  # fmt: skip
+            with self.transaction() as db:
+                db.execute(
+                    "INSERT INTO attempts (key, backend, about, prompt_sha256, status, value, reason, raw, "
+                    "http_status, prompt_tokens, completion_tokens, started, seconds) "
+                    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    row,
+                )
+            self._count(1, *more[2:])
+
+    def _register(self, backend: Backend) -> str:
+        """The id of a backend, whose description the ledger has from now on."""
+        description = _dump(backend.describe())
+        who = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+        with self.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO backends VALUES (?, ?)", (who, description))
+        return who
 
     def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
         found: dict[str, Answer] = {}

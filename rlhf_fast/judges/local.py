@@ -7,7 +7,7 @@ from ..models import check_lm_head
 from ..rollout import evaluating, generate_tokens
 from .constitution import Constitution
 from .generator import describe_model
-from .layouts import COMPARE_LAYOUTS
+from .layouts import COMPARE_LAYOUTS, WORDS, Words
 from .ledger import Answer, Tries
 from .model_judge import ModelJudge
 from .scoring import encode, label_logprobs
@@ -16,9 +16,9 @@ from .scoring import encode, label_logprobs
 class LocalBackend:
     """Scores labels with one model, what the questions share once; writes rationales with the most likely tokens."""
 
-    def __init__(self, model, tokenizer, tokens_per_batch: int):
+    def __init__(self, model, tokenizer, words: Words, tokens_per_batch: int):
         check_lm_head(model)
-        self.model, self.tokenizer, self.tokens_per_batch = model, tokenizer, tokens_per_batch
+        self.model, self.tokenizer, self.words, self.tokens_per_batch = model, tokenizer, words, tokens_per_batch
         self.max_length = getattr(model.config, "max_position_embeddings", None) or math.inf
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._special = sorted({*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)})
@@ -30,10 +30,10 @@ class LocalBackend:
         return self._special
 
     def prompt(self, layout: str, shots, question: str, labels, rationale: str | None) -> str:
-        return COMPARE_LAYOUTS[layout][1](self.tokenizer, shots, question, rationale)
+        return COMPARE_LAYOUTS[layout][1](self.tokenizer, shots, question, rationale, words=self.words)
 
     def ask_for_rationale(self, layout: str, question: str) -> str:
-        return COMPARE_LAYOUTS[layout][1](self.tokenizer, [], question, asking=True)
+        return COMPARE_LAYOUTS[layout][1](self.tokenizer, [], question, asking=True, words=self.words)
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         tries.all(self._scores(requests) if "labels" in requests[0] else self._texts(requests))
@@ -76,5 +76,5 @@ class LocalJudge(ModelJudge):
         self, model, tokenizer, constitution: Constitution, *, min_label_mass: float = 0.1, cot_tokens: int = 0,
         tokens_per_batch: int = 8192, seed: int = 0,
     ):  # fmt: skip
-        backend = LocalBackend(model, tokenizer, tokens_per_batch)
+        backend = LocalBackend(model, tokenizer, WORDS[constitution.language], tokens_per_batch)
         super().__init__(backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, seed=seed)

@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 
 from .constitution import Constitution, ModelCheck, Principle, RuleCheck
-from .layouts import CHECK_LABELS, COMPARE_LABELS, COMPARE_LAYOUTS, check_question, cut_at_head, defuse
+from .layouts import COMPARE_LABELS, COMPARE_LAYOUTS, WORDS, check_question, cut_at_head, defuse
 from .ledger import Answer, Backend, Ledger
 from .protocol import UNDECIDED, Check, Messages, Missing, Pair, Reply, Verdict, Vote, decide, sigmoid
 from .rule_judge import check_rule
@@ -42,7 +42,7 @@ class ScoringBackend(Backend):
 
 
 class ModelJudge:
-    """Judges through a backend, in the constitution's `layout.compare` and with its few-shots.
+    """Judges through a backend, in the constitution's `layout.compare` and language, and with its few-shots.
 
     A principle whose check is a rule is checked by the rule; comparisons use the principles with a `compare` text.
     min_label_mass: an answer on which the model put less probability than this is "unparsed": it did not take the
@@ -56,7 +56,7 @@ class ModelJudge:
     ):  # fmt: skip
         self.backend, self.layout = backend, constitution.compare_layout
         self.min_label_mass, self.cot_tokens, self.seed, self.votes = min_label_mass, cot_tokens, seed, votes
-        self._question = COMPARE_LAYOUTS[self.layout][0]
+        self._question, self._words = COMPARE_LAYOUTS[self.layout][0], WORDS[constitution.language]
         self._shots = [] if cot_tokens else self._draw_shots(constitution)  # theirs have no rationale
 
     def _draw_shots(self, constitution: Constitution) -> list[tuple[str, str]]:
@@ -66,7 +66,7 @@ class ModelJudge:
         for shot in constitution.compare_few_shots if principles else ():
             first = draw.random() < 0.5  # the better reply is (A) in half of them
             replies = (shot["better"], shot["worse"]) if first else (shot["worse"], shot["better"])
-            question = self._question(shot["conversation"], *replies, draw.choice(principles).compare)
+            question = self._question(shot["conversation"], *replies, draw.choice(principles).compare, self._words)
             shots.append((question, COMPARE_LABELS[0 if first else 1]))
         return shots
 
@@ -76,8 +76,8 @@ class ModelJudge:
             conversation, a, b = self._defused(pair.conversation, pair.a, pair.b)
             for principle in pair.principles:
                 for order, replies in (("ab", (a, b)), ("ba", (b, a))):
-                    questions.append((f"compare/{principle.id}/{order}",
-                                      self._question(conversation, *replies, principle.compare)))  # fmt: skip
+                    question = self._question(conversation, *replies, principle.compare, self._words)
+                    questions.append((f"compare/{principle.id}/{order}", question))
         answers = iter(self._answers(questions, self._shots, COMPARE_LABELS, self.cot_tokens, ledger))
         return [self._verdict(pair, [(next(answers), next(answers)) for _ in pair.principles]) for pair in pairs]
 
@@ -102,15 +102,16 @@ class ModelJudge:
         return Vote(principle.id, ab_a - ab_b, ba_b - ba_a, mass, kind, slack, keys)
 
     def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]:
+        """Rules run here; a question is "violated" as likely as the answer that `violation_if` names."""
         questions = []
         for conversation, reply, principles in replies:
             conversation, reply = self._defused(conversation, reply)
             questions += [
-                (f"check/{p.id}", check_question(conversation, reply, p.check.ask))
+                (f"check/{p.id}", check_question(conversation, reply, p.check.ask, self._words))
                 for p in principles
                 if isinstance(p.check, ModelCheck)
             ]
-        answers = iter(self._answers(questions, [], CHECK_LABELS, 0, ledger))
+        answers = iter(self._answers(questions, [], self._words.check_labels, 0, ledger))
         return [
             [
                 check_rule(p, r.conversation, r.reply)

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 from ..data.chat import ConfigError
-from .ledger import Answer, Tries
+from .ledger import Answer, Call, Tries
 
 _STOP = {401, 403, 404, 405}
 _AGAIN = {408, 409, 425, 429}
@@ -84,9 +84,11 @@ class Server:
     def describe(self) -> dict:
         return {"backend": "http", "base_url": self.base_url, "model": self.model}
 
-    def ask_once(self, request: dict, send, read) -> Answer:
-        """One call without a second try, in no ledger. Raises what the openai client raises, and Unreadable."""
-        return _read(read, request, _json(self._send(*send(request)).text))
+    def ask_once(self, request: dict, send, read) -> Call:
+        """One call without a second try. What it came to is in the call, never raised."""
+        started = time.time()
+        answer, _, _, about = self._try(*send(request), request, read)
+        return Call(request, answer, started, time.time() - started, about)
 
     def _send(self, path: str, body: dict):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""

@@ -218,6 +218,7 @@ def test_the_constitutions_that_come_with_the_package():
         assert bool(en.critique) == bool(ja.critique) and bool(en.compare) == bool(ja.compare)
         assert en.revise.isascii() and not ja.revise.isascii()
     assert len(english.principles) > 10 and any(p.hard for p in english.principles)
+    assert (english.language, japanese.language) == ("en", "ja")
     for one, two in ((english.critique_few_shots, japanese.critique_few_shots),
                      (english.compare_few_shots, japanese.compare_few_shots)):  # fmt: skip
         assert len(one) == len(two) > 2

@@ -115,6 +115,28 @@ def test_checks_and_rationales_go_the_same_way():
         assert sum(fake.answered.values()) == 4  # a rationale and a score in each order
 
 
+def test_the_probe_stands_in_the_ledger(tmp_path):
+    """Every call of it, those that the server could not answer too, with what came back; and never as an answer."""
+    with serving(modes=("chat",), bias=0.7) as fake:
+        house = Constitution("house", (KIND,), compare_layout="anthropic")
+        judge = judge_at(fake, house)
+        label(pairs(2), house, judge, output_dir=tmp_path / "one")
+        label(pairs(2), house, judge, output_dir=tmp_path / "two")
+        label(pairs(2), house, judge_at(fake, house), output_dir=tmp_path / "one")
+        with Ledger(tmp_path / "one") as one, Ledger(tmp_path / "two") as two:
+            assert (one.usage().requests, two.usage().requests) == (3 + 4 + 3, 4)
+            assert sum(one.counts().values()) == 10
+        assert sum(fake.asked.values()) == 14
+    db = sqlite3.connect(tmp_path / "one" / "ledger.sqlite")
+    rows = list(db.execute("SELECT about, status, http_status, raw, prompt_tokens, key FROM attempts ORDER BY id"))
+    probed = [row for row in rows if row[0].startswith("probe/")]
+    assert [row[:3] for row in probed] == 2 * [
+        ("probe/echo", "failed", 200), ("probe/top_k", "failed", 200), ("probe/chat", "ok", 200)
+    ]  # fmt: skip
+    assert rows[:3] == probed[:3] and all(row[3] and row[4] > 0 for row in probed)
+    assert len({row[5] for row in rows}) == len(rows)
+
+
 # --- faults ---
 
 TRANSIENT = ("429", "500", "time-out", "torn", "missing", "empty", "shape")
@@ -140,11 +162,8 @@ def expected_status(number):
 def test_every_fault_is_counted_and_none_becomes_a_label(tmp_path):
     rows = pairs(48)
     with serving(faults, bias=1.0) as fake:
-        probed = sum(fake.asked.values())
-        judge = judge_at(fake)
-        probed = sum(fake.asked.values()) - probed
-        stage = label(rows, HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
-        calls = sum(fake.asked.values()) - probed
+        stage = label(rows, HOUSE, judge_at(fake), output_dir=tmp_path, tie_margin=0.0)
+        calls = sum(fake.asked.values())
     expected = Counter(expected_status(i) for i in range(48))
     assert stage.counts == {"inputs": 48, "tie": 0, **expected} and sum(expected.values()) == 48
     assert min(expected[s] for s in ("ok", "refused", "too_long", "unparsed", "failed")) > 0
@@ -267,15 +286,13 @@ def test_what_will_not_get_better_stops_the_run(tmp_path, fault, named):
 def test_the_budget_is_kept_to_the_call_and_can_be_raised(tmp_path):
     with serving() as fake:
         judge = judge_at(fake, server={"max_requests": 10})
-        start = sum(fake.asked.values())
         for _ in range(2):  # the second run has nothing left to spend
             with pytest.raises(ValueError, match="max_requests = 10, 10 used"):
                 label(pairs(8), HOUSE, judge, output_dir=tmp_path)
-            assert sum(fake.asked.values()) - start == 10
-        judge = judge_at(fake, server={"max_requests": 32})
-        start += 1  # its probe
+            assert sum(fake.asked.values()) == 10  # the probe among them
+        judge = judge_at(fake, server={"max_requests": 34})
         assert label(pairs(8), HOUSE, judge, output_dir=tmp_path).counts["inputs"] == 8
-        assert sum(fake.asked.values()) - start == 32
+        assert sum(fake.asked.values()) == 34  # 8 pairs, 2 principles, 2 orders; 2 probes
         tokens = judge_at(fake, server={"max_total_tokens": 400, "concurrency": 1})
         with pytest.raises(ValueError, match="max_total_tokens = 400"):
             label(pairs(8), HOUSE, tokens, output_dir=tmp_path / "tokens")

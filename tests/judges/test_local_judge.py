@@ -1,6 +1,7 @@
 """Label scoring against the slow and obvious way, and what a judge must keep whatever its model thinks."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -226,6 +227,41 @@ def test_few_shots_stand_in_front_in_the_same_format(model, tokenizer):
     answers = [shot[0] for shot in seen[0].split("The answer is: (")[1:]]
     for shot, answer in zip(seen[0].split("The answer is: (")[:2], answers, strict=True):
         assert f" ({answer}) [[[hello]]]" in shot  # the label given is that of the better reply
+
+
+def test_a_japanese_constitution_is_put_in_japanese(model, tokenizer):
+    """Between the texts of others stands no English: comparisons, their few-shots, checks and rationales."""
+    ask = [{"role": "user", "content": "こんにちは"}, {"role": "assistant", "content": "はい"}, *ASK]
+    ask[-1] = {"role": "user", "content": "数を言ってください"}
+    kind = Principle("kind", compare="親切なほうの返答を選んでください。", check=ModelCheck("失礼ですか。"))
+    shots = ({"conversation": ask, "better": "七です", "worse": "いやです"},)
+    seen = []
+    for layout in ("anthropic", "principle_last", "chat"):
+        for cot_tokens in (0, 2):
+            fields = {"language": "ja", "compare_layout": layout, "compare_few_shots": shots}
+            this = LocalJudge(
+                model, tokenizer, Constitution("ja", (kind,), **fields), min_label_mass=0.0, cot_tokens=cot_tokens
+            )
+            this.backend._texts = lambda requests: [
+                seen.append(r["prompt"]) or Answer("ok", {"text": "長いほうです"}) for r in requests
+            ]
+            scripted(this, seen.append)
+            (verdict,) = this.compare([Pair(ask, "七", "八", [kind])])
+            ((check,),) = this.check([Reply(ask, "七", [kind])])
+            assert verdict.votes and check.status == "ok"
+    for prompt in seen:
+        words = re.sub(r"<\|\w+\|>|<eos>|\([AB]\)", "", prompt)
+        assert not re.search("[A-Za-z]", words) and "人間: こんにちは" in prompt and "アシスタント: はい" in prompt
+    assert sum("親切" in p and "答えは:" in p for p in seen) and sum("順を追って" in p for p in seen)
+    assert any(p.endswith("失礼ですか。\n (A) はい\n (B) いいえ\n\n答えは:") for p in seen)
+
+
+def test_yes_is_the_first_label_in_every_language(model, tokenizer):
+    asked = Principle("asked", check=ModelCheck("失礼ですか。", "yes"))
+    this = LocalJudge(model, tokenizer, Constitution("ja", (asked,), language="ja"), min_label_mass=0.0)
+    scripted(this, lambda prompt: (-0.1, -3.0))  # はい
+    ((check,),) = this.check([Reply(ASK, "hello", [asked])])
+    assert check.satisfied is False and check.score == pytest.approx(1 / (1 + math.exp(2.9)))
 
 
 def test_an_end_token_that_the_tokenizer_adds_is_left_out(tokenizer):
