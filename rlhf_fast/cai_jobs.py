@@ -42,6 +42,7 @@ from .rollout import generate_text
 from .trainers.common import config_from_dict, latest_checkpoint
 from .trainers.constitutional import (
     DROP,
+    SCHEDULES,
     TextGenerator,
     derive,
     label,
@@ -121,13 +122,6 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
     return Constitution.load(*([files] if isinstance(files, str) else files), allow_code=allow_code)
 
 
-def _clamp(judge, clamp: list | None) -> tuple[float, float] | None:
-    """What was asked for; the paper's 40-60 for a judge that reasons step by step, whose P lies near 0 and 1."""
-    if clamp:
-        return tuple(clamp)
-    return (0.4, 0.6) if judge.describe().get("cot_tokens") else None
-
-
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,16 +138,31 @@ class ReviseJob(Checked):
 
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
+    _known_schedule(job.schedule)
     constitution, judge = who.load(job.seed)
-    prompts = _prompts(job)
-    options = {"output_dir": job.output_dir, "batch_size": job.batch_size, "seed": job.seed, "drop": job.drop}
-    if job.schedule == "check-all":
-        stage = revise(prompts, writer.load(), constitution, judge, max_steps=job.max_steps, **options)
-    elif job.schedule == "paper":
-        stage = revise_sampled(prompts, writer.load(), constitution, steps=job.max_steps or 4, **options)
+    _revise(job.schedule, _prompts(job), writer.load(), constitution, judge, writer.max_new_tokens, job.max_steps,
+            output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
+
+
+def _known_schedule(schedule: str) -> None:
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
+
+
+def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: int, max_steps: int | None, **options):
+    """Phase 1 under either schedule, and what it came to on the terminal."""
+    if schedule == "check-all":
+        stage = revise(prompts, generate, constitution, judge, max_steps=max_steps, **options)
     else:
-        raise ConfigError(f"revise: schedule = {job.schedule!r}, needs check-all or paper")
+        stage = revise_sampled(prompts, generate, constitution, steps=max_steps or 4, **options)
     _tell("revise", stage, "sft.jsonl")
+    cut = sum(r["status"] == "flagged" and "truncated" in r["reason"] for r in stage.rejected)
+    if cut:
+        print(
+            f"revise: {cut} of {stage.counts['inputs']} prompts have no reply that was not cut off at max_new_tokens = "
+            f"{max_new_tokens}. Such replies are dropped; a larger max_new_tokens keeps them, or another `drop`"
+        )
+    return stage
 
 
 @dataclass
@@ -225,6 +234,7 @@ class LabelJob(Checked):
 
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
+    """rlhf-fast cai label: labels by a judge whose card allows it, and the report on the constitution beside them."""
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
     if job.card and job.combine:  # the card's own is for the judge's way to combine
@@ -232,7 +242,7 @@ def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
         calibration = refitted(job.card, weights, job.combine)
     stage = label(
         read_dataset(job.data), constitution, judge, output_dir=job.output_dir, combine=job.combine,
-        principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=_clamp(judge, job.clamp),
+        principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=job.clamp and tuple(job.clamp),
         tie_margin=job.tie_margin, batch_size=job.batch_size, seed=job.seed, retry=job.retry.split(","),
     )  # fmt: skip
     report_on(job.output_dir, name=constitution.name, calibration=calibration, tie_margin=job.tie_margin)
@@ -246,7 +256,7 @@ class DeriveJob(Checked):
     weights: dict = field(default_factory=dict)  # principle: weight, in place of the constitution's; 0 leaves it out
     combine: str | None = None  # logit or prob; null is the judge's own
     card: str | None = None  # directory of `cai audit`: the calibration is fitted again, under these weights
-    clamp: list | None = None  # [low, high] of P
+    clamp: list | None = None  # [low, high] of P; null is [0.4, 0.6] for a judge with cot_tokens, and none otherwise
     tie_margin: float = 0.01
 
 
@@ -272,7 +282,8 @@ def validate(files: list[str], allow_code: bool) -> str:
         has = [name for name in ("critique", "revise", "compare", "check") if getattr(p, name)]
         lines.append(f"  {p.id}: {', '.join(has)}; weight {p.weight:g}{', hard' if p.hard else ''}")
     shots = (
-        f"{len(constitution.critique_few_shots)} for critiques, {len(constitution.compare_few_shots)} for comparisons"
+        f"{len(constitution.critique_few_shots)} for critiques, {len(constitution.compare_few_shots)} for comparisons, "
+        f"{len(constitution.cot_few_shots)} with rationales"
     )
     return "\n".join([
         f"{constitution.name}: {len(constitution.principles)} principles; few-shots: {shots}", *lines,
@@ -307,7 +318,9 @@ class TrainJob(Checked):
     max_prompt_length: int = 512  # tokens; longer prompts of hh-rlhf are left out, and named
     max_new_tokens: int = 64
     temperature: float = 1.0
+    schedule: str | None = None  # of the revisions; null is check-all where a principle has a check, else paper
     max_revisions: int = 4
+    principles_per_pair: int | None = None  # the paper draws 1; null takes all
     drop: list = field(default_factory=lambda: list(DROP))  # flags of replies that no model should learn from
     human_data: str | None = None  # comparisons by people, for the reward model beside the judge's
     source_weights: dict = field(default_factory=dict)  # of "ai" and "human" in its loss; 1 where not named
@@ -319,6 +332,8 @@ class TrainJob(Checked):
 
 def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
+    if job.schedule:
+        _known_schedule(job.schedule)
     root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
@@ -349,18 +364,12 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
 
     # Phase 1, on the first half of the prompts.
     half = len(prompts) // 2
-    if any(p.check and p.revise for p in constitution.principles):
-        revised = revise(prompts[:half], generator(job.model), constitution, judge, output_dir=root / "revise",
-                         max_steps=job.max_revisions, drop=job.drop, **options)  # fmt: skip
-    else:
-        revised = revise_sampled(prompts[:half], generator(job.model), constitution, output_dir=root / "revise",
-                                 steps=job.max_revisions, drop=job.drop, **options)  # fmt: skip
-    _tell("revise", revised, "sft.jsonl")
+    checked = any(p.check and p.revise for p in constitution.principles)
+    revised = _revise(job.schedule or ("check-all" if checked else "paper"), prompts[:half], generator(job.model),
+                      constitution, judge, job.max_new_tokens, job.max_revisions, output_dir=root / "revise",
+                      drop=job.drop, **options)  # fmt: skip
     if not revised.rows:
-        raise ConfigError(
-            f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why. A reply that is cut off at "
-            "max_new_tokens is dropped, unless `drop` says otherwise"
-        )
+        raise ConfigError(f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why")
     part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=tokenizer))
     sft = str(root / "sft")
     stages.add("sft", sft)
@@ -368,7 +377,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     # Phase 2, on the other half; PPO sees all of them.
     pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
     labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=calibration,
-                     clamp=_clamp(judge, None), **options)  # fmt: skip
+                     principles_per_pair=job.principles_per_pair, **options)  # fmt: skip
     _tell("label", labelled, "comparisons.jsonl")
     if not labelled.rows:
         raise ConfigError(

@@ -61,7 +61,10 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     common = {"constitution": house / "house.yaml", "model": house / "model", "train_data": house / "prompts.jsonl",
               "num_prompts": 6, "max_new_tokens": 8}  # fmt: skip
     assert cai("revise", **common, output_dir=tmp_path / "revise") == 0
-    assert "revise: 6 inputs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    cut = sum("truncated" in row["reason"] for row in read(tmp_path / "revise" / "rejected.jsonl"))
+    assert "revise: 6 inputs" in out and cut > 0  # a random model does not end by itself
+    assert f"{cut} of 6 prompts have no reply that was not cut off at max_new_tokens = 8" in out
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
     assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
     assert "needs check-all or paper" in capsys.readouterr().err

@@ -59,6 +59,7 @@ def audit(
     probe_pairs: how many of the pairs are also asked with each injection, and how many replies beside themselves.
     """
     shown = {shot[k] for shot in constitution.compare_few_shots for k in ("better", "worse")}
+    shown |= {shot[k] for shot in constitution.cot_few_shots for k in ("a", "b")}
     items = read_items(rows, ("better", "worse"))
     kept = [item for item in items if not {item["better"], item["worse"]} & shown]
     if not kept:

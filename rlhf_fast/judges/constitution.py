@@ -19,10 +19,12 @@
       critique: [{Human: "...", Assistant: "...", CritiqueRequest: "...", Critique: "...", RevisionRequest: "...",
                   Revision: "..."}]
       compare: [{prompt: "...", better: "...", worse: "..."}]
+      cot: [{prompt: "...", a: "...", b: "...", rationale: "...", better: a}]  # for judges that reason step by step
 
 A text may be missing; the principle is then used only where it has one. Files of others load as they are:
 
-    Anthropic (arXiv 2212.08073)  CritiqueRevisionInstructions, RLMadisonInstructions, and the few-shots of both
+    Anthropic (arXiv 2212.08073)  CritiqueRevisionInstructions, RLMadisonInstructions, the few-shots of both, and
+                                  RLMadisonPrecogFewShotPrompts, those of judges that reason step by step
     llm-swarm                     {"constitutions": [{"critic", "revision"}], "system_chat": [messages, ...]}
     SALMON                        [{"dimension", "definition", "weight", "negative_definition"}]: compares only; the
                                   negative definitions, principles turned round to train a reward model, are not used
@@ -45,7 +47,7 @@ import yaml
 
 from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, WORDS, Turn
 from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, text_field, weight_field
-from .released import FORMAT, compare_shots, critique_shots, export_released, parse_released
+from .released import FORMAT, compare_shots, cot_shots, critique_shots, export_released, parse_released
 from .rules import RULES
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitutions").glob("*.yaml"))}
@@ -60,6 +62,7 @@ class Constitution:
     critique_layout: str = "chat"
     critique_few_shots: tuple[tuple[Turn, ...], ...] = ()  # transcripts that end with a revision
     compare_few_shots: tuple[dict, ...] = ()  # {"conversation": messages, "better": str, "worse": str}
+    cot_few_shots: tuple[dict, ...] = ()  # {"conversation": messages, "a", "b", "rationale": str, "better": "a" or "b"}
 
     @classmethod
     def load(cls, *paths: str | Path, allow_code: bool = False) -> "Constitution":
@@ -136,7 +139,7 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dic
             )
     layout, few_shot = content.get("layout") or {}, content.get("few_shot") or {}
     _known(layout, {"compare", "critique"}, f"{path}: field 'layout':")
-    _known(few_shot, {"critique", "compare"}, f"{path}: field 'few_shot':")
+    _known(few_shot, {"critique", "compare", "cot"}, f"{path}: field 'few_shot':")
     parts = {
         "name": content.get("name", path.stem),
         "language": content.get("language", "en"),
@@ -152,7 +155,7 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dic
     ):
         if parts[key] not in known:
             raise ConstitutionError(f"{path}: field {name!r}: got {parts[key]!r}, needs one of {', '.join(known)}")
-    for name, parse in (("critique", critique_shots), ("compare", compare_shots)):
+    for name, parse in (("critique", critique_shots), ("compare", compare_shots), ("cot", cot_shots)):
         if isinstance(shots := few_shot.get(name), list):
             parts[f"{name}_few_shots"] = parse(shots, path)
         elif shots:

@@ -115,17 +115,22 @@ class HTTPBackend:
             begun = " (" if self.mode == "top_k" and all(label.startswith(" (") for label in labels) else ""
             return text_prompt(None, shots, question, rationale, words=self.words) + begun
         only = self.words.only.format(*map(_bare, labels))
+        if rationale is not None:
+            return [*self.ask_for_rationale(layout, shots, question), _assistant(rationale), _user(only)]
         messages = []
-        for asked, label in shots:
-            messages += [_user(f"{asked.strip()}\n\n{only}"), {"role": "assistant", "content": _bare(label)}]
-        if rationale is None:
-            return [*messages, _user(f"{question.strip()}\n\n{only}")]
-        return [*self.ask_for_rationale(layout, question), {"role": "assistant", "content": rationale}, _user(only)]
+        for shot in shots:
+            messages += [_user(f"{shot.question.strip()}\n\n{only}"), _assistant(_bare(shot.label))]
+        return [*messages, _user(f"{question.strip()}\n\n{only}")]
 
-    def ask_for_rationale(self, layout: str, question: str):
+    def ask_for_rationale(self, layout: str, shots, question: str):
         if self.mode in ("echo", "top_k"):
-            return text_prompt(None, [], question, asking=True, words=self.words)
-        return [_user(f"{question.strip()}\n\n{self.words.think}")]
+            return text_prompt(None, shots, question, asking=True, words=self.words)
+        messages = []
+        for shot in shots:
+            only = self.words.only.format(*map(_bare, COMPARE_LABELS))
+            messages += [_user(f"{shot.question.strip()}\n\n{self.words.think}"), _assistant(shot.rationale)]
+            messages += [_user(only), _assistant(_bare(shot.label))]
+        return [*messages, _user(f"{question.strip()}\n\n{self.words.think}")]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         self.server.call_all(requests, tries, self._send, self._read)
@@ -219,6 +224,10 @@ def _text_call(prompt, max_tokens: int, *, seed: int, **sampling) -> tuple[str, 
 
 def _user(text: str) -> dict:
     return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
 
 
 def _bare(label: str) -> str:

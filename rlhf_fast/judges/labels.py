@@ -26,6 +26,7 @@ from .protocol import UNDECIDED, Judge, Missing, Pair, Verdict, Vote, decide, si
 from .stages import Stage, claim, finish_stage, read_items, run_stage, seed_for
 
 COMBINE = ("logit", "prob", "sum")
+COT_CLAMP = (0.4, 0.6)
 
 
 def judge_pairs(
@@ -97,9 +98,11 @@ def derive(
     """Labels from the judgements in a directory that `label` or `judge_pairs` filled. The judge is not asked.
 
     weights: in place of those of the constitution, for the principles that it names. combine: "logit", "prob" or "sum"
-    (protocol.decide); None takes the judge's own. clamp: (low, high) bounds of P; the paper clamps judges that reason
-    step by step to (0.4, 0.6). Writes comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...}
-    for RewardTrainer, chosen_prob >= 0.5), rejected.jsonl and run.json.
+    (protocol.decide); None takes the judge's own. clamp: (low, high) bounds of P; None is the paper's (0.4, 0.6) for a
+    judge that reasons step by step, whose P lies near 0 and 1, and none for others.
+
+    Writes comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...} for RewardTrainer,
+    chosen_prob >= 0.5), rejected.jsonl and run.json.
     """
     source = Path(judgements)
     if not (source / "judgements.jsonl").is_file():
@@ -125,6 +128,8 @@ def label_settings(judge: dict, combine: str | None, calibration: Calibration, c
         raise ConfigError(f"label: combine = {combine!r}, needs one of {', '.join(COMBINE)}")
     if not 0 <= tie_margin < 0.5:
         raise ConfigError(f"label: tie_margin = {tie_margin} is a distance from 0.5 and must lie in [0, 0.5)")
+    if clamp is None and judge.get("cot_tokens"):
+        clamp = COT_CLAMP
     if clamp is not None and not (0.5 < clamp[1] <= 1 and abs(clamp[0] + clamp[1] - 1) < 1e-9):
         raise ConfigError(
             f"label: clamp = {clamp} must be (1 - p, p) with 0.5 < p <= 1: which reply is called a is chance"

@@ -9,6 +9,7 @@ Harmlessness from AI Feedback" (arXiv 2212.08073, appendices and data files).
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Turn = tuple[str, str]  # (head, text)
 
@@ -122,6 +123,14 @@ CRITIQUE_LAYOUTS = {"anthropic": (text_exchange, cut_at_head), "chat": (chat_exc
 COMPARE_LABELS = (" (A)", " (B)")
 
 
+class Shot(NamedTuple):
+    """An example of how a question is answered; with a rationale, for judges that reason step by step."""
+
+    question: str
+    label: str
+    rationale: str | None = None
+
+
 def _conversation(messages: Sequence[dict], words: Words) -> str:
     return f"\n\n{words.opening}{render_turns(turns_of(messages, words.heads))}"
 
@@ -149,37 +158,46 @@ def check_question(conversation: Sequence[dict], reply: str, ask: str, words: Wo
 
 
 def text_prompt(
-    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False,
+    tokenizer, shots: Sequence[Shot], question: str, rationale: str | None = None, *, asking: bool = False,
     words: Words = ENGLISH,
 ) -> str:  # fmt: skip
-    """shots: (question, label) pairs. One string that ends with the stem, for base models.
+    """One string that ends with the stem, for base models.
 
     asking: the prompt that a rationale continues; with `rationale`, the stem stands behind it.
     """
     if asking or rationale is not None:
         human, assistant = words.heads["user"], words.heads["assistant"]
-        thinking = f"\n\n{human}: {question.strip()}\n\n{assistant}: {words.think}"
-        return thinking if asking else f"{thinking} {rationale}\n\n{human}:\n{words.cot_stem}"
+
+        def thinking(asked: str) -> str:
+            return f"\n\n{human}: {asked.strip()}\n\n{assistant}: {words.think}"
+
+        def concluding(thought: str) -> str:
+            return f" {thought}\n\n{human}:\n{words.cot_stem}"
+
+        before = "".join(thinking(q) + concluding(thought) + label for q, label, thought in shots)
+        return before + thinking(question) + ("" if asking else concluding(rationale))
     stem = f"\n\n{words.stem}"
-    return "".join(f"{q}{stem}{label}" for q, label in shots) + question + stem
+    return "".join(f"{shot.question}{stem}{shot.label}" for shot in shots) + question + stem
 
 
 def chat_prompt(
-    tokenizer, shots: Sequence[tuple[str, str]], question: str, rationale: str | None = None, *, asking: bool = False,
+    tokenizer, shots: Sequence[Shot], question: str, rationale: str | None = None, *, asking: bool = False,
     words: Words = ENGLISH,
 ) -> str:  # fmt: skip
     """The question as a user turn in the tokenizer's chat template; the stem opens the assistant's answer."""
+
+    def concluding(thought: str) -> str:
+        return f"{words.think} {thought}\n\n{words.cot_stem}"
+
     messages = []
-    for q, label in shots:
-        messages += [
-            {"role": "user", "content": q.strip()},
-            {"role": "assistant", "content": words.stem + label},
-        ]
+    for q, label, thought in shots:
+        answer = words.stem if thought is None else concluding(thought)
+        messages += [{"role": "user", "content": q.strip()}, {"role": "assistant", "content": answer + label}]
     messages.append({"role": "user", "content": question.strip()})
     opened = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if asking or rationale is not None:
-        return opened + words.think + ("" if asking else f" {rationale}\n\n{words.cot_stem}")
-    return opened + words.stem
+    if asking:
+        return opened + words.think
+    return opened + (words.stem if rationale is None else concluding(rationale))
 
 
 # name -> (question, prompt)

@@ -32,8 +32,8 @@ class LocalBackend:
     def prompt(self, layout: str, shots, question: str, labels, rationale: str | None) -> str:
         return COMPARE_LAYOUTS[layout][1](self.tokenizer, shots, question, rationale, words=self.words)
 
-    def ask_for_rationale(self, layout: str, question: str) -> str:
-        return COMPARE_LAYOUTS[layout][1](self.tokenizer, [], question, asking=True, words=self.words)
+    def ask_for_rationale(self, layout: str, shots, question: str) -> str:
+        return COMPARE_LAYOUTS[layout][1](self.tokenizer, shots, question, asking=True, words=self.words)
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         tries.all(self._scores(requests) if "labels" in requests[0] else self._texts(requests))

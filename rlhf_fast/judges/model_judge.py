@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 
 from .constitution import Constitution, ModelCheck, Principle, RuleCheck
-from .layouts import COMPARE_LABELS, COMPARE_LAYOUTS, WORDS, check_question, cut_at_head, defuse
+from .layouts import COMPARE_LABELS, COMPARE_LAYOUTS, WORDS, Shot, check_question, cut_at_head, defuse
 from .ledger import Answer, Backend, Ledger
 from .protocol import UNDECIDED, Check, Messages, Missing, Pair, Reply, Verdict, Vote, decide, sigmoid
 from .rule_judge import check_rule
@@ -31,10 +31,10 @@ class ScoringBackend(Backend):
     {"prompt", "max_tokens", "seed"}         value {"text"}
     """
 
-    def prompt(self, layout: str, shots: Sequence[tuple[str, str]], question: str, labels, rationale: str | None):
+    def prompt(self, layout: str, shots: Sequence[Shot], question: str, labels, rationale: str | None):
         """The prompt behind which a label is scored; behind `rationale`, where there is one."""
 
-    def ask_for_rationale(self, layout: str, question: str):
+    def ask_for_rationale(self, layout: str, shots: Sequence[Shot], question: str):
         """The prompt that a rationale continues."""
 
     def special_tokens(self) -> Sequence[str]:
@@ -57,17 +57,20 @@ class ModelJudge:
         self.backend, self.layout = backend, constitution.compare_layout
         self.min_label_mass, self.cot_tokens, self.seed, self.votes = min_label_mass, cot_tokens, seed, votes
         self._question, self._words = COMPARE_LAYOUTS[self.layout][0], WORDS[constitution.language]
-        self._shots = [] if cot_tokens else self._draw_shots(constitution)  # theirs have no rationale
+        self._shots = self._draw_shots(constitution)
 
-    def _draw_shots(self, constitution: Constitution) -> list[tuple[str, str]]:
-        principles = self.comparable(constitution.principles)
-        draw = random.Random(self.seed)
-        shots = []
-        for shot in constitution.compare_few_shots if principles else ():
-            first = draw.random() < 0.5  # the better reply is (A) in half of them
-            replies = (shot["better"], shot["worse"]) if first else (shot["worse"], shot["better"])
-            question = self._question(shot["conversation"], *replies, draw.choice(principles).compare, self._words)
-            shots.append((question, COMPARE_LABELS[0 if first else 1]))
+    def _draw_shots(self, constitution: Constitution) -> list[Shot]:
+        principles, draw, shots = self.comparable(constitution.principles), random.Random(self.seed), []
+        for shot in constitution.cot_few_shots if self.cot_tokens else constitution.compare_few_shots:
+            if self.cot_tokens:  # which is (A) stays as it is, for the rationale speaks of it
+                replies, first = (shot["a"], shot["b"]), shot["better"] == "a"
+            else:
+                first = draw.random() < 0.5  # the better reply is (A) in half of them
+                replies = (shot["better"], shot["worse"]) if first else (shot["worse"], shot["better"])
+            if principles:
+                instruction = draw.choice(principles).compare
+                question = self._question(shot["conversation"], *replies, instruction, self._words)
+                shots.append(Shot(question, COMPARE_LABELS[0 if first else 1], shot.get("rationale")))
         return shots
 
     def compare(self, pairs: Sequence[Pair], ledger: Ledger | None = None) -> list[Verdict]:
@@ -137,7 +140,7 @@ class ModelJudge:
         rationales: list[Answer | None] = [None] * len(questions)
         if cot_tokens:
             rationales = ledger.ask(self.backend, [
-                {"prompt": self.backend.ask_for_rationale(self.layout, question), "max_tokens": cot_tokens,
+                {"prompt": self.backend.ask_for_rationale(self.layout, shots, question), "max_tokens": cot_tokens,
                  "seed": seed_for(self.seed, question), "layout": self.layout, "about": f"rationale/{about}"}
                 for about, question in questions
             ])  # fmt: skip

@@ -1,7 +1,7 @@
 """Constitution files of others, each recognised by its shape.
 
     Anthropic    CritiqueRevisionInstructions {name: {"prompt": [critique request], "edit_request": ...}},
-                 RLMadisonInstructions [comparison, ...], few-shots of both (arXiv 2212.08073)
+                 RLMadisonInstructions [comparison, ...], few-shots of both, and with rationales (arXiv 2212.08073)
     llm-swarm    {"constitutions": [{"critic", "revision"}], "system_chat": [messages, ...]}
     SALMON       [{"dimension", "definition", "weight", "negative_definition"}]
     statements   ["Choose the reply that ...", ...], as ICAI writes them
@@ -20,6 +20,12 @@ FORMAT = "rlhf_fast/constitution@1"
 _CRITIQUE = ("\n\nCritiqueRequest: ", "\n\nCritique:")
 _REVISION = ("\n\nRevisionRequest: ", "\n\nRevision:")
 _OPTIONS = ("\n", " Options:")
+_RATIONALE = re.compile(  # of a few-shot with a rationale; a slot for the principle stands before the replies
+    r"\s*Human: Consider the following conversation between a human(?: \(H\))? and an assistant(?: \(A\))?:"
+    r"(?P<conversation>\n\nH: .*)\n\n\{\}\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]\n\n"
+    r"Assistant: Let's think step by step:(?P<rationale>.*)\n\nHuman:\nSo the answer is: \((?P<better>[AB])\)\s*",
+    re.DOTALL,
+)
 _ANSWERS = ("CritiqueRequest", "Critique", "RevisionRequest", "Revision")  # the end of a few-shot of phase 1
 
 
@@ -65,6 +71,8 @@ def parse_released(content, path: Path, parts: dict) -> None:
         parts["principles"] += [Principle(f"statement{i}", compare=text) for i, text in enumerate(texts)]
     elif all(isinstance(v, dict) and {"prompt", "corrects", "incorrects"} <= set(v) for v in values):
         parts["compare_few_shots"] = compare_shots(values, path)
+    elif all(isinstance(v, dict) and set(v) == {"prompt"} for v in values):
+        parts["cot_few_shots"] = cot_shots(values, path)
     elif all(isinstance(v, dict) and "dimension" in v for v in values):
         _parse_salmon(values, path, parts)
     else:
@@ -146,6 +154,33 @@ def compare_shots(values, path: Path) -> list:
             raise ConstitutionError(f"{where} field 'prompt': {error}") from error
         texts = {"better": text_field(better, where, "better"), "worse": text_field(worse, where, "worse")}
         shots.append({"conversation": conversation, **texts})
+    return shots
+
+
+def cot_shots(values, path: Path) -> list:
+    """The released shape, one text, or {"prompt": text, "a", "b", "rationale", "better": "a" or "b"}."""
+    shots = []
+    for i, shot in enumerate(values):
+        where = f"{path}: few-shot {i}:"
+        fields = ("prompt", "a", "b", "rationale")
+        if not isinstance(shot, dict) or not (set(shot) == {"prompt"} or {*fields, "better"} <= set(shot)):
+            raise ConstitutionError(f"{where} needs the fields {', '.join(fields)} and 'better', got {shot!r}")
+        if set(shot) == {"prompt"}:
+            found = _RATIONALE.fullmatch(text_field(shot["prompt"], where, "prompt"))
+            if not found:
+                raise ConstitutionError(
+                    f"{where} field 'prompt': needs a question, two replies, 'Let's think step by step:', an answer"
+                )
+            speech = re.sub(r"\n\n([HA]):", lambda m: {"H": "\n\nHuman:", "A": "\n\nAssistant:"}[m[1]],
+                            found["conversation"])  # fmt: skip
+            shot = {**found.groupdict(), "better": found["better"].lower()}
+            conversation = messages_of([(head, text.strip()) for head, text in parse_turns(speech)])
+        else:
+            conversation = [{"role": "user", "content": text_field(shot["prompt"], where, "prompt")}]
+        texts = {name: text_field(shot[name], where, name).strip() for name in fields[1:]}
+        if shot["better"] not in ("a", "b"):
+            raise ConstitutionError(f"{where} field 'better': got {shot['better']!r}, needs 'a' or 'b'")
+        shots.append({"conversation": conversation, **texts, "better": shot["better"]})
     return shots
 
 

@@ -243,10 +243,14 @@ def _record(draft: _Draft, **more) -> dict:
     }  # fmt: skip
 
 
+def _dropped(flags: Sequence[Sequence[str]], drop: Sequence[str]) -> str:
+    return ", ".join(name for name in drop if any(name in found for found in flags))
+
+
 def _sampled_record(draft: _Draft, drop: Sequence[str]) -> dict:
     used = [i for i, flags in enumerate(draft.flags) if i and not set(flags) & set(drop)]
     if not used:
-        return _record(draft, status="flagged", reason="every revision has a flag of what is dropped")
+        return _record(draft, status="flagged", reason=f"every revision is one of {_dropped(draft.flags[1:], drop)}")
     return _record(draft, status="revised", used=used)
 
 
@@ -256,7 +260,7 @@ def _revision_record(draft: _Draft, principles: Sequence[Principle], drop: Seque
         return {**record, "reason": reason}
     selected = _select(draft, principles, drop)
     if selected is None:
-        return {**record, "status": "flagged", "reason": "every reply has a flag of what is dropped"}
+        return {**record, "status": "flagged", "reason": f"every reply is one of {_dropped(draft.flags, drop)}"}
     violated = [c.principle for c in draft.checks[selected] if c.satisfied is False]
     record |= {"selected": selected, "violated": violated}
     if hard := [p.id for p in principles if p.hard and p.id in violated]:
@@ -302,7 +306,8 @@ def label(
     """Phase 2, second half: the judge compares each pair; its probability is kept as a soft label.
 
     pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id". principles_per_pair: how many
-    principles to draw for a pair (the paper draws 1); None takes all. |P(a better) - 0.5| < tie_margin is a tie.
+    principles to draw for a pair (the paper draws 1); None takes all. clamp: see `derive`; None is (0.4, 0.6) for a
+    judge that reasons step by step. |P(a better) - 0.5| < tie_margin is a tie.
     retry: outcomes of earlier runs in the same directory that are asked for again.
 
     Writes judgements.jsonl (every vote of every pair), and what judges/labels.py derives from it: comparisons.jsonl

@@ -137,6 +137,21 @@ def test_the_probe_stands_in_the_ledger(tmp_path):
     assert len({row[5] for row in rows}) == len(rows)
 
 
+def test_examples_of_reasoning_are_turns_of_their_own():
+    shot = {"conversation": ASK, "a": "3", "b": "1", "rationale": "Three is more.", "better": "a"}
+    house = Constitution("house", (KIND,), compare_layout="chat", cot_few_shots=(shot,))
+    with serving() as fake:
+        backend = judge_at(fake, house, cot_tokens=20).backend
+        shots = judge_at(fake, house, cot_tokens=20)._shots
+    asking = backend.ask_for_rationale("chat", shots, "Which?")
+    scoring = backend.prompt("chat", shots, "Which?", [" (A)", " (B)"], "This one.")
+    assert [m["role"] for m in asking] == ["user", "assistant", "user", "assistant", "user"]
+    assert [m["content"] for m in asking[1:4]] == ["Three is more.", "Answer with A or B and nothing else.", "A"]
+    assert scoring[:5] == asking and [m["content"] for m in scoring[5:]] == [
+        "This one.", "Answer with A or B and nothing else."
+    ]  # fmt: skip
+
+
 # --- faults ---
 
 TRANSIENT = ("429", "500", "time-out", "torn", "missing", "empty", "shape")

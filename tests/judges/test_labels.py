@@ -173,3 +173,45 @@ def test_a_rationale_is_written_first_and_scored_behind(tmp_path):
         assert len(tokenizer(rationale)["input_ids"]) > 6
     (long,) = LocalJudge(model, tokenizer, HOUSE, cot_tokens=1020).compare([Pair(ASK, "hello", "no", [KIND])])
     assert long.status == "too_long" and "rationale of 1020 tokens" in long.reason
+
+
+def test_labels_of_a_judge_that_reasons_are_clamped_unless_told_otherwise(tmp_path):
+    class Reasoning(Planted):
+        def describe(self):
+            return {**super().describe(), "cot_tokens": 512}
+
+    rows = planted_rows(40)
+    stage = label(rows, HOUSE, Reasoning(), output_dir=tmp_path / "cot", tie_margin=0)
+    assert max(row["chosen_prob"] for row in stage.rows) == 0.6 < max(r["cai"]["p_calibrated"] for r in stage.rows)
+    free = derive(tmp_path / "cot", output_dir=tmp_path / "free", clamp=(0.0, 1.0), tie_margin=0)
+    assert [row["chosen_prob"] for row in free.rows] == [row["cai"]["p_calibrated"] for row in free.rows]
+
+
+SHOT = {"conversation": ASK, "a": "hello", "b": "no", "rationale": "(A) greets, (B) does not.", "better": "a"}
+
+
+def test_examples_of_reasoning_stand_before_the_question(tmp_path):
+    """Two steps: the rationale is asked for behind the examples, and so are the labels behind the rationale."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, max_position_embeddings=2048)
+    for layout in ("anthropic", "chat"):
+        house = Constitution("house", (KIND,), compare_layout=layout, cot_few_shots=(SHOT, {**SHOT, "better": "b"}))
+        judge = LocalJudge(model, tokenizer, house, min_label_mass=0.0, cot_tokens=4)
+        seen = []
+        for name in ("_texts", "_scores"):
+            asked = getattr(judge.backend, name)
+
+            def watched(requests, asked=asked, seen=seen):
+                seen.append([r["prompt"] for r in requests])
+                return asked(requests)
+
+            setattr(judge.backend, name, watched)
+        (verdict,) = judge.compare([Pair(ASK, "hello", "go away", [KIND])])
+        assert verdict.votes and judge.describe()["few_shots"] == 2
+        (asking, _), (scoring, _) = seen
+        assert asking.count("(A) greets, (B) does not.") == 2 and asking.count("Let's think step by step:") == 3
+        first, second = asking.index("So the answer is: (A)"), asking.index("So the answer is: (B)")
+        assert first < second < asking.index("go away") and asking.endswith("Let's think step by step:")
+        assert scoring.startswith(asking) and scoring.endswith("So the answer is:")
+        without = LocalJudge(model, tokenizer, house, min_label_mass=0.0)
+        assert without.describe()["few_shots"] == 0  # examples with rationales are for judges that reason

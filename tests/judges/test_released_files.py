@@ -82,3 +82,23 @@ def test_few_shots_are_the_prompts_that_lead_to_them():
         conversation, rest = messages_of(turns[:exchange]), turns[exchange:]
         for upto, end in ((2, "\n\nCritique:"), (4, "\n\nRevision:")):
             assert text_exchange([], conversation, rest[:upto]) == text[: text.index(end) + len(end)]
+
+
+def test_examples_of_reasoning_load_as_they_are(tmp_path):
+    """Six, with three different heads, which are given one; they are questions of the evaluation, so its rows go."""
+    constitution = Constitution.load(RL, FOLDER / "RLMadisonPrecogFewShotPrompts.json")
+    shots = constitution.cot_few_shots
+    assert [shot["better"] for shot in shots] == list("bbabab") and len(constitution.principles) == 16
+    assert [len(shot["conversation"]) for shot in shots] == [3, 1, 1, 1, 1, 1]
+    assert shots[0]["conversation"][0]["content"].startswith("My daughter got in a fight")
+    assert shots[4]["rationale"].startswith("Option A gives correct information") and not constitution.compare_few_shots
+    assert not any("[[[" in shot[name] or "H:" in shot[name] for shot in shots for name in ("a", "b", "rationale"))
+    rows = read_released_comparisons(EVALUATIONS[0])
+    shown = {shot[name] for shot in shots for name in "ab"}
+    seen = sum(bool({row["better"], row["worse"]} & shown) for row in rows)
+    assert len(rows) == 219 or seen >= 6
+    broken = json.loads((FOLDER / "RLMadisonPrecogFewShotPrompts.json").read_text())
+    broken[2]["prompt"] = broken[2]["prompt"].replace("So the answer is", "Therefore")
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match=r"broken\.json: few-shot 2: field 'prompt'"):
+        Constitution.load(RL, tmp_path / "broken.json")
