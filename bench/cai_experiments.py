@@ -297,7 +297,7 @@ def main() -> None:
     quiet()
     files = {seed: options.work / f"seed{seed}" / "result.json" for seed in options.seeds}
     runs = {seed: json.loads(file.read_text()) if file.exists() else {} for seed, file in files.items()}
-    for part in ("reward models", *ARMS):
+    for part in ("house", "reward models", "negated", "plus-one"):
         for seed, file in files.items():
             print(f"seed {seed}: {part}", flush=True)
             runs[seed] = run_seed(file.parent, seed, part, runs[seed])
