@@ -8,9 +8,13 @@ CPU time of training alone: loading, tokenization and evaluation are outside. Al
 them, TRL gets them as it documents (input_ids with completion_mask; chosen_ids and rejected_ids). A real token is one
 that is no padding; of a pair, both sequences count in full for everybody, although ours reads a shared prompt once.
 
-TRL runs as it comes (its defaults are gradient checkpointing and batches at random), and set for this machine: without
-checkpointing, batches grouped by length. Its loss is its own chunked one in both. Its padding-free batches and packing
-need flash attention, which a CPU does not have.
+A round is one pass over steps x batch records, others in each round, so that all learn from the same tokens, and the
+held-out loss is compared at equal tokens. TRL runs as it comes (gradient checkpointing; batches at random: here in the
+order that ours draws, so that every step learns the same), and set for this machine: without checkpointing, batches
+grouped by length. Its loss is its own chunked one in both. Its padding-free batches and packing need flash attention,
+which a CPU does not have.
+
+A round takes minutes; a file that is there already goes on from the rounds that it has (of the same settings).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -29,7 +34,7 @@ from pathlib import Path
 OURS = "rlhf_fast"
 VARIANTS = {
     OURS: {},
-    "TRL, its defaults": {"gradient_checkpointing": True},
+    "TRL, its defaults": {"gradient_checkpointing": True, "train_sampling_strategy": "sequential"},
     "TRL, grouped by length, no checkpointing": {
         "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length",
     },
@@ -67,13 +72,26 @@ class Measured:
                 "training_bytes": self.peak - self.before}  # fmt: skip
 
 
+def drawn(folder: Path, options: dict, seed: int) -> tuple[list[int], list[int]]:
+    """The records of a round, and the same in the order in which our trainer, given them, learns from them."""
+    from rlhf_fast.trainers.common import epoch_batches
+
+    count, wanted = len(json.loads((folder / "train.json").read_text())), options["steps"] * options["batch"]
+    if wanted > count:
+        raise SystemExit(f"{options['steps']} steps of {options['batch']} are over one pass: there are {count} records")
+    chosen = random.Random(seed).sample(range(count), wanted)
+    batches = epoch_batches([0] * wanted, options["batch"], seed=seed, by_length=False)
+    return chosen, [chosen[i] for batch in batches for i in batch]
+
+
 def run_ours(folder: Path, options: dict, seed: int) -> tuple:
     from rlhf_fast import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
     from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 
     config, trainer = (SFTConfig, SFTTrainer) if options["stage"] == "sft" else (RewardConfig, RewardTrainer)
     load = load_policy if options["stage"] == "sft" else load_reward_model
-    records, _ = json.loads((folder / "records.json").read_text())
+    records = json.loads((folder / "records.json").read_text())
+    records = [records[i] for i in drawn(folder, options, seed)[0]]
     trainer = trainer(
         config(
             str(folder / "run"), seed=seed, max_steps=options["steps"], warmup_ratio=0.0,
@@ -96,6 +114,7 @@ def run_trl(folder: Path, options: dict, seed: int) -> tuple:
     sft = options["stage"] == "sft"
     load = AutoModelForCausalLM if sft else AutoModelForSequenceClassification
     rows = json.loads((folder / "train.json").read_text())
+    rows = [rows[i] for i in drawn(folder, options, seed)[1]]
     config = trl.SFTConfig if sft else trl.RewardConfig
     arguments = config(
         output_dir=str(folder / "run"), seed=seed, max_steps=options["steps"], warmup_steps=0,
@@ -186,7 +205,7 @@ def prepare(folder: Path, options: dict, data: Path) -> dict:
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
     limit = {"max_length": options["max_length"], "on_overlong": "skip"}
-    records, lengths = [], []
+    lengths, about = [], {"weights": sum(p.numel() for p in model.parameters()), "tokenizer": len(tokenizer)}
     for name in ("train", "eval"):
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} if sft else r for r in pairs[name]]
         kept, tokens = [], []
@@ -203,17 +222,15 @@ def prepare(folder: Path, options: dict, data: Path) -> dict:
             else:
                 chosen, rejected = (response.tolist() for response in item.responses)
                 tokens.append({"chosen_ids": chosen, "rejected_ids": rejected, "length": len(item)})
-        records.append(kept)
+        if name == "train":
+            (folder / "records.json").write_text(json.dumps(kept))
+            about["records"] = len(kept)
         (folder / f"{name}.json").write_text(json.dumps(tokens if name == "train" else tokens[: options["eval_rows"]]))
         lengths += [len(t) for row in tokens for k, t in row.items() if k.endswith("_ids")] if name == "train" else []
-    (folder / "records.json").write_text(json.dumps(records))
     learned = [sum(r["completion_mask"]) for r in json.loads((folder / "train.json").read_text())] if sft else []
     spread = {"mean": statistics.mean(lengths), "median": statistics.median(lengths), "max": max(lengths)}
-    return {
-        "weights": sum(p.numel() for p in model.parameters()), "tokenizer": len(tokenizer), "records": len(records[0]),
-        "tokens_a_sequence": spread,
-        **({"learned_share": sum(learned) / sum(lengths)} if sft else {}),
-    }  # fmt: skip
+    about["tokens_a_sequence"] = spread
+    return about | ({"learned_share": sum(learned) / sum(lengths)} if sft else {})
 
 
 def main() -> None:
@@ -222,7 +239,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/hh-rlhf"), help="with train.jsonl.gz and eval.jsonl.gz")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32_000, help="of the model, as Llama 2; the tokenizer has fewer")
     parser.add_argument("--tokenizer_vocab", type=int, default=8192)
@@ -230,7 +247,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--eval_rows", type=int, default=50)
+    parser.add_argument("--eval_rows", type=int, default=200, help="held-out records that the loss is measured on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
@@ -243,23 +260,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         about = prepare(folder, settings, options["data"])
-        runs: dict[str, list[dict]] = {who: [] for who in VARIANTS}
-        for seed in range(options["rounds"]):
-            names = list(VARIANTS)
+        runs = finished(options["json"], settings)
+        for seed in range(len(runs[OURS]), options["rounds"]):
+            names, done = list(VARIANTS), {}
             for who in names[seed % len(names) :] + names[: seed % len(names)]:
                 run = {"folder": temporary, "options": {**settings, "who": who}, "seed": seed}
-                done = subprocess.run(
-                    [sys.executable, __file__, options["stage"], "--child", json.dumps(run)], env=environment,
-                    capture_output=True, text=True,
-                )  # fmt: skip
-                if done.returncode:
-                    raise SystemExit(f"{who}:\n{done.stderr}")
-                line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
-                runs[who].append(json.loads(line.removeprefix("RESULT ")))
-                print(seed, who, {k: round(v, 4) for k, v in runs[who][-1].items()}, flush=True)
-            if options["json"]:  # after every round: a run that is stopped leaves those that it finished
+                done[who] = in_a_process(options["stage"], run, environment)
+                print(seed, who, {k: round(v, 4) for k, v in done[who].items()}, flush=True)
+            for who, figures in done.items():
+                runs[who].append(figures)
+            if options["json"]:
                 result = {**summarized(runs), "settings": settings, "model_and_data": about, **provenance(options)}
                 options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
+
+
+def finished(path: Path | None, settings: dict) -> dict[str, list[dict]]:
+    """The rounds in a result file, if it is of these settings."""
+    before = json.loads(path.read_text()) if path and path.exists() else {}
+    if before.get("settings") != settings:
+        return {who: [] for who in VARIANTS}
+    return {row["who"]: row["rounds"] for row in before["rows"]}
+
+
+def in_a_process(stage: str, run: dict, environment: dict) -> dict:
+    command = [sys.executable, __file__, stage, "--child", json.dumps(run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{run['options']['who']}:\n{done.stderr}")
+    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).removeprefix("RESULT "))
 
 
 def summarized(runs: dict[str, list[dict]]) -> dict:

@@ -301,9 +301,10 @@ def trainers(result: dict) -> str:
     accuracy = [" held-out accuracy |", " --- |"] if result["stage"] == "reward" else ["", ""]
     lines = [
         f"| {result['stage']} | real tokens a CPU-second | ours is faster by | peak memory | ours over its | "
-        f"of which training | ours over its | held-out loss |{accuracy[0]}",
-        "|" + " --- |" * 8 + accuracy[1],
+        f"of which training | ours over its | held-out loss | over ours, each round |{accuracy[0]}",
+        "|" + " --- |" * 9 + accuracy[1],
     ]
+    rounds = next(row["rounds"] for row in result["rows"] if row["who"] == OURS)
     for row in result["rows"]:
         ours = row["who"] == OURS
         cells = [
@@ -314,6 +315,8 @@ def trainers(result: dict) -> str:
         for key in ("peak_bytes", "training_bytes"):
             cells += [f"{row[key] / 1e6:.0f} MB", "" if ours else f"{row[f'our_{key}_over_its']:.2f}"]
         cells += [f"{row['held_out_loss']:.3f}"]
+        over = (b["held_out_loss"] - a["held_out_loss"] for a, b in zip(rounds, row["rounds"], strict=True))
+        cells += ["" if ours else ", ".join(f"{difference:+.4f}" for difference in over)]
         cells += [f"{row['held_out_accuracy']:.3f}"] if accuracy[0] else []
         lines.append("| " + " | ".join(cells) + " |")
     about, settings = result["model_and_data"], result["settings"]

@@ -392,10 +392,16 @@ def set_reward_scale(model: nn.Module, mean: float, std: float) -> None:
     config.reward_mean, config.reward_std = mean, std
 
 
+def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the trunk, first to last; none where it does not hold them itself."""
+    return max(
+        (m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList()
+    )
+
+
 def train_last_layers(model: PreTrainedModel, n: int) -> None:
     """Of the trunk only the last n layers and the final norm go on learning; embeddings and the others are frozen."""
-    trunk = model.base_model
-    layers = max((m for m in trunk.children() if isinstance(m, nn.ModuleList)), key=len)
+    trunk, layers = model.base_model, trunk_layers(model)
     if n > len(layers):
         raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
     trunk.requires_grad_(False)

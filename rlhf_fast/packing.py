@@ -9,10 +9,14 @@ sequence alone, and no N x N mask exists. A sequence may go on from the first to
 responses to one prompt then share its computation. Under causal attention that changes nothing, for what follows a
 token cannot reach it. With flash attention installed and chosen for the model, its own variable-length kernel runs
 instead (for rows without shared prefixes).
+
+After the last attention nothing mixes tokens any more, so where only some of the hidden states are read (a reward at
+the last token, a loss at the response's), the last layer's feed-forward part runs for these alone.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .data.collate import Packed
-from .models import unwrapped
+from .models import trunk_layers, unwrapped
 
 NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
 FLASH = ("flash_attention_2", "flash_attention_3")
@@ -70,8 +74,8 @@ def packing(model) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def packed_hidden_states(model, packed: Packed) -> Tensor:
-    """(N, D): the trunk's last hidden states of every token. Call it within packing(model)."""
+def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
+    """(M, D): the trunk's last hidden states at the places `read` (M,) of the row. Call it within packing(model)."""
     trunk = unwrapped(model).base_model
     if trunk.config._attn_implementation == NAME:
         where = {"packed": packed}
@@ -81,9 +85,35 @@ def packed_hidden_states(model, packed: Packed) -> Tensor:
         ends = torch.tensor([0, *packed.lengths]).cumsum(0).to(packed.input_ids.device, torch.int32)
         longest = max(packed.lengths)
         where = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return trunk(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **where
-    ).last_hidden_state[0]
+    with _last_mlp_for(unwrapped(model), read, packed.input_ids.shape[1]):
+        row = trunk(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **where)
+    return row.last_hidden_state[0].index_select(0, read)
+
+
+@contextmanager
+def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
+    """Inside, the mlp of the last layer runs on these of the row's tokens, and adds nothing to the others."""
+    layers = trunk_layers(model)
+    mlp = getattr(layers[-1], "mlp", None) if len(layers) else None
+    alone = mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1  # Bloom's adds the residual itself
+    if not alone or model.is_gradient_checkpointing:  # which runs the layer again, when this is over
+        yield
+        return
+
+    def only(module, arguments):
+        return (arguments[0].index_select(1, read), *arguments[1:])
+
+    def back(module, arguments, output):
+        out, *others = output if isinstance(output, tuple) else (output,)  # experts give what their router said too
+        row = out.new_zeros(1, tokens, out.shape[-1]).index_copy(1, read, out)
+        return (row, *others) if others else row
+
+    hooks = [mlp.register_forward_pre_hook(only), mlp.register_forward_hook(back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -98,13 +128,14 @@ def why_not_packed(model) -> str | None:
     model.eval()
     try:
         with packing(model):
-            together = packed_hidden_states(model, packed)
+            read = torch.arange(1, packed.input_ids.shape[1], 2, device=model.device)
+            together = packed_hidden_states(model, packed, read)
         trunk = unwrapped(model).base_model
         alone = [
             trunk(input_ids=row, use_cache=False).last_hidden_state[0]
             for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
         ]
-        alone = torch.cat([*alone[:2], alone[2][shared:]])
+        alone = torch.cat([*alone[:2], alone[2][shared:]])[read]
     except (TypeError, NotImplementedError) as error:
         return str(error)
     finally:

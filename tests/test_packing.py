@@ -71,7 +71,7 @@ def alone(model, rows):
 
 def together(model, packed):
     with packing(model):
-        return packed_hidden_states(model, packed)
+        return packed_hidden_states(model, packed, torch.arange(packed.input_ids.shape[1]))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -112,6 +112,21 @@ def test_what_two_sequences_share_is_computed_once(architecture):
     torch.testing.assert_close(together(model, packed), own, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_the_last_mlp_runs_only_for_what_is_read(architecture):
+    model = build(architecture)
+    packed, read, seen = Packed.of(sequences(9, 1, 17, 4)), torch.tensor([2, 8, 9, 26, 30]), []
+    whole = together(model, packed)
+    mlp = models.trunk_layers(model)[-1].mlp
+    hook = mlp.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[1]))
+    with packing(model):
+        some = packed_hidden_states(model, packed, read)
+    hook.remove()
+    torch.testing.assert_close(some, whole[read], rtol=1e-5, atol=1e-6)
+    assert seen == [5] and not mlp._forward_hooks and not mlp._forward_pre_hooks
+
+
 def gradients(model, loss):
     loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
@@ -139,7 +154,7 @@ def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architect
     packed, batch = pack_sft(examples)
     weight, bias, _ = models.lm_head(model)
     with packing(model):
-        hidden = packed_hidden_states(model, packed)[batch["positions"]]
+        hidden = packed_hidden_states(model, packed, batch["positions"])
         loss = linear_cross_entropy(hidden, weight, batch["labels"], bias=bias, normalizer=total)
         found = gradients(model, loss)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -213,7 +213,7 @@ class RewardTrainer:
             if self.packed:
                 share = unwrapped(self.model).config._attn_implementation not in FLASH
                 packed, batch = pack_comparisons(items, self.width, self.model.device, share=share)
-                hidden = packed_hidden_states(self.model, packed)[batch["last"]]
+                hidden = packed_hidden_states(self.model, packed, batch["last"])
             else:
                 batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
                 return score_tokens(self.model, batch["input_ids"], batch["attention_mask"])[batch["slot"]], batch

@@ -195,11 +195,10 @@ class SFTTrainer:
         with common.autocast(self.model, self.config.bf16):
             if self.packed:
                 packed, batch = pack_sft(examples, self.model.device)
-                hidden = packed_hidden_states(self.model, packed)
+                hidden = packed_hidden_states(self.model, packed, batch["positions"])
             else:
                 batch = collate_sft(examples, self.tokenizer.pad_token_id, self.model.device)
-                hidden = hidden_states(self.model, batch["input_ids"]).flatten(0, 1)
-        hidden = hidden.index_select(0, batch["positions"])
+                hidden = hidden_states(self.model, batch["input_ids"]).flatten(0, 1).index_select(0, batch["positions"])
         return hidden.bfloat16() if self.config.bf16 else hidden, batch["labels"]
 
     def _lm_head(self) -> tuple[Tensor, Tensor | None, float | None]:
