@@ -20,7 +20,7 @@ lint: $(VENV)/.test
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Ours beside PyTorch, torch.compile and TRL, into bench/results and README. Minutes, and only true on an idle machine.
-# A second machine: make bench RESULTS=bench/results/cpu_intel.json; docs/ops.md then shows both.
+# A second machine: make bench RESULTS=bench/results/cpu_amd.json; docs/ops.md then shows both.
 RESULTS ?= bench/results/cpu.json
 bench: $(VENV)/.bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/rlhf-fast bench --device cpu --json $(RESULTS)
