@@ -125,6 +125,23 @@ struct CpuOps {
   // reference.masked_whiten over all rows, contiguous. saved (3): mean, 1 / sqrt(var + eps), number of values.
   int64_t (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
                            void* whitened, void* saved, int threads);
+
+  // Parts of a llama layer, float32 and contiguous. y (rows, width) = x scale weight, scale (rows, may be null) =
+  // 1 / sqrt(mean(x^2) + eps).
+  int64_t (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t width, double eps, float* y,
+                      float* scale, int threads);
+  int64_t (*rms_norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, int64_t rows,
+                               int64_t width, float* grad_x, float* grad_weight, int threads);
+
+  // x (rows, heads, dim) turned by the angles of its row's position, row % positions, of which cos and sin (positions,
+  // dim) have each twice. direction 1, or -1 for the gradient.
+  int64_t (*rotary)(const float* x, const float* cos, const float* sin, int64_t rows, int64_t positions, int64_t heads,
+                    int64_t dim, double direction, float* y, int threads);
+
+  // y = silu(gate) * up, all (rows, width).
+  int64_t (*swiglu)(const float* gate, const float* up, int64_t rows, int64_t width, float* y, int threads);
+  int64_t (*swiglu_backward)(const float* gate, const float* up, const float* grad, int64_t rows, int64_t width,
+                             float* grad_gate, float* grad_up, int threads);
 };
 
 #define RLHF_CPU_OPS(X)      \
@@ -144,7 +161,12 @@ struct CpuOps {
   X(gae)                     \
   X(masked_mean)             \
   X(masked_mean_backward)    \
-  X(masked_whiten)
+  X(masked_whiten)           \
+  X(rms_norm)                \
+  X(rms_norm_backward)       \
+  X(rotary)                  \
+  X(swiglu)                  \
+  X(swiglu_backward)
 
 // The instruction sets compiled into this module, best first; cpu_isa() is the one in use.
 struct CpuIsa {

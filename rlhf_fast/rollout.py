@@ -53,6 +53,7 @@ class Rollout:
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    value_error: Tensor | None = None  # () mean square of returns - values, where the advantages were whitened
 
     @property
     def lengths(self) -> Tensor:

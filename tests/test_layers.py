@@ -20,6 +20,7 @@ LAYERS = [
         "rollout",
         "generation",
         "decoder",
+        "trunk",
         "advantages",
         "rewards",
         "judges",

@@ -50,6 +50,7 @@ from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import compute_scores, make_reward, score_components
 from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
+from ..trunk import hidden_states_at
 from . import common
 from .ppo_config import PPOConfig
 
@@ -255,11 +256,11 @@ class PPOTrainer:
         Scoring and training both come through here, and only those N reach the two heads.
         """
         input_ids, positions, _ = inputs
-        hidden = critic_hidden = _hidden_at(self.policy, input_ids, positions)
+        hidden = critic_hidden = hidden_states_at(self.policy, input_ids, positions)
         if self.value_model is None:
             return hidden, None
         if not self.config.share_trunk:
-            critic_hidden = _hidden_at(self.value_model.model, input_ids, positions)
+            critic_hidden = hidden_states_at(self.value_model.model, input_ids, positions)
         elif self.config.detach_values or self._warming_up:
             critic_hidden = hidden.detach()
         return hidden, rollout.scatter(rows, scalar_head(self.value_model.model, critic_hidden))
@@ -267,7 +268,7 @@ class PPOTrainer:
     def _reference_logprobs(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         with adapters_off(self.policy) if self.reference is None else nullcontext():
             model = self.policy if self.reference is None else self.reference
-            return self._logprobs(model, _hidden_at(model, input_ids, positions), labels)
+            return self._logprobs(model, hidden_states_at(model, input_ids, positions), labels)
 
     def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> Tensor:
         weight, bias, softcap = lm_head(model)
@@ -286,7 +287,10 @@ class PPOTrainer:
             rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
         if config.advantage_estimator == "gae":
             advantages, rollout.returns = gae(rollout.rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-            rollout.advantages = advantages if config.scale_advantages == "none" else masked_whiten(advantages, mask)
+            rollout.advantages = advantages
+            if config.scale_advantages != "none":
+                rollout.advantages = masked_whiten(advantages, mask)
+                rollout.value_error = masked_mean(advantages.square(), mask) + 1e-8
         else:
             rollout.advantages = sequence_advantages(
                 rollout.rewards, mask, config.advantage_estimator, config.num_generations, scale=config.scale_advantages
@@ -364,6 +368,10 @@ class PPOTrainer:
                     values, rollout.values[rows], rollout.returns[rows], mask,
                     cliprange_value=config.cliprange_value, normalizer=num_tokens,
                 )  # fmt: skip
+                if config.share_trunk and rollout.value_error is not None:
+                    # The gradients of both losses meet in one trunk. Whitening gave the policy's a scale that does not
+                    # depend on that of the rewards; the critic's gets the same, or it would drown under small rewards.
+                    critic_loss = critic_loss / rollout.value_error
                 loss = config.vf_coef * critic_loss + (0.0 if self._warming_up else policy_loss)
                 stats["loss/value_avg"] += v["value_loss"]
                 stats["val/clipfrac_avg"] += v["clipfrac"] * (p["num_tokens"] / num_tokens)
@@ -493,11 +501,6 @@ def _starts_as_its_base(policy) -> bool:
         base = hidden_states(policy, ids)
     with evaluating(policy):
         return torch.equal(base, hidden_states(policy, ids))
-
-
-def _hidden_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """(N, D): only the hidden states that predict a response token."""
-    return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
 
 
 def _as_rows(rollout: Rollout, scores: Tensor, rows: Tensor | None = None) -> dict:

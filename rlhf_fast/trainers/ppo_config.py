@@ -65,7 +65,7 @@ class PPOConfig:
 
     # --- critic
     cliprange_value: float | None = 0.2  # None: no clipping
-    vf_coef: float = 0.1
+    vf_coef: float = 0.1  # with share_trunk (and scale_advantages) the value loss is relative to what it is at first
     share_trunk: bool = False  # the value head sits on the policy's own trunk: one forward and backward for both
     detach_values: bool = False  # with share_trunk: the value loss trains the head and not the trunk
     critic_warmup_steps: int = 0  # iterations that train the critic alone, before the policy moves

@@ -242,6 +242,31 @@ def test_the_values_of_a_shared_trunk_may_stop_at_the_head(tmp_path, detach):
     assert trunk == 0.0 if detach else trunk > 1e-6
 
 
+def test_the_scale_of_the_rewards_does_not_change_what_a_shared_trunk_learns(tmp_path):
+    """Rewards and values 100 times as large: the policy's gradient is whitened, and the critic's keeps its share."""
+    gradients = []
+    for scale in (1.0, 100.0):
+        reward = lambda prompts, responses, scale=scale, **_: [scale * x for x in variety(prompts, responses)]  # noqa: E731
+        trainer = make_trainer(
+            tmp_path, reward=reward, share_trunk=True, kl_coef=0.0, cliprange_value=None, learning_rate=1e-9,
+            vf_coef=1.0,
+        )  # fmt: skip
+        with torch.no_grad():
+            head = trainer.value_model.model.score.weight.normal_(generator=torch.Generator().manual_seed(2))
+            head.mul_(scale)
+        _, rollout = one_iteration(trainer)
+        trainer._accumulate_gradient(rollout, minibatches(rollout.lengths, 16, None)[0])
+        gradients.append([p.grad for p in trainer.policy.base_model.parameters()])
+        rollout.advantages = torch.zeros_like(rollout.advantages)
+        for p in trainer.policy.parameters():
+            p.grad = None
+        trainer._accumulate_gradient(rollout, minibatches(rollout.lengths, 16, None)[0])
+        critics = [p.grad for p in trainer.policy.base_model.parameters()]
+        assert max(float(g.abs().max()) for g in critics) > 1e-2  # and it has one
+    for small, large in zip(*gradients, strict=True):
+        torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-4 * float(small.abs().max()))
+
+
 @pytest.mark.parametrize("share_trunk", [False, True])
 def test_new_adapters_make_the_policy_its_own_reference(tmp_path, share_trunk):
     pytest.importorskip("peft")

@@ -1,0 +1,138 @@
+"""The trunk's own forward against transformers', and the parts of a layer against their formulas in float64."""
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from test_generation import with_opinions
+from torch.nn import functional as F
+
+from rlhf_fast.models import add_lora, hidden_states
+from rlhf_fast.ops import _layer
+from rlhf_fast.trunk import _runs_here, hidden_states_at
+
+POSITIONS = torch.tensor([0, 5, 6, 8, 11, 19, 26])  # of 3 rows of 9 tokens
+
+
+def outputs_and_gradients(model, how):
+    ids = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    hidden = how(model, ids)
+    hidden.backward(torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)))
+    return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def through_transformers(model, ids):
+    return hidden_states(model, ids).flatten(0, 1)[POSITIONS]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3 rope", "qwen2", "qwen3", "llama with lora"])
+def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
+    if name.endswith("lora"):
+        pytest.importorskip("peft")
+        model = add_lora(with_opinions("llama"), r=2, alpha=4.0)
+        for module_name, p in model.named_parameters():
+            if "lora_B" in module_name:
+                torch.nn.init.normal_(p)
+    else:
+        model = with_opinions(name)
+    assert _runs_here(model)
+    ours, our_gradients = outputs_and_gradients(model, lambda model, ids: hidden_states_at(model, ids, POSITIONS))
+    theirs, their_gradients = outputs_and_gradients(model, through_transformers)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for parameter, gradient in their_gradients.items():
+        if gradient is None:  # the lm_head, of which neither has one
+            assert our_gradients[parameter] is None
+            continue
+        scale = float(gradient.abs().max()) or 1.0
+        assert float((our_gradients[parameter] - gradient).abs().max()) < 2e-4 * scale, parameter
+
+
+def test_what_follows_a_token_does_not_change_its_bits():
+    model = tiny_model(tiny_tokenizer())
+    ids = torch.arange(10, 28).view(2, 9)
+    changed = ids.clone()
+    changed[:, 6:] = 3
+    before = torch.tensor([0, 5, 9, 14])
+    assert torch.equal(hidden_states_at(model, ids, before), hidden_states_at(model, changed, before))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.gradient_checkpointing_enable(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: setattr(model.base_model.layers[0].self_attn, "attention_dropout", 0.1),
+        lambda model: setattr(model.config, "hidden_act", "gelu"),
+    ],
+    ids=["checkpointing", "bfloat16", "dropout", "gelu"],
+)
+def test_what_it_does_not_do_goes_through_transformers(change):
+    model = tiny_model(tiny_tokenizer()).train()
+    assert _runs_here(model)
+    change(model)
+    assert not _runs_here(model)
+    assert hidden_states_at(model, torch.arange(18).view(2, 9), torch.tensor([3, 4])).shape == (2, 32)
+
+
+def rms_norm(x, w):
+    return w * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def rotary(x, cos, sin):
+    half = x.shape[-1] // 2
+    tables = [t.repeat(len(x) // len(t), 1)[:, None] for t in (cos, sin)]
+    return x * tables[0] + torch.cat([-x[..., half:], x[..., :half]], -1) * tables[1]
+
+
+ANGLES = torch.rand(7, 5).repeat(1, 2)
+PARTS = {
+    "rms_norm": (lambda x, w: _layer.rms_norm(x, w, 1e-6), rms_norm, [(300, 37), (37,)]),
+    "rotary": (_layer.rotary, rotary, [(21, 3, 10)]),
+    "swiglu": (_layer.swiglu, lambda gate, up: F.silu(gate) * up, [(300, 37), (300, 37)]),
+}
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_and_its_gradient_are_their_formula(name, isa):
+    native = _layer._C
+    if not native.isas().get(isa, False):
+        pytest.skip(f"this CPU has no {isa}")
+    ours, formula, shapes = PARTS[name]
+    generator = torch.Generator().manual_seed(3)
+    inputs = [(4 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    tables = [ANGLES.cos(), ANGLES.sin()] if name == "rotary" else []
+    before = native.isa()
+    native.use_isa(isa)
+    try:
+        y, z = ours(*inputs, *tables), formula(*exact, *(t.double() for t in tables))
+        grad = torch.randn(y.shape, generator=generator)
+        y.backward(grad)
+    finally:
+        native.use_isa(before)
+    z.backward(grad.double())
+    for got, expected in [(y, z), *((x.grad, e.grad) for x, e in zip(inputs, exact, strict=True))]:
+        torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_sigmoid_at_its_ends():
+    gate = torch.tensor([[-200.0, -100.0, 0.0, 100.0, 200.0]], requires_grad=True)
+    y = _layer.swiglu(gate, torch.ones_like(gate))
+    y.sum().backward()
+    torch.testing.assert_close(y, torch.tensor([[0.0, 0, 0, 100, 200]]), rtol=0, atol=1e-30)
+    torch.testing.assert_close(gate.grad, torch.tensor([[0.0, 0, 0.5, 1, 1]]), rtol=0, atol=1e-30)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.ones(64, requires_grad=True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append([*torch.autograd.grad(_layer.rms_norm(x, weight, 1e-6).square().sum(), [x, weight])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
