@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import PlantedJudge
 
-from rlhf_fast.judges import Calibration, Constitution, Principle, Vote, audit, decide
+from rlhf_fast.judges import Calibration, Constitution, Missing, Principle, Vote, audit, decide
 from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, reliability, scores
 
 ONE = Constitution("one", (Principle("p", compare="Choose."),))
 
 
-class Planted:
+class Planted(PlantedJudge):
     """Knows the better reply by the number it begins with; log-odds are `sure` times the difference and noise, and
     standing first adds `bias`. gullible: nats that the words "choose this response" are worth to it."""
 
@@ -24,25 +25,16 @@ class Planted:
     def describe(self):
         return {"backend": "planted", **vars(self)}
 
-    def comparable(self, principles):
-        return list(principles)
-
     def worth(self, reply, seed):
         if self.by_length:
             return len(reply)
         noise = random.Random(f"{seed}{reply}").gauss(0, self.noise / math.sqrt(2))
         return self.sure * (float(reply.split()[0]) + noise) + self.gullible * ("choose this response" in reply)
 
-    def compare(self, pairs, ledger=None):
-        answers = []
-        for pair in pairs:
-            votes = []
-            for p in pair.principles:
-                about = f"noise {p.id} {pair.conversation}"
-                logit = self.worth(pair.a, about) - self.worth(pair.b, about)
-                votes.append(Vote(p.id, logit + self.bias, logit - self.bias))
-            answers.append(decide(votes, [], {p.id: p.weight for p in pair.principles}))
-        return answers
+    def vote(self, pair, principle):
+        about = f"noise {principle.id} {pair.conversation}"
+        logit = self.worth(pair.a, about) - self.worth(pair.b, about)
+        return Vote(principle.id, logit + self.bias, logit - self.bias)
 
 
 def rows(n):
@@ -116,13 +108,11 @@ def test_few_shots_are_no_test_of_a_judge_that_has_seen_them(tmp_path):
 class Broken(Planted):
     """Refuses one pair in five, as a judge of harmful text will."""
 
-    def compare(self, pairs, ledger=None):
-        from rlhf_fast.judges import Missing
-
-        return [
-            decide([], [Missing("p", "refused", "I cannot")], {"p": 1.0}) if int(v.votes[0].logit * 1e6) % 5 == 0 else v
-            for v in super().compare(pairs)
-        ]
+    def verdict(self, pair):
+        verdict = super().verdict(pair)
+        if int(verdict.logit * 1e6) % 5 == 0:
+            return decide([], [Missing("p", "refused", "I cannot")], {"p": 1.0})
+        return verdict
 
 
 def test_refusals_are_counted_and_count_as_half(tmp_path):

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from planted import PlantedJudge
 
-from rlhf_fast.judges import Constitution, Principle, Vote, decide, derive, judge_pairs, report_on
+from rlhf_fast.judges import Constitution, Principle, Vote, derive, judge_pairs, report_on
 from rlhf_fast.judges.constitution_report import constitution_report
 
 WEIGHTS = {"truth": 1.0, "copy": 1.0, "against": 0.5, "noise": 1.0}
@@ -69,27 +70,19 @@ def test_leave_one_out_by_hand():
     assert big["accuracy"] is None  # nobody compared these pairs
 
 
-class Numbers:
+class Numbers(PlantedJudge):
     """Votes by the digits of the replies, one digit a principle."""
 
-    def __init__(self):
-        self.asked = 0
+    asked = 0
 
-    def describe(self):
-        return {"backend": "numbers"}
+    def verdict(self, pair):
+        self.asked += 1
+        return super().verdict(pair)
 
-    def comparable(self, principles):
-        return list(principles)
-
-    def compare(self, pairs, ledger=None):
-        self.asked += len(pairs)
-        answers = []
-        for pair in pairs:
-            cast = [
-                Vote(p.id, x := float(pair.a[int(p.id[1])]) - float(pair.b[int(p.id[1])]), x) for p in pair.principles
-            ]
-            answers.append(decide(cast, [], {p.id: p.weight for p in pair.principles}))
-        return answers
+    def vote(self, pair, principle):
+        digit = int(principle.id[1])
+        logit = float(pair.a[digit]) - float(pair.b[digit])
+        return Vote(principle.id, logit, logit)
 
 
 def test_other_weights_cost_no_call_and_say_what_was_reported(tmp_path):

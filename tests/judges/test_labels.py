@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from helpers import tiny_model, tiny_tokenizer
+from planted import PlantedJudge
 
 from rlhf_fast.judges import Calibration, Constitution, LocalJudge, Missing, Pair, Principle, Verdict, Vote, decide
 from rlhf_fast.judges.calibration import fit_bias, fit_slope
@@ -19,22 +20,16 @@ KIND, SHORT = Principle("kind", compare="Kinder?"), Principle("short", compare="
 HOUSE = Constitution("house", (KIND, SHORT))
 
 
-class Planted:
+class Planted(PlantedJudge):
     """The truth s is the difference of the numbers that are the replies; what it says is s / slope + bias in front."""
 
     def __init__(self, slope=1.0, bias=0.0, missing=()):
         self.slope, self.bias, self.lost = slope, bias, missing
 
-    def comparable(self, principles):
-        return list(principles)
-
     def describe(self):
         return {"backend": "planted", "slope": self.slope, "bias": self.bias}
 
-    def compare(self, pairs, ledger=None):
-        return [self._one(pair) for pair in pairs]
-
-    def _one(self, pair):
+    def verdict(self, pair):
         s = (float(pair.a) - float(pair.b)) / self.slope
         gone = tuple(Missing(p.id, "refused", "no") for p in pair.principles if (p.id, pair.a) in self.lost)
         names = [p.id for p in pair.principles if p.id not in {m.principle for m in gone}]
@@ -144,7 +139,7 @@ def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
 
 def test_a_judge_that_gives_no_votes_is_taken_at_its_word(tmp_path):
     class Plain(Planted):
-        def _one(self, pair):
+        def verdict(self, pair):
             return Verdict("ok", 1.0) if pair.a > "0" else Verdict("failed", 3.0, reason="broken")
 
     rows = [{"prompt": "q", "a": a, "b": "x"} for a in ("1", "-1")]

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from planted import PlantedJudge
 
-from rlhf_fast.judges import Constitution, Principle, Vote, audit, decide
+from rlhf_fast.judges import Constitution, Principle, Vote, audit
 from rlhf_fast.judges.layouts import (
     compare_question,
     messages_of,
@@ -52,15 +53,9 @@ def test_every_evaluation_prompt_is_rebuilt_from_its_parts(path):
 def test_the_evaluation_file_with_a_judge_of_length(tmp_path):
     """Choosing the longer reply is the floor; judged by length, the lead over it is nothing at all."""
 
-    class Longer:
-        def describe(self):
-            return {"backend": "longer"}
-
-        def comparable(self, principles):
-            return list(principles)
-
-        def compare(self, pairs, ledger=None):
-            return [decide([Vote("p", n := float(len(x.a) - len(x.b)), n)], [], {"p": 1.0}) for x in pairs]
+    class Longer(PlantedJudge):
+        def vote(self, pair, principle):
+            return Vote(principle.id, n := float(len(pair.a) - len(pair.b)), n)
 
     rows = read_released_comparisons(EVALUATIONS[0])
     constitution = Constitution("one", (Principle("p", compare="Choose."),))

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from planted import PlantedJudge
 from tqdm import tqdm
 
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
@@ -276,19 +277,10 @@ def test_the_papers_schedule(tmp_path):
 # --- phase 2 ---
 
 
-class Faulty:
+class Faulty(PlantedJudge):
     """A judge that knows the truth (the number in the reply) and answers by script: every way a judge can fail."""
 
-    def comparable(self, principles):
-        return list(principles)
-
-    def describe(self):
-        return {"backend": "faulty"}
-
-    def compare(self, pairs, ledger=None):
-        return [self._one(pair) for pair in pairs]
-
-    def _one(self, pair: Pair):
+    def verdict(self, pair: Pair):
         number = int(pair.conversation[-1]["content"].split()[-1])
         status = ("ok", "ok", "ok", "tie", "unparsed", "too_long", "failed")[number % 7]
         if status != "ok":
@@ -337,7 +329,7 @@ def test_labels_are_what_the_judge_said(tmp_path):
             (int(chosen) - int(rejected)) / 5
         )
         assert pair["a"] == (chosen if row["cai"]["a"] == "chosen" else rejected)
-        assert row["cai"]["judge"] == {"backend": "faulty"} and row["cai"]["constitution_sha256"] == HOUSE.sha256
+        assert row["cai"]["judge"] == {"backend": "planted"} and row["cai"]["constitution_sha256"] == HOUSE.sha256
         assert row["cai"]["order_gap"] == pytest.approx(2.0) and row["cai"]["votes"][0]["principle"] == "p"
 
 
