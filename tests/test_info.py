@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
+import torch
+
+import rlhf_fast as rf
 from rlhf_fast import info
+from rlhf_fast.ops import _dispatch
 
 
 def test_the_report_names_versions_build_and_every_op(capsys):
@@ -19,3 +24,17 @@ def test_json_is_the_same_report(capsys):
     assert data["backends"]["token_logprobs"]["cpu"] == {"backend": "native", "why": None}
     cuda = data["backends"]["token_logprobs"]["cuda"]
     assert cuda["why"] or cuda["backend"] == "native"  # a worse backend always says why
+
+
+@pytest.mark.parametrize("op", sorted(rf.backends()))
+def test_a_cuda_tensor_without_cuda_kernels_is_refused_with_how_to_build_them(op, monkeypatch):
+    """What every kernel's dispatch says of a CUDA tensor in a build without nvcc, on a machine without Triton."""
+    unavailable = {"native": _dispatch.HOW_TO_BUILD, "triton": "triton is not installed"}
+    monkeypatch.setattr(_dispatch, "_unavailable", lambda device, backend: unavailable[backend])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "RLHF_FAST_CUDA=1" in _dispatch.HOW_TO_BUILD
+    mine = [kernel for name, kernel in _dispatch._OPS.items() if name.startswith(op)]
+    assert mine
+    for kernel in mine:
+        with pytest.raises(RuntimeError, match=f"{kernel.name} got a CUDA tensor.*{_dispatch.HOW_TO_BUILD}"):
+            kernel._choose("cuda")

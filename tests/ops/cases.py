@@ -88,7 +88,7 @@ def ppo_loss_inputs(s: Sampler) -> dict:
     shape = (s.integer(0, 4), s.choice(0, 1, 7, 33, 600))
     old_logprobs = -5 * s.uniform(*shape)
     inputs = {
-        "logprobs": old_logprobs + s.normal(*shape, scale=s.choice(0.0, 0.01, 0.5, 3.0)),
+        "logprobs": old_logprobs + s.normal(*shape, scale=s.choice(0.0, 0.01, 0.5, 3.0, 60.0)),  # the last overflows
         "old_logprobs": old_logprobs,
         "advantages": s.normal(*shape) * (s.uniform(*shape) < 0.9),
         "mask": s.mask(*shape),
@@ -142,7 +142,11 @@ def with_ignored_labels(s: Sampler, inputs: dict) -> dict:
 
 def cross_entropy_inputs(s: Sampler) -> dict:
     inputs = token_logprobs_inputs(s)
-    return with_ignored_labels(s, {"logits": inputs["logits"], "labels": inputs["labels"]})
+    logits, labels = inputs["logits"], inputs["labels"]
+    if s.choice(True, True, True, False):  # one label at -inf makes the whole loss infinite: not in most draws
+        forbidden = logits.gather(-1, labels[..., None]).squeeze(-1) == -torch.inf
+        labels = labels.masked_fill(forbidden, logits.shape[-1] - 1)  # never forbidden
+    return with_ignored_labels(s, {"logits": logits, "labels": labels})
 
 
 def linear_ppo_loss_inputs(s: Sampler) -> dict:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.ops import reference, token_logprobs, token_logprobs_and_entropy
+from rlhf_fast.ops import cross_entropy, reference, token_logprobs, token_logprobs_and_entropy
 
 VOCABS = (1, 7, 640, 1100, 50257, 151936)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -149,3 +149,12 @@ def test_more_than_2_to_the_31_elements():
     labels = torch.full((rows,), 12345)
     out = token_logprobs(row.expand(rows, vocab), labels)
     assert torch.equal(out, token_logprobs(row, labels[:1]).expand(rows))
+
+
+def test_cross_entropy_of_more_than_2_to_the_31_elements():
+    vocab = 151936
+    row = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = 2**31 // vocab + 2
+    labels = torch.full((rows,), 12345)
+    loss = cross_entropy(row.expand(rows, vocab), labels)
+    torch.testing.assert_close(loss, cross_entropy(row, labels[:1]), rtol=1e-6, atol=0)
