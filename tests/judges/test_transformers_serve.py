@@ -70,7 +70,8 @@ def test_its_probabilities_are_the_model_s(served, tmp_path):
     with Ledger(tmp_path) as ledger:
         one, two = judge.compare([Pair(ASK, "hello", "no", [KIND]), Pair(ASK, "no", "hello", [KIND])], ledger)
         requests = ledger.usage().requests
-    assert one.status == "ok" and one.logit == -two.logit != 0 and requests == 2  # two orders, asked once
+    assert one.status == "ok" and one.logit == -two.logit != 0
+    assert requests == 2 + len(judge.backend.found)  # two orders, asked once, behind the probe
     assert one.votes[0].kind == "normalised"
     decide = DecisionPipeline(model=model, tokenizer=tokenizer, device="cpu")
     (prompt,) = judge.backend.prompt(
@@ -95,4 +96,4 @@ def test_it_writes_pairs_and_labels_them_without_a_second_call(served, tmp_path)
     label(pairs.rows, constitution, judge, output_dir=tmp_path / "label", tie_margin=0)
     assert (tmp_path / "label" / "comparisons.jsonl").read_bytes() == before
     with Ledger(tmp_path / "label") as ledger:
-        assert ledger.usage().requests <= 8  # one principle, two orders; equal replies need one
+        assert ledger.usage().requests <= 2 + 8  # the probe; one principle, two orders, and equal replies need one
