@@ -94,9 +94,25 @@ def matmul_cross_entropy(hidden, weight, labels):
     return F.cross_entropy((hidden @ weight.T).float(), labels)
 
 
+def trl_linear_token_logprobs() -> Callable:
+    """TRL's log-probabilities from hidden states, in its own chunks: (hidden, weight, labels), any leading axes."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
+
+    def logprobs(hidden, weight, labels):
+        inputs = hidden.reshape(-1, hidden.shape[-1]), weight, None, labels.reshape(-1)
+        return ChunkedLogProbFunction.apply(*inputs, 1.0, chunk_size, None, 1.0, ())[0].view_as(labels)
+
+    return logprobs
+
+
 def linear_cross_entropy(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels) -> mean loss."""
     table = {"eager": matmul_cross_entropy, "compile": compiled(matmul_cross_entropy)}
+
+    def trl():
+        logprobs = trl_linear_token_logprobs()
+        return lambda x, w, y: -logprobs(x, w, y).mean()
 
     def liger():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -113,6 +129,7 @@ def linear_cross_entropy(device: torch.device) -> dict[str, Callable]:
 
         return linear_cross_entropy
 
+    add_peer(table, "TRL", "trl", trl)
     if device.type == "cuda":
         add_peer(table, "Liger", "liger_kernel", liger)
         add_peer(table, "quack", "quack", quack)
@@ -135,6 +152,11 @@ def linear_ppo_loss(device: torch.device) -> dict[str, Callable]:
         loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
         return lambda x, w, y, old, a, m: loss(x, w, y, m, a[:, 0], old_per_token_logps=old)[0]
 
+    def trl():
+        logprobs = trl_linear_token_logprobs()
+        return lambda x, w, y, *rest: reference.ppo_loss(logprobs(x, w, y), *rest)
+
+    add_peer(table, "TRL", "trl", trl)
     if device.type == "cuda":
         add_peer(table, "Liger GRPO", "liger_kernel", liger)
     return table
@@ -161,7 +183,9 @@ def matmul_token_logprobs(hidden, weight, labels):
 
 def linear_token_logprobs(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels) -> log-probabilities."""
-    return {"eager": matmul_token_logprobs, "compile": compiled(matmul_token_logprobs)}
+    table = {"eager": matmul_token_logprobs, "compile": compiled(matmul_token_logprobs)}
+    add_peer(table, "TRL", "trl", trl_linear_token_logprobs)
+    return table
 
 
 def plain_kl_divergence(logits, ref_logits):
