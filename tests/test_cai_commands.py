@@ -26,7 +26,8 @@ def house(tmp_path_factory):
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     (root / "house.yaml").write_text(HOUSE)
-    write(root / "prompts.jsonl", [{"prompt": f"say {n}"} for n in range(10)])
+    kinds = ["benign", "red-team"] * 5
+    write(root / "prompts.jsonl", [{"prompt": f"say {n}", "kind": kind} for n, kind in enumerate(kinds)])
     write(root / "people.jsonl", [
         {"prompt": f"say {n // 2}", "chosen": f"{n}{'!' * (n % 3)}", "rejected": f"-{n} {'?' * (n % 2)}"}
         for n in range(20)
@@ -65,6 +66,7 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     cut = sum("truncated" in row["reason"] for row in read(tmp_path / "revise" / "rejected.jsonl"))
     assert "revise: 6 inputs" in out and cut > 0  # a random model does not end by itself
     assert f"{cut} of 6 prompts have no reply that was not cut off at max_new_tokens = 8" in out
+    assert "replies that decline, originals -> demonstrations: benign 0 of 3 -> 0 of " in out and "red-team" in out
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
     assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
     assert "needs check-all or paper" in capsys.readouterr().err
