@@ -133,13 +133,25 @@ struct CpuOps {
   int64_t (*rms_norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, int64_t rows,
                                int64_t width, float* grad_x, float* grad_weight, int threads);
 
-  // x (rows, heads, dim) turned by the angles of its row's position, row % positions, of which cos and sin (positions,
-  // dim) have each twice. direction 1, or -1 for the gradient.
-  int64_t (*rotary)(const float* x, const float* cos, const float* sin, int64_t rows, int64_t positions, int64_t heads,
-                    int64_t dim, double direction, float* y, int threads);
+  // x (rows, heads, dim; row_stride apart) turned by the angles of its row's position, row % positions, of which cos
+  // and sin (positions, dim) have each twice -> y, contiguous. direction 1, or -1 for the gradient.
+  int64_t (*rotary)(const float* x, int64_t row_stride, const float* cos, const float* sin, int64_t rows,
+                    int64_t positions, int64_t heads, int64_t dim, double direction, float* y, int threads);
 
-  // y = silu(gate) * up, all (rows, width).
-  int64_t (*swiglu)(const float* gate, const float* up, int64_t rows, int64_t width, float* y, int threads);
+  // Of one query a row: y (rows, heads, dim) = softmax(scale q k^T + bias) v over the first filled of capacity keys
+  // (rows, key_heads, capacity, dim). heads is a multiple of key_heads; bias (rows, capacity) may be null.
+  int64_t (*attend)(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
+                    int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
+                    double scale, float* y, int threads);
+
+  // The token at which the cumulative softmax(logits / temperature) first exceeds uniform, in [0, 1), and its
+  // log-probability, for each row of logits (rows, vocab), contiguous float32.
+  int64_t (*sample_tokens)(const float* logits, const double* uniforms, int64_t rows, int64_t vocab, double temperature,
+                           int64_t* tokens, float* logprobs, int threads);
+
+  // y = silu(gate) * up, all (rows, width); gate and up have rows row_stride apart, y is contiguous, as all below are.
+  int64_t (*swiglu)(const float* gate, const float* up, int64_t row_stride, int64_t rows, int64_t width, float* y,
+                    int threads);
   int64_t (*swiglu_backward)(const float* gate, const float* up, const float* grad, int64_t rows, int64_t width,
                              float* grad_gate, float* grad_up, int threads);
 };
@@ -165,6 +177,8 @@ struct CpuOps {
   X(rms_norm)                \
   X(rms_norm_backward)       \
   X(rotary)                  \
+  X(attend)                  \
+  X(sample_tokens)           \
   X(swiglu)                  \
   X(swiglu_backward)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import unwrapped
+from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
 MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its call, and a second copy would be felt
@@ -63,6 +64,10 @@ def _rms_norm(module: nn.Module):
     weight = module.weight
     if weight.dtype != torch.float32:
         return module
+    if _layer.runs_on(weight):
+        return lambda x: _layer.rms_norm(x.contiguous().view(-1, x.shape[-1]), weight, module.variance_epsilon).view(
+            x.shape
+        )
     return partial(nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
 
 
@@ -86,32 +91,40 @@ class _Rotary:
                 "down": mlp.down_proj,
             })  # fmt: skip
         config = trunk.config
+        self.is_silu = config.hidden_act == "silu"
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = trunk.layers[0].self_attn.head_dim
         weight = trunk.embed_tokens.weight
         cos, sin = trunk.rotary_emb(weight[:1], position_ids=torch.arange(length, device=weight.device)[None])
         half = self.head_dim // 2
+        self.in_one_pass = _layer.runs_on(weight)
         # rotate_half(x) = (-x2, x1): the minus goes into the sine, and roll swaps the halves.
-        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # (length, d)
+        sin = sin[0] if self.in_one_pass else torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+        self.cos, self.sin = cos[0].contiguous(), sin.contiguous()  # (length, d)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        self.rotation = self.cos[positions][:, :, None], self.sin[positions][:, :, None]  # (B, T, 1, d)
+        self.rotation = self.cos[positions.flatten()], self.sin[positions.flatten()]  # (B * T, d)
         return self.embed_tokens(ids.flatten())
 
     def project(self, layer: dict, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        heads = layer["qkv"](layer["norm"](x)).view(*shape, -1, self.head_dim)
-        qk, v = heads.split([self.queries + self.keys, self.keys], 2)
+        heads = layer["qkv"](layer["norm"](x)).view(len(x), -1, self.head_dim)
+        qk, v = heads.split([self.queries + self.keys, self.keys], 1)
         if layer["qk_norms"] is not None:
-            parts = qk.split([self.queries, self.keys], 2)
-            qk = torch.cat([norm(part) for norm, part in zip(layer["qk_norms"], parts, strict=True)], 2)
+            parts = qk.split([self.queries, self.keys], 1)
+            qk = torch.cat([norm(part) for norm, part in zip(layer["qk_norms"], parts, strict=True)], 1)
         cos, sin = self.rotation
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        q, k = qk.transpose(1, 2).split([self.queries, self.keys], 1)
-        return q, k, v.transpose(1, 2)
+        if self.in_one_pass:
+            qk = _layer.rotary(qk, cos, sin)
+        else:
+            qk = torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None])
+        q, k = qk.view(*shape, -1, self.head_dim).transpose(1, 2).split([self.queries, self.keys], 1)
+        return q, k, v.view(*shape, self.keys, self.head_dim).transpose(1, 2)
 
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer["output"](attended)
         gate, up = layer["gate_up"](layer["mlp_norm"](x)).chunk(2, -1)
+        if self.in_one_pass and self.is_silu:
+            return x + layer["down"](_layer.swiglu(gate, up))
         return x + layer["down"](layer["activation"](gate) * up)
 
 
@@ -220,6 +233,9 @@ class Decoder:
         else:
             keys[:, :, self.filled - 1 : self.filled] = k
             values[:, :, self.filled - 1 : self.filled] = v
+            if _layer.runs_on(q):
+                rows = None if bias is None else bias[:, 0, 0]
+                return _layer.attend(q[:, :, 0], keys, values, rows, self.filled, scale)[:, :, None]
             keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
             bias = None if bias is None else bias[..., : self.filled]
         # The query heads that share a key head stand where a longer query has its tokens: nothing is repeated.

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from .data.chat import Text, encode_prompt
 from .decoder import Decoder, why_not
+from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
 
@@ -63,6 +64,8 @@ def sample(
     al. 2020). The log-probabilities are those before that. Nothing is sorted unless one of the two asks for it.
     """
     rows, vocab = logits.shape
+    if top_k is None and top_p == 1.0 and _layer.runs_on(logits):
+        return _layer.sample_tokens(logits.contiguous(), uniforms.double().contiguous(), temperature)
     z = logits.float() if logits.dtype.itemsize < 4 else logits
     z = z if temperature == 1.0 else z / temperature
     largest = z.amax(-1, keepdim=True)

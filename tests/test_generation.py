@@ -215,7 +215,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert draw(top_k=1).tolist() == [0, 1000, 0]
     assert draw(top_k=2)[0] == 0 and abs(draw(top_k=2)[1] - 625) <= 1
     assert draw(top_k=2, top_p=0.6).tolist() == [0, 1000, 0]  # 0.625 of what top_k keeps reaches 0.6
-    assert torch.equal(draw(top_k=99), draw())
+    assert (draw(top_k=99) - draw()).abs().max() <= 1  # 0.7 is one of the uniforms
 
 
 def test_the_mode_of_the_model_is_as_before(model, prompts):

@@ -92,28 +92,66 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    native = _layer._C
+    if not native.isas().get(request.param, False):
+        pytest.skip(f"this CPU has no {request.param}")
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_and_its_gradient_are_their_formula(name, isa):
-    native = _layer._C
-    if not native.isas().get(isa, False):
-        pytest.skip(f"this CPU has no {isa}")
     ours, formula, shapes = PARTS[name]
     generator = torch.Generator().manual_seed(3)
     inputs = [(4 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     tables = [ANGLES.cos(), ANGLES.sin()] if name == "rotary" else []
-    before = native.isa()
-    native.use_isa(isa)
-    try:
-        y, z = ours(*inputs, *tables), formula(*exact, *(t.double() for t in tables))
-        grad = torch.randn(y.shape, generator=generator)
-        y.backward(grad)
-    finally:
-        native.use_isa(before)
+    y, z = ours(*inputs, *tables), formula(*exact, *(t.double() for t in tables))
+    with torch.no_grad():  # the way of generation
+        assert torch.equal(ours(*inputs, *tables), y)
+    grad = torch.randn(y.shape, generator=generator)
+    y.backward(grad)
     z.backward(grad.double())
     for got, expected in [(y, z), *((x.grad, e.grad) for x, e in zip(inputs, exact, strict=True))]:
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_of_one_query_is_its_formula(padded, isa):
+    rows, heads, key_heads, dim, capacity, filled = 3, 6, 2, 10, 41, 37
+    generator = torch.Generator().manual_seed(4)
+    q = 2 * torch.randn(rows, heads + 1, dim, generator=generator)[:, :heads]  # rows lie apart
+    keys, values = torch.randn(2, rows, key_heads, capacity, dim, generator=generator)
+    keys[:, :, filled:] = values[:, :, filled:] = torch.nan  # not there yet
+    bias = torch.zeros(rows, capacity)
+    bias[1, :20] = -torch.inf
+    y = _layer.attend(q, keys, values, bias if padded else None, filled, 0.3)
+    k, v = (x.double().repeat_interleave(heads // key_heads, 1)[:, :, :filled] for x in (keys, values))
+    scores = 0.3 * torch.einsum("bhd,bhtd->bht", q.double(), k)
+    if padded:
+        scores = scores + bias[:, None, :filled]
+    torch.testing.assert_close(y.double(), torch.einsum("bht,bhtd->bhd", scores.softmax(-1), v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [1, 127, 128, 129, 1000])
+def test_a_sampled_token_is_where_the_cumulative_probability_passes_the_uniform(vocab, isa):
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(500, vocab, generator=generator)
+    logits[:, vocab // 2 + 1 :: 3] = -torch.inf
+    uniforms = torch.rand(500, dtype=torch.float64, generator=generator)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    tokens, logprobs = _layer.sample_tokens(logits, uniforms, 0.7)
+    exact = (logits.double() / 0.7).log_softmax(-1)
+    cdf = exact.exp().cumsum(-1)
+    assert (cdf.gather(1, tokens[:, None])[:, 0] > uniforms - 1e-6).all()
+    below = torch.cat([torch.zeros(500, 1, dtype=torch.float64), cdf], 1).gather(1, tokens[:, None])[:, 0]
+    assert (below <= uniforms + 1e-6).all()
+    torch.testing.assert_close(logprobs.double(), exact.gather(1, tokens[:, None])[:, 0], rtol=1e-6, atol=2e-6)
+    assert logprobs.isfinite().all()  # so no token that cannot happen
 
 
 def test_sigmoid_at_its_ends():

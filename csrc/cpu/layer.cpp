@@ -85,16 +85,16 @@ int64_t rms_norm_backward(const float* x, const float* weight, const float* scal
   return -1;
 }
 
-int64_t rotary(const float* x, const float* cos, const float* sin, int64_t rows, int64_t positions, int64_t heads,
-               int64_t dim, double direction, float* y, int threads) {
+int64_t rotary(const float* x, int64_t row_stride, const float* cos, const float* sin, int64_t rows, int64_t positions,
+               int64_t heads, int64_t dim, double direction, float* y, int threads) {
   const int64_t half = dim / 2;
   const float sign = float(direction);
   for_blocks(rows, heads * dim, threads, [&](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       const float *c = cos + row % positions * dim, *s = sin + row % positions * dim;
-      for (int64_t head = row * heads; head < (row + 1) * heads; ++head) {
-        const float *low = x + head * dim, *high = low + half;
-        float *out_low = y + head * dim, *out_high = out_low + half;
+      for (int64_t head = 0; head < heads; ++head) {
+        const float *low = x + row * row_stride + head * dim, *high = low + half;
+        float *out_low = y + (row * heads + head) * dim, *out_high = out_low + half;
 #pragma omp simd
         for (int64_t j = 0; j < half; ++j) {
           out_low[j] = low[j] * c[j] - sign * s[j] * high[j];
@@ -106,15 +106,21 @@ int64_t rotary(const float* x, const float* cos, const float* sin, int64_t rows,
   return -1;
 }
 
-int64_t swiglu(const float* gate, const float* up, int64_t rows, int64_t width, float* y, int threads) {
+int64_t swiglu(const float* gate, const float* up, int64_t row_stride, int64_t rows, int64_t width, float* y,
+               int threads) {
   for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
-    const int64_t begin = row * width, n = (end - row) * width;
+    const bool dense = row_stride == width;  // then the block is one long row
+    const int64_t n = dense ? (end - row) * width : width;
     float s[kTile];
-    for (int64_t i = begin; i < begin + n; i += kTile) {
-      const int64_t m = begin + n - i < kTile ? begin + n - i : kTile;
-      sigmoid(gate + i, s, m);
+    for (; row < end; row += dense ? end - row : 1) {
+      const float *g = gate + row * row_stride, *u = up + row * row_stride;
+      float* out = y + row * width;
+      for (int64_t i = 0; i < n; i += kTile) {
+        const int64_t m = n - i < kTile ? n - i : kTile;
+        sigmoid(g + i, s, m);
 #pragma omp simd
-      for (int64_t j = 0; j < m; ++j) y[i + j] = gate[i + j] * s[j] * up[i + j];
+        for (int64_t j = 0; j < m; ++j) out[i + j] = g[i + j] * s[j] * u[i + j];
+      }
     }
   });
   return -1;

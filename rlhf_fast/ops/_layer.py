@@ -1,11 +1,12 @@
-"""What a llama layer computes between its matrix products, each in one pass over memory (csrc/cpu/layer.cpp).
+"""What a llama layer computes between its matrix products, each in one pass (csrc/cpu/layer.cpp, decode.cpp).
 
     rms_norm(x, w) = w x / sqrt(mean(x^2) + eps)
     rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of a head
     swiglu(g, u)   = silu(g) u
+    attend(q, ...) = softmax(scale q k^T + bias) v, of one query a row
 
-float32 on the CPU, contiguous; ask runs_on() first. Not public ops: they make our own forwards fast, and equal what
-transformers' modules compute up to rounding. Each is differentiable once.
+float32 on the CPU; ask runs_on() first. Not public ops: they make our own forwards fast, and equal what transformers'
+modules compute up to rounding. The first three are differentiable once.
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ def runs_on(x: Tensor) -> bool:
     return built and not is_forced() and x.is_cpu and x.dtype == torch.float32
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(N, D) contiguous, (D,) -> (N, D)."""
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    y = torch.empty_like(x)
+    _C.rms_norm(x, weight, *x.shape, eps, y, scale, torch.get_num_threads())
+    return y
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = torch.empty_like(x), x.new_empty(len(x))
-        _C.rms_norm(x, weight, *x.shape, eps, y, scale, torch.get_num_threads())
+        scale = x.new_empty(len(x))
+        y = _normed(x, weight, eps, scale)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -40,9 +52,17 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(N, D), (D,) -> (N, D)."""
-    return _RMSNorm.apply(x, weight, eps)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(N, heads, d), contiguous within a row, (T, d) tables whose halves are equal -> (N, heads, d), row i at position
+    i % T."""
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1.0)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    rows, heads, dim = x.shape
+    y = x.new_empty(x.shape)
+    _C.rotary(x, x.stride(0), cos, sin, rows, len(cos), heads, dim, direction, y, torch.get_num_threads())
+    return y
 
 
 class _Rotary(torch.autograd.Function):
@@ -57,25 +77,22 @@ class _Rotary(torch.autograd.Function):
         return _turned(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    y = torch.empty_like(x)
-    rows, heads, dim = x.shape
-    _C.rotary(x, cos, sin, rows, len(cos), heads, dim, direction, y, torch.get_num_threads())
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """(N, I) both -> (N, I); without a gradient they may be halves of one product."""
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = gate.new_empty(gate.shape)
+    _C.swiglu(gate, up, gate.stride(0), *gate.shape, y, torch.get_num_threads())
     return y
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(N, heads, d), (T, d) tables whose halves are equal -> (N, heads, d), row i at position i % T."""
-    return _Rotary.apply(x, cos, sin)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        y = torch.empty_like(gate)
-        _C.swiglu(gate, up, *gate.shape, y, torch.get_num_threads())
         ctx.save_for_backward(gate, up)
-        return y
+        return _swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
@@ -86,6 +103,18 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """(N, I) both -> (N, I)."""
-    return _SwiGLU.apply(gate, up)
+def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled: int, scale: float) -> Tensor:
+    """(B, H, d), contiguous within a row, buffers (B, Hk, capacity, d) of which filled are read, (B, capacity) or None
+    -> (B, H, d)."""
+    y = q.new_empty(q.shape)
+    sizes = (*q.shape[:2], keys.shape[1], q.shape[2], keys.shape[2])
+    _C.attend(q, q.stride(0), keys, values, bias, *sizes, filled, scale, y, torch.get_num_threads())
+    return y
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(B, V) contiguous, (B,) float64 -> (B,) int64 tokens and float32 log-probabilities; see generation.sample."""
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    logprobs = logits.new_empty(len(logits))
+    _C.sample_tokens(logits, uniforms, *logits.shape, temperature, tokens, logprobs, torch.get_num_threads())
+    return tokens, logprobs
