@@ -39,10 +39,9 @@ TRL = "trl==1.12.0"
 SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-# Large enough that the iteration is arithmetic and not only calls from Python, small enough for 8 runs of each system.
 RACE = Run(
-    vocab=256, hidden=64, layers=2, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 24),
-    iterations=30, kl_coef=0.003, num_prompts=1024, endless=True,
+    vocab=64, hidden=32, layers=1, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
+    iterations=20, kl_coef=0.003, num_prompts=1024, endless=True,
 )  # fmt: skip
 TUNING_SEED, SEEDS = 100, range(5)
 
