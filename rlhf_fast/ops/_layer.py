@@ -19,7 +19,7 @@ from ._dispatch import _C, is_forced
 
 
 def runs_on(x: Tensor) -> bool:
-    built = hasattr(_C, "rms_norm")  # a source tree may have no build, or an older one
+    built = hasattr(_C, "attend")  # a source tree may have no build, or an older one
     return built and not is_forced() and x.is_cpu and x.dtype == torch.float32
 
 
