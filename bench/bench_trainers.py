@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 
 OURS = "rlhf_fast"
+DATA = "data/hh-rlhf"
 VARIANTS = {
     OURS: {},
     "TRL, its defaults": {"gradient_checkpointing": True, "train_sampling_strategy": "sequential"},
@@ -236,7 +237,7 @@ def prepare(folder: Path, options: dict, data: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=("sft", "reward"))
-    parser.add_argument("--data", type=Path, default=Path("data/hh-rlhf"), help="with train.jsonl.gz and eval.jsonl.gz")
+    parser.add_argument("--data", type=Path, default=Path(DATA), help="with train.jsonl.gz and eval.jsonl.gz")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24)
@@ -316,7 +317,7 @@ def provenance(options: dict) -> dict:
     facts = provenance(torch.device("cpu"), [])
     return facts | {
         "OMP_WAIT_POLICY": "PASSIVE",
-        "command": "python " + " ".join(["bench/bench_trainers.py", *sys.argv[1:]]),
+        "command": " ".join(["python bench/bench_trainers.py", *sys.argv[1:]]).replace(str(options["data"]), DATA),
     }
 
 

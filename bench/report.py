@@ -332,6 +332,41 @@ def trainers(result: dict) -> str:
     )
 
 
+def hh_reward(result: dict) -> str:
+    """bench/hh_reward.py: what was chosen from on fold 0, and the chosen settings on every fold, with the floors."""
+    rules = result["rules"]
+    floors = list(rules["loss"]["all"]["floors"])
+    columns = ["pairs", "accuracy", "95 % interval", "loss", "ECE", "reward with length", *floors]
+    lines = ["| " + " | ".join(["held out", *columns]) + " |", "|" + " --- |" * (1 + len(columns))]
+
+    def line(name: str, row: dict) -> str:
+        low, high = row.get("low"), row.get("high")
+        cells = [name, str(row["pairs"]), f"{row['accuracy']:.3f}", f"{low:.3f} to {high:.3f}" if low else ""]
+        cells += [f"{row['loss']:.3f}", f"{row['ece']:.3f}", f"{row['reward_with_length']:+.2f}"]
+        return "| " + " | ".join([*cells, *(f"{value:.3f}" for value in row["floors"].values())]) + " |"
+
+    for rule, found in rules.items():
+        lines += [line(f"chosen by {rule}: fold {row['fold']}", row) for row in found["rows"]]
+        lines += [line("**folds 1 to 4**", found["claimed"]), line("all five folds", found["all"])]
+    lines += ["", "| layers | rate | epochs | loss on fold 0 | accuracy there | CPU |", "|" + " --- |" * 6]
+    best = rules["loss"]["rows"][0]
+    for row in result["choice"]:
+        mark = "".join(f" ({rule})" for rule, found in rules.items() if found["rows"][0] == row)
+        lines.append(
+            f"| {row['layers']} | {row['learning_rate']:g} | {row['epochs']}{mark} | {row['loss']:.3f} | "
+            f"{row['accuracy']:.3f} | {row['cpu_seconds']:.0f} s |"
+        )
+    model, cut = result["model"], sum(best["cut"])
+    return "\n".join(lines) + (
+        f"\n\nA Llama of {best['weights']:,} weights ({model['hidden']} x {best['layers']}, BPE of "
+        f"{model['vocab_size']}) from random initialisation, batches of {model['batch_size']} pairs. Every one of the "
+        f"{result['pairs']} well-formed pairs is held out once; {len(result['left_out'])} lines of the files are "
+        f"malformed; {cut} pairs are over {model['max_length']} tokens and lose the beginning of their prompt. "
+        f"Standard error of the accuracy on folds 1 to 4: {rules['loss']['claimed']['standard_error']:.3f}, on all "
+        f"{rules['loss']['all']['standard_error']:.3f}.\n{source(result)}"
+    )
+
+
 def rewrite(path: Path, sections: dict[str, str]) -> None:
     """Puts each text between <!-- name --> and <!-- end --> wherever the page has that section."""
 
@@ -369,6 +404,8 @@ def main() -> None:
         sections["quickstart"] = quickstart(runs)
     if (folder / "cai" / "judge_scoring.json").is_file():
         sections["judge_scoring"] = judge_scoring(json.loads((folder / "cai" / "judge_scoring.json").read_text()))
+    if (folder / "hh_reward.json").exists():
+        sections["hh_reward"] = hh_reward(json.loads((folder / "hh_reward.json").read_text()))
     if (folder / "cai.json").exists():
         sections["cai"] = constitutional(json.loads((folder / "cai.json").read_text()))
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):

@@ -96,7 +96,8 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
     layers = trunk_layers(model)
     mlp = getattr(layers[-1], "mlp", None) if len(layers) else None
     alone = mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1  # Bloom's adds the residual itself
-    if not alone or model.is_gradient_checkpointing:  # which runs the layer again, when this is over
+    again = any(getattr(m, "gradient_checkpointing", False) for m in (model.base_model, *layers[-1:]))
+    if not alone or again:  # a layer that is run again in the backward, when this is over
         yield
         return
 
