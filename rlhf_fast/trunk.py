@@ -34,12 +34,12 @@ def _runs_here(model) -> bool:
     model = unwrapped(model)
     if model.config.model_type not in ("llama", "qwen2", "qwen3"):
         return False
-    attention = model.base_model.layers[0].self_attn
+    layer = model.base_model.layers[0]
     return not (
         model.config.hidden_act != "silu"
-        or model.is_gradient_checkpointing
+        or getattr(layer, "gradient_checkpointing", False)
         or torch.is_autocast_enabled("cpu")
-        or (model.training and attention.attention_dropout)
+        or (model.training and layer.self_attn.attention_dropout)
     )
 
 
