@@ -146,6 +146,15 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if has_adapters(model) else model
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Layers run again in the backward pass instead of keeping activations. transformers 5 changed the name."""
+    model, options = unwrapped(model), {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
 ) -> nn.Module:

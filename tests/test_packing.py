@@ -148,7 +148,7 @@ def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architect
     wanted = gradients(model, expected)
     if checkpointing:
         model.train()  # no dropout in these, and recomputation happens in train mode alone
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
         for module in model.modules():
             module.p = 0.0
     packed, batch = pack_sft(examples)

@@ -220,8 +220,7 @@ def prepare(model, config):
             target_modules=config.lora_target_modules,
         )  # fmt: skip
     if config.gradient_checkpointing:
-        inner = models.unwrapped(model)
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.checkpoint_activations(model)
     if config.bf16 and not bf16_supported(model.device):
         raise ConfigError(f"bf16: {model.device.type} has no bfloat16 instructions here, so it would only be slower")
     return model
