@@ -11,8 +11,9 @@ that is no padding; of a pair, both sequences count in full for everybody, altho
 A round is one pass over steps x batch records, others in each round, so that all learn from the same tokens, and the
 held-out loss is compared at equal tokens. TRL runs as it comes (gradient checkpointing; batches at random: here in the
 order that ours draws, so that every step learns the same), and set for this machine: without checkpointing, batches
-grouped by length. Its loss is its own chunked one in both. Its padding-free batches and packing need flash attention,
-which a CPU does not have.
+grouped by length (over the whole round: its own sampler would sort pools of a quarter of so few records, and pad more
+than it does in a long run). Its loss is its own chunked one in both. Its padding-free batches and packing need flash
+attention, which a CPU does not have.
 
 A round takes minutes; a file that is there already goes on from the rounds that it has (of the same settings).
 """
@@ -33,12 +34,11 @@ from pathlib import Path
 
 OURS = "rlhf_fast"
 DATA = "data/hh-rlhf"
+GROUPED = "TRL, grouped by length, no checkpointing"
 VARIANTS = {
     OURS: {},
     "TRL, its defaults": {"gradient_checkpointing": True, "train_sampling_strategy": "sequential"},
-    "TRL, grouped by length, no checkpointing": {
-        "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length",
-    },
+    GROUPED: {"gradient_checkpointing": False, "train_sampling_strategy": "sequential"},
 }  # fmt: skip
 
 
@@ -74,14 +74,18 @@ class Measured:
 
 
 def drawn(folder: Path, options: dict, seed: int) -> tuple[list[int], list[int]]:
-    """The records of a round, and the same in the order in which our trainer, given them, learns from them."""
+    """The records of a round; and the same in the order in which TRL gets them: as our trainer, given them, learns from
+    them, or in batches of neighbours in length, the batches at random."""
     from rlhf_fast.trainers.common import epoch_batches
 
-    count, wanted = len(json.loads((folder / "train.json").read_text())), options["steps"] * options["batch"]
-    if wanted > count:
-        raise SystemExit(f"{options['steps']} steps of {options['batch']} are over one pass: there are {count} records")
-    chosen = random.Random(seed).sample(range(count), wanted)
-    batches = epoch_batches([0] * wanted, options["batch"], seed=seed, by_length=False)
+    rows, wanted = json.loads((folder / "train.json").read_text()), options["steps"] * options["batch"]
+    if wanted > len(rows):
+        raise SystemExit(
+            f"{options['steps']} steps of {options['batch']} are over one pass: there are {len(rows)} records"
+        )
+    chosen = random.Random(seed).sample(range(len(rows)), wanted)
+    lengths = [max(len(ids) for key, ids in rows[i].items() if key.endswith("_ids")) for i in chosen]
+    batches = epoch_batches(lengths, options["batch"], seed=seed, by_length=options["who"] == GROUPED)
     return chosen, [chosen[i] for batch in batches for i in batch]
 
 
