@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 1024 / k
 
 // How many packs of a row wait in shared memory: the whole row where two blocks of that fit, else what one block has.
 struct Room {
+  int bytes;  // of dynamic shared memory that a block of this device may have, whatever the row
   int held;
   bool two_blocks;
 };
@@ -137,21 +138,29 @@ inline int find_room(int64_t row_bytes, Room* room) {
     return error;
   }
   const int64_t packs = row_bytes / 16;
+  room->bytes = max(block - kOther, 0);
   room->two_blocks = packs * 16 + kOther <= min(multiprocessor / 2, block);
   // A pack that straddles two asks for the one after it, which is none of its columns.
-  room->held = static_cast<int>(min(packs, int64_t(max(block - kOther, 0) / 16 - 1)));
+  room->held = static_cast<int>(min(packs, int64_t(room->bytes / 16 - 1)));
   return cudaSuccess;
 }
 
 template <typename scalar_t, int kThreads>
-int start(const Arguments<scalar_t>& in, const Loss<accumulator_t<scalar_t>>& loss, int64_t rows, int held,
-          void* logprobs, void* entropy, void* stream) {
+int start(const Arguments<scalar_t>& in, const Loss<accumulator_t<scalar_t>>& loss, int64_t rows,
+          const Room& room, void* logprobs, void* entropy, void* stream) {
   using acc_t = accumulator_t<scalar_t>;
   const auto kernel = known_gradient_kernel<scalar_t, kThreads>;
-  const int bytes = (held + 1) * 16;
-  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  return launch_with(bytes, kernel, rows, kThreads, stream, in, loss, held, static_cast<acc_t*>(logprobs),
-                     static_cast<acc_t*>(entropy));
+  // The same values at every launch: a kernel's attributes are the process's, and other threads launch it too. Without
+  // the carveout, the driver may leave L1 room that the second block of a multiprocessor needs.
+  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room.bytes)) {
+    return error;
+  }
+  if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                             cudaSharedmemCarveoutMaxShared)) {
+    return error;
+  }
+  return launch_with((room.held + 1) * 16, kernel, rows, kThreads, stream, in, loss, room.held,
+                     static_cast<acc_t*>(logprobs), static_cast<acc_t*>(entropy));
 }
 
 }  // namespace
@@ -179,11 +188,11 @@ int known_gradient(void* logits, int dtype, int64_t rows, int64_t vocab, int64_t
     Room room;
     if (const int error = find_room(vocab * sizeof(scalar_t), &room)) return error;
     if constexpr (sizeof(scalar_t) == 8) {  // for gradcheck: 512 threads would leave too few registers
-      return start<scalar_t, 256>(in, loss, rows, room.held, logprobs, entropy, stream);
+      return start<scalar_t, 256>(in, loss, rows, room, logprobs, entropy, stream);
     } else if (room.two_blocks) {
-      return start<scalar_t, 512>(in, loss, rows, room.held, logprobs, entropy, stream);
+      return start<scalar_t, 512>(in, loss, rows, room, logprobs, entropy, stream);
     } else {  // one block a multiprocessor takes 1024 threads to keep as much in flight
-      return start<scalar_t, 1024>(in, loss, rows, room.held, logprobs, entropy, stream);
+      return start<scalar_t, 1024>(in, loss, rows, room, logprobs, entropy, stream);
     }
   });
 }

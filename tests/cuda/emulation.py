@@ -107,6 +107,10 @@ class Emulated:
     def set_shared_limit(self, size: int) -> None:
         self.library.set_shared_limit(size)
 
+    def function_attributes(self) -> tuple[int, int]:
+        """Bytes of dynamic shared memory, and the share of it in per cent, that a kernel was last given."""
+        return self.library.function_attribute(0), self.library.function_attribute(1)
+
     def launches(self) -> int:
         return self.library.launches()
 

@@ -161,6 +161,13 @@ def test_a_known_gradient_at_every_alignment(dtype, shared, on_emulator):
         on_emulator.set_shared_limit(232448)
 
 
+def test_the_attributes_of_a_kernel_do_not_depend_on_the_row(on_emulator):
+    """They are the process's: a thread with short rows must not take the shared memory of one with long rows."""
+    for vocab in (64, 5003, 200_000):
+        turn(torch.zeros(1, vocab), torch.tensor([3]), torch.ones(1))
+        assert on_emulator.function_attributes() == (232448 - 2048, 100)
+
+
 def test_a_known_gradient_of_weight_0_is_0_and_a_wrong_label_is_named(on_emulator, capfd):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     got = turn(logits.clone(), torch.tensor([3, 4, 5]), torch.tensor([1.0, 0.0, 2.0]))

@@ -70,6 +70,7 @@ inline int order = 0;           // who runs next, see above
 inline bool capturing = false;  // what cudaStreamIsCapturing says
 inline long launches = 0;       // kernels and memsets so far
 inline int shared_limit = kMostShared;
+inline int function_attributes[2];  // the last values that any kernel was given
 
 enum class State { kReady, kDone };
 
@@ -278,7 +279,8 @@ inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) 
 }
 
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -288,8 +290,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  return bytes <= emulator::shared_limit ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute attribute, int value) {
+  emulator::function_attributes[attribute] = value;
+  return value <= emulator::shared_limit ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 using std::exp;

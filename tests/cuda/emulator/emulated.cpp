@@ -24,6 +24,7 @@ const int64_t scratch_doubles = rlhf::kCudaScratch;
 void set_order(int order) { emulator::order = order; }
 void set_capturing(bool capturing) { emulator::capturing = capturing; }
 void set_shared_limit(int bytes) { emulator::shared_limit = bytes; }
+int function_attribute(int which) { return emulator::function_attributes[which]; }
 long launches() { return emulator::launches; }
 void flush() { std::fflush(stdout); }
 }
