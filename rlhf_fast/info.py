@@ -13,6 +13,7 @@ import torch
 from ._version import __version__
 from .ops import backends
 from .ops._dispatch import _C
+from .ops._linear import sums_in_float32
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -56,6 +57,7 @@ def collect() -> dict:
         "cuda": {
             "torch": torch.version.cuda,
             "usable": usable,
+            "products_sum_in_float32": sums_in_float32(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if usable else [],
         },
         "backends": backends(),
@@ -79,6 +81,8 @@ def render(info: dict) -> str:
     cuda = info["cuda"]
     devices = ", ".join(cuda["devices"]) or "no device usable"
     lines.append(f"CUDA  torch was built {'for ' + cuda['torch'] if cuda['torch'] else 'without CUDA'}; {devices}")
+    if cuda["torch"] and not cuda["products_sum_in_float32"]:
+        lines.append("      PyTorch before 2.10: the linear ops add up the weight's gradient in passes of their own")
     width = max(len(name) for name in info["backends"])
     lines.append(f"\n{'op':{width}}  cpu        cuda")
     reasons: dict[str, list[str]] = {}

@@ -4,6 +4,9 @@ A public function asks `op.backend(tensor)`. "reference" is ops/reference.py, or
 Any other backend is a native kernel, which `op(...)` enters
     directly, on plain tensors in eager mode: one autograd.Function, or no wrapper at all when nothing requires grad;
     through torch.library everywhere else (torch.compile, fake tensors, functorch, tensor subclasses).
+
+The order of a device's kernels is the table's choice. On a CPU it is measured (bench/results/cpu.json: native beside
+eager and torch.compile). On a GPU, native before triton is predicted (bench/notes.md) and not yet measured.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ except ImportError as error:  # a source tree without its build; backends() and 
     _C, _C_MISSING = None, str(error)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
 HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
@@ -302,6 +306,12 @@ def native(
     if triton is not None:
         kernels |= {("cpu", "triton"): in_triton, ("cuda", "triton"): in_triton}
     return kernels
+
+
+def check_vocabulary(op: str, size: int, like: Tensor) -> None:
+    """What the kernels of a GPU count in."""
+    if size > MOST_VOCABULARY and not like.is_cpu:
+        raise ValueError(f"{op}: a vocabulary of {size} is more than the kernels' {MOST_VOCABULARY}")
 
 
 def as_bool(mask: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
 
 Rows outside the mask are dropped first, so time is proportional to the rows that count. The gradient of the logits is
 written over the logits, and the weight gradient is accumulated in float32 over the chunks. Memory beside the results:
-one chunk (two with a softcap) and, for half-precision weights, one tile of the weight.
+one chunk (two with a softcap) and, for half-precision weights, one tile of the weight. On a GPU, PyTorch before 2.10
+cannot add to a float32 sum inside its product: a tile at a time is multiplied, rounded to half precision, and added.
 
 A chunk goes one of three ways (way_of).
 FUSED     two native ops do it all, softmax between the products (csrc/cpu/linear.cpp);
@@ -20,12 +21,13 @@ On a GPU nothing here waits for the device but `compact`, which reads how many r
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._dispatch import _C, DTYPE_CODES
+from ._dispatch import _C, DTYPE_CODES, check_vocabulary
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -41,6 +43,9 @@ GPU_LINE = 64  # a row of logits starts on a boundary of so many elements: cuBLA
 LANES = 16  # fused logits are transposed, (V, rows padded to a multiple of this)
 TILE = 4096  # rows of a half-precision weight that are upcast at a time
 FUSED, IN_DTYPE, WIDE = "fused", "in dtype", "wide"
+# addmm of half-precision factors onto a float32 matrix: in 2.8 and 2.9 its out= wants the factors' dtype (PyTorch's
+# issue 154086, mended by its pull request 167931).
+SUMS_IN_FLOAT32_SINCE = (2, 10)
 
 
 class Inputs(NamedTuple):
@@ -298,7 +303,7 @@ class Gradients:
         if x.dtype == self.weight.dtype:
             torch.addmm(self.weight, dz.T, x, beta=self.beta, out=self.weight)
             return
-        if x.is_cuda:  # half-precision factors, float32 sum
+        if x.is_cuda and sums_in_float32():  # half-precision factors, float32 sum
             torch.addmm(self.weight, dz.T, x, out_dtype=self.weight.dtype, beta=self.beta, out=self.weight)
             return
         for v in range(0, self.weight.shape[0], TILE):
@@ -318,6 +323,15 @@ class Gradients:
             narrowed(self.weight, inputs.weight.dtype),
             self.bias if inputs.bias is None else self.bias.to(inputs.bias.dtype),
         )
+
+
+@lru_cache(None)
+def sums_in_float32() -> bool:
+    """Whether this PyTorch's product on a GPU adds half-precision factors onto a float32 sum.
+
+    An older one's tile of a chunk's product is rounded to half precision before it is added, in a pass of its own.
+    """
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= SUMS_IN_FLOAT32_SINCE
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -384,3 +398,4 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
         raise TypeError(f"{op}: hidden is {hidden.dtype} and weight {weight.dtype}; needs floating dtypes")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap {softcap} must be > 0")
+    check_vocabulary(op, weight.shape[0], hidden)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, byte_mask, native
+from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, native
 from ._inputs import accumulation_dtype, wants_gradient
 
 NAME = "kl_divergence"
@@ -103,6 +103,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         raise TypeError(
             f"{NAME}: got {logits.dtype} and {ref_logits.dtype}; needs float32, bfloat16, float16 or float64"
         )
+    check_vocabulary(NAME, logits.shape[-1], logits)
     if _forward.backend(logits) == "reference":
         return reference.kl_divergence(logits, ref_logits, mask)
     wider = torch.promote_types(logits.dtype, ref_logits.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, launch, overlaps_itself, plain, strided_rows
+from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, check_vocabulary, launch, overlaps_itself, plain, strided_rows
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -170,6 +170,7 @@ def _check(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, tempera
         raise ValueError(f"{op}: temperature {temperature} must be > 0")
     if logits.shape[-1] == 0 and labels.numel():
         raise ValueError(f"{op}: logits {tuple(logits.shape)} have an empty vocabulary")
+    check_vocabulary(op, logits.shape[-1], logits)
 
 
 def token_logprobs_and_entropy(

@@ -43,7 +43,18 @@ VALID = {
 
 FLOATS = "needs float32, bfloat16, float16 or float64"
 long, wide = torch.zeros(B, T + 1), torch.ones(B, T + 1, dtype=torch.bool)
+too_many = 2**30 + 1
+huge = torch.zeros(1, 1, too_many, device="meta")
+no_label, of_it = torch.zeros(1, 1, dtype=torch.int64, device="meta"), f"a vocabulary of {too_many} is more than"
 ROWS = [
+    ("token_logprobs", {"logits": huge, "labels": no_label}, ValueError, of_it),
+    ("kl_divergence", {"logits": huge, "ref_logits": huge}, ValueError, of_it),
+    (
+        "linear_token_logprobs",
+        {"hidden": huge[..., :1], "weight": huge[0].T, "labels": no_label},
+        ValueError,
+        of_it,
+    ),
     # Tensors of (B, T): every one has the shape, the device and a floating dtype of the first.
     ("ppo_loss", {"logprobs": pair}, ValueError, "logprobs is (2,); needs (B, T)"),
     ("ppo_loss", {"old_logprobs": long}, ValueError, "old_logprobs (2, 4) must have the shape of logprobs (2, 3)"),

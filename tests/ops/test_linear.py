@@ -377,3 +377,11 @@ print(peak)
 """
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert printed == "None" or int(printed) < 24 << 20
+
+
+@pytest.mark.parametrize("version, sums", [
+    ("2.6.0+cu124", False), ("2.9.1", False), ("2.10.0a0+git1", True), ("2.13.0+cpu", True), ("3.0.0", True),
+])  # fmt: skip
+def test_an_older_torch_adds_up_the_gradient_of_the_weight_by_tiles(version, sums, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert _linear.sums_in_float32.__wrapped__() is sums
