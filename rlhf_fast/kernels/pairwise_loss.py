@@ -97,7 +97,7 @@ def _kernel(
     tl.store(stats + 3, (tl.sum(of_rejected, 0) * share).to(ACCUM))
     tl.store(stats + 4, mean.to(ACCUM))
     tl.store(stats + 5, tl.sqrt(tl.sum(deviations, 0) / tl.maximum(2.0 * pairs, 1.0)).to(ACCUM))
-    tl.store(stats + 6, (mean * 0.0 + pairs).to(ACCUM))
+    tl.store(stats + 6, number(pairs, ACCUM))
 
 
 def pairwise_loss(

@@ -15,7 +15,7 @@ from rlhf_fast.ops import _dispatch, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import CASES, Sampler
-from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run
+from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_of
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy names the infinities that the kernel means
@@ -63,6 +63,32 @@ def test_what_the_mask_hides_never_matters(case, monkeypatch):
         clean, dirty = run(case.op, case, inputs), run(case.op, case, poisoned)
         for name in clean:
             assert torch.equal(clean[name], dirty[name]), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name, indirect=True)
+def test_two_runs_give_the_same_bits_and_a_row_those_of_its_own(case, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", on_triton_too(torch.autograd.grad))
+    compared = 0
+    for seed in range(2 if case.name == "gae" else 6):  # the interpreter's scan goes element by element
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        first, second = run(case.op, case, inputs), run(case.op, case, inputs)
+        for name in first:
+            assert torch.equal(first[name].nan_to_num(nan=7.0), second[name].nan_to_num(nan=7.0)), name
+        if not case.rowwise or inputs[case.rowwise[0]].ndim < 2:
+            continue
+        for i in range(min(inputs[case.rowwise[0]].shape[0], 3)):
+            part = {k: v[i : i + 1] if k in case.rowwise else v for k, v in inputs.items()}
+            for name, one in tensors_of(case.op(**part)).items():
+                assert torch.equal(one[0].nan_to_num(nan=7.0), first[name][i].nan_to_num(nan=7.0)), name
+                compared += 1
+    assert compared or not case.rowwise
+
+
+def test_the_number_of_pairs_is_what_it_is_where_a_reward_is_not_finite():
+    rewards = torch.tensor([torch.inf, 1.0, torch.nan])
+    with rf.use_backend("triton"):
+        _, stats = rf.pairwise_loss(rewards, torch.zeros(3))
+    assert stats["num_pairs"] == 3
 
 
 @pytest.mark.parametrize("gap_mode", ["carry", "zero"])
