@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import ppo_report
@@ -115,17 +116,19 @@ def table(result: dict, ops: set[str] | None = None) -> str:
     return "\n".join([*lines, source(result)])
 
 
-REACH = (  # op, shape, direction, unit (the device's microseconds for the small ops), and what an H200 should take
-    ("token_logprobs_and_entropy", "8192x151936", "forward", "ms", 0.61),
-    ("token_logprobs", "8192x151936", "forward+backward", "ms", 1.85),
-    ("ppo_from_logits", "8192x151936", "forward+backward", "ms", 1.28),
-    ("linear_token_logprobs", "8192x4096x128256", "forward", "ms", 12.4),
-    ("linear_ppo_loss", "8192x4096x128256", "forward+backward", "ms", 35.5),
-    ("linear_ppo_loss", "8192x896x151936", "forward+backward", "ms", 10.6),
-    ("ppo_loss", "64x1024", "forward+backward", "device_us", 3.0),
-    ("kl_penalty", "64x1024", "forward+backward", "device_us", 3.0),
-    ("pairwise_loss", "65536", "forward+backward", "device_us", 3.0),
-    ("gae", "64x1024", "forward", "device_us", 2.5),
+# op, shape, direction, what an H200 should take (ms; of the small ops the device's us), and us of a call from Python.
+# A small op's figure is of its forward with inputs that require a gradient, which is there when the call returns.
+REACH = (
+    ("token_logprobs_and_entropy", "8192x151936", "forward", 0.61, None),
+    ("token_logprobs_and_entropy", "8192x151936", "forward+backward", 1.85, None),
+    ("ppo_from_logits", "8192x151936", "forward+backward", 1.28, None),
+    ("linear_token_logprobs", "8192x4096x128256", "forward", 12.4, None),
+    ("linear_ppo_loss", "8192x4096x128256", "forward+backward", 35.5, None),
+    ("linear_ppo_loss", "8192x896x151936", "forward+backward", 10.6, None),
+    ("ppo_loss", "64x1024", "forward with gradient", 3.0, 25),
+    ("kl_penalty", "64x1024", "forward with gradient", 3.0, 25),
+    ("pairwise_loss", "65536", "forward with gradient", 3.0, 25),
+    ("gae", "64x1024", "forward", 2.5, 15),
 )
 
 
@@ -134,20 +137,35 @@ def gpu_summary(results: list[dict]) -> str:
     head = ["op", "shape", "", "to reach on an H200", "measured", "of the copy or cuBLAS rate", "fastest peer"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rows = [(result, row) for result in results for row in result["rows"]]
-    for op, shape, direction, unit, reach in REACH:
-        found = [(r, row) for r, row in rows if (row["op"], row["shape"], row["direction"]) == (op, shape, direction)
-                 and row["dtype"] == ("float32" if unit == "device_us" else "bfloat16")]  # fmt: skip
-        target = f"{reach} {'us, device' if unit == 'device_us' else 'ms'}"
-        if not found:
+    for op, shape, direction, reach, call in REACH:
+        target = f"{reach} ms" if call is None else f"{reach} us, call {call} us"
+        dtype = "bfloat16" if call is None else "float32"
+        found = [(r, row) for r, row in rows if (row["op"], row["shape"], row["dtype"]) == (op, shape, dtype)]
+        measured = [(r, row) for r, row in found if row["direction"] == direction]
+        if not measured:
             lines.append(f"| `{op}` | {shape} | {direction} | {target} | not yet measured | | |")
-        for result, row in found:
+        for result, row in measured:
             ours = row["implementations"][OURS]
-            taken = f"{ours[unit]:.4g} {target.split(' ', 1)[1]} ({result['machine'].removeprefix('NVIDIA ')})"
-            lines.append(
-                f"| `{op}` | {shape} | {direction} | {target} | {taken} | {rate(ours, result)} | {peer(row)} |"
-            )
+            taken = f"{ours['ms']:.4g} ms" if call is None else told(ours)
+            # What PyTorch leaves to the backward is no forward with gradient: beside the others stands both together.
+            beside = row
+            if direction == "forward with gradient":
+                beside = next((o for r, o in found if r is result and o["direction"] == "forward+backward"), None)
+            others = "" if beside is None else peer(beside)
+            if beside is not None and beside is not row:
+                others += others and ", with backward"
+            cells = [f"`{op}`", shape, direction, target, f"{taken} ({result['machine'].removeprefix('NVIDIA ')})"]
+            lines.append("| " + " | ".join([*cells, rate(ours, result), others]) + " |")
     sources = dict.fromkeys(gpu_source(result) for result in results)
     return "\n".join([*lines, *sources]) + "\n"
+
+
+def told(ours: dict) -> str:
+    """The device's microseconds in a captured graph, and the call's; of a slow one, what a cold call takes."""
+    if "call_us" not in ours:
+        return f"{1e3 * ours['ms']:.0f} us over a cold L2"
+    device = "not captured" if ours["device_us"] is None else f"{ours['device_us']:.3g} us"
+    return f"{device}, call {ours['call_us']:.3g} us"
 
 
 def rate(figures: dict, result: dict) -> str:
@@ -159,13 +177,19 @@ def rate(figures: dict, result: dict) -> str:
 
 
 def peer(row: dict) -> str:
-    """The fastest implementation that is not ours, and how many times our time it takes."""
+    """The fastest implementation that is not ours, how many times our time it takes, and which were not there.
+
+    One that overwrites the logits is compared with ours that does.
+    """
+    in_place = row["implementations"].get(f"{OURS} in place", {"over_ours": 1.0})["over_ours"]
     others = {
-        name: f["over_ours"] for name, f in row["implementations"].items()
-        if not name.startswith(OURS) and name not in ("floor", BARE, "without entropy")
-    }  # fmt: skip
+        name: f["over_ours"] / (in_place if name.endswith("in place") else 1.0)
+        for name, f in row["implementations"].items()
+        if not name.startswith(OURS) and name not in ("floor", BARE, "without entropy", "statistics read")
+    }
     name = min(others, key=others.get, default=None)
-    return "" if name is None else f"{name} {others[name]:.2f}x"
+    absent = f" (absent: {', '.join(row['absent'])})" if row.get("absent") else ""
+    return "" if name is None else f"{name} {others[name]:.2f}x{absent}"
 
 
 def gpu_source(result: dict) -> str:
@@ -384,6 +408,9 @@ def main() -> None:
     of_ops = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
     results = [file for file in of_ops if "ceilings" not in file]  # of a CPU
     sections = {"gpu": gpu_summary([file for file in of_ops if "ceilings" in file])}
+    if find_spec("matplotlib") is None:  # where a GPU is there may be torch and little else
+        print("report: matplotlib is not installed, so only the GPU's table is written")
+        return rewrite(ROOT / "README.md", sections)
     if (folder / "ppo.json").exists():
         sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
     if stages := [file for file in files if file.get("stage") in ("sft", "reward")]:

@@ -121,6 +121,8 @@ def test_a_peer_that_cannot_be_imported_fails_in_its_own_name():
     baselines.add_peer(table, "absent", "no_such_module", load)
     baselines.add_peer(table, "there", "json", lambda: len)
     baselines.add_peer(table, "broken", "json", load)
-    assert table.keys() == {"there", "broken"} and table["there"]("ab") == 2
+    assert table.keys() == {"absent", "there", "broken"} and table["there"]("ab") == 2
+    with pytest.raises(ModuleNotFoundError, match="no_such_module is not installed"):
+        table["absent"]()
     with pytest.raises(ImportError, match="another Triton"):
         table["broken"](1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from . import device as on_device
+from .baselines import Absent
 from .harness import OURS, interleaved, provenance, summarize
 from .rows import Row, all_rows
 
@@ -20,13 +21,16 @@ from .rows import Row, all_rows
 def measure(row: Row, device: torch.device, seconds: float) -> dict:
     """One row of the result file."""
     torch._dynamo.reset()  # else the ninth shape of a function falls back to eager
-    samples, peaks = interleaved(row.build(), device, seconds)
+    functions = row.build()
+    absent = [name for name, function in functions.items() if isinstance(function, Absent)]
+    samples, peaks = interleaved({n: f for n, f in functions.items() if n not in absent}, device, seconds)
     return {
         "op": row.op,
         "shape": row.shape,
         "dtype": str(row.dtype).removeprefix("torch."),
         "direction": row.direction,
         "implementations": summarize(samples, peaks),
+        "absent": absent,
     }
 
 
@@ -36,7 +40,8 @@ def line(result: dict) -> str:
     ours, floor = timed.pop(OURS), timed.pop("floor")
     others = "  ".join(f"{name} {figures['over_ours']:.2f}x" for name, figures in timed.items())
     label = f"{result['op']:27}{result['shape']:16}{result['dtype']:9}{result['direction']:17}"
-    return f"{label}{ours['ms']:10.3f} ms, {1 / floor['over_ours']:5.2f} floors;  {others}"
+    absent = f"  absent: {', '.join(result['absent'])}" if result["absent"] else ""
+    return f"{label}{ours['ms']:10.3f} ms, {1 / floor['over_ours']:5.2f} floors;  {others}{absent}"
 
 
 def main(argv: list[str] | None = None) -> int:

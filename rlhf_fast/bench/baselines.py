@@ -19,9 +19,20 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+class Absent:
+    """Stands where a peer would, so that the result says that it was not measured."""
+
+    def __init__(self, module: str):
+        self.module = module
+
+    def __call__(self, *inputs):
+        raise ModuleNotFoundError(f"{self.module} is not installed")
+
+
 def add_peer(table: dict[str, Callable], name: str, module: str, load: Callable[[], Callable]) -> None:
-    """Adds what load() imports, where the module is installed. One that cannot be imported fails when it is called."""
+    """Adds what load() imports, or Absent. A module that is there and cannot be imported fails when it is called."""
     if not find_spec(module):
+        table[name] = Absent(module)
         return
     try:
         table[name] = load()
@@ -62,8 +73,9 @@ def token_logprobs(device: torch.device) -> dict[str, Callable]:
     def liger():
         from liger_kernel.transformers.functional import liger_cross_entropy
 
-        # Liger writes the gradient over the logits in its forward: it gets a copy, as a caller who needs them gives it.
-        return lambda x, y: -liger_cross_entropy(x.clone(), y, reduction="none")
+        # Where a gradient is wanted Liger writes it over the logits in its forward: then it gets a copy, as a caller
+        # who still needs them gives it.
+        return lambda x, y: -liger_cross_entropy(x.clone() if x.requires_grad else x, y, reduction="none")
 
     def quack():
         from quack.cross_entropy import cross_entropy
@@ -74,6 +86,26 @@ def token_logprobs(device: torch.device) -> dict[str, Callable]:
     if device.type == "cuda":
         add_peer(table, "Liger cross_entropy", "liger_kernel", liger)
         add_peer(table, "quack cross_entropy", "quack", quack)
+    return table
+
+
+def token_logprobs_in_place(device: torch.device) -> dict[str, Callable]:
+    """The same, of those that write the gradient over the logits."""
+
+    def liger():
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        return lambda x, y: -liger_cross_entropy(x, y, reduction="none")
+
+    def quack():
+        from quack.cross_entropy import cross_entropy
+
+        return lambda x, y: -cross_entropy(x, y, reduction="none", inplace_backward=True)
+
+    table: dict[str, Callable] = {}
+    if device.type == "cuda":
+        add_peer(table, "Liger cross_entropy in place", "liger_kernel", liger)
+        add_peer(table, "quack cross_entropy in place", "quack", quack)
     return table
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from .harness import OURS, probe
+from .baselines import Absent
+from .harness import OURS, probe, synchronize
 from .rows import Row
 
 FLUSH_BYTES = 256 << 20  # several L2s: an H200 has 50 MB
@@ -25,13 +26,17 @@ class Events:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self.others = torch.zeros(FLUSH_BYTES // 4, device=device)
+        self.most = torch.zeros((), device=device)
 
     def cold(self, function: Callable, repeats: int) -> list[float]:
-        """Seconds of each call; before each, what the last one left in L2 is pushed out."""
+        """Seconds of each call; before each, what the last one left in L2 is pushed out.
+
+        By reading: lines that were written would be written back within the time of the call.
+        """
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
         for start, end in pairs:
-            self.flushed.zero_()
+            torch.amax(self.others, 0, out=self.most)
             start.record()
             function()
             end.record()
@@ -83,17 +88,20 @@ def timer(device: torch.device) -> Events | WallClock:
     return Events(device) if device.type == "cuda" else WallClock(device)
 
 
-def seconds_of_a_call(function: Callable, device: torch.device, calls: int = 200) -> float:
-    """From Python, one after the other without waiting for the device: what a training loop pays for a small op."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return seconds / calls
+def seconds_of_a_call(function: Callable, device: torch.device, calls: int = 50, batches: int = 9) -> float:
+    """From Python, one after the other without waiting for the device: what a training loop pays for a small op.
+
+    The median of some batches, each short enough for the queue of launches, which a full one would wait for.
+    """
+    samples = []
+    for _ in range(batches):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        samples.append((time.perf_counter() - start) / calls)
+    synchronize(device)
+    return statistics.median(samples)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -119,6 +127,9 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     torch._dynamo.reset()
     functions, clock = row.build(), timer(device)
     failed, peaks, repeats, samples = {}, {}, {}, {}
+    absent = [name for name, function in functions.items() if isinstance(function, Absent)]
+    for name in absent:
+        del functions[name]
     for name in list(functions):
         try:
             functions[name]()  # compiles, loads, allocates
@@ -171,6 +182,7 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
         "flops": row.flops,
         "implementations": implementations,
         "failed": failed,
+        "absent": absent,
     }
 
 
@@ -184,4 +196,5 @@ def line(result: dict) -> str:
     small = f"  device {ours['device_us']} us, call {ours['call_us']} us" if "call_us" in ours else ""
     others = "  ".join(f"{name} {figures['over_ours']:.2f}x" for name, figures in timed.items())
     missing = f"  FAILED {', '.join(result['failed'])}" if result["failed"] else ""
-    return f"{label}{ours['ms']:9.4f} ms{rate}{small};  {others}{missing}"
+    absent = f"  absent: {', '.join(result['absent'])}" if result["absent"] else ""
+    return f"{label}{ours['ms']:9.4f} ms{rate}{small};  {others}{missing}{absent}"

@@ -16,6 +16,8 @@ from . import baselines
 from .harness import OURS
 
 FORWARD, BOTH = "forward", "forward+backward"
+# The call alone, of inputs that require a gradient: ours has computed it by then, PyTorch has recorded how to.
+WITH_GRADIENT = "forward with gradient"
 LOGITS_SHAPES = ((512, 50257), (2048, 32000), (1024, 151936))  # GPT-2, Llama 2, Qwen
 SMALL_LOGITS_SHAPES = ((64, 50257),)
 # On a GPU: GPT-2 (rows on every boundary) and Qwen, random and peaked as a trained model's; float32 for the first only,
@@ -49,12 +51,15 @@ def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None)
     cuda = device.type == "cuda" if gpu is None else gpu
     for shape in SMALL_LOGITS_SHAPES if small else LOGITS_SHAPES_CUDA if cuda else LOGITS_SHAPES:
         for dtype in DTYPES[1:] if cuda and shape != LOGITS_SHAPES_CUDA[0] else DTYPES:
-            yield from _rows_of_logits(shape, dtype, device, peaked=False)
+            yield from _rows_of_logits(shape, dtype, device, False, cuda)
     if cuda:
-        yield from _rows_of_logits(SMALL_LOGITS_SHAPES[0] if small else PEAKED, torch.bfloat16, device, peaked=True)
+        yield from _rows_of_logits(SMALL_LOGITS_SHAPES[0] if small else PEAKED, torch.bfloat16, device, True, cuda)
         yield from _rows_in_place(device, small)
     shape = SMALL_LOGITS_SHAPES[0] if small else LOGITS_SHAPES[0]
-    for dtype in DTYPES:
+    pairs_of_logits = [(shape, dtype) for dtype in DTYPES]
+    if cuda and not small:
+        pairs_of_logits.append((LOGITS_SHAPES_CUDA[1], torch.bfloat16))
+    for shape, dtype in pairs_of_logits:
         size = shape[0] * shape[1] * dtype.itemsize
         build = _kl_divergence(shape, dtype, device)
         yield Row("kl_divergence", f"{shape[0]}x{shape[1]}", dtype, BOTH, build, 5 * size)
@@ -65,8 +70,11 @@ def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None)
         ("masked_whiten", loss_shape), ("pairwise_loss", pairs), ("dpo_loss", pairs), ("ranking_loss", RANKED),
         ("gae", GAE_SHAPE),
     ):  # fmt: skip
-        direction = FORWARD if op in ("gae", "masked_whiten") else BOTH  # advantages carry no gradient
-        yield Row(op, "x".join(map(str, shape)), torch.float32, direction, _small(op, shape, direction, device))
+        directions = (FORWARD,) if op in ("gae", "masked_whiten") else (BOTH,)  # advantages carry no gradient
+        if cuda and op in ("ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss"):
+            directions = (WITH_GRADIENT, BOTH)
+        for direction in directions:
+            yield Row(op, "x".join(map(str, shape)), torch.float32, direction, _small(op, shape, direction, device))
     for op in ("ppo_loss", "pairwise_loss"):
         shape = TINY_SHAPE if op == "ppo_loss" else TINY_SHAPE[1:]
         for direction in (FORWARD, BOTH):
@@ -74,12 +82,15 @@ def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None)
             yield Row(op, "x".join(map(str, shape)), torch.float32, direction, build)
 
 
-def _rows_of_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, peaked: bool) -> Iterator[Row]:
+def _rows_of_logits(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, peaked: bool, cuda: bool
+) -> Iterator[Row]:
     size, name = shape[0] * shape[1] * dtype.itemsize, f"{shape[0]}x{shape[1]}{' peaked' if peaked else ''}"
     for op, direction in (
         ("token_logprobs", FORWARD),
         ("token_logprobs", BOTH),
         ("token_logprobs_and_entropy", FORWARD),
+        *([("token_logprobs_and_entropy", BOTH)] if cuda else []),
     ):
         build = _logits(op, shape, dtype, direction, device, peaked)
         yield Row(op, name, dtype, direction, build, size if direction == FORWARD else 3 * size)
@@ -108,11 +119,14 @@ def _rows_in_place(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def bind(functions: dict[str, Callable], inputs: tuple, wrt: tuple, direction: str) -> dict[str, Callable]:
-    """Callables without arguments: the forward alone without a graph, or with the gradients of a plain sum."""
+    """Callables without arguments: the forward alone, without a graph or with one, or the gradients of a plain sum."""
 
     def forward(function):
         with torch.no_grad():
             return function(*inputs)
+
+    def with_gradient(function):
+        return function(*inputs)
 
     def both(function):
         outputs = function(*inputs)
@@ -122,8 +136,11 @@ def bind(functions: dict[str, Callable], inputs: tuple, wrt: tuple, direction: s
             outputs = (outputs,)
         torch.autograd.grad(outputs, wrt, tuple(torch.ones_like(o) for o in outputs))
 
-    run = forward if direction == FORWARD else both
-    return {name: lambda function=function: run(function) for name, function in functions.items()}
+    run = {FORWARD: forward, WITH_GRADIENT: with_gradient, BOTH: both}[direction]
+    return {
+        name: function if isinstance(function, baselines.Absent) else lambda function=function: run(function)
+        for name, function in functions.items()
+    }
 
 
 def moved_bytes(read: int, written: int, device: torch.device) -> Callable:
@@ -142,10 +159,10 @@ def moved_bytes(read: int, written: int, device: torch.device) -> Callable:
     return lambda: (alone.amax(), target.copy_(source[: written // 4]))
 
 
-def draw_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, peaked: bool) -> tuple:
+def draw_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, peaked: bool, seed: int = 0) -> tuple:
     """Logits and labels. Peaked as a trained model's: eight tokens hold nearly all probability, the label first."""
     on = device if device.type == "cuda" else torch.device("cpu")  # 1.2 billion draws take a CPU minutes
-    generator = torch.Generator(on).manual_seed(0)
+    generator = torch.Generator(on).manual_seed(seed)
     logits = torch.empty(shape, dtype=dtype, device=device)
     for part in logits.split(1024):
         part.copy_((2 if peaked else 4) * torch.randn(part.shape, generator=generator, device=on))
@@ -163,7 +180,7 @@ def _logits(
 ) -> Callable:
     def build():
         logits, labels = draw_logits(shape, dtype, device, peaked)
-        logits.requires_grad_()
+        logits.requires_grad_(direction == BOTH)
         functions = {OURS: getattr(rf, op), **getattr(baselines, op)(device)}
         if op == "token_logprobs_and_entropy":
             functions["without entropy"] = rf.token_logprobs
@@ -175,7 +192,10 @@ def _logits(
         if direction == BOTH:
             lost = logits.detach().clone().requires_grad_()
             in_place = lambda x, y: getattr(rf, op)(x, y, inplace_backward=True)  # noqa: E731
-            bound |= bind({f"{OURS} in place": in_place}, (lost, labels), (lost,), direction)
+            overwriting = {f"{OURS} in place": in_place}
+            if op == "token_logprobs":
+                overwriting |= baselines.token_logprobs_in_place(device)
+            bound |= bind(overwriting, (lost, labels), (lost,), direction)
         return bound
 
     return build
@@ -193,6 +213,10 @@ def _ppo_from_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.d
         weights = torch.full_like(old[0], 1 / len(labels))
         apart = logits.clone().requires_grad_()
 
+        def ours():  # as linear_ppo_loss turns a chunk, and then asks for the loss and its statistics
+            logprobs, entropy = known_gradient(logits, labels, None, 1.0, weights, tokens)
+            return rf.ppo_loss(logprobs[None], old, advantages, mask, entropy=entropy[None], entropy_coef=0.01)
+
         def in_two_kernels():
             logprobs, entropy = rf.token_logprobs_and_entropy(apart, labels, inplace_backward=True)
             loss, _ = rf.ppo_loss(logprobs[None], old, advantages, mask, entropy=entropy[None], entropy_coef=0.01)
@@ -209,11 +233,14 @@ def _ppo_from_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.d
 
         peers = {}
         for name, function in baselines.ppo_from_logits(device).items():
+            if isinstance(function, baselines.Absent):
+                peers[name] = function
+                continue
             longer = torch.cat([logits, logits[:1]])[None].requires_grad_()  # they drop the last position themselves
             inputs = longer, labels[None], old, advantages, mask
             peers |= bind({name: function}, inputs, (longer,), BOTH)
         return peers | {
-            OURS: lambda: known_gradient(logits, labels, None, 1.0, weights, tokens),
+            OURS: ours,
             "rlhf_fast in two kernels": in_two_kernels,
             "eager": eager,
             "floor": moved_bytes(logits.nbytes, logits.nbytes, device),
@@ -224,8 +251,7 @@ def _ppo_from_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.d
 
 def _kl_divergence(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Callable:
     def build():
-        generator = torch.Generator().manual_seed(0)
-        logits, ref_logits = (4 * torch.randn(2, *shape, generator=generator)).to(device, dtype)
+        logits, ref_logits = (draw_logits(shape, dtype, device, peaked=False, seed=seed)[0] for seed in range(2))
         inputs = logits.requires_grad_(), ref_logits
         functions = {OURS: rf.kl_divergence, **baselines.kl_divergence(device)}
         floor = moved_bytes(4 * logits.nbytes, logits.nbytes, device)  # both twice, one gradient
@@ -296,7 +322,7 @@ def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device
             "gae": (a, b, mask),
         }[op]
         wrt = ()
-        if direction == BOTH:
+        if direction != FORWARD:
             inputs = (inputs[0].clone().requires_grad_(), *inputs[1:])
             wrt = inputs[:1]
         functions = {OURS: getattr(rf, op), **_small_baselines(op)(device)}
