@@ -27,11 +27,13 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/report.py
 
 # On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op. PART="build test"
-# takes some parts, of ten minutes at most each (bench/gpu.py). Where $(PYTHON)'s torch sees the GPU nothing is installed.
+# takes some parts, of ten minutes at most each (bench/gpu.py). Where $(PYTHON)'s torch sees the GPU nothing is installed
+# but the peers, into build/peers-gpu; PEERS=folder names another. README gets what was measured, whatever failed.
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
 	else $(MAKE) $(VENV)/.bench && python=$(BIN)/python; fi && \
-	$$python bench/gpu.py $(if $(PART),--part $(PART)) && $$python bench/report.py
+	{ $$python bench/gpu.py $(if $(PART),--part $(PART)); code=$$?; \
+	$$python bench/report.py || code=1; exit $$code; }
 
 # compat beside the functions it stands in for: TRL, verl and OpenRLHF from PyPI, each in a folder of its own.
 peers: $(VENV)/.test

@@ -1,11 +1,13 @@
 """`make gpu`: on a machine with an NVIDIA GPU, build with nvcc, run every test that needs one, and measure every op.
 
     make gpu                                   all parts, one after the other
-    make gpu PART="build bench-logprobs"       some; each takes at most ten minutes and stands alone once built
+    make gpu PART="build bench-logprobs"       some; each is stopped after ten minutes and stands alone once built
     python bench/gpu.py --dry-run /tmp/dry     the bench parts' logic on a CPU, small and by the clock; no measurement
 
-Results: bench/results/<card>-<op>.json, <card> as h100 or h200. Where python3's torch sees the GPU, nothing is
-installed; peers are measured where they can be imported, PEERS=folder adds one (`pip install --target folder ...`).
+Results: bench/results/<card>-<op>.json, <card> as h100 or h200. A Python whose torch sees the GPU stays as it is:
+the part "peers" puts those that it lacks into build/peers-gpu, without their dependencies. Where there is no network,
+carry that folder along (`python bench/gpu.py --fetch-peers` fills it), or name another: PEERS=folder make gpu. A row
+says which peers it had to do without.
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BENCHES = {
-    "bench-logprobs": ("token_logprobs", "token_logprobs_and_entropy", "ppo_from_logits", "kl_divergence"),
+    "bench-logprobs": ("token_logprobs", "ppo_from_logits"),
+    "bench-entropy": ("token_logprobs_and_entropy", "kl_divergence"),
     "bench-linear": ("linear_cross_entropy", "linear_ppo_loss", "linear_token_logprobs"),
     "bench-losses": (
         "ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss", "gae", "masked_mean",
@@ -34,17 +40,53 @@ TESTS = {  # in parts: compiling takes minutes, and 2^31 elements take the memor
     "test-compile": ("compiles_to_one_graph", 6),
     "test-large": ("2_to_the_31", 0),
 }
-PARTS = ("build", *TESTS, "sanitizer", *BENCHES)
+PARTS = ("build", "peers", *TESTS, "sanitizer", *BENCHES)
 LIMIT = 600  # seconds a part may take
-PEER_MODULES = ("trl", "liger_kernel", "cut_cross_entropy", "quack")
+PEERS = Path(os.environ.get("PEERS") or ROOT / "build" / "peers-gpu")
+PEER_MODULES = {  # module: what pip installs for it beside torch, Triton and transformers
+    "trl": ("trl>=1.16", "accelerate", "datasets"),
+    "liger_kernel": ("liger-kernel",),
+    "cut_cross_entropy": ("cut-cross-entropy",),
+    "quack": (
+        "quack-kernels", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-core",
+        "nvidia-cutlass-dsl-libs-cu{cuda}", "cuda-bindings", "cuda-pathfinder", "apache-tvm-ffi", "torch-c-dlpack-ext",
+        "einops",
+    ),
+}  # fmt: skip
+
+
+class Skipped(str):
+    """Why a part, or some of it, was not done."""
+
+
+class OverTime(Exception):
+    pass
+
+
+_deadline = float("inf")  # of the part that runs
+
+
+def peer_folders() -> list[str]:
+    """PEERS, and the folders within it that its .pth files would add were it a site directory."""
+    return [str(PEERS), *map(str, PEERS.glob("*/dsl_packages"))] if PEERS.is_dir() else []
 
 
 def run(*command: str, **environment: str) -> int:
+    """A command in the root, with the peers in reach; what it started goes with it when the part's time is up."""
     print("$", " ".join(command), flush=True)
-    modules = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PEERS"), os.environ.get("PYTHONPATH"))))
+    modules = os.pathsep.join(filter(None, (str(ROOT), *peer_folders(), os.environ.get("PYTHONPATH"))))
     tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # its ninja and cmake
     environment = {**os.environ, "PYTHONPATH": modules, "PATH": tools, **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        left = _deadline - time.monotonic()
+        return process.wait(None if left == float("inf") else max(left, 0))
+    except subprocess.TimeoutExpired:
+        raise OverTime from None
+    finally:
+        if process.poll() is None:  # over time, or interrupted
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def card(name: str) -> str:
@@ -58,20 +100,37 @@ def build() -> int:
     return error or run(sys.executable, "-c", "from rlhf_fast.info import main; main()")
 
 
+def missing_peers() -> list[str]:
+    sys.path[:0] = [folder for folder in peer_folders() if folder not in sys.path]
+    invalidate_caches()
+    return [module for module in PEER_MODULES if not find_spec(module)]
+
+
+def fetch_peers(folder: Path, modules: list[str]) -> int | Skipped:
+    """Into a folder of their own, each by itself, and without dependencies: torch stays the one that is there."""
+    import torch
+
+    for module in modules:
+        packages = [name.format(cuda=(torch.version.cuda or "13").split(".")[0]) for name in PEER_MODULES[module]]
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--retries", "0", "--timeout", "10", "--no-deps")
+        run(*pip, "--upgrade", "--target", str(folder), *packages)
+    absent = missing_peers()
+    return Skipped(f"without {', '.join(absent)}") if absent else 0
+
+
 def test(part: str) -> int:
     chosen, processes = TESTS[part]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "cuda", "-k", chosen, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-k", chosen, "-p", "no:cacheprovider"]
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
     return run(*command, "tests/cuda/test_device.py")
 
 
-def sanitize() -> int:
+def sanitize() -> int | Skipped:
     """Every op on small shapes under compute-sanitizer: memory it must not touch, races in shared memory."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
-        print("sanitizer: compute-sanitizer is not installed here; skipped")
-        return 0
+        return Skipped("compute-sanitizer not found")
     errors = 0
     for check in ("memcheck", "racecheck"):
         errors |= run(
@@ -89,9 +148,11 @@ def bench(part: str, folder: Path, prefix: str, *options: str) -> int:
     return errors
 
 
-def run_part(part: str, name: str) -> int:
+def run_part(part: str, name: str) -> int | Skipped:
     if part == "build":
         return build()
+    if part == "peers":
+        return fetch_peers(PEERS, missing_peers())
     if part in TESTS:
         return test(part)
     if part == "sanitizer":
@@ -104,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="bench/gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
+    parser.add_argument("--fetch-peers", action="store_true", help=f"only fill {PEERS.name}, with or without a GPU")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="the bench parts on a CPU, results in FOLDER")
     options = parser.parse_args(argv)
     if options.dry_run:
@@ -112,31 +174,52 @@ def main(argv: list[str] | None = None) -> int:
         small = ("--device", "cpu", "--as-gpu", "--small")
         parts = [part for part in options.part if part in BENCHES]
         return max([bench(part, options.dry_run, "dry-run", *small) for part in parts], default=0)
+    if options.fetch_peers:
+        outcome = fetch_peers(PEERS, list(PEER_MODULES))
+        print(outcome or f"peers: all in {PEERS}")
+        return int(bool(outcome))
     import torch
 
     if not torch.cuda.is_available():
         print(f"make gpu: torch {torch.__version__} sees no CUDA device on this machine", file=sys.stderr)
         return 1
     name = torch.cuda.get_device_name()
-    peers = {module: "yes" if find_spec(module) else "absent" for module in PEER_MODULES}
-    print(f"{name}, torch {torch.__version__}; peers: {peers}", flush=True)
-    outcomes = []
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    outcomes = {}
     for part in options.part:  # a part that fails does not take the others' minutes
-        start = time.perf_counter()
-        error = run_part(part, name)
-        seconds = time.perf_counter() - start
-        outcomes.append((part, error, seconds))
-        print(f"== {part}: {'failed' if error else 'passed'}, {seconds:.0f} s", flush=True)
-        if part == "build" and error:
+        outcomes[part] = outcome = timed(part, name)
+        print(f"== {part}: {outcome}", flush=True)
+        if part == "build" and outcome.failed:
             break
-    print(
-        "\n".join(
-            f"{part:16} {'FAILED' if e else 'passed'} {s:6.0f} s{' over' * (s > LIMIT)}" for part, e, s in outcomes
-        )
-    )
-    return int(any(error for _, error, _ in outcomes))
+    print("\n".join(f"{part:16} {outcome}" for part, outcome in outcomes.items()))
+    # A peer that cannot be had here is said in every row; a check that was not made is no success.
+    return int(any(o.failed or (o.skipped and part != "peers") for part, o in outcomes.items()))
+
+
+class Outcome(NamedTuple):
+    failed: str  # "" where it did not
+    skipped: str
+    seconds: float
+
+    def __str__(self) -> str:
+        word = f"FAILED{self.failed}" if self.failed else f"skipped: {self.skipped}" if self.skipped else "passed"
+        return f"{word} {self.seconds:6.0f} s"
+
+
+def timed(part: str, name: str) -> Outcome:
+    """A part, for as long as it may take."""
+    global _deadline
+    start = time.monotonic()
+    _deadline = start + LIMIT
+    try:
+        result = run_part(part, name)
+        failed, skipped = ("", result) if isinstance(result, Skipped) else ("!" if result else "", "")
+    except OverTime:
+        failed, skipped = f": stopped after {LIMIT} s", ""
+    finally:
+        _deadline = float("inf")
+    return Outcome(failed, skipped, time.monotonic() - start)
 
 
 if __name__ == "__main__":
-    sys.path[:0] = filter(None, [os.environ.get("PEERS")])
     sys.exit(main())
