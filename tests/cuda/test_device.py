@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import battery
 import emulation
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from battery import on_device
 
 import rlhf_fast as rf
 from rlhf_fast.ops import _dispatch, _linear, reference
@@ -18,10 +19,10 @@ from rlhf_fast.ops._known_gradient import PpoTokens, known_gradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import CASES, Sampler
-from test_contract import LAYOUTS, assert_as_close_as_eager, cast, lay_out, run, tensors_of
+from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_of
 
 pytestmark = [
-    pytest.mark.cuda,
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 BACKENDS = ("native", "triton")
@@ -49,33 +50,20 @@ def backend_of(name: str):
     return rf.use_backend(name)
 
 
-def on_device(case, layout: str = "contiguous"):
-    """The case with an op that moves its arguments to the GPU and its results back, so that CPU tensors drive it."""
-
-    def op(**inputs):
-        def there(x):
-            return lay_out(x.cuda(), layout) if x.is_floating_point() else x.cuda()
-
-        outputs = case.op(**{k: there(x) if isinstance(x, torch.Tensor) else x for k, x in inputs.items()})
-        return tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, outputs)
-
-    return case._replace(op=op)
-
-
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_is_as_close_to_float64_as_eager_is(case, backend, dtype):
     with backend_of(backend):
         for seed in range(24):
             inputs = case.inputs(Sampler(random.Random(seed)))
-            assert_as_close_as_eager(on_device(case, LAYOUTS[seed % 4]), inputs, dtype)
+            assert_as_close_as_eager(on_device(case, "cuda", LAYOUTS[seed % 4]), inputs, dtype)
 
 
 @every_case
 def test_gradcheck(case, backend):
     if not case.wrt:
         pytest.skip("not differentiable")
-    op, checked = on_device(case).op, 0
+    op, checked = on_device(case, "cuda").op, 0
     for seed in range(12):
         inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float64)
         wrt = [n for n in case.wrt if isinstance(inputs.get(n), torch.Tensor)]
@@ -99,7 +87,7 @@ def test_opcheck(case, backend, monkeypatch):
     monkeypatch.setattr(_dispatch.Op, "__call__", lambda self, *a: (calls.append((self, a)), original(self, *a))[1])
     with backend_of(backend):
         for seed in range(2):
-            run(on_device(case).op, case, cast(case.inputs(Sampler(random.Random(seed))), torch.float32))
+            run(on_device(case, "cuda").op, case, cast(case.inputs(Sampler(random.Random(seed))), torch.float32))
         monkeypatch.undo()
         assert calls, "the op never reached a kernel"
         for op, args in calls:
@@ -115,7 +103,7 @@ def test_compiles_to_one_graph_with_the_same_result(case, backend):
     with backend_of(backend):
         for seed in range(2):
             inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
-            ours, compiled = (run(on_device(c).op, c, inputs) for c in (case, graph))
+            ours, compiled = (run(on_device(c, "cuda").op, c, inputs) for c in (case, graph))
             for name in ours:
                 torch.testing.assert_close(compiled[name], ours[name], rtol=1e-5, atol=1e-6, equal_nan=True)
 
@@ -125,9 +113,45 @@ def test_two_runs_give_the_same_bits(case, backend):
     with backend_of(backend):
         for seed in range(8):
             inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
-            first, second = (run(on_device(case).op, case, inputs) for _ in range(2))
+            first, second = (run(on_device(case, "cuda").op, case, inputs) for _ in range(2))
             for name in first:
                 assert torch.equal(first[name].nan_to_num(nan=7.0), second[name].nan_to_num(nan=7.0)), name
+
+
+@every_case
+@pytest.mark.parametrize("test", battery.OF_THE_CONTRACT, ids=lambda test: test.__name__)
+def test_of_the_contract(case, backend, test):
+    with backend_of(backend):
+        test(on_device(case, "cuda"))
+
+
+@every_case
+def test_no_argument_is_modified(case, backend):
+    with backend_of(backend):
+        battery.no_argument_is_modified(case, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["token_logprobs", "token_logprobs_and_entropy", "kl_divergence"])
+def test_a_row_op_inside_a_cuda_graph(op, backend):
+    with backend_of(backend):
+        battery.rows_in_a_graph(op, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kl_divergence_of_more_than_2_to_the_31_elements(backend):
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB")
+    with backend_of(backend):
+        battery.kl_divergence_of_many(16384, 151936, "cuda")
+
+
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_cross_entropy", "linear_ppo_loss"])
+@pytest.mark.parametrize("rows, width, vocab", [(16384, 64, 151936), (256, 16512, 131072)], ids=["logits", "weights"])
+def test_a_head_of_more_than_2_to_the_31_elements(rows, width, vocab, op):
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB")
+    battery.head_of_many(op, rows, width, vocab, "cuda")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
