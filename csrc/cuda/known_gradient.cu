@@ -146,8 +146,8 @@ inline int find_room(int64_t row_bytes, Room* room) {
 }
 
 template <typename scalar_t, int kThreads>
-int start(const Arguments<scalar_t>& in, const Loss<accumulator_t<scalar_t>>& loss, int64_t rows,
-          const Room& room, void* logprobs, void* entropy, void* stream) {
+int start(const Arguments<scalar_t>& in, const Loss<accumulator_t<scalar_t>>& loss, int64_t rows, const Room& room,
+          void* logprobs, void* entropy, void* stream) {
   using acc_t = accumulator_t<scalar_t>;
   const auto kernel = known_gradient_kernel<scalar_t, kThreads>;
   // The same values at every launch: a kernel's attributes are the process's, and other threads launch it too. Without
