@@ -149,12 +149,5 @@ def test_more_than_2_to_the_31_elements():
     labels = torch.full((rows,), 12345)
     out = token_logprobs(row.expand(rows, vocab), labels)
     assert torch.equal(out, token_logprobs(row, labels[:1]).expand(rows))
-
-
-def test_cross_entropy_of_more_than_2_to_the_31_elements():
-    vocab = 151936
-    row = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rows = 2**31 // vocab + 2
-    labels = torch.full((rows,), 12345)
     loss = cross_entropy(row.expand(rows, vocab), labels)
     torch.testing.assert_close(loss, cross_entropy(row, labels[:1]), rtol=1e-6, atol=0)
