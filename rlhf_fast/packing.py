@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from transformers import AttentionInterface
 
 from .data.collate import Packed
 from .models import trunk_layers, unwrapped
+from .trunk import llama, runs_here
 
 NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
 FLASH = ("flash_attention_2", "flash_attention_3")
@@ -34,29 +36,41 @@ FLASH = ("flash_attention_2", "flash_attention_3")
 
 def packed_attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed: Packed, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, **others,
+    dropout: float = 0.0, sliding_window: int | None = None, read: Tensor | None = None, **others,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); the signature is that of transformers."""
+    """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); the signature is that of transformers.
+
+    read: where in the row the queries stand, in rising order (M,), where they are not one a token: -> (1, M, H, d).
+    """
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
             raise NotImplementedError(f"packed attention knows no {name}")
-    queries, keys, values = (x.split(packed.lengths, dim=2) for x in (query, key, value))
+    asked = packed.lengths if read is None else _counts(packed, read)
+    keys, values = (x.split(packed.lengths, dim=2) for x in (key, value))
+    places = packed.position_ids[0] if read is None else packed.position_ids[0].index_select(0, read)
     outputs, gqa = [], query.shape[1] != key.shape[1]
-    for i, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
-        parent, shared = packed.prefixes[i]
+    for i, (q, at) in enumerate(zip(query.split(asked, dim=2), places.split(asked), strict=True)):
+        (parent, shared), k, v = packed.prefixes[i], keys[i], values[i]
         if shared:
             k, v = (torch.cat([x[parent][:, :, :shared], own], dim=2) for x, own in ((keys, k), (values, v)))
         mask = None
-        if shared or (sliding_window is not None and k.shape[2] > sliding_window):
-            mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        if q.shape[2] != k.shape[2] or (sliding_window is not None and k.shape[2] > sliding_window):
+            mask = _mask(at, k.shape[2], sliding_window)
         options = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
-        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
-def _mask(queries: int, keys: int, window: int | None, device) -> Tensor:
-    """(Q, K) bool, where the last query stands at the last key: causal, and no further back than window."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+def _counts(packed: Packed, read: Tensor) -> list[int]:
+    """How many of the places (M,) lie in each sequence."""
+    ends = torch.tensor(packed.lengths, device=read.device).cumsum(0)
+    before = torch.searchsorted(read, ends)
+    return before.diff(prepend=before.new_zeros(1)).tolist()
+
+
+def _mask(at: Tensor, keys: int, window: int | None) -> Tensor:
+    """(Q, K) bool, for queries at these positions: causal, and no further back than window."""
+    distance = at[:, None] - torch.arange(keys, device=at.device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
@@ -78,6 +92,9 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
     """(M, D): the trunk's last hidden states at the places `read` (M,) of the row. Call it within packing(model)."""
     trunk = unwrapped(model).base_model
     if trunk.config._attn_implementation == NAME:
+        if runs_here(model):
+            options = {"attend": partial(_attend, packed, None), "attend_read": partial(_attend, packed, read)}
+            return llama(trunk, packed.input_ids[0], packed.position_ids[0], read, **options)
         where = {"packed": packed}
     else:  # flash attention
         if any(shared for _, shared in packed.prefixes):
@@ -88,6 +105,12 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
     with _last_mlp_for(unwrapped(model), read, packed.input_ids.shape[1]):
         row = trunk(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **where)
     return row.last_hidden_state[0].index_select(0, read)
+
+
+def _attend(packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """packed_attention in the layout of trunk.llama."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return packed_attention(None, q, k, v, None, packed=packed, scaling=scale, read=read)[0]
 
 
 @contextmanager

@@ -1,16 +1,19 @@
-"""The trunk's forward pass for training on responses: hidden states of chosen tokens only.
+"""The trunk's forward pass in training: hidden states of chosen tokens only.
 
-    x = embed(tokens)                                        (B, T, D), right-padded, so attention is plainly causal
-    for every layer:   x += output(attention(norm(x)))
+    x = embed(tokens)                                        (N, D), of sequences in any layout: attend knows it
+    for every layer:   x += output(attend(norm(x)))
                        x += mlp(norm(x))                     in the last layer of the chosen tokens only
-    norm(x)                                                  (N, D)
+    norm(x)                                                  (M, D)
 
 On the CPU llama, qwen2 and qwen3 in float32 run here, over the model's own modules (LoRA adapters and all); what lies
 between their matrix products takes one pass over memory each (ops/_layer.py). Everything else goes through
-transformers. Specification: models.hidden_states, of which this takes the rows at positions.
+transformers. Two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to end (packing.py).
+Specification: models.hidden_states, of which this takes the rows at positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +24,24 @@ from .ops import _layer
 
 
 def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """(B, T) tokens padded on the right, (N,) indices into the B * T of them -> (N, D), the trunk's last hidden states
+    """(B, T) tokens padded on the right, (M,) indices into the B * T of them -> (M, D), the trunk's last hidden states
     there, after its final norm."""
-    if _runs_here(model):
-        return _llama(unwrapped(model).base_model, input_ids, positions)
-    return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
+    if not runs_here(model):
+        return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
+    batch, width = input_ids.shape
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.view(batch, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        if q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        # Padding is on the right, where being causal hides it.
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+    return llama(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
 
 
-def _runs_here(model) -> bool:
+def runs_here(model) -> bool:
+    """Is this a model for llama()?"""
     if why_not(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
         return False
     model = unwrapped(model)
@@ -43,29 +56,35 @@ def _runs_here(model) -> bool:
     )
 
 
-def _llama(trunk, input_ids: Tensor, positions: Tensor) -> Tensor:
-    batch, width = input_ids.shape
-    x = trunk.embed_tokens(input_ids.flatten())
-    cos, sin = trunk.rotary_emb(x, position_ids=torch.arange(width)[None])
+def llama(
+    trunk, input_ids: Tensor, position_ids: Tensor, read: Tensor, attend: Callable, attend_read: Callable | None = None
+) -> Tensor:
+    """(N,) tokens, (T,) positions that repeat along them, (M,) places that are read -> (M, D).
+
+    attend(q, k, v, scale): (N, heads, d) each -> N x (heads d) values in this order; it decides who sees whom.
+    attend_read: the same for the M queries that are read (T is N then), all that the last layer needs.
+    """
+    x = trunk.embed_tokens(input_ids)
+    cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])
     cos, sin = cos[0].contiguous(), sin[0].contiguous()  # (T, d)
     for layer in trunk.layers:
-        attention, h = layer.self_attn, _norm(layer.input_layernorm, x)
+        attention, h, is_last = layer.self_attn, _norm(layer.input_layernorm, x), layer is trunk.layers[-1]
+        queries, turn = h, (cos, sin)
+        if is_last:  # only keys and values of the other tokens are still needed
+            x = x.index_select(0, read)
+            if attend_read is not None:
+                queries, *turn = (y.index_select(0, read) for y in (h, cos, sin))
+                attend = attend_read
         q, k, v = (
-            project(h).view(len(h), -1, attention.head_dim)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            project(y).view(len(y), -1, attention.head_dim)
+            for project, y in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
         )
         if hasattr(attention, "q_norm"):
             q, k = (_norm(norm, y) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
-        q, k, v = (
-            y.view(batch, width, *y.shape[1:]).transpose(1, 2)
-            for y in (_layer.rotary(q, cos, sin), _layer.rotary(k, cos, sin), v)
-        )
-        if q.shape[1] != k.shape[1]:
-            k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
-        attended = attended.transpose(1, 2).reshape(len(x), -1)
-        if layer is trunk.layers[-1]:  # only keys and values of the other tokens are still needed
-            x, attended = x.index_select(0, positions), attended.index_select(0, positions)
+        attended = attend(_layer.rotary(q, *turn), _layer.rotary(k, cos, sin), v, attention.scaling)
+        attended = attended.reshape(len(q), -1)
+        if is_last and attend_read is None:
+            attended = attended.index_select(0, read)
         x = x + attention.o_proj(attended)
         h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
         x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h), mlp.up_proj(h)))

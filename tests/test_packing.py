@@ -119,7 +119,8 @@ def test_the_last_mlp_runs_only_for_what_is_read(architecture):
     packed, read, seen = Packed.of(sequences(9, 1, 17, 4)), torch.tensor([2, 8, 9, 26, 30]), []
     whole = together(model, packed)
     mlp = models.trunk_layers(model)[-1].mlp
-    hook = mlp.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[1]))
+    down = mlp.c_proj if architecture is gpt2 else mlp.down_proj
+    hook = down.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[-2]))
     with packing(model):
         some = packed_hidden_states(model, packed, read)
     hook.remove()
@@ -127,9 +128,31 @@ def test_the_last_mlp_runs_only_for_what_is_read(architecture):
     assert seen == [5] and not mlp._forward_hooks and not mlp._forward_pre_hooks
 
 
+@pytest.mark.parametrize("architecture", [llama, qwen2])
+def test_what_is_read_may_lie_anywhere(architecture):
+    """In the own forward the last layer asks for what is read alone: nowhere in a sequence, all of it, after a shared
+    beginning; hidden states and gradients are those of the whole row, of which these are taken."""
+    model = build(architecture)
+    a, b, c, d = sequences(20, 7, 5, 9)
+    packed = Packed.of([a, torch.cat([a[:13], b]), c, torch.cat([a[:13], d])], [(0, 0), (0, 13), (0, 0), (0, 13)])
+    read = torch.tensor([3, 11, 19, *range(20, 27), 32, 34, 40])
+    direction = torch.randn(len(read), 32, generator=torch.Generator().manual_seed(0))
+    results = []
+    for own in (True, False):
+        with packing(model), pytest.MonkeyPatch.context() as patch:
+            if not own:
+                patch.setattr("rlhf_fast.packing.runs_here", lambda model: False)
+            hidden = packed_hidden_states(model, packed, read)
+            results.append((hidden.detach(), gradients(model, (hidden * direction).sum())))
+    (hidden, found), (expected, wanted) = results
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
+
+
 def gradients(model, loss):
     loss.backward()
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
     return found
 
@@ -174,9 +197,8 @@ def test_flash_attention_gets_its_own_arguments(monkeypatch):
                **options):  # fmt: skip
         assert attention_mask is None and cu_seq_lens_q.dtype == torch.int32 and max_length_q == max_length_k == 17
         lengths = cu_seq_lens_k.diff().tolist()
-        return packed_attention(
-            module, query, key, value, None, packed=Packed(None, None, lengths, [(0, 0)] * 3), **options
-        )
+        packed = Packed.of([torch.zeros(length) for length in lengths])
+        return packed_attention(module, query, key, value, None, packed=packed, **options)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
     model.config._attn_implementation_internal = "flash_attention_2"

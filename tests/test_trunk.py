@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rlhf_fast.models import add_lora, hidden_states
 from rlhf_fast.ops import _layer
-from rlhf_fast.trunk import _runs_here, hidden_states_at
+from rlhf_fast.trunk import hidden_states_at, runs_here
 
 POSITIONS = torch.tensor([0, 5, 6, 8, 11, 19, 26])  # of 3 rows of 9 tokens
 
@@ -35,7 +35,7 @@ def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
                 torch.nn.init.normal_(p)
     else:
         model = with_opinions(name)
-    assert _runs_here(model)
+    assert runs_here(model)
     ours, our_gradients = outputs_and_gradients(model, lambda model, ids: hidden_states_at(model, ids, POSITIONS))
     theirs, their_gradients = outputs_and_gradients(model, through_transformers)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -68,9 +68,9 @@ def test_what_follows_a_token_does_not_change_its_bits():
 )
 def test_what_it_does_not_do_goes_through_transformers(change):
     model = tiny_model(tiny_tokenizer()).train()
-    assert _runs_here(model)
+    assert runs_here(model)
     change(model)
-    assert not _runs_here(model)
+    assert not runs_here(model)
     assert hidden_states_at(model, torch.arange(18).view(2, 9), torch.tensor([3, 4])).shape == (2, 32)
 
 
