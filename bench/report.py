@@ -357,10 +357,10 @@ def trainers(result: dict) -> str:
 
 
 def hh_reward(result: dict) -> str:
-    """bench/hh_reward.py: what was chosen from on fold 0, and the chosen settings on every fold, with the floors."""
+    """bench/hh_reward.py: each fold by the settings chosen on the others, with the floors; and each candidate."""
     rules = result["rules"]
-    floors = list(rules["loss"]["all"]["floors"])
-    columns = ["pairs", "accuracy", "95 % interval", "loss", "ECE", "reward with length", *floors]
+    best = rules["accuracy"]
+    columns = ["pairs", "accuracy", "95 % interval", "loss", "ECE", "reward with length", *best["all"]["floors"]]
     lines = ["| " + " | ".join(["held out", *columns]) + " |", "|" + " --- |" * (1 + len(columns))]
 
     def line(name: str, row: dict) -> str:
@@ -369,25 +369,23 @@ def hh_reward(result: dict) -> str:
         cells += [f"{row['loss']:.3f}", f"{row['ece']:.3f}", f"{row['reward_with_length']:+.2f}"]
         return "| " + " | ".join([*cells, *(f"{value:.3f}" for value in row["floors"].values())]) + " |"
 
-    for rule, found in rules.items():
-        lines += [line(f"chosen by {rule}: fold {row['fold']}", row) for row in found["rows"]]
-        lines += [line("**folds 1 to 4**", found["claimed"]), line("all five folds", found["all"])]
-    lines += ["", "| layers | rate | epochs | loss on fold 0 | accuracy there | CPU |", "|" + " --- |" * 6]
-    best = rules["loss"]["rows"][0]
-    for row in result["choice"]:
-        mark = "".join(f" ({rule})" for rule, found in rules.items() if found["rows"][0] == row)
+    for rule in ("accuracy", "loss"):
+        lines += [line(f"chosen by {rule}: fold {row['fold']}", row) for row in rules[rule]["rows"]]
+        lines.append(line(f"**chosen by {rule}: all**", rules[rule]["all"]))
+    lines += ["", "| width x layers | BPE | rate | epochs | accuracy over all folds | loss |", "|" + " --- |" * 6]
+    for row in rules["each candidate"]:
         lines.append(
-            f"| {row['layers']} | {row['learning_rate']:g} | {row['epochs']}{mark} | {row['loss']:.3f} | "
-            f"{row['accuracy']:.3f} | {row['cpu_seconds']:.0f} s |"
+            f"| {row['hidden']} x {row['layers']} | {row['vocab_size']} | {row['learning_rate']:g} | {row['epochs']} | "
+            f"{row['accuracy']:.3f} | {row['loss']:.3f} |"
         )
-    model, cut = result["model"], sum(best["cut"])
+    model, weights = result["model"], [row["weights"] for row in result["rows"]]
     return "\n".join(lines) + (
-        f"\n\nA Llama of {best['weights']:,} weights ({model['hidden']} x {best['layers']}, BPE of "
-        f"{model['vocab_size']}) from random initialisation, batches of {model['batch_size']} pairs. Every one of the "
-        f"{result['pairs']} well-formed pairs is held out once; {len(result['left_out'])} lines of the files are "
-        f"malformed; {cut} pairs are over {model['max_length']} tokens and lose the beginning of their prompt. "
-        f"Standard error of the accuracy on folds 1 to 4: {rules['loss']['claimed']['standard_error']:.3f}, on all "
-        f"{rules['loss']['all']['standard_error']:.3f}.\n{source(result)}"
+        f"\n\nLlamas of {min(weights):,} to {max(weights):,} weights from random initialisation, batches of "
+        f"{model['batch_size']} pairs. Every one of the {result['pairs']} well-formed pairs is held out once; "
+        f"{len(result['left_out'])} lines of the files are malformed; {sum(best['rows'][0]['cut'])} pairs are over "
+        f"{model['max_length']} tokens and lose the beginning of their prompt. Standard error of the accuracy: "
+        f"{best['all']['standard_error']:.3f}; CPU time of all runs: "
+        f"{sum(row['cpu_seconds'] for row in result['rows']) / 60:.0f} min.\n{source(result)}"
     )
 
 
