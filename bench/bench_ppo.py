@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+from ppo_report import at  # noqa: E402
 from ppo_worker import Run  # noqa: E402
 
 TRL = "trl==1.12.0"
@@ -171,25 +172,40 @@ def rollout(options) -> dict:
 
 
 def race(options) -> dict:
-    """Curves of (CPU-seconds, reward, KL) for each seed. Two systems run at the same time, a core for each."""
+    """Curves of (CPU-seconds, reward, KL) for each seed. Two systems run at the same time, a core for each.
+
+    There are two questions, reward at equal CPU-seconds and at equal KL, and for each a system has the learning rate
+    that answers it best on a seed that does not count, in about the same time.
+    """
     base = replace(RACE, iterations=3) if options.small else RACE
-    tuning, rates, curves = {}, {}, {}
+    tuning, rates, curves = {}, {axis: {} for axis in QUESTIONS}, {axis: {} for axis in QUESTIONS}
 
     def compete(name: str) -> None:
         # Ours is given iterations for about TRL's time; only what both have time for is compared.
         iterations = base.iterations * (1 if name == "trl" else options.longer)
         mine = replace(base, system=name, iterations=iterations)
-        best = options.learning_rate
-        if best is None:
+        if options.learning_rate is None:
             tried = [replace(mine, learning_rate=lr, seed=TUNING_SEED) for lr in LEARNING_RATES]
             runs = execute_all(tried, options.trl)["runs"]
-            tuning[name] = {str(run.learning_rate): late(rows) for run, rows in zip(tried, runs, strict=True)}
-            print(name, "mean reward of the last quarter by learning rate:", tuning[name], flush=True)
-            best = float(max(tuning[name], key=tuning[name].get))
-        rates[name] = best
-        runs = execute_all([replace(mine, learning_rate=best, seed=seed) for seed in SEEDS], options.trl)["runs"]
-        curves[name] = [[{k: row[k] for k in ("cpu_seconds", "reward", "kl")} for row in rows] for rows in runs]
-        print(name, "ends at", [{k: round(v, 3) for k, v in rows[-1].items()} for rows in curves[name]], flush=True)
+            tuning[name] = {
+                axis: {str(run.learning_rate): answer(rows) for run, rows in zip(tried, runs, strict=True)}
+                for axis, answer in QUESTIONS.items()
+            }
+            print(name, "by learning rate:", tuning[name], flush=True)
+        for axis in QUESTIONS:
+            found = tuning.get(name, {}).get(axis)
+            rates[axis][name] = float(max(found, key=found.get)) if found else options.learning_rate
+        ran = {}
+        for axis, rate in ((axis, rates[axis][name]) for axis in QUESTIONS):
+            if rate not in ran:
+                runs = [replace(mine, learning_rate=rate, seed=seed) for seed in SEEDS]
+                ran[rate] = [
+                    [{k: row[k] for k in ("cpu_seconds", "reward", "kl")} for row in rows]
+                    for rows in execute_all(runs, options.trl)["runs"]
+                ]
+                ends = [{k: round(v, 3) for k, v in rows[-1].items()} for rows in ran[rate]]
+                print(name, f"at {rate:g} ends at", ends, flush=True)
+            curves[axis][name] = ran[rate]
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compete, options.system or SYSTEMS))
@@ -197,7 +213,19 @@ def race(options) -> dict:
 
 
 def late(rows: list[dict]) -> float:
+    """The mean reward of the last quarter."""
     return statistics.fmean(row["reward"] for row in rows[-max(1, len(rows) // 4) :])
+
+
+def at_kl(rows: list[dict]) -> float:
+    """The reward at KL_OF_TUNING nats; 0 where the run does not get there."""
+    if max(row["kl"] for row in rows) < KL_OF_TUNING:
+        return 0.0
+    return float(at(rows, "kl", [KL_OF_TUNING])[0])
+
+
+QUESTIONS = {"cpu_seconds": late, "kl": at_kl}
+KL_OF_TUNING = 15.0  # nats a response; about where a third of it is right
 
 
 def gpu(options) -> dict:
@@ -233,7 +261,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3, help="of a speed run; the first does not count")
     parser.add_argument("--system", action="append", choices=SYSTEMS, help="in the race; others keep their results")
     parser.add_argument("--learning-rate", type=float, help="in the race, instead of the better one of the grid")
-    parser.add_argument("--longer", type=int, default=3, help="iterations of ours for one of TRL in the race")
+    parser.add_argument("--longer", type=int, default=4, help="iterations of ours for one of TRL in the race")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "ppo.json")
     options = parser.parse_args()
@@ -252,8 +280,9 @@ def main() -> None:
         about["packages"]["trl"] = TRL.split("==")[1]
         before = results["parts"].get(part, {})
         if part == "race" and options.system and before.get("run") == json.loads(json.dumps(result["run"])):
-            for key in ("tuning", "learning_rates", "curves"):
-                result[key] = before[key] | result[key]
+            result["tuning"] = before["tuning"] | result["tuning"]
+            for key in ("learning_rates", "curves"):
+                result[key] = {axis: before[key][axis] | result[key][axis] for axis in QUESTIONS}
             about["command"] = f"{before['command']}; {about['command']}"
         results["parts"][part] = {**about, **result}
         options.json.parent.mkdir(parents=True, exist_ok=True)

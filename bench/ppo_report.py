@@ -78,7 +78,7 @@ def at(rows: list[dict], axis: str, where: np.ndarray) -> np.ndarray:
 
 def together(part: dict, axis: str, points: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Points that every run reaches, and the reward there: name -> (seeds, points)."""
-    curves = part["curves"]
+    curves = part["curves"][axis]
     least = min(max(row[axis] for row in rows) for runs in curves.values() for rows in runs)
     first = max(rows[0][axis] for runs in curves.values() for rows in runs)
     where = np.linspace(max(first, 0), least, points)
@@ -92,7 +92,8 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def race(part: dict) -> str:
-    rows, names = [], [name for name in ("shared", "separate", "trl") if name in part["curves"]]
+    rows, names = [], [name for name in ("shared", "separate", "trl") if name in part["curves"]["kl"]]
+    rates = []
     for axis, unit in (("cpu_seconds", "CPU-seconds"), ("kl", "nats of KL")):
         where, rewards = together(part, axis, 5)
         for i in range(1, 5):
@@ -102,12 +103,14 @@ def race(part: dict) -> str:
                 mean, half = interval(rewards[n] - rewards["trl"])
                 cells.append(f"{mean[i]:+.3f} +- {half[i]:.3f}")
             rows.append(cells)
-    rates = ", ".join(f"{part['learning_rates'][n]:g} ({NAMES[n].removeprefix('rlhf_fast, ')})" for n in names)
-    tried = {tuple(rewards) for rewards in part["tuning"].values()}
+        of = part["learning_rates"][axis]
+        each = ", ".join(f"{of[n]:g} ({NAMES[n].removeprefix('rlhf_fast, ')})" for n in names)
+        rates.append(f"{'equal CPU-seconds' if axis == 'cpu_seconds' else 'equal KL'} {each}")
+    tried = ", ".join(next(iter(part["tuning"].values()))["kl"])
     run = part["run"]
     about = (
-        f"\nMean of {len(part['curves']['trl'])} seeds and its 95 % interval, and the same of the paired difference. "
-        f"Learning rates: {rates}; tried on another seed: {', '.join(next(iter(tried)))}. "
+        f"\nMean of {len(part['curves']['kl']['trl'])} seeds and its 95 % interval, and the same of the paired "
+        f"difference. Learning rates, of {tried}, chosen on another seed: for {'; for '.join(rates)}. "
         f"Llama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}, {run['batch_size']} "
         f"prompts an iteration, {run['response_length']} tokens of answer, kl_coef {run['kl_coef']}; a random policy "
         "scores about 0.1.\n"

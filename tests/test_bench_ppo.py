@@ -9,6 +9,7 @@ import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
+import bench_ppo  # noqa: E402
 import ppo_report  # noqa: E402
 import ppo_worker  # noqa: E402
 from ppo_worker import Run  # noqa: E402
@@ -46,8 +47,9 @@ def race(curves):
         for name, runs in curves.items()
     }
     return {
-        "curves": rows, "tuning": {"shared": {"0.1": 0.5, "0.2": 0.7}, "trl": {"0.1": 0.5, "0.2": 0.3}},
-        "learning_rates": {"shared": 0.2, "trl": 0.1},
+        "curves": {"cpu_seconds": rows, "kl": rows},
+        "tuning": {name: {"cpu_seconds": {"0.1": 0.5, "0.2": 0.7}, "kl": {"0.1": 0.5, "0.2": 0.3}} for name in rows},
+        "learning_rates": {"cpu_seconds": {"shared": 0.2, "trl": 0.1}, "kl": {"shared": 0.1, "trl": 0.2}},
         "run": {"layers": 1, "hidden": 32, "vocab": 60, "batch_size": 4, "response_length": 6, "kl_coef": 0.1},
         "cpu": "cpu", "threads": 1, "OMP_WAIT_POLICY": "PASSIVE", "packages": {"torch": "2", "trl": "1"},
         "load_average": 1.0, "commit": "abc", "date": "2026-01-01T", "command": "command",
@@ -69,6 +71,10 @@ def test_the_race_is_read_where_all_runs_have_been(tmp_path):
     mean, half = ppo_report.interval(np.array([[1.0], [3.0]]))
     assert mean[0] == 2 and half[0] == pytest.approx(12.706)  # t(1) sqrt(2) / sqrt(2)
     text = ppo_report.race(part)
-    assert "| 8.0 CPU-seconds | 0.600 +-" in text and "0.2 (shared trunk), 0.1 (TRL 1.12.0)" in text
+    assert "| 8.0 CPU-seconds | 0.600 +-" in text and "equal CPU-seconds 0.2 (shared trunk), 0.1 (TRL 1.12.0)" in text
+    assert "equal KL 0.1 (shared trunk), 0.2 (TRL 1.12.0)" in text
+    assert bench_ppo.at_kl(part["curves"]["kl"]["trl"][0]) == 0.0  # it never had that much
+    long = [{"kl": kl, "reward": kl / 100} for kl in (0.0, 12.0, 8.0, 20.0)]
+    assert bench_ppo.at_kl(long) == pytest.approx(0.125)
     ppo_report.picture(part, tmp_path / "race.svg")
     assert (tmp_path / "race.svg").stat().st_size > 1000
