@@ -166,10 +166,11 @@ class Decoder:
         self.values: list[Tensor] = []
         self.positions = mask.sum(1, keepdim=True)  # (B, 1): of the next token
         self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # filled, where a CUDA graph can read it
+        self.logits: Tensor | None = None  # (B, V), of the last step; see _head
         self.bias: Tensor | None = None  # (B, 1, 1, capacity): -inf where nobody may look; None: nowhere
 
     def start(self) -> Tensor:
-        """Reads the prompts -> (B, V) logits of the first answer token."""
+        """Reads the prompts -> (B, V) logits of the first answer token, which the next step may overwrite."""
         ids, mask = self.ids, self.prompt_mask
         width = ids.shape[1]
         padded = not bool(mask.all())
@@ -188,7 +189,7 @@ class Decoder:
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """(B,) tokens -> (B, V) logits of the next ones."""
+        """(B,) tokens -> (B, V) logits of the next ones, which the step after it may overwrite."""
         self.filled += 1
         if self.fixed:
             self.bias.index_fill_(3, self.slot, 0.0)
@@ -214,7 +215,18 @@ class Decoder:
             q, k, v = network.project(layer, x, ids.shape)
             attended = read(i, q, k, v, layer["scaling"])
             x = network.finish(layer, x, attended.transpose(1, 2).reshape(len(x), -1))
-        return self.lm_head(network.norm(x.view(*ids.shape, -1)[:, -1]))
+        return self._head(network.norm(x.view(*ids.shape, -1)[:, -1]))
+
+    def _head(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, V). On the CPU always into the same memory: that of a new tensor costs as much as the product,
+        a page fault for every 4 KB of it."""
+        head = self.lm_head
+        is_plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype == x.dtype
+        if not is_plain or self.fixed or torch.is_grad_enabled():
+            return head(x)
+        if self.logits is None:
+            self.logits = x.new_empty(len(x), head.out_features)
+        return torch.mm(x, head.weight.t(), out=self.logits[: len(x)])
 
     def _read_prompt(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None) -> Tensor:
         for buffers, new in ((self.keys, k), (self.values, v)):

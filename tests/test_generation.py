@@ -236,3 +236,19 @@ def test_wrong_options_are_refused(model, prompts, wrong):
 def test_an_empty_prompt_is_named(model):
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         sampled(model, [[5], []])
+
+
+@torch.no_grad()
+def test_logits_of_a_step_are_the_head_s_and_hold_until_the_next():
+    """They lie in one buffer; a batch that shrinks uses its front."""
+    model = with_opinions("llama")
+    ids = torch.arange(5, 23).view(3, 6)
+    decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), room=4)
+    first = decoder.start()
+    torch.testing.assert_close(first, model(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+    tokens = first.argmax(-1)
+    decoder.keep(torch.tensor([0, 2]))
+    second = decoder.step(tokens[[0, 2]])
+    longer = torch.cat([ids, tokens[:, None]], 1)[[0, 2]]
+    torch.testing.assert_close(second, model(input_ids=longer).logits[:, -1], rtol=1e-4, atol=1e-4)
+    assert second.data_ptr() == first.data_ptr()
