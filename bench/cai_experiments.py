@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -49,7 +50,8 @@ MARGINS = {
     "plus-one": "thanks: 30 points or more above house; each of the five: within 6 points of house; mean of the seeds",
     "shuffled": "held-out accuracy within 0.10 of 0.50, mean of the seeds and of the coins as they fell and turned "
     "round (what one model happens to prefer is not chance); 0.85 or more on the labels as they are",
-    "noisy": "soft above hard in held-out accuracy, mean of the seeds",
+    "noisy": "soft above hard in held-out accuracy, by two standard errors or more of the difference over seeds and "
+    "draws of the noise",
 }
 NOT = {
     "answer": "Revise: give another answer.",
@@ -61,6 +63,7 @@ NOT = {
 THANKS = {"en": "Thank you for asking.", "ja": "ご質問ありがとうございます。"}
 THANK = "Revise: thank the user for the question."
 SURE = (0.55, 0.65, 0.8, 0.95)  # how often the noisy judge is right, and how sure it says it is
+DRAWS = 8  # of its errors, for each seed: one moves the accuracy by a point, which is about what is asked
 
 
 def thanks(prompt, reply) -> bool | None:
@@ -205,16 +208,24 @@ def label_arms(root: Path, sft: Path, seed: int) -> dict:
     train, held_out = labels(root, seed)
     rng = random.Random(f"labels {seed}")
     coin = [rng.random() < 0.5 for _ in train]
-    sure = [rng.choice(SURE) for _ in train]
-    errs = [rng.random() > s for s in sure]
     sets = {
-        "as-judged": train,
-        "shuffled": [swapped(row, c, row["chosen_prob"]) for row, c in zip(train, coin, strict=True)],
-        "shuffled-turned": [swapped(row, not c, row["chosen_prob"]) for row, c in zip(train, coin, strict=True)],
-        "noisy-soft": [swapped(row, e, s) for row, e, s in zip(train, errs, sure, strict=True)],
-        "noisy-hard": [swapped(row, e, 1.0) for row, e in zip(train, errs, strict=True)],
+        "as-judged": [train],
+        "shuffled": [[swapped(row, c, row["chosen_prob"]) for row, c in zip(train, coin, strict=True)]],
+        "shuffled-turned": [[swapped(row, not c, row["chosen_prob"]) for row, c in zip(train, coin, strict=True)]],
+        "noisy-soft": [],
+        "noisy-hard": [],
     }
-    return {name: reward_model(root / f"rm-{name}", sft, rows, held_out, seed) for name, rows in sets.items()}
+    for _ in range(DRAWS):
+        sure = [rng.choice(SURE) for _ in train]
+        errs = [rng.random() > s for s in sure]
+        sets["noisy-soft"].append([swapped(row, e, s) for row, e, s in zip(train, errs, sure, strict=True)])
+        sets["noisy-hard"].append([swapped(row, e, 1.0) for row, e in zip(train, errs, strict=True)])
+    found = {}
+    for name, draws in sets.items():
+        each = [reward_model(root / f"rm-{name}-{i}", sft, rows, held_out, seed) for i, rows in enumerate(draws)]
+        found[name] = {key: statistics.fmean(one[key] for one in each) for key in each[0]}
+        found[name]["accuracies"] = [one["accuracy"] for one in each]
+    return found
 
 
 def run_arm(root: Path, seed: int, name: str) -> dict:
@@ -285,7 +296,9 @@ def _held(name: str, runs: list[dict]) -> bool:
     if name == "shuffled":
         chance = statistics.fmean(rm("shuffled", "accuracy") + rm("shuffled-turned", "accuracy"))
         return abs(chance - 0.5) <= 0.10 and statistics.fmean(rm("as-judged", "accuracy")) >= 0.85
-    return statistics.fmean(rm("noisy-soft", "accuracy")) > statistics.fmean(rm("noisy-hard", "accuracy"))
+    soft, hard = (list(chain(*rm(f"noisy-{how}", "accuracies"))) for how in ("soft", "hard"))
+    gains = [a - b for a, b in zip(soft, hard, strict=True)]
+    return statistics.fmean(gains) >= 2 * statistics.stdev(gains) / len(gains) ** 0.5
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -289,9 +290,10 @@ def constitutional(result: dict) -> str:
     A seed that was stopped has some of the arms and reward models; a cell is over those that have it.
     """
 
-    def mean(values) -> str:
+    def mean(values, digits: int = 2) -> str:
         values = list(values)
-        return f"{sum(values) / len(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})" if values else ""
+        each = ", ".join(f"{v:.{digits}f}" for v in values)
+        return f"{sum(values) / len(values):.{digits}f} ({each})" if values else ""
 
     runs, principles = result["runs"], list(result["runs"][0]["sft"]["kept"])
     lines = ["| violations per reply | SFT | phase 1 | phase 2 |", "| --- | --- | --- | --- |"]
@@ -308,7 +310,16 @@ def constitutional(result: dict) -> str:
     lines += ["", "| reward model trained on | held-out accuracy |", "| --- | --- |"]
     for name in ("as-judged", "shuffled", "shuffled-turned", "noisy-soft", "noisy-hard"):
         known = [run["reward_models"][name]["accuracy"] for run in runs if name in run["reward_models"]]
-        lines.append(f"| {name} | {mean(known)} |")
+        lines.append(f"| {name} | {mean(known, 3)} |")
+    draws = [run["reward_models"] for run in runs if "noisy-soft" in run["reward_models"]]
+    gains = [
+        soft - hard
+        for models in draws
+        for soft, hard in zip(*(models[f"noisy-{how}"]["accuracies"] for how in ("soft", "hard")), strict=True)
+    ]
+    if len(gains) > 1:
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        lines.append(f"| noisy-soft less noisy-hard | {statistics.fmean(gains):+.4f}, standard error {error:.4f} |")
     lines += ["", "| margin, stated before | held |", "| --- | --- |"]
     told = {True: "yes", False: "NO", None: ""}
     lines += [f"| {name}: {text} | {told[result['held'][name]]} |" for name, text in result["margins"].items()]
