@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .charts import Series, bar_chart, line_chart
-from .data.baselines import wilson_interval
+from .data.baselines import accuracy, wilson_interval
 from .page import Html, grid, table
 
 
@@ -37,17 +38,14 @@ def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
     """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts: several
     pairs of one prompt do not count as independent."""
     margin = pairs.rewards[:, 0] - pairs.rewards[:, 1]
-    label = np.sign(pairs.target - 0.5)
-    right = (np.sign(margin) * label + 1) / 2
     agrees = np.select([margin > 0, margin < 0], [pairs.target, 1 - pairs.target], 0.5)
     longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
 
     def share(rows: np.ndarray) -> dict:
-        weight = pairs.weight[rows]
-        accuracy = float(np.average(right[rows], weights=weight)) if weight.sum() else 0.5
+        right = float(accuracy(*(torch.from_numpy(x[rows]) for x in (margin, pairs.target, pairs.weight))))
         prompts = len(np.unique(pairs.prompt[rows]))
-        low, high = wilson_interval(accuracy, prompts)
-        return {"pairs": int(rows.sum()), "accuracy": accuracy, "low": low, "high": high}
+        low, high = wilson_interval(right, prompts)
+        return {"pairs": int(rows.sum()), "accuracy": right, "low": low, "high": high}
 
     everything = np.ones(len(margin), bool)
     quantiles = np.quantile(margin, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()

@@ -1,9 +1,10 @@
 """What a set of preferences gives away without a reward model: the floors that a reward model is reported against.
 
-    shorter_wins    the share of pairs whose chosen reply is the shorter one; longer_wins the other way round
+    shorter_wins    the share of pairs whose better reply is the shorter one; longer_wins the other way round
     bag_of_words    logistic regression on word counts, P(chosen) = sigma(w . (log1p n_chosen - log1p n_rejected))
 
-Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages.
+Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages; optional: chosen_prob (the
+better one is the likelier, at 1/2 neither) and weight.
 """
 
 import math
@@ -11,7 +12,7 @@ import re
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -21,26 +22,35 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     return centre - half, centre + half
 
 
+def accuracy(margins: Tensor, chosen_prob: Tensor, weight: Tensor) -> Tensor:
+    """(N,) margins, each above 0 where chosen is preferred -> (), the weighted share that prefers the likelier side.
+    A tie of either counts one half, and so does a set of weight 0."""
+    right = (margins.sign() * (chosen_prob - 0.5).sign() + 1) / 2
+    total = weight.sum()
+    return torch.where(total > 0, (right * weight).sum() / total, 0.5)
+
+
 def shorter_wins(pairs: list[dict]) -> float:
-    """Accuracy of preferring the reply with fewer characters; a tie counts one half."""
-    lengths = [(len(_text(pair["chosen"])), len(_text(pair["rejected"]))) for pair in pairs]
-    return sum(1.0 if c < r else 0.5 if c == r else 0.0 for c, r in lengths) / len(pairs)
+    """Accuracy of preferring the reply with fewer characters."""
+    shorter_by = torch.tensor([float(len(_text(pair["rejected"])) - len(_text(pair["chosen"]))) for pair in pairs])
+    return float(accuracy(shorter_by, *_labels(pairs)))
 
 
 def longer_wins(pairs: list[dict]) -> float:
-    """Accuracy of preferring the reply with more characters; a tie counts one half."""
+    """Accuracy of preferring the reply with more characters."""
     return 1 - shorter_wins(pairs)
 
 
 def bag_of_words(train: list[dict], held_out: list[dict], *, min_pairs: int = 3, l2: float = 0.003) -> float:
-    """Accuracy on `held_out` of the regression fitted on `train` (its first 10,000 pairs); a tie counts one half.
+    """Accuracy on `held_out` of the regression fitted on `train` (its first 10,000 pairs).
 
     Words: the 5,000 most frequent that at least min_pairs pairs contain. l2 weighs |w|^2 beside the mean loss.
     """
     train = train[:10_000]  # a floor needs no more, and the counts are a dense matrix
     seen = Counter(word for pair in train for word in {*_words(pair["chosen"]), *_words(pair["rejected"])})
     index = {word: i for i, word in enumerate(w for w, n in seen.most_common(5_000) if n >= min_pairs)}
-    if not index:  # nothing to tell replies apart by
+    target, weight = (x.float() for x in _labels(train))
+    if not (index and weight.any()):  # nothing to tell replies apart by
         return 0.5
     x, held_out_x = (_differences(pairs, index) for pairs in (train, held_out))
     weights = torch.zeros(len(index), requires_grad=True)
@@ -48,16 +58,25 @@ def bag_of_words(train: list[dict], held_out: list[dict], *, min_pairs: int = 3,
 
     def loss():
         optimizer.zero_grad()
-        value = nn.functional.softplus(-x @ weights).mean() + l2 * weights.square().sum()
+        losses = nn.functional.binary_cross_entropy_with_logits(x @ weights, target, reduction="none")
+        value = losses @ weight / weight.sum() + l2 * weights.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    margins = (held_out_x @ weights.detach()).sign()
-    return float((margins + 1).mean() / 2)
+    return float(accuracy(held_out_x @ weights.detach(), *_labels(held_out)))
 
 
-def _differences(pairs: list[dict], index: dict[str, int]) -> torch.Tensor:
+def _labels(pairs: list[dict]) -> tuple[Tensor, Tensor]:
+    """(N,) float64 chosen_prob and weight, each 1 where a pair has none."""
+    given = ([pair.get(key) for pair in pairs] for key in ("chosen_prob", "weight"))
+    target, weight = (
+        torch.tensor([1.0 if x is None else float(x) for x in column], dtype=torch.float64) for column in given
+    )
+    return target, weight
+
+
+def _differences(pairs: list[dict], index: dict[str, int]) -> Tensor:
     """(N, words) of log1p counts, chosen less rejected."""
     x = torch.zeros(len(pairs), len(index))
     for row, pair in zip(x, pairs, strict=True):

@@ -6,7 +6,7 @@ SFT       {"messages": [...]}                                     every assistan
 pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         prompt optional: chosen and rejected may hold it
           optional: margin (r_w - r_l is to exceed it), chosen_prob (how likely chosen is better, RLAIF), weight,
           source (evaluation is also split by it)
-ranked    {"prompt": ..., "responses": [best, ..., worst]}        optional: ranks, 0 best, equal = tie
+ranked    {"prompt": ..., "responses": [best, ..., worst]}        optional: ranks, 0 best, equal = tie; two are a pair
 prompts   {"prompt": ...} and any other columns                   for PPO, which hands them to reward functions
 """
 
@@ -58,7 +58,7 @@ class Report:
 
 @dataclass
 class Comparison:
-    """One prompt's responses, each encoded to be scored, best first; K = 2 is a pair."""
+    """One prompt's responses, each encoded to be scored, best first; K = 2 is a pair, the likelier one first."""
 
     responses: list[np.ndarray]
     ranks: list[int]
@@ -282,7 +282,7 @@ def responses_of(record: dict, name: str, i: int) -> tuple[chat.Text | None, lis
 
 
 def as_pairs(records: Iterable[dict]) -> list[dict]:
-    """Comparisons as rows of chosen and rejected: every ordered pair of ranked responses."""
+    """Comparisons as rows of chosen and rejected, with their other columns: every ordered pair of ranked responses."""
     rows = []
     for record in records:
         if "chosen" in record:
@@ -290,7 +290,7 @@ def as_pairs(records: Iterable[dict]) -> list[dict]:
             continue
         responses, ranks = _ranked(record, "dataset", len(rows))
         rows += [
-            {"prompt": record.get("prompt"), "chosen": responses[a], "rejected": responses[b]}
+            {**record, "chosen": responses[a], "rejected": responses[b]}
             for a, b in combinations(range(len(ranks)), 2)
             if ranks[a] < ranks[b]
         ]
@@ -311,15 +311,19 @@ def comparisons(
         prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
         if "chosen" in record and "rejected" in record:
             responses = [_text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
-            ranks, extra = [0, 1], {k: _number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
+            ranks = [0, 1]
         elif "responses" in record:
-            responses, ranks, extra = *_ranked(record, name, i), {}
+            responses, ranks = _ranked(record, name, i)
         else:
             raise _wrong_columns(record, name, i, PREFERENCE_FORMATS)
+        extra = {k: _number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
         for response in responses:
             _check_not_repeated(prompt, response, name, i)
         if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
             raise ConfigError(f"{name} record {i}: chosen_prob must lie in [0, 1] and weight be 0 or more, got {extra}")
+        if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # the same loss, said of the other side
+            responses, extra["chosen_prob"] = responses[::-1], 1 - extra["chosen_prob"]
+            extra["margin"] = -extra.get("margin", 0.0)
         chat.check_tokenizer(tokenizer, any(map(is_conversation, [prompt, *responses])))
         encoded[i] = Comparison(
             [chat.encode_to_score(tokenizer, prompt, r) for r in responses], ranks, **extra,

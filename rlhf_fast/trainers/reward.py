@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.baselines import bag_of_words, longer_wins, shorter_wins
+from ..data.baselines import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.chat import encode_to_score
 from ..data.collate import collate_comparisons, common_prefix, pack_comparisons, pad_right
 from ..data.formats import Comparison, as_pairs, as_records, comparisons, responses_of
@@ -228,10 +228,12 @@ class RewardTrainer:
         )  # fmt: skip
 
     def _metrics(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> dict:
-        """Loss, accuracy (a tie is half right), margin and the spread of the rewards, over all micro-batches as one."""
+        """Loss, accuracy (that of preferences.py), margin, spread of the rewards, over all micro-batches as one."""
         rewards = torch.cat([r for r, _ in seen])
         batch = {k: torch.cat([b[k] for _, b in seen]) for k in ("ranks", "margin", "chosen_prob", "weight")}
         loss, stats = self._loss(rewards, batch)
+        if self.width == 2:  # with soft labels; the op's counts chosen > rejected
+            stats["accuracy"] = accuracy(rewards[:, 0] - rewards[:, 1], batch["chosen_prob"], batch["weight"])
         real = rewards[batch["ranks"] >= 0]
         return {
             "loss": loss,

@@ -2,11 +2,11 @@
 
 import pytest
 
-from rlhf_fast.data.baselines import bag_of_words, shorter_wins, wilson_interval
+from rlhf_fast.data.baselines import bag_of_words, longer_wins, shorter_wins, wilson_interval
 
 
-def pair(chosen, rejected):
-    return {"prompt": "q", "chosen": chosen, "rejected": rejected}
+def pair(chosen, rejected, **columns):
+    return {"prompt": "q", "chosen": chosen, "rejected": rejected, **columns}
 
 
 def test_wilson_interval_by_hand():
@@ -26,3 +26,21 @@ def test_bag_of_words_learns_the_words_and_nothing_else():
     assert bag_of_words(train, [pair("Please, that", "Whatever that"), pair("look", "you")]) == 1.0
     assert bag_of_words(train, [pair("whatever", "please")]) == 0.0
     assert bag_of_words(train, [pair("unseen words", "others")]) == 0.5
+
+
+def test_a_floor_is_right_by_the_likelier_side_and_counts_by_weight():
+    """Right (the longer one is likelier), wrong, and a label of 1/2: 3 and 1/2 of a weight of 5."""
+    pairs = [
+        pair("aaa", "b", chosen_prob=0.1, weight=3),
+        pair("a", "bbb", chosen_prob=0.2),
+        pair("a", "bbb", chosen_prob=0.5),
+    ]
+    assert shorter_wins(pairs) == pytest.approx((3 + 0 + 0.5) / 5)
+    assert longer_wins(pairs) == pytest.approx((0 + 1 + 0.5) / 5)
+    assert shorter_wins([pair("a", "bbb", weight=0.0)]) == 0.5
+    turned = [pair(f"whatever {n}", f"please {n}", chosen_prob=0.1, weight=None) for n in range(20)]
+    assert bag_of_words(turned, [pair("please", "whatever"), pair("whatever", "please", chosen_prob=0.0)]) == 1.0
+    unheard = [pair("whatever", "please", weight=0.0) for _ in range(60)]  # three times as many that weigh nothing
+    taught = [pair("please", "whatever") for _ in range(20)]
+    assert bag_of_words([*unheard, *taught], taught) == 1.0
+    assert bag_of_words(unheard, taught) == 0.5

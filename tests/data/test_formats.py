@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers import tiny_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.data.formats import as_records, comparisons, prompts, read_dataset, sft_examples
+from rlhf_fast.data.formats import as_pairs, as_records, comparisons, prompts, read_dataset, sft_examples
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -100,6 +100,18 @@ def test_the_columns_of_a_pair_arrive():
     (item,), _ = comparisons([{**PAIR, "margin": 0.5, "chosen_prob": 0.8, "weight": 2}], TOKENIZER, max_length=30)
     assert [TOKENIZER.decode(r) for r in item.responses] == ["say hello: hello<eos>", "say hello: 0 1 2<eos>"]
     assert (item.ranks, item.margin, item.chosen_prob, item.weight) == ([0, 1], 0.5, 0.8, 2.0)
+
+
+def test_the_likelier_response_comes_first_and_two_ranked_ones_are_a_pair():
+    """p sigma(r_w - r_l - m) and (1 - p) sigma(r_l - r_w + m) is symmetric under w <-> l, p -> 1 - p, m -> -m."""
+    extra = {"margin": 0.5, "chosen_prob": 0.25, "weight": 2}
+    ranked = {"prompt": PAIR["prompt"], "responses": [PAIR["rejected"], PAIR["chosen"]], "ranks": [1, 0]}
+    for record in (PAIR, ranked):
+        (item,), _ = comparisons([{**record, **extra}], TOKENIZER, max_length=30)
+        assert [TOKENIZER.decode(r) for r in item.responses] == ["say hello: 0 1 2<eos>", "say hello: hello<eos>"]
+        assert (item.ranks, item.margin, item.chosen_prob, item.weight) == ([0, 1], -0.5, 0.75, 2.0)
+        (row,) = as_pairs([{**record, **extra}])
+        assert [row[k] for k in ("chosen", "rejected", "chosen_prob", "weight")] == ["hello", "0 1 2", 0.25, 2]
 
 
 def test_the_prompt_may_be_inside_chosen_and_rejected():

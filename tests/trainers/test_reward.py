@@ -260,6 +260,26 @@ def test_the_report_says_how_far_to_trust_it(tmp_path):
         assert words in page
 
 
+def test_one_accuracy_in_training_in_evaluation_and_of_the_floors(tmp_path):
+    """By the likelier side, weighted, half for a label of 1/2; the loss is that of the pair as it was given."""
+    labels = [(0.1, 4.0), (0.5, 2.0), (0.9, 1.0), (0.3, 0.5)]
+    data = [pair(i, chosen_prob=p, weight=w, margin=0.2) for i, (p, w) in enumerate(labels)]
+    rm = trainer(tmp_path, data, eval_dataset=data)
+    with torch.no_grad():
+        loss = pairs_by_hand(rm, data)[0]
+        gaps = [reward_alone(rm, x["prompt"], x["chosen"]) - reward_alone(rm, x["prompt"], x["rejected"]) for x in data]
+    likelier = [0.5 if p == 0.5 else float((gap > 0) == (p > 0.5)) for gap, (p, _) in zip(gaps, labels, strict=True)]
+    expected = sum(right * w for right, (_, w) in zip(likelier, labels, strict=True)) / 7.5
+    held_out, training = rm.evaluate(), next(iter(rm))
+    assert training["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert training["accuracy"].item() == pytest.approx(expected) == held_out["eval_accuracy"]
+    rm.finish(tmp_path)
+    floors = json.loads((tmp_path / "preferences.json").read_text())["floors"]
+    # The longer one is rejected in all pairs but the third, and the likelier one in all but the second.
+    assert floors["longer response wins"] == pytest.approx((4 + 2 / 2 + 1 + 0.5) / 7.5)
+    assert floors["shorter response wins"] == pytest.approx(2 / 2 / 7.5)
+
+
 def test_the_language_model_it_starts_from_is_left_alone(tmp_path):
     tokenizer = tiny_tokenizer(pad="<eos>")
     policy = tiny_model(tokenizer)
@@ -345,6 +365,7 @@ def test_a_step_of_weightless_pairs_changes_nothing(tmp_path):
         ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient = -0.1 must be 0 or more"),
         ({"data": RANKED, "center_rewards_coefficient": 0.1}, "center_rewards_coefficient is defined for pairs"),
         ({"data": [*RANKED, pair(0, margin=1.0, chosen_prob=0.9)]}, "margin, chosen_prob is defined for pairs"),
+        ({"data": [{**RANKED[0], "weight": 2.0}]}, "weight is defined for pairs"),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, change, message):
@@ -365,6 +386,9 @@ def test_pairs_and_two_ranked_responses_are_the_same_thing(tmp_path):
     as_ranked = [{"prompt": x["prompt"], "responses": [x["chosen"], x["rejected"]]} for x in PAIRS]
     losses = [next(iter(trainer(tmp_path, data)))["loss"] for data in (PAIRS, as_ranked)]
     assert torch.equal(*losses)
+    as_ranked = [{**x, **y} for x, y in zip(SOFT, as_ranked, strict=True)]
+    as_ranked = [{k: v for k, v in x.items() if k not in ("chosen", "rejected")} for x in as_ranked]
+    assert torch.equal(*(next(iter(trainer(tmp_path, data)))["loss"] for data in (SOFT, as_ranked)))
     mixed = trainer(tmp_path, [*PAIRS[:4], *RANKED])  # pairs among longer lists are lists of two
     assert math.isfinite(next(iter(mixed))["loss"])
 
