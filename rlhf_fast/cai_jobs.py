@@ -21,7 +21,7 @@ from pathlib import Path
 
 from .data.chat import ConfigError, encode_prompt
 from .data.formats import read_dataset
-from .jobs import Checked, Stage, read_data, rows_for, run_trainer
+from .jobs import Checked, Stage, read_data, read_rows, run_trainer
 from .judges import (
     Constitution,
     HTTPGenerator,
@@ -216,7 +216,7 @@ def _compared(path: str) -> list[dict]:
         with open(path, encoding="utf-8") as file:
             if "text_correct" in file.readline():
                 return read_released_comparisons(path)
-    rows, _ = rows_for("reward", path)
+    rows = read_rows(path)
     for row in rows:
         for name, column in (("better", "chosen"), ("worse", "rejected")):
             if column in row:
@@ -300,7 +300,7 @@ def validate(files: list[str], allow_code: bool) -> str:
 
 
 def _prompts(job) -> list[dict]:
-    return rows_for("ppo", job.train_data)[0][: job.num_prompts]
+    return read_rows(job.train_data, "ppo")[: job.num_prompts]
 
 
 def _tell(name: str, stage, *files: str) -> None:
@@ -391,7 +391,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         )
     sources = {"ai": labelled.rows}
     if job.human_data:
-        sources["human"], _ = rows_for("reward", job.human_data)
+        sources["human"] = read_rows(job.human_data)
     cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
     train = {name: rows[cuts[name] :] for name, rows in sources.items()}
     held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]

@@ -205,11 +205,12 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("--output", default="-", help="- writes to standard output")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args(argv)
-    from .data.formats import parse_jsonl
-    from .jobs import quiet, read_rows, score
+    from .data.formats import parse_jsonl, read_dataset
+    from .jobs import quiet, score
 
     quiet()
-    records = parse_jsonl(sys.stdin.read(), "input") if options.input == "-" else read_rows(options.input)
+    from_stdin = options.input == "-"
+    records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
     rows = score(options.model, records, options.batch_size)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if options.output == "-":

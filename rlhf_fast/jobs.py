@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,19 +174,24 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
         print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
 
-def read_rows(path: str) -> list[dict]:
-    """Preferences, demonstrations or any records in a form that train_data may have."""
-    return rows_for("reward", path)[0]
-
-
 def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
-    """rlhf-fast score: each record with its "score", or "scores" where it has several responses, in their order."""
-    reward = RewardModelReward.load(model, batch_size=batch_size)
-    asked = [responses_of(record, "input", i) for i, record in enumerate(records)]
-    flat = [(prompt, response) for prompt, responses in asked for response in responses]
+    """rlhf-fast score: each record with its "score", or "scores" where it has several responses, in their order.
+
+    Pairs of hh-rlhf are scored as the conversations that they hold; one that is malformed is named on standard error.
+    """
+    reward, asked = RewardModelReward.load(model, batch_size=batch_size), []
+    hh = bool(records) and hh_rlhf.are_transcripts(records[0])
+    for i, record in enumerate(records):
+        try:
+            readable = dict(zip(("chosen", "rejected"), hh_rlhf.transcripts(record), strict=True)) if hh else record
+        except ValueError as error:
+            print(f"input record {i} is left out: {error}", file=sys.stderr)
+        else:
+            asked.append((record, *responses_of(readable, "input", i)))
+    flat = [(prompt, response) for _, prompt, responses in asked for response in responses]
     scores = iter(reward([p for p, _ in flat], [r for _, r in flat]).tolist())
     rows = []
-    for record, (_, responses) in zip(records, asked, strict=True):
+    for record, _, responses in asked:
         values = [next(scores) for _ in responses]
         several = "chosen" in record or "responses" in record
         rows.append({**record, **({"scores": values} if several else {"score": values[0]})})
@@ -254,8 +260,7 @@ def read_data(job, stage: str, output_dir: str | Path, **limit) -> list[list[dic
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
         sources.append(rows)
         named += [{"file": path, **vars(item)} for item in left_out]
-        if left_out:
-            print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
+        _print_left_out(path, rows, left_out)
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     Path(output_dir, "left_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named), encoding="utf-8")
     return sources
@@ -269,6 +274,18 @@ def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.L
     if stage == "ppo":
         rows = [{k: v for k, v in row.items() if k not in ("chosen", "rejected", "responses", "ranks")} for row in rows]
     return rows, left_out
+
+
+def read_rows(path: str, stage: str = "reward") -> list[dict]:
+    """The rows of rows_for; what was left out is printed."""
+    rows, left_out = rows_for(stage, path)
+    _print_left_out(path, rows, left_out)
+    return rows
+
+
+def _print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
+    if left_out:
+        print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
 
 
 def _limit(stage: str, tokenizer, config) -> dict:
@@ -291,7 +308,9 @@ def _is_hh(path: str) -> bool:
         return False
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            return re.match(r'\s*\{\s*"(chosen|rejected)"\s*:\s*"\\n\\nHuman:', file.readline()) is not None
+            return hh_rlhf.are_transcripts(json.loads(file.readline()))
+    except json.JSONDecodeError:
+        return False
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
 

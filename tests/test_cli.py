@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
+from rlhf_fast.jobs import read_rows
 from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
@@ -278,5 +279,25 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(records[0]) + "\n"))
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(rows[0]["score"], abs=1e-5)
+    # Anthropic's pairs, whole conversations as text: from a file and from standard input alike, identical ones too.
+    hh = [("hello", "no"), ("same", "same"), ("", "x")]
+    hh = [
+        {k: f"\n\nHuman: hi\n\nAssistant: {x}" for k, x in zip(("chosen", "rejected"), pair, strict=True)}
+        for pair in hh
+    ]
+    (tmp_path / "hh.jsonl").write_text(text := "".join(json.dumps(x) + "\n" for x in hh))
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main([*argv, "--input", str(tmp_path / "hh.jsonl")]) == 0
+    from_file = capsys.readouterr()
+    assert main(argv) == 0
+    assert capsys.readouterr() == from_file
+    scored = [json.loads(line) for line in from_file.out.splitlines()]
+    assert [{k: row[k] for k in ("chosen", "rejected")} for row in scored] == hh[:2]
+    said = reward([[{"role": "user", "content": "hi"}]] * 2, ["hello", "no"]).tolist()
+    assert scored[0]["scores"] == pytest.approx(said, abs=1e-5)
+    assert scored[1]["scores"][0] == pytest.approx(scored[1]["scores"][1], abs=1e-5)
+    assert from_file.err.endswith("input record 2 is left out: chosen: turn 2 (Assistant) is empty\n")
+    assert len(read_rows(str(tmp_path / "hh.jsonl"))) == 1
+    assert "1 of 3 pairs used\n  1 malformed, on line 3; " in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
     assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err

@@ -105,11 +105,13 @@ def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
     return "\n".join(lines)
 
 
-def _transcripts(line: str) -> tuple[list[dict], list[dict]]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from None
+def are_transcripts(row) -> bool:
+    """Whether a record looks like Anthropic's pairs: a prompt stands within chosen and rejected, as text."""
+    return isinstance(row, dict) and any(str(row.get(side)).startswith("\n\nHuman:") for side in ("chosen", "rejected"))
+
+
+def transcripts(row) -> tuple[list[dict], list[dict]]:
+    """The messages of chosen and of rejected. Raises ValueError, with the side, where parse_transcript does."""
     parsed = []
     for side in ("chosen", "rejected"):
         if not isinstance(row, dict) or not isinstance(row.get(side), str):
@@ -119,6 +121,13 @@ def _transcripts(line: str) -> tuple[list[dict], list[dict]]:
         except ValueError as error:
             raise ValueError(f"{side}: {error}") from None
     return parsed[0], parsed[1]
+
+
+def _transcripts(line: str) -> tuple[list[dict], list[dict]]:
+    try:
+        return transcripts(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
 
 
 def _first_difference(a: list[dict], b: list[dict]) -> int:
