@@ -2,7 +2,7 @@
 
     validate   constitution files            -> what is in them, or the file, principle and field that is wrong
     revise     prompts                       -> revisions.jsonl, sft.jsonl                               phase 1
-    pairs      prompts                       -> pairs.jsonl                                              phase 2
+    pairs      prompts                       -> pairs.jsonl, rejected.jsonl                              phase 2
     audit      pairs that people compared    -> audit.json, audit.html: how good the judge is
     label      pairs, the judge's card       -> judgements.jsonl, comparisons.jsonl, constitution.html
     derive     judgements                    -> comparisons.jsonl under other weights, clamp, calibration; no judge

@@ -1,6 +1,7 @@
 """rlhf-fast cai: every word of it, on a tiny model and on a server on loopback."""
 
 import json
+from collections import Counter
 
 import pytest
 from fake_server import serving
@@ -135,3 +136,26 @@ def test_a_server_writes_and_judges(house, tmp_path, capsys):
         assert "the budget is spent: max_requests = 5" in capsys.readouterr().err
         assert cai("label", **stopped) == 0
         assert "4 tie" in capsys.readouterr().out  # whatever stands first is better: both orders together say nothing
+
+
+def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):
+    """The server refuses the second answer to "say 1"."""
+    pytest.importorskip("openai")
+    asked = Counter()
+
+    def script(text, before):
+        asked[text] += 1
+        return "filter" if text == "say 1" and asked[text] == 2 else None
+
+    rules = {"constitution": house / "house.yaml", "output_dir": tmp_path / "label"}
+    with serving(script) as fake:
+        assert cai("pairs", constitution=house / "house.yaml", output_dir=tmp_path / "pairs", model=fake.url,
+                   server_model="m", train_data=house / "prompts.jsonl", num_prompts=3) == 0  # fmt: skip
+    assert "pairs: 3 inputs, 2 ok, 1 failed" in capsys.readouterr().out
+    pairs, (lost,) = read(tmp_path / "pairs" / "pairs.jsonl"), read(tmp_path / "pairs" / "rejected.jsonl")
+    assert lost["prompt"] == [{"role": "user", "content": "say 1"}] and "b: refused: HTTP 400" in lost["reason"]
+    write(tmp_path / "mixed.jsonl", [*pairs, lost])
+    assert cai("label", **rules, data=tmp_path / "mixed.jsonl") == 2
+    assert f"pair {lost['id']}: its status is 'failed'" in capsys.readouterr().err
+    assert cai("label", **rules, data=tmp_path / "pairs" / "pairs.jsonl") == 0
+    assert "label: 2 inputs, 2 tie" in capsys.readouterr().out

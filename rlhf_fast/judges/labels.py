@@ -34,7 +34,8 @@ def judge_pairs(
     principles_per_pair: int | None = None, batch_size: int = 32, seed: int = 0, settings: dict | None = None,
     retry: Iterable[str] = ("failed",),
 ) -> list[dict]:  # fmt: skip
-    """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b").
+    """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"); with a "status", it must
+    be "ok".
 
     Writes and returns judgements.jsonl, one record a pair: its columns, "votes" and "missing". principles_per_pair: how
     many principles to draw for a pair; None takes all. retry: statuses of earlier runs that are asked again.
@@ -48,6 +49,11 @@ def judge_pairs(
     pairs = list(pairs)
     items = read_items(pairs, ("a", "b"))
     for item, row in zip(items, pairs, strict=True):
+        if row.get("status", "ok") != "ok":
+            raise ConfigError(
+                f"pair {item['id']}: its status is {row['status']!r}, and only pairs that are 'ok' are compared; "
+                "`cai pairs`, run again, keeps the others in rejected.jsonl and asks for nothing that was written"
+            )
         if "better" in row:
             if row["better"] not in ("a", "b"):
                 raise ConfigError(f"pair {item['id']}: 'better' is {row['better']!r}, needs 'a' or 'b'")

@@ -281,7 +281,11 @@ def sample_pairs(
     prompts: Iterable, generate: Generate, constitution: Constitution, *, output_dir: str | Path, batch_size: int = 32,
     seed: int = 0,
 ) -> Stage:  # fmt: skip
-    """Phase 2, first half: two answers to each prompt. rows: {"id", "prompt", "a", "b"}, for `label`; pairs.jsonl."""
+    """Phase 2, first half: two answers to each prompt.
+
+    Writes pairs.jsonl (`rows`: {"id", "prompt", "a", "b"}, for `label`), and rejected.jsonl for the prompts of which an
+    answer was not written.
+    """
     items = read_items(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
@@ -294,7 +298,7 @@ def sample_pairs(
 
         settings = {"seed": seed, **writer.settings}
         records = run_stage(ledger, "pairs", items, work, settings=settings, batch_size=batch_size)
-    return finish_stage(output_dir, records, lambda record: [record], used=("ok",), refused=("failed",))
+    return finish_stage(output_dir, records, lambda record: [record], name="pairs", used=("ok",), refused=("failed",))
 
 
 def label(

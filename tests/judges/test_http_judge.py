@@ -365,6 +365,8 @@ def test_pairs_are_written_by_a_server(tmp_path):
         assert {row["a"] for row in stage.rows} | {row["b"] for row in stage.rows} <= {"A", "B"}
         (failed,) = [r for r in stage.records if r["status"] == "failed"]
         assert "refused: I can't judge that." in failed["reason"]
+        for name, rows in (("pairs", stage.rows), ("rejected", [failed])):
+            assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] == rows
         before = sum(fake.asked.values())
         again = sample_pairs(pairs(6), HTTPGenerator(server_at(fake), 8), HOUSE_CHAT, output_dir=tmp_path)
         assert again.records == stage.records and sum(fake.asked.values()) == before
