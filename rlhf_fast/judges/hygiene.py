@@ -127,9 +127,10 @@ def hygiene(records: Sequence[dict]) -> dict:
     """Counts over the records of phase 1: {"originals" | "revisions" | "used": {"replies": n, flag: n}} and, for each
     kind of prompt, the replies, refusals and evasions before and after: {"kinds": {kind: {"original", "used"}}}.
 
-    A record has "kind", "flags" (a list for each of its replies, the original first) and "used" (indices of the replies
-    that become demonstrations).
+    A record has "status", "kind", "flags" (a list for each of its replies, the original first) and "used" (indices of
+    the replies that become demonstrations). Those that failed are left out.
     """
+    records = [r for r in records if r["status"] != "failed"]
     originals = [r["flags"][0] for r in records]
     revisions = [flags for r in records for flags in r["flags"][1:]]
     used = [r["flags"][i] for r in records for i in r["used"]]

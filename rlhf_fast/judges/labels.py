@@ -34,8 +34,8 @@ def judge_pairs(
     principles_per_pair: int | None = None, batch_size: int = 32, seed: int = 0, settings: dict | None = None,
     retry: Iterable[str] = ("failed",),
 ) -> list[dict]:  # fmt: skip
-    """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"); with a "status", it must
-    be "ok".
+    """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"). A
+    "status", if there is one, must be "ok".
 
     Writes and returns judgements.jsonl, one record a pair: its columns, "votes" and "missing". principles_per_pair: how
     many principles to draw for a pair; None takes all. retry: statuses of earlier runs that are asked again.

@@ -46,7 +46,7 @@ class _Draft:
     id: str
     prompt: Messages
     kind: str  # "red-team", "benign" or what the rows say
-    replies: list[str]  # y_0, y_1, ...
+    replies: list[str]  # y_0, y_1, ... as far as they were written
     checks: list[list[Check]] = field(default_factory=list)  # of each reply, under all principles
     steps: list[dict] = field(default_factory=list)  # step i made reply i + 1
     flags: list[list[str]] = field(default_factory=list)  # of each reply
@@ -71,8 +71,8 @@ def revise(
     refusals apart for each). Writes revisions.jsonl (everything), sft.jsonl (`rows`: {"prompt", "completion"} for
     SFTTrainer), rejected.jsonl and hygiene.json. Statuses: "clean" (the original violates nothing), "revised" (a
     revision was selected), "unchanged" (violations remain, no revision was better); rejected are "hard_violation" (the
-    best reply violates a hard principle), "flagged" (every reply has a flag of `drop`), "failed" (a check gave no
-    answer).
+    best reply violates a hard principle), "flagged" (every reply has a flag of `drop`), "failed" (a reply was
+    not written, or the check of the first gave no answer; hygiene.json leaves these out).
     """
     principles = [p for p in constitution.principles if p.check]
     repairable = sorted((p for p in principles if p.revise), key=lambda p: not p.hard)
@@ -89,16 +89,15 @@ def revise(
         writer = Writer(generate, constitution, ledger, seed)
 
         def work(batch: list[dict]) -> list[dict]:
-            first = writer.answer(batch, "reply")
-            drafts = [_Draft(i["id"], i["prompt"], i["kind"], [r]) for i, r in zip(batch, first, strict=True)]
-            _check_last(drafts, judge, ledger, principles)
+            drafts = _first_replies(batch, writer)
+            _check_last(_written(drafts, writer), judge, ledger, principles)
             for _ in range(max_steps):
-                todo = [(draft, p) for draft in drafts if (p := _next_violation(draft, repairable))]
-                _revise_current(todo, writer)
-                _check_last([draft for draft, _ in todo], judge, ledger, principles)
-                for draft, principle in todo:
+                todo = [(draft, p) for draft in _written(drafts, writer) if (p := _next_violation(draft, repairable))]
+                revised = _revise_current(todo, writer)
+                _check_last([draft for draft, _ in revised], judge, ledger, principles)
+                for draft, principle in revised:
                     _go_on_unless_worse(draft, principle, principles, drop)
-            return [_finished(writer, _revision_record(draft, principles, drop)) for draft in drafts]
+            return [_revision_record(draft, writer.failures.get(draft.id), principles, drop) for draft in drafts]
 
         settings = {"seed": seed, "max_steps": max_steps, "drop": list(drop), "judge": judge.describe()}
         settings |= writer.settings
@@ -125,18 +124,18 @@ def revise_sampled(
         writer = Writer(generate, constitution, ledger, seed)
 
         def work(batch: list[dict]) -> list[dict]:
-            first = writer.answer(batch, "reply")
-            drafts = [_Draft(i["id"], i["prompt"], i["kind"], [r]) for i, r in zip(batch, first, strict=True)]
-            for draft in drafts:
+            drafts = _first_replies(batch, writer)
+            for draft in _written(drafts, writer):
                 _flag_last(draft, usable)
             for step in range(steps):
-                _revise_current(
-                    [(d, random.Random(seed_for(seed, d.id, "draw", step)).choice(usable)) for d in drafts], writer
-                )
-                for draft in drafts:
+                todo = [
+                    (draft, random.Random(seed_for(seed, draft.id, "draw", step)).choice(usable))
+                    for draft in _written(drafts, writer)
+                ]
+                for draft, _ in _revise_current(todo, writer):
                     _flag_last(draft, usable)
                     draft.current = len(draft.replies) - 1
-            return [_finished(writer, _sampled_record(draft, drop)) for draft in drafts]
+            return [_sampled_record(draft, writer.failures.get(draft.id), drop) for draft in drafts]
 
         settings = {"seed": seed, "steps": steps, "drop": list(drop), **writer.settings}
         records = run_stage(ledger, "revisions", items, work, settings=settings, batch_size=batch_size)
@@ -152,12 +151,6 @@ def _items_with_kind(prompts: Iterable) -> list[dict]:
     return [{**item, "kind": kind} for item, kind in zip(read_items(rows), kinds, strict=True)]
 
 
-def _finished(writer: Writer, record: dict) -> dict:
-    """The record of a prompt; what was not written to the end is used nowhere."""
-    record = writer.or_failed(record)
-    return {**record, "used": []} if record["status"] == "failed" else record
-
-
 def _finish_revisions(output_dir: str | Path, records: list[dict]) -> Stage:
     stage = finish_stage(
         output_dir, records, lambda record: [_demonstration(record, i) for i in record["used"]], name="sft",
@@ -167,12 +160,29 @@ def _finish_revisions(output_dir: str | Path, records: list[dict]) -> Stage:
     return stage
 
 
-def _revise_current(todo: Sequence[tuple[_Draft, Principle]], writer: Writer) -> None:
-    """Adds to each draft one revision of its current reply under the principle."""
+def _first_replies(batch: Sequence[dict], writer: Writer) -> list[_Draft]:
+    drafts = []
+    for item, reply in zip(batch, writer.answer(batch, "reply"), strict=True):
+        written = [] if item["id"] in writer.failures else [reply]
+        drafts.append(_Draft(item["id"], item["prompt"], item["kind"], written))
+    return drafts
+
+
+def _written(drafts: Sequence[_Draft], writer: Writer) -> list[_Draft]:
+    """Those of which everything was written; of the others nothing more is asked, checked or used."""
+    return [draft for draft in drafts if draft.id not in writer.failures]
+
+
+def _revise_current(todo: Sequence[tuple[_Draft, Principle]], writer: Writer) -> list[tuple[_Draft, Principle]]:
+    """Adds to each draft one revision of its current reply under the principle. Returns those that were written."""
     tasks = [(d.id, len(d.steps), d.prompt, d.replies[d.current], principle) for d, principle in todo]
+    done = []
     for (draft, principle), (critique, revision) in zip(todo, writer.revise(tasks), strict=True):
-        draft.steps.append({"principle": principle.id, "of": draft.current, "critique": critique})
-        draft.replies.append(revision)
+        if draft.id not in writer.failures:
+            draft.steps.append({"principle": principle.id, "of": draft.current, "critique": critique})
+            draft.replies.append(revision)
+            done.append((draft, principle))
+    return done
 
 
 def _check_last(drafts: Sequence[_Draft], judge: Judge, ledger: Ledger, principles: Sequence[Principle]) -> None:
@@ -247,16 +257,20 @@ def _dropped(flags: Sequence[Sequence[str]], drop: Sequence[str]) -> str:
     return ", ".join(name for name in drop if any(name in found for found in flags))
 
 
-def _sampled_record(draft: _Draft, drop: Sequence[str]) -> dict:
+def _sampled_record(draft: _Draft, failure: str | None, drop: Sequence[str]) -> dict:
+    if failure:
+        return _record(draft, reason=failure)
     used = [i for i, flags in enumerate(draft.flags) if i and not set(flags) & set(drop)]
     if not used:
         return _record(draft, status="flagged", reason=f"every revision is one of {_dropped(draft.flags[1:], drop)}")
     return _record(draft, status="revised", used=used)
 
 
-def _revision_record(draft: _Draft, principles: Sequence[Principle], drop: Sequence[str]) -> dict:
+def _revision_record(
+    draft: _Draft, failure: str | None, principles: Sequence[Principle], drop: Sequence[str]
+) -> dict:  # fmt: skip
     record = _record(draft, checks=[{c.principle: c.score for c in reply} for reply in draft.checks])
-    if reason := _failure(draft.checks[0]):
+    if reason := failure or _failure(draft.checks[0]):
         return {**record, "reason": reason}
     selected = _select(draft, principles, drop)
     if selected is None:

@@ -78,9 +78,10 @@ def test_flags_come_in_a_fixed_order_and_are_counted():
     ]  # fmt: skip
     assert flags_of(" ", prompt) == ["empty"]
     records = [
-        {"kind": "red-team", "flags": [[], ["refusal"], ["refusal", "evasive"]], "used": [1]},
-        {"kind": "benign", "flags": [["truncated"], ["refusal"]], "used": [0, 1]},
-        {"kind": "benign", "flags": [["evasive"]], "used": []},
+        {"status": "revised", "kind": "red-team", "flags": [[], ["refusal"], ["refusal", "evasive"]], "used": [1]},
+        {"status": "revised", "kind": "benign", "flags": [["truncated"], ["refusal"]], "used": [0, 1]},
+        {"status": "flagged", "kind": "benign", "flags": [["evasive"]], "used": []},
+        {"status": "failed", "kind": "benign", "flags": [], "used": []},
     ]
     counts = hygiene(records)
     assert [counts[name]["replies"] for name in ("originals", "revisions", "used")] == [3, 3, 3]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
 from rlhf_fast.judges.generator import Cut
+from rlhf_fast.judges.ledger import Answer
 from rlhf_fast.models import load_policy
 from rlhf_fast.trainers.constitutional import (
     SCHEDULES,
@@ -238,6 +239,48 @@ def test_a_check_without_an_answer_is_never_a_verdict(tmp_path):
     )
     (record,) = spoiled.records
     assert (record["status"], record["selected"], record["steps"][0]["accepted"]) == ("unchanged", 0, False)
+
+
+class Refusing:
+    """`digits` behind the ledger, but for the requests (id/name/...) that it refuses."""
+
+    def __init__(self, *refused):
+        self.refused = refused
+
+    def describe(self):
+        return {"refuses": self.refused}
+
+    def answer(self, requests, tries):
+        texts = digits([r["prompt"] for r in requests], [r["seed"] for r in requests])
+        tries.all([
+            Answer("refused", reason="no") if r["about"] in self.refused else Answer("ok", {"text": text})
+            for r, text in zip(requests, texts, strict=True)
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_was_not_written_is_not_checked_counted_or_used(tmp_path, schedule):
+    """Of q0 the first reply is missing, of q1 a critique, of q2 a revision."""
+    checked = []
+
+    class Listening(RuleJudge):
+        def check(self, replies, ledger=None):
+            checked.extend((r.conversation[0]["content"], r.reply) for r in replies)
+            return super().check(replies, ledger)
+
+    rows = [{"id": f"q{i}", "prompt": f"question {i}"} for i in range(4)]
+    house = Constitution("c", (principle("has-1", lambda c, y: y.endswith("11"), critique="Is there a 1?"),))
+    refusing = Refusing("q0/reply", "q1/critique/0", "q2/revision/0")
+    judge = () if schedule == "paper" else (Listening(),)
+    stage = SCHEDULES[schedule](rows, refusing, house, *judge, output_dir=tmp_path)
+    reasons = {r["id"]: r["reason"] for r in stage.rejected}
+    assert reasons == {"q0": "reply: refused: no", "q1": "critique: refused: no", "q2": "revision: refused: no"}
+    assert [len(r["replies"]) for r in stage.records[:3]] == [len(r["flags"]) for r in stage.records[:3]] == [0, 1, 1]
+    assert all(r["used"] == [] and r["steps"] == [] for r in stage.rejected)
+    counts = json.loads((tmp_path / "hygiene.json").read_text())
+    assert counts["originals"]["replies"] == counts["kinds"]["unspecified"]["original"]["replies"] == 1
+    written = [(r["prompt"][0]["content"], reply) for r in stage.records for reply in r["replies"]]
+    assert sorted(checked) == (sorted(written) if judge else [])
 
 
 def test_what_cannot_run_is_refused_before_anything_is_generated(tmp_path):
