@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -351,16 +352,21 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, alarms.jsonl, tensorboard/ (if
     installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
     (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
-    never) and when stopped; the newest save_total_limit are kept. resume=True goes on, bit for bit, from the newest
-    checkpoint that is whole. load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose
+    never) and when stopped; the newest save_total_limit are kept. One more, from after the last step until the model is
+    saved, keeps a run whose evaluation or end fails. resume=True goes on, bit for bit, from the newest checkpoint that
+    is whole. load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose
     metric_for_best_model is the best so far, and in the end the model of the best of them, evaluated once more.
 
     Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
     """
     config, run_dir = trainer.config, Path(trainer.config.output_dir)
-    start = _open_run(trainer, run_dir, resume)
+    start, at_the_end = _open_run(trainer, run_dir, resume)
+    spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
     kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
-    log, samples = _JsonLines(run_dir / "train_log.jsonl", kept), _JsonLines(run_dir / "samples.jsonl", kept)
+    log = _JsonLines(run_dir / "train_log.jsonl", kept)
+    unlogged = [at_the_end] if at_the_end and (not log.kept or log.kept[-1]["step"] < start) else []
+    kept -= len(unlogged)  # that step is looked at again
+    samples = _JsonLines(run_dir / "samples.jsonl", kept)
     files, monitors = [log, samples], getattr(trainer, "monitors", None)
     if monitors:
         files.append(alarms := _JsonLines(run_dir / "alarms.jsonl", kept))
@@ -380,6 +386,14 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             bar.write(f"{alarm.monitor}: {alarm.message}")
         return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in monitors.stop_on]
 
+    def checkpoint(metrics: dict | None = None) -> None:
+        for file in files:
+            file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
+        save_checkpoint(trainer, run_dir, metrics)
+
+    def due(step: int) -> bool:
+        return bool(config.save_steps) and step % config.save_steps == 0
+
     def look(step: int) -> dict:
         with preserved_rng():
             for sample in trainer.samples():
@@ -389,16 +403,26 @@ def run_training(trainer, resume: bool = False) -> RunResult:
 
     with (
         _signals() as stop,
-        tqdm(total=trainer.total_steps, initial=start, desc=type(trainer).__name__, disable=None) as bar,
+        tqdm(
+            total=trainer.total_steps, initial=start - len(unlogged), desc=type(trainer).__name__, disable=None
+        ) as bar,
     ):
         if start == 0 and config.eval_steps:
             write({"step": 0, **(first := look(0))})
             best.improved(0, first)
         clock = time.perf_counter()
-        for metrics in trainer if trainer.step < trainer.total_steps else ():
+        for metrics in itertools.chain(unlogged, trainer if trainer.step < trainer.total_steps else ()):
             step, last = trainer.step, trainer.step >= trainer.total_steps
             metrics = as_numbers(metrics)
-            metrics["timing_s/step"] = time.perf_counter() - clock
+            metrics.setdefault("timing_s/step", time.perf_counter() - clock)
+            if last and step > start:
+                try:
+                    checkpoint(metrics)
+                    spare = step
+                except OSError as error:
+                    if due(step) or best.name:
+                        raise
+                    warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=2)
             if last or (config.eval_steps and step % config.eval_steps == 0):
                 metrics |= look(step)
             stop += write({"step": step, **metrics})
@@ -408,10 +432,10 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             bar.update(1)
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
             stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
-            if best.improved(step, metrics) or stopping or (config.save_steps and step % config.save_steps == 0):
-                for file in files:
-                    file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
-                save_checkpoint(trainer, run_dir, config.save_total_limit, best.step)
+            if best.improved(step, metrics) or stopping or due(step):
+                if not last:
+                    checkpoint()
+                prune_checkpoints(run_dir, config.save_total_limit, best.step)
             if stopping:
                 break
             clock = time.perf_counter()
@@ -437,6 +461,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     else:
         _save_quietly(trainer, run_dir)
         (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
+        if spare == trainer.step and not due(spare) and spare != best.step:
+            shutil.rmtree(run_dir / f"checkpoint-{spare}")
     return RunResult(trainer.step, metrics, interrupted, str(run_dir))
 
 
@@ -470,8 +496,9 @@ class _Best:
         return True
 
 
-def _open_run(trainer, run_dir: Path, resume: bool) -> int:
-    """Prepares the directory and, on resume, the trainer; returns the step from which the run goes on."""
+def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
+    """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
+    that step where its checkpoint was saved before they were logged."""
     run_dir.mkdir(parents=True, exist_ok=True)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
@@ -490,7 +517,7 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> int:
                 print(report)
         (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(r) for r in getattr(trainer, "reports", ())]))
         config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
-        return trainer.step
+        return trainer.step, None
     if newest is None:
         raise ConfigError(
             f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
@@ -502,8 +529,8 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> int:
     ]
     if changed:
         warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
-    load_checkpoint(trainer, newest)
-    return trainer.step
+    unlogged = load_checkpoint(trainer, newest)
+    return trainer.step, unlogged
 
 
 def model_card(trainer, metrics: dict) -> str:
@@ -592,8 +619,10 @@ def _signals():
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(trainer, run_dir: Path, keep: int | None, best: int | None = None) -> Path:
-    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all; prunes old ones but the best.
+def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path:
+    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all.
+
+    metrics: those of step N, where they are not in the log yet.
 
     The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
     rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
@@ -604,7 +633,7 @@ def save_checkpoint(trainer, run_dir: Path, keep: int | None, best: int | None =
     temporary.mkdir(parents=True)
     try:
         _save_quietly(trainer, temporary)
-        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state()}
+        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state(), "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
             state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
         torch.save(state, temporary / "state.pt")
@@ -621,10 +650,14 @@ def save_checkpoint(trainer, run_dir: Path, keep: int | None, best: int | None =
     os.rename(temporary, target)
     _fsync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    for old in _checkpoints(run_dir)[: -keep or None] if keep else []:
+    return target
+
+
+def prune_checkpoints(run_dir: Path, keep: int, best: int | None) -> None:
+    """Removes all but the newest `keep`, and that of step `best`."""
+    for old in _checkpoints(run_dir)[:-keep]:
         if old.name != f"checkpoint-{best}":
             shutil.rmtree(old)
-    return target
 
 
 MANIFEST = "manifest.json"
@@ -662,7 +695,8 @@ def _save_quietly(trainer, path: Path) -> None:
         transformers_logging.enable_progress_bar()
 
 
-def load_checkpoint(trainer, path: Path) -> None:
+def load_checkpoint(trainer, path: Path) -> dict | None:
+    """Returns the metrics that save_checkpoint was given."""
     state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
     trainer.load_state_dict(state["trainer"])
     for name, value in state.get("guard", {}).items():
@@ -670,6 +704,7 @@ def load_checkpoint(trainer, path: Path) -> None:
     if trainer.step != state["step"]:
         raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
     set_rng_state(state["rng"])
+    return state.get("metrics")
 
 
 def latest_checkpoint(run_dir) -> Path | None:

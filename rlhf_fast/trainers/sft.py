@@ -64,7 +64,7 @@ class SFTConfig:
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation
     greater_is_better: bool | None = None  # null: not for a loss, a perplexity or an ece
-    save_steps: int = 0  # checkpoint every so many steps; 0: only when interrupted
+    save_steps: int = 0  # checkpoint every so many steps; 0: when interrupted, and at the end till the model is saved
     save_total_limit: int = 2  # newest checkpoints kept, beside the best
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts answered at each evaluation, for samples.jsonl

@@ -260,6 +260,41 @@ def test_a_run_that_died_while_saving_its_model_still_ends_well(tmp_path):
     assert (tmp_path / "model.txt").read_text() == str(result.metrics["value"])
 
 
+@pytest.mark.parametrize("save_steps", [0, 3, 5])
+@pytest.mark.parametrize("part", ["samples", "evaluate", "finish", "report", "save_model"])
+def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Walk(Config(str(whole), save_steps=save_steps)).train()
+    config, walk = Config(str(broken), save_steps=save_steps), Walk(Config(str(broken), save_steps=save_steps))
+    if part == "report":
+        monkeypatch.setattr(common, "write_report", lambda _: _crash())
+    elif part == "save_model":
+        walk.save_model = lambda path: _crash() if path == broken else Walk.save_model(walk, path)
+    else:
+        setattr(walk, part, lambda *_: _crash())
+    with pytest.raises(RuntimeError, match="crash"):
+        walk.train()
+    assert common.latest_checkpoint(broken).name == "checkpoint-10"
+    monkeypatch.undo()
+    random.random()
+    again = Walk(config, at_step={step: _crash for step in range(12)})  # no step is done twice
+    assert again.train(resume=True).metrics["eval_draw"] == rows(whole / "train_log.jsonl")[-1]["eval_draw"]
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        assert without_time(rows(broken / name)) == without_time(rows(whole / name))
+    assert (broken / "model.txt").read_text() == (whole / "model.txt").read_text()
+    checkpoints = [sorted(p.name for p in run.glob("*checkpoint-*")) for run in (whole, broken)]
+    assert checkpoints[0] == checkpoints[1] == {
+        0: [], 3: ["checkpoint-6", "checkpoint-9"], 5: ["checkpoint-10", "checkpoint-5"]
+    }[save_steps]  # fmt: skip
+
+
+def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.warns(UserWarning, match="checkpoint-10 could not be saved .disk full.*goes on to its end without it"):
+        assert Walk(Config(str(tmp_path))).train().step == 10
+    assert (tmp_path / "model.txt").exists() and not list(tmp_path.glob("*checkpoint*"))
+
+
 def test_looking_does_not_change_the_run(tmp_path):
     for name, every in (("never", 0), ("often", 1)):
         Walk(Config(str(tmp_path / name), eval_steps=every)).train()

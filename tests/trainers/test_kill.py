@@ -95,3 +95,5 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(stage, tmp_path, proc
         for name in ("whole", "killed")
     ]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == STEPS
+    if stage == "reward":
+        assert len({(tmp_path / name / "preferences.json").read_text() for name in ("whole", "killed")}) == 1

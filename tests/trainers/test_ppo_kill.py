@@ -47,7 +47,8 @@ def test_a_killed_run_resumes_to_the_same_bits(runs, point):
     else:
         assert f"{point}: -9" in endings
     done = sorted(path.name for path in run.glob("checkpoint-*"))
-    assert ("checkpoint-2" in done) == (point in ("after the rename", "in pruning", "in the final model"))
+    saved = ("after the rename", "in evaluation", "in a log line", "in pruning", "in the final model")
+    assert ("checkpoint-2" in done) == (point in saved)
     assert ("checkpoint-1" in done) == (point != "in the final model")
     resumed = ppo_kill_points.make_trainer(run)
     resumed.train(resume=True)

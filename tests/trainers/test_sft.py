@@ -199,7 +199,7 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
     stopped = make("stopped")
     for _ in zip(range(3), stopped, strict=False):
         pass
-    common.save_checkpoint(stopped, tmp_path / "stopped", 2)
+    common.save_checkpoint(stopped, tmp_path / "stopped")
     resumed = make("stopped")
     common.load_checkpoint(resumed, tmp_path / "stopped/checkpoint-3")
     list(resumed)
