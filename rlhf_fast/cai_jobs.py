@@ -34,6 +34,7 @@ from .judges import (
     report_on,
 )  # fmt: skip
 from .judges.calibration import UNCALIBRATED
+from .judges.labels import label_settings, other_weights, settings_of
 from .judges.released import read_released_comparisons
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
@@ -245,10 +246,11 @@ def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
     calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
     if job.card and job.combine:  # the card's own is for the judge's way to combine
         weights = {p.id: p.weight for p in judge.comparable(constitution.principles)}
-        calibration = refitted(job.card, weights, job.combine)
+        labels = {"judge": judge.describe(), "constitution_sha256": constitution.sha256}
+        calibration = refitted(job.card, labels, weights, job.combine)
     stage = label(
         read_dataset(job.data), constitution, judge, output_dir=job.output_dir, combine=job.combine,
-        principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=job.clamp and tuple(job.clamp),
+        principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=job.clamp,
         tie_margin=job.tie_margin, batch_size=job.batch_size, seed=job.seed, retry=job.retry.split(","),
     )  # fmt: skip
     report_on(job.output_dir, name=constitution.name, calibration=calibration, tie_margin=job.tie_margin)
@@ -260,23 +262,27 @@ class DeriveJob(Checked):
     judgements: str  # directory of `cai label`
     output_dir: str
     weights: dict = field(default_factory=dict)  # principle: weight, in place of the constitution's; 0 leaves it out
-    combine: str | None = None  # logit or prob; null is the judge's own
+    combine: str | None = None  # logit, prob or sum; null is that of the labels there, as it is for the keys below
     card: str | None = None  # directory of `cai audit`: the calibration is fitted again, under these weights
-    clamp: list | None = None  # [low, high] of P; null is [0.4, 0.6] for a judge with cot_tokens, and none otherwise
-    tie_margin: float = 0.01
+    clamp: list | None = None  # [low, high] of P; [0, 1] is none
+    tie_margin: float | None = None
 
 
 def run_derive(job: DeriveJob, resume: bool) -> None:
-    calibration = UNCALIBRATED
-    if job.card:
-        run = Path(job.judgements) / "run.json"
-        made_with = json.loads(run.read_text(encoding="utf-8"))["settings"] if run.is_file() else {}
-        weights = {**made_with.get("weights", {}), **job.weights}
-        calibration = refitted(job.card, weights, job.combine or made_with.get("judge", {}).get("combine", "logit"))
+    made_with = settings_of(job.judgements)
+    before = label_settings(made_with["judge"], made_with)
+    weights, combine = other_weights(made_with, job.weights), job.combine or before["combine"]
+    calibration = refitted(job.card, made_with, weights, combine) if job.card else None
     stage = derive(
-        job.judgements, output_dir=job.output_dir, weights=job.weights, combine=job.combine, calibration=calibration,
-        clamp=job.clamp and tuple(job.clamp), tie_margin=job.tie_margin,
+        job.judgements, output_dir=job.output_dir, weights=job.weights, combine=combine, calibration=calibration,
+        clamp=job.clamp, tie_margin=job.tie_margin,
     )  # fmt: skip
+    slope, same = before["calibration"]["slope"], (weights, combine) == (made_with["weights"], before["combine"])
+    if not (job.card or same or slope == UNCALIBRATED.slope):
+        print(
+            f"derive: the slope {slope:.3g} was fitted under other weights or another combine; with the judge's card "
+            "it is fitted under these"
+        )
     _tell("derive", stage, "comparisons.jsonl")
 
 

@@ -2,12 +2,17 @@
 
 import json
 from collections import Counter
+import random
 
 import pytest
 from fake_server import serving
 from helpers import tiny_model, tiny_tokenizer
+from planted import PlantedJudge
 
 from rlhf_fast.cli import main
+from rlhf_fast.judges import Constitution, Principle, Vote, audit
+from rlhf_fast.judges.trust import refitted, trusted
+from rlhf_fast.trainers.constitutional import label
 
 HOUSE = """\
 format: rlhf_fast/constitution@1
@@ -116,6 +121,61 @@ def test_derive_gives_other_labels_without_the_judge(house, audited, tmp_path, c
     assert "another run" in capsys.readouterr().err
     assert cai("derive", **{**options, "output_dir": tmp_path / "c"}, card=house / "card") == 0
     assert cai("derive", **options, weights="{kin: 1}") == 2 and "no votes under ['kin']" in capsys.readouterr().err
+
+
+class Overconfident(PlantedJudge):
+    """Three times as sure as it is right to be; two principles with errors of their own."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def describe(self):
+        return {"backend": "planted", "name": self.name, "cot_tokens": 8}
+
+    def vote(self, pair, principle):
+        noise = random.Random(f"{principle.id}{sorted((pair.a, pair.b))}").gauss(0, 2) * (1 if pair.a < pair.b else -1)
+        logit = 3 * (float(pair.a) - float(pair.b) + noise)
+        return Vote(principle.id, logit + 5, logit - 5)
+
+
+def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
+    """Calibration, clamp, combine and tie_margin change only where they are named; a card of another judge is none."""
+    house = Constitution("house", (Principle("p", compare="Choose."), Principle("q", compare="Choose.")))
+    one, card, labels = Overconfident("one"), tmp_path / "card", tmp_path / "label"
+    draw = random.Random(0)
+    rows = [{"prompt": f"{n}", "better": f"{1 + draw.random()}", "worse": f"{draw.random()}"} for n in range(200)]
+    audit(rows, house, one, output_dir=card, probe_pairs=0, samples=50)
+    audit(rows, house, Overconfident("two"), output_dir=tmp_path / "two", probe_pairs=0, samples=50)
+    calibration = trusted(one, house, card, allow_weak_judge=True)
+    assert 0.1 < calibration.slope < 0.7
+    pairs = [{"id": f"{n}", "prompt": "q", "a": row["better"], "b": row["worse"]} for n, row in enumerate(rows[:40])]
+    options = {"combine": "prob", "clamp": (0.2, 0.8), "calibration": calibration, "tie_margin": 0.0}
+    made = label(pairs, house, one, output_dir=labels, **options)
+    assert max(row["chosen_prob"] for row in made.rows) == 0.8
+
+    def settings(name, **keys):
+        assert cai("derive", judgements=labels, output_dir=tmp_path / name, **keys) == 0
+        return json.loads((tmp_path / name / "run.json").read_text())["settings"]
+
+    before = json.loads((labels / "run.json").read_text())["settings"]
+    assert settings("same") == before and "fitted" not in capsys.readouterr().out
+    assert (tmp_path / "same" / "comparisons.jsonl").read_bytes() == (labels / "comparisons.jsonl").read_bytes()
+    assert settings("free", clamp="[0, 1]", tie_margin=0.05) == before | {"clamp": [0, 1], "tie_margin": 0.05}
+    assert settings("p", weights="{q: 0}")["calibration"] == before["calibration"]
+    assert f"the slope {calibration.slope:.3g} was fitted under other weights" in capsys.readouterr().out
+    again = refitted(card, before, {"p": 1.0, "q": 0.0}, "prob")
+    assert settings("p again", weights="{q: 0}", card=card)["calibration"] == vars(again) != before["calibration"]
+    assert "fitted" not in capsys.readouterr().out
+    for wrong, words in (
+        ({"card": tmp_path / "two"}, "is of another judge"),
+        ({"card": tmp_path}, "audit.json is not there"),
+        ({"weights": "{p: -1}"}, "'p': field 'weight': got -1, needs a number, 0 or more"),
+        ({"weights": "{p: two}"}, "'p': field 'weight': got 'two'"),
+        ({"clamp": "[0.6]"}, "clamp = [0.6] must be (1 - p, p)"),
+        ({"clamp": "[a, b]"}, "clamp = ['a', 'b'] must be (1 - p, p)"),
+    ):
+        assert cai("derive", judgements=labels, output_dir=tmp_path / "x", **wrong) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_a_server_writes_and_judges(house, tmp_path, capsys):

@@ -10,6 +10,7 @@
 p is of the reply that is preferred: P(chosen is better), at least 1/2.
 
 Other weights (0 leaves a principle out), another clamp, calibration or way to combine cost no call to the judge.
+What is not named stays as it was in the first labels.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from ..data.chat import ConfigError
 from .calibration import UNCALIBRATED, Calibration
 from .constitution import Constitution
 from .ledger import Ledger
+from .principles import weight_field
 from .protocol import UNDECIDED, Judge, Missing, Pair, Verdict, Vote, decide, sigmoid
 from .stages import Stage, claim, finish_stage, read_items, run_stage, seed_for
 
@@ -98,27 +100,24 @@ def verdict_of(
 
 def derive(
     judgements: str | Path, *, output_dir: str | Path, weights: Mapping[str, float] | None = None,
-    combine: str | None = None, calibration: Calibration = UNCALIBRATED, clamp: tuple[float, float] | None = None,
-    tie_margin: float = 0.01,
+    combine: str | None = None, calibration: Calibration | None = None, clamp: tuple[float, float] | None = None,
+    tie_margin: float | None = None,
 ) -> Stage:  # fmt: skip
     """Labels from the judgements in a directory that `label` or `judge_pairs` filled. The judge is not asked.
 
     weights: in place of those of the constitution, for the principles that it names. combine: "logit", "prob" or "sum"
-    (protocol.decide); None takes the judge's own. clamp: (low, high) bounds of P; None is the paper's (0.4, 0.6) for a
-    judge that reasons step by step, whose P lies near 0 and 1, and none for others.
+    (protocol.decide). clamp: (low, high) bounds of P; (0, 1) is none. None is what the labels there were made with:
+    `label` takes the judge's own `combine`, and the paper's clamp (0.4, 0.6) for a judge that reasons step by step,
+    whose P lies near 0 and 1. A slope belongs to the weights and the `combine` that it was fitted under; trust.refitted
+    gives that of others.
 
     Writes comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...} for RewardTrainer,
     chosen_prob >= 0.5), rejected.jsonl and run.json.
     """
-    source = Path(judgements)
-    if not (source / "judgements.jsonl").is_file():
-        raise ConfigError(f"derive: {source} has no judgements.jsonl; `label` writes it when all pairs were asked")
-    made_with = json.loads((source / "run.json").read_text(encoding="utf-8"))["settings"]
-    if unknown := set(weights or {}) - set(made_with["weights"]):
-        raise ConfigError(f"derive: no votes under {sorted(unknown)}; there are {', '.join(made_with['weights'])}")
+    source, made_with = Path(judgements), settings_of(judgements)
+    how = label_settings(made_with["judge"], made_with, combine, calibration, clamp, tie_margin)
+    how["weights"] = other_weights(made_with, weights or {})
     records = [json.loads(line) for line in (source / "judgements.jsonl").open(encoding="utf-8")]
-    how = label_settings(made_with["judge"], combine, calibration, clamp, tie_margin)
-    how["weights"] = made_with["weights"] | dict(weights or {})
     if Path(output_dir).resolve() != source.resolve():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         claim(Path(output_dir) / "run.json", {"stage": "derive", "settings": made_with | how})
@@ -127,23 +126,52 @@ def derive(
     return _write_labels(output_dir, records, how, {k: made_with[k] for k in ("judge", "constitution_sha256")})
 
 
-def label_settings(judge: dict, combine: str | None, calibration: Calibration, clamp, tie_margin: float) -> dict:
-    """What labels are derived with, checked before the judge is asked: JSON-ready, for run.json."""
-    combine = combine or judge.get("combine", "logit")
-    if combine not in COMBINE:
-        raise ConfigError(f"label: combine = {combine!r}, needs one of {', '.join(COMBINE)}")
-    if not 0 <= tie_margin < 0.5:
-        raise ConfigError(f"label: tie_margin = {tie_margin} is a distance from 0.5 and must lie in [0, 0.5)")
-    if clamp is None and judge.get("cot_tokens"):
-        clamp = COT_CLAMP
-    if clamp is not None and not (0.5 < clamp[1] <= 1 and abs(clamp[0] + clamp[1] - 1) < 1e-9):
-        raise ConfigError(
-            f"label: clamp = {clamp} must be (1 - p, p) with 0.5 < p <= 1: which reply is called a is chance"
-        )
-    return {
-        "combine": combine, "calibration": dataclasses.asdict(calibration), "clamp": clamp and list(clamp),
+def settings_of(judgements: str | Path) -> dict:
+    """What the judgements in a directory, and the labels if there are any, were made with."""
+    source = Path(judgements)
+    if not (source / "judgements.jsonl").is_file():
+        raise ConfigError(f"{source} has no judgements.jsonl; `label` writes it when all pairs were asked")
+    return json.loads((source / "run.json").read_text(encoding="utf-8"))["settings"]
+
+
+def other_weights(made_with: Mapping, weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of the judgements, with those that `weights` names in their place."""
+    if unknown := set(weights) - set(made_with["weights"]):
+        raise ConfigError(f"derive: no votes under {sorted(unknown)}; there are {', '.join(made_with['weights'])}")
+    return made_with["weights"] | {name: weight_field(w, f"derive: {name!r}:") for name, w in weights.items()}
+
+
+def label_settings(
+    judge: Mapping, before: Mapping, combine: str | None = None, calibration: Calibration | None = None,
+    clamp: Sequence[float] | None = None, tie_margin: float | None = None,
+) -> dict:  # fmt: skip
+    """What labels are derived with, checked before the judge is asked: JSON-ready, for run.json.
+
+    None is what it was `before`, in the settings of earlier labels; where there are none, the judge's own.
+    """
+    usual = {
+        "combine": judge.get("combine", "logit"), "calibration": dataclasses.asdict(UNCALIBRATED),
+        "clamp": COT_CLAMP if judge.get("cot_tokens") else None, "tie_margin": 0.01,
+    }  # fmt: skip
+    given = {
+        "combine": combine, "calibration": calibration and dataclasses.asdict(calibration), "clamp": clamp,
         "tie_margin": tie_margin,
     }  # fmt: skip
+    how = {name: before.get(name, usual[name]) if value is None else value for name, value in given.items()}
+    if how["combine"] not in COMBINE:
+        raise ConfigError(f"label: combine = {how['combine']!r}, needs one of {', '.join(COMBINE)}")
+    if not 0 <= how["tie_margin"] < 0.5:
+        raise ConfigError(f"label: tie_margin = {how['tie_margin']} is a distance from 0.5 and must lie in [0, 0.5)")
+    if how["clamp"] is not None:
+        how["clamp"] = list(how["clamp"])
+        if not (
+            len(how["clamp"]) == 2 and all(isinstance(p, (int, float)) for p in how["clamp"])
+            and 0.5 < how["clamp"][1] <= 1 and abs(sum(how["clamp"]) - 1) < 1e-9
+        ):  # fmt: skip
+            raise ConfigError(
+                f"label: clamp = {how['clamp']} must be (1 - p, p) with 0.5 < p <= 1: which reply is called a is chance"
+            )
+    return how
 
 
 def _write_labels(output_dir, records: Sequence[dict], how: dict, provenance: dict) -> Stage:

@@ -19,7 +19,7 @@ def trusted(
 ) -> Calibration:
     """The calibration of a judge that may label: by rules, or with a card above the floor.
 
-    Raises ConfigError for a judge without a card, with another's card, or at the floor, unless `allow_weak_judge`.
+    Raises ConfigError for another's card, and unless `allow_weak_judge` for a judge without one or at the floor.
     """
     if card is None:
         if judge.describe()["backend"] == "rule" or allow_weak_judge:
@@ -28,13 +28,7 @@ def trusted(
             "label: nothing is known about this judge. Run `rlhf-fast cai audit` on pairs that people compared "
             "and give its directory as card, or set allow_weak_judge"
         )
-    path = Path(card) / "audit.json"
-    if not path.is_file():
-        raise ConfigError(f"label: {path} is not there; card is the directory of `rlhf-fast cai audit`")
-    known = json.loads(path.read_text(encoding="utf-8"))
-    for name, now in (("judge", judge.describe()), ("constitution_sha256", constitution.sha256)):
-        if known[name] != json.loads(json.dumps(now)):
-            raise ConfigError(f"label: {path} is of another {name}: {known[name]!r}, now {now!r}; audit this one")
+    known = _card_of({"judge": judge.describe(), "constitution_sha256": constitution.sha256}, card)
     if known["at_floor"] and not allow_weak_judge:
         lead = known["lead"]
         raise ConfigError(
@@ -45,12 +39,13 @@ def trusted(
     return Calibration(**known["calibration"])
 
 
-def refitted(card: str | Path, weights: Mapping[str, float], combine: str) -> Calibration:
-    """The calibration under other weights, from the judgements of an audit."""
-    path = Path(card) / "judgements.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"derive: {path} is not there; card is the directory of `rlhf-fast cai audit`")
-    records = [json.loads(line) for line in path.open(encoding="utf-8")]
+def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float], combine: str) -> Calibration:
+    """The calibration under other weights or another `combine`, from the judgements of an audit.
+
+    made_with: settings of the labels (labels.settings_of). Raises ConfigError for a card of another judge.
+    """
+    _card_of(made_with, card)
+    records = [json.loads(line) for line in (Path(card) / "judgements.jsonl").open(encoding="utf-8")]
     unbiased = Calibration(1.0, fit_bias([
         vote for r in records for vote in verdict_of(r, weights, combine=combine).votes
     ]))  # fmt: skip
@@ -58,3 +53,16 @@ def refitted(card: str | Path, weights: Mapping[str, float], combine: str) -> Ca
     logits = [v.logit if r["better"] == "a" else -v.logit for r, v in zip(records, verdicts, strict=True)
               if v.status == "ok"]  # fmt: skip
     return Calibration(fit_slope(logits) if logits else 1.0, unbiased.bias)
+
+
+def _card_of(made_with: Mapping, card: str | Path) -> dict:
+    """The card in a directory, if the judge and the constitution are those of `made_with`."""
+    path = Path(card) / "audit.json"
+    if not path.is_file():
+        raise ConfigError(f"card: {path} is not there; card is the directory of `rlhf-fast cai audit`")
+    known = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("judge", "constitution_sha256"):
+        now = json.loads(json.dumps(made_with[name]))  # tuples become lists, as in the file
+        if known[name] != now:
+            raise ConfigError(f"card: {path} is of another {name}: {known[name]!r}, now {now!r}; audit this one")
+    return known

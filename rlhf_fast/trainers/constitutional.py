@@ -332,14 +332,12 @@ def label(
     (`rows`), and rejected.jsonl, for ties and what the judge could not decide get no label. `derive` does so again,
     under other weights, `combine`, `calibration`, `clamp` or `tie_margin`, without asking the judge.
     """
-    how = label_settings(judge.describe(), combine, calibration, clamp, tie_margin)
+    how = label_settings(judge.describe(), {}, combine, calibration, clamp, tie_margin)
     judge_pairs(
         pairs, constitution, judge, output_dir=output_dir, principles_per_pair=principles_per_pair,
         batch_size=batch_size, seed=seed, settings=how, retry=retry,
     )  # fmt: skip
-    return derive(
-        output_dir, output_dir=output_dir, combine=combine, calibration=calibration, clamp=clamp, tie_margin=tie_margin
-    )
+    return derive(output_dir, output_dir=output_dir)
 
 
 def mix_comparisons(
