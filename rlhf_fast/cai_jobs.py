@@ -253,7 +253,7 @@ def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
         principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=job.clamp,
         tie_margin=job.tie_margin, batch_size=job.batch_size, seed=job.seed, retry=job.retry.split(","),
     )  # fmt: skip
-    report_on(job.output_dir, name=constitution.name, calibration=calibration, tie_margin=job.tie_margin)
+    report_on(job.output_dir, name=constitution.name)
     _tell("label", stage, "comparisons.jsonl", "constitution.html")
 
 

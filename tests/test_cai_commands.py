@@ -1,8 +1,8 @@
 """rlhf-fast cai: every word of it, on a tiny model and on a server on loopback."""
 
 import json
-from collections import Counter
 import random
+from collections import Counter
 
 import pytest
 from fake_server import serving

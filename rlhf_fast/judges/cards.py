@@ -187,7 +187,7 @@ def _votes_table(report: dict) -> str:
     note = (
         "<p>decided: votes that are no tie; agrees: with the verdict of all others; |nats|: mean size. Leave "
         "one out: labels that turn to the other side without it, that become ties, and the mean change of P. "
-        "accuracy: of the principle alone; without: of all the others.</p>"
+        "accuracy: of the principle alone, on the pairs that it voted on; without: of all the others.</p>"
     )
     return table(rows) + note
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.chat import ConfigError
 from .calibration import UNCALIBRATED, Calibration
 from .cards import write_constitution_report
-from .labels import verdict_of
+from .labels import label_settings, settings_of, verdict_of
 from .protocol import Verdict, sigmoid
 from .stages import write_atomic
 
@@ -30,19 +29,17 @@ REDUNDANT, CONTRADICTORY, OPPOSED = 0.9, -0.3, 2 / 3  # independent votes oppose
 _LEAST_VOTES = 10  # in common, for a correlation
 
 
-def report_on(
-    judgements: str | Path, *, name: str = "", calibration: Calibration = UNCALIBRATED, tie_margin: float = 0.01
-) -> dict:
+def report_on(judgements: str | Path, *, name: str = "", calibration: Calibration | None = None) -> dict:
     """The report on a directory with judgements.jsonl, as `label` leaves it: writes constitution.json and
-    constitution.html there and returns what is in the former. name: of the constitution, for the heading."""
-    source = Path(judgements)
-    if not (source / "judgements.jsonl").is_file():
-        raise ConfigError(f"constitution report: {source} has no judgements.jsonl; `label` writes it")
-    made_with = json.loads((source / "run.json").read_text(encoding="utf-8"))["settings"]
+    constitution.html there and returns what is in the former. name: of the constitution, for the heading. calibration:
+    for judgements without labels; None, and all else, is what the labels there were made with."""
+    source, made_with = Path(judgements), settings_of(judgements)
+    how = label_settings(made_with["judge"], made_with, calibration=calibration)
     with (source / "judgements.jsonl").open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
-    combine = made_with["judge"].get("combine", "logit")
-    report = constitution_report(records, made_with["weights"], combine, calibration, tie_margin)
+    report = constitution_report(
+        records, made_with["weights"], how["combine"], Calibration(**how["calibration"]), how["tie_margin"]
+    )
     report = {"constitution": name or made_with["constitution_sha256"][:12], **report}
     write_atomic(source / "constitution.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_constitution_report(report, source / "constitution.html")
@@ -78,19 +75,19 @@ def constitution_report(
     side, p = labels(verdicts())
     table = {}
     for j, name in enumerate(names):
-        cast = votes[:, j][~np.isnan(votes[:, j])]
-        vote = np.nan_to_num(votes[:, j])
+        voted = ~np.isnan(votes[:, j])
+        cast, vote = votes[:, j][voted], np.nan_to_num(votes[:, j])
         decides = np.abs(1 / (1 + np.exp(-np.clip(calibration.slope * vote, -500, 500))) - 0.5) >= tie_margin
         others, p_without = labels(verdicts(name))
         both = decides & (others != 0)
         known, moved = people != 0, np.abs(p - p_without)
         table[name] = {
-            "weight": weights[name], "votes": len(cast), "decided": _mean(decides[~np.isnan(votes[:, j])]),
+            "weight": weights[name], "votes": len(cast), "decided": _mean(decides[voted]),
             "agrees": _mean(np.sign(vote[both]) == others[both]), "size": _mean(np.abs(cast)) or 0.0,
             "same_position": _mean(np.array(same[j])),
             "turns": int((side * others < 0).sum()), "makes": int(((side != 0) & (others == 0)).sum()),
             "change": float(np.nan_to_num(moved).mean()),
-            "accuracy": _accuracy(np.sign(vote)[known], people[known]),
+            "accuracy": _accuracy(np.sign(vote)[known & voted], people[known & voted]),
             "accuracy_without": _accuracy(others[known], people[known]),
         }  # fmt: skip
     correlation = {

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from planted import PlantedJudge
 
-from rlhf_fast.judges import Constitution, Principle, Vote, derive, judge_pairs, report_on
+from rlhf_fast.judges import Calibration, Constitution, Principle, Vote, derive, judge_pairs, report_on
 from rlhf_fast.judges.constitution_report import constitution_report
+from rlhf_fast.trainers.constitutional import label
 
 WEIGHTS = {"truth": 1.0, "copy": 1.0, "against": 0.5, "noise": 1.0}
 
@@ -68,6 +69,33 @@ def test_leave_one_out_by_hand():
     assert big["change"] == pytest.approx((sigmoid(1.0) - sigmoid(-1.0) + 0) / 2)
     assert small["change"] == pytest.approx((sigmoid(3.0) - sigmoid(1.0) + 0.5 - sigmoid(-1.0)) / 2)
     assert big["accuracy"] is None  # nobody compared these pairs
+
+
+def test_a_principle_is_right_or_wrong_where_it_voted():
+    """As with principles_per_pair: 1. `one` votes on two pairs and is right on both, `two` on one, a tie there."""
+    cast = [("one", 2.0), ("one", 1.0), ("two", 0.0)]
+    records = [{"votes": [{"principle": name, **votes(x)}], "missing": [], "better": "a"} for name, x in cast]
+    report = constitution_report(records, {"one": 1.0, "two": 1.0})
+    assert (report["principles"]["one"]["accuracy"], report["principles"]["two"]["accuracy"]) == (1.0, 0.5)
+    assert report["principles"]["one"]["accuracy_without"] == 0.5 and report["accuracy"] == (1 + 1 + 0.5) / 3
+
+
+class Three(PlantedJudge):
+    """Of ten pairs, three are a label unless probabilities are averaged, three unless the slope is 1/2 and the margin
+    0.04, and four are a label for a in any case."""
+
+    def vote(self, pair, principle):
+        n = int(pair.a)
+        return Vote(principle.id, 6.0, -4.0) if n < 3 else Vote(principle.id, x := 0.2 if n < 6 else 0.6, x)
+
+
+def test_the_report_is_on_the_labels_as_they_were_made(tmp_path):
+    rows = [{"prompt": f"{n}", "a": f"{n}", "b": "", "better": "a"} for n in range(10)]
+    house = Constitution("house", (Principle("p", compare="Choose."),))
+    options = {"combine": "prob", "calibration": Calibration(0.5), "tie_margin": 0.04}
+    stage = label(rows, house, Three(), output_dir=tmp_path, **options)
+    report = report_on(tmp_path)
+    assert report["labels"] == len(stage.rows) == 4 and report["accuracy"] == pytest.approx(4 / 10 + 6 / 20)
 
 
 class Numbers(PlantedJudge):
