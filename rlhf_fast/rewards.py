@@ -56,9 +56,12 @@ class RewardModelReward:
         reward.name = Path(path).name
         return reward
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[Text | None], responses: Sequence[Text], **columns) -> Tensor:
-        tokens = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        return self.score([self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+
+    @torch.no_grad()
+    def score(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) scores of what encode() returned."""
         check_lengths(self.model, self.tokenizer, max(map(len, tokens), default=0))
         scores = torch.empty(len(tokens))
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))

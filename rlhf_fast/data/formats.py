@@ -67,6 +67,7 @@ class Comparison:
     weight: float = 1.0
     source: str | None = None  # where the record says it comes from: evaluation is also split by it
     index: int = 0  # of the record in its dataset
+    texts: list[chat.Text] = field(default_factory=list)  # the responses as the data has them, uncut
 
     def __len__(self) -> int:
         return max(map(len, self.responses))
@@ -281,6 +282,26 @@ def responses_of(record: dict, name: str, i: int) -> tuple[chat.Text | None, lis
     raise _wrong_columns(record, name, i, f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}')
 
 
+def responses_to_score(
+    dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "reference_dataset"
+) -> tuple[list[np.ndarray], Report]:
+    """Every response in records of any format (responses_of), encoded to be scored. Raises ConfigError as sft_examples
+    does; on_overlong "keep_end" cuts the beginning."""
+    records = as_records(dataset, name)
+    encoded: dict[int, list[np.ndarray]] = {}
+    for i, record in enumerate(records):
+        prompt, responses = responses_of(record, name, i)
+        chat.check_tokenizer(tokenizer, any(map(is_conversation, [prompt, *responses])))
+        encoded[i] = [chat.encode_to_score(tokenizer, prompt, r) for r in responses]
+    report = Report(name, len(records), max_length=max_length)
+
+    def cut(ids: np.ndarray, keep: str) -> np.ndarray:
+        bos = int(ids[0] == tokenizer.bos_token_id)
+        return np.r_[ids[:bos], ids[len(ids) - max_length + bos :]]
+
+    return _limited(encoded, report, on_overlong, cut), report
+
+
 def as_pairs(records: Iterable[dict]) -> list[dict]:
     """Comparisons as rows of chosen and rejected, with their other columns: every ordered pair of ranked responses."""
     rows = []
@@ -324,10 +345,13 @@ def comparisons(
         if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # the same loss, said of the other side
             responses, extra["chosen_prob"] = responses[::-1], 1 - extra["chosen_prob"]
             extra["margin"] = -extra.get("margin", 0.0)
+        source = record.get("source")
+        if not isinstance(source, str | None):
+            raise ConfigError(f"{name} record {i}: 'source' must be text, by which evaluation is split, got {source!r}")
         chat.check_tokenizer(tokenizer, any(map(is_conversation, [prompt, *responses])))
         encoded[i] = Comparison(
             [chat.encode_to_score(tokenizer, prompt, r) for r in responses], ranks, **extra,
-            source=record.get("source"), index=i,
+            source=source, index=i, texts=responses,
         )  # fmt: skip
     report = Report(name, len(records), max_length=max_length)
 

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from ..data.baselines import accuracy, bag_of_words, longer_wins, shorter_wins
-from ..data.chat import encode_to_score
-from ..data.collate import collate_comparisons, common_prefix, pack_comparisons, pad_right
-from ..data.formats import Comparison, as_pairs, as_records, comparisons, responses_of
+from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
+from ..data.formats import Comparison, as_pairs, as_records, comparisons, responses_to_score
 from ..models import (
     check_lengths,
     disable_dropout,
@@ -123,23 +122,22 @@ class RewardTrainer:
         self.tokenizer = with_own_pad(load_tokenizer(model if tokenizer is None else tokenizer))
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
         common.check_best(config, eval_dataset)
-        self.records = records = as_records(train_dataset, "train_dataset")
-        self.items, report = comparisons(records, self.tokenizer, **options)
+        self.records = as_records(train_dataset, "train_dataset")
+        self.items, report = comparisons(self.records, self.tokenizer, **options)
         self.reports, self.eval_items, self.eval_records = [report], [], []
         if eval_dataset is not None:
-            self.eval_records = records = as_records(eval_dataset, "eval_dataset")
-            self.eval_items, report = comparisons(records, self.tokenizer, **options, name="eval_dataset")
+            self.eval_records = as_records(eval_dataset, "eval_dataset")
+            self.eval_items, report = comparisons(self.eval_records, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
-        self.sample_records = records[: config.num_samples]
         self.width = max(len(item.responses) for item in self.items + self.eval_items)
         self._check_pairs()
-        self.reference = []
+        self.reference: list[np.ndarray] = []
         if reference_dataset is not None:
-            rows = enumerate(as_records(reference_dataset, "reference_dataset"))
-            self.reference = [responses_of(record, "reference_dataset", i) for i, record in rows]
+            self.reference, report = responses_to_score(reference_dataset, self.tokenizer, **options)
+            self.reports.append(report)
         self.model = load_reward_model(model, self.tokenizer)
         set_reward_scale(self.model, 0.0, 1.0)  # of an earlier training
-        check_lengths(self.model, self.tokenizer, max(map(len, self.items + self.eval_items)))
+        check_lengths(self.model, self.tokenizer, max(map(len, [*self.items, *self.eval_items, *self.reference])))
         disable_dropout(self.model)
         if not has_adapters(self.model) or config.freeze_trunk:
             unwrapped(self.model).base_model.requires_grad_(not config.freeze_trunk)
@@ -284,22 +282,17 @@ class RewardTrainer:
             judged = evaluate_pairs(self.evaluation, floors)
             (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
         if self.reference:
-            prompts, responses = zip(*((p, r) for p, several in self.reference for r in several), strict=True)
-            rewards = RewardModelReward(self.model, self.tokenizer)(prompts, responses)
+            rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
             set_reward_scale(self.model, float(rewards.mean()), max(float(rewards.std(correction=0)), 1e-6))
 
-    @torch.no_grad()
     def samples(self) -> list[dict]:
-        """The first held-out prompts (training prompts where nothing is held out), each response with its reward."""
-        rows = []
-        for record in self.sample_records:
-            prompt = record.get("prompt")
-            responses = [record["chosen"], record["rejected"]] if "chosen" in record else record["responses"]
-            tokens = [encode_to_score(self.tokenizer, prompt, response) for response in responses]
-            with evaluating(self.model):
-                ids, mask = (x.to(self.model.device) for x in pad_right(tokens, self.tokenizer.pad_token_id))
-                rewards = score_tokens(self.model, ids, mask).tolist()
-            texts = [r if isinstance(r, str) else r[-1]["content"] for r in responses]
+        """The first held-out prompts (training prompts where nothing is held out), each response with its reward, best
+        first. on_overlong counts here too: what was skipped is not shown, what was cut is scored as it was cut."""
+        records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
+        rows, reward = [], RewardModelReward(self.model, self.tokenizer)
+        for item in items[: self.config.num_samples]:
+            texts = [text if isinstance(text, str) else text[-1]["content"] for text in item.texts]
+            prompt, rewards = records[item.index].get("prompt"), reward.score(item.responses).tolist()
             rows += [{"prompt": prompt, "response": x, "reward": r} for x, r in zip(texts, rewards, strict=True)]
         return rows
 

@@ -63,6 +63,7 @@ def test_sft_data_in_the_wrong_form_is_refused_by_its_index(dataset, message):
     [
         ({"chosen": "a"}, "record 0 has the columns chosen; it needs"),
         ({**PAIR, "rejected": None}, "'rejected' must be text or a list"),
+        ({**PAIR, "source": 3}, "'source' must be text, by which evaluation is split, got 3"),
         ({**PAIR, "chosen_prob": 1.5}, r"chosen_prob must lie in \[0, 1\]"),
         ({**PAIR, "weight": -1}, "weight be 0 or more"),
         ({"prompt": "p", "responses": ["only one"]}, "a list of at least two"),

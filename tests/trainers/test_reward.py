@@ -247,6 +247,53 @@ def test_the_scale_of_the_reference_is_saved_and_applied_where_the_model_is_used
     assert models.reward_scale(again.model.config) == (0.0, 1.0)
 
 
+def test_samples_are_what_the_model_reads_in_training(tmp_path):
+    """A record that is left out is not shown, one that is cut is scored as it was cut; better answers come first."""
+    long = {"prompt": "say " * 60, "chosen": "the cat", "rejected": "sat"}
+    short = {"prompt": "say 1: ", "chosen": "sat", "rejected": "the cat", "chosen_prob": 0.2}
+    turned = {"prompt": "say 0: ", "responses": ["0", "0 the cat", "0 two"], "ranks": [2, 0, 1]}
+    for record, texts in ((short, ["the cat", "sat"]), (turned, ["0 the cat", "0 two", "0"])):
+        rm = trainer(tmp_path, [long, record], max_length=40, on_overlong="skip")
+        samples = rm.samples()
+        assert [(x["prompt"], x["response"]) for x in samples] == [(record["prompt"], text) for text in texts]
+        alone = [float(reward_alone(rm, x["prompt"], x["response"])) for x in samples]
+        assert [x["reward"] for x in samples] == pytest.approx(alone, abs=1e-5)
+    rm = trainer(tmp_path, [long], max_length=40, on_overlong="keep_end", num_samples=1)
+    sample, cut = rm.samples()[0], torch.tensor([rm.items[0].responses[0].tolist()])
+    assert cut.shape == (1, 40) and (sample["prompt"], sample["response"]) == (long["prompt"], "the cat")
+    assert sample["reward"] == pytest.approx(rm.model.eval()(cut).logits.item(), abs=1e-5)
+
+
+def test_the_reference_is_checked_before_training(tmp_path):
+    def make(reference, tokenizer=None, **config):
+        tokenizer = tokenizer or tiny_tokenizer()
+        return RewardTrainer(
+            RewardConfig(str(tmp_path / "run"), **config), tiny_model(tokenizer), train_dataset=[ranked(0)],
+            reference_dataset=reference, tokenizer=tokenizer,
+        )  # fmt: skip
+
+    long, short = {"prompt": "say ", "completion": "cat " * 60}, {"prompt": "say ", "completion": "cat"}
+    with pytest.raises(ConfigError, match="reference_dataset: 1 longer than max_length=40: record 0"):
+        make([long, short], max_length=40)
+    skipped, cut = (make([long, short], max_length=40, on_overlong=x) for x in ("skip", "keep_end"))
+    whole = [encode_to_score(cut.tokenizer, x["prompt"], x["completion"]).tolist() for x in (long, short)]
+    assert [x.tolist() for x in skipped.reference] == whole[1:]
+    assert [x.tolist() for x in cut.reference] == [whole[0][-40:], whole[1]]
+    assert [report.overlong for report in skipped.reports] == [[], [(0, len(whole[0]))]]
+    with pytest.raises(ConfigError, match="the longest sequence has"):
+        make([{"prompt": "", "completion": "cat " * 300}], max_length=2000)
+    with pytest.raises(ConfigError, match="no chat template"):
+        make([{"messages": pair(0)["prompt"] + pair(0)["chosen"]}], tiny_tokenizer(chat_template=None))
+
+
+def test_a_run_resumed_after_its_last_line_still_judges_its_preferences(tmp_path):
+    trainer(tmp_path, eval_dataset=PAIRS, max_steps=4, save_steps=4).train()
+    judged = (tmp_path / "run/preferences.json").read_text()
+    (tmp_path / "run/preferences.json").unlink()
+    trainer(tmp_path, eval_dataset=PAIRS, max_steps=4, save_steps=4).train(resume=True)
+    assert (tmp_path / "run/preferences.json").read_text() == judged
+
+
 def test_the_report_says_how_far_to_trust_it(tmp_path):
     data = [{**x, "source": "even" if i % 2 else "odd"} for i, x in enumerate(PAIRS)]
     trainer(tmp_path, data, eval_dataset=data, max_steps=20).train()
