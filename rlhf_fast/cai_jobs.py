@@ -194,6 +194,7 @@ def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
 class AuditJob(Checked):
     data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
     num_pairs: int | None = None  # the first so many; null takes all
+    principles_per_pair: int | None = None  # of the labels to come: `label` refuses a card of another
     probe_pairs: int = 24  # of them asked again with injections
     output_dir: str = "runs/cai/audit"
     batch_size: int = 32
@@ -203,8 +204,8 @@ class AuditJob(Checked):
 def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
     constitution, judge = who.load(job.seed)
     rows = _compared(job.data)[: job.num_pairs]
-    card = audit(rows, constitution, judge, output_dir=job.output_dir, probe_pairs=job.probe_pairs,
-                 batch_size=job.batch_size, seed=job.seed)  # fmt: skip
+    card = audit(rows, constitution, judge, output_dir=job.output_dir, principles_per_pair=job.principles_per_pair,
+                 probe_pairs=job.probe_pairs, batch_size=job.batch_size, seed=job.seed)  # fmt: skip
     shown = ", ".join(f"{name} {card[name]['mean']:.3f} ({card[name]['low']:.3f} to {card[name]['high']:.3f})"
                       for name in ("accuracy", "lead"))  # fmt: skip
     floor = "AT THE FLOOR: `label` refuses this judge" if card["at_floor"] else "above the floor"
@@ -243,11 +244,8 @@ class LabelJob(Checked):
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
     """rlhf-fast cai label: labels by a judge whose card allows it, and the report on the constitution beside them."""
     constitution, judge = who.load(job.seed)
-    calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
-    if job.card and job.combine:  # the card's own is for the judge's way to combine
-        weights = {p.id: p.weight for p in judge.comparable(constitution.principles)}
-        labels = {"judge": judge.describe(), "constitution_sha256": constitution.sha256}
-        calibration = refitted(job.card, labels, weights, job.combine)
+    calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
+                          combine=job.combine, allow_weak_judge=job.allow_weak_judge)  # fmt: skip
     stage = label(
         read_dataset(job.data), constitution, judge, output_dir=job.output_dir, combine=job.combine,
         principles_per_pair=job.principles_per_pair, calibration=calibration, clamp=job.clamp,
@@ -348,7 +346,8 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         _known_schedule(job.schedule)
     root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
     constitution, judge = who.load(job.seed)
-    calibration = trusted(judge, constitution, job.card, allow_weak_judge=job.allow_weak_judge)
+    calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
+                          allow_weak_judge=job.allow_weak_judge)  # fmt: skip
     configs = {
         name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
         for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))

@@ -99,6 +99,8 @@ def test_a_judge_at_the_floor_does_not_label_unless_told_to(house, audited, tmp_
     assert "the judge is at the floor" in capsys.readouterr().err and not out.exists()
     assert cai("label", **{**audited, "judge_options": "{}"}, card=house / "card", output_dir=out) == 2
     assert "is of another judge" in capsys.readouterr().err
+    assert cai("label", **audited, card=house / "card", principles_per_pair=1, output_dir=out) == 2
+    assert "is of another principles_per_pair: None, now 1" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", allow_weak_judge="true", output_dir=out) == 0
     card, run = (json.loads((p).read_text()) for p in (house / "card" / "audit.json", out / "run.json"))
     assert run["settings"]["calibration"] == card["calibration"] and run["counts"]["inputs"] == 8

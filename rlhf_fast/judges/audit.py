@@ -8,6 +8,7 @@
     calibration      slope and bias (calibration.py), with nll, brier and ece of P as it is and as calibrated, each pair
                      under a slope fitted on other conversations
     identical        order_bias on pairs of one reply with itself, where nothing else can tell the two apart
+    principles       each alone, on the pairs that were asked under it
     injections       what a sentence added to the worse reply moves the verdict towards it, beside a harmless sentence
 
 Intervals are 95 %, from a bootstrap over conversations and not over pairs: several pairs share one, and a judge tends
@@ -49,13 +50,16 @@ FOLDS = 5  # of conversations, for the calibration
 
 
 def audit(
-    rows: Sequence[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path, probe_pairs: int = 24,
-    samples: int = 2000, batch_size: int = 32, seed: int = 0,
+    rows: Sequence[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
+    principles_per_pair: int | None = None, probe_pairs: int = 24, samples: int = 2000, batch_size: int = 32,
+    seed: int = 0,
 ) -> dict:  # fmt: skip
     """Asks the judge, and writes audit.json (what is returned) and audit.html into `output_dir`.
 
     rows: {"prompt": str | messages, "better": str, "worse": str}, as read_released_comparisons gives them. Which reply
     is called a is drawn by coin. Rows that share a reply with the constitution's few-shots are left out, and counted.
+    principles_per_pair: as the labels will have it (`label`): one principle and the mean of sixteen are two judges, of
+    another accuracy and another slope.
     probe_pairs: how many of the pairs are also asked with each injection, and how many replies beside themselves.
     """
     shown = {shot[k] for shot in constitution.compare_few_shots for k in ("better", "worse")}
@@ -66,16 +70,17 @@ def audit(
         raise ConfigError("audit: every row shares a reply with the constitution's few-shots; give other rows")
     pairs = [_pair(item, seed) for item in kept]
     drawn = sorted(pairs, key=lambda pair: seed_for(seed, pair["id"], "probe"))[:probe_pairs]
-    options = {"batch_size": batch_size, "seed": seed}
+    options = {"principles_per_pair": principles_per_pair, "batch_size": batch_size, "seed": seed}
     records = judge_pairs(pairs, constitution, judge, output_dir=output_dir, **options)
     probes = _probes(drawn, constitution.language)
     asked = []
     if probes:
-        asked = judge_pairs(probes, constitution, judge, output_dir=Path(output_dir) / "probes", **options)
+        asked = judge_pairs(probes, constitution, judge, output_dir=Path(output_dir) / "probes", drawn_as=_probed,
+                            **options)  # fmt: skip
     weights = {p.id: p.weight for p in judge.comparable(constitution.principles)}
     described = {
         "judge": judge.describe(), "constitution": constitution.name, "constitution_sha256": constitution.sha256,
-        "in_few_shots": len(items) - len(kept), "seed": seed,
+        "principles_per_pair": principles_per_pair, "in_few_shots": len(items) - len(kept), "seed": seed,
     }  # fmt: skip
     combine = described["judge"].get("combine", "logit")
     card = described | judge_card(records, asked, weights, combine=combine, samples=samples, seed=seed)
@@ -99,6 +104,11 @@ def _probes(pairs: Sequence[dict], language: str) -> list[dict]:
             worse = "b" if pair["better"] == "a" else "a"
             probes.append({**pair, "id": f"{name}/{pair['id']}", worse: pair[worse] + text[language]})
     return probes
+
+
+def _probed(name: str) -> str:
+    """The id of the pair that a probe changes."""
+    return name.split("/", 1)[1]
 
 
 def judge_card(
@@ -210,17 +220,23 @@ def _position(pairs, weights, clusters, samples, seed) -> dict:
 
 
 def _principles(pairs, weights, clusters, samples, seed) -> dict:
-    """For each principle on its own: accuracy, position, label mass, and the pairs on which it gave no vote."""
+    """For each principle on its own: accuracy, position, label mass, and the pairs on which it gave no vote. Of the
+    pairs that were asked under it; with principles_per_pair these are not all, and may be none."""
     table = {}
     for name in weights:
-        towards, kept, missing = [], [], Counter()
-        for record in pairs:
+        towards, asked, kept, missing = [], [], [], Counter()
+        for record, cluster in zip(pairs, clusters, strict=True):
             found = _votes([record], {**dict.fromkeys(weights, 0.0), name: 1.0})
-            missing.update(m["status"] for m in record["missing"] if m["principle"] == name)
+            gone = [m["status"] for m in record["missing"] if m["principle"] == name]
+            missing.update(gone)
             kept += found
-            towards.append(_sign(record) * found[0].logit if found else 0.0)
+            if found or gone:
+                towards.append(_sign(record) * found[0].logit if found else 0.0)
+                asked.append(cluster)
+        if not asked:
+            continue
         right = (np.sign(np.array(towards)) + 1) / 2
-        drawn = cluster_bootstrap({"accuracy": right}, clusters, samples, seed)
+        drawn = cluster_bootstrap({"accuracy": right}, asked, samples, seed)
         table[name] = {
             "accuracy": _interval(drawn["accuracy"]), "votes": len(kept), "missing": dict(missing),
             "order_bias": fit_bias(kept),
@@ -237,7 +253,7 @@ def _injections(pairs, groups: Mapping[str, list[dict]], weights, combine: str) 
     for name in INJECTIONS:
         moved, dp, turned = [], [], 0
         for record in groups.get(name, []):
-            same = plain[record["id"].split("/", 1)[1]]
+            same = plain[_probed(record["id"])]
             before, after = (verdict_of(r, weights, combine=combine) for r in (same, record))
             if "ok" in (before.status, after.status) and {before.status, after.status} <= {"ok", "tie"}:
                 towards_worse = -_sign(record)

@@ -134,6 +134,7 @@ def _statuses(card: dict) -> str:
 def _made_with(card: dict) -> str:
     rows = [["", "value"], ["constitution", f"{card['constitution']} ({card['constitution_sha256'][:12]})"]]
     rows += [[f"judge: {name}", str(value)] for name, value in card["judge"].items()]
+    rows += [["principles a pair", str(card["principles_per_pair"] or "all")]]
     rows += [["rows left out, being few-shots", str(card["in_few_shots"])], ["seed", str(card["seed"])]]
     return table(rows)
 

@@ -16,7 +16,7 @@ What is not named stays as it was in the first labels.
 import dataclasses
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.chat import ConfigError
@@ -34,13 +34,14 @@ COT_CLAMP = (0.4, 0.6)
 def judge_pairs(
     pairs: Iterable[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
     principles_per_pair: int | None = None, batch_size: int = 32, seed: int = 0, settings: dict | None = None,
-    retry: Iterable[str] = ("failed",),
+    retry: Iterable[str] = ("failed",), drawn_as: Callable[[str], str] = str,
 ) -> list[dict]:  # fmt: skip
     """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"). A
     "status", if there is one, must be "ok".
 
     Writes and returns judgements.jsonl, one record a pair: its columns, "votes" and "missing". principles_per_pair: how
     many principles to draw for a pair; None takes all. retry: statuses of earlier runs that are asked again.
+    drawn_as: the id whose principles a pair of another id gets, such as an audit's probe.
     """
     usable = judge.comparable(constitution.principles)
     if len(usable) < (principles_per_pair or 1):
@@ -62,7 +63,7 @@ def judge_pairs(
             item["better"] = row["better"]
 
     def question(item: dict) -> Pair:
-        draw = random.Random(seed_for(seed, item["id"], "principles"))
+        draw = random.Random(seed_for(seed, drawn_as(item["id"]), "principles"))
         drawn = usable if principles_per_pair is None else draw.sample(usable, principles_per_pair)
         return Pair(item["prompt"], item["a"], item["b"], drawn)
 

@@ -15,9 +15,13 @@ from .protocol import Judge
 
 
 def trusted(
-    judge: Judge, constitution: Constitution, card: str | Path | None = None, *, allow_weak_judge: bool = False
-) -> Calibration:
+    judge: Judge, constitution: Constitution, card: str | Path | None = None, *,
+    principles_per_pair: int | None = None, combine: str | None = None, allow_weak_judge: bool = False,
+) -> Calibration:  # fmt: skip
     """The calibration of a judge that may label: by rules, or with a card above the floor.
+
+    principles_per_pair: of the labels; the card must be of the same. combine: of the labels, where it is not the
+    judge's own; the calibration is then fitted again.
 
     Raises ConfigError for another's card, and unless `allow_weak_judge` for a judge without one or at the floor.
     """
@@ -28,7 +32,11 @@ def trusted(
             "label: nothing is known about this judge. Run `rlhf-fast cai audit` on pairs that people compared "
             "and give its directory as card, or set allow_weak_judge"
         )
-    known = _card_of({"judge": judge.describe(), "constitution_sha256": constitution.sha256}, card)
+    labels = {
+        "judge": judge.describe(), "constitution_sha256": constitution.sha256,
+        "principles_per_pair": principles_per_pair,
+    }  # fmt: skip
+    known = _card_of(labels, card)
     if known["at_floor"] and not allow_weak_judge:
         lead = known["lead"]
         raise ConfigError(
@@ -36,7 +44,9 @@ def trusted(
             f"{known['best_floor']!r} {lead['mean']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f}). Labels of "
             "such a judge teach nothing; take another judge, or set allow_weak_judge"
         )
-    return Calibration(**known["calibration"])
+    if combine in (None, known["combine"]):
+        return Calibration(**known["calibration"])
+    return refitted(card, labels, {p.id: p.weight for p in judge.comparable(constitution.principles)}, combine)
 
 
 def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float], combine: str) -> Calibration:
@@ -56,13 +66,13 @@ def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float],
 
 
 def _card_of(made_with: Mapping, card: str | Path) -> dict:
-    """The card in a directory, if the judge and the constitution are those of `made_with`."""
+    """The card in a directory, if the judge, the constitution and principles_per_pair are those of `made_with`."""
     path = Path(card) / "audit.json"
     if not path.is_file():
         raise ConfigError(f"card: {path} is not there; card is the directory of `rlhf-fast cai audit`")
     known = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("judge", "constitution_sha256"):
+    for name in ("judge", "constitution_sha256", "principles_per_pair"):
         now = json.loads(json.dumps(made_with[name]))  # tuples become lists, as in the file
-        if known[name] != now:
-            raise ConfigError(f"card: {path} is of another {name}: {known[name]!r}, now {now!r}; audit this one")
+        if known.get(name) != now:
+            raise ConfigError(f"card: {path} is of another {name}: {known.get(name)!r}, now {now!r}; audit this one")
     return known

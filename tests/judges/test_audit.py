@@ -11,6 +11,8 @@ from planted import PlantedJudge
 
 from rlhf_fast.judges import Calibration, Constitution, Missing, Principle, Vote, audit, decide
 from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, reliability, scores
+from rlhf_fast.judges.trust import trusted
+from rlhf_fast.trainers.constitutional import label
 
 ONE = Constitution("one", (Principle("p", compare="Choose."),))
 
@@ -93,6 +95,45 @@ def test_what_an_injection_moves(tmp_path):
     assert table["an order to the judge"]["nats"] == pytest.approx(3.0)
     assert table["an order to the judge"]["turned"] == 20  # the better one is worth 2 more at most
     assert table["the answer"]["probability"] == pytest.approx(0)
+
+
+EIGHT = Constitution("eight", tuple(Principle(f"p{i}", compare="Choose.") for i in range(8)))
+
+
+class Noisy(Planted):
+    """Under each principle the truth and an error of standard deviation 3, but no error under p0."""
+
+    def worth(self, reply, seed):
+        number = reply.split()[0]
+        error = random.Random(f"{seed}{number}").gauss(0, 0.0 if " p0 " in seed else 3 / math.sqrt(2))
+        return float(number) + error + self.gullible * ("choose this response" in reply)
+
+
+def test_the_card_is_of_as_many_principles_as_the_labels_will_have(tmp_path):
+    """The mean of eight principles is sure and right; one of them is neither, and has a slope of its own."""
+    cards = {
+        k: audit(rows(400), EIGHT, Noisy(gullible=2.0), output_dir=tmp_path / f"{k}", principles_per_pair=k,
+                 probe_pairs=8, samples=100) for k in (None, 1)
+    }  # fmt: skip
+    fresh = [{**row, "prompt": f"new {row['prompt']}"} for row in rows(800)]
+    pairs = [{"id": f"{i}", "prompt": r["prompt"], "a": r["better"], "b": r["worse"]} for i, r in enumerate(fresh)]
+    calibration = trusted(Noisy(gullible=2.0), EIGHT, tmp_path / "1", principles_per_pair=1)
+    made = label(pairs, EIGHT, Noisy(gullible=2.0), output_dir=tmp_path / "labels", principles_per_pair=1,
+                 calibration=calibration, tie_margin=0)  # fmt: skip
+    right = np.mean([row["cai"]["a"] == "chosen" for row in made.rows])
+    error = math.sqrt(right * (1 - right) * (1 / 400 + 1 / 800))  # of the difference; four of them: 1 in 16,000
+    assert cards[1]["accuracy"]["mean"] == pytest.approx(right, abs=4 * error)
+    assert np.mean([row["chosen_prob"] for row in made.rows]) == pytest.approx(right, abs=4 * error)
+    assert cards[None]["accuracy"]["mean"] > right + 4 * error
+    assert cards[None]["calibration"]["slope"] > 3 * cards[1]["calibration"]["slope"]
+    # A probe is asked under the principle of the pair that it changes, or the errors would move it too.
+    assert cards[1]["injections"]["an order to the judge"]["nats"] == pytest.approx(2.0)
+    # And each principle is judged on the pairs that were asked under it.
+    assert sum(x["votes"] for x in cards[1]["principles"].values()) == 400
+    assert cards[1]["principles"]["p0"]["accuracy"]["mean"] == 1.0
+    for card, k in ((None, 1), (1, None)):
+        with pytest.raises(ValueError, match=f"another principles_per_pair: {card}, now {k}"):
+            trusted(Noisy(gullible=2.0), EIGHT, tmp_path / f"{card}", principles_per_pair=k)
 
 
 def test_few_shots_are_no_test_of_a_judge_that_has_seen_them(tmp_path):
