@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .data.chat import Text, encode_prompt
+from .data.chat import Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
 from .ops import _layer
 
@@ -271,9 +271,9 @@ def generate_text(
     with one seed a prompt, an answer depends on its own prompt and seed only."""
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     responses = generate_tokens(
-        model, [encode_prompt(tokenizer, prompt) for prompt in prompts], max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id, temperature=temperature, top_k=top_k, top_p=top_p, do_sample=do_sample,
-        batch_size=batch_size, generator=generator,
+        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, temperature=temperature,
+        top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator,
     )  # fmt: skip
-    return tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return decode_responses(tokenizer, prompts, encoded, responses)

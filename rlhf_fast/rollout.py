@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .data.chat import Text
+from .data.chat import Text, decode_responses
 from .data.formats import Prompt
 from .generation import evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
 from .ops import masked_mean
@@ -118,8 +118,8 @@ def make_rollout(
     tensors = (*pad(prompt_ids, eos, left=True), response_ids, response_mask, ended)
     rollout = Rollout(
         *(x.to(device) for x in tensors),
-        prompts=[prompt.prompt for prompt in prompts],
-        responses=tokenizer.batch_decode(completion_ids, skip_special_tokens=True),
+        prompts=(texts := [prompt.prompt for prompt in prompts]),
+        responses=decode_responses(tokenizer, texts, prompt_ids, completion_ids),
         columns={key: [prompt.columns.get(key) for prompt in prompts] for key in prompts[0].columns} | columns,
         present=None if env_mask is None else present.to(device),
     )

@@ -299,7 +299,7 @@ WORDS = ["a", "b", "c"]
 def reward_by_table(prompts, responses, **columns):
     """The score of an answer by its words; one that is cut has three, and so has none with eos."""
     table = {" ".join(WORDS[a] for a in answer if a != EOS): float(SCORES[i]) for i, answer in enumerate(ANSWERS)}
-    return [table[response] for response in responses]
+    return [table[response.strip()] for response in responses]  # behind "a" a space begins them
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ appended, and white space after it (ChatML's newline) is dropped. It is marked b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -157,6 +158,22 @@ def encode_prompt(tokenizer, prompt: Text) -> list[int]:
         ids = _tokenize(tokenizer, prompt)
         return [*_bos(tokenizer, ids), *ids]
     return _tokenize(tokenizer, render(tokenizer, prompt, add_generation_prompt=True))
+
+
+def decode_responses(
+    tokenizer, prompts: Sequence[Text], prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
+) -> list[str]:
+    """The responses as text without special tokens, so that behind a prompt of text they read as they were written.
+
+    SentencePiece drops the space with which a text begins, so the prompt's last token is decoded before them and taken
+    off again. After messages the chat template decides what stands before a response.
+    """
+    texts = []
+    for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
+        last = list(before[-1:]) if isinstance(prompt, str) else []
+        lead, text = (tokenizer.decode(x, skip_special_tokens=True) for x in (last, [*last, *ids]))
+        texts.append(text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
 
 
 def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:

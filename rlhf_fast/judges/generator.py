@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.chat import encode_prompt
+from ..data.chat import decode_responses, encode_prompt
 from ..rollout import generate_tokens
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
@@ -39,12 +39,13 @@ class TextGenerator:
 
     def __call__(self, prompts: Sequence[str | Messages], seeds: Sequence[int]) -> list[str]:
         eos = self.tokenizer.eos_token_id
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         responses = generate_tokens(
-            self.model, [encode_prompt(self.tokenizer, prompt) for prompt in prompts], eos_token_id=eos,
-            max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0, temperature=self.temperature or 1.0,
-            top_p=self.top_p, batch_size=self.batch_size, generator=[torch.Generator().manual_seed(s) for s in seeds],
+            self.model, encoded, eos_token_id=eos, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
         )  # fmt: skip
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = decode_responses(self.tokenizer, prompts, encoded, responses)
         return [text if ids[-1] == eos else Cut(text) for text, ids in zip(texts, responses, strict=True)]
 
     def describe(self) -> dict:

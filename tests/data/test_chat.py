@@ -3,16 +3,21 @@
 import numpy as np
 import pytest
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.data.chat import (
     ConfigError,
     check_tokenizer,
+    decode_responses,
     encode_conversation,
     encode_prompt,
     encode_response,
     encode_to_score,
 )  # fmt: skip
+from rlhf_fast.data.formats import Prompt
+from rlhf_fast.rollout import make_rollout
 
 USER, FOUR = {"role": "user", "content": "two plus two?"}, {"role": "assistant", "content": "four"}
 AGAIN, STILL = {"role": "user", "content": "again?"}, {"role": "assistant", "content": "still four"}
@@ -164,3 +169,47 @@ def test_a_tokenizer_that_cannot_do_the_work_is_refused_with_the_way_out():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match=r"set tokenizer\.eos_token"):
         check_tokenizer(tokenizer, conversational=False)
+
+
+def sentencepiece_tokenizer(decoder):
+    """As Llama 2 writes text: a space is part of the word behind it, and the first word has one too."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoder
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(["two plus two is four . say it"] * 9, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+LLAMA = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+
+
+@pytest.mark.parametrize("decoder", [decoders.Metaspace(), LLAMA])
+def test_a_reward_model_reads_the_tokens_that_the_policy_wrote(decoder):
+    tokenizer = sentencepiece_tokenizer(decoder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    text = "two plus  two is fours . say it"
+    ids = encode_to_score(tokenizer, None, text).tolist()  # the last is eos
+    for cut in range(1, len(ids)):  # behind <s>, within words, between two spaces
+        prompt = tokenizer.decode(ids[:cut], skip_special_tokens=True)
+        rollout = make_rollout(tokenizer, [Prompt(prompt, ids[:cut], {})], [ids[cut:]])
+        assert prompt + rollout.responses[0] == text
+        assert encode_to_score(tokenizer, prompt, rollout.responses[0]).tolist() == ids
+
+
+def test_responses_of_byte_level_tokenizers_and_of_conversations_are_decoded_alone():
+    tokenizer = tiny_tokenizer()
+    ids = [tokenizer(text)["input_ids"] for text in (" four", "four", "é☃", " two plus")]
+    ids.append(ids[2][1:])  # begins within a character
+    alone = tokenizer.batch_decode(ids)
+    for prompt in ("say ☃", "the cat ", "", "<|assistant|>"):
+        before = encode_prompt(tokenizer, prompt)
+        assert decode_responses(tokenizer, [prompt] * 5, [before] * 5, ids) == alone
+    half = tokenizer("é")["input_ids"]
+    assert decode_responses(tokenizer, ["?"], [half[:1]], [[*half[1:], 70]]) == [tokenizer.decode([*half[1:], 70])]
+    llama = sentencepiece_tokenizer(LLAMA)
+    four = llama(" four")["input_ids"]
+    assert decode_responses(llama, [[USER], "is"], [llama("is")["input_ids"]] * 2, [four] * 2) == ["four", " four"]
