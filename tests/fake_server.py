@@ -30,6 +30,7 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.bias, self.sharpness, self.modes, self.mass = script, bias, sharpness, modes, mass
         self.asked, self.answered, self.lock, self.on_request = Counter(), Counter(), threading.Lock(), on_request
         self.largest, self.running, self.headers_seen = 0, 0, []
+        self.usage = True  # whether replies say how many tokens they took
 
     @property
     def url(self):
@@ -142,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
             if body.get("logprobs") and "top_k" in modes:
                 listed = dict(sorted(top.items(), key=lambda x: -x[1])[: body["logprobs"]])
                 choice["logprobs"] = {"tokens": ["A"], "token_logprobs": [top["A"]], "top_logprobs": [listed]}
-        return {"choices": choices, "usage": {"prompt_tokens": len(text) // 4, "completion_tokens": 1}}
+        usage = {"usage": {"prompt_tokens": len(text) // 4, "completion_tokens": 1}} if self.server.usage else {}
+        return {"choices": choices, **usage}
 
     def reply(self, code, content, headers=None):
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()

@@ -30,6 +30,7 @@ from .cards import write_card
 from .constitution import Constitution
 from .hygiene import declines
 from .labels import judge_pairs, verdict_of
+from .ledger import Ledger
 from .protocol import Judge, Vote
 from .stages import read_items, seed_for, write_atomic
 
@@ -70,13 +71,13 @@ def audit(
         raise ConfigError("audit: every row shares a reply with the constitution's few-shots; give other rows")
     pairs = [_pair(item, seed) for item in kept]
     drawn = sorted(pairs, key=lambda pair: seed_for(seed, pair["id"], "probe"))[:probe_pairs]
-    options = {"principles_per_pair": principles_per_pair, "batch_size": batch_size, "seed": seed}
-    records = judge_pairs(pairs, constitution, judge, output_dir=output_dir, **options)
-    probes = _probes(drawn, constitution.language)
-    asked = []
-    if probes:
-        asked = judge_pairs(probes, constitution, judge, output_dir=Path(output_dir) / "probes", drawn_as=_probed,
-                            **options)  # fmt: skip
+    probes, asked = _probes(drawn, constitution.language), []
+    with Ledger(output_dir) as ledger:  # of both, so that a budget is spent once
+        options = {"principles_per_pair": principles_per_pair, "batch_size": batch_size, "seed": seed, "ledger": ledger}
+        records = judge_pairs(pairs, constitution, judge, output_dir=output_dir, **options)
+        if probes:
+            asked = judge_pairs(probes, constitution, judge, output_dir=Path(output_dir) / "probes", drawn_as=_probed,
+                                **options)  # fmt: skip
     weights = {p.id: p.weight for p in judge.comparable(constitution.principles)}
     described = {
         "judge": judge.describe(), "constitution": constitution.name, "constitution_sha256": constitution.sha256,

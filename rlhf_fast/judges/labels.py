@@ -13,6 +13,7 @@ Other weights (0 leaves a principle out), another clamp, calibration or way to c
 What is not named stays as it was in the first labels.
 """
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -34,14 +35,15 @@ COT_CLAMP = (0.4, 0.6)
 def judge_pairs(
     pairs: Iterable[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
     principles_per_pair: int | None = None, batch_size: int = 32, seed: int = 0, settings: dict | None = None,
-    retry: Iterable[str] = ("failed",), drawn_as: Callable[[str], str] = str,
+    retry: Iterable[str] = ("failed",), drawn_as: Callable[[str], str] = str, ledger: Ledger | None = None,
 ) -> list[dict]:  # fmt: skip
     """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"). A
     "status", if there is one, must be "ok".
 
     Writes and returns judgements.jsonl, one record a pair: its columns, "votes" and "missing". principles_per_pair: how
     many principles to draw for a pair; None takes all. retry: statuses of earlier runs that are asked again.
-    drawn_as: the id whose principles a pair of another id gets, such as an audit's probe.
+    drawn_as: the id whose principles a pair of another id gets, such as an audit's probe. ledger: an open one to ask
+    through; None opens that of output_dir.
     """
     usable = judge.comparable(constitution.principles)
     if len(usable) < (principles_per_pair or 1):
@@ -71,13 +73,15 @@ def judge_pairs(
         "seed": seed, "principles_per_pair": principles_per_pair, "judge": judge.describe(),
         "constitution_sha256": constitution.sha256, "weights": {p.id: p.weight for p in usable}, **(settings or {}),
     }  # fmt: skip
-    with Ledger(output_dir, retry=retry) as ledger:
+    with contextlib.nullcontext(ledger) if ledger else Ledger(output_dir, retry=retry) as ledger:
 
         def work(batch: list[dict]) -> list[dict]:
             verdicts = judge.compare(list(map(question, batch)), ledger)
             return [_judgement(i, v) for i, v in zip(batch, verdicts, strict=True)]
 
-        return run_stage(ledger, "judgements", items, work, settings=described, batch_size=batch_size)
+        return run_stage(
+            ledger, "judgements", items, work, settings=described, batch_size=batch_size, output_dir=output_dir
+        )  # fmt: skip
 
 
 def _judgement(item: dict, verdict: Verdict) -> dict:

@@ -58,11 +58,11 @@ class Call(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a ledger's attempts came to; `requests` are all that were started, whatever came of them."""
+    """What attempts came to; `requests` are all that were started, whatever came of them."""
 
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class Backend(Protocol):
@@ -85,12 +85,13 @@ class Tries:
         self.last: list[Answer | None] = [None] * len(requests)
 
     def usage(self) -> Usage:
-        return self._ledger.usage()
+        """Of this backend, earlier runs included."""
+        return self._ledger.usage(self._backend)
 
     def begin(self, i: int) -> int:
         """Request i is about to be sent."""
         request, now = self._requests[i], time.time()
-        self._ledger._count(1)
+        self._ledger._count(self._backend, 1)
         row = (request.key, self._backend, request.about, request.prompt_sha256, "started", now)
         with self._ledger.transaction() as db:
             return db.execute(
@@ -110,7 +111,7 @@ class Tries:
                 (answer.status, _dump(answer.value), answer.reason, raw and _utf8(raw), http_status, prompt_tokens,
                  completion_tokens, time.time(), attempt),
             )  # fmt: skip
-        self._ledger._count(0, prompt_tokens, completion_tokens)
+        self._ledger._count(self._backend, 0, prompt_tokens, completion_tokens)
         self.last[i] = answer
 
     def all(self, answers: Sequence[Answer]) -> None:
@@ -128,7 +129,7 @@ class Tries:
                 "VALUES (?,?,?,?,?,?,?,?,?)",
                 rows,
             )
-        self._ledger._count(len(rows))
+        self._ledger._count(self._backend, len(rows))
         self.last = answers
 
 
@@ -158,10 +159,11 @@ class Ledger:
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
         self._db.execute("UPDATE attempts SET status='interrupted' WHERE status='started'")
-        self._opened_after, *self._used = self._db.execute(
-            "SELECT coalesce(max(id), 0), count(*), coalesce(sum(prompt_tokens), 0), "
-            "coalesce(sum(completion_tokens), 0) FROM attempts"
-        ).fetchone()
+        (self._opened_after,) = self._db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
+        self._used = {who: Usage(*used) for who, *used in self._db.execute(
+            "SELECT backend, count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) "
+            "FROM attempts GROUP BY backend"
+        )}  # fmt: skip
 
     def _hold(self):
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -223,7 +225,7 @@ class Ledger:
                     "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     row,
                 )
-            self._count(1, *more[2:])
+            self._count(who, 1, *more[2:])
 
     def _register(self, backend: Backend) -> str:
         """The id of a backend, whose description the ledger has from now on."""
@@ -248,14 +250,19 @@ class Ledger:
                     found[key] = Answer(status, None if value is None else json.loads(value), reason or "", key)
         return found
 
-    def usage(self) -> Usage:
+    def usage(self, backend: str | None = None) -> Usage:
+        """Of all backends, or of the one with this id."""
         with self._lock:
-            return Usage(*self._used)
+            if backend is not None:
+                return self._used.get(backend, Usage())
+            return Usage(*map(sum, zip(Usage(), *self._used.values(), strict=True)))
 
-    def _count(self, requests: int = 0, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> None:
+    def _count(
+        self, backend: str, requests: int, prompt_tokens: int | None = None, completion_tokens: int | None = None
+    ) -> None:  # fmt: skip
         with self._lock:
-            more = (requests, prompt_tokens or 0, completion_tokens or 0)
-            self._used = [a + b for a, b in zip(self._used, more, strict=True)]
+            more, used = (requests, prompt_tokens or 0, completion_tokens or 0), self._used.get(backend, Usage())
+            self._used[backend] = Usage(*map(sum, zip(used, more, strict=True)))
 
     def counts(self) -> Counter:
         """Attempts by status; they sum to `usage().requests`."""

@@ -43,9 +43,10 @@ class Unreadable(Exception):
 class Server:
     """Where the calls go, and how many. The key is read from the environment variable `api_key_env`, where it is set.
 
-    max_requests, max_total_tokens and max_cost bound what one ledger may hold, earlier runs included; prices are in the
-    unit of max_cost for 1,000,000 tokens. A call whose cost is known only afterwards may pass the last two by what is
-    on its way.
+    max_requests, max_total_tokens and max_cost bound what one ledger may hold of the calls of one judge or generator,
+    earlier runs included; prices are in the unit of max_cost for 1,000,000 tokens. A call whose cost is known only
+    afterwards may pass the last two by what is on its way. They need a server that says how many tokens it used: one
+    that answers without is refused at its first answer.
     """
 
     base_url: str
@@ -88,6 +89,7 @@ class Server:
         """One call without a second try. What it came to is in the call, never raised."""
         started = time.time()
         answer, _, _, about = self._try(*send(request), request, read)
+        self._must_be_counted(answer, about)
         return Call(request, answer, started, time.time() - started, about)
 
     def _send(self, path: str, body: dict):
@@ -126,6 +128,7 @@ class Server:
                 tries.end(attempt, i, answer, **about)
             finally:
                 self._leave()
+            self._must_be_counted(answer, about)
             last = not again or number + 1 == self.max_tries
             self._pace(answer, about.get("http_status"), again, wait, last)
             if last or stop.wait(wait or self._jitter(number)):
@@ -199,6 +202,15 @@ class Server:
 
     def _jitter(self, number: int) -> float:
         return random.uniform(0, min(60.0, self.backoff * 2**number))
+
+    def _must_be_counted(self, answer: Answer, about: dict) -> None:
+        """Raises ConfigError for an answer without usage, where a bound hangs on it: it would hold nothing back."""
+        bounds = [name for name in ("max_total_tokens", "max_cost") if getattr(self, name) is not None]
+        if bounds and answer.status == "ok" and not {"prompt_tokens", "completion_tokens"} <= set(about):
+            raise ConfigError(
+                f"{self.base_url} does not say how many tokens an answer took, so {bounds[0]} cannot be kept; "
+                "leave it out and set max_requests"
+            )
 
     def _begin(self, i: int, tries: Tries) -> int:
         with self._budget:

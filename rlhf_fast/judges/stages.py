@@ -82,15 +82,17 @@ def run_stage(
     *,
     settings: dict,
     batch_size: int,
+    output_dir: str | Path | None = None,
 ) -> list[dict]:
     """Applies `work` to batches of items, each of which has an "id"; it returns one record an item, with the same "id".
 
     What `work` asks of models goes through the ledger, so that it costs nothing a second time. Writes and returns all
-    records. Raises ConfigError if the ledger's directory holds another run.
+    records, in output_dir (None: the ledger's directory). Raises ConfigError if it holds another run.
     """
     if batch_size < 1:
         raise ConfigError(f"{name}: batch_size = {batch_size} must be 1 or more")
-    output_dir, ids = ledger.directory, [item["id"] for item in items]
+    output_dir, ids = Path(output_dir or ledger.directory), [item["id"] for item in items]
+    output_dir.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "ids_sha256": digest}})
     records: list[dict] = []
@@ -100,8 +102,8 @@ def run_stage(
                 done = work(list(items[start : start + batch_size]))
             except KeyboardInterrupt:
                 tqdm.write(
-                    f"{name}: stopped after {start} of {len(ids)} items; {output_dir}/ledger.sqlite has every answer, "
-                    "and the same call goes on there"
+                    f"{name}: stopped after {start} of {len(ids)} items; {ledger.directory}/ledger.sqlite has every "
+                    "answer, and the same call goes on there"
                 )
                 raise
             if [r["id"] for r in done] != ids[start : start + batch_size]:

@@ -16,9 +16,20 @@ from tqdm import tqdm
 
 pytest.importorskip("openai")
 
-from rlhf_fast.judges import Constitution, HTTPGenerator, HTTPJudge, Ledger, ModelCheck, Pair, Principle, Reply, Server
+from rlhf_fast.judges import (
+    Constitution,
+    HTTPGenerator,
+    HTTPJudge,
+    Ledger,
+    ModelCheck,
+    Pair,
+    Principle,
+    Reply,
+    Server,
+    audit,
+)
 from rlhf_fast.judges.server import _retry_after
-from rlhf_fast.trainers.constitutional import label, sample_pairs
+from rlhf_fast.trainers.constitutional import label, revise, sample_pairs
 
 ASK = [{"role": "user", "content": "say a number"}]
 KIND = Principle("kind", compare="Choose the kinder reply.")
@@ -316,6 +327,49 @@ def test_the_budget_is_kept_to_the_call_and_can_be_raised(tmp_path):
             label(pairs(8), HOUSE, judge_at(fake, server=priced), output_dir=tmp_path / "cost")
     with pytest.raises(ValueError, match="max_cost needs price_prompt"):
         Server("http://x", "m", max_cost=1.0)
+
+
+def test_a_budget_counts_the_calls_of_its_own_backend(tmp_path):
+    """One ledger for 16 replies and their checks: 17 calls of the judge, its probe among them, and 16 of the writer."""
+    polite = Principle("polite", check=ModelCheck("Is it rude?"), revise="Be polite.")
+    house = Constitution("house", (polite,), "ja", "chat", "chat")  # Japanese checks are answered (A) or (B)
+    with serving() as fake:
+        fake.logit = lambda text: -3.0
+        judge = judge_at(fake, house, server={"max_requests": 17})
+        writer = HTTPGenerator(server_at(fake, max_requests=16), 8)
+        prompts = [f"question {i}" for i in range(16)]
+        assert revise(prompts, writer, house, judge, output_dir=tmp_path, drop=[]).counts["clean"] == 16
+        assert sum(fake.asked.values()) == 33
+        db = sqlite3.connect(tmp_path / "ledger.sqlite")
+        assert sorted(n for (n,) in db.execute("SELECT count(*) FROM attempts GROUP BY backend")) == [16, 17]
+        with Ledger(tmp_path) as ledger:
+            assert ledger.usage().requests == 33
+
+
+def test_an_audit_has_one_budget(tmp_path):
+    rows = [{"prompt": f"question {i}", "better": f"{i + 1}", "worse": "0"} for i in range(6)]
+    with serving() as fake:
+        judge = judge_at(fake, server={"max_requests": 30})  # 1 for the probe of the server, 24 for the pairs
+        with pytest.raises(ValueError, match="max_requests = 30, 30 used"):
+            audit(rows, HOUSE, judge, output_dir=tmp_path, probe_pairs=2)
+        assert sum(fake.asked.values()) == 30
+
+
+@pytest.mark.parametrize("bound", [{"max_total_tokens": 10**6}, {"max_cost": 1.0, "price_prompt": 0.1}])
+def test_a_bound_in_tokens_needs_a_server_that_counts_them(tmp_path, bound):
+    with serving() as fake:
+        fake.usage = False
+        with pytest.raises(ValueError, match=f"does not say how many tokens.*{next(iter(bound))} cannot be kept"):
+            judge_at(fake, server=bound)
+        assert sum(fake.asked.values()) == 1
+        writer = HTTPGenerator(server_at(fake, concurrency=1, **bound), 8)
+        with pytest.raises(ValueError, match="does not say how many tokens"):
+            sample_pairs(pairs(6), writer, HOUSE_CHAT, output_dir=tmp_path)
+        paid = sum(fake.asked.values()) - 1
+        assert paid <= 2  # one may be on its way
+        with Ledger(tmp_path) as ledger:
+            assert ledger.counts() == {"ok": paid}
+        assert judge_at(fake, server={"max_requests": 5}).backend.mode == "chat"
 
 
 def test_a_429_slows_everyone_down(tmp_path):
