@@ -43,7 +43,7 @@ class Run:
     seed: int = 0
     endless: bool = False  # the model never says eos or pad, so that all responses have their full length
     shape: str = "llama"  # or "qwen2-0.5b", whose own sizes replace vocab, hidden and layers
-    device: str = "cpu"  # on "cuda" the weights are bfloat16
+    device: str = "cpu"
     profile: bool = False  # adds the operations on which the last iteration spends its time
 
     @property
@@ -75,7 +75,7 @@ def make_model(run: Run):
             num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
             pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
         )  # fmt: skip
-        return Qwen2ForCausalLM(config).to(run.device, torch.bfloat16 if run.device == "cuda" else torch.float32)
+        return Qwen2ForCausalLM(config).to(run.device)
     heads = max(1, run.hidden // 64)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -352,6 +352,7 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     config.num_labels = 1
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
+    scalar.score.float()  # it learns, over whatever trunk
     width = scalar.score.weight.shape[1]
     nn.init.normal_(scalar.score.weight, std=1 / math.sqrt(width + 1))
     return _learn_eos(scalar)

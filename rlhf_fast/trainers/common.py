@@ -224,7 +224,28 @@ def prepare(model, config):
         models.checkpoint_activations(model)
     if config.bf16 and not bf16_supported(model.device):
         raise ConfigError(f"bf16: {model.device.type} has no bfloat16 instructions here, so it would only be slower")
+    check_learns(model, "the model")
     return model
+
+
+def check_learns(model, name: str) -> None:
+    """Raises ConfigError where no parameter would learn, or one in 16 bits.
+
+    AdamW moves a weight by about the learning rate, and a bfloat16 has 8 bits: a step below 1/512 of the weight, which
+    most are at the usual rates, rounds to nothing.
+    """
+    learning = {p.dtype for p in model.parameters() if p.requires_grad}
+    if not learning:
+        raise ConfigError(
+            f"{name} has nothing that requires grad: load adapters that are to learn with "
+            "peft.PeftModel.from_pretrained(base, path, is_trainable=True), or give their path"
+        )
+    if half := learning & {torch.bfloat16, torch.float16}:
+        raise ConfigError(
+            f"{name} would learn in {str(half.pop()).removeprefix('torch.')}, where most of AdamW's steps round to "
+            "nothing: load it with dtype=torch.float32, or give its path (SFT and reward models still multiply in "
+            "bfloat16 with bf16: true), or train float32 adapters on it (lora_r; in PPO with share_trunk)"
+        )
 
 
 def bf16_supported(device: torch.device) -> bool:

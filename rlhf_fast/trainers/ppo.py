@@ -108,6 +108,9 @@ class PPOTrainer:
             self.reference = make_reference(self.policy) if ref_model is None else load_policy(ref_model)
             self.reference.eval().requires_grad_(False)
         self.value_model = self._make_critic(value_model)
+        common.check_learns(self.policy, "PPOTrainer: the policy")
+        if self.value_model:
+            common.check_learns(self.value_model, "PPOTrainer: the value model")
 
         networks = [self.policy, self.reference, self.value_model and self.value_model.model]
         longest = max(map(len, self.prompts + self.eval_prompts)) + config.response_length

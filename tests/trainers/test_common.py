@@ -204,6 +204,19 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     assert weight.tolist() == pytest.approx([0.9, 0.9])
 
 
+def test_what_learns_is_in_float32():
+    model = torch.nn.Linear(2, 2)
+    common.check_learns(model, "it")
+    model.weight.data = model.weight.data.bfloat16()
+    with pytest.raises(ConfigError, match=r"it would learn in bfloat16.*dtype=torch.float32"):
+        common.check_learns(model, "it")
+    model.weight.requires_grad_(False)
+    common.check_learns(model, "it")  # what is frozen may be in any dtype
+    model.bias.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"it has nothing that requires grad: .*is_trainable=True"):
+        common.check_learns(model, "it")
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import kl_penalty
 from rlhf_fast.advantages import RunningStd, sequence_advantages, shaped_scores
-from rlhf_fast.models import hidden_states
+from rlhf_fast.models import ValueModel, hidden_states
 from rlhf_fast.rollout import make_rollout, squeeze
 from rlhf_fast.trainers.common import ConfigError, NonFiniteError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer, minibatches
@@ -265,6 +265,14 @@ def test_the_scale_of_the_rewards_does_not_change_what_a_shared_trunk_learns(tmp
         assert max(float(g.abs().max()) for g in critics) > 1e-2  # and it has one
     for small, large in zip(*gradients, strict=True):
         torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-4 * float(small.abs().max()))
+
+
+def test_weights_in_bfloat16_are_refused(tmp_path):
+    half = tiny_model(tiny_tokenizer()).bfloat16()
+    with pytest.raises(ConfigError, match="the policy would learn in bfloat16"):
+        make_trainer(tmp_path / "run", half)
+    with pytest.raises(ConfigError, match="the value model would learn in bfloat16"):
+        make_trainer(tmp_path / "run", value_model=ValueModel.from_policy(half))
 
 
 @pytest.mark.parametrize("share_trunk", [False, True])

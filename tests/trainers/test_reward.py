@@ -208,6 +208,18 @@ def test_only_the_last_layers_learn(tmp_path):
         trainer(tmp_path, train_last_layers=1, freeze_trunk=True)
 
 
+def test_only_a_frozen_trunk_may_be_in_bfloat16(tmp_path):
+    """transformers 5 loads a checkpoint in its own dtype; most steps of such weights would round to nothing."""
+    half = tiny_model(tiny_tokenizer()).bfloat16()
+    with pytest.raises(ConfigError, match="the model would learn in bfloat16"):
+        trainer(tmp_path, model=half)
+    rm = trainer(tmp_path, model=half, freeze_trunk=True, max_steps=1)
+    assert rm.model.base_model.dtype == torch.bfloat16 and rm.model.score.weight.dtype == torch.float32
+    before = rm.model.score.weight.detach().clone()
+    next(iter(rm))
+    assert (rm.model.score.weight != before).all()
+
+
 def test_lora_keeps_the_head(tmp_path):
     tokenizer = tiny_tokenizer()
     for part in (tiny_model(tokenizer), tokenizer):

@@ -172,6 +172,12 @@ def test_bf16_is_near_and_refused_without_the_hardware(tmp_path, monkeypatch):
     assert (weights(rounded) - weights(exact)).abs().max() > 1e-3
 
 
+def test_weights_in_bfloat16_are_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ConfigError, match="the model would learn in bfloat16"):
+        SFTTrainer(SFTConfig(), tiny_model(tokenizer).bfloat16(), train_dataset=DATA, tokenizer=tokenizer)
+
+
 @pytest.fixture
 def saved_base(tmp_path):
     tokenizer = tiny_tokenizer()
