@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .models import unwrapped
+from .models import rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
@@ -35,7 +35,7 @@ def why_not(model) -> str | None:
     layers = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))
     if config.model_type not in SUPPORTED or layers is None:
         return f"its architecture is {config.model_type}, not one of {', '.join(SUPPORTED)}"
-    if getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "default") in ("dynamic", "longrope"):
+    if rotary_limit(model) is not None:
         return "it rescales its rotary positions as the text grows"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return "some of its layers attend to a window only"

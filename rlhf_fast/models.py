@@ -402,6 +402,21 @@ def set_reward_scale(model: nn.Module, mean: float, std: float) -> None:
     config.reward_mean, config.reward_std = mean, std
 
 
+def rotary_limit(model: nn.Module) -> int | None:
+    """Tokens beyond which the longest sequence of a forward pass rescales the rotary positions of all that are in it
+    ("dynamic" and "longrope" embeddings); None where that never happens."""
+    model = unwrapped(model)
+    if getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "default") not in ("dynamic", "longrope"):
+        return None
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # 5, 4
+    return (
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+    )
+
+
 def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of the trunk, first to last; none where it does not hold them itself."""
     return max(

@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .data.collate import Packed
-from .models import trunk_layers, unwrapped
+from .models import rotary_limit, trunk_layers, unwrapped
 from .trunk import llama, runs_here
 
 NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
@@ -141,8 +141,15 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def why_not_packed(model) -> str | None:
-    """None where the model gives each packed sequence what it gives it alone; else what went wrong."""
+def why_not_packed(model, longest: int) -> str | None:
+    """None where the model gives each packed sequence, of at most `longest` tokens, what it gives it alone; else what
+    went wrong."""
+    limit = rotary_limit(model)
+    if limit is not None and longest > limit:
+        return (
+            f"beyond {limit} tokens {type(unwrapped(model)).__name__} scales its rotary positions by the longest "
+            f"sequence that it sees at once, here {longest}; padding changes nothing in that, only batches of one do"
+        )
     ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().num_embeddings
     flash = unwrapped(model).config._attn_implementation in FLASH
     other = ids.flip(1)

@@ -1,5 +1,7 @@
 """A row of sequences is its sequences alone: same hidden states, loss and gradients, for every kind of attention."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from rlhf_fast import SFTConfig, SFTTrainer, models
 from rlhf_fast.data.chat import ConfigError, Encoded
 from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
 from rlhf_fast.data.formats import Comparison
+from rlhf_fast.decoder import why_not
 from rlhf_fast.ops import linear_cross_entropy
 from rlhf_fast.packing import packed_attention, packed_hidden_states, packing, why_not_packed
 
@@ -84,7 +87,7 @@ def test_hidden_states_are_those_of_the_sequences_alone(architecture, attention)
     assert expected.std() > 0.1
     torch.testing.assert_close(together(model, Packed.of(rows)), expected, rtol=1e-5, atol=1e-5)
     assert model.config._attn_implementation == attention
-    assert why_not_packed(model) is None
+    assert why_not_packed(model, 64) is None
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -211,9 +214,53 @@ def test_models_that_cannot_be_packed_say_why():
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4))
     gemma2 = Gemma2ForCausalLM(Gemma2Config(vocab_size=V, hidden_size=32, head_dim=8, pad_token_id=0, **SIZES))
-    assert "lets one sequence of a row see another" in why_not_packed(bloom)
-    assert "no softcap" in why_not_packed(gemma2)
+    assert "lets one sequence of a row see another" in why_not_packed(bloom, 64)
+    assert "no softcap" in why_not_packed(gemma2, 64)
     assert bloom.training and bloom.config._attn_implementation == "eager"
+
+
+ROPES = {
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_positions_that_the_longest_sequence_rescales_are_packed_only_below_that_length(kind, tmp_path):
+    most = 16 if kind == "dynamic" else 64
+    model = build(llama, max_position_embeddings=most, rope_scaling={"rope_type": kind, **ROPES[kind]})
+    short, other, long = (torch.arange(3, 3 + n) for n in (12, 16, 57))
+
+    def packed(*sequences):
+        with packing(model):
+            return packed_hidden_states(model, Packed.of(sequences), torch.arange(12))
+
+    def padded(*sequences):
+        return models.hidden_states(model, torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True))[0, :12]
+
+    assert why_not_packed(model, 16) is None
+    with torch.no_grad():
+        alone = padded(short)
+        torch.testing.assert_close(packed(short, other), alone, rtol=1e-5, atol=1e-5)
+        for together in (packed, padded):  # what the warning says, of both
+            assert (together(short, long) - alone).abs().max() > 0.01 * alone.abs().max()
+    assert "beyond 16 tokens LlamaForCausalLM scales its rotary positions" in why_not_packed(model, 57)
+    assert why_not(model) is not None
+
+
+def test_a_trainer_packs_such_a_model_by_the_lengths_of_its_data(tmp_path):
+    tokenizer = tiny_tokenizer()
+    for n, packs in ((1, True), (20, False)):
+        rope = {"rope_type": "longrope", **ROPES["longrope"]}
+        model, data = tiny_model(tokenizer, rope_scaling=rope), [{"prompt": "a", "completion": "b" * n}]
+        with nullcontext() if packs else pytest.warns(UserWarning, match="beyond 16 tokens .* only batches of one do"):
+            sft = SFTTrainer(SFTConfig(str(tmp_path / "run")), model, train_dataset=data, tokenizer=tokenizer)
+        assert sft.packed is packs
 
 
 def test_rows_are_filled_by_best_fit():

@@ -260,9 +260,10 @@ def autocast(model, bf16: bool):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
 
 
-def packing_if_possible(model, required: bool = False) -> bool:
-    """Whether batches can be rows without padding (packing.py). If not: a warning, or ConfigError where required."""
-    reason = why_not_packed(model)
+def packing_if_possible(model, longest: int, required: bool = False) -> bool:
+    """Whether batches can be rows without padding (packing.py), of sequences of at most `longest` tokens. If not: a
+    warning, or ConfigError where required."""
+    reason = why_not_packed(model, longest)
     if reason and required:
         raise ConfigError(f"packing: {reason}; set packing to false")
     if reason:

@@ -137,14 +137,15 @@ class RewardTrainer:
             self.reports.append(report)
         self.model = load_reward_model(model, self.tokenizer)
         set_reward_scale(self.model, 0.0, 1.0)  # of an earlier training
-        check_lengths(self.model, self.tokenizer, max(map(len, [*self.items, *self.eval_items, *self.reference])))
+        longest = max(map(len, [*self.items, *self.eval_items, *self.reference]))
+        check_lengths(self.model, self.tokenizer, longest)
         disable_dropout(self.model)
         if not has_adapters(self.model) or config.freeze_trunk:
             unwrapped(self.model).base_model.requires_grad_(not config.freeze_trunk)
         if config.train_last_layers:
             train_last_layers(self.model, config.train_last_layers)
         self.model = common.prepare(self.model, config)
-        self.packed = common.packing_if_possible(self.model)
+        self.packed = common.packing_if_possible(self.model, longest)
         self.evaluation: Pairs | None = None  # of the last evaluate()
 
         self.lengths = [len(item) for item in self.items]

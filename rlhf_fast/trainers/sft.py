@@ -107,11 +107,12 @@ class SFTTrainer:
             self.reports.append(report)
         common.check_best(config, eval_dataset)
         self.model = common.prepare(load_policy(model), config)
-        check_lengths(self.model, self.tokenizer, max(map(len, self.examples + self.eval_examples)))
+        longest = max(map(len, self.examples + self.eval_examples))
+        check_lengths(self.model, self.tokenizer, longest)
         check_lm_head(self.model)
         stop_at_eos(self.model, self.tokenizer)
         self.sample_prompts = self._choose_prompts(records)
-        self.packed = common.packing_if_possible(self.model, required=config.packing)
+        self.packed = common.packing_if_possible(self.model, longest, required=config.packing)
 
         self.lengths = [len(e) for e in self.examples]
         self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]

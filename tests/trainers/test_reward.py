@@ -187,7 +187,7 @@ def test_all_responses_of_a_micro_batch_share_one_forward_pass_and_those_of_a_pr
 
 def test_a_model_that_cannot_be_packed_is_padded_and_learns_the_same(tmp_path, monkeypatch):
     packed = gradients(tmp_path, SOFT, per_device_train_batch_size=5, gradient_accumulation_steps=2)
-    monkeypatch.setattr(common, "why_not_packed", lambda model: "a reason")
+    monkeypatch.setattr(common, "why_not_packed", lambda model, longest: "a reason")
     with pytest.warns(UserWarning, match="batches are padded, within buckets of similar length: a reason"):
         padded = gradients(tmp_path, SOFT, per_device_train_batch_size=5, gradient_accumulation_steps=2)
     for name, gradient in packed.items():
