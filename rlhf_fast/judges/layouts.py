@@ -211,8 +211,11 @@ COMPARE_LAYOUTS = {
 # --- text that others wrote ---
 
 _OWN_WORDS = [re.escape(text) for words in WORDS.values() for text in (words.stem, words.cot_stem, words.opening)]
-_SCAFFOLD = re.compile(rf"\n\n(?=(?:{_ANY_HEAD}):|{'|'.join(_OWN_WORDS)})")
-_OPTION = re.compile(r"\n +(?=\([AB]\))")
+_SCAFFOLD = re.compile(
+    rf"(\n[^\S\n]*\n|\r[^\S\r]*\r)(?=(?:{_ANY_HEAD}):|{'|'.join(_OWN_WORDS)})"
+)  # behind a blank line
+_OPTION = re.compile(r"([\n\r])[^\S\n\r]+(?=\([AB]\))")
+_QUOTE = re.compile(r"\[{3,}|\]{3,}")
 _MARKUP = re.compile(r"<(?=\||/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
 
 
@@ -222,8 +225,8 @@ def defuse(text: str, special_tokens: Sequence[str] = ()) -> str:
 
     Text that does nothing of the kind is returned as it is.
     """
-    text = text.replace("[[[", "[ [ [").replace("]]]", "] ] ]")
-    text = _OPTION.sub("\n", _SCAFFOLD.sub("\n\n ", text))
+    text = _QUOTE.sub(lambda found: " ".join(found[0]), text)
+    text = _OPTION.sub(r"\1", _SCAFFOLD.sub(r"\1 ", text))
     text = _MARKUP.sub(lambda found: found[0] + " ", text)
     for token in special_tokens:
         if len(token) > 1:
