@@ -35,7 +35,9 @@ from .judges import (
 )  # fmt: skip
 from .judges.calibration import UNCALIBRATED
 from .judges.labels import label_settings, other_weights, settings_of
+from .judges.ledger import Ledger
 from .judges.released import read_released_comparisons
+from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
@@ -438,15 +440,23 @@ class _StageTable:
             load_policy(model), self.tokenizer, self.prompts, max_new_tokens=self.job.max_new_tokens,
             temperature=self.job.temperature, seed=self.job.seed,
         )  # fmt: skip
-        conversations = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in self.prompts]
-        checks = self.judge.check([Reply(c, r, self.principles) for c, r in zip(conversations, replies, strict=True)])
+        items = read_items(self.prompts)
+        asked = [Reply(item["prompt"], r, self.principles) for item, r in zip(items, replies, strict=True)]
+        with Ledger(self.root / "checks") as ledger:
+            checks = self.judge.check(asked, ledger)
         violated = [[check.principle for check in row if check.satisfied is False] for row in checks]
-        for sample, text, violates in zip(self.samples, replies, violated, strict=False):
-            sample["responses"].append({"stage": name, "text": text, "violates": violates})
+        missing = [[check for check in row if check.status not in ("ok", "not_applicable")] for row in checks]
+        for sample, text, violates, gone in zip(self.samples, replies, violated, missing, strict=False):
+            known = None if gone and not violates else violates
+            sample["responses"].append({"stage": name, "text": text, "violates": known})
+        if reasons := [row[0].reason for row in missing if row]:
+            print(f"{name}: {len(reasons)} of {len(checks)} replies are in no pass rate, a check had no answer "
+                  f"({reasons[0]})")  # fmt: skip
         applies = {p.id: [c.satisfied for row in checks for c in row if c.principle == p.id and c.satisfied is not None]
                    for p in self.principles}  # fmt: skip
+        passed = [not violates for violates, gone in zip(violated, missing, strict=True) if not gone]
         return {
-            "pass_rate": sum(not v for v in violated) / len(violated),
+            "pass_rate": sum(passed) / len(passed) if passed else None,
             "pass_rate_per_principle": {p: sum(kept) / len(kept) for p, kept in applies.items() if kept},
         }
 

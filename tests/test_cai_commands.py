@@ -9,9 +9,12 @@ from fake_server import serving
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
+from rlhf_fast.cai_jobs import TrainJob, _StageTable
 from rlhf_fast.cli import main
-from rlhf_fast.judges import Constitution, Principle, Vote, audit
+from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit
+from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
+from rlhf_fast.models import load_tokenizer
 from rlhf_fast.trainers.constitutional import label
 
 HOUSE = """\
@@ -221,3 +224,46 @@ def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):
     assert f"pair {lost['id']}: its status is 'failed'" in capsys.readouterr().err
     assert cai("label", **rules, data=tmp_path / "pairs" / "pairs.jsonl") == 0
     assert "label: 2 inputs, 2 tie" in capsys.readouterr().out
+
+
+POLITE = Principle("polite", check=ModelCheck("Is it rude?"), revise="Be polite.")
+ASKING = Constitution("asking", (POLITE,), "ja", "chat")  # Japanese checks are answered (A) or (B)
+
+
+def stage_table(house, root, judge):
+    """Of four held-out prompts, with one stage in it."""
+    job = TrainJob(str(house / "model"), "unread", max_new_tokens=4)
+    held_out = [{"prompt": f"say {n}"} for n in range(4)]
+    table = _StageTable(root, job, ASKING, judge, load_tokenizer(job.model), held_out)
+    table.add("start", job.model)
+    return json.loads((root / "summary.json").read_text())
+
+
+def test_a_check_without_an_answer_is_in_no_pass_rate(house, tmp_path, capsys):
+    class Scripted:
+        def __init__(self, *statuses):
+            self.checks = [[Check("polite", None, kept, status, "no answer")] for status, kept in statuses]
+
+        def check(self, replies, ledger):
+            return self.checks
+
+    some = ("ok", True), ("failed", None), ("ok", False), ("not_applicable", None)
+    summary = stage_table(house, tmp_path / "some", Scripted(*some))
+    (stage,) = summary["stages"]
+    assert stage["pass_rate"] == 2 / 3 and stage["pass_rate_per_principle"] == {"polite": 1 / 2}
+    assert [s["responses"][0]["violates"] for s in summary["samples"]] == [[], None, ["polite"], []]
+    assert "start: 1 of 4 replies are in no pass rate, a check had no answer (no answer)" in capsys.readouterr().out
+    summary = stage_table(house, tmp_path / "none", Scripted(*[("unparsed", None)] * 4))
+    assert summary["stages"][0]["pass_rate"] is None and "4 of 4 replies" in capsys.readouterr().out
+
+
+def test_checks_of_held_out_answers_are_paid_for_once_and_within_the_budget(house, tmp_path):
+    pytest.importorskip("openai")
+    with serving() as fake:
+        fake.logit = lambda text: -3.0
+        with pytest.raises(ValueError, match="max_requests = 3, 3 used"):  # the probe, and two checks
+            stage_table(house, tmp_path, HTTPJudge(Server(fake.url, "m", max_requests=3), ASKING))
+        judge = HTTPJudge(Server(fake.url, "m"), ASKING)
+        for _ in range(2):
+            assert stage_table(house, tmp_path, judge)["stages"][0]["pass_rate"] == 1.0
+        assert sum(fake.asked.values()) == 2 + 4
