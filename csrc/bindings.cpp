@@ -1,11 +1,13 @@
 // Python sees every op of ops.h under its own name: _C.token_logprobs_forward(...),
 // _C.cuda.token_logprobs_forward(...). Tensors arrive as themselves. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <tuple>
 #include <type_traits>
 
+#include "memory.h"
 #include "ops.h"
 #include "tensor.h"
 
@@ -88,6 +90,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("alike", &rlhf::alike);
   m.def("route", &rlhf::route);
+  m.def("kept_tensor", &rlhf::kept_tensor);
+  m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });
 
   m.def("isa", [] { return std::string(rlhf::cpu_isa().name); });
   m.def("isas", [] {  // name -> whether this CPU runs it

@@ -1,6 +1,6 @@
 """The ops: what `import rlhf_fast` offers to other people's training loops. One file, one op."""
 
-from ._dispatch import backends, use_backend
+from ._dispatch import backends, empty_cache, use_backend
 from .cross_entropy import cross_entropy
 from .dpo_loss import dpo_loss
 from .gae import gae
@@ -21,6 +21,7 @@ __all__ = [
     "backends",
     "cross_entropy",
     "dpo_loss",
+    "empty_cache",
     "gae",
     "kl_divergence",
     "kl_penalty",

@@ -11,6 +11,7 @@ eager and torch.compile). On a GPU, native before triton is predicted (bench/not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -28,6 +29,7 @@ except ImportError as error:  # a source tree without its build; backends() and 
     _C, _C_MISSING = None, str(error)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+LARGE = 32 << 20  # bytes; smaller ones malloc keeps by itself
 MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
 HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
 
@@ -168,6 +170,23 @@ _route = (lambda arguments: _LIBRARY_OP) if _C is None else _C.route
 def plain(arguments: tuple) -> bool:
     """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
     return not is_compiling() and _route(arguments) != _LIBRARY_OP
+
+
+def empty(shape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty; where it is large and on the CPU, in memory that a step before has left (csrc/memory.h)."""
+    if device.type == "cpu" and _keeps() and shape and math.prod(shape) * dtype.itemsize >= LARGE:
+        return torch.from_dlpack(_C.kept_tensor(shape, DTYPE_CODES[dtype]))
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@lru_cache(None)
+def _keeps() -> bool:
+    return hasattr(_C, "kept_tensor")  # a source tree may have no build, or an older one
+
+
+def empty_cache() -> int:
+    """Gives the memory that is kept for large CPU gradients back to the system -> bytes."""
+    return _C.empty_cache() if _keeps() else 0
 
 
 def device_type(x: Tensor) -> str:

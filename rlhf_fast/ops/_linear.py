@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import _C, DTYPE_CODES, check_vocabulary
+from ._dispatch import _C, DTYPE_CODES, check_vocabulary, empty
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -250,9 +250,11 @@ class Gradients:
         self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
         # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
         once = inputs.way == IN_DTYPE and len(inputs.parts) <= 1
-        self.weight = torch.empty(
-            weight.shape if wanted[1] else 0, dtype=weight.dtype if once else dtype, device=hidden.device
-        )
+        total = weight.dtype if once else dtype
+        new = (
+            empty if total == weight.dtype else torch.empty
+        )  # a total that is narrowed gives its pages back as it goes
+        self.weight = new(weight.shape if wanted[1] else 0, dtype=total, device=hidden.device)
         self.bias = torch.zeros(bias.shape if wanted[2] else 0, dtype=dtype, device=hidden.device)
         self.beta = 0  # the first chunk overwrites
 

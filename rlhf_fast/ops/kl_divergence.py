@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, native
+from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, empty, native
 from ._inputs import accumulation_dtype, wants_gradient
 
 NAME = "kl_divergence"
@@ -31,9 +31,9 @@ def _forward_arguments(logits, ref_logits, mask, *with_grads):
     return arguments, (kl, saved)
 
 
-def _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
+def _gradients(new, logits, ref_logits, with_grads):
     return tuple(
-        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        new(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip((logits, ref_logits), with_grads, strict=True)
     )
 
@@ -42,7 +42,7 @@ def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grad
     logits, ref_logits, mask, grad_kl = (
         logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
     )  # fmt: skip
-    grads = _gradients(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads)
+    grads = _gradients(empty, logits, ref_logits, with_grads)
     arguments = (
         logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved, grad_kl,
         *(g if wanted else None for g, wanted in zip(grads, with_grads, strict=True)),
@@ -54,7 +54,7 @@ _backward = Op(
     f"{NAME}_backward(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor saved, Tensor grad_kl, "
     "bool with_grad, bool with_ref_grad) -> (Tensor, Tensor)",
     kernels=native(f"{NAME}_backward", _backward_arguments, scratch=False, triton=NAME),
-    fake=_gradients,
+    fake=lambda *args: _gradients(torch.empty, *args[:2], args[6:]),
 )
 
 

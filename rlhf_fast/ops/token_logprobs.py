@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, byte_mask, check_vocabulary, launch, overlaps_itself, plain, strided_rows
+from ._dispatch import (
+    _C,
+    DTYPE_CODES,
+    Op,
+    byte_mask,
+    check_vocabulary,
+    empty,
+    launch,
+    overlaps_itself,
+    plain,
+    strided_rows,
+)
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -41,7 +52,7 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
     grad_logprobs = None if grad_logprobs is None else grad_logprobs.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     if out is None:
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        out = empty(logits.shape, dtype=logits.dtype, device=logits.device)
         grad_outer_stride, grad_inner_stride = inner * logits.shape[-1], logits.shape[-1]
     else:  # over the logits, or over the copy that their strides made necessary
         out, grad_outer_stride, grad_inner_stride = rows, outer_stride, inner_stride

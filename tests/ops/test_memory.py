@@ -1,0 +1,149 @@
+"""Large CPU gradients come in memory that the step before has left (csrc/memory.h), and nobody sees the difference."""
+
+import gc
+import io
+import threading
+
+import pytest
+import torch
+
+import rlhf_fast
+from rlhf_fast.ops import _dispatch
+
+SHAPE = (64, 1000)
+BYTES = 4 * 64 * 1000
+
+pytestmark = pytest.mark.skipif(not _dispatch._keeps(), reason="needs the native build")
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    monkeypatch.setattr(_dispatch, "LARGE", 1)
+    gc.collect()
+    _dispatch.empty_cache()
+    yield
+    gc.collect()
+    _dispatch.empty_cache()
+
+
+def gradient(seed=0, shape=SHAPE, dtype=torch.float32, mask=None):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator)
+    rlhf_fast.token_logprobs(logits, labels, mask=mask).sum().backward()
+    return logits.grad
+
+
+def test_a_freed_gradient_s_memory_is_the_next_one_s_and_holds_its_values():
+    first = gradient()
+    expected, address = first.clone(), first.data_ptr()
+    first.fill_(torch.nan)
+    del first
+    second = gradient()
+    assert second.data_ptr() == address and torch.equal(second, expected)
+    assert second.is_contiguous() and second.shape == SHAPE and not second.requires_grad
+
+
+def test_masked_rows_are_zero_in_used_memory():
+    gradient().fill_(torch.nan)
+    mask = torch.arange(SHAPE[0]) % 3 == 0
+    grad = gradient(mask=mask)
+    assert grad.isfinite().all() and not grad[~mask].any() and grad[mask].any()
+
+
+def test_what_is_in_use_is_nobody_else_s():
+    first = gradient(0)
+    before = first.clone()
+    second = gradient(1)
+    assert second.data_ptr() != first.data_ptr() and torch.equal(first, before)
+    row = first[3]  # a view holds the whole
+    del first
+    gradient(2)
+    assert torch.equal(row, before[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype(dtype):
+    used = gradient(dtype=dtype)
+    assert used.dtype == dtype
+    with rlhf_fast.use_backend("reference"):
+        expected = gradient(dtype=dtype)
+    torch.testing.assert_close(used, expected, rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+
+
+def test_no_more_is_kept_than_was_in_use_at_once():
+    one = gradient()
+    del one
+    assert _dispatch.empty_cache() == BYTES and _dispatch.empty_cache() == 0
+    one, two = gradient(0), gradient(1)
+    del one, two
+    larger = gradient(shape=(64, 1500))  # neither is large enough: the older one makes room
+    del larger
+    assert _dispatch.empty_cache() <= 2 * BYTES
+
+
+def test_a_small_one_does_not_sit_in_a_large_one_s_place():
+    large = gradient()
+    address = large.data_ptr()
+    del large
+    small = gradient(shape=(4, 1000))
+    assert small.data_ptr() != address
+
+
+def test_both_gradients_of_kl_and_the_weight_s_of_a_linear_loss():
+    for _ in range(2):
+        a, b = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
+        rlhf_fast.kl_divergence(a, b).sum().backward()
+        exact = [x.detach().double().requires_grad_() for x in (a, b)]
+        p, q = (x.log_softmax(-1) for x in exact)
+        (p.exp() * (p - q)).sum().backward()
+        for x, e in zip((a, b), exact, strict=True):
+            torch.testing.assert_close(x.grad.double(), e.grad, rtol=1e-4, atol=1e-6)
+    weights = []
+    for _ in range(2):
+        hidden, weight = torch.ones(8, 16), torch.linspace(-1, 1, 100 * 16).view(100, 16).requires_grad_()
+        rlhf_fast.linear_cross_entropy(hidden, weight, torch.arange(8)).backward()
+        weights.append(weight.grad.clone())
+        address, weight.grad = weight.grad.data_ptr(), None
+    assert torch.equal(*weights) and address
+
+
+def test_it_is_an_ordinary_tensor():
+    grad = gradient()
+    file = io.BytesIO()
+    torch.save(grad, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), grad)
+    shared = grad.clone().share_memory_()
+    assert torch.equal(shared, grad) and torch.equal(torch.from_numpy(grad.numpy()), grad)
+    grad.add_(1).mul_(2)
+    assert torch.equal(grad, (shared + 1) * 2)
+
+
+def test_threads_free_and_take_at_once():
+    failures = []
+
+    def work(seed):
+        expected = gradient(seed).clone()
+        for _ in range(50):
+            if not torch.equal(gradient(seed), expected):
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    gc.collect()
+    assert _dispatch.empty_cache() <= 8 * BYTES
+
+
+def test_derivatives_and_the_library_op():
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 3, 6])
+    assert torch.autograd.gradcheck(lambda x: rlhf_fast.token_logprobs(x, labels), (logits,))
+    compiled = torch.compile(lambda x: rlhf_fast.token_logprobs(x, labels).sum(), fullgraph=True, backend="aot_eager")
+    (ours,) = torch.autograd.grad(compiled(logits), logits)
+    (plain,) = torch.autograd.grad(torch.log_softmax(logits, -1)[range(3), labels].sum(), logits)
+    torch.testing.assert_close(ours, plain)
