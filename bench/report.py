@@ -383,11 +383,15 @@ def hh_reward(result: dict) -> str:
     for rule in ("accuracy", "loss"):
         lines += [line(f"chosen by {rule}: fold {row['fold']}", row) for row in rules[rule]["rows"]]
         lines.append(line(f"**chosen by {rule}: all**", rules[rule]["all"]))
-    lines += ["", "| width x layers | BPE | rate | epochs | accuracy over all folds | loss |", "|" + " --- |" * 6]
+    lines += [
+        "",
+        "| width x layers | BPE | rate | epochs | target | accuracy over all folds | loss |",
+        "|" + " --- |" * 7,
+    ]
     for row in rules["each candidate"]:
         lines.append(
             f"| {row['hidden']} x {row['layers']} | {row['vocab_size']} | {row['learning_rate']:g} | {row['epochs']} | "
-            f"{row['accuracy']:.3f} | {row['loss']:.3f} |"
+            f"{row['target']:g} | {row['accuracy']:.3f} | {row['loss']:.3f} |"
         )
     model, weights = result["model"], [row["weights"] for row in result["rows"]]
     return "\n".join(lines) + (
