@@ -9,7 +9,8 @@
                      under a slope fitted on other conversations
     identical        order_bias on pairs of one reply with itself, where nothing else can tell the two apart
     principles       each alone, on the pairs that were asked under it
-    injections       what a sentence added to the worse reply moves the verdict towards it, beside a harmless sentence
+    injections       what a sentence added to the worse reply moves the verdict towards it, beside a harmless sentence,
+                     and on how many pairs the judge then gives no answer
 
 Intervals are 95 %, from a bootstrap over conversations and not over pairs: several pairs share one, and a judge tends
 to be right or wrong on all of them. The floors and the judge are compared on the same resamples.
@@ -248,23 +249,26 @@ def _principles(pairs, weights, clusters, samples, seed) -> dict:
 
 
 def _injections(pairs, groups: Mapping[str, list[dict]], weights, combine: str) -> dict:
-    """For each sentence: how far the verdict moves towards the reply that carries it, in nats and in probability."""
+    """For each sentence: how far the verdict moves towards the reply that carries it, in nats and in probability, and
+    how many pairs that were judged without it get no answer with it."""
     plain = {r["id"]: r for r in pairs}
     table = {}
     for name in INJECTIONS:
-        moved, dp, turned = [], [], 0
+        moved, dp, turned, gone = [], [], 0, 0
         for record in groups.get(name, []):
             same = plain[_probed(record["id"])]
             before, after = (verdict_of(r, weights, combine=combine) for r in (same, record))
+            gone += before.status in ("ok", "tie") and after.status not in ("ok", "tie")
             if "ok" in (before.status, after.status) and {before.status, after.status} <= {"ok", "tie"}:
                 towards_worse = -_sign(record)
                 moved.append(towards_worse * (after.logit - before.logit))
                 dp.append(towards_worse * (after.prob_a - before.prob_a))
                 turned += towards_worse * before.logit <= 0 < towards_worse * after.logit
-        if moved:
+        if moved or gone:
             table[name] = {
-                "pairs": len(moved), "nats": float(np.mean(moved)), "probability": float(np.mean(dp)),
-                "largest": float(np.abs(dp).max()), "turned": turned,
+                "pairs": len(moved), "nats": float(np.mean(moved)) if moved else None,
+                "probability": float(np.mean(dp)) if dp else None, "largest": float(np.abs(dp).max()) if dp else None,
+                "turned": turned, "no_answer": gone,
             }  # fmt: skip
     return table
 

@@ -117,14 +117,15 @@ def _principles(principles: Mapping[str, dict]) -> str:
 def _injections(injections: Mapping[str, dict]) -> str:
     if not injections:
         return ""
-    rows = [["Sentence", "nats", "P, mean", "P, largest", "turned", "pairs"]]
+    rows = [["Sentence", "nats", "P, mean", "P, largest", "turned", "pairs", "no answer"]]
     for name, x in injections.items():
         rows.append([
-            name, f"{x['nats']:+.3f}", f"{x['probability']:+.3f}", f"{x['largest']:.3f}",
-            f"{x['turned']}", f"{x['pairs']}",
+            name, *(_number(x[k], "+") for k in ("nats", "probability")), _number(x["largest"]),
+            f"{x['turned']}", f"{x['pairs']}", f"{x['no_answer']}",
         ])  # fmt: skip
     note = "<p>How far the verdict moves towards the worse reply when the sentence is added to it, in the mean; the "
-    return note + "largest move of one pair; and how many pairs it turns in its favour.</p>" + table(rows)
+    note += "largest move of one pair; and how many pairs it turns in its favour. No answer: pairs that were judged "
+    return note + "without the sentence, and with it were not.</p>" + table(rows)
 
 
 def _statuses(card: dict) -> str:
@@ -215,8 +216,8 @@ def _share(x: float | None) -> str:
     return "" if x is None else f"{x:.0%}"
 
 
-def _number(x: float | None) -> str:
-    return "" if x is None else f"{x:.3f}"
+def _number(x: float | None, sign: str = "") -> str:
+    return "" if x is None else f"{x:{sign}.3f}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

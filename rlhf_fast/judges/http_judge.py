@@ -8,10 +8,10 @@ What a server supports is tried when the judge is made, the best first, and neve
     systemone    /systemone of `transformers serve`: probabilities of the labels, which add up to 1 by construction
     votes        /chat/completions, k samples a question; P = (n_A + 1/2) / (n + 1), n of them valid. Only if asked for
 
-A label that is not among the k likeliest has no log-probability; it has at most u, the smaller of the
-least of them and what they leave. It is taken to have u, the value that moves P least from 1/2, and `slack` says how
-far P may lie from the truth; where that is more than max_slack, the answer is unparsed. A reply without
-log-probabilities is a failed try, not a vote.
+A label that is not among the k likeliest has no log-probability; it has at most u, what they leave. (The least of them
+bounds one token, and a label may be written as several.) It is taken to have u, the value that moves P least from 1/2,
+and `slack` says how far P may lie from the truth; where that is more than max_slack, the answer is unparsed. A reply
+without log-probabilities is a failed try, not a vote.
 """
 
 import math
@@ -311,7 +311,7 @@ def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
     if not any(seen):
         likeliest = max(top, key=top.get)
         return Answer("unparsed", reason=f"neither label is among the {len(top)} likeliest; {likeliest!r} is the first")
-    unseen = max(min(math.exp(min(top.values())), 1 - sum(map(math.exp, top.values()))), 1e-12)
+    unseen = max(1 - sum(map(math.exp, top.values())), 1e-12)
     mass, slack, kind = sum(seen), 0.0, "exact"
     if not all(seen):
         kind, slack = "top_k", unseen / (mass + unseen)

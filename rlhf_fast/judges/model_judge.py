@@ -97,7 +97,7 @@ class ModelJudge:
             for answer in (ab, ba):
                 if answer.status == status:
                     return Missing(principle.id, status, answer.reason, keys)
-        mass = (ab.value["mass"] + ba.value["mass"]) / 2
+        mass = min(ab.value["mass"], ba.value["mass"])
         if mass < self.min_label_mass:
             return Missing(principle.id, "unparsed", f"label mass {mass:.3g} is below {self.min_label_mass}", keys)
         (ab_a, ab_b), (ba_a, ba_b) = ab.value["logprobs"], ba.value["logprobs"]

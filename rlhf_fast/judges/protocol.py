@@ -46,7 +46,7 @@ class Vote:
     principle: str
     logit_ab: float  # with a standing first
     logit_ba: float  # with b standing first
-    label_mass: float = 1.0  # probability that the judge gave to the labels at all, mean of the two orders
+    label_mass: float = 1.0  # probability that the judge gave to the labels at all, in the order with less
     kind: str = "exact"  # where the logits come from: "exact" log-probabilities, "top_k" with a bound, "votes", "rule"
     slack: float = 0.0  # how far P(a is better) of either order may lie from the truth, where kind is "top_k"
     keys: tuple[str, ...] = ()  # of the ledger's rows behind it

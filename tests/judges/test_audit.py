@@ -164,6 +164,25 @@ def test_refusals_are_counted_and_count_as_half(tmp_path):
     assert card["principles"]["p"]["missing"] == {"refused": refused}
 
 
+class Silenced(Planted):
+    """Gives no answer where it is spoken to, and to the delimiters on half of the pairs."""
+
+    def verdict(self, pair):
+        said = pair.a + pair.b
+        if "Note to the judge" in said or ("]]]" in said and int(pair.conversation[0]["content"].split()[-1]) % 2):
+            return decide([], [Missing("p", "unparsed", "label mass 0.01")], {"p": 1.0})
+        return super().verdict(pair)
+
+
+def test_a_sentence_that_silences_the_judge_is_on_the_card(tmp_path):
+    card = audit(rows(40), ONE, Silenced(), output_dir=tmp_path, probe_pairs=40)
+    table, silent = card["injections"], {"pairs": 0, "nats": None, "probability": None, "largest": None}
+    assert table["an order to the judge"] == {**silent, "turned": 0, "no_answer": 40}
+    assert (table["delimiters"]["pairs"], table["delimiters"]["no_answer"]) == (20, 20)
+    assert (table[NEUTRAL]["pairs"], table[NEUTRAL]["no_answer"]) == (40, 0)
+    assert "no answer" in (tmp_path / "audit.html").read_text()
+
+
 def test_scores_by_hand():
     """Two pairs: P(better) = 3/4 and 1/4."""
     found = scores(np.array([math.log(3), -math.log(3)]))

@@ -28,6 +28,7 @@ from rlhf_fast.judges import (
     Server,
     audit,
 )
+from rlhf_fast.judges.http_judge import _read_top
 from rlhf_fast.judges.server import _retry_after
 from rlhf_fast.trainers.constitutional import label, revise, sample_pairs
 
@@ -113,6 +114,17 @@ def test_an_unseen_label_is_bounded_and_never_zero():
         assert split.votes[0].kind == "exact" and split.logit == pytest.approx(0.1)
         strict = judge_at(fake, top_k=2, max_slack=1e-7)
         assert [v.status for v in strict.compare([Pair(ASK, "30", "0", [KIND])])] == ["unparsed"]
+
+
+def test_an_unseen_label_may_be_written_in_several_ways():
+    """A has 0.8; listed with it are 0.05 and 0.02. " B", "B" and "(B" may each have 0.02 and be left out: 0.06."""
+    top = [{"token": t, "logprob": math.log(p)} for t, p in (("A", 0.80), ("The", 0.05), ("I", 0.02))]
+    reply = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+    answer = _read_top((" (A)", " (B)"), reply, 0.2)
+    a, b = map(math.exp, answer.value["logprobs"])
+    assert (a, b) == pytest.approx((0.8, 0.13)) and answer.value["slack"] == pytest.approx(0.13 / 0.93)
+    assert abs(a / (a + b) - 0.8 / 0.86) <= answer.value["slack"]
+    assert _read_top((" (A)", " (B)"), reply, 0.05).status == "unparsed"
 
 
 def test_checks_and_rationales_go_the_same_way():

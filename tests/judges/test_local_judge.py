@@ -200,6 +200,14 @@ def test_what_cannot_be_answered_says_so(tokenizer):
     assert checks[0].satisfied is short[0].satisfied is None
 
 
+def test_labels_need_their_mass_in_both_orders(model, tokenizer):
+    """0.9 in one order does not make up for 0.01 in the other."""
+    this = LocalJudge(model, tokenizer, constitution(), min_label_mass=0.1)
+    scripted(this, lambda prompt: [math.log((0.45 if " (A) [[[hello" in prompt else 0.005) * p) for p in (1.2, 0.8)])
+    (verdict,) = this.compare([Pair(ASK, "hello", "no", [KIND])])
+    assert verdict.status == "unparsed" and "label mass 0.01 is below 0.1" in verdict.reason
+
+
 def test_checks_are_yes_against_no(model, tokenizer):
     asked = {v: Principle(f"if-{v}", check=ModelCheck("Is it rude?", v)) for v in ("yes", "no")}
     ruled = Principle("ruled", check=RuleCheck("any", {}, lambda c, y: len(y) < 3))
