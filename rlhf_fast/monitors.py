@@ -118,7 +118,9 @@ class Monitors:
         if best_step not in proxy:  # it was not finite there
             return None
         spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
-        fall = (best - row[name]) / max(spread, 1e-12)
+        if spread == 0:  # one prompt, or as good as one: nothing to measure a fall by
+            return None
+        fall = (best - row[name]) / spread
         if fall <= self.limits["overoptimization"] or row["eval_scores"] <= proxy[best_step]:
             return None
         message = (

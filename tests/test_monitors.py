@@ -72,6 +72,7 @@ def test_reward_up_while_the_held_out_reward_falls():
     assert "step 2 is the better policy" in alarm.message and "from 2 to 3" in alarm.message
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.71, 0.70], rising))  # within three standard errors
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.05))  # noise
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.0))  # one held-out prompt
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising[::-1]))  # both fall: no hacking
     assert not alarms_of(evaluations([0.5, 0.6, 0.7, 0.8, 0.9], rising))
     assert not alarms_of(evaluations([0.5, 0.6, 0.9, 0.7, 0.6], [1.0, 1.5, None, None, 3.0]))  # NaN, as the log has it
