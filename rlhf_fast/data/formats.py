@@ -15,7 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -43,6 +43,7 @@ class Report:
     overlong: list[tuple[int, int]] = field(default_factory=list)  # left out: (index in the dataset, tokens)
     truncated: list[tuple[int, int]] = field(default_factory=list)  # used, but cut: (index, tokens before)
     tokens_cut: int = 0
+    setting: str = "max_length"  # what the trainer's config calls it
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.used} of {self.records} records used"
@@ -53,7 +54,7 @@ class Report:
     def named_overlong(self) -> str:
         names = ", ".join(f"{i} ({n} tokens)" for i, n in self.overlong[:5])
         more = f" and {len(self.overlong) - 5} more" if len(self.overlong) > 5 else ""
-        return f"{len(self.overlong)} longer than max_length={self.max_length}: record {names}{more}"
+        return f"{len(self.overlong)} longer than {self.setting}={self.max_length}: record {names}{more}"
 
 
 @dataclass
@@ -189,17 +190,20 @@ def _wrong_columns(record: dict, name: str, i: int, accepted: str) -> ConfigErro
 ON_OVERLONG = ("error", "skip", "keep_start", "keep_end")
 
 
-def _limited(examples: dict[int, list], report: Report, on_overlong: str, cut=None) -> list:
+def _limited(
+    examples: dict[int, list], report: Report, on_overlong: str, cuts: dict[str, Callable] | None = None
+) -> list:
     """The sequences of the records to use, in order, {index: [sequence, ...]}; what is too long goes to the report.
 
-    cut(sequence, on_overlong) -> a shorter one, or None where nothing would be left to learn from.
+    cuts: {on_overlong: sequence -> a shorter one, or None where nothing would be left to learn from}.
     """
+    cuts = cuts or {}
     used = []
     for i, sequences in examples.items():
         longest = max(map(len, sequences))
-        if longest > report.max_length and on_overlong in ("keep_start", "keep_end"):
+        if longest > report.max_length and on_overlong in cuts:
             before = sum(map(len, sequences))
-            sequences = [s if len(s) <= report.max_length else cut(s, on_overlong) for s in sequences]
+            sequences = [s if len(s) <= report.max_length else cuts[on_overlong](s) for s in sequences]
             sequences = [s for s in sequences if s is not None]
             if sequences:
                 report.truncated.append((i, longest))
@@ -211,13 +215,14 @@ def _limited(examples: dict[int, list], report: Report, on_overlong: str, cut=No
         used += sequences
         report.used += bool(sequences)
     if report.overlong and on_overlong == "error":
+        ways = f" (or, to cut them, {' or '.join(map(repr, cuts))})" if cuts else ""
         raise ConfigError(
-            f"{report.name}: {report.named_overlong()}. Raise max_length, shorten them, or set on_overlong='skip' "
-            "(or, to cut them, 'keep_start' or 'keep_end')"
+            f"{report.name}: {report.named_overlong()}. Raise {report.setting}, shorten them, or set "
+            f"on_overlong='skip'{ways}"
         )
     if not report.used:
         raise ConfigError(
-            f"{report.name}: every record is {report.named_overlong().split(' ', 1)[1]}; raise max_length"
+            f"{report.name}: every record is {report.named_overlong().split(' ', 1)[1]}; raise {report.setting}"
         )
     return used
 
@@ -255,15 +260,16 @@ def sft_examples(
             )
     report = Report(name, len(records), max_length=max_length)
 
-    def cut(example: Encoded, keep: str) -> Encoded | None:
-        bos = int(keep == "keep_end" and example.input_ids[0] == tokenizer.bos_token_id)
-        kept = (
-            slice(max_length) if keep == "keep_start" else np.r_[:bos, len(example) - max_length + bos : len(example)]
-        )
+    def only(example: Encoded, kept) -> Encoded | None:
         example = Encoded(example.input_ids[kept], example.response_mask[kept])
         return example if example.num_labels else None
 
-    return _limited(encoded, report, on_overlong, cut), report
+    def end(example: Encoded) -> Encoded | None:
+        bos = int(example.input_ids[0] == tokenizer.bos_token_id)
+        return only(example, np.r_[:bos, len(example) - max_length + bos : len(example)])
+
+    cuts = {"keep_start": lambda example: only(example, slice(max_length)), "keep_end": end}
+    return _limited(encoded, report, on_overlong, cuts), report
 
 
 def responses_of(record: dict, name: str, i: int) -> tuple[chat.Text | None, list[chat.Text]]:
@@ -295,11 +301,11 @@ def responses_to_score(
         encoded[i] = [chat.encode_to_score(tokenizer, prompt, r) for r in responses]
     report = Report(name, len(records), max_length=max_length)
 
-    def cut(ids: np.ndarray, keep: str) -> np.ndarray:
+    def end(ids: np.ndarray) -> np.ndarray:
         bos = int(ids[0] == tokenizer.bos_token_id)
         return np.r_[ids[:bos], ids[len(ids) - max_length + bos :]]
 
-    return _limited(encoded, report, on_overlong, cut), report
+    return _limited(encoded, report, on_overlong, {"keep_end": end}), report
 
 
 def as_pairs(records: Iterable[dict]) -> list[dict]:
@@ -355,13 +361,13 @@ def comparisons(
         )  # fmt: skip
     report = Report(name, len(records), max_length=max_length)
 
-    def cut(item: Comparison, keep: str) -> Comparison | None:
+    def end(item: Comparison) -> Comparison | None:
         bos = int(all(r[0] == tokenizer.bos_token_id for r in item.responses))
-        end = len(item) - max_length + bos
-        same = all(len(r) > end and np.array_equal(r[:end], item.responses[0][:end]) for r in item.responses)
-        return replace(item, responses=[np.r_[r[:bos], r[end:]] for r in item.responses]) if same else None
+        start = len(item) - max_length + bos
+        same = all(len(r) > start and np.array_equal(r[:start], item.responses[0][:start]) for r in item.responses)
+        return replace(item, responses=[np.r_[r[:bos], r[start:]] for r in item.responses]) if same else None
 
-    return _limited({i: [item] for i, item in encoded.items()}, report, on_overlong, cut), report
+    return _limited({i: [item] for i, item in encoded.items()}, report, on_overlong, {"keep_end": end}), report
 
 
 def prompts(
@@ -390,7 +396,7 @@ def prompts(
                 f"{name} record {i}: its prompt {prompt!r} has no tokens, so there is nothing to go on from"
             )
         encoded[i] = Prompt(prompt, tokens, {key: record.get(key) for key in columns})
-    report = Report(name, len(records), max_length=max_length)
+    report = Report(name, len(records), max_length=max_length, setting="max_prompt_length")
     return _limited({i: [p] for i, p in encoded.items()}, report, on_overlong), report
 
 

@@ -420,7 +420,7 @@ def test_a_step_of_weightless_pairs_changes_nothing(tmp_path):
         ({"data": [{"prompt": "a", "completion": "b"}]}, "has the columns prompt, completion; it needs"),
         ({"eval_dataset": [{"chosen": "a"}]}, "eval_dataset record 0 has the columns chosen"),
         ({"tokenizer": tiny_tokenizer(chat_template=None)}, "no chat template"),
-        ({"max_length": 8}, r"longer than max_length=8.*on_overlong='skip'"),
+        ({"max_length": 8}, r"longer than max_length=8.*on_overlong='skip' \(or, to cut them, 'keep_end'\)$"),
         ({"center_rewards_coefficient": -0.1}, "center_rewards_coefficient = -0.1 must be 0 or more"),
         ({"data": RANKED, "center_rewards_coefficient": 0.1}, "center_rewards_coefficient is defined for pairs"),
         ({"data": [*RANKED, pair(0, margin=1.0, chosen_prob=0.9)]}, "margin, chosen_prob is defined for pairs"),
