@@ -216,6 +216,11 @@ class PPOTrainer:
     def _rollout(self, prompts: list[Prompt], generator: torch.Generator) -> Rollout:
         if self.rollout_func is not None:
             lists = self.rollout_func([prompt.prompt for prompt in prompts], self)
+            if self.config.importance_cap is not None and lists.get("logprobs") is None:
+                raise common.ConfigError(
+                    "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
+                    '"logprobs": return them, or leave importance_cap out'
+                )
             return make_rollout(self.tokenizer, prompts, **lists, device=self.policy.device)
         return generate(
             self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
@@ -315,7 +320,7 @@ class PPOTrainer:
         """One optimizer step per minibatch of the plan -> their mean statistics. Past target_kl the rest is dropped."""
         config, steps = self.config, []
         weights, metrics = None, {}
-        if config.importance_cap is not None and rollout.rollout_logprobs is not None:
+        if config.importance_cap is not None:
             # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution is a
             # little off ours, and the weight corrects for it with bounded variance.
             weights = (rollout.logprobs - rollout.rollout_logprobs).exp().clamp(max=config.importance_cap)

@@ -117,13 +117,19 @@ class PPOConfig:
             "must be 2 or more": self.advantage_estimator in ("rloo", "group") and self.num_generations < 2,
             "scale_advantages = 'group' needs num_generations >= 2, and an advantage_estimator without a critic":
                 self.scale_advantages == "group" and (critic or self.num_generations < 2),
-            f"advantage_estimator = {self.advantage_estimator!r} has no critic, so share_trunk, detach_values and "
-            "critic_warmup_steps have no meaning":
-                not critic and (self.share_trunk or self.detach_values or self.critic_warmup_steps),
+            f"advantage_estimator = {self.advantage_estimator!r} has no critic, so share_trunk, detach_values, "
+            "critic_warmup_steps and value_learning_rate have no meaning":
+                not critic and (
+                    self.share_trunk or self.detach_values or self.critic_warmup_steps or self.value_learning_rate
+                ),
+            "value_learning_rate is that of a separate value model, and with share_trunk there is none: leave it out "
+            "(vf_coef weights the value loss)": self.share_trunk and self.value_learning_rate,
             "detach_values is about a trunk that is shared: set share_trunk too":
                 self.detach_values and not self.share_trunk,
             "kl_target moves kl_coef by factors, so kl_coef must start above 0":
                 self.kl_target is not None and self.kl_coef == 0,
+            f"kl_horizon = {self.kl_horizon} must be above a fifth of batch_size = {self.batch_size}: one batch could "
+            "take kl_coef to 0 or below": self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size,
             "kl_in_loss with kl_estimator k1 has a gradient of expectation 0: take k2 (the gradient of the KL) or k3":
                 self.kl_in_loss and self.kl_estimator == "k1",
             f"reward_clip_range = {self.reward_clip_range!r} must be [low, high]":

@@ -354,6 +354,14 @@ def test_weights_for_another_engine_are_truncated(tmp_path):
     assert metrics["loss/policy_avg"] != unweighted["loss/policy_avg"]
 
 
+def test_a_cap_needs_what_it_weights_by(tmp_path):
+    trainer = make_trainer(
+        tmp_path, rollout_func=lambda *args: with_a_tool(*args) | {"logprobs": None}, importance_cap=1.5
+    )
+    with pytest.raises(ConfigError, match='rollout_func gave no "logprobs": return them'):
+        next(iter(trainer))
+
+
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
@@ -481,6 +489,9 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
         ({"num_generations": 3}, "multiple of num_generations"),
         ({"scale_advantages": "group"}, "without a critic"),
         ({"advantage_estimator": "reinforce", "share_trunk": True}, "has no critic"),
+        ({"advantage_estimator": "reinforce", "value_learning_rate": 1e-3}, "has no critic"),
+        ({"share_trunk": True, "value_learning_rate": 1e-3}, "with share_trunk there is none"),
+        ({"kl_target": 6.0, "kl_horizon": 3.2, "batch_size": 16}, "kl_horizon = 3.2 must be above a fifth"),
         ({"advantage_estimator": "reinforce", "value_model": object()}, "has no critic; give no value_model"),
         ({"detach_values": True}, "set share_trunk too"),
         ({"kl_in_loss": True}, "expectation 0"),
