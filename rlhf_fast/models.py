@@ -119,12 +119,17 @@ def make_reference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Every dropout rate to 0: the same tokens then score the same in train mode, and the first PPO ratio is 1."""
+    """Every dropout rate to 0: the same tokens then score the same in train mode, and the first PPO ratio is 1.
+
+    A rate is nn.Dropout's p, or a float that a module keeps for functional dropout under a name with "drop" in it
+    (attention_dropout of Llama, dropout and layerdrop of OPT, hidden_dropout of Bloom).
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # read by functional attention
-            module.attention_dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _learn_eos(model: PreTrainedModel) -> PreTrainedModel:

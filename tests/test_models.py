@@ -8,12 +8,16 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from rlhf_fast import models
@@ -216,9 +220,19 @@ def test_without_dropout_train_mode_answers_like_eval_mode():
     assert not torch.equal(models.hidden_states(model, ids), models.hidden_states(model, ids))
     models.disable_dropout(model)
     assert torch.equal(models.hidden_states(model, ids), models.hidden_states(model.eval(), ids))
-    model = tiny_model(tokenizer, attention_dropout=0.5).train()  # kept outside any nn.Dropout
-    models.disable_dropout(model)
-    assert torch.equal(models.hidden_states(model, ids), models.hidden_states(model.eval(), ids))
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32}
+    for model in (  # rates kept outside any nn.Dropout
+        tiny_model(tokenizer, attention_dropout=0.5),
+        OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+                                 num_attention_heads=4, dropout=0.5, layerdrop=0.5)),
+        BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=4, hidden_dropout=0.5)),
+    ):  # fmt: skip
+        model.train()
+        random = [models.hidden_states(model, ids) for _ in range(8)]
+        assert any(not torch.equal(h, random[0]) for h in random)
+        models.disable_dropout(model)
+        whole = models.hidden_states(model.eval(), ids)
+        assert all(torch.equal(models.hidden_states(model.train(), ids), whole) for _ in range(8))
 
 
 def test_tokenizers_and_models_are_found_by_path(tmp_path):

@@ -327,7 +327,8 @@ class PPOTrainer:
             metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(weights, rollout.response_mask)
         for minibatch in chain.from_iterable(plan):
             stats = self._accumulate_gradient(rollout, minibatch, weights)
-            if config.target_kl is not None and float(stats["policy/approxkl_k3_avg"]) > config.target_kl:
+            # The first is always taken: it starts from the old policy itself.
+            if steps and config.target_kl is not None and float(stats["policy/approxkl_k3_avg"]) > config.target_kl:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 break

@@ -272,6 +272,19 @@ def test_target_kl_ends_the_update(tmp_path):
     assert 1 <= held["policy/updates"] < 4 and float(held["policy/approxkl_k3_avg"]) <= 0.01
 
 
+def test_target_kl_leaves_the_first_step(tmp_path):
+    """Whatever a model's noise makes of its ratios: an update without a step would have nothing to report."""
+    trainer = make_trainer(tmp_path, target_kl=1e-6)
+    score = trainer._score_tokens
+
+    def noisy(rollout, plan):
+        score(rollout, plan)
+        rollout.logprobs += 0.1
+
+    trainer._score_tokens = noisy
+    assert next(iter(trainer))["policy/updates"] == 1
+
+
 def test_an_adaptive_kl_coefficient_moves(tmp_path):
     trainer = make_trainer(tmp_path, kl_coef=0.05, kl_target=6.0, kl_horizon=160.0)
     first, second = trainer
