@@ -385,11 +385,6 @@ def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
     return scalar_head(model, hidden[torch.arange(len(last), device=last.device), last])
 
 
-def token_values(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """(B, T) tokens -> (B, T) float32, the scalar head at every token."""
-    return scalar_head(model, hidden_states(model, input_ids, attention_mask))
-
-
 def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The head in float32 whatever the trunk's dtype: differences of rewards are what counts."""
     bias = model.score.bias if model.score.bias is None else model.score.bias.float()
@@ -441,7 +436,11 @@ def train_last_layers(model: PreTrainedModel, n: int) -> None:
 
 
 class ValueModel(nn.Module):
-    """V(s) at every token: forward(input_ids, attention_mask) -> (B, T) float32. `model` is the scalar-head model."""
+    """V(s) at every token: forward(input_ids, attention_mask) -> (B, T) float32. `model` is the scalar-head model.
+
+    A value is in the unit of the reward: a scale that its config has (set_reward_scale) is applied here and saved with
+    the model. A score head of transformers has no bias that could take the mean up.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -449,7 +448,7 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_reward_model(cls, model: PreTrainedModel) -> ValueModel:
-        """Starts as a copy of the reward model: the value of the last state is already the reward."""
+        """Starts as a copy of the reward model: the value of the last state is already what RewardModelReward gives."""
         if not has_scalar_head(model):
             raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
         value = copy.deepcopy(merge_adapters(model)).requires_grad_(True)
@@ -462,8 +461,13 @@ class ValueModel(nn.Module):
         nn.init.zeros_(value.score.weight)
         return cls(value)
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) hidden states of the trunk -> (...) values."""
+        mean, std = reward_scale(self.model.config)
+        return (scalar_head(self.model, hidden) - mean) / std
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return token_values(self.model, input_ids, attention_mask)
+        return self.head(hidden_states(self.model, input_ids, attention_mask))
 
     def save_pretrained(self, path) -> None:
         self.model.save_pretrained(path)

@@ -22,6 +22,7 @@ from transformers import (
 
 from rlhf_fast import models
 from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.rewards import RewardModelReward
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 
@@ -198,8 +199,15 @@ def test_a_value_model_starts_at_the_reward_or_at_zero(tmp_path):
     assert all(p.requires_grad for p in value.parameters())
     assert not {p.data_ptr() for p in value.parameters()} & {p.data_ptr() for p in reward.parameters()}
     assert models.ValueModel.from_policy(tiny_model(tokenizer))(ids, mask).abs().max() == 0
-    value.save_pretrained(tmp_path)
-    assert torch.equal(models.load_reward_model(tmp_path).score.weight, value.model.score.weight)
+    # In the unit of the reward that PPO gets, also after it is saved.
+    models.set_reward_scale(reward, 5.0, 0.1)
+    prompts, responses = ["say ", "the "], ["hello", "cat sat"]
+    served = RewardModelReward(reward, tokenizer)
+    models.ValueModel.from_reward_model(reward).save_pretrained(tmp_path)
+    value = models.ValueModel.from_reward_model(models.load_reward_model(tmp_path))
+    for prompt, response, score in zip(prompts, responses, served(prompts, responses), strict=True):
+        last = value(torch.tensor([served.encode(prompt, response)]))[0, -1]
+        torch.testing.assert_close(last, score, rtol=1e-4, atol=1e-4)
 
 
 def test_a_reference_is_frozen_and_apart():

@@ -41,7 +41,6 @@ from ..models import (
     load_tokenizer,
     load_trained_state,
     make_reference,
-    scalar_head,
     scalar_head_on,
     trained_state,
     unwrapped,
@@ -271,7 +270,7 @@ class PPOTrainer:
             critic_hidden = hidden_states_at(self.value_model.model, input_ids, positions)
         elif self.config.detach_values or self._warming_up:
             critic_hidden = hidden.detach()
-        return hidden, rollout.scatter(rows, scalar_head(self.value_model.model, critic_hidden))
+        return hidden, rollout.scatter(rows, self.value_model.head(critic_hidden))
 
     def _reference_logprobs(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         with adapters_off(self.policy) if self.reference is None else nullcontext():
