@@ -45,10 +45,10 @@ from pathlib import Path
 
 import yaml
 
+from . import rules
 from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, WORDS, Turn
 from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, text_field, weight_field
 from .released import FORMAT, compare_shots, cot_shots, critique_shots, export_released, parse_released
-from .rules import RULES
 
 SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitutions").glob("*.yaml"))}
 
@@ -108,15 +108,34 @@ class Constitution:
         return export_released(self.principles)
 
 
+class _YAML(yaml.SafeLoader):
+    """A key that occurs twice in a mapping is an error, where YAML would keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        _once([self.construct_object(key, deep=True) for key, _ in node.value], f"line {node.start_mark.line + 1}: ")
+        return super().construct_mapping(node, deep)
+
+
+def _pairs(pairs: list[tuple]) -> dict:
+    _once([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _once(keys: list, where: str = "") -> None:
+    if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
+        raise ValueError(f"{where}field {repeated[0]!r} occurs twice")
+
+
 def _read(path: Path):
+    kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        return yaml.load(text, _YAML) if kind == "YAML" else json.loads(text, object_pairs_hook=_pairs)
     except OSError as error:
         hint = "" if path.suffix else f"; the package has {', '.join(SHIPPED)}"
         raise ConstitutionError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConstitutionError(f"{path}: neither YAML (.yaml, .yml) nor JSON: {error}") from error
+        raise ConstitutionError(f"{path}: cannot be read as {kind}: {error}") from error
 
 
 # --- this package's format ---
@@ -153,7 +172,7 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dic
         ("layout.compare", "compare_layout", COMPARE_LAYOUTS),
         ("layout.critique", "critique_layout", CRITIQUE_LAYOUTS),
     ):
-        if parts[key] not in known:
+        if not isinstance(parts[key], str) or parts[key] not in known:
             raise ConstitutionError(f"{path}: field {name!r}: got {parts[key]!r}, needs one of {', '.join(known)}")
     for name, parse in (("critique", critique_shots), ("compare", compare_shots), ("cot", cot_shots)):
         if isinstance(shots := few_shot.get(name), list):
@@ -193,6 +212,7 @@ def _parse_check(entry: dict, where: str, allow_code: bool) -> RuleCheck | Model
         raise ConstitutionError(f"{where} field 'check': needs either 'rule' or 'ask'")
     if "ask" in entry:
         _known(entry, {"ask", "violation_if", "threshold"}, f"{where} field 'check':")
+        text_field(entry["ask"], where, "check.ask")
         check = ModelCheck(**entry)
         if check.violation_if not in ("yes", "no"):  # YAML reads a bare yes as True
             got = check.violation_if
@@ -203,21 +223,24 @@ def _parse_check(entry: dict, where: str, allow_code: bool) -> RuleCheck | Model
             )
         return check
     _known(entry, {"rule", "args"}, f"{where} field 'check':")
-    name, args = entry["rule"], entry.get("args") or {}
+    name, args = text_field(entry["rule"], where, "check.rule"), entry.get("args") or {}
     function = _find_rule(name, where, allow_code)
     try:
+        json.dumps(args)  # `sha256` is of them too
         inspect.signature(function).bind([], "", **args)
-    except TypeError as error:
+        if function.__module__ == rules.__name__:  # others may take conversations of one kind only
+            function([], "word " * 100, **args)
+    except (TypeError, AttributeError) as error:
         raise ConstitutionError(f"{where} field 'check.args': rule {name!r}: {error}") from error
     return RuleCheck(name, args, function)
 
 
 def _find_rule(name: str, where: str, allow_code: bool) -> Callable:
-    if name in RULES:
-        return RULES[name]
+    if name in rules.RULES:
+        return rules.RULES[name]
     if ":" not in name:
-        nearest = difflib.get_close_matches(name, RULES, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; registered are {', '.join(sorted(RULES))}"
+        nearest = difflib.get_close_matches(name, rules.RULES, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; registered are {', '.join(sorted(rules.RULES))}"
         raise ConstitutionError(f"{where} field 'check.rule': no rule {name!r}{hint}")
     if not allow_code:
         raise ConstitutionError(f"{where} field 'check.rule': {name!r} is an import path, which needs allow_code=True")

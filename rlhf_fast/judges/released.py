@@ -26,6 +26,7 @@ _RATIONALE = re.compile(  # of a few-shot with a rationale; a slot for the princ
     r"Assistant: Let's think step by step:(?P<rationale>.*)\n\nHuman:\nSo the answer is: \((?P<better>[AB])\)\s*",
     re.DOTALL,
 )
+_SPEAKERS = ("System", "Human", "Assistant")
 _ANSWERS = ("CritiqueRequest", "Critique", "RevisionRequest", "Revision")  # the end of a few-shot of phase 1
 
 
@@ -128,8 +129,10 @@ def critique_shots(values, path: Path) -> list:
             turns = parse_turns(shot) if isinstance(shot, str) else list(dict(shot).items())
         except ValueError as error:
             raise ConstitutionError(f"{where} {error}") from error
-        if not isinstance(shot, str) and [head for head, _ in turns][-4:] != list(_ANSWERS):
-            raise ConstitutionError(f"{where} needs {', '.join(_ANSWERS)} in the end, got {[h for h, _ in turns]}")
+        heads = [head for head, _ in turns]
+        if not isinstance(shot, str) and (heads[-4:] != list(_ANSWERS) or set(heads[:-4]) - {*_SPEAKERS}):
+            needs = f"{', '.join(_SPEAKERS)} and in the end {', '.join(_ANSWERS)}"
+            raise ConstitutionError(f"{where} needs {needs}, got {heads}")
         shots.append(tuple((head, text_field(text, where, head)) for head, text in turns))
     return shots
 
@@ -147,8 +150,8 @@ def compare_shots(values, path: Path) -> list:
         better, worse = (
             (_first(shot[k]) for k in ("corrects", "incorrects")) if released else (shot["better"], shot["worse"])
         )
+        prompt = text_field(shot.get("prompt"), where, "prompt")
         try:
-            prompt = text_field(shot.get("prompt"), where, "prompt")
             conversation = messages_of(parse_turns(prompt)) if released else [{"role": "user", "content": prompt}]
         except ValueError as error:
             raise ConstitutionError(f"{where} field 'prompt': {error}") from error

@@ -24,6 +24,11 @@ def rule(name: str) -> Callable:
     return register
 
 
+def _several(texts):
+    """A text where a list is meant is a list of one, not of its letters."""
+    return [texts] if isinstance(texts, str) else texts
+
+
 @rule("max_words")
 def max_words(conversation, reply, *, n):
     """At most n words separated by blanks."""
@@ -53,13 +58,13 @@ def no_repetition(conversation, reply, *, n=4, times=2):
 @rule("must_end_with")
 def must_end_with(conversation, reply, *, endings):
     """The reply, without blanks behind it, ends with one of `endings`."""
-    return reply.rstrip().endswith(tuple([endings] if isinstance(endings, str) else endings))
+    return reply.rstrip().endswith(tuple(_several(endings)))
 
 
 @rule("must_contain")
 def must_contain(conversation, reply, *, any_of):
     """At least one of the strings occurs, whatever its case."""
-    return any(word.casefold() in reply.casefold() for word in any_of)
+    return any(word.casefold() in reply.casefold() for word in _several(any_of))
 
 
 @rule("banned_words")
@@ -67,7 +72,7 @@ def banned_words(conversation, reply, *, words):
     """None of the words occurs as a whole word, whatever its case. Words of CJK scripts, which stand without
     blanks, are found inside others."""
     text = reply.casefold()
-    for word in map(str.casefold, words):
+    for word in map(str.casefold, _several(words)):
         pattern = rf"\b{re.escape(word)}\b" if word.isascii() else re.escape(word)
         if re.search(pattern, text):
             return False

@@ -96,6 +96,18 @@ def test_few_shots_stand_beside_the_file(write):
         ("revise: Shorten it.", "revise: 3", ["'short'", "'revise'", "3"]),
         ("weight: 2.0", "weight: .inf", ["'no-crime'", "'weight'", "inf"]),
         ("    check: {rule: max_words, args: {n: 120}}", "    hard: true", ["'short'", "'hard'", "'check'"]),
+        *(
+            ('ask: "Does the reply help with a crime?"', f"ask: {ask}", ["'no-crime'", "'check.ask'", "needs a text"])
+            for ask in ("", "5", "''", "[x, y]")
+        ),
+        ("rule: max_words", "rule: [max_words]", ["'short'", "'check.rule'", "['max_words']"]),
+        ("rule: max_words", "rule: 5", ["'short'", "'check.rule'", "5"]),
+        ("compare: principle_last", "compare: [chat]", ["layout.compare", "['chat']", "principle_last"]),
+        ("args: {n: 120}", "args: {n: '120'}", ["'short'", "check.args", "'max_words'", "'str'"]),
+        ("args: {n: 120}", "args: {n: 2024-01-01}", ["'short'", "check.args", "date"]),
+        ("max_words, args: {n: 120}", "must_contain, args: {any_of: [5]}", ["'short'", "check.args", "'int'"]),
+        ("max_words, args: {n: 120}", "no_repetition, args: {times: '2'}", ["'short'", "check.args", "'str'"]),
+        ("    hard: true\n", "    hard: true\n    weight: 3.0\n", ["line 7", "'weight'", "twice"]),
     ],
 )
 def test_what_is_wrong_is_named(write, old, new, words):
@@ -110,6 +122,20 @@ def test_files_that_are_no_constitution(write, tmp_path):
     for path in (write("{", "x.json"), write("[1, 2]", "y.json"), write("{}", "z.json"), tmp_path / "absent.yaml"):
         with pytest.raises(ConstitutionError, match=path.name):
             Constitution.load(path)
+
+
+def test_a_name_that_occurs_twice_in_json(write):
+    with pytest.raises(ConstitutionError, match=r"twice\.json: .*'harmful0' occurs twice"):
+        Constitution.load(write('{"harmful0": {"prompt": []}, "harmful0": {"prompt": []}}', "twice.json"))
+
+
+def test_rules_of_others_are_not_tried(write, tmp_path, monkeypatch):
+    """They may read prompts of one kind only, and what they raise is theirs to say when there is one."""
+    body = "re.match('sum', conversation[-1]['content']).end() < n"
+    (tmp_path / "reads_sums.py").write_text(f"import re\ndef sums(conversation, reply, n):\n    return {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write(OWN.replace("rule: max_words", "rule: 'reads_sums:sums'"))
+    assert Constitution.load(path, allow_code=True).principles[1].check.args == {"n": 120}
 
 
 def test_import_paths_need_permission(write, tmp_path, monkeypatch):
@@ -195,6 +221,7 @@ few_shot:
     assert constitution.compare_few_shots[0]["better"] == "b"
     wrong = [
         ("Revision: r", "Revison: r", ["few-shot 0", "Revision"]),
+        ("Human: h", "Humen: h", ["few-shot 0", "Human", "Humen"]),
         ("worse: w", "wors: w", ["'worse'"]),
         ("better: b", "better: ''", ["few-shot 0", "'better'"]),
     ]

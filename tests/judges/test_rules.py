@@ -18,6 +18,8 @@ ASK = [{"role": "user", "content": "hello?"}]
         ("must_end_with", {"endings": [".", "。"]}, ["yes.", "はい。\n"], ["yes", ""]),
         ("must_end_with", {"endings": "!"}, ["yes!"], ["yes."]),
         ("must_contain", {"any_of": ["please", "どうぞ"]}, ["Please go", "どうぞ"], ["go"]),
+        ("must_contain", {"any_of": "please"}, ["Please go"], ["a reply with some of its letters"]),
+        ("banned_words", {"words": "bomb"}, ["letters: b, o, m"], ["a bomb"]),
         ("banned_words", {"words": ["ass", "馬鹿"]}, ["an assistant"], ["you ASS!", "この馬鹿者"]),
     ],
 )
