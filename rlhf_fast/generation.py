@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from .data.chat import Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
+from .models import unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
@@ -247,14 +248,16 @@ def _answer_batch_by_transformers(
 ) -> tuple[Tensor, Tensor]:
     """_answer_batch for any model that has generate()."""
     ids, mask = (x.to(model.device) for x in pad(prompts, eos_token_id, left=True))
-    chooser = _Chooser(choose, uniforms)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
-    )  # fmt: skip
-    out = model.generate(
-        input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
-    )
+    chooser, owner = _Chooser(choose, uniforms), unwrapped(model)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=eos_token_id)
+    # What is not set here would come from the model's own: a penalty or a suppressed token, before the choice is made.
+    habits, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        out = model.generate(
+            input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
+        )
+    finally:
+        owner.generation_config = habits
     tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=ids.device)
     logprobs = torch.zeros(tokens.shape, device=ids.device)
     steps = len(chooser.logprobs)

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -145,8 +146,11 @@ def test_falling_back_is_said_once_with_its_reason(prompts):
 def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
     ours, logprobs = both(model, prompts, top_p=0.9)
     monkeypatch.setattr(generation, "why_not", lambda model: "a test asks for it")
+    first = ours[0][0]
+    habits = {"no_repeat_ngram_size": 1, "suppress_tokens": [first], "repetition_penalty": 3.0, "min_new_tokens": 8}
+    monkeypatch.setattr(model, "generation_config", config := GenerationConfig(**habits))
     theirs, their_logprobs = both(model, prompts, top_p=0.9)
-    assert ours == theirs
+    assert ours == theirs and model.generation_config is config and config.suppress_tokens == [first]
     for a, b in zip(logprobs, their_logprobs, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
