@@ -7,7 +7,8 @@
     p_calibrated  sigmoid(slope * logit), each order rid of the bias first               calibration.py
     p             p_calibrated, clamped; p_calibrated - 1/2 < tie_margin is a tie and gets no label
 
-p is of the reply that is preferred: P(chosen is better), at least 1/2.
+p is of the reply that is preferred: P(chosen is better), at least 1/2. p_raw is of the same reply without
+calibration; below 1/2, the order bias had decided for the other (combine: prob).
 
 Other weights (0 leaves a principle out), another clamp, calibration or way to combine cost no call to the judge.
 What is not named stays as it was in the first labels.
@@ -197,7 +198,8 @@ def _labelled(record: dict, how: dict) -> dict:
     if status == "ok" and (logit == 0 or prob - 0.5 < how["tie_margin"]):
         status, reason = "tie", f"P(better) = {prob:.4f}"
     final = min(prob, how["clamp"][1]) if how["clamp"] else prob
-    evidence = {"p_raw": sigmoid(abs(raw.logit)), "p_calibrated": prob, "p": final}
+    side = -1 if verdict.logit < 0 else 1  # the bias, where it counts, may have turned the verdict
+    evidence = {"p_raw": sigmoid(side * raw.logit), "p_calibrated": prob, "p": final}
     return {**record, "status": status, "reason": reason, "logit": logit, "order_gap": raw.order_gap, **evidence}
 
 

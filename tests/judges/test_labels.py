@@ -91,6 +91,23 @@ def test_the_bias_counts_where_probabilities_are_averaged():
     assert verdict_of(record, {}, combine="logit").logit == 1.0
 
 
+def test_p_raw_is_of_the_reply_that_is_chosen(tmp_path):
+    """Rid of a bias of 3 nats, votes of (4, -2) and (-1, -1) are (1, 1) and (-4, 2): the mean of P passes 1/2."""
+
+    class Torn(PlantedJudge):
+        def vote(self, pair, principle):
+            return Vote(principle.id, *((4.0, -2.0) if principle.id == "kind" else (-1.0, -1.0)))
+
+    both = Constitution("both", (KIND, Principle("other", compare="Better?")))
+    stage = label([{"prompt": "q", "a": "one", "b": "two"}], both, Torn(), output_dir=tmp_path, combine="prob",
+                  calibration=Calibration(1.0, 3.0))  # fmt: skip
+    raw, unbiased = ([sigmoid(x) for x in logits] for logits in ((4, -2, -1, -1), (1, 1, -4, 2)))
+    (row,) = stage.rows
+    assert sum(raw) / 4 < 0.5 < sum(unbiased) / 4 and row["cai"]["a"] == "chosen"
+    assert row["chosen_prob"] == pytest.approx(sum(unbiased) / 4)
+    assert row["cai"]["p_raw"] == pytest.approx(sum(raw) / 4)
+
+
 @pytest.mark.parametrize("combine", ["logit", "prob", "sum"])
 def test_swapping_negates_exactly_however_orders_are_combined(combine):
     draw = random.Random(0)

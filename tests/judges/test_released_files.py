@@ -30,8 +30,8 @@ SHOTS = FOLDER / "CritiqueRevisionFewShotPrompts.json", FOLDER / "RLMadisonFewSh
 def test_instructions_round_trip():
     constitution = Constitution.load(SL, RL)
     critiques, comparisons = constitution.export_released()
-    assert critiques == json.loads(SL.read_text()) and len(critiques) == 16
-    assert comparisons == json.loads(RL.read_text()) and len(comparisons) == 16
+    assert json.dumps(critiques) == SL.read_text(encoding="utf-8") and len(critiques) == 16
+    assert json.dumps(comparisons) == RL.read_text(encoding="utf-8") and len(comparisons) == 16
     assert (constitution.compare_layout, constitution.critique_layout) == ("anthropic", "anthropic")
     assert constitution.principles[0].critique.startswith("Identify specific ways")
 
