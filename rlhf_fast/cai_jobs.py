@@ -358,7 +358,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         "max_length": job.max_prompt_length,
         "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
     }
-    prompts, held_out = read_data(job, "ppo", root, **limit)
+    prompts, held_out = read_data(job, "ppo", root, resume, **limit)
     prompts = prompts[: 2 * job.num_prompts]
     options = {"seed": job.seed, "batch_size": 128}
 

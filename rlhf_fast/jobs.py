@@ -26,7 +26,7 @@ from .models import load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
 from .rollout import generate_text
-from .trainers.common import check_config, config_from_dict
+from .trainers.common import check_config, check_is_new, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.sft import SFTConfig, SFTTrainer
@@ -135,7 +135,7 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
     if (job.model is None) == (not job.scratch):
         raise ConfigError("sft: give either model, or scratch to start from random weights")
     model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
-    train, held_out = read_data(job, "sft", config.output_dir, **_limit("sft", tokenizer, config))
+    train, held_out = read_data(job, "sft", config.output_dir, resume, **_limit("sft", tokenizer, config))
     run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume)
 
 
@@ -155,7 +155,7 @@ def _from_scratch(job: SFTJob, config: SFTConfig):
 def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     """rlhf-fast reward: trains, then sets the held-out accuracy beside what takes no model."""
     tokenizer = load_tokenizer(job.model)
-    train, held_out = read_data(job, "reward", config.output_dir, **_limit("reward", tokenizer, config))
+    train, held_out = read_data(job, "reward", config.output_dir, resume, **_limit("reward", tokenizer, config))
     reference = None if job.reference_data is None else read_rows(job.reference_data)
     trainer = RewardTrainer(
         config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
@@ -201,7 +201,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
 def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
     """rlhf-fast ppo"""
     tokenizer = load_tokenizer(job.model)
-    train, held_out = read_data(job, "ppo", config.output_dir, **_limit("ppo", tokenizer, config))
+    train, held_out = read_data(job, "ppo", config.output_dir, resume, **_limit("ppo", tokenizer, config))
     trainer = PPOTrainer(
         config,
         job.model,
@@ -249,12 +249,14 @@ def run_trainer(trainer, resume: bool):
     return result
 
 
-def read_data(job, stage: str, output_dir: str | Path, **limit) -> list[list[dict] | None]:
+def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) -> list[list[dict] | None]:
     """The rows of job.train_data and of job.eval_data (None where there is none), in the form that the stage takes.
 
     Pairs of hh-rlhf that are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl; `limit`
     is load_pairs' for them. A limit on other data is the trainer's.
     """
+    if not resume:
+        check_is_new(output_dir)  # before a file of the run that it holds is written over
     sources, named = [], []
     for path in (job.train_data, job.eval_data):
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)

@@ -73,7 +73,9 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
         raise ConfigError(f"no {what} can be loaded from {str(path)!r}: {str(error).splitlines()[0]}") from error
 
 
-def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+def check_lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, advice: str = "lower max_length"
+) -> None:
     """Raises ConfigError where the tokenizer has ids, or the data sequences, that the model cannot embed."""
     rows, positions = (
         model.get_input_embeddings().num_embeddings,
@@ -86,7 +88,7 @@ def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lo
         )
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"the longest sequence has {longest} tokens and the model {positions} positions: lower max_length"
+            f"the longest sequence has {longest} tokens and {type(model).__name__} {positions} positions: {advice}"
         )
 
 

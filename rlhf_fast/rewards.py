@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data.chat import ConfigError, Text, encode_to_score
@@ -62,7 +62,8 @@ class RewardModelReward:
     @torch.no_grad()
     def score(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """(B,) scores of what encode() returned."""
-        check_lengths(self.model, self.tokenizer, max(map(len, tokens), default=0))
+        longest = max(map(len, tokens), default=0)
+        check_lengths(self.model, self.tokenizer, longest, "score shorter responses")
         scores = torch.empty(len(tokens))
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         with evaluating(self.model):
@@ -79,9 +80,12 @@ class RewardModelReward:
 
 
 def _check_trained(model, name: str) -> None:
-    """ConfigError for a language model, whose scalar head would be drawn at random."""
+    """ConfigError for a language model, whose scalar head would be drawn at random, or another module without one."""
     if not has_scalar_head(model):
-        raise ConfigError(f"a reward must be a trained reward model, and {name} is a language model: train it first")
+        raise ConfigError(
+            f"a reward must be a trained reward model, and {name} has no scalar head: train it first, or give a "
+            "function of prompts and responses"
+        )
 
 
 class WeightedReward:
@@ -108,12 +112,13 @@ def reward_name(reward: Reward) -> str:
 def make_reward(spec, tokenizer) -> Reward:
     """A reward out of what people have at hand.
 
-    A reward model (it reads with `tokenizer`, the policy's; give RewardModelReward(model, other) where it has its own),
-    a path to one saved with its tokenizer, a Python function (async too), or a list of (any of these, weight).
+    A reward model, also under LoRA (it reads with `tokenizer`, the policy's; give RewardModelReward(model, other) where
+    it has its own), a path to one saved with its tokenizer, a Python function (async too), or a list of (any of these,
+    weight).
     """
     if isinstance(spec, (str, Path)):
         return RewardModelReward.load(spec)
-    if isinstance(spec, PreTrainedModel):
+    if isinstance(spec, nn.Module):  # callable too, but not on texts
         return RewardModelReward(spec, tokenizer)
     if isinstance(spec, (list, tuple)):
         if not all(isinstance(part, (list, tuple)) and len(part) == 2 for part in spec):
@@ -137,13 +142,28 @@ def score_components(
     reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other."""
-    parts = reward.parts if isinstance(reward, WeightedReward) else {reward_name(reward): (reward, 1.0)}
+    parts = _parts(reward)
     returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
     waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
     if waiting:
         returned |= zip(waiting, _wait_for(list(waiting.values())), strict=True)
     scores = {name: _checked(name, value, responses) for name, value in returned.items()}
     return sum(weight * scores[name] for name, (_, weight) in parts.items()), scores
+
+
+def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
+    return reward.parts if isinstance(reward, WeightedReward) else {reward_name(reward): (reward, 1.0)}
+
+
+def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) -> None:
+    """ConfigError for a reward model without the positions for this prompt and a response of so many of the policy's
+    tokens. (How many of its own that makes is known where the two read alike.)"""
+    for part, _ in _parts(reward).values():
+        if isinstance(part, RewardModelReward):
+            same = part.tokenizer.get_vocab() == tokenizer.get_vocab()
+            longest = len(part.encode(prompt, "")) + same * response_length  # a response that was cut gets its eos
+            advice = f"lower max_prompt_length or response_length, or leave the reward {part.name!r} out"
+            check_lengths(part.model, part.tokenizer, longest, advice)
 
 
 def _wait_for(awaitables: list) -> list:

@@ -187,8 +187,11 @@ def test_sft_from_scratch_names_what_it_left_out_and_resumes(workspace, tmp_path
     left_out = [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()]
     assert {row["line"] for row in left_out} == {4}
     assert (run / "report.html").is_file()
-    assert stage(workspace, "sft", "--output_dir", str(run)) == 2
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert stage(workspace, "sft", "--output_dir", str(run), "--train_data", str(other)) == 2
     assert "already holds a run" in capsys.readouterr().err
+    assert [json.loads(line) for line in (run / "left_out.jsonl").read_text().splitlines()] == left_out
     with pytest.warns(UserWarning, match="max_steps"):
         assert stage(workspace, "sft", "--output_dir", str(run), "--max_steps", "3", "--resume") == 0
     assert [row["step"] for row in log_of(run)] == [1, 2, 3]

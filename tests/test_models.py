@@ -271,7 +271,7 @@ def test_generate_stops_where_training_says(tmp_path):
 def test_what_the_model_cannot_embed_is_refused():
     tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer(), max_position_embeddings=16)
     models.check_lengths(model, tokenizer, 16)
-    with pytest.raises(ConfigError, match="17 tokens and the model 16 positions: lower max_length"):
+    with pytest.raises(ConfigError, match="17 tokens and LlamaForCausalLM 16 positions: lower max_length"):
         models.check_lengths(model, tokenizer, 17)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ConfigError, match=r"301 tokens and the model embeds 300.*resize_token_embeddings\(301\)"):

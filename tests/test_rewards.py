@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.models import load_reward_model
+from rlhf_fast.models import add_lora, load_reward_model
 from rlhf_fast.rewards import RewardModelReward, WeightedReward, compute_scores, make_reward, score_components
 
 CHAT = [{"role": "user", "content": "hello there"}]
@@ -141,8 +141,17 @@ def test_a_language_model_is_no_reward_and_never_gets_a_random_head(tokenizer, t
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for spec in (model, tmp_path):
-        with pytest.raises(ConfigError, match="is a language model: train it first"):
+        with pytest.raises(ConfigError, match="has no scalar head: train it first, or give a function"):
             make_reward(spec, tokenizer)
+    with pytest.raises(ConfigError, match="Linear has no scalar head"):
+        make_reward(torch.nn.Linear(2, 2), tokenizer)
+
+
+def test_a_reward_model_under_adapters_is_no_function(tokenizer, reward_model):
+    pytest.importorskip("peft")
+    whole = make_reward(reward_model, tokenizer)(["a "], ["b"])
+    reward = make_reward(add_lora(reward_model, r=2, alpha=4.0), tokenizer)
+    assert isinstance(reward, RewardModelReward) and torch.equal(reward(["a "], ["b"]), whole)
 
 
 @pytest.mark.parametrize("returned", [None, [None, None], ["a", "b"]])

@@ -524,22 +524,17 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
-    newest = _newest_whole_checkpoint(run_dir) if resume else latest_checkpoint(run_dir)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
     config_path = run_dir / "run_config.json"
     if not resume:
-        log = run_dir / "train_log.jsonl"
-        if newest is not None or (log.exists() and log.stat().st_size):
-            way_on = "" if newest is None else "continue it with resume=True (--resume), "
-            raise ConfigError(
-                f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
-            )
+        check_is_new(run_dir)
         for report in getattr(trainer, "reports", ()):
             if report.overlong or report.truncated:
                 print(report)
         (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(r) for r in getattr(trainer, "reports", ())]))
         config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
         return trainer.step, None
+    newest = _newest_whole_checkpoint(run_dir)
     if newest is None:
         raise ConfigError(
             f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
@@ -553,6 +548,16 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
         warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
     unlogged = load_checkpoint(trainer, newest)
     return trainer.step, unlogged
+
+
+def check_is_new(run_dir) -> None:
+    """Raises ConfigError where output_dir already holds a run."""
+    log, newest = Path(run_dir) / "train_log.jsonl", latest_checkpoint(run_dir)
+    if newest is not None or (log.exists() and log.stat().st_size):
+        way_on = "" if newest is None else "continue it with resume=True (--resume), "
+        raise ConfigError(
+            f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
+        )
 
 
 def model_card(trainer, metrics: dict) -> str:

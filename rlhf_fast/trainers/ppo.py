@@ -47,7 +47,7 @@ from ..models import (
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
-from ..rewards import compute_scores, make_reward, score_components
+from ..rewards import check_room, compute_scores, make_reward, score_components
 from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
 from ..trunk import hidden_states_at
 from . import common
@@ -112,9 +112,12 @@ class PPOTrainer:
             common.check_learns(self.value_model, "PPOTrainer: the value model")
 
         networks = [self.policy, self.reference, self.value_model and self.value_model.model]
-        longest = max(map(len, self.prompts + self.eval_prompts)) + config.response_length
+        longest = max(self.prompts + self.eval_prompts, key=len)
+        for reward in (self.reward, *self.eval_rewards.values()):
+            check_room(reward, self.tokenizer, longest.prompt, config.response_length)
         for network in filter(None, networks):
-            check_lengths(network, self.tokenizer, longest)
+            advice = "lower max_prompt_length or response_length"
+            check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         check_lm_head(self.policy)
 

@@ -13,7 +13,7 @@ from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import kl_penalty
 from rlhf_fast.advantages import RunningStd, sequence_advantages, shaped_scores
-from rlhf_fast.models import ValueModel, hidden_states
+from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
 from rlhf_fast.rollout import make_rollout, squeeze
 from rlhf_fast.trainers.common import ConfigError, NonFiniteError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer, minibatches
@@ -265,6 +265,20 @@ def test_the_scale_of_the_rewards_does_not_change_what_a_shared_trunk_learns(tmp
         assert max(float(g.abs().max()) for g in critics) > 1e-2  # and it has one
     for small, large in zip(*gradients, strict=True):
         torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-4 * float(small.abs().max()))
+
+
+def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(tmp_path):
+    tokenizer = tiny_tokenizer()
+    longest = max(len(tokenizer(x["prompt"])["input_ids"]) for x in PROMPTS)
+    fits, short = (
+        load_reward_model(tiny_model(tokenizer, max_position_embeddings=longest + 7 + more), tokenizer)
+        for more in (1, 0)  # a response that is cut at response_length = 7 is scored with an eos of its own
+    )
+    for where in ({"reward": [(fits, 1.0)]}, {"eval_rewards": {"other": fits}}):
+        make_trainer(tmp_path, **where)
+    for where in ({"reward": [(short, 1.0)]}, {"eval_rewards": {"other": short}}):
+        with pytest.raises(ConfigError, match=rf"{longest + 8} tokens and .* {longest + 7} positions: .* or response_"):
+            make_trainer(tmp_path, **where)
 
 
 def test_weights_in_bfloat16_are_refused(tmp_path):
