@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -270,7 +271,9 @@ def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """Raises ValueError where the logits are not lm_head(hidden_states), as in architectures that scale them."""
+    """Raises ConfigError where the logits are not lm_head(hidden_states), as in architectures that scale them."""
+    if unwrapped(model).base_model is unwrapped(model):
+        raise ConfigError(f"{type(model).__name__} is not supported: transformers does not say which part is its trunk")
     ids = torch.arange(2, device=model.device)[None]
     was_training = model.training
     model.eval()
@@ -280,9 +283,9 @@ def check_lm_head(model: PreTrainedModel) -> None:
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
-        raise ValueError(
-            f"{type(model).__name__} does more to its logits than lm_head, bias and softcap; rlhf_fast computes "
-            "log-probabilities from hidden states and would be wrong for it"
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias and softcap, and "
+            "rlhf_fast computes log-probabilities from hidden states and would be wrong for it"
         )
 
 
@@ -353,10 +356,17 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 
 
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
-    """AutoModelForSequenceClassification: a copy of the trunk under a new scalar head (see load_reward_model)."""
+    """AutoModelForSequenceClassification: a copy of the trunk under a new scalar head (see load_reward_model).
+    ConfigError for an architecture for which transformers has none."""
     model = merge_adapters(model)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"no reward or value model can be made of {type(model).__name__}: transformers has no class for sequence "
+            f"classification with {config.model_type}. (A reward may come from another architecture, and PPO needs no "
+            "value model with advantage_estimator reinforce, rloo or group)"
+        )
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
     scalar.score.float()  # it learns, over whatever trunk

@@ -167,8 +167,8 @@ def why_not_packed(model, longest: int) -> str | None:
             for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
         ]
         alone = torch.cat([*alone[:2], alone[2][shared:]])[read]
-    except (TypeError, NotImplementedError) as error:
-        return str(error)
+    except Exception as error:
+        return f"{type(unwrapped(model)).__name__} does not run on sequences in one row ({error})"
     finally:
         model.train(training)
     tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2

@@ -16,6 +16,10 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -168,8 +172,18 @@ def test_logits_that_lm_head_alone_does_not_explain_are_refused():
     for build in (llama, gpt2, gemma2):
         models.check_lm_head(build(tiny_tokenizer()))
     config = CohereConfig(vocab_size=64, hidden_size=32, logit_scale=0.5, pad_token_id=0, **SMALL)
-    with pytest.raises(ValueError, match="CohereForCausalLM does more to its logits"):
+    with pytest.raises(ConfigError, match="CohereForCausalLM is not supported: it does more to its logits"):
         models.check_lm_head(CohereForCausalLM(config).eval())
+
+
+def test_architectures_without_a_trunk_or_a_scalar_head_are_refused_in_words():
+    config = Llama4TextConfig(vocab_size=64, hidden_size=32, head_dim=8, num_local_experts=1, pad_token_id=0, **SMALL)
+    with pytest.raises(ConfigError, match="Llama4ForCausalLM is not supported: transformers does not say"):
+        models.check_lm_head(Llama4ForCausalLM(config))
+    granite = GraniteForCausalLM(GraniteConfig(vocab_size=64, hidden_size=32, pad_token_id=0, **SMALL))
+    for make in (models.load_reward_model, models.ValueModel.from_policy):
+        with pytest.raises(ConfigError, match="made of GraniteForCausalLM: transformers has no class for sequence"):
+            make(granite)
 
 
 def test_the_trunk_makes_no_logits(monkeypatch):

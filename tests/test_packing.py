@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -216,6 +218,8 @@ def test_models_that_cannot_be_packed_say_why():
     gemma2 = Gemma2ForCausalLM(Gemma2Config(vocab_size=V, hidden_size=32, head_dim=8, pad_token_id=0, **SIZES))
     assert "lets one sequence of a row see another" in why_not_packed(bloom, 64)
     assert "no softcap" in why_not_packed(gemma2, 64)
+    mpt = MptForCausalLM(MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64))
+    assert "MptForCausalLM does not run on sequences in one row ('NoneType'" in why_not_packed(mpt, 64)
     assert bloom.training and bloom.config._attn_implementation == "eager"
 
 
