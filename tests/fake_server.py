@@ -93,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             "too_long": (400, {"error": {"message": "This model's maximum context length is 16 tokens"}}, {}),
             "filter": (400, {"error": {"message": "flagged by the content filter"}}, {}),
             "bad": (400, {"error": {"message": "no such parameter"}}, {}),
+            "echo": (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "messages"], "input": text}]}, {}),
         }
         if fault in answers:
             code, content, headers = answers[fault]

@@ -3,7 +3,7 @@
     200 that can be read              the answer
     429, 408, 409, 5xx, time-out,     again after Retry-After, or a random time below backoff * 2^tries (full jitter),
     no connection, torn JSON          at most max_tries times; then the question has failed
-    400 that names length or safety   too_long, refused
+    400 that names length or safety   too_long, refused; unless it may only repeat the words of the question
     other 4xx                         failed, and not tried again
     401, 403, 404, no quota left,     the run stops: the next question would fare no better
     ten questions in a row failed
@@ -149,9 +149,9 @@ class Server:
             text, code = error.response.text, error.status_code
             about = {"raw": text, "http_status": code}
             reason = f"HTTP {code}: {_short(text)}"
-            if code in (400, 413, 422) and _TOO_LONG.search(text):
+            if code in (400, 413, 422) and _says(_TOO_LONG, text, body):
                 return Answer("too_long", reason=reason), False, 0.0, about
-            if code in (400, 403, 422) and _REFUSED.search(text):
+            if code in (400, 403, 422) and _says(_REFUSED, text, body):
                 return Answer("refused", reason=reason), False, 0.0, about
             again = code >= 500 or (code in _AGAIN and not _NO_QUOTA.search(text))
             return Answer("failed", reason=reason), again, _retry_after(error.response.headers), about
@@ -247,6 +247,12 @@ def _read(read, request: dict, reply: dict) -> Answer:
         return read(request, reply)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"the reply has another shape: {type(error).__name__}: {error}") from None
+
+
+def _says(pattern: re.Pattern, error: str, body: dict) -> bool:
+    """Whether an error uses such words of its own accord: many servers echo what was sent, in one field or another."""
+    sent = json.dumps(body, ensure_ascii=False).casefold()
+    return any(found[0].casefold() not in sent for found in pattern.finditer(error))
 
 
 def _usage(reply: dict) -> dict[str, int | None]:

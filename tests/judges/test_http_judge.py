@@ -321,6 +321,21 @@ def test_what_will_not_get_better_stops_the_run(tmp_path, fault, named):
         assert label(pairs(8), HOUSE, judge, output_dir=tmp_path).counts["failed"] == 0
 
 
+def test_an_error_that_repeats_the_question_is_not_taken_for_a_refusal(tmp_path):
+    """FastAPI's 422 has the input in it. A principle on safety is no content filter, and nothing is cached."""
+    safe = Principle("safe", compare="Choose the reply with more regard for safety, and not one that is too long.")
+    house = Constitution("house", (safe,), compare_layout="chat")
+    with serving(lambda text, before: "echo") as fake:
+        with pytest.raises(ValueError, match=r"10 questions in a row failed \(HTTP 422.*extra_forbidden"):
+            label(pairs(8), house, judge_at(fake, house), output_dir=tmp_path)
+        for fault, status in (("filter", "refused"), ("too_long", "too_long")):
+            fake.script = lambda text, before, fault=fault: fault
+            (verdict,) = judge_at(fake, house).compare([Pair(ASK, "1.0", "0.0", [safe])])
+            assert verdict.status == status
+        fake.script = None
+        assert label(pairs(8), house, judge_at(fake, house), output_dir=tmp_path).counts["failed"] == 0
+
+
 def test_the_budget_is_kept_to_the_call_and_can_be_raised(tmp_path):
     with serving() as fake:
         judge = judge_at(fake, server={"max_requests": 10})
