@@ -7,6 +7,7 @@ begins is the tokenizer's choice. What its sequences share is the prefix, the re
 
 Sequences form a tree. Where they share most of their tokens (few-shots in front of all questions; conversation and
 replies in front of all principles), the shared part goes through the model once and its keys and values serve them all.
+Models that keep more than keys and values go through every sequence whole.
 """
 
 import copy
@@ -46,7 +47,8 @@ def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_b
             for position in range(prefix, len(ids)):
                 row.setdefault((position - 1, ids[position]), []).append((q, label))
     # A shared part ends before the first position that is read.
-    tree = _grow(sorted(reads), {row: min(position for position, _ in reads[row]) for row in reads}, 0)
+    limits = {row: min(position for position, _ in reads[row]) for row in reads}
+    tree = _grow(sorted(reads), limits, 0) if _can_share(model) else _Node(0, (), sorted(reads))
     totals = [[0.0] * len(sequences) for sequences in questions]
     head = lm_head(model)
     for rows, hidden, start in _walk(model, tree, None, tokens_per_batch):
@@ -117,12 +119,14 @@ def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int)
     return out.last_hidden_state
 
 
+def _can_share(model) -> bool:
+    """Whether the model's cache is keys and values and nothing else: a recurrent state (Mamba, LFM2) is overwritten."""
+    layers = DynamicCache(config=model.config).layers
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
 def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
     """The cache for so many rows. Its tensors are read, never written, so rows may share them until theirs differ."""
-    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copied.layers:

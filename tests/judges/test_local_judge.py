@@ -6,7 +6,15 @@ import re
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, CohereConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    GPT2Config,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from rlhf_fast.judges import Answer, Constitution, LocalJudge, ModelCheck, Pair, Principle, Reply, RuleCheck
 from rlhf_fast.judges.layouts import COMPARE_LABELS, compare_question, render_turns
@@ -130,6 +138,19 @@ def test_what_questions_share_is_computed_once_and_changes_nothing(model, layout
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     naive = sum(len(sequence) for question in questions for sequence in question) / 2  # one row a question
     assert sum(cells) < naive / {"anthropic": 2.5, "principle_last": 8}[layout]
+
+
+def test_a_model_with_a_recurrent_state_is_scored_without_sharing():
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
+    config = Lfm2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    shared = list(range(100, 140))
+    questions = [[[*shared, n, 5], [*shared, n, 6, 7, n]] for n in range(10, 14)]
+    expected = torch.tensor([[naive_logprob(model, a, b), naive_logprob(model, b, a)] for a, b in questions])
+    for budget in (1, 100_000):
+        got = torch.tensor(label_logprobs(model, questions, budget))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["anthropic", "principle_last", "chat"])
