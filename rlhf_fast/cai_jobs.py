@@ -221,11 +221,20 @@ def _compared(path: str) -> list[dict]:
             if "text_correct" in file.readline():
                 return read_released_comparisons(path)
     rows = read_rows(path)
-    for row in rows:
+    for i, row in enumerate(rows):
         for name, column in (("better", "chosen"), ("worse", "rejected")):
             if column in row:
-                row[name] = row[column] if isinstance(row[column], str) else row[column][-1]["content"]
+                row[name] = _only_text(row[column], f"{path}: row {i}: {column!r}")
     return [{k: row[k] for k in ("id", "prompt", "better", "worse") if k in row} for row in rows]
+
+
+def _only_text(reply, where: str) -> str:
+    text = reply
+    if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], dict):
+        text = reply[0].get("content")
+    if not isinstance(text, str):
+        raise ConfigError(f"{where} must be text or one message, and what comes before it the prompt; got {reply!r}")
+    return text
 
 
 @dataclass
@@ -360,6 +369,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     }
     prompts, held_out = read_data(job, "ppo", root, resume, **limit)
     prompts = prompts[: 2 * job.num_prompts]
+    read_items(prompts)  # half of them are asked only in phase 2
     options = {"seed": job.seed, "batch_size": 128}
 
     def generator(model: str) -> TextGenerator:

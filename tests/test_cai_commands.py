@@ -110,6 +110,15 @@ def test_a_judge_at_the_floor_does_not_label_unless_told_to(house, audited, tmp_
     assert (out / "constitution.html").is_file() and len(read(out / "judgements.jsonl")) == 8
 
 
+@pytest.mark.parametrize("chosen", [[], [{"role": "assistant", "content": c} for c in ("one", "two")]])
+def test_a_compared_reply_is_one_text(house, tmp_path, capsys, chosen):
+    write(tmp_path / "rows.jsonl", [{"prompt": "q", "chosen": "x", "rejected": "y"},
+                                    {"prompt": "q", "chosen": chosen, "rejected": "y"}])  # fmt: skip
+    common = {"constitution": house / "house.yaml", "data": tmp_path / "rows.jsonl"}
+    assert cai("audit", **common, output_dir=tmp_path / "card") == 2
+    assert "rows.jsonl: row 1: 'chosen' must be text or one message" in capsys.readouterr().err
+
+
 def test_derive_gives_other_labels_without_the_judge(house, audited, tmp_path, capsys):
     label, derived = tmp_path / "label", tmp_path / "derived"
     assert cai("label", **audited, allow_weak_judge="true", tie_margin=0, output_dir=label) == 0

@@ -167,7 +167,7 @@ class ModelJudge:
         return safe, *(defuse(reply, special) for reply in replies)
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
-        """Those with a `compare` text."""
+        """Those with a `compare` text, of weight above 0."""
         return [p for p in principles if p.compare and p.weight > 0]
 
     def describe(self) -> dict:

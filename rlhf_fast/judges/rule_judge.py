@@ -52,8 +52,8 @@ class RuleJudge:
         return decide(votes, missing, {p.id: p.weight for p in pair.principles}, combine="sum")
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
-        """Those that a rule decides."""
-        return [p for p in principles if isinstance(p.check, RuleCheck)]
+        """Those that a rule decides, of weight above 0."""
+        return [p for p in principles if isinstance(p.check, RuleCheck) and p.weight > 0]
 
     def describe(self) -> dict:
         return {"backend": "rule", "scale": self.scale, "combine": "sum"}

@@ -43,7 +43,8 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
     """Rows (or bare prompts) -> {"id", "prompt" as messages, and the named text columns}.
 
     A row without "id" gets a hash of its content, with a counter behind what occurs again. Raises ConfigError for a
-    missing column, a prompt that does not end with the user, an id that occurs twice, or no rows at all.
+    missing column, a prompt that is not text or messages of system, user and assistant, or does not end with the user,
+    an id that occurs twice, or no rows at all.
     """
     items, seen = [], Counter()
     for i, row in enumerate(rows):
@@ -56,6 +57,11 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
                 f"row {i}: {list(texts)} must be text, got {[type(row[name]).__name__ for name in texts]}"
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if wrong := [m for m in messages if not _is_message(m)] if isinstance(messages, list) else [messages]:
+            raise ConfigError(
+                f"row {i}: a message of the prompt is {wrong[0]!r}; it needs a role (system, user or assistant) and a "
+                "content of text"
+            )
         if not messages or messages[-1]["role"] != "user":
             raise ConfigError(f"row {i}: the prompt must end with a user message, it ends with {messages[-1:]}")
         item = {"prompt": messages, **{name: row[name] for name in texts}}
@@ -72,6 +78,14 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
     if not items:
         raise ConfigError("no rows: there is nothing to answer or to compare")
     return items
+
+
+def _is_message(message) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.get("role") in ("system", "user", "assistant")
+        and isinstance(message.get("content"), str)
+    )
 
 
 def run_stage(

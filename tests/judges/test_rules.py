@@ -79,6 +79,7 @@ def test_no_evidence_is_no_label():
 
 def test_model_principles_are_not_for_this_judge():
     asked = Principle("asked", compare="Choose the better one.")
-    assert RuleJudge().comparable([SHORT, asked]) == [SHORT]
+    idle = principle("idle", lambda c, y: True, weight=0.0)
+    assert RuleJudge().comparable([SHORT, asked, idle]) == [SHORT]  # idle could only be drawn for nothing
     with pytest.raises(ValueError, match=r"asked.*LocalJudge"):
         RuleJudge().compare([Pair(ASK, "a", "b", [asked])])

@@ -89,6 +89,13 @@ def test_items_are_named_by_their_content():
         ([], "no rows"),
         ([{"text": "hello"}], "row 0 has no .*prompt"),
         (["fine", {"prompt": [{"role": "assistant", "content": "hi"}]}], "row 1: .*end with a user message"),
+        (
+            [{"prompt": [{"role": "tool", "content": "7"}, {"role": "user", "content": "hi"}]}],
+            "row 0: .*'tool'.*a role",
+        ),
+        (["fine", {"prompt": [{"content": "hi"}]}], "row 1: .*needs a role"),
+        ([{"prompt": [{"role": "user"}]}], "row 0: .*needs .* a content of text"),
+        ([{"prompt": 7}], "row 0: a message of the prompt is 7"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "row 1: id '1' occurs twice"),
     ],
 )
