@@ -105,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
             reply["choices"][0].pop("logprobs", None)
         if fault == "refusal":
             reply["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "I can't judge that."}
+        if fault == "sentence" and body["max_tokens"] > 1:
+            reply["choices"][0]["message"]["content"] += " better"
         if fault == "torn":
             return self.reply(200, json.dumps(reply)[:-20])
         if fault == "empty":

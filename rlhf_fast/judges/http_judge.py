@@ -147,7 +147,8 @@ class HTTPBackend:
         if self.mode == "top_k":
             return "/completions", {"prompt": prompt, "max_tokens": 1, "logprobs": self.top_k, "temperature": 0}
         if self.mode == "chat":
-            return "/chat/completions", {"messages": prompt, "max_tokens": 1, "temperature": 0, "logprobs": True,
+            # The second token tells a label from "A better reply", which begins with one.
+            return "/chat/completions", {"messages": prompt, "max_tokens": 2, "temperature": 0, "logprobs": True,
                                          "top_logprobs": min(self.top_k, 20)}  # fmt: skip
         if self.mode == "systemone":
             criteria = {_bare(label): label.strip() for label in request["labels"]}
@@ -298,16 +299,22 @@ def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
 def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
     """The first token's likeliest alternatives; all the ways to write a label ("A", " A", "(A") count as it."""
     choice = _choice(reply)
-    if choice.get("finish_reason") == "content_filter" or (choice.get("message") or {}).get("refusal"):
+    message = choice.get("message") or {}
+    if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
         return Answer("refused", reason="content filter or refusal")
     top = _top_of(choice)
-    seen = [0.0] * len(labels)
     bare = [_bare(label) for label in labels]
+
+    def written(word: str) -> list[bool]:
+        return [word == label or (len(label) > 1 and word.casefold() == label.casefold()) for label in bare]
+
+    begun = re.match(r"\W*(\w+)\W+\w", message.get("content") or "")
+    if begun and any(written(begun[1])):
+        return Answer("unparsed", reason=f"began {message['content']!r}, where a label is asked for and nothing else")
+    seen = [0.0] * len(labels)
     for token, logprob in top.items():
-        word = token.strip(" \n(\"'*▁Ġ").rstrip(")\"'*.:")
-        for i, label in enumerate(bare):
-            if word == label or (len(label) > 1 and word.casefold() == label.casefold()):
-                seen[i] += math.exp(logprob)
+        for i, is_label in enumerate(written(token.strip(" \n(\"'*▁Ġ").rstrip(")\"'*.:"))):
+            seen[i] += math.exp(logprob) if is_label else 0.0
     if not any(seen):
         likeliest = max(top, key=top.get)
         return Answer("unparsed", reason=f"neither label is among the {len(top)} likeliest; {likeliest!r} is the first")

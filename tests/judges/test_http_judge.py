@@ -127,6 +127,14 @@ def test_an_unseen_label_may_be_written_in_several_ways():
     assert _read_top((" (A)", " (B)"), reply, 0.05).status == "unparsed"
 
 
+def test_a_sentence_that_begins_with_a_label_is_no_answer():
+    with serving(lambda text, before: "sentence" if " (A) [[[3" in text else None) as fake:
+        pairs = [Pair(ASK, "3", "0", [KIND]), Pair(ASK, "2", "0", [KIND])]
+        sentence, letter = judge_at(fake).compare(pairs)
+    assert sentence.status == "unparsed" and "began 'A better'" in sentence.reason
+    assert letter.status == "ok" and letter.logit == pytest.approx(2.0)
+
+
 def test_checks_and_rationales_go_the_same_way():
     asked = Principle("asked", check=ModelCheck("Is it rude?"))
     with serving(lambda text, before: "no label" if "rude" in text else None) as fake:
