@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -186,6 +188,37 @@ def add_lora(
         raise ConfigError(f"lora_target_modules: {error}") from error
     check_lm_head_is_plain(adapted)
     return adapted
+
+
+def check_base_is_saved(model: str | Path | PreTrainedModel) -> None:
+    """ConfigError unless a model that is to get adapters can be found again: they are saved without the weights below.
+
+    A path is taken at its word. An object has to hold, number for number, what the safetensors at its name_or_path do
+    (read one by one): on those the adapters would come back, also where the object was trained or merged in memory.
+    """
+    if isinstance(model, (str, Path)) or _is_as_saved(model):
+        return
+    raise ConfigError(
+        f"lora_r: adapters are saved without the weights below them, and those of this {type(model).__name__} are not "
+        f"the ones at its name_or_path {model.name_or_path!r}: save it (save_pretrained, with its tokenizer) and give "
+        "the path"
+    )
+
+
+def _is_as_saved(model: PreTrainedModel) -> bool:
+    folder, state, found = Path(model.name_or_path), model.state_dict(), set()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model.name_or_path, local_files_only=True))
+        except (OSError, ValueError):  # not there, or no name
+            return False
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for name in state.keys() & saved.keys():
+                if not torch.equal(saved.get_tensor(name).to(state[name]), state[name]):
+                    return False
+                found.add(state[name].data_ptr())  # of tied weights one is saved
+    return all(x.data_ptr() in found or name.startswith("score.") for name, x in state.items())  # adapters bring a head
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from rlhf_fast import models
+from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, models
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.rewards import RewardModelReward
 
@@ -103,6 +103,63 @@ def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
         torch.testing.assert_close(models.score_tokens(served.model, IDS, mask), scores, rtol=0, atol=1e-5)
         values = models.ValueModel.from_reward_model(again)(IDS)
         torch.testing.assert_close(values[:, -1], scores, rtol=0, atol=1e-5)
+
+
+def test_a_model_object_gets_adapters_only_if_they_will_find_it_again(tmp_path, base, tokenizer):
+    def refused(model):
+        with pytest.raises(ConfigError, match=r"adapters are saved without the weights below them.*give the path"):
+            models.check_base_is_saved(model)
+
+    models.check_base_is_saved(base)
+    for dtype in (torch.float32, torch.bfloat16):
+        models.check_base_is_saved(AutoModelForCausalLM.from_pretrained(base, dtype=dtype))
+    models.check_base_is_saved(models.load_reward_model(base, tokenizer))  # its head is saved with the adapters
+    tied = tiny_model(tokenizer, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied", max_shard_size="20KB")
+    assert len(list((tmp_path / "tied").glob("*.safetensors"))) > 1
+    models.check_base_is_saved(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"))
+    refused(tiny_model(tokenizer))  # comes from nowhere
+    trained = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    refused(trained)
+    adapted = with_lora(models.load_policy(base))
+    refused(adapted)
+    refused(models.merge_adapters(adapted))
+    longer = AutoModelForCausalLM.from_pretrained(base)
+    longer.resize_token_embeddings(len(tokenizer) + 1)
+    refused(longer)
+
+
+def test_adapters_on_a_policy_that_was_trained_in_memory_are_refused(tmp_path, base, tokenizer):
+    """They would name the model as it was before, and be loaded on it without a word."""
+    data = [{"prompt": "say ", "completion": "the cat", "chosen": "cat", "rejected": "sat"}]
+    policy = AutoModelForCausalLM.from_pretrained(base)
+    list(SFTTrainer(SFTConfig(str(tmp_path / "a"), max_steps=1), policy, train_dataset=data, tokenizer=tokenizer))
+    options = {"train_dataset": data, "tokenizer": tokenizer}
+    makers = [
+        lambda model: SFTTrainer(SFTConfig(str(tmp_path / "b"), lora_r=2), model, **options),
+        lambda model: RewardTrainer(RewardConfig(str(tmp_path / "b"), lora_r=2), model, **options),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), lora_r=2), model, reward=len, **options),
+    ]
+    for make in makers:
+        with pytest.raises(ConfigError, match="give the path"):
+            make(policy)
+        make(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    rm = makers[1](half)  # a frozen base may be in bfloat16: adapters and head learn in float32
+    assert {p.dtype for p in rm.model.parameters() if p.requires_grad} == {torch.float32}
+    assert rm.model.dtype == torch.bfloat16
+    config = PPOConfig(
+        str(tmp_path / "c"), lora_r=2, share_trunk=True, batch_size=4, minibatch_size=4, total_episodes=4
+    )
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    ppo = PPOTrainer(config, half, reward=lambda p, r, **c: [float(len(x)) for x in r], **options)
+    assert float(next(iter(ppo))["policy/first_minibatch_max_abs_log_ratio"]) == 0
+    with pytest.raises(ConfigError, match="adapters already"):
+        makers[0](with_lora(models.load_policy(base)))
+    with pytest.raises(ConfigError, match="give the path"):
+        makers[1](with_lora(models.load_policy(base)))  # its trunk would be merged
 
 
 def test_what_would_be_wrong_is_refused(base, tmp_path, monkeypatch):

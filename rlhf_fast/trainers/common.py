@@ -213,13 +213,21 @@ def check_best(config, eval_dataset) -> None:
         raise ConfigError("load_best_model_at_end needs an eval_dataset (eval_data) and eval_steps")
 
 
-def prepare(model, config):
+def with_adapters(model, config, given):
+    """The model with the adapters that lora_* ask for; given: the argument of the trainer that it was loaded from."""
+    if not config.lora_r:
+        return model
+    if not models.has_adapters(model):  # add_lora refuses these
+        models.check_base_is_saved(given)
+    return models.add_lora(
+        model, r=config.lora_r, alpha=config.lora_alpha, dropout=getattr(config, "lora_dropout", 0.0),
+        target_modules=config.lora_target_modules,
+    )  # fmt: skip
+
+
+def prepare(model, config, given):
     """The model with what a config asks for: lora_* adapters, gradient_checkpointing; bf16 is checked, not applied."""
-    if config.lora_r:
-        model = models.add_lora(
-            model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-        )  # fmt: skip
+    model = with_adapters(model, config, given)
     if config.gradient_checkpointing:
         models.checkpoint_activations(model)
     if config.bf16 and not bf16_supported(model.device):

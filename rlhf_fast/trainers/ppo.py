@@ -30,7 +30,6 @@ from ..data.formats import prompts as read_prompts
 from ..models import (
     ValueModel,
     adapters_off,
-    add_lora,
     check_lengths,
     check_lm_head,
     disable_dropout,
@@ -83,11 +82,7 @@ class PPOTrainer:
         if eval_dataset is not None:
             self.eval_prompts, report = read_prompts(eval_dataset, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
-        self.policy = load_policy(model)
-        if config.lora_r:
-            self.policy = add_lora(
-                self.policy, r=config.lora_r, alpha=config.lora_alpha, target_modules=config.lora_target_modules
-            )
+        self.policy = common.with_adapters(load_policy(model), config, model)
         if ref_model is self.policy:
             raise common.ConfigError(
                 "PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy"

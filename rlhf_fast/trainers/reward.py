@@ -144,7 +144,7 @@ class RewardTrainer:
             unwrapped(self.model).base_model.requires_grad_(not config.freeze_trunk)
         if config.train_last_layers:
             train_last_layers(self.model, config.train_last_layers)
-        self.model = common.prepare(self.model, config)
+        self.model = common.prepare(self.model, config, model)
         self.packed = common.packing_if_possible(self.model, longest)
         self.evaluation: Pairs | None = None  # of the last evaluate()
 

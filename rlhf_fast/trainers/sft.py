@@ -106,7 +106,7 @@ class SFTTrainer:
             self.eval_examples, report = sft_examples(records, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
         common.check_best(config, eval_dataset)
-        self.model = common.prepare(load_policy(model), config)
+        self.model = common.prepare(load_policy(model), config, model)
         longest = max(map(len, self.examples + self.eval_examples))
         check_lengths(self.model, self.tokenizer, longest)
         check_lm_head(self.model)

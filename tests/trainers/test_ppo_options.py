@@ -293,7 +293,8 @@ def test_weights_in_bfloat16_are_refused(tmp_path):
 def test_new_adapters_make_the_policy_its_own_reference(tmp_path, share_trunk):
     pytest.importorskip("peft")
     model = tiny_model(tiny_tokenizer())
-    model.name_or_path = "base"
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
     before = hidden_states(model, torch.tensor([[5, 6, 7]])).detach()
     trainer = make_trainer(
         tmp_path / "run", model, lora_r=4, lora_alpha=8.0, lora_target_modules=["q_proj", "v_proj"],
