@@ -83,7 +83,10 @@ class JudgeJob(Checked):
         options = {"seed": seed, **_known(kind, self.judge_options, "judge_options")}
         if kind is HTTPJudge:
             server = _server(self.judge, self.judge_model, self.judge_server, "judge_")
-            return constitution, HTTPJudge(server, constitution, **options)
+            judge = HTTPJudge(server, constitution, **options)
+            found = "; ".join(f"{mode}: {came_to}" for mode, came_to in judge.backend.found.items())
+            print(f"judge: {self.judge} is asked in mode {judge.backend.mode} ({found})")
+            return constitution, judge
         return constitution, LocalJudge(load_policy(self.judge), load_tokenizer(self.judge), constitution, **options)
 
 

@@ -209,7 +209,9 @@ def test_a_server_writes_and_judges(house, tmp_path, capsys):
         assert cai("label", **stopped, judge_server="{max_requests: 5}") == 2
         assert "the budget is spent: max_requests = 5" in capsys.readouterr().err
         assert cai("label", **stopped) == 0
-        assert "4 tie" in capsys.readouterr().out  # whatever stands first is better: both orders together say nothing
+        out = capsys.readouterr().out
+        assert f"judge: {fake.url} is asked in mode chat (echo: no log-probabilities" in out and "; chat: yes)" in out
+        assert "4 tie" in out  # whatever stands first is better: both orders together say nothing
 
 
 def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):

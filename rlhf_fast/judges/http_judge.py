@@ -34,7 +34,8 @@ _REFUSAL = re.compile(
 
 
 class HTTPBackend:
-    """Scores labels, or has them chosen, through a server."""
+    """Scores labels, or has them chosen, through a server, in `mode`; `found` has what each mode that was tried came
+    to."""
 
     def __init__(
         self,

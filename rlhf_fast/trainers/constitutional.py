@@ -324,8 +324,8 @@ def label(
     """Phase 2, second half: the judge compares each pair; its probability is kept as a soft label.
 
     pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id". principles_per_pair: how many
-    principles to draw for a pair (the paper draws 1); None takes all. clamp: see `derive`; None is (0.4, 0.6) for a
-    judge that reasons step by step. |P(a better) - 0.5| < tie_margin is a tie.
+    principles to draw for a pair, each as likely whatever it weighs (the paper draws 1); None takes all. clamp: see
+    `derive`; None is (0.4, 0.6) for a judge that reasons step by step. |P(a better) - 0.5| < tie_margin is a tie.
     retry: outcomes of earlier runs in the same directory that are asked for again.
 
     Writes judgements.jsonl (every vote of every pair), and what judges/labels.py derives from it: comparisons.jsonl
