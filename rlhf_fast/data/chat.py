@@ -116,6 +116,16 @@ def _tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
+def _continue(tokenizer, text: str) -> list[int]:
+    """Tokens of a text that another precedes: without the space that SentencePiece puts before the first word."""
+    ids, before = _tokenize(tokenizer, text), _tokenize(tokenizer, "\n")
+    if ids and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁"):
+        behind = _tokenize(tokenizer, "\n" + text)
+        if behind[: len(before)] == before:
+            return behind[len(before) :]
+    return ids
+
+
 def _bos(tokenizer, ids: list[int]) -> list[int]:
     """The bos that the tokenizer puts before plain text, unless the text already has it."""
     bos = tokenizer.bos_token_id
@@ -131,8 +141,11 @@ def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
     for cut in cuts:
         before = _tokenize(tokenizer, text[:cut])
         if before != whole[: len(before)]:
-            edges = [0, *cuts, len(text)]
-            return [_tokenize(tokenizer, text[a:b]) for a, b in pairwise(edges)]
+            edges = [*cuts, len(text)]
+            return [
+                _tokenize(tokenizer, text[: cuts[0]]),
+                *(_continue(tokenizer, text[a:b]) for a, b in pairwise(edges)),
+            ]
         sizes.append(len(before))
     sizes.append(len(whole))
     return [whole[a:b] for a, b in pairwise(sizes)]

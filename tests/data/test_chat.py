@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -171,33 +171,47 @@ def test_a_tokenizer_that_cannot_do_the_work_is_refused_with_the_way_out():
         check_tokenizer(tokenizer, conversational=False)
 
 
-def sentencepiece_tokenizer(decoder):
-    """As Llama 2 writes text: a space is part of the word behind it, and the first word has one too."""
+def sentencepiece_tokenizer(kind):
+    """A space is part of the word behind it, and the first word has one too, in the two ways that files say so."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoder
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=["\n"], show_progress=False
+    )
     tokenizer.train_from_iterator(["two plus two is four . say it"] * 9, trainer)
+    if kind == "llama":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     )
 
 
-LLAMA = decoders.Sequence(
-    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-)
-
-
-@pytest.mark.parametrize("decoder", [decoders.Metaspace(), LLAMA])
-def test_a_reward_model_reads_the_tokens_that_the_policy_wrote(decoder):
-    tokenizer = sentencepiece_tokenizer(decoder)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    text = "two plus  two is fours . say it"
+@pytest.mark.parametrize("kind", ["metaspace", "llama"])
+def test_a_reward_model_reads_the_tokens_that_the_policy_wrote(kind):
+    tokenizer, text = sentencepiece_tokenizer(kind), "two plus  two is fours . say it"
     ids = encode_to_score(tokenizer, None, text).tolist()  # the last is eos
     for cut in range(1, len(ids)):  # behind <s>, within words, between two spaces
         prompt = tokenizer.decode(ids[:cut], skip_special_tokens=True)
         rollout = make_rollout(tokenizer, [Prompt(prompt, ids[:cut], {})], [ids[cut:]])
         assert prompt + rollout.responses[0] == text
         assert encode_to_score(tokenizer, prompt, rollout.responses[0]).tolist() == ids
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "llama"])
+def test_a_response_that_goes_on_within_a_word_or_behind_a_space_gets_no_space_of_its_own(kind):
+    tokenizer, text = sentencepiece_tokenizer(kind), "two plus  two is fours . say it"
+    for cut in range(len(text)):
+        prompt, response = text[:cut], text[cut:]
+        encoded = encode_response(tokenizer, prompt, response)
+        before, ids = (encoded.input_ids[mask].tolist() for mask in (~encoded.response_mask, encoded.response_mask))
+        assert before == encode_prompt(tokenizer, prompt)
+        assert tokenizer.decode(encoded.input_ids, skip_special_tokens=True) == text
+        assert decode_responses(tokenizer, [prompt], [before], [ids]) == [response]
 
 
 def test_responses_of_byte_level_tokenizers_and_of_conversations_are_decoded_alone():
@@ -210,6 +224,6 @@ def test_responses_of_byte_level_tokenizers_and_of_conversations_are_decoded_alo
         assert decode_responses(tokenizer, [prompt] * 5, [before] * 5, ids) == alone
     half = tokenizer("é")["input_ids"]
     assert decode_responses(tokenizer, ["?"], [half[:1]], [[*half[1:], 70]]) == [tokenizer.decode([*half[1:], 70])]
-    llama = sentencepiece_tokenizer(LLAMA)
-    four = llama(" four")["input_ids"]
-    assert decode_responses(llama, [[USER], "is"], [llama("is")["input_ids"]] * 2, [four] * 2) == ["four", " four"]
+    llama = sentencepiece_tokenizer("llama")
+    before, four = encode_prompt(llama, "is"), encode_response(llama, "is", " four").input_ids[-2:]
+    assert decode_responses(llama, [[USER], "is"], [before] * 2, [four] * 2) == ["four", " four"]
