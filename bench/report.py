@@ -397,7 +397,7 @@ def hh_reward(result: dict) -> str:
     return "\n".join(lines) + (
         f"\n\nLlamas of {min(weights):,} to {max(weights):,} weights from random initialisation, batches of "
         f"{model['batch_size']} pairs. Every one of the {result['pairs']} well-formed pairs is held out once; "
-        f"{len(result['left_out'])} lines of the files are malformed; {sum(best['rows'][0]['cut'])} pairs are over "
+        f"{len(result['left_out'])} lines of the files are malformed; {max(sum(r['cut']) for r in result['rows'])} pairs are over "
         f"{model['max_length']} tokens and lose the beginning of their prompt. Standard error of the accuracy: "
         f"{best['all']['standard_error']:.3f}; CPU time of all runs: "
         f"{sum(row['cpu_seconds'] for row in result['rows']) / 60:.0f} min.\n{source(result)}"
