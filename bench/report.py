@@ -394,10 +394,11 @@ def hh_reward(result: dict) -> str:
             f"{row['target']:g} | {row['accuracy']:.3f} | {row['loss']:.3f} |"
         )
     model, weights = result["model"], [row["weights"] for row in result["rows"]]
+    cut = max(sum(row["cut"]) for row in result["rows"])
     return "\n".join(lines) + (
         f"\n\nLlamas of {min(weights):,} to {max(weights):,} weights from random initialisation, batches of "
         f"{model['batch_size']} pairs. Every one of the {result['pairs']} well-formed pairs is held out once; "
-        f"{len(result['left_out'])} lines of the files are malformed; {max(sum(r['cut']) for r in result['rows'])} pairs are over "
+        f"{len(result['left_out'])} lines of the files are malformed; {cut} pairs are over "
         f"{model['max_length']} tokens and lose the beginning of their prompt. Standard error of the accuracy: "
         f"{best['all']['standard_error']:.3f}; CPU time of all runs: "
         f"{sum(row['cpu_seconds'] for row in result['rows']) / 60:.0f} min.\n{source(result)}"

@@ -42,7 +42,8 @@ from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
 from .rollout import generate_text
-from .trainers.common import config_from_dict, latest_checkpoint
+from .trainers.checkpoints import latest_checkpoint
+from .trainers.common import config_from_dict
 from .trainers.constitutional import (
     DROP,
     SCHEDULES,

@@ -26,9 +26,10 @@ from .models import load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
 from .rollout import generate_text
-from .trainers.common import check_config, check_is_new, config_from_dict
+from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
+from .trainers.run import check_is_new
 from .trainers.sft import SFTConfig, SFTTrainer
 
 # -- commands and their keys -------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from ..judges.stages import write_atomic
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
 from ..rollout import generate_text
-from ..trainers.common import latest_checkpoint
+from ..trainers.checkpoints import latest_checkpoint
 from ..trainers.constitutional import TextGenerator, label, revise, sample_pairs
 from ..trainers.ppo import PPOConfig, PPOTrainer
 from ..trainers.reward import RewardConfig, RewardTrainer

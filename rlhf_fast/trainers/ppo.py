@@ -51,6 +51,7 @@ from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metri
 from ..trunk import hidden_states_at
 from . import common
 from .ppo_config import PPOConfig
+from .run import RunResult, run_training
 
 
 class PPOTrainer:
@@ -399,10 +400,10 @@ class PPOTrainer:
                 stats[name] += mean * (p["num_tokens"] / num_tokens)
         return stats
 
-    # --- the run: see common.run_training ---
+    # --- the run: see run.py ---
 
-    def train(self, resume: bool = False) -> common.RunResult:
-        return common.run_training(self, resume=resume)
+    def train(self, resume: bool = False) -> RunResult:
+        return run_training(self, resume=resume)
 
     def evaluate(self) -> dict:
         """On the held-out prompts: eval_scores by the reward that is optimised, eval_<name> by each of eval_rewards.

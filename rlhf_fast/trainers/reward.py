@@ -46,6 +46,7 @@ from ..preferences import Pairs, evaluate_pairs
 from ..rewards import RewardModelReward
 from ..rollout import evaluating
 from . import common
+from .run import RunResult, run_training
 
 
 @dataclass
@@ -297,8 +298,8 @@ class RewardTrainer:
             rows += [{"prompt": prompt, "response": x, "reward": r} for x, r in zip(texts, rewards, strict=True)]
         return rows
 
-    def train(self, resume: bool = False) -> common.RunResult:
-        return common.run_training(self, resume=resume)
+    def train(self, resume: bool = False) -> RunResult:
+        return run_training(self, resume=resume)
 
     def save_model(self, path) -> None:
         save_model(self.model, self.tokenizer, path)

@@ -34,6 +34,7 @@ from ..ops import linear_cross_entropy, token_logprobs_and_entropy
 from ..packing import packed_hidden_states, packing
 from ..rollout import evaluating, generate_text
 from . import common
+from .run import RunResult, run_training
 
 
 @dataclass
@@ -234,8 +235,8 @@ class SFTTrainer:
         )  # fmt: skip
         return [{"prompt": p, "response": r} for p, r in zip(self.sample_prompts, responses, strict=True)]
 
-    def train(self, resume: bool = False) -> common.RunResult:
-        return common.run_training(self, resume=resume)
+    def train(self, resume: bool = False) -> RunResult:
+        return run_training(self, resume=resume)
 
     def save_model(self, path) -> None:
         save_model(self.model, self.tokenizer, path)

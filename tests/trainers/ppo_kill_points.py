@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
-from rlhf_fast.trainers import common
+from rlhf_fast.trainers import checkpoints, run
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [{"prompt": f"say {word}"} for word in ("one", "two", "three", "four", "cat", "sat", "on", "mat")]
@@ -90,14 +90,14 @@ def arm(trainer, point: str) -> None:
             trainer, "_accumulate_gradient", lambda *_: late() and (calls.append(1) or len(calls) == 3)
         ),
         "in evaluation": lambda: when(trainer, "evaluate", saving),
-        "in a log line": lambda: when(common._JsonLines, "write", lambda log, row: row.get("step") == 2, half_a_line),
+        "in a log line": lambda: when(run._JsonLines, "write", lambda log, row: row.get("step") == 2, half_a_line),
         "before saving": lambda: when(trainer, "save_model", saving),
         "after the model is saved": lambda: when(trainer, "save_model", saving, after=True),
         "in state.pt": lambda: when(torch, "save", saving, half_a_state),
-        "before the rename": lambda: when(common.os, "rename", saving),
-        "after the rename": lambda: when(common.os, "rename", saving, after=True),
+        "before the rename": lambda: when(checkpoints.os, "rename", saving),
+        "after the rename": lambda: when(checkpoints.os, "rename", saving, after=True),
         "in pruning": lambda: when(
-            common.shutil, "rmtree", lambda path, *_: Path(path).name == "checkpoint-1", one_file_less
+            checkpoints.shutil, "rmtree", lambda path, *_: Path(path).name == "checkpoint-1", one_file_less
         ),
         "in the final model": lambda: when(trainer, "save_model", lambda path: Path(path) == root),
         "disk full": lambda: when(trainer, "save_model", saving, small_disk),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast.trainers import common
+from rlhf_fast.trainers import checkpoints, common, run
 from rlhf_fast.trainers.common import ConfigError
 
 
@@ -66,7 +66,7 @@ class Walk:
         (path / "model.txt").write_text(str(self.value))
 
     def train(self, resume=False):
-        return common.run_training(self, resume=resume)
+        return run.run_training(self, resume=resume)
 
 
 def rows(path):
@@ -280,14 +280,14 @@ def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypat
     Walk(Config(str(whole), save_steps=save_steps)).train()
     config, walk = Config(str(broken), save_steps=save_steps), Walk(Config(str(broken), save_steps=save_steps))
     if part == "report":
-        monkeypatch.setattr(common, "write_report", lambda _: _crash())
+        monkeypatch.setattr(run, "write_report", lambda _: _crash())
     elif part == "save_model":
         walk.save_model = lambda path: _crash() if path == broken else Walk.save_model(walk, path)
     else:
         setattr(walk, part, lambda *_: _crash())
     with pytest.raises(RuntimeError, match="crash"):
         walk.train()
-    assert common.latest_checkpoint(broken).name == "checkpoint-10"
+    assert checkpoints.latest_checkpoint(broken).name == "checkpoint-10"
     monkeypatch.undo()
     random.random()
     again = Walk(config, at_step={step: _crash for step in range(12)})  # no step is done twice
@@ -295,8 +295,8 @@ def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypat
     for name in ("train_log.jsonl", "samples.jsonl"):
         assert without_time(rows(broken / name)) == without_time(rows(whole / name))
     assert (broken / "model.txt").read_text() == (whole / "model.txt").read_text()
-    checkpoints = [sorted(p.name for p in run.glob("*checkpoint-*")) for run in (whole, broken)]
-    assert checkpoints[0] == checkpoints[1] == {
+    kept = [sorted(p.name for p in folder.glob("*checkpoint-*")) for folder in (whole, broken)]
+    assert kept[0] == kept[1] == {
         0: [], 3: ["checkpoint-6", "checkpoint-9"], 5: ["checkpoint-10", "checkpoint-5"]
     }[save_steps]  # fmt: skip
 
@@ -364,17 +364,17 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         walk.train()
-    assert common.latest_checkpoint(tmp_path) is None
+    assert checkpoints.latest_checkpoint(tmp_path) is None
     monkeypatch.undo()
     (tmp_path / "train_log.jsonl").unlink()
     Walk(Config(str(tmp_path), save_steps=2), total_steps=4).train()
-    assert common.latest_checkpoint(tmp_path).name == "checkpoint-4"
+    assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-4"
     assert not list(tmp_path.glob(".tmp*"))
 
 
 def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
     Walk(Config(str(tmp_path), save_steps=1, save_total_limit=3), total_steps=11).train()
-    assert common.latest_checkpoint(tmp_path).name == "checkpoint-11"
+    assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-11"
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3
 
 
@@ -439,14 +439,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
         Walk(config, at_step={8: _crash}).train()
     harm(broken / "checkpoint-6" / name)
     if (name, harm.__name__) == ("state.pt", "<lambda>"):  # without it, it is no checkpoint at all
-        assert common.latest_checkpoint(broken).name == "checkpoint-3"
+        assert checkpoints.latest_checkpoint(broken).name == "checkpoint-3"
         Walk(config).train(resume=True)
     else:
         with pytest.warns(UserWarning, match="checkpoint-6 is damaged .*: going on from checkpoint-3"):
             Walk(config).train(resume=True)
         assert (broken / "damaged-checkpoint-6").is_dir()
     assert without_time(rows(broken / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
-    assert common.damage(broken / "checkpoint-6") is None  # saved again on the way
+    assert checkpoints.damage(broken / "checkpoint-6") is None  # saved again on the way
 
 
 def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path):
@@ -478,7 +478,7 @@ def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path, monke
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"checkpoint-6 could not be saved .*No space left.*checkpoint-3 is untouched"):
         Walk(config).train()
-    assert not list(tmp_path.glob(".tmp*")) and common.damage(tmp_path / "checkpoint-3") is None
+    assert not list(tmp_path.glob(".tmp*")) and checkpoints.damage(tmp_path / "checkpoint-3") is None
     monkeypatch.undo()
     assert Walk(config).train(resume=True).step == 10
 

@@ -15,7 +15,7 @@ from helpers import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 
 from rlhf_fast import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from rlhf_fast.trainers import common
+from rlhf_fast.trainers.checkpoints import latest_checkpoint
 
 STEPS = 24
 RUN = {
@@ -39,7 +39,7 @@ def make(stage, path):
 
 def work(stage, path, seconds_a_step):
     torch.set_num_threads(1)
-    resume = common.latest_checkpoint(path) is not None
+    resume = latest_checkpoint(path) is not None
     if not resume:
         shutil.rmtree(path, ignore_errors=True)
     trainer = make(stage, path)

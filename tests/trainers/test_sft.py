@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from rlhf_fast import SFTConfig, SFTTrainer
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.trainers import common
-from rlhf_fast.trainers.common import load_checkpoint
+from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
 
 
 def chat(i):
@@ -205,9 +205,9 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
     stopped = make("stopped")
     for _ in zip(range(3), stopped, strict=False):
         pass
-    common.save_checkpoint(stopped, tmp_path / "stopped")
+    save_checkpoint(stopped, tmp_path / "stopped")
     resumed = make("stopped")
-    common.load_checkpoint(resumed, tmp_path / "stopped/checkpoint-3")
+    load_checkpoint(resumed, tmp_path / "stopped/checkpoint-3")
     list(resumed)
     assert torch.equal(weights(resumed), weights(whole))
     # And a directory of adapters is a model like any other, here to go on from.

@@ -1,0 +1,146 @@
+"""Checkpoints of a run: checkpoint-N/ is there whole or not at all, and what was damaged since is noticed.
+
+Raises OSError where one cannot be saved; what was there before is untouched then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..data.chat import ConfigError
+from .common import rng_state, set_rng_state
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path:
+    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all.
+
+    metrics: those of step N, where they are not in the log yet.
+
+    The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
+    rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
+    """
+    run_dir = Path(run_dir)
+    target = run_dir / f"checkpoint-{trainer.step}"
+    temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
+    temporary.mkdir(parents=True)
+    try:
+        save_quietly(trainer, temporary)
+        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state(), "metrics": metrics}
+        if guard := getattr(trainer, "guard", None):
+            state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
+        torch.save(state, temporary / "state.pt")
+        (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
+            _fsync(path)
+    except Exception as error:  # a full disk is an OSError, a RuntimeError of torch.save or one of safetensors' own
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = latest_checkpoint(run_dir)
+        kept = f"{before} is untouched: resume from it" if before else "there is no earlier one"
+        raise OSError(f"{target} could not be saved ({error}); {kept}") from error
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(temporary, target)
+    _fsync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def prune_checkpoints(run_dir: Path, keep: int, best: int | None) -> None:
+    """Removes all but the newest `keep`, and that of step `best`."""
+    for old in _checkpoints(run_dir)[:-keep]:
+        if old.name != f"checkpoint-{best}":
+            shutil.rmtree(old)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """{file below the folder: SHA-256 of its content}, the manifest aside."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        hashes[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return hashes
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files (torn, changed or missing), or None."""
+    try:
+        expected = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or torn"
+    found = _hashes(checkpoint)
+    wrong = [name for name, digest in expected.items() if found.get(name) != digest]
+    return f"{', '.join(wrong)} not as written" if wrong else None
+
+
+def save_quietly(trainer, path: Path) -> None:
+    """save_model without the progress bar of transformers, which would write over ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    trainer.save_model(path)
+    if shown:
+        transformers_logging.enable_progress_bar()
+
+
+def load_checkpoint(trainer, path: Path) -> dict | None:
+    """Returns the metrics that save_checkpoint was given."""
+    state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
+    trainer.load_state_dict(state["trainer"])
+    for name, value in state.get("guard", {}).items():
+        setattr(trainer.guard, name, value)
+    if trainer.step != state["step"]:
+        raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
+    set_rng_state(state["rng"])
+    return state.get("metrics")
+
+
+def latest_checkpoint(run_dir) -> Path | None:
+    found = _checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def newest_whole_checkpoint(run_dir: Path) -> Path | None:
+    """The one to resume from; newer ones that are damaged are named, and moved out of the way as damaged-checkpoint-N.
+
+    Raises ConfigError where there are checkpoints and none is whole.
+    """
+    found, reasons = _checkpoints(run_dir)[::-1], {}
+    for checkpoint in found:
+        if why := damage(checkpoint):
+            reasons[checkpoint] = why
+            continue
+        for bad, why in reasons.items():
+            warnings.warn(f"{bad} is damaged ({why}): going on from {checkpoint.name}", stacklevel=4)
+            aside = bad.with_name(f"damaged-{bad.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(bad, aside)
+        return checkpoint
+    if reasons:
+        listed = "; ".join(f"{bad.name}: {why}" for bad, why in reasons.items())
+        raise ConfigError(f"no checkpoint in {str(run_dir)!r} is whole ({listed}): start anew in another output_dir")
+    return None
+
+
+def _checkpoints(run_dir) -> list[Path]:
+    found = [p for p in Path(run_dir).glob("checkpoint-*") if (p / "state.pt").exists()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,341 @@
+"""The run around a trainer's steps: log, samples, evaluation, alarms, checkpoints, signals, and the model at the end.
+
+A trainer is any object with
+
+    config                  flat dataclass with output_dir, seed, logging_steps, eval_steps, save_steps,
+                            save_total_limit
+    total_steps: int        optimizer steps (PPO: iterations) of the whole run
+    step: int               how many of them are done
+    __iter__()              goes on from `step`, yields a dict of metrics per step; state is updated before the yield
+    evaluate() -> dict      eval_* metrics; {} where there is nothing to evaluate
+    samples() -> list[dict] a few texts for samples.jsonl
+    state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
+    save_model(path)        transformers checkpoint and tokenizer
+    finish(run_dir)         if there: once after the last step, before the report is written and the model saved
+    guard                   a NonFiniteGuard, which the checkpoint keeps
+    monitors                (optional) a Monitors, which reads every log line and may end the run
+
+and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import models
+from ..data.chat import ConfigError
+from ..report import write_report
+from .checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    newest_whole_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    save_quietly,
+)
+from .common import preserved_rng
+
+
+@dataclasses.dataclass
+class RunResult:
+    """How run_training ended: the last step's metrics (with the final eval_*), and whether it stopped early."""
+
+    step: int
+    metrics: dict
+    interrupted: bool
+    output_dir: str
+
+
+def run_training(trainer, resume: bool = False) -> RunResult:
+    """Runs the trainer from its step to its end and keeps the run directory; returns early on SIGINT or SIGTERM, and on
+    an alarm of a monitor that is to end the run.
+
+    output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, alarms.jsonl, tensorboard/ (if
+    installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
+    (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
+    never) and when stopped; the newest save_total_limit are kept. One more, from after the last step until the model is
+    saved, keeps a run whose evaluation or end fails. resume=True goes on, bit for bit, from the newest checkpoint that
+    is whole. load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose
+    metric_for_best_model is the best so far, and in the end the model of the best of them, evaluated once more.
+
+    Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
+    """
+    config, run_dir = trainer.config, Path(trainer.config.output_dir)
+    start, at_the_end = _open_run(trainer, run_dir, resume)
+    spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
+    kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
+    log = _JsonLines(run_dir / "train_log.jsonl", kept)
+    unlogged = [at_the_end] if at_the_end and (not log.kept or log.kept[-1]["step"] < start) else []
+    kept -= len(unlogged)  # that step is looked at again
+    samples = _JsonLines(run_dir / "samples.jsonl", kept)
+    files, monitors = [log, samples], getattr(trainer, "monitors", None)
+    if monitors:
+        files.append(alarms := _JsonLines(run_dir / "alarms.jsonl", kept))
+        for row in log.kept:
+            monitors(row)  # what it raised then is in alarms.jsonl already
+    board = _tensorboard(run_dir / "tensorboard", start)
+    best = _Best(config, log.kept)
+    metrics = dict(log.kept[-1]) if log.kept else {}  # what a run with no step left to do returns
+    metrics.pop("step", None)
+
+    def write(row: dict) -> list[str]:
+        """Logs a line and the alarms that it raises -> why the run should end, if it should."""
+        log.write(row)
+        raised = monitors(row) if monitors else []
+        for alarm in raised:
+            alarms.write(dataclasses.asdict(alarm))
+            bar.write(f"{alarm.monitor}: {alarm.message}")
+        return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in monitors.stop_on]
+
+    def checkpoint(metrics: dict | None = None) -> None:
+        for file in files:
+            file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
+        save_checkpoint(trainer, run_dir, metrics)
+
+    def due(step: int) -> bool:
+        return bool(config.save_steps) and step % config.save_steps == 0
+
+    def look(step: int) -> dict:
+        with preserved_rng():
+            for sample in trainer.samples():
+                samples.write({"step": step, **sample})
+        with preserved_rng():
+            return as_numbers(trainer.evaluate())
+
+    with (
+        _signals() as stop,
+        tqdm(
+            total=trainer.total_steps, initial=start - len(unlogged), desc=type(trainer).__name__, disable=None
+        ) as bar,
+    ):
+        if start == 0 and config.eval_steps:
+            write({"step": 0, **(first := look(0))})
+            best.improved(0, first)
+        clock = time.perf_counter()
+        for metrics in itertools.chain(unlogged, trainer if trainer.step < trainer.total_steps else ()):
+            step, last = trainer.step, trainer.step >= trainer.total_steps
+            metrics = as_numbers(metrics)
+            metrics.setdefault("timing_s/step", time.perf_counter() - clock)
+            if last and step > start:
+                try:
+                    checkpoint(metrics)
+                    spare = step
+                except OSError as error:
+                    if due(step) or best.name:
+                        raise
+                    warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=2)
+            if last or (config.eval_steps and step % config.eval_steps == 0):
+                metrics |= look(step)
+            stop += write({"step": step, **metrics})
+            if board and (last or step % config.logging_steps == 0):
+                for key, value in metrics.items():
+                    board.add_scalar(key, value if value is not None else math.nan, step)
+            bar.update(1)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
+            stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
+            if best.improved(step, metrics) or stopping or due(step):
+                if not last:
+                    checkpoint()
+                prune_checkpoints(run_dir, config.save_total_limit, best.step)
+            if stopping:
+                break
+            clock = time.perf_counter()
+
+    for file in [*files, *([board] if board else [])]:
+        file.close()
+    interrupted = trainer.step < trainer.total_steps
+    if best.step is not None and not interrupted:
+        metrics |= _go_back_to(best, trainer, run_dir)
+    if hasattr(trainer, "finish") and not interrupted:
+        with preserved_rng():
+            trainer.finish(run_dir)
+    write_report(run_dir)
+    if interrupted:
+        print(
+            f"Stopped by {stop[0]} after step {trainer.step} of {trainer.total_steps}; nothing is lost. "
+            f"Continue with resume=True (--resume): {run_dir / f'checkpoint-{trainer.step}'}"
+        )
+    else:
+        save_quietly(trainer, run_dir)
+        (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
+        if spare == trainer.step and not due(spare) and spare != best.step:
+            shutil.rmtree(run_dir / f"checkpoint-{spare}")
+    return RunResult(trainer.step, metrics, interrupted, str(run_dir))
+
+
+_SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
+
+
+class _Best:
+    """The step whose evaluation was the best so far; on resume, found again in the log."""
+
+    def __init__(self, config, log: list[dict]):
+        self.name = config.metric_for_best_model if getattr(config, "load_best_model_at_end", False) else None
+        self.step, self.value = None, math.inf
+        if self.name is None:
+            return
+        greater = config.greater_is_better
+        self.sign = -1 if (not self.name.endswith(("loss", "perplexity", "ece")) if greater is None else greater) else 1
+        for row in log:
+            self.improved(row["step"], row)
+
+    def improved(self, step: int, metrics: dict) -> bool:
+        """Whether the metrics of a step are an evaluation, and the best so far."""
+        evaluated = [name for name in metrics if name.startswith("eval_")]
+        if self.name is None or not evaluated:
+            return False
+        if self.name not in metrics:
+            raise ConfigError(f"metric_for_best_model = {self.name!r} is not among {', '.join(evaluated)}")
+        value = metrics[self.name]
+        if step == 0 or value is None or (self.step is not None and self.sign * value >= self.sign * self.value):
+            return False  # step 0 is the model that was given; None was not finite
+        self.step, self.value = step, value
+        return True
+
+
+def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:
+    """Gives the trainer the model of the best step -> its evaluation."""
+    state = torch.load(run_dir / f"checkpoint-{best.step}" / "state.pt", map_location="cpu", weights_only=True)
+    models.load_trained_state(trainer.model, state["trainer"]["model"])
+    print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
+    with preserved_rng():
+        return {"best_step": best.step, **as_numbers(trainer.evaluate())}
+
+
+def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
+    """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
+    that step where its checkpoint was saved before they were logged."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for stale in run_dir.glob(".tmp-checkpoint-*"):
+        shutil.rmtree(stale)
+    written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
+    config_path = run_dir / "run_config.json"
+    if not resume:
+        check_is_new(run_dir)
+        for report in getattr(trainer, "reports", ()):
+            if report.overlong or report.truncated:
+                print(report)
+        (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(r) for r in getattr(trainer, "reports", ())]))
+        config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
+        return trainer.step, None
+    newest = newest_whole_checkpoint(run_dir)
+    if newest is None:
+        raise ConfigError(
+            f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
+            "on Ctrl-C); run without resume"
+        )
+    before = json.loads(config_path.read_text()) if config_path.exists() else {}
+    changed = [
+        k for k, v in json.loads(json.dumps(written, default=str)).items() if before.get(k) != v and k != "output_dir"
+    ]
+    if changed:
+        warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
+    unlogged = load_checkpoint(trainer, newest)
+    return trainer.step, unlogged
+
+
+def check_is_new(run_dir) -> None:
+    """Raises ConfigError where output_dir already holds a run."""
+    log, newest = Path(run_dir) / "train_log.jsonl", latest_checkpoint(run_dir)
+    if newest is not None or (log.exists() and log.stat().st_size):
+        way_on = "" if newest is None else "continue it with resume=True (--resume), "
+        raise ConfigError(
+            f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
+        )
+
+
+def model_card(trainer, metrics: dict) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads, the last metrics and every setting."""
+    name = type(trainer).__name__
+    settings = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k != "output_dir"}
+    tables = [
+        f"| {title} | |\n|---|---|\n" + "\n".join(f"| `{k}` | {_short(v)} |" for k, v in rows.items())
+        for title, rows in (("metric at the end", metrics), ("setting", settings))
+        if rows
+    ]
+    head = f"---\nlibrary_name: transformers\ntags: [rlhf-fast, {name.removesuffix('Trainer').lower()}]\n---\n"
+    title = f"# {Path(trainer.config.output_dir).name}\n\nTrained with rlhf_fast's `{name}`, {trainer.step} steps.\n"
+    return "\n".join([head + title, *(table + "\n" for table in tables)])
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def as_numbers(metrics: dict) -> dict:
+    """Tensors and numpy scalars to Python numbers; what is not finite becomes None (null in JSON)."""
+    numbers = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+
+
+class _JsonLines:
+    """Appends one JSON object a line, flushed; what a file has beyond `step` is cut when it is opened."""
+
+    def __init__(self, path: Path, step: int):
+        self.kept: list[dict] = []
+        size = 0
+        # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+            row = json.loads(line)
+            if row["step"] > step:
+                break
+            self.kept.append(row)
+            size += len(line) + 1
+        self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(size)
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tensorboard(path: Path, start: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path), purge_step=start + 1 if start else None)
+
+
+@contextmanager
+def _signals():
+    """Yields a list that the name of a SIGINT or SIGTERM enters; a second signal acts as it did before."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
+        yield received
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(number, frame):
+        received.append(signal.Signals(number).name)
+        for s, old in previous.items():
+            signal.signal(s, old)
+        print(f"\n{received[0]}: finishing this step, then saving (again to stop at once)", flush=True)
+
+    for s in previous:
+        signal.signal(s, handler)
+    try:
+        yield received
+    finally:
+        for s, old in previous.items():
+            signal.signal(s, old)
