@@ -367,6 +367,24 @@ def trainers(result: dict) -> str:
     )
 
 
+def stages(trained: list[dict], ppo: dict | None) -> str:
+    """The README's table of whole trainers beside TRL's, from bench_trainers.py's and bench_ppo.py's results."""
+    columns = ["stage", "TRL as it comes", "TRL's best setting", "our peak memory over theirs"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for result in trained:
+        _, default, best = result["rows"]
+        memory = " and ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in (default, best))
+        name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
+        lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
+    parts = ppo["parts"] if ppo else {}
+    if {"speed", "memory"} <= parts.keys():
+        for name in ("shared", "separate"):
+            memory = " to ".join(f"{row[name] / row['trl']:.2f}" for row in reversed(parts["memory"]["rows"]))
+            title = ppo_report.NAMES[name].removeprefix("rlhf_fast, ")
+            lines.append(f"| PPO, {title} | | {parts['speed']['over_trl'][name]:.1f}x | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
 def hh_reward(result: dict) -> str:
     """bench/hh_reward.py: each fold by the settings chosen on the others, with the floors; and each candidate."""
     rules = result["rules"]
@@ -425,10 +443,13 @@ def main() -> None:
     if find_spec("matplotlib") is None:  # where a GPU is there may be torch and little else
         print("report: matplotlib is not installed, so only the GPU's table is written")
         return rewrite(ROOT / "README.md", sections)
-    if (folder / "ppo.json").exists():
-        sections |= ppo_report.sections(json.loads((folder / "ppo.json").read_text()), ROOT / "docs")
-    if stages := [file for file in files if file.get("stage") in ("sft", "reward")]:
-        sections["trainers"] = "\n".join(map(trainers, sorted(stages, key=lambda file: file["stage"], reverse=True)))
+    ppo = json.loads((folder / "ppo.json").read_text()) if (folder / "ppo.json").exists() else None
+    if ppo:
+        sections |= ppo_report.sections(ppo, ROOT / "docs")
+    trained = [file for stage in ("sft", "reward") for file in files if file.get("stage") == stage]
+    if trained:
+        sections["trainers"] = "\n".join(map(trainers, trained))
+    sections["stages"] = stages(trained, ppo)
     if results:
         shown = {}  # the first CPU and the first GPU; docs/ops.md has them all
         for result in results:
