@@ -527,7 +527,7 @@ def test_what_cannot_work_is_refused(tmp_path, wrong, message):
 def test_no_field_is_without_a_test_or_a_run():
     """Speculative options are not welcome: each field is set in some test, example, quickstart or benchmark."""
     root = Path(__file__).parents[2]
-    folders = ("tests/**/*.py", "examples/*", "rlhf_fast/quickstart/*.py", "bench/*.py")
+    folders = ("tests/**/*.py", "examples/*.*", "rlhf_fast/quickstart/*.py", "bench/*.py")
     text = "\n".join(path.read_text() for folder in folders for path in root.glob(folder))
     names = [field.name for field in dataclasses.fields(PPOConfig)]
     assert not [name for name in names if not re.search(rf'\b{name}("\s*:|=|:)', text)]
