@@ -40,7 +40,7 @@ from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 
 RESULT = Path(__file__).parent / "results" / "cai.json"
 SIZES = Sizes(  # about half of the quickstart's, for three constitutions of three seeds
-    layers=2, demonstrations=5_000, criticisms=4_000, judged_pairs=5_000, held_out_pairs=400, ppo_iterations=12,
+    layers=2, demonstrations=5_000, criticisms=4_000, judged_pairs=5_000, held_out_pairs=400, ppo_iterations=24,
     held_out_prompts=1_500,  # two means of violations then differ by chance by 0.016, one standard error, or less
 )  # fmt: skip
 WRITTEN_PAIRS = {"train": 1_500, "held_out": 1_000}  # for the reward models
