@@ -17,6 +17,7 @@ import torch
 
 from .._version import __version__
 from ..info import cpu_name
+from ..ops import empty_cache
 
 OURS = "rlhf_fast"
 LEAST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within one sample, so that the clock does not matter
@@ -70,6 +71,7 @@ def probe(function: Callable, device: torch.device) -> tuple[int | None, float]:
     gc.collect()
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)  # else glibc serves up to 32 MB from pages that it kept, and the peak does not show them
+    empty_cache()  # nor those that ours has kept
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
