@@ -39,7 +39,7 @@ from ppo_worker import Run  # noqa: E402
 TRL = "trl==1.12.0"
 SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RACE = Run(
     vocab=64, hidden=32, layers=1, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
     iterations=20, kl_coef=0.003, num_prompts=1024, endless=True,
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3, help="of a speed run; the first does not count")
     parser.add_argument("--system", action="append", choices=SYSTEMS, help="in the race; others keep their results")
     parser.add_argument("--learning-rate", type=float, help="in the race, instead of the better one of the grid")
-    parser.add_argument("--longer", type=int, default=4, help="iterations of ours for one of TRL in the race")
+    parser.add_argument("--longer", type=int, default=5, help="iterations of ours for one of TRL in the race")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "ppo.json")
     options = parser.parse_args()
