@@ -127,7 +127,7 @@ def picture(part: dict, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "rlhf_fast"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     colours = {"shared": "#c7683c", "separate": "#4f9d69", "trl": "#3b76af"}
     for panel, axis, label in zip(axes, ("cpu_seconds", "kl"), ("CPU-seconds", "KL to the start, nats"), strict=True):
         where, rewards = together(part, axis, 60)
