@@ -179,7 +179,6 @@ def empty(shape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-@lru_cache(None)
 def _keeps() -> bool:
     return hasattr(_C, "kept_tensor")  # a source tree may have no build, or an older one
 
