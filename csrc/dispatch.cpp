@@ -7,26 +7,26 @@ namespace rlhf {
 
 #if defined(__x86_64__)
 namespace avx512 {
-CpuOps table();
+extern const CpuOps table;
 }
 namespace avx2 {
-CpuOps table();
+extern const CpuOps table;
 }
 #endif
 namespace portable {
-CpuOps table();
+extern const CpuOps table;
 }
 
 const CpuIsa* cpu_isas(int* count) {
   static const CpuIsa isas[] = {
 #if defined(__x86_64__)
-      {"avx512", avx512::table(),
+      {"avx512", avx512::table,
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl")},
       // Every CPU with AVX2 and FMA has F16C.
-      {"avx2", avx2::table(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {"avx2", avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif
-      {"portable", portable::table(), true},
+      {"portable", portable::table, true},
   };
   *count = sizeof(isas) / sizeof(isas[0]);
   return isas;

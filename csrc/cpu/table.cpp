@@ -10,12 +10,16 @@ namespace rlhf::RLHF_ISA {
 RLHF_CPU_OPS(DECLARE)
 #undef DECLARE
 
-CpuOps table() {
-  CpuOps ops;
+// Data, which the loader fills, and no code: dispatch.cpp reads it before it knows what the CPU runs.
+constexpr CpuOps filled() {
+  CpuOps ops{};
 #define FILL(op) ops.op = op;
   RLHF_CPU_OPS(FILL)
 #undef FILL
   return ops;
 }
+
+extern const CpuOps table;
+constexpr CpuOps table = filled();
 
 }  // namespace rlhf::RLHF_ISA
