@@ -89,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
 #undef BIND
 
   m.def("alike", &rlhf::alike);
+  m.def("labelled", &rlhf::labelled);
   m.def("route", &rlhf::route);
   m.def("kept_tensor", &rlhf::kept_tensor);
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });

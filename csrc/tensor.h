@@ -142,6 +142,24 @@ inline bool alike(int ndim, py::handle mask, const py::dict& tensors) {
   return fits(mask.ptr(), false);
 }
 
+// Whether logits (..., V) are floating, labels (...) int64, and the mask, if any, (...) too: plain tensors on one
+// device, 0 < V <= 2^30. False may also mean that this cannot be told here.
+inline bool labelled(py::handle logits, py::handle labels, py::handle mask) {
+  DLTensor rows, other;
+  const auto fits = [&](PyObject* x) {
+    return is_plain_tensor(x) && read(x, other) && other.ndim == rows.ndim - 1 &&
+           other.device_type == rows.device_type && other.device_id == rows.device_id &&
+           std::equal(other.shape, other.shape + other.ndim, rows.shape);
+  };
+  if (!is_plain_tensor(logits.ptr()) || !read(logits.ptr(), rows) || rows.dtype() == kBool || rows.ndim == 0) {
+    return false;
+  }
+  const int64_t vocab = rows.shape[rows.ndim - 1];
+  if (vocab < 1 || vocab > int64_t{1} << 30) return false;
+  if (!fits(labels.ptr()) || other.code != 0 || other.bits != 64) return false;
+  return mask.is_none() || fits(mask.ptr());
+}
+
 // The way of a call into an op (_dispatch.py).
 enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
 

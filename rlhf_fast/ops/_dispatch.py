@@ -179,6 +179,13 @@ def empty(shape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """empty of the shape, dtype and device of x, contiguous."""
+    if x.numel() * x.element_size() >= LARGE:
+        return empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the time of torch.empty
+
+
 def _keeps() -> bool:
     return hasattr(_C, "kept_tensor")  # a source tree may have no build, or an older one
 
