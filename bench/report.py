@@ -13,6 +13,7 @@ import ppo_report
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
 OURS, BARE = "rlhf_fast", "bare autograd.Function"
+NO_PEERS = ("floor", BARE, "bare, as many tensors", "without entropy", "statistics read")
 ON_FIRST_SCREEN = (
     "token_logprobs", "token_logprobs_and_entropy", "linear_cross_entropy", "linear_ppo_loss", "ppo_loss", "kl_penalty",
     "pairwise_loss", "gae",
@@ -186,7 +187,7 @@ def peer(row: dict) -> str:
     others = {
         name: f["over_ours"] / (in_place if name.endswith("in place") else 1.0)
         for name, f in row["implementations"].items()
-        if not name.startswith(OURS) and name not in ("floor", BARE, "without entropy", "statistics read")
+        if not name.startswith(OURS) and name not in NO_PEERS
     }
     name = min(others, key=others.get, default=None)
     absent = f" (absent: {', '.join(row['absent'])})" if row.get("absent") else ""
@@ -211,7 +212,7 @@ def picture(result: dict, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "rlhf_fast"  # the same picture is the same file
     import matplotlib.pyplot as plt
 
-    rows = [row for row in result["rows"] if row["op"] == "token_logprobs"]
+    rows = [row for row in result["rows"] if row["op"] == "token_logprobs" and BARE not in row["implementations"]]
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.2))
     colours = dict(zip(GROUPS, ("#8a8f98", "#3b76af", "#c7683c"), strict=True))
     height = 0.8 / len(GROUPS)

@@ -273,6 +273,35 @@ class _Bare(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def bare_function(*inputs):
-    """The least that Python code under autograd can do: one output, one saved tensor, one product."""
-    return _Bare.apply(*inputs)
+class _BareLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *others):
+        loss, stats, grad = x.new_empty(()), x.new_empty(12), torch.empty_like(x)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(grad)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return ctx.saved_tensors[0] * grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _BareRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels):
+        logprobs, state = logits.new_empty(labels.shape), logits.new_empty((*labels.shape, 2))
+        ctx.save_for_backward(logits, labels, state)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, *_ = ctx.saved_tensors
+        return torch.empty_like(logits), None
+
+
+def bare_functions(op: str) -> dict[str, Callable]:
+    """The least that a call can cost, nothing computed: with one output, one saved tensor and one product, and with as
+    many tensors as the op has (a loss: its statistics and its gradient too; token_logprobs: what its backward reads).
+    """
+    same = _BareRows if op == "token_logprobs" else _BareLoss
+    return {"bare autograd.Function": _Bare.apply, "bare, as many tensors": same.apply}

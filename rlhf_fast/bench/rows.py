@@ -29,7 +29,7 @@ SMALL_HEAD = dict(rows=64, vocab=5003, widths=(64,))
 HEADS_CUDA = ((8192, 4096, 128256), (8192, 896, 151936))  # Llama 3 8B; Qwen 0.5B
 LOSS_SHAPE, GAE_SHAPE, PAIRS, RANKED = (64, 512), (64, 1024), 512, (128, 4)
 LOSS_SHAPE_CUDA, PAIRS_CUDA = (64, 1024), 65536
-TINY_SHAPE = (2, 8)  # where a call costs what Python and autograd cost
+TINY_SHAPE, TINY_LOGITS = (2, 8), (16, 16)  # where a call costs what Python and autograd cost
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -75,10 +75,12 @@ def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None)
             directions = (WITH_GRADIENT, BOTH)
         for direction in directions:
             yield Row(op, "x".join(map(str, shape)), torch.float32, direction, _small(op, shape, direction, device))
-    for op in ("ppo_loss", "pairwise_loss"):
-        shape = TINY_SHAPE if op == "ppo_loss" else TINY_SHAPE[1:]
+    for op, shape in (("ppo_loss", TINY_SHAPE), ("pairwise_loss", TINY_SHAPE[1:]), ("token_logprobs", TINY_LOGITS)):
         for direction in (FORWARD, BOTH):
-            build = _small(op, shape, direction, device, bare=True)
+            if op == "token_logprobs":
+                build = _logits(op, shape, torch.float32, direction, device, peaked=False, bare=True)
+            else:
+                build = _small(op, shape, direction, device, bare=True)
             yield Row(op, "x".join(map(str, shape)), torch.float32, direction, build)
 
 
@@ -176,12 +178,20 @@ def draw_logits(shape: tuple[int, int], dtype: torch.dtype, device: torch.device
 
 
 def _logits(
-    op: str, shape: tuple[int, int], dtype: torch.dtype, direction: str, device: torch.device, peaked: bool
+    op: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    direction: str,
+    device: torch.device,
+    peaked: bool,
+    bare: bool = False,
 ) -> Callable:
     def build():
         logits, labels = draw_logits(shape, dtype, device, peaked)
         logits.requires_grad_(direction == BOTH)
         functions = {OURS: getattr(rf, op), **getattr(baselines, op)(device)}
+        if bare:
+            functions |= baselines.bare_functions(op)
         if op == "token_logprobs_and_entropy":
             functions["without entropy"] = rf.token_logprobs
         if direction == FORWARD:
@@ -332,7 +342,7 @@ def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device
         if op in baselines.LOSS_ALONE:
             functions["loss alone (eager)"] = baselines.LOSS_ALONE[op]
         if bare:
-            functions["bare autograd.Function"] = baselines.bare_function
+            functions |= baselines.bare_functions(op)
             functions["statistics read"] = partial(_with_statistics, functions[OURS])
         buffers = [torch.empty_like(x) for x in inputs]
 
