@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -19,6 +20,14 @@ template <class T>
 T from_python(PyObject* x) {
   if constexpr (std::is_same_v<T, rlhf::Grid>) {
     return rlhf::grid_of(x);
+  } else if constexpr (std::is_same_v<T, rlhf::LayerWeights>) {  // a tuple of its members
+    constexpr Py_ssize_t kCount = sizeof(T) / sizeof(const float*);
+    if (!PyTuple_Check(x) || PyTuple_GET_SIZE(x) != kCount) throw py::type_error("needs the weights of a layer");
+    const float* members[kCount];
+    for (Py_ssize_t i = 0; i < kCount; ++i) members[i] = from_python<const float*>(PyTuple_GET_ITEM(x, i));
+    T weights;
+    std::memcpy(&weights, members, sizeof weights);
+    return weights;
   } else if constexpr (std::is_pointer_v<T>) {
     return static_cast<T>(rlhf::address_of(x));
   } else if constexpr (std::is_floating_point_v<T>) {

@@ -27,6 +27,17 @@ struct Grid {
 
 // CPU ops. Each returns -1, or the index of the first row that it refuses (a label out of range).
 // "accum" is float, or double where dtype is kFloat64.
+// Of a llama layer, float32 and contiguous, (outputs, inputs); what may be null is marked.
+struct LayerWeights {
+  const float* norm;
+  const float *q, *k, *v;
+  const float *q_bias, *k_bias, *v_bias;  // may be null, each
+  const float *q_norm, *k_norm;           // may be null, both
+  const float *output, *output_bias;      // the bias may be null
+  const float* mlp_norm;
+  const float *gate, *up, *down;
+};
+
 struct CpuOps {
   // logprobs[i] = z[label] - logsumexp(z) and entropy[i] (may be null), z = logits[i] / temperature, all accum.
   // saved (rows, 2) accum: the row's maximum logit and log sum exp(z - max z), for the backward.
@@ -144,6 +155,18 @@ struct CpuOps {
                     int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
                     double scale, float* y, int threads);
 
+  // y (rows, width) = x (rows, depth) weight^T + bias (may be null), for few rows. A row of y depends on its row of x
+  // alone.
+  int64_t (*few_rows_product)(const float* x, const float* weight, const float* bias, int64_t rows, int64_t depth,
+                              int64_t width, float* y, int threads);
+
+  // One token a row through a whole layer: x (rows, width) is replaced, and the token's key and value become the last
+  // of the filled ones. cos and sin (rows, dim), of its position; norms add eps; the rest as in attend.
+  int64_t (*decode_layer)(LayerWeights weights, float* x, const float* cos, const float* sin, float* keys,
+                          float* values, const float* bias, int64_t rows, int64_t width, int64_t intermediate,
+                          int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled, double scale,
+                          double eps, int threads);
+
   // The token at which the cumulative softmax(logits / temperature) first exceeds uniform, in [0, 1), and its
   // log-probability, for each row of logits (rows, vocab), contiguous float32.
   int64_t (*sample_tokens)(const float* logits, const double* uniforms, int64_t rows, int64_t vocab, double temperature,
@@ -178,6 +201,8 @@ struct CpuOps {
   X(rms_norm_backward)       \
   X(rotary)                  \
   X(attend)                  \
+  X(few_rows_product)        \
+  X(decode_layer)            \
   X(sample_tokens)           \
   X(swiglu)                  \
   X(swiglu_backward)

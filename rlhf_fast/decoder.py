@@ -23,6 +23,7 @@ from .models import rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
+FEW = range(4, 65)  # rows for which our own products are the faster ones: a library's is for one row, and for many
 MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its call, and a second copy would be felt
 
 
@@ -59,6 +60,25 @@ def _side_by_side(*modules: nn.Module):
     return partial(nn.functional.linear, weight=weight, bias=bias)
 
 
+def _plain_weights(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
+    """What _layer.decode_layer takes; None where a module does more or other than to multiply by its weight."""
+    attention, mlp, norms = layer.self_attn, layer.mlp, [layer.input_layernorm, layer.post_attention_layernorm]
+    q, k, v, output = products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    gated = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    query_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    if not all(type(module) is nn.Linear for module in products + gated) or any(m.bias is not None for m in gated):
+        return None
+    if len({norm.variance_epsilon for norm in norms + query_norms}) > 1:
+        return None
+    weights = (
+        norms[0].weight, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias,
+        *([norm.weight for norm in query_norms] or [None, None]),
+        output.weight, output.bias, norms[1].weight, *(module.weight for module in gated),
+    )  # fmt: skip
+    given = [weight for weight in weights if weight is not None]
+    return weights if all(_layer.runs_on(weight) and weight.is_contiguous() for weight in given) else None
+
+
 def _rms_norm(module: nn.Module):
     """One call for what transformers' RMSNorm does in seven; half precision, which it rounds earlier, is left to it."""
     weight = module.weight
@@ -76,6 +96,7 @@ class _Rotary:
 
     def __init__(self, trunk, length: int):
         self.embed_tokens, self.layers, self.norm = trunk.embed_tokens, [], _rms_norm(trunk.norm)
+        self.is_silu = trunk.config.hidden_act == "silu"
         for layer in trunk.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.layers.append({
@@ -89,9 +110,10 @@ class _Rotary:
                 "gate_up": _side_by_side(mlp.gate_proj, mlp.up_proj),
                 "activation": mlp.act_fn,
                 "down": mlp.down_proj,
+                "weights": _plain_weights(layer) if self.is_silu else None,
+                "eps": layer.input_layernorm.variance_epsilon,
             })  # fmt: skip
         config = trunk.config
-        self.is_silu = config.hidden_act == "silu"
         self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = trunk.layers[0].self_attn.head_dim
         weight = trunk.embed_tokens.weight
@@ -166,11 +188,10 @@ class Decoder:
         self.values: list[Tensor] = []
         self.positions = mask.sum(1, keepdim=True)  # (B, 1): of the next token
         self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # filled, where a CUDA graph can read it
-        self.logits: Tensor | None = None  # (B, V), of the last step; see _head
         self.bias: Tensor | None = None  # (B, 1, 1, capacity): -inf where nobody may look; None: nowhere
 
     def start(self) -> Tensor:
-        """Reads the prompts -> (B, V) logits of the first answer token, which the next step may overwrite."""
+        """Reads the prompts -> (B, V) logits of the first answer token."""
         ids, mask = self.ids, self.prompt_mask
         width = ids.shape[1]
         padded = not bool(mask.all())
@@ -189,7 +210,7 @@ class Decoder:
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
-        """(B,) tokens -> (B, V) logits of the next ones, which the step after it may overwrite."""
+        """(B,) tokens -> (B, V) logits of the next ones."""
         self.filled += 1
         if self.fixed:
             self.bias.index_fill_(3, self.slot, 0.0)
@@ -211,22 +232,20 @@ class Decoder:
     def _forward(self, ids: Tensor, positions: Tensor, read) -> Tensor:
         network = self.network
         x = network.embed(ids, positions)
+        few = read == self._read_buffers and not self.fixed and len(x) in FEW and not torch.is_grad_enabled()
         for i, layer in enumerate(network.layers):
+            if few and layer.get("weights") is not None:
+                buffers = self.keys[i], self.values[i], None if self.bias is None else self.bias[:, 0, 0]
+                sizes = self.filled, layer["scaling"], layer["eps"]
+                _layer.decode_layer(layer["weights"], x, *network.rotation, *buffers, *sizes)
+                continue
             q, k, v = network.project(layer, x, ids.shape)
             attended = read(i, q, k, v, layer["scaling"])
             x = network.finish(layer, x, attended.transpose(1, 2).reshape(len(x), -1))
-        return self._head(network.norm(x.view(*ids.shape, -1)[:, -1]))
-
-    def _head(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, V). On the CPU always into the same memory: that of a new tensor costs as much as the product,
-        a page fault for every 4 KB of it."""
-        head = self.lm_head
-        is_plain = type(head) is nn.Linear and head.bias is None and head.weight.dtype == x.dtype
-        if not is_plain or self.fixed or torch.is_grad_enabled():
-            return head(x)
-        if self.logits is None:
-            self.logits = x.new_empty(len(x), head.out_features)
-        return torch.mm(x, head.weight.t(), out=self.logits[: len(x)])
+        x, head = network.norm(x.view(*ids.shape, -1)[:, -1]), self.lm_head
+        if few and type(head) is nn.Linear and _layer.runs_on(head.weight) and head.weight.is_contiguous():
+            return _layer.few_rows_linear(x, head.weight, head.bias)
+        return head(x)
 
     def _read_prompt(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None) -> Tensor:
         for buffers, new in ((self.keys, k), (self.values, v)):

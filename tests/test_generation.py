@@ -21,6 +21,7 @@ from transformers import (
 from rlhf_fast import generation
 from rlhf_fast.decoder import Decoder, why_not
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, pad, sample
+from rlhf_fast.ops import _layer
 
 EOS, VOCAB = 2, 60
 SIZES = {
@@ -242,17 +243,40 @@ def test_an_empty_prompt_is_named(model):
         sampled(model, [[5], []])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rows", [3, 5, 64, 65])
 @torch.no_grad()
-def test_logits_of_a_step_are_the_head_s_and_hold_until_the_next():
-    """They lie in one buffer; a batch that shrinks uses its front."""
+def test_few_rows_go_through_a_layer_in_one_call(family, rows, monkeypatch):
+    """And get the same logits there, also after some of them have left."""
+    model, calls = with_opinions(family), []
+    if family == "llama":
+        model.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(
+            torch.linspace(-1, 1, model.config.hidden_size)
+        )
+    prompts = [[5 + (i + j) % 20 for j in range(3 + i % 4)] for i in range(rows)]
+    ids, mask = pad(prompts, EOS, left=True)
+    decoders = [Decoder(model, ids, mask, 4) for _ in range(2)]
+    for layer in decoders[1].network.layers:
+        layer["weights"] = None
+    whole = _layer.decode_layer
+    monkeypatch.setattr(_layer, "decode_layer", lambda *args: (calls.append(len(args[1])), whole(*args)))
+    tokens, kept = next(decoder.start() for decoder in decoders).argmax(-1), torch.arange(0, rows, 2)
+    torch.testing.assert_close(*(decoder.step(tokens) for decoder in decoders), rtol=1e-4, atol=1e-4)
+    for decoder in decoders:
+        decoder.keep(kept)
+    torch.testing.assert_close(*(decoder.step(tokens[kept]) for decoder in decoders), rtol=1e-4, atol=1e-4)
+    layers = len(model.model.layers)
+    assert calls == [n for n in (rows, len(kept)) for _ in range(layers) if 4 <= n <= 64]
+
+
+@torch.no_grad()
+def test_a_layer_that_is_more_than_its_weights_is_run_by_its_modules():
     model = with_opinions("llama")
-    ids = torch.arange(5, 23).view(3, 6)
-    decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), room=4)
-    first = decoder.start()
-    torch.testing.assert_close(first, model(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
-    tokens = first.argmax(-1)
-    decoder.keep(torch.tensor([0, 2]))
-    second = decoder.step(tokens[[0, 2]])
-    longer = torch.cat([ids, tokens[:, None]], 1)[[0, 2]]
-    torch.testing.assert_close(second, model(input_ids=longer).logits[:, -1], rtol=1e-4, atol=1e-4)
-    assert second.data_ptr() == first.data_ptr()
+    layers = model.model.layers
+    layers[0].mlp.up_proj.bias = torch.nn.Parameter(torch.ones(model.config.intermediate_size))
+    ids = torch.arange(5, 29).view(4, 6)
+    decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2)
+    assert [layer["weights"] is None for layer in decoder.network.layers] == [True] + [False] * (len(layers) - 1)
+    tokens = decoder.start().argmax(-1)
+    expected = model(input_ids=torch.cat([ids, tokens[:, None]], 1)).logits[:, -1]
+    torch.testing.assert_close(decoder.step(tokens), expected, rtol=1e-4, atol=1e-4)

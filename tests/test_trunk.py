@@ -137,6 +137,74 @@ def test_attention_of_one_query_is_its_formula(padded, isa):
     torch.testing.assert_close(y.double(), torch.einsum("bht,bhtd->bhd", scores.softmax(-1), v), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows, depth, width", [(1, 1, 1), (5, 37, 50), (16, 64, 48), (33, 130, 97), (70, 20, 200)])
+def test_a_product_of_few_rows_is_a_product(rows, depth, width, isa):
+    generator = torch.Generator().manual_seed(6)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in [(rows, depth), (width, depth), (width,)])
+    for given in (bias, None):
+        y = _layer.few_rows_linear(x, weight, given)
+        exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            assert torch.equal(_layer.few_rows_linear(x, weight, given), y)
+        finally:
+            torch.set_num_threads(before)
+        alone = torch.cat([_layer.few_rows_linear(row[None], weight, given) for row in x])
+        assert torch.equal(alone, y)  # whatever the other rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_one_call_is_a_whole_layer(qk_norm, bias, isa):
+    rows, width, heads, kept, dim, intermediate, capacity, filled = 5, 24, 4, 2, 10, 37, 9, 7
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    norm, mlp_norm = 1 + draw(width), 1 + draw(width)
+    q, k, v, output = draw(heads * dim, width), *draw(2, kept * dim, width), draw(width, heads * dim)
+    biases = [draw(n) for n in (heads * dim, kept * dim, kept * dim, width)] if bias else [None] * 4
+    norms = [1 + draw(dim), 1 + draw(dim)] if qk_norm else [None, None]
+    gate, up, down = *draw(2, intermediate, width), draw(width, intermediate)
+    x, keys, values = 3 * draw(rows, width), *draw(2, rows, kept, capacity, dim)
+    cos, sin = ANGLES.cos()[:rows].contiguous(), ANGLES.sin()[:rows].contiguous()
+    keys[:, :, filled - 1 :] = values[:, :, filled - 1 :] = torch.nan
+    mask = torch.zeros(rows, capacity)
+    mask[2, :3] = -torch.inf
+
+    def to(t):
+        return None if t is None else t.double()
+
+    def rms(t, w):
+        return t if w is None else F.rms_norm(t, w.shape, to(w), 1e-5)
+
+    h, (old_keys, old_values) = rms(to(x), norm), (to(t)[:, :, : filled - 1] for t in (keys, values))
+
+    def heads_of(w, b):
+        return F.linear(h, to(w), to(b)).view(rows, -1, dim)
+
+    def turn(t):
+        return rotary(t, to(cos), to(sin))
+
+    new_key, new_value = turn(rms(heads_of(k, biases[1]), norms[1])), heads_of(v, biases[2])
+    all_keys = torch.cat([old_keys, new_key[:, :, None]], 2).repeat_interleave(heads // kept, 1)
+    all_values = torch.cat([old_values, new_value[:, :, None]], 2).repeat_interleave(heads // kept, 1)
+    scores = 0.3 * torch.einsum("bhd,bhtd->bht", turn(rms(heads_of(q, biases[0]), norms[0])), all_keys)
+    attended = torch.einsum("bht,bhtd->bhd", (scores + to(mask)[:, None, :filled]).softmax(-1), all_values)
+    middle = to(x) + F.linear(attended.reshape(rows, -1), to(output), to(biases[3]))
+    h = rms(middle, mlp_norm)
+    expected = middle + (F.silu(h @ to(gate).T) * (h @ to(up).T)) @ to(down).T
+
+    weights = (norm, q, k, v, *biases[:3], *norms, output, biases[3], mlp_norm, gate, up, down)
+    _layer.decode_layer(weights, x, cos, sin, keys, values, mask, filled, 0.3, 1e-5)
+    for got, exact in ((x, expected), (keys[:, :, filled - 1], new_key), (values[:, :, filled - 1], new_value)):
+        torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-5)
+    assert keys[:, :, filled:].isnan().all()  # not touched
+
+
 @pytest.mark.parametrize("vocab", [1, 127, 128, 129, 1000])
 def test_a_sampled_token_is_where_the_cumulative_probability_passes_the_uniform(vocab, isa):
     generator = torch.Generator().manual_seed(5)

@@ -1,11 +1,19 @@
-// What generation computes for each new token beside matrix products, in float32: attention of one query a row over the
-// buffer of keys and values, and the choice of the token.
+// What generation computes for each new token, in float32: attention of one query a row over the buffer of keys and
+// values, a whole llama layer around it, and the choice of the token.
 #include <cmath>
+#include <type_traits>
 
+#include "few_rows.h"
 #include "simd.h"
 #include "tile.h"
 
 namespace rlhf::RLHF_ISA {
+
+// layer.cpp
+std::remove_pointer_t<decltype(CpuOps::rms_norm)> rms_norm;
+std::remove_pointer_t<decltype(CpuOps::rotary)> rotary;
+std::remove_pointer_t<decltype(CpuOps::swiglu)> swiglu;
+
 namespace {
 
 constexpr int64_t kBlock = 128;  // tokens whose probabilities are summed before one of them is looked for
@@ -53,6 +61,52 @@ int64_t attend(const float* q, int64_t row_stride, const float* keys, const floa
       }
     }
   });
+  return -1;
+}
+
+int64_t few_rows_product(const float* x, const float* weight, const float* bias, int64_t rows, int64_t depth,
+                         int64_t width, float* y, int threads) {
+  FewRows(x, rows, depth, threads).times(weight, bias, width, y, false);
+  return -1;
+}
+
+int64_t decode_layer(LayerWeights w, float* x, const float* cos, const float* sin, float* keys, float* values,
+                     const float* bias, int64_t rows, int64_t width, int64_t intermediate, int64_t heads,
+                     int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled, double scale, double eps,
+                     int threads) {
+  const int64_t queries = heads * dim, kept = key_heads * dim;
+  const int64_t most = width > queries ? width : queries;
+  const Buffer<float> normed(rows * most), q(rows * queries), k(rows * kept), v(rows * kept), turned(rows * queries);
+  const Buffer<float> gate(rows * intermediate), up(rows * intermediate);
+  const auto keep = [&](const float* row_of, float* buffer) {
+    for (int64_t i = 0; i < rows * key_heads; ++i) {
+      std::memcpy(buffer + (i * capacity + filled - 1) * dim, row_of + i * dim, dim * sizeof *buffer);
+    }
+  };
+
+  rms_norm(x, w.norm, rows, width, eps, normed.data, nullptr, threads);
+  const FewRows input(normed.data, rows, width, threads);
+  input.times(w.q, w.q_bias, queries, q.data, false);
+  input.times(w.k, w.k_bias, kept, k.data, false);
+  input.times(w.v, w.v_bias, kept, v.data, false);
+  if (w.q_norm) {
+    rms_norm(q.data, w.q_norm, rows * heads, dim, eps, q.data, nullptr, threads);
+    rms_norm(k.data, w.k_norm, rows * key_heads, dim, eps, k.data, nullptr, threads);
+  }
+  rotary(k.data, kept, cos, sin, rows, rows, key_heads, dim, 1, turned.data, threads);
+  keep(turned.data, keys);
+  keep(v.data, values);
+  rotary(q.data, queries, cos, sin, rows, rows, heads, dim, 1, turned.data, threads);
+  attend(turned.data, queries, keys, values, bias, rows, heads, key_heads, dim, capacity, filled, scale, q.data,
+         threads);
+  FewRows(q.data, rows, queries, threads).times(w.output, w.output_bias, width, x, true);
+
+  rms_norm(x, w.mlp_norm, rows, width, eps, normed.data, nullptr, threads);
+  const FewRows hidden(normed.data, rows, width, threads);
+  hidden.times(w.gate, nullptr, intermediate, gate.data, false);
+  hidden.times(w.up, nullptr, intermediate, up.data, false);
+  swiglu(gate.data, up.data, intermediate, rows, intermediate, gate.data, threads);
+  FewRows(gate.data, rows, intermediate, threads).times(w.down, nullptr, width, x, true);
   return -1;
 }
 

@@ -11,8 +11,12 @@
 
 namespace rlhf::RLHF_ISA {
 
-// 24 sums, 4 vectors of b and one of a in 32 registers; 10 loads feed 24 multiplications.
+// 24 sums, 4 vectors of b and one of a in 32 registers; 10 loads feed 24 multiplications. Or half of it in 16.
+#if defined(__AVX512F__)
 constexpr int kBlockRows = 6, kBlockVectors = 4;
+#else
+constexpr int kBlockRows = 6, kBlockVectors = 2;
+#endif
 constexpr int kPanel = kBlockVectors * kWidth;  // lanes
 
 struct UnitF32 {
@@ -60,15 +64,19 @@ template <class Unit, int kRows, int kVectors>
     for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c + i * c_row + j * kWidth, 1);  // may lie far away
   }
   const char* a = static_cast<const char*>(left.data);
-  for (int64_t k = 0; k < depth; ++k, a += left.step, b += kVectors * kWidth) {
-    vu right[kVectors];
+  for (int64_t k = 0; k < depth;) {
+    const int64_t end = k + kWidth < depth ? k + kWidth : depth;
+    for (int i = 0; i < kRows; ++i) __builtin_prefetch(a + (kRows + i) * left.row);  // the block below comes next
+    for (; k < end; ++k, a += left.step, b += kVectors * kWidth) {
+      vu right[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) right[j] = load_vector<vu>(b + j * kWidth);
+      for (int j = 0; j < kVectors; ++j) right[j] = load_vector<vu>(b + j * kWidth);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const vu x = load_vector<uint32_t>(a + i * left.row) - vu{};
+      for (int i = 0; i < kRows; ++i) {
+        const vu x = load_vector<uint32_t>(a + i * left.row) - vu{};
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = Unit::dot(x, right[j], sum[i][j]);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = Unit::dot(x, right[j], sum[i][j]);
+      }
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -120,16 +128,53 @@ void multiply(Left a, int64_t rows, const uint32_t* b, int64_t depth, float* c, 
 
 inline int64_t whole_vectors(int64_t lanes) { return (lanes + kWidth - 1) / kWidth * kWidth; }
 
+// Row i, lane j -> row j, lane i, of kWidth rows: each round of interleaving rows i and i + kWidth / 2 makes the
+// highest bit of the row's number the lowest of the lane's.
+template <class V>
+[[gnu::always_inline]] inline void transpose(V (&rows)[kWidth]) {
+  constexpr int kHalf = kWidth / 2;
+  vi low, high;
+#pragma GCC unroll 16
+  for (int j = 0; j < kWidth; ++j) {
+    low[j] = j / 2 + j % 2 * kWidth;
+    high[j] = low[j] + kHalf;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < kWidth; round *= 2) {
+    V next[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kHalf], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kHalf], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) rows[i] = next[i];
+  }
+}
+
 // b = x.T: lane i is row i of x, units lie along the row.
 template <class Unit>
 void pack_rows(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t elements, int64_t lanes,
                uint32_t* b) {
-  const int64_t padded = whole_vectors(lanes), depth = units<Unit>(elements);
-  std::memset(b, 0, padded * depth * sizeof *b);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t whole = elements / Unit::kSize;
-    for (int64_t k = 0; k < whole; ++k) std::memcpy(b + k * padded + i, x + i * stride + k * Unit::kSize, sizeof *b);
-    if (whole < depth) std::memcpy(b + whole * padded + i, x + i * stride + whole * Unit::kSize, sizeof *x);
+  const int64_t padded = whole_vectors(lanes);
+  for (int64_t lane = 0; lane < padded; lane += kWidth) {
+    for (int64_t k = 0; k < units<Unit>(elements); k += kWidth) {
+      const int64_t first = k * Unit::kSize, left = elements - first, whole = kWidth * Unit::kSize;
+      const int64_t count = left < whole ? left : whole;  // elements
+      vu square[kWidth] = {};
+      for (int64_t i = 0; i < kWidth && lane + i < rows; ++i) {
+        const auto* from = x + (lane + i) * stride + first;
+        if (count == whole) {
+          square[i] = load_vector<vu>(from);
+        } else {
+          std::memcpy(&square[i], from, count * sizeof *x);
+        }
+      }
+      transpose(square);
+      for (int64_t j = 0; j < units<Unit>(count); ++j) {
+        std::memcpy(b + (k + j) * padded + lane, &square[j], sizeof square[j]);
+      }
+    }
   }
 }
 

@@ -4,6 +4,7 @@
     rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of a head
     swiglu(g, u)   = silu(g) u
     attend(q, ...) = softmax(scale q k^T + bias) v, of one query a row
+    decode_layer   = all of them and the products between, of one token a row; few_rows_linear, such a product
 
 float32 on the CPU; ask runs_on() first. Not public ops: they make our own forwards fast, and equal what transformers'
 modules compute up to rounding. The first three are differentiable once.
@@ -19,7 +20,7 @@ from ._dispatch import _C, is_forced
 
 
 def runs_on(x: Tensor) -> bool:
-    built = hasattr(_C, "attend")  # a source tree may have no build, or an older one
+    built = hasattr(_C, "decode_layer")  # a source tree may have no build, or an older one
     return built and not is_forced() and x.is_cpu and x.dtype == torch.float32
 
 
@@ -110,6 +111,29 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled:
     sizes = (*q.shape[:2], keys.shape[1], q.shape[2], keys.shape[2])
     _C.attend(q, q.stride(0), keys, values, bias, *sizes, filled, scale, y, torch.get_num_threads())
     return y
+
+
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, D), (V, D), (V,) or None, contiguous -> (B, V) x weight^T + bias, of few rows: a library packs the weight, which
+    for them costs as much as the product."""
+    y = x.new_empty(len(x), len(weight))
+    _C.few_rows_product(x, weight, bias, *x.shape, len(weight), y, torch.get_num_threads())
+    return y
+
+
+def decode_layer(
+    weights: tuple[Tensor | None, ...], x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    bias: Tensor | None, filled: int, scale: float, eps: float,
+) -> None:  # fmt: skip
+    """x (B, D), one token a row, becomes what the layer makes of it; its key and value go into the buffers' column
+    filled - 1.
+
+    weights: norm, q, k, v, their biases, the norms of queries and keys, output, its bias, mlp_norm, gate, up, down, as
+    LayerWeights in csrc/ops.h has them; cos, sin: (B, d) of the positions; the rest as in attend. All contiguous.
+    """
+    kept, capacity, dim = keys.shape[1:]
+    sizes = (*x.shape, len(weights[-2]), len(weights[1]) // dim, kept, dim, capacity)
+    _C.decode_layer(weights, x, cos, sin, keys, values, bias, *sizes, filled, scale, eps, torch.get_num_threads())
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

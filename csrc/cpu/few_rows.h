@@ -1,0 +1,73 @@
+// y = x @ weight.T for few rows of x, as in generation: one a sequence. A library packs the weight for every such
+// product, which costs as much as the product itself. Here the weight is read as it lies, once, x is packed, and what
+// comes out is transposed. A row of y depends on its row of x alone.
+#pragma once
+#include "product.h"
+#include "tile.h"
+
+namespace rlhf::RLHF_ISA {
+
+class FewRows {
+ public:
+  FewRows(const float* x, int64_t rows, int64_t depth, int threads)
+      : rows_(rows), depth_(depth), threads_(threads), packed_(whole_vectors(rows) * depth) {
+    for (int64_t lane = 0; lane < rows; lane += kPanel) {
+      const int64_t panel = lanes(lane), filled = rows - lane < panel ? rows - lane : panel;
+      pack_rows<UnitF32>(x + lane * depth, depth, filled, depth, panel, packed_.data + lane * depth);
+    }
+  }
+
+  // y (rows, width) = or += x weight^T (width, depth) + bias (may be null)
+  void times(const float* weight, const float* bias, int64_t width, float* y, bool add) const {
+    const int64_t tiles = (width + kTileRows - 1) / kTileRows, worth = 1 + rows_ * width * depth_ / kThreadWork;
+    for_each(tiles, worth < threads_ ? int(worth) : threads_, [&](int64_t tile) {
+      alignas(64) float z[kTileRows * kPanel];
+      const int64_t first = tile * kTileRows, count = width - first < kTileRows ? width - first : kTileRows;
+      const Left rows{weight + first * depth_, depth_ * int64_t(sizeof *weight), sizeof *weight};
+      for (int64_t lane = 0; lane < rows_; lane += kPanel) {
+        multiply<UnitF32>(rows, count, packed_.data + lane * depth_, depth_, z, lanes(lane), lanes(lane), false);
+        store(z, count, lane, bias ? bias + first : nullptr, y + lane * width + first, width, add);
+      }
+    });
+  }
+
+ private:
+  // Of the weight: a multiple of kBlockRows and kWidth. Their outputs, 12 KB, stay in L1 beside packed rows of x.
+  static constexpr int64_t kTileRows = 48;
+  static constexpr int64_t kThreadWork = 1 << 18;  // multiplications for which another thread is woken
+
+  int64_t lanes(int64_t first) const {  // of the panel that begins there
+    const int64_t left = whole_vectors(rows_) - first;
+    return left < kPanel ? left : kPanel;
+  }
+
+  void store(const float* z, int64_t count, int64_t first, const float* bias, float* y, int64_t width, bool add) const {
+    const int64_t panel = lanes(first), filled = rows_ - first < panel ? rows_ - first : panel;
+    for (int64_t v = 0; v < count; v += kWidth) {
+      const int64_t n = count - v < kWidth ? count - v : kWidth;
+      vf shift{};
+      if (bias) std::memcpy(&shift, bias + v, n * sizeof *bias);
+      for (int64_t lane = 0; lane < filled; lane += kWidth) {
+        vf square[kWidth];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; ++i) square[i] = i < n ? load_vector<vf>(z + (v + i) * panel + lane) : vf{};
+        transpose(square);
+        for (int64_t i = 0; i < kWidth && lane + i < filled; ++i) {
+          float* out = y + (lane + i) * width + v;
+          if (n == kWidth) {
+            const vf sum = square[i] + shift + (add ? load_vector<vf>(out) : vf{});
+            std::memcpy(out, &sum, sizeof sum);
+          } else {
+            for (int64_t j = 0; j < n; ++j) out[j] = square[i][j] + shift[j] + (add ? out[j] : 0.0f);
+          }
+        }
+      }
+    }
+  }
+
+  const int64_t rows_, depth_;
+  const int threads_;
+  const Buffer<uint32_t> packed_;
+};
+
+}  // namespace rlhf::RLHF_ISA
