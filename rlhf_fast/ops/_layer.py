@@ -114,8 +114,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled:
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, D), (V, D), (V,) or None, contiguous -> (B, V) x weight^T + bias, of few rows: a library packs the weight, which
-    for them costs as much as the product."""
+    """(B, D), (V, D), (V,) or None, contiguous -> (B, V) x weight^T + bias, of few rows: a library packs the weight,
+    which for them costs as much as the product."""
     y = x.new_empty(len(x), len(weight))
     _C.few_rows_product(x, weight, bias, *x.shape, len(weight), y, torch.get_num_threads())
     return y
