@@ -23,7 +23,7 @@ class FewRows {
     for_each(tiles, worth < threads_ ? int(worth) : threads_, [&](int64_t tile) {
       alignas(64) float z[kTileRows * kPanel];
       const int64_t first = tile * kTileRows, count = width - first < kTileRows ? width - first : kTileRows;
-      const Left rows{weight + first * depth_, depth_ * int64_t(sizeof *weight), sizeof *weight};
+      const Left rows{weight + first * depth_, depth_ * int64_t(sizeof *weight), sizeof *weight, true};
       for (int64_t lane = 0; lane < rows_; lane += kPanel) {
         multiply<UnitF32>(rows, count, packed_.data + lane * depth_, depth_, z, lanes(lane), lanes(lane), false);
         store(z, count, lane, bias ? bias + first : nullptr, y + lane * width + first, width, add);

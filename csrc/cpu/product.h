@@ -51,11 +51,13 @@ constexpr int64_t units(int64_t elements) {
 struct Left {  // a: unit k of row i lies at data + i * row + k * step, in bytes
   const void* data;
   int64_t row, step;
-  Left skip(int64_t rows) const { return {static_cast<const char*>(data) + rows * row, row, step}; }
+  bool streams = false;  // from memory: the rows below are fetched ahead
+  Left skip(int64_t rows) const { return {static_cast<const char*>(data) + rows * row, row, step, streams}; }
 };
 
 template <class Unit, int kRows, int kVectors>
 [[gnu::noinline]] void multiply_block(Left left, const uint32_t* b, int64_t depth, float* c, int64_t c_row, bool add) {
+  const int64_t below = left.streams ? kRows * left.row : 0;
   vf sum[kRows][kVectors];
   for (auto& row : sum) {
     for (auto& x : row) x = vf{};
@@ -66,7 +68,9 @@ template <class Unit, int kRows, int kVectors>
   const char* a = static_cast<const char*>(left.data);
   for (int64_t k = 0; k < depth;) {
     const int64_t end = k + kWidth < depth ? k + kWidth : depth;
-    for (int i = 0; i < kRows; ++i) __builtin_prefetch(a + (kRows + i) * left.row);  // the block below comes next
+    if (below) {
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(a + below + i * left.row);
+    }
     for (; k < end; ++k, a += left.step, b += kVectors * kWidth) {
       vu right[kVectors];
 #pragma GCC unroll 4

@@ -137,9 +137,11 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
 
     GFLOP/s a core (EPYC 9005, 304 x 896 x 50257), softmax included: bfloat16 with avx512_bf16 430, PyTorch 187 to 400
     without it, and 85 for the logits, which need float32. float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235
-    against 75 to 100. CPUs with AMX, which this has not run on, keep PyTorch's products.
+    against 75 to 100. CPUs with AMX, which this has not run on, keep PyTorch's products. With
+    torch.use_deterministic_algorithms(True) it is taken on every CPU: a library's sums depend on the number of threads
+    and on the other rows, these do not (float32 on Intel's: up to a tenth slower).
     """
-    return (
+    computable = (
         hidden.device.type == "cpu"
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.float32, torch.bfloat16)
@@ -148,9 +150,11 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
         and bias is None
         and softcap is None
         and (weight.stride(1) == 1 or weight.shape[1] == 1)
-        and not (hidden.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-        and _C.linear_is_fast(DTYPE_CODES[hidden.dtype]) == 1
     )
+    if not computable or torch.are_deterministic_algorithms_enabled():
+        return computable
+    has_amx = hidden.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return not has_amx and _C.linear_is_fast(DTYPE_CODES[hidden.dtype]) == 1
 
 
 def logits_shape(rows: int, vocab: int, way: str) -> tuple[int, int]:

@@ -319,6 +319,31 @@ def test_fused_threads_change_nothing(fused, loss, dtype):
 
 
 @HALF_OR_NOT
+def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
+    """So that neither threads nor other rows change a bit, also where a library multiplies faster."""
+    monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 0)
+    hidden, weight, labels = head(210, 700, 300, dtype)
+    before = torch.get_num_threads()
+    assert not _linear.is_fused(hidden, weight, None, None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _linear.is_fused(hidden, weight, None, None)
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+            loss = linear_cross_entropy(*leaves, labels)
+            results.append([loss, *torch.autograd.grad(loss, leaves), linear_token_logprobs(hidden, weight, labels)])
+        alone = torch.cat([linear_token_logprobs(hidden[i : i + 1], weight, labels[i : i + 1]) for i in range(210)])
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert torch.equal(results[0][-1], alone)
+
+
+@HALF_OR_NOT
 def test_fused_without_a_width(dtype):
     hidden, weight, _ = head(4, 7, 0, dtype)
     assert not _linear.is_fused(hidden, weight, None, None)
