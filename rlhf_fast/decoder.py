@@ -7,8 +7,9 @@
     logits = lm_head(norm(x))                                           of the last token only
 
 The weights are the model's own, and so are all modules that are more than a plain linear layer or an RMSNorm (LoRA
-adapters, say). On the CPU a layer of plain modules is one call for a few rows (csrc/cpu/decode.cpp). What is left out is what transformers does anew for each token and layer: masks, cache objects, rotary
-tables, output records; small projections of the same input are one product, for which their weights are copied.
+adapters, say). What is left out is what transformers does anew for each token and layer: masks, cache objects, rotary
+tables, output records; small projections of the same input are one product, for which their weights are copied. On the
+CPU a layer of plain modules is one call for a few rows (csrc/cpu/decode.cpp).
 Specification: the model's own forward, token for token.
 """
 

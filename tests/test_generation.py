@@ -260,7 +260,8 @@ def test_few_rows_go_through_a_layer_in_one_call(family, rows, monkeypatch):
         layer["weights"] = None
     whole = _layer.decode_layer
     monkeypatch.setattr(_layer, "decode_layer", lambda *args: (calls.append(len(args[1])), whole(*args)))
-    tokens, kept = next(decoder.start() for decoder in decoders).argmax(-1), torch.arange(0, rows, 2)
+    first, _ = (decoder.start() for decoder in decoders)
+    tokens, kept = first.argmax(-1), torch.arange(0, rows, 2)
     torch.testing.assert_close(*(decoder.step(tokens) for decoder in decoders), rtol=1e-4, atol=1e-4)
     for decoder in decoders:
         decoder.keep(kept)
