@@ -72,7 +72,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
     """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
     dtype = accumulation_dtype(like)
-    loss, stats = like.new_empty((), dtype=dtype), like.new_empty(len(names), dtype=dtype)
+    stats = like.new_empty(len(names), dtype=dtype)
+    loss = stats.new_empty(())
     return (
         loss,
         stats,

@@ -16,7 +16,8 @@ from ._inputs import accumulation_dtype, check
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    advantages = torch.empty(rewards.shape, dtype=accumulation_dtype(rewards), device=rewards.device)
+    dtype = accumulation_dtype(rewards)
+    advantages = torch.empty_like(rewards, dtype=dtype, memory_format=torch.contiguous_format)
     return advantages, torch.empty_like(advantages)
 
 
@@ -52,4 +53,5 @@ def gae(
         raise ValueError(f"gae: gap_mode {gap_mode!r} must be 'carry' or 'zero'")
     if _op.backend(rewards) == "reference":
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, gap_mode=gap_mode)
-    return _op(rewards.detach(), values.detach(), as_bool(mask), float(gamma), float(lam), gap_mode == "carry")
+    rewards, values = (x.detach() if x.requires_grad else x for x in (rewards, values))
+    return _op(rewards, values, as_bool(mask), float(gamma), float(lam), gap_mode == "carry")

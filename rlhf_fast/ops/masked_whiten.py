@@ -19,8 +19,8 @@ from .masked_mean import fitting_mask
 
 def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(values)
-    whitened = torch.empty(values.shape, dtype=dtype, device=values.device)
-    return whitened, torch.empty(3, dtype=dtype, device=values.device)
+    whitened = torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
+    return whitened, whitened.new_empty(3)
 
 
 def _arguments(values, mask, shift_mean, eps):
