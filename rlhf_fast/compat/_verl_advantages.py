@@ -97,7 +97,8 @@ def compute_grpo_passk_outcome_advantage(
         raise ValueError("compute_grpo_passk_outcome_advantage: needs at least 2 responses for each prompt")
     order = scores.argsort(descending=True, stable=True)
     order = order[group[order].argsort(stable=True)]  # by group, best first
-    first = torch.cat([group.new_ones(1, dtype=torch.bool), group[order].diff() != 0])
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = group[order].diff() != 0
     best, second = order[first], order[first.roll(1)]
     gain = scores[best] - scores[second]
     if norm_adv_by_std_in_grpo:

@@ -92,6 +92,7 @@ def compute_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """PPO with the log-ratio clamped to +-20 and a dual clip -> (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower).
 
+    The old log-probs come first (OpenRLHF and rlhf_fast.ppo_loss: second). An empty mask gives 0 (verl: NaN).
     ppo_kl is the mean of old - new log-probs; verl takes it after the clamp, ours before.
     """
     low = cliprange if cliprange_low is None else cliprange_low
@@ -114,7 +115,7 @@ def compute_policy_loss_vanilla(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """compute_policy_loss with its options from config (clip_ratio, _low, _high, clip_ratio_c = 3)."""
+    """compute_policy_loss, old log-probs first, with config's clip_ratio, clip_ratio_low, _high and clip_ratio_c."""
     _need_config("compute_policy_loss_vanilla", config)
     loss, stats = ops.ppo_loss(
         log_prob, old_log_prob, advantages, response_mask, **_clip_range(config),

@@ -3,7 +3,8 @@
 Signatures and results are those of release 0.11.0. Release 0.11.2 renamed PolicyLoss's rollout-correction options,
 added a fifth result to it and put log_probs_old third in compute_approx_kl; everything else fits both.
 For all of them: results are float32 whatever the input dtype; -inf logits give finite entropies (OpenRLHF: NaN); an
-empty mask gives 0 (OpenRLHF: NaN); NaN outside a mask reaches neither a loss nor a gradient; no input is changed.
+empty mask gives 0 (OpenRLHF: NaN); NaN outside a mask reaches neither a loss nor a gradient; an empty batch gives empty
+results (OpenRLHF's log_probs_from_logits raises for bf16); no input is changed.
 
 Left out: ring attention in GPTLMLoss (it needs a process group, and OpenRLHF averages the means of ranks with unequal
 numbers of labels), packing and model helpers (no arithmetic in them to replace).
@@ -47,7 +48,8 @@ def aggregate_loss(
 
 
 class GPTLMLoss(nn.Module):
-    """Cross-entropy of the next token; labels (B, T) are shifted here and -100 does not count. No label: 0."""
+    """Cross-entropy of the next token; labels (B, T) are shifted here and -100 does not count. No label: 0 (OpenRLHF:
+    NaN)."""
 
     def __init__(self, ring_attn_group=None):
         super().__init__()
@@ -130,8 +132,9 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """All (B, T), the new log-probs first -> (loss, clip_ratio, ppo_kl, vllm_kl or None), scalars.
+        """All (B, T), the new log-probs first (verl: second) -> (loss, clip_ratio, ppo_kl, vllm_kl or None), scalars.
 
+        An empty mask gives 0 (OpenRLHF: NaN).
         clip_ratio is the share of tokens on which the clip holds, ppo_kl the mean of old - new log-probs.
         """
         mask = _mask(log_probs, action_mask)
@@ -186,7 +189,7 @@ class ValueLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> Tensor:
-        """All (B, T) -> scalar."""
+        """New values, old values, returns (verl: returns second), all (B, T) -> scalar; of an empty mask 0, not NaN."""
         options = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         mask = _mask(values, action_mask)
         return ops.value_loss(values, old_values, returns, mask, cliprange_value=self.clip_eps, **options)[0]
@@ -196,7 +199,7 @@ class PairWiseLoss(nn.Module):
     """Bradley-Terry: the mean of -log sigma(chosen - rejected - margin)."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
-        """(B,) or (B, 1) rewards -> scalar; an empty batch gives 0."""
+        """(B,) or (B, 1) rewards -> scalar; an empty batch gives 0 (OpenRLHF: NaN)."""
         margin = margin.flatten() if isinstance(margin, Tensor) else margin
         return ops.pairwise_loss(chosen_reward.flatten(), reject_reward.flatten(), margin=margin)[0]
 
@@ -238,6 +241,7 @@ class DPOLoss(nn.Module):
 def compute_approx_kl(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
     """Per-token k1, k2 or k3 of log_probs against log_probs_base, in float32, limited to +-10 as OpenRLHF does.
 
+    The limit biases the estimate and stops its gradient; rlhf_fast.kl_penalty has none unless asked for.
     Where exp overflows k3 is 10 with zero gradient (OpenRLHF: NaN gradient).
     """
     if kl_estimator not in ("k1", "k2", "k3"):
@@ -267,12 +271,14 @@ def compute_reward(
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """(..., V) logits, (...) labels -> float32 log-probs. OpenRLHF divides the logits in place; ours stay."""
+    """(..., V) logits, (...) labels -> float32 log-probs (OpenRLHF: bf16 of bf16). It divides the logits in place; ours
+    stay."""
     return ops.token_logprobs(logits, labels, temperature=temperature)
 
 
 def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Mean of tensor where mask is True, over dim (default: all); mask None means everywhere; 0 where there is none."""
+    """Mean of tensor where mask is True, over dim (default: all); mask None means everywhere; 0 where there is none
+    (OpenRLHF: NaN)."""
     return ops.masked_mean(tensor, mask, dim)
 
 
@@ -285,7 +291,10 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """(..., V) logits -> (...) entropies in nats, of the logits as they are: divide by the temperature first."""
+    """(..., V) logits -> (...) entropies in nats, of the logits as they are: divide by the temperature first.
+
+    -inf logits count 0 (OpenRLHF: NaN).
+    """
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ops.token_logprobs_and_entropy(logits, labels)[1]
 

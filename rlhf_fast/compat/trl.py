@@ -2,7 +2,7 @@
 
 For all of them: results are float32 whatever the input dtype (TRL's eager path returns bf16 log-probs for bf16 logits);
 -inf logits give finite entropies (TRL: NaN); an empty mask gives 0 (TRL: NaN, or an error in masked_var); NaN outside a
-mask reaches nothing.
+mask reaches nothing; an empty batch gives empty results (TRL's selective_log_softmax raises).
 
 Left out, because there is no arithmetic in them to replace: pad, flush_left, truncate_response (layout of tokens),
 get_reward (runs a model), create_reference_model (copies one).
@@ -23,7 +23,7 @@ _STATISTICS_ELEMENTS = 1 << 24  # float32 logits held at once by the statistics 
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """(..., V) logits, index (...) or (..., K) -> log-probabilities of shape index, float32.
+    """(..., V) logits, index (...) or (..., K) -> log-probabilities of shape index, float32 (TRL: bf16 of bf16).
 
     row_mask has index's shape; where it is 0 the result is 0, its gradient too, and a row without any 1 is not read.
     """
@@ -41,7 +41,10 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """(..., V) logits -> (...) entropies in nats, differentiable. chunk_size is accepted and not needed: one pass."""
+    """(..., V) logits -> (...) entropies in nats, differentiable; -inf logits count 0 (TRL: NaN).
+
+    chunk_size is accepted and not needed: one pass.
+    """
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ops.token_logprobs_and_entropy(logits, labels)[1]
 
@@ -53,7 +56,10 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(..., V) logits, (...) index -> log-probabilities and entropies in one read; rows with row_mask 0 give 0."""
+    """(..., V) logits, (...) index -> log-probabilities and entropies in one read, float32.
+
+    Rows with row_mask 0 give 0. -inf logits count 0 in the entropy (TRL: NaN).
+    """
     logprobs, entropy = ops.token_logprobs_and_entropy(logits, index, temperature=temperature, mask=row_mask)
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
 

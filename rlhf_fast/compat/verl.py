@@ -4,11 +4,11 @@ Signatures are those of release 0.9.1, which only adds trailing options to 0.8. 
 one there with `core_algos.register_policy_loss("vanilla")(compute_policy_loss_vanilla)`.
 For all of them: results are float32 whatever the input dtype (verl: bf16 log-probs for bf16 logits); -inf logits give
 finite entropies (verl: NaN); an empty mask gives 0 (verl: NaN, or an error in masked_var and what whitens); NaN outside
-a mask reaches neither a loss nor a gradient. Masks are bool or 0/1.
+a mask reaches neither a loss nor a gradient; an empty batch gives empty results (verl's logprobs_from_logits raises).
+Masks are bool or 0/1.
 
-Left out: bypass_mode (its two branches, vanilla and reinforce, are here; its rejection masks are configuration), gdpo
-and the optimal token baselines (they read verl's batch object or loop over trajectories), the rmpad log-probs
-(flash-attn's padding), dppo and dro (newer than the list this module is held to), the vocabulary-parallel
+Left out: gdpo and the optimal token baselines (they read verl's batch object or loop over trajectories), the rmpad
+log-probs (flash-attn's padding), dppo and dro (newer than the list this module is held to), the vocabulary-parallel
 linear_cross_entropy (needs a process group).
 """
 
@@ -32,6 +32,7 @@ from ._verl_advantages import (  # noqa: F401 - public here
     compute_rloo_outcome_advantage,
     compute_rloo_vectorized_outcome_advantage,
 )
+from ._verl_bypass import compute_policy_loss_bypass_mode  # noqa: F401 - public here
 from ._verl_losses import (  # noqa: F401 - public here
     _aggregation,
     agg_loss,
@@ -49,7 +50,7 @@ from ._verl_losses import (  # noqa: F401 - public here
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """(..., V) logits, (...) labels -> (...) float32 log-probs.
+    """(..., V) logits, (...) labels -> (...) float32 log-probs (verl's naive and v2: bf16 for bf16 logits).
 
     inplace_backward (on by default, as in verl) lets the backward write the gradient over the logits; autograd then
     raises on any other use of them in the backward. verl does so only with flash-attn, and silently.
@@ -78,7 +79,7 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """(..., V) logits -> (...) entropies in nats."""
+    """(..., V) logits -> (...) entropies in nats; -inf logits count 0 (verl: NaN)."""
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ops.token_logprobs_and_entropy(logits, labels)[1]
 
@@ -145,6 +146,7 @@ def compute_rewards(token_level_scores: Tensor, old_log_prob: Tensor, ref_log_pr
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """Per-token KL estimate: "kl"/"k1", "abs", "mse"/"k2", "low_var_kl"/"k3" (input within +-20, result within +-10).
 
+    These limits of k3 are verl's: they bias it and stop its gradient. rlhf_fast.kl_penalty has none unless asked for.
     A trailing "+" keeps the value and takes the gradient of k2, which is unbiased (older verl raises for all but k2).
     "full" is the exact KL of (..., V) logits over the vocabulary, which verl documents and does not implement.
     """
@@ -164,12 +166,13 @@ def apply_kl_penalty(data, kl_ctrl, kl_penalty: str = "kl"):
     """Writes data.batch["token_level_rewards"] = token_level_scores - kl_ctrl.value KL, and updates kl_ctrl.
 
     data is verl's DataProto or anything with a mapping `batch` of (B, T) tensors: response_mask, token_level_scores,
-    old_log_probs, ref_log_prob. Returns (data, metrics); the KL of the controller is the batch mean of token means.
+    old_log_probs, ref_log_prob. Returns (data, metrics); the KL of the controller is the batch mean of token means, and
+    0 of an empty batch (verl: NaN, also in kl_ctrl from then on).
     """
     mask, beta = data.batch["response_mask"].bool(), kl_ctrl.value
     kl = _kl_penalty(data.batch["old_log_probs"], data.batch["ref_log_prob"], kl_penalty)
     kl = torch.where(mask, kl, 0.0)
-    current = ops.masked_mean(kl, mask, -1).mean().item()
+    current = ops.masked_mean(ops.masked_mean(kl, mask, -1)).item()
     kl_ctrl.update(current_kl=current, n_steps=mask.shape[0])
     data.batch["token_level_rewards"] = data.batch["token_level_scores"] - beta * kl
     return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": beta}
@@ -179,7 +182,7 @@ _kl_penalty = kl_penalty  # apply_kl_penalty has an argument of that name
 
 
 def compute_entropy_loss(logits: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean") -> Tensor:
-    """(B, T, V) logits -> aggregated entropy; rows outside the mask are not read."""
+    """(B, T, V) logits -> aggregated entropy; rows outside the mask are not read, -inf logits count 0 (verl: NaN)."""
     labels = torch.zeros_like(response_mask, dtype=torch.long)
     entropy = ops.token_logprobs_and_entropy(logits, labels, mask=response_mask)[1]
     return agg_loss(entropy, response_mask, loss_agg_mode)

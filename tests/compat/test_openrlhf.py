@@ -212,3 +212,8 @@ def test_the_controller_moves_by_a_fifth_at_most():
     assert controller.value == pytest.approx(0.1 * 1.02)
     controller.update(5.4, 10)
     assert controller.value == pytest.approx(0.1 * 1.02 * 0.99)
+
+
+def test_an_empty_batch_gives_empty_results():
+    logits, labels = torch.zeros(0, 3, 7, dtype=torch.bfloat16), torch.zeros(0, 3, dtype=torch.long)
+    assert o.log_probs_from_logits(logits, labels).shape == o.compute_entropy(logits).shape == (0, 3)

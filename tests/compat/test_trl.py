@@ -160,3 +160,8 @@ def test_nan_statistics():
 def test_first_true_or_the_length():
     bools = torch.tensor([[False, True, True], [False, False, False]])
     assert trl.first_true_indices(bools).tolist() == [1, 3]
+
+
+def test_an_empty_batch_gives_empty_results():
+    logits, labels = torch.zeros(0, 3, 7, dtype=torch.bfloat16), torch.zeros(0, 3, dtype=torch.long)
+    assert trl.selective_log_softmax(logits, labels).shape == trl.entropy_from_logits(logits).shape == (0, 3)

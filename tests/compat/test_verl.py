@@ -46,7 +46,7 @@ SIGNATURES = {
     "clip_ratio_c loss_agg_mode",
     **{
         f"compute_policy_loss_{name}": POLICY
-        for name in ("vanilla", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "cispo")
+        for name in ("vanilla", "gspo", "sapo", "gpg", "clip_cov", "kl_cov", "geo_mean", "cispo", "bypass_mode")
     },
     "compute_policy_loss_reinforce": POLICY.replace("old_", "rollout_"),
     "compute_entropy_loss": "logits response_mask loss_agg_mode",
@@ -61,18 +61,19 @@ SIGNATURES = {
 POLICY_LOSSES = sorted(name for name in SIGNATURES if name.startswith("compute_policy_loss_"))
 
 
-class Config(SimpleNamespace):
-    """The fields of verl's ActorConfig that its losses read."""
-
-    def __init__(self, **changes):
-        policy = SimpleNamespace(
-            clip_cov_ratio=0.5, clip_cov_lb=0.0, clip_cov_ub=5.0, kl_cov_ratio=0.3, ppo_kl_coef=1.0
-        )
-        fields = {"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None, "tau_pos": 1.0, "tau_neg": 2.0}
-        super().__init__(**{**fields, "policy_loss": policy, "global_batch_info": {}, **changes})
-
+class Fields(SimpleNamespace):
     def get(self, name, default=None):
         return getattr(self, name, default)
+
+
+class Config(Fields):
+    """The fields of verl's ActorConfig that its losses read."""
+
+    def __init__(self, rollout_correction=None, **changes):
+        policy = Fields(clip_cov_ratio=0.5, clip_cov_lb=0.0, clip_cov_ub=5.0, kl_cov_ratio=0.3, ppo_kl_coef=1.0)
+        policy.rollout_correction = rollout_correction or {}
+        fields = {"clip_ratio": 0.2, "clip_ratio_low": None, "clip_ratio_high": None, "tau_pos": 1.0, "tau_neg": 2.0}
+        super().__init__(**{**fields, "policy_loss": policy, "global_batch_info": {}, **changes})
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -154,6 +155,7 @@ def test_passk_rewards_the_best_by_its_lead():
     config = {"norm_adv_by_std_in_grpo": False}
     advantages, _ = v.compute_grpo_passk_outcome_advantage(rewards, torch.ones(5, 1), prompts, config=config)
     assert advantages.squeeze(-1).tolist() == [0, 0, 1, 0, 0]  # a tie has no lead
+    assert v.compute_grpo_passk_outcome_advantage(rewards[:0], torch.ones(0, 1), [])[0].shape == (0, 1)
     with pytest.raises(ValueError, match="at least 2"):
         v.compute_grpo_passk_outcome_advantage(rewards, torch.ones(5, 1), torch.arange(5))
 
@@ -240,6 +242,81 @@ def test_one_token_under_each_policy_loss_by_hand():
         assert loss.item() == pytest.approx(value), name
 
 
+ROLLOUT = torch.tensor([[0.5, 0.25, 1.0], [4.0, 1.0, NAN]]).log()  # of log-probs 0 the ratios are 2, 4, 1 and 1/4, 1
+TURNS = torch.tensor([[1, 1, 1], [1, 1, 0]])
+
+
+def rejecting(names, thresholds):
+    return {"rollout_rs": names, "rollout_rs_threshold": thresholds}
+
+
+@pytest.mark.parametrize(
+    "options, weights",  # 0: rejected
+    [
+        ({"rollout_is": "token"}, [2, 2, 1, 0.25, 1]),  # 2 is the limit unless another is asked for
+        ({"rollout_is": "token", "rollout_is_threshold": 3}, [2, 3, 1, 0.25, 1]),
+        ({"rollout_is": "sequence", "rollout_is_threshold": 5.0}, [5, 5, 5, 0.25, 0.25]),
+        ({"rollout_is": "token", "rollout_is_batch_normalize": True}, [1.6, 1.6, 0.8, 0.2, 0.8]),
+        ({"rollout_is": "sequence", "rollout_is_batch_normalize": True}, [16 / 9] * 3 + [2 / 9] * 2),
+        (rejecting("token_k1", 2.5), [1, 0, 1, 0, 1]),
+        (rejecting("token_k1", "0.2_3"), [1, 1, 1, 0, 1]),  # k1 is against the ratio: 4 is within 1/5 to 3
+        (rejecting("seq_sum_k1", "5"), [0, 0, 0, 1, 1]),  # 1/8 and 4
+        (rejecting("seq_mean_k1", "0.45_1.9"), [1, 1, 1, 0, 0]),  # 1/2 and 2
+        (rejecting("token_k2", 0.9), [1, 0, 1, 0, 1]),  # log(4)^2 / 2 = 0.961
+        (rejecting("seq_sum_k2", 1.0), [0, 0, 0, 1, 1]),  # 0.240 more in the first
+        (rejecting("seq_mean_k3", 0.5), [0, 0, 0, 1, 1]),  # (0.307 + 1.614) / 3 and 0.636 / 2
+        (rejecting("seq_max_k3", 1.0), [0, 0, 0, 1, 1]),
+        (rejecting("token_k2, seq_max_k3", "0.5,1"), [0, 0, 0, 0, 1]),
+    ],
+)
+def test_bypass_mode_weighs_and_rejects_by_hand(options, weights):
+    new = torch.zeros(2, 3, requires_grad=True)
+    config = Config({"loss_type": "reinforce", **options})
+    loss, metrics = v.compute_policy_loss_bypass_mode(ROLLOUT, new, torch.ones(2, 3), TURNS, config=config)
+    expected = torch.tensor(weights, dtype=torch.float32) / sum(w > 0 for w in weights)
+    torch.testing.assert_close(-torch.autograd.grad(loss, new)[0][TURNS.bool()], expected)
+    assert metrics["rollout_corr/kl"] == pytest.approx(-math.log(2) / 5)
+    if "rollout_rs" in options:
+        assert metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(weights.count(0) / 5)
+
+
+def test_bypass_mode_drops_weights_outside_their_limits_and_keeps_the_token():
+    new = torch.zeros(2, 3, requires_grad=True)
+    config = Config({"loss_type": "reinforce", "rollout_is": "token", "rollout_is_threshold": "0.5_3"})
+    loss, metrics = v.compute_policy_loss_bypass_mode(ROLLOUT, new, torch.ones(2, 3), TURNS, config=config)
+    torch.testing.assert_close(torch.autograd.grad(loss, new)[0], -torch.tensor([[2, 0, 1], [0, 1, 0]]) / 5)
+    assert metrics["rollout_corr/rollout_is_mean"] == pytest.approx(4 / 5)
+    assert metrics["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(16 / 25 / (6 / 5))
+
+
+def test_bypass_mode_is_ppo_against_the_rollout_unless_asked():
+    args = torch.zeros(2, 3), torch.ones(2, 3), TURNS
+    loss, metrics = v.compute_policy_loss_bypass_mode(ROLLOUT, *args, config=Config({"rollout_is": "token"}))
+    plain, of_loss = v.compute_policy_loss_vanilla(ROLLOUT, *args, config=Config())
+    assert (
+        loss.item() == plain.item() == pytest.approx(-(1.2 + 1.2 + 1 + 0.25 + 1) / 5)
+    )  # the weights would count twice
+    assert of_loss.items() <= metrics.items()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "trpo"}, "loss_type"),
+        ({"rollout_is": "batch"}, "rollout_is"),
+        ({"rollout_is": "token", "rollout_is_threshold": "3_2"}, "rollout_is_threshold"),
+        (rejecting("token_k4", 1), "token_k4"),
+        (rejecting("token_k1,token_k2,token_k3", "1,2"), "one each"),
+        (rejecting("token_k1", None), "rollout_rs_threshold"),
+        (rejecting("token_k1", 0.5), "1 or more"),
+        (rejecting("token_k2", "1_2"), "one number"),
+    ],
+)
+def test_bypass_mode_refuses_what_it_does_not_know(options, message):
+    with pytest.raises(ValueError, match=message):
+        v.compute_policy_loss_bypass_mode(ROLLOUT, ROLLOUT, ROLLOUT, TURNS, config=Config(options))
+
+
 def test_value_loss_takes_the_old_values_last():
     one = torch.ones(1, 1)
     loss, clipfrac = v.compute_value_loss(2 * one, 3 * one, 0 * one, one, 0.5)
@@ -279,6 +356,9 @@ def test_rewards_and_the_controllers_kl():
     torch.testing.assert_close(batch["token_level_rewards"], torch.tensor([[-0.05, 0.99], [1.97, 0.0]]))
     assert metrics == pytest.approx({"actor/reward_kl_penalty": 0.3, "actor/reward_kl_penalty_coeff": 0.1})
     assert controller.value == pytest.approx(0.1 * 1.04)  # + 0.2 * 2 / 10
+    empty = {name: x[:0] for name, x in batch.items()}
+    _, metrics = v.apply_kl_penalty(SimpleNamespace(batch=empty), controller)
+    assert metrics["actor/reward_kl_penalty"] == 0 and controller.value == pytest.approx(0.1 * 1.04)
     plain = v.compute_rewards(batch["token_level_scores"][:1], batch["old_log_probs"][:1], torch.zeros(1, 2), 0.1)
     torch.testing.assert_close(plain, torch.tensor([[-0.05, 0.99]]))
 
@@ -344,3 +424,8 @@ def test_linear_forms_never_round_to_bf16():
     assert v.linear_cross_entropy(hidden, weight, ids, 0.5, "mean")[0].item() == pytest.approx(want.mean().item(), 1e-4)
     with pytest.raises(ValueError, match="dist_process_group"):
         v.linear_cross_entropy(hidden, weight, ids, 0.5, "none", object())
+
+
+def test_an_empty_batch_gives_empty_results():
+    logits, labels = torch.zeros(0, 3, 7, dtype=torch.bfloat16), torch.zeros(0, 3, dtype=torch.long)
+    assert v.logprobs_from_logits(logits, labels).shape == v.entropy_from_logits(logits).shape == (0, 3)

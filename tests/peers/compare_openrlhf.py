@@ -171,6 +171,12 @@ def test_log_probs():
     assert got.dtype == torch.float32
 
 
+def test_an_empty_batch_raises_in_openrlhf():
+    args = torch.zeros(0, 7, dtype=torch.bfloat16), torch.zeros(0, dtype=torch.long)
+    got = deviates(ours.log_probs_from_logits, utils.log_probs_from_logits, *args, peer=RuntimeError)
+    assert got.shape == (0,)
+
+
 @masks
 def test_mask_statistics(mask):
     x = randn(3, 6) + 2

@@ -45,6 +45,12 @@ def test_bf16_logprobs_are_rounded_by_trl():
     assert (got - want).abs().max() < 1e-5 < (theirs - want).abs().max()
 
 
+def test_an_empty_batch_raises_in_trl():
+    args = torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)
+    got = deviates(ours.selective_log_softmax, peer.selective_log_softmax, *args, peer=RuntimeError)
+    assert got.shape == (0,)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 11), (300, 7), (4, 1)])
 def test_entropy(shape):
     agree(ours.entropy_from_logits, peer.entropy_from_logits, randn(*shape, scale=3), wrt=(0,))

@@ -9,6 +9,7 @@ import torch
 import verl.trainer.ppo.core_algos as core
 import verl.utils.torch_functional as functional
 from agree import EMPTY, agree, deviates, has_nan, labels_for, masks, randn
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config.actor import ActorConfig, PolicyLossConfig
 
@@ -69,6 +70,37 @@ def test_policy_losses(mask, totals, name, weighted, mode):
     agree(getattr(ours, name), getattr(core, name), *args, weights, wrt=(1,))
 
 
+@masks
+@totals
+@pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rollout_is": "token"},
+        {"rollout_is": "token", "rollout_is_threshold": "0.7_1.4", "rollout_is_batch_normalize": True},
+        {"rollout_is": "sequence", "rollout_is_threshold": 1.3, "rollout_is_batch_normalize": True},
+        {"rollout_rs": "token_k1", "rollout_rs_threshold": "0.6_1.5"},
+        {"rollout_rs": "token_k2,token_k3", "rollout_rs_threshold": "0.3,0.2"},
+        {"rollout_rs": "seq_sum_k1,seq_sum_k2,seq_sum_k3", "rollout_rs_threshold": "3,0.9,0.9"},
+        {"rollout_rs": "seq_mean_k1, seq_mean_k2, seq_mean_k3", "rollout_rs_threshold": "1.4,0.2,0.2"},
+        {"rollout_rs": "seq_max_k2,seq_max_k3", "rollout_rs_threshold": "0.6,0.5", "rollout_is": "token"},
+    ],
+    ids=lambda options: "-".join(options.values()) if "rollout_rs" in options else str(options.get("rollout_is")),
+)
+def test_bypass_mode(mask, totals, loss_type, options):
+    options = {"loss_type": loss_type, "rollout_is": None, "rollout_rs": None, **options}
+    policy = PolicyLossConfig(rollout_correction=RolloutCorrectionConfig(**options))
+    args = randn(3, 6, scale=0.4), randn(3, 6, seed=1, scale=0.4), randn(3, 6, seed=2), mask, "token-mean"
+    function = ours.compute_policy_loss_bypass_mode
+
+    def theirs(*args):  # of their metrics those that ours has
+        loss, metrics = core.compute_policy_loss_bypass_mode(*args)
+        return loss, {name: metrics[name] for name in function(*args)[1]}
+
+    agree(function, theirs, *args, config(totals, policy_loss=policy), wrt=(1,))
+
+
 def test_the_metric_of_extreme_log_ratios_is_not_clamped_by_ours():
     new, old, mask = torch.full((1, 1), 50.0), torch.zeros(1, 1), torch.ones(1, 1)
     args = old, new, -mask, mask, "token-mean", config({})
@@ -88,6 +120,12 @@ def test_empty_masks_are_nan_in_verl(name):
     args = randn(3, 6), randn(3, 6, seed=1), randn(3, 6, seed=2), EMPTY, "token-mean", config({})
     got = deviates(getattr(ours, name), getattr(core, name), *args, peer=has_nan)
     assert got[0].item() == 0
+
+
+def test_bypass_mode_raises_on_an_empty_mask_in_verl():
+    args = randn(3, 6), randn(3, 6, seed=1), randn(3, 6, seed=2), EMPTY, "token-mean", config({})
+    name = "compute_policy_loss_bypass_mode"
+    assert deviates(getattr(ours, name), getattr(core, name), *args, peer=ValueError)[0].item() == 0
 
 
 def test_empty_masks_elsewhere():
@@ -192,6 +230,12 @@ def test_logprobs(suffix):
     half = logits.bfloat16(), labels_for(logits)
     got = deviates(getattr(ours, name), getattr(functional, name), *half, peer=lambda x: x.dtype == torch.bfloat16)
     assert got.dtype == torch.float32
+
+
+def test_an_empty_batch_raises_in_verl():
+    args = torch.zeros(0, 7), torch.zeros(0, dtype=torch.long)
+    for name in ("logprobs_from_logits", "logprobs_from_logits_v2"):
+        assert deviates(getattr(ours, name), getattr(functional, name), *args, peer=RuntimeError).shape == (0,)
 
 
 def test_response_logprobs_entropy_and_squares():

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results.txt")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    report = [f"rlhf_fast {version('rlhf_fast') if _installed() else 'from the source tree'}, torch {version('torch')}"]
+    report = [f"rlhf_fast {_commit()}, torch {version('torch')}, {time.strftime('%Y-%m-%d', time.gmtime())}"]
     failed = False
     for name, packages in PEERS.items():
         why = install(folder / name, packages)
@@ -114,11 +115,14 @@ def main() -> int:
     return int(failed)
 
 
-def _installed() -> bool:
-    try:
-        return bool(version("rlhf_fast"))
-    except ModuleNotFoundError:
-        return False
+def _commit() -> str:
+    """Of the source tree, which is what runs; "+" where its code has changes."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return "from the source tree"
+    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    return head.stdout.strip() + ("+" if changes.replace(" M tests/peers/results.txt\n", "") else "")
 
 
 if __name__ == "__main__":
