@@ -205,6 +205,36 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, isa):
     assert keys[:, :, filled:].isnan().all()  # not touched
 
 
+def test_a_row_goes_through_a_layer_alone(isa):
+    """With any number of threads, which share the rows, and beside any other rows."""
+    rows, width, heads, dim, intermediate, capacity = 40, 96, 4, 24, 300, 60
+    generator = torch.Generator().manual_seed(8)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    q, k, v, output = draw(4, heads * dim, width)
+    mlp = (*draw(2, intermediate, width), draw(width, intermediate))
+    weights = (1 + draw(width), q, k, v, None, None, None, None, None, output, None, 1 + draw(width), *mlp)
+    x, buffers, angles = draw(rows, width), draw(2, rows, heads, capacity, dim), draw(rows, dim)
+
+    def through(take):
+        y, (keys, values) = x[take].clone(), buffers[:, take].clone()
+        tables = angles[take].cos(), angles[take].sin()
+        _layer.decode_layer(weights, y, *tables, keys, values, None, capacity, 0.2, 1e-5)
+        return y, keys, values
+
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(through(slice(None)))
+    finally:
+        torch.set_num_threads(before)
+    for other in [*results[1:], [torch.cat(parts) for parts in zip(*(through([i]) for i in range(rows)), strict=True)]]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("vocab", [1, 127, 128, 129, 1000])
 def test_a_sampled_token_is_where_the_cumulative_probability_passes_the_uniform(vocab, isa):
     generator = torch.Generator().manual_seed(5)

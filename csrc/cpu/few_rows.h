@@ -17,10 +17,16 @@ class FewRows {
     }
   }
 
+  // A thread that sleeps takes 40 us to wake (tile.h): one for every 80 us of work.
+  static int worth_threads(int threads, int64_t multiplications) {
+    const int64_t worth = 1 + (multiplications >> 22);
+    return worth < threads ? int(worth) : threads;
+  }
+
   // y (rows, width) = or += x weight^T (width, depth) + bias (may be null)
   void times(const float* weight, const float* bias, int64_t width, float* y, bool add) const {
-    const int64_t tiles = (width + kTileRows - 1) / kTileRows, worth = 1 + rows_ * width * depth_ / kThreadWork;
-    for_each(tiles, worth < threads_ ? int(worth) : threads_, [&](int64_t tile) {
+    const int64_t tiles = (width + kTileRows - 1) / kTileRows;
+    for_each(tiles, worth_threads(threads_, rows_ * width * depth_), [&](int64_t tile) {
       alignas(64) float z[kTileRows * kPanel];
       const int64_t first = tile * kTileRows, count = width - first < kTileRows ? width - first : kTileRows;
       const Left rows{weight + first * depth_, depth_ * int64_t(sizeof *weight), sizeof *weight, true};
@@ -34,7 +40,6 @@ class FewRows {
  private:
   // Of the weight: a multiple of kBlockRows and kWidth. Their outputs, 12 KB, stay in L1 beside packed rows of x.
   static constexpr int64_t kTileRows = 48;
-  static constexpr int64_t kThreadWork = 1 << 18;  // multiplications for which another thread is woken
 
   int64_t lanes(int64_t first) const {  // of the panel that begins there
     const int64_t left = whole_vectors(rows_) - first;
