@@ -4,8 +4,10 @@
 
 Five folds; dialogues with the same first turn share one, so no question is both learned from and measured on. For each
 fold a tokenizer and a reward model, neither of which has seen it, learn from the other four (no SFT: see docs). Every
-one of CANDIDATES is run on every fold; a fold counts with the settings that were best on the other four, by one of two
-rules: the highest accuracy, or the lowest loss. So a fold's own pairs never choose its settings, and all pairs count.
+one of CANDIDATES is run on every fold under every one of SEEDS; a fold counts with the candidate whose accuracy, a mean
+over the seeds, was highest on the other four, and with that candidate's mean over the seeds. So a fold's own pairs do
+not choose among the candidates, no seed is picked, no models are combined, and all pairs count. The candidates were
+written down after looks at the folds EXPLORED; `confirmed` is the candidate that is best on these, on the rest.
 A pair is left out only where a transcript is malformed, and is counted; what is over max_length tokens loses the
 beginning of its prompt. --runs keeps each run's directory with its report.html.
 
@@ -25,25 +27,18 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDS = 5
-MODEL = {"max_length": 1024, "batch_size": 16}
-BASE = {"layers": 1, "hidden": 64, "vocab_size": 4096, "learning_rate": 3e-4, "epochs": 2, "target": 1.0}
-CANDIDATES = [  # the first eight written down together, after looks at fold 0; the soft targets after these had run
+FOLDS, EXPLORED, SEEDS = 5, (0, 1), (0, 1, 2)
+MODEL = {"max_length": 1024, "hidden": 64, "vocab_size": 4096, "epochs": 2}
+BASE = {"turns": 0, "layers": 1, "batch_size": 64, "learning_rate": 1e-3}
+CANDIDATES = [  # turns: how many of the prompt's last messages the model reads; None: all of them
     BASE,
-    {**BASE, "epochs": 3},
-    {**BASE, "epochs": 4},
-    {**BASE, "learning_rate": 1e-3, "epochs": 1},
-    {**BASE, "learning_rate": 1e-3},
-    {**BASE, "vocab_size": 8192},
-    {**BASE, "hidden": 128},
     {**BASE, "layers": 2},
-    {**BASE, "target": 0.8},
-    {**BASE, "target": 0.7},
-    {**BASE, "target": 0.7, "epochs": 3},
-    {**BASE, "target": 0.7, "learning_rate": 1e-3},
-]  # target: the probability that the chosen reply is better; people agree on such pairs about seven times in ten
-
-RULES = {"accuracy": lambda row: -row["accuracy"], "loss": lambda row: row["loss"]}
+    {**BASE, "learning_rate": 7e-4},
+    {**BASE, "batch_size": 32},
+    {**BASE, "batch_size": 16, "learning_rate": 3e-4},
+    {**BASE, "turns": 3},
+    {**BASE, "turns": None, "batch_size": 16, "learning_rate": 3e-4},
+]
 
 
 def folds_of(pairs: list[dict]) -> np.ndarray:
@@ -54,7 +49,13 @@ def folds_of(pairs: list[dict]) -> np.ndarray:
     return np.array([fold[pair["prompt"][0]["content"]] for pair in pairs])
 
 
-def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, directory: Path) -> dict:
+def last_turns(pair: dict, turns: int | None) -> dict:
+    """The pair with the last turns of its prompt alone; with none of it, two replies to nothing."""
+    prompt = pair["prompt"] if turns is None else pair["prompt"][max(0, len(pair["prompt"]) - turns) :]
+    return {**({"prompt": prompt} if prompt else {}), "chosen": pair["chosen"], "rejected": pair["rejected"]}
+
+
+def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: int, directory: Path) -> dict:
     """Trains on the other folds -> what RewardTrainer measures on this one, with the floors."""
     from rlhf_fast import RewardConfig, RewardTrainer
     from rlhf_fast.models import load_reward_model
@@ -62,17 +63,17 @@ def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, direct
     from rlhf_fast.trainers.common import set_seed
 
     train, held_out = ([p for p, f in zip(pairs, folds, strict=True) if (f == fold) == here] for here in (False, True))
-    train = [{**pair, "chosen_prob": candidate["target"]} for pair in train]
+    train, held_out = ([last_turns(pair, candidate["turns"]) for pair in some] for some in (train, held_out))
     start = time.process_time()
-    texts = [m["content"] for p in train for m in [*p["prompt"], *p["chosen"], *p["rejected"]]]
-    tokenizer = train_tokenizer(texts, candidate["vocab_size"], max_length=MODEL["max_length"])
-    model = tiny_llama(tokenizer, 0, candidate["hidden"], candidate["layers"], initializer_range=0.02)
-    set_seed(0)
+    texts = [m["content"] for p in train for m in [*p.get("prompt", []), *p["chosen"], *p["rejected"]]]
+    tokenizer = train_tokenizer(texts, MODEL["vocab_size"], max_length=MODEL["max_length"])
+    model = tiny_llama(tokenizer, seed, MODEL["hidden"], candidate["layers"], initializer_range=0.02)
+    set_seed(seed)
     trainer = RewardTrainer(
         RewardConfig(
-            str(directory), learning_rate=candidate["learning_rate"], num_train_epochs=candidate["epochs"],
-            per_device_train_batch_size=MODEL["batch_size"], max_length=MODEL["max_length"], on_overlong="keep_end",
-            eval_steps=math.ceil(len(train) / MODEL["batch_size"]),
+            str(directory), seed=seed, learning_rate=candidate["learning_rate"], num_train_epochs=MODEL["epochs"],
+            per_device_train_batch_size=candidate["batch_size"], max_length=MODEL["max_length"], on_overlong="keep_end",
+            eval_steps=math.ceil(len(train) / candidate["batch_size"]),
         ),
         load_reward_model(model, tokenizer), train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer,
     )  # fmt: skip
@@ -81,8 +82,9 @@ def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, direct
     metrics = trainer.train().metrics
     judged = json.loads((directory / "preferences.json").read_text())
     return {
-        "fold": fold, **candidate, "pairs": judged["pairs"], "learned_from": len(train), "accuracy": judged["accuracy"],
-        "ties": judged["ties"], "loss": metrics["eval_loss"], "ece": judged["calibration"]["ece"],
+        "fold": fold, "seed": seed, **candidate, "pairs": judged["pairs"], "learned_from": len(train),
+        "accuracy": judged["accuracy"], "ties": judged["ties"],
+        "loss": metrics["eval_loss"], "ece": judged["calibration"]["ece"],
         "reward_with_length": judged["length_correlation"]["reward_with_length"], "floors": judged["floors"],
         "weights": sum(p.numel() for p in trainer.model.parameters()),
         "cut": [len(report.truncated) for report in trainer.reports], "cpu_seconds": time.process_time() - start,
@@ -90,39 +92,50 @@ def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, direct
 
 
 def pooled(rows: list[dict]) -> dict:
-    """Means over the pairs of some folds, and Wilson's interval of the accuracy at 95 %."""
+    """Means over the pairs of some folds and over the seeds, and Wilson's interval of the accuracy at 95 %.
+
+    It is that of so many pairs, each counted once: more seeds do not narrow it.
+    """
     from rlhf_fast.data.baselines import wilson_interval
 
-    count = sum(row["pairs"] for row in rows)
+    def mean(value, rows=rows) -> float:
+        return sum(row["pairs"] * value(row) for row in rows) / sum(row["pairs"] for row in rows)
 
-    def mean(value) -> float:
-        return sum(row["pairs"] * value(row) for row in rows) / count
+    def accuracy(row: dict) -> float:
+        return row["accuracy"]
 
-    accuracy = mean(lambda row: row["accuracy"])
-    low, high = wilson_interval(accuracy, count)
+    count, average = sum(row["pairs"] for row in rows) // len(SEEDS), mean(accuracy)
+    low, high = wilson_interval(average, count)
     return {
-        "pairs": count, "accuracy": accuracy, "low": low, "high": high,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
+        "pairs": count, "accuracy": average, "low": low, "high": high,
+        "standard_error": math.sqrt(average * (1 - average) / count),
+        "of each seed": [mean(accuracy, [row for row in rows if row["seed"] == seed]) for seed in SEEDS],
         **{key: mean(lambda row, key=key: row[key]) for key in ("loss", "ece", "reward_with_length")},
         "floors": {name: mean(lambda row, name=name: row["floors"][name]) for name in rows[0]["floors"]},
     }  # fmt: skip
 
 
-def by_rule(rows: list[dict]) -> dict:
-    """By each rule: every fold's row of the settings that were best on the other folds, and all of these together."""
-    table = {tuple(c.values()): [r for r in rows if all(r[k] == v for k, v in c.items())] for c in CANDIDATES}
-    if any(len(found) < FOLDS for found in table.values()):
+def summary(rows: list[dict]) -> dict:
+    """Each candidate, each fold by the candidate that was best on the others, and all of these together."""
+    table = [[row for row in rows if all(row[k] == v for k, v in c.items())] for c in CANDIDATES]
+    if any(len(found) < FOLDS * len(SEEDS) for found in table):
         return {}
-    found = {}
-    for rule, order in RULES.items():
-        chosen = []
-        for fold in range(FOLDS):
-            others = {c: pooled([r for r in of if r["fold"] != fold]) for c, of in table.items()}
-            best = min(others, key=lambda c, others=others: order(others[c]))
-            chosen += [r for r in table[best] if r["fold"] == fold]
-        found[rule] = {"rows": chosen, "all": pooled(chosen)}
-    found["each candidate"] = [{**dict(zip(BASE, c, strict=True)), **pooled(of)} for c, of in table.items()]
-    return found
+
+    def part(candidate: int, folds) -> list[dict]:
+        return [row for row in table[candidate] if row["fold"] in folds]
+
+    def best_on(folds) -> int:
+        return max(range(len(CANDIDATES)), key=lambda c: pooled(part(c, folds))["accuracy"])
+
+    rest = set(range(FOLDS)) - set(EXPLORED)
+    chosen = [best_on(set(range(FOLDS)) - {fold}) for fold in range(FOLDS)]
+    first = best_on(EXPLORED)
+    return {
+        "folds": [{"fold": f, **CANDIDATES[c], **pooled(part(c, {f}))} for f, c in enumerate(chosen)],
+        "all": pooled([row for f, c in enumerate(chosen) for row in part(c, {f})]),
+        "confirmed": {**CANDIDATES[first], "explored": list(EXPLORED), **pooled(part(first, rest))},
+        "each candidate": [{**c, **pooled(of)} for c, of in zip(CANDIDATES, table, strict=True)],
+    }
 
 
 def command(options: argparse.Namespace) -> str:
@@ -149,21 +162,21 @@ def main() -> None:
     if options.json and options.json.exists():
         before = json.loads(options.json.read_text())
         rows = before["rows"] if before.get("model") == MODEL else []
-    done = {(row["fold"], *(row[key] for key in BASE)) for row in rows}
-    for fold, candidate in product(range(FOLDS), CANDIDATES):
-        if (fold, *candidate.values()) in done:
+    done = {(row["fold"], row["seed"], *(row[key] for key in BASE)) for row in rows}
+    for fold, seed, candidate in product(range(FOLDS), SEEDS, CANDIDATES):
+        if (fold, seed, *candidate.values()) in done:
             continue
         with tempfile.TemporaryDirectory() as temporary:
-            name = "-".join(f"{v:g}" for v in [fold, *candidate.values()])
-            rows.append(run(pairs, folds, fold, candidate, (options.runs or Path(temporary)) / name))
+            name = "-".join(map(str, [fold, seed, *candidate.values()]))
+            rows.append(run(pairs, folds, fold, candidate, seed, (options.runs or Path(temporary)) / name))
         print({k: v for k, v in rows[-1].items() if k not in ("floors", "cut")}, rows[-1]["floors"], flush=True)
         if options.json:
             result = {
                 "pairs": len(pairs), "left_out": left_out, "model": MODEL, "candidates": CANDIDATES, "rows": rows,
-                "rules": by_rule(rows), **provenance(torch.device("cpu"), []), "command": command(options),
+                "summary": summary(rows), **provenance(torch.device("cpu"), []), "command": command(options),
             }  # fmt: skip
             options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(by_rule(rows), indent=1))
+    print(json.dumps(summary(rows), indent=1))
 
 
 if __name__ == "__main__":
