@@ -216,18 +216,19 @@ def _plain(value) -> str:
 def _first_and_last(samples: list[dict]) -> str:
     """The same prompts at the first and at the last evaluation, side by side.
 
-    Where a prompt has several responses at a time (chosen and rejected), those of the last evaluation.
+    Where a prompt has several responses at a time (chosen and rejected), those of the last evaluation. Records that
+    have no prompt, or the same, are told apart by their index, where the samples have it.
     """
-    by_prompt: dict[str, list[dict]] = {}
+    by_prompt: dict[tuple, list[dict]] = {}
     for sample in samples:
-        by_prompt.setdefault(_dialogue(sample.get("prompt", "")), []).append(sample)
+        by_prompt.setdefault((sample.get("record"), _dialogue(sample.get("prompt", ""))), []).append(sample)
     cards = []
-    for prompt, rows in list(by_prompt.items())[:MAX_SAMPLES]:
+    for (_, prompt), rows in list(by_prompt.items())[:MAX_SAMPLES]:
         last = [row for row in rows if row.get("step") == rows[-1].get("step")]
         shown = [rows[0], rows[-1]] if len(last) == 1 < len(rows) else last
         replies = []
         for row in shown:
-            extra = {k: v for k, v in row.items() if k not in ("step", "prompt", "response")}
+            extra = {k: v for k, v in row.items() if k not in ("step", "record", "prompt", "response")}
             note = ", ".join(f"{key} {_plain(value)}" for key, value in extra.items())
             replies.append(_reply(f"step {row.get('step', '?')}", row.get("response", ""), note))
         cards.append(_card(prompt, replies))

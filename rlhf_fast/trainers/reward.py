@@ -295,7 +295,12 @@ class RewardTrainer:
         for item in items[: self.config.num_samples]:
             texts = [text if isinstance(text, str) else text[-1]["content"] for text in item.texts]
             prompt, rewards = records[item.index].get("prompt"), reward.score(item.responses).tolist()
-            rows += [{"prompt": prompt, "response": x, "reward": r} for x, r in zip(texts, rewards, strict=True)]
+            if not prompt:  # what the responses hold of it, if they are messages
+                prompt = "" if isinstance(item.texts[0], str) else item.texts[0][:-1]
+            rows += [
+                {"record": item.index, "prompt": prompt, "response": x, "reward": r}
+                for x, r in zip(texts, rewards, strict=True)
+            ]
         return rows
 
     def train(self, resume: bool = False) -> RunResult:

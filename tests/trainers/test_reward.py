@@ -276,6 +276,20 @@ def test_samples_are_what_the_model_reads_in_training(tmp_path):
     assert sample["reward"] == pytest.approx(rm.model.eval()(cut).logits.item(), abs=1e-5)
 
 
+def test_pairs_without_a_prompt_train_and_each_is_shown_apart(tmp_path):
+    """No prompt column: replies alone, or dialogues that hold it; the report shows two records, not one of four."""
+    alone = [{k: x[k] for k in ("chosen", "rejected")} for x in PAIRS[:2]]
+    within = [{k: x["prompt"] + x[k] for k in ("chosen", "rejected")} for x in PAIRS[:2]]
+    for name, data, prompts in (("alone", alone, [[], []]), ("within", within, [x["prompt"] for x in PAIRS[:2]])):
+        rm = trainer(tmp_path / name, data, max_steps=1)
+        rm.train()
+        samples = [json.loads(line) for line in (tmp_path / name / "run/samples.jsonl").read_text().splitlines()]
+        assert [x["prompt"] for x in samples] == [prompts[0]] * 2 + [prompts[1]] * 2
+        assert [x["record"] for x in samples] == [0, 0, 1, 1]
+        page = (tmp_path / name / "run/report.html").read_text(encoding="utf-8")
+        assert page.count("<article>") == 2
+
+
 def test_the_reference_is_checked_before_training(tmp_path):
     def make(reference, tokenizer=None, **config):
         tokenizer = tokenizer or tiny_tokenizer()
