@@ -388,38 +388,40 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
 
 def hh_reward(result: dict) -> str:
     """bench/hh_reward.py: each fold by the settings chosen on the others, with the floors; and each candidate."""
-    rules = result["rules"]
-    best = rules["accuracy"]
-    columns = ["pairs", "accuracy", "95 % interval", "loss", "ECE", "reward with length", *best["all"]["floors"]]
-    lines = ["| " + " | ".join(["held out", *columns]) + " |", "|" + " --- |" * (1 + len(columns))]
+    found, model = result["summary"], result["model"]
+    columns = ["pairs", "accuracy", "95 % interval", "loss", "ECE", "reward with length", *found["all"]["floors"]]
+    lines = ["| " + " | ".join(["held out", "settings", *columns]) + " |", "|" + " --- |" * (2 + len(columns))]
 
-    def line(name: str, row: dict) -> str:
-        low, high = row.get("low"), row.get("high")
-        cells = [name, str(row["pairs"]), f"{row['accuracy']:.3f}", f"{low:.3f} to {high:.3f}" if low else ""]
+    def settings(row: dict) -> str:
+        read = {0: "reply alone", None: "whole prompt"}.get(row["turns"], f"last {row['turns']} turns and reply")
+        layers = f"{row['layers']} layer{'s' * (row['layers'] > 1)}"
+        return f"{read}, {layers}, batch {row['batch_size']}, rate {row['learning_rate']:g}"
+
+    def line(name: str, how: str, row: dict) -> str:
+        cells = [name, how, str(row["pairs"]), f"{row['accuracy']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
         cells += [f"{row['loss']:.3f}", f"{row['ece']:.3f}", f"{row['reward_with_length']:+.2f}"]
         return "| " + " | ".join([*cells, *(f"{value:.3f}" for value in row["floors"].values())]) + " |"
 
-    for rule in ("accuracy", "loss"):
-        lines += [line(f"chosen by {rule}: fold {row['fold']}", row) for row in rules[rule]["rows"]]
-        lines.append(line(f"**chosen by {rule}: all**", rules[rule]["all"]))
-    lines += [
-        "",
-        "| width x layers | BPE | rate | epochs | target | accuracy over all folds | loss |",
-        "|" + " --- |" * 7,
-    ]
-    for row in rules["each candidate"]:
-        lines.append(
-            f"| {row['hidden']} x {row['layers']} | {row['vocab_size']} | {row['learning_rate']:g} | {row['epochs']} | "
-            f"{row['target']:g} | {row['accuracy']:.3f} | {row['loss']:.3f} |"
-        )
-    model, weights = result["model"], [row["weights"] for row in result["rows"]]
+    lines += [line(f"fold {row['fold']}", settings(row), row) for row in found["folds"]]
+    lines.append(line("**all**", "each fold's as chosen on the others", found["all"]))
+    explored = " and ".join(map(str, found["confirmed"]["explored"]))
+    lines.append(
+        line(f"all but folds {explored}", f"best on these: {settings(found['confirmed'])}", found["confirmed"])
+    )
+    lines += ["", "| settings | accuracy over all folds | of each seed | loss |", "|" + " --- |" * 4]
+    for row in found["each candidate"]:
+        seeds = ", ".join(f"{value:.3f}" for value in row["of each seed"])
+        lines.append(f"| {settings(row)} | {row['accuracy']:.3f} | {seeds} | {row['loss']:.3f} |")
+    weights = [row["weights"] for row in result["rows"]]
     cut = max(sum(row["cut"]) for row in result["rows"])
     return "\n".join(lines) + (
-        f"\n\nLlamas of {min(weights):,} to {max(weights):,} weights from random initialisation, batches of "
-        f"{model['batch_size']} pairs. Every one of the {result['pairs']} well-formed pairs is held out once; "
-        f"{len(result['left_out'])} lines of the files are malformed; {cut} pairs are over "
-        f"{model['max_length']} tokens and lose the beginning of their prompt. Standard error of the accuracy: "
-        f"{best['all']['standard_error']:.3f}; CPU time of all runs: "
+        f"\n\nAn accuracy is the mean over {len(found['all']['of each seed'])} seeds of that of one model; its "
+        "interval is that of so many pairs. "
+        f"Llamas of {min(weights):,} to {max(weights):,} weights from random initialisation, width {model['hidden']}, "
+        f"BPE {model['vocab_size']}, {model['epochs']} epochs. Every one of the {result['pairs']} well-formed pairs is "
+        f"held out once; {len(result['left_out'])} lines of the files are malformed; {cut} pairs are over "
+        f"{model['max_length']} tokens with their prompt and lose its beginning where it is read. Standard error of "
+        f"the accuracy: {found['all']['standard_error']:.3f}; CPU time of all runs: "
         f"{sum(row['cpu_seconds'] for row in result['rows']) / 60:.0f} min.\n{source(result)}"
     )
 
