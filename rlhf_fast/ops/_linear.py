@@ -80,12 +80,15 @@ class Inputs(NamedTuple):
         return x.new_zeros(self.rows, *x.shape[1:]).index_copy_(0, self.index, x)
 
 
-def compact(op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap) -> Inputs:
+def compact(
+    op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap,
+    deterministic: bool | None = None,
+) -> Inputs:  # fmt: skip
     """(N, D) hidden, (N,) labels and mask -> the rows that count; an IndexError for a label outside the vocabulary."""
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
-    way = way_of(hidden, weight, bias, softcap)
+    way = way_of(hidden, weight, bias, softcap, deterministic)
     inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap, way)
     labels = inputs.take(labels).contiguous()
     if on_gpu(hidden):  # the kernel stops at a wrong label; looking for one here would wait for the device
@@ -104,9 +107,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def way_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> str:
+def way_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, deterministic: bool | None = None
+) -> str:
     """FUSED, IN_DTYPE or WIDE. float16 cannot hold a gradient divided by the number of tokens, and is WIDE."""
-    if is_fused(hidden, weight, bias, softcap):
+    if is_fused(hidden, weight, bias, softcap, deterministic):
         return FUSED
     same = hidden.dtype == weight.dtype != torch.float16 and (bias is None or bias.dtype == hidden.dtype)
     return IN_DTYPE if on_gpu(hidden) and same and softcap is None else WIDE
@@ -132,15 +137,20 @@ def chunks(
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
+def is_fused(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, deterministic: bool | None = None
+) -> bool:
     """Whether csrc/cpu/linear.cpp computes the chunks: it wins where PyTorch's own products leave the CPU half idle.
 
     GFLOP/s a core (EPYC 9005, 304 x 896 x 50257), softmax included: bfloat16 with avx512_bf16 430, PyTorch 187 to 400
     without it, and 85 for the logits, which need float32. float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235
     against 75 to 100. CPUs with AMX, which this has not run on, keep PyTorch's products. With
     torch.use_deterministic_algorithms(True) it is taken on every CPU: a library's sums depend on the number of threads
-    and on the other rows, these do not (float32 on Intel's: up to a tenth slower).
+    and on the other rows, these do not (float32 on Intel's: up to a tenth slower). `deterministic` says what held in
+    the forward, whose logits a backward finds in the layout of its way; None: what holds now.
     """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     computable = (
         hidden.device.type == "cpu"
         and hidden.dtype == weight.dtype
@@ -151,7 +161,7 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
         and softcap is None
         and (weight.stride(1) == 1 or weight.shape[1] == 1)
     )
-    if not computable or torch.are_deterministic_algorithms_enabled():
+    if not computable or deterministic:
         return computable
     has_amx = hidden.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     return not has_amx and _C.linear_is_fast(DTYPE_CODES[hidden.dtype]) == 1

@@ -47,8 +47,8 @@ def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, .
     return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
 
 
-def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted):
-    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
+def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, deterministic, with_entropy, *wanted):
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, deterministic)
     rows = inputs.labels.shape[0]
     logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted), inputs.way)
     buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=False)
@@ -65,10 +65,10 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, with_
 
 
 def _backward_any(
-    hidden, weight, bias, labels, mask, temperature, softcap, entropy, saved, logits, grad_logprobs, grad_entropy,
-    *wanted, consume=False,
+    hidden, weight, bias, labels, mask, temperature, softcap, deterministic, entropy, saved, logits, grad_logprobs,
+    grad_entropy, *wanted, consume=False,
 ):  # fmt: skip
-    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap)
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, deterministic)
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0
     buffer = (logits if consume else logits.clone()) if kept else logits_buffer(inputs, any(wanted))
@@ -81,18 +81,23 @@ def _backward_any(
     return gradients.results()
 
 
+def _fake(hidden, weight, bias, labels, mask, temperature, softcap, deterministic, with_entropy, *wanted):
+    way = way_of(hidden, weight, bias, softcap, deterministic)
+    return _outputs(hidden, weight, labels, with_entropy, any(wanted), way)
+
+
 _backward = Op(
     f"{NAME}_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, Tensor? grad_entropy, "
-    "bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+    "float? softcap, bool deterministic, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
 )
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:8]
-    ctx.wanted = inputs[8:]
+    hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:9]
+    ctx.wanted = inputs[9:]
     ctx.save_for_backward(hidden, weight, bias, labels, mask, *output[1:])
 
 
@@ -110,17 +115,15 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
         grads = _backward.kernel_on(hidden.device.type)(*args, consume=True)
     else:
         grads = _backward(*args)
-    return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *[None] * 8
+    return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *[None] * 9
 
 
 _forward = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "float? softcap, bool deterministic, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
     "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits)",
     kernels={("cpu", "native"): _forward_any, ("cuda", "native"): _forward_any, ("cuda", "triton"): _forward_any},
-    fake=lambda hidden, weight, bias, labels, mask, temperature, softcap, with_entropy, *wanted: _outputs(
-        hidden, weight, labels, with_entropy, any(wanted), way_of(hidden, weight, bias, softcap)
-    ),
+    fake=_fake,
     backward=_grad,
     setup_context=_save,
     differentiable=2,
@@ -145,9 +148,9 @@ def linear_token_logprobs(
     both results are 0 and so is the gradient. hidden, weight and bias are float32, bfloat16, float16 or float64 and
     receive gradients, once; results are float32 (float64 for float64 hidden). Rows share matrix products, so unlike
     token_logprobs a row's last bits may depend on the number of rows and of threads; not on CPUs with avx512_bf16 in
-    bfloat16, nor on AMD's with AVX-512 in float32, without bias and softcap (is_fused in _linear.py). On a GPU the
-    logits of two bfloat16 inputs are bfloat16, as an lm_head's are (8 bits: 0.06 at a logit of 20), and only a mask
-    makes it wait.
+    bfloat16, nor on AMD's with AVX-512 in float32, nor after torch.use_deterministic_algorithms(True) on any, without
+    bias and softcap (is_fused in _linear.py). On a GPU the logits of two bfloat16 inputs are bfloat16, as an lm_head's
+    are (8 bits: 0.06 at a logit of 20), and only a mask makes it wait.
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
@@ -160,8 +163,8 @@ def linear_token_logprobs(
         )  # fmt: skip
     logprobs, entropy, _, _ = _forward(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(),
-        None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap, with_entropy,
-        *wanted_gradients(hidden, weight, bias),
+        None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap,
+        torch.are_deterministic_algorithms_enabled(), with_entropy, *wanted_gradients(hidden, weight, bias),
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs

@@ -343,6 +343,24 @@ def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
     assert torch.equal(results[0][-1], alone)
 
 
+@pytest.mark.parametrize("before, after", [(False, True), (True, False)])
+def test_a_backward_goes_the_way_of_its_forward(before, after, monkeypatch):
+    """The kept logits have the layout of one of the two, whatever has been asked for since."""
+    monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 0)
+    hidden, weight, labels = head(9, 20, 8, torch.float32)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    try:
+        torch.use_deterministic_algorithms(before)
+        logprobs = linear_token_logprobs(*leaves, labels)
+        torch.use_deterministic_algorithms(after)
+        got = torch.autograd.grad(logprobs.sum(), leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, labels[:, None])
+    for gradient, expected in zip(got, torch.autograd.grad(exact.sum(), leaves), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
 @HALF_OR_NOT
 def test_fused_without_a_width(dtype):
     hidden, weight, _ = head(4, 7, 0, dtype)
