@@ -29,7 +29,8 @@ T from_python(PyObject* x) {
     std::memcpy(&weights, members, sizeof weights);
     return weights;
   } else if constexpr (std::is_pointer_v<T>) {
-    return static_cast<T>(rlhf::address_of(x));
+    constexpr bool kIsFloat32 = std::is_same_v<std::remove_const_t<std::remove_pointer_t<T>>, float>;
+    return static_cast<T>(rlhf::address_of(x, kIsFloat32));
   } else if constexpr (std::is_floating_point_v<T>) {
     const double value = PyFloat_AsDouble(x);
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();

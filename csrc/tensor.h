@@ -94,11 +94,14 @@ inline bool read(PyObject* x, DLTensor& out) {
   return false;
 }
 
-// From a tensor, None, or an address as an integer.
-inline void* address_of(PyObject* x) {
+// From a tensor, None, or an address as an integer. A bfloat16 tensor read as float32 would be read past its end.
+inline void* address_of(PyObject* x, bool is_float32 = false) {
   if (x == Py_None) return nullptr;
   DLTensor t;
-  if (is_plain_tensor(x) && read(x, t)) return static_cast<char*>(t.data) + t.byte_offset;
+  if (is_plain_tensor(x) && read(x, t)) {
+    if (is_float32 && t.dtype() != kFloat32) throw py::type_error("needs float32 where a tensor of another dtype is");
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
   py::object number;
   if (!PyLong_Check(x)) number = checked(PyObject_CallMethodNoArgs(x, torch().data_ptr));
   void* address = PyLong_AsVoidPtr(number ? number.ptr() : x);
