@@ -7,24 +7,27 @@
     logits = lm_head(norm(x))                                           of the last token only
 
 The weights are the model's own, and so are all modules that are more than a plain linear layer or an RMSNorm (LoRA
-adapters, say). What is left out is what transformers does anew for each token and layer: masks, cache objects, rotary
-tables, output records; small projections of the same input are one product, for which their weights are copied. On the
-CPU a layer of plain modules is one call for a few rows (csrc/cpu/decode.cpp).
+adapters or a hook, say). What is left out is what transformers does anew for each token and layer: masks, cache
+objects, rotary tables, output records; small projections of the same input are one product, for which their weights are
+copied. On the CPU a layer of plain modules is one call for a few rows (csrc/cpu/decode.cpp).
 Specification: the model's own forward, token for token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from .models import rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
 FEW = range(4, 65)  # rows for which our own products are the faster ones: a library's is for one row, and for many
+SILU = nn.SiLU, type(ACT2FN["silu"])
 MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its call, and a second copy would be felt
 
 
@@ -41,8 +44,11 @@ def why_not(model) -> str | None:
         return "it rescales its rotary positions as the text grows"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return "some of its layers attend to a window only"
-    if not type(layers[0]).__module__.startswith("transformers.models."):
-        return f"its layers are {type(layers[0]).__name__}, which is not transformers' own class"  # FSDP, say
+    for part in _computed(model.base_model, layers):
+        if not type(part).__module__.startswith("transformers.models."):  # FSDP, say
+            return f"its layers have a {type(part).__name__}, which is not transformers' own class"
+        if _is_altered(part):
+            return f"a hook or a forward of its own may change what a {type(part).__name__} of it computes"
     if getattr(config, "reorder_and_upcast_attn", False) or getattr(config, "add_cross_attention", False):
         return "its attention is not the usual one (reorder_and_upcast_attn or add_cross_attention)"
     if len({p.device for p in model.parameters()}) > 1:
@@ -50,9 +56,41 @@ def why_not(model) -> str | None:
     return None
 
 
+def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """The modules that are not called here but computed, each before its children."""
+    yield trunk
+    for layer in layers:
+        yield layer
+        if hasattr(layer, "attn"):  # gpt2
+            yield layer.attn
+        else:
+            yield from layer.children()
+            yield from (norm for name, norm in layer.self_attn.named_children() if name.endswith("_norm"))
+    if hasattr(trunk, "norm"):
+        yield trunk.norm
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether calling it may do more or other than its class says. transformers' own hooks only record."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
+    return "forward" in vars(module) or any(not maker.startswith("transformers.") for maker in makers)
+
+
+def is_silu(activation: nn.Module) -> bool:
+    return type(activation) in SILU and not _is_altered(activation)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """A linear layer that does nothing but multiply by its weight, which is stored as such, and add its bias."""
+    if type(module) is not nn.Linear or _is_altered(module):
+        return False
+    return all(type(x) in (Tensor, nn.Parameter) for x in (module.weight, module.bias) if x is not None)
+
+
 def _side_by_side(*modules: nn.Module):
     """x -> what these give for it, concatenated: one product of small plain linear layers (not adapted ones)."""
-    if not all(type(module) is nn.Linear for module in modules) or sum(m.weight.numel() for m in modules) > MOST_COPIED:
+    if not all(_is_plain(module) for module in modules) or sum(m.weight.numel() for m in modules) > MOST_COPIED:
         return lambda x: torch.cat([module(x) for module in modules], -1)
     weight, bias = torch.cat([module.weight for module in modules]), None
     if any(module.bias is not None for module in modules):
@@ -62,12 +100,14 @@ def _side_by_side(*modules: nn.Module):
 
 
 def _plain_weights(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
-    """What _layer.decode_layer takes; None where a module does more or other than to multiply by its weight."""
+    """What _layer.decode_layer takes; None where the layer has a module that is more than its weight."""
     attention, mlp, norms = layer.self_attn, layer.mlp, [layer.input_layernorm, layer.post_attention_layernorm]
     q, k, v, output = products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     gated = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     query_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-    if not all(type(module) is nn.Linear for module in products + gated) or any(m.bias is not None for m in gated):
+    if not all(_is_plain(module) for module in products + gated) or any(m.bias is not None for m in gated):
+        return None
+    if not is_silu(mlp.act_fn):
         return None
     if len({norm.variance_epsilon for norm in norms + query_norms}) > 1:
         return None
@@ -85,10 +125,14 @@ def _rms_norm(module: nn.Module):
     weight = module.weight
     if weight.dtype != torch.float32:
         return module
+
+    def in_one_pass(x: Tensor) -> Tensor:
+        if not _layer.runs_on(x):
+            return module(x)
+        return _layer.rms_norm(x.contiguous().view(-1, x.shape[-1]), weight, module.variance_epsilon).view(x.shape)
+
     if _layer.runs_on(weight):
-        return lambda x: _layer.rms_norm(x.contiguous().view(-1, x.shape[-1]), weight, module.variance_epsilon).view(
-            x.shape
-        )
+        return in_one_pass
     return partial(nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
 
 
@@ -97,7 +141,6 @@ class _Rotary:
 
     def __init__(self, trunk, length: int):
         self.embed_tokens, self.layers, self.norm = trunk.embed_tokens, [], _rms_norm(trunk.norm)
-        self.is_silu = trunk.config.hidden_act == "silu"
         for layer in trunk.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.layers.append({
@@ -111,7 +154,8 @@ class _Rotary:
                 "gate_up": _side_by_side(mlp.gate_proj, mlp.up_proj),
                 "activation": mlp.act_fn,
                 "down": mlp.down_proj,
-                "weights": _plain_weights(layer) if self.is_silu else None,
+                "is_silu": is_silu(mlp.act_fn),
+                "weights": _plain_weights(layer),
                 "eps": layer.input_layernorm.variance_epsilon,
             })  # fmt: skip
         config = trunk.config
@@ -146,7 +190,7 @@ class _Rotary:
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer["output"](attended)
         gate, up = layer["gate_up"](layer["mlp_norm"](x)).chunk(2, -1)
-        if self.in_one_pass and self.is_silu:
+        if self.in_one_pass and layer["is_silu"]:
             return x + layer["down"](_layer.swiglu(gate, up))
         return x + layer["down"](layer["activation"](gate) * up)
 
@@ -233,7 +277,8 @@ class Decoder:
     def _forward(self, ids: Tensor, positions: Tensor, read) -> Tensor:
         network = self.network
         x = network.embed(ids, positions)
-        few = read == self._read_buffers and not self.fixed and len(x) in FEW and not torch.is_grad_enabled()
+        few = read == self._read_buffers and not self.fixed and len(x) in FEW
+        few = few and _layer.runs_on(x) and not torch.is_grad_enabled()
         for i, layer in enumerate(network.layers):
             if few and layer.get("weights") is not None:
                 buffers = self.keys[i], self.values[i], None if self.bias is None else self.bias[:, 0, 0]
@@ -244,7 +289,7 @@ class Decoder:
             attended = read(i, q, k, v, layer["scaling"])
             x = network.finish(layer, x, attended.transpose(1, 2).reshape(len(x), -1))
         x, head = network.norm(x.view(*ids.shape, -1)[:, -1]), self.lm_head
-        if few and type(head) is nn.Linear and _layer.runs_on(head.weight) and head.weight.is_contiguous():
+        if few and _is_plain(head) and _layer.runs_on(head.weight) and head.weight.is_contiguous():
             return _layer.few_rows_linear(x, head.weight, head.bias)
         return head(x)
 

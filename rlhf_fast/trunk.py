@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .decoder import why_not
+from .decoder import is_silu, why_not
 from .models import hidden_states, unwrapped
 from .ops import _layer
 
@@ -50,8 +50,8 @@ def runs_here(model) -> bool:
     layer = model.base_model.layers[0]
     return not (
         model.config.hidden_act != "silu"
+        or not all(is_silu(layer.mlp.act_fn) for layer in model.base_model.layers)
         or getattr(layer, "gradient_checkpointing", False)
-        or torch.is_autocast_enabled("cpu")
         or (model.training and layer.self_attn.attention_dropout)
     )
 

@@ -133,6 +133,77 @@ def test_a_model_with_adapters_is_decoded_with_them(prompts):
         assert generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False) == plain
 
 
+def twice(module, given, output):
+    return 2 * output
+
+
+def with_a_forward_of_its_own(module):
+    before = module.forward
+    module.forward = lambda x: 2 * before(x)
+
+
+def with_weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old one: a hook that writes a plain attribute
+        torch.nn.utils.weight_norm(module).weight_g.data.mul_(3)
+
+
+ALTERATIONS = {
+    "hook on a projection": lambda model: model.model.layers[0].self_attn.q_proj.register_forward_hook(twice),
+    "hook on the output": lambda model: model.model.layers[1].self_attn.o_proj.register_forward_hook(twice),
+    "hook before a product": lambda model: model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+        lambda module, given: (2 * given[0],)
+    ),
+    "hook on the head": lambda model: model.lm_head.register_forward_hook(lambda module, given, x: 0.5 * x),
+    "hook on the embeddings": lambda model: model.model.embed_tokens.register_forward_hook(twice),
+    "hook on a layer": lambda model: model.model.layers[0].register_forward_hook(twice),
+    "hook on a norm": lambda model: model.model.layers[1].input_layernorm.register_forward_hook(twice),
+    "hook on the last norm": lambda model: model.model.norm.register_forward_hook(lambda module, given, x: x.flip(-1)),
+    "another forward": lambda model: with_a_forward_of_its_own(model.model.layers[0].mlp.down_proj),
+    "another forward of the mlp": lambda model: with_a_forward_of_its_own(model.model.layers[0].mlp),
+    "weight norm": lambda model: with_weight_norm(model.model.layers[0].mlp.up_proj),
+    "another activation": lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.GELU()),
+    "embeddings of another dtype": lambda model: model.model.embed_tokens.bfloat16(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_what_alters_a_module_is_heard(name, prompts):
+    model = with_opinions("llama")
+    options = {"max_new_tokens": 8, "eos_token_id": EOS, "do_sample": False, "batch_size": 12}
+    before = generate_with_logprobs(model, prompts, **options)
+    ALTERATIONS[name](model)
+    answers, logprobs = generate_with_logprobs(model, prompts, **options)
+    assert logprobs != before[1]
+    for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprob), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_that_only_record_leave_it_to_us(prompts):
+    model = with_opinions("llama")
+    model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 hooks its layers for it
+    assert why_not(model) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_under_autocast(name, prompts):
+    """Its products are bfloat16, which our float32 kernels must not be given."""
+    model = with_opinions(name)
+    ids, mask = pad(prompts[:6], EOS, left=True)
+    exact = Decoder(model, ids, mask, 4)
+    with torch.no_grad():
+        expected = [exact.start(), exact.step(ids[:, -1])]
+        with torch.autocast("cpu", torch.bfloat16):
+            decoder = Decoder(model, ids, mask, 4)
+            got = [decoder.start(), decoder.step(ids[:, -1])]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
+
+
 def test_falling_back_is_said_once_with_its_reason(prompts):
     generation._say_once.cache_clear()
     model = with_opinions("mistral")

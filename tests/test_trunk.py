@@ -63,8 +63,11 @@ def test_what_follows_a_token_does_not_change_its_bits():
         lambda model: model.to(torch.bfloat16),
         lambda model: setattr(model.base_model.layers[0].self_attn, "attention_dropout", 0.1),
         lambda model: setattr(model.config, "hidden_act", "gelu"),
+        lambda model: setattr(model.base_model.layers[1].mlp, "act_fn", torch.nn.GELU()),
+        lambda model: model.base_model.layers[1].register_forward_hook(lambda module, given, x: 2 * x),
+        lambda model: model.base_model.norm.register_full_backward_hook(lambda module, before, after: None),
     ],
-    ids=["checkpointing", "bfloat16", "dropout", "gelu"],
+    ids=["checkpointing", "bfloat16", "dropout", "gelu", "another activation", "hook", "backward hook"],
 )
 def test_what_it_does_not_do_goes_through_transformers(change):
     model = tiny_model(tiny_tokenizer()).train()
@@ -153,6 +156,14 @@ def test_a_product_of_few_rows_is_a_product(rows, depth, width, isa):
             torch.set_num_threads(before)
         alone = torch.cat([_layer.few_rows_linear(row[None], weight, given) for row in x])
         assert torch.equal(alone, y)  # whatever the other rows
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_half_precision_is_refused_where_it_would_be_read_as_float32(which):
+    tensors = [torch.ones(4, 8), torch.ones(3, 8), torch.ones(3)]
+    tensors[which] = tensors[which].bfloat16()
+    with pytest.raises(TypeError, match="needs float32"):
+        _layer.few_rows_linear(*tensors)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -21,7 +21,8 @@ from ._dispatch import _C, is_forced
 
 def runs_on(x: Tensor) -> bool:
     built = hasattr(_C, "decode_layer")  # a source tree may have no build, or an older one
-    return built and not is_forced() and x.is_cpu and x.dtype == torch.float32
+    autocast = torch.is_autocast_enabled("cpu")  # its products are bfloat16
+    return built and not is_forced() and not autocast and x.is_cpu and x.dtype == torch.float32
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
