@@ -73,7 +73,7 @@ def compute_policy_loss_bypass_mode(
     if options.get("rollout_rs", None) is not None:
         kept = mask & _within(log_ratio, mask, options.get("rollout_rs"), options.get("rollout_rs_threshold", None))
         metrics["rollout_rs_masked_fraction"] = ops.masked_mean((~kept).float(), mask)
-        metrics["rollout_rs_seq_masked_fraction"] = (mask & ~kept).any(-1).float().mean()
+        metrics["rollout_rs_seq_masked_fraction"] = ops.masked_mean((mask & ~kept).any(-1).float())
     if loss_type == "ppo_clip":
         loss, of_loss = compute_policy_loss_vanilla(old_log_prob, log_prob, advantages, kept, loss_agg_mode, config)
     else:
@@ -117,10 +117,13 @@ def _by_level(log_ratio: Tensor, level: str) -> Tensor:
 def _weight_metrics(weights: Tensor, log_ratio: Tensor, mask: Tensor, level: str) -> dict[str, Tensor]:
     """verl takes the extremes of "token" from the limited weights, of "sequence" from the raw ones."""
     mean = ops.masked_mean(weights, mask)
-    least, most = weights.masked_fill(~mask, math.inf).amin(), weights.masked_fill(~mask, -math.inf).amax()
-    if level == "sequence":
+    if weights.numel() == 0:
+        least = most = mean
+    elif level == "sequence":
         total = log_ratio.sum(-1)
         least, most = total.amin().exp(), total.amax().clamp(max=_LOG_RATIO_CLAMP).exp()
+    else:
+        least, most = weights.masked_fill(~mask, math.inf).amin(), weights.masked_fill(~mask, -math.inf).amax()
     some = mask.any()
     return {
         "rollout_is_mean": mean,
@@ -164,7 +167,7 @@ def _within(log_ratio: Tensor, mask: Tensor, names: str, thresholds: str | float
             estimate = estimate.sum(-1, keepdim=True)
         elif name.startswith("seq_mean"):
             estimate = ops.masked_mean(estimate, mask, -1)[:, None]
-        elif name.startswith("seq_max"):  # k2 and k3 are never below the 0 outside the mask
+        elif name.startswith("seq_max") and estimate.numel():  # k2 and k3 are never below the 0 outside the mask
             estimate = estimate.amax(-1, keepdim=True)
         if name.endswith("k1"):
             low, high = values if len(values) == 2 else (1 / values[0], values[0])

@@ -299,6 +299,15 @@ def test_bypass_mode_is_ppo_against_the_rollout_unless_asked():
     assert of_loss.items() <= metrics.items()
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_bypass_mode_of_nothing_is_0(level, shape):
+    config = Config({"loss_type": "reinforce", "rollout_is": level, **rejecting("token_k1,seq_max_k2", "2,1")})
+    args = *torch.zeros(3, *shape), torch.ones(shape)
+    loss, metrics = v.compute_policy_loss_bypass_mode(*args, config=config)
+    assert loss == 0 and len(metrics) > 8 and all(value == 0 for value in metrics.values())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
