@@ -25,8 +25,6 @@ struct Grid {
 // A matrix of rows may lie in memory as outer groups of inner rows, so that logits[:, :-1] needs no copy:
 // row i starts at data + (i / inner) * outer_stride + (i % inner) * inner_stride.
 
-// CPU ops. Each returns -1, or the index of the first row that it refuses (a label out of range).
-// "accum" is float, or double where dtype is kFloat64.
 // Of a llama layer, float32 and contiguous, (outputs, inputs); what may be null is marked.
 struct LayerWeights {
   const float* norm;
@@ -38,6 +36,8 @@ struct LayerWeights {
   const float *gate, *up, *down;
 };
 
+// CPU ops. Each returns -1, or the index of the first row that it refuses (a label out of range).
+// "accum" is float, or double where dtype is kFloat64.
 struct CpuOps {
   // logprobs[i] = z[label] - logsumexp(z) and entropy[i] (may be null), z = logits[i] / temperature, all accum.
   // saved (rows, 2) accum: the row's maximum logit and log sum exp(z - max z), for the backward.
