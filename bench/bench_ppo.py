@@ -7,12 +7,13 @@ memory   peak resident memory of such a process at two vocabularies, and what ev
 rollout  our generation beside transformers' generate(), in one process in turns
 race     reward over CPU-seconds, and over KL, from the same start; five seeds; each with the best learning rate of one
          grid, chosen on a seed that does not count
-gpu      (alone, with --device cuda) a 0.5B Qwen2-shaped model: tokens per second of rollout and of scoring and
-         update, peak memory, and a profile of ours
+gpu      (alone, with --device cuda) a 0.5B Qwen2-shaped model: tokens per second of rollout, of scoring and update, and
+         of whole iterations, and peak memory, each at its best micro-batch; a profile of ours. Wall-clock seconds
 
 TRL is installed from PyPI into a folder of its own and is on the path of its processes only. CPU-seconds are those of
 the process, all threads together; OMP_WAIT_POLICY=PASSIVE, so that no thread is paid for waiting, on either side.
-Results: bench/results/ppo.json, a part at a time; bench/report.py makes the tables and the picture.
+Results: bench/results/ppo.json, a part at a time, and of the part gpu <card>-ppo.json; bench/report.py makes the tables
+and the picture. `make gpu PART=bench-ppo` runs the part gpu.
 """
 
 from __future__ import annotations
@@ -25,20 +26,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from ppo_report import at  # noqa: E402
+from gpu import card  # noqa: E402
+from ppo_report import at, best_of, gpu_profile, gpu_rates  # noqa: E402
 from ppo_worker import Run  # noqa: E402
 
 TRL = "trl==1.12.0"
 SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
+GPU_MICRO_BATCHES = (8, 16, 32)
+GPU_SECONDS = 400  # after which the part gpu tries no other micro-batch: all of it is to fit ten minutes
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RACE = Run(
     vocab=64, hidden=32, layers=1, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
@@ -50,8 +56,52 @@ TUNING_SEED, SEEDS = 100, range(5)
 def install_trl(folder: Path) -> Path:
     if not (folder / "trl").exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, TRL]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            sys.exit(
+                f"bench_ppo: {TRL} is not in {folder} and cannot be installed there. Where there is a network: "
+                f"pip install --no-deps --target FOLDER {TRL}; then carry FOLDER here, and give it as --folder"
+            )
     return folder
+
+
+def environment(system: str, trl: Path, bf16: bool = False) -> dict[str, str]:
+    """Of a process of one system: TRL 1.12.0 comes before any other TRL that may lie on the path."""
+    path = [ROOT, *([trl] if system == "trl" else []), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # TRL 1.12.0 leaves the precision to accelerate, which since transformers 5 no longer hears of PPOConfig(bf16=True).
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
+    return {
+        **os.environ, **precision, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": os.pathsep.join(map(str, path)),
+    }  # fmt: skip
+
+
+def gpu_here() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(f"bench_ppo: torch {torch.__version__} sees no CUDA device on this machine")
+    return card(torch.cuda.get_device_name())
+
+
+def check_gpu(trl: Path) -> None:
+    """Ends here, and not after minutes, what the part gpu would end with."""
+    import rlhf_fast
+
+    if (backend := rlhf_fast.backends()["linear_ppo_loss"]["cuda"]["backend"]) != "native":
+        sys.exit(f"bench_ppo: linear_ppo_loss would run on {backend!r}; make gpu PART=build compiles the CUDA kernels")
+    code = "import torch, trl; from trl.experimental.ppo import PPOTrainer; assert trl.__version__ == '1.12.0'"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment("trl", trl), capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(
+            f"bench_ppo: {TRL} in {trl} cannot be imported: {last_line(done.stderr)}. make gpu PART=peers, where there "
+            "is a network, installs it with what it needs (bench/gpu.py --fetch-peers, for a machine without one)"
+        )
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def execute(run: Run, trl: Path) -> dict:
@@ -65,13 +115,9 @@ def execute_all(runs: list[Run], trl: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         order, result = Path(folder) / "runs.json", Path(folder) / "result.json"
         order.write_text(json.dumps([asdict(run) for run in runs]))
-        path = [ROOT, *([trl] if runs[0].system == "trl" else [])]
-        environment = {
-            **os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, path)),
-        }  # fmt: skip
         command = [sys.executable, "-W", "ignore", HERE / "ppo_worker.py", order, result]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        env = environment(runs[0].system, trl, runs[0].bf16)
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{runs} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return json.loads(result.read_text())
@@ -229,27 +275,98 @@ KL_OF_TUNING = 15.0  # nats a response; about where a third of it is right
 
 
 def gpu(options) -> dict:
-    """A 0.5B Qwen2-shaped model with random weights: 64 prompts of 128 tokens, 256 tokens of answer."""
+    """A 0.5B Qwen2-shaped model with random weights: 64 prompts of 128 tokens, 256 tokens of answer, bfloat16 products
+    in training on both sides. Every system at every micro-batch that it has memory and time for."""
     base = Run(
         shape="qwen2-0.5b", vocab=151_936, prompt_length=(128, 128), response_length=256, batch_size=64,
-        minibatch_size=64, micro_batch_size=8, iterations=3, learning_rate=3e-6, device="cuda",
+        minibatch_size=64, iterations=3, learning_rate=3e-6, device=options.device, bf16=True,
     )  # fmt: skip
-    systems = {}
-    for name in SYSTEMS:
-        result = execute(replace(base, system=name, profile=name == "shared"), options.trl)
-        last, before = result["rows"][-1], result["rows"][-2]
-        seconds = last["seconds"] - before["seconds"]
-        systems[name] = {
-            "rollout_tokens_per_second": last["tokens"] / last["generate_seconds"],
-            "update_tokens_per_second": last["tokens"] / (seconds - last["generate_seconds"]),  # scoring included
-            "tokens_per_second": last["tokens"] / seconds, "peak_allocated": result["peak_allocated"],
-            "profile": last.get("profile"),
-        }  # fmt: skip
-        print(name, systems[name], flush=True)
-    return {"run": asdict(base), "systems": systems}
+    sizes = GPU_MICRO_BATCHES
+    if options.small:
+        small = {"prompt_length": (8, 8), "response_length": 8, "batch_size": 8, "minibatch_size": 8, "num_prompts": 16}
+        base, sizes = replace(base, shape="qwen2-tiny", vocab=256, iterations=2, bf16=False, **small), (2, 4)
+    if options.device == "cuda":
+        check_gpu(options.trl)
+    start, took, runs = time.perf_counter(), {}, []
+    result = {"run": asdict(base), "runs": runs, "profile": None}
+    for size, name in ((size, name) for size in sizes for name in SYSTEMS):
+        spent = time.perf_counter() - start
+        row = {"system": name, "micro_batch_size": size}
+        if any("failed" in r for r in runs if r["system"] == name):
+            continue  # it needs more memory yet
+        if name in took and spent + took[name] > GPU_SECONDS:
+            row["failed"] = f"not tried: {GPU_SECONDS} s were over"
+        else:
+            row |= attempt(replace(base, system=name, micro_batch_size=size), options.trl)
+            took[name] = time.perf_counter() - start - spent
+        runs.append(row)
+        options.save(result)  # whatever ends the part, these are there
+        print(gpu_rates(row), flush=True)
+    if ours := best_of(runs, "shared"):
+        run = replace(base, micro_batch_size=ours["micro_batch_size"], iterations=1, profile=True)
+        result["profile"] = execute(run, options.trl)["rows"][-1]["profile"]
+        result["profile"]["micro_batch_size"] = run.micro_batch_size
+        options.save(result)
+        print(gpu_profile(result), flush=True)
+    if broken := [f"{r['system']}: {r['failed']}" for r in runs if not r.get("failed", "not").startswith(EXPECTED)]:
+        sys.exit(f"bench_ppo: {'; '.join(broken)}")
+    return result
+
+
+EXPECTED = ("not", "out of memory")  # reasons why a row has no figures, after which the part has done what it could
+
+
+def attempt(run: Run, trl: Path) -> dict:
+    """What one process measured, medians over its iterations but the first; {"failed": why} where it did not end."""
+    try:
+        result = execute(run, trl)
+    except RuntimeError as error:
+        memory = "out of memory" in str(error) or "OutOfMemoryError" in str(error)
+        return {"failed": "out of memory" if memory else last_line(str(error))}
+    rows = result["rows"]
+    rates = {"rollout_tokens_per_second": [], "update_tokens_per_second": [], "tokens_per_second": []}
+    for before, row in pairwise(rows):
+        seconds, rollout = row["seconds"] - before["seconds"], row["generate_seconds"]
+        for name, part in zip(rates, (rollout, seconds - rollout, seconds), strict=True):  # update: and scoring
+            rates[name].append(row["tokens"] / part)
+    peaks = {name: result.get(name) for name in ("peak_allocated", "peak_reserved", "peak_rss")}
+    return {name: statistics.median(values) for name, values in rates.items()} | peaks | {"iterations": rates}
 
 
 PARTS = {"speed": speed, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
+
+
+def saver(part: str, options) -> Callable[[dict], None]:
+    """save(result) writes what a part has found, with where it comes from, beside the other parts of the file."""
+    import torch
+
+    from rlhf_fast.bench.harness import provenance
+
+    about = provenance(torch.device(options.device), [])
+    about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
+              "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
+    about["packages"]["trl"] = TRL.split("==")[1]
+    results = json.loads(options.json.read_text()) if options.json.exists() else {"parts": {}}
+    before = results["parts"].get(part, {})
+
+    def save(result: dict) -> None:
+        more = {}
+        if part == "race" and options.system and "run" in before and same_run(before["run"], result["run"]):
+            result["tuning"] = before["tuning"] | result["tuning"]
+            for key in ("learning_rates", "curves"):
+                result[key] = {axis: before[key][axis] | result[key][axis] for axis in QUESTIONS}
+            more = {"command": f"{before['command']}; {about['command']}"}
+        results["parts"][part] = {**about, **more, **result}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    return save
+
+
+def same_run(a: dict, b: dict) -> bool:
+    """A file may be older than some of Run's fields."""
+    whole = lambda run: json.loads(json.dumps(asdict(Run(**run))))  # noqa: E731
+    return whole(a) == whole(b)
 
 
 def main() -> None:
@@ -263,30 +380,19 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, help="in the race, instead of the better one of the grid")
     parser.add_argument("--longer", type=int, default=5, help="iterations of ours for one of TRL in the race")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "ppo.json")
+    parser.add_argument("--json", type=Path, help="the results (default: bench/results/ppo.json or <card>-ppo.json)")
     options = parser.parse_args()
-    options.trl = install_trl(options.folder.resolve())
     options.micro = TRL_MICRO_BATCHES[:1] if options.small else TRL_MICRO_BATCHES
-    import torch
-
-    from rlhf_fast.bench.harness import provenance
-
-    results = json.loads(options.json.read_text()) if options.json.exists() else {"parts": {}}
+    if options.device == "cuda" and options.part not in (None, ["gpu"]):
+        parser.error("--device cuda is for the part gpu alone")
+    if "gpu" in (options.part or ()) and options.device == "cpu" and not (options.small and options.json):
+        parser.error("the part gpu needs --device cuda; on a CPU only its logic can run, with --small and --json")
+    name = f"{gpu_here()}-ppo.json" if options.device == "cuda" else "ppo.json"
+    options.json = options.json or ROOT / "bench" / "results" / name
+    options.trl = install_trl(options.folder.resolve())
     for part in options.part or (["gpu"] if options.device == "cuda" else [p for p in PARTS if p != "gpu"]):
-        result = PARTS[part](options)
-        about = provenance(torch.device(options.device), [])
-        about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
-                  "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
-        about["packages"]["trl"] = TRL.split("==")[1]
-        before = results["parts"].get(part, {})
-        if part == "race" and options.system and before.get("run") == json.loads(json.dumps(result["run"])):
-            result["tuning"] = before["tuning"] | result["tuning"]
-            for key in ("learning_rates", "curves"):
-                result[key] = {axis: before[key][axis] | result[key][axis] for axis in QUESTIONS}
-            about["command"] = f"{before['command']}; {about['command']}"
-        results["parts"][part] = {**about, **result}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.save = saver(part, options)
+        options.save(PARTS[part](options))
 
 
 if __name__ == "__main__":

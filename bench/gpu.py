@@ -4,10 +4,11 @@
     make gpu PART="build bench-logprobs"       some; each is stopped after ten minutes and stands alone once built
     python bench/gpu.py --dry-run /tmp/dry     the bench parts' logic on a CPU, small and by the clock; no measurement
 
-Results: bench/results/<card>-<op>.json, <card> as h100 or h200. A Python whose torch sees the GPU stays as it is:
-the part "peers" puts those that it lacks into build/peers-gpu, without their dependencies. Where there is no network,
-carry that folder along (`python bench/gpu.py --fetch-peers` fills it), or name another: PEERS=folder make gpu. A row
-says which peers it had to do without.
+Results: bench/results/<card>-<op>.json and <card>-ppo.json, <card> as h100 or h200. A Python whose torch sees the GPU
+stays as it is: the part "peers" puts those that it lacks into build/peers-gpu, without their dependencies, and there
+into a folder of its own TRL 1.12.0, the last with PPO, without which "bench-ppo" is refused. Where there is no network,
+carry that folder along (`python bench/gpu.py --fetch-peers [--for-python 3.12]` fills it), or name another:
+PEERS=folder make gpu. A row says which peers it had to do without.
 """
 
 from __future__ import annotations
@@ -40,11 +41,16 @@ TESTS = {  # in parts: compiling takes minutes, and 2^31 elements take the memor
     "test-compile": ("compiles_to_one_graph", 6),
     "test-large": ("2_to_the_31", 0),
 }
-PARTS = ("build", "peers", *TESTS, "sanitizer", *BENCHES)
+PPO = "bench-ppo"  # bench_ppo.py, whole iterations beside TRL 1.12.0
+PARTS = ("build", "peers", *TESTS, "sanitizer", *BENCHES, PPO)
 LIMIT = 600  # seconds a part may take
 PEERS = Path(os.environ.get("PEERS") or ROOT / "build" / "peers-gpu")
-PEER_MODULES = {  # module: what pip installs for it beside torch, Triton and transformers
-    "trl": ("trl>=1.16", "accelerate", "datasets"),
+TRL_WITH_PPO = "trl-1.12.0"  # the folder in PEERS for it, because its module is called trl as the newer one's is
+PEER_MODULES = {  # module (or that folder): what pip installs for it beside torch, Triton and transformers
+    "accelerate": ("accelerate",),
+    "datasets": ("datasets", "dill", "multiprocess", "xxhash"),  # what it imports and few have; all of TRL needs it
+    "trl": ("trl>=1.16",),
+    TRL_WITH_PPO: ("trl==1.12.0",),
     "liger_kernel": ("liger-kernel",),
     "cut_cross_entropy": ("cut-cross-entropy",),
     "quack": (
@@ -103,17 +109,20 @@ def build() -> int:
 def missing_peers() -> list[str]:
     sys.path[:0] = [folder for folder in peer_folders() if folder not in sys.path]
     invalidate_caches()
-    return [module for module in PEER_MODULES if not find_spec(module)]
+    there = {TRL_WITH_PPO: (PEERS / TRL_WITH_PPO / "trl").is_dir()}
+    return [module for module in PEER_MODULES if not there.get(module, module != TRL_WITH_PPO and find_spec(module))]
 
 
-def fetch_peers(folder: Path, modules: list[str]) -> int | Skipped:
+def fetch_peers(folder: Path, modules: list[str], python: str | None = None) -> int | Skipped:
     """Into a folder of their own, each by itself, and without dependencies: torch stays the one that is there."""
     import torch
 
+    other = ("--python-version", python, "--only-binary=:all:") if python else ()
     for module in modules:
         packages = [name.format(cuda=(torch.version.cuda or "13").split(".")[0]) for name in PEER_MODULES[module]]
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--retries", "0", "--timeout", "10", "--no-deps")
-        run(*pip, "--upgrade", "--target", str(folder), *packages)
+        to = folder / module if module == TRL_WITH_PPO else folder
+        run(*pip, *other, "--upgrade", "--target", str(to), *packages)
     absent = missing_peers()
     return Skipped(f"without {', '.join(absent)}") if absent else 0
 
@@ -148,6 +157,17 @@ def bench(part: str, folder: Path, prefix: str, *options: str) -> int:
     return errors
 
 
+def bench_ppo(folder: Path, prefix: str, *options: str) -> int | Skipped:
+    trl = PEERS / TRL_WITH_PPO
+    if not (trl / "trl").is_dir():
+        return Skipped(
+            f"needs TRL 1.12.0 in {trl}: make gpu PART=peers where there is a network; else python bench/gpu.py "
+            f"--fetch-peers on a machine that has one, and carry its {PEERS.name} here (PEERS=folder for another place)"
+        )
+    output = str(folder / f"{prefix}-ppo.json")
+    return run(sys.executable, "bench/bench_ppo.py", "--folder", str(trl), "--json", output, *options)
+
+
 def run_part(part: str, name: str) -> int | Skipped:
     if part == "build":
         return build()
@@ -157,7 +177,8 @@ def run_part(part: str, name: str) -> int | Skipped:
         return test(part)
     if part == "sanitizer":
         return sanitize()
-    return bench(part, ROOT / "bench" / "results", card(name), "--device", "cuda")
+    to = ROOT / "bench" / "results", card(name), "--device", "cuda"
+    return bench_ppo(*to) if part == PPO else bench(part, *to)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,16 +187,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument("--fetch-peers", action="store_true", help=f"only fill {PEERS.name}, with or without a GPU")
+    parser.add_argument("--for-python", metavar="3.12", help="of the machine that the peers are fetched for")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="the bench parts on a CPU, results in FOLDER")
     options = parser.parse_args(argv)
     if options.dry_run:
         if ROOT in options.dry_run.resolve().parents:
             parser.error("a dry run measures nothing; its FOLDER must lie outside the repository")
         small = ("--device", "cpu", "--as-gpu", "--small")
-        parts = [part for part in options.part if part in BENCHES]
-        return max([bench(part, options.dry_run, "dry-run", *small) for part in parts], default=0)
+        codes = [bench(part, options.dry_run, "dry-run", *small) for part in options.part if part in BENCHES]
+        if PPO in options.part:
+            outcome = bench_ppo(options.dry_run, "dry-run", "--part", "gpu", "--small")
+            codes.append(bool(outcome))
+            print(f"== {PPO}: skipped: {outcome}" if isinstance(outcome, Skipped) else f"== {PPO}: {outcome}")
+        return max(codes, default=0)
     if options.fetch_peers:
-        outcome = fetch_peers(PEERS, list(PEER_MODULES))
+        outcome = fetch_peers(PEERS, list(PEER_MODULES), options.for_python)
         print(outcome or f"peers: all in {PEERS}")
         return int(bool(outcome))
     import torch

@@ -147,6 +147,100 @@ def picture(part: dict, path: Path) -> None:
     plt.close(figure)
 
 
+GPU_REACH = {  # column: the key of a run of the part gpu; both systems at their fastest micro-batch
+    "rollout, tokens/s (>= 4x)": "rollout_tokens_per_second",
+    "scoring and update, tokens/s (>= 4x)": "update_tokens_per_second",
+    "whole iterations (>= 4x)": "tokens_per_second",
+    "peak memory (<= 0.5x)": "peak_allocated",
+}
+
+
+def best_of(runs: list[dict], system: str) -> dict | None:
+    """The fastest micro-batch of a system; None where it has no figures."""
+    measured = [row for row in runs if row["system"] == system and "failed" not in row]
+    return max(measured, key=lambda row: row["tokens_per_second"], default=None)
+
+
+def gpu_rates(row: dict) -> str:
+    """One run of the part gpu in a line."""
+    if "failed" in row:
+        return f"{row['system']}, micro-batch {row['micro_batch_size']}: {row['failed']}"
+    memory = "" if row["peak_allocated"] is None else f", {row['peak_allocated'] / 2**30:.1f} GiB"
+    return (
+        f"{row['system']}, micro-batch {row['micro_batch_size']}: rollout {row['rollout_tokens_per_second']:.0f}, "
+        f"scoring and update {row['update_tokens_per_second']:.0f}, "
+        f"in all {row['tokens_per_second']:.0f} tokens/s{memory}"
+    )
+
+
+def gpu_profile(part: dict) -> str:
+    """Where the time of our fastest run is: kernels, and what they leave of the time without a profiler to the host."""
+    profile, ours = part["profile"], best_of(part["runs"], "shared")
+    tokens = part["run"]["batch_size"] * part["run"]["response_length"]
+    text = ""
+    for name, key in (("rollout", "rollout_tokens_per_second"), ("score and update", "update_tokens_per_second")):
+        found, seconds = profile[name], tokens / ours[key]
+        waits = max(0.0, 1 - found["kernel_seconds"] / seconds)
+        text += (
+            f"\n{name.capitalize()}: {seconds:.2f} s, kernels {found['kernel_seconds']:.2f} s, so the device waits for "
+            f"the host {waits:.0%} of the time ({found['seconds']:.2f} s under the profiler; {found['graph_launches']} "
+            "launches of a CUDA graph).\n\n"
+        )
+        rows = [
+            [f"`{row['name'][:80].replace('|', '/')}`", str(row["calls"]), f"{row['seconds']:.3f}"]
+            for row in [*found["kernels"][:8], *found["host"][:4]]
+        ]
+        text += lines([f"{name}: kernels, then the host's own time", "calls", "seconds"], rows) + "\n"
+    return text
+
+
+def gpu_summary(parts: list[dict]) -> str:
+    """For the README: what PPO on a GPU is to reach beside TRL 1.12.0, and what was measured where anything was."""
+    rows = []
+    for name in ("shared", "separate"):
+        cells = []
+        for key in GPU_REACH.values():
+            pairs = [(part, best_of(part["runs"], name), best_of(part["runs"], "trl")) for part in parts]
+            found = [
+                f"{ours[key] / trl[key]:.2f}x ({part['machine'].removeprefix('NVIDIA ')})"
+                for part, ours, trl in pairs
+                if ours and trl and trl[key]
+            ]
+            cells.append(", ".join(found) or "not yet measured")
+        rows.append([NAMES[name].removeprefix("rlhf_fast, "), *cells])
+    head = ["PPO over TRL 1.12.0: 0.5B Qwen2 shape, 64 x (128 + 256) tokens", *GPU_REACH]
+    return lines(head, rows) + "\n"
+
+
+def gpu(parts: list[dict]) -> str:
+    """For the page: every run, and the profile."""
+    return gpu_summary(parts) + "".join(map(gpu_table, parts))
+
+
+def gpu_table(part: dict) -> str:
+    rows, trl = [], best_of(part["runs"], "trl")
+    for row in part["runs"]:
+        cells = [NAMES[row["system"]], str(row["micro_batch_size"])]
+        if "failed" in row:
+            rows.append([*cells, row["failed"], "", "", "", "", ""])
+            continue
+        over = "" if trl is None else f"{row['tokens_per_second'] / trl['tokens_per_second']:.2f}x"
+        share = f" ({row['peak_allocated'] / trl['peak_allocated']:.2f}x)" if trl and row["peak_allocated"] else ""
+        memory = ["" if row[k] is None else f"{row[k] / 2**30:.1f}" for k in ("peak_allocated", "peak_reserved")]
+        rates = [row[f"{k}tokens_per_second"] for k in ("rollout_", "update_", "")]
+        rows.append([*cells, *(f"{r:.0f}" for r in rates), over, memory[0] + share, memory[1]])
+    head = ["", "micro-batch", "rollout, tokens/s", "scoring and update", "in all", "over TRL's best"]
+    head += ["peak allocated, GiB", "reserved"]
+    packages = ", ".join(f"{name} {part['packages'][name]}" for name in ("torch", "trl"))
+    precision = "bfloat16" if part["run"]["bf16"] else "float32"
+    about = (
+        f"\n{part['machine']}, products of training in {precision} on both sides, {packages}, "
+        f"commit {(part['commit'] or 'unknown')[:12]}, {part['date'][:10]}: `{part['command']}`\n"
+    )
+    profile = gpu_profile(part) if part["profile"] else "\nThe profile of ours: not yet measured.\n"
+    return "\n" + lines(head, rows) + "\n" + about + profile
+
+
 def sections(result: dict, folder: Path) -> dict[str, str]:
     """Section name -> text, for the parts that were measured; draws folder/ppo_race.svg."""
     made = {

@@ -1,6 +1,6 @@
 """PPO runs in a process of their own, ours or TRL's, for bench_ppo.py: python bench/ppo_worker.py runs.json result.json
 
-Both get the same Llama from the same seed, the same prompts and the same reward, and write one row an iteration:
+Both get the same model from the same seed, the same prompts and the same reward, and write one row an iteration:
 CPU-seconds used so far (all threads), response tokens, reward and KL to the reference.
 
 The task: a response scores the share of its tokens that lie in a fixed tenth of the vocabulary; prompts have none.
@@ -19,6 +19,16 @@ from pathlib import Path
 import torch
 
 PAD, EOS, FIRST = 0, 1, 2  # FIRST: the first ordinary token
+QWEN2 = {  # a Run's shape: the sizes of a Qwen2 beside its vocabulary
+    "qwen2-0.5b": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "qwen2-tiny": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}  # fmt: skip
 
 
 @dataclass
@@ -42,9 +52,10 @@ class Run:
     temperature: float = 1.0
     seed: int = 0
     endless: bool = False  # the model never says eos or pad, so that all responses have their full length
-    shape: str = "llama"  # or "qwen2-0.5b", whose own sizes replace vocab, hidden and layers
+    shape: str = "llama"  # or one of QWEN2, whose sizes replace hidden and layers
     device: str = "cpu"
-    profile: bool = False  # adds the operations on which the last iteration spends its time
+    bf16: bool = False  # products of the training forward in bfloat16 (ours: of scoring, too), weights in float32
+    profile: bool = False  # ours: one iteration more, under torch's profiler
 
     @property
     def good(self) -> range:
@@ -69,12 +80,16 @@ def make_model(run: Run):
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(run.seed)
-    if run.shape == "qwen2-0.5b":
+    if run.shape in QWEN2:
         config = Qwen2Config(
-            vocab_size=run.vocab, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=1024,
-            pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None,
-        )  # fmt: skip
+            vocab_size=run.vocab,
+            **QWEN2[run.shape],
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            bos_token_id=None,
+        )
         return Qwen2ForCausalLM(config).to(run.device)
     heads = max(1, run.hidden // 64)
     model = LlamaForCausalLM(
@@ -97,6 +112,11 @@ def make_prompts(run: Run) -> list[list[int]]:
     return [[rng.choice(words) for _ in range(rng.randint(*run.prompt_length))] for _ in range(run.num_prompts)]
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 class Clock:
     """Rows of (CPU-seconds and seconds since the start of training, what else is known)."""
 
@@ -109,13 +129,13 @@ class Clock:
         self.start, self.wall = time.process_time(), time.perf_counter()
 
     def row(self, **values) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         now = {"cpu_seconds": time.process_time() - self.start, "seconds": time.perf_counter() - self.wall}
         self.rows.append(now | values)
 
 
 def run_ours(run: Run) -> list[dict]:
+    from rlhf_fast.decoder import why_not
     from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
     def reward(prompts, responses, **columns):
@@ -123,46 +143,80 @@ def run_ours(run: Run) -> list[dict]:
         return [sum(row) / run.response_length for row in words]
 
     config = PPOConfig(
-        output_dir="", seed=run.seed, total_episodes=max(1, run.iterations) * run.batch_size, batch_size=run.batch_size,
-        minibatch_size=run.minibatch_size, micro_batch_size=run.micro_batch_size, num_ppo_epochs=run.num_ppo_epochs,
-        generation_batch_size=run.batch_size, response_length=run.response_length, temperature=run.temperature,
-        learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
-        share_trunk=run.system == "shared",
+        output_dir="", seed=run.seed, total_episodes=max(1, run.iterations + run.profile) * run.batch_size,
+        batch_size=run.batch_size, minibatch_size=run.minibatch_size, micro_batch_size=run.micro_batch_size,
+        num_ppo_epochs=run.num_ppo_epochs, generation_batch_size=run.batch_size, response_length=run.response_length,
+        temperature=run.temperature, learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
+        share_trunk=run.system == "shared", bf16=run.bf16,
     )  # fmt: skip
     trainer = PPOTrainer(
         config, make_model(run), reward=reward, tokenizer=make_tokenizer(run.vocab),
         train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
     )  # fmt: skip
+    if reason := why_not(trainer.policy):  # it would generate through transformers, and only warn
+        raise RuntimeError(f"our decoder, which is to be measured, does not run this model: {reason}")
     clock, iterations = Clock(run.device), iter(trainer)
-    for i in range(run.iterations):
-        profiler = Profile(run.profile and i + 1 == run.iterations)
-        with profiler:
-            metrics = next(iterations)
+    for _ in range(run.iterations):
+        metrics = next(iterations)
         clock.row(
             tokens=int(metrics["response_length/mean"] * run.batch_size + 0.5),
             reward=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]),
             entropy=float(metrics["policy/entropy_avg"]),
-            generate_seconds=metrics["timing_s/generate"], profile=profiler.table,
+            generate_seconds=metrics["timing_s/generate"],  # it ends with the tokens on the CPU
         )  # fmt: skip
+    if run.profile:
+        clock.rows[-1]["profile"] = profile(trainer, iterations, run.device)
     return clock.rows
 
 
-class Profile:
-    """Inside, where asked for, torch's profiler; afterwards `table` has its first lines."""
+def profile(trainer, iterations, device: str) -> dict[str, dict]:
+    """One iteration under torch's profiler, in two parts -> what each consists of."""
+    rollout, parts, running = trainer._rollout, {}, Profiler(device)
 
-    def __init__(self, wanted: bool):
-        self.profiler, self.table = torch.profiler.profile() if wanted else None, None
+    def then_the_rest(*arguments, **options):
+        nonlocal running
+        out = rollout(*arguments, **options)
+        parts["rollout"] = running.stop()
+        running = Profiler(device)
+        return out
 
-    def __enter__(self) -> None:
-        if self.profiler is not None:
-            self.profiler.start()
+    trainer._rollout = then_the_rest
+    next(iterations)
+    parts["score and update"] = running.stop()
+    return parts
 
-    def __exit__(self, *_) -> None:
-        if self.profiler is not None:
-            self.profiler.stop()
-            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-            averages = self.profiler.key_averages()
-            self.table = averages.table(sort_by=key, row_limit=25, max_name_column_width=60)
+
+class Profiler:
+    def __init__(self, device: str):
+        self.device, self.profiler = device, torch.profiler.profile()
+        synchronize(device)
+        self.profiler.start()
+        self.start = time.perf_counter()
+
+    def stop(self) -> dict:
+        synchronize(self.device)
+        seconds = time.perf_counter() - self.start
+        self.profiler.stop()
+        return {"seconds": seconds} | shares(self.profiler.key_averages())
+
+
+def shares(events, most: int = 12) -> dict:
+    """Seconds of all kernels, the largest of them, and on what the host spends most of its own time (under the
+    profiler, which slows it down: for how long it holds the device up, compare kernel_seconds with a run without)."""
+    from torch.autograd import DeviceType
+
+    kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+    host = [e for e in events if e.device_type == DeviceType.CPU]
+
+    def largest(events, key: str) -> list[dict]:
+        rows = sorted(events, key=lambda e: -getattr(e, key))[:most]
+        return [{"name": e.key, "calls": e.count, "seconds": getattr(e, key) / 1e6} for e in rows]
+
+    return {
+        "kernel_seconds": sum(e.self_device_time_total for e in kernels) / 1e6,
+        "kernels": largest(kernels, "self_device_time_total"), "host": largest(host, "self_cpu_time_total"),
+        "graph_launches": sum(e.count for e in host if e.key.startswith("cudaGraphLaunch")),
+    }  # fmt: skip
 
 
 class ShareOfGood(torch.nn.Module):
@@ -197,10 +251,10 @@ def run_trl(run: Run) -> list[dict]:
     clock, generation, generate = Clock(run.device), [0.0], ppo_trainer.batch_generation
 
     def timed(*arguments, **options):
+        synchronize(run.device)
         start = time.perf_counter()
         out = generate(*arguments, **options)
-        if run.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(run.device)
         generation[0] = time.perf_counter() - start
         return out
 
@@ -227,12 +281,14 @@ def run_trl(run: Run) -> list[dict]:
         gradient_accumulation_steps=accumulate, num_mini_batches=1, num_ppo_epochs=run.num_ppo_epochs,
         local_rollout_forward_batch_size=run.batch_size, response_length=run.response_length, stop_token="eos",
         temperature=run.temperature, learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
-        num_sample_generations=0, gradient_checkpointing=False, bf16=False, use_cpu=run.device == "cpu",
+        num_sample_generations=0, gradient_checkpointing=False, bf16=run.bf16, use_cpu=run.device == "cpu",
     )  # fmt: skip
     trainer = PPOTrainer(
         args=args, processing_class=tokenizer, model=policy, ref_model=None, reward_model=ShareOfGood(run),
         train_dataset=Dataset.from_dict({"input_ids": make_prompts(run)}), value_model=value_model, callbacks=[Watch()],
     )  # fmt: skip
+    if (trainer.accelerator.mixed_precision == "bf16") != run.bf16:
+        raise RuntimeError(f"TRL computes in {trainer.accelerator.mixed_precision}, and bf16 is {run.bf16}")
     clock.begin()
     trainer.train()
     return clock.rows
@@ -246,6 +302,7 @@ def main() -> None:
     result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if runs[-1].device == "cuda":
         result["peak_allocated"] = torch.cuda.max_memory_allocated()
+        result["peak_reserved"] = torch.cuda.max_memory_reserved()
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

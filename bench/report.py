@@ -439,13 +439,21 @@ def rewrite(path: Path, sections: dict[str, str]) -> None:
 def main() -> None:
     """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
     folder = ROOT / "bench" / "results"
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.name != "ppo.json"]
+    paths = sorted(folder.glob("*.json"))
+    files = [json.loads(path.read_text()) for path in paths if not path.name.endswith("ppo.json")]
     of_ops = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
     results = [file for file in of_ops if "ceilings" not in file]  # of a CPU
-    sections = {"gpu": gpu_summary([file for file in of_ops if "ceilings" in file])}
+    ppo_on_gpus = [json.loads(path.read_text())["parts"]["gpu"] for path in paths if path.name.endswith("-ppo.json")]
+    sections = {
+        "gpu": gpu_summary([file for file in of_ops if "ceilings" in file]),
+        "gpu:ppo": ppo_report.gpu_summary(ppo_on_gpus), "ppo:gpu": ppo_report.gpu(ppo_on_gpus),
+    }  # fmt: skip
+    pages = (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
     if find_spec("matplotlib") is None:  # where a GPU is there may be torch and little else
-        print("report: matplotlib is not installed, so only the GPU's table is written")
-        return rewrite(ROOT / "README.md", sections)
+        print("report: matplotlib is not installed, so only the GPU's tables are written")
+        for page in pages:
+            rewrite(page, sections)
+        return
     ppo = json.loads((folder / "ppo.json").read_text()) if (folder / "ppo.json").exists() else None
     if ppo:
         sections |= ppo_report.sections(ppo, ROOT / "docs")
@@ -473,7 +481,7 @@ def main() -> None:
         sections["hh_reward"] = hh_reward(json.loads((folder / "hh_reward.json").read_text()))
     if (folder / "cai.json").exists():
         sections["cai"] = constitutional(json.loads((folder / "cai.json").read_text()))
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in pages:
         rewrite(page, sections)
 
 

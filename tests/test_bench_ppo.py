@@ -1,7 +1,9 @@
 """bench_ppo.py gives both trainers the same task, and its report says what its file holds."""
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ sys.path.insert(0, str(BENCH))
 import bench_ppo  # noqa: E402
 import ppo_report  # noqa: E402
 import ppo_worker  # noqa: E402
+import report  # noqa: E402
 from ppo_worker import Run  # noqa: E402
 
 SMALL = Run(
@@ -78,3 +81,167 @@ def test_the_race_is_read_where_all_runs_have_been(tmp_path):
     assert bench_ppo.at_kl(long) == pytest.approx(0.125)
     ppo_report.picture(part, tmp_path / "race.svg")
     assert (tmp_path / "race.svg").stat().st_size > 1000
+
+
+# --- The part gpu, as far as it needs none ---
+
+
+def test_the_shape_is_that_of_qwen2_0_5b():
+    """494 million weights, of which 136 are embedding and head at once, as the model's card has it."""
+    with torch.device("meta"):
+        model = ppo_worker.make_model(Run(shape="qwen2-0.5b", vocab=151_936, device="meta"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sum(p.numel() for p in model.parameters()) == 494_032_768
+
+
+TINY = {"shape": "qwen2-tiny", "vocab": 40, "iterations": 1, "profile": True}
+
+
+def test_a_profiled_iteration_comes_after_the_measured_ones():
+    rows = ppo_worker.run_ours(Run(**{**vars(SMALL), **TINY}))
+    assert len(rows) == 1
+    assert rows[0]["profile"].keys() == {"rollout", "score and update"}
+    for name, part in rows[0]["profile"].items():
+        calls = {row["name"]: row["calls"] for row in part["host"]}
+        assert part["seconds"] > 0 and part["kernels"] == [] and part["kernel_seconds"] == 0
+        assert any(("Backward" in call or "linear_ppo_loss" in call) == (name != "rollout") for call in calls)
+        assert [row["seconds"] for row in part["host"]] == sorted((r["seconds"] for r in part["host"]), reverse=True)
+
+
+def event(key, device_type, count, cpu, device, annotation=False):
+    return SimpleNamespace(
+        key=key, device_type=device_type, count=count, self_cpu_time_total=cpu, self_device_time_total=device,
+        is_user_annotation=annotation,
+    )  # fmt: skip
+
+
+def test_a_kernel_counts_once_and_an_annotation_never():
+    """PyTorch lists a kernel's time with the operator that launched it, too, and spans of annotations as kernels."""
+    from torch.autograd import DeviceType
+
+    host, card = DeviceType.CPU, DeviceType.CUDA
+    found = ppo_worker.shares([
+        event("aten::mm", host, 3, 50, 7_000_000), event("cudaGraphLaunch", host, 254, 900, 0),
+        event("gemm", card, 3, 0, 7_000_000), event("softmax", card, 9, 0, 2_000_000),
+        event("Optimizer.step", card, 1, 0, 9_000_000, annotation=True),
+    ])  # fmt: skip
+    assert found["kernel_seconds"] == 9 and [row["name"] for row in found["kernels"]] == ["gemm", "softmax"]
+    assert found["host"][0] == {"name": "cudaGraphLaunch", "calls": 254, "seconds": 900 / 1e6}
+    assert found["graph_launches"] == 254
+
+
+def a_card_measures(monkeypatch, tmp_path):
+    """bench_ppo.py's part gpu over processes that answer what a card might."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
+    monkeypatch.setattr(bench_ppo, "check_gpu", lambda trl: None)
+    monkeypatch.setattr(bench_ppo, "install_trl", lambda folder: folder)
+    ran = []
+
+    def execute(run, trl):
+        ran.append(run)
+        if run.system == "trl" and run.micro_batch_size > 8:
+            raise RuntimeError("[Run] failed:\n\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB")
+        second = {"trl": 20.0, "separate": 5.0, "shared": 4.0}[run.system] - run.micro_batch_size / 16
+        rows = [
+            {"seconds": 30 + second * i, "generate_seconds": second / 4, "tokens": 16384} for i in range(run.iterations)
+        ]
+        if run.profile:
+            part = {"seconds": 9.0, "kernel_seconds": 0.25, "graph_launches": 254, "host": []}
+            part["kernels"] = [{"name": "gemm<1|2>", "calls": 7, "seconds": 0.2}]
+            rows[-1]["profile"] = {"rollout": part, "score and update": part}
+        peak = {"trl": 50, "separate": 30, "shared": 20}[run.system] * 2**30
+        return {"rows": rows, "peak_allocated": peak, "peak_reserved": 2 * peak, "peak_rss": 1}
+
+    monkeypatch.setattr(bench_ppo, "execute", execute)
+    monkeypatch.setattr(bench_ppo, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_ppo.py", "--device", "cuda"])
+    return ran
+
+
+def test_each_system_is_measured_at_its_best_micro_batch(monkeypatch, tmp_path):
+    ran = a_card_measures(monkeypatch, tmp_path)
+    bench_ppo.main()
+    assert [(r.system, r.micro_batch_size) for r in ran if r.system == "trl"] == [("trl", 8), ("trl", 16)]
+    assert all(run.bf16 and run.device == "cuda" and run.num_ppo_epochs == 4 for run in ran)
+    assert ran[-1].profile and ran[-1].micro_batch_size == 32 and not any(run.profile for run in ran[:-1])
+    results = tmp_path / "bench" / "results"
+    part = json.loads((results / "h200-ppo.json").read_text())["parts"]["gpu"]
+    assert part["machine"] == "NVIDIA H200" and part["packages"]["trl"] == "1.12.0"
+    rows = {(row["system"], row["micro_batch_size"]): row for row in part["runs"]}
+    assert rows["trl", 16] == {"system": "trl", "micro_batch_size": 16, "failed": "out of memory"}
+    shared = rows["shared", 32]  # 2 s: a quarter is the rollout
+    rates = [shared[f"{name}tokens_per_second"] for name in ("", "rollout_", "update_")]
+    assert rates == pytest.approx([16384 / 2, 16384 / 0.5, 16384 / 1.5])
+
+    for page in (tmp_path / "README.md", tmp_path / "docs" / "ppo_speed.md"):
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f"<!-- gpu:ppo -->\n{report.END}\n<!-- ppo:gpu -->\n{report.END}\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "find_spec", lambda module: None)  # as on a machine with torch and little else
+    report.main()
+    text = (tmp_path / "README.md").read_text()
+    assert "\n| shared trunk |" + 3 * " 9.75x (H200) |" + " 0.40x (H200) |\n" in text  # 19.5 s over 2
+    assert text.count(" 0.60x (H200) |") == 2  # the separate critic's memory, in both sections
+    page = (tmp_path / "docs" / "ppo_speed.md").read_text()
+    assert "| TRL 1.12.0 | 16 | out of memory |" in page and "| 20.0 (0.40x) | 40.0 |" in page
+    assert "Rollout: 0.50 s, kernels 0.25 s, so the device waits for the host 50% of the time" in page
+    assert "254 launches of a CUDA graph" in page and "| `gemm<1/2>` | 7 | 0.200 |" in page
+
+
+def test_what_was_measured_is_kept_whatever_ends_the_part(monkeypatch, tmp_path):
+    ran = a_card_measures(monkeypatch, tmp_path)
+    answer = bench_ppo.execute
+
+    def execute(run, trl):
+        if run.system == "separate":
+            raise RuntimeError("failed:\nValueError: something else")
+        if run.micro_batch_size == 16:
+            raise KeyboardInterrupt
+        return answer(run, trl)
+
+    monkeypatch.setattr(bench_ppo, "execute", execute)
+    with pytest.raises(KeyboardInterrupt):
+        bench_ppo.main()
+    part = json.loads((tmp_path / "bench" / "results" / "h200-ppo.json").read_text())["parts"]["gpu"]
+    assert [row.get("failed") for row in part["runs"]] == [None, "ValueError: something else", None]
+    assert "not yet measured" in ppo_report.gpu([part])
+    monkeypatch.setattr(bench_ppo, "execute", answer)
+    monkeypatch.setattr(bench_ppo, "GPU_SECONDS", 0)
+    ran.clear()
+    bench_ppo.main()  # of every system one micro-batch, and the profile, whatever the time
+    assert [(run.system, run.micro_batch_size) for run in ran] == [*((s, 8) for s in bench_ppo.SYSTEMS), ("shared", 8)]
+
+
+def test_what_the_part_gpu_lacks_is_said_before_it_runs(monkeypatch, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", ["bench_ppo.py", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="sees no CUDA device"):
+        bench_ppo.main()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    backends = {"linear_ppo_loss": {"cuda": {"backend": "triton"}}}
+    monkeypatch.setattr("rlhf_fast.backends", lambda: backends)
+    with pytest.raises(SystemExit, match="would run on 'triton'; make gpu PART=build"):
+        bench_ppo.check_gpu(tmp_path)
+    backends["linear_ppo_loss"]["cuda"]["backend"] = "native"
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / "__init__.py").write_text("import nothing_of_this_name")
+    with pytest.raises(SystemExit, match=r"ModuleNotFoundError: No module named 'nothing_of_this_name'.*PART=peers"):
+        bench_ppo.check_gpu(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_ppo.py", "--part", "gpu"])
+    with pytest.raises(SystemExit):
+        bench_ppo.main()
+
+
+def test_trl_1_12_comes_before_another_one_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "/peers")
+    assert bench_ppo.environment("trl", tmp_path)["PYTHONPATH"].split(":")[1:] == [str(tmp_path), "/peers"]
+    assert bench_ppo.environment("shared", tmp_path)["PYTHONPATH"].split(":")[1:] == ["/peers"]
+    assert bench_ppo.environment("trl", tmp_path, bf16=True)["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_a_part_of_the_race_joins_one_from_before_a_field_was_added():
+    run = {name: value for name, value in vars(SMALL).items() if name not in ("bf16", "profile")}
+    assert bench_ppo.same_run(json.loads(json.dumps(run)), vars(SMALL))
+    assert not bench_ppo.same_run(run, vars(SMALL) | {"vocab": 61})

@@ -200,8 +200,7 @@ def prepare(model, config, given):
     model = with_adapters(model, config, given)
     if config.gradient_checkpointing:
         models.checkpoint_activations(model)
-    if config.bf16 and not bf16_supported(model.device):
-        raise ConfigError(f"bf16: {model.device.type} has no bfloat16 instructions here, so it would only be slower")
+    check_bf16(config, model.device)
     check_learns(model, "the model")
     return model
 
@@ -221,8 +220,8 @@ def check_learns(model, name: str) -> None:
     if half := learning & {torch.bfloat16, torch.float16}:
         raise ConfigError(
             f"{name} would learn in {str(half.pop()).removeprefix('torch.')}, where most of AdamW's steps round to "
-            "nothing: load it with dtype=torch.float32, or give its path (SFT and reward models still multiply in "
-            "bfloat16 with bf16: true), or train float32 adapters on it (lora_r; in PPO with share_trunk)"
+            "nothing: load it with dtype=torch.float32, or give its path (with bf16: true it still multiplies in "
+            "bfloat16), or train float32 adapters on it (lora_r; in PPO with share_trunk)"
         )
 
 
@@ -233,9 +232,22 @@ def bf16_supported(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def check_bf16(config, device: torch.device) -> None:
+    if config.bf16 and not bf16_supported(device):
+        raise ConfigError(f"bf16: {device.type} has no bfloat16 instructions here, so it would only be slower")
+
+
 def autocast(model, bf16: bool):
     """Products in bfloat16, weights and sums in float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+
+
+def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
+    """models.lm_head, for hidden states that are in bfloat16 where bf16 is."""
+    weight, bias, softcap = models.lm_head(model)
+    if bf16:
+        weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+    return weight, bias, softcap
 
 
 def packing_if_possible(model, longest: int, required: bool = False) -> bool:

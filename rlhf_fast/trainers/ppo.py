@@ -35,7 +35,6 @@ from ..models import (
     disable_dropout,
     has_adapters,
     hidden_states,
-    lm_head,
     load_policy,
     load_tokenizer,
     load_trained_state,
@@ -116,6 +115,7 @@ class PPOTrainer:
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         check_lm_head(self.policy)
+        common.check_bf16(config, self.policy.device)
 
         self.step = 0
         self.total_steps = -(
@@ -262,22 +262,27 @@ class PPOTrainer:
         Scoring and training both come through here, and only those N reach the two heads.
         """
         input_ids, positions, _ = inputs
-        hidden = critic_hidden = hidden_states_at(self.policy, input_ids, positions)
+        hidden = critic_hidden = self._hidden_states(self.policy, input_ids, positions)
         if self.value_model is None:
             return hidden, None
         if not self.config.share_trunk:
-            critic_hidden = hidden_states_at(self.value_model.model, input_ids, positions)
+            critic_hidden = self._hidden_states(self.value_model.model, input_ids, positions)
         elif self.config.detach_values or self._warming_up:
             critic_hidden = hidden.detach()
         return hidden, rollout.scatter(rows, self.value_model.head(critic_hidden))
 
+    def _hidden_states(self, model, input_ids: Tensor, positions: Tensor) -> Tensor:
+        with common.autocast(model, self.config.bf16):
+            hidden = hidden_states_at(model, input_ids, positions)
+        return hidden.bfloat16() if self.config.bf16 else hidden
+
     def _reference_logprobs(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         with adapters_off(self.policy) if self.reference is None else nullcontext():
             model = self.policy if self.reference is None else self.reference
-            return self._logprobs(model, hidden_states_at(model, input_ids, positions), labels)
+            return self._logprobs(model, self._hidden_states(model, input_ids, positions), labels)
 
     def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> Tensor:
-        weight, bias, softcap = lm_head(model)
+        weight, bias, softcap = common.lm_head(model, self.config.bf16)
         return linear_token_logprobs(
             hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature
         )
@@ -358,7 +363,7 @@ class PPOTrainer:
         for rows in minibatch:
             mask = rollout.response_mask[rows]
             hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
-            weight, bias, softcap = lm_head(self.policy)
+            weight, bias, softcap = common.lm_head(self.policy, self.config.bf16)
             policy_loss, p = linear_ppo_loss(
                 rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
                 rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,

@@ -22,7 +22,6 @@ from ..models import (
     check_lengths,
     check_lm_head,
     hidden_states,
-    lm_head,
     load_policy,
     load_tokenizer,
     load_trained_state,
@@ -150,7 +149,7 @@ class SFTTrainer:
         for k in range(0, len(rows), size):
             with self._packing():
                 hidden, labels = self._response_hidden([e for row in rows[k : k + size] for e in row])
-                weight, bias, softcap = self._lm_head()
+                weight, bias, softcap = common.lm_head(self.model, self.config.bf16)
                 micro_loss = linear_cross_entropy(
                     hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
                 )
@@ -182,7 +181,8 @@ class SFTTrainer:
         with evaluating(self.model), self._packing():
             for indices in batches:
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
-                statistics = statistics + token_statistics(hidden, *self._lm_head(), labels)
+                head = common.lm_head(self.model, self.config.bf16)
+                statistics = statistics + token_statistics(hidden, *head, labels)
         loss, correct, entropy = statistics / num_labels
         return {
             "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,
@@ -202,12 +202,6 @@ class SFTTrainer:
                 batch = collate_sft(examples, self.tokenizer.pad_token_id, self.model.device)
                 hidden = hidden_states(self.model, batch["input_ids"]).flatten(0, 1).index_select(0, batch["positions"])
         return hidden.bfloat16() if self.config.bf16 else hidden, batch["labels"]
-
-    def _lm_head(self) -> tuple[Tensor, Tensor | None, float | None]:
-        weight, bias, softcap = lm_head(self.model)
-        if self.config.bf16:
-            weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-        return weight, bias, softcap
 
     def _choose_prompts(self, records: list[dict]) -> list:
         """What precedes the last response of the first records, where the model has room for an answer to it."""

@@ -33,11 +33,13 @@ def test_the_card_names_the_file(name, slug):
     assert gpu.card(name) == slug
 
 
-def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypatch, capsys):
+def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypatch, capsys, tmp_path):
     commands = []
     monkeypatch.setattr(gpu, "run", lambda *command, **env: commands.append(command) or int("pytest" in command))
     monkeypatch.setattr(gpu.shutil, "which", lambda name: sys.executable)
     monkeypatch.setattr(gpu, "missing_peers", lambda: [])
+    monkeypatch.setattr(gpu, "PEERS", tmp_path)
+    (tmp_path / "trl-1.12.0" / "trl").mkdir(parents=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
     assert gpu.main([]) == 1
@@ -45,7 +47,7 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
     written = {Path(word).name for word in words if word.endswith(".json")}
     ops = {row.op for row in rows.all_rows(CPU, small=True, gpu=True)}
-    assert written == {f"h200-{op}.json" for op in ops}  # no op without its file, no file without its op
+    assert written == {f"h200-{op}.json" for op in (*ops, "ppo")}  # no op without its file, no file without its op
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()[-len(gpu.PARTS) :]] == [
         [part, "FAILED!" if part in gpu.TESTS else "passed"] for part in gpu.PARTS
@@ -86,13 +88,28 @@ def test_peers_come_into_a_folder_of_their_own(a_card, monkeypatch, capsys, tmp_
     commands = []
     monkeypatch.setattr(gpu, "run", lambda *command, **env: commands.append(command) or 0)
     monkeypatch.setattr(gpu, "PEERS", tmp_path / "peers")
-    monkeypatch.setattr(gpu, "find_spec", lambda module: module in ("trl", "cut_cross_entropy"))
+    monkeypatch.setattr(gpu, "find_spec", lambda module: module in ("trl", "accelerate", "cut_cross_entropy"))
     assert gpu.main(["--part", "peers"]) == 0  # nothing of ours failed, and every row will say it
-    assert "peers            skipped: without liger_kernel, quack" in capsys.readouterr().out
-    assert [command[-1] for command in commands] == ["liger-kernel", "einops"]
-    assert all("--no-deps" in c and c[c.index("--target") + 1] == str(tmp_path / "peers") for c in commands)
+    assert "peers            skipped: without datasets, trl-1.12.0, liger_kernel, quack" in capsys.readouterr().out
+    assert [command[-1] for command in commands] == ["xxhash", "trl==1.12.0", "liger-kernel", "einops"]
+    folders = [Path(c[c.index("--target") + 1]).relative_to(tmp_path / "peers") for c in commands]
+    assert all("--no-deps" in c for c in commands)
+    assert folders == [Path(), Path("trl-1.12.0"), Path(), Path()]  # two modules of one name
+    (tmp_path / "peers" / "trl-1.12.0" / "trl").mkdir(parents=True)
+    assert gpu.main(["--fetch-peers", "--for-python", "3.12"]) == 1
+    assert "without datasets, liger_kernel, quack" in capsys.readouterr().out
+    assert all(c[c.index("--python-version") + 1] == "3.12" and "--only-binary=:all:" in c for c in commands[4:])
     (tmp_path / "peers" / "some_dsl" / "dsl_packages").mkdir(parents=True)
     assert gpu.peer_folders() == [str(tmp_path / "peers"), str(tmp_path / "peers" / "some_dsl" / "dsl_packages")]
+
+
+def test_ppo_is_refused_without_the_trl_that_has_it(a_card, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, "run", lambda *command, **env: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(gpu, "PEERS", tmp_path / "peers")
+    assert gpu.main(["--part", "bench-ppo"]) == 1
+    out = capsys.readouterr().out
+    assert "needs TRL 1.12.0 in" in out and "--fetch-peers" in out and "PEERS=folder" in out
+    assert gpu.main(["--dry-run", str(tmp_path), "--part", "bench-ppo"]) == 1
 
 
 def test_make_gpu_writes_the_table_whatever_failed():
@@ -165,7 +182,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
     assert directions == [rows.BOTH, rows.FORWARD]
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"<!-- gpu -->\nold\n{report.END}\n")
+    readme.write_text(f"<!-- gpu -->\nold\n{report.END}\n<!-- gpu:ppo -->\nold\n{report.END}\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(
         report,
@@ -188,6 +205,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
     assert "| `gae` | 9x9 | forward | 1 ms | not yet measured" in text
     assert "| `ppo_loss` | 4x32 | forward with gradient | 3.0 us, call 25 us | 2.9 us, call 21 us (" in text
     assert "x, with backward |" in text
+    assert "\n| shared trunk |" + 4 * " not yet measured |" + "\n" in text
     monkeypatch.setattr(report, "find_spec", lambda module: None)  # where there is torch and little else
     monkeypatch.setattr(report, "picture", None)
     (folder / "cpu.json").write_text(json.dumps({k: v for k, v in results["gae"].items() if k != "ceilings"}))

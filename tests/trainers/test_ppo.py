@@ -13,6 +13,7 @@ from rlhf_fast.models import load_reward_model
 from rlhf_fast.ops import ppo_loss
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.rollout import Rollout, generate, repetition, rollout_metrics, squeeze
+from rlhf_fast.trainers import common
 from rlhf_fast.trainers.common import ConfigError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer, minibatches
 
@@ -94,6 +95,26 @@ def test_the_first_ratio_is_exactly_one(tmp_path, options):
         assert float(metrics["policy/first_minibatch_max_abs_log_ratio"]) == 0.0
         assert float(metrics["policy/max_abs_log_ratio"]) > 1e-4  # and later ones are not
         assert float(metrics["loss/policy_avg"]) != 0.0
+
+
+def test_bf16_multiplies_in_bfloat16_and_is_refused_without_the_hardware(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "bf16_supported", lambda device: False)
+    with pytest.raises(ConfigError, match="bf16: cpu has no bfloat16 instructions"):
+        make_trainer(tmp_path, bf16=True)
+    monkeypatch.setattr(common, "bf16_supported", lambda device: True)
+    exact = a_rollout(make_trainer(tmp_path))
+    for options in ({"share_trunk": True, "micro_batch_size": 3}, {"micro_batch_size": 5}):
+        trainer = make_trainer(tmp_path, bf16=True, **options)
+        rounded = a_rollout(trainer)
+        assert torch.equal(rounded.response_ids, exact.response_ids)  # sampled in float32
+        assert torch.equal(rounded.logprobs, rounded.ref_logprobs)  # or the first rewards would punish rounding
+        difference = (rounded.logprobs - exact.logprobs).abs().max()
+        assert 0 < difference < 0.05
+        metrics = next(iter(trainer))
+        assert float(metrics["policy/first_minibatch_max_abs_log_ratio"]) == 0.0
+        assert float(metrics["policy/max_abs_log_ratio"]) > 1e-4
+        trained = [trainer.policy, trainer.value_model]
+        assert {p.dtype for model in trained for p in model.parameters()} == {torch.float32}
 
 
 def test_the_first_ratio_is_one_under_a_model_with_dropout(tmp_path):
