@@ -69,8 +69,10 @@ def environment(system: str, trl: Path, bf16: bool = False) -> dict[str, str]:
     path = [ROOT, *([trl] if system == "trl" else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     # TRL 1.12.0 leaves the precision to accelerate, which since transformers 5 no longer hears of PPOConfig(bf16=True).
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
+    # A second profiler beside CUDA graphs may crash in CUPTI when it was torn down (pytorch/pytorch#112507).
+    profiler = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     return {
-        **os.environ, **precision, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
+        **os.environ, **precision, **profiler, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1", "PYTHONPATH": os.pathsep.join(map(str, path)),
     }  # fmt: skip
 
@@ -302,13 +304,16 @@ def gpu(options) -> dict:
         runs.append(row)
         options.save(result)  # whatever ends the part, these are there
         print(gpu_rates(row), flush=True)
+    broken = [f"{r['system']}: {r['failed']}" for r in runs if not r.get("failed", "not").startswith(EXPECTED)]
     if ours := best_of(runs, "shared"):
         run = replace(base, micro_batch_size=ours["micro_batch_size"], iterations=1, profile=True)
-        result["profile"] = execute(run, options.trl)["rows"][-1]["profile"]
-        result["profile"]["micro_batch_size"] = run.micro_batch_size
-        options.save(result)
-        print(gpu_profile(result), flush=True)
-    if broken := [f"{r['system']}: {r['failed']}" for r in runs if not r.get("failed", "not").startswith(EXPECTED)]:
+        try:
+            result["profile"] = execute(run, options.trl)["rows"][-1]["profile"]
+            options.save(result)
+            print(gpu_profile(result), flush=True)
+        except RuntimeError as error:
+            broken.append(f"profile: {last_line(str(error))}")
+    if broken:
         sys.exit(f"bench_ppo: {'; '.join(broken)}")
     return result
 

@@ -194,18 +194,22 @@ def test_what_was_measured_is_kept_whatever_ends_the_part(monkeypatch, tmp_path)
     answer = bench_ppo.execute
 
     def execute(run, trl):
-        if run.system == "separate":
+        if run.system == "separate" or run.profile:
             raise RuntimeError("failed:\nValueError: something else")
-        if run.micro_batch_size == 16:
+        if run.micro_batch_size == stop_at:
             raise KeyboardInterrupt
         return answer(run, trl)
 
+    stop_at = 16
     monkeypatch.setattr(bench_ppo, "execute", execute)
     with pytest.raises(KeyboardInterrupt):
         bench_ppo.main()
     part = json.loads((tmp_path / "bench" / "results" / "h200-ppo.json").read_text())["parts"]["gpu"]
     assert [row.get("failed") for row in part["runs"]] == [None, "ValueError: something else", None]
     assert "not yet measured" in ppo_report.gpu([part])
+    stop_at = None
+    with pytest.raises(SystemExit, match="separate: ValueError: something else; profile: ValueError: something else"):
+        bench_ppo.main()
     monkeypatch.setattr(bench_ppo, "execute", answer)
     monkeypatch.setattr(bench_ppo, "GPU_SECONDS", 0)
     ran.clear()
