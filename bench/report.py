@@ -426,6 +426,75 @@ def hh_reward(result: dict) -> str:
     )
 
 
+def hh_data(result: dict) -> str:
+    """The pairs of hh-rlhf that the reward model learns from and is measured on, and those left out, by kind."""
+    kinds = {"malformed": "malformed", "identical": "identical", "diverging": "diverging before the last turn"}
+    kinds["over-long"] = "over 512 tokens"
+    lines = ["| " + " | ".join(["file", "pairs", "used", *kinds.values()]) + " |", "|" + " --- |" * (3 + len(kinds))]
+    for name, row in result["data"].items():
+        left_out = [row["left_out"].get(kind, 0) for kind in kinds]
+        cells = [name, *map(str, [row["used"] + sum(row["left_out"].values()), row["used"], *left_out])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def hh_stages(result: dict) -> str:
+    """bench/hh_stages.py: the four stages of examples/hh_rlhf.yaml on human data, a line a figure."""
+
+    def each(rows: list[dict], name: str, form: str) -> str:
+        return ", ".join(format(row[name], form) for row in rows)
+
+    def steps(rows: list[dict]) -> str:
+        return ", ".join(str(row["step"]) for row in rows)
+
+    sft, reward, ppo, cai = (result[stage] for stage in ("sft", "reward", "ppo", "cai"))
+    before, after = sft["evaluations"][0], sft["evaluations"][-1]
+    lengths, looks = reward["by_length_difference"], ppo["evaluations"]
+    shortest, longest = lengths[0], lengths[-1]
+    checked = [stage for stage in cai["stages"] if "pass_rate" in stage]
+    refused = {name: n for name, n in cai["revise"].items() if name in ("hard_violation", "flagged", "failed") and n}
+    label = {name: n for name, n in cai["label"].items() if n and name != "inputs"}
+    count = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in refused.items())
+    rows = [
+        ("sft", f"held-out loss after {steps(sft['evaluations'])} steps, nats per reply token",
+         each(sft["evaluations"], "eval_loss", ".2f")),
+        ("sft", "held-out token accuracy before, after",
+         each([before, after], "eval_mean_token_accuracy", ".1%")),
+        ("reward", f"held-out accuracy, {reward['steps']} steps", f"{reward['accuracy']:.3f}"),
+        ("reward", f"its 95 % interval, {reward['pairs']} pairs", f"{reward['low']:.3f} to {reward['high']:.3f}"),
+        *(("reward", f"floor on the same pairs: {name}", f"{v:.3f}") for name, v in reward["floors"].items()),
+        ("reward", f"held-out loss after {steps(reward['evaluations'])} steps",
+         each(reward["evaluations"], "eval_loss", ".3f")),
+        ("reward", "training loss, the last tenth of the steps", f"{reward['loss_at_the_end']:.2f}"),
+        ("reward", "expected calibration error before, at the end",
+         each([reward["evaluations"][0], reward["evaluations"][-1]], "eval_ece", ".3f")),
+        ("reward", "correlation of the reward with the length of the reply",
+         f"{reward['length_correlation']['reward_with_length']:+.2f}"),
+        ("reward", f"accuracy where the better reply is {-shortest['to']} tokens shorter or more, and "
+         f"{longest['from']} longer or more", f"{shortest['accuracy']:.2f}, {longest['accuracy']:.2f}"),
+        ("ppo", f"held-out score after {steps(looks)} iterations", each(looks, "eval_scores", ".2f")),
+        ("ppo", "KL to the reference, nats a reply", each(looks, "eval_kl", ".2f")),
+        ("ppo", "never trained on: replies that end in a finished sentence", each(looks, "eval_finished", ".1%")),
+        ("ppo", "never trained on: sequences of three words that occur once", each(looks, "eval_no_repetition", ".1%")),
+        ("ppo", "tokens a reply, on average", each(looks, "eval_response_length/mean", ".0f")),
+        ("cai", f"phase 1, {cai['revise']['inputs']} prompts: clean, revised, unchanged; left out",
+         ", ".join(str(cai["revise"][name]) for name in ("clean", "revised", "unchanged")) + f"; {count or 0}"),
+        ("cai", f"phase 2, {cai['label']['inputs']} pairs, by what the judge says",
+         ", ".join(f"{n} {'told apart' if name == 'ok' else name}" for name, n in label.items())),
+        ("cai", f"its reward model's accuracy on {cai['reward']['pairs']} held-out pairs, and its 95 % interval",
+         f"{cai['reward']['accuracy']:.2f}, {cai['reward']['low']:.2f} to {cai['reward']['high']:.2f}"),
+        ("cai", "held-out answers that keep every principle: before, after phase 1, after phase 2",
+         each(checked, "pass_rate", ".1%")),
+        ("cai", "KL to the reference after phase 2, nats a reply",
+         f"{cai['ppo']['evaluations'][-1]['eval_kl']:.2f}"),
+    ]  # fmt: skip
+    lines = ["| stage | what | value |", "| --- | --- | --- |"]
+    for stage in ("sft", "reward", "ppo", "cai"):
+        seconds = f"{result[stage]['cpu_seconds']:.0f} s"
+        lines += [f"| {' | '.join(row)} |" for row in [*rows, (stage, "CPU time", seconds)] if row[0] == stage]
+    return "\n".join(lines) + f"\n\nSeed 0. {source(result).lstrip()}"
+
+
 def rewrite(path: Path, sections: dict[str, str]) -> None:
     """Puts each text between <!-- name --> and <!-- end --> wherever the page has that section."""
 
@@ -479,6 +548,9 @@ def main() -> None:
         sections["judge_scoring"] = judge_scoring(json.loads((folder / "cai" / "judge_scoring.json").read_text()))
     if (folder / "hh_reward.json").exists():
         sections["hh_reward"] = hh_reward(json.loads((folder / "hh_reward.json").read_text()))
+    if (folder / "hh_stages.json").exists():
+        stages_of_hh = json.loads((folder / "hh_stages.json").read_text())
+        sections |= {"hh_data": hh_data(stages_of_hh), "hh_stages": hh_stages(stages_of_hh)}
     if (folder / "cai.json").exists():
         sections["cai"] = constitutional(json.loads((folder / "cai.json").read_text()))
     for page in pages:
