@@ -49,7 +49,7 @@ def test_is_as_close_to_float64_as_eager_is(case, dtype, on_emulator):
         assert_as_close_as_eager(case, case.inputs(Sampler(random.Random(seed))), dtype, LAYOUTS[seed % 4])
 
 
-@small_ops
+@every_case
 def test_the_order_of_threads_and_blocks_does_not_matter(case, on_emulator):
     for seed in range(6):
         inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)

@@ -56,17 +56,20 @@ def test_a_tensor_left_on_the_cpu_is_found(card):
             linear(here)
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")  # autocast says so, and does nothing
 @pytest.mark.parametrize("options", [
     {"micro_batch_size": 3},
     {"share_trunk": True, "whiten_rewards": True, "missing_eos_penalty": 1.0, "scale_scores": True},
     {"advantage_estimator": "rloo", "num_generations": 2, "kl_in_loss": True, "kl_estimator": "k3"},
-], ids=["critic", "shared trunk", "rloo"])  # fmt: skip
+    {"bf16": True, "share_trunk": True, "micro_batch_size": 3},  # the head's products and its kernels
+], ids=["critic", "shared trunk", "rloo", "bf16"])  # fmt: skip
 def test_ppo(options, tmp_path, on_cuda_kernels, monkeypatch):
     tokenizer, decoders, launched = tiny_tokenizer(), [], on_cuda_kernels.launches()
     config = PPOConfig(
         output_dir=str(tmp_path), total_episodes=16, batch_size=8, minibatch_size=4, num_ppo_epochs=2,
         response_length=6, **options,
     )  # fmt: skip
+    monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: device == CUDA)
     monkeypatch.setattr("rlhf_fast.generation.Decoder", lambda *a: decoders.append(Decoder(*a)) or decoders[-1])
     with Card():
         trainer = PPOTrainer(
