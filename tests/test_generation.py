@@ -54,7 +54,7 @@ def with_opinions(name):
 
 def by_transformers(model, prompts, max_new_tokens):
     """Greedy answers of generate(), cut after their first eos."""
-    ids, mask = pad(prompts, 0, left=True)
+    ids, mask = (x.to(model.device) for x in pad(prompts, 0, left=True))
     out = model.generate(
         input_ids=ids, attention_mask=mask.long(), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=EOS,
         pad_token_id=0,

@@ -11,11 +11,16 @@ import torch
 from torch.utils._pytree import tree_map
 
 import rlhf_fast as rf
+from rlhf_fast.generation import generate_tokens
 from rlhf_fast.ops import reference
+from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 import test_contract
+import test_generation
 from cases import Sampler
+from helpers import tiny_model, tiny_tokenizer
 from test_contract import cast, lay_out, run, tensors_of
 
 # Tests of the contract that a case on another device passes as it is.
@@ -145,3 +150,40 @@ def head_of_many(op: str, rows: int, width: int, vocab: int, device: str) -> Non
         dz = ((x @ weight[token].float()).double() - lse).exp() - (labels == token).double()
         want = dz @ x.double()
         assert (rows * grad_weight[token].double() - want).norm() <= 0.02 * want.norm(), token
+
+
+GRAPHS = {"llama": 2, "llama3 rope": 1, "qwen2": 1, "qwen3": 2, "gpt2": 3}  # that the next one captures, and its steps
+STEPS = {"gpt2": 23}
+
+
+def generates_as_transformers(architecture: str, device: str) -> None:
+    """Greedy, prompts padded on the left; answers end at different times, so a GPU captures its graph several times."""
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, test_generation.VOCAB) for _ in range(rng.randint(1, 12))] for _ in range(23)]
+    model = test_generation.with_opinions(architecture).to(device)
+    want = test_generation.by_transformers(model, prompts, 40)
+    options = {"max_new_tokens": 40, "eos_token_id": test_generation.EOS, "do_sample": False}
+    assert generate_tokens(model, prompts, **options) == want and len({len(row) for row in want}) > 2
+
+
+def ppo_iterations(device: str, folder: Path, tolerance: float, **options) -> None:
+    """The rollout's log-probabilities, those that scoring finds and those of the first update are the same numbers, as
+    far as the products' precision goes; and the policy and its critic learn."""
+    tokenizer = tiny_tokenizer()
+    config = PPOConfig(
+        output_dir=str(folder), total_episodes=32, batch_size=16, minibatch_size=8, micro_batch_size=3,
+        num_ppo_epochs=2, response_length=9, learning_rate=3e-3, temperature=0.8, **options,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        config, tiny_model(tokenizer).to(device), tokenizer=tokenizer,
+        reward=lambda prompts, responses, **columns: [float(len(response)) for response in responses],
+        train_dataset=[{"prompt": "say " + "word " * i} for i in range(1, 9)],
+    )  # fmt: skip
+    before = [p.detach().clone() for p in trainer.policy.parameters()]
+    for step, metrics in enumerate(trainer):
+        assert metrics["sampling/sampling_logp_difference/max"] <= tolerance
+        assert metrics["policy/first_minibatch_max_abs_log_ratio"] <= 1e-5 < metrics["policy/max_abs_log_ratio"]
+        assert step or abs(metrics["objective/kl"]) <= 1e-4
+    trained = [*trainer.policy.parameters(), *trainer.value_model.parameters()]
+    assert all(p.isfinite().all() and p.device.type == torch.device(device).type for p in trained)
+    assert all((a != b).any() for a, b in zip(before, trainer.policy.parameters(), strict=True))

@@ -38,3 +38,13 @@ def test_of_many_elements(op):
     battery.head_of_many(op, 40, 32, 1003, "cpu")
     battery.kl_divergence_of_many(12, 1003, "cpu")
     assert battery.far_rows(16384, 151936) == (0, 14134, 14135, 16383)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_generation(architecture):
+    battery.generates_as_transformers(architecture, "cpu")
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_iterations_of_ppo(share_trunk, tmp_path):
+    battery.ppo_iterations("cpu", tmp_path, 1e-4, share_trunk=share_trunk)

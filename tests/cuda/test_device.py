@@ -518,3 +518,21 @@ def test_a_masked_mean_of_more_than_2_to_the_31_elements():
     values[-40:] = 2.0**20
     want = (2**31 + 40 * 2**20) / (2**31 + 40)
     assert abs(rf.masked_mean(values).item() / want - 1) < 1e-6
+
+
+# --- What stands on the ops ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", battery.GRAPHS)
+def test_generation_replays_graphs_and_equals_transformers(architecture, monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), replay(self))[1])
+    battery.generates_as_transformers(architecture, "cuda")
+    graphs = battery.GRAPHS[architecture]  # the first step of each is run as it is
+    assert len(set(map(id, replays))) == graphs and len(replays) == battery.STEPS.get(architecture, 39) - graphs
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_iterations_of_ppo(share_trunk, bf16, tmp_path):
+    battery.ppo_iterations("cuda", tmp_path, 0.1 if bf16 else 1e-4, share_trunk=share_trunk, bf16=bf16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import battery
 import placement
 import pytest
 import torch
@@ -82,6 +83,20 @@ def test_ppo(options, tmp_path, on_cuda_kernels, monkeypatch):
     assert decoders and all(decoder.fixed for decoder in decoders)  # the form that a CUDA graph can hold
     assert on_cuda_kernels.launches() > launched
     assert rf.backends()["ppo_loss"]["cuda"]["backend"] == "native"
+
+
+@pytest.mark.parametrize("architecture", battery.GRAPHS)
+def test_generation(architecture, card, monkeypatch):
+    made, steps = [], []
+
+    def graph(decoder):
+        made.append(decoder)
+        return lambda tokens: steps.append(len(tokens)) or decoder.step(tokens)
+
+    monkeypatch.setattr("rlhf_fast.generation._Graph", graph)
+    with rf.use_backend("reference"), Card():
+        battery.generates_as_transformers(architecture, "cuda")
+    assert len(made) == battery.GRAPHS[architecture] and len(steps) == battery.STEPS.get(architecture, 39)
 
 
 def test_sft_and_a_reward_model(tmp_path, card):
