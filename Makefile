@@ -26,9 +26,10 @@ bench: $(VENV)/.bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/rlhf-fast bench --device cpu --json $(RESULTS)
 	$(BIN)/python bench/report.py
 
-# On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op. PART="build test"
-# takes some parts, of ten minutes at most each (bench/gpu.py). Where $(PYTHON)'s torch sees the GPU nothing is installed
-# but the peers, into build/peers-gpu; PEERS=folder names another. README gets what was measured, whatever failed.
+# On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op, and PPO whole.
+# PART="build test" takes some parts, of ten minutes at most each (bench/gpu.py). Where $(PYTHON)'s torch sees the GPU
+# nothing is installed but the peers, into build/peers-gpu; PEERS=folder names another. README gets what was measured,
+# whatever failed.
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
 	else $(MAKE) $(VENV)/.bench && python=$(BIN)/python; fi && \

@@ -240,3 +240,9 @@ def test_a_call_is_timed_in_batches(monkeypatch):
 
     monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
     assert device.seconds_of_a_call(call, CPU) == pytest.approx(1e-5)
+
+
+def test_the_table_of_parts_has_them_all():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert [part.strip("` ") for row in rows for part in row.split(",")] == list(gpu.PARTS)
