@@ -129,3 +129,14 @@ def test_a_peer_that_cannot_be_imported_fails_in_its_own_name():
         table["absent"]()
     with pytest.raises(ImportError, match="another Triton"):
         table["broken"](1)
+
+
+@pytest.mark.skipif(not (Path(harness.__file__).parents[2] / ".git").exists(), reason="not a checkout")
+def test_a_machine_without_git_and_a_tree_that_git_does_not_trust_measure_all_the_same(monkeypatch, tmp_path):
+    assert len(harness._commit().rstrip("+")) == 40
+    (tmp_path / "git").write_text("#!/bin/sh\necho fatal: detected dubious ownership >&2\nexit 128\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert harness.provenance(CPU, [])["commit"] is None
+    (tmp_path / "git").unlink()
+    assert harness.provenance(CPU, [])["commit"] is None

@@ -111,13 +111,18 @@ def _installed(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, "+" where it has changes; None for an installed package."""
+    """The commit of the source tree that runs, "+" where it has changes; None for an installed package, and where git
+    is not there or does not trust the tree's owner."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    asked = {"capture_output": True, "text": True, "check": True}
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], **asked).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **asked).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return head + ("+" if changes.strip() else "")
 
 
