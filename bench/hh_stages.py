@@ -97,6 +97,8 @@ def main() -> None:
     result |= provenance(torch.device("cpu"), [])
     result["threads"] = int(os.environ.get("OMP_NUM_THREADS", result["threads"]))
     result["command"] = " ".join(["python", *sys.argv]).replace(str(options.data), "data/hh-rlhf")
+    if options.runs:
+        result["command"] = result["command"].replace(str(options.runs), "runs/hh-stages")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

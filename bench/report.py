@@ -470,8 +470,8 @@ def hh_stages(result: dict) -> str:
          each([reward["evaluations"][0], reward["evaluations"][-1]], "eval_ece", ".3f")),
         ("reward", "correlation of the reward with the length of the reply",
          f"{reward['length_correlation']['reward_with_length']:+.2f}"),
-        ("reward", f"accuracy where the better reply is {-shortest['to']} tokens shorter or more, and "
-         f"{longest['from']} longer or more", f"{shortest['accuracy']:.2f}, {longest['accuracy']:.2f}"),
+        ("reward", f"accuracy where the better reply is at least {-shortest['to']} tokens shorter, and "
+         f"at least {longest['from']} longer", f"{shortest['accuracy']:.2f}, {longest['accuracy']:.2f}"),
         ("ppo", f"held-out score after {steps(looks)} iterations", each(looks, "eval_scores", ".2f")),
         ("ppo", "KL to the reference, nats a reply", each(looks, "eval_kl", ".2f")),
         ("ppo", "never trained on: replies that end in a finished sentence", each(looks, "eval_finished", ".1%")),
