@@ -55,22 +55,23 @@ struct CpuOps {
                                      const void* grad_logprobs, const void* grad_entropy, void* grad_logits,
                                      int64_t grad_outer_stride, int64_t grad_inner_stride, int threads);
 
-  // logits = hidden @ weight.T / temperature, and of them what token_logprobs_forward gives, in float32. dtype kFloat32
-  // or kBFloat16, of both. The logits, before the temperature, are kept for the backward where logits is not null:
-  // (vocab, rows padded to a multiple of 16), transposed. A row's results do not depend on the other rows. Labels are
-  // in range.
+  // logits = softcap tanh((hidden @ weight.T + bias) / softcap), and of logits / temperature what
+  // token_logprobs_forward gives, in float32. dtype kFloat32 or kBFloat16, of hidden and weight; bias (vocab) may be
+  // null; softcap 0: none. The logits are kept for the backward where logits is not null: (vocab, rows padded to a
+  // multiple of 16), transposed. A row's results do not depend on the other rows. Labels are in range.
   int64_t (*linear_forward)(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride,
-                            int dtype, int64_t rows, int64_t vocab, int64_t width, const int64_t* labels,
-                            double temperature, float* logits, float* logprobs, float* entropy, float* saved,
-                            int threads);
+                            int dtype, int64_t rows, int64_t vocab, int64_t width, const float* bias, double softcap,
+                            const int64_t* labels, double temperature, float* logits, float* logprobs, float* entropy,
+                            float* saved, int threads);
 
-  // Gradients of sum(grad_logprobs * logprobs) + sum(grad_entropy * entropy): grad_hidden (rows, width) and grad_weight
-  // (vocab, width), contiguous float32, either may be null; add adds to grad_weight. logits, the forward's, are lost.
+  // Gradients of sum(grad_logprobs * logprobs) + sum(grad_entropy * entropy): grad_hidden (rows, width), grad_weight
+  // (vocab, width) and grad_bias (vocab), contiguous float32, each may be null; add adds to the last two. logits, the
+  // forward's, are lost.
   int64_t (*linear_backward)(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride,
-                             int dtype, int64_t rows, int64_t vocab, int64_t width, const int64_t* labels,
-                             double temperature, float* logits, const float* saved, const float* entropy,
-                             const float* grad_logprobs, const float* grad_entropy, float* grad_hidden,
-                             float* grad_weight, int add, int threads);
+                             int dtype, int64_t rows, int64_t vocab, int64_t width, double softcap,
+                             const int64_t* labels, double temperature, float* logits, const float* saved,
+                             const float* entropy, const float* grad_logprobs, const float* grad_entropy,
+                             float* grad_hidden, float* grad_weight, float* grad_bias, int add, int threads);
 
   // out (count) bfloat16 = x, rounded to nearest even. x is lost: where it is large, its pages go back to the system
   // while those of out come, so that the two never stand side by side.

@@ -1,6 +1,7 @@
 // Log-probs from hidden states on the CPU, and their gradients: three matrix products with the softmax between them.
 //
 //   z = weight @ hidden.T   (vocab, lanes), one lane a row of hidden: maxima and sums run down the lanes of a vector
+//   z = softcap tanh((z + bias) / softcap), where there are such
 //   dz = z's gradient, over z;  dweight += dz @ hidden;  dhidden = dz.T @ weight
 //
 // Threads share the tiles of the vocabulary, then the columns of dhidden. Every number is summed in an order that
@@ -18,9 +19,10 @@ namespace {
 
 using vd = double __attribute__((vector_size(8 * kWidth)));
 
-// Rows of the weight. Their logits, 230 KB at 304 lanes, and their part of dweight stay in L2; dhidden is loaded and
-// stored once a tile.
-constexpr int64_t kTileRows = 192;
+// Rows of the weight: whole blocks, and one piece of depth for dhidden, which is loaded and stored once a tile. Their
+// logits, 146 KB at 304 lanes, and their part of dweight stay in L2.
+constexpr int64_t kTileRows = 120;
+static_assert(kTileRows % kBlockRows == 0 && kTileRows % 2 == 0 && kTileRows <= kPieceDepth);
 constexpr int64_t kLanes = 16;  // the lanes are padded to a multiple
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -39,6 +41,32 @@ struct Problem {
   int64_t tile_rows(int64_t tile) const { return least(vocab - tile * kTileRows, kTileRows); }
   const type* weight_tile(int64_t tile) const { return weight + tile * kTileRows * weight_stride; }
 };
+
+// Rows of the weight in whole units, where memory does not have them so: widened, or of an odd number of bfloat16.
+template <class Unit>
+void copy_units(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t width, uint32_t* out) {
+  const int64_t depth = units<Unit>(width);
+  for (int64_t v = 0; v < rows; ++v, x += stride, out += depth) {
+    if constexpr (Unit::kAsItLies) {
+      std::memcpy(out, x, width * sizeof *x);  // what is beyond stays 0
+    } else {
+      load_units<Unit>(x, width, out);
+    }
+  }
+}
+
+// z of a panel of lanes, with bias (null: none) and softcap (0: none).
+void finish_logits(float* z, int64_t stride, int64_t rows, int64_t lanes, const float* bias, double softcap) {
+  const vf cap = splat(float(softcap));
+  for (int64_t v = 0; v < rows; ++v, z += stride) {
+    const vf shift = splat(bias ? bias[v] : 0.0f);
+    for (int64_t lane = 0; lane < lanes; lane += kWidth) {
+      vf x = load_vector<vf>(z + lane) + shift;
+      if (softcap != 0) x = cap * tanh(x / cap);
+      std::memcpy(z + lane, &x, sizeof x);
+    }
+  }
+}
 
 // The maximum of each lane and its sums of exp and of exp times distance (softmax_row.h), over the rows of a tile.
 template <bool kMoment>
@@ -86,10 +114,10 @@ LaneSums merge(const float* partial, int64_t tiles, int64_t stride, const Exp<6>
 }
 
 template <class Unit>
-void forward(const Problem<Unit>& p, const int64_t* labels, double temperature, float* logits, float* logprobs,
-             float* entropy, float* saved, int threads) {
+void forward(const Problem<Unit>& p, const float* bias, double softcap, const int64_t* labels, double temperature,
+             float* logits, float* logprobs, float* entropy, float* saved, int threads) {
   const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.width);
-  const bool ragged = p.width % Unit::kSize != 0;  // the last unit of a weight row would reach into the next one
+  const bool copies = !Unit::kAsItLies || p.width % Unit::kSize != 0;
   const double c = 1 / temperature;
   const Exp<6> exp(c);
   const Buffer<uint32_t> hidden(lanes * depth);
@@ -98,7 +126,7 @@ void forward(const Problem<Unit>& p, const int64_t* labels, double temperature, 
 #pragma omp parallel num_threads(team(threads, p.rows* p.vocab))
   {
     const Buffer<float> own(logits ? 0 : kTileRows * lanes);
-    const Buffer<typename Unit::type> even(ragged ? kTileRows * (p.width + 1) : 0);
+    const Buffer<uint32_t> copy(copies ? kTileRows * depth : 0);
 #pragma omp for
     for (int64_t lane = 0; lane < lanes; lane += kPanel) {
       // The padding lanes are rows of zeros.
@@ -111,15 +139,14 @@ void forward(const Problem<Unit>& p, const int64_t* labels, double temperature, 
       const int64_t first = tile * kTileRows, count = p.tile_rows(tile);
       float* z = logits ? logits + first * lanes : own.data;
       Left weight{p.weight_tile(tile), p.weight_stride * int64_t(sizeof *p.weight), 4};
-      if (ragged) {
-        for (int64_t v = 0; v < count; ++v) {
-          std::memcpy(&even[v * (p.width + 1)], p.weight_tile(tile) + v * p.weight_stride, p.width * sizeof *p.weight);
-        }
-        weight = {even.data, (p.width + 1) * int64_t(sizeof *p.weight), 4};
+      if (copies) {
+        copy_units<Unit>(p.weight_tile(tile), p.weight_stride, count, p.width, copy.data);
+        weight = {copy.data, depth * 4, 4};
       }
       for (int64_t lane = 0; lane < lanes; lane += kPanel) {
         const int64_t panel = least(lanes - lane, kPanel);
         multiply<Unit>(weight, count, hidden.data + lane * depth, depth, z + lane, lanes, panel, false);
+        if (bias || softcap != 0) finish_logits(z + lane, lanes, count, panel, bias ? bias + first : nullptr, softcap);
         for (int64_t j = lane; j < lane + panel; j += kWidth) {
           (entropy ? lane_statistics<true> : lane_statistics<false>)(z + j, lanes, count, exp,
                                                                      &partial[3 * tile * lanes + j], lanes);
@@ -144,19 +171,35 @@ void forward(const Problem<Unit>& p, const int64_t* labels, double temperature, 
 }
 
 // The gradient with respect to a lane's logits is e^d (a + b (z - max)), and at its label something else: gradient_row.
+// A lane of the padding has an infinite maximum and gets 0, whatever a bias made of its logits.
 struct LaneGradients {
   const Buffer<float> max, a, b;
-  explicit LaneGradients(int64_t lanes) : max(lanes), a(lanes), b(lanes) {}
+  LaneGradients(int64_t rows, int64_t lanes) : max(lanes), a(lanes), b(lanes) {
+    for (int64_t i = rows; i < lanes; ++i) max[i] = INFINITY;
+  }
 };
 
-void write_gradient(float* z, int64_t lanes, int64_t rows, const LaneGradients& g, const Exp<6>& exp) {
+// slope: the derivative of a capped logit z, 1 - (z / softcap)^2; inverse = 1 / softcap, 0 where there is none.
+void write_gradient(float* z, int64_t lanes, int64_t rows, const LaneGradients& g, float inverse, const Exp<6>& exp) {
   for (int64_t lane = 0; lane < lanes; lane += kWidth) {
     const vf max = load_vector<vf>(&g.max[lane]), a = load_vector<vf>(&g.a[lane]), b = load_vector<vf>(&g.b[lane]);
     for (int64_t v = 0; v < rows; ++v) {
-      const vf d = load_vector<vf>(z + v * lanes + lane) - max;
-      const vf dz = exp(d) * fma(b, finite(d), a);
+      const vf x = load_vector<vf>(z + v * lanes + lane), d = x - max, capped = x * inverse;
+      const vf dz = exp(d) * fma(b, finite(d), a) * (1.0f - capped * capped);
       std::memcpy(z + v * lanes + lane, &dz, sizeof dz);
     }
+  }
+}
+
+// Sums of dz over its first `count` lanes, the others are padding.
+void add_bias(const float* dz, int64_t stride, int64_t rows, int64_t count, float* grad_bias, bool add) {
+  for (int64_t v = 0; v < rows; ++v, dz += stride) {
+    vf sums{};
+    int64_t lane = 0;
+    for (; lane + kWidth <= count; lane += kWidth) sums += load_vector<vf>(dz + lane);
+    double sum = reduce_add(sums);
+    for (; lane < count; ++lane) sum += dz[lane];
+    grad_bias[v] = float(sum + (add ? grad_bias[v] : 0.0f));
   }
 }
 
@@ -252,15 +295,16 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
 }
 
 template <class Unit>
-void backward(const Problem<Unit>& p, const int64_t* labels, double temperature, float* logits, const float* saved,
-              const float* entropy, const float* grad_logprobs, const float* grad_entropy, float* grad_hidden,
-              float* grad_weight, bool add, int threads) {
+void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, double temperature, float* logits,
+              const float* saved, const float* entropy, const float* grad_logprobs, const float* grad_entropy,
+              float* grad_hidden, float* grad_weight, float* grad_bias, bool add, int threads) {
   constexpr bool half = Unit::kSize == 2;
   const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.rows);
   const double c = 1 / temperature;
   const Exp<6> exp(c);
   const Buffer<uint32_t> hidden(grad_weight ? depth * whole_vectors(p.width) : 0);
-  const LaneGradients lane_gradients(lanes);
+  const double inverse = softcap != 0 ? 1 / softcap : 0;
+  const LaneGradients lane_gradients(p.rows, lanes);
   for (int64_t i = 0; i < p.rows; ++i) {
     const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
     const double scale = c * std::exp(-double(saved[2 * i + 1]));
@@ -271,7 +315,8 @@ void backward(const Problem<Unit>& p, const int64_t* labels, double temperature,
   const auto at_label = [&](int64_t i, float z) {
     const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
     const double log_p = c * (double(z) - saved[2 * i]) - saved[2 * i + 1], prob = std::exp(log_p);
-    return float(c * (-g * std::expm1(log_p) - (h != 0 && prob != 0 ? h * prob * (log_p + entropy[i]) : 0)));
+    const double dz = c * (-g * std::expm1(log_p) - (h != 0 && prob != 0 ? h * prob * (log_p + entropy[i]) : 0));
+    return float(dz * (1 - z * inverse * (z * inverse)));
   };
   const Buffer<float> label_dz(p.rows);
   const auto for_labels = [&](int64_t first, int64_t count, auto f) {  // f(row, row within the tile)
@@ -304,8 +349,9 @@ void backward(const Problem<Unit>& p, const int64_t* labels, double temperature,
       const int64_t first = tile * kTileRows, count = p.tile_rows(tile);
       float* z = logits + first * lanes;
       for_labels(first, count, [&](int64_t i, int64_t v) { label_dz[i] = at_label(i, z[v * lanes + i]); });
-      write_gradient(z, lanes, count, lane_gradients, exp);
+      write_gradient(z, lanes, count, lane_gradients, float(inverse), exp);
       for_labels(first, count, [&](int64_t i, int64_t v) { z[v * lanes + i] = label_dz[i]; });
+      if (grad_bias) add_bias(z, lanes, count, p.rows, grad_bias + first, add);
       if (half) narrow(z, lanes, count, by_row.data);
       if (!grad_weight) continue;
       const Left dz = half ? Left{by_row.data, lanes * 2, 4} : Left{z, lanes * 4, 4};
@@ -328,35 +374,37 @@ template <class F>
 void with_unit(int dtype, F f) {
   if (dtype == kFloat32) return f(UnitF32{});
 #if defined(__AVX512F__)
-  if (__builtin_cpu_supports("avx512bf16")) return f(UnitBF16Native{});
+  if (__builtin_cpu_supports("avx512bf16")) return f(UnitBF16{});
 #endif
-  f(UnitBF16{});
+  f(UnitWidened{});
 }
 
 }  // namespace
 
 int64_t linear_forward(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride, int dtype,
-                       int64_t rows, int64_t vocab, int64_t width, const int64_t* labels, double temperature,
-                       float* logits, float* logprobs, float* entropy, float* saved, int threads) {
+                       int64_t rows, int64_t vocab, int64_t width, const float* bias, double softcap,
+                       const int64_t* labels, double temperature, float* logits, float* logprobs, float* entropy,
+                       float* saved, int threads) {
   with_unit(dtype, [&](auto unit) {
     using T = typename decltype(unit)::type;
     const Problem<decltype(unit)> p{
         static_cast<const T*>(hidden), hidden_stride, static_cast<const T*>(weight), weight_stride, rows, vocab, width};
-    forward(p, labels, temperature, logits, logprobs, entropy, saved, threads);
+    forward(p, bias, softcap, labels, temperature, logits, logprobs, entropy, saved, threads);
   });
   return -1;
 }
 
 int64_t linear_backward(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride, int dtype,
-                        int64_t rows, int64_t vocab, int64_t width, const int64_t* labels, double temperature,
-                        float* logits, const float* saved, const float* entropy, const float* grad_logprobs,
-                        const float* grad_entropy, float* grad_hidden, float* grad_weight, int add, int threads) {
+                        int64_t rows, int64_t vocab, int64_t width, double softcap, const int64_t* labels,
+                        double temperature, float* logits, const float* saved, const float* entropy,
+                        const float* grad_logprobs, const float* grad_entropy, float* grad_hidden, float* grad_weight,
+                        float* grad_bias, int add, int threads) {
   with_unit(dtype, [&](auto unit) {
     using T = typename decltype(unit)::type;
     const Problem<decltype(unit)> p{
         static_cast<const T*>(hidden), hidden_stride, static_cast<const T*>(weight), weight_stride, rows, vocab, width};
-    backward(p, labels, temperature, logits, saved, entropy, grad_logprobs, grad_entropy, grad_hidden, grad_weight,
-             add != 0, threads);
+    backward(p, softcap, labels, temperature, logits, saved, entropy, grad_logprobs, grad_entropy, grad_hidden,
+             grad_weight, grad_bias, add != 0, threads);
   });
   return -1;
 }
@@ -382,8 +430,7 @@ int64_t linear_narrow(float* x, int64_t count, void* out, int threads) {
 
 int64_t linear_is_fast(int dtype) {
 #if defined(__AVX512F__)
-  if (dtype == kBFloat16) return __builtin_cpu_supports("avx512bf16") != 0;
-  return dtype == kFloat32 && __builtin_cpu_is("amd");
+  return dtype == kBFloat16 || __builtin_cpu_is("amd");
 #else
   return 0;
 #endif

@@ -5,8 +5,9 @@
 
 Rows outside the mask are dropped first, so time is proportional to the rows that count. The gradient of the logits is
 written over the logits, and the weight gradient is accumulated in float32 over the chunks. Memory beside the results:
-one chunk (two with a softcap) and, for half-precision weights, one tile of the weight. On a GPU, PyTorch before 2.10
-cannot add to a float32 sum inside its product: a tile at a time is multiplied, rounded to half precision, and added.
+one chunk (two with a softcap, unless FUSED) and, for half-precision weights, one tile of the weight. On a GPU, PyTorch
+before 2.10 cannot add to a float32 sum inside its product: a tile at a time is multiplied, rounded to half precision,
+and added.
 
 A chunk goes one of three ways (way_of).
 FUSED     two native ops do it all, softmax between the products (csrc/cpu/linear.cpp);
@@ -142,12 +143,13 @@ def is_fused(
 ) -> bool:
     """Whether csrc/cpu/linear.cpp computes the chunks: it wins where PyTorch's own products leave the CPU half idle.
 
-    GFLOP/s a core (EPYC 9005, 304 x 896 x 50257), softmax included: bfloat16 with avx512_bf16 430, PyTorch 187 to 400
-    without it, and 85 for the logits, which need float32. float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235
-    against 75 to 100. CPUs with AMX, which this has not run on, keep PyTorch's products. With
-    torch.use_deterministic_algorithms(True) it is taken on every CPU: a library's sums depend on the number of threads
-    and on the other rows, these do not (float32 on Intel's: up to a tenth slower). `deterministic` says what held in
-    the forward, whose logits a backward finds in the layout of its way; None: what holds now.
+    float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235 GFLOP/s a core, softmax included, against 75 to 100 of
+    the products alone (EPYC 9005, 304 x 896 x 50257). On Intel's, MKL's way takes 0.9 to 1.02 of the time of this one.
+    bfloat16 with avx512_bf16: 430 against 187 to 400, and 85 for the logits, which need float32; with AVX-512 alone it
+    takes 0.77 to 0.97 of the time of float32 products of converted factors. CPUs with AMX, which this has not run on,
+    keep PyTorch's. With torch.use_deterministic_algorithms(True) it is taken on every CPU: a library's sums depend on
+    the number of threads and on the other rows, these do not. `deterministic` says what held in the forward, whose
+    logits a backward finds in the layout of its way; None: what holds now.
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -155,10 +157,9 @@ def is_fused(
         hidden.device.type == "cpu"
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.float32, torch.bfloat16)
+        and (bias is None or bias.dtype in (torch.float32, hidden.dtype))
         and _C is not None
         and weight.numel() > 0
-        and bias is None
-        and softcap is None
         and (weight.stride(1) == 1 or weight.shape[1] == 1)
     )
     if not computable or deterministic:
@@ -201,19 +202,19 @@ def chunk_statistics(
     rows = part.stop - part.start
     logprobs, saved = (inputs.hidden.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
     entropy = torch.empty_like(logprobs) if with_entropy else None
+    bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     _C.linear_forward(
-        *fused_arguments(inputs, part, temperature), buffer, logprobs, entropy, saved, torch.get_num_threads()
-    )
+        *product_arguments(inputs, part), bias, inputs.softcap or 0.0, inputs.labels[part], temperature, buffer,
+        logprobs, entropy, saved, torch.get_num_threads(),
+    )  # fmt: skip
     return buffer, logprobs, entropy, saved
 
 
-def fused_arguments(inputs: Inputs, part: slice, temperature: float) -> tuple:
+def product_arguments(inputs: Inputs, part: slice) -> tuple:
     """What both native ops begin with (csrc/ops.h)."""
     hidden, weight = inputs.hidden[part].contiguous(), inputs.weight
-    return (
-        hidden, hidden.stride(0), weight, weight.stride(0), DTYPE_CODES[hidden.dtype], hidden.shape[0], *weight.shape,
-        inputs.labels[part], temperature,
-    )  # fmt: skip
+    code = DTYPE_CODES[hidden.dtype]
+    return hidden, hidden.stride(0), weight, weight.stride(0), code, hidden.shape[0], *weight.shape
 
 
 def chunk_logits(buffer: Tensor, inputs: Inputs, part: slice, temperature: float) -> Tensor:
@@ -308,9 +309,11 @@ class Gradients:
     def _add_fused(self, z, part, temperature, saved, entropy, grad_logprobs, grad_entropy) -> None:
         shape = (part.stop - part.start, self.inputs.hidden.shape[1])
         grad_hidden = saved.new_empty(shape) if self.wanted[0] else None
+        inputs, (_, weight, bias) = self.inputs, self.wanted
         _C.linear_backward(
-            *fused_arguments(self.inputs, part, temperature), z, saved, entropy, grad_logprobs, grad_entropy,
-            grad_hidden, self.weight if self.wanted[1] else None, self.beta, torch.get_num_threads(),
+            *product_arguments(inputs, part), inputs.softcap or 0.0, inputs.labels[part], temperature, z, saved,
+            entropy, grad_logprobs, grad_entropy, grad_hidden, self.weight if weight else None,
+            self.bias if bias else None, self.beta, torch.get_num_threads(),
         )  # fmt: skip
         if self.wanted[0]:
             self.hidden[part] = grad_hidden

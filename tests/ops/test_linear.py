@@ -217,30 +217,32 @@ def test_autocast_changes_nothing(loss):
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def fused(request, monkeypatch):
-    """A function: loss, and the gradients of hidden and weight, with the native products."""
+    """A function: loss, and the gradients of hidden, weight and bias, with the native products."""
     if not _linear._C.isas().get(request.param, False):
         pytest.skip(f"this CPU does not run {request.param}")
     before = _linear._C.isa()
     _linear._C.use_isa(request.param)
     monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 1)
 
-    def run(loss, hidden, weight, labels):
-        assert _linear.is_fused(hidden, weight, None, None)
-        leaves = [t.detach().requires_grad_() for t in (hidden, weight)]  # keeps the strides
-        out = loss(sys.modules["rlhf_fast.ops"], *leaves, labels)
+    def run(loss, hidden, weight, labels, bias=None, softcap=None):
+        assert _linear.is_fused(hidden, weight, bias, softcap)
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]  # keeps the strides
+        out = loss(sys.modules["rlhf_fast.ops"], *leaves[:2], labels, *leaves[2:], softcap=softcap)
         return [out.detach(), *torch.autograd.grad(out, leaves)]
 
     yield run
     _linear._C.use_isa(before)
 
 
-def fused_logprobs(module, hidden, weight, labels):
-    logprobs, entropy = module.linear_token_logprobs(hidden, weight, labels, temperature=0.7, with_entropy=True)
+def fused_logprobs(module, hidden, weight, labels, bias=None, softcap=None):
+    logprobs, entropy = module.linear_token_logprobs(
+        hidden, weight, labels, bias=bias, temperature=0.7, softcap=softcap, with_entropy=True
+    )
     return (logprobs.square() + 0.3 * entropy).sum()
 
 
-def fused_cross_entropy(module, hidden, weight, labels):
-    return module.linear_cross_entropy(hidden, weight, labels)
+def fused_cross_entropy(module, hidden, weight, labels, bias=None, softcap=None):
+    return module.linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=softcap)
 
 
 FUSED_LOSSES = pytest.mark.parametrize("loss", [fused_logprobs, fused_cross_entropy], ids=lambda f: f.__name__)
@@ -253,12 +255,13 @@ def head(rows, vocab, width, dtype):
     return torch.randn(rows, width).to(dtype), weight.to(dtype), torch.randint(vocab, (rows,))
 
 
-def assert_is_the_gradient(loss, got, hidden, weight, labels):
+def assert_is_the_gradient(loss, got, hidden, weight, labels, bias=None, softcap=None):
     """Of float64; half-precision logits' gradients are rounded once, and so are the results."""
-    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    truth = loss(reference, *leaves, labels)
+    given = [t for t in (hidden, weight, bias) if t is not None]
+    leaves = [t.detach().double().requires_grad_() for t in given]
+    truth = loss(reference, *leaves[:2], labels, *leaves[2:], softcap=softcap)
     torch.testing.assert_close(got[0].double(), truth.detach(), rtol=1e-5, atol=1e-5)
-    for g, want, like in zip(got[1:], torch.autograd.grad(truth, leaves), (hidden, weight), strict=True):
+    for g, want, like in zip(got[1:], torch.autograd.grad(truth, leaves), given, strict=True):
         assert g.dtype == like.dtype and g.shape == like.shape
         assert (g - want).norm() <= max(2 * torch.finfo(like.dtype).eps, 1e-5) * want.norm() + 1e-7
 
@@ -267,11 +270,27 @@ def assert_is_the_gradient(loss, got, hidden, weight, labels):
 @HALF_OR_NOT
 @pytest.mark.parametrize("rows, vocab, width", [
     (0, 3, 2), (1, 1, 1), (1, 2, 5), (3, 7, 16), (17, 191, 33), (64, 192, 64), (65, 193, 65), (130, 577, 100),
-    (350, 400, 7),
+    (350, 400, 7), (20, 250, 121), (19, 130, 500),
 ])  # fmt: skip
 def test_fused_shapes(fused, loss, dtype, rows, vocab, width):
     data = head(rows, vocab, width, dtype)
     assert_is_the_gradient(loss, fused(loss, *data), *data)
+
+
+@FUSED_LOSSES
+@HALF_OR_NOT
+@pytest.mark.parametrize("size, softcap", [(1.0, None), (0.0, 0.8), (2.0, 3.0), (300.0, 50.0), (300.0, None)])
+def test_fused_bias_and_softcap(fused, loss, dtype, size, softcap, monkeypatch):
+    """Also where the bias alone decides: its logits are e^300 times likelier than the others."""
+    data = head(75, 333, 30, dtype)
+    bias = None if size == 0 else size * torch.randn(333).to(dtype)
+    whole = fused(loss, *data, bias, softcap)
+    assert_is_the_gradient(loss, whole, *data, bias, softcap)
+    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
+    monkeypatch.setattr(_linear, "CHUNK_BYTES", 4 * 333 * 32)
+    chunked = fused(loss, *data, bias, softcap)
+    assert_is_the_gradient(loss, chunked, *data, bias, softcap)
+    assert torch.equal(whole[1], chunked[1])
 
 
 @FUSED_LOSSES
@@ -304,7 +323,7 @@ def test_fused_strides(fused, dtype):
 @FUSED_LOSSES
 @HALF_OR_NOT
 def test_fused_threads_change_nothing(fused, loss, dtype):
-    data = head(210, 700, 300, dtype)  # 5 panels of columns, or 10 or 20
+    data = (*head(210, 700, 300, dtype), torch.randn(700), 2.0)  # 5 panels of columns, or 10 or 20
     before = torch.get_num_threads()
     try:
         results = []
