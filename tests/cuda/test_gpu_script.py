@@ -126,6 +126,14 @@ def test_without_a_gpu_it_says_so(capsys):
     assert "sees no CUDA device" in capsys.readouterr().err
 
 
+def test_a_dry_run_asks_for_what_a_cpu_can_do(monkeypatch, capsys, tmp_path):
+    commands = []
+    monkeypatch.setattr(gpu, "run", lambda *command, **env: commands.append(command) or 0)
+    assert gpu.main(["--dry-run", str(tmp_path), "--part", "bench-logprobs", "bench-losses"]) == 0
+    assert [command[3] for command in commands] == ["token_logprobs", *gpu.BENCHES["bench-losses"]]
+    assert "left out" in capsys.readouterr().out
+
+
 def test_a_dry_run_leaves_the_results_alone(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", str(ROOT / "bench" / "results")])
