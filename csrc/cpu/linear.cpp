@@ -171,35 +171,41 @@ void forward(const Problem<Unit>& p, const float* bias, double softcap, const in
 }
 
 // The gradient with respect to a lane's logits is e^d (a + b (z - max)), and at its label something else: gradient_row.
-// A lane of the padding has an infinite maximum and gets 0, whatever a bias made of its logits.
 struct LaneGradients {
   const Buffer<float> max, a, b;
-  LaneGradients(int64_t rows, int64_t lanes) : max(lanes), a(lanes), b(lanes) {
-    for (int64_t i = rows; i < lanes; ++i) max[i] = INFINITY;
-  }
+  explicit LaneGradients(int64_t lanes) : max(lanes), a(lanes), b(lanes) {}
 };
 
-// slope: the derivative of a capped logit z, 1 - (z / softcap)^2; inverse = 1 / softcap, 0 where there is none.
-void write_gradient(float* z, int64_t lanes, int64_t rows, const LaneGradients& g, float inverse, const Exp<6>& exp) {
+// A capped logit z has the derivative 1 - (z / softcap)^2, exactly 0 where it has reached the cap. Without a cap (0) z
+// may be infinite, and there is nothing to multiply by.
+void write_gradient(float* z, int64_t lanes, int64_t rows, const LaneGradients& g, float softcap, const Exp<6>& exp) {
+  const vf cap = splat(softcap);
   for (int64_t lane = 0; lane < lanes; lane += kWidth) {
     const vf max = load_vector<vf>(&g.max[lane]), a = load_vector<vf>(&g.a[lane]), b = load_vector<vf>(&g.b[lane]);
     for (int64_t v = 0; v < rows; ++v) {
-      const vf x = load_vector<vf>(z + v * lanes + lane), d = x - max, capped = x * inverse;
-      const vf dz = exp(d) * fma(b, finite(d), a) * (1.0f - capped * capped);
+      const vf x = load_vector<vf>(z + v * lanes + lane), d = x - max;
+      vf dz = exp(d) * fma(b, finite(d), a);
+      if (softcap != 0) dz *= 1.0f - x / cap * (x / cap);
       std::memcpy(z + v * lanes + lane, &dz, sizeof dz);
     }
   }
 }
 
-// Sums of dz over its first `count` lanes, the others are padding.
+// Sums of dz over its first `count` lanes, the others are padding. float32 over 32 terms, double beyond: of a small
+// vocabulary there are 10^5 lanes, and one chain of so many loses three digits.
 void add_bias(const float* dz, int64_t stride, int64_t rows, int64_t count, float* grad_bias, bool add) {
+  const int64_t whole = count - count % kWidth;
   for (int64_t v = 0; v < rows; ++v, dz += stride) {
-    vf sums{};
-    int64_t lane = 0;
-    for (; lane + kWidth <= count; lane += kWidth) sums += load_vector<vf>(dz + lane);
-    double sum = reduce_add(sums);
-    for (; lane < count; ++lane) sum += dz[lane];
-    grad_bias[v] = float(sum + (add ? grad_bias[v] : 0.0f));
+    double sum = add ? grad_bias[v] : 0;
+    for (int64_t lane = 0; lane < whole;) {
+      vf sums{};
+      for (const int64_t end = least(lane + 32 * kWidth, whole); lane < end; lane += kWidth) {
+        sums += load_vector<vf>(dz + lane);
+      }
+      sum += reduce_add(sums);
+    }
+    for (int64_t lane = whole; lane < count; ++lane) sum += dz[lane];
+    grad_bias[v] = float(sum);
   }
 }
 
@@ -303,8 +309,7 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   const double c = 1 / temperature;
   const Exp<6> exp(c);
   const Buffer<uint32_t> hidden(grad_weight ? depth * whole_vectors(p.width) : 0);
-  const double inverse = softcap != 0 ? 1 / softcap : 0;
-  const LaneGradients lane_gradients(p.rows, lanes);
+  const LaneGradients lane_gradients(lanes);
   for (int64_t i = 0; i < p.rows; ++i) {
     const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
     const double scale = c * std::exp(-double(saved[2 * i + 1]));
@@ -316,7 +321,8 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
     const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
     const double log_p = c * (double(z) - saved[2 * i]) - saved[2 * i + 1], prob = std::exp(log_p);
     const double dz = c * (-g * std::expm1(log_p) - (h != 0 && prob != 0 ? h * prob * (log_p + entropy[i]) : 0));
-    return float(dz * (1 - z * inverse * (z * inverse)));
+    const double capped = softcap != 0 ? z / float(softcap) : 0;
+    return float(dz * (1 - capped * capped));
   };
   const Buffer<float> label_dz(p.rows);
   const auto for_labels = [&](int64_t first, int64_t count, auto f) {  // f(row, row within the tile)
@@ -349,10 +355,14 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
       const int64_t first = tile * kTileRows, count = p.tile_rows(tile);
       float* z = logits + first * lanes;
       for_labels(first, count, [&](int64_t i, int64_t v) { label_dz[i] = at_label(i, z[v * lanes + i]); });
-      write_gradient(z, lanes, count, lane_gradients, float(inverse), exp);
+      write_gradient(z, lanes, count, lane_gradients, float(softcap), exp);
       for_labels(first, count, [&](int64_t i, int64_t v) { z[v * lanes + i] = label_dz[i]; });
       if (grad_bias) add_bias(z, lanes, count, p.rows, grad_bias + first, add);
-      if (half) narrow(z, lanes, count, by_row.data);
+      if (half) {
+        // The last row that counts may share a unit with the padding, where an infinite weight has left NaN.
+        for (int64_t v = 0; v < count; ++v) std::memset(z + v * lanes + p.rows, 0, (lanes - p.rows) * sizeof *z);
+        narrow(z, lanes, count, by_row.data);
+      }
       if (!grad_weight) continue;
       const Left dz = half ? Left{by_row.data, lanes * 2, 4} : Left{z, lanes * 4, 4};
       for (int64_t column = 0; column < p.width; column += kPanel) {

@@ -97,7 +97,7 @@ def assert_as_close_as_eager(case, inputs, dtype, layout="contiguous"):
         least = 1e-6 if name.startswith("grad_") else case.size
         size = max(finite.max().item() if finite.numel() else 0.0, least)
         # A few roundings of the result. In float64 eager is its own truth, so there only a fixed bound is left.
-        # ratio_var squares the ratio, and so doubles the rounding of its log-probs: 2^-22 each where they are below -8.
+        # ratio_var squares the ratio, and so doubles the rounding of its log-probs: 2^-21 each where they are below -8.
         roundings = 8 if name.endswith("ratio_var") else 4
         fixed = roundings * torch.finfo(eager[name].dtype).eps * size
         slack = 1e-12 * max(size, 1.0) if dtype == torch.float64 else fixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import subprocess
@@ -291,6 +292,77 @@ def test_fused_bias_and_softcap(fused, loss, dtype, size, softcap, monkeypatch):
     chunked = fused(loss, *data, bias, softcap)
     assert_is_the_gradient(loss, chunked, *data, bias, softcap)
     assert torch.equal(whole[1], chunked[1])
+
+
+@FUSED_LOSSES
+@HALF_OR_NOT
+@pytest.mark.parametrize("softcap", [None, 41.0])  # 41 * float32(1 / 41) is not 1
+def test_fused_impossible_tokens(fused, loss, dtype, softcap):
+    """Of logit -inf, by their bias or their weight: probability 0, and so is every gradient of theirs."""
+    hidden, weight, labels = head(75, 333, 30, dtype)
+    hidden, impossible = hidden.abs() + 0.1, torch.tensor([5, 300])
+    labels[(labels == 5) | (labels == 300)] = 6
+    bias = torch.randn(333).to(dtype).index_fill(0, impossible, -torch.inf)
+    got = fused(loss, hidden, weight, labels, bias, softcap)
+    assert_is_the_gradient(loss, got, hidden, weight, labels, bias, softcap)
+    infinite = weight.index_fill(0, impossible, -torch.inf)
+    of_weight = fused(loss, hidden, infinite, labels, bias.nan_to_num(neginf=0.0), softcap)[2:]
+    for a, b in zip(of_weight, got[2:], strict=True):  # the gradient of hidden is 0 times infinity
+        assert torch.equal(a, b)
+        assert not a[impossible].any()
+
+
+@HALF_OR_NOT
+def test_fused_impossible_label(fused, dtype):
+    """Its loss is infinite, the gradient is not."""
+    hidden, weight, labels = head(20, 130, 9, dtype)
+    labels[7] = 125
+    bias = torch.randn(130).to(dtype).index_fill(0, labels[7], -torch.inf)
+    got = fused(fused_cross_entropy, hidden, weight, labels, bias)
+    assert got[0] == torch.inf
+    assert_is_the_gradient(fused_cross_entropy, got, hidden, weight, labels, bias)
+
+
+@pytest.mark.parametrize("softcap", [8.0, 16.0])
+def test_fused_near_the_cap(fused, softcap):
+    """Where 1 - tanh^2 keeps few digits they are as good as eager's."""
+    hidden, weight, labels = head(75, 333, 30, torch.float32)
+    bias = 3000 * torch.randn(333)
+    got = fused(fused_logprobs, hidden, weight, labels, bias, softcap)[1:]
+    eager, truth = [], []
+    for gradients, dtype in ((eager, torch.float32), (truth, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+        gradients += torch.autograd.grad(fused_logprobs(reference, *leaves[:2], labels, leaves[2], softcap), leaves)
+    for ours, other, want in zip(got, eager, truth, strict=True):
+        assert (ours - want).abs().max() <= 2 * (other - want).abs().max() + 5e-7 * want.abs().max()
+
+
+def test_fused_bias_of_many_rows(fused):
+    """All the same, so that roundings do not cancel."""
+    data = torch.zeros(30_000, 1), torch.zeros(5, 1), torch.zeros(30_000, dtype=torch.long), 0.1 * torch.arange(5.0)
+    bias = fused(fused_logprobs, *data)[3].double()
+    probs = (data[3].double() / 0.7).softmax(0)
+    logprobs = probs.log()
+    entropy = -(probs * logprobs).sum()
+    want = 2 * logprobs[0] * (torch.eye(5)[0] - probs) - 0.3 * probs * (logprobs + entropy)
+    torch.testing.assert_close(bias, 30_000 / 0.7 * want, rtol=2e-6, atol=0)
+
+
+@FUSED_LOSSES
+@HALF_OR_NOT
+def test_fused_gradients_that_nobody_wants_change_no_other(fused, loss, dtype, monkeypatch):
+    data = (*head(75, 333, 30, dtype), torch.randn(333).to(dtype), 2.0)
+    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
+    monkeypatch.setattr(_linear, "CHUNK_BYTES", 4 * 333 * 32)
+    _, *all_three = fused(loss, *data)
+    for wanted in itertools.product((False, True), repeat=3):
+        leaves = [t.clone().requires_grad_(w) for t, w in zip((*data[:2], data[3]), wanted, strict=True)]
+        if not any(wanted):
+            continue
+        out = loss(sys.modules["rlhf_fast.ops"], *leaves[:2], data[2], leaves[2], 2.0)
+        some = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad])
+        for a, b in zip(some, itertools.compress(all_three, wanted), strict=True):
+            assert torch.equal(a, b)
 
 
 @FUSED_LOSSES
