@@ -138,9 +138,10 @@ def summary(rows: list[dict]) -> dict:
     }
 
 
-def command(options: argparse.Namespace) -> str:
-    """As it was called, without where this machine has the data."""
-    return " ".join(["python", *sys.argv]).replace(str(options.data), "data/hh-rlhf")
+def command(options: argparse.Namespace, runs: str = "runs/hh") -> str:
+    """As it was called, without where this machine has the data and keeps the run directories."""
+    called = " ".join(["python", *sys.argv]).replace(str(options.data), "data/hh-rlhf")
+    return called.replace(str(options.runs), runs) if options.runs else called
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from hh_reward import command
+
 ROOT = Path(__file__).parents[1]
 STAGES = ("sft", "reward", "ppo", "cai")
 
@@ -32,8 +34,9 @@ def run_stages(where: Path, data: Path) -> dict[str, float]:
     taken = {}
     for stage in STAGES:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "rlhf_fast.cli", stage, "--config", "examples/hh_rlhf.yaml"]
-        subprocess.run(command, cwd=where, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "rlhf_fast.cli", stage, "--config", "examples/hh_rlhf.yaml"], cwd=where, check=True
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         taken[stage] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return taken
@@ -96,9 +99,7 @@ def main() -> None:
         result = {"data": read_data(runs / "reward"), **found}
     result |= provenance(torch.device("cpu"), [])
     result["threads"] = int(os.environ.get("OMP_NUM_THREADS", result["threads"]))
-    result["command"] = " ".join(["python", *sys.argv]).replace(str(options.data), "data/hh-rlhf")
-    if options.runs:
-        result["command"] = result["command"].replace(str(options.runs), "runs/hh-stages")
+    result["command"] = command(options, "runs/hh-stages")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
