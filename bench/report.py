@@ -240,7 +240,9 @@ def quickstart(results: list[dict]) -> str:
     lines = [f"| seed | {' | '.join([*stages, *judges])} | KL | minutes | CPU | memory |", "|" + " --- |" * 11]
     for result in results:
         by_name = {stage["name"]: stage for stage in result["stages"]}
-        cells = [str(result["seed"]), *(f"{by_name[stage]['pass_rate']:.1%}" for stage in stages.values())]
+        threads = result["provenance"]["threads"]
+        run = f"{result['seed']}" + (f", `{result['command']}`: {threads} threads" if threads > 1 else "")
+        cells = [run, *(f"{by_name[stage]['pass_rate']:.1%}" for stage in stages.values())]
         cells += [f"{by_name[stage]['rm_accuracy']:.1%}" for stage in judges.values()]
         cells += ["{:.2f}, {:.2f}".format(*(by_name[stage]["kl"] for stage in ("ppo", "cai-ppo")))]
         seconds, cpu = (sum(stage[name] for stage in result["stages"]) for name in ("seconds", "cpu_seconds"))
