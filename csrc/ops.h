@@ -77,9 +77,6 @@ struct CpuOps {
   // while those of out come, so that the two never stand side by side.
   int64_t (*linear_narrow)(float* x, int64_t count, void* out, int threads);
 
-  // Whether the first two are the fastest way on this CPU: 0 or 1.
-  int64_t (*linear_is_fast)(int dtype);
-
   // reference.ppo_loss with its gradients. mask is kBool; ref_logprobs, entropy, importance_weights may be absent.
   // The ratio is clipped to [clip_low, clip_high]; dual_clip and log_ratio_clamp are infinite where there is none.
   // kl_estimator and aggregation are indices into reference.KL_ESTIMATORS' values and reference.AGGREGATIONS;
@@ -186,7 +183,6 @@ struct CpuOps {
   X(linear_forward)          \
   X(linear_backward)         \
   X(linear_narrow)           \
-  X(linear_is_fast)          \
   X(kl_divergence_forward)   \
   X(kl_divergence_backward)  \
   X(ppo_loss)                \

@@ -438,12 +438,4 @@ int64_t linear_narrow(float* x, int64_t count, void* out, int threads) {
   return -1;
 }
 
-int64_t linear_is_fast(int dtype) {
-#if defined(__AVX512F__)
-  return dtype == kBFloat16 || __builtin_cpu_is("amd");
-#else
-  return 0;
-#endif
-}
-
 }  // namespace rlhf::RLHF_ISA

@@ -141,15 +141,11 @@ def chunks(
 def is_fused(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, deterministic: bool | None = None
 ) -> bool:
-    """Whether csrc/cpu/linear.cpp computes the chunks: it wins where PyTorch's own products leave the CPU half idle.
+    """Whether csrc/cpu/linear.cpp computes the chunks, where a row's bits depend on neither threads nor other rows.
 
-    float32 on AMD CPUs with AVX-512, where MKL uses AVX2: 235 GFLOP/s a core, softmax included, against 75 to 100 of
-    the products alone (EPYC 9005, 304 x 896 x 50257). On Intel's, MKL's way takes 0.9 to 1.02 of the time of this one.
-    bfloat16 with avx512_bf16: 430 against 187 to 400, and 85 for the logits, which need float32; with AVX-512 alone it
-    takes 0.77 to 0.97 of the time of float32 products of converted factors. CPUs with AMX, which this has not run on,
-    keep PyTorch's. With torch.use_deterministic_algorithms(True) it is taken on every CPU: a library's sums depend on
-    the number of threads and on the other rows, these do not. `deterministic` says what held in the forward, whose
-    logits a backward finds in the layout of its way; None: what holds now.
+    A library's do; so float32 and bfloat16 are fused wherever that is not slower (ours_are_fast), and everywhere after
+    torch.use_deterministic_algorithms(True). `deterministic` says what held in the forward, whose logits a backward
+    finds in the layout of its way; None: what holds now.
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -162,10 +158,19 @@ def is_fused(
         and weight.numel() > 0
         and (weight.stride(1) == 1 or weight.shape[1] == 1)
     )
-    if not computable or deterministic:
-        return computable
-    has_amx = hidden.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return not has_amx and _C.linear_is_fast(DTYPE_CODES[hidden.dtype]) == 1
+    return computable and (deterministic or ours_are_fast(hidden.dtype))
+
+
+def ours_are_fast(dtype: torch.dtype) -> bool:
+    """Whether the fused way takes no longer than PyTorch's products and our softmax between them on this CPU.
+
+    Fused over PyTorch's way, a step of 512 to 2048 rows: float32 with AVX-512 0.97 to 1.03 on Intel's, where MKL
+    multiplies (2048 x 256 x 50257, 2048 x 896 x 50257 and smaller; 1.05 to 1.12 for 256 rows of a vocabulary of 2048),
+    and 0.4 on AMD's, where MKL uses AVX2. bfloat16 with AVX-512 0.77 to 0.97 of float32 products of converted factors,
+    and less with avx512_bf16. AVX2 0.93 to 1.06. Code for no instruction set in particular is slower than a library,
+    and CPUs with AMX, which this has not run on, keep PyTorch's bfloat16.
+    """
+    return _C.isa() != "portable" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
 
 def logits_shape(rows: int, vocab: int, way: str) -> tuple[int, int]:

@@ -146,11 +146,10 @@ def linear_token_logprobs(
     The logits are softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, bias (V,) and softcap optional.
     mask (...) bool or 0/1: where it is False the row is dropped before anything is computed, the label may be anything,
     both results are 0 and so is the gradient. hidden, weight and bias are float32, bfloat16, float16 or float64 and
-    receive gradients, once; results are float32 (float64 for float64 hidden). Rows share matrix products, so unlike
-    token_logprobs a row's last bits may depend on the number of rows and of threads; not on CPUs with AVX-512 in
-    bfloat16 (those with AMX aside), nor on AMD's of these in float32, nor in either on any after
-    torch.use_deterministic_algorithms(True) (is_fused in _linear.py). On a GPU the logits of two bfloat16 inputs are
-    bfloat16, as an lm_head's are (8 bits: 0.06 at a logit of 20), and only a mask makes it wait.
+    receive gradients, once; results are float32 (float64 for float64 hidden). On the CPU a row's bits in float32 and
+    bfloat16 depend neither on the other rows nor on the number of threads; in other dtypes, and where PyTorch is left
+    to multiply (is_fused in _linear.py), the last bits may. On a GPU the logits of two bfloat16 inputs are bfloat16, as
+    an lm_head's are (8 bits: 0.06 at a logit of 20), and only a mask makes it wait.
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)

@@ -240,10 +240,7 @@ def test_a_result_is_the_same_in_every_run_and_on_any_number_of_threads(case):
             for name, one_thread in runs[0].items():
                 two, again = (r[name].nan_to_num(nan=7.0) for r in runs[1:])
                 assert torch.equal(two, again), name
-                if case.has_products:  # PyTorch's, where they are faster; test_linear.py has the same test of ours
-                    torch.testing.assert_close(two, one_thread.nan_to_num(nan=7.0), rtol=1e-5, atol=1e-6)
-                else:
-                    assert torch.equal(two, one_thread.nan_to_num(nan=7.0)), name
+                assert torch.equal(two, one_thread.nan_to_num(nan=7.0)), name
     finally:
         torch.set_num_threads(threads)
 

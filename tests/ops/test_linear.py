@@ -223,7 +223,7 @@ def fused(request, monkeypatch):
         pytest.skip(f"this CPU does not run {request.param}")
     before = _linear._C.isa()
     _linear._C.use_isa(request.param)
-    monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 1)
+    monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: True)
 
     def run(loss, hidden, weight, labels, bias=None, softcap=None):
         assert _linear.is_fused(hidden, weight, bias, softcap)
@@ -412,7 +412,7 @@ def test_fused_threads_change_nothing(fused, loss, dtype):
 @HALF_OR_NOT
 def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
     """So that neither threads nor other rows change a bit, also where a library multiplies faster."""
-    monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 0)
+    monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: False)
     hidden, weight, labels = head(210, 700, 300, dtype)
     before = torch.get_num_threads()
     assert not _linear.is_fused(hidden, weight, None, None)
@@ -437,7 +437,7 @@ def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
 @pytest.mark.parametrize("before, after", [(False, True), (True, False)])
 def test_a_backward_goes_the_way_of_its_forward(before, after, monkeypatch):
     """The kept logits have the layout of one of the two, whatever has been asked for since."""
-    monkeypatch.setattr(_linear._C, "linear_is_fast", lambda dtype: 0)
+    monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: False)
     hidden, weight, labels = head(9, 20, 8, torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     try:
