@@ -139,16 +139,16 @@ def _train(stage: str, argv: list[str], shown: str | None = None) -> int:
     file, resume = flags.pop("config"), flags.pop("resume")
     values = {name: keys[name].parse(text) for name, text in flags.items()}
     if file:
-        values = read_sections(file, {name: list(s.keys()) for name, s in stages.items()})[stage] | values
+        values = read_sections(file, {name: list(s.keys()) for name, s in stages.items()}, stage)[stage] | values
     spec.run(values, resume)
     return 0
 
 
-def read_sections(path: str, keys: dict[str, list[str]]) -> dict[str, dict]:
+def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
     """The values of every stage in a YAML file: the shared keys that it has, and over them those of its section.
 
-    `keys` names what each stage has. Raises ConfigError for a file that cannot be read or is no mapping, and for a key
-    that nothing has.
+    `keys` names what each stage has. Shared keys that `stage` does not have are named on standard error. Raises
+    ConfigError for a file that cannot be read or is no mapping, and for a key that nothing has.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -163,6 +163,8 @@ def read_sections(path: str, keys: dict[str, list[str]]) -> dict[str, dict]:
     for key in content:
         if key not in everywhere:
             raise ConfigError(f"{path}: {_unknown('key', key, [*everywhere, *keys])}")
+    if stage and (others := [key for key in content if key not in keys[stage]]):
+        print(f"{path}: {stage} has no {', '.join(others)}: left to the stages that do", file=sys.stderr)
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{path}: section {name}: must be a mapping of keys to values")
@@ -205,6 +207,8 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("--output", default="-", help="- writes to standard output")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args(argv)
+    if not (folder := Path(options.output).parent).is_dir():  # seen now, not when all is scored
+        raise ConfigError(f"score: --output {options.output}: there is no directory {str(folder)!r}")
     from .data.formats import parse_jsonl, read_dataset
     from .jobs import quiet, score
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from .data.chat import Text, decode_responses, encode_prompt
+from .data.chat import ConfigError, Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
 from .models import unwrapped
 from .ops import _layer
@@ -125,12 +125,12 @@ def generate_with_logprobs(
     """
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
+            raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
     if (
         max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
         or (top_k is not None and top_k < 1)
     ):  # fmt: skip
-        raise ValueError(
+        raise ConfigError(
             "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1 and top_k >= 1 or "
             f"None, got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}"
         )

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 import typing
@@ -20,9 +21,9 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
-from .data.chat import ConfigError, encode_prompt, encode_to_score
-from .data.formats import read_dataset, responses_of
-from .models import load_policy, load_tokenizer
+from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation
+from .data.formats import as_records, read_dataset, responses_of
+from .models import check_lengths, load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
 from .rollout import generate_text
@@ -180,6 +181,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
 
     Pairs of hh-rlhf are scored as the conversations that they hold; one that is malformed is named on standard error.
     """
+    records = as_records(records, "input") if records else []
     reward, asked = RewardModelReward.load(model, batch_size=batch_size), []
     hh = bool(records) and hh_rlhf.are_transcripts(records[0])
     for i, record in enumerate(records):
@@ -271,11 +273,12 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
 
 def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
     """The rows of one source, and what was left out: preferences give demonstrations and prompts too."""
-    rows, left_out = hh_rlhf.load_pairs(path, **limit) if _is_hh(path) else (list(read_dataset(path)), [])
+    rows, left_out = hh_rlhf.load_pairs(path, **limit) if _is_hh(path) else (as_records(read_dataset(path), path), [])
     if stage == "sft":
         rows = [_as_demonstration(row) for row in rows]
     if stage == "ppo":
-        rows = [{k: v for k, v in row.items() if k not in ("chosen", "rejected", "responses", "ranks")} for row in rows]
+        answers = ("chosen", "rejected", "responses", "ranks")
+        rows = [{k: v for k, v in row.items() if k not in answers} if "prompt" in row else row for row in rows]
     return rows, left_out
 
 
@@ -310,9 +313,9 @@ def _is_hh(path: str) -> bool:
     if not path.endswith((".jsonl", ".jsonl.gz")):
         return False
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except json.JSONDecodeError:
+    except ValueError:  # not JSON, or not UTF-8
         return False
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
@@ -320,15 +323,20 @@ def _is_hh(path: str) -> bool:
 
 def _as_demonstration(row: dict) -> dict:
     if "chosen" in row and "completion" not in row and "messages" not in row:
-        return {"prompt": row["prompt"], "completion": row["chosen"]}
-    return row
+        if row.get("prompt") is not None:
+            return {"prompt": row["prompt"], "completion": row["chosen"]}
+        if is_conversation(row["chosen"]):
+            return {"messages": row["chosen"]}
+    return row  # also a text that holds its prompt: nothing says where the reply begins, and the trainer refuses it
 
 
 def _texts(value) -> list[str]:
-    """Every text in a string, a message, or a list of them."""
+    """Every text in a string, a message, or a list of them; nothing in what the trainer will refuse."""
     if isinstance(value, str):
         return [value]
-    return [value["content"]] if isinstance(value, dict) else [text for part in value for text in _texts(part)]
+    if isinstance(value, dict):
+        return _texts(value.get("content"))
+    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []
 
 
 def resolve_reward(spec: str | list):
@@ -359,7 +367,13 @@ def answer(model: str, prompt: list[str], system: str | None, **sampling) -> lis
         prompts = [[*before, {"role": "user", "content": text}] for text in prompt]
     elif system:
         raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
+    policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
+    check_lengths(policy, tokenizer, longest + 1, "shorten the prompt")
+    room = getattr(policy.config, "max_position_embeddings", math.inf) - longest
+    if sampling["max_new_tokens"] > room:
+        print(f"answers have at most {room} tokens, for which the model has positions", file=sys.stderr)
+        sampling["max_new_tokens"] = room
     temperature = sampling.pop("temperature")
     return generate_text(
-        load_policy(model), tokenizer, prompts, do_sample=temperature > 0, temperature=temperature or 1.0, **sampling
+        policy, tokenizer, prompts, do_sample=temperature != 0, temperature=temperature or 1.0, **sampling
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -43,8 +43,12 @@ from .ops import linear_token_logprobs
 def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """A causal language model as it is given, or by name or path; then on the GPU where there is one.
 
-    A path with LoRA adapters gives their base model with the adapters on it, ready to train further.
+    A path with LoRA adapters gives their base model with the adapters on it, ready to train further. ConfigError for a
+    reward model, over whose trunk transformers would draw an lm_head at random.
     """
+    if has_scalar_head(model):
+        name = repr(str(model)) if isinstance(model, (str, Path)) else type(model).__name__
+        raise ConfigError(f"{name} is a reward model, which has no lm_head: give the language model")
     if isinstance(model, (str, Path)):
         if base := _adapter_base(model):
             return _with_saved_adapters(load_policy(base, dtype=dtype), model)
@@ -72,7 +76,7 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
 def _loading(what: str, path: str | Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # what transformers raises for a folder or name that is nowhere, or holds no such thing
+    except (OSError, ValueError, SafetensorError) as error:  # nowhere, or holds no such thing, or torn
         raise ConfigError(f"no {what} can be loaded from {str(path)!r}: {str(error).splitlines()[0]}") from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,9 +121,11 @@ def make_reward(spec, tokenizer) -> Reward:
     if isinstance(spec, nn.Module):  # callable too, but not on texts
         return RewardModelReward(spec, tokenizer)
     if isinstance(spec, (list, tuple)):
-        if not all(isinstance(part, (list, tuple)) and len(part) == 2 for part in spec):
-            raise ConfigError(f"a list of rewards is [(reward, weight), ...], got {spec!r}")
-        return WeightedReward([(make_reward(part, tokenizer), float(weight)) for part, weight in spec])
+        try:
+            weights = [float(weight) for _, weight in spec]
+        except (TypeError, ValueError):
+            raise ConfigError(f"a list of rewards is [(reward, weight), ...], got {spec!r}") from None
+        return WeightedReward([(make_reward(part, tokenizer), w) for (part, _), w in zip(spec, weights, strict=True)])
     if callable(spec):
         return spec
     raise TypeError(
@@ -153,6 +155,23 @@ def score_components(
 
 def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
     return reward.parts if isinstance(reward, WeightedReward) else {reward_name(reward): (reward, 1.0)}
+
+
+def check_signature(reward: Reward, columns: Iterable[str]) -> None:
+    """ConfigError for a function that cannot be called with prompts, responses and these columns."""
+    for name, (part, _) in _parts(reward).items():
+        try:
+            signature = inspect.signature(part)
+        except (TypeError, ValueError):  # some of what is written in C does not say
+            continue
+        try:
+            signature.bind([], [], **dict.fromkeys(columns))
+        except TypeError as error:
+            call = ", ".join(["prompts", "responses", *(f"{column}=..." for column in columns)])
+            raise ConfigError(
+                f"reward {name!r} takes {signature} and is called with ({call}): {error}. Let it take prompts, "
+                "responses, the columns it needs, and **columns for the others"
+            ) from None
 
 
 def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) -> None:

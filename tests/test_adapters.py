@@ -135,12 +135,13 @@ def test_adapters_on_a_policy_that_was_trained_in_memory_are_refused(tmp_path, b
     """They would name the model as it was before, and be loaded on it without a word."""
     data = [{"prompt": "say ", "completion": "the cat", "chosen": "cat", "rejected": "sat"}]
     policy = AutoModelForCausalLM.from_pretrained(base)
+    zero = lambda prompts, responses, **columns: [0.0] * len(responses)  # noqa: E731
     list(SFTTrainer(SFTConfig(str(tmp_path / "a"), max_steps=1), policy, train_dataset=data, tokenizer=tokenizer))
     options = {"train_dataset": data, "tokenizer": tokenizer}
     makers = [
         lambda model: SFTTrainer(SFTConfig(str(tmp_path / "b"), lora_r=2), model, **options),
         lambda model: RewardTrainer(RewardConfig(str(tmp_path / "b"), lora_r=2), model, **options),
-        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), lora_r=2), model, reward=len, **options),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), lora_r=2), model, reward=zero, **options),
     ]
     for make in makers:
         with pytest.raises(ConfigError, match="give the path"):

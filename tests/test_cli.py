@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
-from rlhf_fast.jobs import read_rows
+from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.jobs import read_rows, rows_for
 from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,14 @@ KEYS = {"sft": ["seed", "model", "max_steps"], "ppo": ["seed", "model", "kl_coef
 def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_path):
     path = write_yaml(tmp_path / "c.yaml", "seed: 3\nkl_coef: 0.1\nsft: {seed: 4, max_steps: 9}\n")
     assert read_sections(path, KEYS) == {"sft": {"seed": 4, "max_steps": 9}, "ppo": {"seed": 3, "kl_coef": 0.1}}
+
+
+def test_a_shared_key_that_the_stage_does_not_have_is_named(tmp_path, capsys):
+    path = write_yaml(tmp_path / "c.yaml", "seed: 3\nmax_steps: 9\nppo: {kl_coef: 0.1}\n")
+    assert read_sections(path, KEYS, "ppo")["ppo"] == {"seed": 3, "kl_coef": 0.1}
+    assert capsys.readouterr().err == f"{path}: ppo has no max_steps: left to the stages that do\n"
+    read_sections(path, KEYS, "sft")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -243,6 +253,68 @@ def test_generate_answers_each_prompt(sft, capsys):
     assert capsys.readouterr().out.count("> Name") == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "hi " * 200], "positions: shorten the prompt"),
+        (["--top_p", "2"], "0 < top_p <= 1"),
+        (["--temperature", "-1"], "temperature > 0"),
+    ],
+)
+def test_generate_refuses_what_the_model_cannot_do(sft, flags, message, capsys):
+    assert main(["generate", "--model", str(sft / "sft"), "--prompt", "hi", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_answer_ends_where_the_model_has_no_more_positions(sft, capsys):
+    assert main(["generate", "--model", str(sft / "sft"), "--prompt", "hi", "--max_new_tokens", "400"]) == 0
+    assert "answers have at most 123 tokens" in capsys.readouterr().err  # of 128, behind a prompt of 5
+
+
+def test_a_reward_model_is_no_policy(reward, tmp_path, capsys):
+    for argv in (["generate", "--prompt", "hi"], ["sft", "--train_data", write_rows(tmp_path, [{"text": "a"}])]):
+        assert main([*argv, "--model", str(reward / "reward")]) == 2
+        assert "is a reward model, which has no lm_head" in capsys.readouterr().err
+
+
+def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
+    argv = [
+        "sft",
+        "--train_data",
+        write_rows(tmp_path, [{"text": "a"}]),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--model",
+    ]
+    shutil.copytree(sft / "sft", tmp_path / "a", ignore=shutil.ignore_patterns("checkpoint-*", "*token*"))
+    assert main([*argv, str(tmp_path / "a")]) == 2
+    assert "no tokenizer can be loaded from" in capsys.readouterr().err
+    shutil.copytree(sft / "sft", tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
+    assert main([*argv, str(tmp_path / "b")]) == 2
+    assert "no model can be loaded from" in capsys.readouterr().err
+
+
+def write_rows(folder, rows):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def test_rows_that_are_no_records_are_refused_and_chosen_conversations_are_demonstrations(tmp_path):
+    for rows in ([1], [["a"]]):
+        for stage in ("sft", "reward", "ppo"):
+            with pytest.raises(ConfigError, match="record 0 must be a dict"):
+                rows_for(stage, write_rows(tmp_path, rows))
+    user, good, bad = (
+        {"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no"))
+    )
+    path = write_rows(tmp_path, [{"chosen": [user, good], "rejected": [user, bad]}])
+    assert rows_for("sft", path)[0] == [{"messages": [user, good]}]
+    text = {"chosen": "hi yes", "rejected": "hi no"}
+    assert rows_for("sft", write_rows(tmp_path, [text]))[0] == [text]  # refused by its columns
+    assert rows_for("ppo", write_rows(tmp_path, [text]))[0] == [text]  # the same
+
+
 def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp_path):
     """SIGINT through the whole command, as a terminal sends it."""
     argv = ["sft", "--config", str(workspace / "all.yaml"), "--max_steps", "6", "--output_dir"]
@@ -275,6 +347,8 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     argv = ["score", "--model", str(tmp_path / "rm")]
     assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "no" / "out.jsonl")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
     reward = RewardModelReward.load(tmp_path / "rm")

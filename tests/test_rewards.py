@@ -164,6 +164,8 @@ def test_a_reward_that_returns_no_numbers_is_named(returned):
 
 
 def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"a list of rewards is \[\(reward, weight\), ...\]"):
+        make_reward([(length, "heavy")], tokenizer)
     for spec in ([], [length, length]):
         with pytest.raises(ConfigError, match="a list of rewards"):
             make_reward(spec, tokenizer)

@@ -19,7 +19,7 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     """Bounds of a share observed in n trials (Wilson 1927); z = 1.96 covers 95 %."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # which rounding passes, of a share of 0 or 1
 
 
 def accuracy(margins: Tensor, chosen_prob: Tensor, weight: Tensor) -> Tensor:

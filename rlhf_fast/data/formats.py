@@ -101,8 +101,11 @@ def read_dataset(source, split: str = "train") -> list[dict]:
 
 
 def _read_json(path: Path) -> list[dict]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-        text = file.read()
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
     return parse_jsonl(text, str(path)) if path.suffix != ".json" else _parse(text, str(path), 1)
 
 
@@ -147,7 +150,7 @@ def as_records(dataset, name: str) -> list[dict]:
 def _text_or_messages(record: dict, key: str, name: str, i: int, text: bool = True):
     value = record[key]
     if text and isinstance(value, str):
-        return value
+        return _encodable(value, key, name, i)
     if is_conversation(value) and value:
         for turn in value:
             if not isinstance(turn["content"], str):
@@ -155,11 +158,24 @@ def _text_or_messages(record: dict, key: str, name: str, i: int, text: bool = Tr
                     f"{name} record {i}: {key!r}: the content of a {turn['role']} turn must be text, "
                     f"got {str(turn['content'])[:80]!r}"
                 )
+            _encodable(turn["content"], key, name, i)
         return value
     raise ConfigError(
         f"{name} record {i}: {key!r} must be {'text or ' * text}a list of {{'role', 'content'}} messages, "
         f"got {str(value)[:80]!r}"
     )
+
+
+def _encodable(text: str, key: str, name: str, i: int) -> str:
+    """The text. ConfigError for half a surrogate pair, which JSON can write (a cut emoji) and no tokenizer reads."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{name} record {i}: {key!r} has half a character ({text[error.start]!r}, of a surrogate pair) behind "
+            f"{text[: error.start][-40:]!r}: repair or remove it"
+        ) from None
+    return text
 
 
 def _check_not_repeated(prompt, response, name: str, i: int) -> None:
@@ -243,7 +259,7 @@ def sft_examples(
         elif "prompt" in record and "completion" in record:
             prompt, completion = (_text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
         elif isinstance(record.get("text"), str):
-            prompt, completion = "", record["text"]
+            prompt, completion = "", _text_or_messages(record, "text", name, i)
         else:
             raise _wrong_columns(record, name, i, SFT_FORMATS)
         _check_not_repeated(prompt, completion, name, i)
@@ -408,7 +424,7 @@ def _ranked(record: dict, name: str, i: int) -> tuple[list, list[int]]:
     if not isinstance(responses, list) or len(responses) < 2:
         raise ConfigError(f"{name} record {i}: 'responses' must be a list of at least two, best first")
     ranks = record.get("ranks")
-    if ranks is not None and not all(isinstance(r, int) for r in ranks):
+    if ranks is not None and not (isinstance(ranks, list) and all(type(r) is int for r in ranks)):
         raise ConfigError(f"{name} record {i}: 'ranks' must be whole numbers, 0 for the best, got {ranks}")
     ranks = list(range(len(responses)) if ranks is None else ranks)
     if len(ranks) != len(responses) or min(ranks) < 0 or len(set(ranks)) < 2:

@@ -62,7 +62,7 @@ def load_pairs(
     """
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         return parse_pairs(lines, max_length=max_length, length=length)
 
 

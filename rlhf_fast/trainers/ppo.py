@@ -45,7 +45,7 @@ from ..models import (
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
-from ..rewards import check_room, compute_scores, make_reward, score_components
+from ..rewards import check_room, check_signature, compute_scores, make_reward, score_components
 from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
 from ..trunk import hidden_states_at
 from . import common
@@ -92,6 +92,10 @@ class PPOTrainer:
                 f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
                 "itself; rename it"
             )
+        if eval_rewards and eval_dataset is None:
+            raise common.ConfigError(
+                "PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)"
+            )
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
         if not (rollout_func is None or callable(rollout_func)):
@@ -106,6 +110,10 @@ class PPOTrainer:
         if self.value_model:
             common.check_learns(self.value_model, "PPOTrainer: the value model")
 
+        if rollout_func is None:  # which may bring further columns
+            check_signature(self.reward, self.prompts[0].columns)
+            for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
+                check_signature(reward, self.eval_prompts[0].columns)
         networks = [self.policy, self.reference, self.value_model and self.value_model.model]
         longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):

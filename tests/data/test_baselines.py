@@ -12,6 +12,7 @@ def pair(chosen, rejected, **columns):
 def test_wilson_interval_by_hand():
     # p = 1/2, n = 100, z = 1.96: centre 1/2, half width 1.96 / 1.038416 * sqrt(0.0025 + 0.00009604)
     assert wilson_interval(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    assert wilson_interval(0.0, 36)[0] == 0 and wilson_interval(1.0, 36)[1] == 1
     low, high = wilson_interval(1.0, 20)
     assert high == pytest.approx(1.0) and low == pytest.approx(0.83887, abs=1e-5)  # not [1, 1], as p (1 - p) would say
 

@@ -70,6 +70,8 @@ def test_sft_data_in_the_wrong_form_is_refused_by_its_index(dataset, message):
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, 0]}, "not all the same"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}, "each of the 2 responses a rank"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, -1]}, "0 for the best"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [True, False]}, "must be whole numbers"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": 1}, "must be whole numbers"),
     ],
 )
 def test_comparisons_in_the_wrong_form_are_refused_by_their_index(record, message):
@@ -183,6 +185,27 @@ def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2: not JSON"):
         read_dataset(path)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_one_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "é"}\n', encoding="utf-8-sig")
+    assert read_dataset(path) == [{"text": "é"}]
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text('{"text": "é"}\n', encoding=encoding)
+        with pytest.raises(ConfigError, match="is not UTF-8"):
+            read_dataset(path)
+
+
+def test_half_a_character_is_refused_by_its_index():
+    half = json.loads(r'"well \ud83d"')  # an emoji that was cut
+    for record in (
+        {"text": half},
+        {"prompt": "a", "completion": half},
+        {"messages": [*CHAT[:1], {**CHAT[1], "content": half}]},
+    ):
+        with pytest.raises(ConfigError, match=r"record 0: .* has half a character .* behind 'well '"):
+            sft_examples([record], TOKENIZER, max_length=64)
 
 
 def test_what_would_train_on_something_else_is_refused():

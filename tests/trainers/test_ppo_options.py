@@ -274,11 +274,27 @@ def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(tmp_path)
         load_reward_model(tiny_model(tokenizer, max_position_embeddings=longest + 7 + more), tokenizer)
         for more in (1, 0)  # a response that is cut at response_length = 7 is scored with an eos of its own
     )
-    for where in ({"reward": [(fits, 1.0)]}, {"eval_rewards": {"other": fits}}):
+    held_out = {"eval_dataset": PROMPTS}
+    for where in ({"reward": [(fits, 1.0)]}, {"eval_rewards": {"other": fits}, **held_out}):
         make_trainer(tmp_path, **where)
-    for where in ({"reward": [(short, 1.0)]}, {"eval_rewards": {"other": short}}):
+    for where in ({"reward": [(short, 1.0)]}, {"eval_rewards": {"other": short}, **held_out}):
         with pytest.raises(ConfigError, match=rf"{longest + 8} tokens and .* {longest + 7} positions: .* or response_"):
             make_trainer(tmp_path, **where)
+
+
+def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_path):
+    for reward, message in (
+        (lambda prompts, responses: [0.0] * len(responses), "unexpected keyword argument 'word'"),
+        (lambda prompts, responses, answer, **columns: [0.0] * len(responses), "argument: 'answer'"),
+        (lambda completions, **columns: [0.0] * len(completions), "too many positional arguments"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_trainer(tmp_path, reward=[(reward, 1.0)])
+        with pytest.raises(ConfigError, match=message):
+            make_trainer(tmp_path, eval_rewards={"other": reward}, eval_dataset=PROMPTS)
+    make_trainer(tmp_path, reward=lambda prompts, responses, word: [0.0] * len(word))
+    with pytest.raises(ConfigError, match="eval_rewards are read on held-out prompts: give an eval_dataset"):
+        make_trainer(tmp_path, eval_rewards={"other": lambda prompts, responses: [0.0] * len(responses)})
 
 
 def test_weights_in_bfloat16_are_refused(tmp_path):
