@@ -382,7 +382,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     def part(name: str, make: Callable) -> dict:
         """Trains one part, unless it is finished already, and returns its last metrics."""
         directory = root / name
-        if not (resume and (directory / "config.json").is_file()):  # transformers writes it with the final model
+        if not (resume and (directory / "README.md").is_file()):  # written when the model is saved
             run_trainer(make(configs[name]), resume and latest_checkpoint(directory) is not None)
         return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
@@ -422,7 +422,12 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     metrics = part("reward", lambda config: RewardTrainer(config, sft, **data))
     stages.add("reward", rm_accuracy=metrics.get("eval_accuracy"))
     data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
-    metrics = part("ppo", lambda config: PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]), **data))
+
+    def ppo(config: PPOConfig) -> PPOTrainer:
+        own_critic = config.advantage_estimator == "gae" and not config.share_trunk
+        return PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]) if own_critic else None, **data)
+
+    metrics = part("ppo", ppo)
     stages.add("ppo", str(root / "ppo"), kl=metrics["objective/kl"], proxy_reward=metrics["objective/scores"])
 
 

@@ -437,7 +437,8 @@ def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """The head in float32 whatever the trunk's dtype: differences of rewards are what counts."""
     bias = model.score.bias if model.score.bias is None else model.score.bias.float()
-    return nn.functional.linear(hidden.float(), model.score.weight.float(), bias).squeeze(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return nn.functional.linear(hidden.float(), model.score.weight.float(), bias).squeeze(-1)
 
 
 def reward_scale(config) -> tuple[float, float]:

@@ -240,6 +240,15 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     assert (cai / "ppo" / "train_log.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("critic", ["share_trunk: true", "advantage_estimator: rloo, num_generations: 2, lora_r: 2"])
+def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_path, critic):
+    sizes = "batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8"
+    flags = ("--output_dir", str(tmp_path), "--ppo", f"{{{sizes}, {critic}}}")
+    assert stage(sft, "cai", *flags) == 0
+    assert ("critic/vf_explained_var" in log_of(tmp_path / "ppo")[-1]) == ("share" in critic)
+    assert stage(sft, "cai", *flags, "--resume") == 0  # adapters have no config.json to know the end by
+
+
 def test_a_constitution_that_cannot_be_used_is_refused(sft, tmp_path, capsys):
     bad = write_yaml(tmp_path / "bad.yaml", "format: rlhf_fast/constitution@1\nprinciples: [{id: a, chek: 1}]\n")
     assert stage(sft, "cai", "--constitution", bad, "--output_dir", str(tmp_path / "run")) == 2

@@ -194,6 +194,16 @@ def test_a_model_that_cannot_be_packed_is_padded_and_learns_the_same(tmp_path, m
         torch.testing.assert_close(padded[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reason", [None, "a reason"])
+def test_under_bf16_the_head_multiplies_in_float32(tmp_path, monkeypatch, reason):
+    """Packed or padded: a reward of 8 bits near 10 is right to 0.03, and differences of rewards are what is learned."""
+    monkeypatch.setattr(common, "bf16_supported", lambda device: True)
+    monkeypatch.setattr(common, "packing_if_possible", lambda model, longest: reason is None)
+    rm = trainer(tmp_path, bf16=True)
+    rewards = rm._rewards(rm.items)[0]
+    assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
+
+
 def test_only_the_last_layers_learn(tmp_path):
     rm = trainer(tmp_path, train_last_layers=1, max_steps=2)
     before = {k: v.clone() for k, v in rm.model.state_dict().items()}
