@@ -14,6 +14,7 @@ Each writes one directory and goes on there when it is called again (judges/stag
 import difflib
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -380,10 +381,15 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         return TextGenerator(load_policy(model), tokenizer, job.max_new_tokens, job.temperature)
 
     def part(name: str, make: Callable) -> dict:
-        """Trains one part, unless it is finished already, and returns its last metrics."""
+        """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
+        checkpoint; what a killed process left without one is begun again."""
         directory = root / name
         if not (resume and (directory / "README.md").is_file()):  # written when the model is saved
-            run_trainer(make(configs[name]), resume and latest_checkpoint(directory) is not None)
+            goes_on = resume and latest_checkpoint(directory) is not None
+            if resume and not goes_on:
+                (directory / "train_log.jsonl").unlink(missing_ok=True)
+                shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+            run_trainer(make(configs[name]), goes_on)
         return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
     stages = _StageTable(root, job, constitution, judge, tokenizer, held_out)

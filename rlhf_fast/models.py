@@ -359,9 +359,14 @@ def load_reward_model(
     if isinstance(model, (str, Path)):
         base = _adapter_base(model)
         if base and has_scalar_head(model):
-            reward = _with_saved_adapters(load_reward_model(base, tokenizer, dtype=dtype), model)
-            if Path(model, "config.json").is_file():
-                set_reward_scale(reward, *reward_scale(AutoConfig.from_pretrained(model)))
+            reward = load_reward_model(base, tokenizer, dtype=dtype)
+            if not Path(model, "config.json").is_file():  # not from save_model
+                return _with_saved_adapters(reward, model)
+            config = AutoConfig.from_pretrained(model)
+            if config.vocab_size > reward.get_input_embeddings().num_embeddings:  # by the pad token of its training
+                reward.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+            reward = _with_saved_adapters(reward, model)
+            set_reward_scale(reward, *reward_scale(config))
             return reward
         if has_scalar_head(model):
             reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(default_device())

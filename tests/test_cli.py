@@ -238,6 +238,10 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     before = (cai / "ppo" / "train_log.jsonl").read_bytes()
     assert stage(sft, "cai", "--resume") == 0
     assert (cai / "ppo" / "train_log.jsonl").read_bytes() == before
+    (cai / "ppo" / "README.md").unlink()  # as if killed in PPO, before a checkpoint and with the log of a step
+    assert stage(sft, "cai", "--resume") == 0
+    (row,), once = log_of(cai / "ppo"), json.loads(before)
+    assert row["step"] == 1 and row["objective/scores"] == once["objective/scores"]
 
 
 @pytest.mark.parametrize("critic", ["share_trunk: true", "advantage_estimator: rloo, num_generations: 2, lora_r: 2"])

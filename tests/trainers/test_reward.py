@@ -230,8 +230,10 @@ def test_only_a_frozen_trunk_may_be_in_bfloat16(tmp_path):
     assert (rm.model.score.weight != before).all()
 
 
-def test_lora_keeps_the_head(tmp_path):
-    tokenizer = tiny_tokenizer()
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_lora_keeps_the_head(tmp_path, pad):
+    """Where eos pads, the model gets a pad token, and the adapters bring the longer embedding with them."""
+    tokenizer = tiny_tokenizer(pad=pad)
     for part in (tiny_model(tokenizer), tokenizer):
         part.save_pretrained(tmp_path / "sft")
     config = RewardConfig(str(tmp_path / "run"), max_steps=20, learning_rate=1e-2, lora_r=4)
@@ -243,6 +245,9 @@ def test_lora_keeps_the_head(tmp_path):
     torch.testing.assert_close(
         served(prompts, responses), RewardModelReward(rm.model, rm.tokenizer)(prompts, responses), rtol=0, atol=1e-4
     )
+    critic = models.ValueModel.from_reward_model(models.load_reward_model(tmp_path / "run"))
+    ids = torch.tensor(served.encode(prompts[0], responses[0]))[None]
+    torch.testing.assert_close(critic(ids)[:, -1], served(prompts[:1], responses[:1]), rtol=0, atol=1e-4)
 
 
 def test_the_scale_of_the_reference_is_saved_and_applied_where_the_model_is_used(tmp_path):
