@@ -87,9 +87,8 @@ def line_chart(
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, [f"{t:.0%}" for t in y_ticks] if percent else _labels(y_ticks), strict=True):
         _, y = place(x0, tick)
-        label = f"{tick:.0%}" if percent else short(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
     for tick in x_ticks:
@@ -167,6 +166,12 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _labels(ticks: list[float]) -> list[str]:
+    """What stands beside the ticks: short(), with more digits where two would read the same."""
+    texts = [short(tick) for tick in ticks]
+    return texts if len(set(texts)) == len(ticks) else [f"{tick:.7g}" for tick in ticks]
 
 
 def short(value: float) -> str:

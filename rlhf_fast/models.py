@@ -506,6 +506,8 @@ class ValueModel(nn.Module):
         """Starts as a copy of the reward model: the value of the last state is already what RewardModelReward gives."""
         if not has_scalar_head(model):
             raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
+        if isinstance(model, (str, Path)):
+            raise ConfigError(f"a value model is the model itself, not a path: give load_reward_model({str(model)!r})")
         value = copy.deepcopy(merge_adapters(model)).requires_grad_(True)
         return cls(value)
 

@@ -51,6 +51,12 @@ def test_ticks_enclose_the_data_in_round_steps(low, high):
     assert len({short(tick) for tick in ticks}) == len(ticks)
 
 
+def test_no_two_ticks_of_a_narrow_range_read_the_same():
+    for points in ([(0, 5.6899), (50, 5.6911)], [(0, 100_000.0), (50, 100_000.3)], [(0, 5.69001), (50, 5.69002)]):
+        labels = re.findall(r'text-anchor="end">([^<]*)<', line_chart("entropy", [Series("run", points)]))
+        assert len(labels) == len(set(labels)) > 2 and max(map(len, labels)) <= 8
+
+
 def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
     write_jsonl(
         tmp_path / "train_log.jsonl", [{"step": i, "loss": 9.0 - i, "note": "text", "lr": 0.1} for i in range(5)]

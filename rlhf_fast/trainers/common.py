@@ -53,6 +53,13 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
             )
 
 
+def check_is(config, cls: type) -> None:
+    """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first."""
+    if not isinstance(config, cls):
+        trainer = cls.__name__.replace("Config", "Trainer")
+        raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
+
+
 def config_from_dict(cls, values: dict):
     """cls(**values), where an unknown key is a ConfigError that proposes the nearest field.
 

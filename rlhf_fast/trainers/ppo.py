@@ -73,6 +73,7 @@ class PPOTrainer:
         self, config: PPOConfig, model, *, reward, train_dataset, eval_dataset=None, tokenizer=None, ref_model=None,
         value_model=None, eval_rewards=None, rollout_func=None,
     ):  # fmt: skip
+        common.check_is(config, PPOConfig)
         common.set_seed(config.seed)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
@@ -125,7 +126,7 @@ class PPOTrainer:
         check_lm_head(self.policy)
         common.check_bf16(config, self.policy.device)
 
-        self.step = 0
+        self.step, self.whole = 0, True
         self.total_steps = -(
             -(config.total_episodes or len(self.prompts) * config.num_generations) // config.batch_size
         )
@@ -180,6 +181,7 @@ class PPOTrainer:
         scores, components = self._score(rollout)
         finite = bool(scores.isfinite().all())
         if finite or self.guard.check(False, "the reward", lambda: _as_rows(rollout, scores)):
+            self.whole = False
             rollout.scores = self._shape(scores, rollout)
             plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])
@@ -195,7 +197,7 @@ class PPOTrainer:
         metrics["lr"] = self.schedulers[0].get_last_lr()[0]
         for scheduler in self.schedulers:
             scheduler.step()
-        self.step += 1
+        self.step, self.whole = self.step + 1, True
         seconds = dict(zip(("generate", "score", "update"), np.diff(clock).tolist(), strict=False))
         return {
             **metrics,

@@ -79,7 +79,7 @@ class PPOConfig:
     # --- the run
     logging_steps: int = 1
     eval_steps: int = 0  # iterations between evaluations; 0: only at the end
-    save_steps: int = 0  # 0: when interrupted, and at the end till the model is saved
+    save_steps: int = 0  # 0: when interrupted, when a reward fails, and at the end till the model is saved
     save_total_limit: int = 2
     num_samples: int = 8  # answers written to samples.jsonl at every evaluation
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends

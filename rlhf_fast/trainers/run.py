@@ -14,6 +14,7 @@ A trainer is any object with
     finish(run_dir)         if there: once after the last step, before the report is written and the model saved
     guard                   a NonFiniteGuard, which the checkpoint keeps
     monitors                (optional) a Monitors, which reads every log line and may end the run
+    whole                   (optional) whether all is as it was after `step`: a step that fails then loses no other
 
 and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
 """
@@ -67,10 +68,11 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, alarms.jsonl, tensorboard/ (if
     installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
     (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
-    never) and when stopped; the newest save_total_limit are kept. One more, from after the last step until the model is
-    saved, keeps a run whose evaluation or end fails. resume=True goes on, bit for bit, from the newest checkpoint that
-    is whole. load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose
-    metric_for_best_model is the best so far, and in the end the model of the best of them, evaluated once more.
+    never), when stopped, and when an evaluation fails, or a step that has changed nothing yet (PPO: a reward); the
+    newest save_total_limit are kept. One more, from after the last step until the model is saved, keeps a run whose
+    evaluation or end fails. resume=True goes on, bit for bit, from the newest checkpoint that is whole.
+    load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose metric_for_best_model is the
+    best so far, and in the end the model of the best of them, evaluated once more.
 
     Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
     """
@@ -106,6 +108,25 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
         save_checkpoint(trainer, run_dir, metrics)
 
+    def keep(metrics: dict | None = None) -> None:
+        """A checkpoint in the face of a failure, which is raised after it."""
+        path = run_dir / f"checkpoint-{trainer.step}"
+        if trainer.step == start or path.exists():
+            return
+        try:
+            checkpoint(metrics)
+            bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
+        except OSError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def steps():
+        try:
+            yield from trainer
+        except Exception:
+            if getattr(trainer, "whole", False):
+                keep()
+            raise
+
     def due(step: int) -> bool:
         return bool(config.save_steps) and step % config.save_steps == 0
 
@@ -126,7 +147,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             write({"step": 0, **(first := look(0))})
             best.improved(0, first)
         clock = time.perf_counter()
-        for metrics in itertools.chain(unlogged, trainer if trainer.step < trainer.total_steps else ()):
+        for metrics in itertools.chain(unlogged, steps() if trainer.step < trainer.total_steps else ()):
             step, last = trainer.step, trainer.step >= trainer.total_steps
             metrics = as_numbers(metrics)
             metrics.setdefault("timing_s/step", time.perf_counter() - clock)
@@ -139,7 +160,11 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                         raise
                     warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=2)
             if last or (config.eval_steps and step % config.eval_steps == 0):
-                metrics |= look(step)
+                try:
+                    metrics |= look(step)
+                except Exception:
+                    keep(metrics)
+                    raise
             stop += write({"step": step, **metrics})
             if board and (last or step % config.logging_steps == 0):
                 for key, value in metrics.items():

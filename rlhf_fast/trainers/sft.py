@@ -94,6 +94,7 @@ class SFTTrainer:
     """
 
     def __init__(self, config: SFTConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
+        common.check_is(config, SFTConfig)
         common.set_seed(config.seed)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)

@@ -13,6 +13,9 @@ import torch
 
 from rlhf_fast.trainers import checkpoints, common, run
 from rlhf_fast.trainers.common import ConfigError
+from rlhf_fast.trainers.ppo import PPOTrainer
+from rlhf_fast.trainers.reward import RewardTrainer
+from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 
 @dataclass
@@ -101,6 +104,16 @@ def test_a_bad_config_is_refused_by_field(values, message):
     with pytest.raises(ConfigError) as error:
         common.config_from_dict(Config, {"output_dir": "x", **values})
     assert str(error.value).startswith(message)
+
+
+def test_a_trainer_says_that_its_config_comes_first():
+    for trainer in (SFTTrainer, RewardTrainer):
+        with pytest.raises(
+            ConfigError, match=rf"{trainer.__name__}\(.*Config\(...\), model, ...\) takes the config first"
+        ):
+            trainer("my-model", SFTConfig(), train_dataset=[])
+    with pytest.raises(ConfigError, match="takes the config first, got SFTConfig"):
+        PPOTrainer(SFTConfig(), "my-model", reward=len, train_dataset=[])
 
 
 def test_a_config_from_a_file():
@@ -299,6 +312,29 @@ def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypat
     assert kept[0] == kept[1] == {
         0: [], 3: ["checkpoint-6", "checkpoint-9"], 5: ["checkpoint-10", "checkpoint-5"]
     }[save_steps]  # fmt: skip
+
+
+def test_an_evaluation_that_fails_on_the_way_loses_no_step(tmp_path):
+    whole, broken = (Config(str(tmp_path / name), eval_steps=2) for name in ("whole", "broken"))
+    Walk(whole).train()
+    walk = Walk(broken)
+    walk.evaluate = lambda: Walk.evaluate(walk) if walk.step < 4 else _crash()
+    with pytest.raises(RuntimeError, match="crash"):
+        walk.train()
+    assert checkpoints.latest_checkpoint(tmp_path / "broken").name == "checkpoint-4"
+    Walk(broken, at_step={step: _crash for step in range(5)}).train(resume=True)
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        assert without_time(rows(tmp_path / "broken" / name)) == without_time(rows(tmp_path / "whole" / name))
+
+
+def test_a_step_that_fails_loses_none_before_it_where_it_has_changed_nothing(tmp_path):
+    for unchanged in (True, False):
+        walk = Walk(Config(str(tmp_path / str(unchanged))), at_step={4: _crash})
+        walk.whole = unchanged
+        with pytest.raises(RuntimeError, match="crash"):
+            walk.train()
+        kept = checkpoints.latest_checkpoint(tmp_path / str(unchanged))
+        assert (kept and kept.name) == ("checkpoint-3" if unchanged else None)
 
 
 def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):

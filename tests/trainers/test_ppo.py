@@ -467,6 +467,31 @@ def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
     assert samples[0]["prompt"] == PROMPTS[0]["prompt"]
 
 
+@pytest.mark.parametrize("where", ["reward", "update"])
+def test_a_reward_that_fails_loses_no_iteration(tmp_path, where, monkeypatch):
+    whole = make_trainer(tmp_path / "whole", total_episodes=4 * 16, batch_size=16)
+    whole.train()
+    broken = make_trainer(tmp_path / "broken", total_episodes=4 * 16, batch_size=16)
+    name = {"reward": "_score", "update": "_update"}[where]
+    method = getattr(broken, name)
+
+    def fails(*args):
+        if broken.step == 2:
+            raise ConnectionError("the judge is away")
+        return method(*args)
+
+    monkeypatch.setattr(broken, name, fails)
+    with pytest.raises(ConnectionError, match="the judge is away"):
+        broken.train()
+    saved = [path.name for path in (tmp_path / "broken").glob("checkpoint-*")]
+    assert saved == (["checkpoint-2"] if where == "reward" else [])  # an update may have moved some weights
+    if where == "reward":
+        again = make_trainer(tmp_path / "broken", total_episodes=4 * 16, batch_size=16)
+        again.train(resume=True)
+        for x, y in zip(whole.policy.parameters(), again.policy.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+
 def test_looking_does_not_change_the_run(tmp_path):
     seen = make_trainer(tmp_path / "a", eval_steps=1, eval_dataset=PROMPTS[:4])
     unseen = make_trainer(tmp_path / "b")

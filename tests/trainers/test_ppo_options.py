@@ -282,6 +282,13 @@ def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(tmp_path)
             make_trainer(tmp_path, **where)
 
 
+def test_a_value_model_is_no_path(tmp_path):
+    tokenizer = tiny_tokenizer()
+    load_reward_model(tiny_model(tokenizer), tokenizer).save_pretrained(tmp_path / "rm")
+    with pytest.raises(ConfigError, match="not a path: give load_reward_model"):
+        make_trainer(tmp_path, value_model=str(tmp_path / "rm"))
+
+
 def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_path):
     for reward, message in (
         (lambda prompts, responses: [0.0] * len(responses), "unexpected keyword argument 'word'"),
