@@ -17,10 +17,13 @@ struct Divergence {
   double gap = 0;
 
   void raise_max(double max_p, double max_q) {
-    const double before = p.sum, from_p = p.max, from_q = q.max;
+    const double from_p = p.max, from_q = q.max;
     p.raise_max(max_p, 1.0);
     q.raise_max(max_q, 1.0);
-    if (before == 0) return;
+    if (p.sum == 0) {  // what p has read so far cannot happen, and q's zeros there make nothing infinite
+      gap = 0;
+      return;
+    }
     gap *= p.max > from_p ? std::exp(from_p - p.max) : 1;
     gap += p.sum * ((from_p - p.max) - (q.max > from_q ? from_q - q.max : 0));
   }

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
@@ -116,8 +117,19 @@ class Op:
     def _refuse_gradient(self, ctx, *grads):
         raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
 
+    def _refuse_tangents(self, args):
+        """Without this, a forward-mode derivative would be silently zero."""
+        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+            raise NotImplementedError(
+                f"{self.name} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
+            )
+
     def __call__(self, *args):
-        way = _LIBRARY_OP if is_compiling() else _route(args)
+        if is_compiling():
+            return self.library_op(*args)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
+        way = _route(args)
         if way == _LIBRARY_OP:
             return self.library_op(*args)
         if way == _FUNCTION and self._apply is not None:
@@ -349,8 +361,13 @@ def byte_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether two indices share memory (an expanded tensor): writing it in place would lose values."""
-    return any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+    """Whether two indices may share memory (an expanded tensor, windows): writing it in place would lose values."""
+    span = 1  # elements from the first to the last of the axes so far
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += stride * (size - 1)
+    return False
 
 
 def strided_rows(x: Tensor) -> tuple[Tensor, int, int, int]:

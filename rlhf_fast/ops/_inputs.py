@@ -62,7 +62,7 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
         raise ValueError(
             f"{op}: normalizer is {tuple(normalizer.shape)} on {normalizer.device}; needs one number on {like.device}"
         )
-    return normalizer.detach().double()
+    return normalizer.detach().double().reshape(())
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .reference import over
 from .token_logprobs import token_logprobs
 
 
@@ -21,6 +22,6 @@ def cross_entropy(
     labels: give the global one under gradient accumulation and data parallelism. The loss is float32 (float64 for
     float64 logits) and differentiable once. Raises as token_logprobs does.
     """
-    mask = labels != ignore_index
+    mask = labels.long() != ignore_index  # an unsigned 156 would equal -100
     nll = -token_logprobs(logits, labels, mask=mask).sum()
-    return nll / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)

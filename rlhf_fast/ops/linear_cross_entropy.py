@@ -42,7 +42,9 @@ def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
         z, logprobs[part], _, saved = chunk_statistics(buffer, inputs, part, 1.0, False)
         if any(wanted):
             gradients.add(z, part, 1.0, saved, None, grad_logprobs[part], None)
-    return -(logprobs.sum() / normalizer).to(logprobs.dtype), *gradients.results()
+    nll = -logprobs.sum()
+    # No label gives 0 even for a normalizer of 0.
+    return (nll / normalizer).to(nll.dtype) if rows else nll, *gradients.results()
 
 
 def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):

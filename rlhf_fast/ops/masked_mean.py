@@ -94,7 +94,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     """
     if mask is not None:
         mask = fitting_mask("masked_mean", values, mask)
-    if not values.is_floating_point():
+    if values.dtype not in DTYPE_CODES:
         values = values.float()
     if _op.backend(values) == "reference":
         return reference.masked_mean(values, mask, dim)

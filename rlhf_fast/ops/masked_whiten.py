@@ -39,7 +39,8 @@ def _save(ctx, inputs, output):
 def _grad(ctx, grad, _):
     if grad is None:
         return (None,) * 4
-    values, mask, count = *ctx.saved_tensors[:2], ctx.saved_tensors[2][2]
+    values, mask, saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    count = saved[2]
     # In float64 from the values on: of few values the three terms below cancel to what a float32 mean has lost.
     x, g = values.double(), grad.double()
     if mask is not None:
@@ -81,7 +82,7 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: boo
         raise ValueError(f"masked_whiten: eps {eps} must be > 0")
     if mask is not None:
         mask = fitting_mask("masked_whiten", values, mask)
-    if not values.is_floating_point():
+    if values.dtype not in DTYPE_CODES:
         values = values.float()
     if _op.backend(values) == "reference":
         return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)

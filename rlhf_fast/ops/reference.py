@@ -102,9 +102,10 @@ def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, normalizer: Tensor | float | None = None
 ) -> Tensor:
     """Sum of -log p(label) over labels that are not ignore_index, over their number (or over normalizer). Empty: 0."""
+    labels = labels.long()  # an unsigned 156 would equal -100
     mask = labels != ignore_index
-    nll = -token_logprobs(logits, labels, mask=mask)
-    return nll.sum() / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    nll = -token_logprobs(logits, labels, mask=mask).sum()
+    return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)
 
 
 def linear_cross_entropy(
@@ -112,9 +113,10 @@ def linear_cross_entropy(
     ignore_index: int = -100, normalizer: Tensor | float | None = None,
 ) -> Tensor:  # fmt: skip
     """cross_entropy of hidden @ weight.T + bias."""
+    labels = labels.long()
     mask = labels != ignore_index
-    nll = -linear_token_logprobs(hidden, weight, labels, bias=bias, softcap=softcap, mask=mask)
-    return nll.sum() / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+    nll = -linear_token_logprobs(hidden, weight, labels, bias=bias, softcap=softcap, mask=mask).sum()
+    return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)
 
 
 def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -123,7 +125,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
     if mask is not None:
         p, q = _masked(p, mask[..., None]), _masked(q, mask[..., None])
     logp, logq = p.log_softmax(-1), q.log_softmax(-1)
-    impossible = logp == -torch.inf  # p = 0: the term is 0, whatever q says
+    impossible = logp.exp() == 0  # the term is 0, whatever q says
     zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
     term = torch.where(impossible, zero, logp).exp() * (
         torch.where(impossible, zero, logp) - torch.where(impossible, zero, logq)
@@ -145,8 +147,6 @@ def aggregate(loss: Tensor, mask: Tensor, mode: str = "token-mean", normalizer: 
     """
     mask = mask.bool()
     loss = _masked(loss, mask)
-    if normalizer is not None and isinstance(normalizer, Tensor):
-        normalizer = normalizer.detach()
     if mode == "token-mean":
         total, count = loss.sum(), mask.sum().clamp(min=1)
     elif mode == "seq-mean-token-sum":
@@ -157,9 +157,14 @@ def aggregate(loss: Tensor, mask: Tensor, mode: str = "token-mean", normalizer: 
         total, count = loss.sum(), max(loss.shape[-1], 1)
     else:
         raise ValueError(f"loss_agg_mode {mode!r} must be one of {', '.join(AGGREGATIONS)}")
-    if normalizer is None:
-        return total / count
-    return torch.where(mask.any(), total / normalizer, 0.0)  # an empty mask gives 0 even for a normalizer of 0
+    return total / count if normalizer is None else over(total, normalizer, mask)
+
+
+def over(total: Tensor, normalizer: Tensor | float, mask: Tensor) -> Tensor:
+    """total / normalizer, one number in the dtype of total; an empty mask gives 0 even for a normalizer of 0."""
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.detach().reshape(()).to(total.dtype)
+    return torch.where(mask.any(), total / normalizer, 0.0)
 
 
 def _exp_minus_1_minus(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import CASES, Sampler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -345,6 +346,46 @@ def test_a_second_derivative_is_refused(case):
                 sum(g.sum() for g in grads).backward()
             refused += 1
     assert refused
+
+
+@every_case
+def test_a_forward_mode_derivative_is_refused(case):
+    """It would be silently zero. The reference has it."""
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    inputs = cast(case.inputs(Sampler(random.Random(5))), torch.float32)
+    name = case.wrt[0]
+    if case.name == "kl_penalty":  # whose k1 is a subtraction of PyTorch's
+        inputs["estimator"] = "k3"
+
+    def of(x):
+        return sum(t.sum() for t in tensors_of(case.op(**inputs | {name: x})).values())
+
+    x, direction = inputs[name], torch.ones_like(inputs[name])
+    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* use_backend\('reference'\) has one"):
+        torch.func.jvp(of, (x,), (direction,))
+    with torch.autograd.forward_ad.dual_level():
+        of(x)  # nothing is asked of what has no tangent
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            of(torch.autograd.forward_ad.make_dual(x, direction))
+    with rf.use_backend("reference"):
+        assert torch.func.jvp(of, (x,), (direction,))[1].shape == ()
+
+
+@every_case
+def test_the_gradient_under_a_checkpoint_is_the_same(case):
+    """A checkpoint lets a backward see what it has saved once, and computes it again for that."""
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    for seed in range(3):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+
+        def checkpointed(**arguments):
+            return torch.utils.checkpoint.checkpoint(lambda: case.op(**arguments), use_reentrant=False)
+
+        ours = run(checkpointed, case, inputs)
+        for name, value in run(case.op, case, inputs).items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 @every_case

@@ -189,6 +189,43 @@ def test_gradient_accumulation_equals_the_full_batch(ops, mode, as_tensor):
     torch.testing.assert_close(gradient(sum(parts), logprobs)[0], gradient(full, logprobs)[0])
 
 
+def cross_entropies(ops, logits, labels, **options):
+    """cross_entropy, and linear_cross_entropy of the same logits."""
+    eye = torch.eye(logits.shape[-1])
+    return ops.cross_entropy(logits, labels, **options), ops.linear_cross_entropy(logits, eye, labels, **options)
+
+
+@pytest.mark.parametrize("normalizer", [None, 0, torch.tensor(0.0)])
+def test_a_cross_entropy_without_a_label_is_0(ops, normalizer):
+    logits = torch.full((2, 3), NAN, requires_grad=True)
+    for loss in cross_entropies(ops, logits, torch.tensor([-100, -100]), normalizer=normalizer):
+        assert loss.item() == 0.0
+        assert torch.equal(gradient(loss, logits)[0], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("normalizer", [torch.tensor([4.0]), torch.tensor([[4]]), torch.tensor(4.0).double()])
+def test_a_normalizer_is_one_number_and_data_whatever_its_shape_and_dtype(ops, normalizer):
+    """As all_reduce and NumPy leave it."""
+    normalizer = normalizer.requires_grad_(normalizer.is_floating_point())
+    logits = torch.zeros(2, 3, requires_grad=True)
+    losses = cross_entropies(ops, logits, torch.tensor([0, 2]), normalizer=normalizer)
+    zero, all_of_it = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    losses += (ops.ppo_loss(logits, zero, zero - 1, all_of_it, normalizer=normalizer)[0],)
+    losses += (ops.value_loss(logits, zero, zero + 1, all_of_it, normalizer=normalizer)[0],)
+    for loss, expected in zip(losses, [math.log(3) / 2, math.log(3) / 2, 6 / 4, 3 / 4], strict=True):
+        assert (loss.shape, loss.dtype) == ((), torch.float32)
+        assert loss.item() == pytest.approx(expected)
+        loss.backward()
+    assert normalizer.grad is None
+
+
+def test_an_unsigned_label_is_not_the_ignore_index(ops):
+    """Byte tokenizers keep labels as uint8, in which -100 would be 156."""
+    logits = torch.zeros(2, 256)
+    for loss in cross_entropies(ops, logits, torch.tensor([156, 7], dtype=torch.uint8), normalizer=1):
+        assert loss.item() == pytest.approx(2 * math.log(256))
+
+
 @pytest.mark.parametrize("normalizer", [None, 0, torch.tensor(0.0)])
 @pytest.mark.parametrize("mode", reference.AGGREGATIONS)
 def test_an_empty_mask_costs_nothing_and_moves_nothing(ops, mode, normalizer):
@@ -291,6 +328,16 @@ def test_kl_estimators_by_hand(ops, estimator, d, kl, grad):
         of_logprobs, of_ref = gradient(result.sum(), logprobs, ref)
         torch.testing.assert_close(of_logprobs, row(grad))
         torch.testing.assert_close(of_ref, row(-grad))
+
+
+@pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min, -INF])
+def test_what_p_forbids_adds_nothing_to_the_divergence_whatever_q_says(ops, lowest):
+    """A vocabulary's padding as models write it, longer than the block that a kernel reads at once."""
+    padding = torch.arange(9001) < 9000
+    logits = torch.where(padding, lowest, 0.0).requires_grad_()
+    kl = ops.kl_divergence(logits, torch.where(padding, -INF, 0.0))
+    assert kl.item() == 0.0
+    assert torch.equal(gradient(kl, logits)[0], torch.zeros(9001))
 
 
 def test_kl_clamps_stop_value_and_gradient(ops):
@@ -444,6 +491,14 @@ def test_masked_mean_by_hand(ops):
     torch.testing.assert_close(ops.masked_mean(values, mask, dim=0), torch.tensor([1.0, 2.0, 0.0]))
     assert ops.masked_mean(torch.tensor([1.0, 3.0])).item() == 2.0
     assert ops.masked_mean(torch.zeros(0, 3)).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
+def test_values_of_any_dtype_are_numbers(ops, dtype):
+    values = torch.tensor([0.0, 0.0, 1.0, 1.0]).to(dtype)
+    assert ops.masked_mean(values).item() == 0.5
+    root = math.sqrt(3) / 2  # unbiased variance 1/3
+    torch.testing.assert_close(ops.masked_whiten(values), torch.tensor([-root, -root, root, root]))
 
 
 def test_masked_whiten_by_hand(ops):

@@ -99,6 +99,18 @@ def test_inplace_backward_writes_the_same_gradient_over_the_logits(dtype):
     assert torch.equal(logits[:, -1], data[:, -1])  # between the rows nothing is touched
 
 
+def test_inplace_backward_leaves_rows_that_share_memory_alone():
+    """The windows of unfold overlap without an axis of stride 0."""
+    data, labels = torch.randn(40), torch.tensor([3, 0, 7, 1])
+
+    def gradient(inplace):
+        leaf = data.clone().requires_grad_()
+        token_logprobs((leaf * 1.0).unfold(0, 10, 10 // 2)[:4], labels, inplace_backward=inplace).sum().backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(False), gradient(True))
+
+
 def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
     logits = torch.randn(3, 5, requires_grad=True) * 1.0
     labels = torch.tensor([0, 1, 2])
