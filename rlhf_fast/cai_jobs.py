@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .data.chat import ConfigError, encode_prompt
-from .data.formats import read_dataset
+from .data.formats import comparisons, read_dataset
+from .data.formats import prompts as read_prompts
 from .jobs import Checked, Stage, read_data, read_rows, run_trainer
 from .judges import (
     Constitution,
@@ -40,7 +41,7 @@ from .judges.ledger import Ledger
 from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
-from .models import load_policy, load_reward_model, load_tokenizer
+from .models import load_policy, load_reward_model, load_tokenizer, with_own_pad
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.checkpoints import latest_checkpoint
@@ -375,6 +376,8 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     prompts, held_out = read_data(job, "ppo", root, resume, **limit)
     prompts = prompts[: 2 * job.num_prompts]
     read_items(prompts)  # half of them are asked only in phase 2
+    people = {"human": read_rows(job.human_data)} if job.human_data else {}
+    _refuse_early(job, configs, tokenizer, prompts, held_out, people)
     options = {"seed": job.seed, "batch_size": 128}
 
     def generator(model: str) -> TextGenerator:
@@ -416,9 +419,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         raise ConfigError(
             "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
         )
-    sources = {"ai": labelled.rows}
-    if job.human_data:
-        sources["human"] = read_rows(job.human_data)
+    sources = {"ai": labelled.rows, **people}
     cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
     train = {name: rows[cuts[name] :] for name, rows in sources.items()}
     held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
@@ -435,6 +436,20 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
 
     metrics = part("ppo", ppo)
     stages.add("ppo", str(root / "ppo"), kl=metrics["objective/kl"], proxy_reward=metrics["objective/scores"])
+
+
+def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:
+    """Raises ConfigError for what the last parts would refuse, before hours of the first."""
+    if not 0 <= job.eval_share < 1:
+        raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
+    mix_comparisons({"ai": [{}], **people}, job.source_weights)
+    for rows in people.values():
+        limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
+        comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+    limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
+    for rows, name in ((prompts, "train_data"), (held_out, "eval_data")):
+        if rows:
+            read_prompts(rows, tokenizer, **limit, name=name)
 
 
 class _StageTable:

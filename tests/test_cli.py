@@ -253,6 +253,18 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     assert stage(sft, "cai", *flags, "--resume") == 0  # adapters have no config.json to know the end by
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--human_data", "nowhere.jsonl"), "nowhere.jsonl"),
+    (("--source_weights", "{people: 2}"), "weights name ['people']; the sources are ai, human"),
+    (("--reward", "{max_length: 8}"), "human_data: 24 longer than max_length=8"),
+    (("--ppo", "{max_prompt_length: 4}"), "train_data: 24 longer than max_prompt_length=4"),
+    (("--eval_share", "1.0"), "eval_share = 1.0 must be 0 or more and below 1"),
+])  # fmt: skip
+def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(sft, tmp_path, capsys, flags, message):
+    assert stage(sft, "cai", "--output_dir", str(tmp_path / "run"), *flags) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
+
+
 def test_a_constitution_that_cannot_be_used_is_refused(sft, tmp_path, capsys):
     bad = write_yaml(tmp_path / "bad.yaml", "format: rlhf_fast/constitution@1\nprinciples: [{id: a, chek: 1}]\n")
     assert stage(sft, "cai", "--constitution", bad, "--output_dir", str(tmp_path / "run")) == 2

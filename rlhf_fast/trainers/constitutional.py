@@ -351,15 +351,19 @@ def mix_comparisons(
     labels by a model and 135,296 helpfulness comparisons by people, each of weight 1. Soft labels bound the margin that
     is best (log-odds of the label), hard ones do not: look at the margins of both sources before the mix is trusted.
     """
-    sources = {name: list(rows) for name, rows in sources.items()}
+    sources, weights = {name: list(rows) for name, rows in sources.items()}, weights or {}
     if empty := [name for name, rows in sources.items() if not rows]:
         raise ConfigError(f"mix_comparisons: source {empty[0]!r} has no rows")
-    if unknown := set(weights or {}) - set(sources):
+    if unknown := set(weights) - set(sources):
         raise ConfigError(f"mix_comparisons: weights name {sorted(unknown)}; the sources are {', '.join(sources)}")
-    if wrong := {name: w for name, w in (weights or {}).items() if not w >= 0}:
+    if wrong := {name: w for name, w in weights.items() if not w >= 0}:
         raise ConfigError(f"mix_comparisons: weights must be 0 or more, got {wrong}")
     mixed = [
-        {**row, "source": name, "weight": row.get("weight", 1.0) * (weights or {}).get(name, 1.0)}
+        {
+            **row,
+            "source": name,
+            "weight": (1.0 if row.get("weight") is None else row["weight"]) * weights.get(name, 1.0),
+        }
         for name, rows in sources.items()
         for row in rows
     ]

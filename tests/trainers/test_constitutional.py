@@ -628,7 +628,7 @@ def test_several_turns(tmp_path):
 
 def test_sources_are_mixed_with_their_weights():
     ai = [{"prompt": "x", "chosen": str(i), "rejected": "r", "chosen_prob": 0.6, "weight": 2.0} for i in range(30)]
-    human = [{"prompt": "y", "chosen": str(i), "rejected": "r"} for i in range(20)]
+    human = [{"prompt": "y", "chosen": str(i), "rejected": "r"} | [{}, {"weight": None}][i % 2] for i in range(20)]
     mixed = mix_comparisons({"ai": ai, "human": human}, {"ai": 0.5})
     assert len(mixed) == 50 and {row["source"] for row in mixed[:20]} == {"ai", "human"}
     assert {(row["source"], row["weight"]) for row in mixed} == {("ai", 1.0), ("human", 1.0)}
