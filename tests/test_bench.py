@@ -116,6 +116,13 @@ def test_an_unknown_op_is_refused(capsys):
     assert "softmax" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["gae", "--device", "cuda"])
+    assert "no CUDA device is usable here" in capsys.readouterr().err
+
+
 def test_a_peer_that_cannot_be_imported_fails_in_its_own_name():
     def load():
         raise ImportError("built for another Triton")

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is usable here; rlhf-fast info says more")
     gpu = device.type == "cuda" or options.as_gpu
     chosen = list(all_rows(device, options.small, gpu))
     unknown = set(options.ops) - {row.op for row in chosen}

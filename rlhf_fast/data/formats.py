@@ -178,6 +178,16 @@ def _encodable(text: str, key: str, name: str, i: int) -> str:
     return text
 
 
+def _check_template_only(record: dict, name: str, i: int) -> None:
+    """ConfigError for what a chat template would have to be given beside the messages, and is not here."""
+    for key in ("tools", "chat_template_kwargs"):
+        if record.get(key):
+            raise ConfigError(
+                f"{name} record {i}: {key!r} is not given to the chat template: write it into a system message, or "
+                "leave the column out"
+            )
+
+
 def _check_not_repeated(prompt, response, name: str, i: int) -> None:
     """ConfigError for a response that holds its whole conversation while the prompt is given beside it."""
     if prompt is not None and is_conversation(response):
@@ -262,6 +272,7 @@ def sft_examples(
             prompt, completion = "", _text_or_messages(record, "text", name, i)
         else:
             raise _wrong_columns(record, name, i, SFT_FORMATS)
+        _check_template_only(record, name, i)
         _check_not_repeated(prompt, completion, name, i)
         conversational = not (isinstance(prompt, str) and isinstance(completion, str))
         chat.check_tokenizer(tokenizer, conversational)
@@ -359,6 +370,7 @@ def comparisons(
             responses, ranks = _ranked(record, name, i)
         else:
             raise _wrong_columns(record, name, i, PREFERENCE_FORMATS)
+        _check_template_only(record, name, i)
         extra = {k: _number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
         for response in responses:
             _check_not_repeated(prompt, response, name, i)

@@ -259,9 +259,12 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
         return trainer.step, None
     newest = newest_whole_checkpoint(run_dir)
     if newest is None:
+        log = run_dir / "train_log.jsonl"
+        ran = log.exists() and log.stat().st_size
+        way_on = "choose another output_dir, or delete it" if ran else "run without resume"
         raise ConfigError(
             f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
-            "on Ctrl-C); run without resume"
+            f"on Ctrl-C; a run that ended needs none): {way_on}"
         )
     before = json.loads(config_path.read_text()) if config_path.exists() else {}
     changed = [

@@ -222,6 +222,15 @@ def test_what_would_train_on_something_else_is_refused():
             comparisons([{"prompt": "a", "chosen": "b", "rejected": "c", key: value}], TOKENIZER, max_length=50)
 
 
+def test_what_only_a_chat_template_could_read_is_refused():
+    tools = {"tools": [{"name": "clock"}]}
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+        sft_examples([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+        comparisons([{**PAIR, **tools}], TOKENIZER, max_length=64)
+    sft_examples([{"messages": CHAT, "tools": None}, {"messages": CHAT, "tools": []}], TOKENIZER, max_length=64)
+
+
 def test_reward_functions_see_the_same_columns_for_every_prompt():
     rows, _ = prompts([{"prompt": "a"}, {"prompt": "b", "gold": 3}], TOKENIZER, max_length=50)
     assert [p.columns for p in rows] == [{"gold": None}, {"gold": 3}]

@@ -379,7 +379,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 def test_what_would_lose_a_run_is_refused(tmp_path):
     config = Config(str(tmp_path / "run"), save_steps=5)
-    with pytest.raises(ConfigError, match="nothing to resume"):
+    with pytest.raises(ConfigError, match=r"nothing to resume.*run without resume"):
         Walk(config).train(resume=True)
     Walk(config).train()
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume=True"):
@@ -387,6 +387,8 @@ def test_what_would_lose_a_run_is_refused(tmp_path):
     Walk(Config(str(tmp_path / "short"))).train()
     with pytest.raises(ConfigError, match="already holds a run: choose another output_dir"):
         Walk(Config(str(tmp_path / "short"))).train()
+    with pytest.raises(ConfigError, match=r"a run that ended needs none.*choose another output_dir"):
+        Walk(Config(str(tmp_path / "short"))).train(resume=True)
 
 
 def test_resuming_with_another_config_says_so(tmp_path):
