@@ -6,12 +6,14 @@ item, purpose), so no text depends on what else is in its batch.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..data.chat import decode_responses, encode_prompt
+from ..models import unwrapped
 from ..rollout import generate_tokens
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
@@ -48,6 +50,20 @@ class TextGenerator:
         texts = decode_responses(self.tokenizer, prompts, encoded, responses)
         return [text if ids[-1] == eos else Cut(text) for text, ids in zip(texts, responses, strict=True)]
 
+    def answer(self, requests: Sequence[dict], tries: Tries) -> None:
+        """Requests {"prompt", "seed"} -> {"text"}; one without room for max_new_tokens, where positions are learned and
+        end, is "too_long". (Rotary ones go on.)"""
+        rotary = hasattr(unwrapped(self.model).base_model, "rotary_emb")
+        limit = math.inf if rotary else getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {limit} tokens"
+        answers = [Answer("too_long", reason=reason)] * len(requests)
+        lengths = [len(encode_prompt(self.tokenizer, r["prompt"])) for r in requests]
+        fits = [i for i, length in enumerate(lengths) if length + self.max_new_tokens <= limit]
+        texts = self([requests[i]["prompt"] for i in fits], [requests[i]["seed"] for i in fits])
+        for i, text in zip(fits, texts, strict=True):
+            answers[i] = _written(text)
+        tries.all(answers)
+
     def describe(self) -> dict:
         """JSON-ready provenance, stored in run.json."""
         sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p")}
@@ -68,6 +84,10 @@ def describe(generate: Generate) -> dict:
     return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
 
 
+def _written(text: str) -> Answer:
+    return Answer("ok", {"text": text, "finish_reason": "length" if isinstance(text, Cut) else "stop"})
+
+
 class _Function:
     """Any generator as a backend of the ledger: it answers a whole batch, or raises."""
 
@@ -81,8 +101,7 @@ class _Function:
         texts = self.generate([r["prompt"] for r in requests], [r["seed"] for r in requests])
         if len(texts) != len(requests):
             raise ValueError(f"generate: got {len(requests)} prompts, returned {len(texts)} texts")
-        ends = ["length" if isinstance(text, Cut) else "stop" for text in texts]
-        tries.all([Answer("ok", {"text": text, "finish_reason": end}) for text, end in zip(texts, ends, strict=True)])
+        tries.all(list(map(_written, texts)))
 
 
 class Writer:

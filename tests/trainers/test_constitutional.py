@@ -13,6 +13,7 @@ import pytest
 import torch
 from planted import PlantedJudge
 from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
 from rlhf_fast.judges.generator import Cut
@@ -606,6 +607,16 @@ def test_a_generator_says_what_it_had_to_cut(model, tokenizer, tmp_path):
     )
     assert stage.counts["flagged"] == 4 and stage.rows == []
     assert all("truncated" in flags for record in stage.records for flags in record["flags"])
+
+
+def test_a_question_without_room_for_an_answer_fails_alone(tokenizer, tmp_path):
+    """Beyond learned positions lies an IndexError; the other questions are answered all the same."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 48, "eos_token_id": tokenizer.eos_token_id}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    generate = TextGenerator(model, tokenizer, max_new_tokens=8)
+    stage = sample_pairs(["short", "a longer question " * 9], generate, HOUSE, output_dir=tmp_path)
+    assert [row["prompt"][0]["content"] for row in stage.rows] == ["short"]
+    assert "too_long: the prompt and an answer of 8 tokens are longer than 48" in stage.rejected[0]["reason"]
 
 
 def test_several_turns(tmp_path):
