@@ -83,13 +83,13 @@ class Inputs(NamedTuple):
 
 def compact(
     op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap,
-    deterministic: bool | None = None,
+    fused: bool | None = None,
 ) -> Inputs:  # fmt: skip
     """(N, D) hidden, (N,) labels and mask -> the rows that count; an IndexError for a label outside the vocabulary."""
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
-    way = way_of(hidden, weight, bias, softcap, deterministic)
+    way = way_of(hidden, weight, bias, softcap, fused)
     inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap, way)
     labels = inputs.take(labels).contiguous()
     if on_gpu(hidden):  # the kernel stops at a wrong label; looking for one here would wait for the device
@@ -109,10 +109,13 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def way_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, deterministic: bool | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, fused: bool | None = None
 ) -> str:
-    """FUSED, IN_DTYPE or WIDE. float16 cannot hold a gradient divided by the number of tokens, and is WIDE."""
-    if is_fused(hidden, weight, bias, softcap, deterministic):
+    """FUSED, IN_DTYPE or WIDE. float16 cannot hold a gradient divided by the number of tokens, and is WIDE.
+
+    fused is what is_fused said in the forward, whose logits a backward finds in the layout of its way; None: ask now.
+    """
+    if is_fused(hidden, weight, bias) if fused is None else fused:
         return FUSED
     same = hidden.dtype == weight.dtype != torch.float16 and (bias is None or bias.dtype == hidden.dtype)
     return IN_DTYPE if on_gpu(hidden) and same and softcap is None else WIDE
@@ -138,17 +141,12 @@ def chunks(
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
-def is_fused(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, deterministic: bool | None = None
-) -> bool:
+def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether csrc/cpu/linear.cpp computes the chunks, where a row's bits depend on neither threads nor other rows.
 
     A library's do; so float32 and bfloat16 are fused wherever that is not slower (ours_are_fast), and everywhere after
-    torch.use_deterministic_algorithms(True). `deterministic` says what held in the forward, whose logits a backward
-    finds in the layout of its way; None: what holds now.
+    torch.use_deterministic_algorithms(True).
     """
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
     computable = (
         hidden.device.type == "cpu"
         and hidden.dtype == weight.dtype
@@ -158,7 +156,7 @@ def is_fused(
         and weight.numel() > 0
         and (weight.stride(1) == 1 or weight.shape[1] == 1)
     )
-    return computable and (deterministic or ours_are_fast(hidden.dtype))
+    return computable and (torch.are_deterministic_algorithms_enabled() or ours_are_fast(hidden.dtype))
 
 
 def ours_are_fast(dtype: torch.dtype) -> bool:
@@ -171,6 +169,9 @@ def ours_are_fast(dtype: torch.dtype) -> bool:
     and CPUs with AMX, which this has not run on, keep PyTorch's bfloat16.
     """
     return _C.isa() != "portable" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+
+
+ours_are_fast._dynamo_marked_constant = True  # torch.compiler.assume_constant_result does it too, and imports Dynamo
 
 
 def logits_shape(rows: int, vocab: int, way: str) -> tuple[int, int]:
@@ -218,6 +219,8 @@ def chunk_statistics(
 def product_arguments(inputs: Inputs, part: slice) -> tuple:
     """What both native ops begin with (csrc/ops.h)."""
     hidden, weight = inputs.hidden[part].contiguous(), inputs.weight
+    if weight.stride(1) != 1:  # where one of a batch of weights (vmap) lies otherwise than is_fused saw it
+        weight = weight.contiguous()
     code = DTYPE_CODES[hidden.dtype]
     return hidden, hidden.stride(0), weight, weight.stride(0), code, hidden.shape[0], *weight.shape
 

@@ -22,6 +22,7 @@ from ._linear import (
     chunks_of,
     compact,
     empty_gradients,
+    is_fused,
     logits_buffer,
     logits_dtype,
     logits_shape,
@@ -47,8 +48,8 @@ def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, .
     return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
 
 
-def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, deterministic, with_entropy, *wanted):
-    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, deterministic)
+def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused, with_entropy, *wanted):
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     rows = inputs.labels.shape[0]
     logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted), inputs.way)
     buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=False)
@@ -65,10 +66,10 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, deter
 
 
 def _backward_any(
-    hidden, weight, bias, labels, mask, temperature, softcap, deterministic, entropy, saved, logits, grad_logprobs,
+    hidden, weight, bias, labels, mask, temperature, softcap, fused, entropy, saved, logits, grad_logprobs,
     grad_entropy, *wanted, consume=False,
 ):  # fmt: skip
-    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, deterministic)
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0
     buffer = (logits if consume else logits.clone()) if kept else logits_buffer(inputs, any(wanted))
@@ -81,14 +82,14 @@ def _backward_any(
     return gradients.results()
 
 
-def _fake(hidden, weight, bias, labels, mask, temperature, softcap, deterministic, with_entropy, *wanted):
-    way = way_of(hidden, weight, bias, softcap, deterministic)
+def _fake(hidden, weight, bias, labels, mask, temperature, softcap, fused, with_entropy, *wanted):
+    way = way_of(hidden, weight, bias, softcap, fused)
     return _outputs(hidden, weight, labels, with_entropy, any(wanted), way)
 
 
 _backward = Op(
     f"{NAME}_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, bool deterministic, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, "
+    "float? softcap, bool fused, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
@@ -120,7 +121,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
 
 _forward = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, bool deterministic, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "float? softcap, bool fused, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
     "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits)",
     kernels={("cpu", "native"): _forward_any, ("cuda", "native"): _forward_any, ("cuda", "triton"): _forward_any},
     fake=_fake,
@@ -160,10 +161,13 @@ def linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, mask=mask,
             with_entropy=with_entropy,
         )  # fmt: skip
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    # An argument, because shapes of outputs follow from it and Inductor's cache on disk knows a graph by its arguments.
+    fused = is_fused(hidden, weight, bias)
     logprobs, entropy, _, _ = _forward(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1).long(),
+        hidden, weight, bias, labels.reshape(-1).long(),
         None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap,
-        torch.are_deterministic_algorithms_enabled(), with_entropy, *wanted_gradients(hidden, weight, bias),
+        fused, with_entropy, *wanted_gradients(hidden, weight, bias),
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs
