@@ -442,6 +442,8 @@ def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_o
     """Raises ConfigError for what the last parts would refuse, before hours of the first."""
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
+    if configs["sft"].lora_r and configs["ppo"].lora_r:
+        raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
     mix_comparisons({"ai": [{}], **people}, job.source_weights)
     for rows in people.values():
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}

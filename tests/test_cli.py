@@ -258,6 +258,7 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--source_weights", "{people: 2}"), "weights name ['people']; the sources are ai, human"),
     (("--reward", "{max_length: 8}"), "human_data: 24 longer than max_length=8"),
     (("--ppo", "{max_prompt_length: 4}"), "train_data: 24 longer than max_prompt_length=4"),
+    (("--sft", "{lora_r: 2}", "--ppo", "{lora_r: 2}"), "set lora_r for one of the two"),
     (("--eval_share", "1.0"), "eval_share = 1.0 must be 0 or more and below 1"),
 ])  # fmt: skip
 def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(sft, tmp_path, capsys, flags, message):
