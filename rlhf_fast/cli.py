@@ -158,8 +158,10 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of keys to values, got {type(content).__name__}")
-    sections = {name: content.pop(name, None) or {} for name in keys}
     everywhere = {key for names in keys.values() for key in names}
+    # reward is a section, and a key of ppo, whose value is a path or a list.
+    as_keys = {name for name in keys if name in everywhere and isinstance(content.get(name), str | list)}
+    sections = {name: {} if name in as_keys else content.pop(name, None) or {} for name in keys}
     for key in content:
         if key not in everywhere:
             raise ConfigError(f"{path}: {_unknown('key', key, [*everywhere, *keys])}")

@@ -315,7 +315,7 @@ def _is_hh(path: str) -> bool:
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
             return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, EOFError):  # not JSON, not UTF-8, or a gzip that was cut
         return False
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
@@ -345,6 +345,8 @@ def resolve_reward(spec: str | list):
         if not all(isinstance(part, list) and len(part) == 2 for part in spec):
             raise ConfigError(f"a list of rewards is [[reward, weight], ...], got {spec!r}")
         return [(resolve_reward(reward), weight) for reward, weight in spec]
+    if not isinstance(spec, str):  # {short:rewards.py:short} has no space behind its first colon, and so no value
+        raise ConfigError(f"a reward is a reward model's directory, file.py:function, or a list of both, got {spec!r}")
     path, colon, name = spec.rpartition(":")
     if not (colon and path.endswith(".py")):
         return spec

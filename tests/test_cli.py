@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import read_rows, rows_for
+from rlhf_fast.jobs import read_rows, resolve_reward, rows_for
 from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,16 @@ KEYS = {"sft": ["seed", "model", "max_steps"], "ppo": ["seed", "model", "kl_coef
 def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_path):
     path = write_yaml(tmp_path / "c.yaml", "seed: 3\nkl_coef: 0.1\nsft: {seed: 4, max_steps: 9}\n")
     assert read_sections(path, KEYS) == {"sft": {"seed": 4, "max_steps": 9}, "ppo": {"seed": 3, "kl_coef": 0.1}}
+
+
+def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
+    """reward: {...} is the section of a stage, reward: a path or a list is what ppo is trained on."""
+    keys = {"reward": ["seed"], "ppo": ["seed", "reward"]}
+    for value in ("rewards.py:short", [["runs/reward", 1.0]]):
+        path = write_yaml(tmp_path / "c.yaml", json.dumps({"seed": 3, "reward": value}))
+        assert read_sections(path, keys) == {"reward": {"seed": 3}, "ppo": {"seed": 3, "reward": value}}
+    path = write_yaml(tmp_path / "c.yaml", json.dumps({"seed": 3, "reward": {"seed": 4}}))
+    assert read_sections(path, keys) == {"reward": {"seed": 4}, "ppo": {"seed": 3}}
 
 
 def test_a_shared_key_that_the_stage_does_not_have_is_named(tmp_path, capsys):
@@ -270,6 +280,12 @@ def test_a_constitution_that_cannot_be_used_is_refused(sft, tmp_path, capsys):
     bad = write_yaml(tmp_path / "bad.yaml", "format: rlhf_fast/constitution@1\nprinciples: [{id: a, chek: 1}]\n")
     assert stage(sft, "cai", "--constitution", bad, "--output_dir", str(tmp_path / "run")) == 2
     assert "did you mean 'check'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", [None, 5, {"a": 1}, [[5, 1.0]]])
+def test_a_reward_that_is_no_path_is_refused(spec):
+    with pytest.raises(ConfigError, match=r"a reward is a reward model's directory, file\.py:function, or a list"):
+        resolve_reward(spec)
 
 
 def test_generate_answers_each_prompt(sft, capsys):

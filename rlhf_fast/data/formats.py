@@ -101,11 +101,13 @@ def read_dataset(source, split: str = "train") -> list[dict]:
 
 
 def _read_json(path: Path) -> list[dict]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-        try:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             text = file.read()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
+    except (OSError, EOFError) as error:  # no gzip, or a part of one
+        raise ConfigError(f"{path} cannot be read: {error}") from None
     return parse_jsonl(text, str(path)) if path.suffix != ".json" else _parse(text, str(path), 1)
 
 

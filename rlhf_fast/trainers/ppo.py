@@ -97,6 +97,11 @@ class PPOTrainer:
             raise common.ConfigError(
                 "PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)"
             )
+        if "overoptimization" in config.stop_on and not (eval_rewards and config.eval_steps):
+            raise common.ConfigError(
+                "PPOTrainer: stop_on overoptimization looks at eval_rewards every eval_steps, and would never end the "
+                "run: give both"
+            )
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
         if not (rollout_func is None or callable(rollout_func)):

@@ -197,6 +197,14 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_one_that_is_not_utf8_is_nam
             read_dataset(path)
 
 
+def test_a_gzip_that_was_cut_is_named(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    for content in (gzip.compress(b'{"text": "a"}\n' * 9)[:20], b'{"text": "a"}\n'):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"data\.jsonl\.gz cannot be read"):
+            read_dataset(path)
+
+
 def test_half_a_character_is_refused_by_its_index():
     half = json.loads(r'"well \ud83d"')  # an emoji that was cut
     for record in (

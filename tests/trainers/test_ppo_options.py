@@ -300,6 +300,8 @@ def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_pat
         with pytest.raises(ConfigError, match=message):
             make_trainer(tmp_path, eval_rewards={"other": reward}, eval_dataset=PROMPTS)
     make_trainer(tmp_path, reward=lambda prompts, responses, word: [0.0] * len(word))
+    with pytest.raises(ConfigError, match="would never end the run: give both"):
+        make_trainer(tmp_path, stop_on=["overoptimization"])
     with pytest.raises(ConfigError, match="eval_rewards are read on held-out prompts: give an eval_dataset"):
         make_trainer(tmp_path, eval_rewards={"other": lambda prompts, responses: [0.0] * len(responses)})
 
