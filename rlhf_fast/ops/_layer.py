@@ -139,7 +139,7 @@ def decode_layer(
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(B, V) contiguous, (B,) float64 -> (B,) int64 tokens and float32 log-probabilities; see generation.sample."""
-    tokens = torch.empty(len(logits), dtype=torch.int64)
+    tokens = logits.new_empty(len(logits), dtype=torch.int64)
     logprobs = logits.new_empty(len(logits))
     _C.sample_tokens(logits, uniforms, *logits.shape, temperature, tokens, logprobs, torch.get_num_threads())
     return tokens, logprobs

@@ -365,7 +365,7 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in dtype. x is lost: of a large one, one kind of number goes as the other comes."""
     if (x.dtype, dtype) != (torch.float32, torch.bfloat16) or x.device.type != "cpu" or _C is None:
         return x.to(dtype)
-    out = torch.empty(x.shape, dtype=dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
     _C.linear_narrow(x, x.numel(), out, torch.get_num_threads())
     return out
 

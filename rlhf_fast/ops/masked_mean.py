@@ -36,7 +36,7 @@ def one_row(x: Tensor) -> Tensor:
 
 def _backward_cpu(grad_means, counts, mask, whole):
     grad_means, rows = grad_means.contiguous(), 1 if whole else mask.shape[0]
-    grad = torch.empty(mask.shape, dtype=counts.dtype)
+    grad = counts.new_empty(mask.shape)
     _C.masked_mean_backward(
         one_row(mask) if whole else mask, rows, mask.numel() // max(rows, 1), DTYPE_CODES[counts.dtype], grad_means,
         counts, grad, torch.get_num_threads(),

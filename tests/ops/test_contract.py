@@ -61,7 +61,7 @@ def run(function, case, inputs: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     total = 0.0
     for out in results.values():
         if out.requires_grad:
-            weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+            weight = torch.randn(out.shape, generator=generator, dtype=torch.float64, device=generator.device).to(out)
             total = total + (torch.where(out.isfinite(), out, 0.0) * weight).sum()
     results = {k: v.detach() for k, v in results.items()}
     wrt = [name for name in case.wrt if isinstance(inputs.get(name), torch.Tensor)]
@@ -384,6 +384,18 @@ def test_the_gradient_under_a_checkpoint_is_the_same(case):
             return torch.utils.checkpoint.checkpoint(lambda: case.op(**arguments), use_reentrant=False)
 
         ours = run(checkpointed, case, inputs)
+        for name, value in run(case.op, case, inputs).items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_default_device_does_not_matter(case, dtype):
+    """torch.set_default_device: a kernel's outputs lie where its inputs do; else it would write to other addresses."""
+    for seed in range(4):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), dtype)
+        with torch.device("meta"):
+            ours = run(case.op, case, inputs)
         for name, value in run(case.op, case, inputs).items():
             torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
 
