@@ -194,6 +194,11 @@ def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
     return torch.empty(shape, dtype=logits_dtype(inputs.hidden, inputs.way), device=inputs.hidden.device)
 
 
+def gradient_dtype(x: Tensor) -> torch.dtype:
+    """Of the gradient by x. float16 waits for the factor of the backward, a loss scale; autograd rounds the product."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -270,7 +275,7 @@ class Gradients:
         self.inputs, self.wanted = inputs, wanted
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         dtype = accumulator(hidden)
-        self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=hidden.dtype, device=hidden.device)
+        self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=gradient_dtype(hidden), device=hidden.device)
         # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
         once = inputs.way == IN_DTYPE and len(inputs.parts) <= 1
         total = weight.dtype if once else dtype
@@ -347,8 +352,8 @@ class Gradients:
             self.weight.zero_()
         return (
             inputs.put(self.hidden) if self.wanted[0] else self.hidden,
-            narrowed(self.weight, inputs.weight.dtype),
-            self.bias if inputs.bias is None else self.bias.to(inputs.bias.dtype),
+            narrowed(self.weight, gradient_dtype(inputs.weight)),
+            self.bias if inputs.bias is None else self.bias.to(gradient_dtype(inputs.bias)),
         )
 
 
@@ -394,10 +399,9 @@ def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
 def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, Tensor, Tensor]:
     """What Gradients.results returns, for fake tensors."""
     bias = hidden.new_empty(0, dtype=accumulator(hidden)) if bias is None else bias
-    return (
-        hidden.new_empty(hidden.shape if wanted[0] else (0,)),
-        weight.new_empty(weight.shape if wanted[1] else (0,)),
-        bias.new_empty(bias.shape if wanted[2] else (0,)),
+    return tuple(
+        x.new_empty(x.shape if want else (0,), dtype=gradient_dtype(x))
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )
 
 

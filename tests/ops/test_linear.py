@@ -452,6 +452,24 @@ def test_a_backward_goes_the_way_of_its_forward(before, after, monkeypatch):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [2.0**24, 2.0**-24])
+def test_a_loss_scale_saves_what_float16_cannot_hold(scale):
+    """Gradients below 6e-8 or above 65504, which the factor of the backward brings back."""
+    hidden, weight, bias, labels, mask = inputs()
+    tokens = torch.zeros(B, T)
+
+    def of(factor):  # times factor / factor
+        leaves = [x.half().requires_grad_() for x in (hidden, weight, bias)]
+        rows = {"bias": leaves[2], "normalizer": factor}
+        ppo, _ = linear_ppo_loss(*leaves[:2], labels, tokens - 11, tokens - 1, mask, **rows)
+        sft = linear_cross_entropy(*leaves[:2], labels, **rows)
+        return [g for loss in (ppo, sft) for g in torch.autograd.grad(factor * loss, leaves)]
+
+    for scaled, plain in zip(of(scale), of(1.0), strict=True):
+        assert scaled.dtype == torch.float16 and plain.isfinite().all() and plain.any()
+        assert torch.equal(scaled, plain)
+
+
 def test_inductors_cache_tells_the_ways_apart(tmp_path, monkeypatch):
     """It lies on disk, where another CPU or a later release may find what was compiled for the other way."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
