@@ -1,59 +1,68 @@
 // gae on the CPU. With u_t = gamma (V_{t+1} + lam A_{t+1}) the recurrence is linear and carries one number per row:
 //     A_t = r_t - V_t + u_t;  u_{t-1} = gamma V_t + gamma lam (r_t - V_t) + gamma lam u_t
-// A masked token has r = V = 0; across a gap u is carried as it is, or decays by gamma lam. All but the multiply-add of
-// u is independent of t and vectorises. That one waits for its predecessor, so eight rows advance together.
+// A masked token has r = V = 0; across a gap u is carried as it is, or decays by gamma lam. A step is u' = add + keep
+// u, and two steps are one of the same form: a vector of steps is joined in log2(lanes) rounds (Hillis and Steele
+// 1986), so that only one multiply-add a vector waits for its predecessor.
+#include "simd.h"
 #include "tile.h"
 
 namespace rlhf::RLHF_ISA {
 namespace {
 
-constexpr int kRows = 8;
-constexpr int kCols = 128;
-
 template <class T>
-struct Block {
-  T mask[kRows][kCols], reward[kRows][kCols], excess[kRows][kCols];  // excess: r - V
-  T add[kRows][kCols], keep[kRows][kCols];                           // u' = add + keep u
+struct Steps {
+  static constexpr int kLanes = 4 * kWidth / sizeof(T);
+  typedef T Vector __attribute__((vector_size(4 * kWidth)));  // `using` loses the attribute of a dependent type
+  using Index = decltype(Vector{} != Vector{});               // integers of the same size
+  Vector add, keep;
+
+  // Lane t becomes t + by; beyond the last come those of `then`.
+  template <int by>
+  static Vector later(Vector x, Vector then) {
+    Index from;
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) from[j] = j + by;
+    return __builtin_shuffle(x, then, from);
+  }
+
+  // Lane t becomes what its step and all later ones of the vector do together.
+  template <int by = 1>
+  void join() {
+    add += keep * later<by>(add, Vector{});
+    keep *= later<by>(keep, 1 - Vector{});
+    if constexpr (2 * by < kLanes) join<2 * by>();
+  }
 };
 
 template <class T>
-void scan(Block<T>& b, T (&u)[kRows], int n) {
-  for (int t = n - 1; t >= 0; --t) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const T before = u[i];
-      u[i] = b.add[i][t] + b.keep[i][t] * before;
-      b.add[i][t] = before;  // what A_t needs
+void gae_row(const Grid& rewards, const Grid& values, const Grid& mask, int64_t row, int64_t cols, T gamma, T decay,
+             bool carry, T* advantages, T* returns) {
+  using Vector = typename Steps<T>::Vector;
+  constexpr int kLanes = Steps<T>::kLanes;
+  static_assert(kTile % kLanes == 0);
+  const Vector zero{}, in_mask = decay - zero, in_gap = carry ? 1 - zero : in_mask;
+  alignas(64) T counts[kTile], reward[kTile], value[kTile], u[kTile];
+  Vector carried{};
+  for (int64_t begin = (cols - 1) / kTile * kTile; begin >= 0; begin -= kTile) {
+    const int n = int(cols - begin < kTile ? cols - begin : kTile);
+    load(counts, mask, row, begin, n);
+    load_masked(reward, rewards, counts, row, begin, n);
+    load_masked(value, values, counts, row, begin, n);
+    // What lies behind the end of the row is a gap without reward, where nothing has been carried yet.
+    for (int j = n; j % kLanes != 0; ++j) counts[j] = reward[j] = value[j] = 0;
+    for (int t = (n - 1) / kLanes * kLanes; t >= 0; t -= kLanes) {
+      const Vector v = load_vector<Vector>(value + t), excess = load_vector<Vector>(reward + t) - v;
+      Steps<T> steps{gamma * v + decay * excess, load_vector<Vector>(counts + t) != 0 ? in_mask : in_gap};
+      steps.join();
+      const Vector before = steps.add + steps.keep * carried;  // lane t: u_{t-1}
+      const Vector here = Steps<T>::template later<1>(before, carried);
+      std::memcpy(u + t, &here, sizeof here);
+      carried = __builtin_shuffle(before, typename Steps<T>::Index{});
     }
-  }
-}
-
-template <class T>
-void rows_from(const Grid& rewards, const Grid& values, const Grid& mask, int64_t first, int rows, int64_t cols,
-               T gamma, T lam, bool carry, T* advantages, T* returns) {
-  Block<T> b = {};
-  T u[kRows] = {}, v[kCols];
-  const T decay = gamma * lam, across = carry ? T(1) : decay;
-  for (int64_t end = cols; end > 0; end -= kCols) {
-    const int64_t begin = end > kCols ? end - kCols : 0;
-    const int n = int(end - begin);
-    for (int i = 0; i < rows; ++i) {
-      load(b.mask[i], mask, first + i, begin, n);
-      load_masked(b.reward[i], rewards, b.mask[i], first + i, begin, n);
-      load_masked(v, values, b.mask[i], first + i, begin, n);
-      for (int j = 0; j < n; ++j) {
-        b.excess[i][j] = b.reward[i][j] - v[j];
-        b.add[i][j] = gamma * v[j] + decay * b.excess[i][j];
-        b.keep[i][j] = b.mask[i][j] != 0 ? decay : across;
-      }
-    }
-    scan(b, u, n);
-    for (int i = 0; i < rows; ++i) {
-      T *a = advantages + (first + i) * cols + begin, *r = returns + (first + i) * cols + begin;
-      for (int j = 0; j < n; ++j) {
-        a[j] = b.mask[i][j] != 0 ? b.excess[i][j] + b.add[i][j] : T(0);
-        r[j] = b.mask[i][j] != 0 ? b.reward[i][j] + b.add[i][j] : T(0);  // A + V
-      }
+    T *a = advantages + row * cols + begin, *r = returns + row * cols + begin;
+    for (int j = 0; j < n; ++j) {
+      a[j] = counts[j] != 0 ? reward[j] - value[j] + u[j] : T(0);
+      r[j] = counts[j] != 0 ? reward[j] + u[j] : T(0);  // A + V
     }
   }
 }
@@ -64,11 +73,9 @@ int64_t gae(Grid rewards, Grid values, Grid mask, int64_t rows, int64_t cols, do
             int dtype, void* advantages, void* returns, int threads) {
   auto call = [&](auto zero) {
     using T = decltype(zero);
-    // A token takes half as long as one of ppo_loss, for which kWorth was measured.
-    for_each((rows + kRows - 1) / kRows, worth_threads(threads, rows * cols / 2), [&](int64_t block) {
-      const int64_t first = block * kRows;
-      const int n = int(rows - first < kRows ? rows - first : kRows);
-      rows_from(rewards, values, mask, first, n, cols, T(gamma), T(lam), carry != 0, (T*)advantages, (T*)returns);
+    // A token takes a quarter of the time of one of ppo_loss, for which kWorth was measured.
+    for_each(rows, worth_threads(threads, rows * cols / 4), [&](int64_t row) {
+      gae_row(rewards, values, mask, row, cols, T(gamma), T(gamma * lam), carry != 0, (T*)advantages, (T*)returns);
     });
   };
   dtype == kFloat64 ? call(0.0) : call(0.f);

@@ -21,6 +21,7 @@ from ..ops import empty_cache
 
 OURS = "rlhf_fast"
 LEAST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within one sample, so that the clock does not matter
+LEAST_ROUNDS = 5  # of three the median is the luck of two, where a host takes memory away between calls
 LIBC = ctypes.CDLL(None)
 PEERS = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
@@ -40,7 +41,7 @@ def seconds_per_call(function: Callable, device: torch.device, calls: int) -> fl
 
 
 def interleaved(functions: dict[str, Callable], device: torch.device, seconds: float) -> tuple[dict, dict]:
-    """(name -> seconds per call, round by round; name -> extra peak bytes) for about `seconds`, at least three rounds.
+    """(name -> seconds per call, round by round; name -> extra peak bytes) for about `seconds`, or LEAST_ROUNDS.
 
     The round's order rotates, so that no function always follows the same one.
     """
@@ -51,8 +52,10 @@ def interleaved(functions: dict[str, Callable], device: torch.device, seconds: f
         peaks[name], took = probe(functions[name], device)
         calls[name] = max(1, round(LEAST_SAMPLE / took))
     samples: dict[str, list[float]] = {name: [] for name in names}
+    for function in functions.values():
+        function()  # the probes have given all kept memory back, of every implementation
     start, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - start < seconds:
+    while rounds < LEAST_ROUNDS or time.perf_counter() - start < seconds:
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
             samples[name].append(seconds_per_call(functions[name], device, calls[name]))
         rounds += 1

@@ -220,7 +220,7 @@ class Quickstart:
         config = PPOConfig(
             output_dir=str(run_dir), seed=self.seed, total_episodes=sizes.ppo_iterations * sizes.ppo_batch,
             batch_size=sizes.ppo_batch, minibatch_size=sizes.ppo_batch // 4, generation_batch_size=sizes.ppo_batch,
-            response_length=MAX_NEW_TOKENS, temperature=1.0, learning_rate=3e-4, kl_coef=kl_coef, vf_coef=0.1,
+            response_length=MAX_NEW_TOKENS, temperature=1.0, learning_rate=1.5e-4, kl_coef=kl_coef, vf_coef=0.1,
             num_ppo_epochs=2, missing_eos_penalty=1.0, share_trunk=True, eval_steps=max(1, sizes.ppo_iterations // 5),
         )  # fmt: skip
         prompts = task.prompts(self.seed + 2, 4 * sizes.ppo_batch, held_out=False)
