@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
@@ -111,6 +112,12 @@ def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor,
 # --- many answers ----------------------------------------------------------------------------------------------------
 
 
+def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
+    """The rows in batches; what takes more than some seconds shows how far it is, in a bar that goes with it."""
+    for start in tqdm(range(0, len(rows), batch_size), what, delay=5, leave=False, unit="batch", disable=None):
+        yield rows[start : start + batch_size]
+
+
 @torch.no_grad()
 def generate_with_logprobs(
     model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int, temperature: float = 1.0,
@@ -145,8 +152,7 @@ def generate_with_logprobs(
     responses, logprobs = ([[] for _ in prompts] for _ in range(2))
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with evaluating(model):
-        for start in range(0, len(prompts), batch_size):
-            rows = longest_first[start : start + batch_size]
+        for rows in batches(longest_first, batch_size, "generating"):
             tokens, logps = answer(
                 model, [prompts[i] for i in rows], max_new_tokens, eos_token_id, choose,
                 None if uniforms is None else uniforms[rows].to(model.device),

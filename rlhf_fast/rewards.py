@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data.chat import ConfigError, Text, encode_to_score
+from .generation import batches
 from .models import (
     check_lengths,
     has_scalar_head,
@@ -67,8 +68,7 @@ class RewardModelReward:
         scores = torch.empty(len(tokens))
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         with evaluating(self.model):
-            for start in range(0, len(tokens), self.batch_size):
-                rows = by_length[start : start + self.batch_size]
+            for rows in batches(by_length, self.batch_size, "scoring"):
                 ids, mask = (x.to(self.model.device) for x in pad([tokens[i] for i in rows], 0))
                 scores[rows] = score_tokens(self.model, ids, mask).cpu()
         mean, std = reward_scale(self.model.config)

@@ -352,3 +352,17 @@ def test_a_layer_that_is_more_than_its_weights_is_run_by_its_modules():
     tokens = decoder.start().argmax(-1)
     expected = model(input_ids=torch.cat([ids, tokens[:, None]], 1)).logits[:, -1]
     torch.testing.assert_close(decoder.step(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_long_work_goes_in_batches_under_a_bar_that_counts_them(monkeypatch):
+    seen = {}
+
+    def bar(steps, what, **options):
+        seen.update(options, steps=len(steps), what=what)
+        return steps
+
+    monkeypatch.setattr(generation, "tqdm", bar)
+    assert list(generation.batches([7, 5, 3, 2, 1], 2, "scoring")) == [[7, 5], [3, 2], [1]] and seen["steps"] == 3
+    assert list(generation.batches([], 2, "scoring")) == []
+    assert seen["what"] == "scoring" and seen["delay"] > 0  # a short call shows nothing
+    assert seen["leave"] is False and seen["disable"] is None  # and where nobody looks, nothing does
