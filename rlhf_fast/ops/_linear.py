@@ -144,7 +144,7 @@ def chunks(
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether csrc/cpu/linear.cpp computes the chunks, where a row's bits depend on neither threads nor other rows.
 
-    A library's do; so float32 and bfloat16 are fused wherever that is not slower (ours_are_fast), and everywhere after
+    A library's do; so float32 and bfloat16 are fused wherever that costs little or nothing (ours_are_fast), and everywhere after
     torch.use_deterministic_algorithms(True).
     """
     computable = (
@@ -160,13 +160,13 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def ours_are_fast(dtype: torch.dtype) -> bool:
-    """Whether the fused way takes no longer than PyTorch's products and our softmax between them on this CPU.
+    """Whether bits that hold cost at most a tenth on this CPU, over PyTorch's products with our softmax between them.
 
-    Fused over PyTorch's way, a step of 512 to 2048 rows: float32 with AVX-512 0.97 to 1.03 on Intel's, where MKL
-    multiplies (2048 x 256 x 50257, 2048 x 896 x 50257 and smaller; 1.05 to 1.12 for 256 rows of a vocabulary of 2048),
-    and 0.4 on AMD's, where MKL uses AVX2. bfloat16 with AVX-512 0.77 to 0.97 of float32 products of converted factors,
-    and less with avx512_bf16. AVX2 0.93 to 1.06. Code for no instruction set in particular is slower than a library,
-    and CPUs with AMX, which this has not run on, keep PyTorch's bfloat16.
+    Fused over PyTorch's way, time of a step: float32 with AVX-512 on Intel's, where MKL multiplies, 0.95 to 1.05 at
+    2048 x 256 x 50257, 1.0 to 1.12 at 2048 x 896 x 50257 (the more, the busier the host) and for 256 rows of a
+    vocabulary of 2048; 0.4 on AMD's, where MKL uses AVX2. bfloat16 with AVX-512 0.77 to 0.97 of float32 products of
+    converted factors, and less with avx512_bf16. AVX2 0.93 to 1.06. Code for no instruction set in particular is
+    slower than a library, and CPUs with AMX, which this has not run on, keep PyTorch's bfloat16.
     """
     return _C.isa() != "portable" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
