@@ -144,8 +144,8 @@ def chunks(
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether csrc/cpu/linear.cpp computes the chunks, where a row's bits depend on neither threads nor other rows.
 
-    A library's do; so float32 and bfloat16 are fused wherever that costs little or nothing (ours_are_fast), and everywhere after
-    torch.use_deterministic_algorithms(True).
+    A library's do; so float32 and bfloat16 are fused wherever that costs little or nothing (ours_are_fast), and
+    everywhere after torch.use_deterministic_algorithms(True).
     """
     computable = (
         hidden.device.type == "cpu"
