@@ -54,14 +54,21 @@ auto kernel() {
 
 template <auto op, class... Args, size_t... I>
 PyObject* call(PyObject* const* given, Py_ssize_t count, std::index_sequence<I...>) {
+  if (count != sizeof...(Args)) throw py::type_error("needs " + std::to_string(sizeof...(Args)) + " arguments");
+  const std::tuple<Args...> args{from_python<Args>(given[I])...};
+  const auto run = [&] {
+    py::gil_scoped_release release;
+    return std::apply(kernel<op>(), args);
+  };
+  return PyLong_FromLongLong(run());
+}
+
+using FastCall = PyObject* (*)(PyObject* const* given, Py_ssize_t count);
+
+template <FastCall function>
+PyObject* guarded(PyObject*, PyObject* const* given, Py_ssize_t count) {
   try {
-    if (count != sizeof...(Args)) throw py::type_error("needs " + std::to_string(sizeof...(Args)) + " arguments");
-    const std::tuple<Args...> args{from_python<Args>(given[I])...};
-    const auto run = [&] {
-      py::gil_scoped_release release;
-      return std::apply(kernel<op>(), args);
-    };
-    return PyLong_FromLongLong(run());
+    return function(given, count);
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {
@@ -73,14 +80,21 @@ PyObject* call(PyObject* const* given, Py_ssize_t count, std::index_sequence<I..
 }
 
 // Not through m.def: its look for an overload takes longer than the smallest kernels.
-template <auto op, class Result, class... Args>
-void bind(py::module_& m, const char* name, Result (*)(Args...)) {
+template <FastCall function>
+void bind(py::module_& m, const char* name) {
   static PyMethodDef method{name, nullptr, METH_FASTCALL, nullptr};
-  const auto entry = [](PyObject*, PyObject* const* given, Py_ssize_t count) {
-    return call<op, Args...>(given, count, std::index_sequence_for<Args...>{});
-  };
-  method.ml_meth = reinterpret_cast<PyCFunction>(+entry);
+  method.ml_meth = reinterpret_cast<PyCFunction>(&guarded<function>);
   m.attr(name) = rlhf::checked(PyCFunction_New(&method, nullptr));
+}
+
+template <auto op, class... Args>
+PyObject* entry(PyObject* const* given, Py_ssize_t count) {
+  return call<op, Args...>(given, count, std::index_sequence_for<Args...>{});
+}
+
+template <auto op, class Result, class... Args>
+void bind_op(py::module_& m, const char* name, Result (*)(Args...)) {
+  bind<entry<op, Args...>>(m, name);
 }
 
 }  // namespace
@@ -94,14 +108,14 @@ RLHF_CUDA_OPS(DECLARE)
 #endif
 
 PYBIND11_MODULE(_C, m) {
-#define BIND(op) bind<&rlhf::CpuOps::op>(m, #op, rlhf::CpuOps{}.op);
+#define BIND(op) bind_op<&rlhf::CpuOps::op>(m, #op, rlhf::CpuOps{}.op);
   RLHF_CPU_OPS(BIND)
 #undef BIND
 
-  m.def("alike", &rlhf::alike);
-  m.def("labelled", &rlhf::labelled);
-  m.def("route", &rlhf::route);
-  m.def("kept_tensor", &rlhf::kept_tensor);
+  bind<rlhf::alike>(m, "alike");
+  bind<rlhf::labelled>(m, "labelled");
+  bind<rlhf::route>(m, "route");
+  bind<rlhf::empties>(m, "empties");
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });
 
   m.def("isa", [] { return std::string(rlhf::cpu_isa().name); });
@@ -123,7 +137,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = RLHF_CUDA_ARCHITECTURES;
   py::module_ cuda = m.def_submodule("cuda");
   cuda.attr("scratch_doubles") = rlhf::kCudaScratch;
-#define BIND(op) bind<&rlhf::cuda::op>(cuda, #op, &rlhf::cuda::op);
+#define BIND(op) bind_op<&rlhf::cuda::op>(cuda, #op, &rlhf::cuda::op);
   RLHF_CUDA_OPS(BIND)
 #undef BIND
 #else

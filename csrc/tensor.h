@@ -37,10 +37,18 @@ struct DLTensor {
     }
   }
 };
+struct DLManagedTensorVersioned {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(DLManagedTensorVersioned*);  // from any thread, without the GIL
+  uint64_t flags;
+  DLTensor tensor;
+};
 struct DLExchange {
   uint32_t major, minor;
-  void *previous, *allocate, *from_object, *to_object;
-  int (*read)(void* object, DLTensor* out);  // 0, or -1 with a Python error; the tensor stays the owner
+  void *previous, *allocate, *from_object;
+  int (*to_object)(DLManagedTensorVersioned*, void** object);  // both: 0, or -1 with a Python error
+  int (*read)(void* object, DLTensor* out);                    // the tensor stays the owner
 };
 
 // What is asked of torch again and again, looked up once.
@@ -126,9 +134,14 @@ inline Grid grid_of(PyObject* x) {
   return {address_of(x), code, axes == 2 ? stride(0) : 0, stride(axes - 1)};
 }
 
-// Whether all that is given (None is not) are plain tensors of one shape and device, of ndim axes (-1: any number), and
-// all but the mask of a floating dtype. False may also mean that this cannot be told here.
-inline bool alike(int ndim, py::handle mask, const py::dict& tensors) {
+inline PyObject* as_bool(bool x) { return PyBool_FromLong(x); }
+
+// (ndim, mask, *tensors): whether all that is given (None is not) are plain tensors of one shape and device, of ndim
+// axes (-1: any number), and all but the mask of a floating dtype. False may also mean that this cannot be told here.
+inline PyObject* alike(PyObject* const* given, Py_ssize_t count) {
+  if (count < 2) throw py::type_error("needs ndim, mask and tensors");
+  const long ndim = PyLong_AsLong(given[0]);
+  if (PyErr_Occurred()) throw py::error_already_set();
   DLTensor first, other;
   bool begun = false;
   const auto fits = [&](PyObject* x, bool floating) {
@@ -139,42 +152,41 @@ inline bool alike(int ndim, py::handle mask, const py::dict& tensors) {
     return t.ndim == first.ndim && t.device_type == first.device_type && t.device_id == first.device_id &&
            std::equal(t.shape, t.shape + t.ndim, first.shape);
   };
-  for (const auto& [name, x] : tensors) {
-    if (!fits(x.ptr(), true)) return false;
-  }
-  return fits(mask.ptr(), false);
+  return as_bool(std::all_of(given + 2, given + count, [&](PyObject* x) { return fits(x, true); }) &&
+                 fits(given[1], false));
 }
 
-// Whether logits (..., V) are floating, labels (...) int64, and the mask, if any, (...) too: plain tensors on one
-// device, 0 < V <= 2^30. False may also mean that this cannot be told here.
-inline bool labelled(py::handle logits, py::handle labels, py::handle mask) {
+// (logits, labels, mask): whether logits (..., V) are floating, labels (...) int64, and the mask, if any, (...) too:
+// plain tensors on one device, 0 < V <= 2^30. False may also mean that this cannot be told here.
+inline PyObject* labelled(PyObject* const* given, Py_ssize_t count) {
+  if (count != 3) throw py::type_error("needs logits, labels and mask");
+  PyObject *const logits = given[0], *const labels = given[1], *const mask = given[2];
   DLTensor rows, other;
   const auto fits = [&](PyObject* x) {
     return is_plain_tensor(x) && read(x, other) && other.ndim == rows.ndim - 1 &&
            other.device_type == rows.device_type && other.device_id == rows.device_id &&
            std::equal(other.shape, other.shape + other.ndim, rows.shape);
   };
-  if (!is_plain_tensor(logits.ptr()) || !read(logits.ptr(), rows) || rows.dtype() == kBool || rows.ndim == 0) {
-    return false;
-  }
+  if (!is_plain_tensor(logits) || !read(logits, rows) || rows.dtype() == kBool || rows.ndim == 0) return as_bool(false);
   const int64_t vocab = rows.shape[rows.ndim - 1];
-  if (vocab < 1 || vocab > int64_t{1} << 30) return false;
-  if (!fits(labels.ptr()) || other.code != 0 || other.bits != 64) return false;
-  return mask.is_none() || fits(mask.ptr());
+  if (vocab < 1 || vocab > int64_t{1} << 30) return as_bool(false);
+  if (!fits(labels) || other.code != 0 || other.bits != 64) return as_bool(false);
+  return as_bool(mask == Py_None || fits(mask));
 }
 
 // The way of a call into an op (_dispatch.py).
 enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
 
-// kKernel: all arguments are plain tensors, numbers or None, and nobody watches (functorch, dispatch modes). kFunction:
-// so they are, and a gradient is wanted.
-inline int route(const py::tuple& arguments) {
+// (*arguments). kKernel: all are plain tensors, numbers or None, and nobody watches (functorch, dispatch modes).
+// kFunction: so they are, and a gradient is wanted.
+inline Route route_of(PyObject* const* given, Py_ssize_t count) {
   bool differentiable = false;
-  for (const py::handle x : arguments) {
-    const PyTypeObject* type = Py_TYPE(x.ptr());
-    if (is_plain_tensor(x.ptr())) {
-      differentiable = differentiable || checked(PyObject_GetAttr(x.ptr(), torch().requires_grad)).ptr() == Py_True;
-    } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && !x.is_none()) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const x = given[i];
+    const PyTypeObject* type = Py_TYPE(x);
+    if (is_plain_tensor(x)) {
+      differentiable = differentiable || checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
+    } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && x != Py_None) {
       return kLibrary;
     }
   }
@@ -183,5 +195,7 @@ inline int route(const py::tuple& arguments) {
   if (!checked(PyObject_CallNoArgs(torch().functorch_level)).is_none()) return kLibrary;
   return differentiable && checked(PyObject_CallNoArgs(torch().grad_enabled)).ptr() == Py_True ? kFunction : kKernel;
 }
+
+inline PyObject* route(PyObject* const* given, Py_ssize_t count) { return PyLong_FromLong(route_of(given, count)); }
 
 }  // namespace rlhf

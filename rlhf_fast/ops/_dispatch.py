@@ -11,7 +11,6 @@ eager and torch.compile). On a GPU, native before triton is predicted (bench/not
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -23,6 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
+
+from ._statistics import Statistics
 
 try:
     from .. import _C
@@ -63,16 +64,21 @@ class Op:
     A kernel (and fake) may return None for an output that nobody asked for. Autograd sees the first `differentiable`
     outputs only. The derivative is either setup_context and backward, as of torch.library.register_autograd, or
     `gradients`: {input: output} of a loss whose forward computes its gradients too, so that the backward scales them.
+    With `statistics`, the names of what the second output holds, a call gives the first output and these by name.
     """
 
     def __init__(
-        self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1
+        self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1,
+        statistics=None,
     ):  # fmt: skip
-        self.name = schema.split("(")[0]
+        self.name, self._statistics = schema.split("(")[0], statistics
         self.kernels: dict[str, dict[str, Callable]] = {}
         for (device, backend), kernel in kernels.items():
             self.kernels.setdefault(device, {})[backend] = kernel
         self._chosen: dict[str, str] = {}  # device -> backend, filled on first use
+        self._ready: dict[str, Callable] = {}  # device -> kernel, until another backend is forced
+        tensors = schema.split(" -> ")[0].count("Tensor")  # stand first
+        self._inputs = tensors if gradients is None else max(gradients) + 1
         if gradients is not None:
             setup_context, backward = _scaled(gradients)
 
@@ -97,7 +103,9 @@ class Op:
 
         torch.library.register_autograd(qualname, backward, setup_context=setup, lib=_LIBRARY)
 
+        # What cannot have a gradient comes as one tuple: autograd looks at each argument.
         def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
+            args = *args[:-1], *args[-1]
             outputs = self._kernel(*args)
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, outputs)
@@ -106,7 +114,8 @@ class Op:
         refusing = once_differentiable(backward)
 
         def backward_once(ctx, *grads):  # once_differentiable takes 3 us, and matters only under create_graph
-            return (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+            grads = (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+            return *grads[: self._inputs], None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
@@ -126,26 +135,38 @@ class Op:
 
     def __call__(self, *args):
         if is_compiling():
-            return self.library_op(*args)
+            return self._through_library(args)
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
-        way = _route(args)
+        way = _route(*args)
         if way == _LIBRARY_OP:
-            return self.library_op(*args)
+            return self._through_library(args)
         if way == _FUNCTION and self._apply is not None:
-            *seen, hidden = self._apply(*args)
-            return *seen, *hidden
-        return self._kernel(*args)
+            *seen, hidden = self._apply(*args[: self._inputs], args[self._inputs :])
+            outputs = *seen, *hidden
+        else:
+            outputs = self._kernel(*args)
+        return outputs if self._statistics is None else (outputs[0], Statistics.of(self._statistics, outputs[1]))
+
+    def _through_library(self, args):
+        outputs = self.library_op(*args)
+        if self._statistics is None:
+            return outputs
+        return outputs[0], dict(zip(self._statistics, outputs[1].unbind(), strict=True))
 
     def _kernel(self, *args):
-        return self.kernel_on(device_type(args[0]))(*args)
+        device = device_type(args[0])
+        kernel = self._ready.get(device)
+        return (kernel or self.kernel_on(device))(*args)
 
     def kernel_on(self, device: str) -> Callable:
-        return self.kernels[device][self.backend_on(device)]
+        kernel = self._ready[device] = self.kernels[device][self.backend_on(device)]
+        return kernel
 
     def backend(self, tensor: Tensor) -> str:
         """The backend that runs this op on the device of tensor."""
-        return self.backend_on(device_type(tensor))
+        device = device_type(tensor)
+        return (self._chosen.get(device) if _forced is None else None) or self.backend_on(device)
 
     def backend_on(self, device: str) -> str:
         if _forced is not None:
@@ -176,35 +197,37 @@ class Op:
 
 # What route says of a call (csrc/tensor.h). Without the native module all go through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
-_route = (lambda arguments: _LIBRARY_OP) if _C is None else _C.route
+_route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
 
 
-def plain(arguments: tuple) -> bool:
+def plain(*arguments) -> bool:
     """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
-    return not is_compiling() and _route(arguments) != _LIBRARY_OP
+    return not is_compiling() and _route(*arguments) != _LIBRARY_OP
 
 
-def empty(shape, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; where it is large and on the CPU, in memory that a step before has left (csrc/memory.h)."""
-    if device.type == "cpu" and _keeps() and shape and math.prod(shape) * dtype.itemsize >= LARGE:
-        return torch.from_dlpack(_C.kept_tensor(shape, DTYPE_CODES[dtype]))
-    return torch.empty(shape, dtype=dtype, device=device)
+def empties(like: Tensor, dtype: torch.dtype, *shapes) -> tuple[Tensor | None, ...]:
+    """Uninitialised contiguous tensors on the device of like. A shape is that of a tensor, a number or a tuple of both;
+    None gives None. On a CPU they are ours, which takes a third of the time, and large ones lie in memory that a step
+    before has left (csrc/memory.h).
+    """
+    made = _empties(LARGE, like, DTYPE_CODES[dtype], *shapes)
+    if made is not None:
+        return made
+    return tuple(None if s is None else torch.empty(_sizes(s), dtype=dtype, device=like.device) for s in shapes)
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """empty of the shape, dtype and device of x, contiguous."""
-    if x.numel() * x.element_size() >= LARGE:
-        return empty(x.shape, dtype=x.dtype, device=x.device)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the time of torch.empty
+_empties = getattr(_C, "empties", lambda *shapes: None)  # a source tree may have no build, or an older one
 
 
-def _keeps() -> bool:
-    return hasattr(_C, "kept_tensor")  # a source tree may have no build, or an older one
+def _sizes(shape) -> tuple[int, ...]:
+    if isinstance(shape, Tensor):
+        return tuple(shape.shape)
+    return tuple(n for part in shape for n in _sizes(part)) if isinstance(shape, tuple) else (shape,)
 
 
 def empty_cache() -> int:
     """Gives the memory that is kept for large CPU gradients back to the system -> bytes."""
-    return _C.empty_cache() if _keeps() else 0
+    return 0 if _C is None else _C.empty_cache()
 
 
 def device_type(x: Tensor) -> str:
@@ -218,11 +241,11 @@ def _in_full(outputs):
     return tuple(outputs[0].new_empty(0) if o is None else o for o in outputs)
 
 
-def may_consume(ctx, tensors) -> bool:
+def may_consume(ctx, *tensors) -> bool:
     """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
     if not is_direct(ctx) or torch._C._autograd._get_current_graph_task_keep_graph():
         return False
-    return plain(tensors)
+    return plain(*tensors)
 
 
 def is_direct(ctx) -> bool:
@@ -256,7 +279,7 @@ def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
         if factor is None:
             return tuple(grads)
         saved = ctx.saved_tensors
-        mine = may_consume(ctx, (*saved, factor))
+        mine = may_consume(ctx, *saved, factor)
         one = mine and factor.is_cpu and factor.item() == 1  # as from loss.backward()
         for i, g in zip(gradients, saved, strict=True):
             if g is not None and needed[i]:
@@ -269,14 +292,21 @@ def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
 @contextmanager
 def use_backend(name: str):
     """Run every op on one backend inside the block: "reference", "native" or "triton". Not thread-local."""
-    global _forced
     if name not in ("reference", "native", "triton"):
         raise ValueError(f"use_backend: {name!r} must be 'reference', 'native' or 'triton'")
-    before, _forced = _forced, name
+    before = _forced
+    _force(name)
     try:
         yield
     finally:
-        _forced = before
+        _force(before)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    for op in _OPS.values():
+        op._ready.clear()
 
 
 def is_forced() -> bool:

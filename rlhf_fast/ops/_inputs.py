@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.utils import _pytree
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, plain
+from ._dispatch import _C, DTYPE_CODES, empties
 
-_alike = (lambda ndim, mask, tensors: False) if _C is None else _C.alike
+_alike = (lambda ndim, mask, *tensors: False) if _C is None else _C.alike
 
 
 def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
     """All tensors have the first one's shape and device, and a floating dtype; ndim is the number of axes it needs."""
-    if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, tensors):
+    if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, *tensors.values()):
         return  # the usual case, for a tenth of the time of what follows
     first_name, first = next(iter(tensors.items()))
     shape, device = first.shape, first.device
@@ -40,16 +38,22 @@ def _refuse(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> No
     raise ValueError(f"{op}: {name} is on {x.device}, {first_name} on {first.device}; move them to one device")
 
 
+_AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
+_ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, formula in reference.KL_ESTIMATORS.items()}
+
+
 def aggregation_code(op: str, mode: str) -> int:
-    if mode not in reference.AGGREGATIONS:
+    code = _AGGREGATION_CODES.get(mode)
+    if code is None:
         raise ValueError(f"{op}: loss_agg_mode {mode!r} must be one of {', '.join(reference.AGGREGATIONS)}")
-    return reference.AGGREGATIONS.index(mode)
+    return code
 
 
 def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
-    if estimator not in reference.KL_ESTIMATORS:
+    code = _ESTIMATOR_CODES.get(estimator)
+    if code is None:
         raise ValueError(f"{op}: {name} {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
-    return ("k1", "k2", "k3", "abs").index(reference.KL_ESTIMATORS[estimator])
+    return code
 
 
 def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) -> Tensor | None:
@@ -71,61 +75,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
     """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
-    dtype = accumulation_dtype(like)
-    stats = like.new_empty(len(names), dtype=dtype)
-    loss = stats.new_empty(())
-    return (
-        loss,
-        stats,
-        *[
-            torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
-            for wanted in with_grads
-        ],
-    )
-
-
-class Statistics(dict):
-    """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss."""
-
-    _uncut: tuple[tuple[str, ...], Tensor] | None = None
-
-    @classmethod
-    def of(cls, names: tuple[str, ...], vector: Tensor) -> Statistics:
-        self = cls()
-        self._uncut = names, vector
-        return self
-
-    def cut(self) -> None:
-        if self._uncut is not None:
-            names, vector = self._uncut
-            dict.update(self, zip(names, vector.unbind(), strict=True))
-            self._uncut = None
-
-    def __reduce__(self):  # copies and pickles are dicts
-        return dict, (dict(self),)
-
-
-def _cutting(method):
-    @functools.wraps(method)
-    def wrapper(self, *args, **kwargs):
-        self.cut()
-        return method(self, *args, **kwargs)
-
-    return wrapper
-
-
-for _name in vars(dict).keys() - {"__new__", "__init__", "__getattribute__", "__class_getitem__", "fromkeys"}:
-    if callable(getattr(dict, _name)):
-        setattr(Statistics, _name, _cutting(getattr(dict, _name)))
-_pytree.register_pytree_node(
-    Statistics, lambda d: (list(d.values()), list(d)), lambda values, names: dict(zip(names, values, strict=True))
-)
-
-
-def by_name(names: tuple[str, ...], stats: Tensor) -> dict[str, Tensor]:
-    if plain((stats,)):
-        return Statistics.of(names, stats)
-    return dict(zip(names, stats.unbind(), strict=True))
+    grads = [like if wanted else None for wanted in with_grads]
+    return empties(like, accumulation_dtype(like), (), len(names), *grads)
 
 
 def wants_gradient(x: Tensor | None) -> bool:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import _C, DTYPE_CODES, check_vocabulary, empty
+from ._dispatch import _C, DTYPE_CODES, check_vocabulary, empties
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -211,8 +211,7 @@ def chunk_statistics(
         z = write_logits(buffer, inputs, part)
         return z, *row_forward.kernel_on(z.device.type)(z, inputs.labels[part], None, temperature, with_entropy, False)
     rows = part.stop - part.start
-    logprobs, saved = (inputs.hidden.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
-    entropy = torch.empty_like(logprobs) if with_entropy else None
+    logprobs, saved, entropy = empties(inputs.hidden, torch.float32, rows, (rows, 2), rows if with_entropy else None)
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
     _C.linear_forward(
         *product_arguments(inputs, part), bias, inputs.softcap or 0.0, inputs.labels[part], temperature, buffer,
@@ -279,10 +278,11 @@ class Gradients:
         # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
         once = inputs.way == IN_DTYPE and len(inputs.parts) <= 1
         total = weight.dtype if once else dtype
-        new = (
-            empty if total == weight.dtype else torch.empty
-        )  # a total that is narrowed gives its pages back as it goes
-        self.weight = new(weight.shape if wanted[1] else 0, dtype=total, device=hidden.device)
+        shape = weight.shape if wanted[1] else (0,)
+        if total == weight.dtype:
+            (self.weight,) = empties(weight, total, tuple(shape))
+        else:  # a total that is narrowed gives its pages back as it goes
+            self.weight = torch.empty(shape, dtype=total, device=hidden.device)
         self.bias = torch.zeros(bias.shape if wanted[2] else 0, dtype=dtype, device=hidden.device)
         self.beta = 0  # the first chunk overwrites
 

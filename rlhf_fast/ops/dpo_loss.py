@@ -10,9 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._inputs import by_name, check, wants_gradient
+from ._inputs import check, wants_gradient
 from .pairwise_loss import pairwise_op
-from .reference import PAIRWISE_STATS
 
 
 def dpo_loss(
@@ -41,8 +40,7 @@ def dpo_loss(
             chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,
             label_smoothing=label_smoothing,
         )  # fmt: skip
-    loss, stats, _, _ = pairwise_op(
+    return pairwise_op(
         chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, float(beta),
         0.0, 1.0 - label_smoothing, 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
     )  # fmt: skip
-    return loss, by_name(PAIRWISE_STATS, stats)

@@ -7,18 +7,15 @@ Specification: reference.gae. Kernels: csrc/cpu/gae.cpp, csrc/cuda/gae.cu, kerne
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, as_bool, native
+from ._dispatch import DTYPE_CODES, Op, as_bool, empties, native
 from ._inputs import accumulation_dtype, check
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(rewards)
-    advantages = torch.empty_like(rewards, dtype=dtype, memory_format=torch.contiguous_format)
-    return advantages, torch.empty_like(advantages)
+    return empties(rewards, accumulation_dtype(rewards), rewards, rewards)
 
 
 def _arguments(rewards, values, mask, gamma, lam, carry):

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, empty, native
+from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, empties, native
 from ._inputs import accumulation_dtype, wants_gradient
 
 NAME = "kl_divergence"
 
 
 def _outputs(logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
-    new = {"dtype": accumulation_dtype(logits), "device": logits.device}
-    return torch.empty(logits.shape[:-1], **new), torch.empty((*logits.shape[:-1], 4), **new)
+    rows = tuple(logits.shape[:-1])
+    return empties(logits, accumulation_dtype(logits), rows, (rows, 4))
 
 
 def _forward_arguments(logits, ref_logits, mask, *with_grads):
@@ -31,10 +31,9 @@ def _forward_arguments(logits, ref_logits, mask, *with_grads):
     return arguments, (kl, saved)
 
 
-def _gradients(new, logits, ref_logits, with_grads):
+def _gradients(logits, ref_logits, with_grads):
     return tuple(
-        new(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
-        for x, wanted in zip((logits, ref_logits), with_grads, strict=True)
+        empties(x, x.dtype, x if wanted else 0)[0] for x, wanted in zip((logits, ref_logits), with_grads, strict=True)
     )
 
 
@@ -42,7 +41,7 @@ def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grad
     logits, ref_logits, mask, grad_kl = (
         logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
     )  # fmt: skip
-    grads = _gradients(empty, logits, ref_logits, with_grads)
+    grads = _gradients(logits, ref_logits, with_grads)
     arguments = (
         logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved, grad_kl,
         *(g if wanted else None for g, wanted in zip(grads, with_grads, strict=True)),
@@ -54,7 +53,7 @@ _backward = Op(
     f"{NAME}_backward(Tensor logits, Tensor ref_logits, Tensor? mask, Tensor kl, Tensor saved, Tensor grad_kl, "
     "bool with_grad, bool with_ref_grad) -> (Tensor, Tensor)",
     kernels=native(f"{NAME}_backward", _backward_arguments, scratch=False, triton=NAME),
-    fake=lambda *args: _gradients(torch.empty, *args[:2], args[6:]),
+    fake=lambda *args: _gradients(*args[:2], args[6:]),
 )
 
 

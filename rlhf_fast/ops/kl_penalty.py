@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, is_forced, may_consume, native
+from ._dispatch import DTYPE_CODES, Op, empties, is_forced, may_consume, native
 from ._inputs import accumulation_dtype, as_rows, check, estimator_code, wants_gradient
 
 
 def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    kl = torch.empty_like(logprobs, dtype=accumulation_dtype(logprobs), memory_format=torch.contiguous_format)
-    return kl, torch.empty_like(kl) if with_grad else None
+    return empties(logprobs, accumulation_dtype(logprobs), logprobs, logprobs if with_grad else None)
 
 
 def _arguments(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
@@ -38,7 +36,7 @@ def _grad(ctx, grad_kl, _):
     if grad_kl is None:
         return (None,) * 6
     (slope,) = ctx.saved_tensors
-    grad = slope.mul_(grad_kl) if may_consume(ctx, (slope, grad_kl)) else slope * grad_kl
+    grad = slope.mul_(grad_kl) if may_consume(ctx, slope, grad_kl) else slope * grad_kl
     return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, *[None] * 4
 
 

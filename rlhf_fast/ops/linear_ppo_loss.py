@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, byte_mask
-from ._inputs import aggregation_code, by_name, estimator_code, normalizer_tensor
+from ._inputs import aggregation_code, estimator_code, normalizer_tensor
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
 from ._linear import (
@@ -96,6 +96,7 @@ _op = Op(
     kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
     gradients={0: 2, 1: 3, 2: 4},
+    statistics=PPO_STATS,
 )
 
 
@@ -147,7 +148,7 @@ def linear_ppo_loss(
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
         )  # fmt: skip
-    loss, stats, *_ = _op(
+    return _op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.long().contiguous(), old_logprobs, advantages,
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
         float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
@@ -155,4 +156,3 @@ def linear_ppo_loss(
         float(kl_coef), estimator_code(NAME, kl_estimator, "kl_estimator"), float(entropy_coef),
         aggregation_code(NAME, loss_agg_mode), *wanted_gradients(hidden, weight, bias),
     )  # fmt: skip
-    return loss, by_name(PPO_STATS, stats)

@@ -112,7 +112,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
         hidden, weight, bias, labels, mask, *ctx.options, entropy, saved, logits, grad_logprobs, grad_entropy,
         *ctx.wanted,
     )  # fmt: skip
-    if may_consume(ctx, tuple(t for t in args if isinstance(t, Tensor))):
+    if may_consume(ctx, *(t for t in args if isinstance(t, Tensor))):
         grads = _backward.kernel_on(hidden.device.type)(*args, consume=True)
     else:
         grads = _backward(*args)

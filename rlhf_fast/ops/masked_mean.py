@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool, native
+from ._dispatch import _C, DTYPE_CODES, Op, as_bool, empties, native
 from ._inputs import accumulation_dtype
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:
-    shape, dtype = () if whole else values.shape[:1], accumulation_dtype(values)
-    return values.new_empty(shape, dtype=dtype), values.new_empty(shape, dtype=dtype)
+    shape = () if whole else values.shape[0]
+    return empties(values, accumulation_dtype(values), shape, shape)
 
 
 def _arguments(values, mask, whole=False):
@@ -36,7 +36,7 @@ def one_row(x: Tensor) -> Tensor:
 
 def _backward_cpu(grad_means, counts, mask, whole):
     grad_means, rows = grad_means.contiguous(), 1 if whole else mask.shape[0]
-    grad = counts.new_empty(mask.shape)
+    (grad,) = empties(counts, counts.dtype, mask)
     _C.masked_mean_backward(
         one_row(mask) if whole else mask, rows, mask.numel() // max(rows, 1), DTYPE_CODES[counts.dtype], grad_means,
         counts, grad, torch.get_num_threads(),

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, native
+from ._dispatch import DTYPE_CODES, Op, empties, native
 from ._inputs import accumulation_dtype, as_rows
 from .masked_mean import _op as _mean
 from .masked_mean import fitting_mask
 
 
 def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(values)
-    whitened = torch.empty_like(values, dtype=dtype, memory_format=torch.contiguous_format)
-    return whitened, whitened.new_empty(3)
+    return empties(values, accumulation_dtype(values), values, 3)
 
 
 def _arguments(values, mask, shift_mean, eps):

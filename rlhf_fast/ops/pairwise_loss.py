@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, native
-from ._inputs import by_name, check, loss_outputs, wants_gradient
+from ._inputs import check, loss_outputs, wants_gradient
 from .reference import PAIRWISE_STATS
 
 
@@ -35,6 +35,7 @@ pairwise_op = Op(
     kernels=native("pairwise_loss", _arguments, scratch=True, triton="pairwise_loss"),
     fake=lambda chosen, *args: loss_outputs(chosen, PAIRWISE_STATS, args[-1], args[-1]),
     gradients={0: 2, 1: 3},
+    statistics=PAIRWISE_STATS,
 )
 
 
@@ -67,11 +68,10 @@ def pairwise_loss(
         return reference.pairwise_loss(
             chosen, rejected, margin=margin, target_prob=target_prob, center_coef=center_coef, weights=weights
         )
-    loss, stats, _, _ = pairwise_op(
+    return pairwise_op(
         chosen, rejected, None, None, margins, probs, weights, 1.0, _number(margin, 0.0), _number(target_prob, 1.0),
         float(center_coef), wants_gradient(chosen) or wants_gradient(rejected),
     )  # fmt: skip
-    return loss, by_name(PAIRWISE_STATS, stats)
 
 
 def _number(x: Tensor | float | None, default: float) -> float:

@@ -17,7 +17,6 @@ from . import reference
 from ._dispatch import DTYPE_CODES, Op, as_bool, native
 from ._inputs import (
     aggregation_code,
-    by_name,
     check,
     estimator_code,
     loss_outputs,
@@ -48,6 +47,7 @@ _op = Op(
     kernels=native("ppo_loss", _arguments, scratch=True, triton="ppo_loss"),
     fake=lambda *args: loss_outputs(args[0], PPO_STATS, *args[-2:]),
     gradients={0: 2, 5: 3},
+    statistics=PPO_STATS,
 )
 
 
@@ -102,11 +102,10 @@ def ppo_loss(
             kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
         )  # fmt: skip
-    loss, stats, _, _ = _op(
+    return _op(
         logprobs, old_logprobs, advantages, as_bool(mask), ref_logprobs, entropy, importance_weights,
         normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - cliprange,
         1.0 + (cliprange if cliprange_high is None else cliprange_high), math.inf if dual_clip is None else dual_clip,
         math.inf if log_ratio_clamp is None else log_ratio_clamp, float(kl_coef), estimator, float(entropy_coef),
         aggregation, wants_gradient(logprobs), entropy_coef != 0 and wants_gradient(entropy),
     )  # fmt: skip
-    return loss, by_name(PPO_STATS, stats)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, native
-from ._inputs import by_name, check, loss_outputs
+from ._inputs import check, loss_outputs
 from .reference import RANKING_STATS
 
 
@@ -26,6 +26,7 @@ _op = Op(
     kernels=native("ranking_loss", _arguments, scratch=True),
     fake=lambda rewards, _: loss_outputs(rewards, RANKING_STATS, True),
     gradients={0: 2},
+    statistics=RANKING_STATS,
 )
 
 
@@ -47,5 +48,4 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
         raise TypeError(f"ranking_loss: ranks are {ranks.dtype}; needs integers")
     if _op.backend(rewards) == "reference":
         return reference.ranking_loss(rewards, ranks)
-    loss, stats, _ = _op(rewards, ranks.long())
-    return loss, by_name(RANKING_STATS, stats)
+    return _op(rewards, ranks.long())

@@ -18,7 +18,7 @@ from ._dispatch import (
     Op,
     byte_mask,
     check_vocabulary,
-    empty_like,
+    empties,
     launch,
     overlaps_itself,
     plain,
@@ -28,9 +28,7 @@ from ._dispatch import (
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     accum = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs = torch.empty_like(labels, dtype=accum, memory_format=torch.contiguous_format)
-    entropy = torch.empty_like(logprobs) if with_entropy else None
-    return logprobs, entropy, logprobs.new_empty(*labels.shape, 2)  # of a shape it takes twice as long
+    return empties(logits, accum, labels, labels if with_entropy else None, (labels, 2))
 
 
 def _forward_arguments(logits, labels, mask, temperature, with_entropy):
@@ -52,7 +50,7 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
     grad_logprobs = None if grad_logprobs is None else grad_logprobs.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     if out is None:
-        out = empty_like(logits)
+        (out,) = empties(logits, logits.dtype, logits)
         grad_outer_stride, grad_inner_stride = inner * logits.shape[-1], logits.shape[-1]
     else:  # over the logits, or over the copy that their strides made necessary
         out, grad_outer_stride, grad_inner_stride = rows, outer_stride, inner_stride
@@ -138,8 +136,10 @@ def _save(ctx, inputs, output):
 def _grad(ctx, grad_logprobs, grad_entropy, _):
     logits, labels, mask, entropy, saved = ctx.saved_tensors
     entropy, grad_entropy = (entropy, grad_entropy) if ctx.with_entropy else (None, None)
-    args = (logits.detach(), labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
-    if ctx.inplace and plain((logits,)) and not overlaps_itself(logits):
+    if ctx.inplace or torch.is_grad_enabled():
+        logits = logits.detach()
+    args = (logits, labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
+    if ctx.inplace and plain(logits) and not overlaps_itself(logits):
         torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
         grad = _backward.kernel_on(logits.device.type)(*args, out=args[0])
     else:

@@ -16,7 +16,6 @@ from . import reference
 from ._dispatch import DTYPE_CODES, Op, as_bool, native
 from ._inputs import (
     aggregation_code,
-    by_name,
     check,
     loss_outputs,
     normalizer_tensor,
@@ -40,6 +39,7 @@ _op = Op(
     kernels=native("value_loss", _arguments, scratch=True),
     fake=lambda *args: loss_outputs(args[0], VALUE_STATS, args[-1]),
     gradients={0: 2},
+    statistics=VALUE_STATS,
 )
 
 
@@ -68,8 +68,7 @@ def value_loss(
             values, old_values, returns, mask, cliprange_value=cliprange_value, loss_agg_mode=loss_agg_mode,
             normalizer=normalizer,
         )  # fmt: skip
-    loss, stats, _ = _op(
+    return _op(
         values, old_values, returns, as_bool(mask), normalizer_tensor("value_loss", normalizer, values),
         math.inf if cliprange_value is None else float(cliprange_value), aggregation, wants_gradient(values),
     )  # fmt: skip
-    return loss, by_name(VALUE_STATS, stats)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlhf_fast
 from rlhf_fast.ops import _dispatch
@@ -13,12 +14,12 @@ from rlhf_fast.ops import _dispatch
 SHAPE = (64, 1000)
 BYTES = 4 * 64 * 1000
 
-pytestmark = pytest.mark.skipif(not _dispatch._keeps(), reason="needs the native build")
+pytestmark = pytest.mark.skipif(_dispatch._C is None, reason="needs the native build")
 
 
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch):
-    monkeypatch.setattr(_dispatch, "LARGE", 1)
+    monkeypatch.setattr(_dispatch, "LARGE", 1024)  # less than any gradient below, more than what goes with it
     gc.collect()
     _dispatch.empty_cache()
     yield
@@ -118,6 +119,36 @@ def test_it_is_an_ordinary_tensor():
     assert torch.equal(shared, grad) and torch.equal(torch.from_numpy(grad.numpy()), grad)
     grad.add_(1).mul_(2)
     assert torch.equal(grad, (shared + 1) * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("ours", [True, False])
+def test_empties_are_what_torch_s_are(dtype, ours, monkeypatch):
+    if not ours:  # a torch without DLPack's exchange table
+        monkeypatch.setattr(_dispatch, "_empties", lambda *given: None)
+    like, turned = torch.zeros(3, 5, dtype=dtype), torch.zeros(4, 3).T
+    deep = torch.zeros((1,) * 9)
+    made = _dispatch.empties(like, dtype, (), 7, (2, 3, 4), like, turned, (turned, 2), None, 0, (2, 0), deep.shape, 500)
+    shapes = [(), (7,), (2, 3, 4), (3, 5), (3, 4), (3, 4, 2), None, (0,), (2, 0), (1,) * 9, (500,)]
+    for x, shape in zip(made, shapes, strict=True):
+        if shape is None:
+            assert x is None
+            continue
+        expected = torch.empty(shape, dtype=dtype)
+        assert type(x) is torch.Tensor and x.dtype == dtype and x.is_cpu and x.is_leaf and not x.requires_grad
+        assert x.shape == expected.shape and x.stride() == expected.stride() and x.is_contiguous()
+        assert torch.equal(x.fill_(1), expected.fill_(1)) and x._version == 1
+    with torch.inference_mode():
+        assert _dispatch.empties(like, dtype, like)[0].is_inference()
+
+
+def test_empties_of_what_is_no_plain_cpu_tensor_are_torch_s():
+    with FakeTensorMode() as mode:
+        fake = torch.empty(2, 3)
+        (x,) = _dispatch.empties(fake, torch.float32, (fake, 2))
+        assert isinstance(x, type(fake)) and x.fake_mode is mode and x.shape == (2, 3, 2)
+    (x,) = _dispatch.empties(torch.empty(2, device="meta"), torch.float32, 5)
+    assert x.is_meta and x.shape == (5,)
 
 
 def test_threads_free_and_take_at_once():

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 
 import rlhf_fast as rf
-from rlhf_fast.ops import _inputs
+from rlhf_fast.ops import _statistics
 from rlhf_fast.ops.reference import PAIRWISE_STATS
 
 CHOSEN, REJECTED = torch.tensor([2.0, 0.0]), torch.tensor([0.5, 1.0])
@@ -18,7 +18,7 @@ WANTED = {"accuracy": 0.5, "margin": 0.25, "chosen_mean": 1.0, "num_pairs": 2.0}
 
 def statistics() -> dict:
     stats = rf.pairwise_loss(CHOSEN, REJECTED)[1]
-    assert isinstance(stats, _inputs.Statistics) and stats._uncut is not None  # nobody has looked yet
+    assert isinstance(stats, _statistics.Statistics) and stats._uncut is not None  # nobody has looked yet
     return stats
 
 

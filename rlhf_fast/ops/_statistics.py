@@ -1,0 +1,46 @@
+"""The statistics of a loss: a dict of scalar tensors, all from one vector that its kernel has filled."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+from torch.utils import _pytree
+
+
+class Statistics(dict):
+    """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss."""
+
+    _uncut: tuple[tuple[str, ...], Tensor] | None = None
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], vector: Tensor) -> Statistics:
+        self = cls()
+        self._uncut = names, vector
+        return self
+
+    def cut(self) -> None:
+        if self._uncut is not None:
+            names, vector = self._uncut
+            dict.update(self, zip(names, vector.unbind(), strict=True))
+            self._uncut = None
+
+    def __reduce__(self):  # copies and pickles are dicts
+        return dict, (dict(self),)
+
+
+def _cutting(method):
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        self.cut()
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+for _name in vars(dict).keys() - {"__new__", "__init__", "__getattribute__", "__class_getitem__", "fromkeys"}:
+    if callable(getattr(dict, _name)):
+        setattr(Statistics, _name, _cutting(getattr(dict, _name)))
+_pytree.register_pytree_node(
+    Statistics, lambda d: (list(d.values()), list(d)), lambda values, names: dict(zip(names, values, strict=True))
+)
