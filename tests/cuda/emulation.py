@@ -156,10 +156,12 @@ def install(monkeypatch, emulated: Emulated) -> None:
             monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(_dispatch, "_C", SimpleNamespace(cuda=emulated, cuda_version="emulated"))
     monkeypatch.setattr(_linear, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_dispatch, "_empties", lambda *given: None)  # as for CUDA tensors, torch's
     monkeypatch.setattr(_linear, "_C", None)
     for op in _dispatch._OPS.values():
         if "native" in op.kernels.get("cuda", {}):
             monkeypatch.setitem(op.kernels["cpu"], "native", op.kernels["cuda"]["native"])
+            monkeypatch.setattr(op, "_ready", {})
 
 
 def logits_in_their_dtype(monkeypatch) -> None:
