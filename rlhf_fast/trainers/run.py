@@ -25,7 +25,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -49,6 +48,7 @@ from .checkpoints import (
     save_quietly,
 )
 from .common import preserved_rng
+from .records import Records, as_numbers
 
 
 @dataclasses.dataclass
@@ -79,33 +79,13 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     config, run_dir = trainer.config, Path(trainer.config.output_dir)
     start, at_the_end = _open_run(trainer, run_dir, resume)
     spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
-    kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
-    log = _JsonLines(run_dir / "train_log.jsonl", kept)
-    unlogged = [at_the_end] if at_the_end and (not log.kept or log.kept[-1]["step"] < start) else []
-    kept -= len(unlogged)  # that step is looked at again
-    samples = _JsonLines(run_dir / "samples.jsonl", kept)
-    files, monitors = [log, samples], getattr(trainer, "monitors", None)
-    if monitors:
-        files.append(alarms := _JsonLines(run_dir / "alarms.jsonl", kept))
-        for row in log.kept:
-            monitors(row)  # what it raised then is in alarms.jsonl already
-    board = _tensorboard(run_dir / "tensorboard", start)
-    best = _Best(config, log.kept)
-    metrics = dict(log.kept[-1]) if log.kept else {}  # what a run with no step left to do returns
+    records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None))
+    best = _Best(config, records.log.kept)
+    metrics = dict(records.log.kept[-1]) if records.log.kept else {}  # what a run with no step left to do returns
     metrics.pop("step", None)
 
-    def write(row: dict) -> list[str]:
-        """Logs a line and the alarms that it raises -> why the run should end, if it should."""
-        log.write(row)
-        raised = monitors(row) if monitors else []
-        for alarm in raised:
-            alarms.write(dataclasses.asdict(alarm))
-            bar.write(f"{alarm.monitor}: {alarm.message}")
-        return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in monitors.stop_on]
-
     def checkpoint(metrics: dict | None = None) -> None:
-        for file in files:
-            file.sync()  # the log that a checkpoint goes on from must outlast a power failure as it does
+        records.sync()
         save_checkpoint(trainer, run_dir, metrics)
 
     def keep(metrics: dict | None = None) -> None:
@@ -132,22 +112,20 @@ def run_training(trainer, resume: bool = False) -> RunResult:
 
     def look(step: int) -> dict:
         with preserved_rng():
-            for sample in trainer.samples():
-                samples.write({"step": step, **sample})
+            records.sample(step, trainer.samples())
         with preserved_rng():
             return as_numbers(trainer.evaluate())
 
+    done = start - len(records.unlogged)
     with (
         _signals() as stop,
-        tqdm(
-            total=trainer.total_steps, initial=start - len(unlogged), desc=type(trainer).__name__, disable=None
-        ) as bar,
+        tqdm(total=trainer.total_steps, initial=done, desc=type(trainer).__name__, disable=None) as bar,
     ):
         if start == 0 and config.eval_steps:
-            write({"step": 0, **(first := look(0))})
+            records.write({"step": 0, **(first := look(0))}, bar.write)
             best.improved(0, first)
         clock = time.perf_counter()
-        for metrics in itertools.chain(unlogged, steps() if trainer.step < trainer.total_steps else ()):
+        for metrics in itertools.chain(records.unlogged, steps() if trainer.step < trainer.total_steps else ()):
             step, last = trainer.step, trainer.step >= trainer.total_steps
             metrics = as_numbers(metrics)
             metrics.setdefault("timing_s/step", time.perf_counter() - clock)
@@ -165,10 +143,9 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                 except Exception:
                     keep(metrics)
                     raise
-            stop += write({"step": step, **metrics})
-            if board and (last or step % config.logging_steps == 0):
-                for key, value in metrics.items():
-                    board.add_scalar(key, value if value is not None else math.nan, step)
+            stop += records.write({"step": step, **metrics}, bar.write)
+            if last or step % config.logging_steps == 0:
+                records.plot(step, metrics)
             bar.update(1)
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
             stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
@@ -180,8 +157,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                 break
             clock = time.perf_counter()
 
-    for file in [*files, *([board] if board else [])]:
-        file.close()
+    records.close()
     interrupted = trainer.step < trainer.total_steps
     if best.step is not None and not interrupted:
         metrics |= _go_back_to(best, trainer, run_dir)
@@ -302,47 +278,6 @@ def model_card(trainer, metrics: dict) -> str:
 
 def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def as_numbers(metrics: dict) -> dict:
-    """Tensors and numpy scalars to Python numbers; what is not finite becomes None (null in JSON)."""
-    numbers = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
-
-
-class _JsonLines:
-    """Appends one JSON object a line, flushed; what a file has beyond `step` is cut when it is opened."""
-
-    def __init__(self, path: Path, step: int):
-        self.kept: list[dict] = []
-        size = 0
-        # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-            row = json.loads(line)
-            if row["step"] > step:
-                break
-            self.kept.append(row)
-            size += len(line) + 1
-        self._file = path.open("a", encoding="utf-8")
-        self._file.truncate(size)
-
-    def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _tensorboard(path: Path, start: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(path), purge_step=start + 1 if start else None)
 
 
 @contextmanager

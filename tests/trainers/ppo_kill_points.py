@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
-from rlhf_fast.trainers import checkpoints, run
+from rlhf_fast.trainers import checkpoints, records
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [{"prompt": f"say {word}"} for word in ("one", "two", "three", "four", "cat", "sat", "on", "mat")]
@@ -90,7 +90,7 @@ def arm(trainer, point: str) -> None:
             trainer, "_accumulate_gradient", lambda *_: late() and (calls.append(1) or len(calls) == 3)
         ),
         "in evaluation": lambda: when(trainer, "evaluate", saving),
-        "in a log line": lambda: when(run._JsonLines, "write", lambda log, row: row.get("step") == 2, half_a_line),
+        "in a log line": lambda: when(records.JsonLines, "write", lambda log, row: row.get("step") == 2, half_a_line),
         "before saving": lambda: when(trainer, "save_model", saving),
         "after the model is saved": lambda: when(trainer, "save_model", saving, after=True),
         "in state.pt": lambda: when(torch, "save", saving, half_a_state),

@@ -1,0 +1,101 @@
+"""What a run writes as it goes: a line per step, samples, alarms, TensorBoard. Read again on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+
+class Records:
+    """train_log.jsonl, samples.jsonl, alarms.jsonl where there are monitors, and tensorboard/ where it is installed.
+
+    start: the step from which the run goes on; on resume what lies beyond it is cut. at_the_end: the metrics of that
+    step, if its checkpoint was saved before they were logged. Where they still are not, they are in `unlogged`, and the
+    step's samples are cut too: it is to be looked at again.
+    """
+
+    def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors):
+        kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
+        self.log = JsonLines(run_dir / "train_log.jsonl", kept)
+        logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
+        self.unlogged = [at_the_end] if at_the_end and not logged else []
+        kept -= len(self.unlogged)
+        self._samples = JsonLines(run_dir / "samples.jsonl", kept)
+        self._files, self._monitors = [self.log, self._samples], monitors
+        if monitors:
+            self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
+            self._files.append(self._alarms)
+            for row in self.log.kept:
+                monitors(row)  # what it raised then is in alarms.jsonl already
+        self._board = _tensorboard(run_dir / "tensorboard", start)
+
+    def write(self, row: dict, say) -> list[str]:
+        """Logs a line and the alarms that it raises, and says these -> why the run should end, if it should."""
+        self.log.write(row)
+        raised = self._monitors(row) if self._monitors else []
+        for alarm in raised:
+            self._alarms.write(dataclasses.asdict(alarm))
+            say(f"{alarm.monitor}: {alarm.message}")
+        return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in self._monitors.stop_on]
+
+    def plot(self, step: int, metrics: dict) -> None:
+        if self._board:
+            for key, value in metrics.items():
+                self._board.add_scalar(key, value if value is not None else math.nan, step)
+
+    def sample(self, step: int, samples: list[dict]) -> None:
+        for sample in samples:
+            self._samples.write({"step": step, **sample})
+
+    def sync(self) -> None:
+        """The log that a checkpoint goes on from must outlast a power failure as it does."""
+        for file in self._files:
+            file.sync()
+
+    def close(self) -> None:
+        for file in [*self._files, *([self._board] if self._board else [])]:
+            file.close()
+
+
+class JsonLines:
+    """Appends one JSON object a line, flushed; what a file has beyond `step` is cut when it is opened."""
+
+    def __init__(self, path: Path, step: int):
+        self.kept: list[dict] = []
+        size = 0
+        # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+            row = json.loads(line)
+            if row["step"] > step:
+                break
+            self.kept.append(row)
+            size += len(line) + 1
+        self._file = path.open("a", encoding="utf-8")
+        self._file.truncate(size)
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tensorboard(path: Path, start: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path), purge_step=start + 1 if start else None)
+
+
+def as_numbers(metrics: dict) -> dict:
+    """Tensors and numpy scalars to Python numbers; what is not finite becomes None (null in JSON)."""
+    numbers = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
