@@ -15,7 +15,8 @@ grouped by length (over the whole round: its own sampler would sort pools of a q
 than it does in a long run). Its loss is its own chunked one in both. Its padding-free batches and packing need flash
 attention, which a CPU does not have.
 
-A round takes minutes; a file that is there already goes on from the rounds that it has (of the same settings).
+A round takes minutes; a file that is there already goes on from the rounds that it has (of the same settings
+and commit).
 """
 
 from __future__ import annotations
@@ -265,7 +266,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         about = prepare(folder, settings, options["data"])
-        runs = finished(options["json"], settings)
+        facts = provenance(options)
+        runs = finished(options["json"], settings, facts["commit"])
         for seed in range(len(runs[OURS]), options["rounds"]):
             names, done = list(VARIANTS), {}
             for who in names[seed % len(names) :] + names[: seed % len(names)]:
@@ -275,14 +277,14 @@ def main() -> None:
             for who, figures in done.items():
                 runs[who].append(figures)
             if options["json"]:
-                result = {**summarized(runs), "settings": settings, "model_and_data": about, **provenance(options)}
+                result = {**summarized(runs), "settings": settings, "model_and_data": about, **facts}
                 options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
 
 
-def finished(path: Path | None, settings: dict) -> dict[str, list[dict]]:
-    """The rounds in a result file, if it is of these settings."""
+def finished(path: Path | None, settings: dict, commit: str | None) -> dict[str, list[dict]]:
+    """The rounds in a result file, if it is of these settings and this commit."""
     before = json.loads(path.read_text()) if path and path.exists() else {}
-    if before.get("settings") != settings:
+    if before.get("settings") != settings or before.get("commit") != commit:
         return {who: [] for who in VARIANTS}
     return {row["who"]: row["rounds"] for row in before["rows"]}
 

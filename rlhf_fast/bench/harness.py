@@ -114,8 +114,8 @@ def _installed(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, "+" where it has changes; None for an installed package, and where git
-    is not there or does not trust the tree's owner."""
+    """The commit of the source tree that runs, "+" where it has changes beside results; None for an installed package,
+    and where git is not there or does not trust the tree's owner."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -123,7 +123,7 @@ def _commit() -> str | None:
     asked = {"capture_output": True, "text": True, "check": True}
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], **asked).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], **asked).stdout
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno", "--", ".", ":!bench/results"], **asked).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changes.strip() else "")
