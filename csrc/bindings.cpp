@@ -75,6 +75,8 @@ PyObject* guarded(PyObject*, PyObject* const* given, Py_ssize_t count) {
     error.set_error();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
+  } catch (const std::exception& error) {  // torch's own too, which its C functions let through
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
   return nullptr;
 }

@@ -107,7 +107,7 @@ inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t k
   const bool kept = bytes >= keep_from && bytes > 0;
   auto* owned = new (::operator new(kHeader + (kept ? 0 : bytes), Owned::kAlignment)) Owned;
   int64_t stride = 1;
-  for (int i = axes; i-- > 0; stride *= shape[i]) {
+  for (int i = axes; i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) {  // as torch strides what is empty
     owned->shape[i] = shape[i];
     owned->strides[i] = stride;
   }
@@ -126,19 +126,24 @@ inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t k
   managed.tensor.lanes = 1;
   managed.tensor.shape = owned->shape;
   managed.tensor.strides = owned->strides;
-  void* object = nullptr;
+  void* object = nullptr;  // torch steals the tensor, so it is not freed here where torch fails
   if (torch().exchange->to_object(&managed, &object) == 0) return static_cast<PyObject*>(object);
-  managed.deleter(&managed);
   throw py::error_already_set();
 }
 
 struct Shape {
+  static constexpr int64_t kMostElements = int64_t{1} << 48;  // more than memory has, and far from where bytes overflow
+
   int64_t sizes[Owned::kMostAxes];
   int axes = 0;
+  int64_t elements = 1;  // without the axes of size 0
 
-  // Of a tensor, of a number, or of a tuple of both; false where it is none or has too many axes.
+  // Of a tensor, of a number, or of a tuple of both; false where it is none, or has too many axes or elements.
   bool append(PyObject* x) {
-    if (PyLong_Check(x)) return append(PyLong_AsLongLong(x));
+    if (PyLong_Check(x)) {
+      int overflow;  // -1 is then what it gives
+      return append(PyLong_AsLongLongAndOverflow(x, &overflow));
+    }
     if (PyTuple_Check(x)) {
       for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i) {
         if (!append(PyTuple_GET_ITEM(x, i))) return false;
@@ -150,15 +155,17 @@ struct Shape {
     return std::all_of(t.shape, t.shape + t.ndim, [&](int64_t size) { return append(size); });
   }
   bool append(int64_t size) {
-    if (size < 0 || axes == Owned::kMostAxes) return false;
+    if (size < 0 || axes == Owned::kMostAxes || size > kMostElements / elements) return false;
+    elements *= std::max<int64_t>(size, 1);
     sizes[axes++] = size;
     return true;
   }
 };
 
 // (keep_from, like, dtype, *shapes) -> a tuple of uninitialised contiguous tensors of these shapes (None: none), blocks
-// of keep_from bytes and more in kept memory; or None where torch has to make them: like is not a plain CPU tensor.
-// Takes a third of the time of torch.empty, which parses its arguments and asks a dispatcher.
+// of keep_from bytes and more in kept memory; or None where torch has to make them, or to say why it cannot: like is
+// not a plain CPU tensor, or memory does not suffice. Takes a third of the time of torch.empty, which parses its
+// arguments and asks a dispatcher.
 inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   DLTensor like;
   if (count < 3 || !is_plain_tensor(given[1]) || !read(given[1], like) || like.device_type != 1) Py_RETURN_NONE;
@@ -173,7 +180,11 @@ inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
     if (given[i] == Py_None) {
       Py_INCREF(one);
     } else if (shape.append(given[i])) {
-      one = make_tensor(shape.sizes, shape.axes, int(dtype), size_t(keep_from));
+      try {
+        one = make_tensor(shape.sizes, shape.axes, int(dtype), size_t(keep_from));
+      } catch (const std::bad_alloc&) {
+        Py_RETURN_NONE;
+      }
     } else {
       Py_RETURN_NONE;
     }

@@ -127,10 +127,10 @@ def test_empties_are_what_torch_s_are(dtype, ours, monkeypatch):
     if not ours:  # a torch without DLPack's exchange table
         monkeypatch.setattr(_dispatch, "_empties", lambda *given: None)
     like, turned = torch.zeros(3, 5, dtype=dtype), torch.zeros(4, 3).T
-    deep = torch.zeros((1,) * 9)
-    made = _dispatch.empties(like, dtype, (), 7, (2, 3, 4), like, turned, (turned, 2), None, 0, (2, 0), deep.shape, 500)
-    shapes = [(), (7,), (2, 3, 4), (3, 5), (3, 4), (3, 4, 2), None, (0,), (2, 0), (1,) * 9, (500,)]
-    for x, shape in zip(made, shapes, strict=True):
+    given = (), 7, (2, 3, 4), like, turned, (turned, 2), None, 0, (2, 0), (0, 2), (1,) * 8, 500
+    shapes = [(), (7,), (2, 3, 4), (3, 5), (3, 4), (3, 4, 2), None, (0,), (2, 0), (0, 2), (1,) * 8, (500,)]
+    assert (_dispatch._empties(1024, like, _dispatch.DTYPE_CODES[dtype], *given) is not None) == ours
+    for x, shape in zip(_dispatch.empties(like, dtype, *given), shapes, strict=True):
         if shape is None:
             assert x is None
             continue
@@ -149,6 +149,27 @@ def test_empties_of_what_is_no_plain_cpu_tensor_are_torch_s():
         assert isinstance(x, type(fake)) and x.fake_mode is mode and x.shape == (2, 3, 2)
     (x,) = _dispatch.empties(torch.empty(2, device="meta"), torch.float32, 5)
     assert x.is_meta and x.shape == (5,)
+
+
+def test_what_has_more_axes_than_ours_is_torch_s():
+    some, deep = _dispatch.empties(torch.empty(0), torch.float32, 3, torch.zeros((1,) * 9))
+    assert some.shape == (3,) and deep.shape == (1,) * 9
+
+
+@pytest.mark.parametrize("shape", [(2**31, 2**31), (2**30, 2**31), 2**62, (2**20, 2**30), 2**70, -1])
+def test_what_no_memory_holds_is_torch_s_error(shape):
+    """Sizes whose bytes overflow among them: torch's C function lets its C++ exception through there."""
+    with pytest.raises((RuntimeError, OverflowError, TypeError)) as ours:
+        _dispatch.empties(torch.empty(0), torch.float32, shape)
+    with pytest.raises(ours.type) as theirs:
+        torch.empty(shape)
+    assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
+def test_an_op_on_what_no_memory_holds_raises_as_torch_does():
+    wide = torch.zeros(1).expand(2**31, 2**31)
+    with pytest.raises(RuntimeError, match="overflow"):
+        rlhf_fast.kl_penalty(wide, wide, estimator="k3")
 
 
 def test_threads_free_and_take_at_once():
