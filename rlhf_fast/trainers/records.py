@@ -34,11 +34,11 @@ class Records:
 
     def write(self, row: dict, say) -> list[str]:
         """Logs a line and the alarms that it raises, and says these -> why the run should end, if it should."""
-        self.log.write(row)
         raised = self._monitors(row) if self._monitors else []
-        for alarm in raised:
+        for alarm in raised:  # first: what the log has is not looked at again, so a kill between would lose them
             self._alarms.write(dataclasses.asdict(alarm))
             say(f"{alarm.monitor}: {alarm.message}")
+        self.log.write(row)
         return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in self._monitors.stop_on]
 
     def plot(self, step: int, metrics: dict) -> None:

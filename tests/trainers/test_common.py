@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_fast.trainers import checkpoints, common, run
+from rlhf_fast.monitors import Alarm
+from rlhf_fast.trainers import checkpoints, common, records, run
 from rlhf_fast.trainers.common import ConfigError
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
@@ -312,6 +313,35 @@ def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypat
     assert kept[0] == kept[1] == {
         0: [], 3: ["checkpoint-6", "checkpoint-9"], 5: ["checkpoint-10", "checkpoint-5"]
     }[save_steps]  # fmt: skip
+
+
+@pytest.mark.parametrize("died_in", ["train_log.jsonl", "alarms.jsonl"])
+def test_a_run_that_died_between_its_last_line_and_its_alarm_loses_neither(tmp_path, died_in, monkeypatch):
+    class Watch:
+        stop_on = ()
+
+        def __call__(self, row):
+            return [Alarm(row["step"], "walk", "it walks")] if row["step"] in (4, 10) else []
+
+    config, write = Config(str(tmp_path), save_steps=5), records.JsonLines.write
+
+    def dying(file, row):
+        if row["step"] == 10 and file._file.name.endswith(died_in):
+            _crash()
+        write(file, row)
+
+    for resume in (False, True):
+        walk = Walk(config)
+        walk.monitors = Watch()
+        if resume:
+            monkeypatch.undo()
+            walk.train(resume=True)
+        else:
+            monkeypatch.setattr(records.JsonLines, "write", dying)
+            with pytest.raises(RuntimeError, match="crash"):
+                walk.train()
+    assert [row["step"] for row in rows(tmp_path / "alarms.jsonl")] == [4, 10]
+    assert [row["step"] for row in rows(tmp_path / "train_log.jsonl")] == [*range(1, 11)]
 
 
 def test_an_evaluation_that_fails_on_the_way_loses_no_step(tmp_path):
