@@ -20,7 +20,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from ._statistics import Statistics
@@ -29,6 +28,9 @@ try:
     from .. import _C
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
+else:
+    if not hasattr(_C, "empties"):  # the newest of what is called here; functions before it took other arguments
+        _C, _C_MISSING = None, "the one that is there is older than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 LARGE = 32 << 20  # bytes; smaller ones malloc keeps by itself
@@ -101,7 +103,13 @@ class Op:
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, output)
 
-        torch.library.register_autograd(qualname, backward, setup_context=setup, lib=_LIBRARY)
+        def backward_once(ctx, *grads):
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():  # create_graph
+                return _once(backward(ctx, *grads))
+
+        torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
 
         # What cannot have a gradient comes as one tuple: autograd looks at each argument.
         def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
@@ -111,13 +119,10 @@ class Op:
             setup_context(ctx, args, outputs)
             return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
 
-        refusing = once_differentiable(backward)
+        def backward_of_inputs(ctx, *grads):
+            return *backward_once(ctx, *grads)[: self._inputs], None
 
-        def backward_once(ctx, *grads):  # once_differentiable takes 3 us, and matters only under create_graph
-            grads = (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
-            return *grads[: self._inputs], None
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_once)}
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
         self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
         # Without Function.apply's own look at each argument for functorch, which plain() has ruled out.
@@ -160,7 +165,11 @@ class Op:
         return (kernel or self.kernel_on(device))(*args)
 
     def kernel_on(self, device: str) -> Callable:
-        kernel = self._ready[device] = self.kernels[device][self.backend_on(device)]
+        ready = self._ready  # taken first: what another thread forces meanwhile puts an empty one in its place
+        backend = self.backend_on(device)
+        if backend == "reference":  # forced since the forward, which was native
+            backend, _ = self._choose(device)
+        kernel = ready[device] = self.kernels[device][backend]
         return kernel
 
     def backend(self, tensor: Tensor) -> str:
@@ -208,7 +217,7 @@ def plain(*arguments) -> bool:
 def empties(like: Tensor, dtype: torch.dtype, *shapes) -> tuple[Tensor | None, ...]:
     """Uninitialised contiguous tensors on the device of like. A shape is that of a tensor, a number or a tuple of both;
     None gives None. On a CPU they are ours, which takes a third of the time, and large ones lie in memory that a step
-    before has left (csrc/memory.h).
+    before has left (csrc/memory.h); these cannot grow, by resize_ or as an out= of another shape.
     """
     made = _empties(LARGE, like, DTYPE_CODES[dtype], *shapes)
     if made is not None:
@@ -216,7 +225,7 @@ def empties(like: Tensor, dtype: torch.dtype, *shapes) -> tuple[Tensor | None, .
     return tuple(None if s is None else torch.empty(_sizes(s), dtype=dtype, device=like.device) for s in shapes)
 
 
-_empties = getattr(_C, "empties", lambda *shapes: None)  # a source tree may have no build, or an older one
+_empties = (lambda *given: None) if _C is None else _C.empties
 
 
 def _sizes(shape) -> tuple[int, ...]:
@@ -227,7 +236,7 @@ def _sizes(shape) -> tuple[int, ...]:
 
 def empty_cache() -> int:
     """Gives the memory that is kept for large CPU gradients back to the system -> bytes."""
-    return _C.empty_cache() if hasattr(_C, "empty_cache") else 0
+    return 0 if _C is None else _C.empty_cache()
 
 
 def device_type(x: Tensor) -> str:
@@ -251,6 +260,15 @@ def may_consume(ctx, *tensors) -> bool:
 def is_direct(ctx) -> bool:
     """Whether ctx is of Op.function, not of torch.library, where all outputs are visible and an absent one is empty."""
     return getattr(ctx, "direct", False)
+
+
+def _once(grads: tuple) -> tuple:
+    """grads, which refuse to be differentiated. once_differentiable leaves those of a plain loss.backward() as numbers:
+    what depends on them, such as a penalty on a gradient's norm, would silently have no derivative."""
+    words = "trying to differentiate twice a function of rlhf_fast; use_backend('reference') has no such limit"
+    refuse = torch._C._functions.DelayedError(words, len(grads))
+    refusing = refuse(*(None if g is None else g.detach().requires_grad_() for g in grads))
+    return refusing if isinstance(refusing, tuple) else (refusing,)
 
 
 def _times(g: Tensor, factor: Tensor) -> Tensor:
@@ -306,7 +324,7 @@ def _force(name: str | None) -> None:
     global _forced
     _forced = name
     for op in _OPS.values():
-        op._ready.clear()
+        op._ready = {}
 
 
 def is_forced() -> bool:

@@ -163,7 +163,7 @@ _forward = Op(
 )
 
 
-_labelled = getattr(_C, "labelled", lambda logits, labels, mask: False)  # an older build has none
+_labelled = (lambda logits, labels, mask: False) if _C is None else _C.labelled
 
 
 def _check(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float) -> None:

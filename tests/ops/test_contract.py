@@ -331,14 +331,16 @@ def test_the_backward_runs_twice(case, factor):
             assert a is b is None or torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @every_case
-def test_a_second_derivative_is_refused(case):
+def test_a_second_derivative_is_refused(case, plain):
+    """Also where the total itself is what is differentiated, as in a penalty on its gradient's norm."""
     if not case.wrt:
         pytest.skip("not differentiable")
     refused = 0
     for seed in range(4):
         total, wrt = loss_and_leaves(case, seed)
-        total = total * torch.ones((), requires_grad=True)
+        total = total if plain else total * torch.ones((), requires_grad=True)
         grads = torch.autograd.grad(total, wrt, create_graph=True, allow_unused=True)
         grads = [g for g in grads if g is not None and g.requires_grad]
         if grads:
@@ -409,3 +411,32 @@ def test_reference_backend_is_the_reference(case):
         torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
     with contextlib.suppress(RuntimeError), rf.use_backend("triton"):
         case.op(**inputs)  # either a kernel, or an error that names the op: never a silent other backend
+
+
+@every_case
+def test_a_backward_inside_use_backend_reference_of_a_forward_outside_it(case):
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    total, wrt = loss_and_leaves(case, 0)
+    expected = torch.autograd.grad(total, wrt, retain_graph=True, allow_unused=True)
+    with rf.use_backend("reference"):
+        inside = torch.autograd.grad(total, wrt, allow_unused=True)
+    for a, b in zip(inside, expected, strict=True):
+        assert a is b is None or torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+
+
+def test_a_kernel_chosen_while_another_thread_ends_use_backend_is_not_kept(monkeypatch):
+    logits, labels = torch.randn(2, 3), torch.zeros(2, dtype=torch.long)
+    op, forced = _dispatch._OPS["token_logprobs_forward"], []
+
+    def ends_meanwhile(device):
+        _dispatch._force(None)
+        forced.append(device)
+        return "forced"
+
+    monkeypatch.setitem(op.kernels["cpu"], "forced", lambda *args: forced.append("kept"))
+    monkeypatch.setattr(op, "_ready", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "backend_on", ends_meanwhile)
+        op.kernel_on("cpu")
+    assert torch.isfinite(rf.token_logprobs(logits, labels)).all() and forced == ["cpu"]

@@ -6,6 +6,8 @@ A row is (op, what replaces its valid arguments, exception, words of the message
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -194,3 +196,23 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
         getattr(rf, op)(**(VALID[op] | bad))
     if op != "cross_entropy" and error is not IndexError:
         assert str(caught.value).startswith(f"{op}: ")
+
+
+def test_a_build_that_is_older_than_the_source_tree_is_said_to_be():
+    code = """
+import sys, types
+old = sys.modules["rlhf_fast._C"] = types.ModuleType("rlhf_fast._C")
+old.route = old.alike = old.labelled = lambda given: 1 / 0
+import torch, rlhf_fast as rf
+rewards, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+try:
+    rf.gae(rewards, rewards, mask)
+except RuntimeError as error:
+    print(error)
+with rf.use_backend("reference"):
+    print(rf.gae(rewards, rewards, mask)[0].sum().item(), rf.empty_cache())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "rlhf_fast._C is not built (the one that is there is older than the source tree); run pip" in done.stdout
+    assert done.stdout.endswith("0.0 0\n")
