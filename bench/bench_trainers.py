@@ -15,8 +15,8 @@ grouped by length (over the whole round: its own sampler would sort pools of a q
 than it does in a long run). Its loss is its own chunked one in both. Its padding-free batches and packing need flash
 attention, which a CPU does not have.
 
-A round takes minutes; a file that is there already goes on from the rounds that it has (of the same settings
-and commit).
+A round takes minutes; a file that is there already goes on from the rounds that it has, if they are of the same
+settings, data, machine, packages and commit.
 """
 
 from __future__ import annotations
@@ -267,7 +267,8 @@ def main() -> None:
         folder = Path(temporary)
         about = prepare(folder, settings, options["data"])
         facts = provenance(options)
-        runs = finished(options["json"], settings, facts["commit"])
+        same = {key: facts[key] for key in ("machine", "packages", "commit")}
+        runs = finished(options["json"], {"settings": settings, "model_and_data": about, **same})
         for seed in range(len(runs[OURS]), options["rounds"]):
             names, done = list(VARIANTS), {}
             for who in names[seed % len(names) :] + names[: seed % len(names)]:
@@ -281,10 +282,11 @@ def main() -> None:
                 options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
 
 
-def finished(path: Path | None, settings: dict, commit: str | None) -> dict[str, list[dict]]:
-    """The rounds in a result file, if it is of these settings and this commit."""
+def finished(path: Path | None, same: dict) -> dict[str, list[dict]]:
+    """The rounds in a result file, if it says the same of them; how a changed tree ("+") was then nobody knows."""
     before = json.loads(path.read_text()) if path and path.exists() else {}
-    if before.get("settings") != settings or before.get("commit") != commit:
+    changed = (same["commit"] or "+").endswith("+")
+    if changed or any(before.get(key) != value for key, value in same.items()):
         return {who: [] for who in VARIANTS}
     return {row["who"]: row["rounds"] for row in before["rows"]}
 
