@@ -79,8 +79,9 @@ class Op:
             self.kernels.setdefault(device, {})[backend] = kernel
         self._chosen: dict[str, str] = {}  # device -> backend, filled on first use
         self._ready: dict[str, Callable] = {}  # device -> kernel, until another backend is forced
-        tensors = schema.split(" -> ")[0].count("Tensor")  # stand first
-        self._inputs = tensors if gradients is None else max(gradients) + 1
+        # How many of the arguments autograd is shown: those that can have a gradient are among the first.
+        tensors = schema.split(" -> ")[0].count("Tensor")
+        self._watched = tensors if gradients is None else max(gradients) + 1
         if gradients is not None:
             setup_context, backward = _scaled(gradients)
 
@@ -120,7 +121,7 @@ class Op:
             return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
 
         def backward_of_inputs(ctx, *grads):
-            return *backward_once(ctx, *grads)[: self._inputs], None
+            return *backward_once(ctx, *grads)[: self._watched], None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
@@ -147,7 +148,7 @@ class Op:
         if way == _LIBRARY_OP:
             return self._through_library(args)
         if way == _FUNCTION and self._apply is not None:
-            *seen, hidden = self._apply(*args[: self._inputs], args[self._inputs :])
+            *seen, hidden = self._apply(*args[: self._watched], args[self._watched :])
             outputs = *seen, *hidden
         else:
             outputs = self._kernel(*args)
