@@ -2,8 +2,9 @@
 //
 //   z = weight @ hidden.T   (vocab, lanes), one lane a row of hidden: maxima and sums run down the lanes of a vector
 //   z = softcap tanh((z + bias) / softcap), where there are such
-//   dz = z's gradient, over z;  dweight += dz @ hidden;  dhidden = dz.T @ weight
+//   dz = z's gradient;  dweight += dz @ hidden;  dhidden = dz.T @ weight
 //
+// A tile of dz is made and multiplied for dweight in L2, and written over z in the order in which dhidden reads it.
 // Threads share the tiles of the vocabulary, then the columns of dhidden. Every number is summed in an order that
 // depends on neither the threads nor, in the forward and in dhidden, on the other rows.
 #include <cmath>
@@ -178,15 +179,15 @@ struct LaneGradients {
 
 // A capped logit z has the derivative 1 - (z / softcap)^2, exactly 0 where it has reached the cap. Without a cap (0) z
 // may be infinite, and there is nothing to multiply by.
-void write_gradient(float* z, int64_t lanes, int64_t rows, const LaneGradients& g, float softcap, const Exp<6>& exp) {
+void write_gradient(const float* z, int64_t lanes, int64_t rows, const LaneGradients& g, float softcap,
+                    const Exp<6>& exp, float* out) {
   const vf cap = splat(softcap);
-  for (int64_t lane = 0; lane < lanes; lane += kWidth) {
-    const vf max = load_vector<vf>(&g.max[lane]), a = load_vector<vf>(&g.a[lane]), b = load_vector<vf>(&g.b[lane]);
-    for (int64_t v = 0; v < rows; ++v) {
-      const vf x = load_vector<vf>(z + v * lanes + lane), d = x - max;
-      vf dz = exp(d) * fma(b, finite(d), a);
+  for (int64_t v = 0; v < rows; ++v, z += lanes, out += lanes) {
+    for (int64_t lane = 0; lane < lanes; lane += kWidth) {
+      const vf x = load_vector<vf>(z + lane), d = x - load_vector<vf>(&g.max[lane]);
+      vf dz = exp(d) * fma(load_vector<vf>(&g.b[lane]), finite(d), load_vector<vf>(&g.a[lane]));
       if (softcap != 0) dz *= 1.0f - x / cap * (x / cap);
-      std::memcpy(z + v * lanes + lane, &dz, sizeof dz);
+      std::memcpy(out + lane, &dz, sizeof dz);
     }
   }
 }
@@ -225,16 +226,14 @@ void narrow(float* dz, int64_t lanes, int64_t rows, uint16_t* by_row) {
   }
 }
 
-// Blocks of kBlockRows lanes, each contiguous.
-void pack_blocks(const uint32_t* x, int64_t stride, int64_t lanes, int64_t depth, uint32_t* out) {
-  const int64_t whole = lanes / kBlockRows * kBlockRows;
+// The first `count` lanes as blocks of kBlockRows, each contiguous, the last one of what is left.
+void pack_blocks(const uint32_t* x, int64_t stride, int64_t count, int64_t depth, uint32_t* out) {
+  const int64_t whole = count / kBlockRows * kBlockRows, rest = count - whole;
   for (int64_t k = 0; k < depth; ++k, x += stride) {
     for (int64_t lane = 0; lane < whole; lane += kBlockRows) {
       std::memcpy(out + lane * depth + k * kBlockRows, x + lane, kBlockRows * sizeof *x);
     }
-    if (whole < lanes) {
-      std::memcpy(out + whole * depth + k * kBlockRows, x + whole, (lanes - whole) * sizeof *x);
-    }
+    if (rest) std::memcpy(out + whole * depth + k * rest, x + whole, rest * sizeof *x);
   }
 }
 
@@ -267,35 +266,41 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// The rows and columns of dhidden = dz.T @ weight that one thread computes, over the whole vocabulary. Both factors
-// come from memory and neither lies as it is read, so the next piece of each is fetched during the product of this one.
+// The rows and columns of dhidden = dz.T @ weight that one thread computes, over the whole vocabulary. dz lies in
+// blocks (pack_blocks). The weight comes from memory and is packed: of the panel after this one a part for every block
+// of rows that is multiplied, and the one after that is fetched.
 template <class Unit>
 void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range columns, float* grad_hidden) {
-  const int64_t lanes = p.lanes(), most = units<Unit>(kTileRows);
-  const int64_t blocks = (rows.size() + kBlockRows - 1) / kBlockRows;
-  const Buffer<uint32_t> dz(most * blocks * kBlockRows), weight(most * kPanel);
-  const int64_t panels = (columns.size() + kPanel - 1) / kPanel;
-  const auto dz_tile = [&](int64_t tile) {
-    return reinterpret_cast<const uint32_t*>(logits + tile * kTileRows * lanes) + rows.begin;
+  struct Step {  // a panel of a tile
+    int64_t tile, column, panel, count;
+    const typename Unit::type* weight;
   };
-  for (int64_t tile = 0; tile < p.tiles(); ++tile) {
-    const int64_t count = p.tile_rows(tile), depth = units<Unit>(count), after = least(tile + 1, p.tiles() - 1);
-    pack_blocks(dz_tile(tile), lanes, rows.size(), depth, dz.data);
-    Ahead next_dz(dz_tile(after), units<Unit>(p.tile_rows(after)), rows.size() * 4, lanes * 4, blocks * panels);
-    for (int64_t column = columns.begin; column < columns.end; column += kPanel) {
-      const int64_t panel = least(columns.end - column, kPanel);
-      pack_columns<Unit>(p.weight_tile(tile) + column, p.weight_stride, count, panel, weight.data);
-      const bool last = column + kPanel >= columns.end;
-      const auto* next = last ? p.weight_tile(after) + columns.begin : p.weight_tile(tile) + column + kPanel;
-      Ahead next_weight(next, last ? p.tile_rows(after) : count, panel * sizeof *next, p.weight_stride * sizeof *next,
-                        blocks);
-      for (int64_t row = 0; row < rows.size(); row += kBlockRows) {
-        next_weight.fetch();
-        next_dz.fetch();
-        multiply<Unit>(Left{dz.data + row * depth, 4, 4 * kBlockRows}, least(rows.size() - row, kBlockRows),
-                       weight.data, depth, grad_hidden + (rows.begin + row) * p.width + column, p.width, panel,
-                       tile > 0);
-      }
+  const int64_t panels = (columns.size() + kPanel - 1) / kPanel, steps = p.tiles() * panels;
+  const int64_t blocks = (rows.size() + kBlockRows - 1) / kBlockRows;
+  const auto at = [&](int64_t i) {
+    const int64_t tile = i / panels, column = columns.begin + i % panels * kPanel;
+    return Step{tile, column, least(columns.end - column, kPanel), p.tile_rows(tile), p.weight_tile(tile) + column};
+  };
+  const auto pack = [&](const Step& s, int64_t begin, int64_t end, uint32_t* out) {  // units of its depth
+    const int64_t first = begin * Unit::kSize;
+    pack_columns<Unit>(s.weight + first * p.weight_stride, p.weight_stride, least(end * Unit::kSize, s.count) - first,
+                       s.panel, out + begin * whole_vectors(s.panel));
+  };
+  const Buffer<uint32_t> even(units<Unit>(kTileRows) * kPanel), odd(units<Unit>(kTileRows) * kPanel);
+  pack(at(0), 0, units<Unit>(at(0).count), even.data);
+  for (int64_t i = 0; i < steps; ++i) {
+    uint32_t *now = i % 2 ? odd.data : even.data, *next = i % 2 ? even.data : odd.data;
+    const Step step = at(i), after = at(least(i + 1, steps - 1)), later = at(least(i + 2, steps - 1));
+    const int64_t depth = units<Unit>(step.count), next_depth = i + 1 < steps ? units<Unit>(after.count) : 0;
+    const auto* dz = reinterpret_cast<const uint32_t*>(logits + step.tile * kTileRows * p.lanes());
+    Ahead ahead(later.weight, later.count, later.panel * sizeof *later.weight, p.weight_stride * sizeof *later.weight,
+                blocks);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = rows.begin + block * kBlockRows, count = least(rows.end - row, kBlockRows);
+      ahead.fetch();
+      pack(after, block * next_depth / blocks, (block + 1) * next_depth / blocks, next);
+      multiply<Unit>(Left{dz + row * depth, 4, 4 * count}, count, now, depth, grad_hidden + row * p.width + step.column,
+                     p.width, step.panel, step.tile > 0);
     }
   }
 }
@@ -324,12 +329,6 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
     const double capped = softcap != 0 ? z / float(softcap) : 0;
     return float(dz * (1 - capped * capped));
   };
-  const Buffer<float> label_dz(p.rows);
-  const auto for_labels = [&](int64_t first, int64_t count, auto f) {  // f(row, row within the tile)
-    for (int64_t i = 0; i < p.rows; ++i) {
-      if (labels[i] >= first && labels[i] < first + count) f(i, labels[i] - first);
-    }
-  };
   if (grad_weight && !add) use_huge_pages(grad_weight, p.vocab * p.width * sizeof *grad_weight);
 
   const int team_size = team(threads, p.rows * p.vocab);
@@ -337,10 +336,11 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   // dhidden in a grid: first its columns are shared, because every share of its rows packs the weight again.
   const int64_t share_panels = (panels + team_size - 1) / team_size;
   const int64_t column_shares = grad_hidden ? (panels + share_panels - 1) / share_panels : 0;  // none is empty
-  const int64_t row_shares =
-      column_shares ? least(team_size / column_shares, (p.rows + kBlockRows - 1) / kBlockRows) : 0;
+  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t row_shares = column_shares ? least(team_size / column_shares, blocks) : 0;
 #pragma omp parallel num_threads(team_size)
   {
+    const Buffer<float> dz(kTileRows * lanes);
     const Buffer<uint16_t> by_row(half ? kTileRows * lanes : 0);
     if (grad_weight) {
 #pragma omp for
@@ -354,26 +354,34 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = tile * kTileRows, count = p.tile_rows(tile);
       float* z = logits + first * lanes;
-      for_labels(first, count, [&](int64_t i, int64_t v) { label_dz[i] = at_label(i, z[v * lanes + i]); });
-      write_gradient(z, lanes, count, lane_gradients, float(softcap), exp);
-      for_labels(first, count, [&](int64_t i, int64_t v) { z[v * lanes + i] = label_dz[i]; });
-      if (grad_bias) add_bias(z, lanes, count, p.rows, grad_bias + first, add);
+      write_gradient(z, lanes, count, lane_gradients, float(softcap), exp, dz.data);
+      for (int64_t i = 0; i < p.rows; ++i) {
+        if (labels[i] < first || labels[i] >= first + count) continue;
+        const int64_t at = (labels[i] - first) * lanes + i;
+        dz[at] = at_label(i, z[at]);
+      }
+      if (grad_bias) add_bias(dz.data, lanes, count, p.rows, grad_bias + first, add);
       if (half) {
         // The last row that counts may share a unit with the padding, where an infinite weight has left NaN.
-        for (int64_t v = 0; v < count; ++v) std::memset(z + v * lanes + p.rows, 0, (lanes - p.rows) * sizeof *z);
-        narrow(z, lanes, count, by_row.data);
+        for (int64_t v = 0; v < count; ++v) std::memset(&dz[v * lanes + p.rows], 0, (lanes - p.rows) * sizeof *z);
+        narrow(dz.data, lanes, count, by_row.data);
+      }
+      if (grad_hidden) {
+        pack_blocks(reinterpret_cast<uint32_t*>(dz.data), lanes, p.rows, units<Unit>(count),
+                    reinterpret_cast<uint32_t*>(z));
       }
       if (!grad_weight) continue;
-      const Left dz = half ? Left{by_row.data, lanes * 2, 4} : Left{z, lanes * 4, 4};
+      const Left left = half ? Left{by_row.data, lanes * 2, 4} : Left{dz.data, lanes * 4, 4};
       for (int64_t column = 0; column < p.width; column += kPanel) {
-        multiply<Unit>(dz, count, hidden.data + column * depth, depth, grad_weight + first * p.width + column, p.width,
-                       least(p.width - column, kPanel), add);
+        multiply<Unit>(left, count, hidden.data + column * depth, depth, grad_weight + first * p.width + column,
+                       p.width, least(p.width - column, kPanel), add);
       }
     }
 #pragma omp for schedule(static, 1)
     for (int64_t share = 0; share < column_shares * row_shares; ++share) {
       const int64_t first = share % column_shares * share_panels * kPanel, row = share / column_shares;
-      add_hidden(p, logits, {row * p.rows / row_shares, (row + 1) * p.rows / row_shares},
+      add_hidden(p, logits,
+                 {row * blocks / row_shares * kBlockRows, least((row + 1) * blocks / row_shares * kBlockRows, p.rows)},
                  {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
     }
   }

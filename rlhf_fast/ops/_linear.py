@@ -34,8 +34,9 @@ from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
 
 # 64 MiB are 333 rows at V = 50257: the weight-gradient product is within 5 % of its speed at 512 rows, and a step
-# stays below a tenth of the memory of eager PyTorch at 2048 rows.
-CHUNK_BYTES = 64 << 20
+# stays below a tenth of the memory of eager PyTorch at 2048 rows. Every chunk reads the weight twice and its gradient
+# once more, so beside a large weight chunks are larger: of half its bytes, up to MOST_ROWS.
+CHUNK_BYTES, MOST_ROWS = 64 << 20, 512
 LEAST_ROWS = 128  # below, the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
 # On an H200 the products reach their rate at 1024 rows, and each chunk reads and writes the float32 weight gradient
 # once more (1 ms at 128256 x 4096): few chunks, within half a GiB. Whole tiles of cuBLAS.
@@ -127,7 +128,8 @@ def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
         return chunks(rows, weight.shape[0], GPU_ROWS, weight.element_size(), GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
     if on_gpu(weight):
         return chunks(rows, weight.shape[0], GPU_ROWS, 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
-    return chunks(rows, weight.shape[0], LANES if way == FUSED else 1)
+    budget = max(CHUNK_BYTES, min(weight.numel() * weight.element_size() // 2, 4 * MOST_ROWS * weight.shape[0]))
+    return chunks(rows, weight.shape[0], LANES if way == FUSED else 1, budget=budget)
 
 
 def chunks(
