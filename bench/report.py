@@ -68,6 +68,16 @@ def summary(result: dict) -> str:
     return "\n".join([*lines, source(result)])
 
 
+def newest(results: list[dict]) -> list[dict]:
+    """Files of the ops' bench without what the same machine measured of an op before it did so in a later file."""
+    kept = []
+    for result in results:
+        later = [r for r in results if r["machine"] == result["machine"] and r["date"] > result["date"]]
+        again = {row["op"] for r in later for row in r["rows"]}
+        kept.append(result | {"rows": [row for row in result["rows"] if row["op"] not in again]})
+    return [result for result in kept if result["rows"]]
+
+
 def source(result: dict) -> str:
     """Where the figures of a result file come from."""
     commit = (result["commit"] or "installed package")[:12]
@@ -513,7 +523,7 @@ def main() -> None:
     paths = sorted(folder.glob("*.json"))
     files = [json.loads(path.read_text()) for path in paths if not path.name.endswith("ppo.json")]
     of_ops = [file for file in files if any("op" in row for row in file.get("rows", []))]  # the ops' own bench
-    results = [file for file in of_ops if "ceilings" not in file]  # of a CPU
+    results = newest([file for file in of_ops if "ceilings" not in file])  # of a CPU
     ppo_on_gpus = [json.loads(path.read_text())["parts"]["gpu"] for path in paths if path.name.endswith("-ppo.json")]
     sections = {
         "gpu": gpu_summary([file for file in of_ops if "ceilings" in file]),
@@ -533,10 +543,8 @@ def main() -> None:
         sections["trainers"] = "\n".join(map(trainers, trained))
     sections["stages"] = stages(trained, ppo)
     if results:
-        shown = {}  # the first CPU and the first GPU; docs/ops.md has them all
-        for result in results:
-            shown.setdefault(result["machine"] == result["cpu"], result)
-        sections["bench"] = "\n".join(summary(result) for result in shown.values())
+        shown = [result for result in results if result["machine"] == results[0]["machine"]]  # docs/ops.md has them all
+        sections["bench"] = "\n".join(summary(result) for result in shown)
         drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]
         if drawn:
             picture(drawn[0], ROOT / "docs" / "bench.svg")

@@ -98,6 +98,15 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     assert readme.read_text() == text
 
 
+def test_an_op_measured_again_takes_the_place_of_its_older_rows():
+    def file(machine, date, *ops):
+        return {"machine": machine, "date": date, "rows": [{"op": op} for op in ops]}
+
+    old, new = file("a", "2026-01-01", "gae", "ppo_loss"), file("a", "2026-01-02", "gae")
+    kept = report.newest([old, file("b", "2025-01-01", "gae"), new, file("a", "2025-12-31", "gae")])
+    assert kept == [file("a", "2026-01-01", "ppo_loss"), file("b", "2025-01-01", "gae"), new]
+
+
 def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypatch):
     monkeypatch.setattr(baselines, "compiled", lambda function: function)
     monkeypatch.setattr(baselines, "token_logprobs", lambda device: {"eager": baselines.log_softmax_gather})

@@ -1,7 +1,7 @@
 """token_logprobs from hidden states: the logits hidden @ weight.T never exist as a whole.
 
 Here the gradient of the log-probs is not known in the forward (any loss may follow: GSPO, DPO, a sequence's sum), so
-the backward needs the logits of each chunk again. They are kept where all of them fit into one chunk (CHUNK_BYTES,
+the backward needs the logits of each chunk again. They are kept where all of them fit into one chunk (chunks_of,
 three matrix products in all), and computed again where they do not (four). Where the loss is PPO's or SFT's, use
 linear_ppo_loss or linear_cross_entropy, which always take three. Specification: reference.linear_token_logprobs.
 """
