@@ -69,13 +69,18 @@ def summary(result: dict) -> str:
 
 
 def newest(results: list[dict]) -> list[dict]:
-    """Files of the ops' bench without what the same machine measured of an op before it did so in a later file."""
+    """The files without rows that the same machine, with as many threads, measured again in a later file."""
+
+    def measured(result: dict) -> set[tuple]:
+        setting = result["machine"], result["threads"]
+        return {(*setting, *(row[key] for key in ("op", "shape", "dtype", "direction"))) for row in result["rows"]}
+
     kept = []
     for result in results:
-        later = [r for r in results if r["machine"] == result["machine"] and r["date"] > result["date"]]
-        again = {row["op"] for r in later for row in r["rows"]}
-        kept.append(result | {"rows": [row for row in result["rows"] if row["op"] not in again]})
-    return [result for result in kept if result["rows"]]
+        again = set().union(*(measured(other) for other in results if other["date"] > result["date"]))
+        rows = [row for row in result["rows"] if not measured(result | {"rows": [row]}) <= again]
+        kept.append(result | {"rows": rows})
+    return kept
 
 
 def source(result: dict) -> str:
@@ -543,9 +548,10 @@ def main() -> None:
         sections["trainers"] = "\n".join(map(trainers, trained))
     sections["stages"] = stages(trained, ppo)
     if results:
-        shown = [result for result in results if result["machine"] == results[0]["machine"]]  # docs/ops.md has them all
+        first = results[0]["machine"]  # docs/ops.md has them all
+        shown = [result for result in results if result["machine"] == first and result["rows"]]
         sections["bench"] = "\n".join(summary(result) for result in shown)
-        drawn = [result for result in results if any(row["op"] == "token_logprobs" for row in result["rows"])]
+        drawn = [result for result in shown if any(row["op"] == "token_logprobs" for row in result["rows"])]
         if drawn:
             picture(drawn[0], ROOT / "docs" / "bench.svg")
             sections["bench"] += "\n![token_logprobs beside the others](docs/bench.svg)\n"

@@ -99,12 +99,13 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
 
 
 def test_an_op_measured_again_takes_the_place_of_its_older_rows():
-    def file(machine, date, *ops):
-        return {"machine": machine, "date": date, "rows": [{"op": op} for op in ops]}
+    def file(machine, threads, date, *shapes):
+        rows = [{"op": "gae", "shape": shape, "dtype": "float32", "direction": "forward"} for shape in shapes]
+        return {"machine": machine, "threads": threads, "date": date, "rows": rows}
 
-    old, new = file("a", "2026-01-01", "gae", "ppo_loss"), file("a", "2026-01-02", "gae")
-    kept = report.newest([old, file("b", "2025-01-01", "gae"), new, file("a", "2025-12-31", "gae")])
-    assert kept == [file("a", "2026-01-01", "ppo_loss"), file("b", "2025-01-01", "gae"), new]
+    others = [file("b", 2, "2025-01-01", "8"), file("a", 1, "2025-01-01", "8")]
+    old, new = file("a", 2, "2026-01-01", "8", "16"), file("a", 2, "2026-01-02", "8")
+    assert report.newest([old, *others, new]) == [file("a", 2, "2026-01-01", "16"), *others, new]
 
 
 def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypatch):

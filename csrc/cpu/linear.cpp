@@ -4,7 +4,8 @@
 //   z = softcap tanh((z + bias) / softcap), where there are such
 //   dz = z's gradient;  dweight += dz @ hidden;  dhidden = dz.T @ weight
 //
-// A tile of dz is made and multiplied for dweight in L2, and written over z in the order in which dhidden reads it.
+// A thread makes a tile of dz beside z, multiplies it for dweight, and writes it over z in the order in which dhidden
+// reads it.
 // Threads share the tiles of the vocabulary, then the columns of dhidden. Every number is summed in an order that
 // depends on neither the threads nor, in the forward and in dhidden, on the other rows.
 #include <cmath>
@@ -21,7 +22,7 @@ namespace {
 using vd = double __attribute__((vector_size(8 * kWidth)));
 
 // Rows of the weight: whole blocks, and one piece of depth for dhidden, which is loaded and stored once a tile. Their
-// logits, 146 KB at 304 lanes, and their part of dweight stay in L2.
+// logits or dz, 146 KB at 304 lanes, stay in L2 while they are multiplied; with many lanes, of a small vocabulary, not.
 constexpr int64_t kTileRows = 120;
 static_assert(kTileRows % kBlockRows == 0 && kTileRows % 2 == 0 && kTileRows <= kPieceDepth);
 constexpr int64_t kLanes = 16;  // the lanes are padded to a multiple
@@ -126,7 +127,7 @@ void forward(const Problem<Unit>& p, const float* bias, double softcap, const in
   if (logits) use_huge_pages(logits, p.vocab * lanes * sizeof *logits);
 #pragma omp parallel num_threads(team(threads, p.rows* p.vocab))
   {
-    const Buffer<float> own(logits ? 0 : kTileRows * lanes);
+    const Buffer<float> own(logits ? 0 : p.tile_rows(0) * lanes);
     const Buffer<uint32_t> copy(copies ? kTileRows * depth : 0);
 #pragma omp for
     for (int64_t lane = 0; lane < lanes; lane += kPanel) {
@@ -267,8 +268,8 @@ struct Range {
 };
 
 // The rows and columns of dhidden = dz.T @ weight that one thread computes, over the whole vocabulary. dz lies in
-// blocks (pack_blocks). The weight comes from memory and is packed: of the panel after this one a part for every block
-// of rows that is multiplied, and the one after that is fetched.
+// blocks (pack_blocks), the weight anywhere in memory. While a panel of it is multiplied, the next one is packed, a
+// slice before each block of rows, and the one after that is fetched.
 template <class Unit>
 void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range columns, float* grad_hidden) {
   struct Step {  // a panel of a tile
@@ -281,7 +282,7 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
     const int64_t tile = i / panels, column = columns.begin + i % panels * kPanel;
     return Step{tile, column, least(columns.end - column, kPanel), p.tile_rows(tile), p.weight_tile(tile) + column};
   };
-  const auto pack = [&](const Step& s, int64_t begin, int64_t end, uint32_t* out) {  // units of its depth
+  const auto pack = [&](const Step& s, int64_t begin, int64_t end, uint32_t* out) {  // these units of the depth
     const int64_t first = begin * Unit::kSize;
     pack_columns<Unit>(s.weight + first * p.weight_stride, p.weight_stride, least(end * Unit::kSize, s.count) - first,
                        s.panel, out + begin * whole_vectors(s.panel));
@@ -340,8 +341,8 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   const int64_t row_shares = column_shares ? least(team_size / column_shares, blocks) : 0;
 #pragma omp parallel num_threads(team_size)
   {
-    const Buffer<float> dz(kTileRows * lanes);
-    const Buffer<uint16_t> by_row(half ? kTileRows * lanes : 0);
+    const Buffer<float> dz(p.tile_rows(0) * lanes);
+    const Buffer<uint16_t> by_row(half ? p.tile_rows(0) * lanes : 0);
     if (grad_weight) {
 #pragma omp for
       for (int64_t panel = 0; panel < panels; ++panel) {
@@ -357,8 +358,8 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
       write_gradient(z, lanes, count, lane_gradients, float(softcap), exp, dz.data);
       for (int64_t i = 0; i < p.rows; ++i) {
         if (labels[i] < first || labels[i] >= first + count) continue;
-        const int64_t at = (labels[i] - first) * lanes + i;
-        dz[at] = at_label(i, z[at]);
+        const int64_t place = (labels[i] - first) * lanes + i;
+        dz[place] = at_label(i, z[place]);
       }
       if (grad_bias) add_bias(dz.data, lanes, count, p.rows, grad_bias + first, add);
       if (half) {

@@ -35,7 +35,7 @@ from .token_logprobs import _forward as row_forward
 
 # 64 MiB are 333 rows at V = 50257: the weight-gradient product is within 5 % of its speed at 512 rows, and a step
 # stays below a tenth of the memory of eager PyTorch at 2048 rows. Every chunk reads the weight twice and its gradient
-# once more, so beside a large weight chunks are larger: of half its bytes, up to MOST_ROWS.
+# once more, so beside a large weight chunks are larger: of half its bytes, but for that of no more than MOST_ROWS.
 CHUNK_BYTES, MOST_ROWS = 64 << 20, 512
 LEAST_ROWS = 128  # below, the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
 # On an H200 the products reach their rate at 1024 rows, and each chunk reads and writes the float32 weight gradient
@@ -122,14 +122,15 @@ def way_of(
     return IN_DTYPE if on_gpu(hidden) and same and softcap is None else WIDE
 
 
-def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
-    """The chunks of so many rows."""
+def chunks_of(rows: int, weight: Tensor, way: str, kept: bool = False) -> list[slice]:
+    """The chunks of so many rows. kept: of logits that stay after the call, on the CPU never more than CHUNK_BYTES."""
     if way == IN_DTYPE:
         return chunks(rows, weight.shape[0], GPU_ROWS, weight.element_size(), GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
     if on_gpu(weight):
         return chunks(rows, weight.shape[0], GPU_ROWS, 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
-    budget = max(CHUNK_BYTES, min(weight.numel() * weight.element_size() // 2, 4 * MOST_ROWS * weight.shape[0]))
-    return chunks(rows, weight.shape[0], LANES if way == FUSED else 1, budget=budget)
+    size = accumulator(weight).itemsize
+    large = 0 if kept else min(weight.numel() * weight.element_size() // 2, size * MOST_ROWS * weight.shape[0])
+    return chunks(rows, weight.shape[0], LANES if way == FUSED else 1, size, max(CHUNK_BYTES, large))
 
 
 def chunks(

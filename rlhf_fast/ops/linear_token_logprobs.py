@@ -1,7 +1,7 @@
 """token_logprobs from hidden states: the logits hidden @ weight.T never exist as a whole.
 
 Here the gradient of the log-probs is not known in the forward (any loss may follow: GSPO, DPO, a sequence's sum), so
-the backward needs the logits of each chunk again. They are kept where all of them fit into one chunk (chunks_of,
+the backward needs the logits of each chunk again. They are kept where all of them fit into one chunk (CHUNK_BYTES,
 three matrix products in all), and computed again where they do not (four). Where the loss is PPO's or SFT's, use
 linear_ppo_loss or linear_cross_entropy, which always take three. Specification: reference.linear_token_logprobs.
 """
@@ -37,7 +37,7 @@ def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, .
     """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) in some layout or empty."""
     rows, accum = labels.shape[0], accumulator(hidden)
     kept = logits_shape(rows, weight.shape[0], way)
-    if not keep or len(chunks_of(rows, weight, way)) != 1:
+    if not keep or len(chunks_of(rows, weight, way, kept=True)) != 1:
         kept = (0, kept[1])
     outputs = (
         ((rows,), accum),

@@ -59,6 +59,25 @@ def gradients(loss, module, hidden, weight, bias, labels, mask, factor=1.0):
     return [out.detach(), *torch.autograd.grad(out, leaves)]
 
 
+@pytest.mark.parametrize(
+    ("vocab", "width", "dtype", "rows", "kept_rows"),
+    [
+        (50257, 256, torch.float32, 304, 304),  # 64 MiB are 333 rows
+        (50257, 896, torch.float32, 416, 304),  # half the weight, 90 MB
+        (50257, 896, torch.bfloat16, 304, 304),
+        (151936, 896, torch.float32, 416, 128),  # half the weight is 272 MB, 448 rows
+        (151936, 4096, torch.float32, 512, 128),
+        (8192, 8192, torch.float32, 2048, 2048),  # 64 MiB are more than 512 rows
+        (0, 8, torch.float32, 2048, 2048),
+    ],
+)
+def test_chunks_are_larger_beside_a_large_weight_but_not_what_is_kept(vocab, width, dtype, rows, kept_rows):
+    weight = torch.empty(vocab, width, dtype=dtype, device="meta")
+    for kept, want in ((False, rows), (True, kept_rows)):
+        parts = _linear.chunks_of(2048, weight, _linear.FUSED, kept)
+        assert parts[0] == slice(0, want) and parts[-1].stop == 2048
+
+
 @LOSSES
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_many_chunks_give_the_gradient_of_one(loss, factor, monkeypatch):
@@ -66,8 +85,10 @@ def test_many_chunks_give_the_gradient_of_one(loss, factor, monkeypatch):
     truth = gradients(loss, reference, *data, factor)
     monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
     for rows in (1, 7, 64, 1000):
-        monkeypatch.setattr(_linear, "CHUNK_BYTES", 4 * V * rows)
-        assert len(_linear.chunks(int(data[-1].sum()), V)) == -(-int(data[-1].sum()) // rows)
+        monkeypatch.setattr(_linear, "CHUNK_BYTES", 8 * V * rows)
+        monkeypatch.setattr(_linear, "MOST_ROWS", rows)
+        count = int(data[-1].sum())
+        assert len(_linear.chunks_of(count, data[1], _linear.WIDE)) == -(-count // rows)
         for ours, want in zip(gradients(loss, sys.modules["rlhf_fast.ops"], *data, factor), truth, strict=True):
             torch.testing.assert_close(ours, want, rtol=1e-9, atol=1e-11)
 
