@@ -71,16 +71,12 @@ def summary(result: dict) -> str:
 def newest(results: list[dict]) -> list[dict]:
     """The files without rows that the same machine, with as many threads, measured again in a later file."""
 
-    def measured(result: dict) -> set[tuple]:
-        setting = result["machine"], result["threads"]
-        return {(*setting, *(row[key] for key in ("op", "shape", "dtype", "direction"))) for row in result["rows"]}
+    def key(result: dict, row: dict) -> tuple:
+        return result["machine"], result["threads"], row["op"], row["shape"], row["dtype"], row["direction"]
 
-    kept = []
-    for result in results:
-        again = set().union(*(measured(other) for other in results if other["date"] > result["date"]))
-        rows = [row for row in result["rows"] if not measured(result | {"rows": [row]}) <= again]
-        kept.append(result | {"rows": rows})
-    return kept
+    by_date = sorted(results, key=lambda result: result["date"])
+    latest = {key(result, row): result["date"] for result in by_date for row in result["rows"]}
+    return [r | {"rows": [row for row in r["rows"] if latest[key(r, row)] == r["date"]]} for r in results]
 
 
 def source(result: dict) -> str:
