@@ -79,9 +79,9 @@ class Op:
             self.kernels.setdefault(device, {})[backend] = kernel
         self._chosen: dict[str, str] = {}  # device -> backend, filled on first use
         self._ready: dict[str, Callable] = {}  # device -> kernel, until another backend is forced
-        # How many of the arguments autograd is shown: those that can have a gradient are among the first.
+        # The arguments that autograd is shown, those that may have a gradient: it takes its time over each.
         tensors = schema.split(" -> ")[0].count("Tensor")
-        self._watched = tensors if gradients is None else max(gradients) + 1
+        self._shown = tuple(range(tensors) if gradients is None else gradients)
         if gradients is not None:
             setup_context, backward = _scaled(gradients)
 
@@ -112,16 +112,16 @@ class Op:
 
         torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
 
-        # What cannot have a gradient comes as one tuple: autograd looks at each argument.
-        def forward(ctx, *args):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
-            args = *args[:-1], *args[-1]
+        # All arguments come as one tuple, into which autograd does not look, after those that it is shown.
+        def forward(ctx, *given):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
+            args = given[-1]
             outputs = self._kernel(*args)
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, outputs)
             return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
 
         def backward_of_inputs(ctx, *grads):
-            return *backward_once(ctx, *grads)[: self._watched], None
+            return *backward_once(ctx, *grads)[: len(self._shown)], None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
@@ -148,7 +148,7 @@ class Op:
         if way == _LIBRARY_OP:
             return self._through_library(args)
         if way == _FUNCTION and self._apply is not None:
-            *seen, hidden = self._apply(*args[: self._watched], args[self._watched :])
+            *seen, hidden = self._apply(*[args[i] for i in self._shown], args)
             outputs = *seen, *hidden
         else:
             outputs = self._kernel(*args)
@@ -295,12 +295,13 @@ def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
     def backward(ctx, factor, *_):
         needed = ctx.needs_input_grad
         grads = [None] * len(needed)
+        inputs = range(len(gradients)) if is_direct(ctx) else gradients  # Op.function is shown no others
         if factor is None:
             return tuple(grads)
         saved = ctx.saved_tensors
         mine = may_consume(ctx, *saved, factor)
         one = mine and factor.is_cpu and factor.item() == 1  # as from loss.backward()
-        for i, g in zip(gradients, saved, strict=True):
+        for i, g in zip(inputs, saved, strict=True):
             if g is not None and needed[i]:
                 grads[i] = g if one else _times(g, factor) if mine else g * factor
         return tuple(grads)
