@@ -26,10 +26,14 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
+    """As the system says it; with family and model where a virtual machine hides which CPU it is ("AMD EPYC")."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if any(c.isdigit() for c in name) or "cpu family" not in facts:
+        return name
+    return f"{name} (family {facts['cpu family']}, model {facts.get('model', '?')})"
 
 
 def collect() -> dict:
