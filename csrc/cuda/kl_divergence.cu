@@ -28,9 +28,9 @@ struct Divergence {
   // To other references. An infinite gap stays: q = 0 where p is not.
   __device__ void move(acc_t to_p, acc_t to_q, acc_t scale) {
     const acc_t by_p = max_p - to_p, by_q = max_q - to_q, factor = fast_exp2(by_p * scale);
-    gap = gap == acc_t(INFINITY) ? gap : factor * multiply_add(by_p - by_q, sum_p, gap);
-    sum_p *= factor;
-    sum_q *= fast_exp2(by_q * scale);
+    gap = gap == acc_t(INFINITY) ? gap : multiply(factor, multiply_add(by_p - by_q, sum_p, gap));
+    sum_p = multiply(sum_p, factor);
+    sum_q = multiply(sum_q, fast_exp2(by_q * scale));
     max_p = to_p;
     max_q = to_q;
   }
@@ -55,7 +55,7 @@ struct Divergence {
       const acc_t d = x[i] - max_p, f = y[i] - max_q, e = fast_exp2(d * scale);
       sum_p += e;
       sum_q += fast_exp2(f * scale);
-      gap += e > 0 ? e * (d - f) : acc_t(0);
+      if (e > 0) gap = multiply_add(e, d - f, gap);
     }
   }
 

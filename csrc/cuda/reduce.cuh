@@ -52,6 +52,10 @@ __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 __device__ inline double larger(double a, double b) { return fmax(a, b); }
 __device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// Rounded, where the compiler might join a product to the addition that follows in one place and not in another: a
+// row's bits would depend on where it lies.
+__device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
 
 // Where x - max is a factor of its own exponential, max(x - max, kFloor) turns 0 * (-inf), which an impossible token
 // would give, into 0.
@@ -72,8 +76,8 @@ struct SoftmaxState {
 
   __device__ void rescale(acc_t reference, acc_t scale) {
     const acc_t shift = max - reference, factor = fast_exp2(shift * scale);
-    weighted = factor * multiply_add(shift, sum, weighted);
-    sum *= factor;
+    weighted = multiply(factor, multiply_add(shift, sum, weighted));
+    sum = multiply(sum, factor);
     max = reference;
   }
 

@@ -162,7 +162,7 @@ struct Gradient {
 
   __device__ acc_t operator()(acc_t x) const {
     const acc_t shift = x - max, power = fast_exp2(shift * scale);
-    return power * (kEntropy ? multiply_add(slope, larger(shift, acc_t(kFloor)), constant) : constant);
+    return multiply(power, kEntropy ? multiply_add(slope, larger(shift, acc_t(kFloor)), constant) : constant);
   }
   __device__ acc_t operator()(acc_t x, int column) const {
     return (*this)(x) + (column == label ? at_label : acc_t(0));

@@ -90,12 +90,12 @@ def token_logprobs(device: torch.device) -> dict[str, Callable]:
 
 
 def token_logprobs_in_place(device: torch.device) -> dict[str, Callable]:
-    """The same, of those that write the gradient over the logits."""
+    """The same, of those that write the gradient over the logits; Liger's does so where it gives one number."""
 
     def liger():
         from liger_kernel.transformers.functional import liger_cross_entropy
 
-        return lambda x, y: -liger_cross_entropy(x, y, reduction="none")
+        return lambda x, y: -liger_cross_entropy(x, y, reduction="sum")
 
     def quack():
         from quack.cross_entropy import cross_entropy

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2_E, LOWEST, accumulator, refuse_cpu
+from ._common import LOG2_E, LOWEST, accumulator, exp, refuse_cpu
 
 TO_POWER_OF_2 = tl.constexpr(LOG2_E)
 
@@ -76,13 +76,13 @@ def _backward_kernel(
     f -= tl.load(saved + 4 * row + 1)
     log_p, log_q = tl.load(saved + 4 * row + 2), tl.load(saved + 4 * row + 3)
     power = tl.exp2(d * TO_POWER_OF_2)
-    p = power * (g * tl.exp(-log_p))
+    p = power * (g * exp(-log_p))
     if grad_logits is not None:
         gradient = tl.where(power > 0, p * (d - f - (log_p - log_q + tl.load(kl + row))), p)
         gradient = tl.where(read, gradient, 0.0).to(grad_logits.dtype.element_ty)
         tl.store(grad_logits + row * vocab + columns, gradient, mask=inside)
     if grad_ref_logits is not None:
-        gradient = tl.exp2(f * TO_POWER_OF_2) * (g * tl.exp(-log_q)) - p
+        gradient = tl.exp2(f * TO_POWER_OF_2) * (g * exp(-log_q)) - p
         gradient = tl.where(read, gradient, 0.0).to(grad_ref_logits.dtype.element_ty)
         tl.store(grad_ref_logits + row * vocab + columns, gradient, mask=inside)
 

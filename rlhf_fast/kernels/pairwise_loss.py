@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import accumulator, contiguous, load, number, refuse_cpu, tiles
+from ._common import accumulator, contiguous, exp, load, number, refuse_cpu, tiles
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _kernel(
             p = load(target_prob, at, inside, ACCUM)
         else:
             p = tl.zeros([BLOCK], ACCUM) + number(prob_value, ACCUM)
-        e = tl.exp(-tl.abs(d))
+        e = exp(-tl.abs(d))
         one = 1.0 + e
         log1p = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
         minor, major = e / one, 1.0 / one

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import BLOCK, accumulator, contiguous, exp_minus_1_minus, kl_token, load, number, refuse_cpu
+from ._common import BLOCK, accumulator, contiguous, exp, exp_minus_1_minus, kl_token, load, number, refuse_cpu
 
 FIELDS = tl.constexpr(16)  # of a block: 12 sums over its tokens, then two maxima
 
@@ -41,7 +41,7 @@ def _kernel(
         importance = load(importance_weights, at, counts, ACCUM)
     d = logprob - load(old_logprobs, at, counts, ACCUM)
     clamp = number(log_ratio_clamp, ACCUM)
-    ratio = _clamped(tl.exp(d), tl.exp(-clamp), tl.exp(clamp))
+    ratio = _clamped(exp(d), exp(-clamp), exp(clamp))
     lower = tl.where(a < 0, number(clip_low, ACCUM), 0.0)
     upper = tl.where(a < 0, number(dual_clip, ACCUM), number(clip_high, ACCUM))
     over, under = ratio > upper, ratio < lower
@@ -118,7 +118,7 @@ def _finish(
     minus_min = tl.where(lost, squares, _field(tl.where(some, top, 0.0), 12))
     maximum = tl.where(lost, squares, _field(tl.where(some, top, 0.0), 13))
     clamp = number(log_ratio_clamp, ACCUM)
-    least, highest = tl.exp(-clamp), tl.exp(clamp)
+    least, highest = exp(-clamp), exp(clamp)
     shift = _field(total, 10) * each
     deviations = (_field(total, 11) - shift * _field(total, 10)) * each
     tl.store(stats, policy.to(ACCUM))
@@ -132,8 +132,8 @@ def _finish(
     tl.store(stats + 8, (_field(total, 8) * each).to(ACCUM))
     tl.store(stats + 9, tl.where(some, 1.0 + shift, 0.0).to(ACCUM))
     tl.store(stats + 10, tl.where(deviations < 0, 0.0, deviations).to(ACCUM))
-    tl.store(stats + 11, tl.where(some, _clamped(tl.exp((-minus_min).to(ACCUM)), least, highest), 0.0))
-    tl.store(stats + 12, tl.where(some, _clamped(tl.exp(maximum.to(ACCUM)), least, highest), 0.0))
+    tl.store(stats + 11, tl.where(some, _clamped(exp((-minus_min).to(ACCUM)), least, highest), 0.0))
+    tl.store(stats + 12, tl.where(some, _clamped(exp(maximum.to(ACCUM)), least, highest), 0.0))
     tl.store(stats + 13, tl.where(some, tl.where(minus_min > maximum, minus_min, maximum), 0.0).to(ACCUM))
     tl.store(stats + 14, tokens.to(ACCUM))
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import FLOOR, LOG2_E, LOWEST, accumulator, refuse_cpu
+from ._common import FLOOR, LOG2_E, LOWEST, accumulator, exp, refuse_cpu
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _backward_kernel(
 
     top = tl.load(saved + 2 * row)
     log_sum = tl.load(saved + 2 * row + 1)
-    inverse = inverse_temperature * tl.exp(-log_sum)
+    inverse = inverse_temperature * exp(-log_sum)
     x = logits + _row(row, inner, outer_stride, inner_stride)
     shift = tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top
     factor = g

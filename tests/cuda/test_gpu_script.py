@@ -42,6 +42,7 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     (tmp_path / "trl-1.12.0" / "trl").mkdir(parents=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     assert gpu.main([]) == 1
     words = [word for command in commands for word in command]
     assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
@@ -58,6 +59,7 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
 def a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
 
 
 def test_a_part_over_its_time_is_stopped_with_what_it_started(a_card, monkeypatch, capfd, tmp_path):
@@ -152,7 +154,7 @@ def small(monkeypatch, on_emulator):
     monkeypatch.setattr(rows, "PAIRS", 64)
     cold = device.WallClock.cold
     monkeypatch.setattr(device.WallClock, "cold", lambda self, function, repeats: cold(self, function, 1))
-    monkeypatch.setattr(device, "seconds_of_a_call", lambda function, device: (function(), 1e-5)[1])
+    monkeypatch.setattr(device, "seconds_of_a_call", lambda function, *others: (function(), 1e-5)[1])
     monkeypatch.setattr(baselines, "compiled", lambda function: function)
     for name in ("token_logprobs", "token_logprobs_and_entropy"):  # TRL's loop over rows takes long
         table = getattr(baselines, name)(CPU)

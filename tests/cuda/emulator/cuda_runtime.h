@@ -311,6 +311,9 @@ template <typename T>
 void __stcs(T* to, T value) {
   *to = value;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+
 template <typename T>
 T __ldcg(const T* from) {
   return *from;
