@@ -8,7 +8,7 @@
     derive     judgements                    -> comparisons.jsonl under other weights, clamp, calibration; no judge
     train      prompts                       -> all of it, with SFT, reward model and PPO in between
 
-Each writes one directory and goes on there when it is called again (judges/stages.py).
+Each writes one directory and goes on there when it is called again (judges/stages.py); train does with --resume.
 """
 
 import difflib
@@ -59,6 +59,7 @@ from .trainers.constitutional import (
 )
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
+from .trainers.run import has_ended
 from .trainers.sft import SFTConfig, SFTTrainer
 
 # -- who judges, who writes --------------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
         checkpoint; what a killed process left without one is begun again."""
         directory = root / name
-        if not (resume and (directory / "README.md").is_file()):  # written when the model is saved
+        if not (resume and has_ended(directory)):
             goes_on = resume and latest_checkpoint(directory) is not None
             if resume and not goes_on:
                 (directory / "train_log.jsonl").unlink(missing_ok=True)
@@ -426,8 +427,9 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     data = {
         "train_dataset": mix_comparisons(train, job.source_weights, seed=job.seed), "eval_dataset": held or None,
     }  # fmt: skip
-    metrics = part("reward", lambda config: RewardTrainer(config, sft, **data))
-    stages.add("reward", rm_accuracy=metrics.get("eval_accuracy"))
+    part("reward", lambda config: RewardTrainer(config, sft, **data))
+    judged = root / "reward" / "preferences.json"  # of the model that was kept, where the log ends with the last step's
+    stages.add("reward", rm_accuracy=json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if held else None)
     data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
 
     def ppo(config: PPOConfig) -> PPOTrainer:
@@ -435,7 +437,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         return PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]) if own_critic else None, **data)
 
     metrics = part("ppo", ppo)
-    stages.add("ppo", str(root / "ppo"), kl=metrics["objective/kl"], proxy_reward=metrics["objective/scores"])
+    stages.add("ppo", str(root / "ppo"), kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"))
 
 
 def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:

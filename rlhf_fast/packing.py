@@ -141,9 +141,9 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def why_not_packed(model, longest: int) -> str | None:
+def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
     """None where the model gives each packed sequence, of at most `longest` tokens, what it gives it alone; else what
-    went wrong."""
+    went wrong. bf16: it will run under autocast, without which flash attention refuses a model in float32."""
     limit = rotary_limit(model)
     if limit is not None and longest > limit:
         return (
@@ -155,23 +155,24 @@ def why_not_packed(model, longest: int) -> str | None:
     other = ids.flip(1)
     shared = 0 if flash else 3
     packed = Packed.of([other[0, :5], ids[0], torch.cat([ids[0, :3], other[0, 3:]])], [(0, 0), (0, 0), (1, shared)])
-    training = model.training
+    training, narrow = model.training, flash and bf16
     model.eval()
     try:
-        with packing(model):
+        with packing(model), torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
             read = torch.arange(1, packed.input_ids.shape[1], 2, device=model.device)
             together = packed_hidden_states(model, packed, read)
         trunk = unwrapped(model).base_model
-        alone = [
-            trunk(input_ids=row, use_cache=False).last_hidden_state[0]
-            for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
-        ]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
+            alone = [
+                trunk(input_ids=row, use_cache=False).last_hidden_state[0]
+                for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
+            ]
         alone = torch.cat([*alone[:2], alone[2][shared:]])[read]
     except Exception as error:
         return f"{type(unwrapped(model)).__name__} does not run on sequences in one row ({error})"
     finally:
         model.train(training)
-    tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
+    tolerance = 1e-4 if alone.dtype == torch.float32 and not narrow else 5e-2
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
         return f"{type(unwrapped(model)).__name__} lets one sequence of a row see another"
     return None

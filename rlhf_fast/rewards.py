@@ -44,6 +44,8 @@ class RewardModelReward:
             raise ValueError(
                 "RewardModelReward: the reward model's tokenizer needs an eos token, where the score is read"
             )
+        if batch_size < 1:
+            raise ConfigError(f"RewardModelReward: batch_size = {batch_size} must be 1 or more")
         _check_trained(model, type(model).__name__)
         check_lengths(model, tokenizer, 0)  # a tokenizer of another model would read past the embedding
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"

@@ -212,6 +212,24 @@ def test_flash_attention_gets_its_own_arguments(monkeypatch):
         together(model, Packed.of(rows[:1] * 2, [(0, 0), (0, 3)]))
 
 
+def test_the_look_at_flash_attention_is_as_narrow_as_the_training(monkeypatch):
+    """A model in float32 under bf16 autocast: transformers then hands the kernel 16 bits, and it takes nothing else."""
+
+    def only_16_bits(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
+        assert torch.is_autocast_enabled("cpu"), "FlashAttention only supports fp16 and bf16"
+        query, key, value = (x.bfloat16() for x in (query, key, value))
+        lengths = [query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+        packed = Packed.of([torch.zeros(length) for length in lengths])
+        options = {name: value for name, value in options.items() if name in ("scaling", "dropout")}
+        return packed_attention(module, query, key, value, None, packed=packed, **options)
+
+    model = build(llama)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", only_16_bits)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert "only supports fp16" in why_not_packed(model, 64)
+    assert why_not_packed(model, 64, bf16=True) is None
+
+
 def test_models_that_cannot_be_packed_say_why():
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4))

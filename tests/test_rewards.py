@@ -57,6 +57,11 @@ def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_mo
     assert len(set(scores.tolist())) == 5
 
 
+def test_a_batch_of_none_is_refused(tokenizer, reward_model):
+    with pytest.raises(ConfigError, match="batch_size = -1 must be 1 or more"):
+        RewardModelReward(reward_model, tokenizer, batch_size=-1)
+
+
 def test_a_reward_model_may_have_another_tokenizer(tokenizer, word_tokenizer):
     model = load_reward_model(tiny_model(word_tokenizer), word_tokenizer)
     reward = RewardModelReward(model, word_tokenizer)

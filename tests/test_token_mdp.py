@@ -75,6 +75,38 @@ def exact_values(logits, gamma=1.0, kl_coef=0.3):
     return values
 
 
+# --- the KL in the rewards ---
+
+
+def own_kl_gradient(estimator, logits):
+    """(13, 4) what -kl_coef KL_t in the rewards does to the logits through its own token, in expectation."""
+    logits = logits.clone().requires_grad_()
+    logp, ref = logprobs_of(logits), logprobs_of(REF_LOGITS)
+    scores = torch.zeros(len(ANSWERS), dtype=torch.float64)
+    rewards, _ = kl_shaped_rewards(scores, logp.detach(), ref, MASK, kl_coef=1.0, kl_estimator=estimator)
+    advantages, _ = gae(rewards, torch.zeros_like(rewards), MASK, gamma=0.0, lam=0.0)
+    weight = logp.detach().sum(1).exp()
+    return torch.autograd.grad((weight[:, None] * advantages * logp).sum(), logits)[0]
+
+
+def test_in_the_rewards_only_k1_has_the_gradient_of_the_kl():
+    """Of k3 there is left grad KL(pi, ref) - grad KL(ref, pi), which near the reference is nothing (docs/ppo.md)."""
+    visits = torch.zeros(len(PREFIXES), dtype=torch.float64)
+    near = REF_LOGITS + 0.01 * LOGITS
+    for logits in (LOGITS, near):
+        variable = logits.clone().requires_grad_()
+        logp, ref = variable.log_softmax(-1), REF_LOGITS.log_softmax(-1)
+        visits = visits.zero_().index_add(0, STATE.flatten(), (probabilities(logits)[:, None] * MASK).flatten())
+        forward = (visits * (logp.exp() * (logp - ref)).sum(1)).sum()
+        backward = (visits * (ref.exp() * (ref - logp)).sum(1)).sum()
+        of_kl = torch.autograd.grad(forward, variable, retain_graph=True)[0]
+        of_reverse = torch.autograd.grad(backward, variable)[0]
+        torch.testing.assert_close(own_kl_gradient("k1", logits), -of_kl)
+        torch.testing.assert_close(own_kl_gradient("k3", logits), of_reverse - of_kl)
+    assert own_kl_gradient("k3", near).norm() < 0.02 * own_kl_gradient("k1", near).norm()
+    assert own_kl_gradient("k2", near).norm() < 0.02 * own_kl_gradient("k1", near).norm()
+
+
 # --- values ----------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ..data.chat import ConfigError
-from .common import rng_state, set_rng_state
+from .common import preserved_rng, rng_state, set_rng_state
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +34,8 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path
     temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
     temporary.mkdir(parents=True)
     try:
-        save_quietly(trainer, temporary)
+        with preserved_rng():  # a model that is merged for its file may draw weights
+            save_quietly(trainer, temporary)
         state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state(), "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
             state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}

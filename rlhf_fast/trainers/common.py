@@ -111,7 +111,8 @@ def set_rng_state(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        here = state["cuda"][: torch.cuda.device_count()]  # the run may have begun on a machine with more
+        torch.cuda.set_rng_state_all([s.cpu() for s in here])
 
 
 @contextmanager
@@ -257,10 +258,10 @@ def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
     return weight, bias, softcap
 
 
-def packing_if_possible(model, longest: int, required: bool = False) -> bool:
+def packing_if_possible(model, longest: int, bf16: bool, required: bool = False) -> bool:
     """Whether batches can be rows without padding (packing.py), of sequences of at most `longest` tokens. If not: a
     warning, or ConfigError where required."""
-    reason = why_not_packed(model, longest)
+    reason = why_not_packed(model, longest, bf16)
     if reason and required:
         raise ConfigError(f"packing: {reason}; set packing to false")
     if reason:
@@ -311,6 +312,17 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     if scheduler is not None:
         scheduler.step()
     return norm.detach().float()
+
+
+def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
+    """The saved states, but for learning rate and weight decay: those are the config's, which may have changed."""
+    mine = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved_optimizer)
+    scheduler.load_state_dict(saved_scheduler)
+    scheduler.base_lrs = [group["initial_lr"] for group in mine]
+    for group, own, factor in zip(optimizer.param_groups, mine, scheduler.lr_lambdas, strict=True):
+        group |= own | {"lr": own["initial_lr"] * factor(scheduler.last_epoch)}
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 class NonFiniteError(RuntimeError):

@@ -39,7 +39,9 @@ from ..models import (
     load_tokenizer,
     load_trained_state,
     make_reference,
+    save_model,
     scalar_head_on,
+    stop_at_eos,
     trained_state,
     unwrapped,
 )
@@ -128,13 +130,20 @@ class PPOTrainer:
             advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
-        check_lm_head(self.policy)
+        with common.autocast(self.policy, config.bf16):
+            check_lm_head(self.policy)
+        stop_at_eos(self.policy, self.tokenizer)
         common.check_bf16(config, self.policy.device)
 
         self.step, self.whole = 0, True
         self.total_steps = -(
             -(config.total_episodes or len(self.prompts) * config.num_generations) // config.batch_size
         )
+        if config.critic_warmup_steps >= self.total_steps:
+            raise common.ConfigError(
+                f"PPOTrainer: critic_warmup_steps = {config.critic_warmup_steps} of {self.total_steps} iterations in "
+                "all: the policy would never move. Lower it, or raise total_episodes"
+            )
         trained = [[self.policy], [self.value_model]] if self.value_model else [[self.policy]]
         if config.share_trunk:
             trained = [[self.policy, self.value_model]]
@@ -194,7 +203,8 @@ class PPOTrainer:
             clock.append(time.perf_counter())
 
             metrics = rollout_metrics(rollout, kl, self.kl_controller.kl_coef) | self._update(rollout, plan)
-            self.kl_controller.update(float(kl.sum(1).mean()), len(kl))
+            if not self._warming_up:  # the policy has not moved yet, which says nothing about kl_coef
+                self.kl_controller.update(float(kl.sum(1).mean()), len(kl))
         else:
             metrics = text_metrics(rollout)
         clock.append(time.perf_counter())
@@ -415,9 +425,10 @@ class PPOTrainer:
                 "policy/approxkl_avg": p["approx_kl_k2"], "policy/approxkl_k3_avg": p["approx_kl_k3"],
                 "policy/clipfrac_avg": p["clipfrac_high"] + p["clipfrac_low"],
                 "policy/dual_clipfrac_avg": p["dual_clipfrac"],
-                "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"],
+                "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"] + p["ratio_mean"].square(),
             }.items():  # fmt: skip
                 stats[name] += mean * (p["num_tokens"] / num_tokens)
+        stats["val/ratio_var"] -= stats["val/ratio"].square()  # of the whole minibatch
         return stats
 
     # --- the run: see run.py ---
@@ -466,8 +477,7 @@ class PPOTrainer:
             critic.score.load_state_dict(self.value_model.model.score.state_dict())
         for model, folder in ((self.policy, Path(path)), (critic, Path(path) / "value_model")):
             if model is not None:
-                model.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
+                save_model(model, self.tokenizer, folder)
 
     def state_dict(self) -> dict:
         """Prompts and sampling are functions of (seed, step), so the step stands for them."""
@@ -484,14 +494,16 @@ class PPOTrainer:
 
     def load_state_dict(self, state: dict) -> None:
         common.check_same_data(state["lengths"], list(map(len, self.prompts)))
-        self.step, self.kl_controller.kl_coef = state["step"], state["kl_coef"]
+        self.step = state["step"]
+        if self.config.kl_target is not None:  # else it is the config's, which may have changed
+            self.kl_controller.kl_coef = state["kl_coef"]
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
         if self.value_model:
             load_trained_state(self.value_model, state["value_model"])
-        for kind, mine in (("optimizers", self.optimizers), ("schedulers", self.schedulers)):
-            for one, saved in zip(mine, state[kind], strict=True):
-                one.load_state_dict(saved)
+        saved = zip(state["optimizers"], state["schedulers"], strict=True)
+        for optimizer, scheduler, states in zip(self.optimizers, self.schedulers, saved, strict=True):
+            common.load_optimizer(optimizer, scheduler, *states)
 
 
 def minibatches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 from ..advantages import BASELINES
@@ -79,7 +80,7 @@ class PPOConfig:
     # --- the run
     logging_steps: int = 1
     eval_steps: int = 0  # iterations between evaluations; 0: only at the end
-    save_steps: int = 0  # 0: when interrupted, when a reward fails, and at the end till the model is saved
+    save_steps: int = 50  # 0: when interrupted, when a reward fails, and at the end till the model is saved
     save_total_limit: int = 2
     num_samples: int = 8  # answers written to samples.jsonl at every evaluation
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
@@ -109,6 +110,7 @@ class PPOConfig:
         )  # fmt: skip
         critic = self.advantage_estimator == "gae"
         low_high = self.reward_clip_range or (0, 1)
+        off = [name for name in self.stop_on if self.monitors.get(name, 0) is None]
         refusals = {
             f"batch_size = {self.batch_size} must be a multiple of minibatch_size = {self.minibatch_size}":
                 self.batch_size % self.minibatch_size,
@@ -134,10 +136,23 @@ class PPOConfig:
             "kl_in_loss with kl_estimator k1 has a gradient of expectation 0: take k2 (the gradient of the KL) or k3":
                 self.kl_in_loss and self.kl_estimator == "k1",
             f"reward_clip_range = {self.reward_clip_range!r} must be [low, high]":
-                len(low_high) != 2 or not low_high[0] < low_high[1],
+                len(low_high) != 2 or not all(map(_is_number, low_high)) or not low_high[0] < low_high[1],
             f"dual_clip = {self.dual_clip} must be above 1": self.dual_clip is not None and self.dual_clip <= 1,
             f"monitors and stop_on know {', '.join(LIMITS)}": {*self.monitors, *self.stop_on} - {*LIMITS},
+            f"monitors = {self.monitors!r} must be numbers above 0, or null to switch one off":
+                any(limit is not None and not (_is_number(limit) and limit > 0) for limit in self.monitors.values()),
+            f"stop_on names {', '.join(off)}, which monitors switches off": off,
         }  # fmt: skip
         for message, refused in refusals.items():
             if refused:
                 raise common.ConfigError(f"PPOConfig: {message}")
+        if self.kl_coef and not self.kl_in_loss and self.kl_estimator != "k1":
+            warnings.warn(
+                f"kl_estimator {self.kl_estimator} in the rewards has not the gradient of a KL (docs/ppo.md): take k1, "
+                "or kl_in_loss: true",
+                stacklevel=3,
+            )
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)

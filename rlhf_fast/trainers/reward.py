@@ -79,7 +79,7 @@ class RewardConfig:
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation
     greater_is_better: bool | None = None  # null: not for a loss or an ece
-    save_steps: int = 0  # checkpoint every so many steps; 0: when interrupted, and at the end till the model is saved
+    save_steps: int = 500  # a checkpoint every so many; 0: when interrupted, and at the end till the model is saved
     save_total_limit: int = 2  # newest checkpoints kept, beside the best
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts whose responses and rewards go to samples.jsonl at each evaluation
@@ -147,7 +147,7 @@ class RewardTrainer:
         if config.train_last_layers:
             train_last_layers(self.model, config.train_last_layers)
         self.model = common.prepare(self.model, config, model)
-        self.packed = common.packing_if_possible(self.model, longest)
+        self.packed = common.packing_if_possible(self.model, longest, config.bf16)
         self.evaluation: Pairs | None = None  # of the last evaluate()
 
         self.lengths = [len(item) for item in self.items]
@@ -324,8 +324,7 @@ class RewardTrainer:
         common.check_same_data(state["lengths"], self.lengths)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
 
 
 def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:

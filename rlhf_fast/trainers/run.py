@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -220,6 +221,11 @@ def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:
 def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ConfigError(
+            f"{type(trainer).__name__} is one process on one device, and this is one of {processes} (WORLD_SIZE): "
+            "start it with python or rlhf-fast, without accelerate launch or torchrun"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
@@ -249,6 +255,7 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     if changed:
         warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
     unlogged = load_checkpoint(trainer, newest)
+    config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
     return trainer.step, unlogged
 
 
@@ -271,9 +278,18 @@ def model_card(trainer, metrics: dict) -> str:
         for title, rows in (("metric at the end", metrics), ("setting", settings))
         if rows
     ]
-    head = f"---\nlibrary_name: transformers\ntags: [rlhf-fast, {name.removesuffix('Trainer').lower()}]\n---\n"
+    head = f"{_CARD}, {name.removesuffix('Trainer').lower()}]\n---\n"
     title = f"# {Path(trainer.config.output_dir).name}\n\nTrained with rlhf_fast's `{name}`, {trainer.step} steps.\n"
     return "\n".join([head + title, *(table + "\n" for table in tables)])
+
+
+_CARD = "---\nlibrary_name: transformers\ntags: [rlhf-fast"
+
+
+def has_ended(run_dir) -> bool:
+    """Whether the run in this directory has saved its model: the card comes last (peft writes one of its own first)."""
+    card = Path(run_dir) / "README.md"
+    return card.is_file() and card.read_text(encoding="utf-8").startswith(_CARD)
 
 
 def _short(value) -> str:

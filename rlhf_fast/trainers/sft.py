@@ -64,7 +64,7 @@ class SFTConfig:
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation
     greater_is_better: bool | None = None  # null: not for a loss, a perplexity or an ece
-    save_steps: int = 0  # checkpoint every so many steps; 0: when interrupted, and at the end till the model is saved
+    save_steps: int = 500  # a checkpoint every so many; 0: when interrupted, and at the end till the model is saved
     save_total_limit: int = 2  # newest checkpoints kept, beside the best
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
     num_samples: int = 4  # prompts answered at each evaluation, for samples.jsonl
@@ -110,10 +110,11 @@ class SFTTrainer:
         self.model = common.prepare(load_policy(model), config, model)
         longest = max(map(len, self.examples + self.eval_examples))
         check_lengths(self.model, self.tokenizer, longest)
-        check_lm_head(self.model)
+        with common.autocast(self.model, config.bf16):
+            check_lm_head(self.model)
         stop_at_eos(self.model, self.tokenizer)
         self.sample_prompts = self._choose_prompts(records)
-        self.packed = common.packing_if_possible(self.model, longest, required=config.packing)
+        self.packed = common.packing_if_possible(self.model, longest, config.bf16, required=config.packing)
 
         self.lengths = [len(e) for e in self.examples]
         self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]
@@ -250,8 +251,7 @@ class SFTTrainer:
         common.check_same_data(state["lengths"], self.lengths)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
 
 
 @torch.no_grad()

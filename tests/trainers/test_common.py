@@ -427,6 +427,41 @@ def test_resuming_with_another_config_says_so(tmp_path):
         Walk(Config(str(tmp_path), save_steps=5, learning_rate=0.2)).train(resume=True)
 
 
+def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process on one device, and this is one of 2"):
+        Walk(Config(str(tmp_path))).train()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Walk(Config(str(tmp_path))).train()
+
+
+def test_a_run_has_ended_when_its_card_is_there_and_not_before(tmp_path):
+    walk = Walk(Config(str(tmp_path), save_steps=5))
+    walk.save_model = lambda path: (path / "README.md").write_text("---\nlibrary_name: peft\n---\n")  # as peft does
+    walk.train()
+    assert run.has_ended(tmp_path) and not run.has_ended(tmp_path / "checkpoint-5")
+
+
+def test_generators_of_gpus_that_are_gone_are_left_aside(monkeypatch):
+    state, restored = {**common.rng_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 8}, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    common.set_rng_state(state)
+    assert len(restored) == 1
+
+
+def test_saving_moves_no_generator(tmp_path):
+    walk = Walk(Config(str(tmp_path)))
+    walk.save_model = lambda path: torch.rand(3)
+    before = torch.get_rng_state()
+    checkpoints.save_checkpoint(walk, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    checkpoints.load_checkpoint(walk, tmp_path / "checkpoint-0")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     walk = Walk(Config(str(tmp_path), save_steps=2), total_steps=4)
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))

@@ -163,6 +163,18 @@ def test_the_gradient_does_not_depend_on_micro_batches(tmp_path, share_trunk):
     torch.testing.assert_close(losses[1:], [losses[0]] * 3)
 
 
+def test_the_variance_of_the_ratio_is_that_of_the_minibatch(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rollout = a_rollout(trainer)
+    rollout.logprobs += torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(3)) * 0.3
+    found = []
+    for limits in ({}, {"micro_batch_size": 1}):
+        (minibatch,) = minibatches(rollout.lengths, len(rollout.prompts), **limits)
+        found.append(trainer._accumulate_gradient(rollout, minibatch)["val/ratio_var"])
+    assert found[0] > 0.01
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
 def test_padding_columns_change_nothing(tmp_path):
     trainer = make_trainer(tmp_path)
     rollout = a_rollout(trainer)
@@ -313,6 +325,12 @@ def test_an_adaptive_kl_coefficient_moves(tmp_path):
     assert second["objective/kl_coef"] == pytest.approx(0.05 * (1 - 0.2 * 16 / 160))  # a KL of 0 is 20 % off and more
 
 
+def test_while_the_critic_warms_up_the_kl_coefficient_waits(tmp_path):
+    trainer = make_trainer(tmp_path, kl_target=6.0, kl_horizon=160.0, critic_warmup_steps=1)
+    first, second = trainer
+    assert first["objective/kl_coef"] == second["objective/kl_coef"] == 0.05
+
+
 @pytest.mark.parametrize("whiten", [False, True])
 def test_rewards_may_be_whitened(tmp_path, whiten, monkeypatch):
     def thousands(prompts, responses, **columns):
@@ -431,6 +449,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, share_trunk):
     assert [_without_times(row) for row in logs[0]] == [_without_times(row) for row in logs[1]]
 
 
+def test_a_resumed_run_takes_what_its_config_says_now(tmp_path):
+    options = {"total_episodes": 64, "save_steps": 1, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
+    trainer = make_trainer(tmp_path / "run", **options)
+    trainer.total_steps = 1  # as if it had been stopped there
+    trainer.train()
+    changed = {"kl_coef": 0.2, "learning_rate": 1e-4, "weight_decay": 0.0, "value_learning_rate": 1e-5}
+    resumed = make_trainer(tmp_path / "run", **(options | changed))
+    with pytest.warns(UserWarning, match="differs in kl_coef, learning_rate"):
+        resumed.train(resume=True)
+    log = [json.loads(row) for row in (tmp_path / "run/train_log.jsonl").read_text().splitlines()]
+    assert [row["objective/kl_coef"] for row in log] == [0.05, 0.2, 0.2, 0.2]
+    fresh = make_trainer(tmp_path / "fresh", **(options | changed))
+    assert [row["lr"] for row in log[1:]] == [float(row["lr"]) for row in fresh][1:]
+    assert [group["weight_decay"] for o in resumed.optimizers for group in o.param_groups] == [0.0] * 4
+    assert json.loads((tmp_path / "run/run_config.json").read_text())["kl_coef"] == 0.2
+
+
 def _without_times(row):
     return {k: v for k, v in json.loads(row).items() if not k.startswith(("timing_s/", "perf/"))}
 
@@ -444,6 +479,8 @@ def test_what_is_saved_loads_in_transformers(tmp_path):
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/value_model")
     torch.testing.assert_close(critic(input_ids=ids).logits[0, 0], trainer.value_model(ids)[0, -1])
     assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template == trainer.tokenizer.chat_template
+    stops = policy.generation_config.eos_token_id  # what PPO taught it to end with, whatever the model knew before
+    assert trainer.tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
 
 
 def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
@@ -516,6 +553,7 @@ def test_looking_does_not_change_the_run(tmp_path):
         ({"train_dataset": [{"text": "hello"}]}, "prompt"),
         ({"train_dataset": [{"prompt": ""}]}, "no tokens"),
         ({"share_trunk": True, "value_model": object()}, "share_trunk"),
+        ({"critic_warmup_steps": 2}, "of 2 iterations in all: the policy would never move"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, wrong, message):

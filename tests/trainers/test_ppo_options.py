@@ -542,6 +542,10 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
         ({"rollout_func": "tools.py"}, "must be a function"),
         ({"monitors": {"lenght": 3}}, "monitors and stop_on know kl, entropy, length"),
         ({"stop_on": ["everything"]}, "monitors and stop_on know"),
+        ({"monitors": {"length": False}}, "numbers above 0, or null"),
+        ({"monitors": {"kl": "5e0"}}, "numbers above 0, or null"),
+        ({"monitors": {"kl": None}, "stop_on": ["kl"]}, "stop_on names kl, which monitors switches off"),
+        ({"reward_clip_range": ["-1e1", "1e1"]}, r"must be \[low, high\]"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, wrong, message):

@@ -187,7 +187,7 @@ def test_all_responses_of_a_micro_batch_share_one_forward_pass_and_those_of_a_pr
 
 def test_a_model_that_cannot_be_packed_is_padded_and_learns_the_same(tmp_path, monkeypatch):
     packed = gradients(tmp_path, SOFT, per_device_train_batch_size=5, gradient_accumulation_steps=2)
-    monkeypatch.setattr(common, "why_not_packed", lambda model, longest: "a reason")
+    monkeypatch.setattr(common, "why_not_packed", lambda model, longest, bf16: "a reason")
     with pytest.warns(UserWarning, match="batches are padded, within buckets of similar length: a reason"):
         padded = gradients(tmp_path, SOFT, per_device_train_batch_size=5, gradient_accumulation_steps=2)
     for name, gradient in packed.items():
@@ -198,7 +198,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_learns_the_same(tmp_path, m
 def test_under_bf16_the_head_multiplies_in_float32(tmp_path, monkeypatch, reason):
     """Packed or padded: a reward of 8 bits near 10 is right to 0.03, and differences of rewards are what is learned."""
     monkeypatch.setattr(common, "bf16_supported", lambda device: True)
-    monkeypatch.setattr(common, "packing_if_possible", lambda model, longest: reason is None)
+    monkeypatch.setattr(common, "packing_if_possible", lambda model, longest, bf16: reason is None)
     rm = trainer(tmp_path, bf16=True)
     rewards = rm._rewards(rm.items)[0]
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
