@@ -105,7 +105,7 @@ class Checked:
 
 @dataclass
 class SFTJob(Checked):
-    train_data: str  # .jsonl in a TRL format, hh-rlhf transcripts (.jsonl or .jsonl.gz), or a dataset's name
+    train_data: str  # a file in a TRL format, hh-rlhf transcripts, or a dataset's name, "name:split" for a split
     eval_data: str | None = None  # held out, in the same forms
     model: str | None = None  # directory or name; without it, a new model from `scratch`
     scratch: dict = field(
@@ -116,7 +116,7 @@ class SFTJob(Checked):
 @dataclass
 class RewardJob(Checked):
     model: str  # the SFT model (its trunk gets a new head), or a reward model to go on from
-    train_data: str  # preferences: .jsonl in a TRL format, hh-rlhf transcripts, or a dataset's name
+    train_data: str  # preferences: a file in a TRL format, hh-rlhf transcripts, or a dataset's name ("name:split")
     eval_data: str | None = None  # held out, in the same forms
     reference_data: str | None = None  # responses whose rewards get mean 0 and deviation 1 where the model is used
 
@@ -273,7 +273,12 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
 
 def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
     """The rows of one source, and what was left out: preferences give demonstrations and prompts too."""
-    rows, left_out = hh_rlhf.load_pairs(path, **limit) if _is_hh(path) else (as_records(read_dataset(path), path), [])
+    if _is_hh(path):
+        rows, left_out = hh_rlhf.load_pairs(path, **limit)
+    else:
+        rows, left_out = as_records(read_dataset(path), path), []
+        if hh_rlhf.are_transcripts(rows[0]):
+            rows, left_out = hh_rlhf.parse_pairs(map(json.dumps, rows), **limit)
     if stage == "sft":
         rows = [_as_demonstration(row) for row in rows]
     if stage == "ppo":

@@ -262,7 +262,7 @@ def _peft():
     try:
         import peft
     except ImportError:
-        raise ConfigError("LoRA adapters need peft: pip install 'rlhf-fast[peft]'") from None
+        raise ConfigError("LoRA adapters need peft: pip install peft") from None
     return peft
 
 

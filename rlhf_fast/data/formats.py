@@ -77,9 +77,9 @@ class Comparison:
 _FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> builder of datasets
 
 
-def read_dataset(source, split: str = "train") -> list[dict]:
+def read_dataset(source) -> list[dict]:
     """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory
-    of Dataset.save_to_disk, or whatever datasets.load_dataset takes."""
+    of Dataset.save_to_disk, or a name that datasets.load_dataset takes: "name" its split train, "name:test" another."""
     if not isinstance(source, (str, Path)):
         return source
     path = Path(source)
@@ -90,12 +90,15 @@ def read_dataset(source, split: str = "train") -> list[dict]:
         return _read_json(path)
     import datasets  # takes a second to import, and lists do not need it
 
+    name, _, split = str(source).partition(":")
+    if path.exists():
+        name, split = str(source), ""
     try:
         if path.suffix in _FILES:
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(source), split=split)
+        return datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or no such form
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 

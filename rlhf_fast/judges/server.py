@@ -75,7 +75,7 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise ConfigError("a server needs the openai client: pip install rlhf_fast[http]") from None
+            raise ConfigError("a server needs the openai client: pip install openai") from None
         self.openai = openai
         key = os.environ.get(self.api_key_env) or "none"  # a server of one's own wants none
         self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)

@@ -144,7 +144,7 @@ def test_files_are_read(tmp_path):
         read_dataset(tmp_path / "b.jsonl")
 
 
-def test_tables_and_directories_are_read_through_datasets(tmp_path):
+def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch):
     rows = Dataset.from_list([PAIR, {**PAIR, "chosen": "yes"}])
     rows.to_parquet(tmp_path / "a.parquet")
     rows.to_csv(tmp_path / "a.csv")
@@ -155,6 +155,14 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path):
         assert list(read_dataset(tmp_path / name)) == list(rows), name
     with pytest.raises(ConfigError, match="does not exist"):
         read_dataset(tmp_path / "b.parquet")
+    (tmp_path / "hub").mkdir()  # load_dataset takes the name of a dataset, or of such a folder
+    for split in ("train", "test"):
+        (tmp_path / "hub" / f"{split}.jsonl").write_text(json.dumps({"prompt": split}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_dataset("hub")) == [{"prompt": "train"}]
+    assert list(read_dataset("hub:test")) == [{"prompt": "test"}]
+    with pytest.raises(ConfigError, match="hub:validation"):
+        read_dataset("hub:validation")
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
