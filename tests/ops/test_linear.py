@@ -292,7 +292,7 @@ def assert_is_the_gradient(loss, got, hidden, weight, labels, bias=None, softcap
 @HALF_OR_NOT
 @pytest.mark.parametrize("rows, vocab, width", [
     (0, 3, 2), (1, 1, 1), (1, 2, 5), (3, 7, 16), (17, 191, 33), (64, 192, 64), (65, 193, 65), (130, 577, 100),
-    (350, 400, 7), (20, 250, 121), (19, 130, 500),
+    (350, 400, 7), (20, 250, 121), (19, 130, 500), (9, 2047, 17), (33, 2403, 65),
 ])  # fmt: skip
 def test_fused_shapes(fused, loss, dtype, rows, vocab, width):
     data = head(rows, vocab, width, dtype)
@@ -415,8 +415,9 @@ def test_fused_strides(fused, dtype):
 
 @FUSED_LOSSES
 @HALF_OR_NOT
-def test_fused_threads_change_nothing(fused, loss, dtype):
-    data = (*head(210, 700, 300, dtype), torch.randn(700), 2.0)  # 5 panels of columns, or 10 or 20
+@pytest.mark.parametrize("vocab", [700, 2501])  # from 2048 on tiles of bfloat16 are higher
+def test_fused_threads_change_nothing(fused, loss, dtype, vocab):
+    data = (*head(210, vocab, 300, dtype), torch.randn(vocab), 2.0)  # 5 panels of columns, or 10 or 20
     before = torch.get_num_threads()
     try:
         results = []
@@ -512,8 +513,9 @@ def test_fused_without_a_width(dtype):
 
 
 @HALF_OR_NOT
-def test_fused_rows_do_not_depend_on_the_batch(fused, dtype):
-    hidden, weight, labels = head(100, 500, 40, dtype)
+@pytest.mark.parametrize("vocab", [500, 2201])
+def test_fused_rows_do_not_depend_on_the_batch(fused, dtype, vocab):
+    hidden, weight, labels = head(100, vocab, 40, dtype)
     together = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
     for rows in (slice(0, 1), slice(37, 38), slice(13, 80), slice(99, 100)):
         alone = linear_token_logprobs(hidden[rows], weight, labels[rows], with_entropy=True)
