@@ -1,5 +1,5 @@
 # make quickstart, make test: each sets up its own virtual environment (.venv) first. Nothing else is needed than
-# Python 3.10+, a C++ compiler and make; with nvcc on PATH the CUDA kernels are built too (RLHF_FAST_CUDA=0 to skip).
+# Python 3.11+, a C++ compiler and make; with nvcc on PATH the CUDA kernels are built too (RLHF_FAST_CUDA=0 to skip).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

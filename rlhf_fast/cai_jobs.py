@@ -450,6 +450,7 @@ def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_o
     for rows in people.values():
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
         comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+    configs["ppo"].iterations(len(prompts))
     limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
     for rows, name in ((prompts, "train_data"), (held_out, "eval_data")):
         if rows:

@@ -26,7 +26,7 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """As the system says it; with family and model where a virtual machine hides which CPU it is ("AMD EPYC")."""
+    """As the system says it; a name without a number, as virtual machines give ("AMD EPYC"), with family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}

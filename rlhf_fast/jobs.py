@@ -27,7 +27,7 @@ from .models import check_lengths, load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
 from .rollout import generate_text
-from .trainers.common import check_config, config_from_dict
+from .trainers.common import check_alone, check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.run import check_is_new
@@ -72,6 +72,7 @@ class Stage:
 
     def run(self, values: dict, resume: bool) -> None:
         """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended."""
+        check_alone()
         required = [name for name, key in self.keys().items() if key.shown == REQUIRED and name not in values]
         if required:
             raise ConfigError(f"{self.name} needs {', '.join(required)}: as flags, or as keys of a --config file")

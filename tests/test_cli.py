@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
@@ -418,5 +419,8 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     assert from_file.err.endswith("input record 2 is left out: chosen: turn 2 (Assistant) is empty\n")
     assert len(read_rows(str(tmp_path / "hh.jsonl"))) == 1
     assert "1 of 3 pairs used\n  1 malformed, on line 3; " in capsys.readouterr().out
+    datasets.Dataset.from_list(hh).to_parquet(tmp_path / "hh.parquet")
+    pairs, left_out = rows_for("reward", str(tmp_path / "hh.parquet"))  # transcripts in a table, as the hub has them
+    assert pairs == rows_for("reward", str(tmp_path / "hh.jsonl"))[0] and [item.line for item in left_out] == [2, 3]
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
     assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err

@@ -23,12 +23,13 @@ using vd = double __attribute__((vector_size(8 * kWidth)));
 
 // Rows of the weight in a tile: whole blocks, and one piece of depth for dhidden, which is loaded and stored once a
 // tile. Their logits or dz, 146 KB at 304 lanes, stay in L2 while they are multiplied; with many lanes, of a small
-// vocabulary, not. Two bfloat16 are one unit of depth, so there tiles are higher: 0.87 to 0.9 of the time of 120 at a
-// width of 256, 0.86 to 0.95 at 896 (EPYC 9004, in turns; 240 and 360 take 1.02 of 300's; in float32 150 and 240 take
-// 0.97 to 1.02).
-constexpr int64_t kTileRows = 120, kTallTileRows = 300, kTallFrom = 2048;  // the last: a vocabulary
+// vocabulary, not. Two bfloat16 are one unit of depth, so there tiles are taller (365 KB): 0.87 to 0.9 of the time of
+// 120 at a width of 256, 0.86 to 0.95 at 896 (EPYC 9004, in turns; 240 and 360 take 1.02 of 300's; in float32 150 and
+// 240 take 0.97 to 1.02). Not where the vocabulary is below kTallFrom: a chunk then has so many lanes that every thread
+// would take tens of MB for its tile.
+constexpr int64_t kTileRows = 120, kTallTileRows = 300, kTallFrom = 2048;
 static_assert(kTileRows % kBlockRows == 0 && kTileRows % 2 == 0 && kTileRows <= kPieceDepth);
-static_assert(kTallTileRows % kBlockRows == 0 && kTallTileRows % 4 == 0 && kTallTileRows / 2 <= kPieceDepth);
+static_assert(kTallTileRows % kBlockRows == 0 && kTallTileRows % 2 == 0 && kTallTileRows / 2 <= kPieceDepth);
 constexpr int64_t kLanes = 16;  // the lanes are padded to a multiple
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -90,15 +91,14 @@ def read_dataset(source) -> list[dict]:
         return _read_json(path)
     import datasets  # takes a second to import, and lists do not need it
 
-    name, _, split = str(source).partition(":")
-    if path.exists():
-        name, split = str(source), ""
+    named = None if path.exists() else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))  # not hf://, not C:\\
+    name, split = named.groups() if named else (str(source), "train")
     try:
         if path.suffix in _FILES:
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or no such form
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import random
 import types
 import typing
@@ -53,8 +54,18 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
             )
 
 
+def check_alone() -> None:
+    """Raises ConfigError in one of several processes, which would all do the same."""
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ConfigError(
+            f"rlhf_fast trains in one process on one device, and this is one of {processes} (WORLD_SIZE): start it "
+            "with python or rlhf-fast, without accelerate launch or torchrun"
+        )
+
+
 def check_is(config, cls: type) -> None:
     """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first."""
+    check_alone()
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")

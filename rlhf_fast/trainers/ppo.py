@@ -136,14 +136,7 @@ class PPOTrainer:
         common.check_bf16(config, self.policy.device)
 
         self.step, self.whole = 0, True
-        self.total_steps = -(
-            -(config.total_episodes or len(self.prompts) * config.num_generations) // config.batch_size
-        )
-        if config.critic_warmup_steps >= self.total_steps:
-            raise common.ConfigError(
-                f"PPOTrainer: critic_warmup_steps = {config.critic_warmup_steps} of {self.total_steps} iterations in "
-                "all: the policy would never move. Lower it, or raise total_episodes"
-            )
+        self.total_steps = config.iterations(len(self.prompts))
         trained = [[self.policy], [self.value_model]] if self.value_model else [[self.policy]]
         if config.share_trunk:
             trained = [[self.policy, self.value_model]]
@@ -425,10 +418,10 @@ class PPOTrainer:
                 "policy/approxkl_avg": p["approx_kl_k2"], "policy/approxkl_k3_avg": p["approx_kl_k3"],
                 "policy/clipfrac_avg": p["clipfrac_high"] + p["clipfrac_low"],
                 "policy/dual_clipfrac_avg": p["dual_clipfrac"],
-                "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"] + p["ratio_mean"].square(),
+                "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"] + (p["ratio_mean"] - 1).square(),
             }.items():  # fmt: skip
                 stats[name] += mean * (p["num_tokens"] / num_tokens)
-        stats["val/ratio_var"] -= stats["val/ratio"].square()  # of the whole minibatch
+        stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
         return stats
 
     # --- the run: see run.py ---

@@ -111,6 +111,7 @@ class PPOConfig:
         critic = self.advantage_estimator == "gae"
         low_high = self.reward_clip_range or (0, 1)
         off = [name for name in self.stop_on if self.monitors.get(name, 0) is None]
+        limits = {name: limit for name, limit in self.monitors.items() if limit is not None}
         refusals = {
             f"batch_size = {self.batch_size} must be a multiple of minibatch_size = {self.minibatch_size}":
                 self.batch_size % self.minibatch_size,
@@ -135,12 +136,12 @@ class PPOConfig:
             "take kl_coef to 0 or below": self.kl_target is not None and self.kl_horizon <= 0.2 * self.batch_size,
             "kl_in_loss with kl_estimator k1 has a gradient of expectation 0: take k2 (the gradient of the KL) or k3":
                 self.kl_in_loss and self.kl_estimator == "k1",
-            f"reward_clip_range = {self.reward_clip_range!r} must be [low, high]":
+            f"reward_clip_range = {self.reward_clip_range!r} must be [low, high], two numbers, the first the lower":
                 len(low_high) != 2 or not all(map(_is_number, low_high)) or not low_high[0] < low_high[1],
             f"dual_clip = {self.dual_clip} must be above 1": self.dual_clip is not None and self.dual_clip <= 1,
             f"monitors and stop_on know {', '.join(LIMITS)}": {*self.monitors, *self.stop_on} - {*LIMITS},
-            f"monitors = {self.monitors!r} must be numbers above 0, or null to switch one off":
-                any(limit is not None and not (_is_number(limit) and limit > 0) for limit in self.monitors.values()),
+            f"monitors = {self.monitors!r} must be numbers above 0 (length: above 1), or null to switch one off":
+                any(not _is_number(limit) or limit <= (name == "length") for name, limit in limits.items()),
             f"stop_on names {', '.join(off)}, which monitors switches off": off,
         }  # fmt: skip
         for message, refused in refusals.items():
@@ -152,6 +153,16 @@ class PPOConfig:
                 "or kl_in_loss: true",
                 stacklevel=3,
             )
+
+    def iterations(self, num_prompts: int) -> int:
+        """Of a run over so many prompts. Raises ConfigError where the policy would move in none of them."""
+        iterations = -(-(self.total_episodes or num_prompts * self.num_generations) // self.batch_size)
+        if self.critic_warmup_steps >= iterations:
+            raise common.ConfigError(
+                f"PPOConfig: critic_warmup_steps = {self.critic_warmup_steps} of {iterations} iterations in all: the "
+                "policy would never move. Lower it, or raise total_episodes"
+            )
+        return iterations
 
 
 def _is_number(x) -> bool:

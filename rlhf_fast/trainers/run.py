@@ -221,11 +221,6 @@ def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:
 def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
-    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        raise ConfigError(
-            f"{type(trainer).__name__} is one process on one device, and this is one of {processes} (WORLD_SIZE): "
-            "start it with python or rlhf-fast, without accelerate launch or torchrun"
-        )
     run_dir.mkdir(parents=True, exist_ok=True)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
@@ -255,7 +250,10 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     if changed:
         warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
     unlogged = load_checkpoint(trainer, newest)
-    config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
+    if changed:
+        beside = config_path.with_suffix(".tmp")
+        beside.write_text(json.dumps(written, indent=2, default=str) + "\n")
+        os.replace(beside, config_path)  # a kill leaves the old one or the new one
     return trainer.step, unlogged
 
 

@@ -34,8 +34,14 @@ def test_the_card_names_the_file(name, slug):
 
 
 def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypatch, capsys, tmp_path):
-    commands = []
-    monkeypatch.setattr(gpu, "run", lambda *command, **env: commands.append(command) or int("pytest" in command))
+    commands, environments = [], []
+
+    def run(*command, **environment):
+        commands.append(command)
+        environments.append(environment)
+        return int("pytest" in command)
+
+    monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: sys.executable)
     monkeypatch.setattr(gpu, "missing_peers", lambda: [])
     monkeypatch.setattr(gpu, "PEERS", tmp_path)
@@ -44,6 +50,7 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     assert gpu.main([]) == 1
+    assert environments[0] == {"RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": "90-real"}  # of this card alone
     words = [word for command in commands for word in command]
     assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
     written = {Path(word).name for word in words if word.endswith(".json")}

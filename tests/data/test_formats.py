@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 
+import datasets
 import pytest
 from datasets import Dataset
 from helpers import tiny_tokenizer
@@ -161,8 +162,17 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert list(read_dataset("hub")) == [{"prompt": "train"}]
     assert list(read_dataset("hub:test")) == [{"prompt": "test"}]
+    assert list(read_dataset("hub:train[:50%]+test")) == [{"prompt": "train"}, {"prompt": "test"}]
     with pytest.raises(ConfigError, match="hub:validation"):
         read_dataset("hub:validation")
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)))
+    for source in ("hf://datasets/org/name", "hf://datasets/org/name:test", "org/name:test", "D:\\data\\x"):
+        read_dataset(source)
+    assert asked == [
+        ("hf://datasets/org/name", "train"), ("hf://datasets/org/name", "test"), ("org/name", "test"),
+        ("D:\\data\\x", "train"),
+    ]  # fmt: skip
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")

@@ -430,9 +430,10 @@ def test_resuming_with_another_config_says_so(tmp_path):
 def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process on one device, and this is one of 2"):
-        Walk(Config(str(tmp_path))).train()
+        SFTTrainer(SFTConfig(str(tmp_path)), "none", train_dataset=[])
     monkeypatch.setenv("WORLD_SIZE", "1")
-    Walk(Config(str(tmp_path))).train()
+    with pytest.raises(ConfigError, match="none"):
+        SFTTrainer(SFTConfig(str(tmp_path)), "none", train_dataset=[])
 
 
 def test_a_run_has_ended_when_its_card_is_there_and_not_before(tmp_path):
