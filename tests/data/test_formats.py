@@ -162,7 +162,7 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert list(read_dataset("hub")) == [{"prompt": "train"}]
     assert list(read_dataset("hub:test")) == [{"prompt": "test"}]
-    assert list(read_dataset("hub:train[:50%]+test")) == [{"prompt": "train"}, {"prompt": "test"}]
+    assert list(read_dataset("hub:train[:100%]+test")) == [{"prompt": "train"}, {"prompt": "test"}]
     with pytest.raises(ConfigError, match="hub:validation"):
         read_dataset("hub:validation")
     asked = []
