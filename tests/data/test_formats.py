@@ -145,6 +145,17 @@ def test_files_are_read(tmp_path):
         read_dataset(tmp_path / "b.jsonl")
 
 
+def test_a_split_is_what_follows_the_last_colon_of_a_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)))
+    for source in ("hf://datasets/org/name", "hf://datasets/org/name:test", "org/name:test", "D:\\data\\x"):
+        read_dataset(source)
+    assert asked == [
+        ("hf://datasets/org/name", "train"), ("hf://datasets/org/name", "test"), ("org/name", "test"),
+        ("D:\\data\\x", "train"),
+    ]  # fmt: skip
+
+
 def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch):
     rows = Dataset.from_list([PAIR, {**PAIR, "chosen": "yes"}])
     rows.to_parquet(tmp_path / "a.parquet")
@@ -165,14 +176,6 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     assert list(read_dataset("hub:train[:100%]+test")) == [{"prompt": "train"}, {"prompt": "test"}]
     with pytest.raises(ConfigError, match="hub:validation"):
         read_dataset("hub:validation")
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)))
-    for source in ("hf://datasets/org/name", "hf://datasets/org/name:test", "org/name:test", "D:\\data\\x"):
-        read_dataset(source)
-    assert asked == [
-        ("hf://datasets/org/name", "train"), ("hf://datasets/org/name", "test"), ("org/name", "test"),
-        ("D:\\data\\x", "train"),
-    ]  # fmt: skip
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
