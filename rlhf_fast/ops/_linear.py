@@ -167,9 +167,10 @@ def ours_are_fast(dtype: torch.dtype) -> bool:
 
     Fused over PyTorch's way, time of a step, by kernels 3 to 8 % slower than today's: float32 with AVX-512 on Intel's,
     where MKL multiplies, 0.95 to 1.05 at 2048 x 256 x 50257, 1.0 to 1.12 at 2048 x 896 x 50257 (the more, the busier
-    the host) and for 256 rows of a vocabulary of 2048; 0.4 to 0.9 on AMD's, where MKL uses AVX2. bfloat16 with AVX-512 0.77 to
-    0.97 of float32 products of converted factors; with avx512_bf16 as fast as PyTorch's, which use it too. AVX2 0.93 to 1.06. Code for no instruction
-    set in particular is slower than a library, and CPUs with AMX, which this has not run on, keep PyTorch's bfloat16.
+    the host) and for 256 rows of a vocabulary of 2048; 0.4 to 0.9 on AMD's, where MKL uses AVX2. bfloat16 with AVX-512
+    0.77 to 0.97 of float32 products of converted factors; with avx512_bf16 as fast as PyTorch's, which use it too. AVX2
+    0.93 to 1.06. Code for no instruction set in particular is slower than a library, and CPUs with AMX, which this has
+    not run on, keep PyTorch's bfloat16.
     """
     return _C.isa() != "portable" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
