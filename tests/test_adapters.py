@@ -180,5 +180,5 @@ def test_what_would_be_wrong_is_refused(base, tmp_path, monkeypatch):
         lambda: models.add_lora(models.load_policy(base), r=4, alpha=8),
         lambda: models.load_policy(tmp_path / "lora"),
     ):
-        with pytest.raises(ConfigError, match=r"pip install 'rlhf-fast\[peft\]'"):
+        with pytest.raises(ConfigError, match=r"pip install peft"):
             call()
