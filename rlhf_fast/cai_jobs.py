@@ -429,7 +429,8 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     }  # fmt: skip
     part("reward", lambda config: RewardTrainer(config, sft, **data))
     judged = root / "reward" / "preferences.json"  # of the model that was kept, where the log ends with the last step's
-    stages.add("reward", rm_accuracy=json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if held else None)
+    accuracy = json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if judged.is_file() else None
+    stages.add("reward", rm_accuracy=accuracy)
     data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
 
     def ppo(config: PPOConfig) -> PPOTrainer:
