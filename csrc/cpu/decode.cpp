@@ -20,7 +20,7 @@ constexpr int64_t kBlock = 128;  // tokens whose probabilities are summed before
 
 // y[i] = exp(x[i] - shift), x[i] <= shift, of a whole number of vectors -> their sum.
 double exp_sum(const float* x, float shift, int64_t n, float* y) {
-  const Exp<F32::kDegree> exp(1.0);
+  const Exp<> exp(1.0);
   vf sum{};
   for (int64_t i = 0; i < n; i += kWidth) {
     const vf e = exp(load_vector<vf>(x + i) - shift);

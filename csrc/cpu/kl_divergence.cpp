@@ -50,9 +50,9 @@ Divergence divergence_row(const typename E::type* x, const typename E::type* y, 
       row.gap += e > 0 ? e * (d - f) : 0;
     }
   } else {
-    const Exp<E::kDegree> exp(1.0);
-    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-      const int64_t size = vocab - begin < kBlock ? vocab - begin : kBlock, whole = size - size % kPair;
+    const Exp<> exp(1.0);
+    for (int64_t begin = 0; begin < vocab; begin += kBlock<E>) {
+      const int64_t size = vocab - begin < kBlock<E> ? vocab - begin : kBlock<E>, whole = size - size % kPair;
       row.raise_max(E::max(x + begin, size), E::max(y + begin, size));
       const vf max_p = splat(float(reference_point(row.p.max))), max_q = splat(float(reference_point(row.q.max)));
       vf sum_p{}, sum_q{}, gap{};
@@ -63,6 +63,8 @@ Divergence divergence_row(const typename E::type* x, const typename E::type* y, 
         gap += gap_term(e, d, f);
       };
       for (int64_t i = begin; i < begin + whole; i += kPair) {
+        fetch<E>(x + i + kBlock<E>);
+        fetch<E>(y + i + kBlock<E>);
         const Pair a = E::load(x + i), b = E::load(y + i);
         accumulate(a.a, b.a);
         accumulate(a.b, b.b);
@@ -93,7 +95,7 @@ void gradient_row(const typename E::type* x, const typename E::type* y, typename
       if (grad_y) grad_y[j] = scale_q * std::exp(f) - scale_p * e;
     }
   } else {
-    const Exp<6> exp(1.0);  // p and q cancel
+    const Exp<> exp(1.0);  // also in 16 bits: p and q cancel
     const vf vmax_p = splat(float(max_p)), vmax_q = splat(float(max_q)), vscale_p = splat(float(scale_p));
     const vf vscale_q = splat(float(scale_q)), vshift = splat(float(shift));
     const auto gradient = [&](vf a, vf b, vf& by_x, vf& by_y) {

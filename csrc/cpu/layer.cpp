@@ -22,7 +22,7 @@ void for_blocks(int64_t rows, int64_t width, int threads, F f) {
 // s = 1 / (1 + exp(-x)) of a tile whose first n numbers count.
 void sigmoid(const float* x, float* s, int64_t n) {
   static_assert(kTile % kWidth == 0);
-  const Exp<F32::kDegree> exp(1.0);
+  const Exp<> exp(1.0);
   float tail[kTile] = {};
   if (n < kTile) {
     std::memcpy(tail, x, n * sizeof *x);

@@ -79,7 +79,7 @@ void finish_logits(float* z, int64_t stride, int64_t rows, int64_t lanes, const 
 
 // The maximum of each lane and its sums of exp and of exp times distance (softmax_row.h), over the rows of a tile.
 template <bool kMoment>
-void lane_statistics(const float* z, int64_t stride, int64_t rows, const Exp<6>& exp, float* out, int64_t out_stride) {
+void lane_statistics(const float* z, int64_t stride, int64_t rows, const Exp<>& exp, float* out, int64_t out_stride) {
   vf most = splat(-INFINITY), most_b = most;
   for (int64_t v = 0; v + 1 < rows; v += 2) {
     most = max(load_vector<vf>(z + v * stride), most);
@@ -92,7 +92,7 @@ void lane_statistics(const float* z, int64_t stride, int64_t rows, const Exp<6>&
   for (int64_t v = 0; v < rows; ++v) {
     const vf d = load_vector<vf>(z + v * stride) - origin, e = exp(d);
     sum += e;
-    if constexpr (kMoment) moment = fma(e, finite(d), moment);
+    if constexpr (kMoment) moment = fma(e, exp.bounded(d), moment);
   }
   std::memcpy(out, &most, sizeof most);
   std::memcpy(out + out_stride, &sum, sizeof sum);
@@ -105,7 +105,7 @@ struct LaneSums {
 };
 
 // The tiles of kWidth lanes together, in order and in double.
-LaneSums merge(const float* partial, int64_t tiles, int64_t stride, const Exp<6>& exp) {
+LaneSums merge(const float* partial, int64_t tiles, int64_t stride, const Exp<>& exp) {
   vf most = splat(-INFINITY);
   for (int64_t t = 0; t < tiles; ++t) most = max(load_vector<vf>(partial + 3 * t * stride), most);
   const vf origin = most == splat(-INFINITY) ? vf{} : most;
@@ -117,7 +117,7 @@ LaneSums merge(const float* partial, int64_t tiles, int64_t stride, const Exp<6>
     const vd part_sum = __builtin_convertvector(load_vector<vf>(part + stride), vd);
     const vd part_moment = __builtin_convertvector(load_vector<vf>(part + 2 * stride), vd);
     sum += scale * part_sum;
-    moment += scale * (part_moment + __builtin_convertvector(finite(shift), vd) * part_sum);
+    moment += scale * (part_moment + __builtin_convertvector(exp.bounded(shift), vd) * part_sum);
   }
   return {most, sum, moment};
 }
@@ -128,7 +128,7 @@ void forward(const Problem<Unit>& p, const float* bias, double softcap, const in
   const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.width);
   const bool copies = !Unit::kAsItLies || p.width % Unit::kSize != 0;
   const double c = 1 / temperature;
-  const Exp<6> exp(c);
+  const Exp<> exp(c);
   const Buffer<uint32_t> hidden(lanes * depth);
   const Buffer<float> partial(tiles * 3 * lanes), label_logit(p.rows);
   if (logits) use_huge_pages(logits, p.vocab * lanes * sizeof *logits);
@@ -188,12 +188,12 @@ struct LaneGradients {
 // A capped logit z has the derivative 1 - (z / softcap)^2, exactly 0 where it has reached the cap. Without a cap (0) z
 // may be infinite, and there is nothing to multiply by.
 void write_gradient(const float* z, int64_t lanes, int64_t rows, const LaneGradients& g, float softcap,
-                    const Exp<6>& exp, float* out) {
+                    const Exp<>& exp, float* out) {
   const vf cap = splat(softcap);
   for (int64_t v = 0; v < rows; ++v, z += lanes, out += lanes) {
     for (int64_t lane = 0; lane < lanes; lane += kWidth) {
       const vf x = load_vector<vf>(z + lane), d = x - load_vector<vf>(&g.max[lane]);
-      vf dz = exp(d) * fma(load_vector<vf>(&g.b[lane]), finite(d), load_vector<vf>(&g.a[lane]));
+      vf dz = exp(d) * fma(load_vector<vf>(&g.b[lane]), exp.bounded(d), load_vector<vf>(&g.a[lane]));
       if (softcap != 0) dz *= 1.0f - x / cap * (x / cap);
       std::memcpy(out + lane, &dz, sizeof dz);
     }
@@ -320,7 +320,7 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   constexpr bool half = Unit::kSize == 2;
   const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.rows);
   const double c = 1 / temperature;
-  const Exp<6> exp(c);
+  const Exp<> exp(c);
   const Buffer<uint32_t> hidden(grad_weight ? depth * whole_vectors(p.width) : 0);
   const LaneGradients lane_gradients(lanes);
   for (int64_t i = 0; i < p.rows; ++i) {
