@@ -1,6 +1,8 @@
 import pytest
 from helpers import tiny_model, tiny_tokenizer
 
+from rlhf_fast.ops import _dispatch
+
 
 @pytest.fixture
 def tokenizer():
@@ -10,3 +12,15 @@ def tokenizer():
 @pytest.fixture
 def model(tokenizer):
     return tiny_model(tokenizer)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    """Every instruction set of the CPU kernels that this machine runs."""
+    native = _dispatch._C
+    if native is None or not native.isas().get(request.param, False):
+        pytest.skip(f"this CPU or this build does not run {request.param}")
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)

@@ -95,17 +95,6 @@ PARTS = {
 }
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request):
-    native = _layer._C
-    if not native.isas().get(request.param, False):
-        pytest.skip(f"this CPU has no {request.param}")
-    before = native.isa()
-    native.use_isa(request.param)
-    yield request.param
-    native.use_isa(before)
-
-
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_and_its_gradient_are_their_formula(name, isa):
     ours, formula, shapes = PARTS[name]

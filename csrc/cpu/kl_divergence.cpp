@@ -82,11 +82,12 @@ Divergence divergence_row(const typename E::type* x, const typename E::type* y, 
   return row;
 }
 
-// grad_x_j = p_j (d_j - f_j - shift) g and grad_y_j = (q_j - p_j) g; either may be null.
+// grad_x_j = p_j (d_j - f_j - shift) g and grad_y_j = (q_j - p_j) g; either may be null. Past the cache, both lie
+// alike.
 template <class E>
 void gradient_row(const typename E::type* x, const typename E::type* y, typename E::type* grad_x,
                   typename E::type* grad_y, int64_t vocab, double max_p, double max_q, double log_p, double log_q,
-                  double shift, double g) {
+                  double shift, double g, bool past_cache) {
   const double scale_p = g * std::exp(-log_p), scale_q = g * std::exp(-log_q);
   if constexpr (std::is_same_v<E, F64>) {
     for (int64_t j = 0; j < vocab; ++j) {
@@ -103,21 +104,15 @@ void gradient_row(const typename E::type* x, const typename E::type* y, typename
       by_x = e == 0 ? vf{} : e * (d - f - vshift);
       by_y = fma(exp(f), vscale_q, -e);
     };
-    const auto at = [&](Pair a, Pair b, auto store) {
+    auto* out = grad_x ? grad_x : grad_y;
+    for_pairs<E>(out, vocab, past_cache, [&](int64_t i, int64_t n, auto past) {
+      const Pair a = load_some<E>(x + i, n), b = load_some<E>(y + i, n);
       Pair by_x, by_y;
       gradient(a.a, b.a, by_x.a, by_y.a);
       gradient(a.b, b.b, by_x.b, by_y.b);
-      if (grad_x) store(grad_x, by_x);
-      if (grad_y) store(grad_y, by_y);
-    };
-    const int64_t whole = vocab - vocab % kPair, rest = vocab - whole;
-    for (int64_t i = 0; i < whole; i += kPair) {
-      at(E::load(x + i), E::load(y + i), [&](typename E::type* grad, Pair v) { E::store(grad + i, v); });
-    }
-    if (rest) {
-      at(load_tail<E>(x + whole, rest), load_tail<E>(y + whole, rest),
-         [&](typename E::type* grad, Pair v) { store_tail<E>(grad + whole, rest, v); });
-    }
+      if (grad_x) store_some<E, past.value>(grad_x + i, n, by_x);
+      if (grad_y) store_some<E, past.value>(grad_y + i, n, by_y);
+    });
   }
 }
 
@@ -151,8 +146,11 @@ int64_t kl_divergence_backward(const void* logits, const void* ref_logits, int d
     const auto *x = static_cast<const typename E::type*>(logits), *y = static_cast<const typename E::type*>(ref_logits);
     auto *grad_x = static_cast<typename E::type*>(grad_logits),
          *grad_y = static_cast<typename E::type*>(grad_ref_logits);
-    if (grad_x) use_huge_pages(grad_x, rows * vocab * sizeof *x);
-    if (grad_y) use_huge_pages(grad_y, rows * vocab * sizeof *x);
+    const int64_t bytes = rows * vocab * sizeof *x;
+    if (grad_x) use_huge_pages(grad_x, bytes);
+    if (grad_y) use_huge_pages(grad_y, bytes);
+    const auto apart = reinterpret_cast<uintptr_t>(grad_x) - reinterpret_cast<uintptr_t>(grad_y);
+    const bool past_cache = bytes >= kLarge && (!grad_x || !grad_y || apart % sizeof(vf) == 0);
     const int64_t share = grain(rows, 2 * vocab * sizeof *x, threads);
 #pragma omp parallel for num_threads(team(threads, 2 * rows * vocab)) schedule(dynamic, share)
     for (int64_t i = 0; i < rows; ++i) {
@@ -165,7 +163,7 @@ int64_t kl_divergence_backward(const void* logits, const void* ref_logits, int d
       const Accum* s = static_cast<const Accum*>(saved) + 4 * i;
       const double shift = double(s[2]) - double(s[3]) + double(static_cast<const Accum*>(kl)[i]);
       gradient_row<E>(x + i * vocab, y + i * vocab, out_x, out_y, vocab, s[0], s[1], s[2], s[3], shift,
-                      static_cast<const Accum*>(grad_kl)[i]);
+                      static_cast<const Accum*>(grad_kl)[i], past_cache);
     }
     return int64_t(-1);
   });

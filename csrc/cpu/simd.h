@@ -113,6 +113,24 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// At p, which past the caches is aligned to V. Then the memory is not read before it is written, which saves a third of
+// what a row's gradient moves. Such stores end with a fence().
+template <bool kPastCache, class V>
+inline void put(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (kPastCache) return _mm512_stream_si512(static_cast<__m512i*>(p), bits<__m512i>(v));
+#elif defined(__AVX2__)
+  if constexpr (kPastCache) return _mm256_stream_si256(static_cast<__m256i*>(p), bits<__m256i>(v));
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // ---- elements ------------------------------------------------------------------------------------------------------
 
 // The last n < kPair elements of a row. The other lanes read as -inf, a token that cannot happen.
@@ -129,6 +147,16 @@ inline void store_tail(typename E::type* p, int64_t n, Pair x) {
   alignas(64) typename E::type buffer[kPair];
   E::store(buffer, x);
   std::memcpy(p, buffer, n * sizeof *p);
+}
+
+template <class E>
+inline Pair load_some(const typename E::type* p, int64_t n) {
+  return n == kPair ? E::load(p) : load_tail<E>(p, n);
+}
+
+template <class E, bool kPastCache>
+inline void store_some(typename E::type* p, int64_t n, Pair x) {
+  n == kPair ? E::template store<kPastCache>(p, x) : store_tail<E>(p, n, x);
 }
 
 // max over 16-bit floats by their bits, half the work of widening first. As signed integers positive floats come in
@@ -156,9 +184,10 @@ struct F32 {
   static float scalar(float x) { return x; }
   static float round(double x) { return float(x); }
   static Pair load(const float* p) { return {load_vector<vf>(p), load_vector<vf>(p + kWidth)}; }
+  template <bool kPastCache = false>
   static void store(float* p, Pair x) {
-    std::memcpy(p, &x.a, sizeof x.a);
-    std::memcpy(p + kWidth, &x.b, sizeof x.b);
+    put<kPastCache>(p, x.a);
+    put<kPastCache>(p + kWidth, x.b);
   }
   // Of n elements; NaNs are ignored or come out, for every element type.
   static float max(const float* p, int64_t n) {
@@ -186,9 +215,10 @@ struct BF16 {
   }
   static Pair load(const uint16_t* p) { return widen(load_vector<vs>(p)); }
   // To nearest, ties away from zero: a computed gradient is a tie once in 65536, and this is 2 operations, not 5.
+  template <bool kPastCache = false>
   static void store(uint16_t* p, Pair x) {
     const vu u = ((bits<vu>(x.a) + 0x8000u) >> 16) | ((bits<vu>(x.b) + 0x8000u) & 0xffff0000u);
-    std::memcpy(p, &u, sizeof u);
+    put<kPastCache>(p, u);
   }
   static float max(const uint16_t* p, int64_t n) { return max16<BF16>(p, n); }
 };
@@ -233,10 +263,10 @@ struct F16 {
     return {widen(half[0]), widen(half[1])};
   }
   static Pair load(const uint16_t* p) { return {widen(load_vector<vh>(p)), widen(load_vector<vh>(p + kWidth))}; }
+  template <bool kPastCache = false>
   static void store(uint16_t* p, Pair x) {
-    const vh a = narrow(x.a), b = narrow(x.b);
-    std::memcpy(p, &a, sizeof a);
-    std::memcpy(p + kWidth, &b, sizeof b);
+    const vh both[] = {narrow(x.a), narrow(x.b)};
+    put<kPastCache>(p, load_vector<vs>(both));
   }
   static float max(const uint16_t* p, int64_t n) { return max16<F16>(p, n); }
 };

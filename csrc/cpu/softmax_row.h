@@ -90,16 +90,33 @@ inline Softmax softmax_row(const typename E::type* x, int64_t vocab, double c) {
   }
 }
 
+// f(i, n, past) for the n elements of a row from i on, a Pair's worth or what is left: before the first that lies where
+// out can be written past the cache, and at the end.
+template <class E, class F>
+inline void for_pairs(const typename E::type* out, int64_t size, bool past_cache, F f) {
+  int64_t i = 0;
+  if (past_cache) {
+    i = int64_t(-reinterpret_cast<uintptr_t>(out) % sizeof(vf) / sizeof *out);
+    i = i < size ? i : size;
+    if (i > 0) f(0, i, std::false_type{});
+    for (; i + kPair <= size; i += kPair) f(i, kPair, std::true_type{});
+    fence();
+  }
+  for (; i + kPair <= size; i += kPair) f(i, kPair, std::false_type{});
+  if (i < size) f(i, size - i, std::false_type{});
+}
+
 // The gradient with respect to x of  g log p_y + h H:  c (g (1[j = y] - p_j) - h p_j (log p_j + H)).
 struct RowGradient {
   double g, h;
   double max, log_sum, entropy;  // entropy only where h is not 0
 };
 
-// Writes grad_j = e^d_j (a + b (x_j - max)) and then the label's element. x and grad may be the same memory.
+// Writes grad_j = e^d_j (a + b (x_j - max)) and then the label's element. x and grad may be the same memory, unless it
+// is written past the cache.
 template <bool kMoment, class E>
 inline void gradient_row(const typename E::type* x, typename E::type* grad, int64_t vocab, int64_t label, double c,
-                         const RowGradient& row) {
+                         const RowGradient& row, bool past_cache) {
   const double scale = c * std::exp(-row.log_sum);  // p_j = e^d_j / sum
   const double mean = row.log_sum - row.entropy;    // of d under p
   const double x_label = E::scalar(x[label]);
@@ -116,15 +133,10 @@ inline void gradient_row(const typename E::type* x, typename E::type* grad, int6
       const vf d = v - max;
       return exp(d) * (kMoment ? fma(b, exp.bounded(d), a) : a);
     };
-    const int64_t whole = vocab - vocab % kPair;
-    for (int64_t i = 0; i < whole; i += kPair) {
-      const Pair v = E::load(x + i);
-      E::store(grad + i, {gradient(v.a), gradient(v.b)});
-    }
-    if (whole < vocab) {
-      const Pair v = load_tail<E>(x + whole, vocab - whole);
-      store_tail<E>(grad + whole, vocab - whole, {gradient(v.a), gradient(v.b)});
-    }
+    for_pairs<E>(grad, vocab, past_cache, [&](int64_t i, int64_t n, auto past) {
+      const Pair v = load_some<E>(x + i, n);
+      store_some<E, past.value>(grad + i, n, {gradient(v.a), gradient(v.b)});
+    });
   }
   // 1 - p_y from expm1, because it cancels when the model is sure.
   const double log_p = c * (x_label - row.max) - row.log_sum, p = std::exp(log_p);

@@ -51,7 +51,9 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
     const auto* x = static_cast<const typename E::type*>(logits);
     auto* grad = static_cast<typename E::type*>(grad_logits);
     const double c = 1 / temperature;
-    if (grad != x) use_huge_pages(grad, rows * vocab * sizeof *grad);
+    const int64_t bytes = rows * vocab * sizeof *grad;
+    const bool past_cache = grad != x && bytes >= kLarge;
+    if (grad != x) use_huge_pages(grad, bytes);
 #pragma omp parallel for num_threads(team(threads, rows* vocab)) \
     schedule(dynamic, grain(rows, vocab * sizeof *x, threads))
     for (int64_t i = 0; i < rows; ++i) {
@@ -65,9 +67,9 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
       }
       const auto* in = x + (i / inner) * outer_stride + (i % inner) * inner_stride;
       if (grad_entropy) {
-        gradient_row<true, E>(in, out, vocab, labels[i], c, row);
+        gradient_row<true, E>(in, out, vocab, labels[i], c, row, past_cache);
       } else {
-        gradient_row<false, E>(in, out, vocab, labels[i], c, row);
+        gradient_row<false, E>(in, out, vocab, labels[i], c, row, past_cache);
       }
     }
     return int64_t(-1);

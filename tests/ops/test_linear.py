@@ -237,13 +237,9 @@ def test_autocast_changes_nothing(loss):
 # ---- the native way (csrc/cpu/linear.cpp), on every instruction set, also where it is not the fastest --------------
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def fused(request, monkeypatch):
+@pytest.fixture
+def fused(isa, monkeypatch):
     """A function: loss, and the gradients of hidden, weight and bias, with the native products."""
-    if not _linear._C.isas().get(request.param, False):
-        pytest.skip(f"this CPU does not run {request.param}")
-    before = _linear._C.isa()
-    _linear._C.use_isa(request.param)
     monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: True)
 
     def run(loss, hidden, weight, labels, bias=None, softcap=None):
@@ -252,8 +248,7 @@ def fused(request, monkeypatch):
         out = loss(sys.modules["rlhf_fast.ops"], *leaves[:2], labels, *leaves[2:], softcap=softcap)
         return [out.detach(), *torch.autograd.grad(out, leaves)]
 
-    yield run
-    _linear._C.use_isa(before)
+    return run
 
 
 def fused_logprobs(module, hidden, weight, labels, bias=None, softcap=None):

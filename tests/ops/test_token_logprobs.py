@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.ops import cross_entropy, reference, token_logprobs, token_logprobs_and_entropy
+from rlhf_fast.ops import cross_entropy, kl_divergence, reference, token_logprobs, token_logprobs_and_entropy
 
 VOCABS = (1, 7, 640, 1100, 50257, 151936)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,3 +163,32 @@ def test_more_than_2_to_the_31_elements():
     assert torch.equal(out, token_logprobs(row, labels[:1]).expand(rows))
     loss = cross_entropy(row.expand(rows, vocab), labels)
     torch.testing.assert_close(loss, cross_entropy(row, labels[:1]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["token_logprobs", "kl_divergence"])
+def test_a_gradient_too_large_for_the_caches_has_the_bits_of_a_small_one(op, dtype, isa):
+    # From 32 MiB on it is written past them, from where its rows are aligned: here they begin everywhere.
+    vocab = 5003
+    rows = (32 << 20) // (vocab * dtype.itemsize) + 1
+    generator = torch.Generator().manual_seed(2)
+    logits = (4 * torch.randn(rows, vocab, generator=generator)).to(dtype)
+    others = (4 * torch.randn(rows, vocab, generator=generator)).to(dtype)
+    labels = torch.randint(vocab, (rows,), generator=generator)
+    g, h = torch.randn(rows, generator=generator), torch.randn(rows, generator=generator)
+    g[::7] = h[::7] = 0
+
+    def gradients(some):
+        a, b = logits[some].clone().requires_grad_(), others[some].clone().requires_grad_()
+        if op == "kl_divergence":
+            out, leaves = [kl_divergence(a, b)], [a, b]
+        else:
+            out, leaves = token_logprobs_and_entropy(a, labels[some]), [a]
+        return torch.autograd.grad(out, leaves, [x[some].to(y) for x, y in zip((g, h), out, strict=False)])
+
+    large = gradients(slice(None))
+    for first in range(0, rows, rows // 2):
+        some = slice(first, first + rows // 2)
+        for all_rows, half in zip(large, gradients(some), strict=True):
+            assert half.numel() * half.element_size() < 32 << 20
+            assert torch.equal(all_rows[some], half)
