@@ -150,7 +150,7 @@ int64_t kl_divergence_backward(const void* logits, const void* ref_logits, int d
     if (grad_x) use_huge_pages(grad_x, bytes);
     if (grad_y) use_huge_pages(grad_y, bytes);
     const auto apart = reinterpret_cast<uintptr_t>(grad_x) - reinterpret_cast<uintptr_t>(grad_y);
-    const bool past_cache = bytes >= kLarge && (!grad_x || !grad_y || apart % sizeof(vf) == 0);
+    const bool past = past_cache(bytes) && (!grad_x || !grad_y || apart % sizeof(vf) == 0);
     const int64_t share = grain(rows, 2 * vocab * sizeof *x, threads);
 #pragma omp parallel for num_threads(team(threads, 2 * rows * vocab)) schedule(dynamic, share)
     for (int64_t i = 0; i < rows; ++i) {
@@ -163,7 +163,7 @@ int64_t kl_divergence_backward(const void* logits, const void* ref_logits, int d
       const Accum* s = static_cast<const Accum*>(saved) + 4 * i;
       const double shift = double(s[2]) - double(s[3]) + double(static_cast<const Accum*>(kl)[i]);
       gradient_row<E>(x + i * vocab, y + i * vocab, out_x, out_y, vocab, s[0], s[1], s[2], s[3], shift,
-                      static_cast<const Accum*>(grad_kl)[i], past_cache);
+                      static_cast<const Accum*>(grad_kl)[i], past);
     }
     return int64_t(-1);
   });

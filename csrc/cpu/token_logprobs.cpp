@@ -52,7 +52,7 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
     auto* grad = static_cast<typename E::type*>(grad_logits);
     const double c = 1 / temperature;
     const int64_t bytes = rows * vocab * sizeof *grad;
-    const bool past_cache = grad != x && bytes >= kLarge;
+    const bool past = grad != x && past_cache(bytes);
     if (grad != x) use_huge_pages(grad, bytes);
 #pragma omp parallel for num_threads(team(threads, rows* vocab)) \
     schedule(dynamic, grain(rows, vocab * sizeof *x, threads))
@@ -67,9 +67,9 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
       }
       const auto* in = x + (i / inner) * outer_stride + (i % inner) * inner_stride;
       if (grad_entropy) {
-        gradient_row<true, E>(in, out, vocab, labels[i], c, row, past_cache);
+        gradient_row<true, E>(in, out, vocab, labels[i], c, row, past);
       } else {
-        gradient_row<false, E>(in, out, vocab, labels[i], c, row, past_cache);
+        gradient_row<false, E>(in, out, vocab, labels[i], c, row, past);
       }
     }
     return int64_t(-1);
