@@ -218,7 +218,7 @@ def _score(argv: list[str]) -> int:
     from_stdin = options.input == "-"
     records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
     rows = score(options.model, records, options.batch_size)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
     if options.output == "-":
         sys.stdout.write(text)
     else:

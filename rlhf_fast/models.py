@@ -100,13 +100,25 @@ def check_lengths(
 
 
 def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer's eos among those at which transformers' generate() stops, and its pad: what training teaches."""
+    """The tokenizer's eos among those at which transformers' generate() stops, and its pad: what training teaches.
+
+    transformers saves no generation_config that has changed and says two things, such as a temperature without
+    do_sample, which older checkpoints have: those sample then, and ConfigError for any other, before the run.
+    """
     known = model.generation_config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
     if tokenizer.eos_token_id not in known:
         model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known] if known else tokenizer.eos_token_id
     model.config.eos_token_id = model.generation_config.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ConfigError(f"the model could not be saved, mend its generation_config: {error}") from error
 
 
 def default_device() -> torch.device:
@@ -449,6 +461,11 @@ def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def reward_scale(config) -> tuple[float, float]:
     """Mean and standard deviation of the raw reward on its reference set, as the config has them; 0 and 1 without."""
     return getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
+
+
+def is_trained_here(model: nn.Module) -> bool:
+    """Whether RewardTrainer has trained this reward model, which then reads its score at an eos."""
+    return hasattr(unwrapped(model).config, "reward_mean")
 
 
 def set_reward_scale(model: nn.Module, mean: float, std: float) -> None:

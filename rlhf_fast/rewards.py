@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data.chat import ConfigError, Text, encode_to_score
+from .data.chat import ConfigError, Text, check_tokenizer, encode_to_score, is_conversation
 from .generation import batches
 from .models import (
     check_lengths,
     has_scalar_head,
+    is_trained_here,
     load_reward_model,
     load_tokenizer,
     merge_adapters,
@@ -37,11 +38,15 @@ Reward = Callable[..., "Sequence[float] | Tensor"]
 
 class RewardModelReward:
     """The score of a reward model (a scalar head at the last token, see models.py) on prompt + response + eos, less the
-    mean and over the standard deviation of its reference set, where the model has one (models.set_reward_scale)."""
+    mean and over the standard deviation of its reference set, where the model has one (models.set_reward_scale).
+
+    A reward model from elsewhere reads a conversation exactly as its chat template writes it, which is how TRL trains
+    and model cards score: also where that ends in a line break behind the eos, or without one.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, batch_size: int = 64):
         if tokenizer.eos_token is None:
-            raise ValueError(
+            raise ConfigError(
                 "RewardModelReward: the reward model's tokenizer needs an eos token, where the score is read"
             )
         if batch_size < 1:
@@ -77,16 +82,17 @@ class RewardModelReward:
         return (scores - mean) / std
 
     def encode(self, prompt: Text | None, response: Text) -> list[int]:
-        """The tokens scored: the dialogue in the reward model's own template (or plain text), ending in one eos."""
-        return encode_to_score(self.tokenizer, prompt, response).tolist()
+        """The tokens scored: the dialogue in the reward model's own template, or plain text."""
+        check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
+        return encode_to_score(self.tokenizer, prompt, response, end=is_trained_here(self.model)).tolist()
 
 
 def _check_trained(model, name: str) -> None:
     """ConfigError for a language model, whose scalar head would be drawn at random, or another module without one."""
     if not has_scalar_head(model):
         raise ConfigError(
-            f"a reward must be a trained reward model, and {name} has no scalar head: train it first, or give a "
-            "function of prompts and responses"
+            f"a reward must be a trained reward model, and {name} has no scalar head (`score`, as decoders have it in "
+            "AutoModelForSequenceClassification): train it first, or give a function of prompts and responses"
         )
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -396,6 +397,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
     reward = RewardModelReward.load(tmp_path / "rm")
     assert rows[2]["score"] == pytest.approx(reward([records[2]["messages"][:1]], ["hello"]).item(), abs=1e-5)
+    datasets.Dataset.from_list([records[0] | {"at": datetime(2026, 1, 2)}]).to_parquet(tmp_path / "dated.parquet")
+    assert main([*argv, "--input", str(tmp_path / "dated.parquet")]) == 0
+    assert json.loads(capsys.readouterr().out)["at"] == "2026-01-02 00:00:00"
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(records[0]) + "\n"))
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(rows[0]["score"], abs=1e-5)

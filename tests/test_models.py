@@ -282,6 +282,18 @@ def test_generate_stops_where_training_says(tmp_path):
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_a_generation_config_that_could_not_be_saved_is_mended_or_refused_before_the_run(tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
+    model.generation_config.temperature = 0.9  # without do_sample, as in Llama 2's
+    models.stop_at_eos(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert saved.do_sample and saved.temperature == 0.9
+    model.generation_config.early_stopping = True  # without beams
+    with pytest.raises(ConfigError, match=r"(?s)could not be saved, mend its generation_config.*early_stopping"):
+        models.stop_at_eos(model, tokenizer)
+
+
 def test_what_the_model_cannot_embed_is_refused():
     tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer(), max_position_embeddings=16)
     models.check_lengths(model, tokenizer, 16)

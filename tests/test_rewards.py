@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.models import add_lora, load_reward_model
+from rlhf_fast.models import add_lora, load_reward_model, set_reward_scale
 from rlhf_fast.rewards import RewardModelReward, WeightedReward, compute_scores, make_reward, score_components
 
 CHAT = [{"role": "user", "content": "hello there"}]
@@ -21,7 +21,9 @@ def length(prompts, responses, **columns):
 @pytest.fixture
 def reward_model(tokenizer):
     torch.manual_seed(1)
-    return load_reward_model(tiny_model(tokenizer), tokenizer)
+    model = load_reward_model(tiny_model(tokenizer), tokenizer)
+    set_reward_scale(model, 0.0, 1.0)  # as RewardTrainer does
+    return model
 
 
 @pytest.fixture
@@ -47,6 +49,21 @@ def test_a_reward_model_reads_the_dialogue_in_its_own_template_up_to_one_eos(tok
     assert reward.encode("a b", " c") == [*tokenizer("a b c")["input_ids"], tokenizer.eos_token_id]
 
 
+def test_a_reward_model_from_elsewhere_reads_what_its_template_writes(word_tokenizer):
+    model = load_reward_model(tiny_model(word_tokenizer), word_tokenizer)
+    reward = RewardModelReward(model, word_tokenizer)
+    messages = [*CHAT, {"role": "assistant", "content": "fine"}]
+    ids = word_tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+    assert word_tokenizer.convert_ids_to_tokens(ids[0]) == ["U", "hello", "there", "A", "fine"]
+    torch.testing.assert_close(reward([CHAT], ["fine"])[0], model(input_ids=ids).logits[0, 0])
+    assert reward.encode("hello ", "fine") == [5, 7, 0]  # text has no other end
+    set_reward_scale(model, 0.0, 1.0)
+    assert reward.encode(CHAT, "fine") == [*ids[0].tolist(), 0]
+    word_tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="has no chat template"):
+        reward([CHAT], ["fine"])
+
+
 def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_model):
     reward = RewardModelReward(reward_model, tokenizer, batch_size=2)
     responses = ["hi", "a much longer answer than the others", "", "no", "the cat sat"]
@@ -64,6 +81,7 @@ def test_a_batch_of_none_is_refused(tokenizer, reward_model):
 
 def test_a_reward_model_may_have_another_tokenizer(tokenizer, word_tokenizer):
     model = load_reward_model(tiny_model(word_tokenizer), word_tokenizer)
+    set_reward_scale(model, 0.0, 1.0)
     reward = RewardModelReward(model, word_tokenizer)
     assert word_tokenizer.convert_ids_to_tokens(reward.encode(CHAT, "fine")) == [
         "U",
@@ -146,7 +164,7 @@ def test_a_language_model_is_no_reward_and_never_gets_a_random_head(tokenizer, t
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     for spec in (model, tmp_path):
-        with pytest.raises(ConfigError, match="has no scalar head: train it first, or give a function"):
+        with pytest.raises(ConfigError, match=r"has no scalar head.*train it first, or give a function"):
             make_reward(spec, tokenizer)
     with pytest.raises(ConfigError, match="Linear has no scalar head"):
         make_reward(torch.nn.Linear(2, 2), tokenizer)

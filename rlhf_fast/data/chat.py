@@ -214,14 +214,17 @@ def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
     return Encoded(np.array(before + after, np.int32), mask)
 
 
-def encode_to_score(tokenizer, prompt: Text | None, response: Text) -> np.ndarray:
+def encode_to_score(tokenizer, prompt: Text | None, response: Text, *, end: bool = True) -> np.ndarray:
     """(T,) int32 for a reward model: the whole text, ending in eos, where the score is read.
 
     Messages on either side make both a conversation: text becomes a user turn (prompt) or an assistant turn (response).
+    end=False leaves a conversation as its template ends it.
     """
     if is_conversation(prompt) or is_conversation(response):
         messages = as_messages(prompt, "user") + as_messages(response, "assistant")
         ids = _tokenize(tokenizer, render(tokenizer, messages))
+        if not end:
+            return np.array(ids, np.int32)
     else:
         ids = _tokenize(tokenizer, (prompt or "") + response)
         ids = [*_bos(tokenizer, ids), *ids]

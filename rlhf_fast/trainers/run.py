@@ -248,8 +248,16 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
         k for k, v in json.loads(json.dumps(written, default=str)).items() if before.get(k) != v and k != "output_dir"
     ]
     if changed:
-        warnings.warn(f"resuming with a config that differs in {', '.join(changed)}", stacklevel=3)
+        moved = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changed)
+        place = "; a checkpoint's place in the data is a number of batches, so some is read twice or not at all"
+        differs = f"resuming with a config that differs in {', '.join(changed)}"
+        warnings.warn(differs + (place if moved else ""), stacklevel=3)
     unlogged = load_checkpoint(trainer, newest)
+    if trainer.step > trainer.total_steps:
+        raise ConfigError(
+            f"nothing to resume: {newest.name} is past the {trainer.total_steps} steps of the config as it is now "
+            f"({', '.join(changed)}): resume with the run's own settings, or start anew in another output_dir"
+        )
     if changed:
         beside = config_path.with_suffix(".tmp")
         beside.write_text(json.dumps(written, indent=2, default=str) + "\n")

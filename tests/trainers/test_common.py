@@ -427,6 +427,15 @@ def test_resuming_with_another_config_says_so(tmp_path):
         Walk(Config(str(tmp_path), save_steps=5, learning_rate=0.2)).train(resume=True)
 
 
+def test_resuming_past_the_end_that_the_config_now_has_is_refused(tmp_path):
+    Walk(Config(str(tmp_path), save_steps=8)).train()
+    with (
+        pytest.warns(UserWarning, match="differs in save_steps"),
+        pytest.raises(ConfigError, match=r"checkpoint-8 is past the 5 steps of the config as it is now \(save_steps\)"),
+    ):
+        Walk(Config(str(tmp_path), save_steps=4), total_steps=5).train(resume=True)
+
+
 def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process on one device, and this is one of 2"):
