@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
-from .models import unwrapped
+from .models import stop_ids, unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
@@ -120,13 +120,14 @@ def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def generate_with_logprobs(
-    model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int, temperature: float = 1.0,
-    top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int | Sequence[int],
+    temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True,
+    batch_size: int = 128, generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut, and the
     log-probability of each of their ids under softmax(logits / temperature).
 
+    eos_token_id: one, or several that end an answer alike (models.stop_ids).
     top_k and top_p count only with do_sample; otherwise the most likely token is taken.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
     """
@@ -145,6 +146,7 @@ def generate_with_logprobs(
     if do_sample:
         uniforms = _uniforms(len(prompts), max_new_tokens, generator)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     answer, reason = _answer_batch, why_not(model)
     if reason is not None:
         _say_once(f"{type(model).__name__} generates through transformers' generate(), which is slower: {reason}")
@@ -154,13 +156,21 @@ def generate_with_logprobs(
     with evaluating(model):
         for rows in batches(longest_first, batch_size, "generating"):
             tokens, logps = answer(
-                model, [prompts[i] for i in rows], max_new_tokens, eos_token_id, choose,
+                model, [prompts[i] for i in rows], max_new_tokens, stops, choose,
                 None if uniforms is None else uniforms[rows].to(model.device),
             )  # fmt: skip
-            lengths = (tokens != eos_token_id).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
+            lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
     return responses, logprobs
+
+
+def _ends(tokens: Tensor, stops: list[int]) -> Tensor:
+    """Which tokens end an answer."""
+    ends = tokens == stops[0]
+    for stop in stops[1:]:
+        ends |= tokens == stop
+    return ends
 
 
 def _uniforms(rows: int, columns: int, generator) -> Tensor:
@@ -180,24 +190,24 @@ def _say_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=5)
 
 
-def _answer_batch(model, prompts, max_new_tokens, eos_token_id, choose, uniforms) -> tuple[Tensor, Tensor]:
-    """-> (B, max_new_tokens) tokens, eos from the first eos on, and their log-probabilities."""
-    ids, mask = (x.to(model.device) for x in pad(prompts, eos_token_id, left=True))
+def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms) -> tuple[Tensor, Tensor]:
+    """-> (B, max_new_tokens) tokens, an eos behind the first eos, and their log-probabilities."""
+    ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     decoder = Decoder(model, ids, mask, max_new_tokens)
     step = _Graph(decoder) if ids.is_cuda else decoder.step
     # Rows leave together: moving the buffers costs about a step, and on CUDA a graph is captured for each batch size.
     # There, too, asking who has finished would wait for the device, so it is not asked at every step.
     least_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
-    tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=ids.device)
+    tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
     logprobs = torch.zeros(tokens.shape, device=ids.device)
     alive = torch.arange(len(prompts), device=ids.device)  # row of the batch -> row of the answer
     done = torch.zeros_like(alive, dtype=torch.bool)
     logits = decoder.start()
     for t in range(max_new_tokens):
         token, logprob = choose(logits, None if uniforms is None else uniforms[alive, t])
-        token.masked_fill_(done, eos_token_id)
+        token.masked_fill_(done, stops[0])
         tokens[alive, t], logprobs[alive, t] = token, logprob
-        done |= token == eos_token_id
+        done |= _ends(token, stops)
         if t + 1 == max_new_tokens:
             break
         if (t + 1) % every == 0:
@@ -249,13 +259,11 @@ class _Chooser:
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
-def _answer_batch_by_transformers(
-    model, prompts, max_new_tokens, eos_token_id, choose, uniforms
-) -> tuple[Tensor, Tensor]:
+def _answer_batch_by_transformers(model, prompts, max_new_tokens, stops, choose, uniforms) -> tuple[Tensor, Tensor]:
     """_answer_batch for any model that has generate()."""
-    ids, mask = (x.to(model.device) for x in pad(prompts, eos_token_id, left=True))
+    ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     chooser, owner = _Chooser(choose, uniforms), unwrapped(model)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=eos_token_id)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0])
     # What is not set here would come from the model's own: a penalty or a suppressed token, before the choice is made.
     habits, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
@@ -264,7 +272,7 @@ def _answer_batch_by_transformers(
         )
     finally:
         owner.generation_config = habits
-    tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=ids.device)
+    tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
     logprobs = torch.zeros(tokens.shape, device=ids.device)
     steps = len(chooser.logprobs)
     tokens[:, :steps], logprobs[:, :steps] = out[:, ids.shape[1] :], torch.stack(chooser.logprobs, 1)
@@ -282,7 +290,7 @@ def generate_text(
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     responses = generate_tokens(
-        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, temperature=temperature,
+        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stop_ids(model, tokenizer), temperature=temperature,
         top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator,
     )  # fmt: skip
     return decode_responses(tokenizer, prompts, encoded, responses)

@@ -99,6 +99,19 @@ def check_lengths(
         )
 
 
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's eos, then those that the model's generation_config declares, such
+    as the end of a turn in chat models whose eos ends the document (Gemma, Phi-3).
+
+    A declared id that is an ordinary token of this tokenizer is left out: it is that of another one, as the 2 which a
+    LlamaConfig has when nobody set it.
+    """
+    declared = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    ends = [i for i in declared if i in tokenizer.added_tokens_decoder and i != tokenizer.eos_token_id]
+    return [tokenizer.eos_token_id, *ends]
+
+
 def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The tokenizer's eos among those at which transformers' generate() stops, and its pad: what training teaches.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .data.chat import Text, decode_responses
 from .data.formats import Prompt
 from .generation import evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
+from .models import stop_ids
 from .ops import masked_mean
 
 
@@ -81,24 +82,25 @@ def generate(
 
     There is no top_p here: log-probabilities of a truncated distribution are not the policy's.
     """
-    eos = tokenizer.eos_token_id
+    stops = stop_ids(model, tokenizer)
     encoded = [prompt.tokens for prompt in prompts]
     responses, logprobs = generate_with_logprobs(
-        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=eos, temperature=temperature,
+        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stops, temperature=temperature,
         batch_size=batch_size, generator=generator,
     )  # fmt: skip
-    return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, device=model.device)
+    return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stops=stops, device=model.device)
 
 
 def make_rollout(
     tokenizer, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]], *,
     prompt_ids: Sequence[Sequence[int]] | None = None, logprobs: Sequence[Sequence[float]] | None = None,
-    env_mask: Sequence[Sequence[int]] | None = None, device=None, **columns,
+    env_mask: Sequence[Sequence[int]] | None = None, stops: Sequence[int] | None = None, device=None, **columns,
 ) -> Rollout:  # fmt: skip
     """A Rollout from lists, in the words of the rollout_func of TRL's GRPOTrainer.
 
     completion_ids: all tokens after the prompt, a tool's too. env_mask: 1 on those that the model sampled, default all.
     logprobs: the engine's, one a token of completion_ids. prompt_ids: where the engine read other tokens than prompts'.
+    stops: what ends a response that was not cut (models.stop_ids); default the tokenizer's eos.
     columns: a list of B each, for the reward functions, beside (or in place of) the dataset's.
     """
     eos = tokenizer.eos_token_id
@@ -114,7 +116,7 @@ def make_rollout(
     if not bool(response_mask.any(1).all()):
         row = int((~response_mask.any(1)).nonzero()[0])
         raise ValueError(f"rollout: response {row} has no token that the model sampled")
-    ended = torch.tensor([row[-1] == eos for row in completion_ids], dtype=torch.bool)
+    ended = torch.tensor([row[-1] in (stops or [eos]) for row in completion_ids], dtype=torch.bool)
     tensors = (*pad(prompt_ids, eos, left=True), response_ids, response_mask, ended)
     rollout = Rollout(
         *(x.to(device) for x in tensors),

@@ -258,6 +258,18 @@ def test_eos_is_the_last_token_and_appears_once(model, prompts):
         assert row[-1] == EOS or len(row) == 40
 
 
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_an_answer_ends_at_the_first_of_several_eos(name, prompts):
+    model, ends = with_opinions(name), (0, 7, 8, 9, 10)
+    to_the_end = sampled(model, prompts, max_new_tokens=40, eos_token_id=0)
+    answers, logprobs = both(model, prompts, max_new_tokens=40, eos_token_id=ends)
+    for answer, logprob, whole in zip(answers, logprobs, to_the_end, strict=True):
+        first = next((i for i, token in enumerate(whole) if token in ends), len(whole) - 1)
+        assert answer == whole[: first + 1] and len(logprob) == len(answer)
+    assert len({answer[-1] for answer in answers} & set(ends)) > 2
+
+
 @pytest.mark.parametrize("vocab", [4, 128, 300])  # within a block of the vocabulary, exactly one, several
 def test_sampled_frequencies_are_the_softmax_at_the_temperature(vocab):
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2

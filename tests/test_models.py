@@ -272,6 +272,17 @@ def test_tokenizers_and_models_are_found_by_path(tmp_path):
     assert models.load_tokenizer(tokenizer) is tokenizer
 
 
+def test_what_ends_an_answer():
+    tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
+    eos, end_of_turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert models.stop_ids(model, tokenizer) == [eos]
+    model.generation_config.eos_token_id = [end_of_turn, eos, 99]  # 99 is a word, and so another tokenizer's end
+    assert models.stop_ids(model, tokenizer) == [eos, end_of_turn]
+    assert models.stop_ids(models.add_lora(model, r=2, alpha=4), tokenizer) == [eos, end_of_turn]
+    model.generation_config.eos_token_id = None
+    assert models.stop_ids(model, tokenizer) == [eos]
+
+
 def test_generate_stops_where_training_says(tmp_path):
     tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
     model.generation_config.eos_token_id = 9

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.chat import decode_responses, encode_prompt
-from ..models import unwrapped
+from ..models import stop_ids, unwrapped
 from ..rollout import generate_tokens
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
@@ -40,15 +40,15 @@ class TextGenerator:
     batch_size: int = 128
 
     def __call__(self, prompts: Sequence[str | Messages], seeds: Sequence[int]) -> list[str]:
-        eos = self.tokenizer.eos_token_id
+        stops = stop_ids(self.model, self.tokenizer)
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         responses = generate_tokens(
-            self.model, encoded, eos_token_id=eos, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
+            self.model, encoded, eos_token_id=stops, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
             temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         )  # fmt: skip
         texts = decode_responses(self.tokenizer, prompts, encoded, responses)
-        return [text if ids[-1] == eos else Cut(text) for text, ids in zip(texts, responses, strict=True)]
+        return [text if ids[-1] in stops else Cut(text) for text, ids in zip(texts, responses, strict=True)]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         """Requests {"prompt", "seed"} -> {"text"}; one without room for max_new_tokens, where positions are learned and

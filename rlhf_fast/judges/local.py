@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ..models import check_lm_head
+from ..models import check_lm_head, stop_ids
 from ..rollout import evaluating, generate_tokens
 from .constitution import Constitution
 from .generator import describe_model
@@ -55,8 +55,8 @@ class LocalBackend:
         encoded, answers = [self._encode(r) for r in requests], [Answer("too_long", reason=reason)] * len(requests)
         fits = [i for i, ids in enumerate(encoded) if len(ids) + budget <= self.max_length]
         written = generate_tokens(
-            self.model, [encoded[i] for i in fits], max_new_tokens=budget, eos_token_id=self.tokenizer.eos_token_id,
-            do_sample=False,
+            self.model, [encoded[i] for i in fits], max_new_tokens=budget,
+            eos_token_id=stop_ids(self.model, self.tokenizer), do_sample=False,
         )  # fmt: skip
         for i, tokens in zip(fits, written, strict=True):
             answers[i] = Answer("ok", {"text": self.tokenizer.decode(tokens, skip_special_tokens=True)})

@@ -42,6 +42,7 @@ from ..models import (
     save_model,
     scalar_head_on,
     stop_at_eos,
+    stop_ids,
     trained_state,
     unwrapped,
 )
@@ -229,15 +230,22 @@ class PPOTrainer:
         chosen = np.concatenate(orders)[self.step * size % count :][:size]
         return [self.prompts[i] for i in np.repeat(chosen, self.config.num_generations)]
 
-    def _rollout(self, prompts: list[Prompt], generator: torch.Generator) -> Rollout:
+    def _rollout(self, prompts: list[Prompt], generator: torch.Generator, copies: int = 1) -> Rollout:
+        """copies: how often an engine finds each prompt, of whose answers the first counts."""
         if self.rollout_func is not None:
-            lists = self.rollout_func([prompt.prompt for prompt in prompts], self)
+            texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
+            lists = self.rollout_func(texts, self)
+            for name, rows in lists.items():
+                if rows is not None and len(rows) != len(texts):
+                    raise ValueError(f"rollout_func: {name} has {len(rows)} rows for {len(texts)} prompts")
+            lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
             if self.config.importance_cap is not None and lists.get("logprobs") is None:
                 raise common.ConfigError(
                     "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
                     '"logprobs": return them, or leave importance_cap out'
                 )
-            return make_rollout(self.tokenizer, prompts, **lists, device=self.policy.device)
+            stops = stop_ids(self.policy, self.tokenizer)
+            return make_rollout(self.tokenizer, prompts, stops=stops, **lists, device=self.policy.device)
         return generate(
             self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
             temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
@@ -456,7 +464,8 @@ class PPOTrainer:
         """Answers of this step's policy to eval_dataset (or a few training prompts), always on one seed, and scores."""
         if self._held_out is None or self._held_out[0] != self.step:
             prompts = self.eval_prompts or self.prompts[: max(1, self.config.num_samples)]
-            rollout = self._rollout(prompts, torch.Generator().manual_seed(self.config.seed))
+            generator = torch.Generator().manual_seed(self.config.seed)
+            rollout = self._rollout(prompts, generator, copies=self.config.num_generations)
             rewards = {"scores": self.reward, **self.eval_rewards}
             texts = (rollout.prompts, rollout.responses, rollout.columns)
             self._held_out = (self.step, rollout, {k: compute_scores(r, *texts) for k, r in rewards.items()})

@@ -381,6 +381,46 @@ def test_what_a_tool_says_is_read_and_never_learned(tmp_path):
     assert float(metrics["sampling/sampling_logp_difference/mean"]) > 0
 
 
+def test_an_answer_that_ends_its_turn_is_not_cut(tmp_path):
+    tokenizer = tiny_tokenizer()
+    turn = tokenizer.convert_tokens_to_ids("<|user|>")
+    model = tiny_model(tokenizer, tie_word_embeddings=False)
+    model.generation_config.eos_token_id = [turn]
+    with torch.no_grad():
+        model.lm_head.weight[turn] = torch.tensor([0.6, -0.6]).repeat(16)  # likely here, impossible there
+    trainer = make_trainer(tmp_path, model, missing_eos_penalty=1.0)
+    _, rollout = one_iteration(trainer)
+    last = rollout.response_ids.gather(1, rollout.response_mask.sum(1, keepdim=True) - 1).squeeze(1)
+    assert (last == turn).any() and not (last == turn).all()
+    assert rollout.ended.equal((last == turn) | (last == tokenizer.eos_token_id))
+    assert trainer.policy.generation_config.eos_token_id == [tokenizer.eos_token_id, turn]
+
+
+def test_an_engine_finds_every_prompt_as_often_in_evaluation(tmp_path):
+    asked = []
+
+    def engine(prompts, trainer):  # n answers to every n-th prompt
+        asked.append(prompts)
+        texts = [text for text in prompts[::2] for _ in range(2)]
+        assert texts == prompts
+        ids = [[5 + len(text) % 7, 6 + i % 2, trainer.tokenizer.eos_token_id] for i, text in enumerate(texts)]
+        return {"completion_ids": ids, "place": list(range(len(texts)))}
+
+    def reward(prompts, responses, place, **columns):
+        return [float(i) for i in place]
+
+    trainer = make_trainer(
+        tmp_path, reward=reward, rollout_func=engine, eval_dataset=PROMPTS[:3], advantage_estimator="rloo",
+        num_generations=2,
+    )  # fmt: skip
+    next(iter(trainer))
+    assert float(trainer.evaluate()["eval_scores"]) == 2.0  # the first answers, 0, 2 and 4
+    assert [len(prompts) for prompts in asked] == [16, 6]
+    trainer.rollout_func, trainer._held_out = lambda prompts, _: {"completion_ids": [[5]] * 3}, None
+    with pytest.raises(ValueError, match="rollout_func: completion_ids has 3 rows for 6 prompts"):
+        trainer.evaluate()
+
+
 def test_weights_for_another_engine_are_truncated(tmp_path):
     trainer = make_trainer(tmp_path, rollout_func=with_a_tool, importance_cap=1.5)
     seen, accumulate = [], trainer._accumulate_gradient
