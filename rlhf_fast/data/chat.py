@@ -209,7 +209,7 @@ def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[E
 def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
     """Text after text: bos, prompt, response, eos; the response and eos are learned."""
     before, after = _split(tokenizer, prompt + response, [len(prompt)])
-    before, after = [*_bos(tokenizer, before), *before], _end_with_eos(tokenizer, after)
+    before, after = [*_bos(tokenizer, before or after), *before], _end_with_eos(tokenizer, after)
     mask = np.arange(len(before) + len(after)) >= len(before)
     return Encoded(np.array(before + after, np.int32), mask)
 

@@ -139,6 +139,14 @@ def test_text_gets_the_tokenizers_bos_once_and_no_eos_before_the_response(prompt
     assert encode_to_score(tokenizer, prompt, "four").tolist() == encoded.input_ids.tolist()
 
 
+@pytest.mark.parametrize("text", ["two plus two?four", "<bos>two plus two?four"])
+def test_text_without_a_prompt_has_one_bos_too_and_it_is_not_learned(text):
+    tokenizer = with_bos(tiny_tokenizer())
+    encoded = encode_response(tokenizer, "", text)
+    assert tokenizer.decode(encoded.input_ids) == "<bos>two plus two?four<eos>"
+    assert encoded.num_labels == len(encoded) - 1
+
+
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 @pytest.mark.parametrize(
     ("prompt", "response"),
