@@ -5,12 +5,21 @@ import json
 import math
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import tiny_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.data.formats import as_pairs, as_records, comparisons, prompts, read_dataset, sft_examples
+from rlhf_fast.data.formats import (
+    as_pairs,
+    as_records,
+    comparisons,
+    prompts,
+    read_dataset,
+    responses_to_score,
+    sft_examples,
+)  # fmt: skip
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -124,6 +133,67 @@ def test_the_prompt_may_be_inside_chosen_and_rejected():
     record = {"prompt": CHAT[:1], "chosen": chosen[1:], "rejected": rejected[1:]}
     (outside,), _ = comparisons([record], TOKENIZER, max_length=30)
     assert [r.tolist() for r in inside.responses] == [r.tolist() for r in outside.responses]
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+AGAIN, STILL = {"role": "user", "content": "again?"}, {"role": "assistant", "content": "hey"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole", "learned"),
+    [
+        ("hi", CHAT, ["hello<eos>"]),  # HuggingFaceH4/ultrafeedback_binarized
+        (" hi\n", CHAT, ["hello<eos>"]),
+        ("hi", [SYSTEM, *CHAT], ["hello<eos>"]),
+        ("hi", [*CHAT, AGAIN, STILL], ["hello<eos>", "hey<eos>"]),
+        ("again?", [*CHAT, AGAIN, STILL], ["hey<eos>"]),
+        (CHAT[:1], CHAT, ["hello<eos>"]),
+        (CHAT[:1], [{**turn, "name": None} for turn in CHAT], ["hello<eos>"]),  # as a table has them
+        (CHAT[:1], [SYSTEM, *CHAT], ["hello<eos>"]),
+        ([*CHAT, AGAIN], [*CHAT, AGAIN, STILL], ["hey<eos>"]),
+    ],
+)
+def test_a_prompt_that_the_responses_repeat_is_read_once(prompt, whole, learned):
+    pair, said = {"chosen": whole, "rejected": [*whole[:-1], {**whole[-1], "content": "0"}]}, {"prompt": prompt}
+    ranked = {"responses": [pair["chosen"], pair["rejected"]]}
+    for form in (pair, ranked):
+        ((once,), _), ((both,), _) = (comparisons([x], TOKENIZER, max_length=64) for x in (form, {**form, **said}))
+        assert [r.tolist() for r in both.responses] == [r.tolist() for r in once.responses]
+        once, both = (responses_to_score([x], TOKENIZER, max_length=64)[0] for x in (form, {**form, **said}))
+        assert [r.tolist() for r in both] == [r.tolist() for r in once]
+    (example,), _ = sft_examples([{**said, "completion": whole}], TOKENIZER, max_length=64)
+    assert TOKENIZER.decode(example.input_ids) == TOKENIZER.decode(once[0])
+    edges = np.flatnonzero(np.diff(np.r_[False, example.response_mask, False]))
+    spans = zip(edges[::2], edges[1::2], strict=True)
+    assert [TOKENIZER.decode(example.input_ids[a:b]) for a, b in spans] == learned
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "text"),
+    [
+        (
+            "hi",
+            [CHAT[1], CHAT[0], STILL],
+            "<|user|>hi<|assistant|>hello<eos>\n<|user|>hi<|assistant|>hey<eos>",
+        ),
+        ([SYSTEM], CHAT, "<|system|>be kind<|user|>hi<|assistant|>hello<eos>"),
+        (CHAT, [AGAIN, STILL], "<|user|>hi<|assistant|>hello<eos>\n<|user|>again?<|assistant|>hey<eos>"),
+    ],
+)
+def test_a_response_of_several_turns_may_go_on_from_the_prompt(prompt, response, text):
+    (ids,), _ = responses_to_score([{"prompt": prompt, "response": response}], TOKENIZER, max_length=64)
+    assert TOKENIZER.decode(ids) == text
+
+
+@pytest.mark.parametrize("prompt", ["hello?", "", [SYSTEM, CHAT[0]], CHAT])
+def test_a_whole_conversation_beside_another_prompt_is_refused(prompt):
+    record = {"prompt": prompt, "chosen": CHAT, "rejected": CHAT}
+    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+        comparisons([record], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+        responses_to_score([record], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+        sft_examples([{"prompt": prompt, "completion": CHAT}], TOKENIZER, max_length=64)
 
 
 def test_ranked_responses_are_ordered_best_first():
@@ -241,11 +311,6 @@ def test_what_would_train_on_something_else_is_refused():
     user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
     with pytest.raises(ConfigError, match="record 0: 'messages': the content of a user turn must be text, got 'None'"):
         sft_examples([{"messages": [{**user, "content": None}, assistant]}], TOKENIZER, max_length=50)
-    with pytest.raises(ConfigError, match="record 0: the response repeats the prompt"):
-        sft_examples([{"prompt": "hi", "completion": [user, assistant]}], TOKENIZER, max_length=50)
-    whole = [user, assistant]
-    with pytest.raises(ConfigError, match="record 0: the response repeats the prompt"):
-        comparisons([{"prompt": "hi", "chosen": whole, "rejected": whole}], TOKENIZER, max_length=50)
     for key, value in (("margin", math.nan), ("margin", "a"), ("weight", math.inf)):
         with pytest.raises(ConfigError, match=f"'{key}' must be a finite number"):
             comparisons([{"prompt": "a", "chosen": "b", "rejected": "c", key: value}], TOKENIZER, max_length=50)
@@ -257,6 +322,8 @@ def test_what_only_a_chat_template_could_read_is_refused():
         sft_examples([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
         comparisons([{**PAIR, **tools}], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+        responses_to_score([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     sft_examples([{"messages": CHAT, "tools": None}, {"messages": CHAT, "tools": []}], TOKENIZER, max_length=64)
 
 
