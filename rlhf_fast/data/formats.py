@@ -218,6 +218,17 @@ def _split_prompt(prompt, response, name: str, i: int) -> tuple[chat.Text | None
     return prompt, response  # of a system message, say
 
 
+def _check_prompt_is_read(record: dict, responses: list, name: str, i: int) -> None:
+    """ConfigError for responses of text, without a prompt, to what stands in a column that nothing would read."""
+    for key in ("question", "instruction", "input"):
+        asked = record.get(key)
+        if isinstance(asked, str) and any(isinstance(r, str) and asked.strip() not in r for r in responses):
+            raise ConfigError(
+                f"{name} record {i} has no 'prompt', and a column {key!r} that its responses do not hold: rename it to "
+                "'prompt' (with the text of other columns that belongs to it), or leave it out"
+            )
+
+
 def _number(record: dict, key: str, name: str, i: int) -> float:
     try:
         value = float(record[key])
@@ -334,6 +345,8 @@ def responses_of(record: dict, name: str, i: int) -> list[tuple[chat.Text | None
     else:
         accepted = f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}'
         raise _wrong_columns(record, name, i, accepted)
+    if prompt is None and "text" not in record:  # which is the whole
+        _check_prompt_is_read(record, responses, name, i)
     return [_split_prompt(prompt, response, name, i) for response in responses]
 
 
@@ -394,6 +407,8 @@ def comparisons(
             raise _wrong_columns(record, name, i, PREFERENCE_FORMATS)
         _check_template_only(record, name, i)
         extra = {k: _number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
+        if prompt is None:
+            _check_prompt_is_read(record, responses, name, i)
         pairs = [_split_prompt(prompt, response, name, i) for response in responses]
         if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
             raise ConfigError(f"{name} record {i}: chosen_prob must lie in [0, 1] and weight be 0 or more, got {extra}")

@@ -196,6 +196,21 @@ def test_a_whole_conversation_beside_another_prompt_is_refused(prompt):
         sft_examples([{"prompt": prompt, "completion": CHAT}], TOKENIZER, max_length=64)
 
 
+def test_a_question_that_no_column_prompt_gives_is_not_left_out():
+    for key in ("question", "instruction", "input"):  # Intel/orca_dpo_pairs has the first, beside a system column
+        pair = {"chosen": "Four.", "rejected": "Five.", key: "two plus two?"}
+        answer = {"response": "Four.", key: "two plus two?"}
+        with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', and a column '{key}' .* rename it"):
+            comparisons([pair], TOKENIZER, max_length=64)
+        for record in (pair, answer):
+            with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', and a column '{key}' .* rename it"):
+                responses_to_score([record], TOKENIZER, max_length=64)
+        whole = {**pair, "chosen": "two plus two? Four.", "rejected": "two plus two? Five."}
+        for record in (whole, {**pair, "prompt": "two plus two? "}, {**pair, key: ""}):
+            comparisons([record], TOKENIZER, max_length=64)
+        responses_to_score([{"text": "Q: 2 + 2? A: 4", key: "2+2?"}], TOKENIZER, max_length=64)
+
+
 def test_ranked_responses_are_ordered_best_first():
     record = {"prompt": "p ", "responses": ["bad", "good", "fine", "also good"], "ranks": [2, 0, 1, 0]}
     (item,), _ = comparisons([record], TOKENIZER, max_length=30)
