@@ -97,8 +97,12 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
             continue
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
         text = render(tokenizer, messages[: i + 1])
-        # Some templates open a reasoning block in the generation prompt that a written turn does not have.
-        start = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
+        start = _agree(prompt, text)
+        if start < len(prompt):
+            # Some templates open a reasoning block in the generation prompt that a written turn does not have. The turn
+            # may begin as the block does ("<answer>" as "<think>"), so another turn has to agree with it as well.
+            other = {"role": "assistant", "content": "\N{OBJECT REPLACEMENT CHARACTER}"}
+            start = min(start, _agree(prompt, render(tokenizer, [*messages[:i], other])))
         if start < len(render(tokenizer, messages[:i])):
             raise ConfigError(
                 "the chat template writes the messages before an assistant turn differently when that turn follows, so "
@@ -107,6 +111,11 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
         earlier = texts.pop()[1] if texts and text.startswith(texts[-1][0]) else []
         texts.append((text, [*earlier, (start, len(text))]))
     return texts
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

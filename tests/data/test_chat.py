@@ -87,8 +87,22 @@ def test_a_generation_prompt_that_opens_a_block_still_finds_the_response():
     template = CHAT_TEMPLATE.replace(
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
     )
-    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(chat_template=template), [USER, FOUR])
-    assert learned(tokenizer, encoded) == ["four<eos>"]
+    tokenizer = tiny_tokenizer(chat_template=template)
+    for content in ("four", "<answer>4</answer>", "<think", "<|user|>four"):  # some begin as the block does
+        (encoded,) = encode_conversation(tokenizer, [USER, {**FOUR, "content": content}])
+        assert learned(tokenizer, encoded) == [f"{content}<eos>"]
+        start = int(encoded.response_mask.argmax())
+        assert encoded.input_ids[start:-1].tolist() == tokenizer(content)["input_ids"]
+
+
+def test_of_a_block_that_the_generation_prompt_and_the_turn_both_open_only_what_follows_is_learned():
+    """As Qwen3.5's does without thinking: the generation prompt closes the block, a turn that thinks does not."""
+    template = CHAT_TEMPLATE.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think></think>"
+    ).replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>{% endif %}{{ m['content'] }}")
+    tokenizer = tiny_tokenizer(chat_template=template)
+    (encoded,) = encode_conversation(tokenizer, [USER, {**FOUR, "content": "2 + 2</think>four"}])
+    assert learned(tokenizer, encoded) == ["2 + 2</think>four<eos>"]
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
