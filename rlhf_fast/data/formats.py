@@ -17,6 +17,7 @@ import gzip
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
@@ -81,7 +82,8 @@ _FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> 
 
 def read_dataset(source) -> list[dict]:
     """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory
-    of Dataset.save_to_disk, or a name that datasets.load_dataset takes: "name" its split train, "name:test" another."""
+    of Dataset.save_to_disk, or what has splits, a name that datasets.load_dataset takes or a directory of
+    DatasetDict.save_to_disk: "name" is its split train, "name:test" another."""
     if not isinstance(source, (str, Path)):
         return source
     path = Path(source)
@@ -308,13 +310,18 @@ def sft_examples(
         chat.check_tokenizer(tokenizer, conversational)
         if conversational:
             before = as_messages(prompt, "user")
-            encoded[i] = chat.encode_conversation(tokenizer, before + as_messages(completion, "assistant"), len(before))
+            messages = before + as_messages(completion, "assistant")
+            try:
+                encoded[i] = chat.encode_conversation(tokenizer, messages, len(before))
+            except ConfigError as error:
+                raise ConfigError(f"{name} record {i}: {error}") from error
         else:
             encoded[i] = [chat.encode_response(tokenizer, prompt, completion)]
         if not any(e.num_labels for e in encoded[i]):
             raise ConfigError(
                 f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it"
             )
+    _warn_of_unwritten(encoded, name)
     report = Report(name, len(records), max_length=max_length)
 
     def only(example: Encoded, kept) -> Encoded | None:
@@ -327,6 +334,22 @@ def sft_examples(
 
     cuts = {"keep_start": lambda example: only(example, slice(max_length)), "keep_end": end}
     return _limited(encoded, report, on_overlong, cuts), report
+
+
+def _warn_of_unwritten(encoded: dict[int, list[Encoded]], name: str) -> None:
+    """Warns once of each key of the assistant turns that the chat template leaves out, by design or not."""
+    unwritten: dict[str, dict[int, str]] = {}
+    for i, examples in encoded.items():
+        for key, part in chain(*(e.unwritten for e in examples)):
+            unwritten.setdefault(key, {}).setdefault(i, part)
+    for key, parts in unwritten.items():
+        i, part = next(iter(parts.items()))
+        warnings.warn(
+            f"{name}: in {len(parts)} of {len(encoded)} records the chat template leaves out {key!r} of an assistant "
+            f"turn, or a part of it, so it is not learned: in record {i} {part.strip()[:80]!r}. Set "
+            "tokenizer.chat_template to one that writes it, or take it out of the data",
+            stacklevel=3,
+        )
 
 
 def responses_of(record: dict, name: str, i: int) -> list[tuple[chat.Text | None, chat.Text]]:

@@ -111,6 +111,50 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
         encode_conversation(tiny_tokenizer(chat_template=template), [USER, FOUR])
 
 
+# What an assistant's turn writes, in place of its content, under templates of three habits.
+ANSWER = "m['content'].split('</think>')[-1]"  # as DeepSeek-R1's
+STRIPPED = "m['content'] | trim"  # as Llama 3's
+CALLS = "m['content'] ~ (m.tool_calls[0].function.name if m.tool_calls else '')"
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+
+
+@pytest.mark.parametrize(
+    ("writes", "turn", "unwritten"),
+    [
+        (ANSWER, {"content": "<think>2 + 2</think>\n\nfour"}, [("content", "<think>2 + 2")]),
+        (ANSWER, {"content": "four"}, []),
+        (STRIPPED, {"content": "<think>2 + 2</think>\n\nfour\n"}, []),
+        (STRIPPED, {"content": "four", "reasoning_content": "2 + 2", "name": "x"}, [("reasoning_content", "2 + 2")]),
+        (STRIPPED, {"content": "look", "tool_calls": [CALL]}, [("tool_calls", "clock")]),
+        (CALLS, {"content": "look", "tool_calls": [CALL]}, []),
+        (CALLS, {"content": "", "tool_calls": [CALL]}, []),
+        (CALLS, {"content": "look", "reasoning_content": None, "tool_calls": None}, []),
+        ("m['content'] | replace('4', '5')", {"content": "it is 4"}, [("content", "it is 4")]),
+    ],
+)
+def test_what_the_template_leaves_out_of_a_response_is_told(writes, turn, unwritten):
+    template = CHAT_TEMPLATE.replace("m['content']", f"({writes} if m['role'] == 'assistant' else m['content'])")
+    turn = {"role": "assistant", **turn}
+    (encoded,) = encode_conversation(tiny_tokenizer(chat_template=template), [USER, turn, AGAIN, STILL])
+    assert encoded.unwritten == unwritten
+    (encoded,) = encode_conversation(tiny_tokenizer(chat_template=template), [USER, turn, AGAIN, STILL], first=3)
+    assert encoded.unwritten == []  # a turn that is only read may lose what the template takes from a past one
+
+
+@pytest.mark.parametrize(
+    ("writes", "turn"),
+    [
+        (STRIPPED, {"content": "", "tool_calls": [CALL]}),
+        (ANSWER, {"content": "<think>2 + 2</think>"}),
+        ("''", {"content": "four"}),
+    ],
+)
+def test_a_response_of_which_the_template_writes_nothing_is_refused(writes, turn):
+    template = CHAT_TEMPLATE.replace("m['content']", f"({writes} if m['role'] == 'assistant' else m['content'])")
+    with pytest.raises(ConfigError, match=r"writes nothing of an assistant turn.* set tokenizer\.chat_template"):
+        encode_conversation(tiny_tokenizer(chat_template=template), [USER, {"role": "assistant", **turn}])
+
+
 def test_training_sees_the_prompt_as_generation_does():
     tokenizer = tiny_tokenizer()
     (encoded,) = encode_conversation(tokenizer, [USER, FOUR, AGAIN, STILL], first=3)

@@ -246,10 +246,12 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     rows.to_parquet(tmp_path / "a.parquet")
     rows.to_csv(tmp_path / "a.csv")
     rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "splits")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    for name in ("a.parquet", "a.csv", "saved", "a.jsonl.gz"):
+    for name in ("a.parquet", "a.csv", "saved", "splits", "a.jsonl.gz"):
         assert list(read_dataset(tmp_path / name)) == list(rows), name
+    assert list(read_dataset(f"{tmp_path / 'splits'}:test")) == list(rows)[1:]
     with pytest.raises(ConfigError, match="does not exist"):
         read_dataset(tmp_path / "b.parquet")
     (tmp_path / "hub").mkdir()  # load_dataset takes the name of a dataset, or of such a folder
@@ -340,6 +342,20 @@ def test_what_only_a_chat_template_could_read_is_refused():
     with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
         responses_to_score([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     sft_examples([{"messages": CHAT, "tools": None}, {"messages": CHAT, "tools": []}], TOKENIZER, max_length=64)
+
+
+def test_what_a_chat_template_leaves_out_is_warned_of_once_with_a_count():
+    said = {"reasoning_content": "a greeting", "tool_calls": [{"function": {"name": "clock"}}]}
+    records = [{"messages": [CHAT[0], {**CHAT[1], **{k: said[k] for k in keys}}]} for keys in ([], list(said), said)]
+    with pytest.warns(UserWarning) as caught:
+        sft_examples(records, TOKENIZER, max_length=64)
+    for key, warning in zip(said, caught, strict=True):
+        assert f"train_dataset: in 2 of 3 records the chat template leaves out {key!r}" in str(warning.message)
+    assert "in record 1 'a greeting'" in str(caught[0].message)
+    records[2]["messages"][1]["content"] = ""
+    records[2]["messages"][1].pop("reasoning_content")
+    with pytest.raises(ConfigError, match="record 2: the chat template writes nothing of an assistant turn"):
+        sft_examples(records, tiny_tokenizer(), max_length=64)
 
 
 def test_reward_functions_see_the_same_columns_for_every_prompt():
