@@ -191,12 +191,12 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
         except ValueError as error:
             print(f"input record {i} is left out: {error}", file=sys.stderr)
         else:
-            asked.append((record, *responses_of(readable, "input", i)))
-    flat = [(prompt, response) for _, prompt, responses in asked for response in responses]
+            asked.append((record, responses_of(readable, "input", i)))
+    flat = [pair for _, pairs in asked for pair in pairs]
     scores = iter(reward([p for p, _ in flat], [r for _, r in flat]).tolist())
     rows = []
-    for record, _, responses in asked:
-        values = [next(scores) for _ in responses]
+    for record, pairs in asked:
+        values = [next(scores) for _ in pairs]
         several = "chosen" in record or "responses" in record
         rows.append({**record, **({"scores": values} if several else {"score": values[0]})})
     return rows

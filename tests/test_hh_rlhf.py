@@ -79,6 +79,18 @@ def test_every_line_is_either_a_pair_or_named_with_its_line():
     assert "2 diverging, on line 6, 7;" in text and "1 over-long, on line 8;" in text
 
 
+def test_the_other_columns_of_a_pair_stay_but_a_prompt_is_that_of_the_transcripts():
+    columns = {"source": "harmless", "margin": 1, "chosen_prob": 0.7, "weight": 2, "id": "x"}
+    row = json.loads(line("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b"))
+    ((pair,), _) = parse_pairs([json.dumps({**row, **columns, "prompt": "\n\nHuman: q\n\nAssistant:"})])
+    assert pair == {
+        **columns,
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    }
+
+
 def test_length_is_in_the_callers_unit_and_the_limit_itself_fits(tmp_path):
     path = tmp_path / "pairs.jsonl.gz"
     with gzip.open(path, "wt") as file:

@@ -15,8 +15,9 @@ appended, and white space after it (ChatML's newline) is dropped. It is marked b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -24,6 +25,7 @@ from jinja2 import TemplateError
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 Text = str | Messages
+Said = list[tuple[str, str]]  # a key of a message, and what stands there or a part of it
 
 
 class ConfigError(ValueError):
@@ -36,6 +38,7 @@ class Encoded:
 
     input_ids: np.ndarray
     response_mask: np.ndarray
+    unwritten: Said = field(default_factory=list)  # of its responses, by the chat template: it is not in the tokens
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -85,28 +88,62 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
         ) from error
 
 
-def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Texts to learn from, and in each the (start, end) of its responses: the assistant turns of messages[first:].
+def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]], Said]]:
+    """Texts to learn from, in each the (start, end) of its responses, the assistant turns of messages[first:], and what
+    these say that the template does not write.
 
     Usually one text. A template that writes a past turn differently from a last one (some drop its reasoning) gives one
     text per turn, each as the model meets it when it answers. A turn that opens the conversation is read, not learned.
     """
-    texts: list[tuple[str, list[tuple[int, int]]]] = []
+    texts: list[tuple[str, list[tuple[int, int]], Said]] = []
     for i in range(max(first, 1), len(messages)):
         if messages[i]["role"] != "assistant":
             continue
         prompt = render(tokenizer, messages[:i], add_generation_prompt=True)
         text = render(tokenizer, messages[: i + 1])
-        # Some templates open a reasoning block in the generation prompt that a written turn does not have.
-        start = next((k for k, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
-        if start < len(render(tokenizer, messages[:i])):
+        start = _agree(prompt, text)
+        if start < len(prompt):
+            # Some templates open a reasoning block in the generation prompt that a written turn does not have. The turn
+            # may begin as the block does ("<answer>" as "<think>"), so another turn has to agree with it as well.
+            other = {"role": "assistant", "content": "\N{OBJECT REPLACEMENT CHARACTER}"}
+            start = min(start, _agree(prompt, render(tokenizer, [*messages[:i], other])))
+        before = len(render(tokenizer, messages[:i]))
+        if start < before:
             raise ConfigError(
                 "the chat template writes the messages before an assistant turn differently when that turn follows, so "
                 f"the response cannot be told from its prompt; it rendered {prompt[-80:]!r} and then {text[-80:]!r}"
             )
-        earlier = texts.pop()[1] if texts and text.startswith(texts[-1][0]) else []
-        texts.append((text, [*earlier, (start, len(text))]))
+        _, spans, unwritten = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [])
+        unwritten = [*unwritten, *_unwritten(messages[i], text[before:])]
+        texts.append((text, [*spans, (start, len(text))], unwritten))
     return texts
+
+
+def _unwritten(turn: dict, text: str) -> Said:
+    """What an assistant turn says and its text lacks, white space aside: some templates drop reasoning by design.
+    ConfigError where not a word of the turn is there."""
+    said = [("content", part) for part in turn["content"].split("</think>")]  # where a template would cut it
+    said += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
+    calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
+    said += [("tool_calls", call.get("function", call).get("name")) for call in calls]
+    said = [(key, part) for key, part in said if isinstance(part, str) and part.strip()]
+    squeezed = "".join(text.split())
+    lost = [(key, part) for key, part in said if "".join(part.split()) not in squeezed]
+    if said and lost == said and _words(" ".join(part for _, part in said)).isdisjoint(_words(text)):
+        raise ConfigError(
+            f"the chat template writes nothing of an assistant turn, whose {lost[0][0]!r} is {lost[0][1][:80]!r}, so "
+            "there is nothing to learn: set tokenizer.chat_template to one that writes it, or put it into 'content'"
+        )
+    return lost
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -192,7 +229,7 @@ def decode_responses(
 def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:
     """Sequences to learn the assistant turns from (those of messages[first:]); see response_spans for why several."""
     encoded = []
-    for text, spans in response_spans(tokenizer, messages, first):
+    for text, spans, unwritten in response_spans(tokenizer, messages, first):
         pieces = _split(tokenizer, text, [edge for span in spans for edge in span][:-1])
         ids: list[int] = []
         mask: list[bool] = []
@@ -202,14 +239,14 @@ def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[E
             learned = 0 if k % 2 == 0 else (_last_eos(tokenizer, piece) or len(piece))
             ids += piece
             mask += [True] * learned + [False] * (len(piece) - learned)
-        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool)))
+        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool), unwritten))
     return encoded
 
 
 def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
     """Text after text: bos, prompt, response, eos; the response and eos are learned."""
     before, after = _split(tokenizer, prompt + response, [len(prompt)])
-    before, after = [*_bos(tokenizer, before), *before], _end_with_eos(tokenizer, after)
+    before, after = [*_bos(tokenizer, before or after), *before], _end_with_eos(tokenizer, after)
     mask = np.arange(len(before) + len(after)) >= len(before)
     return Encoded(np.array(before + after, np.int32), mask)
 

@@ -3,7 +3,8 @@
 SFT       {"messages": [...]}                                     every assistant turn is learned
           {"prompt": text | messages, "completion": text | messages}    the completion's assistant turns
           {"text": text}                                          every token
-pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         prompt optional: chosen and rejected may hold it
+pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         prompt optional: chosen and rejected may hold it;
+          where they are messages that do and it stands beside them (ultrafeedback_binarized), it is read once
           optional: margin (r_w - r_l is to exceed it), chosen_prob (how likely chosen is better, RLAIF), weight,
           source (evaluation is also split by it)
 ranked    {"prompt": ..., "responses": [best, ..., worst]}        optional: ranks, 0 best, equal = tie; two are a pair
@@ -16,9 +17,10 @@ import gzip
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +82,8 @@ _FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> 
 
 def read_dataset(source) -> list[dict]:
     """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory
-    of Dataset.save_to_disk, or a name that datasets.load_dataset takes: "name" its split train, "name:test" another."""
+    of Dataset.save_to_disk, or what has splits, a name that datasets.load_dataset takes or a directory of
+    DatasetDict.save_to_disk: "name" is its split train, "name:test" another."""
     if not isinstance(source, (str, Path)):
         return source
     path = Path(source)
@@ -193,14 +196,38 @@ def _check_template_only(record: dict, name: str, i: int) -> None:
             )
 
 
-def _check_not_repeated(prompt, response, name: str, i: int) -> None:
-    """ConfigError for a response that holds its whole conversation while the prompt is given beside it."""
-    if prompt is not None and is_conversation(response):
-        before = as_messages(prompt, "user")
-        if before and response[: len(before)] == before:
+def _split_prompt(prompt, response, name: str, i: int) -> tuple[chat.Text | None, chat.Text]:
+    """The prompt and what answers it, where the response may be the whole conversation, which has the prompt in it.
+
+    So it is in HuggingFaceH4/ultrafeedback_binarized: {"prompt": text, "chosen": [user, assistant], ...}. Turns are
+    compared by role and content alone: a table gives them other keys, and the copy of a text may have been stripped.
+    """
+    if prompt is None or isinstance(response, str):
+        return prompt, response
+    before, turns = ([(m["role"], m["content"].strip()) for m in as_messages(x, "user")] for x in (prompt, response))
+    if turns[0][0] == "assistant" and turns[: len(before)] != before:
+        return prompt, response  # it goes on from the prompt
+    for end in range(len(before), len(turns)):
+        if turns[end - len(before) : end] == before:
+            return response[:end], response[end:]
+    ends_alike = before[-1][0] == "user" and before[-1] in turns
+    if isinstance(prompt, str) or turns == before or ends_alike:
+        raise ConfigError(
+            f"{name} record {i}: the response begins as a whole conversation does, and the prompt beside it is not in "
+            "it, or only a part of the prompt is, so the model would read both: let the response begin with the "
+            "assistant's turn, or give no 'prompt'"
+        )
+    return prompt, response  # of a system message, say
+
+
+def _check_prompt_is_read(record: dict, responses: list, name: str, i: int) -> None:
+    """ConfigError for responses of text, without a prompt, to what stands in a column that nothing would read."""
+    for key in ("question", "instruction", "input"):
+        asked = record.get(key)
+        if isinstance(asked, str) and any(isinstance(r, str) and asked.strip() not in r for r in responses):
             raise ConfigError(
-                f"{name} record {i}: the response repeats the prompt, which the model would read twice: leave the "
-                "prompt out of the response, or leave the column 'prompt' out"
+                f"{name} record {i} has no 'prompt', and a column {key!r} that its responses do not hold: rename it to "
+                "'prompt' (with the text of other columns that belongs to it), or leave it out"
             )
 
 
@@ -270,7 +297,7 @@ def sft_examples(
     encoded: dict[int, list[Encoded]] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
         if "messages" in record:
-            prompt, completion = [], _text_or_messages(record, "messages", name, i, text=False)
+            prompt, completion = None, _text_or_messages(record, "messages", name, i, text=False)
         elif "prompt" in record and "completion" in record:
             prompt, completion = (_text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
         elif isinstance(record.get("text"), str):
@@ -278,18 +305,23 @@ def sft_examples(
         else:
             raise _wrong_columns(record, name, i, SFT_FORMATS)
         _check_template_only(record, name, i)
-        _check_not_repeated(prompt, completion, name, i)
+        prompt, completion = _split_prompt(prompt, completion, name, i)
         conversational = not (isinstance(prompt, str) and isinstance(completion, str))
         chat.check_tokenizer(tokenizer, conversational)
         if conversational:
             before = as_messages(prompt, "user")
-            encoded[i] = chat.encode_conversation(tokenizer, before + as_messages(completion, "assistant"), len(before))
+            messages = before + as_messages(completion, "assistant")
+            try:
+                encoded[i] = chat.encode_conversation(tokenizer, messages, len(before))
+            except ConfigError as error:
+                raise ConfigError(f"{name} record {i}: {error}") from error
         else:
             encoded[i] = [chat.encode_response(tokenizer, prompt, completion)]
         if not any(e.num_labels for e in encoded[i]):
             raise ConfigError(
                 f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it"
             )
+    _warn_of_unwritten(encoded, name)
     report = Report(name, len(records), max_length=max_length)
 
     def only(example: Encoded, kept) -> Encoded | None:
@@ -304,20 +336,41 @@ def sft_examples(
     return _limited(encoded, report, on_overlong, cuts), report
 
 
-def responses_of(record: dict, name: str, i: int) -> tuple[chat.Text | None, list[chat.Text]]:
-    """The prompt and the responses to score in a record of any format, or {"prompt": ..., "response": ...}."""
+def _warn_of_unwritten(encoded: dict[int, list[Encoded]], name: str) -> None:
+    """Warns once of each key of the assistant turns that the chat template leaves out, by design or not."""
+    unwritten: dict[str, dict[int, str]] = {}
+    for i, examples in encoded.items():
+        for key, part in chain(*(e.unwritten for e in examples)):
+            unwritten.setdefault(key, {}).setdefault(i, part)
+    for key, parts in unwritten.items():
+        i, part = next(iter(parts.items()))
+        warnings.warn(
+            f"{name}: in {len(parts)} of {len(encoded)} records the chat template leaves out {key!r} of an assistant "
+            f"turn, or a part of it, so it is not learned: in record {i} {part.strip()[:80]!r}. Set "
+            "tokenizer.chat_template to one that writes it, or take it out of the data",
+            stacklevel=3,
+        )
+
+
+def responses_of(record: dict, name: str, i: int) -> list[tuple[chat.Text | None, chat.Text]]:
+    """(prompt, response) of each response to score in a record of any format, or {"prompt": ..., "response": ...}."""
+    _check_template_only(record, name, i)
     prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
     if "chosen" in record and "rejected" in record:
-        return prompt, [_text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
-    if isinstance(record.get("responses"), list) and record["responses"]:
-        return prompt, [_text_or_messages({"responses": r}, "responses", name, i) for r in record["responses"]]
-    if "messages" in record:
+        responses = [_text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
+    elif isinstance(record.get("responses"), list) and record["responses"]:
+        responses = [_text_or_messages({"responses": r}, "responses", name, i) for r in record["responses"]]
+    elif "messages" in record:
         messages = _text_or_messages(record, "messages", name, i, text=False)
-        return messages[:-1], [messages[-1:]]
-    for key in ("response", "completion", "text"):
-        if key in record:
-            return prompt, [_text_or_messages(record, key, name, i)]
-    raise _wrong_columns(record, name, i, f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}')
+        return [(messages[:-1], messages[-1:])]
+    elif key := next((key for key in ("response", "completion", "text") if key in record), None):
+        responses = [_text_or_messages(record, key, name, i)]
+    else:
+        accepted = f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}'
+        raise _wrong_columns(record, name, i, accepted)
+    if prompt is None and "text" not in record:  # which is the whole
+        _check_prompt_is_read(record, responses, name, i)
+    return [_split_prompt(prompt, response, name, i) for response in responses]
 
 
 def responses_to_score(
@@ -328,9 +381,9 @@ def responses_to_score(
     records = as_records(dataset, name)
     encoded: dict[int, list[np.ndarray]] = {}
     for i, record in enumerate(records):
-        prompt, responses = responses_of(record, name, i)
-        chat.check_tokenizer(tokenizer, any(map(is_conversation, [prompt, *responses])))
-        encoded[i] = [chat.encode_to_score(tokenizer, prompt, r) for r in responses]
+        asked = responses_of(record, name, i)
+        chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*asked))))
+        encoded[i] = [chat.encode_to_score(tokenizer, *pair) for pair in asked]
     report = Report(name, len(records), max_length=max_length)
 
     def end(ids: np.ndarray) -> np.ndarray:
@@ -377,20 +430,21 @@ def comparisons(
             raise _wrong_columns(record, name, i, PREFERENCE_FORMATS)
         _check_template_only(record, name, i)
         extra = {k: _number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
-        for response in responses:
-            _check_not_repeated(prompt, response, name, i)
+        if prompt is None:
+            _check_prompt_is_read(record, responses, name, i)
+        pairs = [_split_prompt(prompt, response, name, i) for response in responses]
         if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
             raise ConfigError(f"{name} record {i}: chosen_prob must lie in [0, 1] and weight be 0 or more, got {extra}")
         if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # the same loss, said of the other side
-            responses, extra["chosen_prob"] = responses[::-1], 1 - extra["chosen_prob"]
+            pairs, extra["chosen_prob"] = pairs[::-1], 1 - extra["chosen_prob"]
             extra["margin"] = -extra.get("margin", 0.0)
         source = record.get("source")
         if not isinstance(source, str | None):
             raise ConfigError(f"{name} record {i}: 'source' must be text, by which evaluation is split, got {source!r}")
-        chat.check_tokenizer(tokenizer, any(map(is_conversation, [prompt, *responses])))
+        chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*pairs))))
         encoded[i] = Comparison(
-            [chat.encode_to_score(tokenizer, prompt, r) for r in responses], ranks, **extra,
-            source=source, index=i, texts=responses,
+            [chat.encode_to_score(tokenizer, *pair) for pair in pairs], ranks, **extra,
+            source=source, index=i, texts=[response for _, response in pairs],
         )  # fmt: skip
     report = Report(name, len(records), max_length=max_length)
 

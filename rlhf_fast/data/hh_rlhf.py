@@ -4,8 +4,8 @@
     -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 A line holds two transcripts, `chosen` and `rejected`, that share everything up to the last reply (Bai et al. 2022,
-arXiv 2204.05862, section 2). A pair becomes {"prompt": messages, "chosen": [reply], "rejected": [reply]}. A pair
-that breaks the form is left out, and every pair left out is named by its line and a reason.
+arXiv 2204.05862, section 2). A pair becomes {"prompt": messages, "chosen": [reply], "rejected": [reply]}, and its
+other columns stay. A pair that breaks the form is left out, and every pair left out is named by its line and a reason.
 """
 
 import gzip
@@ -76,7 +76,8 @@ def parse_pairs(
         if not line.strip():
             continue
         try:
-            chosen, rejected = _transcripts(line)
+            row = _parse(line)
+            chosen, rejected = transcripts(row)
         except ValueError as error:
             left_out.append(LeftOut(number, "malformed", str(error)))
             continue
@@ -90,7 +91,7 @@ def parse_pairs(
         elif max_length is not None and longest > max_length:
             left_out.append(LeftOut(number, "over-long", f"length {longest} is over {max_length}"))
         else:
-            pairs.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+            pairs.append({**row, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
     return pairs, left_out
 
 
@@ -123,9 +124,9 @@ def transcripts(row) -> tuple[list[dict], list[dict]]:
     return parsed[0], parsed[1]
 
 
-def _transcripts(line: str) -> tuple[list[dict], list[dict]]:
+def _parse(line: str):
     try:
-        return transcripts(json.loads(line))
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg})") from None
 

@@ -87,14 +87,72 @@ def test_a_generation_prompt_that_opens_a_block_still_finds_the_response():
     template = CHAT_TEMPLATE.replace(
         "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think>"
     )
-    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(chat_template=template), [USER, FOUR])
-    assert learned(tokenizer, encoded) == ["four<eos>"]
+    tokenizer = tiny_tokenizer(chat_template=template)
+    for content in ("four", "<answer>4</answer>", "<think", "<|user|>four"):  # some begin as the block does
+        (encoded,) = encode_conversation(tokenizer, [USER, {**FOUR, "content": content}])
+        assert learned(tokenizer, encoded) == [f"{content}<eos>"]
+        start = int(encoded.response_mask.argmax())
+        assert encoded.input_ids[start:-1].tolist() == tokenizer(content)["input_ids"]
+
+
+def test_of_a_block_that_the_generation_prompt_and_the_turn_both_open_only_what_follows_is_learned():
+    """As Qwen3.5's does without thinking: the generation prompt closes the block, a turn that thinks does not."""
+    template = CHAT_TEMPLATE.replace(
+        "{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<|assistant|><think></think>"
+    ).replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>{% endif %}{{ m['content'] }}")
+    tokenizer = tiny_tokenizer(chat_template=template)
+    (encoded,) = encode_conversation(tokenizer, [USER, {**FOUR, "content": "2 + 2</think>four"}])
+    assert learned(tokenizer, encoded) == ["2 + 2</think>four<eos>"]
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
     template = "{{ messages | length }}" + CHAT_TEMPLATE
     with pytest.raises(ConfigError, match="cannot be told from its prompt"):
         encode_conversation(tiny_tokenizer(chat_template=template), [USER, FOUR])
+
+
+# What an assistant's turn writes, in place of its content, under templates of three habits.
+ANSWER = "m['content'].split('</think>')[-1]"  # as DeepSeek-R1's
+STRIPPED = "m['content'] | trim"  # as Llama 3's
+CALLS = "m['content'] ~ (m.tool_calls[0].function.name if m.tool_calls else '')"
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+
+
+@pytest.mark.parametrize(
+    ("writes", "turn", "unwritten"),
+    [
+        (ANSWER, {"content": "<think>2 + 2</think>\n\nfour"}, [("content", "<think>2 + 2")]),
+        (ANSWER, {"content": "four"}, []),
+        (STRIPPED, {"content": "<think>2 + 2</think>\n\nfour\n"}, []),
+        (STRIPPED, {"content": "four", "reasoning_content": "2 + 2", "name": "x"}, [("reasoning_content", "2 + 2")]),
+        (STRIPPED, {"content": "look", "tool_calls": [CALL]}, [("tool_calls", "clock")]),
+        (CALLS, {"content": "look", "tool_calls": [CALL]}, []),
+        (CALLS, {"content": "", "tool_calls": [CALL]}, []),
+        (CALLS, {"content": "look", "reasoning_content": None, "tool_calls": None}, []),
+        ("m['content'] | replace('4', '5')", {"content": "it is 4"}, [("content", "it is 4")]),
+    ],
+)
+def test_what_the_template_leaves_out_of_a_response_is_told(writes, turn, unwritten):
+    template = CHAT_TEMPLATE.replace("m['content']", f"({writes} if m['role'] == 'assistant' else m['content'])")
+    turn = {"role": "assistant", **turn}
+    (encoded,) = encode_conversation(tiny_tokenizer(chat_template=template), [USER, turn, AGAIN, STILL])
+    assert encoded.unwritten == unwritten
+    (encoded,) = encode_conversation(tiny_tokenizer(chat_template=template), [USER, turn, AGAIN, STILL], first=3)
+    assert encoded.unwritten == []  # a turn that is only read may lose what the template takes from a past one
+
+
+@pytest.mark.parametrize(
+    ("writes", "turn"),
+    [
+        (STRIPPED, {"content": "", "tool_calls": [CALL]}),
+        (ANSWER, {"content": "<think>2 + 2</think>"}),
+        ("''", {"content": "four"}),
+    ],
+)
+def test_a_response_of_which_the_template_writes_nothing_is_refused(writes, turn):
+    template = CHAT_TEMPLATE.replace("m['content']", f"({writes} if m['role'] == 'assistant' else m['content'])")
+    with pytest.raises(ConfigError, match=r"writes nothing of an assistant turn.* set tokenizer\.chat_template"):
+        encode_conversation(tiny_tokenizer(chat_template=template), [USER, {"role": "assistant", **turn}])
 
 
 def test_training_sees_the_prompt_as_generation_does():
@@ -137,6 +195,14 @@ def test_text_gets_the_tokenizers_bos_once_and_no_eos_before_the_response(prompt
     assert tokenizer.decode(encoded.input_ids) == "<bos>two plus two?four<eos>"
     assert encode_prompt(tokenizer, prompt) == encoded.input_ids[: -encoded.num_labels].tolist()
     assert encode_to_score(tokenizer, prompt, "four").tolist() == encoded.input_ids.tolist()
+
+
+@pytest.mark.parametrize("text", ["two plus two?four", "<bos>two plus two?four"])
+def test_text_without_a_prompt_has_one_bos_too_and_it_is_not_learned(text):
+    tokenizer = with_bos(tiny_tokenizer())
+    encoded = encode_response(tokenizer, "", text)
+    assert tokenizer.decode(encoded.input_ids) == "<bos>two plus two?four<eos>"
+    assert encoded.num_labels == len(encoded) - 1
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])

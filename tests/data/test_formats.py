@@ -5,12 +5,21 @@ import json
 import math
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset
 from helpers import tiny_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.data.formats import as_pairs, as_records, comparisons, prompts, read_dataset, sft_examples
+from rlhf_fast.data.formats import (
+    as_pairs,
+    as_records,
+    comparisons,
+    prompts,
+    read_dataset,
+    responses_to_score,
+    sft_examples,
+)  # fmt: skip
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -126,6 +135,82 @@ def test_the_prompt_may_be_inside_chosen_and_rejected():
     assert [r.tolist() for r in inside.responses] == [r.tolist() for r in outside.responses]
 
 
+SYSTEM = {"role": "system", "content": "be kind"}
+AGAIN, STILL = {"role": "user", "content": "again?"}, {"role": "assistant", "content": "hey"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole", "learned"),
+    [
+        ("hi", CHAT, ["hello<eos>"]),  # HuggingFaceH4/ultrafeedback_binarized
+        (" hi\n", CHAT, ["hello<eos>"]),
+        ("hi", [SYSTEM, *CHAT], ["hello<eos>"]),
+        ("hi", [*CHAT, AGAIN, STILL], ["hello<eos>", "hey<eos>"]),
+        ("again?", [*CHAT, AGAIN, STILL], ["hey<eos>"]),
+        (CHAT[:1], CHAT, ["hello<eos>"]),
+        (CHAT[:1], [{**turn, "name": None} for turn in CHAT], ["hello<eos>"]),  # as a table has them
+        (CHAT[:1], [SYSTEM, *CHAT], ["hello<eos>"]),
+        ([*CHAT, AGAIN], [*CHAT, AGAIN, STILL], ["hey<eos>"]),
+    ],
+)
+def test_a_prompt_that_the_responses_repeat_is_read_once(prompt, whole, learned):
+    pair, said = {"chosen": whole, "rejected": [*whole[:-1], {**whole[-1], "content": "0"}]}, {"prompt": prompt}
+    ranked = {"responses": [pair["chosen"], pair["rejected"]]}
+    for form in (pair, ranked):
+        ((once,), _), ((both,), _) = (comparisons([x], TOKENIZER, max_length=64) for x in (form, {**form, **said}))
+        assert [r.tolist() for r in both.responses] == [r.tolist() for r in once.responses]
+        once, both = (responses_to_score([x], TOKENIZER, max_length=64)[0] for x in (form, {**form, **said}))
+        assert [r.tolist() for r in both] == [r.tolist() for r in once]
+    (example,), _ = sft_examples([{**said, "completion": whole}], TOKENIZER, max_length=64)
+    assert TOKENIZER.decode(example.input_ids) == TOKENIZER.decode(once[0])
+    edges = np.flatnonzero(np.diff(np.r_[False, example.response_mask, False]))
+    spans = zip(edges[::2], edges[1::2], strict=True)
+    assert [TOKENIZER.decode(example.input_ids[a:b]) for a, b in spans] == learned
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "text"),
+    [
+        (
+            "hi",
+            [CHAT[1], CHAT[0], STILL],
+            "<|user|>hi<|assistant|>hello<eos>\n<|user|>hi<|assistant|>hey<eos>",
+        ),
+        ([SYSTEM], CHAT, "<|system|>be kind<|user|>hi<|assistant|>hello<eos>"),
+        (CHAT, [AGAIN, STILL], "<|user|>hi<|assistant|>hello<eos>\n<|user|>again?<|assistant|>hey<eos>"),
+    ],
+)
+def test_a_response_of_several_turns_may_go_on_from_the_prompt(prompt, response, text):
+    (ids,), _ = responses_to_score([{"prompt": prompt, "response": response}], TOKENIZER, max_length=64)
+    assert TOKENIZER.decode(ids) == text
+
+
+@pytest.mark.parametrize("prompt", ["hello?", "", [SYSTEM, CHAT[0]], CHAT])
+def test_a_whole_conversation_beside_another_prompt_is_refused(prompt):
+    record = {"prompt": prompt, "chosen": CHAT, "rejected": CHAT}
+    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+        comparisons([record], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+        responses_to_score([record], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+        sft_examples([{"prompt": prompt, "completion": CHAT}], TOKENIZER, max_length=64)
+
+
+def test_a_question_that_no_column_prompt_gives_is_not_left_out():
+    for key in ("question", "instruction", "input"):  # Intel/orca_dpo_pairs has the first, beside a system column
+        pair = {"chosen": "Four.", "rejected": "Five.", key: "two plus two?"}
+        answer = {"response": "Four.", key: "two plus two?"}
+        with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', and a column '{key}' .* rename it"):
+            comparisons([pair], TOKENIZER, max_length=64)
+        for record in (pair, answer):
+            with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', and a column '{key}' .* rename it"):
+                responses_to_score([record], TOKENIZER, max_length=64)
+        whole = {**pair, "chosen": "two plus two? Four.", "rejected": "two plus two? Five."}
+        for record in (whole, {**pair, "prompt": "two plus two? "}, {**pair, key: ""}):
+            comparisons([record], TOKENIZER, max_length=64)
+        responses_to_score([{"text": "Q: 2 + 2? A: 4", key: "2+2?"}], TOKENIZER, max_length=64)
+
+
 def test_ranked_responses_are_ordered_best_first():
     record = {"prompt": "p ", "responses": ["bad", "good", "fine", "also good"], "ranks": [2, 0, 1, 0]}
     (item,), _ = comparisons([record], TOKENIZER, max_length=30)
@@ -161,10 +246,12 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     rows.to_parquet(tmp_path / "a.parquet")
     rows.to_csv(tmp_path / "a.csv")
     rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "splits")
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    for name in ("a.parquet", "a.csv", "saved", "a.jsonl.gz"):
+    for name in ("a.parquet", "a.csv", "saved", "splits", "a.jsonl.gz"):
         assert list(read_dataset(tmp_path / name)) == list(rows), name
+    assert list(read_dataset(f"{tmp_path / 'splits'}:test")) == list(rows)[1:]
     with pytest.raises(ConfigError, match="does not exist"):
         read_dataset(tmp_path / "b.parquet")
     (tmp_path / "hub").mkdir()  # load_dataset takes the name of a dataset, or of such a folder
@@ -241,11 +328,6 @@ def test_what_would_train_on_something_else_is_refused():
     user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
     with pytest.raises(ConfigError, match="record 0: 'messages': the content of a user turn must be text, got 'None'"):
         sft_examples([{"messages": [{**user, "content": None}, assistant]}], TOKENIZER, max_length=50)
-    with pytest.raises(ConfigError, match="record 0: the response repeats the prompt"):
-        sft_examples([{"prompt": "hi", "completion": [user, assistant]}], TOKENIZER, max_length=50)
-    whole = [user, assistant]
-    with pytest.raises(ConfigError, match="record 0: the response repeats the prompt"):
-        comparisons([{"prompt": "hi", "chosen": whole, "rejected": whole}], TOKENIZER, max_length=50)
     for key, value in (("margin", math.nan), ("margin", "a"), ("weight", math.inf)):
         with pytest.raises(ConfigError, match=f"'{key}' must be a finite number"):
             comparisons([{"prompt": "a", "chosen": "b", "rejected": "c", key: value}], TOKENIZER, max_length=50)
@@ -257,7 +339,23 @@ def test_what_only_a_chat_template_could_read_is_refused():
         sft_examples([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
         comparisons([{**PAIR, **tools}], TOKENIZER, max_length=64)
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+        responses_to_score([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     sft_examples([{"messages": CHAT, "tools": None}, {"messages": CHAT, "tools": []}], TOKENIZER, max_length=64)
+
+
+def test_what_a_chat_template_leaves_out_is_warned_of_once_with_a_count():
+    said = {"reasoning_content": "a greeting", "tool_calls": [{"function": {"name": "clock"}}]}
+    records = [{"messages": [CHAT[0], {**CHAT[1], **{k: said[k] for k in keys}}]} for keys in ([], list(said), said)]
+    with pytest.warns(UserWarning) as caught:
+        sft_examples(records, TOKENIZER, max_length=64)
+    for key, warning in zip(said, caught, strict=True):
+        assert f"train_dataset: in 2 of 3 records the chat template leaves out {key!r}" in str(warning.message)
+    assert "in record 1 'a greeting'" in str(caught[0].message)
+    records[2]["messages"][1]["content"] = ""
+    records[2]["messages"][1].pop("reasoning_content")
+    with pytest.raises(ConfigError, match="record 2: the chat template writes nothing of an assistant turn"):
+        sft_examples(records, tiny_tokenizer(), max_length=64)
 
 
 def test_reward_functions_see_the_same_columns_for_every_prompt():
