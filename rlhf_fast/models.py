@@ -84,10 +84,8 @@ def check_lengths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, advice: str = "lower max_length"
 ) -> None:
     """Raises ConfigError where the tokenizer has ids, or the data sequences, that the model cannot embed."""
-    rows, positions = (
-        model.get_input_embeddings().num_embeddings,
-        getattr(model.config, "max_position_embeddings", None),
-    )
+    rows = model.get_input_embeddings().weight.shape[0]  # adapters on it hide num_embeddings
+    positions = getattr(model.config, "max_position_embeddings", None)
     if len(tokenizer) > rows:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: use the model's own tokenizer, or "
@@ -375,7 +373,7 @@ def load_reward_model(
             if not Path(model, "config.json").is_file():  # not from save_model
                 return _with_saved_adapters(reward, model)
             config = AutoConfig.from_pretrained(model)
-            if config.vocab_size > reward.get_input_embeddings().num_embeddings:  # by the pad token of its training
+            if config.vocab_size > reward.get_input_embeddings().weight.shape[0]:  # by the pad token of its training
                 reward.resize_token_embeddings(config.vocab_size, mean_resizing=False)
             reward = _with_saved_adapters(reward, model)
             set_reward_scale(reward, *reward_scale(config))
@@ -392,7 +390,7 @@ def load_reward_model(
     if tokenizer is not None:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             raise ConfigError("a reward model needs a pad token that is not eos: use with_own_pad(tokenizer)")
-        if len(tokenizer) > reward.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > reward.get_input_embeddings().weight.shape[0]:
             reward.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         reward.config.pad_token_id = tokenizer.pad_token_id
     return _learn_eos(reward)

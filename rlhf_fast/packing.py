@@ -150,7 +150,7 @@ def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
             f"beyond {limit} tokens {type(unwrapped(model)).__name__} scales its rotary positions by the longest "
             f"sequence that it sees at once, here {longest}; padding changes nothing in that, only batches of one do"
         )
-    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().num_embeddings
+    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().weight.shape[0]
     flash = unwrapped(model).config._attn_implementation in FLASH
     other = ids.flip(1)
     shared = 0 if flash else 3

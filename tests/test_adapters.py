@@ -81,6 +81,28 @@ def test_a_policy_comes_back_from_its_adapters_and_learns_on(base, tmp_path):
     assert torch.equal(hidden(theirs.eval()), hidden(adapted))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 8]}],
+    ids=["a matrix", "rows of its own"],
+)
+def test_adapters_on_the_embeddings_learn_like_others(base, tmp_path, tokenizer, options):
+    data = [{"prompt": "say ", "completion": "the cat", "chosen": "cat", "rejected": "sat"}]
+    given = {"train_dataset": data, "tokenizer": tokenizer}
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options)
+    peft.get_peft_model(models.load_policy(base), lora).save_pretrained(tmp_path / "lora")
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, modules_to_save=["score"], **options)
+    peft.get_peft_model(models.load_reward_model(base, tokenizer), lora).save_pretrained(tmp_path / "rm")
+    sft = SFTTrainer(SFTConfig(str(tmp_path / "a"), max_steps=1), str(tmp_path / "lora"), **given)
+    assert sft.packed and torch.isfinite(next(iter(sft))["grad_norm"])
+    reward = RewardTrainer(RewardConfig(str(tmp_path / "b"), max_steps=1), str(tmp_path / "rm"), **given)
+    assert reward.packed and torch.isfinite(next(iter(reward))["grad_norm"])
+    zero = lambda prompts, responses, **columns: [0.0] * len(responses)  # noqa: E731
+    config = PPOConfig(str(tmp_path / "c"), batch_size=4, minibatch_size=4, total_episodes=4)
+    ppo = PPOTrainer(config, str(tmp_path / "lora"), reward=zero, **given)
+    assert float(next(iter(ppo))["policy/first_minibatch_max_abs_log_ratio"]) == 0
+
+
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
     """On top of a policy that is itself adapters, whose merged trunk it must find again."""

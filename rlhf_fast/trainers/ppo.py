@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from ..models import (
     disable_dropout,
     has_adapters,
     hidden_states,
+    lm_head,
     load_policy,
     load_tokenizer,
     load_trained_state,
@@ -528,11 +530,20 @@ def _starts_as_its_base(policy) -> bool:
     """Whether it has adapters that change nothing yet: then it is its own reference without them."""
     if not has_adapters(policy):
         return False
-    ids = torch.arange(2, device=policy.device)[None]
-    with evaluating(policy), adapters_off(policy):
-        base = hidden_states(policy, ids)
+    embed = policy.get_input_embeddings()
+    tokens = torch.arange(embed.weight.shape[0], device=policy.device)
+    looks = [  # adapters may have learned the rows of some tokens only, or the head
+        lambda: hidden_states(policy, tokens[None, :2]),
+        lambda: lm_head(policy)[0],
+        *(partial(embed, rows) for rows in tokens.split(4096)),
+    ]
     with evaluating(policy):
-        return torch.equal(base, hidden_states(policy, ids))
+        for look in looks:
+            with adapters_off(policy):
+                base = look()
+            if not torch.equal(base, look()):
+                return False
+    return True
 
 
 def _as_rows(rollout: Rollout, scores: Tensor, rows: Tensor | None = None) -> dict:

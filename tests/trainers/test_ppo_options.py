@@ -335,6 +335,23 @@ def test_new_adapters_make_the_policy_its_own_reference(tmp_path, share_trunk):
     assert again.reference is not None and abs(float(next(iter(again))["objective/kl"])) < 1e-5
 
 
+@pytest.mark.parametrize("learned", ["rows of the embedding", "the head"])
+def test_adapters_that_two_tokens_do_not_show_are_part_of_the_reference(tmp_path, learned):
+    peft = pytest.importorskip("peft")
+    config = {
+        "rows of the embedding": lambda: peft.TrainableTokensConfig(token_indices=list(range(9, 200))),
+        "the head": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    }[learned]()
+    policy = peft.get_peft_model(tiny_model(tiny_tokenizer()), config)
+    assert make_trainer(tmp_path, policy).reference is None  # nothing learned yet
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if weight.requires_grad and "lora_" not in name:
+                weight.add_(0.5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    trainer = make_trainer(tmp_path, policy)
+    assert trainer.reference is not None and abs(float(next(iter(trainer))["objective/kl"])) < 1e-5
+
+
 # --- other engines, several turns ------------------------------------------------------------------------------------
 
 
