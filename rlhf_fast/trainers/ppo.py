@@ -128,7 +128,7 @@ class PPOTrainer:
         longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):
             check_room(reward, self.tokenizer, longest.prompt, config.response_length)
-        for network in filter(None, networks):
+        for network in (n for n in networks if n is not None):  # bool() of a compiled model raises: it has a __len__
             advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1

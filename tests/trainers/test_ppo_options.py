@@ -42,8 +42,8 @@ def make_trainer(tmp_path, model=None, reward=variety, train_dataset=PROMPTS, **
         "num_ppo_epochs": 2, "temperature": 0.8, "learning_rate": 3e-3,
     }  # fmt: skip
     return PPOTrainer(
-        PPOConfig(**(defaults | options)), model or tiny_model(tokenizer), tokenizer=tokenizer, reward=reward,
-        train_dataset=train_dataset, **trainer_options,
+        PPOConfig(**(defaults | options)), tiny_model(tokenizer) if model is None else model, tokenizer=tokenizer,
+        reward=reward, train_dataset=train_dataset, **trainer_options,
     )  # fmt: skip
 
 
@@ -280,6 +280,16 @@ def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(tmp_path)
     for where in ({"reward": [(short, 1.0)]}, {"eval_rewards": {"other": short}, **held_out}):
         with pytest.raises(ConfigError, match=rf"{longest + 8} tokens and .* {longest + 7} positions: .* or response_"):
             make_trainer(tmp_path, **where)
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_compiled_models_are_trained_as_they_are(tmp_path, share_trunk):
+    plain, _ = one_iteration(make_trainer(tmp_path / "plain", share_trunk=share_trunk))
+    policy, reference = (torch.compile(tiny_model(tiny_tokenizer()), backend="eager") for _ in range(2))
+    trainer = make_trainer(tmp_path / "compiled", policy, ref_model=reference, share_trunk=share_trunk)
+    metrics, _ = one_iteration(trainer)
+    timeless = [name for name in plain if not name.startswith(("timing_s/", "perf/"))]
+    assert [metrics[name] for name in timeless] == [plain[name] for name in timeless]
 
 
 def test_a_value_model_is_no_path(tmp_path):
