@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .models import rotary_limit, unwrapped
+from .models import learns_a_prompt, rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
@@ -33,7 +33,7 @@ MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its ca
 
 def why_not(model) -> str | None:
     """Why Decoder cannot run this model; None where it can."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_a_prompt(model):
         return "its adapter adds tokens of its own to the prompt"
     model = unwrapped(model)
     config = model.config

@@ -246,7 +246,33 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def merge_adapters(model: nn.Module) -> PreTrainedModel:
     """A plain transformers model with the same outputs; the one given keeps its adapters. Without any, itself."""
+    check_adapters(model)
     return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+
+def check_adapters(model: nn.Module) -> None:
+    """ConfigError for adapters that cannot be trained here, nor merged: those that transformers put on a model without
+    peft.PeftModel, and a learned prompt."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"this {type(model).__name__} has its adapters from transformers (from_pretrained on their directory, or "
+            "add_adapter): give the path of the directory, or peft.PeftModel.from_pretrained(base, path, "
+            "is_trainable=True); new ones are peft.get_peft_model(base, config), or lora_r"
+        )
+    check_no_prompt(model)
+
+
+def check_no_prompt(model: nn.Module) -> None:
+    """ConfigError for prompt and prefix tuning, which the trunk alone does not see."""
+    if learns_a_prompt(model):
+        raise ConfigError(
+            f"{model.active_peft_config.peft_type.value} is not supported: hidden states are read without the tokens "
+            "that it puts before the prompt; use LoRA, or another adapter of the layers"
+        )
+
+
+def learns_a_prompt(model: nn.Module) -> bool:
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -304,6 +330,7 @@ def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """(B, T) tokens -> (B, T, D), the trunk's last hidden state after its final norm; no lm_head."""
+    check_no_prompt(model)
     inputs = {} if attention_mask is None else {
         "attention_mask": attention_mask.long(), "position_ids": position_ids_from_mask(attention_mask)
     }  # fmt: skip

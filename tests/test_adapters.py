@@ -185,6 +185,39 @@ def test_adapters_on_a_policy_that_was_trained_in_memory_are_refused(tmp_path, b
         makers[1](with_lora(models.load_policy(base)))  # its trunk would be merged
 
 
+def test_adapters_without_a_peft_model_are_refused_with_the_way_on(base, tmp_path, tokenizer):
+    data = [{"prompt": "say ", "completion": "the cat", "chosen": "cat", "rejected": "sat"}]
+    given = {"train_dataset": data, "tokenizer": tokenizer}
+    zero = lambda prompts, responses, **columns: [0.0] * len(responses)  # noqa: E731
+    rloo = {"advantage_estimator": "rloo", "num_generations": 4}
+    makers = [
+        lambda model: SFTTrainer(SFTConfig(str(tmp_path / "b")), model, **given),
+        lambda model: RewardTrainer(RewardConfig(str(tmp_path / "b")), model, **given),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b")), model, reward=zero, **given),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), **rloo), model, reward=zero, **given),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), lora_r=2), model, reward=zero, **given),
+    ]
+    with_lora(models.load_policy(base)).save_pretrained(tmp_path / "lora")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
+    added = AutoModelForCausalLM.from_pretrained(base)
+    added.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    prompt, prefix = (
+        peft.get_peft_model(models.load_policy(base), kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        for kind in (peft.PromptTuningConfig, peft.PrefixTuningConfig)
+    )
+    for make in makers:
+        for model in (loaded, added):
+            with pytest.raises(ConfigError, match=r"give the path of the directory, or peft\.PeftModel\.from_"):
+                make(model)
+        for model, name in ((prompt, "PROMPT_TUNING"), (prefix, "PREFIX_TUNING")):
+            with pytest.raises(ConfigError, match=f"{name} is not supported"):
+                make(model)
+    references = {"reward": zero, **given}
+    PPOTrainer(PPOConfig(str(tmp_path / "b")), base, ref_model=loaded, **references)  # is only read, and read right
+    with pytest.raises(ConfigError, match="PROMPT_TUNING is not supported"):
+        PPOTrainer(PPOConfig(str(tmp_path / "b")), base, ref_model=prompt, **references)
+
+
 def test_what_would_be_wrong_is_refused(base, tmp_path, monkeypatch):
     policy = models.load_policy(base)
     with pytest.raises(ConfigError, match="lm_head is not supported"):

@@ -134,6 +134,8 @@ class PPOTrainer:
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         with common.autocast(self.policy, config.bf16):
             check_lm_head(self.policy)
+            if self.reference is not None:
+                check_lm_head(self.reference)
         stop_at_eos(self.policy, self.tokenizer)
         common.check_bf16(config, self.policy.device)
 
