@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
 from ..data.formats import Prompt
@@ -476,6 +476,17 @@ class PPOTrainer:
             if model is not None:
                 save_model(model, self.tokenizer, folder)
 
+    def save_in_checkpoint(self, path) -> None:
+        if self.config.share_trunk:  # the critic is the policy and the head in state.pt
+            save_model(self.policy, self.tokenizer, path)
+        else:
+            self.save_model(path)
+
+    @property
+    def _own_critic(self) -> nn.Module | None:
+        """What of the critic is not the policy's."""
+        return self.value_model.model.score if self.config.share_trunk else self.value_model
+
     def state_dict(self) -> dict:
         """Prompts and sampling are functions of (seed, step), so the step stands for them."""
         return {
@@ -484,7 +495,7 @@ class PPOTrainer:
             "score_scale": vars(self.score_scale),
             "lengths": torch.tensor(list(map(len, self.prompts))),
             "policy": trained_state(self.policy),
-            "value_model": trained_state(self.value_model) if self.value_model else None,
+            "value_model": trained_state(self._own_critic) if self.value_model else None,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
@@ -497,7 +508,7 @@ class PPOTrainer:
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
         if self.value_model:
-            load_trained_state(self.value_model, state["value_model"])
+            load_trained_state(self._own_critic, state["value_model"])
         saved = zip(state["optimizers"], state["schedulers"], strict=True)
         for optimizer, scheduler, states in zip(self.optimizers, self.schedulers, saved, strict=True):
             common.load_optimizer(optimizer, scheduler, *states)
