@@ -21,11 +21,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .models import rotary_limit, unwrapped
+from .models import learns_a_prompt, rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
+ATTENTION = (  # the modules with functions for what the architecture's own attention computes
+    *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
+)  # fmt: skip
 FEW = range(4, 65)  # rows for which our own products are the faster ones: a library's is for one row, and for many
 SILU = nn.SiLU, type(ACT2FN["silu"])
 MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its call, and a second copy would be felt
@@ -33,13 +37,17 @@ MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its ca
 
 def why_not(model) -> str | None:
     """Why Decoder cannot run this model; None where it can."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_a_prompt(model):
         return "its adapter adds tokens of its own to the prompt"
     model = unwrapped(model)
     config = model.config
     layers = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))
     if config.model_type not in SUPPORTED or layers is None:
         return f"its architecture is {config.model_type}, not one of {', '.join(SUPPORTED)}"
+    if len(layers) > config.num_hidden_layers:
+        return f"its config runs {config.num_hidden_layers} of its {len(layers)} layers"
+    if attends_in_its_own_way(model):
+        return f"its attention is {config._attn_implementation}, which may be any function"
     if rotary_limit(model) is not None:
         return "it rescales its rotary positions as the text grows"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
@@ -75,6 +83,13 @@ def _is_altered(module: nn.Module) -> bool:
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
     return "forward" in vars(module) or any(not maker.startswith("transformers.") for maker in makers)
+
+
+def attends_in_its_own_way(model: nn.Module) -> bool:
+    """Whether it may compute other than causal softmax(q k^T) v: a function of AttentionInterface.register(), say, or a
+    sparse kernel from the hub. (A hub's flash attention runs in transformers' own function.)"""
+    attend = ALL_ATTENTION_FUNCTIONS.get(unwrapped(model).config._attn_implementation)  # None: the architecture's eager
+    return attend is not None and attend.__module__ not in ATTENTION
 
 
 def is_silu(activation: nn.Module) -> bool:

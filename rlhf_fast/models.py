@@ -84,10 +84,8 @@ def check_lengths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, advice: str = "lower max_length"
 ) -> None:
     """Raises ConfigError where the tokenizer has ids, or the data sequences, that the model cannot embed."""
-    rows, positions = (
-        model.get_input_embeddings().num_embeddings,
-        getattr(model.config, "max_position_embeddings", None),
-    )
+    rows = model.get_input_embeddings().weight.shape[0]  # adapters on it hide num_embeddings
+    positions = getattr(model.config, "max_position_embeddings", None)
     if len(tokenizer) > rows:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: use the model's own tokenizer, or "
@@ -261,7 +259,33 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def merge_adapters(model: nn.Module) -> PreTrainedModel:
     """A plain transformers model with the same outputs; the one given keeps its adapters. Without any, itself."""
+    check_adapters(model)
     return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+
+def check_adapters(model: nn.Module) -> None:
+    """ConfigError for adapters that cannot be trained here, nor merged: those that transformers put on a model without
+    peft.PeftModel, and a learned prompt."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"this {type(model).__name__} has its adapters from transformers (from_pretrained on their directory, or "
+            "add_adapter): give the path of the directory, or peft.PeftModel.from_pretrained(base, path, "
+            "is_trainable=True); new ones are peft.get_peft_model(base, config), or lora_r"
+        )
+    check_no_prompt(model)
+
+
+def check_no_prompt(model: nn.Module) -> None:
+    """ConfigError for prompt and prefix tuning, which the trunk alone does not see."""
+    if learns_a_prompt(model):
+        raise ConfigError(
+            f"{model.active_peft_config.peft_type.value} is not supported: hidden states are read without the tokens "
+            "that it puts before the prompt; use LoRA, or another adapter of the layers"
+        )
+
+
+def learns_a_prompt(model: nn.Module) -> bool:
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -319,6 +343,7 @@ def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """(B, T) tokens -> (B, T, D), the trunk's last hidden state after its final norm; no lm_head."""
+    check_no_prompt(model)
     inputs = {} if attention_mask is None else {
         "attention_mask": attention_mask.long(), "position_ids": position_ids_from_mask(attention_mask)
     }  # fmt: skip
@@ -388,7 +413,7 @@ def load_reward_model(
             if not Path(model, "config.json").is_file():  # not from save_model
                 return _with_saved_adapters(reward, model)
             config = AutoConfig.from_pretrained(model)
-            if config.vocab_size > reward.get_input_embeddings().num_embeddings:  # by the pad token of its training
+            if config.vocab_size > reward.get_input_embeddings().weight.shape[0]:  # by the pad token of its training
                 reward.resize_token_embeddings(config.vocab_size, mean_resizing=False)
             reward = _with_saved_adapters(reward, model)
             set_reward_scale(reward, *reward_scale(config))
@@ -405,7 +430,7 @@ def load_reward_model(
     if tokenizer is not None:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             raise ConfigError("a reward model needs a pad token that is not eos: use with_own_pad(tokenizer)")
-        if len(tokenizer) > reward.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > reward.get_input_embeddings().weight.shape[0]:
             reward.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         reward.config.pad_token_id = tokenizer.pad_token_id
     return _learn_eos(reward)

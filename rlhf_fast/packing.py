@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .data.collate import Packed
+from .decoder import attends_in_its_own_way
 from .models import rotary_limit, trunk_layers, unwrapped
 from .trunk import llama, runs_here
 
@@ -150,8 +151,11 @@ def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
             f"beyond {limit} tokens {type(unwrapped(model)).__name__} scales its rotary positions by the longest "
             f"sequence that it sees at once, here {longest}; padding changes nothing in that, only batches of one do"
         )
-    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().num_embeddings
-    flash = unwrapped(model).config._attn_implementation in FLASH
+    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().weight.shape[0]
+    attention = unwrapped(model).config._attn_implementation
+    flash = attention in FLASH
+    if not flash and attends_in_its_own_way(model):
+        return f"{type(unwrapped(model)).__name__} attends by {attention}, and packed rows by packed_attention"
     other = ids.flip(1)
     shared = 0 if flash else 3
     packed = Packed.of([other[0, :5], ids[0], torch.cat([ids[0, :3], other[0, 3:]])], [(0, 0), (0, 0), (1, shared)])

@@ -81,6 +81,28 @@ def test_a_policy_comes_back_from_its_adapters_and_learns_on(base, tmp_path):
     assert torch.equal(hidden(theirs.eval()), hidden(adapted))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 8]}],
+    ids=["a matrix", "rows of its own"],
+)
+def test_adapters_on_the_embeddings_learn_like_others(base, tmp_path, tokenizer, options):
+    data = [{"prompt": "say ", "completion": "the cat", "chosen": "cat", "rejected": "sat"}]
+    given = {"train_dataset": data, "tokenizer": tokenizer}
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options)
+    peft.get_peft_model(models.load_policy(base), lora).save_pretrained(tmp_path / "lora")
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, modules_to_save=["score"], **options)
+    peft.get_peft_model(models.load_reward_model(base, tokenizer), lora).save_pretrained(tmp_path / "rm")
+    sft = SFTTrainer(SFTConfig(str(tmp_path / "a"), max_steps=1), str(tmp_path / "lora"), **given)
+    assert sft.packed and torch.isfinite(next(iter(sft))["grad_norm"])
+    reward = RewardTrainer(RewardConfig(str(tmp_path / "b"), max_steps=1), str(tmp_path / "rm"), **given)
+    assert reward.packed and torch.isfinite(next(iter(reward))["grad_norm"])
+    zero = lambda prompts, responses, **columns: [0.0] * len(responses)  # noqa: E731
+    config = PPOConfig(str(tmp_path / "c"), batch_size=4, minibatch_size=4, total_episodes=4)
+    ppo = PPOTrainer(config, str(tmp_path / "lora"), reward=zero, **given)
+    assert float(next(iter(ppo))["policy/first_minibatch_max_abs_log_ratio"]) == 0
+
+
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
     """On top of a policy that is itself adapters, whose merged trunk it must find again."""
@@ -161,6 +183,39 @@ def test_adapters_on_a_policy_that_was_trained_in_memory_are_refused(tmp_path, b
         makers[0](with_lora(models.load_policy(base)))
     with pytest.raises(ConfigError, match="give the path"):
         makers[1](with_lora(models.load_policy(base)))  # its trunk would be merged
+
+
+def test_adapters_without_a_peft_model_are_refused_with_the_way_on(base, tmp_path, tokenizer):
+    data = [{"prompt": "say ", "completion": "the cat", "chosen": "cat", "rejected": "sat"}]
+    given = {"train_dataset": data, "tokenizer": tokenizer}
+    zero = lambda prompts, responses, **columns: [0.0] * len(responses)  # noqa: E731
+    rloo = {"advantage_estimator": "rloo", "num_generations": 4}
+    makers = [
+        lambda model: SFTTrainer(SFTConfig(str(tmp_path / "b")), model, **given),
+        lambda model: RewardTrainer(RewardConfig(str(tmp_path / "b")), model, **given),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b")), model, reward=zero, **given),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), **rloo), model, reward=zero, **given),
+        lambda model: PPOTrainer(PPOConfig(str(tmp_path / "b"), lora_r=2), model, reward=zero, **given),
+    ]
+    with_lora(models.load_policy(base)).save_pretrained(tmp_path / "lora")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
+    added = AutoModelForCausalLM.from_pretrained(base)
+    added.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    prompt, prefix = (
+        peft.get_peft_model(models.load_policy(base), kind(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        for kind in (peft.PromptTuningConfig, peft.PrefixTuningConfig)
+    )
+    for make in makers:
+        for model in (loaded, added):
+            with pytest.raises(ConfigError, match=r"give the path of the directory, or peft\.PeftModel\.from_"):
+                make(model)
+        for model, name in ((prompt, "PROMPT_TUNING"), (prefix, "PREFIX_TUNING")):
+            with pytest.raises(ConfigError, match=f"{name} is not supported"):
+                make(model)
+    references = {"reward": zero, **given}
+    PPOTrainer(PPOConfig(str(tmp_path / "b")), base, ref_model=loaded, **references)  # is only read, and read right
+    with pytest.raises(ConfigError, match="PROMPT_TUNING is not supported"):
+        PPOTrainer(PPOConfig(str(tmp_path / "b")), base, ref_model=prompt, **references)
 
 
 def test_what_would_be_wrong_is_refused(base, tmp_path, monkeypatch):

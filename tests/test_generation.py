@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,6 +19,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.decoder import Decoder, why_not
@@ -148,6 +152,15 @@ def with_weight_norm(module):
         torch.nn.utils.weight_norm(module).weight_g.data.mul_(3)
 
 
+def attend_half_as_sharply(model):
+    def attend(*inputs, scaling, **options):
+        return sdpa_attention_forward(*inputs, scaling=scaling / 2, **options)
+
+    AttentionInterface.register("half_as_sharp", attend)
+    AttentionMaskInterface.register("half_as_sharp", sdpa_mask)
+    model.set_attn_implementation("half_as_sharp")
+
+
 ALTERATIONS = {
     "hook on a projection": lambda model: model.model.layers[0].self_attn.q_proj.register_forward_hook(twice),
     "hook on the output": lambda model: model.model.layers[1].self_attn.o_proj.register_forward_hook(twice),
@@ -163,6 +176,8 @@ ALTERATIONS = {
     "another forward of the mlp": lambda model: with_a_forward_of_its_own(model.model.layers[0].mlp),
     "weight norm": lambda model: with_weight_norm(model.model.layers[0].mlp.up_proj),
     "another activation": lambda model: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.GELU()),
+    "another attention": attend_half_as_sharply,
+    "fewer layers": lambda model: setattr(model.config, "num_hidden_layers", 1),
     "embeddings of another dtype": lambda model: model.model.embed_tokens.bfloat16(),
 }
 
@@ -186,6 +201,13 @@ def test_what_alters_a_module_is_heard(name, prompts):
 def test_hooks_that_only_record_leave_it_to_us(prompts):
     model = with_opinions("llama")
     model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 hooks its layers for it
+    assert why_not(model) is None
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_what_transformers_ships_for_the_same_attention_leaves_it_to_us(name):
+    model = with_opinions("llama")
+    model.config._attn_implementation_internal = name  # the setter asks for flash attention to be installed
     assert why_not(model) is None
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -239,6 +240,22 @@ def test_models_that_cannot_be_packed_say_why():
     mpt = MptForCausalLM(MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64))
     assert "MptForCausalLM does not run on sequences in one row ('NoneType'" in why_not_packed(mpt, 64)
     assert bloom.training and bloom.config._attn_implementation == "eager"
+
+
+def test_an_attention_from_elsewhere_is_not_replaced(monkeypatch):
+    """Nor trusted where it looks the same: this one would differ beyond the few tokens of the look."""
+
+    def within_nine(module, query, key, value, attention_mask, *, scaling, **options):
+        distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+        mask = (distance >= 0) & (distance < 9)
+        return scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True).transpose(
+            1, 2
+        ), None
+
+    model = build(llama)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "within_nine", within_nine)
+    model.config._attn_implementation_internal = "within_nine"
+    assert "LlamaForCausalLM attends by within_nine" in why_not_packed(model, 64)
 
 
 ROPES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from test_generation import with_opinions
+from test_generation import attend_half_as_sharply, with_opinions
 from torch.nn import functional as F
 
 from rlhf_fast.models import add_lora, hidden_states
@@ -63,11 +63,23 @@ def test_what_follows_a_token_does_not_change_its_bits():
         lambda model: model.to(torch.bfloat16),
         lambda model: setattr(model.base_model.layers[0].self_attn, "attention_dropout", 0.1),
         lambda model: setattr(model.config, "hidden_act", "gelu"),
+        lambda model: setattr(model.config, "num_hidden_layers", 1),
+        attend_half_as_sharply,
         lambda model: setattr(model.base_model.layers[1].mlp, "act_fn", torch.nn.GELU()),
         lambda model: model.base_model.layers[1].register_forward_hook(lambda module, given, x: 2 * x),
         lambda model: model.base_model.norm.register_full_backward_hook(lambda module, before, after: None),
     ],
-    ids=["checkpointing", "bfloat16", "dropout", "gelu", "another activation", "hook", "backward hook"],
+    ids=[
+        "checkpointing",
+        "bfloat16",
+        "dropout",
+        "gelu",
+        "fewer layers",
+        "another attention",
+        "another activation",
+        "hook",
+        "backward hook",
+    ],
 )
 def test_what_it_does_not_do_goes_through_transformers(change):
     model = tiny_model(tiny_tokenizer()).train()

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path
     temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
     temporary.mkdir(parents=True)
     try:
-        with preserved_rng():  # a model that is merged for its file may draw weights
-            save_quietly(trainer, temporary)
+        with preserved_rng():  # a model that is built for its file draws weights
+            save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
         state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state(), "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
             state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
@@ -86,11 +87,11 @@ def damage(checkpoint: Path) -> str | None:
     return f"{', '.join(wrong)} not as written" if wrong else None
 
 
-def save_quietly(trainer, path: Path) -> None:
-    """save_model without the progress bar of transformers, which would write over ours."""
+def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
+    """A model saved without the progress bar of transformers, which would write over ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    trainer.save_model(path)
+    save_model(path)
     if shown:
         transformers_logging.enable_progress_bar()
 

@@ -204,6 +204,7 @@ def check_best(config, eval_dataset) -> None:
 
 def with_adapters(model, config, given):
     """The model with the adapters that lora_* ask for; given: the argument of the trainer that it was loaded from."""
+    models.check_adapters(model)
     if not config.lora_r:
         return model
     if not models.has_adapters(model):  # add_lora refuses these

@@ -17,12 +17,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
 from ..data.formats import Prompt
@@ -35,6 +36,7 @@ from ..models import (
     disable_dropout,
     has_adapters,
     hidden_states,
+    lm_head,
     load_policy,
     load_tokenizer,
     load_trained_state,
@@ -127,12 +129,14 @@ class PPOTrainer:
         longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):
             check_room(reward, self.tokenizer, longest.prompt, config.response_length)
-        for network in filter(None, networks):
+        for network in (n for n in networks if n is not None):  # bool() of a compiled model raises: it has a __len__
             advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         with common.autocast(self.policy, config.bf16):
             check_lm_head(self.policy)
+            if self.reference is not None:
+                check_lm_head(self.reference)
         stop_at_eos(self.policy, self.tokenizer)
         common.check_bf16(config, self.policy.device)
 
@@ -481,6 +485,17 @@ class PPOTrainer:
             if model is not None:
                 save_model(model, self.tokenizer, folder)
 
+    def save_in_checkpoint(self, path) -> None:
+        if self.config.share_trunk:  # the critic is the policy and the head in state.pt
+            save_model(self.policy, self.tokenizer, path)
+        else:
+            self.save_model(path)
+
+    @property
+    def _own_critic(self) -> nn.Module | None:
+        """What of the critic is not the policy's."""
+        return self.value_model.model.score if self.config.share_trunk else self.value_model
+
     def state_dict(self) -> dict:
         """Prompts and sampling are functions of (seed, step), so the step stands for them."""
         return {
@@ -489,7 +504,7 @@ class PPOTrainer:
             "score_scale": vars(self.score_scale),
             "lengths": torch.tensor(list(map(len, self.prompts))),
             "policy": trained_state(self.policy),
-            "value_model": trained_state(self.value_model) if self.value_model else None,
+            "value_model": trained_state(self._own_critic) if self.value_model else None,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
@@ -502,7 +517,7 @@ class PPOTrainer:
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
         if self.value_model:
-            load_trained_state(self.value_model, state["value_model"])
+            load_trained_state(self._own_critic, state["value_model"])
         saved = zip(state["optimizers"], state["schedulers"], strict=True)
         for optimizer, scheduler, states in zip(self.optimizers, self.schedulers, saved, strict=True):
             common.load_optimizer(optimizer, scheduler, *states)
@@ -537,11 +552,20 @@ def _starts_as_its_base(policy) -> bool:
     """Whether it has adapters that change nothing yet: then it is its own reference without them."""
     if not has_adapters(policy):
         return False
-    ids = torch.arange(2, device=policy.device)[None]
-    with evaluating(policy), adapters_off(policy):
-        base = hidden_states(policy, ids)
+    embed = policy.get_input_embeddings()
+    tokens = torch.arange(embed.weight.shape[0], device=policy.device)
+    looks = [  # adapters may have learned the rows of some tokens only, or the head
+        lambda: hidden_states(policy, tokens[None, :2]),
+        lambda: lm_head(policy)[0],
+        *(partial(embed, rows) for rows in tokens.split(4096)),
+    ]
     with evaluating(policy):
-        return torch.equal(base, hidden_states(policy, ids))
+        for look in looks:
+            with adapters_off(policy):
+                base = look()
+            if not torch.equal(base, look()):
+                return False
+    return True
 
 
 def _as_rows(rollout: Rollout, scores: Tensor, rows: Tensor | None = None) -> dict:

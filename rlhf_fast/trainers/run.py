@@ -11,6 +11,7 @@ A trainer is any object with
     samples() -> list[dict] a few texts for samples.jsonl
     state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
     save_model(path)        transformers checkpoint and tokenizer
+    save_in_checkpoint(path)  (optional) what a checkpoint has in its place, where that writes more than it needs
     finish(run_dir)         if there: once after the last step, before the report is written and the model saved
     guard                   a NonFiniteGuard, which the checkpoint keeps
     monitors                (optional) a Monitors, which reads every log line and may end the run
@@ -172,7 +173,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             f"Continue with resume=True (--resume): {run_dir / f'checkpoint-{trainer.step}'}"
         )
     else:
-        save_quietly(trainer, run_dir)
+        save_quietly(trainer.save_model, run_dir)
         (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
         if spare == trainer.step and not due(spare) and spare != best.step:
             shutil.rmtree(run_dir / f"checkpoint-{spare}")

@@ -449,6 +449,33 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path, share_trunk):
     assert [_without_times(row) for row in logs[0]] == [_without_times(row) for row in logs[1]]
 
 
+@pytest.mark.parametrize("adapters", [{}, {"lora_r": 2}], ids=["whole", "lora"])
+def test_a_checkpoint_of_a_shared_trunk_holds_what_learns_and_no_second_trunk(tmp_path, adapters):
+    if adapters:
+        pytest.importorskip("peft")
+    tiny_model(tiny_tokenizer()).save_pretrained(tmp_path / "base")
+    options = {"save_steps": 1, "save_total_limit": 5, "share_trunk": True, **adapters}
+    whole = make_trainer(tmp_path / "whole", str(tmp_path / "base"), **options)
+    whole.train()
+    saved = torch.load(tmp_path / "whole/checkpoint-1/state.pt", weights_only=True)["trainer"]
+    head = whole.value_model.model.score
+    learning = sum(p.numel() for p in (*whole.policy.parameters(), *head.parameters()) if p.requires_grad)
+    models = [*saved["policy"].values(), *saved["value_model"].values()]
+    assert sum(x.numel() for x in models) == learning
+    files = {path.name for path in (tmp_path / "whole/checkpoint-1").rglob("*") if path.is_file()}
+    weights = "adapter_model.safetensors" if adapters else "model.safetensors"
+    assert weights in files and not (tmp_path / "whole/checkpoint-1/value_model").exists()
+
+    shutil.rmtree(tmp_path / "whole/checkpoint-2")
+    final = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole/value_model")
+    resumed = make_trainer(tmp_path / "whole", str(tmp_path / "base"), **options)
+    resumed.train(resume=True)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole/value_model")
+    assert all(torch.equal(x, y) for x, y in zip(final.parameters(), again.parameters(), strict=True))
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(again(input_ids=ids).logits[0, 0], resumed.value_model(ids)[0, -1])
+
+
 def test_a_resumed_run_takes_what_its_config_says_now(tmp_path):
     options = {"total_episodes": 64, "save_steps": 1, "weight_decay": 0.1, "lr_scheduler_type": "cosine"}
     trainer = make_trainer(tmp_path / "run", **options)

@@ -42,8 +42,8 @@ def make_trainer(tmp_path, model=None, reward=variety, train_dataset=PROMPTS, **
         "num_ppo_epochs": 2, "temperature": 0.8, "learning_rate": 3e-3,
     }  # fmt: skip
     return PPOTrainer(
-        PPOConfig(**(defaults | options)), model or tiny_model(tokenizer), tokenizer=tokenizer, reward=reward,
-        train_dataset=train_dataset, **trainer_options,
+        PPOConfig(**(defaults | options)), tiny_model(tokenizer) if model is None else model, tokenizer=tokenizer,
+        reward=reward, train_dataset=train_dataset, **trainer_options,
     )  # fmt: skip
 
 
@@ -282,6 +282,16 @@ def test_a_reward_model_with_too_few_positions_is_refused_at_the_start(tmp_path)
             make_trainer(tmp_path, **where)
 
 
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_compiled_models_are_trained_as_they_are(tmp_path, share_trunk):
+    plain, _ = one_iteration(make_trainer(tmp_path / "plain", share_trunk=share_trunk))
+    policy, reference = (torch.compile(tiny_model(tiny_tokenizer()), backend="eager") for _ in range(2))
+    trainer = make_trainer(tmp_path / "compiled", policy, ref_model=reference, share_trunk=share_trunk)
+    metrics, _ = one_iteration(trainer)
+    timeless = [name for name in plain if not name.startswith(("timing_s/", "perf/"))]
+    assert [metrics[name] for name in timeless] == [plain[name] for name in timeless]
+
+
 def test_a_value_model_is_no_path(tmp_path):
     tokenizer = tiny_tokenizer()
     load_reward_model(tiny_model(tokenizer), tokenizer).save_pretrained(tmp_path / "rm")
@@ -333,6 +343,23 @@ def test_new_adapters_make_the_policy_its_own_reference(tmp_path, share_trunk):
     # Adapters that have learned already are part of the policy, so the reference keeps them.
     again = make_trainer(tmp_path / "again", trainer.policy)
     assert again.reference is not None and abs(float(next(iter(again))["objective/kl"])) < 1e-5
+
+
+@pytest.mark.parametrize("learned", ["rows of the embedding", "the head"])
+def test_adapters_that_two_tokens_do_not_show_are_part_of_the_reference(tmp_path, learned):
+    peft = pytest.importorskip("peft")
+    config = {
+        "rows of the embedding": lambda: peft.TrainableTokensConfig(token_indices=list(range(9, 200))),
+        "the head": lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    }[learned]()
+    policy = peft.get_peft_model(tiny_model(tiny_tokenizer()), config)
+    assert make_trainer(tmp_path, policy).reference is None  # nothing learned yet
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if weight.requires_grad and "lora_" not in name:
+                weight.add_(0.5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)))
+    trainer = make_trainer(tmp_path, policy)
+    assert trainer.reference is not None and abs(float(next(iter(trainer))["objective/kl"])) < 1e-5
 
 
 # --- other engines, several turns ------------------------------------------------------------------------------------
