@@ -367,7 +367,7 @@ def test_a_reward_model_with_its_own_tokenizer_scores_and_starts_the_critic(tmp_
         tmp_path, tokenizer=tokenizer, reward=reward, value_model=load_reward_model(tiny_model(tokenizer))
     )
     metrics = next(iter(trainer))
-    assert other.decode(reward.encode(PROMPTS[0]["prompt"], "hello")) == "user: say one\nassistant: hello\n<end>"
+    assert other.decode(reward.encode(PROMPTS[0]["prompt"], "hello")) == "user: say one\nassistant: hello\n"
     assert float(metrics["objective/scores"]) != 0.0
     assert "critic/grad_norm" in metrics and float(metrics["critic/grad_norm"]) > 0
 
