@@ -185,6 +185,8 @@ inline Route route_of(PyObject* const* given, Py_ssize_t count) {
     PyObject* const x = given[i];
     const PyTypeObject* type = Py_TYPE(x);
     if (is_plain_tensor(x)) {
+      DLTensor t;
+      if (torch().exchange && !read(x, t)) return kLibrary;  // PyTorch's older vmap: no memory, and nothing else to see
       differentiable = differentiable || checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
     } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && x != Py_None) {
       return kLibrary;

@@ -22,7 +22,7 @@ struct Steps {
     Index from;
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) from[j] = j + by;
-    return __builtin_shuffle(x, then, from);
+    return shuffle(x, then, from);
   }
 
   // Lane t becomes what its step and all later ones of the vector do together.
@@ -57,7 +57,7 @@ void gae_row(const Grid& rewards, const Grid& values, const Grid& mask, int64_t 
       const Vector before = steps.add + steps.keep * carried;  // lane t: u_{t-1}
       const Vector here = Steps<T>::template later<1>(before, carried);
       std::memcpy(u + t, &here, sizeof here);
-      carried = __builtin_shuffle(before, typename Steps<T>::Index{});
+      carried = shuffle(before, before, typename Steps<T>::Index{});
     }
     T *a = advantages + row * cols + begin, *r = returns + row * cols + begin;
     for (int j = 0; j < n; ++j) {

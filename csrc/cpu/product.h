@@ -175,8 +175,8 @@ template <class V>
     V next[kWidth];
 #pragma GCC unroll 8
     for (int i = 0; i < kHalf; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kHalf], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kHalf], high);
+      next[2 * i] = shuffle(rows[i], rows[i + kHalf], low);
+      next[2 * i + 1] = shuffle(rows[i], rows[i + kHalf], high);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) rows[i] = next[i];

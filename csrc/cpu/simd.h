@@ -48,6 +48,19 @@ inline V load_vector(const void* p) {
   return v;
 }
 
+// Lane j becomes lane from[j] of a followed by b.
+template <class V, class Index>
+[[gnu::always_inline]] inline V shuffle(V a, V b, Index from) {
+#if defined(__clang__)
+  constexpr int kLanes = sizeof(V) / sizeof(a[0]);
+  V y;
+  for (int j = 0; j < kLanes; ++j) y[j] = from[j] < kLanes ? a[from[j]] : b[from[j] - kLanes];
+  return y;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 inline vf splat(float x) { return x - vf{}; }
 
 // max(a, b), and b where either is NaN: the running max(x, acc) ignores a NaN, the limit max(least, x) keeps it.

@@ -66,6 +66,21 @@ struct BFloat16 {
   }
 };
 
+struct Float16 {  // _Float16 is in newer compilers only; the arithmetic of F16::widen, which a loop of these vectorises
+  uint16_t bits;
+  operator float() const {
+    const uint32_t magnitude = (bits & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value *= 0x1p112f;
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    wide |= (magnitude >= 0x0f800000u ? 0x7f800000u : 0u) | (bits & 0x8000u) << 16;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+};
+
 template <class T, class S>
 inline void copy(T* out, const S* x, int64_t stride, int n) {
   if (stride == 1) {
@@ -89,7 +104,7 @@ inline void load(T* out, const Grid& x, int64_t row, int64_t col, int n) {
     case kBFloat16:
       return tile::copy(out, (const tile::BFloat16*)x.data + first, x.col_stride, n);
     case kFloat16:
-      return tile::copy(out, (const _Float16*)x.data + first, x.col_stride, n);
+      return tile::copy(out, (const tile::Float16*)x.data + first, x.col_stride, n);
     case kBool:
       return tile::copy(out, (const uint8_t*)x.data + first, x.col_stride, n);
   }

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -139,6 +140,14 @@ class Op:
                 f"{self.name} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
             )
 
+    def _refuse_functorch_gradients(self, args):
+        """torch's own error speaks of an autograd.Function that the user has never seen."""
+        if any(isinstance(x, Tensor) and functorch.is_gradtrackingtensor(x) for x in args):
+            raise NotImplementedError(
+                f"{self.name} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
+                "torch.autograd.grad, or use_backend('reference'), which has one"
+            )
+
     def __call__(self, *args):
         if is_compiling():
             return self._through_library(args)
@@ -146,6 +155,7 @@ class Op:
             self._refuse_tangents(args)
         way = _route(*args)
         if way == _LIBRARY_OP:
+            self._refuse_functorch_gradients(args)
             return self._through_library(args)
         if way == _FUNCTION and self._apply is not None:
             *seen, hidden = self._apply(*[args[i] for i in self._shown], args)

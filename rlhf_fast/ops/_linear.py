@@ -123,25 +123,28 @@ def way_of(
 
 
 def chunks_of(rows: int, weight: Tensor, way: str, kept: bool = False) -> list[slice]:
-    """The chunks of so many rows. kept: of logits that stay after the call, on the CPU never more than CHUNK_BYTES."""
-    if way == IN_DTYPE:
-        return chunks(rows, weight.shape[0], GPU_ROWS, weight.element_size(), GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
-    if on_gpu(weight):
-        return chunks(rows, weight.shape[0], GPU_ROWS, 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS)
-    size = accumulator(weight).itemsize
-    large = 0 if kept else min(weight.numel() * weight.element_size() // 2, size * MOST_ROWS * weight.shape[0])
-    return chunks(rows, weight.shape[0], LANES if way == FUSED else 1, size, max(CHUNK_BYTES, large))
-
-
-def chunks(
-    rows: int, vocab: int, multiple: int = 1, size: int = 4, budget: int | None = None, least: int | None = None
-) -> list[slice]:
-    """Equal shares, but for the last, of about `budget` bytes of logits of `size`; of whole multiples of rows."""
-    budget, least = CHUNK_BYTES if budget is None else budget, LEAST_ROWS if least is None else least
-    most = max(budget // (size * max(vocab, 1)) // multiple * multiple, least)
+    """The chunks of so many rows, equal shares but for the last. kept: see most_rows."""
+    most, multiple = most_rows(weight, way, kept), _multiple(weight, way)
     step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     step = math.ceil(step / multiple) * multiple
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def most_rows(weight: Tensor, way: str, kept: bool = False) -> int:
+    """Rows of a chunk at most: by bytes of its logits, in whole multiples of what the way computes at a time, and no
+    fewer than pay. kept: of logits that stay after the call, on the CPU never more than CHUNK_BYTES."""
+    if on_gpu(weight):
+        size, budget, least = weight.element_size() if way == IN_DTYPE else 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS
+    else:
+        size, least = accumulator(weight).itemsize, LEAST_ROWS
+        large = 0 if kept else min(weight.numel() * weight.element_size() // 2, size * MOST_ROWS * weight.shape[0])
+        budget = max(CHUNK_BYTES, large)
+    multiple = _multiple(weight, way)
+    return max(budget // (size * max(weight.shape[0], 1)) // multiple * multiple, least)
+
+
+def _multiple(weight: Tensor, way: str) -> int:
+    return GPU_ROWS if on_gpu(weight) else LANES if way == FUSED else 1
 
 
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -28,13 +28,15 @@ def dpo_loss(
     The statistics are of the implicit rewards. The policy's log-probs receive gradients, the reference's are data.
     label_smoothing is the probability that a preference is flipped (conservative DPO, Mitchell 2023).
     float32, bfloat16, float16 or float64 in, float32 out (float64 for float64). An empty batch gives 0.
-    Raises ValueError or TypeError for shapes, dtypes and devices.
+    Raises ValueError or TypeError for shapes, dtypes, devices and label_smoothing.
     """
     check(
         "dpo_loss", 1, None,
         {"chosen_logprobs": chosen_logprobs, "rejected_logprobs": rejected_logprobs,
          "ref_chosen_logprobs": ref_chosen_logprobs, "ref_rejected_logprobs": ref_rejected_logprobs},
     )  # fmt: skip
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
     if pairwise_op.backend(chosen_logprobs) == "reference":
         return reference.dpo_loss(
             chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,

@@ -60,7 +60,8 @@ _backward = Op(
 def _save(ctx, inputs, output):
     *tensors, with_grad, with_ref_grad = inputs
     ctx.with_grads = (with_grad, with_ref_grad)
-    ctx.save_for_backward(*tensors, *output)
+    kl, saved = output
+    ctx.save_for_backward(*tensors, kl.clone(), saved)  # a copy: users may change what they get, by a mask say
 
 
 def _grad(ctx, grad_kl, _):

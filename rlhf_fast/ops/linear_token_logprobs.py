@@ -19,13 +19,13 @@ from ._linear import (
     check,
     chunk_logits,
     chunk_statistics,
-    chunks_of,
     compact,
     empty_gradients,
     is_fused,
     logits_buffer,
     logits_dtype,
     logits_shape,
+    most_rows,
     wanted_gradients,
     way_of,
 )
@@ -37,7 +37,7 @@ def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, .
     """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) in some layout or empty."""
     rows, accum = labels.shape[0], accumulator(hidden)
     kept = logits_shape(rows, weight.shape[0], way)
-    if not keep or len(chunks_of(rows, weight, way, kept=True)) != 1:
+    if not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
         kept = (0, kept[1])
     outputs = (
         ((rows,), accum),
@@ -99,7 +99,9 @@ _backward = Op(
 def _save(ctx, inputs, output):
     hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:9]
     ctx.wanted = inputs[9:]
-    ctx.save_for_backward(hidden, weight, bias, labels, mask, *output[1:])
+    _, entropy, *kept = output
+    # A copy: users may change what they get, by a mask say.
+    ctx.save_for_backward(hidden, weight, bias, labels, mask, entropy.clone(), *kept)
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, *_):

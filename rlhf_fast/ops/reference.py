@@ -426,6 +426,8 @@ def dpo_loss(
     All (B,): sums of log-probs over the response tokens. The reference's are data and receive no gradient.
     label_smoothing is the probability that a preference is flipped (conservative DPO).
     """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
     chosen = beta * (as_accumulator(chosen_logprobs) - _data(ref_chosen_logprobs))
     rejected = beta * (as_accumulator(rejected_logprobs) - _data(ref_rejected_logprobs))
     return pairwise_loss(chosen, rejected, target_prob=1.0 - label_smoothing)

@@ -130,7 +130,9 @@ _backward = Op(
 
 def _save(ctx, inputs, output):
     logits, labels, mask, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
-    ctx.save_for_backward(logits, labels, mask, output[1], output[2])
+    _, entropy, saved = output
+    # A copy: users may change what they get, by a mask say.
+    ctx.save_for_backward(logits, labels, mask, None if entropy is None else entropy.clone(), saved)
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, _):

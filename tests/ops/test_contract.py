@@ -323,6 +323,26 @@ def test_the_backward_runs_twice(case, factor):
             assert a is b is None or torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
 
 
+@every_case
+def test_what_an_op_returns_may_be_changed_in_place(case):
+    if not case.wrt:
+        pytest.skip("not differentiable")
+
+    def changed(**arguments):
+        results = tensors_of(case.op(**arguments))
+        return {name: t.mul_(0.5) if t.requires_grad else t for name, t in results.items()}
+
+    def copied(**arguments):
+        results = tensors_of(case.op(**arguments))
+        return {name: t * 0.5 if t.requires_grad else t for name, t in results.items()}
+
+    for seed in range(4):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        got, expected = run(changed, case, inputs), run(copied, case, inputs)
+        for name, want in expected.items():
+            assert torch.equal(got[name].nan_to_num(nan=7.0), want.nan_to_num(nan=7.0)), name
+
+
 @pytest.mark.parametrize("plain", [True, False])
 @every_case
 def test_a_second_derivative_is_refused(case, plain):
@@ -364,6 +384,40 @@ def test_a_forward_mode_derivative_is_refused(case):
             of(torch.autograd.forward_ad.make_dual(x, direction))
     with rf.use_backend("reference"):
         assert torch.func.jvp(of, (x,), (direction,))[1].shape == ()
+
+
+@every_case
+def test_a_gradient_of_torch_func_is_refused(case):
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    inputs = cast(case.inputs(Sampler(random.Random(5))), torch.float32)
+    name = case.wrt[0]
+    if case.name == "kl_penalty":  # whose k1 is a subtraction of PyTorch's
+        inputs["estimator"] = "k3"
+
+    def of(x):
+        return sum(t.sum() for t in tensors_of(case.op(**inputs | {name: x})).values())
+
+    with pytest.raises(NotImplementedError, match=r"no derivative for torch.func .* use_backend\('reference'\)"):
+        torch.func.grad(of)(inputs[name])
+    with rf.use_backend("reference"):
+        assert torch.func.grad(of)(inputs[name]).shape == inputs[name].shape
+
+
+@every_case
+def test_batched_gradients_are_those_of_a_loop(case):
+    """By PyTorch's older vmap, whose tensors look plain and have no memory."""
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    inputs = cast(case.inputs(Sampler(random.Random(3))), torch.float64)
+    name = case.wrt[0]
+    x = inputs[name].detach().requires_grad_()
+    out = next(t for t in tensors_of(case.op(**inputs | {name: x})).values() if t.requires_grad)
+    basis = torch.eye(out.numel(), dtype=out.dtype).view(out.numel(), *out.shape)
+    (batched,) = torch.autograd.grad(out, x, basis, is_grads_batched=True, retain_graph=True)
+    for row, grad in zip(basis, batched, strict=True):
+        (alone,) = torch.autograd.grad(out, x, row, retain_graph=True)
+        torch.testing.assert_close(grad, alone, equal_nan=True)
 
 
 @every_case

@@ -98,6 +98,7 @@ ROWS = [
     ("pairwise_loss", {"weights": pair[:1]}, ValueError, "weights (1,) must have the shape of chosen (2,)"),
     ("pairwise_loss", {"margin": pair[:1]}, ValueError, "margin (1,) must have the shape of chosen (2,)"),
     ("pairwise_loss", {"target_prob": 1.2}, ValueError, "target_prob 1.2 must be a probability"),
+    ("dpo_loss", {"label_smoothing": 10}, ValueError, "label_smoothing 10 must be a probability"),
     ("pairwise_loss", {"target_prob": pair[:1]}, ValueError, "target_prob (1,) must have the shape of chosen (2,)"),
     ("pairwise_loss", {"rejected": pair.long()}, TypeError, f"rejected is torch.int64; {FLOATS}"),
     ("pairwise_loss", {"margin": pair_meta}, ValueError, "margin is on meta, chosen on cpu"),

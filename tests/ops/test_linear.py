@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rlhf_fast.ops import _linear, linear_cross_entropy, linear_ppo_loss, linear_token_logprobs, reference
 
@@ -569,3 +570,19 @@ print(peak)
 def test_an_older_torch_adds_up_the_gradient_of_the_weight_by_tiles(version, sums, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     assert _linear.sums_in_float32.__wrapped__() is sums
+
+
+def test_one_graph_serves_any_number_of_rows():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = torch.compile(
+        lambda h, w, y: linear_token_logprobs(h, w, y).sum(), fullgraph=True, backend=counter
+    )  # fmt: skip
+    weight = torch.randn(50, 16, requires_grad=True)
+    for rows in (5, 7, 9, 12, 20, 33):
+        hidden, labels = torch.randn(rows, 16, requires_grad=True), torch.randint(50, (rows,))
+        got = torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+        want = torch.autograd.grad(linear_token_logprobs(hidden, weight, labels).sum(), (hidden, weight))
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count <= 2  # of the first size, and of any
