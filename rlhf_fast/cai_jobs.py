@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .data.chat import ConfigError, encode_prompt
-from .data.formats import comparisons, read_dataset
+from .data.chat import ConfigError, as_messages, encode_prompt, is_conversation
+from .data.formats import comparisons, read_dataset, responses_of
 from .data.formats import prompts as read_prompts
 from .jobs import Checked, Stage, read_data, read_rows, run_trainer
 from .judges import (
@@ -336,7 +336,7 @@ def _tell(name: str, stage, *files: str) -> None:
 @dataclass
 class TrainJob(Checked):
     model: str  # the SFT model: answers, critiques and revises, and is then trained
-    train_data: str  # rows with a prompt
+    train_data: str  # rows with a prompt; text is what a user says, in every part
     eval_data: str | None = None  # prompts whose answers are checked before, between and after
     card: str | None = None  # directory of `cai audit` of this judge; a judge of rules needs none
     allow_weak_judge: bool = False  # label without a card, or at the floor
@@ -374,10 +374,10 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         "max_length": job.max_prompt_length,
         "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
     }
-    prompts, held_out = read_data(job, "ppo", root, resume, **limit)
+    prompts, held_out = map(_as_chats, read_data(job, "ppo", root, resume, **limit))
     prompts = prompts[: 2 * job.num_prompts]
     read_items(prompts)  # half of them are asked only in phase 2
-    people = {"human": read_rows(job.human_data)} if job.human_data else {}
+    people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
     _refuse_early(job, configs, tokenizer, prompts, held_out, people)
     options = {"seed": job.seed, "batch_size": 128}
 
@@ -441,16 +441,37 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     stages.add("ppo", str(root / "ppo"), kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"))
 
 
+def _as_chats(rows: list[dict] | None) -> list[dict] | None:
+    """Prompts of text as user messages, as `revise` and `label` take them: every part of the run reads one form. A
+    reply of text is then scored as the assistant's turn."""
+    return rows and [
+        {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
+        for row in rows
+    ]
+
+
 def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:
     """Raises ConfigError for what the last parts would refuse, before hours of the first."""
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"cai: the tokenizer of {job.model!r} has no chat template, and whatever the constitution's layout, "
+            "what is learned are chats: set tokenizer.chat_template and save it beside the model"
+        )
     if configs["sft"].lora_r and configs["ppo"].lora_r:
         raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
     mix_comparisons({"ai": [{}], **people}, job.source_weights)
     for rows in people.values():
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
         comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+        for i, row in enumerate(rows):
+            prompt, replies = responses_of(row, "human_data", i)
+            if prompt is None and not all(map(is_conversation, replies)):
+                raise ConfigError(
+                    f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
+                    "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
+                )
     configs["ppo"].iterations(len(prompts))
     limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
     for rows, name in ((prompts, "train_data"), (held_out, "eval_data")):

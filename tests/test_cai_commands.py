@@ -9,8 +9,10 @@ from fake_server import serving
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
+from rlhf_fast import cai_jobs
 from rlhf_fast.cai_jobs import TrainJob, _StageTable
 from rlhf_fast.cli import main
+from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit
 from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
@@ -278,3 +280,72 @@ def test_checks_of_held_out_answers_are_paid_for_once_and_within_the_budget(hous
         for _ in range(2):
             assert stage_table(house, tmp_path, judge)["stages"][0]["pass_rate"] == 1.0
         assert sum(fake.asked.values()) == 2 + 4
+
+
+# -- from end to end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def all_of_it(house):
+    """The keys of a run of `cai train` on prompts and comparisons of text that takes seconds."""
+    return {
+        "model": house / "model", "constitution": house / "house.yaml", "train_data": house / "prompts.jsonl",
+        "num_prompts": 5, "eval_data": house / "prompts.jsonl", "max_new_tokens": 8, "drop": "[]",
+        "human_data": house / "people.jsonl", "sft": "{max_steps: 1}", "reward": "{max_steps: 1}",
+        "ppo": "{batch_size: 4, minibatch_size: 4, response_length: 8, total_episodes: 4}",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(house, all_of_it):
+    """The finished run in train/, and what its parts read: name -> texts."""
+    seen = {}
+
+    def watched(name, texts):
+        old = getattr(cai_jobs, name)
+
+        def new(*args, **options):
+            made = old(*args, **options)
+            seen[name] = texts(made, *args)
+            return made
+
+        patch.setattr(cai_jobs, name, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        watched("SFTTrainer", lambda t, *_: [t.tokenizer.decode(e.input_ids) for e in t.examples])
+        watched("RewardTrainer", lambda t, *_: [t.tokenizer.decode(i.responses[0]) for i in t.items + t.eval_items])
+        watched("PPOTrainer", lambda t, *_: [
+            t.tokenizer.decode(x) for p in t.prompts for x in (p.tokens, t.reward.encode(p.prompt, "yes"))
+        ])  # fmt: skip
+        watched("generate_text", lambda made, _, tokenizer, prompts: [
+            tokenizer.decode(encode_prompt(tokenizer, p)) for p in prompts
+        ])  # fmt: skip
+        assert cai("train", **all_of_it, output_dir=house / "train") == 0
+    return house / "train", seen
+
+
+def test_every_part_reads_prompts_of_text_as_chats(trained):
+    _, seen = trained
+    assert set(seen) == {"SFTTrainer", "RewardTrainer", "PPOTrainer", "generate_text"}
+    for name, texts in seen.items():
+        assert texts and all(t.startswith("<|user|>say ") and "<|assistant|>" in t for t in texts), name
+
+
+def test_comparisons_of_text_without_a_prompt_are_no_chats(house, all_of_it, tmp_path, capsys):
+    write(tmp_path / "people.jsonl", [{"chosen": "say 1 1", "rejected": "say 1 2"}] * 4)
+    keys = {**all_of_it, "human_data": tmp_path / "people.jsonl", "output_dir": tmp_path / "run"}
+    assert cai("train", **keys) == 2
+    assert "human_data record 0 has no prompt and its replies are text" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "revise").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_before_phase_1(house, all_of_it, tmp_path, capsys):
+    """Also where the constitution asks in transcripts: SFT and the reward model read chats."""
+    tokenizer = tiny_tokenizer(chat_template=None)
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "c.yaml").write_text(HOUSE.replace("critique: chat", "critique: anthropic"))
+    keys = {**all_of_it, "model": tmp_path / "model", "constitution": tmp_path / "c.yaml"}
+    del keys["human_data"]
+    assert cai("train", **keys, output_dir=tmp_path / "run") == 2
+    assert "has no chat template" in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
