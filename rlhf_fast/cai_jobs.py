@@ -11,11 +11,13 @@
 Each writes one directory and goes on there when it is called again (judges/stages.py); train does with --resume.
 """
 
+import dataclasses
 import difflib
 import inspect
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +61,7 @@ from .trainers.constitutional import (
 )
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
-from .trainers.run import has_ended
+from .trainers.run import changed_settings, has_ended
 from .trainers.sft import SFTConfig, SFTTrainer
 
 # -- who judges, who writes --------------------------------------------------------------------------------------------
@@ -362,7 +364,13 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
     if job.schedule:
         _known_schedule(job.schedule)
-    root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
+    root = Path(job.output_dir)
+    if not resume and (root / "summary.json").exists():  # before a file of it is written over
+        raise ConfigError(
+            f"output_dir {job.output_dir!r} already holds a run: continue it with --resume, choose another output_dir, "
+            "or delete it"
+        )
+    tokenizer = load_tokenizer(job.model)
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           allow_weak_judge=job.allow_weak_judge)  # fmt: skip
@@ -388,7 +396,14 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
         checkpoint; what a killed process left without one is begun again."""
         directory = root / name
-        if not (resume and has_ended(directory)):
+        if resume and has_ended(directory):
+            if changed := changed_settings(directory, dataclasses.asdict(configs[name])):
+                warnings.warn(
+                    f"{directory} has ended and stays as it is: it was trained with other {', '.join(changed)} than "
+                    "are given now. To train it so, delete it and the parts that came after it, and resume",
+                    stacklevel=2,
+                )
+        else:
             goes_on = resume and latest_checkpoint(directory) is not None
             if resume and not goes_on:
                 (directory / "train_log.jsonl").unlink(missing_ok=True)

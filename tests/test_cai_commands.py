@@ -331,6 +331,26 @@ def test_every_part_reads_prompts_of_text_as_chats(trained):
         assert texts and all(t.startswith("<|user|>say ") and "<|assistant|>" in t for t in texts), name
 
 
+def test_a_run_is_not_written_over(house, all_of_it, trained, capsys):
+    run, _ = trained
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert cai("train", **all_of_it, output_dir=run, seed=1) == 2
+    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_part_that_has_ended_says_that_other_settings_change_nothing(all_of_it, trained):
+    run, _ = trained
+    before = (run / "reward" / "run_config.json").read_bytes()
+    argv = [part for name, value in all_of_it.items() for part in (f"--{name}", str(value))]
+    argv += ["--output_dir", str(run), "--resume"]
+    with pytest.warns(UserWarning) as warned:
+        assert main(["cai", "train", *argv, "--reward", "{max_steps: 1, learning_rate: 0.5}"]) == 0
+    (told,) = [str(w.message) for w in warned if "has ended" in str(w.message)]
+    assert f"{run}/reward has ended" in told and "other learning_rate than" in told
+    assert (run / "reward" / "run_config.json").read_bytes() == before
+
+
 def test_comparisons_of_text_without_a_prompt_are_no_chats(house, all_of_it, tmp_path, capsys):
     write(tmp_path / "people.jsonl", [{"chosen": "say 1 1", "rejected": "say 1 2"}] * 4)
     keys = {**all_of_it, "human_data": tmp_path / "people.jsonl", "output_dir": tmp_path / "run"}

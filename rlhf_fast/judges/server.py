@@ -228,7 +228,7 @@ class Server:
             return tries.begin(i)
 
 
-_KEPT = "every answer is in the ledger, and the same command goes on from there"
+_KEPT = "every answer is in the ledger, and the same command (cai train: with --resume) goes on from there"
 
 
 def _json(text: str) -> dict:
