@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .data.chat import ConfigError, as_messages, encode_prompt, is_conversation
-from .data.formats import comparisons, read_dataset, responses_of
+from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
+from .data.formats import Prompt, comparisons, read_dataset, responses_of
 from .data.formats import prompts as read_prompts
 from .jobs import Checked, Stage, read_data, read_rows, run_trainer
 from .judges import (
@@ -43,11 +43,11 @@ from .judges.ledger import Ledger
 from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
-from .models import load_policy, load_reward_model, load_tokenizer, with_own_pad
+from .models import check_lengths, load_policy, load_reward_model, load_tokenizer, with_own_pad
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.checkpoints import latest_checkpoint
-from .trainers.common import config_from_dict
+from .trainers.common import check_bf16, config_from_dict
 from .trainers.constitutional import (
     DROP,
     SCHEDULES,
@@ -476,6 +476,15 @@ def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_o
         )
     if configs["sft"].lora_r and configs["ppo"].lora_r:
         raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
+    if configs["sft"].load_best_model_at_end:
+        raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
+    if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
+        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
+    if "overoptimization" in configs["ppo"].stop_on:
+        raise ConfigError(
+            "cai: ppo's stop_on: overoptimization looks at eval_rewards, which only `rlhf-fast ppo` takes: leave it "
+            "out, or run that on the reward model of this run"
+        )
     mix_comparisons({"ai": [{}], **people}, job.source_weights)
     for rows in people.values():
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
@@ -487,11 +496,42 @@ def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_o
                     f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
                     "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
                 )
+            if len(replies) > 2:
+                raise ConfigError(
+                    f"cai: human_data record {i} ranks {len(replies)} responses, and the judge's comparisons are "
+                    "pairs: give rows of chosen and rejected"
+                )
     configs["ppo"].iterations(len(prompts))
     limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
-    for rows, name in ((prompts, "train_data"), (held_out, "eval_data")):
-        if rows:
-            read_prompts(rows, tokenizer, **limit, name=name)
+    of_ppo = [
+        prompt
+        for rows, name in ((prompts, "train_data"), (held_out, "eval_data"))
+        if rows
+        for prompt in read_prompts(rows, tokenizer, **limit, name=name)[0]
+    ]
+    _check_room(job, configs, tokenizer, prompts, of_ppo)
+
+
+def _check_room(job: TrainJob, configs: dict, tokenizer, prompts: list[dict], of_ppo: list[Prompt]) -> None:
+    """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
+    policy = load_policy(job.model)
+
+    def longest(texts) -> int:
+        return max(len(encode_to_score(tokenizer, text, "")) for text in texts)
+
+    for name in ("sft", "reward"):
+        config, length = configs[name], longest(row["prompt"] for row in prompts) + job.max_new_tokens
+        if config.on_overlong == "error" and length > config.max_length:
+            raise ConfigError(
+                f"cai: the longest prompt and max_new_tokens = {job.max_new_tokens} are {length} tokens, and {name}'s "
+                f"max_length is {config.max_length}: raise it, or set {name}'s on_overlong"
+            )
+        advice = f"lower max_new_tokens, or {name}'s max_length with on_overlong: skip"
+        check_lengths(policy, tokenizer, min(length, config.max_length), advice)
+    length = longest(prompt.prompt for prompt in of_ppo) + configs["ppo"].response_length
+    check_lengths(policy, tokenizer, length, "lower ppo's response_length or max_prompt_length")
+    for config in configs.values():
+        check_bf16(config, policy.device)
 
 
 class _StageTable:

@@ -351,12 +351,18 @@ def test_a_part_that_has_ended_says_that_other_settings_change_nothing(all_of_it
     assert (run / "reward" / "run_config.json").read_bytes() == before
 
 
-def test_comparisons_of_text_without_a_prompt_are_no_chats(house, all_of_it, tmp_path, capsys):
-    write(tmp_path / "people.jsonl", [{"chosen": "say 1 1", "rejected": "say 1 2"}] * 4)
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "say 1 1", "rejected": "say 1 2"}, "has no prompt and its replies are text"),
+        ({"prompt": "say 1", "responses": ["1", "2", "3"]}, "ranks 3 responses"),
+    ],
+)
+def test_comparisons_that_do_not_mix_with_the_judges_are_refused(house, all_of_it, tmp_path, capsys, row, message):
+    write(tmp_path / "people.jsonl", [row] * 4)
     keys = {**all_of_it, "human_data": tmp_path / "people.jsonl", "output_dir": tmp_path / "run"}
     assert cai("train", **keys) == 2
-    assert "human_data record 0 has no prompt and its replies are text" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "revise").exists()
+    assert f"human_data record 0 {message}" in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_before_phase_1(house, all_of_it, tmp_path, capsys):

@@ -272,8 +272,18 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--ppo", "{max_prompt_length: 4}"), "train_data: 24 longer than max_prompt_length=4"),
     (("--sft", "{lora_r: 2}", "--ppo", "{lora_r: 2}"), "set lora_r for one of the two"),
     (("--eval_share", "1.0"), "eval_share = 1.0 must be 0 or more and below 1"),
+    (("--sft", "{load_best_model_at_end: true, eval_steps: 1}"), "has no held-out demonstrations"),
+    (("--reward", "{load_best_model_at_end: true}"), "reward's load_best_model_at_end needs eval_steps"),
+    (("--ppo", "{stop_on: [overoptimization], eval_steps: 1}"), "stop_on: overoptimization looks at eval_rewards"),
+    (("--sft", "{max_length: 24}"), "tokens, and sft's max_length is 24: raise it, or set sft's on_overlong"),
+    (("--max_new_tokens", "200"), "positions: lower max_new_tokens, or sft's max_length"),
+    (("--ppo", "{response_length: 200}"), "positions: lower ppo's response_length"),
+    (("--ppo", "{bf16: true}"), "bf16: "),
 ])  # fmt: skip
-def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(sft, tmp_path, capsys, flags, message):
+def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(
+    sft, tmp_path, capsys, monkeypatch, flags, message
+):  # fmt: skip
+    monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: False)
     assert stage(sft, "cai", "--output_dir", str(tmp_path / "run"), *flags) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
 
