@@ -425,6 +425,47 @@ def test_a_429_slows_everyone_down(tmp_path):
         assert 0 < len(refused) < 96  # of 96 calls; eight at once, unslowed, would be refused far more often
 
 
+class Clock(threading.Condition):
+    """The gate of a server, and the time, which passes where it is waited for; of one call at a time."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now = 0.0
+        self.monotonic = self.time = lambda: self.now
+        monkeypatch.setattr("rlhf_fast.judges.server.time", self)
+
+    def wait(self, timeout):
+        self.now += timeout
+        super().wait(0.001)
+
+
+def test_a_limit_per_minute_that_says_nothing_of_when_is_waited_for(tmp_path, monkeypatch):
+    """12 calls a minute; 96 take eight minutes of the clock, and 2 tries a question would be gone in one second."""
+    clock, calls = Clock(monkeypatch), Counter()
+
+    def script(text, before):
+        with fake.lock:
+            calls[clock.now // 60] += 1
+            return "429 bare" if calls[clock.now // 60] > 12 else None
+
+    with serving(script) as fake:
+        judge = judge_at(fake, server={"max_tries": 2, "timeout": 10, "backoff": 0.5, "concurrency": 1})
+        judge.backend.server._gate = clock
+        stage = label(pairs(24), HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
+        assert stage.counts["ok"] == 24 and 7 * 60 <= clock.now < 12 * 60
+        assert sum(fake.asked.values()) < 96 + 12 * 20  # some ten refusals a minute, not one every half second
+
+
+def test_nothing_but_429_for_ten_minutes_stops_the_run(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with serving(lambda text, before: "429 bare") as fake:
+        judge = judge_at(fake, server={"max_tries": 2, "timeout": 10, "concurrency": 1})
+        judge.backend.server._gate = clock
+        with pytest.raises(ValueError, match=r"for 1\d minutes \(HTTP 429.*set requests_per_minute.*in the ledger"):
+            label(pairs(8), HOUSE, judge, output_dir=tmp_path)
+        assert 600 < clock.now < 700 and sum(fake.asked.values()) < 60
+
+
 def test_no_more_calls_a_minute_than_asked_for():
     with serving() as fake:
         judge = judge_at(fake, server={"requests_per_minute": 1200})
