@@ -52,6 +52,7 @@ from .trainers.constitutional import (
     DROP,
     SCHEDULES,
     TextGenerator,
+    check_drop,
     derive,
     label,
     mix_comparisons,
@@ -151,6 +152,7 @@ class ReviseJob(Checked):
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
     _known_schedule(job.schedule)
+    check_drop(job.drop)
     constitution, judge = who.load(job.seed)
     _revise(job.schedule, _prompts(job), writer.load(), constitution, judge, writer.max_new_tokens, job.max_steps,
             output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
@@ -364,6 +366,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
     if job.schedule:
         _known_schedule(job.schedule)
+    check_drop(job.drop)
     root = Path(job.output_dir)
     if not resume and (root / "summary.json").exists():  # before a file of it is written over
         raise ConfigError(

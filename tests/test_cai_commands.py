@@ -81,6 +81,8 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
     assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
     assert "needs check-all or paper" in capsys.readouterr().err
+    assert cai("revise", **{**common, "model": "unread"}, drop="[empt]", output_dir=tmp_path / "x") == 2
+    assert "drop = ['empt'] must be a list of flags" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0

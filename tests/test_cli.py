@@ -279,6 +279,7 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--max_new_tokens", "200"), "positions: lower max_new_tokens, or sft's max_length"),
     (("--ppo", "{response_length: 200}"), "positions: lower ppo's response_length"),
     (("--ppo", "{bf16: true}"), "bf16: "),
+    (("--drop", "[truncatd]"), "drop = ['truncatd'] must be a list of flags: truncated"),
 ])  # fmt: skip
 def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(
     sft, tmp_path, capsys, monkeypatch, flags, message
