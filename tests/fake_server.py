@@ -20,7 +20,7 @@ class FakeServer(ThreadingHTTPServer):
     """P(first) = sigmoid((worth of the first - worth of the second) * sharpness + bias), for each question.
 
     script: (text of the prompt, how often it was asked before) -> a fault, or None
-    modes: what it supports, of "echo", "top_k", "chat"; what it does not, it ignores without a word
+    modes: what it supports, of "echo", "top_k", "chat"; what it does not, it ignores without a word, or has `otherwise`
     """
 
     daemon_threads = True
@@ -30,6 +30,7 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.bias, self.sharpness, self.modes, self.mass = script, bias, sharpness, modes, mass
         self.asked, self.answered, self.lock, self.on_request = Counter(), Counter(), threading.Lock(), on_request
         self.largest, self.running, self.headers_seen = 0, 0, []
+        self.otherwise = None  # status with which it refuses what it does not support
         self.usage = True  # whether replies say how many tokens they took
 
     @property
@@ -70,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if server.on_request:
                 server.on_request(total)
+            if self.server.otherwise and self.mode(body) not in self.server.modes:
+                return self.reply(self.server.otherwise, {"error": {"message": f"no {self.mode(body)}"}})
             if "alphabet" in text:  # the probe
                 return self.reply(200, self.answer(body, text, 2.0))
             fault = server.script(text, before) if server.script else None
@@ -82,6 +85,9 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with server.lock:
                 server.running -= 1
+
+    def mode(self, body):
+        return "chat" if "messages" in body else "echo" if body.get("echo") else "top_k"
 
     def fail(self, fault, body, text):
         answers = {

@@ -79,7 +79,7 @@ class HTTPBackend:
                 return name, {**found, name: "yes"}
             if code is None:
                 raise ConfigError(f"{self.server.base_url} cannot be reached: {answer.reason}")
-            if code in (401, 429) or code >= 500:
+            if code in (401, 429) or code > 501:  # 500 and 501: llama.cpp answers so to a mode that it does not have
                 raise ConfigError(f"{self.server.base_url}: {answer.reason}")
             found[name] = answer.reason
         if mode == "votes":

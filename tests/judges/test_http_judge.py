@@ -97,6 +97,21 @@ def test_a_server_without_log_probabilities_is_refused_and_not_made_do_with():
         assert sum(fake.answered.values()) == 16 and len(vote.keys[0].split("+")) == 8
 
 
+def test_a_500_to_one_mode_leaves_the_others():
+    """llama.cpp's server refuses echo so; a 503 is of the server, and says nothing of the mode."""
+    asking = Constitution("c", (KIND,), compare_layout="anthropic")
+    with serving(modes=("top_k",)) as fake:
+        fake.otherwise = 500
+        backend = judge_at(fake, asking).backend
+        assert backend.mode == "top_k" and backend.found["echo"].startswith("HTTP 500")
+        fake.modes = ()
+        with pytest.raises(ValueError, match=r"no log-probabilities .*echo: HTTP 500.*top_k: HTTP 500.*chat: HTTP 500"):
+            judge_at(fake, asking)
+        fake.modes, fake.otherwise = ("top_k",), 503
+        with pytest.raises(ValueError, match="HTTP 503"):
+            judge_at(fake, asking)
+
+
 def test_nobody_there_is_said_before_the_run(tmp_path):
     with serving() as fake:
         url = fake.url
