@@ -30,6 +30,7 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.bias, self.sharpness, self.modes, self.mass = script, bias, sharpness, modes, mass
         self.asked, self.answered, self.lock, self.on_request = Counter(), Counter(), threading.Lock(), on_request
         self.largest, self.running, self.headers_seen = 0, 0, []
+        self.bodies = []  # of the requests, as they came
         self.otherwise = None  # status with which it refuses what it does not support
         self.usage = True  # whether replies say how many tokens they took
 
@@ -58,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
         if not self.path.endswith("/completions"):
             return self.reply(404, {"error": {"message": "no such path"}})
+        server.bodies.append(body)
         prompt = body.get("prompt")
         text = "\n\n".join(m["content"] for m in body["messages"]) if "messages" in body else prompt
         text = text[0] if isinstance(text, list) else text

@@ -83,7 +83,10 @@ class HTTPBackend:
                 raise ConfigError(f"{self.server.base_url}: {answer.reason}")
             found[name] = answer.reason
         if mode == "votes":
-            raise ConfigError(f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}")
+            raise ConfigError(
+                f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}. The server's "
+                "extra_body adds fields to every request, or takes them out"
+            )
         told = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         raise ConfigError(
             f"{self.server.base_url} gives no log-probabilities for {self.server.model!r} ({told}). With mode: votes "

@@ -51,6 +51,10 @@ class Server:
     earlier runs included; prices are in the unit of max_cost for 1,000,000 tokens. A call whose cost is known only
     afterwards may pass the last two by what is on its way. They need a server that says how many tokens it used: one
     that answers without is refused at its first answer.
+
+    extra_body goes into every request, over the fields that are there; null takes one out. Models that reason take
+    {max_tokens: null, max_completion_tokens: 512} at OpenAI, and Qwen3 behind vLLM answers without reasoning under
+    {chat_template_kwargs: {enable_thinking: false}}.
     """
 
     base_url: str
@@ -66,6 +70,7 @@ class Server:
     max_cost: float | None = None
     price_prompt: float = 0.0
     price_completion: float = 0.0
+    extra_body: dict = field(default_factory=dict)
     _client: object = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -76,6 +81,8 @@ class Server:
             )
         if self.max_cost is not None and not (self.price_prompt or self.price_completion):
             raise ConfigError("server: max_cost needs price_prompt and price_completion, for 1,000,000 tokens each")
+        if not isinstance(self.extra_body, dict):
+            raise ConfigError(f"server: extra_body must map the names of fields to values, got {self.extra_body!r}")
         try:
             import openai
         except ImportError:
@@ -88,7 +95,8 @@ class Server:
         self._limited_since: float | None = None  # the first 429 since an answer
 
     def describe(self) -> dict:
-        return {"backend": "http", "base_url": self.base_url, "model": self.model}
+        more = {"extra_body": self.extra_body} if self.extra_body else {}
+        return {"backend": "http", "base_url": self.base_url, "model": self.model, **more}
 
     def ask_once(self, request: dict, send, read) -> Call:
         """One call without a second try. What it came to is in the call, never raised."""
@@ -100,9 +108,7 @@ class Server:
     def _send(self, path: str, body: dict):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
         options = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what the client's with_raw_response sets
-        return self._client.post(
-            path, body={"model": self.model, **body}, cast_to=object, options=options
-        ).http_response
+        return self._client.post(path, body=body, cast_to=object, options=options).http_response
 
     def call_all(
         self, requests: Sequence[dict], tries: Tries, send: Callable[[dict], tuple[str, dict]],
@@ -142,6 +148,8 @@ class Server:
     def _try(self, path: str, body: dict, request: dict, read) -> tuple[Answer, bool, float, dict]:
         """(answer, whether to try again, seconds that the server asked to wait, what else the ledger keeps)."""
         about: dict = {}
+        body = {"model": self.model, **body, **self.extra_body}
+        body = {name: value for name, value in body.items() if value is not None}
         try:
             response = self._send(path, body)
             about = {"raw": response.text, "http_status": response.status_code}

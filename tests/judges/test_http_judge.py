@@ -112,6 +112,21 @@ def test_a_500_to_one_mode_leaves_the_others():
             judge_at(fake, asking)
 
 
+def test_what_is_added_to_a_request_is_in_all_of_them_and_in_the_description(tmp_path):
+    extra = {"max_tokens": None, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
+    with serving() as fake:
+        judge = judge_at(fake, server={"extra_body": extra}, cot_tokens=20)
+        judge.compare([Pair(ASK, "1.0", "0.0", [KIND])])
+        sample_pairs(pairs(1), HTTPGenerator(server_at(fake, extra_body=extra), 8), HOUSE_CHAT, output_dir=tmp_path)
+        assert len(fake.bodies) == 1 + 2 + 2 + 2  # the probe, rationales, scores, replies
+        for body in fake.bodies:
+            assert body["max_completion_tokens"] == 9 and "max_tokens" not in body and body["model"] == "fake"
+            assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert judge.describe()["extra_body"] == extra and "extra_body" not in server_at(fake).describe()
+    with pytest.raises(ValueError, match="extra_body must map the names of fields to values, got 'max_tokens'"):
+        server_at(fake, extra_body="max_tokens")
+
+
 def test_nobody_there_is_said_before_the_run(tmp_path):
     with serving() as fake:
         url = fake.url
