@@ -11,9 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import read_rows, resolve_reward, rows_for
+from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for
 from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,31 @@ def test_a_shared_key_that_the_stage_does_not_have_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"{path}: ppo has no max_steps: left to the stages that do\n"
     read_sections(path, KEYS, "sft")
     assert capsys.readouterr().err == ""
+
+
+def test_a_section_of_another_command_is_not_taken_for_a_key_of_cai_in_silence(tmp_path, capsys):
+    keys = {"sft": ["max_steps"], "ppo": ["kl_coef"], "cai": ["model", "sft", "ppo"]}
+
+    def told(text):
+        path = write_yaml(tmp_path / "c.yaml", text)
+        values = read_sections(path, keys, "cai")["cai"]
+        return values, capsys.readouterr().err.removeprefix(f"{path}: ")
+
+    top = "model: m\nsft: {max_steps: 9}\nppo: {kl_coef: 0.3}\n"
+    for text, names in ((top, "sft, ppo"), (top + "cai: {model: n}\n", "sft, ppo"), (top + "cai: {sft: {}}\n", "ppo")):
+        values, line = told(text)
+        assert "ppo" not in values and line.startswith(f"{names} at the top are sections of other commands")
+        assert line.endswith("write them inside cai:\n") and line.count("\n") == 1
+    own = "cai: {sft: {max_steps: 1}, ppo: {kl_coef: 0.1}}\n"
+    assert told(top + own) == ({"model": "m", "sft": {"max_steps": 1}, "ppo": {"kl_coef": 0.1}}, "")
+    read_sections(write_yaml(tmp_path / "c.yaml", top), keys, "sft")
+    assert "inside cai" not in capsys.readouterr().err
+
+
+def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
+    stages = STAGES | CAI
+    read_sections(str(ROOT / "examples" / "hh_rlhf.yaml"), {name: list(s.keys()) for name, s in stages.items()}, "cai")
+    assert "inside cai" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
