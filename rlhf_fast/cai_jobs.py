@@ -11,17 +11,19 @@
 Each writes one directory and goes on there when it is called again (judges/stages.py); train does with --resume.
 """
 
+import dataclasses
 import difflib
 import inspect
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .data.chat import ConfigError, encode_prompt
-from .data.formats import comparisons, read_dataset
+from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
+from .data.formats import Prompt, comparisons, read_dataset, responses_of
 from .data.formats import prompts as read_prompts
 from .jobs import Checked, Stage, read_data, read_rows, run_trainer
 from .judges import (
@@ -41,15 +43,16 @@ from .judges.ledger import Ledger
 from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
-from .models import load_policy, load_reward_model, load_tokenizer, with_own_pad
+from .models import check_lengths, load_policy, load_reward_model, load_tokenizer, with_own_pad
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.checkpoints import latest_checkpoint
-from .trainers.common import config_from_dict
+from .trainers.common import check_bf16, config_from_dict
 from .trainers.constitutional import (
     DROP,
     SCHEDULES,
     TextGenerator,
+    check_drop,
     derive,
     label,
     mix_comparisons,
@@ -59,7 +62,7 @@ from .trainers.constitutional import (
 )
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
-from .trainers.run import has_ended
+from .trainers.run import changed_settings, has_ended
 from .trainers.sft import SFTConfig, SFTTrainer
 
 # -- who judges, who writes --------------------------------------------------------------------------------------------
@@ -149,6 +152,7 @@ class ReviseJob(Checked):
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
     _known_schedule(job.schedule)
+    check_drop(job.drop)
     constitution, judge = who.load(job.seed)
     _revise(job.schedule, _prompts(job), writer.load(), constitution, judge, writer.max_new_tokens, job.max_steps,
             output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
@@ -336,7 +340,7 @@ def _tell(name: str, stage, *files: str) -> None:
 @dataclass
 class TrainJob(Checked):
     model: str  # the SFT model: answers, critiques and revises, and is then trained
-    train_data: str  # rows with a prompt
+    train_data: str  # rows with a prompt; text is what a user says, in every part
     eval_data: str | None = None  # prompts whose answers are checked before, between and after
     card: str | None = None  # directory of `cai audit` of this judge; a judge of rules needs none
     allow_weak_judge: bool = False  # label without a card, or at the floor
@@ -362,7 +366,14 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
     if job.schedule:
         _known_schedule(job.schedule)
-    root, tokenizer = Path(job.output_dir), load_tokenizer(job.model)
+    check_drop(job.drop)
+    root = Path(job.output_dir)
+    if not resume and (root / "summary.json").exists():  # before a file of it is written over
+        raise ConfigError(
+            f"output_dir {job.output_dir!r} already holds a run: continue it with --resume, choose another output_dir, "
+            "or delete it"
+        )
+    tokenizer = load_tokenizer(job.model)
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           allow_weak_judge=job.allow_weak_judge)  # fmt: skip
@@ -374,10 +385,10 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         "max_length": job.max_prompt_length,
         "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
     }
-    prompts, held_out = read_data(job, "ppo", root, resume, **limit)
+    prompts, held_out = map(_as_chats, read_data(job, "ppo", root, resume, **limit))
     prompts = prompts[: 2 * job.num_prompts]
     read_items(prompts)  # half of them are asked only in phase 2
-    people = {"human": read_rows(job.human_data)} if job.human_data else {}
+    people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
     _refuse_early(job, configs, tokenizer, prompts, held_out, people)
     options = {"seed": job.seed, "batch_size": 128}
 
@@ -388,7 +399,14 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
         checkpoint; what a killed process left without one is begun again."""
         directory = root / name
-        if not (resume and has_ended(directory)):
+        if resume and has_ended(directory):
+            if changed := changed_settings(directory, dataclasses.asdict(configs[name])):
+                warnings.warn(
+                    f"{directory} has ended and stays as it is: it was trained with other {', '.join(changed)} than "
+                    "are given now. To train it so, delete it and the parts that came after it, and resume",
+                    stacklevel=2,
+                )
+        else:
             goes_on = resume and latest_checkpoint(directory) is not None
             if resume and not goes_on:
                 (directory / "train_log.jsonl").unlink(missing_ok=True)
@@ -441,21 +459,82 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     stages.add("ppo", str(root / "ppo"), kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"))
 
 
+def _as_chats(rows: list[dict] | None) -> list[dict] | None:
+    """Prompts of text as user messages, as `revise` and `label` take them: every part of the run reads one form. A
+    reply of text is then scored as the assistant's turn."""
+    return rows and [
+        {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
+        for row in rows
+    ]
+
+
 def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:
     """Raises ConfigError for what the last parts would refuse, before hours of the first."""
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"cai: the tokenizer of {job.model!r} has no chat template, and whatever the constitution's layout, "
+            "what is learned are chats: set tokenizer.chat_template and save it beside the model"
+        )
     if configs["sft"].lora_r and configs["ppo"].lora_r:
         raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
+    if configs["sft"].load_best_model_at_end:
+        raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
+    if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
+        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
+    if "overoptimization" in configs["ppo"].stop_on:
+        raise ConfigError(
+            "cai: ppo's stop_on: overoptimization looks at eval_rewards, which only `rlhf-fast ppo` takes: leave it "
+            "out, or run that on the reward model of this run"
+        )
     mix_comparisons({"ai": [{}], **people}, job.source_weights)
     for rows in people.values():
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
         comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+        for i, row in enumerate(rows):
+            prompt, replies = responses_of(row, "human_data", i)
+            if prompt is None and not all(map(is_conversation, replies)):
+                raise ConfigError(
+                    f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
+                    "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
+                )
+            if len(replies) > 2:
+                raise ConfigError(
+                    f"cai: human_data record {i} ranks {len(replies)} responses, and the judge's comparisons are "
+                    "pairs: give rows of chosen and rejected"
+                )
     configs["ppo"].iterations(len(prompts))
     limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
-    for rows, name in ((prompts, "train_data"), (held_out, "eval_data")):
-        if rows:
-            read_prompts(rows, tokenizer, **limit, name=name)
+    of_ppo = [
+        prompt
+        for rows, name in ((prompts, "train_data"), (held_out, "eval_data"))
+        if rows
+        for prompt in read_prompts(rows, tokenizer, **limit, name=name)[0]
+    ]
+    _check_room(job, configs, tokenizer, prompts, of_ppo)
+
+
+def _check_room(job: TrainJob, configs: dict, tokenizer, prompts: list[dict], of_ppo: list[Prompt]) -> None:
+    """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
+    policy = load_policy(job.model)
+
+    def longest(texts) -> int:
+        return max(len(encode_to_score(tokenizer, text, "")) for text in texts)
+
+    for name in ("sft", "reward"):
+        config, length = configs[name], longest(row["prompt"] for row in prompts) + job.max_new_tokens
+        if config.on_overlong == "error" and length > config.max_length:
+            raise ConfigError(
+                f"cai: the longest prompt and max_new_tokens = {job.max_new_tokens} are {length} tokens, and {name}'s "
+                f"max_length is {config.max_length}: raise it, or set {name}'s on_overlong"
+            )
+        advice = f"lower max_new_tokens, or {name}'s max_length with on_overlong: skip"
+        check_lengths(policy, tokenizer, min(length, config.max_length), advice)
+    length = longest(prompt.prompt for prompt in of_ppo) + configs["ppo"].response_length
+    check_lengths(policy, tokenizer, length, "lower ppo's response_length or max_prompt_length")
+    for config in configs.values():
+        check_bf16(config, policy.device)
 
 
 class _StageTable:

@@ -147,8 +147,9 @@ def _train(stage: str, argv: list[str], shown: str | None = None) -> int:
 def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
     """The values of every stage in a YAML file: the shared keys that it has, and over them those of its section.
 
-    `keys` names what each stage has. Shared keys that `stage` does not have are named on standard error. Raises
-    ConfigError for a file that cannot be read or is no mapping, and for a key that nothing has.
+    `keys` names what each stage has. Shared keys that `stage` does not have are named on standard error, and for cai
+    the sections of other stages that have the names of keys which it is not given. Raises ConfigError for a file that
+    cannot be read or is no mapping, and for a key that nothing has.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -173,6 +174,14 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
         for key in section:
             if key not in keys[name]:
                 raise ConfigError(f"{path}: section {name}: {_unknown('key', key, keys[name])}")
+    if stage == "cai":  # whose keys sft, reward and ppo take mappings too
+        others = [name for name in keys["cai"] if sections.get(name) and name not in sections["cai"]]
+        if others:
+            print(
+                f"{path}: {', '.join(others)} at the top are sections of other commands, and set nothing here; cai has "
+                "keys of these names too: write them inside cai:",
+                file=sys.stderr,
+            )
     return {
         name: {key: value for key, value in content.items() if key in keys[name]} | section
         for name, section in sections.items()

@@ -20,7 +20,7 @@ class FakeServer(ThreadingHTTPServer):
     """P(first) = sigmoid((worth of the first - worth of the second) * sharpness + bias), for each question.
 
     script: (text of the prompt, how often it was asked before) -> a fault, or None
-    modes: what it supports, of "echo", "top_k", "chat"; what it does not, it ignores without a word
+    modes: what it supports, of "echo", "top_k", "chat"; what it does not, it ignores without a word, or has `otherwise`
     """
 
     daemon_threads = True
@@ -30,6 +30,8 @@ class FakeServer(ThreadingHTTPServer):
         self.script, self.bias, self.sharpness, self.modes, self.mass = script, bias, sharpness, modes, mass
         self.asked, self.answered, self.lock, self.on_request = Counter(), Counter(), threading.Lock(), on_request
         self.largest, self.running, self.headers_seen = 0, 0, []
+        self.bodies = []  # of the requests, as they came
+        self.otherwise = None  # status with which it refuses what it does not support
         self.usage = True  # whether replies say how many tokens they took
 
     @property
@@ -57,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
         if not self.path.endswith("/completions"):
             return self.reply(404, {"error": {"message": "no such path"}})
+        server.bodies.append(body)
         prompt = body.get("prompt")
         text = "\n\n".join(m["content"] for m in body["messages"]) if "messages" in body else prompt
         text = text[0] if isinstance(text, list) else text
@@ -70,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if server.on_request:
                 server.on_request(total)
+            if self.server.otherwise and self.mode(body) not in self.server.modes:
+                return self.reply(self.server.otherwise, {"error": {"message": f"no {self.mode(body)}"}})
             if "alphabet" in text:  # the probe
                 return self.reply(200, self.answer(body, text, 2.0))
             fault = server.script(text, before) if server.script else None
@@ -83,9 +88,13 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.running -= 1
 
+    def mode(self, body):
+        return "chat" if "messages" in body else "echo" if body.get("echo") else "top_k"
+
     def fail(self, fault, body, text):
         answers = {
             "429": (429, {"error": {"message": "slow down", "code": "rate_limit"}}, {"Retry-After": "0.05"}),
+            "429 bare": (429, {"error": {"message": "60 requests a minute"}}, {}),
             "429 long": (429, {"error": {"message": "come back tomorrow"}}, {"Retry-After": "86400"}),
             "quota": (429, {"error": {"message": "insufficient_quota"}}, {}),
             "500": (500, {"error": {"message": "oops"}}, {}),

@@ -9,8 +9,10 @@ from fake_server import serving
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
+from rlhf_fast import cai_jobs
 from rlhf_fast.cai_jobs import TrainJob, _StageTable
 from rlhf_fast.cli import main
+from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit
 from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
@@ -79,6 +81,8 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
     assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
     assert "needs check-all or paper" in capsys.readouterr().err
+    assert cai("revise", **{**common, "model": "unread"}, drop="[empt]", output_dir=tmp_path / "x") == 2
+    assert "drop = ['empt'] must be a list of flags" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
@@ -278,3 +282,98 @@ def test_checks_of_held_out_answers_are_paid_for_once_and_within_the_budget(hous
         for _ in range(2):
             assert stage_table(house, tmp_path, judge)["stages"][0]["pass_rate"] == 1.0
         assert sum(fake.asked.values()) == 2 + 4
+
+
+# -- from end to end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def all_of_it(house):
+    """The keys of a run of `cai train` on prompts and comparisons of text that takes seconds."""
+    return {
+        "model": house / "model", "constitution": house / "house.yaml", "train_data": house / "prompts.jsonl",
+        "num_prompts": 5, "eval_data": house / "prompts.jsonl", "max_new_tokens": 8, "drop": "[]",
+        "human_data": house / "people.jsonl", "sft": "{max_steps: 1}", "reward": "{max_steps: 1}",
+        "ppo": "{batch_size: 4, minibatch_size: 4, response_length: 8, total_episodes: 4}",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(house, all_of_it):
+    """The finished run in train/, and what its parts read: name -> texts."""
+    seen = {}
+
+    def watched(name, texts):
+        old = getattr(cai_jobs, name)
+
+        def new(*args, **options):
+            made = old(*args, **options)
+            seen[name] = texts(made, *args)
+            return made
+
+        patch.setattr(cai_jobs, name, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        watched("SFTTrainer", lambda t, *_: [t.tokenizer.decode(e.input_ids) for e in t.examples])
+        watched("RewardTrainer", lambda t, *_: [t.tokenizer.decode(i.responses[0]) for i in t.items + t.eval_items])
+        watched("PPOTrainer", lambda t, *_: [
+            t.tokenizer.decode(x) for p in t.prompts for x in (p.tokens, t.reward.encode(p.prompt, "yes"))
+        ])  # fmt: skip
+        watched("generate_text", lambda made, _, tokenizer, prompts: [
+            tokenizer.decode(encode_prompt(tokenizer, p)) for p in prompts
+        ])  # fmt: skip
+        assert cai("train", **all_of_it, output_dir=house / "train") == 0
+    return house / "train", seen
+
+
+def test_every_part_reads_prompts_of_text_as_chats(trained):
+    _, seen = trained
+    assert set(seen) == {"SFTTrainer", "RewardTrainer", "PPOTrainer", "generate_text"}
+    for name, texts in seen.items():
+        assert texts and all(t.startswith("<|user|>say ") and "<|assistant|>" in t for t in texts), name
+
+
+def test_a_run_is_not_written_over(house, all_of_it, trained, capsys):
+    run, _ = trained
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert cai("train", **all_of_it, output_dir=run, seed=1) == 2
+    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_part_that_has_ended_says_that_other_settings_change_nothing(all_of_it, trained):
+    run, _ = trained
+    before = (run / "reward" / "run_config.json").read_bytes()
+    argv = [part for name, value in all_of_it.items() for part in (f"--{name}", str(value))]
+    argv += ["--output_dir", str(run), "--resume"]
+    with pytest.warns(UserWarning) as warned:
+        assert main(["cai", "train", *argv, "--reward", "{max_steps: 1, learning_rate: 0.5}"]) == 0
+    (told,) = [str(w.message) for w in warned if "has ended" in str(w.message)]
+    assert f"{run}/reward has ended" in told and "other learning_rate than" in told
+    assert (run / "reward" / "run_config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "say 1 1", "rejected": "say 1 2"}, "has no prompt and its replies are text"),
+        ({"prompt": "say 1", "responses": ["1", "2", "3"]}, "ranks 3 responses"),
+    ],
+)
+def test_comparisons_that_do_not_mix_with_the_judges_are_refused(house, all_of_it, tmp_path, capsys, row, message):
+    write(tmp_path / "people.jsonl", [row] * 4)
+    keys = {**all_of_it, "human_data": tmp_path / "people.jsonl", "output_dir": tmp_path / "run"}
+    assert cai("train", **keys) == 2
+    assert f"human_data record 0 {message}" in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_before_phase_1(house, all_of_it, tmp_path, capsys):
+    """Also where the constitution asks in transcripts: SFT and the reward model read chats."""
+    tokenizer = tiny_tokenizer(chat_template=None)
+    tiny_model(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "c.yaml").write_text(HOUSE.replace("critique: chat", "critique: anthropic"))
+    keys = {**all_of_it, "model": tmp_path / "model", "constitution": tmp_path / "c.yaml"}
+    del keys["human_data"]
+    assert cai("train", **keys, output_dir=tmp_path / "run") == 2
+    assert "has no chat template" in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()

@@ -11,9 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 
+from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import read_rows, resolve_reward, rows_for
+from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for
 from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,31 @@ def test_a_shared_key_that_the_stage_does_not_have_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"{path}: ppo has no max_steps: left to the stages that do\n"
     read_sections(path, KEYS, "sft")
     assert capsys.readouterr().err == ""
+
+
+def test_a_section_of_another_command_is_not_taken_for_a_key_of_cai_in_silence(tmp_path, capsys):
+    keys = {"sft": ["max_steps"], "ppo": ["kl_coef"], "cai": ["model", "sft", "ppo"]}
+
+    def told(text):
+        path = write_yaml(tmp_path / "c.yaml", text)
+        values = read_sections(path, keys, "cai")["cai"]
+        return values, capsys.readouterr().err.removeprefix(f"{path}: ")
+
+    top = "model: m\nsft: {max_steps: 9}\nppo: {kl_coef: 0.3}\n"
+    for text, names in ((top, "sft, ppo"), (top + "cai: {model: n}\n", "sft, ppo"), (top + "cai: {sft: {}}\n", "ppo")):
+        values, line = told(text)
+        assert "ppo" not in values and line.startswith(f"{names} at the top are sections of other commands")
+        assert line.endswith("write them inside cai:\n") and line.count("\n") == 1
+    own = "cai: {sft: {max_steps: 1}, ppo: {kl_coef: 0.1}}\n"
+    assert told(top + own) == ({"model": "m", "sft": {"max_steps": 1}, "ppo": {"kl_coef": 0.1}}, "")
+    read_sections(write_yaml(tmp_path / "c.yaml", top), keys, "sft")
+    assert "inside cai" not in capsys.readouterr().err
+
+
+def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
+    stages = STAGES | CAI
+    read_sections(str(ROOT / "examples" / "hh_rlhf.yaml"), {name: list(s.keys()) for name, s in stages.items()}, "cai")
+    assert "inside cai" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -272,8 +298,19 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--ppo", "{max_prompt_length: 4}"), "train_data: 24 longer than max_prompt_length=4"),
     (("--sft", "{lora_r: 2}", "--ppo", "{lora_r: 2}"), "set lora_r for one of the two"),
     (("--eval_share", "1.0"), "eval_share = 1.0 must be 0 or more and below 1"),
+    (("--sft", "{load_best_model_at_end: true, eval_steps: 1}"), "has no held-out demonstrations"),
+    (("--reward", "{load_best_model_at_end: true}"), "reward's load_best_model_at_end needs eval_steps"),
+    (("--ppo", "{stop_on: [overoptimization], eval_steps: 1}"), "stop_on: overoptimization looks at eval_rewards"),
+    (("--sft", "{max_length: 24}"), "tokens, and sft's max_length is 24: raise it, or set sft's on_overlong"),
+    (("--max_new_tokens", "200"), "positions: lower max_new_tokens, or sft's max_length"),
+    (("--ppo", "{response_length: 200}"), "positions: lower ppo's response_length"),
+    (("--ppo", "{bf16: true}"), "bf16: "),
+    (("--drop", "[truncatd]"), "drop = ['truncatd'] must be a list of flags: truncated"),
 ])  # fmt: skip
-def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(sft, tmp_path, capsys, flags, message):
+def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(
+    sft, tmp_path, capsys, monkeypatch, flags, message
+):  # fmt: skip
+    monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: False)
     assert stage(sft, "cai", "--output_dir", str(tmp_path / "run"), *flags) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
 

@@ -67,25 +67,21 @@ class Constitution:
     @classmethod
     def load(cls, *paths: str | Path, allow_code: bool = False) -> "Constitution":
         """Reads one constitution from one or more files, each recognised by its shape (see above), or by the name of
-        one that comes with the package.
+        one that comes with the package. What a file does not say stays as the files before it said.
 
         allow_code: `rule:` may also be an import path "package.module:function". Loading a file then runs code.
         Raises ConstitutionError, which names file, principle and field.
         """
         if not paths:
             raise ConstitutionError("Constitution.load: got no file")
-        parts = {
-            "name": Path(paths[0]).stem,
-            "principles": [],
-            "compare_layout": "anthropic",
-            "critique_layout": "anthropic",
-        }
+        parts = {"name": Path(paths[0]).stem, "principles": []}
         for path in (SHIPPED.get(str(path), Path(path)) for path in paths):
             content = _read(path)
             if isinstance(content, dict) and "format" in content:
-                parts |= _parse_own(content, path, allow_code, parts["principles"])
+                parts |= _parse_own(content, path, allow_code, parts)
             else:
                 parse_released(content, path, parts)
+        parts.setdefault("critique_layout", "anthropic")
         ids = [p.id for p in parts["principles"]]
         if repeated := sorted({i for i in ids if ids.count(i) > 1}):
             raise ConstitutionError(
@@ -146,7 +142,8 @@ _TEXTS = ("critique", "revise", "compare")
 _PRINCIPLE = {"id": str, "weight": float, "hard": bool, "tags": list, **dict.fromkeys(_TEXTS, str), "check": dict}
 
 
-def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dict:
+def _parse_own(content: dict, path: Path, allow_code: bool, before: dict) -> dict:
+    """What a file adds to the parts of those before it, or puts in their place."""
     if content["format"] != FORMAT:
         raise ConstitutionError(f"{path}: field 'format': got {content['format']!r}, needs {FORMAT!r}")
     _known(content, _TOP, f"{path}:")
@@ -160,11 +157,11 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: list) -> dic
     _known(layout, {"compare", "critique"}, f"{path}: field 'layout':")
     _known(few_shot, {"critique", "compare", "cot"}, f"{path}: field 'few_shot':")
     parts = {
-        "name": content.get("name", path.stem),
-        "language": content.get("language", "en"),
-        "compare_layout": layout.get("compare", "anthropic"),
-        "critique_layout": layout.get("critique", "chat"),
-        "principles": before
+        "name": content.get("name", before["name"]),
+        "language": content.get("language", before.get("language", "en")),
+        "compare_layout": layout.get("compare", before.get("compare_layout", "anthropic")),
+        "critique_layout": layout.get("critique", before.get("critique_layout", "chat")),
+        "principles": before["principles"]
         + [_parse_principle(p, i, path, allow_code) for i, p in enumerate(content.get("principles") or [])],
     }
     for name, key, known in (

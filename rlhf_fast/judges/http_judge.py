@@ -79,11 +79,14 @@ class HTTPBackend:
                 return name, {**found, name: "yes"}
             if code is None:
                 raise ConfigError(f"{self.server.base_url} cannot be reached: {answer.reason}")
-            if code in (401, 429) or code >= 500:
+            if code in (401, 429) or code > 501:  # 500 and 501: llama.cpp answers so to a mode that it does not have
                 raise ConfigError(f"{self.server.base_url}: {answer.reason}")
             found[name] = answer.reason
         if mode == "votes":
-            raise ConfigError(f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}")
+            raise ConfigError(
+                f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}. The server's "
+                "extra_body adds fields to every request, or takes them out"
+            )
         told = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         raise ConfigError(
             f"{self.server.base_url} gives no log-probabilities for {self.server.model!r} ({told}). With mode: votes "

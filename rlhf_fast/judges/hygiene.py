@@ -3,7 +3,7 @@
     truncated        the generator stopped it at its length limit
     empty            nothing but blanks
     scaffold_leak    parts of the request in it: heads of turns, special tokens, delimiters, "Here is my new reply:", or
-                     the request itself
+                     the request itself; and reasoning that is no part of a reply (<think>)
     no_op            a revision that is the reply it revises
     damage           a revision that breaks a principle which the reply before it kept
     repetition       three times the same sentence, or a third of its n-grams stand in it before
@@ -61,7 +61,7 @@ _COURTESY = re.compile("|".join(_COURTESIES), re.IGNORECASE)
 _LEAK = re.compile(
     r"^\s*(?:human|user|assistant|system|critique ?request|critique|revision ?request|revision)\s*:"
     r"|^\s*(?:人間|ユーザー|アシスタント|システム)\s*[:：]"
-    r"|<\|\w+\|>|</?s>|\[/?INST\]|\[\[\[|\]\]\]"
+    r"|<\|\w+\|>|</?s>|</?think>|\[/?INST\]|\[\[\[|\]\]\]"
     r"|(?:\bthe answer is:?|答えは[:：]?) ?\([AB]\)"
     r"|^\s*(?:here is|here's) (?:the|my|a) (?:revised|rewritten|improved|new) (?:reply|response|answer|version)"
     r"|^\s*以下(?:が|は|に).{0,12}(?:書き直し|修正|改善)",

@@ -97,12 +97,19 @@ class ModelJudge:
             for answer in (ab, ba):
                 if answer.status == status:
                     return Missing(principle.id, status, answer.reason, keys)
+        if reason := self._no_choice(ab) or self._no_choice(ba):
+            return Missing(principle.id, "unparsed", reason, keys)
         mass = min(ab.value["mass"], ba.value["mass"])
-        if mass < self.min_label_mass:
-            return Missing(principle.id, "unparsed", f"label mass {mass:.3g} is below {self.min_label_mass}", keys)
         (ab_a, ab_b), (ba_a, ba_b) = ab.value["logprobs"], ba.value["logprobs"]
         kind, slack = ab.value["kind"], max(ab.value.get("slack", 0.0), ba.value.get("slack", 0.0))
         return Vote(principle.id, ab_a - ab_b, ba_b - ba_a, mass, kind, slack, keys)
+
+    def _no_choice(self, answer: Answer) -> str:
+        """Why an answer is none between the labels; "" where it is one. NaN is no evidence, for or against."""
+        mass, (first, second) = answer.value["mass"], answer.value["logprobs"]
+        if math.isnan(first - second):
+            return f"the labels have log-probabilities {first}, {second}"
+        return "" if mass >= self.min_label_mass else f"label mass {mass:.3g} is below {self.min_label_mass}"
 
     def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]:
         """Rules run here; a question is "violated" as likely as the answer that `violation_if` names."""
@@ -128,9 +135,8 @@ class ModelJudge:
     def _check(self, principle: Principle, answer: Answer) -> Check:
         if answer.status != "ok":
             return Check(principle.id, None, None, answer.status, f"{principle.id}: {answer.reason}")
-        if answer.value["mass"] < self.min_label_mass:
-            reason = f"{principle.id}: label mass {answer.value['mass']:.3g} is below {self.min_label_mass}"
-            return Check(principle.id, None, None, "unparsed", reason)
+        if reason := self._no_choice(answer):
+            return Check(principle.id, None, None, "unparsed", f"{principle.id}: {reason}")
         yes, no = answer.value["logprobs"]
         violation = sigmoid(yes - no if principle.check.violation_if == "yes" else no - yes)
         return Check(principle.id, 1 - violation, violation < principle.check.threshold)

@@ -61,12 +61,14 @@ def parse_released(content, path: Path, parts: dict) -> None:
             critique = _unwrap(_CRITIQUE, _first(entry["prompt"]), f"{where} 'prompt'")
             revise = _unwrap(_REVISION, entry["edit_request"], f"{where} 'edit_request'")
             parts["principles"].append(Principle(name, critique=critique, revise=revise))
+        parts.setdefault("critique_layout", "anthropic")  # the one they were written for, as the few-shots are
     elif all(isinstance(v, str) and v.endswith(_OPTIONS[1]) for v in values):
         for i, text in enumerate(values):
             compare = _unwrap(_OPTIONS, text, f"{path}: principle {i}")
             parts["principles"].append(Principle(f"compare{i}", compare=compare))
     elif all(isinstance(v, str) for v in values) and any("\n\nHuman:" in v for v in values):
         parts["critique_few_shots"] = critique_shots(values, path)
+        parts.setdefault("critique_layout", "anthropic")
     elif all(isinstance(v, str) for v in values):
         texts = [text_field(v, f"{path}: principle {i}:", "statement") for i, v in enumerate(values)]
         parts["principles"] += [Principle(f"statement{i}", compare=text) for i, text in enumerate(texts)]

@@ -1,8 +1,10 @@
 """Calls to an OpenAI-compatible server: many at once, each try recorded, none paid for twice.
 
     200 that can be read              the answer
-    429, 408, 409, 5xx, time-out,     again after Retry-After, or a random time below backoff * 2^tries (full jitter),
+    408, 409, 5xx, time-out,          again after Retry-After, or a random time below backoff * 2^tries (full jitter),
     no connection, torn JSON          at most max_tries times; then the question has failed
+    429                               again, and no call of any question before Retry-After, or a wait that doubles from
+                                      backoff to 60 s; after ten minutes of nothing else the run stops
     400 that names length or safety   too_long, refused; unless it may only repeat the words of the question
     other 4xx                         failed, and not tried again
     401, 403, 404, no quota left,     the run stops: the next question would fare no better
@@ -33,6 +35,8 @@ _TOO_LONG = re.compile(
 _REFUSED = re.compile(r"content.?(?:filter|management|policy)|safety|responsible.?ai", re.I)
 _NO_QUOTA = re.compile(r"insufficient_quota|billing", re.I)
 FAILURES_IN_A_ROW = 10
+_LONGEST_WAIT = 60.0  # seconds: limits are set per minute
+_PATIENCE = 600.0  # seconds
 
 
 class Unreadable(Exception):
@@ -47,6 +51,10 @@ class Server:
     earlier runs included; prices are in the unit of max_cost for 1,000,000 tokens. A call whose cost is known only
     afterwards may pass the last two by what is on its way. They need a server that says how many tokens it used: one
     that answers without is refused at its first answer.
+
+    extra_body goes into every request, over the fields that are there; null takes one out. Models that reason take
+    {max_tokens: null, max_completion_tokens: 512} at OpenAI, and Qwen3 behind vLLM answers without reasoning under
+    {chat_template_kwargs: {enable_thinking: false}}.
     """
 
     base_url: str
@@ -62,6 +70,7 @@ class Server:
     max_cost: float | None = None
     price_prompt: float = 0.0
     price_completion: float = 0.0
+    extra_body: dict = field(default_factory=dict)
     _client: object = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -72,6 +81,8 @@ class Server:
             )
         if self.max_cost is not None and not (self.price_prompt or self.price_completion):
             raise ConfigError("server: max_cost needs price_prompt and price_completion, for 1,000,000 tokens each")
+        if not isinstance(self.extra_body, dict):
+            raise ConfigError(f"server: extra_body must map the names of fields to values, got {self.extra_body!r}")
         try:
             import openai
         except ImportError:
@@ -81,9 +92,11 @@ class Server:
         self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
         self._gate, self._budget = threading.Condition(), threading.Lock()
         self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
+        self._limited_since: float | None = None  # the first 429 since an answer
 
     def describe(self) -> dict:
-        return {"backend": "http", "base_url": self.base_url, "model": self.model}
+        more = {"extra_body": self.extra_body} if self.extra_body else {}
+        return {"backend": "http", "base_url": self.base_url, "model": self.model, **more}
 
     def ask_once(self, request: dict, send, read) -> Call:
         """One call without a second try. What it came to is in the call, never raised."""
@@ -95,9 +108,7 @@ class Server:
     def _send(self, path: str, body: dict):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
         options = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what the client's with_raw_response sets
-        return self._client.post(
-            path, body={"model": self.model, **body}, cast_to=object, options=options
-        ).http_response
+        return self._client.post(path, body=body, cast_to=object, options=options).http_response
 
     def call_all(
         self, requests: Sequence[dict], tries: Tries, send: Callable[[dict], tuple[str, dict]],
@@ -118,10 +129,8 @@ class Server:
 
     def _until_answered(self, i: int, request: dict, tries: Tries, send, read, stop: threading.Event) -> None:
         path, body = send(request)
-        for number in range(self.max_tries):
-            if not self._enter(stop):
-                return
-            wait = 0.0
+        number = 0  # of the tries that count: a 429 is about the time, not about the question
+        while self._enter(stop):
             try:
                 attempt = self._begin(i, tries)
                 answer, again, wait, about = self._try(path, body, request, read)
@@ -129,14 +138,18 @@ class Server:
             finally:
                 self._leave()
             self._must_be_counted(answer, about)
-            last = not again or number + 1 == self.max_tries
+            limited = again and about.get("http_status") == 429
+            number += not limited
+            last = not again or number == self.max_tries
             self._pace(answer, about.get("http_status"), again, wait, last)
-            if last or stop.wait(wait or self._jitter(number)):
+            if last or (not limited and stop.wait(wait or self._jitter(number - 1))):
                 return
 
     def _try(self, path: str, body: dict, request: dict, read) -> tuple[Answer, bool, float, dict]:
         """(answer, whether to try again, seconds that the server asked to wait, what else the ledger keeps)."""
         about: dict = {}
+        body = {"model": self.model, **body, **self.extra_body}
+        body = {name: value for name, value in body.items() if value is not None}
         try:
             response = self._send(path, body)
             about = {"raw": response.text, "http_status": response.status_code}
@@ -184,24 +197,34 @@ class Server:
         """Learns from a try; `last`: of its question. Raises ConfigError where going on makes no sense."""
         with self._gate:
             if answer.status != "failed":
-                self._failures = 0
+                self._failures, self._limited_since = 0, None
                 self._allowed = min(self.concurrency, self._allowed + 1 / max(self._allowed, 1))
                 return
             self._failures += last
-            if status == 429:
-                self._allowed = max(1.0, self._allowed / 2)
             if status in _STOP or (status == 429 and not again):
                 raise ConfigError(f"{self.base_url}: {answer.reason}; {_KEPT}")
-            if wait > 600:
+            if wait > _PATIENCE:
                 raise ConfigError(f"{self.base_url} asks to wait for {wait:.0f} s ({answer.reason}); {_KEPT}")
-            self._not_before = max(self._not_before, time.monotonic() + wait)
+            now = time.monotonic()
+            if status == 429:
+                self._allowed = max(1.0, self._allowed / 2)
+                self._limited_since = now if self._limited_since is None else self._limited_since
+                limited = now - self._limited_since
+                if limited > _PATIENCE:
+                    raise ConfigError(
+                        f"{self.base_url} has refused every call for {limited / 60:.0f} minutes ({answer.reason}): set "
+                        f"requests_per_minute to what it allows; {_KEPT}"
+                    )
+                # As long again as it has lasted: the waits double, however many calls were refused together.
+                wait = wait or random.uniform(0.5, 1) * min(_LONGEST_WAIT, max(self.backoff, limited))
+            self._not_before = max(self._not_before, now + wait)
             if self._failures >= FAILURES_IN_A_ROW:
                 raise ConfigError(
                     f"{self.base_url}: {self._failures} questions in a row failed ({answer.reason}); {_KEPT}"
                 )
 
     def _jitter(self, number: int) -> float:
-        return random.uniform(0, min(60.0, self.backoff * 2**number))
+        return random.uniform(0, min(_LONGEST_WAIT, self.backoff * 2**number))
 
     def _must_be_counted(self, answer: Answer, about: dict) -> None:
         """Raises ConfigError for an answer without usage, where a bound hangs on it: it would hold nothing back."""
@@ -228,7 +251,7 @@ class Server:
             return tries.begin(i)
 
 
-_KEPT = "every answer is in the ledger, and the same command goes on from there"
+_KEPT = "every answer is in the ledger, and the same command (cai train: with --resume) goes on from there"
 
 
 def _json(text: str) -> dict:

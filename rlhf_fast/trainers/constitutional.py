@@ -22,7 +22,7 @@ from ..data.chat import ConfigError
 from ..judges.calibration import UNCALIBRATED, Calibration
 from ..judges.constitution import Constitution, Principle
 from ..judges.generator import Cut, Generate, TextGenerator, Writer
-from ..judges.hygiene import flags_of, hygiene
+from ..judges.hygiene import FLAGS, flags_of, hygiene
 from ..judges.labels import derive, judge_pairs, label_settings
 from ..judges.ledger import Ledger
 from ..judges.protocol import Check, Judge, Messages, Reply
@@ -37,6 +37,12 @@ __all__ = [
 # --- phase 1 ---
 
 DROP = ("empty", "truncated", "scaffold_leak")  # what no model should learn, whatever the principles say of it
+
+
+def check_drop(drop: Sequence[str]) -> None:
+    """Raises ConfigError for what is no list of flags; nothing would ever have such a flag."""
+    if isinstance(drop, str) or any(name not in FLAGS for name in drop):
+        raise ConfigError(f"drop = {drop!r} must be a list of flags: {', '.join(FLAGS)}")
 
 
 @dataclass
@@ -84,6 +90,7 @@ def revise(
     max_steps = len(repairable) if max_steps is None else max_steps
     if max_steps < 1:
         raise ConfigError(f"revise: max_steps = {max_steps} must be 1 or more")
+    check_drop(drop)
     items = _items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
@@ -119,6 +126,7 @@ def revise_sampled(
             f"revise_sampled: needs a principle with 'revise' and steps >= 1; constitution {constitution.name!r} has "
             f"{len(usable)}, steps = {steps}"
         )
+    check_drop(drop)
     items = _items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)

@@ -226,7 +226,7 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
-    config_path = run_dir / "run_config.json"
+    config_path = run_dir / _CONFIG
     if not resume:
         check_is_new(run_dir)
         for report in getattr(trainer, "reports", ()):
@@ -244,10 +244,7 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
             f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
             f"on Ctrl-C; a run that ended needs none): {way_on}"
         )
-    before = json.loads(config_path.read_text()) if config_path.exists() else {}
-    changed = [
-        k for k, v in json.loads(json.dumps(written, default=str)).items() if before.get(k) != v and k != "output_dir"
-    ]
+    changed = changed_settings(run_dir, written)
     if changed:
         moved = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changed)
         place = "; a checkpoint's place in the data is a number of batches, so some is read twice or not at all"
@@ -264,6 +261,17 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
         beside.write_text(json.dumps(written, indent=2, default=str) + "\n")
         os.replace(beside, config_path)  # a kill leaves the old one or the new one
     return trainer.step, unlogged
+
+
+_CONFIG = "run_config.json"
+
+
+def changed_settings(run_dir, settings: dict) -> list[str]:
+    """The names of those that the run in this directory did not have."""
+    path = Path(run_dir, _CONFIG)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file
+    return [name for name, value in now.items() if before.get(name) != value and name != "output_dir"]
 
 
 def check_is_new(run_dir) -> None:

@@ -187,6 +187,27 @@ def test_statements_and_several_files(write):
     assert constitution.principles[3].compare == "Select the shorter reply."
 
 
+def test_what_a_file_does_not_say_stays_as_the_files_before_it_said(write):
+    extra = write(
+        "format: rlhf_fast/constitution@1\nprinciples: [{id: brief, compare: Choose the shorter reply.}]\n", "x.yaml"
+    )
+    asks = {"prompt": ["\n\nCritiqueRequest: C?\n\nCritique:"], "edit_request": "\n\nRevisionRequest: R.\n\nRevision:"}
+    theirs = write(json.dumps({"harmful0": asks}), "theirs.json")
+    statements = write('["Select the kinder reply."]', "statements.json")
+
+    def said(*files):
+        c = Constitution.load(*files)
+        return c.name, c.language, c.compare_layout, c.critique_layout
+
+    alone = said("safe-ja")
+    assert alone[1] == "ja" and said("safe-ja", extra) == alone
+    assert said(write(OWN), extra) == ("house-rules", "en", "principle_last", "chat")
+    assert said(extra, write(OWN)) == ("house-rules", "en", "principle_last", "chat")
+    assert said(theirs, extra) == ("theirs", "en", "anthropic", "anthropic")  # the layout that it was written for
+    assert said(statements, extra) == ("statements", "en", "anthropic", "chat")
+    assert said(write(OWN), theirs)[3] == "chat" and said(extra) == ("x", "en", "anthropic", "chat")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -97,6 +97,36 @@ def test_a_server_without_log_probabilities_is_refused_and_not_made_do_with():
         assert sum(fake.answered.values()) == 16 and len(vote.keys[0].split("+")) == 8
 
 
+def test_a_500_to_one_mode_leaves_the_others():
+    """llama.cpp's server refuses echo so; a 503 is of the server, and says nothing of the mode."""
+    asking = Constitution("c", (KIND,), compare_layout="anthropic")
+    with serving(modes=("top_k",)) as fake:
+        fake.otherwise = 500
+        backend = judge_at(fake, asking).backend
+        assert backend.mode == "top_k" and backend.found["echo"].startswith("HTTP 500")
+        fake.modes = ()
+        with pytest.raises(ValueError, match=r"no log-probabilities .*echo: HTTP 500.*top_k: HTTP 500.*chat: HTTP 500"):
+            judge_at(fake, asking)
+        fake.modes, fake.otherwise = ("top_k",), 503
+        with pytest.raises(ValueError, match="HTTP 503"):
+            judge_at(fake, asking)
+
+
+def test_what_is_added_to_a_request_is_in_all_of_them_and_in_the_description(tmp_path):
+    extra = {"max_tokens": None, "max_completion_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}}
+    with serving() as fake:
+        judge = judge_at(fake, server={"extra_body": extra}, cot_tokens=20)
+        judge.compare([Pair(ASK, "1.0", "0.0", [KIND])])
+        sample_pairs(pairs(1), HTTPGenerator(server_at(fake, extra_body=extra), 8), HOUSE_CHAT, output_dir=tmp_path)
+        assert len(fake.bodies) == 1 + 2 + 2 + 2  # the probe, rationales, scores, replies
+        for body in fake.bodies:
+            assert body["max_completion_tokens"] == 9 and "max_tokens" not in body and body["model"] == "fake"
+            assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert judge.describe()["extra_body"] == extra and "extra_body" not in server_at(fake).describe()
+    with pytest.raises(ValueError, match="extra_body must map the names of fields to values, got 'max_tokens'"):
+        server_at(fake, extra_body="max_tokens")
+
+
 def test_nobody_there_is_said_before_the_run(tmp_path):
     with serving() as fake:
         url = fake.url
@@ -423,6 +453,47 @@ def test_a_429_slows_everyone_down(tmp_path):
         stage = label(pairs(24), HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
         assert stage.counts["ok"] == 24 and 2 < fake.largest <= 8
         assert 0 < len(refused) < 96  # of 96 calls; eight at once, unslowed, would be refused far more often
+
+
+class Clock(threading.Condition):
+    """The gate of a server, and the time, which passes where it is waited for; of one call at a time."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.now = 0.0
+        self.monotonic = self.time = lambda: self.now
+        monkeypatch.setattr("rlhf_fast.judges.server.time", self)
+
+    def wait(self, timeout):
+        self.now += timeout
+        super().wait(0.001)
+
+
+def test_a_limit_per_minute_that_says_nothing_of_when_is_waited_for(tmp_path, monkeypatch):
+    """12 calls a minute; 96 take eight minutes of the clock, and 2 tries a question would be gone in one second."""
+    clock, calls = Clock(monkeypatch), Counter()
+
+    def script(text, before):
+        with fake.lock:
+            calls[clock.now // 60] += 1
+            return "429 bare" if calls[clock.now // 60] > 12 else None
+
+    with serving(script) as fake:
+        judge = judge_at(fake, server={"max_tries": 2, "timeout": 10, "backoff": 0.5, "concurrency": 1})
+        judge.backend.server._gate = clock
+        stage = label(pairs(24), HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
+        assert stage.counts["ok"] == 24 and 7 * 60 <= clock.now < 12 * 60
+        assert sum(fake.asked.values()) < 96 + 12 * 20  # some ten refusals a minute, not one every half second
+
+
+def test_nothing_but_429_for_ten_minutes_stops_the_run(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with serving(lambda text, before: "429 bare") as fake:
+        judge = judge_at(fake, server={"max_tries": 2, "timeout": 10, "concurrency": 1})
+        judge.backend.server._gate = clock
+        with pytest.raises(ValueError, match=r"for 1\d minutes \(HTTP 429.*set requests_per_minute.*in the ledger"):
+            label(pairs(8), HOUSE, judge, output_dir=tmp_path)
+        assert 600 < clock.now < 700 and sum(fake.asked.values()) < 60
 
 
 def test_no_more_calls_a_minute_than_asked_for():

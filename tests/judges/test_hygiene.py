@@ -41,7 +41,7 @@ def test_refusals_and_evasions(reply, refuses, avoids):
 @pytest.mark.parametrize(
     "reply",
     ["Sure.\n\nHuman: so?", "Critique: it is rude.", "RevisionRequest: shorten", "yes <|assistant|> no", "a ]]] b",
-     "The answer is (A)", "Here is the revised response: hello", "以下が書き直した返答です。"],
+     "<think>\nThey ask.", "The answer is (A)", "Here is the revised response: hello", "以下が書き直した返答です。"],
 )  # fmt: skip
 def test_scaffold(reply):
     assert leaks(reply)

@@ -229,6 +229,24 @@ def test_labels_need_their_mass_in_both_orders(model, tokenizer):
     assert verdict.status == "unparsed" and "label mass 0.01 is below 0.1" in verdict.reason
 
 
+@pytest.mark.parametrize("least", [0.1, 0.0])
+def test_a_model_that_gives_nan_says_nothing(model, tokenizer, least):
+    this = LocalJudge(model, tokenizer, constitution(), min_label_mass=least)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    ((check,),) = this.check([Reply(ASK, "hello", [Principle("asked", check=ModelCheck("Is it rude?"))])])
+    assert (check.status, check.satisfied, check.score) == ("unparsed", None, None) and "nan" in check.reason
+    (verdict,) = this.compare([Pair(ASK, "hello", "no", [KIND])])
+    assert verdict.status == "unparsed" and "nan" in verdict.reason
+
+
+def test_nan_in_one_order_is_no_vote(model, tokenizer):
+    this = LocalJudge(model, tokenizer, constitution(), min_label_mass=0.1)
+    scripted(this, lambda prompt: [math.log(0.5) if " (A) [[[hello" in prompt else math.nan] * 2)
+    (verdict,) = this.compare([Pair(ASK, "hello", "no", [KIND])])
+    assert verdict.status == "unparsed"
+
+
 def test_checks_are_yes_against_no(model, tokenizer):
     asked = {v: Principle(f"if-{v}", check=ModelCheck("Is it rude?", v)) for v in ("yes", "no")}
     ruled = Principle("ruled", check=RuleCheck("any", {}, lambda c, y: len(y) < 3))

@@ -297,6 +297,11 @@ def test_what_cannot_run_is_refused_before_anything_is_generated(tmp_path):
         revise([], never, HOUSE, RuleJudge(), output_dir=tmp_path)
     with pytest.raises(ValueError, match="'revise'"):
         revise_sampled(PROMPTS, never, Constitution("c", (Principle("p", compare="Choose."),)), output_dir=tmp_path)
+    for drop in (("truncatd",), "truncated"):
+        with pytest.raises(ValueError, match=r"drop = .*truncat.* must be a list of flags: truncated, empty"):
+            revise(PROMPTS, never, HOUSE, RuleJudge(), output_dir=tmp_path, drop=drop)
+        with pytest.raises(ValueError, match="must be a list of flags"):
+            revise_sampled(PROMPTS, never, HOUSE, output_dir=tmp_path, drop=drop)
     with pytest.raises(ValueError, match=r"tie_margin = 0\.5"):
         label(numbered_pairs(), HOUSE, RuleJudge(), output_dir=tmp_path, tie_margin=0.5)
     with pytest.raises(ValueError, match="0 principles"):
