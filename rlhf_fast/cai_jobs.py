@@ -493,15 +493,15 @@ def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_o
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
         comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
         for i, row in enumerate(rows):
-            prompt, replies = responses_of(row, "human_data", i)
-            if prompt is None and not all(map(is_conversation, replies)):
+            asked = responses_of(row, "human_data", i)
+            if any(prompt is None and not is_conversation(reply) for prompt, reply in asked):
                 raise ConfigError(
                     f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
                     "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
                 )
-            if len(replies) > 2:
+            if len(asked) > 2:
                 raise ConfigError(
-                    f"cai: human_data record {i} ranks {len(replies)} responses, and the judge's comparisons are "
+                    f"cai: human_data record {i} ranks {len(asked)} responses, and the judge's comparisons are "
                     "pairs: give rows of chosen and rejected"
                 )
     configs["ppo"].iterations(len(prompts))

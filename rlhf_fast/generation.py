@@ -288,9 +288,9 @@ def generate_text(
     with one seed a prompt, an answer depends on its own prompt and seed only."""
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded, stops = [encode_prompt(tokenizer, prompt) for prompt in prompts], stop_ids(model, tokenizer)
     responses = generate_tokens(
-        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stop_ids(model, tokenizer), temperature=temperature,
+        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stops, temperature=temperature,
         top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator,
     )  # fmt: skip
-    return decode_responses(tokenizer, prompts, encoded, responses)
+    return decode_responses(tokenizer, prompts, encoded, responses, stops)

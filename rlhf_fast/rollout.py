@@ -88,22 +88,24 @@ def generate(
         model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stops, temperature=temperature,
         batch_size=batch_size, generator=generator,
     )  # fmt: skip
-    return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stops=stops, device=model.device)
+    return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
 
 
 def make_rollout(
     tokenizer, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]], *,
     prompt_ids: Sequence[Sequence[int]] | None = None, logprobs: Sequence[Sequence[float]] | None = None,
-    env_mask: Sequence[Sequence[int]] | None = None, stops: Sequence[int] | None = None, device=None, **columns,
+    env_mask: Sequence[Sequence[int]] | None = None, stop_token_ids: Sequence[int] | None = None, device=None,
+    **columns,
 ) -> Rollout:  # fmt: skip
     """A Rollout from lists, in the words of the rollout_func of TRL's GRPOTrainer.
 
     completion_ids: all tokens after the prompt, a tool's too. env_mask: 1 on those that the model sampled, default all.
     logprobs: the engine's, one a token of completion_ids. prompt_ids: where the engine read other tokens than prompts'.
-    stops: what ends a response that was not cut (models.stop_ids); default the tokenizer's eos.
+    stop_token_ids: what ends a response that was not cut (models.stop_ids); default the tokenizer's eos.
     columns: a list of B each, for the reward functions, beside (or in place of) the dataset's.
     """
     eos = tokenizer.eos_token_id
+    stops = [eos] if stop_token_ids is None else stop_token_ids
     prompt_ids = [prompt.tokens for prompt in prompts] if prompt_ids is None else prompt_ids
     for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), *columns.items()):
         if len(rows) != len(prompts):
@@ -116,12 +118,12 @@ def make_rollout(
     if not bool(response_mask.any(1).all()):
         row = int((~response_mask.any(1)).nonzero()[0])
         raise ValueError(f"rollout: response {row} has no token that the model sampled")
-    ended = torch.tensor([row[-1] in (stops or [eos]) for row in completion_ids], dtype=torch.bool)
+    ended = torch.tensor([row[-1] in stops for row in completion_ids], dtype=torch.bool)
     tensors = (*pad(prompt_ids, eos, left=True), response_ids, response_mask, ended)
     rollout = Rollout(
         *(x.to(device) for x in tensors),
         prompts=(texts := [prompt.prompt for prompt in prompts]),
-        responses=decode_responses(tokenizer, texts, prompt_ids, completion_ids),
+        responses=decode_responses(tokenizer, texts, prompt_ids, completion_ids, stops),
         columns={key: [prompt.columns.get(key) for prompt in prompts] for key in prompts[0].columns} | columns,
         present=None if env_mask is None else present.to(device),
     )

@@ -95,6 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         answers = {
             "429": (429, {"error": {"message": "slow down", "code": "rate_limit"}}, {"Retry-After": "0.05"}),
             "429 bare": (429, {"error": {"message": "60 requests a minute"}}, {}),
+            "429 large": (429, {"error": {"message": "Request too large: limit 30000, requested 36278"}}, {}),
             "429 long": (429, {"error": {"message": "come back tomorrow"}}, {"Retry-After": "86400"}),
             "quota": (429, {"error": {"message": "insufficient_quota"}}, {}),
             "500": (500, {"error": {"message": "oops"}}, {}),

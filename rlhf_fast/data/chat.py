@@ -125,7 +125,8 @@ def _unwritten(turn: dict, text: str) -> Said:
     said = [("content", part) for part in turn["content"].split("</think>")]  # where a template would cut it
     said += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
     calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
-    said += [("tool_calls", call.get("function", call).get("name")) for call in calls]
+    functions = [call.get("function") or call for call in calls]
+    said += [("tool_calls", f.get("name") if isinstance(f, dict) else f) for f in functions]
     said = [(key, part) for key, part in said if isinstance(part, str) and part.strip()]
     squeezed = "".join(text.split())
     lost = [(key, part) for key, part in said if "".join(part.split()) not in squeezed]
@@ -211,15 +212,19 @@ def encode_prompt(tokenizer, prompt: Text) -> list[int]:
 
 
 def decode_responses(
-    tokenizer, prompts: Sequence[Text], prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
-) -> list[str]:
+    tokenizer, prompts: Sequence[Text], prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]],
+    stops: Sequence[int] = (),
+) -> list[str]:  # fmt: skip
     """The responses as text without special tokens, so that behind a prompt of text they read as they were written.
+
+    stops: tokens that end a response, special or not, and are no part of its text.
 
     SentencePiece drops the space with which a text begins, so the prompt's last token is decoded before them and taken
     off again. After messages the chat template decides what stands before a response.
     """
     texts = []
     for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
+        ids = ids[:-1] if len(ids) and ids[-1] in stops else ids
         last = list(before[-1:]) if isinstance(prompt, str) else []
         lead, text = (tokenizer.decode(x, skip_special_tokens=True) for x in (last, [*last, *ids]))
         texts.append(text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True))

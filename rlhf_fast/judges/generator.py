@@ -47,7 +47,7 @@ class TextGenerator:
             temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size,
             generator=[torch.Generator().manual_seed(s) for s in seeds],
         )  # fmt: skip
-        texts = decode_responses(self.tokenizer, prompts, encoded, responses)
+        texts = decode_responses(self.tokenizer, prompts, encoded, responses, stops)
         return [text if ids[-1] in stops else Cut(text) for text, ids in zip(texts, responses, strict=True)]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:

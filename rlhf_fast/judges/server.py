@@ -30,7 +30,9 @@ from .ledger import Answer, Call, Tries
 _STOP = {401, 403, 404, 405}
 _AGAIN = {408, 409, 425, 429}
 _TOO_LONG = re.compile(
-    r"context.?length|maximum context|max_model_len|too (?:long|many tokens)|reduce the length", re.I
+    r"context.?length|maximum context|max_model_len|too (?:long|many tokens)|reduce the length"
+    r"|request too large|tokens must be reduced",  # OpenAI's 429 to a question of more tokens than a minute has
+    re.I,
 )
 _REFUSED = re.compile(r"content.?(?:filter|management|policy)|safety|responsible.?ai", re.I)
 _NO_QUOTA = re.compile(r"insufficient_quota|billing", re.I)
@@ -162,7 +164,7 @@ class Server:
             text, code = error.response.text, error.status_code
             about = {"raw": text, "http_status": code}
             reason = f"HTTP {code}: {_short(text)}"
-            if code in (400, 413, 422) and _says(_TOO_LONG, text, body):
+            if code in (400, 413, 422, 429) and _says(_TOO_LONG, text, body):
                 return Answer("too_long", reason=reason), False, 0.0, about
             if code in (400, 403, 422) and _says(_REFUSED, text, body):
                 return Answer("refused", reason=reason), False, 0.0, about

@@ -142,7 +142,7 @@ class Op:
 
     def _refuse_functorch_gradients(self, args):
         """torch's own error speaks of an autograd.Function that the user has never seen."""
-        if any(isinstance(x, Tensor) and functorch.is_gradtrackingtensor(x) for x in args):
+        if any(isinstance(x, Tensor) and x.requires_grad and functorch.is_gradtrackingtensor(x) for x in args):
             raise NotImplementedError(
                 f"{self.name} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
                 "torch.autograd.grad, or use_backend('reference'), which has one"

@@ -249,7 +249,7 @@ class PPOTrainer:
                     '"logprobs": return them, or leave importance_cap out'
                 )
             stops = stop_ids(self.policy, self.tokenizer)
-            return make_rollout(self.tokenizer, prompts, stops=stops, **lists, device=self.policy.device)
+            return make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
         return generate(
             self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
             temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
@@ -517,6 +517,11 @@ class PPOTrainer:
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
         if self.value_model:
+            if self.config.share_trunk and state["value_model"].keys() != self._own_critic.state_dict().keys():
+                raise common.ConfigError(
+                    "the checkpoint is of an earlier version, with a trunk for the critic too: start anew in another "
+                    "output_dir"
+                )
             load_trained_state(self._own_critic, state["value_model"])
         saved = zip(state["optimizers"], state["schedulers"], strict=True)
         for optimizer, scheduler, states in zip(self.optimizers, self.schedulers, saved, strict=True):

@@ -129,6 +129,8 @@ CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": 
         (CALLS, {"content": "look", "tool_calls": [CALL]}, []),
         (CALLS, {"content": "", "tool_calls": [CALL]}, []),
         (CALLS, {"content": "look", "reasoning_content": None, "tool_calls": None}, []),
+        (STRIPPED, {"content": "look", "tool_calls": [{"function": "clock"}]}, [("tool_calls", "clock")]),
+        (STRIPPED, {"content": "look", "tool_calls": [{"function": None, "name": "look"}]}, []),
         ("m['content'] | replace('4', '5')", {"content": "it is 4"}, [("content", "it is 4")]),
     ],
 )

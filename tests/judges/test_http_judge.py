@@ -216,7 +216,10 @@ def test_examples_of_reasoning_are_turns_of_their_own():
 # --- faults ---
 
 TRANSIENT = ("429", "500", "time-out", "torn", "missing", "empty", "shape")
-FINAL = {"refusal": "refused", "filter": "refused", "too_long": "too_long", "no label": "unparsed", "bad": "failed"}
+FINAL = {
+    "refusal": "refused", "filter": "refused", "too_long": "too_long", "429 large": "too_long", "no label": "unparsed",
+    "bad": "failed",
+}  # fmt: skip
 
 
 def faults(text, before):

@@ -404,6 +404,17 @@ def test_a_gradient_of_torch_func_is_refused(case):
         assert torch.func.grad(of)(inputs[name]).shape == inputs[name].shape
 
 
+def test_targets_stay_data_under_torch_func():
+    rewards, values = torch.randn(2, 5), torch.randn(2, 5)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+
+    def loss(values):
+        return ((values - rf.gae(rewards, values, mask)[1].detach()) ** 2).sum()
+
+    expected = 2 * (values - rf.gae(rewards, values, mask)[1])
+    torch.testing.assert_close(torch.func.grad(loss)(values), expected)
+
+
 @every_case
 def test_batched_gradients_are_those_of_a_loop(case):
     """By PyTorch's older vmap, whose tensors look plain and have no memory."""

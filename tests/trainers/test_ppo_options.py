@@ -423,6 +423,15 @@ def test_an_answer_that_ends_its_turn_is_not_cut(tmp_path):
     assert trainer.policy.generation_config.eos_token_id == [tokenizer.eos_token_id, turn]
 
 
+def test_what_ends_an_answer_is_no_part_of_its_text(tmp_path):
+    trainer = make_trainer(tmp_path)
+    word, eos = 60, trainer.tokenizer.eos_token_id  # an added token need not be a special one
+    ids = [[50, 51, word], [50, word, 51], [50, eos]]
+    rollout = make_rollout(trainer.tokenizer, trainer.prompts[:3], ids, stop_token_ids=[eos, word])
+    assert rollout.responses == [trainer.tokenizer.decode(row) for row in ([50, 51], [50, word, 51], [50])]
+    assert rollout.ended.tolist() == [True, False, True]
+
+
 def test_an_engine_finds_every_prompt_as_often_in_evaluation(tmp_path):
     asked = []
 
