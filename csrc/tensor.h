@@ -178,9 +178,7 @@ inline PyObject* labelled(PyObject* const* given, Py_ssize_t count) {
 enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
 
 // (*arguments). kKernel: all are plain tensors, numbers or None, and nobody watches (functorch, dispatch modes).
-// kFunction: so they are, and a gradient is wanted. In a backward PyTorch's older vmap may be at work (batched
-// gradients), whose tensors show nothing but that they have no memory; asking each for it takes 50 ns.
-template <bool kInBackward>
+// kFunction: so they are, and a gradient is wanted.
 inline Route route_of(PyObject* const* given, Py_ssize_t count) {
   bool differentiable = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -188,7 +186,7 @@ inline Route route_of(PyObject* const* given, Py_ssize_t count) {
     const PyTypeObject* type = Py_TYPE(x);
     if (is_plain_tensor(x)) {
       DLTensor t;
-      if (kInBackward && torch().exchange && !read(x, t)) return kLibrary;
+      if (torch().exchange && !read(x, t)) return kLibrary;  // PyTorch's older vmap: no memory, and nothing else to see
       differentiable = differentiable || checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
     } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && x != Py_None) {
       return kLibrary;
@@ -200,9 +198,6 @@ inline Route route_of(PyObject* const* given, Py_ssize_t count) {
   return differentiable && checked(PyObject_CallNoArgs(torch().grad_enabled)).ptr() == Py_True ? kFunction : kKernel;
 }
 
-template <bool kInBackward>
-inline PyObject* route(PyObject* const* given, Py_ssize_t count) {
-  return PyLong_FromLong(route_of<kInBackward>(given, count));
-}
+inline PyObject* route(PyObject* const* given, Py_ssize_t count) { return PyLong_FromLong(route_of(given, count)); }
 
 }  // namespace rlhf

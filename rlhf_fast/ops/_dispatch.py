@@ -30,7 +30,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if not hasattr(_C, "route_in_backward"):  # the newest here; functions before it took other arguments
+    if not hasattr(_C, "empties"):  # the newest of what is called here; functions before it took other arguments
         _C, _C_MISSING = None, "the one that is there is older than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -153,7 +153,7 @@ class Op:
             return self._through_library(args)
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
-        way = (_route_in_backward if self._apply is None else _route)(*args)
+        way = _route(*args)
         if way == _LIBRARY_OP:
             self._refuse_functorch_gradients(args)
             return self._through_library(args)
@@ -218,12 +218,11 @@ class Op:
 # What route says of a call (csrc/tensor.h). Without the native module all go through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
-_route_in_backward = _route if _C is None else _C.route_in_backward
 
 
 def plain(*arguments) -> bool:
     """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
-    return not is_compiling() and _route_in_backward(*arguments) != _LIBRARY_OP
+    return not is_compiling() and _route(*arguments) != _LIBRARY_OP
 
 
 def empties(like: Tensor, dtype: torch.dtype, *shapes) -> tuple[Tensor | None, ...]:
