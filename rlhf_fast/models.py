@@ -166,7 +166,9 @@ def disable_dropout(model: nn.Module) -> None:
 
 def _learn_eos(model: PreTrainedModel) -> PreTrainedModel:
     """An embedding built with padding_idx gives that token no gradient, and it may be eos. Masks keep padding out."""
-    model.get_input_embeddings().padding_idx = None
+    for module in model.get_input_embeddings().modules():  # adapters wrap it, and read the one that they wrap
+        if hasattr(module, "padding_idx"):
+            module.padding_idx = None
     return model
 
 

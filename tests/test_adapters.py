@@ -103,6 +103,27 @@ def test_adapters_on_the_embeddings_learn_like_others(base, tmp_path, tokenizer,
     assert float(next(iter(ppo))["policy/first_minibatch_max_abs_log_ratio"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "learning"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [0]}, "trainable_tokens_delta"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "embed_tokens.modules_to_save"),
+    ],
+)
+def test_eos_learns_under_adapters_on_the_embeddings_where_it_is_also_pad(options, learning):
+    tokenizer = tiny_tokenizer(pad="<eos>")
+    eos, lora = tokenizer.eos_token_id, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options)
+    assert eos == 0
+    model = models.load_policy(peft.get_peft_model(tiny_model(tokenizer), lora))
+    for name, weight in model.named_parameters():
+        if "lora_embedding_B" in name:  # at 0 A would have no gradient
+            torch.nn.init.ones_(weight)
+    models.hidden_states(model, torch.tensor([[7, eos, 8]]))[0, -1].square().sum().backward()
+    (grad,) = (p.grad for name, p in model.named_parameters() if learning in name)
+    assert (grad.T if "lora" in learning else grad)[eos].abs().max() > 0
+
+
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
     """On top of a policy that is itself adapters, whose merged trunk it must find again."""
