@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation
-from .data.formats import as_records, read_dataset, responses_of
+from .data.formats import as_records, placed, read_dataset, responses_of
 from .models import check_lengths, load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
@@ -183,7 +183,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
     Pairs of hh-rlhf are scored as the conversations that they hold; one that is malformed is named on standard error.
     """
     records = as_records(records, "input") if records else []
-    reward, asked = RewardModelReward.load(model, batch_size=batch_size), []
+    reward, asked, tokens = RewardModelReward.load(model, batch_size=batch_size), [], []
     hh = bool(records) and hh_rlhf.are_transcripts(records[0])
     for i, record in enumerate(records):
         try:
@@ -192,8 +192,9 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
             print(f"input record {i} is left out: {error}", file=sys.stderr)
         else:
             asked.append((record, responses_of(readable, "input", i)))
-    flat = [pair for _, pairs in asked for pair in pairs]
-    scores = iter(reward([p for p, _ in flat], [r for _, r in flat]).tolist())
+            with placed("input", i):
+                tokens += [reward.encode(*pair) for pair in asked[-1][1]]
+    scores = iter(reward.score(tokens).tolist())
     rows = []
     for record, pairs in asked:
         values = [next(scores) for _ in pairs]

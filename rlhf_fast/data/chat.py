@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-from jinja2 import TemplateError
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 Text = str | Messages
@@ -80,11 +79,12 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
-    except TemplateError as error:
+    except Exception as error:  # jinja's own, or a TypeError where the template adds text to what is none
         roles = ", ".join(str(m["role"]) for m in messages)
         raise ConfigError(
             f"the chat template refuses a conversation ({error}): its roles are {roles}, and it begins with "
-            f"{messages[0]['content'][:80]!r}"
+            f"{str(messages[0]['content'])[:80]!r}. Change the messages (some templates want the arguments of "
+            "tool_calls as text), or set tokenizer.chat_template to one that takes them"
         ) from error
 
 

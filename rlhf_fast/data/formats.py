@@ -18,7 +18,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -153,6 +154,15 @@ def as_records(dataset, name: str) -> list[dict]:
         if not isinstance(record, dict):
             raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
     return records
+
+
+@contextmanager
+def placed(name: str, i: int) -> Iterator[None]:
+    """A ConfigError inside names the record, as what encodes a conversation alone cannot."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name} record {i}: {error}") from error
 
 
 def _text_or_messages(record: dict, key: str, name: str, i: int, text: bool = True):
@@ -311,10 +321,8 @@ def sft_examples(
         if conversational:
             before = as_messages(prompt, "user")
             messages = before + as_messages(completion, "assistant")
-            try:
+            with placed(name, i):
                 encoded[i] = chat.encode_conversation(tokenizer, messages, len(before))
-            except ConfigError as error:
-                raise ConfigError(f"{name} record {i}: {error}") from error
         else:
             encoded[i] = [chat.encode_response(tokenizer, prompt, completion)]
         if not any(e.num_labels for e in encoded[i]):
@@ -383,7 +391,8 @@ def responses_to_score(
     for i, record in enumerate(records):
         asked = responses_of(record, name, i)
         chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*asked))))
-        encoded[i] = [chat.encode_to_score(tokenizer, *pair) for pair in asked]
+        with placed(name, i):
+            encoded[i] = [chat.encode_to_score(tokenizer, *pair) for pair in asked]
     report = Report(name, len(records), max_length=max_length)
 
     def end(ids: np.ndarray) -> np.ndarray:
@@ -442,10 +451,11 @@ def comparisons(
         if not isinstance(source, str | None):
             raise ConfigError(f"{name} record {i}: 'source' must be text, by which evaluation is split, got {source!r}")
         chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*pairs))))
+        with placed(name, i):
+            sequences = [chat.encode_to_score(tokenizer, *pair) for pair in pairs]
         encoded[i] = Comparison(
-            [chat.encode_to_score(tokenizer, *pair) for pair in pairs], ranks, **extra,
-            source=source, index=i, texts=[response for _, response in pairs],
-        )  # fmt: skip
+            sequences, ranks, **extra, source=source, index=i, texts=[response for _, response in pairs]
+        )
     report = Report(name, len(records), max_length=max_length)
 
     def end(item: Comparison) -> Comparison | None:
@@ -477,7 +487,8 @@ def prompts(
             raise _wrong_columns(record, name, i, '{"prompt": ...}')
         prompt = _text_or_messages(record, "prompt", name, i)
         chat.check_tokenizer(tokenizer, is_conversation(prompt))
-        tokens = chat.encode_prompt(tokenizer, prompt)
+        with placed(name, i):
+            tokens = chat.encode_prompt(tokenizer, prompt)
         if not tokens:
             raise ConfigError(
                 f"{name} record {i}: its prompt {prompt!r} has no tokens, so there is nothing to go on from"

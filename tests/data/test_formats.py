@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import tiny_tokenizer
+from helpers import CHAT_TEMPLATE, tiny_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.formats import (
@@ -342,6 +342,30 @@ def test_what_only_a_chat_template_could_read_is_refused():
     with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
         responses_to_score([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     sft_examples([{"messages": CHAT, "tools": None}, {"messages": CHAT, "tools": []}], TOKENIZER, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("writes", "reason"),
+    [
+        ("m.tool_calls[0].function.name + m.tool_calls[0].function.arguments", 'can only concatenate str .not "dict"'),
+        ("raise_exception('no tools here')", "no tools here"),
+    ],
+)
+def test_what_a_chat_template_refuses_is_named_by_its_record_with_the_way_on(writes, reason):
+    """DeepSeek-V3's adds the arguments of a call as text."""
+    tokenizer = tiny_tokenizer(
+        chat_template=CHAT_TEMPLATE.replace("{{ m['content'] }}", f"{{{{ {writes} if m.tool_calls else m.content }}}}")
+    )
+    call = {**CHAT[1], "tool_calls": [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]}
+    told = rf"record 1: the chat template refuses .*{reason}.* roles are user, assistant.*'hi'\. Change the messages"
+    for encode, good, bad in (
+        (sft_examples, {"messages": CHAT}, {"messages": [CHAT[0], call]}),
+        (responses_to_score, {"messages": CHAT}, {"messages": [CHAT[0], call]}),
+        (comparisons, {"chosen": CHAT, "rejected": CHAT}, {"chosen": CHAT, "rejected": [CHAT[0], call]}),
+        (prompts, {"prompt": CHAT}, {"prompt": [CHAT[0], call, CHAT[0]]}),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            encode([good, bad], tokenizer, max_length=64)
 
 
 def test_what_a_chat_template_leaves_out_is_warned_of_once_with_a_count():
