@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation
-from .data.formats import as_records, placed, read_dataset, responses_of
+from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
 from .models import check_lengths, load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
@@ -184,7 +184,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
     """
     records = as_records(records, "input") if records else []
     reward, asked, tokens = RewardModelReward.load(model, batch_size=batch_size), [], []
-    hh = bool(records) and hh_rlhf.are_transcripts(records[0])
+    hh, unwritten = bool(records) and hh_rlhf.are_transcripts(records[0]), {}
     for i, record in enumerate(records):
         try:
             readable = dict(zip(("chosen", "rejected"), hh_rlhf.transcripts(record), strict=True)) if hh else record
@@ -193,7 +193,8 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
         else:
             asked.append((record, responses_of(readable, "input", i)))
             with placed("input", i):
-                tokens += [reward.encode(*pair) for pair in asked[-1][1]]
+                tokens += [reward.encode(*pair, unwritten.setdefault(i, [])) for pair in asked[-1][1]]
+    warn_of_unwritten(unwritten, "input", "scored")
     scores = iter(reward.score(tokens).tolist())
     rows = []
     for record, pairs in asked:

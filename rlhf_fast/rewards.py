@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data.chat import ConfigError, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.chat import ConfigError, Said, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.formats import warn_of_unwritten
 from .generation import batches
 from .models import (
     check_lengths,
@@ -54,6 +55,7 @@ class RewardModelReward:
         _check_trained(model, type(model).__name__)
         check_lengths(model, tokenizer, 0)  # a tokenizer of another model would read past the embedding
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
+        self._told: set[str] = set()  # what of a response its template leaves out, once warned of
 
     @classmethod
     def load(cls, path: str | Path, **options) -> RewardModelReward:
@@ -65,7 +67,12 @@ class RewardModelReward:
         return reward
 
     def __call__(self, prompts: Sequence[Text | None], responses: Sequence[Text], **columns) -> Tensor:
-        return self.score([self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+        unwritten: list[Said] = [[] for _ in responses]
+        tokens = [self.encode(*asked) for asked in zip(prompts, responses, unwritten, strict=True)]
+        new = {i: [lost for lost in said if lost[0] not in self._told] for i, said in enumerate(unwritten)}
+        self._told |= {key for said in unwritten for key, _ in said}
+        warn_of_unwritten(new, self.name, "scored", "response")
+        return self.score(tokens)
 
     @torch.no_grad()
     def score(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -81,10 +88,12 @@ class RewardModelReward:
         mean, std = reward_scale(self.model.config)
         return (scores - mean) / std
 
-    def encode(self, prompt: Text | None, response: Text) -> list[int]:
-        """The tokens scored: the dialogue in the reward model's own template, or plain text."""
+    def encode(self, prompt: Text | None, response: Text, unwritten: Said | None = None) -> list[int]:
+        """The tokens scored: the dialogue in the reward model's own template, or plain text. unwritten: a list that
+        what the template leaves out of the response is added to."""
         check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
-        return encode_to_score(self.tokenizer, prompt, response, end=is_trained_here(self.model)).tolist()
+        end = is_trained_here(self.model)
+        return encode_to_score(self.tokenizer, prompt, response, end=end, unwritten=unwritten).tolist()
 
 
 def _check_trained(model, name: str) -> None:

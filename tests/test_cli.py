@@ -14,7 +14,8 @@ import pytest
 from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for
+from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for, score
+from rlhf_fast.models import load_reward_model
 from rlhf_fast.rewards import RewardModelReward
 
 ROOT = Path(__file__).parents[1]
@@ -465,3 +466,17 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     assert pairs == rows_for("reward", str(tmp_path / "hh.jsonl"))[0] and [item.line for item in left_out] == [2, 3]
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
     assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err
+
+
+def test_score_names_the_record_that_a_template_refuses_or_reads_in_part(tokenizer, model, monkeypatch):
+    writes = "raise_exception('empty') if not m['content'] else m['content'].split('</think>')[-1]"
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", f"({writes})")
+    reward = RewardModelReward(load_reward_model(model, tokenizer), tokenizer)
+    monkeypatch.setattr(RewardModelReward, "load", lambda path, **options: reward)
+    user = {"role": "user", "content": "hi"}
+    records = [{"prompt": [user], "response": text} for text in ("hello", "<think>so</think>hello", "")]
+    with pytest.warns(UserWarning, match="input: in 1 of 2 records the chat template leaves out 'content'.* record 1"):
+        first, second = score("rm", records[:2], 8)
+    assert first["score"] == pytest.approx(second["score"], abs=1e-5)
+    with pytest.raises(ConfigError, match=r"input record 2: the chat template refuses a conversation \(empty\)"):
+        score("rm", records, 8)

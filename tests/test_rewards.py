@@ -64,6 +64,17 @@ def test_a_reward_model_from_elsewhere_reads_what_its_template_writes(word_token
         reward([CHAT], ["fine"])
 
 
+def test_what_the_template_leaves_out_of_a_response_is_warned_of_once(tokenizer, reward_model, recwarn):
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'].split('</think>')[-1]")
+    reward = RewardModelReward(reward_model, tokenizer)
+    reward([CHAT] * 2, ["hi", ""])
+    assert not recwarn
+    for _ in range(2):
+        reward([CHAT] * 3, ["hi", "<think>so</think>hi", "<think>a</think>"])
+    (told,) = (text for w in recwarn if "leaves out" in (text := str(w.message)))
+    assert told.startswith("reward_model: in 2 of 3 responses the chat template leaves out 'content'")
+
+
 def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_model):
     reward = RewardModelReward(reward_model, tokenizer, batch_size=2)
     responses = ["hi", "a much longer answer than the others", "", "no", "the cat sat"]

@@ -120,22 +120,34 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
 
 
 def _unwritten(turn: dict, text: str) -> Said:
-    """What an assistant turn says and its text lacks, white space aside: some templates drop reasoning by design.
-    ConfigError where not a word of the turn is there."""
-    said = [("content", part) for part in turn["content"].split("</think>")]  # where a template would cut it
-    said += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
-    calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
-    functions = [call.get("function") or call for call in calls]
-    said += [("tool_calls", f.get("name") if isinstance(f, dict) else f) for f in functions]
-    said = [(key, part) for key, part in said if isinstance(part, str) and part.strip()]
-    squeezed = "".join(text.split())
-    lost = [(key, part) for key, part in said if "".join(part.split()) not in squeezed]
+    """What is _lost of a turn that is to be learned. ConfigError where not a word of it is there."""
+    said, lost = _said(turn), _lost(turn, text)
     if said and lost == said and _words(" ".join(part for _, part in said)).isdisjoint(_words(text)):
         raise ConfigError(
             f"the chat template writes nothing of an assistant turn, whose {lost[0][0]!r} is {lost[0][1][:80]!r}, so "
             "there is nothing to learn: set tokenizer.chat_template to one that writes it, or put it into 'content'"
         )
     return lost
+
+
+def _lost(turn: dict, text: str) -> Said:
+    """What an assistant turn says and its text lacks, white space aside: some templates drop reasoning by design."""
+    squeezed = "".join(text.split())
+    return [(key, part) for key, part in _said(turn) if "".join(part.split()) not in squeezed]
+
+
+def _said(turn: dict) -> Said:
+    """The parts of an assistant turn that a template writes or not, under their keys."""
+    said = [("content", part) for part in _content(turn).split("</think>")]  # where a template would cut it
+    said += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
+    calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
+    functions = [call.get("function") or call for call in calls]
+    said += [("tool_calls", f.get("name") if isinstance(f, dict) else f) for f in functions]
+    return [(key, part) for key, part in said if isinstance(part, str) and part.strip()]
+
+
+def _content(turn: dict) -> str:
+    return turn["content"] if isinstance(turn["content"], str) else ""
 
 
 def _words(text: str) -> set[str]:
@@ -256,21 +268,37 @@ def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
     return Encoded(np.array(before + after, np.int32), mask)
 
 
-def encode_to_score(tokenizer, prompt: Text | None, response: Text, *, end: bool = True) -> np.ndarray:
+def encode_to_score(
+    tokenizer, prompt: Text | None, response: Text, *, end: bool = True, unwritten: Said | None = None
+) -> np.ndarray:
     """(T,) int32 for a reward model: the whole text, ending in eos, where the score is read.
 
     Messages on either side make both a conversation: text becomes a user turn (prompt) or an assistant turn (response).
-    end=False leaves a conversation as its template ends it.
+    end=False leaves a conversation as its template ends it. unwritten: a list that what the template leaves out of the
+    response is added to.
     """
     if is_conversation(prompt) or is_conversation(response):
-        messages = as_messages(prompt, "user") + as_messages(response, "assistant")
-        ids = _tokenize(tokenizer, render(tokenizer, messages))
+        before = as_messages(prompt, "user")
+        messages = before + as_messages(response, "assistant")
+        text = render(tokenizer, messages)
+        if unwritten is not None:
+            unwritten += _unscored(messages, len(before), text)
+        ids = _tokenize(tokenizer, text)
         if not end:
             return np.array(ids, np.int32)
     else:
         ids = _tokenize(tokenizer, (prompt or "") + response)
         ids = [*_bos(tokenizer, ids), *ids]
     return np.array(_end_with_eos(tokenizer, ids), np.int32)
+
+
+def _unscored(messages: Messages, first: int, text: str) -> Said:
+    """What is lost of the assistant turns of messages[first:], those behind the last user turn: templates take
+    reasoning from earlier ones. A turn's place in the text is not known, only that it follows the question."""
+    first = max([first, *(i + 1 for i, m in enumerate(messages) if m["role"] == "user")])
+    asked = _content(messages[first - 1]).strip() if first else ""
+    answer = text.split(asked, 1)[-1] if asked else text
+    return [lost for turn in messages[first:] if turn["role"] == "assistant" for lost in _lost(turn, answer)]
 
 
 def as_messages(x: Text | None, role: str) -> Messages:

@@ -329,7 +329,8 @@ def sft_examples(
             raise ConfigError(
                 f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it"
             )
-    _warn_of_unwritten(encoded, name)
+    unwritten = {i: list(chain(*(e.unwritten for e in examples))) for i, examples in encoded.items()}
+    warn_of_unwritten(unwritten, name, "learned")
     report = Report(name, len(records), max_length=max_length)
 
     def only(example: Encoded, kept) -> Encoded | None:
@@ -344,17 +345,20 @@ def sft_examples(
     return _limited(encoded, report, on_overlong, cuts), report
 
 
-def _warn_of_unwritten(encoded: dict[int, list[Encoded]], name: str) -> None:
-    """Warns once of each key of the assistant turns that the chat template leaves out, by design or not."""
-    unwritten: dict[str, dict[int, str]] = {}
-    for i, examples in encoded.items():
-        for key, part in chain(*(e.unwritten for e in examples)):
-            unwritten.setdefault(key, {}).setdefault(i, part)
-    for key, parts in unwritten.items():
+def warn_of_unwritten(unwritten: dict[int, chat.Said], name: str, use: str, unit: str = "record") -> None:
+    """Warns once of each key of the assistant turns that the chat template leaves out, by design or not.
+
+    unwritten: of every unit ("record", "response"), by its index. use: what it would have been, "learned" or "scored".
+    """
+    found: dict[str, dict[int, str]] = {}
+    for i, lost in unwritten.items():
+        for key, part in lost:
+            found.setdefault(key, {}).setdefault(i, part)
+    for key, parts in found.items():
         i, part = next(iter(parts.items()))
         warnings.warn(
-            f"{name}: in {len(parts)} of {len(encoded)} records the chat template leaves out {key!r} of an assistant "
-            f"turn, or a part of it, so it is not learned: in record {i} {part.strip()[:80]!r}. Set "
+            f"{name}: in {len(parts)} of {len(unwritten)} {unit}s the chat template leaves out {key!r} of an assistant "
+            f"turn, or a part of it, so it is not {use}: in {unit} {i} {part.strip()[:80]!r}. Set "
             "tokenizer.chat_template to one that writes it, or take it out of the data",
             stacklevel=3,
         )
@@ -388,11 +392,13 @@ def responses_to_score(
     does; on_overlong "keep_end" cuts the beginning."""
     records = as_records(dataset, name)
     encoded: dict[int, list[np.ndarray]] = {}
+    unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
     for i, record in enumerate(records):
         asked = responses_of(record, name, i)
         chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*asked))))
         with placed(name, i):
-            encoded[i] = [chat.encode_to_score(tokenizer, *pair) for pair in asked]
+            encoded[i] = [chat.encode_to_score(tokenizer, *pair, unwritten=unwritten[i]) for pair in asked]
+    warn_of_unwritten(unwritten, name, "scored")
     report = Report(name, len(records), max_length=max_length)
 
     def end(ids: np.ndarray) -> np.ndarray:
@@ -428,6 +434,7 @@ def comparisons(
     """
     records = as_records(dataset, name)
     encoded: dict[int, Comparison] = {}
+    unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
         prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
         if "chosen" in record and "rejected" in record:
@@ -452,10 +459,11 @@ def comparisons(
             raise ConfigError(f"{name} record {i}: 'source' must be text, by which evaluation is split, got {source!r}")
         chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*pairs))))
         with placed(name, i):
-            sequences = [chat.encode_to_score(tokenizer, *pair) for pair in pairs]
+            sequences = [chat.encode_to_score(tokenizer, *pair, unwritten=unwritten[i]) for pair in pairs]
         encoded[i] = Comparison(
             sequences, ranks, **extra, source=source, index=i, texts=[response for _, response in pairs]
         )
+    warn_of_unwritten(unwritten, name, "scored")
     report = Report(name, len(records), max_length=max_length)
 
     def end(item: Comparison) -> Comparison | None:

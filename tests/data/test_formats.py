@@ -382,6 +382,24 @@ def test_what_a_chat_template_leaves_out_is_warned_of_once_with_a_count():
         sft_examples(records, tiny_tokenizer(), max_length=64)
 
 
+def test_what_a_chat_template_leaves_out_of_what_is_scored_is_warned_of_once_with_a_count():
+    system = {"role": "system", "content": "call the clock"}
+    call = {**CHAT[1], "tool_calls": [{"function": {"name": "clock"}}]}
+    past = {**STILL, "reasoning_content": "a word"}  # which templates take from it by design
+    records = [
+        {"prompt": [*CHAT[:1], past, AGAIN], "chosen": CHAT[1:], "rejected": "no"},
+        {"prompt": [system, *CHAT[:1]], "chosen": [call], "rejected": [call]},
+        {"chosen": [system, *CHAT], "rejected": [system, CHAT[0], past, AGAIN, call]},
+        PAIR,
+    ]
+    for encode, name in ((comparisons, "train_dataset"), (responses_to_score, "reference_dataset")):
+        with pytest.warns(UserWarning) as caught:
+            encode(records, TOKENIZER, max_length=64)
+        (told,) = (str(warning.message) for warning in caught)
+        assert f"{name}: in 2 of 4 records the chat template leaves out 'tool_calls' of an assistant turn" in told
+        assert "so it is not scored: in record 1 'clock'" in told
+
+
 def test_reward_functions_see_the_same_columns_for_every_prompt():
     rows, _ = prompts([{"prompt": "a"}, {"prompt": "b", "gold": 3}], TOKENIZER, max_length=50)
     assert [p.columns for p in rows] == [{"gold": None}, {"gold": 3}]
