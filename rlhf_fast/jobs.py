@@ -281,7 +281,7 @@ def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.L
     else:
         rows, left_out = as_records(read_dataset(path), path), []
         if hh_rlhf.are_transcripts(rows[0]):
-            rows, left_out = hh_rlhf.parse_pairs(map(json.dumps, rows), **limit)
+            rows, left_out = hh_rlhf.parse_pairs(rows, **limit)
     if stage == "sft":
         rows = [_as_demonstration(row) for row in rows]
     if stage == "ppo":

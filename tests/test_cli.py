@@ -464,6 +464,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     datasets.Dataset.from_list(hh).to_parquet(tmp_path / "hh.parquet")
     pairs, left_out = rows_for("reward", str(tmp_path / "hh.parquet"))  # transcripts in a table, as the hub has them
     assert pairs == rows_for("reward", str(tmp_path / "hh.jsonl"))[0] and [item.line for item in left_out] == [2, 3]
+    dated = [{**row, "at": datetime(2026, 1, 2)} for row in hh]  # which JSON does not have
+    datasets.Dataset.from_list(dated).to_parquet(tmp_path / "dated.parquet")
+    assert rows_for("reward", str(tmp_path / "dated.parquet"))[0] == [{**pairs[0], "at": dated[0]["at"]}]
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
     assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err
 

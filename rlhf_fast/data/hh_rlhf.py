@@ -67,16 +67,16 @@ def load_pairs(
 
 
 def parse_pairs(
-    lines: Iterable[str], *, max_length: int | None = None, length: Callable[[list[dict]], int] | None = None
+    lines: Iterable[str | dict], *, max_length: int | None = None, length: Callable[[list[dict]], int] | None = None
 ) -> tuple[list[dict], list[LeftOut]]:
-    """`load_pairs` on lines of text that are already at hand. Blank lines are not pairs and are skipped."""
+    """`load_pairs` on lines of text, or rows of a table, that are at hand. Blank lines are no pairs and are skipped."""
     length = length or (lambda messages: sum(len(message["content"]) for message in messages))
     pairs, left_out = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if isinstance(line, str) and not line.strip():
             continue
         try:
-            row = _parse(line)
+            row = _parse(line) if isinstance(line, str) else line
             chosen, rejected = transcripts(row)
         except ValueError as error:
             left_out.append(LeftOut(number, "malformed", str(error)))
