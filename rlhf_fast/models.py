@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -51,7 +52,10 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
         raise ConfigError(f"{name} is a reward model, which has no lm_head: give the language model")
     if isinstance(model, (str, Path)):
         if base := _adapter_base(model):
-            return _with_saved_adapters(load_policy(base, dtype=dtype), model)
+            policy = _with_saved_adapters(load_policy(base, dtype=dtype), model)
+            with suppress(OSError):  # not from save_model, and then the base's
+                unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
+            return policy
         with _loading("model", model):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(default_device())
     check_lm_head_is_plain(model)
@@ -137,11 +141,13 @@ def default_device() -> torch.device:
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """A directory that load_policy or load_reward_model reads: the model, or its adapters and the config, and the
+    """A directory that load_policy or load_reward_model reads: the model, or its adapters and the configs, and the
     tokenizer."""
     model.save_pretrained(path)
     if has_adapters(model):
         unwrapped(model).config.save_pretrained(path)
+        if unwrapped(model).can_generate():
+            unwrapped(model).generation_config.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 

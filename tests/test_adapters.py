@@ -81,6 +81,18 @@ def test_a_policy_comes_back_from_its_adapters_and_learns_on(base, tmp_path):
     assert torch.equal(hidden(theirs.eval()), hidden(adapted))
 
 
+def test_adapters_bring_the_generation_config_of_their_training(base, tmp_path, tokenizer):
+    config, data = SFTConfig(str(tmp_path / "sft"), max_steps=1, lora_r=2), [{"prompt": "say ", "completion": "cat"}]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.generation_config.update(eos_token_id=9, do_sample=True, temperature=0.6)
+    SFTTrainer(config, model, train_dataset=data, tokenizer=tokenizer).train()
+    loaded = models.load_policy(tmp_path / "sft").generation_config
+    assert loaded.eos_token_id == [tokenizer.eos_token_id, 9] and loaded.pad_token_id == tokenizer.pad_token_id
+    assert (loaded.do_sample, loaded.temperature) == (True, 0.6)
+    (tmp_path / "sft" / "generation_config.json").unlink()  # as peft alone, and earlier versions, save
+    assert models.load_policy(tmp_path / "sft").generation_config.eos_token_id == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize(
     "options",
     [{"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj"], "trainable_token_indices": [7, 8]}],
