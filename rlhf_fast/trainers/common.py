@@ -335,6 +335,7 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
     for group, own, factor in zip(optimizer.param_groups, mine, scheduler.lr_lambdas, strict=True):
         group |= own | {"lr": own["initial_lr"] * factor(scheduler.last_epoch)}
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    optimizer.zero_grad(set_to_none=True)  # of a step that failed, where the trainer is the one that failed
 
 
 class NonFiniteError(RuntimeError):

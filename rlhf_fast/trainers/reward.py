@@ -159,7 +159,7 @@ class RewardTrainer:
         self.scheduler = common.make_scheduler(
             self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
         )
-        self.step, self.num_tokens = 0, 0
+        self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
 
     def _check_pairs(self) -> None:
@@ -198,12 +198,15 @@ class RewardTrainer:
             seen.append((rewards.detach(), batch))
 
         learning_rate = self.scheduler.get_last_lr()[0]
+        self.whole = False
         grad_norm = common.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
         self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(x) for x in items])
         self.step += 1
         self.num_tokens += sum(len(response) for item in items for response in item.responses)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
-        return self._metrics(seen) | metrics
+        metrics = self._metrics(seen) | metrics
+        self.whole = True
+        return metrics
 
     def _packing(self):
         return packing(self.model) if self.packed else nullcontext()

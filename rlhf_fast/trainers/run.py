@@ -49,7 +49,7 @@ from .checkpoints import (
     save_checkpoint,
     save_quietly,
 )
-from .common import preserved_rng
+from .common import preserved_rng, rng_state, set_rng_state
 from .records import Records, as_numbers
 
 
@@ -70,9 +70,10 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, alarms.jsonl, tensorboard/ (if
     installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
     (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
-    never), when stopped, and when an evaluation fails, or a step that has changed nothing yet (PPO: a reward); the
-    newest save_total_limit are kept. One more, from after the last step until the model is saved, keeps a run whose
-    evaluation or end fails. resume=True goes on, bit for bit, from the newest checkpoint that is whole.
+    never), when stopped, and when an evaluation fails, or a step that has changed nothing yet (PPO: a reward; SFT and
+    reward model: all before the optimizer); the newest save_total_limit are kept. One more, from after the last step
+    until the model is saved, keeps a run whose evaluation or end fails. resume=True goes on, bit for bit, from the
+    newest checkpoint that is whole.
     load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose metric_for_best_model is the
     best so far, and in the end the model of the best of them, evaluated once more.
 
@@ -102,12 +103,19 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             warnings.warn(str(error), stacklevel=2)
 
     def steps():
-        try:
-            yield from trainer
-        except Exception:
-            if getattr(trainer, "whole", False):
-                keep()
-            raise
+        going = iter(trainer)
+        while True:
+            rng = rng_state()
+            try:
+                metrics = next(going, None)
+            except Exception:
+                if getattr(trainer, "whole", False):
+                    set_rng_state(rng)  # a step that failed in its middle has drawn, and will draw again
+                    keep()
+                raise
+            if metrics is None:
+                return
+            yield metrics
 
     def due(step: int) -> bool:
         return bool(config.save_steps) and step % config.save_steps == 0

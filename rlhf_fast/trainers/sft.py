@@ -126,7 +126,7 @@ class SFTTrainer:
         self.scheduler = common.make_scheduler(
             self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
         )
-        self.step, self.num_tokens = 0, 0
+        self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
 
     def __len__(self) -> int:
@@ -161,6 +161,7 @@ class SFTTrainer:
                 statistics += token_statistics(hidden, weight, bias, softcap, labels)
 
         learning_rate = self.scheduler.get_last_lr()[0]
+        self.whole = False
         grad_norm = common.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
         self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(e) for row in rows for e in row])
         self.step += 1
@@ -169,6 +170,7 @@ class SFTTrainer:
         if with_statistics:
             _, correct, entropy = statistics / num_labels
             metrics |= {"mean_token_accuracy": correct, "entropy": entropy}
+        self.whole = True
         return metrics
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
-"""kill -9 at random steps, again and again, and resumed each time: the weights are those of the run left alone."""
+"""kill -9 at random steps, again and again, and resumed each time: the weights are those of the run left alone. And
+after an exception within a step."""
 
 import json
 import multiprocessing
@@ -48,6 +49,11 @@ def work(stage, path, seconds_a_step):
     trainer.train(resume=resume)
 
 
+def log_of(path):
+    rows = map(json.loads, (path / "train_log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if not k.startswith("timing_s/")} for row in rows]
+
+
 def lines(path):
     log = Path(path, "train_log.jsonl")
     return log.read_bytes().count(b"\n") if log.exists() else 0
@@ -87,13 +93,46 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(stage, tmp_path, proc
     assert whole.keys() == killed.keys()
     different = [name for name in whole if not torch.equal(whole[name], killed[name])]
     assert not different, f"seed {seed}, killed at {kills}: {different}"
-    logs = [
-        [
-            {k: v for k, v in json.loads(row).items() if not k.startswith("timing_s/")}
-            for row in (tmp_path / name / "train_log.jsonl").read_text().splitlines()
-        ]
-        for name in ("whole", "killed")
-    ]
+    logs = [log_of(tmp_path / name) for name in ("whole", "killed")]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == STEPS
     if stage == "reward":
         assert len({(tmp_path / name / "preferences.json").read_text() for name in ("whole", "killed")}) == 1
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another trainer", "the same trainer"])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_step_that_raises_before_its_update_loses_no_other(stage, same, tmp_path):
+    make(stage, tmp_path / "whole").train()
+    trainer = make(stage, tmp_path / "raised")
+    packing, calls = trainer._packing, []
+
+    def raising():
+        calls.append(trainer.step)
+        if calls[-2:] == [5, 5]:  # in the second of its micro-batches
+            torch.rand(1)
+            raise RuntimeError("out of memory")
+        return packing()
+
+    trainer._packing = raising
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert latest_checkpoint(tmp_path / "raised").name == "checkpoint-5"
+    trainer._packing = packing
+    (trainer if same else make(stage, tmp_path / "raised")).train(resume=True)
+    assert log_of(tmp_path / "raised") == log_of(tmp_path / "whole")
+    whole, raised = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "raised"))
+    assert all(torch.equal(whole[name], raised[name]) for name in whole)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_step_that_raises_in_its_update_saves_no_half_of_it(stage, tmp_path):
+    trainer = make(stage, tmp_path)
+
+    def raising(*_):
+        if trainer.step == 5:
+            raise RuntimeError("out of memory")
+
+    trainer.optimizer.register_step_post_hook(raising)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert latest_checkpoint(tmp_path).name == "checkpoint-4"
