@@ -1,0 +1,151 @@
+"""What `rlhf-fast cai train` reads and refuses before its first part: not hours later what its last would refuse."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
+from .data.formats import Prompt, comparisons, responses_of
+from .data.formats import prompts as read_prompts
+from .jobs import read_data, read_rows
+from .judges import Constitution, Judge
+from .judges.calibration import Calibration
+from .judges.stages import read_items
+from .judges.trust import trusted
+from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
+from .trainers.common import check_bf16, config_from_dict
+from .trainers.constitutional import SCHEDULES, check_drop, mix_comparisons
+from .trainers.ppo import PPOConfig
+from .trainers.reward import RewardConfig
+from .trainers.sft import SFTConfig
+
+
+@dataclass
+class Run:
+    """What the parts of a run work with, read and checked."""
+
+    tokenizer: object
+    constitution: Constitution
+    judge: Judge
+    calibration: Calibration
+    configs: dict  # of the three trainers, by name
+    prompts: list[dict]  # half of them for phase 1, the others for phase 2, as chats
+    held_out: list[dict] | None
+    people: dict[str, list[dict]]  # "human": what people compared, if it was given
+
+
+def prepare(who, job, resume: bool) -> Run:
+    """Reads all that a run takes. Raises ConfigError for what any part of it would refuse.
+
+    who: a cai_jobs.JudgeJob. job: a cai_jobs.TrainJob.
+    """
+    if job.schedule:
+        known_schedule(job.schedule)
+    check_drop(job.drop)
+    root = Path(job.output_dir)
+    if not resume and (root / "summary.json").exists():  # before a file of it is written over
+        raise ConfigError(
+            f"output_dir {job.output_dir!r} already holds a run: continue it with --resume, choose another output_dir, "
+            "or delete it"
+        )
+    tokenizer = load_tokenizer(job.model)
+    constitution, judge = who.load(job.seed)
+    calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
+                          allow_weak_judge=job.allow_weak_judge)  # fmt: skip
+    configs = {
+        name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
+        for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
+    }
+    limit = {
+        "max_length": job.max_prompt_length,
+        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
+    }
+    prompts, held_out = map(_as_chats, read_data(job, "ppo", root, resume, **limit))
+    prompts = prompts[: 2 * job.num_prompts]
+    read_items(prompts)  # half of them are asked only in phase 2
+    people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
+    _refuse_early(job, configs, tokenizer, prompts, held_out, people)
+    return Run(tokenizer, constitution, judge, calibration, configs, prompts, held_out, people)
+
+
+def _as_chats(rows: list[dict] | None) -> list[dict] | None:
+    """Prompts of text as user messages, as `revise` and `label` take them: every part of the run reads one form. A
+    reply of text is then scored as the assistant's turn."""
+    return rows and [
+        {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
+        for row in rows
+    ]
+
+
+def known_schedule(schedule: str) -> None:
+    """Raises ConfigError for a schedule of phase 1 that there is not."""
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
+
+
+def _refuse_early(job, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:
+    """Raises ConfigError for what the last parts would refuse, before hours of the first."""
+    if not 0 <= job.eval_share < 1:
+        raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"cai: the tokenizer of {job.model!r} has no chat template, and whatever the constitution's layout, "
+            "what is learned are chats: set tokenizer.chat_template and save it beside the model"
+        )
+    if configs["sft"].lora_r and configs["ppo"].lora_r:
+        raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
+    if configs["sft"].load_best_model_at_end:
+        raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
+    if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
+        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
+    if "overoptimization" in configs["ppo"].stop_on:
+        raise ConfigError(
+            "cai: ppo's stop_on: overoptimization looks at eval_rewards, which only `rlhf-fast ppo` takes: leave it "
+            "out, or run that on the reward model of this run"
+        )
+    mix_comparisons({"ai": [{}], **people}, job.source_weights)
+    for rows in people.values():
+        limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
+        comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+        for i, row in enumerate(rows):
+            asked = responses_of(row, "human_data", i)
+            if any(prompt is None and not is_conversation(reply) for prompt, reply in asked):
+                raise ConfigError(
+                    f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
+                    "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
+                )
+            if len(asked) > 2:
+                raise ConfigError(
+                    f"cai: human_data record {i} ranks {len(asked)} responses, and the judge's comparisons are "
+                    "pairs: give rows of chosen and rejected"
+                )
+    configs["ppo"].iterations(len(prompts))
+    limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
+    of_ppo = [
+        prompt
+        for rows, name in ((prompts, "train_data"), (held_out, "eval_data"))
+        if rows
+        for prompt in read_prompts(rows, tokenizer, **limit, name=name)[0]
+    ]
+    _check_room(job, configs, tokenizer, prompts, of_ppo)
+
+
+def _check_room(job, configs: dict, tokenizer, prompts: list[dict], of_ppo: list[Prompt]) -> None:
+    """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
+    policy = load_policy(job.model)
+
+    def longest(texts) -> int:
+        return max(len(encode_to_score(tokenizer, text, "")) for text in texts)
+
+    for name in ("sft", "reward"):
+        config, length = configs[name], longest(row["prompt"] for row in prompts) + job.max_new_tokens
+        if config.on_overlong == "error" and length > config.max_length:
+            raise ConfigError(
+                f"cai: the longest prompt and max_new_tokens = {job.max_new_tokens} are {length} tokens, and {name}'s "
+                f"max_length is {config.max_length}: raise it, or set {name}'s on_overlong"
+            )
+        advice = f"lower max_new_tokens, or {name}'s max_length with on_overlong: skip"
+        check_lengths(policy, tokenizer, min(length, config.max_length), advice)
+    length = longest(prompt.prompt for prompt in of_ppo) + configs["ppo"].response_length
+    check_lengths(policy, tokenizer, length, "lower ppo's response_length or max_prompt_length")
+    for config in configs.values():
+        check_bf16(config, policy.device)
