@@ -1,22 +1,34 @@
-"""What `rlhf-fast cai train` reads and refuses before its first part: not hours later what its last would refuse."""
+"""What `rlhf-fast cai train` reads and refuses before its first part: not hours later what its last would refuse.
 
+<output_dir>/run.json keeps what each part is made from. A run that is resumed is compared with it before a file is
+written; a part that was not begun takes what is given now.
+"""
+
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
 from .data.formats import Prompt, comparisons, responses_of
 from .data.formats import prompts as read_prompts
-from .jobs import read_data, read_rows
+from .jobs import read_rows, read_sources, write_left_out
 from .judges import Constitution, Judge
 from .judges.calibration import Calibration
-from .judges.stages import read_items
+from .judges.generator import describe_model
+from .judges.stages import read_items, write_atomic
 from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
+from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_bf16, config_from_dict
 from .trainers.constitutional import SCHEDULES, check_drop, mix_comparisons
 from .trainers.ppo import PPOConfig
 from .trainers.reward import RewardConfig
+from .trainers.run import check_is_new, has_ended
 from .trainers.sft import SFTConfig
+
+PARTS = ("revise", "sft", "pairs", "label", "reward", "ppo")  # in order of time, each a directory
 
 
 @dataclass
@@ -27,6 +39,7 @@ class Run:
     constitution: Constitution
     judge: Judge
     calibration: Calibration
+    schedule: str  # of phase 1
     configs: dict  # of the three trainers, by name
     prompts: list[dict]  # half of them for phase 1, the others for phase 2, as chats
     held_out: list[dict] | None
@@ -42,11 +55,8 @@ def prepare(who, job, resume: bool) -> Run:
         known_schedule(job.schedule)
     check_drop(job.drop)
     root = Path(job.output_dir)
-    if not resume and (root / "summary.json").exists():  # before a file of it is written over
-        raise ConfigError(
-            f"output_dir {job.output_dir!r} already holds a run: continue it with --resume, choose another output_dir, "
-            "or delete it"
-        )
+    if not resume:
+        _check_is_new(root)
     tokenizer = load_tokenizer(job.model)
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
@@ -59,12 +69,85 @@ def prepare(who, job, resume: bool) -> Run:
         "max_length": job.max_prompt_length,
         "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
     }
-    prompts, held_out = map(_as_chats, read_data(job, "ppo", root, resume, **limit))
+    sources, left_out = read_sources(job, "ppo", **limit)
+    prompts, held_out = map(_as_chats, sources)
     prompts = prompts[: 2 * job.num_prompts]
     read_items(prompts)  # half of them are asked only in phase 2
     people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
-    _refuse_early(job, configs, tokenizer, prompts, held_out, people)
-    return Run(tokenizer, constitution, judge, calibration, configs, prompts, held_out, people)
+    policy = load_policy(job.model)
+    _refuse_early(job, configs, tokenizer, policy, prompts, held_out, people)
+    checked = any(p.check and p.revise for p in constitution.principles)
+    schedule = job.schedule or ("check-all" if checked else "paper")
+    run = Run(tokenizer, constitution, judge, calibration, schedule, configs, prompts, held_out, people)
+    _claim(root, _made_from(job, run, policy))
+    write_left_out(root, left_out)
+    return run
+
+
+def _check_is_new(root: Path) -> None:
+    """Raises ConfigError for a directory that holds a run, or the first part of one by another command."""
+    if (root / "summary.json").exists() or any(map(_begun, map(root.joinpath, PARTS))):
+        raise ConfigError(
+            f"output_dir {str(root)!r} already holds a run: continue it with --resume, choose another output_dir, "
+            "or delete it"
+        )
+    for directory in (root, *map(root.joinpath, PARTS)):
+        check_is_new(directory)
+
+
+def _begun(part: Path) -> bool:
+    """Whether a part has something that a resumed run goes on from."""
+    return (part / "run.json").is_file() or has_ended(part) or latest_checkpoint(part) is not None
+
+
+def _made_from(job, run: Run, policy) -> dict[str, dict]:
+    """What decides the content of each part, beside the parts before it and, for trainers, their config."""
+    judge = run.judge.describe()
+    return {
+        "revise": {
+            "seed": job.seed, "model": describe_model(policy), "constitution": {"sha256": run.constitution.sha256},
+            "prompts (train_data, num_prompts, max_prompt_length)": _digest(run.prompts),
+            "max_new_tokens": job.max_new_tokens, "temperature": job.temperature, "schedule": run.schedule,
+            "max_revisions": job.max_revisions, "drop": job.drop,
+            **({"judge": judge} if run.schedule == "check-all" else {}),  # the paper's asks no judge
+        },
+        "pairs": {"output_dir": job.output_dir},  # the writer's name is a path in it
+        "label": {
+            "judge": judge, "principles_per_pair": job.principles_per_pair,
+            "calibration (card)": dataclasses.asdict(run.calibration),
+        },
+    }  # fmt: skip
+
+
+def _digest(rows: list[dict] | None) -> dict | None:
+    """Stands for rows of data, wherever they lie."""
+    if rows is None:
+        return None
+    text = json.dumps(rows, ensure_ascii=False, sort_keys=True, default=str)  # str: dates
+    return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _claim(root: Path, made_from: dict[str, dict]) -> None:
+    """Raises ConfigError where a part that was begun was made from something else; if not, keeps it for the next."""
+    path, begun = root / "run.json", [part for part in PARTS if _begun(root / part)]
+    now = json.loads(json.dumps(made_from))  # tuples become lists, as in the file
+    before = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
+    for part, settings in now.items():
+        there = before.get(part, {}) if part in begun else {}
+        if changed := [name for name in settings if name in there and there[name] != settings[name]]:
+            what = ", ".join(_change(name, there[name], settings[name]) for name in changed)
+            rest = ", ".join(str(root / later) for later in begun if PARTS.index(later) >= PARTS.index(part))
+            raise ConfigError(
+                f"{root}: {part} was made with other settings than are given now: {what}. Resume with those of "
+                f"{path}, or delete {rest} to make them anew, or choose another output_dir"
+            )
+    if before or not begun:  # of a run that has no record, nobody knows what it was made from
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _change(name: str, there, now) -> str:
+    return name if isinstance(there, dict) or isinstance(now, dict) else f"{name} ({there!r} there, {now!r} now)"
 
 
 def _as_chats(rows: list[dict] | None) -> list[dict] | None:
@@ -82,7 +165,9 @@ def known_schedule(schedule: str) -> None:
         raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
 
 
-def _refuse_early(job, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:
+def _refuse_early(
+    job, configs: dict, tokenizer, policy, prompts: list, held_out: list | None, people: dict
+) -> None:  # fmt: skip
     """Raises ConfigError for what the last parts would refuse, before hours of the first."""
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
@@ -126,12 +211,11 @@ def _refuse_early(job, configs: dict, tokenizer, prompts: list, held_out: list |
         if rows
         for prompt in read_prompts(rows, tokenizer, **limit, name=name)[0]
     ]
-    _check_room(job, configs, tokenizer, prompts, of_ppo)
+    _check_room(job, configs, tokenizer, policy, prompts, of_ppo)
 
 
-def _check_room(job, configs: dict, tokenizer, prompts: list[dict], of_ppo: list[Prompt]) -> None:
+def _check_room(job, configs: dict, tokenizer, policy, prompts: list[dict], of_ppo: list[Prompt]) -> None:
     """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
-    policy = load_policy(job.model)
 
     def longest(texts) -> int:
         return max(len(encode_to_score(tokenizer, text, "")) for text in texts)

@@ -372,10 +372,8 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
 
     # Phase 1, on the first half of the prompts.
     half = len(prompts) // 2
-    checked = any(p.check and p.revise for p in constitution.principles)
-    revised = _revise(job.schedule or ("check-all" if checked else "paper"), prompts[:half], generator(job.model),
-                      constitution, judge, job.max_new_tokens, job.max_revisions, output_dir=root / "revise",
-                      drop=job.drop, **options)  # fmt: skip
+    revised = _revise(run.schedule, prompts[:half], generator(job.model), constitution, judge, job.max_new_tokens,
+                      job.max_revisions, output_dir=root / "revise", drop=job.drop, **options)  # fmt: skip
     if not revised.rows:
         raise ConfigError(f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why")
     part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=run.tokenizer))

@@ -333,21 +333,45 @@ def test_every_part_reads_prompts_of_text_as_chats(trained):
         assert texts and all(t.startswith("<|user|>say ") and "<|assistant|>" in t for t in texts), name
 
 
-def test_a_run_is_not_written_over(house, all_of_it, trained, capsys):
+def test_a_run_is_not_written_over(all_of_it, trained, tmp_path, capsys):
     run, _ = trained
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert cai("train", **all_of_it, output_dir=run, seed=1) == 2
     assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "run.json").write_text("{}")  # of `cai pairs`
+    assert cai("train", **all_of_it, output_dir=tmp_path) == 2
+    assert "already holds a run" in capsys.readouterr().err and not (tmp_path / "summary.json").exists()
+
+
+def resumed(all_of_it, run, **other):
+    keys = {**all_of_it, "output_dir": run, **other}
+    return main(["cai", "train", "--resume", *(part for k, v in keys.items() for part in (f"--{k}", str(v)))])
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"seed": 1}, "revise was made with other settings than are given now: seed (0 there, 1 now)"),
+        ({"num_prompts": 4}, "prompts (train_data, num_prompts, max_prompt_length)"),
+        ({"principles_per_pair": 1}, "label was made with other settings"),
+    ],
+)
+def test_a_resumed_run_is_refused_before_it_writes(all_of_it, trained, capsys, other, named):
+    run, _ = trained
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert resumed(all_of_it, run, **other) == 2
+    error = capsys.readouterr().err
+    assert named in error and f"Resume with those of {run}/run.json, or delete {run}/" in error
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_a_part_that_has_ended_says_that_other_settings_change_nothing(all_of_it, trained):
     run, _ = trained
     before = (run / "reward" / "run_config.json").read_bytes()
-    argv = [part for name, value in all_of_it.items() for part in (f"--{name}", str(value))]
-    argv += ["--output_dir", str(run), "--resume"]
     with pytest.warns(UserWarning) as warned:
-        assert main(["cai", "train", *argv, "--reward", "{max_steps: 1, learning_rate: 0.5}"]) == 0
+        assert resumed(all_of_it, run, reward="{max_steps: 1, learning_rate: 0.5}") == 0
     (told,) = [str(w.message) for w in warned if "has ended" in str(w.message)]
     assert f"{run}/reward has ended" in told and "other learning_rate than" in told
     assert (run / "reward" / "run_config.json").read_bytes() == before
