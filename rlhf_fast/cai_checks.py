@@ -116,6 +116,11 @@ def _made_from(job, run: Run, policy) -> dict[str, dict]:
             "judge": judge, "principles_per_pair": job.principles_per_pair,
             "calibration (card)": dataclasses.asdict(run.calibration),
         },
+        "reward": {
+            "human_data": _digest(run.people.get("human")), "source_weights": job.source_weights,
+            "eval_share": job.eval_share,
+        },
+        "ppo": {"eval_data": _digest(run.held_out)},
     }  # fmt: skip
 
 
@@ -141,6 +146,12 @@ def _claim(root: Path, made_from: dict[str, dict]) -> None:
                 f"{root}: {part} was made with other settings than are given now: {what}. Resume with those of "
                 f"{path}, or delete {rest} to make them anew, or choose another output_dir"
             )
+    gone = next((part for part in PARTS if part not in begun), PARTS[-1])
+    if after := [str(root / part) for part in begun if PARTS.index(part) > PARTS.index(gone)]:
+        raise ConfigError(
+            f"{root}: {gone} is not there any more, and would not be the one that {', '.join(after)} came from: "
+            "delete what came after it too, and resume"
+        )
     if before or not begun:  # of a run that has no record, nobody knows what it was made from
         root.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")

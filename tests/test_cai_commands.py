@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -356,9 +357,14 @@ def resumed(all_of_it, run, **other):
         ({"seed": 1}, "revise was made with other settings than are given now: seed (0 there, 1 now)"),
         ({"num_prompts": 4}, "prompts (train_data, num_prompts, max_prompt_length)"),
         ({"principles_per_pair": 1}, "label was made with other settings"),
+        ({"human_data": "fewer.jsonl"}, "reward was made with other settings than are given now: human_data. Resume"),
+        ({"eval_share": 0.2}, "reward was made with other settings than are given now: eval_share (0.1 there, 0.2"),
+        ({"eval_data": "fewer.jsonl"}, "ppo was made with other settings than are given now: eval_data. Resume"),
     ],
 )
-def test_a_resumed_run_is_refused_before_it_writes(all_of_it, trained, capsys, other, named):
+def test_a_resumed_run_is_refused_before_it_writes(house, all_of_it, trained, monkeypatch, capsys, other, named):
+    monkeypatch.chdir(house)
+    write(house / "fewer.jsonl", read(house / "people.jsonl")[:8])
     run, _ = trained
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert resumed(all_of_it, run, **other) == 2
@@ -367,14 +373,26 @@ def test_a_resumed_run_is_refused_before_it_writes(all_of_it, trained, capsys, o
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
-def test_a_part_that_has_ended_says_that_other_settings_change_nothing(all_of_it, trained):
+def test_a_part_that_has_ended_says_that_other_settings_change_nothing(house, all_of_it, trained):
     run, _ = trained
     before = (run / "reward" / "run_config.json").read_bytes()
+    moved = (house / "people.jsonl").rename(house / "moved.jsonl")  # the same rows, wherever they lie
     with pytest.warns(UserWarning) as warned:
-        assert resumed(all_of_it, run, reward="{max_steps: 1, learning_rate: 0.5}") == 0
+        assert resumed(all_of_it, run, reward="{max_steps: 1, learning_rate: 0.5}", human_data=moved) == 0
+    moved.rename(house / "people.jsonl")
     (told,) = [str(w.message) for w in warned if "has ended" in str(w.message)]
     assert f"{run}/reward has ended" in told and "other learning_rate than" in told
     assert (run / "reward" / "run_config.json").read_bytes() == before
+
+
+def test_a_part_that_was_deleted_is_made_from_what_is_given_now(all_of_it, trained, capsys):
+    run, _ = trained
+    shutil.rmtree(run / "reward")
+    assert resumed(all_of_it, run, eval_share=0.5) == 2
+    assert f"reward is not there any more, and would not be the one that {run}/ppo came" in capsys.readouterr().err
+    shutil.rmtree(run / "ppo")
+    assert resumed(all_of_it, run, eval_share=0.5) == 0
+    assert json.loads((run / "reward" / "preferences.json").read_text())["pairs"] >= 10  # of people alone
 
 
 @pytest.mark.parametrize(
