@@ -100,12 +100,25 @@ class Server:
         more = {"extra_body": self.extra_body} if self.extra_body else {}
         return {"backend": "http", "base_url": self.base_url, "model": self.model, **more}
 
-    def ask_once(self, request: dict, send, read) -> Call:
-        """One call without a second try. What it came to is in the call, never raised."""
-        started = time.time()
-        answer, _, _, about = self._try(*send(request), request, read)
+    def ask_once(self, request: dict, send, read) -> list[Call]:
+        """The calls of one question without a second try; only a 429 is waited for, as in a run, and asked again.
+
+        What the last of them came to is in it, never raised. Raises ConfigError for ten minutes of nothing but 429.
+        """
+        calls, limited = [], True
+        while limited:
+            self._enter(threading.Event())
+            started = time.time()
+            try:
+                answer, again, wait, about = self._try(*send(request), request, read)
+            finally:
+                self._leave()
+            calls.append(Call(request, answer, started, time.time() - started, about))
+            if limited := again and about.get("http_status") == 429:
+                self._pace(answer, 429, again, wait, last=False)
+        self._limited_since = None  # also by an answer that says no
         self._must_be_counted(answer, about)
-        return Call(request, answer, started, time.time() - started, about)
+        return calls
 
     def _send(self, path: str, body: dict):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
