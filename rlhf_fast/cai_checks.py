@@ -13,17 +13,18 @@ from pathlib import Path
 from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
 from .data.formats import Prompt, comparisons, responses_of
 from .data.formats import prompts as read_prompts
-from .jobs import read_rows, read_sources, write_left_out
+from .jobs import read_rows, read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge
 from .judges.calibration import Calibration
 from .judges.generator import describe_model
 from .judges.stages import read_items, write_atomic
 from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
+from .rewards import check_room, check_signature, make_reward
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_bf16, config_from_dict
 from .trainers.constitutional import SCHEDULES, check_drop, mix_comparisons
-from .trainers.ppo import PPOConfig
+from .trainers.ppo import PPOConfig, check_eval_rewards
 from .trainers.reward import RewardConfig
 from .trainers.run import check_is_new, has_ended
 from .trainers.sft import SFTConfig
@@ -41,6 +42,7 @@ class Run:
     calibration: Calibration
     schedule: str  # of phase 1
     configs: dict  # of the three trainers, by name
+    eval_rewards: dict  # name: reward, as PPOTrainer takes them
     prompts: list[dict]  # half of them for phase 1, the others for phase 2, as chats
     held_out: list[dict] | None
     people: dict[str, list[dict]]  # "human": what people compared, if it was given
@@ -61,10 +63,14 @@ def prepare(who, job, resume: bool) -> Run:
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           allow_weak_judge=job.allow_weak_judge)  # fmt: skip
+    ppo = dict(job.ppo)
+    eval_rewards = _eval_rewards(ppo.pop("eval_rewards", {}))
     configs = {
-        name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
-        for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
-    }
+        name: config_from_dict(cls, {"seed": job.seed, **values, "output_dir": str(root / name)})
+        for name, cls, values in (
+            ("sft", SFTConfig, job.sft), ("reward", RewardConfig, job.reward), ("ppo", PPOConfig, ppo)
+        )
+    }  # fmt: skip
     limit = {
         "max_length": job.max_prompt_length,
         "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
@@ -75,13 +81,21 @@ def prepare(who, job, resume: bool) -> Run:
     read_items(prompts)  # half of them are asked only in phase 2
     people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
     policy = load_policy(job.model)
-    _refuse_early(job, configs, tokenizer, policy, prompts, held_out, people)
+    _refuse_early(job, configs, eval_rewards, tokenizer, policy, prompts, held_out, people)
     checked = any(p.check and p.revise for p in constitution.principles)
     schedule = job.schedule or ("check-all" if checked else "paper")
-    run = Run(tokenizer, constitution, judge, calibration, schedule, configs, prompts, held_out, people)
+    run = Run(
+        tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
+    )  # fmt: skip
     _claim(root, _made_from(job, run, policy))
     write_left_out(root, left_out)
     return run
+
+
+def _eval_rewards(specs) -> dict:
+    if not isinstance(specs, dict):
+        raise ConfigError(f"cai: ppo's eval_rewards must map names to rewards, got {specs!r}")
+    return {name: resolve_reward(spec) for name, spec in specs.items()}
 
 
 def _check_is_new(root: Path) -> None:
@@ -120,7 +134,7 @@ def _made_from(job, run: Run, policy) -> dict[str, dict]:
             "human_data": _digest(run.people.get("human")), "source_weights": job.source_weights,
             "eval_share": job.eval_share,
         },
-        "ppo": {"eval_data": _digest(run.held_out)},
+        "ppo": {"eval_data": _digest(run.held_out), "eval_rewards": job.ppo.get("eval_rewards", {})},
     }  # fmt: skip
 
 
@@ -177,8 +191,8 @@ def known_schedule(schedule: str) -> None:
 
 
 def _refuse_early(
-    job, configs: dict, tokenizer, policy, prompts: list, held_out: list | None, people: dict
-) -> None:  # fmt: skip
+    job, configs: dict, eval_rewards: dict, tokenizer, policy, prompts: list, held_out: list | None, people: dict
+) -> None:
     """Raises ConfigError for what the last parts would refuse, before hours of the first."""
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
@@ -193,11 +207,7 @@ def _refuse_early(
         raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
     if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
         raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
-    if "overoptimization" in configs["ppo"].stop_on:
-        raise ConfigError(
-            "cai: ppo's stop_on: overoptimization looks at eval_rewards, which only `rlhf-fast ppo` takes: leave it "
-            "out, or run that on the reward model of this run"
-        )
+    check_eval_rewards(configs["ppo"], eval_rewards, held_out)
     mix_comparisons({"ai": [{}], **people}, job.source_weights)
     for rows in people.values():
         limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
@@ -216,12 +226,15 @@ def _refuse_early(
                 )
     configs["ppo"].iterations(len(prompts))
     limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
-    of_ppo = [
-        prompt
-        for rows, name in ((prompts, "train_data"), (held_out, "eval_data"))
-        if rows
-        for prompt in read_prompts(rows, tokenizer, **limit, name=name)[0]
-    ]
+    of_ppo = read_prompts(prompts, tokenizer, **limit, name="train_data")[0]
+    if held_out:
+        unseen = read_prompts(held_out, tokenizer, **limit, name="eval_data")[0]
+        longest = max(of_ppo + unseen, key=len)
+        for spec in eval_rewards.values():
+            reward = make_reward(spec, tokenizer)
+            check_signature(reward, unseen[0].columns)
+            check_room(reward, tokenizer, longest.prompt, configs["ppo"].response_length)
+        of_ppo += unseen
     _check_room(job, configs, tokenizer, policy, prompts, of_ppo)
 
 

@@ -352,7 +352,7 @@ class TrainJob(Checked):
     eval_share: float = 0.1  # of the comparisons of each source, held out from the reward model
     sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
     reward: dict = field(default_factory=dict)
-    ppo: dict = field(default_factory=dict)
+    ppo: dict = field(default_factory=dict)  # and eval_rewards, as `rlhf-fast ppo` takes them; they read eval_data
 
 
 def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
@@ -394,11 +394,13 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     judged = root / "reward" / "preferences.json"  # of the model that was kept, where the log ends with the last step's
     accuracy = json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if judged.is_file() else None
     stages.add("reward", rm_accuracy=accuracy)
-    data = {"train_dataset": prompts, "eval_dataset": run.held_out, "reward": str(root / "reward")}
+    reward = str(root / "reward")
+    data = {"train_dataset": prompts, "eval_dataset": run.held_out, "eval_rewards": run.eval_rewards}
 
     def ppo(config: PPOConfig) -> PPOTrainer:
         own_critic = config.advantage_estimator == "gae" and not config.share_trunk
-        return PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]) if own_critic else None, **data)
+        critic = load_reward_model(reward) if own_critic else None
+        return PPOTrainer(config, sft, reward=reward, value_model=critic, **data)
 
     metrics = part("ppo", ppo)
     stages.add("ppo", str(root / "ppo"), kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"))
