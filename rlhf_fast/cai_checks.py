@@ -14,16 +14,18 @@ from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score,
 from .data.formats import Prompt, comparisons, responses_of
 from .data.formats import prompts as read_prompts
 from .jobs import read_rows, read_sources, resolve_reward, write_left_out
-from .judges import Constitution, Judge
+from .judges import Constitution, Judge, RuleJudge
 from .judges.calibration import Calibration
 from .judges.generator import describe_model
+from .judges.labels import usable_principles
+from .judges.rule_judge import with_rules
 from .judges.stages import read_items, write_atomic
 from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
 from .rewards import check_room, check_signature, make_reward
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_bf16, config_from_dict
-from .trainers.constitutional import SCHEDULES, check_drop, mix_comparisons
+from .trainers.constitutional import SCHEDULES, check_drop, mix_comparisons, principles_to_revise
 from .trainers.ppo import PPOConfig, check_eval_rewards
 from .trainers.reward import RewardConfig
 from .trainers.run import check_is_new, has_ended
@@ -79,11 +81,19 @@ def prepare(who, job, resume: bool) -> Run:
     prompts, held_out = map(_as_chats, sources)
     prompts = prompts[: 2 * job.num_prompts]
     read_items(prompts)  # half of them are asked only in phase 2
+    if len(prompts) < 2:
+        raise ConfigError(
+            f"cai: {job.train_data} has one prompt, and each phase needs prompts of its own: give two or more"
+        )
     people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
     policy = load_policy(job.model)
     _refuse_early(job, configs, eval_rewards, tokenizer, policy, prompts, held_out, people)
     checked = any(p.check and p.revise for p in constitution.principles)
     schedule = job.schedule or ("check-all" if checked else "paper")
+    check_phase_1(schedule, constitution, judge)
+    if held_out:
+        check_rules(judge, constitution)
+    usable_principles(judge, constitution, job.principles_per_pair)
     run = Run(
         tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
     )  # fmt: skip
@@ -188,6 +198,19 @@ def known_schedule(schedule: str) -> None:
     """Raises ConfigError for a schedule of phase 1 that there is not."""
     if schedule not in SCHEDULES:
         raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
+
+
+def check_phase_1(schedule: str, constitution: Constitution, judge: Judge) -> None:
+    """Raises ConfigError where a schedule has no principle to revise under, or no judge for its checks."""
+    principles_to_revise(schedule, constitution)
+    if schedule == "check-all":
+        check_rules(judge, constitution)
+
+
+def check_rules(judge: Judge, constitution: Constitution) -> None:
+    """Raises ConfigError where a check is a question, and the judge knows rules alone."""
+    if isinstance(judge, RuleJudge):
+        with_rules([p for p in constitution.principles if p.check], "check")
 
 
 def _refuse_early(

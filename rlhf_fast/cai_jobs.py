@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .cai_checks import known_schedule, prepare
+from .cai_checks import check_phase_1, known_schedule, prepare
 from .data.chat import ConfigError
 from .data.formats import read_dataset
 from .jobs import Checked, Stage, read_rows, run_trainer
@@ -47,6 +47,7 @@ from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.checkpoints import latest_checkpoint
+from .trainers.common import check_config
 from .trainers.constitutional import (
     DROP,
     TextGenerator,
@@ -104,6 +105,9 @@ class WriterJob(Checked):
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        check_config(self, positive=("max_new_tokens", "top_p"), non_negative=("temperature",), unit=("top_p",))
+
     def load(self):
         if _is_server(self.model):
             server = _server(self.model, self.server_model, self.server)
@@ -147,11 +151,15 @@ class ReviseJob(Checked):
     batch_size: int = 32
     seed: int = 0
 
+    def __post_init__(self):
+        check_config(self, positive=("max_steps", "num_prompts", "batch_size"))
+
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
     known_schedule(job.schedule)
     check_drop(job.drop)
     constitution, judge = who.load(job.seed)
+    check_phase_1(job.schedule, constitution, judge)
     _revise(job.schedule, _prompts(job), writer.load(), constitution, judge, writer.max_new_tokens, job.max_steps,
             output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
 
@@ -188,6 +196,9 @@ class PairsJob(Checked):
     seed: int = 0
     allow_code: bool = False  # the constitution may name rules by import path, which runs code
 
+    def __post_init__(self):
+        check_config(self, positive=("num_prompts", "batch_size"))
+
 
 def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
     constitution = load_constitution(job.constitution, job.allow_code)
@@ -205,6 +216,9 @@ class AuditJob(Checked):
     output_dir: str = "runs/cai/audit"
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self):
+        check_config(self, positive=("num_pairs", "principles_per_pair", "batch_size"), non_negative=("probe_pairs",))
 
 
 def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
@@ -254,6 +268,9 @@ class LabelJob(Checked):
     output_dir: str = "runs/cai/label"
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self):
+        check_config(self, positive=("principles_per_pair", "batch_size"))
 
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
@@ -353,6 +370,13 @@ class TrainJob(Checked):
     sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
     reward: dict = field(default_factory=dict)
     ppo: dict = field(default_factory=dict)  # and eval_rewards, as `rlhf-fast ppo` takes them; they read eval_data
+
+    def __post_init__(self):
+        check_config(
+            self,
+            positive=("num_prompts", "max_prompt_length", "max_new_tokens", "max_revisions", "principles_per_pair"),
+            non_negative=("temperature",),
+        )
 
 
 def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:

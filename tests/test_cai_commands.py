@@ -84,6 +84,10 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert "needs check-all or paper" in capsys.readouterr().err
     assert cai("revise", **{**common, "model": "unread"}, drop="[empt]", output_dir=tmp_path / "x") == 2
     assert "drop = ['empt'] must be a list of flags" in capsys.readouterr().err
+    assert cai("revise", **{**common, "constitution": "safe-en", "model": "unread"}, output_dir=tmp_path / "x") == 2
+    assert "have no `check: {rule: ...}`" in capsys.readouterr().err
+    assert cai("revise", **common | {"num_prompts": -1}, output_dir=tmp_path / "x") == 2
+    assert "ReviseJob.num_prompts = -1 must be greater than 0" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
@@ -393,6 +397,25 @@ def test_a_part_that_was_deleted_is_made_from_what_is_given_now(all_of_it, train
     shutil.rmtree(run / "ppo")
     assert resumed(all_of_it, run, eval_share=0.5) == 0
     assert json.loads((run / "reward" / "preferences.json").read_text())["pairs"] >= 10  # of people alone
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HOUSE.replace("check: {rule: max_chars, args: {n: 12}}, ", ""), "judge can compare under 0 principles"),
+        (HOUSE.replace("revise: Say less., ", ""), "has no principle with 'revise'"),
+    ],
+)
+def test_a_constitution_that_a_later_part_has_no_use_for_is_refused(all_of_it, tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert cai("train", **{**all_of_it, "constitution": tmp_path / "c.yaml"}, output_dir=tmp_path / "run") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_one_prompt_is_not_enough_for_two_phases(all_of_it, tmp_path, capsys):
+    write(tmp_path / "one.jsonl", [{"prompt": "say 1"}])
+    assert cai("train", **{**all_of_it, "train_data": tmp_path / "one.jsonl"}, output_dir=tmp_path / "run") == 2
+    assert "one.jsonl has one prompt" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,11 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--ppo", "{response_length: 200}"), "positions: lower ppo's response_length"),
     (("--ppo", "{bf16: true}"), "bf16: "),
     (("--drop", "[truncatd]"), "drop = ['truncatd'] must be a list of flags: truncated"),
+    (("--num_prompts", "-1"), "TrainJob.num_prompts = -1 must be greater than 0"),
+    (("--max_revisions", "0"), "TrainJob.max_revisions = 0 must be greater than 0"),
+    (("--source_weights", "{human: heavy}"), "weights must be 0 or more, got {'human': 'heavy'}"),
+    (("--principles_per_pair", "50"), "principles of constitution"),
+    (("--constitution", "safe-en"), "have no `check: {rule: ...}`; use LocalJudge for them"),
 ])  # fmt: skip
 def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(
     sft, tmp_path, capsys, monkeypatch, flags, message
