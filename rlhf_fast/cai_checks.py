@@ -19,13 +19,13 @@ from .judges.calibration import Calibration
 from .judges.generator import describe_model
 from .judges.labels import usable_principles
 from .judges.rule_judge import with_rules
-from .judges.stages import read_items, write_atomic
+from .judges.stages import write_atomic
 from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
 from .rewards import check_room, check_signature, make_reward
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_bf16, config_from_dict
-from .trainers.constitutional import SCHEDULES, check_drop, mix_comparisons, principles_to_revise
+from .trainers.constitutional import SCHEDULES, check_drop, items_with_kind, mix_comparisons, principles_to_revise
 from .trainers.ppo import PPOConfig, check_eval_rewards
 from .trainers.reward import RewardConfig
 from .trainers.run import check_is_new, has_ended
@@ -80,7 +80,7 @@ def prepare(who, job, resume: bool) -> Run:
     sources, left_out = read_sources(job, "ppo", **limit)
     prompts, held_out = map(_as_chats, sources)
     prompts = prompts[: 2 * job.num_prompts]
-    read_items(prompts)  # half of them are asked only in phase 2
+    items_with_kind(prompts)  # half of them are asked only in phase 2
     if len(prompts) < 2:
         raise ConfigError(
             f"cai: {job.train_data} has one prompt, and each phase needs prompts of its own: give two or more"

@@ -178,7 +178,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
             f"{max_new_tokens}. Such replies are dropped; a larger max_new_tokens keeps them, or another `drop`"
         )
     kinds = json.loads((stage.output_dir / "hygiene.json").read_text(encoding="utf-8"))["kinds"]
-    if set(kinds) != {"unspecified"}:
+    if set(kinds) - {"unspecified"}:
         shares = {kind: [f"{x['refusal']} of {x['replies']}" for x in (k["original"], k["used"])]
                   for kind, k in kinds.items()}  # fmt: skip
         told = "; ".join(f"{kind} {before} -> {after}" for kind, (before, after) in shares.items())

@@ -412,6 +412,21 @@ def test_a_constitution_that_a_later_part_has_no_use_for_is_refused(all_of_it, t
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a cut emoji \ud83d"}, "half a character ('\\ud83d', of a surrogate pair) behind"),
+        ({"prompt": "say", "kind": ["benign"]}, "kind = ['benign'] must be a text"),
+    ],
+)
+def test_rows_that_no_stage_can_write_down_are_refused(house, all_of_it, tmp_path, capsys, row, message):
+    write(tmp_path / "rows.jsonl", [{"prompt": "say 1", "kind": None}, row])
+    keys = {"constitution": house / "house.yaml", "model": house / "model", "train_data": tmp_path / "rows.jsonl"}
+    for word, given in (("revise", keys), ("train", all_of_it | keys)):
+        assert cai(word, **given, output_dir=tmp_path / "run") == 2
+        assert f"row 1: {message}" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_one_prompt_is_not_enough_for_two_phases(all_of_it, tmp_path, capsys):
     write(tmp_path / "one.jsonl", [{"prompt": "say 1"}])
     assert cai("train", **{**all_of_it, "train_data": tmp_path / "one.jsonl"}, output_dir=tmp_path / "run") == 2

@@ -86,7 +86,7 @@ def revise(
     if max_steps < 1:
         raise ConfigError(f"revise: max_steps = {max_steps} must be 1 or more")
     check_drop(drop)
-    items = _items_with_kind(prompts)
+    items = items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
 
@@ -119,7 +119,7 @@ def revise_sampled(
     if steps < 1:
         raise ConfigError(f"revise_sampled: steps = {steps} must be 1 or more")
     check_drop(drop)
-    items = _items_with_kind(prompts)
+    items = items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
 
@@ -158,9 +158,14 @@ def principles_to_revise(schedule: str, constitution: Constitution) -> list[Prin
     return found
 
 
-def _items_with_kind(prompts: Iterable) -> list[dict]:
+def items_with_kind(prompts: Iterable) -> list[dict]:
+    """read_items, with the "kind" of each: "unspecified" where a row has none, or a table an empty cell."""
     rows = list(prompts)
-    kinds = [row.get("kind", "unspecified") if isinstance(row, dict) else "unspecified" for row in rows]
+    kinds = [row.get("kind") if isinstance(row, dict) else None for row in rows]
+    for i, kind in enumerate(kinds):
+        if isinstance(kind, (list, dict)):
+            raise ConfigError(f"row {i}: kind = {kind!r} must be a text, such as 'red-team' or 'benign'")
+    kinds = ["unspecified" if kind is None else kind for kind in kinds]
     return [{**item, "kind": kind} for item, kind in zip(read_items(rows), kinds, strict=True)]
 
 
