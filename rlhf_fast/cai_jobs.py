@@ -17,6 +17,7 @@ import inspect
 import json
 import shutil
 import time
+import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -123,18 +124,27 @@ def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Ser
 
 
 def _known(cls: type, options: dict, key: str) -> dict:
-    """The options, if `cls` takes them all."""
+    """The options, if `cls` takes them all, and values of their types."""
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
     takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
-    for name in options:
+    for name, value in options.items():
         if name not in takes:
             near = difflib.get_close_matches(str(name), takes, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(takes)}"
             raise ConfigError(f"{key}: {cls.__name__} has no {name!r}; {hint}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ConfigError(f"{key}: {name} = {value!r} must be {wanted}")
     return options
 
 
 def load_constitution(files: str | list, allow_code: bool) -> Constitution:
-    return Constitution.load(*([files] if isinstance(files, str) else files), allow_code=allow_code)
+    files = [files] if isinstance(files, str) else files
+    if wrong := [file for file in files if not isinstance(file, str)]:
+        raise ConfigError(f"constitution: {wrong[0]!r} is not the name of a file")
+    return Constitution.load(*files, allow_code=allow_code)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

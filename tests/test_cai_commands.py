@@ -67,6 +67,11 @@ def test_validate_says_what_is_in_a_file_or_wrong_with_it(house, tmp_path, capsy
     (tmp_path / "bad.yaml").write_text(HOUSE.replace("weight: 2", "weight: heavy"))
     assert main(["cai", "validate", str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml: principle 'kind': field 'weight'" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text(HOUSE.replace("  - {", "\t- {"))
+    assert main(["cai", "validate", str(tmp_path / "bad.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf["Be kind."]')
+    assert main(["cai", "validate", str(tmp_path / "bom.json")]) == 0
     assert main(["cai", "lable"]) == 2 and "did you mean 'label'?" in capsys.readouterr().err
 
 
@@ -211,6 +216,13 @@ def test_a_server_writes_and_judges(house, tmp_path, capsys):
         assert "server_model" in capsys.readouterr().err
         assert cai("pairs", **common, **here, server_model="m", server="{concurency: 2}") == 2
         assert "Server has no 'concurency'; did you mean 'concurrency'?" in capsys.readouterr().err
+        for options, wrong in (
+            ("{concurrency: many}", "server: concurrency = 'many' must be int"),
+            ("{api_key_env: null}", "server: api_key_env = None must be str"),
+            ("{requests_per_minute: -1}", "requests_per_minute = -1 must be above 0"),
+        ):
+            assert cai("pairs", **common, **here, server_model="m", server=options) == 2
+            assert wrong in capsys.readouterr().err
         assert cai("pairs", **common, **here, server_model="m") == 0
         judge = {"judge": fake.url, "judge_model": "m", "allow_weak_judge": "true", "data": house / "pairs.jsonl"}
         write(house / "pairs.jsonl", [{"prompt": f"say {n}", "a": f"{n}", "b": f"{n} {n}"} for n in range(4)])

@@ -81,6 +81,10 @@ class Server:
                 f"server: needs concurrency >= 1, max_tries >= 1 and timeout > 0, got {self.concurrency}, "
                 f"{self.max_tries}, {self.timeout}"
             )
+        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
+            raise ConfigError(f"server: requests_per_minute = {self.requests_per_minute} must be above 0")
+        if min(self.backoff, self.price_prompt, self.price_completion) < 0:
+            raise ConfigError("server: backoff, price_prompt and price_completion must be 0 or more")
         if self.max_cost is not None and not (self.price_prompt or self.price_completion):
             raise ConfigError("server: max_cost needs price_prompt and price_completion, for 1,000,000 tokens each")
         if not isinstance(self.extra_body, dict):
@@ -90,7 +94,10 @@ class Server:
         except ImportError:
             raise ConfigError("a server needs the openai client: pip install openai") from None
         self.openai = openai
-        key = os.environ.get(self.api_key_env) or "none"  # a server of one's own wants none
+        # A server of one's own wants none. The end of a line is what a key that was read from a file brings along.
+        key = os.environ.get(self.api_key_env, "").strip() or "none"
+        if not key.isascii():
+            raise ConfigError(f"server: the key in {self.api_key_env} has letters beyond ASCII, which no header holds")
         self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
         self._gate, self._budget = threading.Condition(), threading.Lock()
         self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
@@ -283,7 +290,7 @@ def _read(read, request: dict, reply: dict) -> Answer:
     """A reply of a shape that nobody expects is a failed try, and no reason to end the run."""
     try:
         return read(request, reply)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"the reply has another shape: {type(error).__name__}: {error}") from None
 
 

@@ -540,6 +540,15 @@ def test_headers_say_how_long_to_wait():
 # --- a server that writes ---
 
 
+def test_a_key_is_what_the_variable_says_without_the_end_of_a_line(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key\r\n")
+    with serving() as fake:
+        assert judge_at(fake).backend.mode == "chat"
+    monkeypatch.setenv("OPENAI_API_KEY", "k\u00e9y")
+    with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has letters beyond ASCII"):
+        server_at(fake)
+
+
 def test_pairs_are_written_by_a_server(tmp_path):
     def script(text, before):
         return "refusal" if "question 2" in text else "500" if before < 1 else None
