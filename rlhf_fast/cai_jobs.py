@@ -17,15 +17,16 @@ import inspect
 import json
 import shutil
 import time
+import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
-from .data.formats import Prompt, comparisons, read_dataset, responses_of
-from .data.formats import prompts as read_prompts
-from .jobs import Checked, Stage, read_data, read_rows, run_trainer
+from .cai_checks import check_phase_1, known_schedule, prepare
+from .data.chat import ConfigError
+from .data.formats import read_dataset
+from .jobs import Checked, Stage, read_rows, run_trainer
 from .judges import (
     Constitution,
     HTTPGenerator,
@@ -43,14 +44,13 @@ from .judges.ledger import Ledger
 from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
-from .models import check_lengths, load_policy, load_reward_model, load_tokenizer, with_own_pad
+from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
 from .rollout import generate_text
 from .trainers.checkpoints import latest_checkpoint
-from .trainers.common import check_bf16, config_from_dict
+from .trainers.common import check_config
 from .trainers.constitutional import (
     DROP,
-    SCHEDULES,
     TextGenerator,
     check_drop,
     derive,
@@ -61,9 +61,9 @@ from .trainers.constitutional import (
     sample_pairs,
 )
 from .trainers.ppo import PPOConfig, PPOTrainer
-from .trainers.reward import RewardConfig, RewardTrainer
+from .trainers.reward import RewardTrainer
 from .trainers.run import changed_settings, has_ended
-from .trainers.sft import SFTConfig, SFTTrainer
+from .trainers.sft import SFTTrainer
 
 # -- who judges, who writes --------------------------------------------------------------------------------------------
 
@@ -106,6 +106,9 @@ class WriterJob(Checked):
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self):
+        check_config(self, positive=("max_new_tokens", "top_p"), non_negative=("temperature",), unit=("top_p",))
+
     def load(self):
         if _is_server(self.model):
             server = _server(self.model, self.server_model, self.server)
@@ -121,18 +124,27 @@ def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Ser
 
 
 def _known(cls: type, options: dict, key: str) -> dict:
-    """The options, if `cls` takes them all."""
+    """The options, if `cls` takes them all, and values of their types."""
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
     takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
-    for name in options:
+    for name, value in options.items():
         if name not in takes:
             near = difflib.get_close_matches(str(name), takes, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(takes)}"
             raise ConfigError(f"{key}: {cls.__name__} has no {name!r}; {hint}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ConfigError(f"{key}: {name} = {value!r} must be {wanted}")
     return options
 
 
 def load_constitution(files: str | list, allow_code: bool) -> Constitution:
-    return Constitution.load(*([files] if isinstance(files, str) else files), allow_code=allow_code)
+    files = [files] if isinstance(files, str) else files
+    if wrong := [file for file in files if not isinstance(file, str)]:
+        raise ConfigError(f"constitution: {wrong[0]!r} is not the name of a file")
+    return Constitution.load(*files, allow_code=allow_code)
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
@@ -149,18 +161,17 @@ class ReviseJob(Checked):
     batch_size: int = 32
     seed: int = 0
 
+    def __post_init__(self):
+        check_config(self, positive=("max_steps", "num_prompts", "batch_size"))
+
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
-    _known_schedule(job.schedule)
+    known_schedule(job.schedule)
     check_drop(job.drop)
     constitution, judge = who.load(job.seed)
+    check_phase_1(job.schedule, constitution, judge)
     _revise(job.schedule, _prompts(job), writer.load(), constitution, judge, writer.max_new_tokens, job.max_steps,
             output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
-
-
-def _known_schedule(schedule: str) -> None:
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
 
 
 def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: int, max_steps: int | None, **options):
@@ -177,7 +188,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
             f"{max_new_tokens}. Such replies are dropped; a larger max_new_tokens keeps them, or another `drop`"
         )
     kinds = json.loads((stage.output_dir / "hygiene.json").read_text(encoding="utf-8"))["kinds"]
-    if set(kinds) != {"unspecified"}:
+    if set(kinds) - {"unspecified"}:
         shares = {kind: [f"{x['refusal']} of {x['replies']}" for x in (k["original"], k["used"])]
                   for kind, k in kinds.items()}  # fmt: skip
         told = "; ".join(f"{kind} {before} -> {after}" for kind, (before, after) in shares.items())
@@ -194,6 +205,9 @@ class PairsJob(Checked):
     batch_size: int = 32
     seed: int = 0
     allow_code: bool = False  # the constitution may name rules by import path, which runs code
+
+    def __post_init__(self):
+        check_config(self, positive=("num_prompts", "batch_size"))
 
 
 def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
@@ -212,6 +226,9 @@ class AuditJob(Checked):
     output_dir: str = "runs/cai/audit"
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self):
+        check_config(self, positive=("num_pairs", "principles_per_pair", "batch_size"), non_negative=("probe_pairs",))
 
 
 def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
@@ -261,6 +278,9 @@ class LabelJob(Checked):
     output_dir: str = "runs/cai/label"
     batch_size: int = 32
     seed: int = 0
+
+    def __post_init__(self):
+        check_config(self, positive=("principles_per_pair", "batch_size"))
 
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
@@ -359,182 +379,93 @@ class TrainJob(Checked):
     eval_share: float = 0.1  # of the comparisons of each source, held out from the reward model
     sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
     reward: dict = field(default_factory=dict)
-    ppo: dict = field(default_factory=dict)
+    ppo: dict = field(default_factory=dict)  # and eval_rewards, as `rlhf-fast ppo` takes them; they read eval_data
+
+    def __post_init__(self):
+        check_config(
+            self,
+            positive=("num_prompts", "max_prompt_length", "max_new_tokens", "max_revisions", "principles_per_pair"),
+            non_negative=("temperature",),
+        )
 
 
 def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
-    if job.schedule:
-        _known_schedule(job.schedule)
-    check_drop(job.drop)
-    root = Path(job.output_dir)
-    if not resume and (root / "summary.json").exists():  # before a file of it is written over
-        raise ConfigError(
-            f"output_dir {job.output_dir!r} already holds a run: continue it with --resume, choose another output_dir, "
-            "or delete it"
-        )
-    tokenizer = load_tokenizer(job.model)
-    constitution, judge = who.load(job.seed)
-    calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
-                          allow_weak_judge=job.allow_weak_judge)  # fmt: skip
-    configs = {
-        name: config_from_dict(cls, {"seed": job.seed, **getattr(job, name), "output_dir": str(root / name)})
-        for name, cls in (("sft", SFTConfig), ("reward", RewardConfig), ("ppo", PPOConfig))
-    }
-    limit = {
-        "max_length": job.max_prompt_length,
-        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
-    }
-    prompts, held_out = map(_as_chats, read_data(job, "ppo", root, resume, **limit))
-    prompts = prompts[: 2 * job.num_prompts]
-    read_items(prompts)  # half of them are asked only in phase 2
-    people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
-    _refuse_early(job, configs, tokenizer, prompts, held_out, people)
+    root, run = Path(job.output_dir), prepare(who, job, resume)
+    constitution, judge, prompts = run.constitution, run.judge, run.prompts
     options = {"seed": job.seed, "batch_size": 128}
 
     def generator(model: str) -> TextGenerator:
-        return TextGenerator(load_policy(model), tokenizer, job.max_new_tokens, job.temperature)
+        return TextGenerator(load_policy(model), run.tokenizer, job.max_new_tokens, job.temperature)
 
     def part(name: str, make: Callable) -> dict:
-        """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
-        checkpoint; what a killed process left without one is begun again."""
-        directory = root / name
-        if resume and has_ended(directory):
-            if changed := changed_settings(directory, dataclasses.asdict(configs[name])):
-                warnings.warn(
-                    f"{directory} has ended and stays as it is: it was trained with other {', '.join(changed)} than "
-                    "are given now. To train it so, delete it and the parts that came after it, and resume",
-                    stacklevel=2,
-                )
-        else:
-            goes_on = resume and latest_checkpoint(directory) is not None
-            if resume and not goes_on:
-                (directory / "train_log.jsonl").unlink(missing_ok=True)
-                shutil.rmtree(directory / "tensorboard", ignore_errors=True)
-            run_trainer(make(configs[name]), goes_on)
-        return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        return _train_part(root / name, run.configs[name], make, resume)
 
-    stages = _StageTable(root, job, constitution, judge, tokenizer, held_out)
+    stages = _StageTable(root, job, constitution, judge, run.tokenizer, run.held_out)
     stages.add("start", job.model)
 
     # Phase 1, on the first half of the prompts.
     half = len(prompts) // 2
-    checked = any(p.check and p.revise for p in constitution.principles)
-    revised = _revise(job.schedule or ("check-all" if checked else "paper"), prompts[:half], generator(job.model),
-                      constitution, judge, job.max_new_tokens, job.max_revisions, output_dir=root / "revise",
-                      drop=job.drop, **options)  # fmt: skip
+    revised = _revise(run.schedule, prompts[:half], generator(job.model), constitution, judge, job.max_new_tokens,
+                      job.max_revisions, output_dir=root / "revise", drop=job.drop, **options)  # fmt: skip
     if not revised.rows:
         raise ConfigError(f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why")
-    part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=tokenizer))
+    part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=run.tokenizer))
     sft = str(root / "sft")
     stages.add("sft", sft)
 
     # Phase 2, on the other half; PPO sees all of them.
     pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
-    labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=calibration,
+    labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=run.calibration,
                      principles_per_pair=job.principles_per_pair, **options)  # fmt: skip
     _tell("label", labelled, "comparisons.jsonl")
     if not labelled.rows:
         raise ConfigError(
             "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
         )
-    sources = {"ai": labelled.rows, **people}
-    cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
-    train = {name: rows[cuts[name] :] for name, rows in sources.items()}
-    held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
-    data = {
-        "train_dataset": mix_comparisons(train, job.source_weights, seed=job.seed), "eval_dataset": held or None,
-    }  # fmt: skip
-    part("reward", lambda config: RewardTrainer(config, sft, **data))
+    compared = _mixed(job, {"ai": labelled.rows, **run.people})
+    part("reward", lambda config: RewardTrainer(config, sft, **compared))
     judged = root / "reward" / "preferences.json"  # of the model that was kept, where the log ends with the last step's
     accuracy = json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if judged.is_file() else None
     stages.add("reward", rm_accuracy=accuracy)
-    data = {"train_dataset": prompts, "eval_dataset": held_out, "reward": str(root / "reward")}
+    reward = str(root / "reward")
+    data = {"train_dataset": prompts, "eval_dataset": run.held_out, "eval_rewards": run.eval_rewards}
 
     def ppo(config: PPOConfig) -> PPOTrainer:
         own_critic = config.advantage_estimator == "gae" and not config.share_trunk
-        return PPOTrainer(config, sft, value_model=load_reward_model(data["reward"]) if own_critic else None, **data)
+        critic = load_reward_model(reward) if own_critic else None
+        return PPOTrainer(config, sft, reward=reward, value_model=critic, **data)
 
     metrics = part("ppo", ppo)
     stages.add("ppo", str(root / "ppo"), kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"))
 
 
-def _as_chats(rows: list[dict] | None) -> list[dict] | None:
-    """Prompts of text as user messages, as `revise` and `label` take them: every part of the run reads one form. A
-    reply of text is then scored as the assistant's turn."""
-    return rows and [
-        {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
-        for row in rows
-    ]
-
-
-def _refuse_early(job: TrainJob, configs: dict, tokenizer, prompts: list, held_out: list | None, people: dict) -> None:
-    """Raises ConfigError for what the last parts would refuse, before hours of the first."""
-    if not 0 <= job.eval_share < 1:
-        raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"cai: the tokenizer of {job.model!r} has no chat template, and whatever the constitution's layout, "
-            "what is learned are chats: set tokenizer.chat_template and save it beside the model"
-        )
-    if configs["sft"].lora_r and configs["ppo"].lora_r:
-        raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
-    if configs["sft"].load_best_model_at_end:
-        raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
-    if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
-        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
-    if "overoptimization" in configs["ppo"].stop_on:
-        raise ConfigError(
-            "cai: ppo's stop_on: overoptimization looks at eval_rewards, which only `rlhf-fast ppo` takes: leave it "
-            "out, or run that on the reward model of this run"
-        )
-    mix_comparisons({"ai": [{}], **people}, job.source_weights)
-    for rows in people.values():
-        limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
-        comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
-        for i, row in enumerate(rows):
-            asked = responses_of(row, "human_data", i)
-            if any(prompt is None and not is_conversation(reply) for prompt, reply in asked):
-                raise ConfigError(
-                    f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
-                    "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
-                )
-            if len(asked) > 2:
-                raise ConfigError(
-                    f"cai: human_data record {i} ranks {len(asked)} responses, and the judge's comparisons are "
-                    "pairs: give rows of chosen and rejected"
-                )
-    configs["ppo"].iterations(len(prompts))
-    limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
-    of_ppo = [
-        prompt
-        for rows, name in ((prompts, "train_data"), (held_out, "eval_data"))
-        if rows
-        for prompt in read_prompts(rows, tokenizer, **limit, name=name)[0]
-    ]
-    _check_room(job, configs, tokenizer, prompts, of_ppo)
-
-
-def _check_room(job: TrainJob, configs: dict, tokenizer, prompts: list[dict], of_ppo: list[Prompt]) -> None:
-    """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
-    policy = load_policy(job.model)
-
-    def longest(texts) -> int:
-        return max(len(encode_to_score(tokenizer, text, "")) for text in texts)
-
-    for name in ("sft", "reward"):
-        config, length = configs[name], longest(row["prompt"] for row in prompts) + job.max_new_tokens
-        if config.on_overlong == "error" and length > config.max_length:
-            raise ConfigError(
-                f"cai: the longest prompt and max_new_tokens = {job.max_new_tokens} are {length} tokens, and {name}'s "
-                f"max_length is {config.max_length}: raise it, or set {name}'s on_overlong"
+def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
+    """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
+    checkpoint; what a killed process left without one is begun again."""
+    if resume and has_ended(directory):
+        if changed := changed_settings(directory, dataclasses.asdict(config)):
+            warnings.warn(
+                f"{directory} has ended and stays as it is: it was trained with other {', '.join(changed)} than "
+                "are given now. To train it so, delete it and the parts that came after it, and resume",
+                stacklevel=3,
             )
-        advice = f"lower max_new_tokens, or {name}'s max_length with on_overlong: skip"
-        check_lengths(policy, tokenizer, min(length, config.max_length), advice)
-    length = longest(prompt.prompt for prompt in of_ppo) + configs["ppo"].response_length
-    check_lengths(policy, tokenizer, length, "lower ppo's response_length or max_prompt_length")
-    for config in configs.values():
-        check_bf16(config, policy.device)
+    else:
+        goes_on = resume and latest_checkpoint(directory) is not None
+        if resume and not goes_on:
+            (directory / "train_log.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+        run_trainer(make(config), goes_on)
+    return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:
+    """What RewardTrainer takes: comparisons of all sources, the first eval_share of each held out."""
+    cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
+    train = {name: rows[cuts[name] :] for name, rows in sources.items()}
+    held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
+    mixed = mix_comparisons(train, job.source_weights, seed=job.seed)
+    return {"train_dataset": mixed, "eval_dataset": held or None}
 
 
 class _StageTable:

@@ -263,15 +263,26 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
     """
     if not resume:
         check_is_new(output_dir)  # before a file of the run that it holds is written over
+    sources, left_out = read_sources(job, stage, **limit)
+    write_left_out(output_dir, left_out)
+    return sources
+
+
+def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], list[dict]]:
+    """read_data's rows, and the rows of left_out.jsonl; writes nothing."""
     sources, named = [], []
     for path in (job.train_data, job.eval_data):
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
         sources.append(rows)
         named += [{"file": path, **vars(item)} for item in left_out]
         _print_left_out(path, rows, left_out)
+    return sources, named
+
+
+def write_left_out(output_dir: str | Path, left_out: list[dict]) -> None:
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    Path(output_dir, "left_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named), encoding="utf-8")
-    return sources
+    text = "".join(json.dumps(row) + "\n" for row in left_out)
+    Path(output_dir, "left_out.jsonl").write_text(text, encoding="utf-8")
 
 
 def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:

@@ -33,6 +33,7 @@ class FakeServer(ThreadingHTTPServer):
         self.bodies = []  # of the requests, as they came
         self.otherwise = None  # status with which it refuses what it does not support
         self.usage = True  # whether replies say how many tokens they took
+        self.at_first = []  # faults of the first requests, whatever they ask
 
     @property
     def url(self):
@@ -70,9 +71,12 @@ class Handler(BaseHTTPRequestHandler):
             server.running += 1
             server.largest = max(server.largest, server.running)
             total = sum(server.asked.values())
+            at_first = server.at_first.pop(0) if server.at_first else None
         try:
             if server.on_request:
                 server.on_request(total)
+            if at_first:
+                return self.fail(at_first, body, text)
             if self.server.otherwise and self.mode(body) not in self.server.modes:
                 return self.reply(self.server.otherwise, {"error": {"message": f"no {self.mode(body)}"}})
             if "alphabet" in text:  # the probe

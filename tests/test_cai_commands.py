@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -66,6 +67,11 @@ def test_validate_says_what_is_in_a_file_or_wrong_with_it(house, tmp_path, capsy
     (tmp_path / "bad.yaml").write_text(HOUSE.replace("weight: 2", "weight: heavy"))
     assert main(["cai", "validate", str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml: principle 'kind': field 'weight'" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text(HOUSE.replace("  - {", "\t- {"))
+    assert main(["cai", "validate", str(tmp_path / "bad.yaml")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf["Be kind."]')
+    assert main(["cai", "validate", str(tmp_path / "bom.json")]) == 0
     assert main(["cai", "lable"]) == 2 and "did you mean 'label'?" in capsys.readouterr().err
 
 
@@ -83,6 +89,10 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert "needs check-all or paper" in capsys.readouterr().err
     assert cai("revise", **{**common, "model": "unread"}, drop="[empt]", output_dir=tmp_path / "x") == 2
     assert "drop = ['empt'] must be a list of flags" in capsys.readouterr().err
+    assert cai("revise", **{**common, "constitution": "safe-en", "model": "unread"}, output_dir=tmp_path / "x") == 2
+    assert "have no `check: {rule: ...}`" in capsys.readouterr().err
+    assert cai("revise", **common | {"num_prompts": -1}, output_dir=tmp_path / "x") == 2
+    assert "ReviseJob.num_prompts = -1 must be greater than 0" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
@@ -206,6 +216,13 @@ def test_a_server_writes_and_judges(house, tmp_path, capsys):
         assert "server_model" in capsys.readouterr().err
         assert cai("pairs", **common, **here, server_model="m", server="{concurency: 2}") == 2
         assert "Server has no 'concurency'; did you mean 'concurrency'?" in capsys.readouterr().err
+        for options, wrong in (
+            ("{concurrency: many}", "server: concurrency = 'many' must be int"),
+            ("{api_key_env: null}", "server: api_key_env = None must be str"),
+            ("{requests_per_minute: -1}", "requests_per_minute = -1 must be above 0"),
+        ):
+            assert cai("pairs", **common, **here, server_model="m", server=options) == 2
+            assert wrong in capsys.readouterr().err
         assert cai("pairs", **common, **here, server_model="m") == 0
         judge = {"judge": fake.url, "judge_model": "m", "allow_weak_judge": "true", "data": house / "pairs.jsonl"}
         write(house / "pairs.jsonl", [{"prompt": f"say {n}", "a": f"{n}", "b": f"{n} {n}"} for n in range(4)])
@@ -333,24 +350,99 @@ def test_every_part_reads_prompts_of_text_as_chats(trained):
         assert texts and all(t.startswith("<|user|>say ") and "<|assistant|>" in t for t in texts), name
 
 
-def test_a_run_is_not_written_over(house, all_of_it, trained, capsys):
+def test_a_run_is_not_written_over(all_of_it, trained, tmp_path, capsys):
     run, _ = trained
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert cai("train", **all_of_it, output_dir=run, seed=1) == 2
     assert "already holds a run: continue it with --resume" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "run.json").write_text("{}")  # of `cai pairs`
+    assert cai("train", **all_of_it, output_dir=tmp_path) == 2
+    assert "already holds a run" in capsys.readouterr().err and not (tmp_path / "summary.json").exists()
 
 
-def test_a_part_that_has_ended_says_that_other_settings_change_nothing(all_of_it, trained):
+def resumed(all_of_it, run, **other):
+    keys = {**all_of_it, "output_dir": run, **other}
+    return main(["cai", "train", "--resume", *(part for k, v in keys.items() for part in (f"--{k}", str(v)))])
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"seed": 1}, "revise was made with other settings than are given now: seed (0 there, 1 now)"),
+        ({"num_prompts": 4}, "prompts (train_data, num_prompts, max_prompt_length)"),
+        ({"principles_per_pair": 1}, "label was made with other settings"),
+        ({"human_data": "fewer.jsonl"}, "reward was made with other settings than are given now: human_data. Resume"),
+        ({"eval_share": 0.2}, "reward was made with other settings than are given now: eval_share (0.1 there, 0.2"),
+        ({"eval_data": "fewer.jsonl"}, "ppo was made with other settings than are given now: eval_data. Resume"),
+    ],
+)
+def test_a_resumed_run_is_refused_before_it_writes(house, all_of_it, trained, monkeypatch, capsys, other, named):
+    monkeypatch.chdir(house)
+    write(house / "fewer.jsonl", read(house / "people.jsonl")[:8])
+    run, _ = trained
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert resumed(all_of_it, run, **other) == 2
+    error = capsys.readouterr().err
+    assert named in error and f"Resume with those of {run}/run.json, or delete {run}/" in error
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_part_that_has_ended_says_that_other_settings_change_nothing(house, all_of_it, trained):
     run, _ = trained
     before = (run / "reward" / "run_config.json").read_bytes()
-    argv = [part for name, value in all_of_it.items() for part in (f"--{name}", str(value))]
-    argv += ["--output_dir", str(run), "--resume"]
+    moved = (house / "people.jsonl").rename(house / "moved.jsonl")  # the same rows, wherever they lie
     with pytest.warns(UserWarning) as warned:
-        assert main(["cai", "train", *argv, "--reward", "{max_steps: 1, learning_rate: 0.5}"]) == 0
+        assert resumed(all_of_it, run, reward="{max_steps: 1, learning_rate: 0.5}", human_data=moved) == 0
+    moved.rename(house / "people.jsonl")
     (told,) = [str(w.message) for w in warned if "has ended" in str(w.message)]
     assert f"{run}/reward has ended" in told and "other learning_rate than" in told
     assert (run / "reward" / "run_config.json").read_bytes() == before
+
+
+def test_a_part_that_was_deleted_is_made_from_what_is_given_now(all_of_it, trained, capsys):
+    run, _ = trained
+    shutil.rmtree(run / "reward")
+    assert resumed(all_of_it, run, eval_share=0.5) == 2
+    assert f"reward is not there any more, and would not be the one that {run}/ppo came" in capsys.readouterr().err
+    shutil.rmtree(run / "ppo")
+    assert resumed(all_of_it, run, eval_share=0.5) == 0
+    assert json.loads((run / "reward" / "preferences.json").read_text())["pairs"] >= 10  # of people alone
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HOUSE.replace("check: {rule: max_chars, args: {n: 12}}, ", ""), "judge can compare under 0 principles"),
+        (HOUSE.replace("revise: Say less., ", ""), "has no principle with 'revise'"),
+    ],
+)
+def test_a_constitution_that_a_later_part_has_no_use_for_is_refused(all_of_it, tmp_path, capsys, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert cai("train", **{**all_of_it, "constitution": tmp_path / "c.yaml"}, output_dir=tmp_path / "run") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a cut emoji \ud83d"}, "half a character ('\\ud83d', of a surrogate pair) behind"),
+        ({"prompt": "say", "kind": ["benign"]}, "kind = ['benign'] must be a text"),
+    ],
+)
+def test_rows_that_no_stage_can_write_down_are_refused(house, all_of_it, tmp_path, capsys, row, message):
+    write(tmp_path / "rows.jsonl", [{"prompt": "say 1", "kind": None}, row])
+    keys = {"constitution": house / "house.yaml", "model": house / "model", "train_data": tmp_path / "rows.jsonl"}
+    for word, given in (("revise", keys), ("train", all_of_it | keys)):
+        assert cai(word, **given, output_dir=tmp_path / "run") == 2
+        assert f"row 1: {message}" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_one_prompt_is_not_enough_for_two_phases(all_of_it, tmp_path, capsys):
+    write(tmp_path / "one.jsonl", [{"prompt": "say 1"}])
+    assert cai("train", **{**all_of_it, "train_data": tmp_path / "one.jsonl"}, output_dir=tmp_path / "run") == 2
+    assert "one.jsonl has one prompt" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

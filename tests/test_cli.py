@@ -201,7 +201,14 @@ cai:
   source_weights: {{human: 0.5}}
   sft: {{max_steps: 2}}
   reward: {{max_steps: 2}}
-  ppo: {{batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8}}
+  ppo:
+    batch_size: 8
+    minibatch_size: 4
+    response_length: 8
+    total_episodes: 8
+    eval_rewards: {{short: "{root}/rewards.py:short"}}
+    stop_on: [overoptimization]
+    eval_steps: 1
 """)
     return root
 
@@ -274,12 +281,13 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     assert (cai / "report.html").is_file()
     judged = json.loads((cai / "reward" / "preferences.json").read_text())
     assert set(judged["by_source"]) == {"ai", "human"} and judged["by_source"]["human"]["pairs"] == 2  # a tenth of 24
+    assert "eval_short" in log_of(cai / "ppo")[-1]
     before = (cai / "ppo" / "train_log.jsonl").read_bytes()
     assert stage(sft, "cai", "--resume") == 0
     assert (cai / "ppo" / "train_log.jsonl").read_bytes() == before
     (cai / "ppo" / "README.md").unlink()  # as if killed in PPO, before a checkpoint and with the log of a step
     assert stage(sft, "cai", "--resume") == 0
-    (row,), once = log_of(cai / "ppo"), json.loads(before)
+    row, once = log_of(cai / "ppo")[-1], json.loads(before.splitlines()[-1])
     assert row["step"] == 1 and row["objective/scores"] == once["objective/scores"]
 
 
@@ -301,17 +309,27 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--eval_share", "1.0"), "eval_share = 1.0 must be 0 or more and below 1"),
     (("--sft", "{load_best_model_at_end: true, eval_steps: 1}"), "has no held-out demonstrations"),
     (("--reward", "{load_best_model_at_end: true}"), "reward's load_best_model_at_end needs eval_steps"),
-    (("--ppo", "{stop_on: [overoptimization], eval_steps: 1}"), "stop_on: overoptimization looks at eval_rewards"),
+    (("--ppo", "{stop_on: [overoptimization], eval_steps: 1}"), "stop_on overoptimization looks at eval_rewards"),
+    (("--ppo", "{eval_rewards: [short]}"), "ppo's eval_rewards must map names to rewards, got ['short']"),
+    (("--ppo", "{eval_rewards: {kl: rewards.py:short}}"), "there is no file 'rewards.py'"),
+    (("--ppo", "{eval_rewards: {kl: SFT}}"), "eval_rewards may not be called 'kl'"),
+    (("--ppo", "{eval_rewards: {other: SFT}}"), "has no scalar head"),
     (("--sft", "{max_length: 24}"), "tokens, and sft's max_length is 24: raise it, or set sft's on_overlong"),
     (("--max_new_tokens", "200"), "positions: lower max_new_tokens, or sft's max_length"),
     (("--ppo", "{response_length: 200}"), "positions: lower ppo's response_length"),
     (("--ppo", "{bf16: true}"), "bf16: "),
     (("--drop", "[truncatd]"), "drop = ['truncatd'] must be a list of flags: truncated"),
+    (("--num_prompts", "-1"), "TrainJob.num_prompts = -1 must be greater than 0"),
+    (("--max_revisions", "0"), "TrainJob.max_revisions = 0 must be greater than 0"),
+    (("--source_weights", "{human: heavy}"), "weights must be 0 or more, got {'human': 'heavy'}"),
+    (("--principles_per_pair", "50"), "principles of constitution"),
+    (("--constitution", "safe-en"), "have no `check: {rule: ...}`; use LocalJudge for them"),
 ])  # fmt: skip
 def test_what_the_last_parts_of_cai_would_refuse_is_refused_before_the_first(
     sft, tmp_path, capsys, monkeypatch, flags, message
 ):  # fmt: skip
     monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: False)
+    flags = [flag.replace("SFT", str(sft / "sft")) for flag in flags]
     assert stage(sft, "cai", "--output_dir", str(tmp_path / "run"), *flags) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
 

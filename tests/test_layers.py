@@ -13,6 +13,7 @@ PACKAGE = ROOT / "rlhf_fast"
 LAYERS = [
     {"cli"},
     {"cai_jobs"},
+    {"cai_checks"},
     {"jobs", "bench"},
     {"quickstart"},
     {"trainers"},

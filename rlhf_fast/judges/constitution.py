@@ -125,13 +125,13 @@ def _once(keys: list, where: str = "") -> None:
 def _read(path: Path):
     kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         return yaml.load(text, _YAML) if kind == "YAML" else json.loads(text, object_pairs_hook=_pairs)
     except OSError as error:
         hint = "" if path.suffix else f"; the package has {', '.join(SHIPPED)}"
         raise ConstitutionError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ConstitutionError(f"{path}: cannot be read as {kind}: {error}") from error
+        raise ConstitutionError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())}") from error
 
 
 # --- this package's format ---

@@ -72,9 +72,8 @@ class HTTPBackend:
             labels = list(COMPARE_LABELS)
             prompt = self.prompt(self.layout, [], question, labels, None)
             request = {"prompt": prompt, "labels": labels, "about": f"probe/{name}"}
-            call = self.server.ask_once(request, self._send, self._read)
-            self._calls.append(call)
-            answer, code = call.answer, call.about.get("http_status")
+            self._calls += self.server.ask_once(request, self._send, self._read)
+            answer, code = self._calls[-1].answer, self._calls[-1].about.get("http_status")
             if answer.status == "ok" or (name == "votes" and code == 200 and answer.status != "failed"):
                 return name, {**found, name: "yes"}
             if code is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..data.chat import ConfigError
 from .calibration import UNCALIBRATED, Calibration
-from .constitution import Constitution
+from .constitution import Constitution, Principle
 from .ledger import Ledger
 from .principles import weight_field
 from .protocol import UNDECIDED, Judge, Missing, Pair, Verdict, Vote, decide, sigmoid
@@ -46,12 +46,7 @@ def judge_pairs(
     drawn_as: the id whose principles a pair of another id gets, such as an audit's probe. ledger: an open one to ask
     through; None opens that of output_dir.
     """
-    usable = judge.comparable(constitution.principles)
-    if len(usable) < (principles_per_pair or 1):
-        raise ConfigError(
-            f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
-            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}"
-        )
+    usable = usable_principles(judge, constitution, principles_per_pair)
     pairs = list(pairs)
     items = read_items(pairs, ("a", "b"))
     for item, row in zip(items, pairs, strict=True):
@@ -83,6 +78,19 @@ def judge_pairs(
         return run_stage(
             ledger, "judgements", items, work, settings=described, batch_size=batch_size, output_dir=output_dir
         )  # fmt: skip
+
+
+def usable_principles(judge: Judge, constitution: Constitution, principles_per_pair: int | None) -> list[Principle]:
+    """Those under which the judge compares. Raises ConfigError where they are too few for a pair."""
+    usable = judge.comparable(constitution.principles)
+    if principles_per_pair is not None and principles_per_pair < 1:
+        raise ConfigError(f"label: principles_per_pair = {principles_per_pair} must be 1 or more, or None for all")
+    if len(usable) < (principles_per_pair or 1):
+        raise ConfigError(
+            f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
+            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}"
+        )
+    return usable
 
 
 def _judgement(item: dict, verdict: Verdict) -> dict:

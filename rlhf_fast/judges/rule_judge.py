@@ -34,14 +34,14 @@ class RuleJudge:
         self.scale = scale
 
     def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]:
-        return [[check_rule(p, r.conversation, r.reply) for p in _with_rules(r.principles, "check")] for r in replies]
+        return [[check_rule(p, r.conversation, r.reply) for p in with_rules(r.principles, "check")] for r in replies]
 
     def compare(self, pairs: Sequence[Pair], ledger: Ledger | None = None) -> list[Verdict]:
         return [self._compare(pair) for pair in pairs]
 
     def _compare(self, pair: Pair) -> Verdict:
         votes, missing = [], []
-        for principle in _with_rules(pair.principles, "compare"):
+        for principle in with_rules(pair.principles, "compare"):
             a = check_rule(principle, pair.conversation, pair.a)
             b = check_rule(principle, pair.conversation, pair.b)
             if "failed" in (a.status, b.status):
@@ -59,7 +59,8 @@ class RuleJudge:
         return {"backend": "rule", "scale": self.scale, "combine": "sum"}
 
 
-def _with_rules(principles, question):
+def with_rules(principles: Sequence[Principle], question: str) -> Sequence[Principle]:
+    """The principles. Raises ConfigError for those that no rule checks."""
     if missing := [p.id for p in principles if not isinstance(p.check, RuleCheck)]:
         raise ConfigError(
             f"RuleJudge.{question}: principles {missing} have no `check: {{rule: ...}}`; use LocalJudge for them"

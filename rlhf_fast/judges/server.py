@@ -81,6 +81,10 @@ class Server:
                 f"server: needs concurrency >= 1, max_tries >= 1 and timeout > 0, got {self.concurrency}, "
                 f"{self.max_tries}, {self.timeout}"
             )
+        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
+            raise ConfigError(f"server: requests_per_minute = {self.requests_per_minute} must be above 0")
+        if min(self.backoff, self.price_prompt, self.price_completion) < 0:
+            raise ConfigError("server: backoff, price_prompt and price_completion must be 0 or more")
         if self.max_cost is not None and not (self.price_prompt or self.price_completion):
             raise ConfigError("server: max_cost needs price_prompt and price_completion, for 1,000,000 tokens each")
         if not isinstance(self.extra_body, dict):
@@ -90,7 +94,10 @@ class Server:
         except ImportError:
             raise ConfigError("a server needs the openai client: pip install openai") from None
         self.openai = openai
-        key = os.environ.get(self.api_key_env) or "none"  # a server of one's own wants none
+        # A server of one's own wants none. The end of a line is what a key that was read from a file brings along.
+        key = os.environ.get(self.api_key_env, "").strip() or "none"
+        if not key.isascii():
+            raise ConfigError(f"server: the key in {self.api_key_env} has letters beyond ASCII, which no header holds")
         self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
         self._gate, self._budget = threading.Condition(), threading.Lock()
         self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
@@ -100,12 +107,25 @@ class Server:
         more = {"extra_body": self.extra_body} if self.extra_body else {}
         return {"backend": "http", "base_url": self.base_url, "model": self.model, **more}
 
-    def ask_once(self, request: dict, send, read) -> Call:
-        """One call without a second try. What it came to is in the call, never raised."""
-        started = time.time()
-        answer, _, _, about = self._try(*send(request), request, read)
+    def ask_once(self, request: dict, send, read) -> list[Call]:
+        """The calls of one question without a second try; only a 429 is waited for, as in a run, and asked again.
+
+        What the last of them came to is in it, never raised. Raises ConfigError for ten minutes of nothing but 429.
+        """
+        calls, limited = [], True
+        while limited:
+            self._enter(threading.Event())
+            started = time.time()
+            try:
+                answer, again, wait, about = self._try(*send(request), request, read)
+            finally:
+                self._leave()
+            calls.append(Call(request, answer, started, time.time() - started, about))
+            if limited := again and about.get("http_status") == 429:
+                self._pace(answer, 429, again, wait, last=False)
+        self._limited_since = None  # also by an answer that says no
         self._must_be_counted(answer, about)
-        return Call(request, answer, started, time.time() - started, about)
+        return calls
 
     def _send(self, path: str, body: dict):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
@@ -270,7 +290,7 @@ def _read(read, request: dict, reply: dict) -> Answer:
     """A reply of a shape that nobody expects is a failed try, and no reason to end the run."""
     try:
         return read(request, reply)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"the reply has another shape: {type(error).__name__}: {error}") from None
 
 

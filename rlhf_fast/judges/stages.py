@@ -44,7 +44,7 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
 
     A row without "id" gets a hash of its content, with a counter behind what occurs again. Raises ConfigError for a
     missing column, a prompt that is not text or messages of system, user and assistant, or does not end with the user,
-    an id that occurs twice, or no rows at all.
+    half a character, an id that occurs twice, or no rows at all.
     """
     items, seen = [], Counter()
     for i, row in enumerate(rows):
@@ -65,7 +65,14 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
         if not messages or messages[-1]["role"] != "user":
             raise ConfigError(f"row {i}: the prompt must end with a user message, it ends with {messages[-1:]}")
         item = {"prompt": messages, **{name: row[name] for name in texts}}
-        content = json.dumps(item, sort_keys=True, ensure_ascii=False).encode()
+        try:
+            content = json.dumps(item, sort_keys=True, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # JSON can write it (a cut emoji), and no ledger or tokenizer takes it
+            before = error.object[: error.start][-40:]
+            raise ConfigError(
+                f"row {i}: half a character ({error.object[error.start]!r}, of a surrogate pair) behind {before!r}: "
+                "repair or remove it"
+            ) from None
         name = str(row.get("id", hashlib.blake2b(content, digest_size=8).hexdigest()))
         seen[name] += 1
         if seen[name] > 1:

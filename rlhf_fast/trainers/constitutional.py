@@ -81,17 +81,12 @@ def revise(
     not written, or the check of the first gave no answer; hygiene.json leaves these out).
     """
     principles = [p for p in constitution.principles if p.check]
-    repairable = sorted((p for p in principles if p.revise), key=lambda p: not p.hard)
-    if not repairable:
-        raise ConfigError(
-            f"revise: constitution {constitution.name!r} has no principle with both 'check' and 'revise'; "
-            "revise_sampled needs no checks"
-        )
+    repairable = sorted(principles_to_revise("check-all", constitution), key=lambda p: not p.hard)
     max_steps = len(repairable) if max_steps is None else max_steps
     if max_steps < 1:
         raise ConfigError(f"revise: max_steps = {max_steps} must be 1 or more")
     check_drop(drop)
-    items = _items_with_kind(prompts)
+    items = items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
 
@@ -120,14 +115,11 @@ def revise_sampled(
     reply before it, no checks. The revisions of all steps are demonstrations, but for those with a flag of `drop`.
     Files as in `revise`; statuses are "revised", "flagged" (every revision is) and "failed".
     """
-    usable = [p for p in constitution.principles if p.revise]
-    if not usable or steps < 1:
-        raise ConfigError(
-            f"revise_sampled: needs a principle with 'revise' and steps >= 1; constitution {constitution.name!r} has "
-            f"{len(usable)}, steps = {steps}"
-        )
+    usable = principles_to_revise("paper", constitution)
+    if steps < 1:
+        raise ConfigError(f"revise_sampled: steps = {steps} must be 1 or more")
     check_drop(drop)
-    items = _items_with_kind(prompts)
+    items = items_with_kind(prompts)
     with Ledger(output_dir) as ledger:
         writer = Writer(generate, constitution, ledger, seed)
 
@@ -153,9 +145,27 @@ def revise_sampled(
 SCHEDULES = {"check-all": revise, "paper": revise_sampled}
 
 
-def _items_with_kind(prompts: Iterable) -> list[dict]:
+def principles_to_revise(schedule: str, constitution: Constitution) -> list[Principle]:
+    """Those that a schedule revises under. Raises ConfigError where there is none."""
+    found = [p for p in constitution.principles if p.revise and (p.check or schedule == "paper")]
+    if not found:
+        raise ConfigError(
+            f"revise_sampled: constitution {constitution.name!r} has no principle with 'revise'"
+            if schedule == "paper"
+            else f"revise: constitution {constitution.name!r} has no principle with both 'check' and 'revise'; "
+            "revise_sampled needs no checks (schedule: paper)"
+        )
+    return found
+
+
+def items_with_kind(prompts: Iterable) -> list[dict]:
+    """read_items, with the "kind" of each: "unspecified" where a row has none, or a table an empty cell."""
     rows = list(prompts)
-    kinds = [row.get("kind", "unspecified") if isinstance(row, dict) else "unspecified" for row in rows]
+    kinds = [row.get("kind") if isinstance(row, dict) else None for row in rows]
+    for i, kind in enumerate(kinds):
+        if isinstance(kind, (list, dict)):
+            raise ConfigError(f"row {i}: kind = {kind!r} must be a text, such as 'red-team' or 'benign'")
+    kinds = ["unspecified" if kind is None else kind for kind in kinds]
     return [{**item, "kind": kind} for item, kind in zip(read_items(rows), kinds, strict=True)]
 
 
@@ -364,7 +374,7 @@ def mix_comparisons(
         raise ConfigError(f"mix_comparisons: source {empty[0]!r} has no rows")
     if unknown := set(weights) - set(sources):
         raise ConfigError(f"mix_comparisons: weights name {sorted(unknown)}; the sources are {', '.join(sources)}")
-    if wrong := {name: w for name, w in weights.items() if not w >= 0}:
+    if wrong := {name: w for name, w in weights.items() if not isinstance(w, (int, float)) or not w >= 0}:
         raise ConfigError(f"mix_comparisons: weights must be 0 or more, got {wrong}")
     mixed = [
         {

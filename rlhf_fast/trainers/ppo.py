@@ -58,6 +58,24 @@ from .ppo_config import PPOConfig
 from .run import RunResult, run_training
 
 
+def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
+    """Raises ConfigError where PPOTrainer could not read them, or would end a run by them and never look."""
+    if taken := {"scores", "kl"}.intersection(eval_rewards or ()):
+        raise common.ConfigError(
+            f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
+            "itself; rename it"
+        )
+    if eval_rewards and eval_dataset is None:
+        raise common.ConfigError(
+            "PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)"
+        )
+    if "overoptimization" in config.stop_on and not (eval_rewards and config.eval_steps):
+        raise common.ConfigError(
+            "PPOTrainer: stop_on overoptimization looks at eval_rewards every eval_steps, and would never end the "
+            "run: give both"
+        )
+
+
 class PPOTrainer:
     """Iterate it for a dict of metrics per iteration, or call train() for the run with log, evaluation and checkpoints.
 
@@ -93,20 +111,7 @@ class PPOTrainer:
             raise common.ConfigError(
                 "PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy"
             )
-        if taken := {"scores", "kl"}.intersection(eval_rewards or ()):
-            raise common.ConfigError(
-                f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
-                "itself; rename it"
-            )
-        if eval_rewards and eval_dataset is None:
-            raise common.ConfigError(
-                "PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)"
-            )
-        if "overoptimization" in config.stop_on and not (eval_rewards and config.eval_steps):
-            raise common.ConfigError(
-                "PPOTrainer: stop_on overoptimization looks at eval_rewards every eval_steps, and would never end the "
-                "run: give both"
-            )
+        check_eval_rewards(config, eval_rewards, eval_dataset)
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
         if not (rollout_func is None or callable(rollout_func)):

@@ -499,6 +499,29 @@ def test_nothing_but_429_for_ten_minutes_stops_the_run(tmp_path, monkeypatch):
         assert 600 < clock.now < 700 and sum(fake.asked.values()) < 60
 
 
+def test_a_429_to_the_probe_is_waited_for_and_paid_for(tmp_path, monkeypatch):
+    clock, asking = Clock(monkeypatch), Constitution("c", (KIND,), compare_layout="anthropic")
+    with serving() as fake:
+        server = server_at(fake, concurrency=1, timeout=10)
+        server._gate = clock
+        fake.at_first = ["429", "429 bare", None, "429"]
+        judge = HTTPJudge(server, asking)
+        assert judge.backend.mode == "chat" and judge.backend.found["echo"].startswith("no log-prob")
+        clock.now += 3600  # which is not how long the limit has lasted
+        fake.at_first = ["429"]
+        label(pairs(1), asking, judge, output_dir=tmp_path)
+        with Ledger(tmp_path) as ledger:
+            assert ledger.usage().requests == sum(fake.asked.values()) == 3 + 3 + 1 + 2
+        fake.at_first, before = ["429 bare"] * 99, clock.now
+        with pytest.raises(ValueError, match=r"refused every call for 1\d minutes \(HTTP 429"):
+            HTTPJudge(server, asking)
+        assert 600 < clock.now - before < 700
+        for fault, named in (("429 long", "asks to wait for 86400 s"), ("quota", "HTTP 429: .*insufficient_quota")):
+            fake.at_first = [fault]
+            with pytest.raises(ValueError, match=named):
+                judge_at(fake)
+
+
 def test_no_more_calls_a_minute_than_asked_for():
     with serving() as fake:
         judge = judge_at(fake, server={"requests_per_minute": 1200})
@@ -515,6 +538,15 @@ def test_headers_say_how_long_to_wait():
 
 
 # --- a server that writes ---
+
+
+def test_a_key_is_what_the_variable_says_without_the_end_of_a_line(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "key\r\n")
+    with serving() as fake:
+        assert judge_at(fake).backend.mode == "chat"
+    monkeypatch.setenv("OPENAI_API_KEY", "k\u00e9y")
+    with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has letters beyond ASCII"):
+        server_at(fake)
 
 
 def test_pairs_are_written_by_a_server(tmp_path):

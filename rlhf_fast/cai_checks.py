@@ -1,0 +1,282 @@
+"""What `rlhf-fast cai train` reads and refuses before its first part: not hours later what its last would refuse.
+
+<output_dir>/run.json keeps what each part is made from. A run that is resumed is compared with it before a file is
+written; a part that was not begun takes what is given now.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
+from .data.formats import Prompt, comparisons, responses_of
+from .data.formats import prompts as read_prompts
+from .jobs import read_rows, read_sources, resolve_reward, write_left_out
+from .judges import Constitution, Judge, RuleJudge
+from .judges.calibration import Calibration
+from .judges.generator import describe_model
+from .judges.labels import usable_principles
+from .judges.rule_judge import with_rules
+from .judges.stages import write_atomic
+from .judges.trust import trusted
+from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
+from .rewards import check_room, check_signature, make_reward
+from .trainers.checkpoints import latest_checkpoint
+from .trainers.common import check_bf16, config_from_dict
+from .trainers.constitutional import SCHEDULES, check_drop, items_with_kind, mix_comparisons, principles_to_revise
+from .trainers.ppo import PPOConfig, check_eval_rewards
+from .trainers.reward import RewardConfig
+from .trainers.run import check_is_new, has_ended
+from .trainers.sft import SFTConfig
+
+PARTS = ("revise", "sft", "pairs", "label", "reward", "ppo")  # in order of time, each a directory
+
+
+@dataclass
+class Run:
+    """What the parts of a run work with, read and checked."""
+
+    tokenizer: object
+    constitution: Constitution
+    judge: Judge
+    calibration: Calibration
+    schedule: str  # of phase 1
+    configs: dict  # of the three trainers, by name
+    eval_rewards: dict  # name: reward, as PPOTrainer takes them
+    prompts: list[dict]  # half of them for phase 1, the others for phase 2, as chats
+    held_out: list[dict] | None
+    people: dict[str, list[dict]]  # "human": what people compared, if it was given
+
+
+def prepare(who, job, resume: bool) -> Run:
+    """Reads all that a run takes. Raises ConfigError for what any part of it would refuse.
+
+    who: a cai_jobs.JudgeJob. job: a cai_jobs.TrainJob.
+    """
+    if job.schedule:
+        known_schedule(job.schedule)
+    check_drop(job.drop)
+    root = Path(job.output_dir)
+    if not resume:
+        _check_is_new(root)
+    tokenizer = load_tokenizer(job.model)
+    constitution, judge = who.load(job.seed)
+    calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
+                          allow_weak_judge=job.allow_weak_judge)  # fmt: skip
+    ppo = dict(job.ppo)
+    eval_rewards = _eval_rewards(ppo.pop("eval_rewards", {}))
+    configs = {
+        name: config_from_dict(cls, {"seed": job.seed, **values, "output_dir": str(root / name)})
+        for name, cls, values in (
+            ("sft", SFTConfig, job.sft), ("reward", RewardConfig, job.reward), ("ppo", PPOConfig, ppo)
+        )
+    }  # fmt: skip
+    limit = {
+        "max_length": job.max_prompt_length,
+        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
+    }
+    sources, left_out = read_sources(job, "ppo", **limit)
+    prompts, held_out = map(_as_chats, sources)
+    prompts = prompts[: 2 * job.num_prompts]
+    items_with_kind(prompts)  # half of them are asked only in phase 2
+    if len(prompts) < 2:
+        raise ConfigError(
+            f"cai: {job.train_data} has one prompt, and each phase needs prompts of its own: give two or more"
+        )
+    people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
+    policy = load_policy(job.model)
+    _refuse_early(job, configs, eval_rewards, tokenizer, policy, prompts, held_out, people)
+    checked = any(p.check and p.revise for p in constitution.principles)
+    schedule = job.schedule or ("check-all" if checked else "paper")
+    check_phase_1(schedule, constitution, judge)
+    if held_out:
+        check_rules(judge, constitution)
+    usable_principles(judge, constitution, job.principles_per_pair)
+    run = Run(
+        tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
+    )  # fmt: skip
+    _claim(root, _made_from(job, run, policy))
+    write_left_out(root, left_out)
+    return run
+
+
+def _eval_rewards(specs) -> dict:
+    if not isinstance(specs, dict):
+        raise ConfigError(f"cai: ppo's eval_rewards must map names to rewards, got {specs!r}")
+    return {name: resolve_reward(spec) for name, spec in specs.items()}
+
+
+def _check_is_new(root: Path) -> None:
+    """Raises ConfigError for a directory that holds a run, or the first part of one by another command."""
+    if (root / "summary.json").exists() or any(map(_begun, map(root.joinpath, PARTS))):
+        raise ConfigError(
+            f"output_dir {str(root)!r} already holds a run: continue it with --resume, choose another output_dir, "
+            "or delete it"
+        )
+    for directory in (root, *map(root.joinpath, PARTS)):
+        check_is_new(directory)
+
+
+def _begun(part: Path) -> bool:
+    """Whether a part has something that a resumed run goes on from."""
+    return (part / "run.json").is_file() or has_ended(part) or latest_checkpoint(part) is not None
+
+
+def _made_from(job, run: Run, policy) -> dict[str, dict]:
+    """What decides the content of each part, beside the parts before it and, for trainers, their config."""
+    judge = run.judge.describe()
+    return {
+        "revise": {
+            "seed": job.seed, "model": describe_model(policy), "constitution": {"sha256": run.constitution.sha256},
+            "prompts (train_data, num_prompts, max_prompt_length)": _digest(run.prompts),
+            "max_new_tokens": job.max_new_tokens, "temperature": job.temperature, "schedule": run.schedule,
+            "max_revisions": job.max_revisions, "drop": job.drop,
+            **({"judge": judge} if run.schedule == "check-all" else {}),  # the paper's asks no judge
+        },
+        "pairs": {"output_dir": job.output_dir},  # the writer's name is a path in it
+        "label": {
+            "judge": judge, "principles_per_pair": job.principles_per_pair,
+            "calibration (card)": dataclasses.asdict(run.calibration),
+        },
+        "reward": {
+            "human_data": _digest(run.people.get("human")), "source_weights": job.source_weights,
+            "eval_share": job.eval_share,
+        },
+        "ppo": {"eval_data": _digest(run.held_out), "eval_rewards": job.ppo.get("eval_rewards", {})},
+    }  # fmt: skip
+
+
+def _digest(rows: list[dict] | None) -> dict | None:
+    """Stands for rows of data, wherever they lie."""
+    if rows is None:
+        return None
+    text = json.dumps(rows, ensure_ascii=False, sort_keys=True, default=str)  # str: dates
+    return {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _claim(root: Path, made_from: dict[str, dict]) -> None:
+    """Raises ConfigError where a part that was begun was made from something else; if not, keeps it for the next."""
+    path, begun = root / "run.json", [part for part in PARTS if _begun(root / part)]
+    now = json.loads(json.dumps(made_from))  # tuples become lists, as in the file
+    before = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
+    for part, settings in now.items():
+        there = before.get(part, {}) if part in begun else {}
+        if changed := [name for name in settings if name in there and there[name] != settings[name]]:
+            what = ", ".join(_change(name, there[name], settings[name]) for name in changed)
+            rest = ", ".join(str(root / later) for later in begun if PARTS.index(later) >= PARTS.index(part))
+            raise ConfigError(
+                f"{root}: {part} was made with other settings than are given now: {what}. Resume with those of "
+                f"{path}, or delete {rest} to make them anew, or choose another output_dir"
+            )
+    gone = next((part for part in PARTS if part not in begun), PARTS[-1])
+    if after := [str(root / part) for part in begun if PARTS.index(part) > PARTS.index(gone)]:
+        raise ConfigError(
+            f"{root}: {gone} is not there any more, and would not be the one that {', '.join(after)} came from: "
+            "delete what came after it too, and resume"
+        )
+    if before or not begun:  # of a run that has no record, nobody knows what it was made from
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
+
+
+def _change(name: str, there, now) -> str:
+    return name if isinstance(there, dict) or isinstance(now, dict) else f"{name} ({there!r} there, {now!r} now)"
+
+
+def _as_chats(rows: list[dict] | None) -> list[dict] | None:
+    """Prompts of text as user messages, as `revise` and `label` take them: every part of the run reads one form. A
+    reply of text is then scored as the assistant's turn."""
+    return rows and [
+        {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
+        for row in rows
+    ]
+
+
+def known_schedule(schedule: str) -> None:
+    """Raises ConfigError for a schedule of phase 1 that there is not."""
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
+
+
+def check_phase_1(schedule: str, constitution: Constitution, judge: Judge) -> None:
+    """Raises ConfigError where a schedule has no principle to revise under, or no judge for its checks."""
+    principles_to_revise(schedule, constitution)
+    if schedule == "check-all":
+        check_rules(judge, constitution)
+
+
+def check_rules(judge: Judge, constitution: Constitution) -> None:
+    """Raises ConfigError where a check is a question, and the judge knows rules alone."""
+    if isinstance(judge, RuleJudge):
+        with_rules([p for p in constitution.principles if p.check], "check")
+
+
+def _refuse_early(
+    job, configs: dict, eval_rewards: dict, tokenizer, policy, prompts: list, held_out: list | None, people: dict
+) -> None:
+    """Raises ConfigError for what the last parts would refuse, before hours of the first."""
+    if not 0 <= job.eval_share < 1:
+        raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"cai: the tokenizer of {job.model!r} has no chat template, and whatever the constitution's layout, "
+            "what is learned are chats: set tokenizer.chat_template and save it beside the model"
+        )
+    if configs["sft"].lora_r and configs["ppo"].lora_r:
+        raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
+    if configs["sft"].load_best_model_at_end:
+        raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
+    if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
+        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
+    check_eval_rewards(configs["ppo"], eval_rewards, held_out)
+    mix_comparisons({"ai": [{}], **people}, job.source_weights)
+    for rows in people.values():
+        limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
+        comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+        for i, row in enumerate(rows):
+            asked = responses_of(row, "human_data", i)
+            if any(prompt is None and not is_conversation(reply) for prompt, reply in asked):
+                raise ConfigError(
+                    f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
+                    "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
+                )
+            if len(asked) > 2:
+                raise ConfigError(
+                    f"cai: human_data record {i} ranks {len(asked)} responses, and the judge's comparisons are "
+                    "pairs: give rows of chosen and rejected"
+                )
+    configs["ppo"].iterations(len(prompts))
+    limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
+    of_ppo = read_prompts(prompts, tokenizer, **limit, name="train_data")[0]
+    if held_out:
+        unseen = read_prompts(held_out, tokenizer, **limit, name="eval_data")[0]
+        longest = max(of_ppo + unseen, key=len)
+        for spec in eval_rewards.values():
+            reward = make_reward(spec, tokenizer)
+            check_signature(reward, unseen[0].columns)
+            check_room(reward, tokenizer, longest.prompt, configs["ppo"].response_length)
+        of_ppo += unseen
+    _check_room(job, configs, tokenizer, policy, prompts, of_ppo)
+
+
+def _check_room(job, configs: dict, tokenizer, policy, prompts: list[dict], of_ppo: list[Prompt]) -> None:
+    """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
+
+    def longest(texts) -> int:
+        return max(len(encode_to_score(tokenizer, text, "")) for text in texts)
+
+    for name in ("sft", "reward"):
+        config, length = configs[name], longest(row["prompt"] for row in prompts) + job.max_new_tokens
+        if config.on_overlong == "error" and length > config.max_length:
+            raise ConfigError(
+                f"cai: the longest prompt and max_new_tokens = {job.max_new_tokens} are {length} tokens, and {name}'s "
+                f"max_length is {config.max_length}: raise it, or set {name}'s on_overlong"
+            )
+        advice = f"lower max_new_tokens, or {name}'s max_length with on_overlong: skip"
+        check_lengths(policy, tokenizer, min(length, config.max_length), advice)
+    length = longest(prompt.prompt for prompt in of_ppo) + configs["ppo"].response_length
+    check_lengths(policy, tokenizer, length, "lower ppo's response_length or max_prompt_length")
+    for config in configs.values():
+        check_bf16(config, policy.device)
