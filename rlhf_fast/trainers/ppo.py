@@ -259,7 +259,7 @@ class PPOTrainer:
         """(B,) what the reward says, and the mean and spread of each of its parts for the log."""
         scores, parts = score_components(self.reward, rollout.prompts, rollout.responses, rollout.columns)
         components = {f"rewards/{name}/mean": values.mean() for name, values in parts.items()}
-        components |= {f"rewards/{name}/std": values.std(correction=0) for name, values in parts.items()}
+        components |= {f"rewards/{name}/std": _std(values) for name, values in parts.items()}
         return scores.to(rollout.response_ids.device), components
 
     def _shape(self, scores: Tensor, rollout: Rollout) -> Tensor:
@@ -450,7 +450,7 @@ class PPOTrainer:
             return {}
         rollout, scores = self._look_at_held_out()
         self._score_tokens(rollout, self._minibatches(rollout))
-        errors = {f"{name}_stderr": x.std(correction=0) / max(1, len(x) - 1) ** 0.5 for name, x in scores.items()}
+        errors = {f"{name}_stderr": _std(x) / max(1, len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
         metrics["kl"] = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
         return {f"eval_{name}": value for name, value in metrics.items()}
@@ -551,6 +551,11 @@ def minibatches(
             start += sizes[-1]
         plan.append(list(rows.split(sizes)))
     return plan
+
+
+def _std(scores: Tensor) -> Tensor:
+    """Of (B,) scores, exactly 0 where they are equal: a float32 mean of them may be a rounding step beside them."""
+    return scores.double().std(correction=0)
 
 
 def _starts_as_its_base(policy) -> bool:

@@ -104,6 +104,30 @@ def test_advantages_without_a_critic_by_hand():
     torch.testing.assert_close(scaled, torch.tensor([-1.0, -3, 0, 4]) / ((26 / 3) ** 0.5 + 1e-4))
 
 
+@pytest.mark.parametrize("scale", ["none", "batch", "group"])
+@pytest.mark.parametrize("baseline", ["reinforce", "rloo", "group"])
+def test_equal_scores_say_nothing(baseline, scale):
+    rewards, mask = torch.zeros(28, 3), torch.ones(28, 3).bool()
+    rewards[:, -1] = 100.7  # whose float32 mean over 7 or 28 is another number
+    assert not sequence_advantages(rewards, mask, baseline, 7, scale=scale).any()
+    rewards[0, -1] = torch.inf
+    others = sequence_advantages(rewards, mask, baseline, 7, scale=scale)[7:]
+    assert not (others.isfinite().any() if baseline == "reinforce" or scale == "batch" else others.any())
+
+
+@pytest.mark.parametrize("options", CRITIC_FREE, ids=lambda o: o["advantage_estimator"])
+def test_a_constant_reward_does_not_move_the_policy(tmp_path, options):
+    constant = lambda prompts, responses, **columns: [100.7] * len(responses)  # noqa: E731
+    trainer = make_trainer(
+        tmp_path, reward=constant, kl_coef=0.0, eval_dataset=PROMPTS[:7], batch_size=28, minibatch_size=28,
+        **(options | ({"num_generations": 7} if "num_generations" in options else {})),
+    )  # fmt: skip
+    before = weights(trainer.policy)
+    metrics = next(iter(trainer))
+    assert metrics["rewards/<lambda>/std"] == 0.0 == trainer.evaluate()["eval_scores_stderr"]
+    assert torch.equal(weights(trainer.policy), before)
+
+
 @pytest.mark.parametrize("options", CRITIC_FREE, ids=lambda o: o["advantage_estimator"])
 def test_without_a_critic(tmp_path, options):
     trainer = make_trainer(tmp_path / "run", save_steps=1, **options)
