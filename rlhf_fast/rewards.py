@@ -9,9 +9,12 @@ B). Text is the interface, so a reward model brings its own tokenizer and chat t
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -193,14 +196,48 @@ def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) ->
             check_lengths(part.model, part.tokenizer, longest, advice)
 
 
+class _LoopThread(threading.Thread):
+    """An event loop that runs as long as the process does."""
+
+    def __init__(self):
+        super().__init__(name="rlhf_fast async rewards", daemon=True)
+        self.loop = asyncio.new_event_loop()
+
+    def run(self) -> None:
+        while True:  # either of the two ends a loop, and the caller that waits for it would never hear of it
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self.loop.run_forever()
+
+
+@functools.cache
+def _loop_thread(process: int, caller: _LoopThread | None) -> _LoopThread:
+    """One for all calls: a client or a semaphore of a reward belongs to the loop that first used it.
+
+    process: a fork has the loop and not its thread. caller: a reward that calls others holds up the loop it runs in.
+    """
+    thread = _LoopThread()
+    thread.start()
+    return thread
+
+
 def _wait_for(awaitables: list) -> list:
-    """Their results, in a thread of its own: where a notebook runs, the main one has an event loop already."""
+    """Their results, from a thread of its own: where a notebook runs, the main one has an event loop already."""
 
     async def together():
-        return await asyncio.gather(*awaitables)
+        tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one of them failed, the others have no one to wait for them
+                task.cancel()
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, together()).result()
+    here = threading.current_thread()
+    thread = _loop_thread(os.getpid(), here if isinstance(here, _LoopThread) else None)
+    future = asyncio.run_coroutine_threadsafe(together(), thread.loop)
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # where Ctrl-C ended the wait
 
 
 def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:

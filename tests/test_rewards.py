@@ -1,4 +1,6 @@
 import asyncio
+import signal
+import threading
 import time
 
 import pytest
@@ -135,6 +137,60 @@ def test_async_rewards_run_beside_each_other_and_every_part_is_told_apart():
         return compute_scores(constant, ["p"], ["a"], {})
 
     assert asyncio.run(notebook()).tolist() == [1.0]
+
+
+def test_what_belongs_to_an_event_loop_lives_from_one_call_to_the_next():
+    gate = asyncio.Semaphore(1)  # as a limit of requests does, or an HTTP client
+
+    async def limited(prompts, responses, **columns):
+        async with gate:
+            await asyncio.sleep(0.01)
+        return [1.0] * len(responses)
+
+    both = make_reward([(limited, 1.0), (limited, 1.0)], None)  # one of them has to wait, which binds it to the loop
+
+    async def outer(prompts, responses, **columns):
+        return compute_scores(_slow_length, prompts, responses, {})  # would wait for the loop that it holds up
+
+    async def notebook():
+        return compute_scores(both, ["p"], ["a"], {}).tolist()
+
+    for _ in range(2):
+        assert compute_scores(both, ["p"], ["a"], {}).tolist() == [2.0] == asyncio.run(notebook())
+        assert compute_scores(outer, ["p"], ["a"], {}).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
+def test_an_async_reward_that_fails_ends_the_others(error):
+    went_on = []
+
+    async def fails(prompts, responses, **columns):
+        await asyncio.sleep(0.01)
+        raise error("away")
+
+    async def slow(prompts, responses, **columns):
+        await asyncio.sleep(0.1)
+        went_on.append(1)
+
+    with pytest.raises(error, match="away"):
+        compute_scores(make_reward([(fails, 1.0), (slow, 1.0)], None), ["p"], ["a"], {})
+    time.sleep(0.15)
+    assert not went_on and compute_scores(_slow_length, ["p"], ["a"], {}).tolist() == [1.0]
+
+
+def test_ctrl_c_ends_the_wait_for_an_async_reward():
+    ended = threading.Event()
+
+    async def never(prompts, responses, **columns):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        compute_scores(never, ["p"], ["a"], {})
+    assert ended.wait(5)
 
 
 def test_columns_reach_the_function():
