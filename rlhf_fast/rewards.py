@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -107,9 +108,9 @@ class WeightedReward:
             raise ConfigError("a list of rewards needs at least one [reward, weight]")
         self.parts: dict[str, tuple[Reward, float]] = {}
         for reward, weight in rewards:
-            name = reward_name(reward)
-            name = f"{name}_{len(self.parts) + 1}" if name in self.parts else name
-            self.parts[name] = (reward, weight)
+            name, place = reward_name(reward), len(self.parts) + 1
+            names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(place)))
+            self.parts[next(free for free in names if free not in self.parts)] = (reward, weight)
 
     def __call__(self, prompts, responses, **columns) -> Tensor:
         return compute_scores(self, prompts, responses, columns)

@@ -114,6 +114,14 @@ def test_a_weighted_list_is_the_weighted_sum(tokenizer, reward_model):
     torch.testing.assert_close(reward([CHAT] * 2, responses), expected)
 
 
+def test_no_part_of_a_list_takes_the_name_of_another():
+    parts = [lambda p, r, i=i, **columns: [10.0**i] * len(r) for i in range(4)]
+    for part, name in zip(parts, ("r", "r_3", "r", "r"), strict=True):
+        part.__name__ = name
+    total, scores = score_components(make_reward([(part, 1.0) for part in parts], None), ["p"], ["a"], {})
+    assert total.tolist() == [1111.0] and list(scores) == ["r", "r_3", "r_4", "r_5"]
+
+
 async def _slow_length(prompts, responses, **columns):
     await asyncio.sleep(0.2)
     return [len(response) for response in responses]
