@@ -101,7 +101,8 @@ def _check_trained(model, name: str) -> None:
 
 
 class WeightedReward:
-    """[(reward, weight), ...] -> the reward that is their weighted sum. Each part has a name, for the log."""
+    """[(reward, weight), ...] -> the reward that is their weighted sum. Each part has a name, for the log, where one of
+    weight 0 stands too."""
 
     def __init__(self, rewards: Sequence[tuple[Reward, float]]):
         if not rewards:
@@ -155,14 +156,16 @@ def compute_scores(reward: Reward, prompts: Sequence[Text], responses: Sequence[
 def score_components(
     reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other."""
+    """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other. A part
+    of weight 0 is looked at and never added: its NaN would be one in the sum."""
     parts = _parts(reward)
     returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
     waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
     if waiting:
         returned |= zip(waiting, _wait_for(list(waiting.values())), strict=True)
     scores = {name: _checked(name, value, responses) for name, value in returned.items()}
-    return sum(weight * scores[name] for name, (_, weight) in parts.items()), scores
+    weighted = (weight * scores[name] for name, (_, weight) in parts.items() if weight)
+    return sum(weighted, start=torch.zeros(len(responses))), scores
 
 
 def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:

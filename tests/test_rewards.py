@@ -122,6 +122,13 @@ def test_no_part_of_a_list_takes_the_name_of_another():
     assert total.tolist() == [1111.0] and list(scores) == ["r", "r_3", "r_4", "r_5"]
 
 
+def test_a_part_of_weight_0_is_looked_at_and_not_added():
+    unsure = lambda prompts, responses, **columns: [float("nan")] * len(responses)  # noqa: E731
+    total, parts = score_components(make_reward([(length, 2.0), (unsure, 0.0)], None), ["p", "q"], ["a", "bc"], {})
+    assert total.tolist() == [2.0, 4.0] and parts["<lambda>"].isnan().all()
+    assert compute_scores(make_reward([(unsure, 0)], None), ["p"], ["a"], {}).tolist() == [0.0]
+
+
 async def _slow_length(prompts, responses, **columns):
     await asyncio.sleep(0.2)
     return [len(response) for response in responses]
