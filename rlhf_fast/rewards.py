@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -245,8 +246,12 @@ def _wait_for(awaitables: list) -> list:
 
 
 def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
+    if isinstance(returned, np.ndarray):
+        returned = returned.copy()  # torch reads no negative strides
     try:
         scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
+    except OverflowError as error:  # not shown: Python does not print every such number
+        raise ConfigError(f"reward {name!r} returned a number beyond those of a float ({error})") from error
     except (TypeError, ValueError, RuntimeError) as error:  # all three, for None, text, ragged lists
         raise ConfigError(f"reward {name!r} must return one number for each response, got {returned!r}") from error
     if scores.shape != (len(responses),):

@@ -3,6 +3,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -255,6 +256,24 @@ def test_a_reward_that_returns_no_numbers_is_named(returned):
 
     with pytest.raises(ConfigError, match="'odd' must return one number for each response"):
         compute_scores(odd, ["p", "q"], ["a", "b"], {})
+
+
+def test_a_reward_beyond_every_float_is_named():
+    with pytest.raises(ConfigError, match="reward 'huge' returned a number beyond those of a float"):
+        compute_scores(make_huge(10**5000), ["p"], ["a"], {})
+    assert compute_scores(make_huge(10**300), ["p"], ["a"], {}).isinf().all()  # the run skips it
+
+
+def make_huge(number):
+    def huge(prompts, responses, **columns):
+        return [number] * len(responses)
+
+    return huge
+
+
+def test_a_reward_may_be_an_array_that_was_turned_around():
+    turned = lambda prompts, responses, **columns: np.arange(len(responses))[::-1]  # noqa: E731
+    assert compute_scores(turned, ["p"] * 3, ["a"] * 3, {}).tolist() == [2.0, 1.0, 0.0]
 
 
 def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
