@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -125,11 +125,10 @@ class PPOTrainer:
             check_signature(self.reward, self.prompts[0].columns)
             for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
                 check_signature(reward, self.eval_prompts[0].columns)
-        networks = [self.policy, self.reference, self.value_model and self.value_model.model]
         longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):
             check_room(reward, self.tokenizer, longest.prompt, config.response_length)
-        for network in (n for n in networks if n is not None):  # bool() of a compiled model raises: it has a __len__
+        for network in self._networks():
             advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
@@ -178,6 +177,12 @@ class PPOTrainer:
         if self.config.share_trunk:
             setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
         return critic
+
+    def _networks(self) -> Iterator[nn.Module]:
+        """All that read prompt and response in the policy's tokens."""
+        for network in (self.policy, self.reference, self.value_model and self.value_model.model):
+            if network is not None:  # bool() of a compiled model raises: it has a __len__
+                yield network
 
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
@@ -237,23 +242,48 @@ class PPOTrainer:
     def _rollout(self, prompts: list[Prompt], generator: torch.Generator, copies: int = 1) -> Rollout:
         """copies: how often an engine finds each prompt, of whose answers the first counts."""
         if self.rollout_func is not None:
-            texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
-            lists = self.rollout_func(texts, self)
-            for name, rows in lists.items():
-                if rows is not None and len(rows) != len(texts):
-                    raise ValueError(f"rollout_func: {name} has {len(rows)} rows for {len(texts)} prompts")
-            lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
-            if self.config.importance_cap is not None and lists.get("logprobs") is None:
-                raise common.ConfigError(
-                    "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
-                    '"logprobs": return them, or leave importance_cap out'
-                )
-            stops = stop_ids(self.policy, self.tokenizer)
-            return make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
+            return self._rollout_of_engine(prompts, copies)
         return generate(
             self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
             temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
         )  # fmt: skip
+
+    def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
+        """What rollout_func answers; ConfigError where the models cannot read it, before anything has changed."""
+        texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
+        lists = self.rollout_func(texts, self)
+        if not isinstance(lists, Mapping) or lists.get("completion_ids") is None:
+            got = f"keys {', '.join(map(repr, lists))}" if isinstance(lists, Mapping) else type(lists).__name__
+            raise common.ConfigError(
+                'PPOTrainer: rollout_func must return {"completion_ids": [[token, ...], ...], ...}, a list of tokens '
+                f"for each prompt, got {got}"
+            )
+        if taken := {"tokenizer", "prompts", "responses", "stop_token_ids", "device"}.intersection(lists):
+            raise common.ConfigError(
+                f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
+            )
+        for name, rows in lists.items():
+            if rows is not None and len(rows) != len(texts):
+                raise common.ConfigError(f"rollout_func: {name} has {len(rows)} rows for {len(texts)} prompts")
+        lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
+        if self.config.importance_cap is not None and lists.get("logprobs") is None:
+            raise common.ConfigError(
+                "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
+                '"logprobs": return them, or leave importance_cap out'
+            )
+        embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
+        for name in ("completion_ids", "prompt_ids"):
+            rows = () if lists.get(name) is None else lists[name]
+            if strange := [token for token in chain.from_iterable(rows) if not 0 <= token < embedded]:
+                raise common.ConfigError(
+                    f"PPOTrainer: rollout_func returned the token {int(strange[0])} in {name}, and the models embed "
+                    f"{embedded}: does the engine read another tokenizer?"
+                )
+        stops = stop_ids(self.policy, self.tokenizer)
+        rollout = make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
+        for network in self._networks():
+            check_lengths(network, self.tokenizer, int(rollout.lengths.max()), "let rollout_func return fewer tokens")
+        return rollout
 
     def _score(self, rollout: Rollout) -> tuple[Tensor, dict]:
         """(B,) what the reward says, and the mean and spread of each of its parts for the log."""

@@ -522,6 +522,29 @@ def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
         make_rollout(trainer.tokenizer, trainer.prompts[:2], **lists)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r'rollout_func must return \{"completion_ids".*got NoneType'),
+        ([[5, 6]], "got list"),
+        ({"completions": [[5]] * 16}, "got keys 'completions'"),
+        ({"completion_ids": [[5]] * 16, "prompts": ["x"] * 16}, "may not return 'prompts'"),
+        ({"completion_ids": [[5]] * 3}, "completion_ids has 3 rows for 16"),
+        ({"completion_ids": [[5] * 300] * 16}, "256 positions: let rollout_func return fewer tokens"),
+        ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, and the models embed"),
+        ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[-1]]}, "the token -1 in prompt_ids"),
+    ],
+)
+def test_an_engine_that_returns_what_no_model_reads_is_named_and_loses_no_iteration(tmp_path, returned, message):
+    def engine(prompts, trainer):
+        return with_a_tool(prompts, trainer) if trainer.step == 0 else returned
+
+    trainer = make_trainer(tmp_path, rollout_func=engine)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def test_prompts_of_several_turns(tmp_path):
     turns = [
         {"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"},
