@@ -50,7 +50,8 @@ class Rollout:
     logprobs: Tensor | None = None  # (B, R) float32, and so are the next ones unless they say otherwise
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
-    scores: Tensor | None = None  # (B,)
+    raw_scores: Tensor | None = None  # (B,) what the reward says
+    scores: Tensor | None = None  # (B,) scaled, clipped and less penalties: what is trained on
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
@@ -180,7 +181,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
         "objective/non_score_reward": non_score,
         "objective/scores": rollout.scores.mean(),
         "objective/rlhf_reward": non_score + rollout.scores.mean(),
-        "objective/score_length_correlation": correlation(rollout.scores, mask.sum(1).float()),
+        "objective/score_length_correlation": correlation(rollout.raw_scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
         **metrics,
         **text_metrics(rollout),

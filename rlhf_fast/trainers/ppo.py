@@ -199,7 +199,7 @@ class PPOTrainer:
         finite = bool(scores.isfinite().all())
         if finite or self.guard.check(False, "the reward", lambda: _as_rows(rollout, scores)):
             self.whole = False
-            rollout.scores = self._shape(scores, rollout)
+            rollout.raw_scores, rollout.scores = scores, self._shape(scores, rollout)
             plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])
             kl = self._advantages(rollout)

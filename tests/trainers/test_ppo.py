@@ -62,7 +62,7 @@ def a_rollout(trainer, seed=0):
     rollout = trainer._rollout(trainer.prompts, torch.Generator().manual_seed(seed))
     trainer._score_tokens(rollout, minibatches(rollout.lengths, 8, None))
     noise = torch.Generator().manual_seed(1)
-    rollout.scores = torch.randn(len(rollout.prompts), generator=noise)
+    rollout.scores = rollout.raw_scores = torch.randn(len(rollout.prompts), generator=noise)
     rollout.advantages = torch.randn(rollout.logprobs.shape, generator=noise) * rollout.response_mask
     rollout.returns = torch.randn(rollout.logprobs.shape, generator=noise) * rollout.response_mask
     return rollout

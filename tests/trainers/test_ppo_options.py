@@ -91,6 +91,15 @@ def test_scores_are_scaled_clipped_and_penalised_in_the_run(tmp_path):
     assert metrics["objective/scores"] == pytest.approx(float(expected.mean()), rel=1e-5)
 
 
+def test_penalties_on_length_are_no_reward_for_it(tmp_path):
+    trainer = make_trainer(tmp_path, length_penalty=100.0)
+    metrics, rollout = one_iteration(trainer)
+    lengths, scores = rollout.response_mask.sum(1).float(), torch.tensor(variety(rollout.prompts, rollout.responses))
+    both = torch.stack([scores, lengths])
+    assert metrics["objective/score_length_correlation"] == pytest.approx(float(both.corrcoef()[0, 1]), abs=1e-4)
+    assert torch.stack([rollout.scores, lengths]).corrcoef()[0, 1] < -0.99
+
+
 def test_advantages_without_a_critic_by_hand():
     rewards = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [4.0, 0.0, 0.0], [0.0, 8.0, 0.0]])  # sums 3 1 4 8
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
