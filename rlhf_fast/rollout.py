@@ -161,8 +161,11 @@ def repetition(ids: Tensor, mask: Tensor) -> Tensor:
     return (pairs[:, 1:] == pairs[:, :-1]).sum(1) / real.sum(1).clamp(min=1)
 
 
-def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
-    """Per response (sums over its tokens), averaged over responses; padding is in none of them."""
+def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: bool = False) -> dict:
+    """Per response (sums over its tokens), averaged over responses; padding is in none of them.
+
+    shaped: scores are other numbers than the reward gives, whose mean is then among them too (objective/raw_scores).
+    """
     mask, metrics = rollout.response_mask, {}
     if rollout.values is not None:
         variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
@@ -172,6 +175,8 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
         difference = (rollout.logprobs - rollout.rollout_logprobs)[mask]
         metrics["sampling/sampling_logp_difference/mean"] = difference.abs().mean()
         metrics["sampling/sampling_logp_difference/max"] = difference.abs().max()
+    if shaped:
+        metrics["objective/raw_scores"] = rollout.raw_scores.mean()
     non_score = -kl_coef * kl.sum(1).mean()
     return {
         "objective/kl": kl.sum(1).mean(),

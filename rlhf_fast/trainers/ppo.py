@@ -205,7 +205,8 @@ class PPOTrainer:
             kl = self._advantages(rollout)
             clock.append(time.perf_counter())
 
-            metrics = rollout_metrics(rollout, kl, self.kl_controller.kl_coef) | self._update(rollout, plan)
+            kl_coef = self.kl_controller.kl_coef
+            metrics = rollout_metrics(rollout, kl, kl_coef, shaped=config.shapes_scores) | self._update(rollout, plan)
             if not self._warming_up:  # the policy has not moved yet, which says nothing about kl_coef
                 self.kl_controller.update(float(kl.sum(1).mean()), len(kl))
         else:

@@ -89,6 +89,17 @@ def test_scores_are_scaled_clipped_and_penalised_in_the_run(tmp_path):
     torch.testing.assert_close(rollout.scores, expected)
     assert metrics["rewards/<lambda>/mean"] == pytest.approx(float(raw.mean()), rel=1e-5)  # the log has what was given
     assert metrics["objective/scores"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert metrics["objective/raw_scores"] == pytest.approx(float(raw.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [
+    {}, {"scale_scores": True}, {"reward_clip_range": [0, 1]}, {"missing_eos_penalty": 0.1}, {"length_penalty": 0.1},
+])  # fmt: skip
+def test_the_raw_score_is_drawn_where_another_is_trained_on(tmp_path, option):
+    make_trainer(tmp_path, total_episodes=16, eval_dataset=PROMPTS, **option).train()
+    row = json.loads((tmp_path / "train_log.jsonl").read_text().splitlines()[-1])
+    page = (tmp_path / "report.html").read_text()
+    assert "eval_scores" in row and ("objective/raw_scores" in row) == bool(option) == (">raw score<" in page)
 
 
 def test_penalties_on_length_are_no_reward_for_it(tmp_path):
