@@ -169,8 +169,10 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
     mask, metrics = rollout.response_mask, {}
     if rollout.values is not None:
         variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
-        unexplained = variance(rollout.returns - rollout.values) / variance(rollout.returns).clamp(min=1e-8)
-        metrics["critic/vf_explained_var"] = 1 - unexplained
+        explained = 1 - variance(rollout.returns - rollout.values) / variance(rollout.returns)
+        # Where all returns are equal, up to rounding, there is nothing to explain: NaN, which the log has as null.
+        varies = variance(rollout.returns) > 1e-12 * masked_mean(rollout.returns.square(), mask)
+        metrics["critic/vf_explained_var"] = torch.where(varies, explained, torch.nan)
     if rollout.rollout_logprobs is not None:
         difference = (rollout.logprobs - rollout.rollout_logprobs)[mask]
         metrics["sampling/sampling_logp_difference/mean"] = difference.abs().mean()

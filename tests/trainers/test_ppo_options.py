@@ -336,6 +336,21 @@ def test_compiled_models_are_trained_as_they_are(tmp_path, share_trunk):
     assert [metrics[name] for name in timeless] == [plain[name] for name in timeless]
 
 
+@pytest.mark.parametrize(
+    ("reward", "varies"),
+    [
+        (lambda prompts, responses, **columns: [0.0] * len(responses), False),
+        (lambda prompts, responses, **columns: [100.7] * len(responses), False),
+        (lambda prompts, responses, **columns: [1e-6 * x for x in variety(prompts, responses)], True),
+    ],
+)
+def test_of_equal_returns_no_share_is_explained(tmp_path, reward, varies):
+    for metrics in make_trainer(tmp_path, reward=reward, kl_coef=0.0, gamma=1.0, lam=1.0):
+        assert metrics["critic/vf_explained_var"].isfinite() == varies
+        if metrics["episode"] == 16:
+            assert not varies or metrics["critic/vf_explained_var"] == 0.0  # by a critic of zeros
+
+
 def test_a_value_model_is_no_path(tmp_path):
     tokenizer = tiny_tokenizer()
     load_reward_model(tiny_model(tokenizer), tokenizer).save_pretrained(tmp_path / "rm")
