@@ -487,6 +487,8 @@ class PPOTrainer:
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def samples(self) -> list[dict]:
+        if not self.config.num_samples:  # and nothing is sampled for them, where nothing is held out
+            return []
         rollout, scores = self._look_at_held_out()
         texts = zip(rollout.prompts, rollout.responses, strict=True)
         rows = [
@@ -498,7 +500,7 @@ class PPOTrainer:
     def _look_at_held_out(self) -> tuple[Rollout, dict[str, Tensor]]:
         """Answers of this step's policy to eval_dataset (or a few training prompts), always on one seed, and scores."""
         if self._held_out is None or self._held_out[0] != self.step:
-            prompts = self.eval_prompts or self.prompts[: max(1, self.config.num_samples)]
+            prompts = self.eval_prompts or self.prompts[: self.config.num_samples]
             generator = torch.Generator().manual_seed(self.config.seed)
             rollout = self._rollout(prompts, generator, copies=self.config.num_generations)
             rewards = {"scores": self.reward, **self.eval_rewards}

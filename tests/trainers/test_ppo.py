@@ -533,6 +533,19 @@ def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
     assert samples[0]["prompt"] == PROMPTS[0]["prompt"]
 
 
+@pytest.mark.parametrize("held_out", [None, PROMPTS[:3]])
+def test_without_samples_only_held_out_prompts_are_looked_at(tmp_path, held_out):
+    sizes = []
+
+    def reward(prompts, responses, **columns):
+        sizes.append(len(responses))
+        return [0.0] * len(responses)
+
+    make_trainer(tmp_path, reward=reward, eval_dataset=held_out, eval_steps=1, num_samples=0).train()
+    assert sizes == ([16, 16] if held_out is None else [3, 16, 3, 16, 3])
+    assert not (tmp_path / "samples.jsonl").read_text()
+
+
 @pytest.mark.parametrize("where", ["reward", "update"])
 def test_a_reward_that_fails_loses_no_iteration(tmp_path, where, monkeypatch):
     whole = make_trainer(tmp_path / "whole", total_episodes=4 * 16, batch_size=16)
