@@ -72,13 +72,15 @@ def sequence_advantages(
     The response is one action (Ahmadian et al. 2024). baseline: a key of BASELINES. scale divides by the standard
     deviation of R, over the "batch" or within the "group" (GRPO), plus TRL's 1e-4; "none" leaves the gradient unbiased.
     """
-    returns = rewards.sum(1)
+    # In float64 the mean of equal float32 numbers is that number. A float32 mean may be a rounding step beside it,
+    # which over a spread of nothing is an advantage that moves the policy at full rate.
+    returns = rewards.double().sum(1)
     advantages = returns - BASELINES[baseline](returns, group_size)
     if scale != "none":
         groups = _grouped(returns, group_size if scale == "group" else len(returns))
         std = groups.std(1, keepdim=True, correction=min(1, groups.shape[1] - 1))  # of one answer: 0
         advantages = advantages / (std.expand_as(groups).reshape(-1) + 1e-4)
-    return advantages[:, None] * mask
+    return advantages.to(rewards.dtype)[:, None] * mask
 
 
 def batch_mean_baseline(scores: Tensor, group_size: int = 1) -> Tensor:

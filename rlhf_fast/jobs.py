@@ -4,6 +4,7 @@ The keys of a command are the fields of two dataclasses: its job (which models, 
 """
 
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import inspect
@@ -371,12 +372,25 @@ def resolve_reward(spec: str | list):
         return spec
     if not Path(path).is_file():
         raise ConfigError(f"reward {spec!r}: there is no file {path!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = _module(resolved := Path(path).resolve(), resolved.stat().st_mtime_ns)
     if not callable(getattr(module, name, None)):
         raise ConfigError(f"reward {spec!r}: {path} has no function {name!r}")
     return getattr(module, name)
+
+
+@functools.cache
+def _module(path: Path, changed: int):
+    """What the file holds, executed once however often it is mentioned: its functions share state, such as a judge.
+    A file that has changed since is another."""
+    name = str(path)  # no other module has it, and dataclasses look theirs up
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def answer(model: str, prompt: list[str], system: str | None, **sampling) -> list[str]:

@@ -34,7 +34,12 @@ CHARTS = [
     (
         "Reward that PPO optimises",
         False,
-        {"objective/scores": "score", "eval_scores": "held-out score", "objective/rlhf_reward": "score minus KL"},
+        {
+            "objective/scores": "score",
+            "objective/raw_scores": "raw score",
+            "eval_scores": "held-out raw score",
+            "objective/rlhf_reward": "score minus KL",
+        },
     ),
     ("True score, never trained on", True, {"eval_pass_rate": "held-out pass rate"}),
     ("KL to the reference, per sequence", False, {"objective/kl": "training", "eval_kl": "held-out"}),

@@ -9,11 +9,16 @@ B). Text is the interface, so a reward model brings its own tokenizer and chat t
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
+import itertools
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -106,16 +111,17 @@ def _check_trained(model, name: str) -> None:
 
 
 class WeightedReward:
-    """[(reward, weight), ...] -> the reward that is their weighted sum. Each part has a name, for the log."""
+    """[(reward, weight), ...] -> the reward that is their weighted sum. Each part has a name, for the log, where one of
+    weight 0 stands too."""
 
     def __init__(self, rewards: Sequence[tuple[Reward, float]]):
         if not rewards:
             raise ConfigError("a list of rewards needs at least one [reward, weight]")
         self.parts: dict[str, tuple[Reward, float]] = {}
         for reward, weight in rewards:
-            name = reward_name(reward)
-            name = f"{name}_{len(self.parts) + 1}" if name in self.parts else name
-            self.parts[name] = (reward, weight)
+            name, place = reward_name(reward), len(self.parts) + 1
+            names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(place)))
+            self.parts[next(free for free in names if free not in self.parts)] = (reward, weight)
 
     def __call__(self, prompts, responses, **columns) -> Tensor:
         return compute_scores(self, prompts, responses, columns)
@@ -160,14 +166,16 @@ def compute_scores(reward: Reward, prompts: Sequence[Text], responses: Sequence[
 def score_components(
     reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other."""
+    """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other. A part
+    of weight 0 is looked at and never added: its NaN would be one in the sum."""
     parts = _parts(reward)
     returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
     waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
     if waiting:
         returned |= zip(waiting, _wait_for(list(waiting.values())), strict=True)
     scores = {name: _checked(name, value, responses) for name, value in returned.items()}
-    return sum(weight * scores[name] for name, (_, weight) in parts.items()), scores
+    weighted = (weight * scores[name] for name, (_, weight) in parts.items() if weight)
+    return sum(weighted, start=torch.zeros(len(responses))), scores
 
 
 def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
@@ -202,19 +210,57 @@ def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) ->
             check_lengths(part.model, part.tokenizer, longest, advice)
 
 
+class _LoopThread(threading.Thread):
+    """An event loop that runs as long as the process does."""
+
+    def __init__(self):
+        super().__init__(name="rlhf_fast async rewards", daemon=True)
+        self.loop = asyncio.new_event_loop()
+
+    def run(self) -> None:
+        while True:  # either of the two ends a loop, and the caller that waits for it would never hear of it
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self.loop.run_forever()
+
+
+@functools.cache
+def _loop_thread(process: int, caller: _LoopThread | None) -> _LoopThread:
+    """One for all calls: a client or a semaphore of a reward belongs to the loop that first used it.
+
+    process: a fork has the loop and not its thread. caller: a reward that calls others holds up the loop it runs in.
+    """
+    thread = _LoopThread()
+    thread.start()
+    return thread
+
+
 def _wait_for(awaitables: list) -> list:
-    """Their results, in a thread of its own: where a notebook runs, the main one has an event loop already."""
+    """Their results, from a thread of its own: where a notebook runs, the main one has an event loop already."""
 
     async def together():
-        return await asyncio.gather(*awaitables)
+        tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one of them failed, the others have no one to wait for them
+                task.cancel()
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, together()).result()
+    here = threading.current_thread()
+    thread = _loop_thread(os.getpid(), here if isinstance(here, _LoopThread) else None)
+    future = asyncio.run_coroutine_threadsafe(together(), thread.loop)
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # where Ctrl-C ended the wait
 
 
 def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
+    if isinstance(returned, np.ndarray):
+        returned = returned.copy()  # torch reads no negative strides
     try:
         scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
+    except OverflowError as error:  # not shown: Python does not print every such number
+        raise ConfigError(f"reward {name!r} returned a number beyond those of a float ({error})") from error
     except (TypeError, ValueError, RuntimeError) as error:  # all three, for None, text, ragged lists
         raise ConfigError(f"reward {name!r} must return one number for each response, got {returned!r}") from error
     if scores.shape != (len(responses),):

@@ -50,7 +50,8 @@ class Rollout:
     logprobs: Tensor | None = None  # (B, R) float32, and so are the next ones unless they say otherwise
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
-    scores: Tensor | None = None  # (B,)
+    raw_scores: Tensor | None = None  # (B,) what the reward says
+    scores: Tensor | None = None  # (B,) scaled, clipped and less penalties: what is trained on
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
@@ -160,17 +161,24 @@ def repetition(ids: Tensor, mask: Tensor) -> Tensor:
     return (pairs[:, 1:] == pairs[:, :-1]).sum(1) / real.sum(1).clamp(min=1)
 
 
-def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
-    """Per response (sums over its tokens), averaged over responses; padding is in none of them."""
+def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: bool = False) -> dict:
+    """Per response (sums over its tokens), averaged over responses; padding is in none of them.
+
+    shaped: scores are other numbers than the reward gives, whose mean is then among them too (objective/raw_scores).
+    """
     mask, metrics = rollout.response_mask, {}
     if rollout.values is not None:
         variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
-        unexplained = variance(rollout.returns - rollout.values) / variance(rollout.returns).clamp(min=1e-8)
-        metrics["critic/vf_explained_var"] = 1 - unexplained
+        explained = 1 - variance(rollout.returns - rollout.values) / variance(rollout.returns)
+        # Where all returns are equal, up to rounding, there is nothing to explain: NaN, which the log has as null.
+        varies = variance(rollout.returns) > 1e-12 * masked_mean(rollout.returns.square(), mask)
+        metrics["critic/vf_explained_var"] = torch.where(varies, explained, torch.nan)
     if rollout.rollout_logprobs is not None:
         difference = (rollout.logprobs - rollout.rollout_logprobs)[mask]
         metrics["sampling/sampling_logp_difference/mean"] = difference.abs().mean()
         metrics["sampling/sampling_logp_difference/max"] = difference.abs().max()
+    if shaped:
+        metrics["objective/raw_scores"] = rollout.raw_scores.mean()
     non_score = -kl_coef * kl.sum(1).mean()
     return {
         "objective/kl": kl.sum(1).mean(),
@@ -180,7 +188,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float) -> dict:
         "objective/non_score_reward": non_score,
         "objective/scores": rollout.scores.mean(),
         "objective/rlhf_reward": non_score + rollout.scores.mean(),
-        "objective/score_length_correlation": correlation(rollout.scores, mask.sum(1).float()),
+        "objective/score_length_correlation": correlation(rollout.raw_scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
         **metrics,
         **text_metrics(rollout),

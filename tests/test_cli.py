@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -344,6 +345,35 @@ def test_a_constitution_that_cannot_be_used_is_refused(sft, tmp_path, capsys):
 def test_a_reward_that_is_no_path_is_refused(spec):
     with pytest.raises(ConfigError, match=r"a reward is a reward model's directory, file\.py:function, or a list"):
         resolve_reward(spec)
+
+
+def test_a_file_of_rewards_is_a_module_that_is_executed_once(tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass, field\n"
+        "@dataclass\n"
+        "class Judge:\n"
+        "    calls: list = field(default_factory=list)\n"
+        "judge = Judge()\n"
+        "def ask(prompts, responses, **columns):\n"
+        "    judge.calls.append(responses)\n"
+        "    return [1.0] * len(responses)\n"
+        "def asked(prompts, responses, **columns):\n"
+        "    return [float(len(judge.calls))] * len(responses)\n"
+    )
+    again = f"{tmp_path}/../{tmp_path.name}/rewards.py:asked"
+    (ask, _), (asked, _) = resolve_reward([[f"{file}:ask", 1.0], [again, 1.0]])
+    ask([], ["a"])
+    assert asked([], ["a"]) == [1.0]
+    file.write_text("def asked(prompts, responses, **columns):\n    return [9.0]\n")
+    os.utime(file, ns=(0, 1))  # of a coarse clock
+    assert resolve_reward(f"{file}:asked")([], ["a"]) == [9.0]
+    file.write_text("import sys\nassert __name__ in sys.modules\nraise RuntimeError(__name__)\n")
+    os.utime(file, ns=(0, 2))
+    with pytest.raises(RuntimeError) as raised:
+        resolve_reward(f"{file}:asked")
+    assert str(raised.value) not in sys.modules
 
 
 def test_generate_answers_each_prompt(sft, capsys):

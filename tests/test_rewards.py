@@ -1,6 +1,9 @@
 import asyncio
+import signal
+import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -123,6 +126,21 @@ def test_a_weighted_list_is_the_weighted_sum(tokenizer, reward_model):
     torch.testing.assert_close(reward([CHAT] * 2, responses), expected)
 
 
+def test_no_part_of_a_list_takes_the_name_of_another():
+    parts = [lambda p, r, i=i, **columns: [10.0**i] * len(r) for i in range(4)]
+    for part, name in zip(parts, ("r", "r_3", "r", "r"), strict=True):
+        part.__name__ = name
+    total, scores = score_components(make_reward([(part, 1.0) for part in parts], None), ["p"], ["a"], {})
+    assert total.tolist() == [1111.0] and list(scores) == ["r", "r_3", "r_4", "r_5"]
+
+
+def test_a_part_of_weight_0_is_looked_at_and_not_added():
+    unsure = lambda prompts, responses, **columns: [float("nan")] * len(responses)  # noqa: E731
+    total, parts = score_components(make_reward([(length, 2.0), (unsure, 0.0)], None), ["p", "q"], ["a", "bc"], {})
+    assert total.tolist() == [2.0, 4.0] and parts["<lambda>"].isnan().all()
+    assert compute_scores(make_reward([(unsure, 0)], None), ["p"], ["a"], {}).tolist() == [0.0]
+
+
 async def _slow_length(prompts, responses, **columns):
     await asyncio.sleep(0.2)
     return [len(response) for response in responses]
@@ -146,6 +164,60 @@ def test_async_rewards_run_beside_each_other_and_every_part_is_told_apart():
         return compute_scores(constant, ["p"], ["a"], {})
 
     assert asyncio.run(notebook()).tolist() == [1.0]
+
+
+def test_what_belongs_to_an_event_loop_lives_from_one_call_to_the_next():
+    gate = asyncio.Semaphore(1)  # as a limit of requests does, or an HTTP client
+
+    async def limited(prompts, responses, **columns):
+        async with gate:
+            await asyncio.sleep(0.01)
+        return [1.0] * len(responses)
+
+    both = make_reward([(limited, 1.0), (limited, 1.0)], None)  # one of them has to wait, which binds it to the loop
+
+    async def outer(prompts, responses, **columns):
+        return compute_scores(_slow_length, prompts, responses, {})  # would wait for the loop that it holds up
+
+    async def notebook():
+        return compute_scores(both, ["p"], ["a"], {}).tolist()
+
+    for _ in range(2):
+        assert compute_scores(both, ["p"], ["a"], {}).tolist() == [2.0] == asyncio.run(notebook())
+        assert compute_scores(outer, ["p"], ["a"], {}).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("error", [ConnectionError, SystemExit])
+def test_an_async_reward_that_fails_ends_the_others(error):
+    went_on = []
+
+    async def fails(prompts, responses, **columns):
+        await asyncio.sleep(0.01)
+        raise error("away")
+
+    async def slow(prompts, responses, **columns):
+        await asyncio.sleep(0.1)
+        went_on.append(1)
+
+    with pytest.raises(error, match="away"):
+        compute_scores(make_reward([(fails, 1.0), (slow, 1.0)], None), ["p"], ["a"], {})
+    time.sleep(0.15)
+    assert not went_on and compute_scores(_slow_length, ["p"], ["a"], {}).tolist() == [1.0]
+
+
+def test_ctrl_c_ends_the_wait_for_an_async_reward():
+    ended = threading.Event()
+
+    async def never(prompts, responses, **columns):
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        compute_scores(never, ["p"], ["a"], {})
+    assert ended.wait(5)
 
 
 def test_columns_reach_the_function():
@@ -195,6 +267,24 @@ def test_a_reward_that_returns_no_numbers_is_named(returned):
 
     with pytest.raises(ConfigError, match="'odd' must return one number for each response"):
         compute_scores(odd, ["p", "q"], ["a", "b"], {})
+
+
+def test_a_reward_beyond_every_float_is_named():
+    with pytest.raises(ConfigError, match="reward 'huge' returned a number beyond those of a float"):
+        compute_scores(make_huge(10**5000), ["p"], ["a"], {})
+    assert compute_scores(make_huge(10**300), ["p"], ["a"], {}).isinf().all()  # the run skips it
+
+
+def make_huge(number):
+    def huge(prompts, responses, **columns):
+        return [number] * len(responses)
+
+    return huge
+
+
+def test_a_reward_may_be_an_array_that_was_turned_around():
+    turned = lambda prompts, responses, **columns: np.arange(len(responses))[::-1]  # noqa: E731
+    assert compute_scores(turned, ["p"] * 3, ["a"] * 3, {}).tolist() == [2.0, 1.0, 0.0]
 
 
 def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -130,11 +130,10 @@ class PPOTrainer:
             check_signature(self.reward, self.prompts[0].columns)
             for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
                 check_signature(reward, self.eval_prompts[0].columns)
-        networks = [self.policy, self.reference, self.value_model and self.value_model.model]
         longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):
             check_room(reward, self.tokenizer, longest.prompt, config.response_length)
-        for network in (n for n in networks if n is not None):  # bool() of a compiled model raises: it has a __len__
+        for network in self._networks():
             advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
@@ -184,6 +183,12 @@ class PPOTrainer:
             setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
         return critic
 
+    def _networks(self) -> Iterator[nn.Module]:
+        """All that read prompt and response in the policy's tokens."""
+        for network in (self.policy, self.reference, self.value_model and self.value_model.model):
+            if network is not None:  # bool() of a compiled model raises: it has a __len__
+                yield network
+
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
             yield self._iteration()
@@ -199,13 +204,14 @@ class PPOTrainer:
         finite = bool(scores.isfinite().all())
         if finite or self.guard.check(False, "the reward", lambda: _as_rows(rollout, scores)):
             self.whole = False
-            rollout.scores = self._shape(scores, rollout)
+            rollout.raw_scores, rollout.scores = scores, self._shape(scores, rollout)
             plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])
             kl = self._advantages(rollout)
             clock.append(time.perf_counter())
 
-            metrics = rollout_metrics(rollout, kl, self.kl_controller.kl_coef) | self._update(rollout, plan)
+            kl_coef = self.kl_controller.kl_coef
+            metrics = rollout_metrics(rollout, kl, kl_coef, shaped=config.shapes_scores) | self._update(rollout, plan)
             if not self._warming_up:  # the policy has not moved yet, which says nothing about kl_coef
                 self.kl_controller.update(float(kl.sum(1).mean()), len(kl))
         else:
@@ -242,29 +248,54 @@ class PPOTrainer:
     def _rollout(self, prompts: list[Prompt], generator: torch.Generator, copies: int = 1) -> Rollout:
         """copies: how often an engine finds each prompt, of whose answers the first counts."""
         if self.rollout_func is not None:
-            texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
-            lists = self.rollout_func(texts, self)
-            for name, rows in lists.items():
-                if rows is not None and len(rows) != len(texts):
-                    raise ValueError(f"rollout_func: {name} has {len(rows)} rows for {len(texts)} prompts")
-            lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
-            if self.config.importance_cap is not None and lists.get("logprobs") is None:
-                raise common.ConfigError(
-                    "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
-                    '"logprobs": return them, or leave importance_cap out'
-                )
-            stops = stop_ids(self.policy, self.tokenizer)
-            return make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
+            return self._rollout_of_engine(prompts, copies)
         return generate(
             self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
             temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
         )  # fmt: skip
 
+    def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
+        """What rollout_func answers; ConfigError where the models cannot read it, before anything has changed."""
+        texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
+        lists = self.rollout_func(texts, self)
+        if not isinstance(lists, Mapping) or lists.get("completion_ids") is None:
+            got = f"keys {', '.join(map(repr, lists))}" if isinstance(lists, Mapping) else type(lists).__name__
+            raise common.ConfigError(
+                'PPOTrainer: rollout_func must return {"completion_ids": [[token, ...], ...], ...}, a list of tokens '
+                f"for each prompt, got {got}"
+            )
+        if taken := {"tokenizer", "prompts", "responses", "stop_token_ids", "device"}.intersection(lists):
+            raise common.ConfigError(
+                f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
+            )
+        for name, rows in lists.items():
+            if rows is not None and len(rows) != len(texts):
+                raise common.ConfigError(f"rollout_func: {name} has {len(rows)} rows for {len(texts)} prompts")
+        lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
+        if self.config.importance_cap is not None and lists.get("logprobs") is None:
+            raise common.ConfigError(
+                "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
+                '"logprobs": return them, or leave importance_cap out'
+            )
+        embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
+        for name in ("completion_ids", "prompt_ids"):
+            rows = () if lists.get(name) is None else lists[name]
+            if strange := [token for token in chain.from_iterable(rows) if not 0 <= token < embedded]:
+                raise common.ConfigError(
+                    f"PPOTrainer: rollout_func returned the token {int(strange[0])} in {name}, and the models embed "
+                    f"{embedded}: does the engine read another tokenizer?"
+                )
+        stops = stop_ids(self.policy, self.tokenizer)
+        rollout = make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
+        for network in self._networks():
+            check_lengths(network, self.tokenizer, int(rollout.lengths.max()), "let rollout_func return fewer tokens")
+        return rollout
+
     def _score(self, rollout: Rollout) -> tuple[Tensor, dict]:
         """(B,) what the reward says, and the mean and spread of each of its parts for the log."""
         scores, parts = score_components(self.reward, rollout.prompts, rollout.responses, rollout.columns)
         components = {f"rewards/{name}/mean": values.mean() for name, values in parts.items()}
-        components |= {f"rewards/{name}/std": values.std(correction=0) for name, values in parts.items()}
+        components |= {f"rewards/{name}/std": _std(values) for name, values in parts.items()}
         return scores.to(rollout.response_ids.device), components
 
     def _shape(self, scores: Tensor, rollout: Rollout) -> Tensor:
@@ -455,12 +486,14 @@ class PPOTrainer:
             return {}
         rollout, scores = self._look_at_held_out()
         self._score_tokens(rollout, self._minibatches(rollout))
-        errors = {f"{name}_stderr": x.std(correction=0) / max(1, len(x) - 1) ** 0.5 for name, x in scores.items()}
+        errors = {f"{name}_stderr": _std(x) / max(1, len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
         metrics["kl"] = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def samples(self) -> list[dict]:
+        if not self.config.num_samples:  # and nothing is sampled for them, where nothing is held out
+            return []
         rollout, scores = self._look_at_held_out()
         texts = zip(rollout.prompts, rollout.responses, strict=True)
         rows = [
@@ -472,7 +505,7 @@ class PPOTrainer:
     def _look_at_held_out(self) -> tuple[Rollout, dict[str, Tensor]]:
         """Answers of this step's policy to eval_dataset (or a few training prompts), always on one seed, and scores."""
         if self._held_out is None or self._held_out[0] != self.step:
-            prompts = self.eval_prompts or self.prompts[: max(1, self.config.num_samples)]
+            prompts = self.eval_prompts or self.prompts[: self.config.num_samples]
             generator = torch.Generator().manual_seed(self.config.seed)
             rollout = self._rollout(prompts, generator, copies=self.config.num_generations)
             rewards = {"scores": self.reward, **self.eval_rewards}
@@ -556,6 +589,11 @@ def minibatches(
             start += sizes[-1]
         plan.append(list(rows.split(sizes)))
     return plan
+
+
+def _std(scores: Tensor) -> Tensor:
+    """Of (B,) scores, exactly 0 where they are equal: a float32 mean of them may be a rounding step beside them."""
+    return scores.double().std(correction=0)
 
 
 def _starts_as_its_base(policy) -> bool:

@@ -154,6 +154,11 @@ class PPOConfig:
                 stacklevel=3,
             )
 
+    @property
+    def shapes_scores(self) -> bool:
+        """Whether the scores that are trained on are other numbers than the reward gives."""
+        return bool(self.scale_scores or self.reward_clip_range or self.missing_eos_penalty or self.length_penalty)
+
     def iterations(self, num_prompts: int) -> int:
         """Of a run over so many prompts. Raises ConfigError where the policy would move in none of them."""
         iterations = -(-(self.total_episodes or num_prompts * self.num_generations) // self.batch_size)

@@ -62,7 +62,7 @@ def a_rollout(trainer, seed=0):
     rollout = trainer._rollout(trainer.prompts, torch.Generator().manual_seed(seed))
     trainer._score_tokens(rollout, minibatches(rollout.lengths, 8, None))
     noise = torch.Generator().manual_seed(1)
-    rollout.scores = torch.randn(len(rollout.prompts), generator=noise)
+    rollout.scores = rollout.raw_scores = torch.randn(len(rollout.prompts), generator=noise)
     rollout.advantages = torch.randn(rollout.logprobs.shape, generator=noise) * rollout.response_mask
     rollout.returns = torch.randn(rollout.logprobs.shape, generator=noise) * rollout.response_mask
     return rollout
@@ -531,6 +531,19 @@ def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
     samples = [json.loads(row) for row in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and samples[0]["pass_rate"] == 0.25
     assert samples[0]["prompt"] == PROMPTS[0]["prompt"]
+
+
+@pytest.mark.parametrize("held_out", [None, PROMPTS[:3]])
+def test_without_samples_only_held_out_prompts_are_looked_at(tmp_path, held_out):
+    sizes = []
+
+    def reward(prompts, responses, **columns):
+        sizes.append(len(responses))
+        return [0.0] * len(responses)
+
+    make_trainer(tmp_path, reward=reward, eval_dataset=held_out, eval_steps=1, num_samples=0).train()
+    assert sizes == ([16, 16] if held_out is None else [3, 16, 3, 16, 3])
+    assert not (tmp_path / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("where", ["reward", "update"])

@@ -89,6 +89,26 @@ def test_scores_are_scaled_clipped_and_penalised_in_the_run(tmp_path):
     torch.testing.assert_close(rollout.scores, expected)
     assert metrics["rewards/<lambda>/mean"] == pytest.approx(float(raw.mean()), rel=1e-5)  # the log has what was given
     assert metrics["objective/scores"] == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert metrics["objective/raw_scores"] == pytest.approx(float(raw.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("option", [
+    {}, {"scale_scores": True}, {"reward_clip_range": [0, 1]}, {"missing_eos_penalty": 0.1}, {"length_penalty": 0.1},
+])  # fmt: skip
+def test_the_raw_score_is_drawn_where_another_is_trained_on(tmp_path, option):
+    make_trainer(tmp_path, total_episodes=16, eval_dataset=PROMPTS, **option).train()
+    row = json.loads((tmp_path / "train_log.jsonl").read_text().splitlines()[-1])
+    page = (tmp_path / "report.html").read_text()
+    assert "eval_scores" in row and ("objective/raw_scores" in row) == bool(option) == (">raw score<" in page)
+
+
+def test_penalties_on_length_are_no_reward_for_it(tmp_path):
+    trainer = make_trainer(tmp_path, length_penalty=100.0)
+    metrics, rollout = one_iteration(trainer)
+    lengths, scores = rollout.response_mask.sum(1).float(), torch.tensor(variety(rollout.prompts, rollout.responses))
+    both = torch.stack([scores, lengths])
+    assert metrics["objective/score_length_correlation"] == pytest.approx(float(both.corrcoef()[0, 1]), abs=1e-4)
+    assert torch.stack([rollout.scores, lengths]).corrcoef()[0, 1] < -0.99
 
 
 def test_advantages_without_a_critic_by_hand():
@@ -102,6 +122,30 @@ def test_advantages_without_a_critic_by_hand():
     torch.testing.assert_close(grouped, torch.tensor([1, -1, -2, 2]) / (torch.tensor([2, 2, 8, 8]).sqrt() + 1e-4))
     scaled = sequence_advantages(rewards, mask, "reinforce", scale="batch")[:, 0]
     torch.testing.assert_close(scaled, torch.tensor([-1.0, -3, 0, 4]) / ((26 / 3) ** 0.5 + 1e-4))
+
+
+@pytest.mark.parametrize("scale", ["none", "batch", "group"])
+@pytest.mark.parametrize("baseline", ["reinforce", "rloo", "group"])
+def test_equal_scores_say_nothing(baseline, scale):
+    rewards, mask = torch.zeros(28, 3), torch.ones(28, 3).bool()
+    rewards[:, -1] = 100.7  # whose float32 mean over 7 or 28 is another number
+    assert not sequence_advantages(rewards, mask, baseline, 7, scale=scale).any()
+    rewards[0, -1] = torch.inf
+    others = sequence_advantages(rewards, mask, baseline, 7, scale=scale)[7:]
+    assert not (others.isfinite().any() if baseline == "reinforce" or scale == "batch" else others.any())
+
+
+@pytest.mark.parametrize("options", CRITIC_FREE, ids=lambda o: o["advantage_estimator"])
+def test_a_constant_reward_does_not_move_the_policy(tmp_path, options):
+    constant = lambda prompts, responses, **columns: [100.7] * len(responses)  # noqa: E731
+    trainer = make_trainer(
+        tmp_path, reward=constant, kl_coef=0.0, eval_dataset=PROMPTS[:7], batch_size=28, minibatch_size=28,
+        **(options | ({"num_generations": 7} if "num_generations" in options else {})),
+    )  # fmt: skip
+    before = weights(trainer.policy)
+    metrics = next(iter(trainer))
+    assert metrics["rewards/<lambda>/std"] == 0.0 == trainer.evaluate()["eval_scores_stderr"]
+    assert torch.equal(weights(trainer.policy), before)
 
 
 @pytest.mark.parametrize("options", CRITIC_FREE, ids=lambda o: o["advantage_estimator"])
@@ -290,6 +334,21 @@ def test_compiled_models_are_trained_as_they_are(tmp_path, share_trunk):
     metrics, _ = one_iteration(trainer)
     timeless = [name for name in plain if not name.startswith(("timing_s/", "perf/"))]
     assert [metrics[name] for name in timeless] == [plain[name] for name in timeless]
+
+
+@pytest.mark.parametrize(
+    ("reward", "varies"),
+    [
+        (lambda prompts, responses, **columns: [0.0] * len(responses), False),
+        (lambda prompts, responses, **columns: [100.7] * len(responses), False),
+        (lambda prompts, responses, **columns: [1e-6 * x for x in variety(prompts, responses)], True),
+    ],
+)
+def test_of_equal_returns_no_share_is_explained(tmp_path, reward, varies):
+    for metrics in make_trainer(tmp_path, reward=reward, kl_coef=0.0, gamma=1.0, lam=1.0):
+        assert metrics["critic/vf_explained_var"].isfinite() == varies
+        if metrics["episode"] == 16:
+            assert not varies or metrics["critic/vf_explained_var"] == 0.0  # by a critic of zeros
 
 
 def test_a_value_model_is_no_path(tmp_path):
@@ -496,6 +555,29 @@ def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match=message):
         make_rollout(trainer.tokenizer, trainer.prompts[:2], **lists)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, r'rollout_func must return \{"completion_ids".*got NoneType'),
+        ([[5, 6]], "got list"),
+        ({"completions": [[5]] * 16}, "got keys 'completions'"),
+        ({"completion_ids": [[5]] * 16, "prompts": ["x"] * 16}, "may not return 'prompts'"),
+        ({"completion_ids": [[5]] * 3}, "completion_ids has 3 rows for 16"),
+        ({"completion_ids": [[5] * 300] * 16}, "256 positions: let rollout_func return fewer tokens"),
+        ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, and the models embed"),
+        ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[-1]]}, "the token -1 in prompt_ids"),
+    ],
+)
+def test_an_engine_that_returns_what_no_model_reads_is_named_and_loses_no_iteration(tmp_path, returned, message):
+    def engine(prompts, trainer):
+        return with_a_tool(prompts, trainer) if trainer.step == 0 else returned
+
+    trainer = make_trainer(tmp_path, rollout_func=engine)
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_prompts_of_several_turns(tmp_path):
