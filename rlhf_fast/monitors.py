@@ -115,20 +115,22 @@ class Monitors:
     def _fallen(self, row: dict, name: str) -> Alarm | None:
         best_step, best = max(self.history[name], key=lambda point: point[1])
         proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
-        if best_step not in proxy:  # it was not finite there
+        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # not in: it was not finite there
+            return None
+        if best_step not in errors or row["step"] not in errors:  # one prompt: nothing to measure a fall by
             return None
         spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
-        if spread == 0:  # one prompt, or as good as one: nothing to measure a fall by
+        if best - row[name] <= self.limits["overoptimization"] * spread:
             return None
-        fall = (best - row[name]) / spread
-        if fall <= self.limits["overoptimization"] or row["eval_scores"] <= proxy[best_step]:
-            return None
+        # No spread: every prompt had the best's value then, and every one has this value now.
+        measure = {"standard_errors": (best - row[name]) / spread} if spread else {}
+        by = f"{short(measure['standard_errors'])} standard errors" if measure else "on every prompt alike"
         message = (
-            f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {short(fall)} standard errors, "
+            f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {by}, "
             f"while the reward that is optimised rose from {short(proxy[best_step])} to {short(row['eval_scores'])}: "
             f"step {best_step} is the better policy"
         )
-        evidence = {"best_step": best_step, "best": best, "now": row[name], "standard_errors": fall}
+        evidence = {"best_step": best_step, "best": best, "now": row[name], **measure}
         return Alarm(row["step"], "overoptimization", message, evidence)
 
 

@@ -72,10 +72,18 @@ def test_reward_up_while_the_held_out_reward_falls():
     assert "step 2 is the better policy" in alarm.message and "from 2 to 3" in alarm.message
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.71, 0.70], rising))  # within three standard errors
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.05))  # noise
-    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.0))  # one held-out prompt
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=None))  # one held-out prompt
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising[::-1]))  # both fall: no hacking
     assert not alarms_of(evaluations([0.5, 0.6, 0.7, 0.8, 0.9], rising))
     assert not alarms_of(evaluations([0.5, 0.6, 0.9, 0.7, 0.6], [1.0, 1.5, None, None, 3.0]))  # NaN, as the log has it
+
+
+def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():
+    """No spread then and none now, and so no standard error to count in."""
+    (alarm,) = alarms_of(evaluations([1.0, 0.0], [0.1, 0.9], error=0.0))
+    assert "fell from 1 at step 0 to 0, on every prompt alike" in alarm.message
+    assert alarm.evidence == {"best_step": 0, "best": 1.0, "now": 0.0}
+    assert not alarms_of(evaluations([1.0, 1.0], [0.1, 0.9], error=0.0))
 
 
 def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
