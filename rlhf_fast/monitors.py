@@ -9,8 +9,9 @@
     overoptimization  eval_<name> of a held-out reward       3 standard errors below its best while eval_scores is above
                                                              what it was there (Gao et al. 2023)
 
-What is compared is the mean over WINDOW log lines, with the first WINDOW as the beginning. Everything is a function of
-the log alone: a resumed run raises the alarms of an uninterrupted one.
+What is compared is the mean over WINDOW log lines, with the first WINDOW as the beginning. kl and score_length need
+no beginning: they are read from the second line and from the fifth on, over the lines that there are. Everything is a
+function of the log alone: a resumed run raises the alarms of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class _Band:
-    """A metric that should stay between two bounds, which depend on where it began and on the limit."""
+    """A metric that should stay between two bounds, which depend on where it began and on the limit.
+
+    lines: the log lines that it takes; by default the beginning and one more.
+    """
 
     metric: str
     title: str
     limit: float
     bounds: Callable[[float, float], tuple[float | None, float | None]]
+    lines: int = WINDOW + 1
 
 
 BANDS = {
-    "kl": _Band("objective/kl", "KL to the reference, nats a response", 20.0, lambda start, limit: (None, limit)),
+    "kl": _Band(
+        "objective/kl", "KL to the reference, nats a response", 20.0, lambda start, limit: (None, limit), lines=2
+    ),
     "entropy": _Band("policy/entropy_avg", "Entropy, nats a token", 0.1, lambda start, limit: (limit * start, None)),
     "length": _Band(
         "response_length/mean", "Response length, tokens", 2.0, lambda start, limit: (start / limit, start * limit)
@@ -47,7 +54,7 @@ BANDS = {
     ),
     "score_length": _Band(
         "objective/score_length_correlation", "Correlation of score and length", 0.6,
-        lambda start, limit: (-limit, limit),
+        lambda start, limit: (-limit, limit), lines=WINDOW,  # fewer are noise: of two responses it is always +-1
     ),
 }  # fmt: skip
 LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimization": 3.0}
@@ -90,7 +97,7 @@ class Monitors:
     def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
         """Every monitor that this line has news for, and its alarm where there is reason for one."""
         for name, band in BANDS.items():
-            if name in self.limits and band.metric in row and len(self.history[band.metric]) > WINDOW:
+            if name in self.limits and band.metric in row and len(self.history[band.metric]) >= band.lines:
                 yield name, self._outside(row["step"], name, band)
         if "overoptimization" in self.limits and isinstance(row.get("eval_scores"), int | float):
             yield (
@@ -108,8 +115,10 @@ class Monitors:
         bound = low if below else high
         message = (
             f"{band.metric} is {short(now)} over steps {points[-WINDOW:][0][0]} to {step}, "
-            f"{'below' if below else 'above'} {short(bound)}; it began at {short(start)}"
+            f"{'below' if below else 'above'} {short(bound)}"
         )
+        if len(points) > WINDOW:  # before, what it began at is what it is
+            message += f"; it began at {short(start)}"
         return Alarm(step, name, message, {"now": now, "bound": bound, "start": start})
 
     def _fallen(self, row: dict, name: str) -> Alarm | None:

@@ -56,6 +56,19 @@ def test_limits_are_those_asked_for():
     assert alarm.evidence["now"] > 2.0
 
 
+def test_what_needs_no_beginning_is_seen_in_a_short_run():
+    """A run of five steps, of which one line says nothing yet."""
+    log = [{"step": i, "objective/kl": kl} for i, kl in enumerate([0.0, 90.0, 114.0, 114.0, 114.0], 1)]
+    (alarm,) = alarms_of(log)
+    assert (alarm.monitor, alarm.step) == ("kl", 2)
+    assert alarm.message == "objective/kl is 45 over steps 1 to 2, above 20"
+    assert alarms_of(log[1:2]) == [] and [a.step for a in alarms_of(log[1:])] == [3]
+    # Two responses lie on a line, so a batch of two has correlations of +-1 whatever the reward.
+    signs = [{"step": i, "objective/score_length_correlation": x} for i, x in enumerate([1.0, 1.0, 1.0, 1.0, -1.0], 1)]
+    assert alarms_of(signs[:4]) == alarms_of([*signs[1:], signs[4]]) == []
+    assert [a.step for a in alarms_of([{**row, "objective/score_length_correlation": 0.9} for row in signs])] == [5]
+
+
 def evaluations(true, proxy, error=0.01):
     return [
         {"step": i, "eval_scores": p, "eval_scores_stderr": 0.02, "eval_pass_rate": t, "eval_pass_rate_stderr": error,
