@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -489,6 +490,21 @@ def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
     Walk(Config(str(tmp_path), save_steps=1, save_total_limit=3), total_steps=11).train()
     assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-11"
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+
+
+def test_folders_that_the_user_named_are_no_checkpoints_and_stay(tmp_path):
+    def copy():
+        for name in ("best", "2-keep"):
+            shutil.copytree(tmp_path / "checkpoint-2", tmp_path / f"checkpoint-{name}")
+
+    config = Config(str(tmp_path), save_steps=2, save_total_limit=1)
+    Walk(config, total_steps=6, at_step={3: copy}).train()
+    names = {p.name for p in tmp_path.glob("checkpoint-*")}
+    assert names == {"checkpoint-6", "checkpoint-best", "checkpoint-2-keep"}
+    assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-6"
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        Walk(config).train(resume=True)
 
 
 def test_every_generator_comes_back():
