@@ -127,6 +127,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     ):
         if start == 0 and config.eval_steps:
             records.write({"step": 0, **(first := look(0))}, bar.write)
+            records.plot(0, first)
             best.improved(0, first)
         clock = time.perf_counter()
         for metrics in itertools.chain(records.unlogged, steps() if trainer.step < trainer.total_steps else ()):
@@ -148,7 +149,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                     keep(metrics)
                     raise
             stop += records.write({"step": step, **metrics}, bar.write)
-            if last or step % config.logging_steps == 0:
+            if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
                 records.plot(step, metrics)
             bar.update(1)
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)

@@ -257,6 +257,15 @@ def test_tensorboard_gets_the_logged_steps(tmp_path):
     assert events[-1].value == pytest.approx(rows(tmp_path / "train_log.jsonl")[-1]["value"])
 
 
+def test_tensorboard_gets_every_evaluation(tmp_path, monkeypatch):
+    """Also those between the logged steps, and that before the first step."""
+    plotted = []
+    monkeypatch.setattr(records.Records, "plot", lambda self, step, metrics: plotted.append((step, *metrics)))
+    Walk(Config(str(tmp_path), logging_steps=4, eval_steps=3)).train()
+    assert [step for step, *_ in plotted] == [0, 3, 4, 6, 8, 9, 10]
+    assert [step for step, *names in plotted if "eval_draw" in names] == [0, 3, 6, 9, 10]
+
+
 @pytest.mark.parametrize("crash_after", [3, 4, 5, 7])
 def test_a_crashed_run_resumes_to_the_last_bit(tmp_path, crash_after):
     def crash():
