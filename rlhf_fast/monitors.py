@@ -70,6 +70,10 @@ class Alarm:
     evidence: dict[str, float] = field(default_factory=dict)
 
 
+class RunStopped(Exception):
+    """A monitor of stop_on ended the run of a command: which, why, and how to go on."""
+
+
 class Monitors:
     """Give it one log line after the other; it returns the alarms that are new. One that lasts is raised once.
 
@@ -156,13 +160,25 @@ def _mean(points: list[tuple[int, float]]) -> float:
 # -- in the report -----------------------------------------------------------------------------------------------------
 
 
-def on_page(log: list[dict], limits: dict[str, float | None]) -> str:
-    """HTML: every alarm that the log gives rise to, or that there is none, and what each monitor saw between bounds."""
+def on_page(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
+    """HTML: the rows of alarms.jsonl, or that there is none, and what each monitor saw between the bounds of `limits`.
+
+    The alarms are those that were raised, under limits that a resumed run may have changed since.
+    """
     monitors = Monitors(limits)
-    alarms = [alarm for row in log for alarm in monitors(row)]
-    said = [f"<p><b>{escape(a.monitor)}</b>, step {a.step}: {escape(a.message)}.</p>" for a in alarms]
-    said = "".join(said) or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
+    for row in log:
+        monitors(row)
+    said = "".join(_paragraph(alarm, log) for alarm in alarms)
+    said = said or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
     return said + grid(_charts(log, monitors))
+
+
+def _paragraph(alarm: dict, log: list[dict]) -> str:
+    end = ""
+    if planned := alarm.get("ended_run_of"):
+        went_on = "; it was resumed" if log and log[-1]["step"] > alarm["step"] else ""
+        end = f" <b>This ended the run after step {alarm['step']} of the {planned} that were planned{went_on}.</b>"
+    return f"<p><b>{escape(alarm['monitor'])}</b>, step {alarm['step']}: {escape(alarm['message'])}.{end}</p>"
 
 
 def _charts(log: list[dict], monitors: Monitors) -> Iterator[str]:

@@ -121,7 +121,8 @@ def _monitors(run_dir: Path, log: list[dict]) -> str:
     """What watched the run (see monitors.py), where its config says that something did."""
     path = run_dir / "run_config.json"
     limits = json.loads(path.read_text(encoding="utf-8")).get("monitors") if path.exists() else None
-    return "" if limits is None else monitors.on_page(log, limits)
+    alarms = read_jsonl(run_dir / "alarms.jsonl", missing_ok=True)
+    return "" if limits is None else monitors.on_page(log, limits, alarms)
 
 
 def _other_figures(log: list[dict]) -> str:

@@ -1,6 +1,7 @@
 """Monitors on logs made up by hand: silent on a good run, and each raises its alarm, once, with the numbers."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -101,12 +102,27 @@ def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():
 
 def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
     log = a_log(**{"response_length/mean": 90.0})
-    page = on_page(log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0]), {})
+    log_of_both = log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0])
+    page = on_page(log_of_both, {}, [asdict(alarm) for alarm in alarms_of(log_of_both)])
     assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # two of overoptimization
     assert "response_length/mean is" in page and "eval_pass_rate fell" in page
-    assert "No alarm from kl, entropy" in on_page(a_log(), {})
+    assert "No alarm from kl, entropy" in on_page(a_log(), {}, [])
     (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     assert "Monitors" not in write_report(tmp_path).read_text()  # a run that nothing watched
     (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))
     text = write_report(tmp_path).read_text()
-    assert "<h2>Monitors</h2>" in text and "No alarm" in text  # its limits are those of the run
+    assert "<h2>Monitors</h2>" in text and "No alarm" in text
+
+
+def test_the_report_shows_the_alarms_that_were_raised_whatever_the_limits_are_now(tmp_path):
+    log = [{"step": i, "objective/kl": 25.0} for i in range(1, 5)]
+    (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"kl": 30.0}}))
+    (alarm,) = map(asdict, alarms_of(log))
+    (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm | {"step": 4, "ended_run_of": 9}) + "\n")
+    text = write_report(tmp_path).read_text()
+    assert "<b>kl</b>, step 4: objective/kl is 25 over steps 1 to 2, above 20." in text
+    assert "This ended the run after step 4 of the 9 that were planned.</b>" in text
+    with (tmp_path / "train_log.jsonl").open("a") as file:
+        file.write('{"step": 5, "objective/kl": 25.0}\n')
+    assert "of the 9 that were planned; it was resumed.</b>" in write_report(tmp_path).read_text()

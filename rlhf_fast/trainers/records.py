@@ -8,6 +8,8 @@ import math
 import os
 from pathlib import Path
 
+from ..monitors import Alarm
+
 
 class Records:
     """train_log.jsonl, samples.jsonl, alarms.jsonl where there are monitors, and tensorboard/ where it is installed.
@@ -17,14 +19,14 @@ class Records:
     step's samples are cut too: it is to be looked at again.
     """
 
-    def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors):
+    def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors, total_steps: int):
         kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
         self.log = JsonLines(run_dir / "train_log.jsonl", kept)
         logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
         self.unlogged = [at_the_end] if at_the_end and not logged else []
         kept -= len(self.unlogged)
         self._samples = JsonLines(run_dir / "samples.jsonl", kept)
-        self._files, self._monitors = [self.log, self._samples], monitors
+        self._files, self._monitors, self._total_steps = [self.log, self._samples], monitors, total_steps
         if monitors:
             self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
             self._files.append(self._alarms)
@@ -32,14 +34,19 @@ class Records:
                 monitors(row)  # what it raised then is in alarms.jsonl already
         self._board = _tensorboard(run_dir / "tensorboard", start)
 
-    def write(self, row: dict, say) -> list[str]:
-        """Logs a line and the alarms that it raises, and says these -> why the run should end, if it should."""
+    def write(self, row: dict, say) -> list[Alarm]:
+        """Logs a line and the alarms that it raises, and says these -> those for which the run should end.
+
+        In alarms.jsonl these have `ended_run_of`, the steps that were planned, if some were left.
+        """
         raised = self._monitors(row) if self._monitors else []
+        ending = [alarm for alarm in raised if alarm.monitor in self._monitors.stop_on]
         for alarm in raised:  # first: what the log has is not looked at again, so a kill between would lose them
-            self._alarms.write(dataclasses.asdict(alarm))
+            ends = alarm in ending and row["step"] < self._total_steps
+            self._alarms.write(dataclasses.asdict(alarm) | ({"ended_run_of": self._total_steps} if ends else {}))
             say(f"{alarm.monitor}: {alarm.message}")
         self.log.write(row)
-        return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in self._monitors.stop_on]
+        return ending
 
     def plot(self, step: int, metrics: dict) -> None:
         if self._board:

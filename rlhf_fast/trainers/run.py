@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 
 from .. import models
 from ..data.chat import ConfigError
+from ..monitors import Alarm
 from ..report import write_report
 from .checkpoints import (
     damage,
@@ -56,12 +57,16 @@ from .records import Records, as_numbers
 
 @dataclasses.dataclass
 class RunResult:
-    """How run_training ended: the last step's metrics (with the final eval_*), and whether it stopped early."""
+    """How run_training ended: the last step's metrics (with the final eval_*), and whether it stopped early.
+
+    stopped_by: the monitor that ended the run early, with its message; None also where a signal did.
+    """
 
     step: int
     metrics: dict
     interrupted: bool
     output_dir: str
+    stopped_by: str | None
 
 
 def run_training(trainer, resume: bool = False) -> RunResult:
@@ -83,10 +88,11 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     config, run_dir = trainer.config, Path(trainer.config.output_dir)
     start, at_the_end = _open_run(trainer, run_dir, resume)
     spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
-    records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None))
+    records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None), trainer.total_steps)
     best = _Best(config, records.log.kept, run_dir)
     metrics = dict(records.log.kept[-1]) if records.log.kept else {}  # what a run with no step left to do returns
     metrics.pop("step", None)
+    ending: list[Alarm] = []  # that the last step raised, and that are to end the run
 
     def checkpoint(metrics: dict | None = None) -> None:
         records.sync()
@@ -148,7 +154,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                 except Exception:
                     keep(metrics)
                     raise
-            stop += records.write({"step": step, **metrics}, bar.write)
+            ending = records.write({"step": step, **metrics}, bar.write)
+            stop += [f"monitor {alarm.monitor}" for alarm in ending]
             if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
                 records.plot(step, metrics)
             bar.update(1)
@@ -180,7 +187,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
         if spare == trainer.step and not due(spare) and spare != best.step:
             shutil.rmtree(run_dir / f"checkpoint-{spare}")
-    return RunResult(trainer.step, metrics, interrupted, str(run_dir))
+    stopped_by = f"{ending[0].monitor}: {ending[0].message}" if interrupted and ending else None
+    return RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by)
 
 
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")

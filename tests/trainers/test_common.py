@@ -397,7 +397,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     before = signal.getsignal(number)
     result = Walk(Config(str(stopped)), at_step={4: lambda: os.kill(os.getpid(), number)}).train()
     assert signal.getsignal(number) is before
-    assert result.interrupted and result.step == 4
+    assert result.interrupted and result.step == 4 and result.stopped_by is None
     assert f"Stopped by {number.name} after step 4 of 10; nothing is lost" in capsys.readouterr().out
     assert not (stopped / "model.txt").exists()
     assert not Walk(Config(str(stopped))).train(resume=True).interrupted
