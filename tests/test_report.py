@@ -29,6 +29,13 @@ def test_line_chart_places_points_in_proportion():
     assert x0 < x2 and y0 > y2  # up is smaller in SVG
 
 
+def test_what_is_no_share_gets_a_plain_axis():
+    """A held-out reward of the user's may be called pass_rate and count points."""
+    chart = line_chart("t", [Series("a", [(0, -3.0), (5, 7.0)]), Series("b", [(0, 0.5)])], percent=True)
+    (first, last), _ = points(chart)
+    assert "%" not in re.findall(r">([^<]*)</text>", chart)[0] and 10 <= last[1] < first[1] <= 174  # within the plot
+
+
 def test_points_that_are_not_finite_are_left_out_and_an_empty_chart_is_none():
     nan, inf = float("nan"), float("inf")
     (line,) = points(line_chart("t", [Series("a", [(0, 1.0), (1, nan), (2, inf), (3, 2.0)])]))
