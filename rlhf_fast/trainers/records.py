@@ -55,7 +55,7 @@ class Records:
 
     def sample(self, step: int, samples: list[dict]) -> None:
         for sample in samples:
-            self._samples.write({"step": step, **sample})
+            self._samples.write({"step": step, **as_numbers(sample)})
 
     def sync(self) -> None:
         """The log that a checkpoint goes on from must outlast a power failure as it does."""

@@ -548,6 +548,16 @@ def test_samples_survive_a_resume_whatever_is_in_them(tmp_path):
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
 
 
+def test_a_sample_whose_score_is_not_finite_is_json(tmp_path):
+    class Scored(Walk):
+        def samples(self):
+            return [{"prompt": "p", "response": "r", "scores": math.nan, "length": math.inf}]
+
+    Scored(Config(str(tmp_path)), total_steps=1).train()
+    (line,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "prompt": "p", "response": "r", "scores": null, "length": null}'
+
+
 def test_a_run_that_failed_before_its_first_line_can_be_started_again(tmp_path):
     def fail():
         raise RuntimeError("a reward with a mistake")
