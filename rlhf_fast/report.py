@@ -96,11 +96,18 @@ def write_quickstart_report(root: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
-    """The rows of a .jsonl file; [] for a file that is not there, where that is fine."""
+    """The rows of a .jsonl file but a torn last one; [] for a file that is not there, where that is fine."""
     if missing_ok and not path.exists():
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    return [json.loads(line) for line in whole_lines(path) if line.strip()]
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file without their ends; a last one that has none is still being written, or was when killed.
+
+    Bytes, because a crash may cut within a character; and "\\n" alone ends a line, U+2028 in a text does not.
+    """
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 # -- curves --------------------------------------------------------------------------------------------------------

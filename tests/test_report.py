@@ -87,6 +87,17 @@ def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
     assert "<b>Loss</b>" in page and "<b>lr</b>" in page
 
 
+def test_a_line_that_is_torn_is_left_out(tmp_path):
+    """The log of a run that was killed in a write, or that goes on."""
+    write_jsonl(tmp_path / "train_log.jsonl", [{"step": i, "loss": 9.0 - i} for i in range(1, 3)])
+    write_jsonl(tmp_path / "samples.jsonl", [{"step": 1, "prompt": "p", "response": "whole"}])
+    for name, torn in (("train_log", b'{"step": 3, "lo'), ("samples", '{"step": 3, "prompt": "日'.encode()[:-1])):
+        with (tmp_path / f"{name}.jsonl").open("ab") as file:
+            file.write(torn)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "2 log lines, to step 2." in page and "whole" in page
+
+
 def test_run_report_without_a_log_says_which_file():
     with pytest.raises(FileNotFoundError, match=r"train_log\.jsonl"):
         write_report("/nonexistent")

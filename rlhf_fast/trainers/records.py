@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from ..monitors import Alarm
+from ..report import whole_lines
 
 
 class Records:
@@ -73,8 +74,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int):
         self.kept: list[dict] = []
         size = 0
-        # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+        for line in whole_lines(path) if path.exists() else ():
             row = json.loads(line)
             if row["step"] > step:
                 break
