@@ -15,6 +15,7 @@ summary.json of several stages, where a value may be missing or null:
 """
 
 import json
+from collections import Counter
 from html import escape
 from pathlib import Path
 
@@ -224,14 +225,18 @@ def _plain(value) -> str:
 def _first_and_last(samples: list[dict]) -> str:
     """The same prompts at the first and at the last evaluation, side by side.
 
-    Where a prompt has several responses at a time (chosen and rejected), those of the last evaluation. Records that
-    have no prompt, or the same, are told apart by their index, where the samples have it.
+    Where a record has several responses at a time (chosen and rejected), those of the last evaluation. Records that
+    have no prompt, or the same, are told apart by their index, or where the samples have none by their order, which is
+    the same each time.
     """
-    by_prompt: dict[tuple, list[dict]] = {}
+    by_record: dict[tuple, list[dict]] = {}
+    times: Counter[tuple] = Counter()
     for sample in samples:
-        by_prompt.setdefault((sample.get("record"), _dialogue(sample.get("prompt", ""))), []).append(sample)
+        prompt = _dialogue(sample.get("prompt", ""))
+        times[at := (sample.get("step"), prompt)] += 1
+        by_record.setdefault((sample.get("record", f"number {times[at]}"), prompt), []).append(sample)
     cards = []
-    for (_, prompt), rows in list(by_prompt.items())[:MAX_SAMPLES]:
+    for (_, prompt), rows in list(by_record.items())[:MAX_SAMPLES]:
         last = [row for row in rows if row.get("step") == rows[-1].get("step")]
         shown = [rows[0], rows[-1]] if len(last) == 1 < len(rows) else last
         replies = []

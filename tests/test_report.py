@@ -87,6 +87,16 @@ def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
     assert "<b>Loss</b>" in page and "<b>lr</b>" in page
 
 
+def test_held_out_rows_with_the_same_prompt_have_a_card_each(tmp_path):
+    """They differ in a column that a reward reads; each shows its first answer beside its last."""
+    write_jsonl(tmp_path / "train_log.jsonl", [{"step": 0}])
+    rows = [{"step": s, "prompt": "same", "response": f"answer {x} of step {s}"} for s in range(3) for x in "AB"]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    cards = re.findall(r"<article>.*?</article>", write_report(tmp_path).read_text(encoding="utf-8"))
+    shown = [re.findall(r"answer \w of step \d", card) for card in cards]
+    assert shown == [[f"answer {x} of step {s}" for s in (0, 2)] for x in "AB"]
+
+
 def test_a_line_that_is_torn_is_left_out(tmp_path):
     """The log of a run that was killed in a write, or that goes on."""
     write_jsonl(tmp_path / "train_log.jsonl", [{"step": i, "loss": 9.0 - i} for i in range(1, 3)])
