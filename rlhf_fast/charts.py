@@ -67,14 +67,16 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     x_label: str = "step",
 ) -> str:
-    """A <figure> with the lines on common axes; y from 0 to 100 % with `percent`; x spans `x_range`, or the points.
+    """A <figure> with the lines on common axes; x spans `x_range`, or the points.
 
+    percent: y goes from 0 to 100 %, if all points lie there: a user's own metric may be called a share and be none.
     "" where there is no finite point.
     """
     series = [Series(s.label, _thinned([p for p in s.points if math.isfinite(p[1])])) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return ""
+    percent = percent and all(0 <= y <= 1 for s in series for _, y in s.points)
     xs = [*(x for s in series for x, _ in s.points), *(x_range or ())]
     ys = [0.0, 1.0] if percent else [y for s in series for _, y in s.points]
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 5), nice_ticks(min(ys), max(ys), 4)

@@ -3,7 +3,8 @@
     shared keys of the file  <  its section for the stage (sft:, reward:, ppo:, cai:)  <  flags
 
 Exit codes: 0 done; 1 failed (with a traceback, for it is our bug or the machine's); 2 refused, with one line that says
-what to change; 130 interrupted, with what is needed to resume on disk.
+what to change; 3 stopped by a monitor that stop_on names, 130 interrupted, both with what is needed to resume on disk.
+They differ so that a script which resumes what was interrupted leaves to a person what a monitor stopped.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import yaml
 
 from ._version import __version__
 from .data.chat import ConfigError
+from .monitors import RunStopped
 
 HELP = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [--KEY VALUE ...]
@@ -37,7 +39,8 @@ Look
   info        versions, build, and the kernel each op runs
 
 A YAML file has the keys that are flags here, either shared by all stages or in a section named as the stage is.
-Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 130 interrupted (--resume continues)."""
+Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 3 stopped by a monitor (stop_on),
+130 interrupted; after these two --resume continues."""
 
 COMMANDS = ("sft", "reward", "ppo", "cai", "generate", "score", "report", "quickstart", "bench", "info")
 
@@ -61,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 2
+    except RunStopped as stop:
+        print(f"rlhf-fast: stopped by {stop}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
         return 130

@@ -25,6 +25,7 @@ from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation
 from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
 from .models import check_lengths, load_policy, load_tokenizer
+from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
 from .rollout import generate_text
@@ -72,7 +73,8 @@ class Stage:
         return {name: key for cls in self.configs for name, key in _keys_of(cls).items()}
 
     def run(self, values: dict, resume: bool) -> None:
-        """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended."""
+        """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended, and
+        RunStopped for one that a monitor did."""
         check_alone()
         required = [name for name, key in self.keys().items() if key.shown == REQUIRED and name not in values]
         if required:
@@ -249,6 +251,9 @@ STAGES = {
 
 def run_trainer(trainer, resume: bool):
     result = trainer.train(resume)
+    if result.stopped_by:
+        where = f"{result.output_dir}/report.html shows it, --resume goes on all the same"
+        raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")
     if result.interrupted:
         raise KeyboardInterrupt
     shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)

@@ -9,8 +9,9 @@
     overoptimization  eval_<name> of a held-out reward       3 standard errors below its best while eval_scores is above
                                                              what it was there (Gao et al. 2023)
 
-What is compared is the mean over WINDOW log lines, with the first WINDOW as the beginning. Everything is a function of
-the log alone: a resumed run raises the alarms of an uninterrupted one.
+What is compared is the mean over WINDOW log lines, with the first WINDOW as the beginning. kl and score_length need
+no beginning: they are read from the second line and from the fifth on, over the lines that there are. Everything is a
+function of the log alone: a resumed run raises the alarms of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class _Band:
-    """A metric that should stay between two bounds, which depend on where it began and on the limit."""
+    """A metric that should stay between two bounds, which depend on where it began and on the limit.
+
+    lines: the log lines that it takes; by default the beginning and one more.
+    """
 
     metric: str
     title: str
     limit: float
     bounds: Callable[[float, float], tuple[float | None, float | None]]
+    lines: int = WINDOW + 1
 
 
 BANDS = {
-    "kl": _Band("objective/kl", "KL to the reference, nats a response", 20.0, lambda start, limit: (None, limit)),
+    "kl": _Band(
+        "objective/kl", "KL to the reference, nats a response", 20.0, lambda start, limit: (None, limit), lines=2
+    ),
     "entropy": _Band("policy/entropy_avg", "Entropy, nats a token", 0.1, lambda start, limit: (limit * start, None)),
     "length": _Band(
         "response_length/mean", "Response length, tokens", 2.0, lambda start, limit: (start / limit, start * limit)
@@ -47,7 +54,7 @@ BANDS = {
     ),
     "score_length": _Band(
         "objective/score_length_correlation", "Correlation of score and length", 0.6,
-        lambda start, limit: (-limit, limit),
+        lambda start, limit: (-limit, limit), lines=WINDOW,  # fewer are noise: of two responses it is always +-1
     ),
 }  # fmt: skip
 LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimization": 3.0}
@@ -61,6 +68,10 @@ class Alarm:
     monitor: str
     message: str
     evidence: dict[str, float] = field(default_factory=dict)
+
+
+class RunStopped(Exception):
+    """A monitor of stop_on ended the run of a command: which, why, and how to go on."""
 
 
 class Monitors:
@@ -90,7 +101,7 @@ class Monitors:
     def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
         """Every monitor that this line has news for, and its alarm where there is reason for one."""
         for name, band in BANDS.items():
-            if name in self.limits and band.metric in row and len(self.history[band.metric]) > WINDOW:
+            if name in self.limits and band.metric in row and len(self.history[band.metric]) >= band.lines:
                 yield name, self._outside(row["step"], name, band)
         if "overoptimization" in self.limits and isinstance(row.get("eval_scores"), int | float):
             yield (
@@ -108,27 +119,31 @@ class Monitors:
         bound = low if below else high
         message = (
             f"{band.metric} is {short(now)} over steps {points[-WINDOW:][0][0]} to {step}, "
-            f"{'below' if below else 'above'} {short(bound)}; it began at {short(start)}"
+            f"{'below' if below else 'above'} {short(bound)}"
         )
+        if len(points) > WINDOW:  # before, what it began at is what it is
+            message += f"; it began at {short(start)}"
         return Alarm(step, name, message, {"now": now, "bound": bound, "start": start})
 
     def _fallen(self, row: dict, name: str) -> Alarm | None:
         best_step, best = max(self.history[name], key=lambda point: point[1])
         proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
-        if best_step not in proxy:  # it was not finite there
+        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # not in: it was not finite there
+            return None
+        if best_step not in errors or row["step"] not in errors:  # one prompt: nothing to measure a fall by
             return None
         spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
-        if spread == 0:  # one prompt, or as good as one: nothing to measure a fall by
+        if best - row[name] <= self.limits["overoptimization"] * spread:
             return None
-        fall = (best - row[name]) / spread
-        if fall <= self.limits["overoptimization"] or row["eval_scores"] <= proxy[best_step]:
-            return None
+        # No spread: every prompt had the best's value then, and every one has this value now.
+        measure = {"standard_errors": (best - row[name]) / spread} if spread else {}
+        by = f"{short(measure['standard_errors'])} standard errors" if measure else "on every prompt alike"
         message = (
-            f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {short(fall)} standard errors, "
+            f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {by}, "
             f"while the reward that is optimised rose from {short(proxy[best_step])} to {short(row['eval_scores'])}: "
             f"step {best_step} is the better policy"
         )
-        evidence = {"best_step": best_step, "best": best, "now": row[name], "standard_errors": fall}
+        evidence = {"best_step": best_step, "best": best, "now": row[name], **measure}
         return Alarm(row["step"], "overoptimization", message, evidence)
 
 
@@ -145,13 +160,25 @@ def _mean(points: list[tuple[int, float]]) -> float:
 # -- in the report -----------------------------------------------------------------------------------------------------
 
 
-def on_page(log: list[dict], limits: dict[str, float | None]) -> str:
-    """HTML: every alarm that the log gives rise to, or that there is none, and what each monitor saw between bounds."""
+def on_page(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
+    """HTML: the rows of alarms.jsonl, or that there is none, and what each monitor saw between the bounds of `limits`.
+
+    The alarms are those that were raised, under limits that a resumed run may have changed since.
+    """
     monitors = Monitors(limits)
-    alarms = [alarm for row in log for alarm in monitors(row)]
-    said = [f"<p><b>{escape(a.monitor)}</b>, step {a.step}: {escape(a.message)}.</p>" for a in alarms]
-    said = "".join(said) or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
+    for row in log:
+        monitors(row)
+    said = "".join(_paragraph(alarm, log) for alarm in alarms)
+    said = said or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
     return said + grid(_charts(log, monitors))
+
+
+def _paragraph(alarm: dict, log: list[dict]) -> str:
+    end = ""
+    if planned := alarm.get("ended_run_of"):
+        went_on = "; it was resumed" if log and log[-1]["step"] > alarm["step"] else ""
+        end = f" <b>This ended the run after step {alarm['step']} of the {planned} that were planned{went_on}.</b>"
+    return f"<p><b>{escape(alarm['monitor'])}</b>, step {alarm['step']}: {escape(alarm['message'])}.{end}</p>"
 
 
 def _charts(log: list[dict], monitors: Monitors) -> Iterator[str]:

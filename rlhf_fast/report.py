@@ -15,6 +15,7 @@ summary.json of several stages, where a value may be missing or null:
 """
 
 import json
+from collections import Counter
 from html import escape
 from pathlib import Path
 
@@ -101,11 +102,18 @@ def write_quickstart_report(root: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
-    """The rows of a .jsonl file; [] for a file that is not there, where that is fine."""
+    """The rows of a .jsonl file but a torn last one; [] for a file that is not there, where that is fine."""
     if missing_ok and not path.exists():
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+    return [json.loads(line) for line in whole_lines(path) if line.strip()]
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file without their ends; a last one that has none is still being written, or was when killed.
+
+    Bytes, because a crash may cut within a character; and "\\n" alone ends a line, U+2028 in a text does not.
+    """
+    return path.read_bytes().split(b"\n")[:-1]
 
 
 # -- curves --------------------------------------------------------------------------------------------------------
@@ -126,7 +134,8 @@ def _monitors(run_dir: Path, log: list[dict]) -> str:
     """What watched the run (see monitors.py), where its config says that something did."""
     path = run_dir / "run_config.json"
     limits = json.loads(path.read_text(encoding="utf-8")).get("monitors") if path.exists() else None
-    return "" if limits is None else monitors.on_page(log, limits)
+    alarms = read_jsonl(run_dir / "alarms.jsonl", missing_ok=True)
+    return "" if limits is None else monitors.on_page(log, limits, alarms)
 
 
 def _other_figures(log: list[dict]) -> str:
@@ -221,14 +230,18 @@ def _plain(value) -> str:
 def _first_and_last(samples: list[dict]) -> str:
     """The same prompts at the first and at the last evaluation, side by side.
 
-    Where a prompt has several responses at a time (chosen and rejected), those of the last evaluation. Records that
-    have no prompt, or the same, are told apart by their index, where the samples have it.
+    Where a record has several responses at a time (chosen and rejected), those of the last evaluation. Records that
+    have no prompt, or the same, are told apart by their index, or where the samples have none by their order, which is
+    the same each time.
     """
-    by_prompt: dict[tuple, list[dict]] = {}
+    by_record: dict[tuple, list[dict]] = {}
+    times: Counter[tuple] = Counter()
     for sample in samples:
-        by_prompt.setdefault((sample.get("record"), _dialogue(sample.get("prompt", ""))), []).append(sample)
+        prompt = _dialogue(sample.get("prompt", ""))
+        times[at := (sample.get("step"), prompt)] += 1
+        by_record.setdefault((sample.get("record", f"number {times[at]}"), prompt), []).append(sample)
     cards = []
-    for (_, prompt), rows in list(by_prompt.items())[:MAX_SAMPLES]:
+    for (_, prompt), rows in list(by_record.items())[:MAX_SAMPLES]:
         last = [row for row in rows if row.get("step") == rows[-1].get("step")]
         shown = [rows[0], rows[-1]] if len(last) == 1 < len(rows) else last
         replies = []

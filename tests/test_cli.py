@@ -466,6 +466,18 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_path, capsys):
+    """No answer of a policy that has learned nothing is within 1e-9 nats of the reference for long."""
+    flags = ("--output_dir", str(tmp_path), "--total_episodes", "48", "--monitors", "{kl: 1.0e-9}")
+    assert stage(reward, "ppo", *flags, "--stop_on", "[kl]") == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("rlhf-fast: stopped by monitor kl: objective/kl is ") and "above 1e-09" in last
+    assert last.endswith(f"{tmp_path}/report.html shows it, --resume goes on all the same")
+    ended = len(log_of(tmp_path))
+    assert stage(reward, "ppo", *flags, "--stop_on", "[kl]", "--resume") == 0
+    assert len(log_of(tmp_path)) > ended
+
+
 def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monkeypatch):
     assert stage(sft, "reward", "--output_dir", str(tmp_path / "rm")) == 0
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """Monitors on logs made up by hand: silent on a good run, and each raises its alarm, once, with the numbers."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -56,6 +57,19 @@ def test_limits_are_those_asked_for():
     assert alarm.evidence["now"] > 2.0
 
 
+def test_what_needs_no_beginning_is_seen_in_a_short_run():
+    """A run of five steps, of which one line says nothing yet."""
+    log = [{"step": i, "objective/kl": kl} for i, kl in enumerate([0.0, 90.0, 114.0, 114.0, 114.0], 1)]
+    (alarm,) = alarms_of(log)
+    assert (alarm.monitor, alarm.step) == ("kl", 2)
+    assert alarm.message == "objective/kl is 45 over steps 1 to 2, above 20"
+    assert alarms_of(log[1:2]) == [] and [a.step for a in alarms_of(log[1:])] == [3]
+    # Two responses lie on a line, so a batch of two has correlations of +-1 whatever the reward.
+    signs = [{"step": i, "objective/score_length_correlation": x} for i, x in enumerate([1.0, 1.0, 1.0, 1.0, -1.0], 1)]
+    assert alarms_of(signs[:4]) == alarms_of([*signs[1:], signs[4]]) == []
+    assert [a.step for a in alarms_of([{**row, "objective/score_length_correlation": 0.9} for row in signs])] == [5]
+
+
 def evaluations(true, proxy, error=0.01):
     return [
         {"step": i, "eval_scores": p, "eval_scores_stderr": 0.02, "eval_pass_rate": t, "eval_pass_rate_stderr": error,
@@ -72,20 +86,43 @@ def test_reward_up_while_the_held_out_reward_falls():
     assert "step 2 is the better policy" in alarm.message and "from 2 to 3" in alarm.message
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.71, 0.70], rising))  # within three standard errors
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.05))  # noise
-    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.0))  # one held-out prompt
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=None))  # one held-out prompt
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising[::-1]))  # both fall: no hacking
     assert not alarms_of(evaluations([0.5, 0.6, 0.7, 0.8, 0.9], rising))
     assert not alarms_of(evaluations([0.5, 0.6, 0.9, 0.7, 0.6], [1.0, 1.5, None, None, 3.0]))  # NaN, as the log has it
 
 
+def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():
+    """No spread then and none now, and so no standard error to count in."""
+    (alarm,) = alarms_of(evaluations([1.0, 0.0], [0.1, 0.9], error=0.0))
+    assert "fell from 1 at step 0 to 0, on every prompt alike" in alarm.message
+    assert alarm.evidence == {"best_step": 0, "best": 1.0, "now": 0.0}
+    assert not alarms_of(evaluations([1.0, 1.0], [0.1, 0.9], error=0.0))
+
+
 def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
     log = a_log(**{"response_length/mean": 90.0})
-    page = on_page(log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0]), {})
+    log_of_both = log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0])
+    page = on_page(log_of_both, {}, [asdict(alarm) for alarm in alarms_of(log_of_both)])
     assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # two of overoptimization
     assert "response_length/mean is" in page and "eval_pass_rate fell" in page
-    assert "No alarm from kl, entropy" in on_page(a_log(), {})
+    assert "No alarm from kl, entropy" in on_page(a_log(), {}, [])
     (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     assert "Monitors" not in write_report(tmp_path).read_text()  # a run that nothing watched
     (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))
     text = write_report(tmp_path).read_text()
-    assert "<h2>Monitors</h2>" in text and "No alarm" in text  # its limits are those of the run
+    assert "<h2>Monitors</h2>" in text and "No alarm" in text
+
+
+def test_the_report_shows_the_alarms_that_were_raised_whatever_the_limits_are_now(tmp_path):
+    log = [{"step": i, "objective/kl": 25.0} for i in range(1, 5)]
+    (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"kl": 30.0}}))
+    (alarm,) = map(asdict, alarms_of(log))
+    (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm | {"step": 4, "ended_run_of": 9}) + "\n")
+    text = write_report(tmp_path).read_text()
+    assert "<b>kl</b>, step 4: objective/kl is 25 over steps 1 to 2, above 20." in text
+    assert "This ended the run after step 4 of the 9 that were planned.</b>" in text
+    with (tmp_path / "train_log.jsonl").open("a") as file:
+        file.write('{"step": 5, "objective/kl": 25.0}\n')
+    assert "of the 9 that were planned; it was resumed.</b>" in write_report(tmp_path).read_text()

@@ -29,6 +29,13 @@ def test_line_chart_places_points_in_proportion():
     assert x0 < x2 and y0 > y2  # up is smaller in SVG
 
 
+def test_what_is_no_share_gets_a_plain_axis():
+    """A held-out reward of the user's may be called pass_rate and count points."""
+    chart = line_chart("t", [Series("a", [(0, -3.0), (5, 7.0)]), Series("b", [(0, 0.5)])], percent=True)
+    (first, last), _ = points(chart)
+    assert "%" not in re.findall(r">([^<]*)</text>", chart)[0] and 10 <= last[1] < first[1] <= 174  # within the plot
+
+
 def test_points_that_are_not_finite_are_left_out_and_an_empty_chart_is_none():
     nan, inf = float("nan"), float("inf")
     (line,) = points(line_chart("t", [Series("a", [(0, 1.0), (1, nan), (2, inf), (3, 2.0)])]))
@@ -78,6 +85,27 @@ def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
     for svg in re.findall(r"<svg.*?</svg>", page):
         ElementTree.fromstring(svg)
     assert "<b>Loss</b>" in page and "<b>lr</b>" in page
+
+
+def test_held_out_rows_with_the_same_prompt_have_a_card_each(tmp_path):
+    """They differ in a column that a reward reads; each shows its first answer beside its last."""
+    write_jsonl(tmp_path / "train_log.jsonl", [{"step": 0}])
+    rows = [{"step": s, "prompt": "same", "response": f"answer {x} of step {s}"} for s in range(3) for x in "AB"]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    cards = re.findall(r"<article>.*?</article>", write_report(tmp_path).read_text(encoding="utf-8"))
+    shown = [re.findall(r"answer \w of step \d", card) for card in cards]
+    assert shown == [[f"answer {x} of step {s}" for s in (0, 2)] for x in "AB"]
+
+
+def test_a_line_that_is_torn_is_left_out(tmp_path):
+    """The log of a run that was killed in a write, or that goes on."""
+    write_jsonl(tmp_path / "train_log.jsonl", [{"step": i, "loss": 9.0 - i} for i in range(1, 3)])
+    write_jsonl(tmp_path / "samples.jsonl", [{"step": 1, "prompt": "p", "response": "whole"}])
+    for name, torn in (("train_log", b'{"step": 3, "lo'), ("samples", '{"step": 3, "prompt": "日'.encode()[:-1])):
+        with (tmp_path / f"{name}.jsonl").open("ab") as file:
+            file.write(torn)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "2 log lines, to step 2." in page and "whole" in page
 
 
 def test_run_report_without_a_log_says_which_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ..data.chat import ConfigError
 from .common import preserved_rng, rng_state, set_rng_state
 
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path:
@@ -136,8 +138,9 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _checkpoints(run_dir) -> list[Path]:
-    found = [p for p in Path(run_dir).glob("checkpoint-*") if (p / "state.pt").exists()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    """Those of a run, oldest first; a copy under a name of the user's own (checkpoint-best) is none of them."""
+    found = [p for p in Path(run_dir).glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / "state.pt").exists()]
+    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 
 
 def _fsync(path: Path) -> None:

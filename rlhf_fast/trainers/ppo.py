@@ -480,13 +480,13 @@ class PPOTrainer:
     def evaluate(self) -> dict:
         """On the held-out prompts: eval_scores by the reward that is optimised, eval_<name> by each of eval_rewards.
 
-        Each has its standard error beside it, as eval_..._stderr.
+        Each has its standard error beside it, as eval_..._stderr (NaN for one prompt, whose error nothing tells).
         """
         if not self.eval_prompts:
             return {}
         rollout, scores = self._look_at_held_out()
         self._score_tokens(rollout, self._minibatches(rollout))
-        errors = {f"{name}_stderr": _std(x) / max(1, len(x) - 1) ** 0.5 for name, x in scores.items()}
+        errors = {f"{name}_stderr": _std(x) / (len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
         metrics["kl"] = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
         return {f"eval_{name}": value for name, value in metrics.items()}

@@ -8,6 +8,9 @@ import math
 import os
 from pathlib import Path
 
+from ..monitors import Alarm
+from ..report import whole_lines
+
 
 class Records:
     """train_log.jsonl, samples.jsonl, alarms.jsonl where there are monitors, and tensorboard/ where it is installed.
@@ -17,14 +20,14 @@ class Records:
     step's samples are cut too: it is to be looked at again.
     """
 
-    def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors):
+    def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors, total_steps: int):
         kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
         self.log = JsonLines(run_dir / "train_log.jsonl", kept)
         logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
         self.unlogged = [at_the_end] if at_the_end and not logged else []
         kept -= len(self.unlogged)
         self._samples = JsonLines(run_dir / "samples.jsonl", kept)
-        self._files, self._monitors = [self.log, self._samples], monitors
+        self._files, self._monitors, self._total_steps = [self.log, self._samples], monitors, total_steps
         if monitors:
             self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
             self._files.append(self._alarms)
@@ -32,14 +35,19 @@ class Records:
                 monitors(row)  # what it raised then is in alarms.jsonl already
         self._board = _tensorboard(run_dir / "tensorboard", start)
 
-    def write(self, row: dict, say) -> list[str]:
-        """Logs a line and the alarms that it raises, and says these -> why the run should end, if it should."""
+    def write(self, row: dict, say) -> list[Alarm]:
+        """Logs a line and the alarms that it raises, and says these -> those for which the run should end.
+
+        In alarms.jsonl these have `ended_run_of`, the steps that were planned, if some were left.
+        """
         raised = self._monitors(row) if self._monitors else []
+        ending = [alarm for alarm in raised if alarm.monitor in self._monitors.stop_on]
         for alarm in raised:  # first: what the log has is not looked at again, so a kill between would lose them
-            self._alarms.write(dataclasses.asdict(alarm))
+            ends = alarm in ending and row["step"] < self._total_steps
+            self._alarms.write(dataclasses.asdict(alarm) | ({"ended_run_of": self._total_steps} if ends else {}))
             say(f"{alarm.monitor}: {alarm.message}")
         self.log.write(row)
-        return [f"monitor {alarm.monitor}" for alarm in raised if alarm.monitor in self._monitors.stop_on]
+        return ending
 
     def plot(self, step: int, metrics: dict) -> None:
         if self._board:
@@ -48,7 +56,7 @@ class Records:
 
     def sample(self, step: int, samples: list[dict]) -> None:
         for sample in samples:
-            self._samples.write({"step": step, **sample})
+            self._samples.write({"step": step, **as_numbers(sample)})
 
     def sync(self) -> None:
         """The log that a checkpoint goes on from must outlast a power failure as it does."""
@@ -66,8 +74,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int):
         self.kept: list[dict] = []
         size = 0
-        # Bytes, because a crash may cut within a character; and "\n" alone ends a line, U+2028 in a text does not.
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+        for line in whole_lines(path) if path.exists() else ():
             row = json.loads(line)
             if row["step"] > step:
                 break

@@ -74,7 +74,7 @@ class RewardConfig:
     center_rewards_coefficient: float = 0.0  # 0.01 keeps rewards near 0 (Eisenstein et al. 2023)
     max_length: int = 1024  # tokens of prompt and response together
     on_overlong: str = "error"  # a longer response: "skip" its prompt, or "keep_end" of both; all are counted
-    logging_steps: int = 10  # TensorBoard; train_log.jsonl has every step
+    logging_steps: int = 10  # TensorBoard: these and evaluations; train_log.jsonl has every step
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation

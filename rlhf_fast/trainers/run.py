@@ -40,8 +40,10 @@ from tqdm.auto import tqdm
 
 from .. import models
 from ..data.chat import ConfigError
+from ..monitors import Alarm
 from ..report import write_report
 from .checkpoints import (
+    damage,
     latest_checkpoint,
     load_checkpoint,
     newest_whole_checkpoint,
@@ -55,12 +57,16 @@ from .records import Records, as_numbers
 
 @dataclasses.dataclass
 class RunResult:
-    """How run_training ended: the last step's metrics (with the final eval_*), and whether it stopped early."""
+    """How run_training ended: the last step's metrics (with the final eval_*), and whether it stopped early.
+
+    stopped_by: the monitor that ended the run early, with its message; None also where a signal did.
+    """
 
     step: int
     metrics: dict
     interrupted: bool
     output_dir: str
+    stopped_by: str | None
 
 
 def run_training(trainer, resume: bool = False) -> RunResult:
@@ -75,17 +81,19 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     until the model is saved, keeps a run whose evaluation or end fails. resume=True goes on, bit for bit, from the
     newest checkpoint that is whole.
     load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose metric_for_best_model is the
-    best so far, and in the end the model of the best of them, evaluated once more.
+    best so far, and in the end the model of the best of them, evaluated once more. On resume those count whose
+    checkpoint is there and whole, with a warning where the best one's is not.
 
     Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
     """
     config, run_dir = trainer.config, Path(trainer.config.output_dir)
     start, at_the_end = _open_run(trainer, run_dir, resume)
     spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
-    records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None))
-    best = _Best(config, records.log.kept)
+    records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None), trainer.total_steps)
+    best = _Best(config, records.log.kept, run_dir)
     metrics = dict(records.log.kept[-1]) if records.log.kept else {}  # what a run with no step left to do returns
     metrics.pop("step", None)
+    ending: list[Alarm] = []  # that the last step raised, and that are to end the run
 
     def checkpoint(metrics: dict | None = None) -> None:
         records.sync()
@@ -133,6 +141,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     ):
         if start == 0 and config.eval_steps:
             records.write({"step": 0, **(first := look(0))}, bar.write)
+            records.plot(0, first)
             best.improved(0, first)
         clock = time.perf_counter()
         for metrics in itertools.chain(records.unlogged, steps() if trainer.step < trainer.total_steps else ()):
@@ -153,8 +162,9 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                 except Exception:
                     keep(metrics)
                     raise
-            stop += records.write({"step": step, **metrics}, bar.write)
-            if last or step % config.logging_steps == 0:
+            ending = records.write({"step": step, **metrics}, bar.write)
+            stop += [f"monitor {alarm.monitor}" for alarm in ending]
+            if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
                 records.plot(step, metrics)
             bar.update(1)
             bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
@@ -185,37 +195,53 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
         if spare == trainer.step and not due(spare) and spare != best.step:
             shutil.rmtree(run_dir / f"checkpoint-{spare}")
-    return RunResult(trainer.step, metrics, interrupted, str(run_dir))
+    stopped_by = f"{ending[0].monitor}: {ending[0].message}" if interrupted and ending else None
+    return RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by)
 
 
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
 
 
 class _Best:
-    """The step whose evaluation was the best so far; on resume, found again in the log."""
+    """The step whose evaluation was the best so far; on resume, of those in the log whose checkpoint is whole."""
 
-    def __init__(self, config, log: list[dict]):
+    def __init__(self, config, log: list[dict], run_dir: Path):
         self.name = config.metric_for_best_model if getattr(config, "load_best_model_at_end", False) else None
         self.step, self.value = None, math.inf
         if self.name is None:
             return
         greater = config.greater_is_better
         self.sign = -1 if (not self.name.endswith(("loss", "perplexity", "ece")) if greater is None else greater) else 1
-        for row in log:
-            self.improved(row["step"], row)
+        values = [(row["step"], value) for row in log if (value := self._value(row["step"], row)) is not None]
+        ranked = sorted(values, key=lambda pair: self.sign * pair[1])
+        # From the best down, since a look at one reads all of it. A run that was begun without load_best_model_at_end,
+        # or with another metric, has pruned some.
+        whole = next((pair for pair in ranked if not damage(run_dir / f"checkpoint-{pair[0]}")), None)
+        if ranked and ranked[0] != whole:
+            lost, left = (f"step {p[0]} ({self.name} {p[1]:.4g})" if p else "none" for p in (ranked[0], whole))
+            warnings.warn(
+                f"the checkpoint of the best evaluation, {lost}, is gone or damaged; the best that is there: {left}",
+                stacklevel=4,
+            )
+        if whole:
+            self.step, self.value = whole
 
     def improved(self, step: int, metrics: dict) -> bool:
         """Whether the metrics of a step are an evaluation, and the best so far."""
-        evaluated = [name for name in metrics if name.startswith("eval_")]
-        if self.name is None or not evaluated:
+        value = self._value(step, metrics)
+        if value is None or (self.step is not None and self.sign * value >= self.sign * self.value):
             return False
-        if self.name not in metrics:
-            raise ConfigError(f"metric_for_best_model = {self.name!r} is not among {', '.join(evaluated)}")
-        value = metrics[self.name]
-        if step == 0 or value is None or (self.step is not None and self.sign * value >= self.sign * self.value):
-            return False  # step 0 is the model that was given; None was not finite
         self.step, self.value = step, value
         return True
+
+    def _value(self, step: int, metrics: dict) -> float | None:
+        """The metric of an evaluation; None where there is none, it is not finite, or the model is the one given."""
+        evaluated = [name for name in metrics if name.startswith("eval_")]
+        if self.name is None or not evaluated:
+            return None
+        if self.name not in metrics:
+            raise ConfigError(f"metric_for_best_model = {self.name!r} is not among {', '.join(evaluated)}")
+        return metrics[self.name] if step else None
 
 
 def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:

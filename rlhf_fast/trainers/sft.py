@@ -59,7 +59,7 @@ class SFTConfig:
     lora_target_modules: list | None = None  # names of linear layers; null: all of the trunk
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
     bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
-    logging_steps: int = 10  # train_log.jsonl has every step; token accuracy, entropy and TensorBoard only these
+    logging_steps: int = 10  # train_log.jsonl has every step; token accuracy, entropy and TensorBoard these + eval_*
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation

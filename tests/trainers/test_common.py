@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -256,6 +257,15 @@ def test_tensorboard_gets_the_logged_steps(tmp_path):
     assert events[-1].value == pytest.approx(rows(tmp_path / "train_log.jsonl")[-1]["value"])
 
 
+def test_tensorboard_gets_every_evaluation(tmp_path, monkeypatch):
+    """Also those between the logged steps, and that before the first step."""
+    plotted = []
+    monkeypatch.setattr(records.Records, "plot", lambda self, step, metrics: plotted.append((step, *metrics)))
+    Walk(Config(str(tmp_path), logging_steps=4, eval_steps=3)).train()
+    assert [step for step, *_ in plotted] == [0, 3, 4, 6, 8, 9, 10]
+    assert [step for step, *names in plotted if "eval_draw" in names] == [0, 3, 6, 9, 10]
+
+
 @pytest.mark.parametrize("crash_after", [3, 4, 5, 7])
 def test_a_crashed_run_resumes_to_the_last_bit(tmp_path, crash_after):
     def crash():
@@ -387,7 +397,7 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     before = signal.getsignal(number)
     result = Walk(Config(str(stopped)), at_step={4: lambda: os.kill(os.getpid(), number)}).train()
     assert signal.getsignal(number) is before
-    assert result.interrupted and result.step == 4
+    assert result.interrupted and result.step == 4 and result.stopped_by is None
     assert f"Stopped by {number.name} after step 4 of 10; nothing is lost" in capsys.readouterr().out
     assert not (stopped / "model.txt").exists()
     assert not Walk(Config(str(stopped))).train(resume=True).interrupted
@@ -491,6 +501,21 @@ def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3
 
 
+def test_folders_that_the_user_named_are_no_checkpoints_and_stay(tmp_path):
+    def copy():
+        for name in ("best", "2-keep"):
+            shutil.copytree(tmp_path / "checkpoint-2", tmp_path / f"checkpoint-{name}")
+
+    config = Config(str(tmp_path), save_steps=2, save_total_limit=1)
+    Walk(config, total_steps=6, at_step={3: copy}).train()
+    names = {p.name for p in tmp_path.glob("checkpoint-*")}
+    assert names == {"checkpoint-6", "checkpoint-best", "checkpoint-2-keep"}
+    assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-6"
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        Walk(config).train(resume=True)
+
+
 def test_every_generator_comes_back():
     common.set_seed(3)
     state = common.rng_state()
@@ -521,6 +546,16 @@ def test_samples_survive_a_resume_whatever_is_in_them(tmp_path):
     Odd(config, total_steps=6).train(resume=True)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().split(b"\n")[:-1]]
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
+
+
+def test_a_sample_whose_score_is_not_finite_is_json(tmp_path):
+    class Scored(Walk):
+        def samples(self):
+            return [{"prompt": "p", "response": "r", "scores": math.nan, "length": math.inf}]
+
+    Scored(Config(str(tmp_path)), total_steps=1).train()
+    (line,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "prompt": "p", "response": "r", "scores": null, "length": null}'
 
 
 def test_a_run_that_failed_before_its_first_line_can_be_started_again(tmp_path):

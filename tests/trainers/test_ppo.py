@@ -531,6 +531,9 @@ def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
     samples = [json.loads(row) for row in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [0, 0, 1, 1, 2, 2] and samples[0]["pass_rate"] == 0.25
     assert samples[0]["prompt"] == PROMPTS[0]["prompt"]
+    assert all(row["eval_pass_rate_stderr"] == 0 for row in rows)
+    one = make_trainer(tmp_path / "one", eval_dataset=PROMPTS[:1])
+    assert one.evaluate()["eval_scores_stderr"].isnan()  # not 0, which would say that all prompts agree
 
 
 @pytest.mark.parametrize("held_out", [None, PROMPTS[:3]])

@@ -727,8 +727,14 @@ def test_a_monitor_ends_the_run_with_a_checkpoint_and_resume_overrides_it(tmp_pa
     assert result.interrupted and 6 <= result.step < 10 and (tmp_path / f"checkpoint-{result.step}").exists()
     alarms = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
     assert alarms[-1]["monitor"] == "length" and alarms[-1]["step"] == result.step
+    assert alarms[-1]["ended_run_of"] == 10 and result.stopped_by == f"length: {alarms[-1]['message']}"
+    page = (tmp_path / "report.html").read_text()
+    assert f"This ended the run after step {result.step} of the 10 that were planned.</b>" in page
     out = capsys.readouterr().out
     assert f"Stopped by monitor length after step {result.step} of 10" in out
-    assert not make_trainer(tmp_path, **options | {"stop_on": []}).train(resume=True).interrupted
+    resumed = make_trainer(tmp_path, **options | {"stop_on": [], "monitors": {"length": 9.0}}).train(resume=True)
+    assert not resumed.interrupted and resumed.stopped_by is None
+    page = (tmp_path / "report.html").read_text()
+    assert alarms[-1]["message"] in page and "planned; it was resumed.</b>" in page
     again = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
     assert again[: len(alarms)] == alarms

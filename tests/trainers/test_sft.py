@@ -215,6 +215,33 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
     assert torch.equal(weights(again), weights(whole))
 
 
+def test_the_best_is_one_of_the_checkpoints_that_are_there(tmp_path):
+    """load_best_model_at_end is set on resume only: the best step so far has left no checkpoint."""
+    setting = {"learning_rate": 3.0, "max_steps": 12, "eval_steps": 2, "save_steps": 4, "save_total_limit": 1,
+               "lr_scheduler_type": "constant", "eval_dataset": DATA[:3], "per_device_train_batch_size": 2}  # fmt: skip
+    broken = trainer(tmp_path, **setting)
+
+    def killed(batch, step=broken._train_step):
+        if broken.step == 9:
+            raise MemoryError("killed")
+        return step(batch)
+
+    broken._train_step = killed
+    with pytest.raises(MemoryError):
+        broken.train()
+    losses = {row["step"]: row["eval_loss"] for row in log_of(tmp_path) if "eval_loss" in row}
+    lost = min((2, 4, 6), key=losses.get)
+    assert losses[lost] < losses[8] and {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-8"}
+    with (
+        pytest.warns(UserWarning, match="differs in load_best_model_at_end"),
+        pytest.warns(UserWarning, match=f"best evaluation, step {lost} .* is gone or damaged; .* there: step 8"),
+    ):
+        result = trainer(tmp_path, **setting, load_best_model_at_end=True).train(resume=True)
+    losses = {row["step"]: row["eval_loss"] for row in log_of(tmp_path) if "eval_loss" in row}
+    best = min((8, 10, 12), key=losses.get)
+    assert result.metrics["best_step"] == best and result.metrics["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
 def test_the_best_model_is_kept_also_over_a_resume(tmp_path):
     """The rate is so high that it gets worse: the best of three evaluations is not the last."""
     setting = {"learning_rate": 0.3, "max_steps": 6, "eval_steps": 2, "save_total_limit": 1,
