@@ -116,7 +116,9 @@ PYBIND11_MODULE(_C, m) {
 
   bind<rlhf::alike>(m, "alike");
   bind<rlhf::labelled>(m, "labelled");
-  bind<rlhf::route>(m, "route");
+  bind<rlhf::route<false>>(m, "route");
+  bind<rlhf::route<true>>(m, "route_in_backward");
+  bind<rlhf::consume>(m, "consume");
   bind<rlhf::empties>(m, "empties");
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });
 

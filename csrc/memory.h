@@ -163,15 +163,16 @@ struct Shape {
 };
 
 // (keep_from, like, dtype, *shapes) -> a tuple of uninitialised contiguous tensors of these shapes (None: none), blocks
-// of keep_from bytes and more in kept memory; or None where torch has to make them, or to say why it cannot: like is
-// not a plain CPU tensor, or memory does not suffice. Takes a third of the time of torch.empty, which parses its
-// arguments and asks a dispatcher.
+// of keep_from bytes and more in kept memory; a dtype of -1 is what values of like's are accumulated in. Or None where
+// torch has to make them, or to say why it cannot: like is not a plain CPU tensor, or memory does not suffice. Takes a
+// third of the time of torch.empty, which parses its arguments and asks a dispatcher.
 inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   DLTensor like;
   if (count < 3 || !is_plain_tensor(given[1]) || !read(given[1], like) || like.device_type != 1) Py_RETURN_NONE;
   const long long keep_from = PyLong_AsLongLong(given[0]);
-  const long dtype = PyLong_AsLong(given[2]);
+  long dtype = PyLong_AsLong(given[2]);
   if (PyErr_Occurred()) throw py::error_already_set();
+  if (dtype == -1) dtype = like.dtype() == kFloat64 ? kFloat64 : kFloat32;
   if (dtype < 0 || dtype >= kBool) throw py::value_error("needs the code of a floating dtype");
   py::object made = checked(PyTuple_New(count - 3));
   for (Py_ssize_t i = 3; i < count; ++i) {

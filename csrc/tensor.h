@@ -55,7 +55,7 @@ struct DLExchange {
 struct Torch {
   PyObject *data_ptr, *dtype, *stride, *requires_grad;  // interned names
   PyObject *tensor, *parameter, *dtypes[4];             // types, and torch.float32, ... in the order of DType
-  PyObject *dispatch_modes, *functorch_level, *grad_enabled;
+  PyObject *dispatch_modes, *functorch_level, *grad_enabled, *keep_graph;
   const DLExchange* exchange = nullptr;
 
   Torch() {
@@ -72,6 +72,7 @@ struct Torch {
     dispatch_modes = own(torch.attr("_C").attr("_len_torch_dispatch_stack"));
     functorch_level = own(torch.attr("_C").attr("_functorch").attr("peek_interpreter_stack"));
     grad_enabled = own(torch.attr("is_grad_enabled"));
+    keep_graph = own(torch.attr("_C").attr("_autograd").attr("_get_current_graph_task_keep_graph"));
     const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
     if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
       const auto* table = static_cast<DLExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -177,27 +178,56 @@ inline PyObject* labelled(PyObject* const* given, Py_ssize_t count) {
 // The way of a call into an op (_dispatch.py).
 enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
 
-// (*arguments). kKernel: all are plain tensors, numbers or None, and nobody watches (functorch, dispatch modes).
-// kFunction: so they are, and a gradient is wanted.
-inline Route route_of(PyObject* const* given, Py_ssize_t count) {
+inline bool nobody_watches() {  // no dispatch mode, no functorch
+  const py::object modes = checked(PyObject_CallNoArgs(torch().dispatch_modes));
+  return PyLong_AsLong(modes.ptr()) == 0 && checked(PyObject_CallNoArgs(torch().functorch_level)).is_none();
+}
+
+inline bool is_true(PyObject* function) { return checked(PyObject_CallNoArgs(function)).ptr() == Py_True; }
+
+// (*arguments). kKernel: all are plain tensors, numbers or None, and nobody watches. kFunction: so they are, and a
+// gradient is wanted. In a backward the tensors may be those of PyTorch's older vmap (is_grads_batched), which only
+// their want of memory tells from others.
+template <bool kInBackward>
+Route route_of(PyObject* const* given, Py_ssize_t count) {
   bool differentiable = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const x = given[i];
     const PyTypeObject* type = Py_TYPE(x);
     if (is_plain_tensor(x)) {
       DLTensor t;
-      if (torch().exchange && !read(x, t)) return kLibrary;  // PyTorch's older vmap: no memory, and nothing else to see
+      if (kInBackward && torch().exchange && !read(x, t)) return kLibrary;
       differentiable = differentiable || checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
     } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && x != Py_None) {
       return kLibrary;
     }
   }
-  const py::object modes = checked(PyObject_CallNoArgs(torch().dispatch_modes));
-  if (PyLong_AsLong(modes.ptr()) != 0) return kLibrary;
-  if (!checked(PyObject_CallNoArgs(torch().functorch_level)).is_none()) return kLibrary;
-  return differentiable && checked(PyObject_CallNoArgs(torch().grad_enabled)).ptr() == Py_True ? kFunction : kKernel;
+  if (!nobody_watches()) return kLibrary;
+  return differentiable && is_true(torch().grad_enabled) ? kFunction : kKernel;
 }
 
-inline PyObject* route(PyObject* const* given, Py_ssize_t count) { return PyLong_FromLong(route_of(given, count)); }
+template <bool kInBackward>
+PyObject* route(PyObject* const* given, Py_ssize_t count) {
+  return PyLong_FromLong(route_of<kInBackward>(given, count));
+}
+
+// What a backward may do with its saved outputs: kShared: nothing, others may see them or need them again. kOwn: write
+// over them. kAsTheyAre: the same, and they need no scaling, because the gradient that came in is 1.
+enum Consume : int { kShared = 0, kOwn = 1, kAsTheyAre = 2 };
+
+// (gradient that came in, *saved outputs), of which may be None.
+inline PyObject* consume(PyObject* const* given, Py_ssize_t count) {
+  const auto answer = [](Consume c) { return PyLong_FromLong(c); };
+  if (is_true(torch().grad_enabled) || is_true(torch().keep_graph)) return answer(kShared);  // create_, retain_graph
+  if (route_of<true>(given, count) == kLibrary) return answer(kShared);
+  DLTensor g;
+  if (count == 0 || !is_plain_tensor(given[0]) || !read(given[0], g)) return answer(kOwn);
+  if (g.device_type != 1 || g.ndim != 0) return answer(kOwn);
+  const void* const data = static_cast<char*>(g.data) + g.byte_offset;
+  const bool one = g.dtype() == kFloat32   ? *static_cast<const float*>(data) == 1
+                   : g.dtype() == kFloat64 ? *static_cast<const double*>(data) == 1
+                                           : false;
+  return answer(one ? kAsTheyAre : kOwn);
+}
 
 }  // namespace rlhf

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -30,7 +29,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if not hasattr(_C, "empties"):  # the newest of what is called here; functions before it took other arguments
+    if not hasattr(_C, "consume"):  # the newest of what is called here; functions before it took other arguments
         _C, _C_MISSING = None, "the one that is there is older than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -43,7 +42,6 @@ _OPS: dict[str, Op] = {}
 _forced: str | None = None  # use_backend
 
 
-@lru_cache(None)
 def _unavailable(device: str, backend: str) -> str | None:
     """Why a backend cannot run on this machine; None where it can."""
     if device == "cpu":
@@ -68,11 +66,12 @@ class Op:
     outputs only. The derivative is either setup_context and backward, as of torch.library.register_autograd, or
     `gradients`: {input: output} of a loss whose forward computes its gradients too, so that the backward scales them.
     With `statistics`, the names of what the second output holds, a call gives the first output and these by name.
+    in_backward: another op's backward calls this one too (one without a derivative of its own is nothing but that).
     """
 
     def __init__(
         self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1,
-        statistics=None,
+        statistics=None, in_backward=False,
     ):  # fmt: skip
         self.name, self._statistics = schema.split("(")[0], statistics
         self.kernels: dict[str, dict[str, Callable]] = {}
@@ -83,8 +82,7 @@ class Op:
         # The arguments that autograd is shown, those that may have a gradient: it takes its time over each.
         tensors = schema.split(" -> ")[0].count("Tensor")
         self._shown = tuple(range(tensors) if gradients is None else gradients)
-        if gradients is not None:
-            setup_context, backward = _scaled(gradients)
+        self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
         qualname = f"rlhf_fast::{self.name}"
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -92,14 +90,18 @@ class Op:
             _LIBRARY.impl(self.name, lambda *args: _in_full(self._kernel(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = None
-        if backward is None:  # a backward op: without this, a second derivative would be silently zero
-            torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
-        else:
+        if gradients is not None:
+            self._differentiate(qualname, *_scaled(gradients), 1, self._scaled_directly(tuple(gradients.values())))
+        elif backward is not None:
             self._differentiate(qualname, backward, setup_context, differentiable)
+        else:  # a backward op: without this, a second derivative would be silently zero
+            torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
         self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
         _OPS[self.name] = self
 
-    def _differentiate(self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int) -> None:
+    def _differentiate(
+        self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int, direct=None
+    ) -> None:
         def setup(ctx, inputs, output):
             ctx.mark_non_differentiable(*output[differentiable:])
             ctx.set_materialize_grads(False)
@@ -124,11 +126,38 @@ class Op:
         def backward_of_inputs(ctx, *grads):
             return *backward_once(ctx, *grads)[: len(self._shown)], None
 
+        forward, backward_of_inputs = direct or (forward, backward_of_inputs)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
         self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
         # Without Function.apply's own look at each argument for functorch, which plain() has ruled out.
         self._apply = super(torch.autograd.Function, self.function).apply
+
+    def _scaled_directly(self, gradients: tuple[int, ...]) -> tuple[Callable, Callable]:
+        """forward and backward of self.function for a loss whose outputs gradients are those of what autograd is shown.
+
+        What a small loss costs is what these two do: a line here is a hundredth of it.
+        """
+
+        def forward(ctx, *given):
+            outputs = self._kernel(*given[-1])
+            ctx.set_materialize_grads(False)
+            wanted = zip(gradients, ctx.needs_input_grad, strict=False)  # the latter of args too
+            ctx.save_for_backward(*[outputs[o] if needed else None for o, needed in wanted])
+            return outputs[0], outputs[1:]
+
+        def backward(ctx, factor, _):
+            if factor is None:
+                return (None,) * (len(gradients) + 1)
+            saved = ctx.saved_tensors
+            use = _SHARED if is_compiling() else _consume(factor, *saved)
+            if use == _AS_THEY_ARE:  # as from loss.backward()
+                return *saved, None
+            with torch.no_grad():
+                grads = [None if g is None else _times(g, factor) if use == _OWN else g * factor for g in saved]
+            return *(_once(grads) if torch.is_grad_enabled() else grads), None
+
+        return forward, backward
 
     def _refuse_gradient(self, ctx, *grads):
         raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
@@ -153,16 +182,16 @@ class Op:
             return self._through_library(args)
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
-        way = _route(*args)
+        way = self._route(*args)
         if way == _LIBRARY_OP:
             self._refuse_functorch_gradients(args)
             return self._through_library(args)
-        if way == _FUNCTION and self._apply is not None:
+        if way != _FUNCTION or self._apply is None:
+            outputs = self._kernel(*args)
+        else:
             *seen, hidden = self._apply(*[args[i] for i in self._shown], args)
             outputs = *seen, *hidden
-        else:
-            outputs = self._kernel(*args)
-        return outputs if self._statistics is None else (outputs[0], Statistics.of(self._statistics, outputs[1]))
+        return outputs if self._statistics is None else (outputs[0], Statistics(self._statistics, outputs[1]))
 
     def _through_library(self, args):
         outputs = self.library_op(*args)
@@ -215,28 +244,38 @@ class Op:
         return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
 
 
-# What route says of a call (csrc/tensor.h). Without the native module all go through torch.library.
+# What route says of a call, and consume of saved outputs (csrc/tensor.h). Without the native module all calls go
+# through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
+_SHARED, _OWN, _AS_THEY_ARE = 0, 1, 2
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
+_route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
+_consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
 
 
-def plain(*arguments) -> bool:
-    """Whether kernels may be called directly: real tensors, and nobody (compile, functorch, modes) is watching."""
-    return not is_compiling() and _route(*arguments) != _LIBRARY_OP
+def plain_in_backward(*arguments) -> bool:
+    """Whether a backward may call kernels directly: real tensors, and nobody (compile, functorch, modes) watches."""
+    return not is_compiling() and _route_in_backward(*arguments) != _LIBRARY_OP
 
 
-def empties(like: Tensor, dtype: torch.dtype, *shapes) -> tuple[Tensor | None, ...]:
+def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | None, ...]:
     """Uninitialised contiguous tensors on the device of like. A shape is that of a tensor, a number or a tuple of both;
-    None gives None. On a CPU they are ours, which takes a third of the time, and large ones lie in memory that a step
-    before has left (csrc/memory.h); these cannot grow, by resize_ or as an out= of another shape.
+    None gives None. No dtype: the one in which like's values are accumulated. On a CPU they are ours, which takes a
+    third of the time, and large ones lie in memory that a step before has left (csrc/memory.h); these cannot grow, by
+    resize_ or as an out= of another shape.
     """
-    made = _empties(LARGE, like, DTYPE_CODES[dtype], *shapes)
+    made = _empties(LARGE, like, -1 if dtype is None else DTYPE_CODES[dtype], *shapes)
     if made is not None:
         return made
+    dtype = dtype or accumulation_dtype(like)
     return tuple(None if s is None else torch.empty(_sizes(s), dtype=dtype, device=like.device) for s in shapes)
 
 
 _empties = (lambda *given: None) if _C is None else _C.empties
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _sizes(shape) -> tuple[int, ...]:
@@ -261,11 +300,9 @@ def _in_full(outputs):
     return tuple(outputs[0].new_empty(0) if o is None else o for o in outputs)
 
 
-def may_consume(ctx, *tensors) -> bool:
+def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
     """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
-    if not is_direct(ctx) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return False
-    return plain(*tensors)
+    return is_direct(ctx) and not is_compiling() and _consume(grad, *saved) != _SHARED
 
 
 def is_direct(ctx) -> bool:
@@ -292,31 +329,23 @@ def _times(g: Tensor, factor: Tensor) -> Tensor:
 
 
 def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
-    """setup_context and backward of a loss: output gradients[i], where it is wanted, is its gradient by input i."""
-
-    def setup_context(ctx, inputs, outputs):
-        saved = [outputs[o] for o in gradients.values()]
-        if not is_direct(ctx):
-            for at, i in enumerate(gradients):
-                if inputs[i] is None or saved[at].shape != inputs[i].shape:
-                    saved[at] = None
-        ctx.save_for_backward(*saved)
+    """backward and setup_context of a loss: output gradients[i], where it is wanted, is its gradient by input i."""
 
     def backward(ctx, factor, *_):
-        needed = ctx.needs_input_grad
-        grads = [None] * len(needed)
-        inputs = range(len(gradients)) if is_direct(ctx) else gradients  # Op.function is shown no others
-        if factor is None:
-            return tuple(grads)
-        saved = ctx.saved_tensors
-        mine = may_consume(ctx, *saved, factor)
-        one = mine and factor.is_cpu and factor.item() == 1  # as from loss.backward()
-        for i, g in zip(inputs, saved, strict=True):
-            if g is not None and needed[i]:
-                grads[i] = g if one else _times(g, factor) if mine else g * factor
+        grads = [None] * len(ctx.needs_input_grad)
+        if factor is not None:
+            for i, g in zip(gradients, ctx.saved_tensors, strict=True):
+                if g is not None and ctx.needs_input_grad[i]:
+                    grads[i] = g * factor
         return tuple(grads)
 
-    return setup_context, backward
+    def setup_context(ctx, inputs, outputs):
+        wanted = {i: outputs[o] for i, o in gradients.items()}  # torch.library has an empty tensor for None
+        ctx.save_for_backward(
+            *(None if inputs[i] is None or g.shape != inputs[i].shape else g for i, g in wanted.items())
+        )
+
+    return backward, setup_context
 
 
 @contextmanager

@@ -9,21 +9,23 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, empties
+from ._dispatch import _C, DTYPE_CODES, as_bool, empties
 
 _alike = (lambda ndim, mask, *tensors: False) if _C is None else _C.alike
 
 
-def check(op: str, ndim: int | None, mask: Tensor | None, tensors: dict[str, Tensor | None]) -> None:
-    """All tensors have the first one's shape and device, and a floating dtype; ndim is the number of axes it needs."""
-    if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, *tensors.values()):
+def check(op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: Tensor | None) -> None:
+    """All tensors, whose names are the words of names, have the first one's shape and device, and a floating dtype;
+    ndim is the number of axes it needs."""
+    if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, *tensors):
         return  # the usual case, for a tenth of the time of what follows
-    first_name, first = next(iter(tensors.items()))
+    named = dict(zip(names.split(), tensors, strict=True))
+    first_name, first = next(iter(named.items()))
     shape, device = first.shape, first.device
     if ndim is not None and len(shape) != ndim:
         need = {1: "(B,)", 2: "(B, T)"}[ndim]
         raise ValueError(f"{op}: {first_name} is {tuple(shape)}; needs {need}")
-    for name, x in tensors.items():
+    for name, x in named.items():
         if x is not None and (x.shape != shape or x.dtype not in DTYPE_CODES or x.device != device):
             _refuse(op, name, x, first_name, first)
     if mask is not None and (mask.shape != shape or mask.device != device):
@@ -36,6 +38,29 @@ def _refuse(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> No
     if x.shape != first.shape:
         raise ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(first.shape)}")
     raise ValueError(f"{op}: {name} is on {x.device}, {first_name} on {first.device}; move them to one device")
+
+
+def needed_mask(op: str, mask: Tensor | None) -> Tensor:
+    """As bool."""
+    if mask is None:
+        raise ValueError(f"{op}: needs a mask (B, T); one that is True everywhere counts all")
+    return as_bool(mask)
+
+
+def check_policy(op: str, cliprange: float, cliprange_high: float | None, dual_clip: float | None) -> None:
+    """What PPO's losses refuse of their options."""
+    if not cliprange >= 0:
+        raise ValueError(f"{op}: cliprange {cliprange} must be >= 0")
+    if cliprange_high is not None and not cliprange_high >= 0:
+        raise ValueError(f"{op}: cliprange_high {cliprange_high} must be >= 0")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{op}: dual_clip {dual_clip} must be > 1")
+
+
+def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> None:
+    """A term whose tensor is missing would be left out without a word."""
+    if tensor is None and value != 0:
+        raise ValueError(f"{op}: {coefficient} {value} needs {needed}")
 
 
 _AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
@@ -69,14 +94,9 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
     return normalizer.detach().double().reshape(())
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
     """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
-    grads = [like if wanted else None for wanted in with_grads]
-    return empties(like, accumulation_dtype(like), (), len(names), *grads)
+    return empties(like, None, (), len(names), *[like if wanted else None for wanted in with_grads])
 
 
 def wants_gradient(x: Tensor | None) -> bool:

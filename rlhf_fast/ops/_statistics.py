@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 
 from torch import Tensor
 from torch.utils import _pytree
@@ -11,13 +12,8 @@ from torch.utils import _pytree
 class Statistics(dict):
     """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss."""
 
-    _uncut: tuple[tuple[str, ...], Tensor] | None = None
-
-    @classmethod
-    def of(cls, names: tuple[str, ...], vector: Tensor) -> Statistics:
-        self = cls()
-        self._uncut = names, vector
-        return self
+    def __init__(self, names: tuple[str, ...], vector: Tensor):
+        self._uncut: tuple[tuple[str, ...], Tensor] | None = names, vector
 
     def cut(self) -> None:
         if self._uncut is not None:
@@ -25,8 +21,8 @@ class Statistics(dict):
             dict.update(self, zip(names, vector.unbind(), strict=True))
             self._uncut = None
 
-    def __reduce__(self):  # copies and pickles are dicts
-        return dict, (dict(self),)
+    def __reduce__(self):  # of copies and pickles; the one subclass of dict that torch.load takes by default
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 def _cutting(method):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .reference import over
-from .token_logprobs import token_logprobs
+from .token_logprobs import check_logits, token_logprobs
 
 
 def cross_entropy(
@@ -23,5 +23,6 @@ def cross_entropy(
     float64 logits) and differentiable once. Raises as token_logprobs does.
     """
     mask = labels.long() != ignore_index  # an unsigned 156 would equal -100
+    check_logits("cross_entropy", logits, labels, mask)
     nll = -token_logprobs(logits, labels, mask=mask).sum()
     return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)

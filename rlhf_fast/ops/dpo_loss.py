@@ -31,9 +31,8 @@ def dpo_loss(
     Raises ValueError or TypeError for shapes, dtypes, devices and label_smoothing.
     """
     check(
-        "dpo_loss", 1, None,
-        {"chosen_logprobs": chosen_logprobs, "rejected_logprobs": rejected_logprobs,
-         "ref_chosen_logprobs": ref_chosen_logprobs, "ref_rejected_logprobs": ref_rejected_logprobs},
+        "dpo_loss", 1, None, "chosen_logprobs rejected_logprobs ref_chosen_logprobs ref_rejected_logprobs",
+        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
     )  # fmt: skip
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")

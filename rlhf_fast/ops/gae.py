@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, as_bool, empties, native
-from ._inputs import accumulation_dtype, check
+from ._dispatch import DTYPE_CODES, Op, empties, native
+from ._inputs import check, needed_mask
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    return empties(rewards, accumulation_dtype(rewards), rewards, rewards)
+    return empties(rewards, None, rewards, rewards)
 
 
 def _arguments(rewards, values, mask, gamma, lam, carry):
@@ -45,10 +45,11 @@ def gae(
     with r = V = 0, so that A decays by gamma lam each time (OpenRLHF). The results are targets and carry no gradient.
     Raises ValueError or TypeError for shapes, dtypes, devices and gap_mode.
     """
-    check("gae", 2, mask, {"rewards": rewards, "values": values})
+    check("gae", 2, mask, "rewards values", rewards, values)
+    mask = needed_mask("gae", mask)
     if gap_mode not in ("carry", "zero"):
         raise ValueError(f"gae: gap_mode {gap_mode!r} must be 'carry' or 'zero'")
     if _op.backend(rewards) == "reference":
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, gap_mode=gap_mode)
     rewards, values = (x.detach() if x.requires_grad else x for x in (rewards, values))
-    return _op(rewards, values, as_bool(mask), float(gamma), float(lam), gap_mode == "carry")
+    return _op(rewards, values, mask, float(gamma), float(lam), gap_mode == "carry")

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, empties, native
-from ._inputs import accumulation_dtype, wants_gradient
+from ._inputs import wants_gradient
 
 NAME = "kl_divergence"
 
 
 def _outputs(logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
     rows = tuple(logits.shape[:-1])
-    return empties(logits, accumulation_dtype(logits), rows, (rows, 4))
+    return empties(logits, None, rows, (rows, 4))
 
 
 def _forward_arguments(logits, ref_logits, mask, *with_grads):

@@ -12,12 +12,12 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, empties, is_forced, may_consume, native
-from ._inputs import accumulation_dtype, as_rows, check, estimator_code, wants_gradient
+from ._dispatch import DTYPE_CODES, Op, accumulation_dtype, empties, is_forced, may_consume, native
+from ._inputs import as_rows, check, estimator_code, wants_gradient
 
 
 def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    return empties(logprobs, accumulation_dtype(logprobs), logprobs, logprobs if with_grad else None)
+    return empties(logprobs, None, logprobs, logprobs if with_grad else None)
 
 
 def _arguments(logprobs, ref_logprobs, estimator, input_clamp, output_clamp, with_grad):
@@ -36,7 +36,7 @@ def _grad(ctx, grad_kl, _):
     if grad_kl is None:
         return (None,) * 6
     (slope,) = ctx.saved_tensors
-    grad = slope.mul_(grad_kl) if may_consume(ctx, slope, grad_kl) else slope * grad_kl
+    grad = slope.mul_(grad_kl) if may_consume(ctx, grad_kl, slope) else slope * grad_kl
     return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, *[None] * 4
 
 
@@ -67,7 +67,7 @@ def kl_penalty(
     asked for, and the gradient is 0 where one holds.
     Raises ValueError or TypeError for shapes, dtypes, devices and estimator.
     """
-    check("kl_penalty", None, None, {"logprobs": logprobs, "ref_logprobs": ref_logprobs})
+    check("kl_penalty", None, None, "logprobs ref_logprobs", logprobs, ref_logprobs)
     code = estimator_code("kl_penalty", estimator)
     one_subtraction = code == 0 and input_clamp is None and output_clamp is None
     if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):

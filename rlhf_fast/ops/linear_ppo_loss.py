@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, byte_mask
-from ._inputs import aggregation_code, estimator_code, normalizer_tensor
+from ._inputs import aggregation_code, check_policy, check_term, estimator_code, needed_mask, normalizer_tensor
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
 from ._linear import (
@@ -133,12 +133,12 @@ def linear_ppo_loss(
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_tokens(
-        NAME, 2, mask,
-        {"old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
-         "importance_weights": importance_weights},
+        NAME, 2, mask, "old_logprobs advantages ref_logprobs importance_weights",
+        old_logprobs, advantages, ref_logprobs, importance_weights,
     )  # fmt: skip
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{NAME}: dual_clip {dual_clip} must be > 1")
+    check_policy(NAME, cliprange, cliprange_high, dual_clip)
+    check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
+    mask = needed_mask(NAME, mask)
     if not temperature > 0:
         raise ValueError(f"{NAME}: temperature {temperature} must be > 0")
     if _op.backend(hidden) == "reference":

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op, as_bool, empties, native
-from ._inputs import accumulation_dtype
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:
     shape = () if whole else values.shape[0]
-    return empties(values, accumulation_dtype(values), shape, shape)
+    return empties(values, None, shape, shape)
 
 
 def _arguments(values, mask, whole=False):
@@ -82,6 +81,7 @@ _op = Op(  # torch.library drops an argument that has its default
     fake=_outputs,
     backward=_grad,
     setup_context=_save,
+    in_backward=True,  # of masked_whiten
 )
 
 
@@ -102,7 +102,10 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
         if values.ndim == 0:
             values, mask = values[None], None if mask is None else mask[None]
         return _op(values, mask, True)[0]
-    reduced = tuple(range(values.ndim)[axis] for axis in ((dim,) if isinstance(dim, int) else dim))
+    axes = (dim,) if isinstance(dim, int) else dim
+    if not all(-values.ndim <= axis < values.ndim for axis in axes):
+        raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")
+    reduced = tuple(range(values.ndim)[axis] for axis in axes)
     kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
     shape = [values.shape[axis] for axis in kept]
     rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, empties, native
-from ._inputs import accumulation_dtype, as_rows
+from ._inputs import as_rows
 from .masked_mean import _op as _mean
 from .masked_mean import fitting_mask
 
 
 def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
-    return empties(values, accumulation_dtype(values), values, 3)
+    return empties(values, None, values, 3)
 
 
 def _arguments(values, mask, shift_mean, eps):

@@ -56,11 +56,12 @@ def pairwise_loss(
     accuracy counts chosen > rejected, a tie as one half; reward_mean and reward_std are over both responses.
     An empty batch, or one of weight 0, gives 0. Raises ValueError or TypeError for shapes, dtypes and devices.
     """
-    margins = margin if isinstance(margin, Tensor) else None
-    probs = target_prob if isinstance(target_prob, Tensor) else None
+    margins = _floating(margin) if isinstance(margin, Tensor) else None
+    probs = _floating(target_prob) if isinstance(target_prob, Tensor) else None
+    weights = None if weights is None else _floating(weights)
     check(
-        "pairwise_loss", 1, None,
-        {"chosen": chosen, "rejected": rejected, "weights": weights, "margin": margins, "target_prob": probs},
+        "pairwise_loss", 1, None, "chosen rejected weights margin target_prob",
+        chosen, rejected, weights, margins, probs,
     )  # fmt: skip
     if not 0.0 <= _number(target_prob, 1.0) <= 1.0:
         raise ValueError(f"pairwise_loss: target_prob {target_prob} must be a probability, in [0, 1]")
@@ -72,6 +73,11 @@ def pairwise_loss(
         chosen, rejected, None, None, margins, probs, weights, 1.0, _number(margin, 0.0), _number(target_prob, 1.0),
         float(center_coef), wants_gradient(chosen) or wants_gradient(rejected),
     )  # fmt: skip
+
+
+def _floating(x: Tensor) -> Tensor:
+    """Margins and labels of a data set are often integers."""
+    return x if x.is_floating_point() else x.float()
 
 
 def _number(x: Tensor | float | None, default: float) -> float:

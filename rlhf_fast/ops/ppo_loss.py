@@ -14,12 +14,15 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, as_bool, native
+from ._dispatch import DTYPE_CODES, Op, native
 from ._inputs import (
     aggregation_code,
     check,
+    check_policy,
+    check_term,
     estimator_code,
     loss_outputs,
+    needed_mask,
     normalizer_tensor,
     wants_gradient,
 )
@@ -87,12 +90,13 @@ def ppo_loss(
     An empty mask gives 0 and zero gradients. Raises ValueError or TypeError for shapes, dtypes, devices and options.
     """
     check(
-        "ppo_loss", 2, mask,
-        {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
-         "entropy": entropy, "importance_weights": importance_weights},
+        "ppo_loss", 2, mask, "logprobs old_logprobs advantages ref_logprobs entropy importance_weights",
+        logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights,
     )  # fmt: skip
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"ppo_loss: dual_clip {dual_clip} must be > 1")
+    check_policy("ppo_loss", cliprange, cliprange_high, dual_clip)
+    check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
+    check_term("ppo_loss", "entropy_coef", entropy_coef, "entropy", entropy)
+    mask = needed_mask("ppo_loss", mask)
     estimator = estimator_code("ppo_loss", kl_estimator, "kl_estimator")
     aggregation = aggregation_code("ppo_loss", loss_agg_mode)
     if _op.backend(logprobs) == "reference":
@@ -103,7 +107,7 @@ def ppo_loss(
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
         )  # fmt: skip
     return _op(
-        logprobs, old_logprobs, advantages, as_bool(mask), ref_logprobs, entropy, importance_weights,
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights,
         normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - cliprange,
         1.0 + (cliprange if cliprange_high is None else cliprange_high), math.inf if dual_clip is None else dual_clip,
         math.inf if log_ratio_clamp is None else log_ratio_clamp, float(kl_coef), estimator, float(entropy_coef),

@@ -38,7 +38,7 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
     float32, bfloat16, float16 or float64 rewards, float32 out (float64 for float64); rewards receives the gradient.
     Raises ValueError or TypeError for shapes, dtypes and devices.
     """
-    check("ranking_loss", 2, None, {"rewards": rewards})
+    check("ranking_loss", 2, None, "rewards", rewards)
     if ranks.shape != rewards.shape or ranks.device != rewards.device:
         raise ValueError(
             f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "

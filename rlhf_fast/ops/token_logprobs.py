@@ -21,14 +21,13 @@ from ._dispatch import (
     empties,
     launch,
     overlaps_itself,
-    plain,
+    plain_in_backward,
     strided_rows,
 )
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    accum = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return empties(logits, accum, labels, labels if with_entropy else None, (labels, 2))
+    return empties(logits, None, labels, labels if with_entropy else None, (labels, 2))
 
 
 def _forward_arguments(logits, labels, mask, temperature, with_entropy):
@@ -68,7 +67,7 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
     if refused >= 0:
         raise IndexError(
             f"token_logprobs: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
-            f"{logits.shape[-1]}; a label that does not count needs mask=False there"
+            f"{logits.shape[-1]}; a label that does not count needs mask=False (or ignore_index) there"
         )
     return outputs
 
@@ -141,7 +140,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, _):
     if ctx.inplace or torch.is_grad_enabled():
         logits = logits.detach()
     args = (logits, labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
-    if ctx.inplace and plain(logits) and not overlaps_itself(logits):
+    if ctx.inplace and plain_in_backward(logits, grad_logprobs, grad_entropy) and not overlaps_itself(logits):
         torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
         grad = _backward.kernel_on(logits.device.type)(*args, out=args[0])
     else:
@@ -168,7 +167,7 @@ _forward = Op(
 _labelled = (lambda logits, labels, mask: False) if _C is None else _C.labelled
 
 
-def _check(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float) -> None:
+def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float = 1.0) -> None:
     if not temperature > 0:
         raise ValueError(f"{op}: temperature {temperature} must be > 0")
     if not is_compiling() and _labelled(logits, labels, mask):
@@ -208,7 +207,7 @@ def token_logprobs_and_entropy(
     then raises on any other use of them in backward. torch.compile plans memory itself and ignores it.
     Raises IndexError for a label outside [0, V) where the mask is True.
     """
-    _check("token_logprobs_and_entropy", logits, labels, mask, temperature)
+    check_logits("token_logprobs_and_entropy", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
         return reference.token_logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
     logprobs, entropy, _ = _forward(logits, labels.long(), mask, float(temperature), True, inplace_backward)
@@ -227,7 +226,7 @@ def token_logprobs(
 
     Equals (logits / temperature).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1), in float32.
     """
-    _check("token_logprobs", logits, labels, mask, temperature)
+    check_logits("token_logprobs", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, mask=mask)
     return _forward(logits, labels.long(), mask, float(temperature), False, inplace_backward)[0]

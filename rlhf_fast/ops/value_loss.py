@@ -13,11 +13,12 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, as_bool, native
+from ._dispatch import DTYPE_CODES, Op, native
 from ._inputs import (
     aggregation_code,
     check,
     loss_outputs,
+    needed_mask,
     normalizer_tensor,
     wants_gradient,
 )
@@ -61,7 +62,10 @@ def value_loss(
     The statistics' variances are population variances, error is returns - values, so that the explained variance is
     1 - error_var / returns_var. Raises ValueError or TypeError for shapes, dtypes, devices and options.
     """
-    check("value_loss", 2, mask, {"values": values, "old_values": old_values, "returns": returns})
+    check("value_loss", 2, mask, "values old_values returns", values, old_values, returns)
+    mask = needed_mask("value_loss", mask)
+    if cliprange_value is not None and not cliprange_value >= 0:
+        raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
     aggregation = aggregation_code("value_loss", loss_agg_mode)
     if _op.backend(values) == "reference":
         return reference.value_loss(
@@ -69,6 +73,6 @@ def value_loss(
             normalizer=normalizer,
         )  # fmt: skip
     return _op(
-        values, old_values, returns, as_bool(mask), normalizer_tensor("value_loss", normalizer, values),
+        values, old_values, returns, mask, normalizer_tensor("value_loss", normalizer, values),
         math.inf if cliprange_value is None else float(cliprange_value), aggregation, wants_gradient(values),
     )  # fmt: skip

@@ -493,6 +493,12 @@ def test_masked_mean_by_hand(ops):
     assert ops.masked_mean(torch.zeros(0, 3)).item() == 0.0
 
 
+def test_margins_and_labels_of_a_data_set_may_be_integers(ops):
+    chosen, rejected, margin, first = row(2.0, 0.0)[0], row(1.0, 1.0)[0], torch.tensor([1, 0]), torch.tensor([1, 0])
+    loss, _ = ops.pairwise_loss(chosen, rejected, margin=margin, target_prob=first, weights=torch.tensor([1, 3]))
+    assert loss.item() == pytest.approx((math.log(2) + 3 * math.log(1 + math.exp(-1))) / 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
 def test_values_of_any_dtype_are_numbers(ops, dtype):
     values = torch.tensor([0.0, 0.0, 1.0, 1.0]).to(dtype)

@@ -39,6 +39,12 @@ def test_every_way_to_read_a_dict_reads_them(look):
     assert not any(value.requires_grad for value in seen.values())
 
 
+def test_a_checkpoint_that_holds_them_loads_as_torch_loads_by_default(tmp_path):
+    torch.save({"step": 3, "stats": statistics()}, tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["stats"]
+    assert tuple(loaded) == PAIRWISE_STATS and loaded["margin"] == 0.25
+
+
 def test_they_are_a_dict_before_anybody_looks():
     assert len(statistics()) == len(PAIRWISE_STATS) and bool(statistics()) and "margin" in statistics()
     assert statistics().get("nothing", 7) == 7 and "margin" in repr(statistics())

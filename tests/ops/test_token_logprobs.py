@@ -111,6 +111,17 @@ def test_inplace_backward_leaves_rows_that_share_memory_alone():
     assert torch.equal(gradient(False), gradient(True))
 
 
+def test_inplace_backward_of_batched_gradients_leaves_the_logits_alone():
+    logits, labels = torch.randn(3, 5, requires_grad=True) * 1.0, torch.tensor([0, 1, 2])
+
+    def gradients(inplace):
+        out = token_logprobs(logits, labels, inplace_backward=inplace)
+        return torch.autograd.grad(out, logits, torch.eye(3), is_grads_batched=True)[0]
+
+    torch.testing.assert_close(gradients(True), gradients(False))
+    assert logits._version == 0
+
+
 def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
     logits = torch.randn(3, 5, requires_grad=True) * 1.0
     labels = torch.tensor([0, 1, 2])
