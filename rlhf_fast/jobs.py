@@ -260,7 +260,7 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
     is load_pairs' for them. A limit on other data is the trainer's.
     """
     if not resume:
-        check_is_new(output_dir)  # before a file of the run that it holds is written over
+        check_is_new(output_dir, _models_of(job))  # before a file of the run that it holds is written over
     sources, named = [], []
     for path in (job.train_data, job.eval_data):
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
@@ -270,6 +270,12 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     Path(output_dir, "left_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named), encoding="utf-8")
     return sources
+
+
+def _models_of(job) -> list[str]:
+    """The models that a job reads, as it names them."""
+    rewards = [job.reward, job.value_model, *job.eval_rewards.values()] if isinstance(job, PPOJob) else []
+    return _texts([job.model, *rewards])
 
 
 def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:

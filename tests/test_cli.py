@@ -15,7 +15,9 @@ from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for
+from rlhf_fast.models import load_policy
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -243,6 +245,43 @@ def test_sft_from_scratch_names_what_it_left_out_and_resumes(workspace, tmp_path
     with pytest.warns(UserWarning, match="max_steps"):
         assert stage(workspace, "sft", "--output_dir", str(run), "--max_steps", "3", "--resume") == 0
     assert [row["step"] for row in log_of(run)] == [1, 2, 3]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("ours", [False, True])  # copied from a run, with its settings and without its log
+def test_a_model_is_not_written_over_by_the_run_that_reads_it(reward, tmp_path, capsys, ours):
+    left = ["checkpoint-*", "*.jsonl", "tensorboard", *([] if ours else ["run_config.json"])]
+    for name in ("sft", "reward"):
+        shutil.copytree(reward / name, tmp_path / name, ignore=shutil.ignore_patterns(*left))
+    own, judge = tmp_path / "sft", tmp_path / "reward"
+    data, prompts = str(reward / "pairs.jsonl"), write_rows(tmp_path, [{"prompt": "hi"}])
+    of_ppo = ["ppo", "--model", str(reward / "sft"), "--train_data", prompts]
+    for argv, kept in (
+        (["sft", "--model", str(own), "--train_data", data], own),
+        (["reward", "--model", str(own), "--train_data", data], own),
+        ([*of_ppo, "--reward", f"[[{judge}, 1.0]]"], judge),
+        ([*of_ppo, "--reward", str(reward / "reward"), "--value_model", str(judge)], judge),
+        ([*of_ppo, "--reward", "r.py:f", "--eval_rewards", f"{{a: {judge}}}"], judge),
+    ):
+        before = files_of(kept)
+        assert main([*argv, "--output_dir", f"{kept}/../{kept.name}"]) == 2
+        assert "is a model that the run reads" in capsys.readouterr().err
+        assert files_of(kept) == before
+    for model in (str(own), load_policy(own)):
+        with pytest.raises(ConfigError, match="a model that the run reads"):
+            SFTTrainer(SFTConfig(output_dir=str(own), max_length=99), model, train_dataset=[{"text": "a"}]).train()
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model-00001-of-00002.safetensors"])
+def test_a_directory_that_holds_a_model_is_left_alone(workspace, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    assert stage(workspace, "sft", "--output_dir", str(tmp_path)) == 2
+    assert f"holds a model ({name})" in capsys.readouterr().err and [x.name for x in tmp_path.iterdir()] == [name]
+    (tmp_path / "run_config.json").write_text("{}")  # a run of ours, killed as it saved its model: it begins again
+    assert stage(workspace, "sft", "--output_dir", str(tmp_path), "--max_steps", "1") == 0
 
 
 def test_reward_reports_accuracy_with_interval_against_floors(sft, tmp_path, capsys):
