@@ -359,6 +359,8 @@ def resolve_reward(spec: str | list):
         return [(resolve_reward(reward), weight) for reward, weight in spec]
     if not isinstance(spec, str):  # {short:rewards.py:short} has no space behind its first colon, and so no value
         raise ConfigError(f"a reward is a reward model's directory, file.py:function, or a list of both, got {spec!r}")
+    if spec.endswith(".py"):
+        raise ConfigError(f"reward {spec!r} is a file of functions: give file.py:function")
     path, colon, name = spec.rpartition(":")
     if not (colon and path.endswith(".py")):
         return spec

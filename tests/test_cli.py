@@ -366,6 +366,30 @@ def test_a_reward_that_is_no_path_is_refused(spec):
         resolve_reward(spec)
 
 
+@pytest.mark.parametrize("path", ["runs/of/nothing", "/nowhere/reward", "./nowhere", "~/reward"])
+def test_a_path_to_no_model_is_named_and_the_hub_not_asked(sft, tmp_path, path, capsys, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.models.find_adapter_config_file", None)
+    data, model = write_rows(tmp_path, [{"prompt": "hi", "response": "ho"}]), str(sft / "sft")
+    ppo = ["ppo", "--train_data", data, "--output_dir", str(tmp_path / "run"), "--model", model]
+    assert main(["score", "--input", data, "--model", path]) == 2
+    assert main(["generate", "--prompt", "hi", "--model", path]) == 2
+    assert main([*ppo, "--reward", "rewards.py", "--value_model", path]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"rlhf-fast: no model can be loaded from {path!r}: there is no such directory"
+    assert told[1] == f"rlhf-fast: no tokenizer can be loaded from {path!r}: there is no such directory"
+    assert told[2] == "rlhf-fast: reward 'rewards.py' is a file of functions: give file.py:function"
+
+
+def test_a_reward_and_a_value_model_that_are_not_there_are_named(sft, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def f(prompts, responses, **columns):\n    return [0.0] * len(prompts)\n")
+    data, there_is_none = write_rows(tmp_path, [{"prompt": "hi"}] * 8), str(tmp_path / "runs" / "reward")
+    sizes = ["--batch_size", "8", "--minibatch_size", "8", "--total_episodes", "8", "--response_length", "4"]
+    ppo = ["ppo", "--train_data", data, "--output_dir", str(tmp_path / "run"), "--model", str(sft / "sft"), *sizes]
+    assert main([*ppo, "--reward", there_is_none]) == 2
+    assert main([*ppo, "--reward", f"{tmp_path}/r.py:f", "--value_model", there_is_none]) == 2
+    assert capsys.readouterr().err.count(f"from {there_is_none!r}: there is no such directory\n") == 2
+
+
 def test_generate_answers_each_prompt(sft, capsys):
     capsys.readouterr()  # what making the model printed
     argv = ["generate", "--model", str(sft / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
@@ -413,6 +437,9 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
     assert "no model can be loaded from" in capsys.readouterr().err
+    (tmp_path / "b" / "adapter_config.json").write_text("torn")
+    assert main([*argv, str(tmp_path / "b")]) == 2
+    assert "no adapters can be loaded from" in capsys.readouterr().err
 
 
 def write_rows(folder, rows):
