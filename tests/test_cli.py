@@ -442,6 +442,19 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     assert "no adapters can be loaded from" in capsys.readouterr().err
 
 
+def test_score_opens_its_output_before_it_scores_and_keeps_what_stood_in_it(reward, tmp_path, capsys):
+    data = Path(write_rows(tmp_path, [{"prompt": "hi", "response": "ho"}]))
+    before, nothing = data.read_text(), str(tmp_path / "nothing")
+    for output in (tmp_path / "new.jsonl", data):
+        assert main(["score", "--model", nothing, "--input", str(data), "--output", str(output)]) == 2
+    assert not (tmp_path / "new.jsonl").exists() and data.read_text() == before
+    argv = ["score", "--model", str(reward / "reward"), "--input", str(data), "--output"]
+    assert main([*argv, "/dev/null"]) == 0
+    assert main([*argv, "/proc/nothing"]) == 2
+    assert main([*argv, str(data)]) == 0  # in place
+    assert [sorted(json.loads(line)) for line in data.read_text().splitlines()] == [["prompt", "response", "score"]]
+
+
 def write_rows(folder, rows):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / "rows.jsonl")
@@ -495,7 +508,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     argv = ["score", "--model", str(tmp_path / "rm")]
     assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
     assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "no" / "out.jsonl")]) == 2
-    assert "there is no directory" in capsys.readouterr().err
+    assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["No such file or directory", "Is a directory"]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
     reward = RewardModelReward.load(tmp_path / "rm")
