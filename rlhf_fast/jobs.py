@@ -21,7 +21,7 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
-from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation
+from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
 from .data.formats import as_records, read_dataset, responses_of
 from .models import check_lengths, load_policy, load_tokenizer
 from .quickstart.model import tiny_llama, train_tokenizer
@@ -267,8 +267,9 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
         sources.append(rows)
         named += [{"file": path, **vars(item)} for item in left_out]
         _print_left_out(path, rows, left_out)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    Path(output_dir, "left_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named), encoding="utf-8")
+    (make_directory(output_dir) / "left_out.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in named), encoding="utf-8"
+    )
     return sources
 
 

@@ -284,6 +284,20 @@ def test_a_directory_that_holds_a_model_is_left_alone(workspace, tmp_path, capsy
     assert stage(workspace, "sft", "--output_dir", str(tmp_path), "--max_steps", "1") == 0
 
 
+def test_a_directory_that_cannot_be_made_is_named(sft, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    prompts = ["--train_data", write_rows(tmp_path, [{"prompt": "hi"}]), "--model", str(sft / "sft")]
+    for argv in (
+        ["sft", "--config", str(sft / "all.yaml")],
+        ["quickstart", "--smoke"],
+        ["cai", "pairs", "--constitution", str(sft / "constitution.yaml"), *prompts],
+    ):
+        for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+            assert main([*argv, "--output_dir", str(path)]) == 2
+            error = f"rlhf-fast: output_dir {str(path)!r} cannot be made ({why}): choose another output_dir\n"
+            assert capsys.readouterr().err.endswith(error)
+
+
 def test_reward_reports_accuracy_with_interval_against_floors(sft, tmp_path, capsys):
     assert stage(sft, "reward", "--output_dir", str(tmp_path)) == 0
     out = capsys.readouterr().out

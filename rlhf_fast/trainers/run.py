@@ -40,7 +40,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import models
-from ..data.chat import ConfigError
+from ..data.chat import ConfigError, make_directory
 from ..report import write_report
 from .checkpoints import (
     latest_checkpoint,
@@ -224,7 +224,7 @@ def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:
 def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(run_dir)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}

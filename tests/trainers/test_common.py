@@ -407,6 +407,12 @@ def test_a_second_signal_stops_at_once(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be made \(File exists\)"):
+        Walk(Config(str(tmp_path / "file"))).train()
+
+
 def test_what_would_lose_a_run_is_refused(tmp_path):
     config = Config(str(tmp_path / "run"), save_steps=5)
     with pytest.raises(ConfigError, match=r"nothing to resume.*run without resume"):
