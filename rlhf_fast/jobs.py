@@ -109,9 +109,22 @@ class SFTJob(Checked):
     train_data: str  # a file in a TRL format, hh-rlhf transcripts, or a dataset's name, "name:split" for a split
     eval_data: str | None = None  # held out, in the same forms
     model: str | None = None  # directory or name; without it, a new model from `scratch`
-    scratch: dict = field(
-        default_factory=dict
-    )  # vocab_size, hidden, layers, initializer_range; its tokenizer learns train_data
+    scratch: dict = field(default_factory=dict)  # vocab_size, hidden, layers, initializer_range of a new Llama
+
+
+@dataclass
+class Scratch:
+    """The keys of `scratch`."""
+
+    vocab_size: int = 4096  # of a byte-level BPE that learns train_data
+    hidden: int = 128
+    layers: int = 4
+    initializer_range: float | None = 0.02  # null: 1 / sqrt(hidden)
+
+    def __post_init__(self):
+        check_config(self, positive=("vocab_size", "hidden", "layers", "initializer_range"))
+        if self.hidden % 8:
+            raise ConfigError(f"scratch: hidden = {self.hidden} must be a multiple of 8 (four heads of an even width)")
 
 
 @dataclass
@@ -144,10 +157,10 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
     """A new Llama and a tokenizer trained on the texts of train_data; the same data and seed give the same two."""
-    options = {"vocab_size": 4096, "hidden": 128, "layers": 4, "initializer_range": 0.02}
+    options = vars(Scratch())
     if unknown := set(job.scratch) - set(options):
         raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
-    options |= job.scratch
+    options = vars(config_from_dict(Scratch, job.scratch))
     rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
     texts = [text for reply in replies for text in _texts(reply)]

@@ -1,7 +1,9 @@
 """The command line: what it refuses and how, where values come from, and the four stages on a few rows."""
 
+import inspect
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for
+from rlhf_fast.jobs import STAGES, _keys_of, read_rows, resolve_reward, rows_for
 from rlhf_fast.models import load_policy
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -38,6 +40,13 @@ def test_help_fits_a_screen_and_loads_no_torch():
     assert all(f"\n  {command} " in HELP for command in COMMANDS)
 
 
+def test_every_comment_behind_a_key_is_in_the_help():
+    for spec in (STAGES | CAI).values():
+        for cls in spec.configs:
+            written = re.findall(r"^    (?:\w+: |\)).*  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+            assert written and set(written) == {key.comment for key in _keys_of(cls).values()} - {""}
+
+
 def test_importing_the_package_loads_no_torch_until_a_name_is_used():
     out = run_python(
         "import sys, rlhf_fast as rf; before = 'torch' in sys.modules; rf.gae\n"
@@ -56,6 +65,11 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--model", "x"], "sft needs train_data: as flags"),
         (["sft", "--train_data", "x.jsonl"], "give either model, or scratch"),
         (["sft", "--train_data", "x", "--scratch", "{layer: 2}"], "scratch takes vocab_size, hidden, layers, init"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: 30}"], "hidden = 30 must be a multiple of 8"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: 20}"], "hidden = 20 must be a multiple of 8"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: abc}"], "Scratch.hidden = 'abc' must be int"),
+        (["sft", "--train_data", "x", "--scratch", "{layers: -1}"], "Scratch.layers = -1 must be greater than 0"),
+        (["sft", "--train_data", "x", "--scratch", "{initializer_range: a}"], "initializer_range = 'a' must be a numb"),
         (["sft", "--train_data", "no.jsonl", "--scratch", "{layers: 2}"], "no.jsonl: No such file"),
         (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
         (["sft", "--train_data", "x", "--max_steps", "many"], "SFTConfig.max_steps = 'many' must be int"),
