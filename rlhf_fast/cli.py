@@ -315,8 +315,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog.split()[-1]}: {message}")
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
+def _unknown(kind: str, name: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, 1)  # YAML has keys that are numbers, and reads on: as True
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

@@ -80,7 +80,7 @@ def config_from_dict(cls, values: dict):
     converted = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
+            near = difflib.get_close_matches(str(key), hints, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(hints))}"
             raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
         kinds = typing.get_args(hints[key]) or (hints[key],)

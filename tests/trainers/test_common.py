@@ -89,6 +89,7 @@ def without_time(log):
     [
         ({"learning_rat": 0.1}, "Config has no field 'learning_rat'; did you mean 'learning_rate'?"),
         ({"zzz": 1}, "Config has no field 'zzz'; it has eval_steps"),
+        ({1: 1}, "Config has no field 1; it has eval_steps"),
         ({"learning_rate": 0}, "Config.learning_rate = 0.0 must be greater than 0"),
         ({"learning_rate": "fast"}, "Config.learning_rate = 'fast' must be a number"),
         ({"learning_rate": math.nan}, "Config.learning_rate = nan must be greater than 0"),
