@@ -40,6 +40,13 @@ def test_help_fits_a_screen_and_loads_no_torch():
     assert all(f"\n  {command} " in HELP for command in COMMANDS)
 
 
+def test_the_package_runs_as_a_module():
+    asked = [sys.executable, "-m", "rlhf_fast"]
+    done = subprocess.run([*asked, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (0, HELP + "\n")
+    assert subprocess.run([*asked, "rewards"], capture_output=True, cwd=ROOT, timeout=120).returncode == 2
+
+
 def test_every_comment_behind_a_key_is_in_the_help():
     for spec in (STAGES | CAI).values():
         for cls in spec.configs:
