@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,7 @@ def test_a_config_from_a_file():
     config = common.config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
     assert config.learning_rate == 1e-5  # YAML reads 1e-5 as text
     assert isinstance(Config("x", learning_rate=1).learning_rate, float)
+    assert Config(Path("runs") / "x").output_dir == str(Path("runs") / "x")
     with pytest.raises(ConfigError, match="missing 1 required positional argument: 'output_dir'"):
         common.config_from_dict(Config, {})
 
