@@ -195,9 +195,9 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
 
     Pairs of hh-rlhf are scored as the conversations that they hold; one that is malformed is named on standard error.
     """
-    records = as_records(records, "input") if records else []
+    records = as_records(records, "input")
     reward, asked = RewardModelReward.load(model, batch_size=batch_size), []
-    hh = bool(records) and hh_rlhf.are_transcripts(records[0])
+    hh = hh_rlhf.are_transcripts(records[0])
     for i, record in enumerate(records):
         try:
             readable = dict(zip(("chosen", "rejected"), hh_rlhf.transcripts(record), strict=True)) if hh else record

@@ -582,5 +582,8 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     datasets.Dataset.from_list(hh).to_parquet(tmp_path / "hh.parquet")
     pairs, left_out = rows_for("reward", str(tmp_path / "hh.parquet"))  # transcripts in a table, as the hub has them
     assert pairs == rows_for("reward", str(tmp_path / "hh.jsonl"))[0] and [item.line for item in left_out] == [2, 3]
+    for text in ("", "\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main(argv) == 2 and "input is empty" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
     assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err
