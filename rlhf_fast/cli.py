@@ -10,9 +10,12 @@ They differ so that a script which resumes what was interrupted leaves to a pers
 import argparse
 import difflib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -224,21 +227,37 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("--output", default="-", help="- writes to standard output")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args(argv)
-    if not (folder := Path(options.output).parent).is_dir():  # seen now, not when all is scored
-        raise ConfigError(f"score: --output {options.output}: there is no directory {str(folder)!r}")
     from .data.formats import parse_jsonl, read_dataset
     from .jobs import quiet, score
 
     quiet()
     from_stdin = options.input == "-"
-    records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
-    rows = score(options.model, records, options.batch_size)
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
-    if options.output == "-":
-        sys.stdout.write(text)
-    else:
-        Path(options.output).write_text(text, encoding="utf-8")
+    with nullcontext(sys.stdout) if options.output == "-" else _output(options.output) as file:
+        records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
+        rows = score(options.model, records, options.batch_size)
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
+        if options.output != "-" and Path(options.output).is_file():  # a pipe or /dev/null has no length
+            file.truncate(0)
+        file.write(text)
     return 0
+
+
+@contextmanager
+def _output(path: str) -> Iterator[TextIO]:
+    """The file, opened before what is to be written is made; what it holds (it may be the input) is for the caller to
+    cut off then. Where that fails, a new one is removed."""
+    new = not os.path.lexists(path)
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (only opening it is refused here)
+    except OSError as error:
+        raise ConfigError(f"score: --output {path}: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+    except BaseException:
+        if new:
+            os.unlink(path)
+        raise
 
 
 def _report(argv: list[str]) -> int:
@@ -302,8 +321,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog.split()[-1]}: {message}")
 
 
-def _unknown(kind: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
+def _unknown(kind: str, name: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, 1)  # YAML has keys that are numbers, and reads on: as True
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

@@ -22,7 +22,7 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
-from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation
+from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
 from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
@@ -112,9 +112,22 @@ class SFTJob(Checked):
     train_data: str  # a file in a TRL format, hh-rlhf transcripts, or a dataset's name, "name:split" for a split
     eval_data: str | None = None  # held out, in the same forms
     model: str | None = None  # directory or name; without it, a new model from `scratch`
-    scratch: dict = field(
-        default_factory=dict
-    )  # vocab_size, hidden, layers, initializer_range; its tokenizer learns train_data
+    scratch: dict = field(default_factory=dict)  # vocab_size, hidden, layers, initializer_range of a new Llama
+
+
+@dataclass
+class Scratch:
+    """The keys of `scratch`."""
+
+    vocab_size: int = 4096  # of a byte-level BPE that learns train_data
+    hidden: int = 128
+    layers: int = 4
+    initializer_range: float | None = 0.02  # null: 1 / sqrt(hidden)
+
+    def __post_init__(self):
+        check_config(self, positive=("vocab_size", "hidden", "layers", "initializer_range"))
+        if self.hidden % 8:
+            raise ConfigError(f"scratch: hidden = {self.hidden} must be a multiple of 8 (four heads of an even width)")
 
 
 @dataclass
@@ -147,10 +160,10 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
     """A new Llama and a tokenizer trained on the texts of train_data; the same data and seed give the same two."""
-    options = {"vocab_size": 4096, "hidden": 128, "layers": 4, "initializer_range": 0.02}
+    options = vars(Scratch())
     if unknown := set(job.scratch) - set(options):
         raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
-    options |= job.scratch
+    options = vars(config_from_dict(Scratch, job.scratch))
     rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
     texts = [text for reply in replies for text in _texts(reply)]
@@ -185,9 +198,9 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
 
     Pairs of hh-rlhf are scored as the conversations that they hold; one that is malformed is named on standard error.
     """
-    records = as_records(records, "input") if records else []
+    records = as_records(records, "input")
     reward, asked, tokens = RewardModelReward.load(model, batch_size=batch_size), [], []
-    hh, unwritten = bool(records) and hh_rlhf.are_transcripts(records[0]), {}
+    hh, unwritten = hh_rlhf.are_transcripts(records[0]), {}
     for i, record in enumerate(records):
         try:
             readable = dict(zip(("chosen", "rejected"), hh_rlhf.transcripts(record), strict=True)) if hh else record
@@ -268,7 +281,7 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
     is load_pairs' for them. A limit on other data is the trainer's.
     """
     if not resume:
-        check_is_new(output_dir)  # before a file of the run that it holds is written over
+        check_is_new(output_dir, _models_of(job))  # before a file of the run that it holds is written over
     sources, left_out = read_sources(job, stage, **limit)
     write_left_out(output_dir, left_out)
     return sources
@@ -286,9 +299,14 @@ def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], lis
 
 
 def write_left_out(output_dir: str | Path, left_out: list[dict]) -> None:
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in left_out)
-    Path(output_dir, "left_out.jsonl").write_text(text, encoding="utf-8")
+    (make_directory(output_dir) / "left_out.jsonl").write_text(text, encoding="utf-8")
+
+
+def _models_of(job) -> list[str]:
+    """The models that a job reads, as it names them."""
+    rewards = [job.reward, job.value_model, *job.eval_rewards.values()] if isinstance(job, PPOJob) else []
+    return _texts([job.model, *rewards])
 
 
 def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
@@ -372,6 +390,8 @@ def resolve_reward(spec: str | list):
         return [(resolve_reward(reward), weight) for reward, weight in spec]
     if not isinstance(spec, str):  # {short:rewards.py:short} has no space behind its first colon, and so no value
         raise ConfigError(f"a reward is a reward model's directory, file.py:function, or a list of both, got {spec!r}")
+    if spec.endswith(".py"):
+        raise ConfigError(f"reward {spec!r} is a file of functions: give file.py:function")
     path, colon, name = spec.rpartition(":")
     if not (colon and path.endswith(".py")):
         return spec

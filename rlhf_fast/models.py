@@ -78,10 +78,14 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
 
 @contextmanager
 def _loading(what: str, path: str | Path) -> Iterator[None]:
+    name = str(path)
+    is_no_hub_name = name.count("/") > 1 or name.startswith((".", "~")) or Path(name).is_absolute()
+    if is_no_hub_name and not Path(name).exists():
+        raise ConfigError(f"no {what} can be loaded from {name!r}: there is no such directory")
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:  # nowhere, or holds no such thing, or torn
-        raise ConfigError(f"no {what} can be loaded from {str(path)!r}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"no {what} can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def check_lengths(
@@ -325,9 +329,12 @@ def _peft():
 
 def _adapter_base(path: str | Path) -> str | None:
     """The name or path of the model under the adapters that are saved there; None where there are no adapters."""
-    if find_adapter_config_file(str(path)) is None:
-        return None
-    base = _peft().PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    with _loading("model", path):
+        if find_adapter_config_file(str(path)) is None:
+            return None
+    peft = _peft()
+    with _loading("adapters", path):
+        base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base:
         raise ConfigError(
             f"the adapters in {str(path)!r} do not name their base model: load it yourself, and give "

@@ -122,9 +122,14 @@ def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypa
 
 
 def test_an_unknown_op_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["softmax"])
-    assert "softmax" in capsys.readouterr().err
+    for argv, message in (
+        (["softmax"], "no rows for softmax; there are "),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            bench.main(argv)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and error.startswith(f"rlhf-fast: bench: {message}") and error.count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

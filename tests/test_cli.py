@@ -1,8 +1,10 @@
 """The command line: what it refuses and how, where values come from, and the four stages on a few rows."""
 
+import inspect
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +17,10 @@ import pytest
 from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import STAGES, read_rows, resolve_reward, rows_for, score
-from rlhf_fast.models import load_reward_model
+from rlhf_fast.jobs import STAGES, _keys_of, read_rows, resolve_reward, rows_for, score
+from rlhf_fast.models import load_policy, load_reward_model
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +41,20 @@ def test_help_fits_a_screen_and_loads_no_torch():
     assert all(f"\n  {command} " in HELP for command in COMMANDS)
 
 
+def test_the_package_runs_as_a_module():
+    asked = [sys.executable, "-m", "rlhf_fast"]
+    done = subprocess.run([*asked, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (0, HELP + "\n")
+    assert subprocess.run([*asked, "rewards"], capture_output=True, cwd=ROOT, timeout=120).returncode == 2
+
+
+def test_every_comment_behind_a_key_is_in_the_help():
+    for spec in (STAGES | CAI).values():
+        for cls in spec.configs:
+            written = re.findall(r"^    (?:\w+: |\)).*  # (.*)$", inspect.getsource(cls), re.MULTILINE)
+            assert written and set(written) == {key.comment for key in _keys_of(cls).values()} - {""}
+
+
 def test_importing_the_package_loads_no_torch_until_a_name_is_used():
     out = run_python(
         "import sys, rlhf_fast as rf; before = 'torch' in sys.modules; rf.gae\n"
@@ -56,6 +73,11 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--model", "x"], "sft needs train_data: as flags"),
         (["sft", "--train_data", "x.jsonl"], "give either model, or scratch"),
         (["sft", "--train_data", "x", "--scratch", "{layer: 2}"], "scratch takes vocab_size, hidden, layers, init"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: 30}"], "hidden = 30 must be a multiple of 8"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: 20}"], "hidden = 20 must be a multiple of 8"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: abc}"], "Scratch.hidden = 'abc' must be int"),
+        (["sft", "--train_data", "x", "--scratch", "{layers: -1}"], "Scratch.layers = -1 must be greater than 0"),
+        (["sft", "--train_data", "x", "--scratch", "{initializer_range: a}"], "initializer_range = 'a' must be a numb"),
         (["sft", "--train_data", "no.jsonl", "--scratch", "{layers: 2}"], "no.jsonl: No such file"),
         (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
         (["sft", "--train_data", "x", "--max_steps", "many"], "SFTConfig.max_steps = 'many' must be int"),
@@ -134,6 +156,9 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
         ("sft: {max_step: 9}", "section sft: unknown key 'max_step'; did you mean 'max_steps'?"),
         ("ppo: {max_steps: 9}", "section ppo: unknown key 'max_steps'"),
         ("pp: {seed: 1}", "unknown key 'pp'; did you mean 'ppo'?"),
+        ("1: 2", "unknown key 1"),
+        ("on: 3", "unknown key True"),
+        ("sft: {2024-01-02: 3}", "section sft: unknown key datetime.date(2024, 1, 2)"),
         ("sft: 3", "section sft: must be a mapping"),
         ("- 3", "must be a mapping of keys to values, got list"),
         ("a: [", "is not YAML"),
@@ -252,6 +277,57 @@ def test_sft_from_scratch_names_what_it_left_out_and_resumes(workspace, tmp_path
     with pytest.warns(UserWarning, match="max_steps"):
         assert stage(workspace, "sft", "--output_dir", str(run), "--max_steps", "3", "--resume") == 0
     assert [row["step"] for row in log_of(run)] == [1, 2, 3]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("ours", [False, True])  # copied from a run, with its settings and without its log
+def test_a_model_is_not_written_over_by_the_run_that_reads_it(reward, tmp_path, capsys, ours):
+    left = ["checkpoint-*", "*.jsonl", "tensorboard", *([] if ours else ["run_config.json"])]
+    for name in ("sft", "reward"):
+        shutil.copytree(reward / name, tmp_path / name, ignore=shutil.ignore_patterns(*left))
+    own, judge = tmp_path / "sft", tmp_path / "reward"
+    data, prompts = str(reward / "pairs.jsonl"), write_rows(tmp_path, [{"prompt": "hi"}])
+    of_ppo = ["ppo", "--model", str(reward / "sft"), "--train_data", prompts]
+    for argv, kept in (
+        (["sft", "--model", str(own), "--train_data", data], own),
+        (["reward", "--model", str(own), "--train_data", data], own),
+        ([*of_ppo, "--reward", f"[[{judge}, 1.0]]"], judge),
+        ([*of_ppo, "--reward", str(reward / "reward"), "--value_model", str(judge)], judge),
+        ([*of_ppo, "--reward", "r.py:f", "--eval_rewards", f"{{a: {judge}}}"], judge),
+    ):
+        before = files_of(kept)
+        assert main([*argv, "--output_dir", f"{kept}/../{kept.name}"]) == 2
+        assert "is a model that the run reads" in capsys.readouterr().err
+        assert files_of(kept) == before
+    for model in (str(own), load_policy(own)):
+        with pytest.raises(ConfigError, match="a model that the run reads"):
+            SFTTrainer(SFTConfig(output_dir=str(own), max_length=99), model, train_dataset=[{"text": "a"}]).train()
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model-00001-of-00002.safetensors"])
+def test_a_directory_that_holds_a_model_is_left_alone(workspace, tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    assert stage(workspace, "sft", "--output_dir", str(tmp_path)) == 2
+    assert f"holds a model ({name})" in capsys.readouterr().err and [x.name for x in tmp_path.iterdir()] == [name]
+    (tmp_path / "run_config.json").write_text("{}")  # a run of ours, killed as it saved its model: it begins again
+    assert stage(workspace, "sft", "--output_dir", str(tmp_path), "--max_steps", "1") == 0
+
+
+def test_a_directory_that_cannot_be_made_is_named(sft, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    prompts = ["--train_data", write_rows(tmp_path, [{"prompt": "hi"}]), "--model", str(sft / "sft")]
+    for argv in (
+        ["sft", "--config", str(sft / "all.yaml")],
+        ["quickstart", "--smoke"],
+        ["cai", "pairs", "--constitution", str(sft / "constitution.yaml"), *prompts],
+    ):
+        for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+            assert main([*argv, "--output_dir", str(path)]) == 2
+            error = f"rlhf-fast: output_dir {str(path)!r} cannot be made ({why}): choose another output_dir\n"
+            assert capsys.readouterr().err.endswith(error)
 
 
 def test_reward_reports_accuracy_with_interval_against_floors(sft, tmp_path, capsys):
@@ -376,6 +452,30 @@ def test_a_file_of_rewards_is_a_module_that_is_executed_once(tmp_path):
     assert str(raised.value) not in sys.modules
 
 
+@pytest.mark.parametrize("path", ["runs/of/nothing", "/nowhere/reward", "./nowhere", "~/reward"])
+def test_a_path_to_no_model_is_named_and_the_hub_not_asked(sft, tmp_path, path, capsys, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.models.find_adapter_config_file", None)
+    data, model = write_rows(tmp_path, [{"prompt": "hi", "response": "ho"}]), str(sft / "sft")
+    ppo = ["ppo", "--train_data", data, "--output_dir", str(tmp_path / "run"), "--model", model]
+    assert main(["score", "--input", data, "--model", path]) == 2
+    assert main(["generate", "--prompt", "hi", "--model", path]) == 2
+    assert main([*ppo, "--reward", "rewards.py", "--value_model", path]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"rlhf-fast: no model can be loaded from {path!r}: there is no such directory"
+    assert told[1] == f"rlhf-fast: no tokenizer can be loaded from {path!r}: there is no such directory"
+    assert told[2] == "rlhf-fast: reward 'rewards.py' is a file of functions: give file.py:function"
+
+
+def test_a_reward_and_a_value_model_that_are_not_there_are_named(sft, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def f(prompts, responses, **columns):\n    return [0.0] * len(prompts)\n")
+    data, there_is_none = write_rows(tmp_path, [{"prompt": "hi"}] * 8), str(tmp_path / "runs" / "reward")
+    sizes = ["--batch_size", "8", "--minibatch_size", "8", "--total_episodes", "8", "--response_length", "4"]
+    ppo = ["ppo", "--train_data", data, "--output_dir", str(tmp_path / "run"), "--model", str(sft / "sft"), *sizes]
+    assert main([*ppo, "--reward", there_is_none]) == 2
+    assert main([*ppo, "--reward", f"{tmp_path}/r.py:f", "--value_model", there_is_none]) == 2
+    assert capsys.readouterr().err.count(f"from {there_is_none!r}: there is no such directory\n") == 2
+
+
 def test_generate_answers_each_prompt(sft, capsys):
     capsys.readouterr()  # what making the model printed
     argv = ["generate", "--model", str(sft / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
@@ -423,6 +523,22 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
     assert "no model can be loaded from" in capsys.readouterr().err
+    (tmp_path / "b" / "adapter_config.json").write_text("torn")
+    assert main([*argv, str(tmp_path / "b")]) == 2
+    assert "no adapters can be loaded from" in capsys.readouterr().err
+
+
+def test_score_opens_its_output_before_it_scores_and_keeps_what_stood_in_it(reward, tmp_path, capsys):
+    data = Path(write_rows(tmp_path, [{"prompt": "hi", "response": "ho"}]))
+    before, nothing = data.read_text(), str(tmp_path / "nothing")
+    for output in (tmp_path / "new.jsonl", data):
+        assert main(["score", "--model", nothing, "--input", str(data), "--output", str(output)]) == 2
+    assert not (tmp_path / "new.jsonl").exists() and data.read_text() == before
+    argv = ["score", "--model", str(reward / "reward"), "--input", str(data), "--output"]
+    assert main([*argv, "/dev/null"]) == 0
+    assert main([*argv, "/proc/nothing"]) == 2
+    assert main([*argv, str(data)]) == 0  # in place
+    assert [sorted(json.loads(line)) for line in data.read_text().splitlines()] == [["prompt", "response", "score"]]
 
 
 def write_rows(folder, rows):
@@ -490,7 +606,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     argv = ["score", "--model", str(tmp_path / "rm")]
     assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]) == 0
     assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "no" / "out.jsonl")]) == 2
-    assert "there is no directory" in capsys.readouterr().err
+    assert main([*argv, "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["No such file or directory", "Is a directory"]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
     reward = RewardModelReward.load(tmp_path / "rm")
@@ -527,6 +645,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     dated = [{**row, "at": datetime(2026, 1, 2)} for row in hh]  # which JSON does not have
     datasets.Dataset.from_list(dated).to_parquet(tmp_path / "dated.parquet")
     assert rows_for("reward", str(tmp_path / "dated.parquet"))[0] == [{**pairs[0], "at": dated[0]["at"]}]
+    for text in ("", "\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main(argv) == 2 and "input is empty" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "hi"}\n'))
     assert main(argv) == 2 and "input record 0 has the columns prompt" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "rlhf_fast"
 
 # What may import what, from the top down; a part may also import its own layer, and everything below it.
 LAYERS = [
+    {"__main__"},
     {"cli"},
     {"cai_jobs"},
     {"cai_checks"},

@@ -1,6 +1,8 @@
 """What the README tells people to type works: its Python runs, its commands, targets and files exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,17 @@ def test_files_it_names_exist(document):
     assert not [path for path in paths if not (ROOT / path).exists()]
     links = re.findall(r"\]\((?!http)([^)#]+)", text)  # from where the document lies
     assert not [path for path in links if not (ROOT / document).parent.joinpath(path).exists()]
+
+
+def test_the_sdist_holds_the_tree_whose_files_it_names(tmp_path):
+    pytest.importorskip("setuptools")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    write = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(write, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    packed = (tmp_path / "rlhf_fast.egg-info" / "SOURCES.txt").read_text().split()
+    assert sorted(set(tracked) - set(packed)) == [".ci/run", ".gitignore"]
 
 
 def test_flags_it_types_are_keys_of_the_command():

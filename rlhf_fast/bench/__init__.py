@@ -44,9 +44,14 @@ def line(result: dict) -> str:
     return f"{label}{ours['ms']:10.3f} ms, {1 / floor['over_ours']:5.2f} floors;  {others}{absent}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as all commands refuse
+        self.exit(2, f"rlhf-fast: bench: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints a line per row, and writes the JSON if asked to."""
-    parser = argparse.ArgumentParser(prog="rlhf-fast bench", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="rlhf-fast bench", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")

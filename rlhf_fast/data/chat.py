@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,17 @@ Said = list[tuple[str, str]]  # a key of a message, and what stands there or a p
 
 class ConfigError(ValueError):
     """A config, dataset or tokenizer refused before training; the message says what to do."""
+
+
+def make_directory(output_dir: str | Path) -> Path:
+    """The directory, which is made where it is not there. ConfigError where that fails, as on a file."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {str(output_dir)!r} cannot be made ({error.strerror}): choose another output_dir"
+        ) from None
+    return Path(output_dir)
 
 
 @dataclass

@@ -174,13 +174,13 @@ def _text_or_messages(record: dict, key: str, name: str, i: int, text: bool = Tr
             if not isinstance(turn["content"], str):
                 raise ConfigError(
                     f"{name} record {i}: {key!r}: the content of a {turn['role']} turn must be text, "
-                    f"got {str(turn['content'])[:80]!r}"
+                    f"got {turn['content']!r:.80}"
                 )
             _encodable(turn["content"], key, name, i)
         return value
     raise ConfigError(
         f"{name} record {i}: {key!r} must be {'text or ' * text}a list of {{'role', 'content'}} messages, "
-        f"got {str(value)[:80]!r}"
+        f"got {value!r:.80}"
     )
 
 

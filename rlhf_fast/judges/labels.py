@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..data.chat import ConfigError
+from ..data.chat import ConfigError, make_directory
 from .calibration import UNCALIBRATED, Calibration
 from .constitution import Constitution, Principle
 from .ledger import Ledger
@@ -133,7 +133,7 @@ def derive(
     how["weights"] = other_weights(made_with, weights or {})
     records = [json.loads(line) for line in (source / "judgements.jsonl").open(encoding="utf-8")]
     if Path(output_dir).resolve() != source.resolve():
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        make_directory(output_dir)
         claim(Path(output_dir) / "run.json", {"stage": "derive", "settings": made_with | how})
     elif made_with | how != made_with:
         raise ConfigError(f"derive: {output_dir} holds the labels that were made with its judgements; give another one")

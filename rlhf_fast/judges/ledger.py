@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..data.chat import ConfigError
+from ..data.chat import ConfigError, make_directory
 
 ANSWERS = ("ok", "refused", "unparsed", "too_long")
 
@@ -144,7 +144,7 @@ class Ledger:
 
     directory None keeps it in memory, for questions that no run hangs on.
     retry: statuses of earlier runs that are asked again; "refused" and "unparsed" may be added to "failed".
-    Raises ConfigError where another process has it open.
+    Raises ConfigError where another process has it open, or the directory cannot be made.
     """
 
     def __init__(self, directory: str | Path | None, *, retry: Iterable[str] = ("failed",)):
@@ -166,7 +166,7 @@ class Ledger:
         )}  # fmt: skip
 
     def _hold(self):
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         held = open(self.directory / "ledger.lock", "w")  # noqa: SIM115  the lock goes when the file is closed, or we die
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.chat import ConfigError
+from ..data.chat import ConfigError, make_directory
 from .ledger import Ledger
 
 
@@ -113,7 +113,7 @@ def run_stage(
     if batch_size < 1:
         raise ConfigError(f"{name}: batch_size = {batch_size} must be 1 or more")
     output_dir, ids = Path(output_dir or ledger.directory), [item["id"] for item in items]
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(output_dir)
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "ids_sha256": digest}})
     records: list[dict] = []

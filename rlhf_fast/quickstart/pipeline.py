@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..data.chat import ConfigError
+from ..data.chat import ConfigError, make_directory
 from ..judges import Constitution, RuleJudge
 from ..judges.stages import write_atomic
 from ..models import load_policy, load_tokenizer
@@ -289,7 +289,7 @@ class Quickstart:
                     f"{summary.get('sizes')}, not {about}: choose another --output_dir, or delete it"
                 )
             return summary
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_directory(self.root)
         samples = [{"prompt": prompt, "responses": []} for prompt in self.held_out[:SAMPLES]]
         return {**about, "provenance": _provenance(), "stages": [], "samples": samples}
 

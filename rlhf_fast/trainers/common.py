@@ -26,14 +26,17 @@ from ..packing import why_not_packed
 def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None) -> None:
     """Raises ConfigError unless every field has its annotated type and lies in its range.
 
-    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes.
+    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes. A path becomes
+    its text, and an int where the field is float that float.
     """
     name = type(config).__name__
     for field, kind in typing.get_type_hints(type(config)).items():
         value = getattr(config, field)
         union = typing.get_origin(kind) in (types.UnionType, typing.Union)
         kinds = tuple(typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,)))
-        if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        if str in kinds and isinstance(value, os.PathLike):
+            setattr(config, field, os.fspath(value))
+        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
             setattr(config, field, float(value))
         elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
@@ -80,7 +83,7 @@ def config_from_dict(cls, values: dict):
     converted = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
+            near = difflib.get_close_matches(str(key), hints, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(hints))}"
             raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
         kinds = typing.get_args(hints[key]) or (hints[key],)

@@ -32,6 +32,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +40,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import models
-from ..data.chat import ConfigError
+from ..data.chat import ConfigError, make_directory
 from ..monitors import Alarm
 from ..report import write_report
 from .checkpoints import (
@@ -84,7 +85,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     best so far, and in the end the model of the best of them, evaluated once more. On resume those count whose
     checkpoint is there and whole, with a warning where the best one's is not.
 
-    Raises ConfigError where output_dir already holds a run and resume is False, or holds no checkpoint and it is True.
+    Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
+    it is True.
     """
     config, run_dir = trainer.config, Path(trainer.config.output_dir)
     start, at_the_end = _open_run(trainer, run_dir, resume)
@@ -256,13 +258,14 @@ def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:
 def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(run_dir)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
     config_path = run_dir / _CONFIG
     if not resume:
-        check_is_new(run_dir)
+        networks = (getattr(trainer, name, None) for name in ("model", "policy"))
+        check_is_new(run_dir, filter(None, (getattr(network, "name_or_path", None) for network in networks)))
         for report in getattr(trainer, "reports", ()):
             if report.overlong or report.truncated:
                 print(report)
@@ -308,14 +311,27 @@ def changed_settings(run_dir, settings: dict) -> list[str]:
     return [name for name, value in now.items() if before.get(name) != value and name != "output_dir"]
 
 
-def check_is_new(run_dir) -> None:
-    """Raises ConfigError where output_dir already holds a run."""
+def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
+    """Raises ConfigError where output_dir already holds a run, a model of somebody's, or is one of the models that the
+    run `reads`: the model that comes out of it would be written over that."""
+    if any(Path(model).resolve() == Path(run_dir).resolve() for model in reads):
+        raise ConfigError(
+            f"output_dir {str(run_dir)!r} is a model that the run reads, and would be written over: choose another"
+        )
     log, newest = Path(run_dir) / "train_log.jsonl", latest_checkpoint(run_dir)
     if newest is not None or (log.exists() and log.stat().st_size):
         way_on = "" if newest is None else "continue it with resume=True (--resume), "
         raise ConfigError(
             f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
         )
+    if (Path(run_dir) / _CONFIG).exists():  # its model is of a run that was killed, and begins again
+        return
+    for pattern in ("config.json", "adapter_config.json", "*.safetensors"):
+        if found := next(Path(run_dir).glob(pattern), None):
+            raise ConfigError(
+                f"output_dir {str(run_dir)!r} holds a model ({found.name}), which the run would write over: choose "
+                "another output_dir"
+            )
 
 
 def model_card(trainer, metrics: dict) -> str:

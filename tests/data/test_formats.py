@@ -72,7 +72,8 @@ def test_sft_data_in_the_wrong_form_is_refused_by_its_index(dataset, message):
     ("record", "message"),
     [
         ({"chosen": "a"}, "record 0 has the columns chosen; it needs"),
-        ({**PAIR, "rejected": None}, "'rejected' must be text or a list"),
+        ({**PAIR, "rejected": None}, r"'rejected' must be text or a list.* got None"),
+        ({**PAIR, "prompt": 3}, "messages, got 3"),
         ({**PAIR, "source": 3}, "'source' must be text, by which evaluation is split, got 3"),
         ({**PAIR, "chosen_prob": 1.5}, r"chosen_prob must lie in \[0, 1\]"),
         ({**PAIR, "weight": -1}, "weight be 0 or more"),
@@ -326,7 +327,7 @@ def test_half_a_character_is_refused_by_its_index():
 
 def test_what_would_train_on_something_else_is_refused():
     user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
-    with pytest.raises(ConfigError, match="record 0: 'messages': the content of a user turn must be text, got 'None'"):
+    with pytest.raises(ConfigError, match="record 0: 'messages': the content of a user turn must be text, got None"):
         sft_examples([{"messages": [{**user, "content": None}, assistant]}], TOKENIZER, max_length=50)
     for key, value in (("margin", math.nan), ("margin", "a"), ("weight", math.inf)):
         with pytest.raises(ConfigError, match=f"'{key}' must be a finite number"):

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,7 @@ def without_time(log):
     [
         ({"learning_rat": 0.1}, "Config has no field 'learning_rat'; did you mean 'learning_rate'?"),
         ({"zzz": 1}, "Config has no field 'zzz'; it has eval_steps"),
+        ({1: 1}, "Config has no field 1; it has eval_steps"),
         ({"learning_rate": 0}, "Config.learning_rate = 0.0 must be greater than 0"),
         ({"learning_rate": "fast"}, "Config.learning_rate = 'fast' must be a number"),
         ({"learning_rate": math.nan}, "Config.learning_rate = nan must be greater than 0"),
@@ -122,6 +124,7 @@ def test_a_config_from_a_file():
     config = common.config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
     assert config.learning_rate == 1e-5  # YAML reads 1e-5 as text
     assert isinstance(Config("x", learning_rate=1).learning_rate, float)
+    assert Config(Path("runs") / "x").output_dir == str(Path("runs") / "x")
     with pytest.raises(ConfigError, match="missing 1 required positional argument: 'output_dir'"):
         common.config_from_dict(Config, {})
 
@@ -415,6 +418,12 @@ def test_a_second_signal_stops_at_once(tmp_path):
             Walk(Config(str(tmp_path)), at_step={4: twice}).train()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot be made \(File exists\)"):
+        Walk(Config(str(tmp_path / "file"))).train()
 
 
 def test_what_would_lose_a_run_is_refused(tmp_path):
