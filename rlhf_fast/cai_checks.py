@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation
+from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation, make_directory
 from .data.formats import Prompt, comparisons, responses_of
 from .data.formats import prompts as read_prompts
 from .jobs import read_rows, read_sources, resolve_reward, write_left_out
@@ -177,7 +177,7 @@ def _claim(root: Path, made_from: dict[str, dict]) -> None:
             "delete what came after it too, and resume"
         )
     if before or not begun:  # of a run that has no record, nobody knows what it was made from
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
 
 
