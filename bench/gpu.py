@@ -180,11 +180,11 @@ def fetch_peers(folder: Path, modules: list[str], python: str | None = None) -> 
 
 
 def pack_peers() -> list[Path]:
-    """PEERS in archives, in pieces that travel one at a time: the small peers, and what quack alone needs."""
+    """PEERS in archives, in pieces that travel one at a time: the small peers, and what quack alone needs. Minutes."""
     pieces = []
     for name, large in ((PEERS.name, False), (f"{PEERS.name}-large", True)):
         with tempfile.TemporaryFile() as whole:
-            with tarfile.open(fileobj=whole, mode="w:xz", preset=6) as archive:
+            with tarfile.open(fileobj=whole, mode="w:xz", preset=3) as archive:
                 for path in sorted(PEERS.iterdir()):
                     if (path.name in LARGE_PEERS) == large:
                         archive.add(path, path.name, filter=lambda x: None if "__pycache__" in x.name else x)
