@@ -27,13 +27,14 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/report.py
 
 # On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op, and PPO whole.
-# PART="build test" takes some parts, of ten minutes at most each (bench/gpu.py). Where $(PYTHON)'s torch sees the GPU
-# nothing is installed but the peers, into build/peers-gpu; PEERS=folder names another. README gets what was measured,
-# whatever failed.
+# PART="build test" takes some parts, of ten minutes at most each (bench/gpu.py); WITHIN=560 ends all of them in time,
+# KEEP=folder has the results there too. Where $(PYTHON)'s torch sees the GPU nothing is installed but the peers, into
+# build/peers-gpu; PEERS=folder names another. README gets what was measured, whatever failed.
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
 	else $(MAKE) $(VENV)/.bench && python=$(BIN)/python; fi && \
-	{ $$python bench/gpu.py $(if $(PART),--part $(PART)); code=$$?; \
+	{ $$python bench/gpu.py $(if $(PART),--part $(PART)) $(if $(WITHIN),--within $(WITHIN)) \
+	$(if $(KEEP),--keep $(KEEP)); code=$$?; \
 	$$python bench/report.py || code=1; exit $$code; }
 
 # compat beside the functions it stands in for: TRL, verl and OpenRLHF from PyPI, each in a folder of its own.

@@ -44,7 +44,7 @@ TRL = "trl==1.12.0"
 SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
 GPU_MICRO_BATCHES = (8, 16, 32)
-GPU_SECONDS = 400  # after which the part gpu tries no other micro-batch: all of it is to fit ten minutes
+GPU_SECONDS = 400  # (--seconds) after which the part gpu tries no other micro-batch: all of it is to fit ten minutes
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RACE = Run(
     vocab=64, hidden=32, layers=1, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
@@ -296,8 +296,8 @@ def gpu(options) -> dict:
         row = {"system": name, "micro_batch_size": size}
         if any("failed" in r for r in runs if r["system"] == name):
             continue  # it needs more memory yet
-        if name in took and spent + took[name] > GPU_SECONDS:
-            row["failed"] = f"not tried: {GPU_SECONDS} s were over"
+        if name in took and spent + took[name] > options.seconds:
+            row["failed"] = f"not tried: {options.seconds} s were over"
         else:
             row |= attempt(replace(base, system=name, micro_batch_size=size), options.trl)
             took[name] = time.perf_counter() - start - spent
@@ -384,6 +384,7 @@ def main() -> None:
     parser.add_argument("--system", action="append", choices=SYSTEMS, help="in the race; others keep their results")
     parser.add_argument("--learning-rate", type=float, help="in the race, instead of the better one of the grid")
     parser.add_argument("--longer", type=int, default=5, help="iterations of ours for one of TRL in the race")
+    parser.add_argument("--seconds", type=int, default=GPU_SECONDS, help="of the part gpu, before its profile")
     parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
     parser.add_argument("--json", type=Path, help="the results (default: bench/results/ppo.json or <card>-ppo.json)")
     options = parser.parse_args()

@@ -9,6 +9,11 @@ stays as it is: the part "peers" puts those that it lacks into build/peers-gpu, 
 into a folder of its own TRL 1.12.0, the last with PPO, without which "bench-ppo" is refused. Where there is no network,
 carry that folder along (`python bench/gpu.py --fetch-peers [--for-python 3.12]` fills it), or name another:
 PEERS=folder make gpu. A row says which peers it had to do without.
+
+On a machine that is lent for minutes, takes 64 MiB at a time, and gives back a few files of what it is asked to run:
+    python bench/gpu.py --fetch-peers --for-python 3.12 --pack     build/peers-gpu*.tar.xz.1of1 ..., for "peers" there
+    make gpu PART="build peers test" WITHIN=560 KEEP=folder        ends by itself, with the results in one archive
+    python bench/gpu.py --unpack folder/results.tar.gz             at home
 """
 
 from __future__ import annotations
@@ -20,7 +25,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+from contextlib import suppress
 from importlib import invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +53,10 @@ TESTS = {  # in parts: compiling takes minutes, and 2^31 elements take the memor
 PPO = "bench-ppo"  # bench_ppo.py, whole iterations beside TRL 1.12.0
 PARTS = ("build", "peers", *TESTS, "sanitizer", *BENCHES, PPO)
 LIMIT = 600  # seconds a part may take
+GRACE = 15  # seconds between being asked to end and being killed
 PEERS = Path(os.environ.get("PEERS") or ROOT / "build" / "peers-gpu")
+PIECE = 48 << 20  # bytes of an archive that travel at a time
+LARGE_PEERS = ("nvidia_cutlass_dsl", "cuda")  # nine tenths of all, which quack alone needs: an archive of their own
 TRL_WITH_PPO = "trl-1.12.0"  # the folder in PEERS for it, because its module is called trl as the newer one's is
 PEER_MODULES = {  # module (or that folder): what pip installs for it beside torch, Triton and transformers
     "accelerate": ("accelerate",),
@@ -54,10 +65,10 @@ PEER_MODULES = {  # module (or that folder): what pip installs for it beside tor
     TRL_WITH_PPO: ("trl==1.12.0",),
     "liger_kernel": ("liger-kernel",),
     "cut_cross_entropy": ("cut-cross-entropy",),
-    "quack": (
-        "quack-kernels", "nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-core",
-        "nvidia-cutlass-dsl-libs-cu{cuda}", "cuda-bindings", "cuda-pathfinder", "apache-tvm-ffi", "torch-c-dlpack-ext",
-        "einops",
+    "quack": (  # the DSL that this one asks for; beside 4.7 and 4.8 the linear part of 0.6.5 cannot be imported
+        "quack-kernels==0.6.0", "nvidia-cutlass-dsl==4.6.0", "nvidia-cutlass-dsl-libs-base==4.6.0",
+        "nvidia-cutlass-dsl-libs-core==4.6.0", "nvidia-cutlass-dsl-libs-cu{cuda}==4.6.0", "cuda-bindings",
+        "cuda-pathfinder", "apache-tvm-ffi<0.2", "torch-c-dlpack-ext", "einops",
     ),
 }  # fmt: skip
 
@@ -71,6 +82,9 @@ class OverTime(Exception):
 
 
 _deadline = float("inf")  # of the part that runs
+_end = float("inf")  # of all parts
+_keep: Path | None = None  # where results are kept too, in one archive
+_prefix = "*"  # of the result files: the card
 
 
 def peer_folders() -> list[str]:
@@ -86,14 +100,46 @@ def run(*command: str, **environment: str) -> int:
     environment = {**os.environ, "PYTHONPATH": modules, "PATH": tools, **environment}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
-        left = _deadline - time.monotonic()
-        return process.wait(None if left == float("inf") else max(left, 0))
-    except subprocess.TimeoutExpired:
-        raise OverTime from None
-    finally:
-        if process.poll() is None:  # over time, or interrupted
+        return wait(process)
+    except BaseException:  # over time, or interrupted
+        with suppress(ProcessLookupError):  # what it started may outlive it
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
+        raise
+    finally:
+        keep_results()
+
+
+def wait(process: subprocess.Popen) -> int:
+    """Until it ends, or the part's time: then a pytest still says what has failed so far."""
+    while (left := _deadline - time.monotonic()) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, 5))
+        keep_results()
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    raise OverTime
+
+
+def keep_results() -> None:
+    """All result files in one archive, whole at any time: whatever ends the run, it is there."""
+    if _keep is None:
+        return
+    _keep.mkdir(parents=True, exist_ok=True)
+    part = _keep / ".results.tar.gz"
+    with tarfile.open(part, "w:gz") as archive:
+        for path in sorted((ROOT / "bench" / "results").glob(f"{_prefix}-*.json")):
+            archive.add(path, path.name)
+    part.replace(_keep / "results.tar.gz")
+
+
+def unpack_results(archive: Path) -> int:
+    """At home: the files into bench/results, and the tables anew."""
+    with tarfile.open(archive) as files:
+        files.extractall(ROOT / "bench" / "results", filter="data")
+        print("\n".join(files.getnames()))
+    return run(sys.executable, "bench/report.py")
 
 
 def card(name: str) -> str:
@@ -133,9 +179,45 @@ def fetch_peers(folder: Path, modules: list[str], python: str | None = None) -> 
     return Skipped(f"without {', '.join(absent)}") if absent else 0
 
 
+def pack_peers() -> list[Path]:
+    """PEERS in archives, in pieces that travel one at a time: the small peers, and what quack alone needs. Minutes."""
+    pieces = []
+    for name, large in ((PEERS.name, False), (f"{PEERS.name}-large", True)):
+        with tempfile.TemporaryFile() as whole:
+            with tarfile.open(fileobj=whole, mode="w:xz", preset=3) as archive:
+                for path in sorted(PEERS.iterdir()):
+                    if (path.name in LARGE_PEERS) == large:
+                        archive.add(path, path.name, filter=lambda x: None if "__pycache__" in x.name else x)
+            count = max(1, -(-whole.tell() // PIECE))
+            whole.seek(0)
+            for old in PEERS.parent.glob(f"{name}.tar.xz.*"):
+                old.unlink()
+            for i in range(1, count + 1):
+                pieces.append(PEERS.parent / f"{name}.tar.xz.{i}of{count}")
+                pieces[-1].write_bytes(whole.read(PIECE))
+    return pieces
+
+
+def unpack_peers() -> None:
+    """What pack_peers made elsewhere, where all pieces of an archive have arrived."""
+    for first in sorted(PEERS.parent.glob(f"{PEERS.name}*.tar.xz.1of*")):
+        stem, count = first.name.rsplit(".1of", 1)
+        pieces = [first.with_name(f"{stem}.{i}of{count}") for i in range(1, int(count) + 1)]
+        if all(piece.is_file() for piece in pieces):
+            with tempfile.TemporaryFile() as whole:
+                for piece in pieces:
+                    whole.write(piece.read_bytes())
+                whole.seek(0)
+                with tarfile.open(fileobj=whole, mode="r:xz") as archive:
+                    archive.extractall(PEERS, filter="data")
+
+
 def test(part: str) -> int:
     chosen, processes = TESTS[part]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", "-k", chosen, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-m", "gpu", "-k", chosen]
+    command += ["-p", "no:cacheprovider"]
+    if find_spec("pytest_timeout"):  # a kernel that hangs takes its test's process with it, and no more
+        command += ["--timeout", "240", "--timeout-method", "thread"]
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
     return run(*command, "tests/cuda/test_device.py", OMP_NUM_THREADS="1")
@@ -173,6 +255,8 @@ def bench_ppo(folder: Path, prefix: str, *options: str) -> int | Skipped:
             f"--fetch-peers on a machine that has one, and carry its {PEERS.name} here (PEERS=folder for another place)"
         )
     output = str(folder / f"{prefix}-ppo.json")
+    if (left := _deadline - time.monotonic()) < LIMIT - 5:  # its profile comes last, and takes two minutes at most
+        options += ("--seconds", str(max(0, int(left) - 150)))
     return run(sys.executable, "bench/bench_ppo.py", "--folder", str(trl), "--json", output, *options)
 
 
@@ -180,6 +264,7 @@ def run_part(part: str, name: str) -> int | Skipped:
     if part == "build":
         return build()
     if part == "peers":
+        unpack_peers()
         return fetch_peers(PEERS, missing_peers())
     if part in TESTS:
         return test(part)
@@ -196,8 +281,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument("--fetch-peers", action="store_true", help=f"only fill {PEERS.name}, with or without a GPU")
     parser.add_argument("--for-python", metavar="3.12", help="of the machine that the peers are fetched for")
+    parser.add_argument("--pack", action="store_true", help="with --fetch-peers: archives to carry, in pieces")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="the results there too, as results.tar.gz")
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="all parts; what does not fit is not begun")
+    parser.add_argument("--unpack", type=Path, metavar="ARCHIVE", help="only bring a results.tar.gz home")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="the bench parts on a CPU, results in FOLDER")
     options = parser.parse_args(argv)
+    if options.unpack:
+        return unpack_results(options.unpack)
     if options.dry_run:
         if ROOT in options.dry_run.resolve().parents:
             parser.error("a dry run measures nothing; its FOLDER must lie outside the repository")
@@ -212,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.fetch_peers:
         outcome = fetch_peers(PEERS, list(PEER_MODULES), options.for_python)
         print(outcome or f"peers: all in {PEERS}")
+        for piece in pack_peers() if options.pack else ():
+            print(f"{piece} {piece.stat().st_size / 2**20:.1f} MiB")
         return int(bool(outcome))
     import torch
 
@@ -220,6 +313,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}", flush=True)
+    global _end, _keep, _prefix
+    _end = time.monotonic() + (options.within or float("inf"))
+    _keep, _prefix = options.keep and options.keep.resolve(), card(name)
     outcomes = {}
     for part in options.part:  # a part that fails does not take the others' minutes
         outcomes[part] = outcome = timed(part, name)
@@ -245,12 +341,15 @@ def timed(part: str, name: str) -> Outcome:
     """A part, for as long as it may take."""
     global _deadline
     start = time.monotonic()
-    _deadline = start + LIMIT
+    until = _end - GRACE - 5
+    _deadline = min(start + LIMIT, until)
+    if until - start < 10:
+        return Outcome(": not begun, the time of all parts is over", "", 0.0)
     try:
         result = run_part(part, name)
         failed, skipped = ("", result) if isinstance(result, Skipped) else ("!" if result else "", "")
     except OverTime:
-        failed, skipped = f": stopped after {LIMIT} s", ""
+        failed, skipped = f": stopped after {time.monotonic() - start:.0f} s", ""
     finally:
         _deadline = float("inf")
     return Outcome(failed, skipped, time.monotonic() - start)

@@ -160,6 +160,7 @@ def test_a_machine_without_git_and_a_tree_that_git_does_not_trust_measure_all_th
     (tmp_path / "git").write_text("#!/bin/sh\necho fatal: detected dubious ownership >&2\nexit 128\n")
     (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("RLHF_FAST_COMMIT", "of a copy")
     assert harness.provenance(CPU, [])["commit"] is None
     (tmp_path / "git").unlink()
     assert harness.provenance(CPU, [])["commit"] is None

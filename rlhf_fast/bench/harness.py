@@ -115,10 +115,10 @@ def _installed(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the source tree that runs, "+" where it has changes beside results; None for an installed package,
-    and where git is not there or does not trust the tree's owner."""
+    and where git is not there or does not trust the tree's owner. A copy without .git is what RLHF_FAST_COMMIT says."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("RLHF_FAST_COMMIT")
     git = ["git", "-C", str(root)]
     asked = {"capture_output": True, "text": True, "check": True}
     try:

@@ -57,8 +57,9 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused
         _, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
         if with_entropy:
             entropy[part] = h
+    # Outputs of the library op have to be reproducible, their unused ends too.
+    logits[:, weight.shape[0] :] = 0
     if inputs.index is not None:
-        # Outputs of the library op, which has to be reproducible.
         saved[rows:], logits[logits_shape(rows, weight.shape[0], inputs.way)[0] :] = 0, 0
         logprobs = inputs.put(logprobs[:rows])
         entropy = inputs.put(entropy[:rows]) if with_entropy else entropy

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 BACKENDS = ("native", "triton")
+SLEEP = 1_000_000_000  # cycles, half a second: ten test processes share the CPU and the device
 
 
 def backends_of(case) -> list[str]:
@@ -179,11 +180,13 @@ def test_runs_on_the_current_stream_and_never_waits_for_it(backend):
     stream = torch.cuda.Stream()
     with rf.use_backend(backend):
         rf.token_logprobs(values, labels)  # loads the kernel, which may synchronise
+        with torch.cuda.stream(stream):
+            rf.token_logprobs(values, labels)  # fills this stream's part of the caching allocator
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(stream):
-                torch.cuda._sleep(200_000_000)
+                torch.cuda._sleep(SLEEP)
                 x.copy_(values)  # later on this stream: a kernel on another one would read zeros
                 got = rf.token_logprobs(x, labels)
             waited = stream.query()
@@ -425,7 +428,7 @@ def test_a_small_op_never_waits_for_its_stream(op):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)
+            torch.cuda._sleep(SLEEP)
             for name, x in inputs.items():
                 late[name].copy_(x)
             got = forward_and_gradient(op, late)

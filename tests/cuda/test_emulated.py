@@ -122,6 +122,22 @@ def test_chunks_of_a_head_in_one_kernel(chunk_rows, dtype, on_emulator, monkeypa
     assert not turned  # nobody asked for a gradient: the forward kernel alone reads the logits
 
 
+def test_what_a_library_op_returns_is_all_written(on_emulator, monkeypatch):
+    """opcheck on a GPU compares every output of two calls: the columns of kept logits behind the vocabulary too."""
+    x = head(12, 131, torch.bfloat16)
+    arguments = x["hidden"][0].nan_to_num(), x["weight"], None, x["labels"][0]
+    make, outputs = torch.empty, []
+    for dirt in (1.0, 2.0):
+        monkeypatch.setattr(torch, "empty", lambda *a, dirt=dirt, **k: make(*a, **k).fill_(dirt))
+        for mask in (None, x["mask"][0]):
+            options = mask, 1.0, None, False, True, True, True, False
+            outputs.append(torch.ops.rlhf_fast.linear_token_logprobs(*arguments, *options))
+    for first, second in zip(outputs[:2], outputs[2:], strict=True):
+        assert first[3].shape == (12, 192)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
 def turn(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, ppo=None, temperature=0.8):
     logprobs, entropy = _known_gradient.known_gradient(logits, labels, None, temperature, weights, ppo)
     return {"logprobs": logprobs, "entropy": entropy, "gradient": logits}

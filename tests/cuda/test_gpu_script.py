@@ -112,6 +112,58 @@ def test_peers_come_into_a_folder_of_their_own(a_card, monkeypatch, capsys, tmp_
     assert gpu.peer_folders() == [str(tmp_path / "peers"), str(tmp_path / "peers" / "some_dsl" / "dsl_packages")]
 
 
+def test_peers_travel_in_pieces(a_card, monkeypatch, capsys, tmp_path):
+    peers, away = tmp_path / "build" / "peers-gpu", tmp_path / "away" / "peers-gpu"
+    for name, size in (("trl", 10), ("quack", 10), ("nvidia_cutlass_dsl", 3000)):
+        (peers / name / "__pycache__").mkdir(parents=True)
+        (peers / name / "__init__.py").write_bytes(os.urandom(size))
+    (peers / "trl" / "__pycache__" / "a.pyc").write_bytes(b"")
+    monkeypatch.setattr(gpu, "run", lambda *command, **env: 0)
+    monkeypatch.setattr(gpu, "PEERS", peers)
+    monkeypatch.setattr(gpu, "PIECE", 2048)
+    assert gpu.main(["--fetch-peers", "--pack"]) == 1  # some are missing
+    pieces = sorted(path.name for path in peers.parent.glob("*.tar.xz.*"))
+    assert pieces == ["peers-gpu-large.tar.xz.1of2", "peers-gpu-large.tar.xz.2of2", "peers-gpu.tar.xz.1of1"]
+    monkeypatch.setattr(gpu, "PEERS", away)
+    away.parent.mkdir()
+    arrived = []
+    for piece in pieces:
+        (away.parent / piece).write_bytes((peers.parent / piece).read_bytes())
+        gpu.main(["--part", "peers"])
+        arrived.append(sorted(path.name for path in away.glob("*")))
+    assert arrived == [[], ["nvidia_cutlass_dsl"], ["nvidia_cutlass_dsl", "quack", "trl"]]
+    assert len((away / "nvidia_cutlass_dsl" / "__init__.py").read_bytes()) == 3000
+    assert not (away / "trl" / "__pycache__").exists()
+
+
+def test_results_are_kept_while_they_come_and_brought_home(a_card, monkeypatch, capfd, tmp_path):
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "LIMIT", 7)
+    monkeypatch.setattr(gpu, "GRACE", 2)
+    script = f"trap 'echo so far; exit 1' INT; echo 1 > {results}/h200-gae.json; sleep 60 & wait"
+    monkeypatch.setattr(gpu, "test", lambda part: gpu.run("bash", "-c", script))
+    (results / "cpu.json").write_text("2")
+    assert gpu.main(["--part", "test", "--keep", str(tmp_path / "kept")]) == 1
+    assert "so far" in capfd.readouterr().out  # asked to end before it is killed
+    (results / "h200-gae.json").unlink()
+    monkeypatch.setattr(gpu, "run", lambda *command: 0)
+    assert gpu.main(["--unpack", str(tmp_path / "kept" / "results.tar.gz")]) == 0
+    assert sorted(path.name for path in results.iterdir()) == ["cpu.json", "h200-gae.json"]
+
+
+def test_all_parts_end_within_the_time_they_are_given(a_card, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    monkeypatch.setattr(gpu, "test", lambda part: gpu.run("sleep", "60"))
+    monkeypatch.setattr(gpu, "sanitize", lambda: pytest.fail("begun"))
+    start = time.monotonic()
+    assert gpu.main(["--part", "test", "sanitizer", "--within", "17"]) == 1
+    assert time.monotonic() - start < 17
+    out = capfd.readouterr().out
+    assert "stopped after 11 s" in out and "sanitizer        FAILED: not begun, the time of all parts is over" in out
+
+
 def test_ppo_is_refused_without_the_trl_that_has_it(a_card, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu, "run", lambda *command, **env: pytest.fail(f"started {command}"))
     monkeypatch.setattr(gpu, "PEERS", tmp_path / "peers")
