@@ -10,6 +10,7 @@ any other goes through transformers' generate() with the same sampling, and a wa
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,11 +70,11 @@ def sample(
     if top_k is None and top_p == 1.0 and _layer.runs_on(logits):
         return _layer.sample_tokens(logits.contiguous(), uniforms.double().contiguous(), temperature)
     z = logits.float() if logits.dtype.itemsize < 4 else logits
-    z = z if temperature == 1.0 else z / temperature
     largest = z.amax(-1, keepdim=True)
     weights = z.new_empty(rows, -(-vocab // BLOCK) * BLOCK)
     weights[:, vocab:] = 0.0
-    torch.sub(z, largest, out=weights[:, :vocab]).exp_()
+    # First the distance: a difference of two quotients would lose what they have in common.
+    torch.sub(z, largest, out=weights[:, :vocab]).div_(temperature).exp_()
     blocks = weights.view(rows, -1, BLOCK)
     sums = blocks.sum(-1).double()
     total = sums.sum(-1)
@@ -89,7 +90,7 @@ def sample(
     # The share of the block that lies below the target. Below 1, so that a token of probability 0 is never reached.
     share = (1 - (cdf.gather(1, block) - target) / sums.gather(1, block)).clamp_(0.0, 1 - 1e-9)
     token = block * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
-    return token.squeeze(1), ((z.gather(1, token) - largest).squeeze(1) - total.log()).float()
+    return token.squeeze(1), ((z.gather(1, token) - largest).squeeze(1) / temperature - total.log()).float()
 
 
 def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
@@ -105,8 +106,8 @@ def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
 
 def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """sample() without chance: the token of the largest logit, the first of several."""
-    z = logits.float() / temperature
-    return logits.argmax(-1), z.amax(-1) - z.logsumexp(-1)
+    z = logits.float()
+    return logits.argmax(-1), -((z - z.amax(-1, keepdim=True)) / temperature).logsumexp(-1)
 
 
 # --- many answers ----------------------------------------------------------------------------------------------------
@@ -162,6 +163,11 @@ def generate_with_logprobs(
             lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
+                if any(map(math.isnan, logprobs[i])):
+                    raise ConfigError(
+                        f"generate: the logits of {type(model).__name__} are NaN for prompt {i} (of {len(prompts[i])} "
+                        "tokens): are its weights finite, and its activations in this dtype?"
+                    )
     return responses, logprobs
 
 

@@ -23,8 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
+from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.decoder import Decoder, why_not
-from rlhf_fast.generation import generate_tokens, generate_with_logprobs, pad, sample
+from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, pad, sample
 from rlhf_fast.ops import _layer
 
 EOS, VOCAB = 2, 60
@@ -305,6 +306,29 @@ def test_sampled_frequencies_are_the_softmax_at_the_temperature(vocab):
     )  # a token's interval, to a uniform at each end
     assert (tokens.diff() >= 0).all()  # the first token whose cumulative probability exceeds u
     torch.testing.assert_close(logprobs.double(), expected.log()[tokens], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 300}])  # by the kernel, by PyTorch
+@pytest.mark.parametrize("temperature", [1.0, 0.01, 1e-6, 1e-38])
+def test_log_probabilities_at_low_temperatures_are_exact_and_never_above_0(temperature, options):
+    logits = torch.randn(500, 300, generator=torch.Generator().manual_seed(4)) * 5 + 100
+    uniforms = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    tokens, logprobs = sample(logits, uniforms, temperature=temperature, **options)
+    assert logprobs.max() <= 0
+    exact = torch.log_softmax(logits.double() / temperature, -1).gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), exact, atol=1e-6, rtol=1e-5)
+    largest, logprob = most_likely(logits, None, temperature=temperature)
+    exact = torch.log_softmax(logits.double() / temperature, -1).gather(-1, largest[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprob.double(), exact, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_logits_that_are_nan_are_refused(model, prompts, do_sample):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[17] = torch.nan
+    with pytest.raises(ConfigError, match="the logits of LlamaForCausalLM are NaN for prompt"):
+        sampled(broken, prompts, do_sample=do_sample)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53, 1.0])

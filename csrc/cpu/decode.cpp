@@ -1,6 +1,8 @@
 // What generation computes for each new token, in float32: attention of one query a row over the buffer of keys and
 // values, a whole llama layer around it, and the choice of the token.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "few_rows.h"
@@ -131,21 +133,23 @@ int64_t decode_layer(LayerWeights w, float* x, const float* cos, const float* si
 }
 
 // First the block, then the token in it: a cumulative sum over the vocabulary would cost more than its logits.
+// Distances from the largest logit come before the temperature: a difference of two quotients would lose what they have
+// in common.
 int64_t sample_tokens(const float* logits, const double* uniforms, int64_t rows, int64_t vocab, double temperature,
                       int64_t* tokens, float* logprobs, int threads) {
   const int64_t blocks = (vocab + kBlock - 1) / kBlock;
-  const float inverse = float(1 / temperature);
+  const float inverse = std::min(float(1 / temperature), std::numeric_limits<float>::max());  // 0 of infinity is no 0
   for_each(rows, worth_threads(threads, rows * vocab), [&](int64_t row) {
     const float* x = logits + row * vocab;
-    const float largest = F32::max(x, vocab) * inverse;
+    const float largest = F32::max(x, vocab);
     const Buffer<double> sums(blocks);
     float z[kBlock], weights[kBlock];
     const auto block_sum = [&](int64_t block) {
       const int64_t n = vocab - block * kBlock < kBlock ? vocab - block * kBlock : kBlock;
       for (int64_t j = n; j < kBlock; ++j) z[j] = -INFINITY;
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) z[j] = x[block * kBlock + j] * inverse;
-      return exp_sum(z, largest, kBlock, weights);
+      for (int64_t j = 0; j < n; ++j) z[j] = (x[block * kBlock + j] - largest) * inverse;
+      return exp_sum(z, 0, kBlock, weights);
     };
     double total = 0;
     for (int64_t block = 0; block < blocks; ++block) total += sums[block] = block_sum(block);
@@ -166,8 +170,8 @@ int64_t sample_tokens(const float* logits, const double* uniforms, int64_t rows,
       target -= weights[j];
     }
     const int64_t token = block * kBlock + (chosen < 0 ? last : chosen);
-    tokens[row] = token < vocab ? token : vocab - 1;  // of logits that are all NaN
-    logprobs[row] = float(double(x[tokens[row]] * inverse - largest) - std::log(total));
+    tokens[row] = token < vocab ? token : vocab - 1;  // where a logit is NaN: any token, and its log-probability is NaN
+    logprobs[row] = float((double(x[tokens[row]]) - largest) / temperature - std::log(total));
   });
   return -1;
 }

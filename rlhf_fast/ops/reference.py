@@ -61,7 +61,7 @@ def token_logprobs_and_entropy(
     logits: Tensor, labels: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(..., V) logits, (...) labels -> log-softmax(logits / temperature) at the label, and its entropy in nats."""
-    z = as_accumulator(logits) / temperature
+    z, labels = as_accumulator(logits) / temperature, labels.long()
     if mask is not None:
         z = torch.where(mask.bool()[..., None], z, 0.0)
         labels = labels.masked_fill(~mask.bool(), 0)
@@ -80,9 +80,11 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0, 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
     """(..., D) hidden, (V, D) weight -> (..., V) logits, optionally softcap * tanh(logits / softcap) (Gemma 2)."""
-    logits = as_accumulator(hidden) @ as_accumulator(weight).T
+    result = as_accumulator(hidden)
+    dtype = torch.promote_types(result.dtype, as_accumulator(weight).dtype)
+    logits = (result.to(dtype) @ weight.to(dtype).T).to(result.dtype)
     if bias is not None:
-        logits = logits + as_accumulator(bias)
+        logits = logits + bias.to(result.dtype)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -191,7 +193,7 @@ def kl_penalty(
         "k3": lambda d: _exp_minus_1_minus(-d),
         "abs": lambda d: d.abs(),
     }[kind]
-    d = as_accumulator(logprobs) - as_accumulator(ref_logprobs)
+    d = (as_accumulator(logprobs) - as_accumulator(ref_logprobs)).to(as_accumulator(logprobs).dtype)
     if input_clamp is not None:
         d = d.clamp(-input_clamp, input_clamp)
     if output_clamp is None:
@@ -288,7 +290,7 @@ def ppo_loss(
             log_ratio.abs().amax() if log_ratio.numel() else zero,
             mask.sum(),
         )
-    return loss, _statistics(PPO_STATS, stats, loss.dtype)
+    return loss.to(logp.dtype), _statistics(PPO_STATS, stats, logp.dtype)
 
 
 def linear_ppo_loss(
@@ -332,7 +334,7 @@ def value_loss(
             masked_mean((target - v - error_mean) ** 2, mask),
             mask.sum(),
         )
-    return loss, _statistics(VALUE_STATS, stats, loss.dtype)
+    return loss.to(v.dtype), _statistics(VALUE_STATS, stats, v.dtype)
 
 
 def gae(
@@ -359,7 +361,7 @@ def gae(
         next_value = torch.where(keep, v[:, t], next_value)
         columns.append(advantage)
     advantages = _masked(torch.stack(columns[::-1], 1), mask) if columns else torch.zeros_like(r)
-    return advantages, _masked(advantages + v, mask)
+    return advantages.to(r.dtype), _masked(advantages + v, mask).to(r.dtype)
 
 
 def pairwise_loss(
@@ -397,7 +399,7 @@ def pairwise_loss(
             masked_mean((both - center) ** 2).sqrt(),
             torch.full_like(total, d.numel()),
         )
-    return (share * loss).sum(), _statistics(PAIRWISE_STATS, stats, d.dtype)
+    return (share * loss).sum().to(c.dtype), _statistics(PAIRWISE_STATS, stats, c.dtype)
 
 
 def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -428,6 +430,7 @@ def dpo_loss(
     """
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
-    chosen = beta * (as_accumulator(chosen_logprobs) - _data(ref_chosen_logprobs))
+    dtype = as_accumulator(chosen_logprobs).dtype
+    chosen = (beta * (as_accumulator(chosen_logprobs) - _data(ref_chosen_logprobs))).to(dtype)
     rejected = beta * (as_accumulator(rejected_logprobs) - _data(ref_rejected_logprobs))
     return pairwise_loss(chosen, rejected, target_prob=1.0 - label_smoothing)

@@ -493,6 +493,25 @@ def test_masked_mean_by_hand(ops):
     assert ops.masked_mean(torch.zeros(0, 3)).item() == 0.0
 
 
+def test_results_have_the_precision_of_the_first_argument_and_labels_any_integer_type(ops):
+    x, y, mask, ranks = (
+        torch.randn(2, 3),
+        torch.randn(2, 3).double(),
+        tokens(1, 1, 0).expand(2, 3),
+        torch.tensor([0, 1]),
+    )
+    results = [
+        *ops.ppo_loss(x, y, y, mask, ref_logprobs=y, kl_coef=0.1), *ops.value_loss(x, y, y, mask), *ops.gae(x, y, mask),
+        ops.kl_penalty(x, y, estimator="k3"), *ops.pairwise_loss(x[0], y[0]), *ops.dpo_loss(x[0], y[0], y[0], y[0]),
+        ops.token_logprobs(x, ranks.to(torch.uint8)), ops.cross_entropy(x, ranks.to(torch.int32)),
+        ops.linear_token_logprobs(x, torch.randn(5, 3), ranks.to(torch.uint8)),
+    ]  # fmt: skip
+    for tensor in (t for r in results for t in (r.values() if isinstance(r, dict) else [r])):
+        assert tensor.dtype == torch.float32
+    assert ops.linear_token_logprobs(y, torch.randn(5, 3), ranks).dtype == torch.float64
+    assert ops.linear_cross_entropy(y, torch.randn(5, 3), ranks).dtype == torch.float64
+
+
 def test_margins_and_labels_of_a_data_set_may_be_integers(ops):
     chosen, rejected, margin, first = row(2.0, 0.0)[0], row(1.0, 1.0)[0], torch.tensor([1, 0]), torch.tensor([1, 0])
     loss, _ = ops.pairwise_loss(chosen, rejected, margin=margin, target_prob=first, weights=torch.tensor([1, 3]))
