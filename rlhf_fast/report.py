@@ -149,7 +149,8 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
     cells = []
     for stage in stages:
         name, log = stage["name"], logs[stage["name"]]
-        proxy, true, kl = (_points(log, metric) for metric in ("objective/scores", "eval_pass_rate", "objective/kl"))
+        true, kl = _points(log, "eval_pass_rate"), _points(log, "objective/kl")
+        proxy = _points(log, "objective/raw_scores") or _points(log, "objective/scores")  # eval_scores is raw
         principles = [Series(p, _points(log, f"eval_{p}")) for p in stage.get("pass_rate_per_principle") or {}]
         if proxy and true:
             steps = [step for step, _ in (*proxy, *true)]
