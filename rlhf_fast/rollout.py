@@ -5,13 +5,14 @@ How the answers are sampled is in generation.py, whose names are also names of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from .data.chat import Text, decode_responses
+from .data.chat import ConfigError, Text, decode_responses
 from .data.formats import Prompt
 from .generation import evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
 from .models import stop_ids
@@ -90,6 +91,31 @@ def generate(
         batch_size=batch_size, generator=generator,
     )  # fmt: skip
     return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
+
+
+def check_engine(returned, rows: int, embedded: int) -> None:
+    """What a rollout_func returned, before anything has changed: ConfigError where it is not make_rollout's lists of so
+    many rows, or has tokens that the models do not embed."""
+    if not isinstance(returned, Mapping) or returned.get("completion_ids") is None:
+        got = f"keys {', '.join(map(repr, returned))}" if isinstance(returned, Mapping) else type(returned).__name__
+        raise ConfigError(
+            'PPOTrainer: rollout_func must return {"completion_ids": [[token, ...], ...], ...}, a list of tokens '
+            f"for each prompt, got {got}"
+        )
+    if taken := {"tokenizer", "prompts", "responses", "stop_token_ids", "device"}.intersection(returned):
+        raise ConfigError(
+            f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
+        )
+    for name, values in returned.items():
+        if values is not None and len(values) != rows:
+            raise ConfigError(f"rollout_func: {name} has {len(values)} rows for {rows} prompts")
+    for name in ("completion_ids", "prompt_ids"):
+        tokens = chain.from_iterable(() if returned.get(name) is None else returned[name])
+        if strange := [token for token in tokens if not 0 <= token < embedded]:
+            raise ConfigError(
+                f"PPOTrainer: rollout_func returned the token {int(strange[0])} in {name}, and the models embed "
+                f"{embedded}: does the engine read another tokenizer?"
+            )
 
 
 def make_rollout(

@@ -168,6 +168,7 @@ _labelled = (lambda logits, labels, mask: False) if _C is None else _C.labelled
 
 
 def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float = 1.0) -> None:
+    """What the ops that read logits refuse, as ValueError or TypeError in the name of the op."""
     if not temperature > 0:
         raise ValueError(f"{op}: temperature {temperature} must be > 0")
     if not is_compiling() and _labelled(logits, labels, mask):

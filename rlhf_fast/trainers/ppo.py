@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -51,7 +51,16 @@ from ..models import (
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import check_room, check_signature, compute_scores, make_reward, score_components
-from ..rollout import Rollout, evaluating, generate, make_rollout, rollout_metrics, squeeze, text_metrics
+from ..rollout import (
+    Rollout,
+    check_engine,
+    evaluating,
+    generate,
+    make_rollout,
+    rollout_metrics,
+    squeeze,
+    text_metrics,
+)
 from ..trunk import hidden_states_at
 from . import common
 from .ppo_config import PPOConfig
@@ -258,33 +267,14 @@ class PPOTrainer:
         """What rollout_func answers; ConfigError where the models cannot read it, before anything has changed."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
         lists = self.rollout_func(texts, self)
-        if not isinstance(lists, Mapping) or lists.get("completion_ids") is None:
-            got = f"keys {', '.join(map(repr, lists))}" if isinstance(lists, Mapping) else type(lists).__name__
-            raise common.ConfigError(
-                'PPOTrainer: rollout_func must return {"completion_ids": [[token, ...], ...], ...}, a list of tokens '
-                f"for each prompt, got {got}"
-            )
-        if taken := {"tokenizer", "prompts", "responses", "stop_token_ids", "device"}.intersection(lists):
-            raise common.ConfigError(
-                f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
-            )
-        for name, rows in lists.items():
-            if rows is not None and len(rows) != len(texts):
-                raise common.ConfigError(f"rollout_func: {name} has {len(rows)} rows for {len(texts)} prompts")
+        embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
+        check_engine(lists, len(texts), embedded)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
         if self.config.importance_cap is not None and lists.get("logprobs") is None:
             raise common.ConfigError(
                 "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
                 '"logprobs": return them, or leave importance_cap out'
             )
-        embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
-        for name in ("completion_ids", "prompt_ids"):
-            rows = () if lists.get(name) is None else lists[name]
-            if strange := [token for token in chain.from_iterable(rows) if not 0 <= token < embedded]:
-                raise common.ConfigError(
-                    f"PPOTrainer: rollout_func returned the token {int(strange[0])} in {name}, and the models embed "
-                    f"{embedded}: does the engine read another tokenizer?"
-                )
         stops = stop_ids(self.policy, self.tokenizer)
         rollout = make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
         for network in self._networks():
