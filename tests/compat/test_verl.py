@@ -150,6 +150,15 @@ def test_outcome_advantages_by_hand(name, options, expected):
     torch.testing.assert_close(returns, advantages)
 
 
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"])
+def test_padding_that_is_not_finite_leaves_the_group_alone(name):
+    advantage = getattr(v, f"compute_{name}_outcome_advantage")
+    rewards, mask = torch.tensor([[0.0, 1.0, 4.0], [3.0, NAN, -INF]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    expected = advantage(torch.tensor([[5.0, 0.0, 0.0], [3.0, 0.0, 0.0]]), mask, [0, 0])
+    torch.testing.assert_close(advantage(rewards, mask, [0, 0]), expected)  # the finite 4 counts, as in verl
+    assert advantage(rewards, torch.ones(2, 3), [0, 0])[0].isnan().any()  # inside the mask nothing is hidden
+
+
 def test_passk_rewards_the_best_by_its_lead():
     rewards, prompts = torch.tensor([[1.0], [3.0], [2.0], [7.0], [7.0]]), torch.tensor([4, 9, 4, 9, 9])
     config = {"norm_adv_by_std_in_grpo": False}
