@@ -16,8 +16,8 @@ from ..ops.reference import as_accumulator
 
 
 def _scores(token_level_rewards: Tensor, response_mask: Tensor) -> Tensor:
-    """(B, T) -> (B,). What is outside the mask counts as in verl, where it is finite: the reward of a response that ends
-    with an observation lies there."""
+    """(B, T) -> (B,). What is outside the mask counts as in verl, if it is finite: where a response ends with an
+    observation, its reward lies there."""
     rewards = as_accumulator(token_level_rewards.detach())
     return torch.where(response_mask.bool() | rewards.isfinite(), rewards, 0.0).sum(-1)
 
@@ -55,7 +55,8 @@ def compute_gae_advantage_return(
 
     verl raises where the mask has one token or none, and returns values (not 0) outside it.
     """
-    advantages, returns = ops.gae(token_level_rewards, values, response_mask, gamma=float(gamma), lam=float(lam))
+    rewards = as_accumulator(token_level_rewards)
+    advantages, returns = ops.gae(rewards, values, response_mask, gamma=float(gamma), lam=float(lam))
     return ops.masked_whiten(advantages, response_mask), returns
 
 
@@ -168,8 +169,8 @@ def compute_reinforce_plus_plus_outcome_advantage(
     """
     if config is None:
         raise ValueError("compute_reinforce_plus_plus_outcome_advantage: needs config, for its gamma")
-    values = torch.zeros_like(token_level_rewards)
-    returns, _ = ops.gae(token_level_rewards, values, response_mask, gamma=float(config.gamma), lam=1.0)
+    rewards = as_accumulator(token_level_rewards)
+    returns, _ = ops.gae(rewards, torch.zeros_like(rewards), response_mask, gamma=float(config.gamma), lam=1.0)
     return ops.masked_whiten(returns, response_mask), returns
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.reference import as_accumulator
+from ._inputs import fitted
 from ._verl_advantages import (  # noqa: F401 - public here
     compute_gae_advantage_return,
     compute_gpg_outcome_advantage,
@@ -205,6 +206,7 @@ def compute_value_loss(
     options = _aggregation(
         response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
+    values, returns = fitted(values, vpreds), fitted(returns, vpreds)
     loss, stats = ops.value_loss(vpreds, values, returns, response_mask, cliprange_value=cliprange_value, **options)
     return loss, stats["clipfrac"]
 
