@@ -26,6 +26,13 @@ from .models import stop_ids, unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
+HABITS = {  # of a model's generation_config, what generate() would heed and we have no option for; idle values
+    "repetition_penalty": 1.0, "typical_p": 1.0, "guidance_scale": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0,
+    "min_length": 0, "min_new_tokens": 0, "min_p": 0.0, "top_h": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "sequence_bias": None, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "stop_strings": None, "watermarking_config": None,
+}  # fmt: skip
 
 
 @contextmanager
@@ -128,7 +135,8 @@ def generate_with_logprobs(
     log-probability of each of their ids under softmax(logits / temperature).
 
     eos_token_id: one, or several that end an answer alike (models.stop_ids).
-    top_k and top_p count only with do_sample; otherwise the most likely token is taken.
+    top_k and top_p count only with do_sample; otherwise the most likely token is taken. Nothing is read of the model's
+    generation_config, neither sampling settings nor penalties: the log-probabilities are the model's own, as PPO needs.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
     """
     for i, prompt in enumerate(prompts):
@@ -181,8 +189,21 @@ def _uniforms(rows: int, columns: int, generator) -> Tensor:
 
 
 def generate_tokens(model, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """generate_with_logprobs, the responses alone."""
+    """generate_with_logprobs, the responses alone; a warning, once a model, names the HABITS that are ignored."""
+    _say_habits(model)
     return generate_with_logprobs(model, prompts, **options)[0]
+
+
+def _say_habits(model) -> None:
+    owner = unwrapped(model)
+    config = getattr(owner, "generation_config", None)
+    given = {name: getattr(config, name, None) for name in HABITS}
+    ignored = [name for name, value in given.items() if value and value != HABITS[name]]
+    if ignored:
+        _say_once(
+            f"{type(owner).__name__} {owner.config.name_or_path!r} answers without {', '.join(ignored)} of its "
+            "generation_config: answers are drawn from the model itself"
+        )
 
 
 @lru_cache(None)
@@ -285,7 +306,11 @@ def generate_text(
     seed: int | Sequence[int] = 0,
 ) -> list[str]:  # fmt: skip
     """One answer a prompt (text or messages), decoded without special tokens. The same seed gives the same answers;
-    with one seed a prompt, an answer depends on its own prompt and seed only."""
+    with one seed a prompt, an answer depends on its own prompt and seed only.
+
+    The model's generation_config says which tokens end an answer and nothing else: the arguments replace its sampling
+    settings, and a warning, once a model, names the penalties and the like that are ignored.
+    """
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
     encoded, stops = [encode_prompt(tokenizer, prompt) for prompt in prompts], stop_ids(model, tokenizer)
