@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
-from .models import stop_ids, unwrapped
+from .models import learned_positions, stop_ids, unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
@@ -135,6 +135,7 @@ def generate_with_logprobs(
     log-probability of each of their ids under softmax(logits / temperature).
 
     eos_token_id: one, or several that end an answer alike (models.stop_ids).
+    A model with learned positions (gpt2) needs them for prompt and max_new_tokens; rotary ones go on.
     top_k and top_p count only with do_sample; otherwise the most likely token is taken. Nothing is read of the model's
     generation_config, neither sampling settings nor penalties: the log-probabilities are the model's own, as PPO needs.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
@@ -142,19 +143,29 @@ def generate_with_logprobs(
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
+    try:
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    except TypeError:  # None, or a tensor without an axis
+        stops = []
     if (
         max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
-        or (top_k is not None and top_k < 1)
+        or (top_k is not None and top_k < 1) or not stops
     ):  # fmt: skip
         raise ConfigError(
-            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1 and top_k >= 1 or "
-            f"None, got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}"
+            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
+            "and eos_token_id an int or several, "
+            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
+        )
+    positions, longest = learned_positions(model), max(map(len, prompts), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
+            f"than the {positions} positions of {type(model).__name__}: shorten the one or lower the other"
         )
     uniforms, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:
         uniforms = _uniforms(len(prompts), max_new_tokens, generator)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
-    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     answer, reason = _answer_batch, why_not(model)
     if reason is not None:
         _say_once(f"{type(model).__name__} generates through transformers' generate(), which is slower: {reason}")

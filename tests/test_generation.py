@@ -299,6 +299,22 @@ def test_eos_is_the_last_token_and_appears_once(model, prompts):
         assert row[-1] == EOS or len(row) == 40
 
 
+@pytest.mark.parametrize("eos", [[], (), None, torch.tensor(EOS)])
+def test_without_an_eos_it_is_refused(model, prompts, eos):
+    with pytest.raises(generation.ConfigError, match="eos_token_id an int or several"):
+        sampled(model, prompts, eos_token_id=eos)
+
+
+def test_learned_positions_end_and_rotary_ones_go_on():
+    prompt = [3] * 120  # of 128 positions
+    options = {"eos_token_id": VOCAB, "do_sample": False}
+    for name, longest in (("gpt2", 8), ("llama", 9)):
+        (answer,) = generate_tokens(with_opinions(name), [prompt], max_new_tokens=longest, **options)
+        assert len(answer) == longest
+    with pytest.raises(generation.ConfigError, match=r"has 120 tokens .* is 9, .* 128 positions of GPT2LMHeadModel"):
+        generate_tokens(with_opinions("gpt2"), [[3], prompt], max_new_tokens=9, **options)
+
+
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_an_answer_ends_at_the_first_of_several_eos(name, prompts):
