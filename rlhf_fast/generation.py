@@ -23,10 +23,17 @@ from transformers import GenerationConfig
 
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
-from .models import stop_ids, unwrapped
+from .models import learned_positions, stop_ids, unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
+HABITS = {  # of a model's generation_config, what generate() would heed and we have no option for; idle values
+    "repetition_penalty": 1.0, "typical_p": 1.0, "guidance_scale": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0,
+    "min_length": 0, "min_new_tokens": 0, "min_p": 0.0, "top_h": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "sequence_bias": None, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "stop_strings": None, "watermarking_config": None,
+}  # fmt: skip
 
 
 @contextmanager
@@ -129,25 +136,37 @@ def generate_with_logprobs(
     log-probability of each of their ids under softmax(logits / temperature).
 
     eos_token_id: one, or several that end an answer alike (models.stop_ids).
-    top_k and top_p count only with do_sample; otherwise the most likely token is taken.
+    A model with learned positions (gpt2) needs them for prompt and max_new_tokens; rotary ones go on.
+    top_k and top_p count only with do_sample; otherwise the most likely token is taken. Nothing is read of the model's
+    generation_config, neither sampling settings nor penalties: the log-probabilities are the model's own, as PPO needs.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
     """
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
+    try:
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    except TypeError:  # None, or a tensor without an axis
+        stops = []
     if (
         max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
-        or (top_k is not None and top_k < 1)
+        or (top_k is not None and top_k < 1) or not stops
     ):  # fmt: skip
         raise ConfigError(
-            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1 and top_k >= 1 or "
-            f"None, got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}"
+            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
+            "and eos_token_id an int or several, "
+            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
+        )
+    positions, longest = learned_positions(model), max(map(len, prompts), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ConfigError(
+            f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
+            f"than the {positions} positions of {type(model).__name__}: shorten the one or lower the other"
         )
     uniforms, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:
         uniforms = _uniforms(len(prompts), max_new_tokens, generator)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
-    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     answer, reason = _answer_batch, why_not(model)
     if reason is not None:
         _say_once(f"{type(model).__name__} generates through transformers' generate(), which is slower: {reason}")
@@ -187,8 +206,21 @@ def _uniforms(rows: int, columns: int, generator) -> Tensor:
 
 
 def generate_tokens(model, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """generate_with_logprobs, the responses alone."""
+    """generate_with_logprobs, the responses alone; a warning, once a model, names the HABITS that are ignored."""
+    _say_habits(model)
     return generate_with_logprobs(model, prompts, **options)[0]
+
+
+def _say_habits(model) -> None:
+    owner = unwrapped(model)
+    config = getattr(owner, "generation_config", None)
+    given = {name: getattr(config, name, None) for name in HABITS}
+    ignored = [name for name, value in given.items() if value and value != HABITS[name]]
+    if ignored:
+        _say_once(
+            f"{type(owner).__name__} {owner.config.name_or_path!r} answers without {', '.join(ignored)} of its "
+            "generation_config: answers are drawn from the model itself"
+        )
 
 
 @lru_cache(None)
@@ -291,7 +323,11 @@ def generate_text(
     seed: int | Sequence[int] = 0,
 ) -> list[str]:  # fmt: skip
     """One answer a prompt (text or messages), decoded without special tokens. The same seed gives the same answers;
-    with one seed a prompt, an answer depends on its own prompt and seed only."""
+    with one seed a prompt, an answer depends on its own prompt and seed only.
+
+    The model's generation_config says which tokens end an answer and nothing else: the arguments replace its sampling
+    settings, and a warning, once a model, names the penalties and the like that are ignored.
+    """
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
     encoded, stops = [encode_prompt(tokenizer, prompt) for prompt in prompts], stop_ids(model, tokenizer)

@@ -105,6 +105,14 @@ def check_lengths(
         )
 
 
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions the model has learned; None where they are rotary or distances (ALiBi), and go on."""
+    model = unwrapped(model)
+    if hasattr(model.base_model, "rotary_emb") or getattr(model.config, "alibi", False):
+        return None
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the tokenizer's eos, then those that the model's generation_config declares, such
     as the end of a turn in chat models whose eos ends the document (Gemma, Phi-3).

@@ -250,6 +250,25 @@ def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
         assert a == pytest.approx(b, abs=1e-4)
 
 
+def test_ignored_habits_are_named_once(model, prompts, monkeypatch):
+    generation._say_once.cache_clear()
+    options = {"max_new_tokens": 2, "eos_token_id": EOS}
+    replaced = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "max_length": 9, "eos_token_id": 7}
+    idle = {"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": [], "min_new_tokens": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(**replaced, **idle))
+        generate_tokens(model, prompts[:1], **options)
+        habits = {"repetition_penalty": 1.1, "suppress_tokens": [5], "min_new_tokens": 1}
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(**replaced, **habits))
+        generate_with_logprobs(model, prompts[:1], **options)  # PPO's rollouts
+    with pytest.warns(UserWarning, match="answers without repetition_penalty, min_new_tokens, suppress_tokens of its"):
+        generate_tokens(model, prompts[:1], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate_tokens(model, prompts[:1], **options)
+
+
 def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
     """The form that CUDA graphs replay, on the CPU: the same shapes at every step, and rows that leave."""
     model = with_opinions("qwen2")
@@ -279,6 +298,22 @@ def test_eos_is_the_last_token_and_appears_once(model, prompts):
     for row in sampled(model, prompts, max_new_tokens=40):
         assert EOS not in row[:-1] and 1 <= len(row) <= 40
         assert row[-1] == EOS or len(row) == 40
+
+
+@pytest.mark.parametrize("eos", [[], (), None, torch.tensor(EOS)])
+def test_without_an_eos_it_is_refused(model, prompts, eos):
+    with pytest.raises(generation.ConfigError, match="eos_token_id an int or several"):
+        sampled(model, prompts, eos_token_id=eos)
+
+
+def test_learned_positions_end_and_rotary_ones_go_on():
+    prompt = [3] * 120  # of 128 positions
+    options = {"eos_token_id": VOCAB, "do_sample": False}
+    for name, longest in (("gpt2", 8), ("llama", 9)):
+        (answer,) = generate_tokens(with_opinions(name), [prompt], max_new_tokens=longest, **options)
+        assert len(answer) == longest
+    with pytest.raises(generation.ConfigError, match=r"has 120 tokens .* is 9, .* 128 positions of GPT2LMHeadModel"):
+        generate_tokens(with_opinions("gpt2"), [[3], prompt], max_new_tokens=9, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")

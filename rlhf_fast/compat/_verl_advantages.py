@@ -15,9 +15,11 @@ from .. import ops
 from ..ops.reference import as_accumulator
 
 
-def _scores(token_level_rewards: Tensor) -> Tensor:
-    """(B, T) -> (B,). Padding counts as in verl, whose rewards are 0 there."""
-    return as_accumulator(token_level_rewards.detach()).sum(-1)
+def _scores(token_level_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """(B, T) -> (B,). What is outside the mask counts as in verl, if it is finite: where a response ends with an
+    observation, its reward lies there."""
+    rewards = as_accumulator(token_level_rewards.detach())
+    return torch.where(response_mask.bool() | rewards.isfinite(), rewards, 0.0).sum(-1)
 
 
 def _groups(index, like: Tensor) -> Tensor:
@@ -53,7 +55,8 @@ def compute_gae_advantage_return(
 
     verl raises where the mask has one token or none, and returns values (not 0) outside it.
     """
-    advantages, returns = ops.gae(token_level_rewards, values, response_mask, gamma=float(gamma), lam=float(lam))
+    rewards = as_accumulator(token_level_rewards)
+    advantages, returns = ops.gae(rewards, values, response_mask, gamma=float(gamma), lam=float(lam))
     return ops.masked_whiten(advantages, response_mask), returns
 
 
@@ -66,7 +69,7 @@ def compute_grpo_outcome_advantage(
     config=None,
 ) -> tuple[Tensor, Tensor]:
     """(score - group mean) / (group std + epsilon); without the division it is Dr. GRPO. Alone: the score."""
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     _, mean, std = _group_moments(scores, _groups(index, scores))
     return _spread((scores - mean) / (std + epsilon) if norm_adv_by_std_in_grpo else scores - mean, response_mask)
 
@@ -90,7 +93,7 @@ def compute_grpo_passk_outcome_advantage(
     """
     if config is not None:
         norm_adv_by_std_in_grpo = config.get("norm_adv_by_std_in_grpo", True)
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     group = _groups(index, scores)
     size, _, std = _group_moments(scores, group)
     if (size < 2).any():
@@ -110,7 +113,7 @@ def compute_rloo_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index, epsilon: float = 1e-6, config=None, **kwargs
 ) -> tuple[Tensor, Tensor]:
     """score - mean of the others in its group (arXiv 2402.14740); alone in a group: the score."""
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     size, mean, _ = _group_moments(scores, _groups(index, scores))
     left_out = (scores - mean) * size / (size - 1).clamp(min=1)
     return _spread(torch.where(size > 1, left_out, scores), response_mask)
@@ -120,7 +123,7 @@ def compute_rloo_vectorized_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index, epsilon: float = 1e-6, config=None, **kwargs
 ) -> tuple[Tensor, Tensor]:
     """compute_rloo_outcome_advantage, but alone in a group: 0. verl's two functions differ in this."""
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     size, mean, _ = _group_moments(scores, _groups(index, scores))
     left_out = (scores - mean) * size / (size - 1).clamp(min=1)
     return _spread(torch.where(size > 1, left_out, 0.0), response_mask)
@@ -133,7 +136,7 @@ def compute_opo_outcome_advantage(
 
     A group whose responses are all empty has baseline 0 (verl: NaN).
     """
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     group, length = _groups(index, scores), response_mask.bool().sum(-1).to(scores.dtype)
     size, total = _group_sum(torch.ones_like(scores), group), _group_sum(length, group)
     baseline = _group_sum(length * scores, group) / total.clamp(min=1)
@@ -151,7 +154,7 @@ def compute_gpg_outcome_advantage(
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """alpha (score - group mean) / f_norm with alpha = B / number of scores that are not 0, never the argument."""
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     _, mean, _ = _group_moments(scores, _groups(index, scores))
     alpha = scores.numel() / scores.count_nonzero().clamp(min=1)
     return _spread(alpha * (scores - mean) / f_norm, response_mask)
@@ -166,8 +169,8 @@ def compute_reinforce_plus_plus_outcome_advantage(
     """
     if config is None:
         raise ValueError("compute_reinforce_plus_plus_outcome_advantage: needs config, for its gamma")
-    values = torch.zeros_like(token_level_rewards)
-    returns, _ = ops.gae(token_level_rewards, values, response_mask, gamma=float(config.gamma), lam=1.0)
+    rewards = as_accumulator(token_level_rewards)
+    returns, _ = ops.gae(rewards, torch.zeros_like(rewards), response_mask, gamma=float(config.gamma), lam=1.0)
     return ops.masked_whiten(returns, response_mask), returns
 
 
@@ -175,7 +178,7 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
     token_level_rewards: Tensor, response_mask: Tensor, index, epsilon: float = 1e-6, config=None, **kwargs
 ) -> tuple[Tensor, Tensor]:
     """score - group mean on every token, whitened over the batch's tokens; the returns are the same."""
-    scores = _scores(token_level_rewards)
+    scores = _scores(token_level_rewards, response_mask)
     _, mean, _ = _group_moments(scores, _groups(index, scores))
     advantages = ops.masked_whiten(_spread(scores - mean, response_mask)[0], response_mask)
     return advantages, advantages

@@ -1,8 +1,9 @@
 """verl's aggregation and its policy losses, public under compat.verl.
 
-Shapes: everything is (B, T). A policy loss takes (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode,
-config, rollout_is_weights), the old log-probs first, and returns (scalar loss, metrics as floats). config is verl's
-ActorConfig or anything with its fields. rollout_is_weights multiply the losses per token and are data.
+Shapes: everything is (B, T); advantages and rollout_is_weights may be (B, 1), one a response. A policy loss takes
+(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights), the old log-probs first,
+and returns (scalar loss, metrics as floats). config is verl's ActorConfig or anything with its fields.
+rollout_is_weights multiply the losses per token and are data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import aggregate, as_accumulator
+from ._inputs import fitted
 
 _LOG_RATIO_CLAMP = 20.0
 
@@ -100,8 +102,8 @@ def compute_policy_loss(
     if low is None or high is None:
         raise ValueError("compute_policy_loss: needs cliprange, or both cliprange_low and cliprange_high")
     loss, stats = ops.ppo_loss(
-        log_prob, old_log_prob, advantages, response_mask, cliprange=low, cliprange_high=high, dual_clip=clip_ratio_c,
-        log_ratio_clamp=_LOG_RATIO_CLAMP, **_aggregation(response_mask, loss_agg_mode),
+        log_prob, old_log_prob, fitted(advantages, log_prob), response_mask, cliprange=low, cliprange_high=high,
+        dual_clip=clip_ratio_c, log_ratio_clamp=_LOG_RATIO_CLAMP, **_aggregation(response_mask, loss_agg_mode),
     )  # fmt: skip
     return loss, stats["clipfrac_high"] + stats["clipfrac_low"], stats["approx_kl_k1"], stats["dual_clipfrac"]
 
@@ -118,9 +120,9 @@ def compute_policy_loss_vanilla(
     """compute_policy_loss, old log-probs first, with config's clip_ratio, clip_ratio_low, _high and clip_ratio_c."""
     _need_config("compute_policy_loss_vanilla", config)
     loss, stats = ops.ppo_loss(
-        log_prob, old_log_prob, advantages, response_mask, **_clip_range(config),
+        log_prob, old_log_prob, fitted(advantages, log_prob), response_mask, **_clip_range(config),
         dual_clip=config.get("clip_ratio_c", 3.0), log_ratio_clamp=_LOG_RATIO_CLAMP,
-        importance_weights=rollout_is_weights,
+        importance_weights=fitted(rollout_is_weights, log_prob),
         **_aggregation(response_mask, loss_agg_mode, **config.global_batch_info),
     )  # fmt: skip
     return loss, _metrics(
@@ -145,8 +147,8 @@ def compute_policy_loss_gspo(
     mean = ops.masked_mean((log_prob - old_log_prob).detach(), response_mask, -1)[:, None]
     log_ratio = (log_prob - log_prob.detach() + mean).clamp(max=10.0)
     loss, stats = ops.ppo_loss(
-        log_ratio, torch.zeros_like(log_ratio), advantages, response_mask, **_clip_range(config),
-        importance_weights=rollout_is_weights,
+        log_ratio, torch.zeros_like(log_ratio), fitted(advantages, log_ratio), response_mask, **_clip_range(config),
+        importance_weights=fitted(rollout_is_weights, log_prob),
         **_aggregation(response_mask, loss_agg_mode, **config.global_batch_info),
     )  # fmt: skip
     return loss, _metrics(
@@ -284,7 +286,7 @@ def compute_policy_loss_geo_mean(
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * limited)
     losses = -ops.masked_mean(a, response_mask, -1) * ops.masked_mean(pessimistic, response_mask, -1).exp()
     if rollout_is_weights is not None:
-        weights = (as_accumulator(rollout_is_weights.detach()) + 1e-10).log()
+        weights = (as_accumulator(fitted(rollout_is_weights.detach(), a)) + 1e-10).log()
         losses = losses * ops.masked_mean(weights, response_mask, -1).exp()
     clipped = log_ratio != limited
     return ops.masked_mean(losses), _metrics(

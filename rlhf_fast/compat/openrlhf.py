@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.reference import aggregate, as_accumulator
+from ._inputs import fitted
 
 _CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
 
@@ -134,7 +135,7 @@ class PolicyLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All (B, T), the new log-probs first (verl: second) -> (loss, clip_ratio, ppo_kl, vllm_kl or None), scalars.
 
-        An empty mask gives 0 (OpenRLHF: NaN).
+        advantages may be (B, 1), one a response. An empty mask gives 0 (OpenRLHF: NaN).
         clip_ratio is the share of tokens on which the clip holds, ppo_kl the mean of old - new log-probs.
         """
         mask = _mask(log_probs, action_mask)
@@ -148,7 +149,7 @@ class PolicyLoss(nn.Module):
             weights = self._correction(old_log_probs, rollout_log_probs, mask)
             vllm_kl = ops.masked_mean(as_accumulator(rollout_log_probs) - old_log_probs, mask)
         loss, stats = ops.ppo_loss(
-            new, old, advantages, mask, cliprange=self.clip_eps_low, cliprange_high=self.clip_eps_high,
+            new, old, fitted(advantages, new), mask, cliprange=self.clip_eps_low, cliprange_high=self.clip_eps_high,
             dual_clip=self.dual_clip, log_ratio_clamp=clamp, importance_weights=weights,
             **_aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
         )  # fmt: skip
@@ -192,6 +193,7 @@ class ValueLoss(nn.Module):
         """New values, old values, returns (verl: returns second), all (B, T) -> scalar; of an empty mask 0, not NaN."""
         options = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         mask = _mask(values, action_mask)
+        old_values, returns = fitted(old_values, values), fitted(returns, values)
         return ops.value_loss(values, old_values, returns, mask, cliprange_value=self.clip_eps, **options)[0]
 
 
@@ -199,9 +201,10 @@ class PairWiseLoss(nn.Module):
     """Bradley-Terry: the mean of -log sigma(chosen - rejected - margin)."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
-        """(B,) or (B, 1) rewards -> scalar; an empty batch gives 0 (OpenRLHF: NaN)."""
-        margin = margin.flatten() if isinstance(margin, Tensor) else margin
-        return ops.pairwise_loss(chosen_reward.flatten(), reject_reward.flatten(), margin=margin)[0]
+        """(B,) or (B, 1) rewards, a margin like them or a number -> scalar; an empty batch gives 0 (OpenRLHF: NaN)."""
+        chosen, rejected = chosen_reward.flatten(), reject_reward.flatten()
+        margin = fitted(margin.flatten(), chosen) if isinstance(margin, Tensor) else margin
+        return ops.pairwise_loss(chosen, rejected, margin=margin)[0]
 
 
 class LogExpLoss(PairWiseLoss):
@@ -225,17 +228,16 @@ class DPOLoss(nn.Module):
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed log-probs (B,) -> (loss, chosen_rewards (B,), rejected_rewards (B,)); the rewards have no gradient."""
-        chosen = as_accumulator(policy_chosen_logps) - reference_chosen_logps
-        rejected = as_accumulator(policy_rejected_logps) - reference_rejected_logps
+        """Summed log-probs (B,) or (B, 1) -> (loss, chosen_rewards, rejected_rewards), the rewards in their shape and
+        without gradient."""
+        given = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        shape, given = policy_chosen_logps.shape, [x.flatten() for x in given]
+        chosen, rejected = (as_accumulator(given[i]) - given[i + 2] for i in (0, 1))
         if self.ipo:
             loss = ops.masked_mean((chosen - rejected - 1 / (2 * self.beta)).square())
         else:
-            loss, _ = ops.dpo_loss(
-                policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
-                beta=self.beta, label_smoothing=self.label_smoothing,
-            )  # fmt: skip
-        return loss, self.beta * chosen.detach(), self.beta * rejected.detach()
+            loss, _ = ops.dpo_loss(*given, beta=self.beta, label_smoothing=self.label_smoothing)
+        return loss, (self.beta * chosen.detach()).view(shape), (self.beta * rejected.detach()).view(shape)
 
 
 def compute_approx_kl(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
@@ -246,6 +248,7 @@ def compute_approx_kl(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: s
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"compute_approx_kl: kl_estimator {kl_estimator!r} must be 'k1', 'k2' or 'k3'")
+    log_probs, log_probs_base = fitted(log_probs, log_probs_base), fitted(log_probs_base, log_probs)
     return ops.kl_penalty(log_probs, log_probs_base, estimator=kl_estimator, output_clamp=10.0)
 
 

@@ -56,11 +56,17 @@ def selective_log_softmax_and_entropy(
     temperature: float = 1.0,
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(..., V) logits, (...) index -> log-probabilities and entropies in one read, float32.
+    """(..., V) logits, index (...) or (..., K) -> log-probabilities of index's shape and (...) entropies, float32.
 
-    Rows with row_mask 0 give 0. -inf logits count 0 in the entropy (TRL: NaN).
+    An index (...) is one read of the logits. Where row_mask, of index's shape, is 0 the log-probability is 0, and so is
+    the entropy of a row without any 1. -inf logits count 0 in the entropy (TRL: NaN).
     """
-    logprobs, entropy = ops.token_logprobs_and_entropy(logits, index, temperature=temperature, mask=row_mask)
+    if index.ndim == logits.ndim:
+        logprobs = selective_log_softmax(logits, index, temperature, row_mask)
+        index, row_mask = logits.detach().argmax(-1), None if row_mask is None else row_mask.bool().any(-1)
+        entropy = ops.token_logprobs_and_entropy(logits, index, temperature=temperature, mask=row_mask)[1]
+    else:
+        logprobs, entropy = ops.token_logprobs_and_entropy(logits, index, temperature=temperature, mask=row_mask)
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
 
@@ -84,6 +90,7 @@ class ChunkedLogProbFunction:
         What outputs does not name is None; the last three carry no gradient and cost a second product over the
         vocabulary, so name only what is used. chunk_size is accepted and not needed: chunks are sized by bytes.
         Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's where bf16 logits tie.
+        Raises IndexError for a target outside the vocabulary, -100 too (TRL: minus the row's logsumexp).
         """
         if not logit_scale > 0:
             raise ValueError(f"ChunkedLogProbFunction: logit_scale {logit_scale} must be > 0")
@@ -174,13 +181,15 @@ def first_true_indices(bools: Tensor, dtype: torch.dtype = torch.long) -> Tensor
 
 
 def nanstd(tensor: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
-    """Unbiased standard deviation of what is not NaN; NaN where there are fewer than two values, as in TRL."""
+    """Unbiased standard deviation of what is not NaN; NaN where there are fewer than two values, inf where one is
+    infinite among finite ones, as in TRL. Its gradient is finite beside NaN (TRL's is not)."""
     axes = tuple(range(tensor.ndim)) if dim is None else dim
     real = ~tensor.isnan()
     count = real.sum(axes, keepdim=True)
     mean = tensor.nansum(axes, keepdim=True) / count
-    squares = torch.where(real, tensor - mean, 0.0).square().sum(axes, keepdim=True)
-    std = (squares / torch.where(count > 1, count - 1, torch.nan)).sqrt()
+    # What is infinite minus an infinite mean is NaN too.
+    variance = torch.where(real, tensor - mean, torch.nan).square().nanmean(axes, keepdim=True)
+    std = (variance * count / torch.where(count > 1, count - 1, torch.nan)).sqrt()
     return std if keepdim else std.squeeze(axes)
 
 

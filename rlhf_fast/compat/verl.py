@@ -4,8 +4,9 @@ Signatures are those of release 0.9.1, which only adds trailing options to 0.8. 
 one there with `core_algos.register_policy_loss("vanilla")(compute_policy_loss_vanilla)`.
 For all of them: results are float32 whatever the input dtype (verl: bf16 log-probs for bf16 logits); -inf logits give
 finite entropies (verl: NaN); an empty mask gives 0 (verl: NaN, or an error in masked_var and what whitens); NaN outside
-a mask reaches neither a loss nor a gradient; an empty batch gives empty results (verl's logprobs_from_logits raises).
-Masks are bool or 0/1.
+a mask reaches neither a loss, an advantage nor a gradient; an empty batch gives empty results (verl's
+logprobs_from_logits raises). Masks are bool or 0/1. The outcome advantages add up all rewards of a response, as verl's
+do, those outside the mask too; of them NaN and infinities count 0 (verl: NaN for the whole group).
 
 Left out: gdpo and the optimal token baselines (they read verl's batch object or loop over trajectories), the rmpad
 log-probs (flash-attn's padding), dppo and dro (newer than the list this module is held to), the vocabulary-parallel
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.reference import as_accumulator
+from ._inputs import fitted
 from ._verl_advantages import (  # noqa: F401 - public here
     compute_gae_advantage_return,
     compute_gpg_outcome_advantage,
@@ -204,6 +206,7 @@ def compute_value_loss(
     options = _aggregation(
         response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
+    values, returns = fitted(values, vpreds), fitted(returns, vpreds)
     loss, stats = ops.value_loss(vpreds, values, returns, response_mask, cliprange_value=cliprange_value, **options)
     return loss, stats["clipfrac"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.chat import decode_responses, encode_prompt
-from ..models import stop_ids, unwrapped
+from ..models import learned_positions, stop_ids
 from ..rollout import generate_tokens
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
@@ -53,8 +53,7 @@ class TextGenerator:
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         """Requests {"prompt", "seed"} -> {"text"}; one without room for max_new_tokens, where positions are learned and
         end, is "too_long". (Rotary ones go on.)"""
-        rotary = hasattr(unwrapped(self.model).base_model, "rotary_emb")
-        limit = math.inf if rotary else getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        limit = learned_positions(self.model) or math.inf
         reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {limit} tokens"
         answers = [Answer("too_long", reason=reason)] * len(requests)
         lengths = [len(encode_prompt(self.tokenizer, r["prompt"])) for r in requests]

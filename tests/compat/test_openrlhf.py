@@ -124,6 +124,16 @@ def test_gspo_has_one_ratio_a_sequence():
     assert ppo_kl.item() == pytest.approx(0.5 / 5)
 
 
+@pytest.mark.parametrize("kind", ["ppo", "gspo"])
+def test_advantages_one_a_response_or_in_integers(kind):
+    new, old, mask = torch.tensor([[0.3, -0.1], [0.5, 0.0]]), torch.zeros(2, 2), torch.tensor([[1, 1], [1, 0]])
+    policy, a = o.PolicyLoss(policy_loss_type=kind), torch.tensor([[1.0], [-2.0]])
+    expected = policy(new, old, a.repeat(1, 2), mask)
+    assert policy(new, old, a, mask) == policy(new, old, a.long().repeat(1, 2), mask) == expected
+    with pytest.raises(ValueError, match=r"advantages \(3, 1\) must have the shape"):
+        policy(new, old, torch.ones(3, 1), mask)
+
+
 def test_policy_loss_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="policy_loss_type"):
         o.PolicyLoss(policy_loss_type="trpo")
@@ -139,6 +149,7 @@ def test_value_loss_order_is_new_old_returns():
     loss = o.ValueLoss(clip_eps=0.5)(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]]))
     assert loss.item() == pytest.approx(0.5 * 2.5**2)
     assert o.ValueLoss()(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]])).item() == 0.5
+    assert o.ValueLoss()(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3]])).item() == 0.5
 
 
 @pytest.mark.parametrize("cls", [o.PairWiseLoss, o.LogExpLoss])
@@ -148,6 +159,9 @@ def test_pairwise_losses_by_hand(cls):
     assert cls()(chosen, rejected, torch.tensor([1.5])).item() == pytest.approx(math.log(2))
     assert cls()(torch.tensor([0.0]), torch.tensor([100.0])).item() == 100  # OpenRLHF's LogExpLoss: inf
     assert cls()(torch.zeros(0), torch.zeros(0)).item() == 0
+    pair = torch.tensor([[2.0], [3.0]]), torch.tensor([[0.5], [1.5]])
+    for margin in (torch.tensor(1.5), torch.tensor([1.5]), torch.tensor([[1.5], [1.5]]), 1.5):
+        assert cls()(*pair, margin).item() == pytest.approx(math.log(2))
 
 
 def test_dpo_and_ipo_by_hand():
@@ -158,6 +172,10 @@ def test_dpo_and_ipo_by_hand():
     smooth = o.DPOLoss(0.5, label_smoothing=0.1)(*logps)[0].item()
     assert smooth == pytest.approx(0.9 * math.log(1 + math.exp(-1)) + 0.1 * math.log(1 + math.exp(1)))
     assert o.DPOLoss(0.5, ipo=True)(*logps)[0].item() == pytest.approx((2 - 1) ** 2)
+    for ipo in (False, True):
+        columns = o.DPOLoss(0.5, ipo=ipo)(*(x[:, None] for x in logps))
+        assert columns[0] == o.DPOLoss(0.5, ipo=ipo)(*logps)[0]
+        assert columns[1].tolist() == [[0.5]] and columns[2].tolist() == [[-0.5]]
 
 
 def test_next_token_loss_shifts_and_survives_no_label():
@@ -177,6 +195,17 @@ def test_kl_estimates_stop_at_10():
     assert torch.autograd.grad(k3.sum(), x)[0].isfinite().all()
     with pytest.raises(ValueError, match="kl_estimator"):
         o.compute_approx_kl(x, zero, "abs")
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_estimates_against_one_row_for_all(kind):
+    new, old = torch.tensor([[0.5, 1.0], [0.2, -1.0]]), torch.tensor([[0.1, 0.3]], requires_grad=True)
+    got, want = o.compute_approx_kl(new, old, kind), o.compute_approx_kl(new, old.repeat(2, 1), kind)
+    assert torch.equal(got, want) and torch.equal(
+        o.compute_approx_kl(old, new, kind)[1], o.compute_approx_kl(old[0], new[1], kind)
+    )
+    grads = [torch.autograd.grad(kl.sum(), old)[0] for kl in (got, want)]
+    torch.testing.assert_close(*grads)
 
 
 def test_the_score_lands_on_the_last_action():

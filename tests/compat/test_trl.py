@@ -86,6 +86,21 @@ def test_entropy_without_gradient_on_request():
     assert logprobs.requires_grad and not entropy.requires_grad
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_k_labels_and_the_entropy_of_their_row(masked):
+    torch.manual_seed(0)
+    logits, index = torch.randn(2, 3, 7, requires_grad=True), torch.randint(0, 7, (2, 3, 4))
+    mask = torch.rand(2, 3, 4) > 0.4 if masked else None
+    if masked:
+        mask[0, 1] = False
+    logprobs, entropy = trl.selective_log_softmax_and_entropy(logits, index, temperature=0.7, row_mask=mask)
+    torch.testing.assert_close(logprobs, trl.selective_log_softmax(logits, index, 0.7, mask))
+    want = trl.entropy_from_logits(logits / 0.7)
+    want = want.masked_fill(~mask.any(-1), 0.0) if masked else want
+    torch.testing.assert_close(entropy, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logits)[0] for x in (entropy, want)))
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_chunked_logprobs_scale_cap_and_temper(softcap):
     torch.manual_seed(1)
@@ -155,6 +170,10 @@ def test_nan_statistics():
     assert trl.nanstd(x).item() == pytest.approx(math.sqrt(2))
     assert trl.nanstd(torch.tensor([[1.0, NAN], [3.0, 2.0]]), dim=0, keepdim=True).shape == (1, 2)
     assert trl.nanmin(torch.tensor([NAN, NAN])).isnan() and trl.nanstd(torch.tensor([1.0, NAN])).isnan()
+    assert trl.nanstd(torch.tensor([1.0, INF, 2.0])).item() == INF
+    assert trl.nanstd(torch.tensor([INF, INF, NAN])).isnan() and trl.nanstd(torch.tensor([INF, -INF, 1.0])).isnan()
+    x.requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(trl.nanstd(x), x)[0], torch.tensor([0, -0.5, 0.5]) * math.sqrt(2))
 
 
 def test_first_true_or_the_length():

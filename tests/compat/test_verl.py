@@ -127,6 +127,15 @@ def test_gae_carries_over_the_gap():
     torch.testing.assert_close(advantages, v.masked_whiten(raw, mask), atol=1e-4, rtol=0)
 
 
+def test_rewards_in_integers():
+    rewards, values, mask = torch.tensor([[0, 0, 1]]), torch.tensor([[0.5, 0.2, 0.1]]), torch.ones(1, 3)
+    expected = v.compute_gae_advantage_return(rewards.float(), values, mask, 1.0, 0.95)
+    torch.testing.assert_close(v.compute_gae_advantage_return(rewards, values, mask, 1.0, 0.95), expected)
+    config = SimpleNamespace(gamma=0.5)
+    returns = v.compute_reinforce_plus_plus_outcome_advantage(rewards, mask, config)[1]
+    assert returns.tolist() == [[0.25, 0.5, 1]]
+
+
 REWARDS = torch.tensor([[0.0, 1.0], [0.0, 3.0], [5.0, 0.0], [0.0, 0.0]])
 TOKENS = torch.tensor([[1, 1], [1, 1], [1, 0], [0, 1]])
 PROMPTS = ["b", "b", "a", "b"]  # scores 1, 3, 0 of b: mean 4/3, std sqrt(7/3); 5 of a alone
@@ -148,6 +157,15 @@ def test_outcome_advantages_by_hand(name, options, expected):
     advantages, returns = getattr(v, f"compute_{name}_outcome_advantage")(REWARDS, TOKENS, PROMPTS, **options)
     torch.testing.assert_close(advantages, torch.tensor(expected)[:, None] * TOKENS)
     torch.testing.assert_close(returns, advantages)
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"])
+def test_padding_that_is_not_finite_leaves_the_group_alone(name):
+    advantage = getattr(v, f"compute_{name}_outcome_advantage")
+    rewards, mask = torch.tensor([[0.0, 1.0, 4.0], [3.0, NAN, -INF]]), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    expected = advantage(torch.tensor([[5.0, 0.0, 0.0], [3.0, 0.0, 0.0]]), mask, [0, 0])
+    torch.testing.assert_close(advantage(rewards, mask, [0, 0]), expected)  # the finite 4 counts, as in verl
+    assert advantage(rewards, torch.ones(2, 3), [0, 0])[0].isnan().any()  # inside the mask nothing is hidden
 
 
 def test_passk_rewards_the_best_by_its_lead():
@@ -212,6 +230,33 @@ def test_policy_losses_ignore_what_is_outside_the_mask(name):
     clean, dirty = run(0.0), run(NAN)
     assert clean[0].isfinite() and clean[0].item() == dirty[0].item() and clean[1] == dirty[1]
     assert torch.equal(clean[2], dirty[2]) and clean[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["compute_policy_loss_reinforce", *POLICY_LOSSES])
+def test_advantages_and_weights_one_a_response_or_in_integers(name):
+    loss, config = getattr(v, name), Config({"loss_type": "ppo_clip"})
+    old, new = torch.zeros(2, 2), torch.tensor([[0.3, -0.1], [0.5, 0.0]])
+    mask, a, weights = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [2.0]])
+    results = []
+    for advantages in (a.repeat(1, 2), a, a.long()):
+        torch.manual_seed(0)  # clip_cov draws
+        given = weights.repeat(1, 2) if advantages is not a else weights
+        results.append(loss(old, new, advantages, mask, config=config, rollout_is_weights=given))
+    assert results[1] == results[0] == results[2]
+
+
+def test_the_plain_losses_fit_what_they_are_given():
+    old, new, a = torch.zeros(2, 2), torch.tensor([[0.3, -0.1], [0.5, 0.0]]), torch.tensor([[1.0], [-2.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    expected = v.compute_policy_loss(old, new, a.repeat(1, 2), mask, 0.2)
+    assert (
+        v.compute_policy_loss(old, new, a, mask, 0.2)
+        == v.compute_policy_loss(old, new, a.long(), mask, 0.2)
+        == expected
+    )
+    assert v.compute_value_loss(new, a.long(), old, mask, 0.5) == v.compute_value_loss(
+        new, a.repeat(1, 2), old, mask, 0.5
+    )
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
