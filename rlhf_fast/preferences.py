@@ -37,7 +37,8 @@ class Pairs:
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
     """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts: several
     pairs of one prompt do not count as independent."""
-    margin = pairs.rewards[:, 0] - pairs.rewards[:, 1]
+    rewards = pairs.rewards.astype(np.float64)  # float32 has no 24 edges between margins that nearly agree
+    margin = rewards[:, 0] - rewards[:, 1]
     agrees = np.select([margin > 0, margin < 0], [pairs.target, 1 - pairs.target], 0.5)
     longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
 
@@ -49,7 +50,7 @@ def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
 
     everything = np.ones(len(margin), bool)
     quantiles = np.quantile(margin, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
-    counts, edges = np.histogram(margin, bins=24)
+    counts, edges = np.histogram(margin, bins=24, range=_span(margin))
     sources = sorted({s for s in pairs.source if s is not None})
     return {
         **share(everything),
@@ -61,12 +62,19 @@ def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
             {"from": int(longer[rows].min()), "to": int(longer[rows].max()), **share(rows)} for rows in _fifths(longer)
         ],
         "length_correlation": {
-            "reward_with_length": _correlation(pairs.rewards.ravel(), pairs.lengths.ravel()),
+            "reward_with_length": _correlation(rewards.ravel(), pairs.lengths.ravel()),
             "margin_with_length_difference": _correlation(margin, longer),
         },
         "by_source": {s: share(np.array([x == s for x in pairs.source])) for s in sources},
         "floors": floors,
     }  # fmt: skip
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """Their least and largest, apart by enough that numpy can tell the edges of bins between them apart."""
+    low, high = float(values.min()), float(values.max())
+    least = 1e-6 * max(1.0, abs(low), abs(high))
+    return (low, high) if high - low > least else (low - least, high + least)
 
 
 def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bins: int = 10) -> dict:

@@ -80,3 +80,15 @@ def test_pairs_without_spread_are_no_error():
     found = evaluate_pairs(pairs([0, 0]), {})
     assert found["accuracy"] == 0.5 and found["length_correlation"]["reward_with_length"] == 0
     assert "50.0%" in section(found)
+
+
+@pytest.mark.parametrize("size", [0.3, 3e4, 1e30])
+def test_margins_that_differ_in_their_last_bit_are_no_error(size):
+    """As of one record that is repeated, in batches of two sizes."""
+    rewards = np.zeros((17, 2), np.float32)
+    rewards[:, 0] = size
+    rewards[16, 0] = np.nextafter(np.float32(size), np.float32(np.inf))
+    like = pairs([1] * 17)
+    found = evaluate_pairs(Pairs(rewards, like.lengths, like.target, like.weight, like.source, like.prompt), {})
+    assert sum(found["margin"]["counts"]) == 17 and found["accuracy"] == 1
+    assert "100.0%" in section(found)
