@@ -1,5 +1,6 @@
 """The figures of a reward model's report, by hand."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -92,3 +93,15 @@ def test_margins_that_differ_in_their_last_bit_are_no_error(size):
     found = evaluate_pairs(Pairs(rewards, like.lengths, like.target, like.weight, like.source, like.prompt), {})
     assert sum(found["margin"]["counts"]) == 17 and found["accuracy"] == 1
     assert "100.0%" in section(found)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_margin_that_is_not_finite_is_wrong_and_counted(bad):
+    found = evaluate_pairs(pairs([2, bad, 1, bad, -1], target=[1, 1, 1, 0.2, 1]), {})
+    assert found["not_finite"] == 2 and found["accuracy"] == 2 / 5
+    others = evaluate_pairs(pairs([2, 1, -1]), {})
+    assert all(found[name] == others[name] for name in ("margin", "calibration", "length_correlation", "ties"))
+    nothing = evaluate_pairs(pairs([bad, bad]), {"shorter response wins": 0.5})
+    assert nothing["accuracy"] == 0 and nothing["margin"] is None and nothing["calibration"]["ece"] is None
+    json.dumps([found, nothing], allow_nan=False)
+    assert "The margin of 2 is not finite" in section(found) and "error unknown" in section(nothing)

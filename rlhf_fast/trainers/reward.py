@@ -12,6 +12,7 @@ AutoModelForSequenceClassification with num_labels=1.
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
@@ -262,6 +263,9 @@ class RewardTrainer:
         rewards = torch.cat([r for r, _ in seen])
         self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.cpu().numpy())
         judged = evaluate_pairs(self.evaluation, {})
+        if broken := judged["not_finite"]:
+            message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite, which count as wrong"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         metrics = {f"eval_{k}": v for k, v in self._metrics(seen).items()}
         return metrics | {
             "eval_accuracy": judged["accuracy"],

@@ -335,6 +335,21 @@ def test_a_run_resumed_after_its_last_line_still_judges_its_preferences(tmp_path
     assert (tmp_path / "run/preferences.json").read_text() == judged
 
 
+def test_a_held_out_reward_that_is_not_finite_ends_no_run(tmp_path):
+    """A token of one held-out response alone embeds to NaN."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    held_out = [*PAIRS[:3], {**PAIRS[3], "chosen": [{"role": "assistant", "content": "~"}]}]
+    model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("~")] = math.nan
+    rm = trainer(tmp_path, model=model, tokenizer=tokenizer, eval_dataset=held_out, max_steps=20)
+    with pytest.warns(RuntimeWarning, match="rewards of 1 of 4 held-out pairs are not finite"):
+        metrics = rm.train().metrics
+    assert metrics["eval_accuracy"] == 0.75 and metrics["eval_loss"] is None and metrics["eval_ece"] is not None
+    judged = json.loads((tmp_path / "run/preferences.json").read_text(), parse_constant=pytest.fail)
+    assert judged["not_finite"] == 1 and sum(judged["margin"]["counts"]) == 3
+    assert "The margin of 1 is not finite" in (tmp_path / "run/report.html").read_text()
+
+
 def test_the_report_says_how_far_to_trust_it(tmp_path):
     data = [{**x, "source": "even" if i % 2 else "odd"} for i, x in enumerate(PAIRS)]
     trainer(tmp_path, data, eval_dataset=data, max_steps=20).train()
