@@ -35,9 +35,10 @@ class Pairs:
 
 
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
-    """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts: several
-    pairs of one prompt do not count as independent. A margin that is not finite (not_finite of them) is wrong whatever
-    the label; margins, calibration and correlations are of the others, null where there are none."""
+    """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts (several
+    pairs of one prompt do not count as independent) of which there are (sum W)^2 / sum W^2, W the weight of a prompt's
+    pairs (Kish 1965). A margin that is not finite (not_finite of them) is wrong whatever the label; margins, calibration
+    and correlations are of the others. Null are margins where there are none, and ECE where none has weight."""
     rewards = pairs.rewards.astype(np.float64)  # float32 has no 24 edges between margins that nearly agree
     with np.errstate(invalid="ignore"):  # inf - inf
         margin = rewards[:, 0] - rewards[:, 1]
@@ -48,8 +49,8 @@ def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
 
     def share(rows: np.ndarray) -> dict:
         right = float(accuracy(*(torch.from_numpy(x[rows]) for x in (margin, pairs.target, pairs.weight))))
-        prompts = len(np.unique(pairs.prompt[rows]))
-        low, high = wilson_interval(right, prompts)
+        weight = np.bincount(np.unique(pairs.prompt[rows], return_inverse=True)[1], pairs.weight[rows])  # by prompt
+        low, high = wilson_interval(right, weight.sum() ** 2 / (weight**2).sum()) if weight.any() else (0.0, 1.0)
         return {"pairs": int(rows.sum()), "accuracy": right, "low": low, "high": high}
 
     everything = np.ones(len(margin), bool)
@@ -86,7 +87,7 @@ def _spread(margin: np.ndarray) -> dict:
 
 
 def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bins: int = 10) -> dict:
-    """ECE (null without pairs) and its bins of equal width over confidence, sigma(|d|) in [0.5, 1]."""
+    """ECE (null without weight) and its bins of equal width over confidence, sigma(|d|) in [0.5, 1]."""
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows, ece = [], 0.0

@@ -105,3 +105,14 @@ def test_a_margin_that_is_not_finite_is_wrong_and_counted(bad):
     assert nothing["accuracy"] == 0 and nothing["margin"] is None and nothing["calibration"]["ece"] is None
     json.dumps([found, nothing], allow_nan=False)
     assert "The margin of 2 is not finite" in section(found) and "error unknown" in section(nothing)
+
+
+def test_the_interval_is_that_of_the_weight():
+    """A thousand pairs, of which four have weight; one prompt that outweighs another; no weight at all."""
+    found = evaluate_pairs(pairs([1] * 1000, weight=[1.0] * 4 + [0.0] * 996), {})
+    assert (found["low"], found["high"]) == wilson_interval(1.0, 4)
+    found = evaluate_pairs(pairs([1, 1, 1, -1], weight=[1, 1, 1, 1], prompt=[0, 0, 0, 1]), {})
+    assert (found["low"], found["high"]) == wilson_interval(0.75, 4**2 / (3**2 + 1))
+    nothing = evaluate_pairs(pairs([1, -1], weight=[0, 0]), {"shorter response wins": 0.5})
+    assert (nothing["accuracy"], nothing["low"], nothing["high"]) == (0.5, 0, 1)
+    assert nothing["calibration"] == {"ece": None, "bins": []} and "error unknown" in section(nothing)
