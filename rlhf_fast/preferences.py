@@ -37,8 +37,8 @@ class Pairs:
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
     """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts (several
     pairs of one prompt do not count as independent) of which there are (sum W)^2 / sum W^2, W the weight of a prompt's
-    pairs (Kish 1965). A margin that is not finite (not_finite of them) is wrong whatever the label; margins, calibration
-    and correlations are of the others. Null are margins where there are none, and ECE where none has weight."""
+    pairs (Kish 1965). A margin that is not finite (not_finite of them) is wrong whatever the label; margins,
+    calibration and correlations are of the others. Null are margins where there are none, ECE where none has weight."""
     rewards = pairs.rewards.astype(np.float64)  # float32 has no 24 edges between margins that nearly agree
     with np.errstate(invalid="ignore"):  # inf - inf
         margin = rewards[:, 0] - rewards[:, 1]

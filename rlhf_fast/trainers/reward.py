@@ -338,12 +338,12 @@ def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:
     """Every ordered pair of every item; rewards (B, K) as _rewards returns them. A length is that of the response: its
     tokens after those that all responses of the prompt share."""
     rows = []
-    for prompt, (item, row) in enumerate(zip(items, rewards, strict=True)):
+    for item, row in zip(items, rewards, strict=True):
         prefix = common_prefix(item.responses)
         target = item.chosen_prob if len(item.responses) == 2 else 1.0
         for i, j in combinations(range(len(item.responses)), 2):
             if item.ranks[i] < item.ranks[j]:
                 lengths = [len(item.responses[k]) - prefix for k in (i, j)]
-                rows.append((row[[i, j]], lengths, target, item.weight, item.source, prompt))
+                rows.append((row[[i, j]], lengths, target, item.weight, item.source, item.prompt))
     columns = list(zip(*rows, strict=True))
     return Pairs(*(list(c) if k == 4 else np.array(c) for k, c in enumerate(columns)))

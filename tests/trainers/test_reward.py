@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import RewardConfig, RewardTrainer, models
+from rlhf_fast.data.baselines import wilson_interval
 from rlhf_fast.data.chat import ConfigError, encode_to_score
 from rlhf_fast.data.collate import common_prefix
 from rlhf_fast.rewards import RewardModelReward
@@ -348,6 +349,32 @@ def test_a_held_out_reward_that_is_not_finite_ends_no_run(tmp_path):
     judged = json.loads((tmp_path / "run/preferences.json").read_text(), parse_constant=pytest.fail)
     assert judged["not_finite"] == 1 and sum(judged["margin"]["counts"]) == 3
     assert "The margin of 1 is not finite" in (tmp_path / "run/report.html").read_text()
+
+
+def test_records_that_answer_one_prompt_are_not_independent(tmp_path):
+    """Three records as text, as messages beside the responses and as messages within them; two with another prompt."""
+
+    def record(prompt, i, kind):
+        user, answers = [{"role": "user", "content": prompt}], [f"{i} the cat", f"{i} sat"]
+        if kind == "text":
+            return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+        turns = [[{"role": "assistant", "content": a}] for a in answers]
+        if kind == "beside":
+            return {"prompt": user, "chosen": turns[0], "rejected": turns[1]}
+        return {"chosen": user + turns[0], "rejected": user + turns[1]}
+
+    def lonely(i):  # without a prompt
+        return {"chosen": f"{i} the cat", "rejected": f"{i} sat"}
+
+    asked = [("say it", "text"), ("say it", "beside"), ("say it", "within"), ("do it", "within"), ("do it", "text")]
+    data = [*(record(prompt, i, kind) for i, (prompt, kind) in enumerate(asked)), lonely(5), lonely(6)]
+    rm = trainer(tmp_path, data, eval_dataset=data)
+    metrics = rm.evaluate()
+    assert dict(zip([i.index for i in rm.eval_items], [i.prompt for i in rm.eval_items], strict=True)) == {
+        0: 0, 1: 0, 2: 0, 3: 3, 4: 3, 5: 5, 6: 6,
+    }  # fmt: skip
+    low, high = wilson_interval(metrics["eval_accuracy"], 7**2 / (3**2 + 2**2 + 1 + 1))
+    assert (metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]) == (low, high)
 
 
 def test_the_report_says_how_far_to_trust_it(tmp_path):
