@@ -12,6 +12,7 @@ AutoModelForSequenceClassification with num_labels=1.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -138,6 +139,10 @@ class RewardTrainer:
         if reference_dataset is not None:
             self.reference, report = responses_to_score(reference_dataset, self.tokenizer, **options)
             self.reports.append(report)
+            if (different := len({response.tobytes() for response in self.reference})) < 2:
+                raise common.ConfigError(
+                    f"{report}; a standard deviation needs two different responses, and there is {different}"
+                )
         self.model = load_reward_model(model, self.tokenizer)
         set_reward_scale(self.model, 0.0, 1.0)  # of an earlier training
         longest = max(map(len, [*self.items, *self.eval_items, *self.reference]))
@@ -293,7 +298,17 @@ class RewardTrainer:
             (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
         if self.reference:
             rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
-            set_reward_scale(self.model, float(rewards.mean()), max(float(rewards.std(correction=0)), 1e-6))
+            mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+            if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding is near 1e-6 of it
+                what = "do not differ" if math.isfinite(std) else "are not finite"
+                warnings.warn(
+                    f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
+                    "reward keeps its own scale",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                mean, std = mean if math.isfinite(mean) else 0.0, 1.0
+            set_reward_scale(self.model, mean, std)
 
     def samples(self) -> list[dict]:
         """The first held-out prompts (training prompts where nothing is held out), each response with its reward, best

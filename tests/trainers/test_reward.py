@@ -317,15 +317,30 @@ def test_the_reference_is_checked_before_training(tmp_path):
     long, short = {"prompt": "say ", "completion": "cat " * 60}, {"prompt": "say ", "completion": "cat"}
     with pytest.raises(ConfigError, match="reference_dataset: 1 longer than max_length=40: record 0"):
         make([long, short], max_length=40)
-    skipped, cut = (make([long, short], max_length=40, on_overlong=x) for x in ("skip", "keep_end"))
-    whole = [encode_to_score(cut.tokenizer, x["prompt"], x["completion"]).tolist() for x in (long, short)]
+    other = {"prompt": "say ", "completion": "mat"}
+    skipped, cut = (make([long, short, other], max_length=40, on_overlong=x) for x in ("skip", "keep_end"))
+    whole = [encode_to_score(cut.tokenizer, x["prompt"], x["completion"]).tolist() for x in (long, short, other)]
     assert [x.tolist() for x in skipped.reference] == whole[1:]
-    assert [x.tolist() for x in cut.reference] == [whole[0][-40:], whole[1]]
+    assert [x.tolist() for x in cut.reference] == [whole[0][-40:], *whole[1:]]
     assert [report.overlong for report in skipped.reports] == [[], [(0, len(whole[0]))]]
     with pytest.raises(ConfigError, match="the longest sequence has"):
-        make([{"prompt": "", "completion": "cat " * 300}], max_length=2000)
+        make([{"prompt": "", "completion": "cat " * 300}, short], max_length=2000)
+    for few in ([short], [short, short], [long, short]):
+        with pytest.raises(ConfigError, match=r"reference_dataset: .*needs two different responses, and there is 1"):
+            make(few, max_length=40, on_overlong="skip")
     with pytest.raises(ConfigError, match="no chat template"):
         make([{"messages": pair(0)["prompt"] + pair(0)["chosen"]}], tiny_tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize(("weight", "why"), [(0.0, "do not differ"), (math.nan, "are not finite")])
+def test_a_reference_without_spread_leaves_the_scale(tmp_path, weight, why):
+    tokenizer, config = tiny_tokenizer(), RewardConfig(str(tmp_path / "run"), max_steps=1)
+    model, reference = tiny_model(tokenizer), [{"messages": x["prompt"] + x["chosen"]} for x in PAIRS]
+    rm = RewardTrainer(config, model, train_dataset=PAIRS, reference_dataset=reference, tokenizer=tokenizer)
+    rm.model.score.weight.data.fill_(weight)
+    with pytest.warns(RuntimeWarning, match=f"the rewards of the reference set {why}"):
+        rm.finish(tmp_path)
+    assert models.reward_scale(rm.model.config) == (0.0, 1.0)
 
 
 def test_a_run_resumed_after_its_last_line_still_judges_its_preferences(tmp_path):
