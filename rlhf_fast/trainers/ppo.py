@@ -389,6 +389,8 @@ class PPOTrainer:
         """One optimizer step per minibatch of the plan -> their mean statistics. Past target_kl the rest is dropped."""
         config, steps = self.config, []
         weights, metrics = None, {}
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         if config.importance_cap is not None:
             # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution is a
             # little off ours, and the weight corrects for it with bounded variance.

@@ -192,6 +192,7 @@ class RewardTrainer:
         size = self.config.per_device_train_batch_size
         total = sum(item.weight for item in items)
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         seen = []
 
         for k in range(0, len(items), size):

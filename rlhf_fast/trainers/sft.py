@@ -144,6 +144,7 @@ class SFTTrainer:
     def _train_step(self, rows: list[list[Encoded]]) -> dict:
         config, size = self.config, self.config.per_device_train_batch_size
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         num_labels = max(1, sum(e.num_labels for row in rows for e in row))
         with_statistics = (self.step + 1) % config.logging_steps == 0
         loss, statistics = 0.0, 0.0

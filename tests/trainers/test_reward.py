@@ -93,7 +93,9 @@ def test_the_loss_is_that_of_the_paper(tmp_path, data, center, pad):
 def gradients(tmp_path, data, **sizes):
     rm = trainer(tmp_path, data, max_grad_norm=0.0, **sizes)
     seen = {}
-    rm.optimizer.zero_grad = lambda **_: seen.update({n: p.grad.clone() for n, p in rm.model.named_parameters()})
+    rm.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in rm.model.named_parameters()})
+    )
     next(iter(rm))
     return seen
 
@@ -106,6 +108,15 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, data):
         split = gradients(tmp_path, data, per_device_train_batch_size=size, gradient_accumulation_steps=12 // size)
         for name, gradient in whole.items():
             torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_was_interrupted_leaves_nothing_to_the_next(tmp_path):
+    whole, broken = (trainer(tmp_path, max_steps=1) for _ in range(2))
+    next(iter(whole))
+    for p in broken.model.parameters():
+        p.grad = torch.ones_like(p)
+    next(iter(broken))
+    assert all(torch.equal(*both) for both in zip(whole.model.parameters(), broken.model.parameters(), strict=True))
 
 
 def test_evaluation_is_over_all_held_out_pairs(tmp_path):

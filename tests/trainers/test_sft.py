@@ -64,7 +64,9 @@ def test_the_loss_is_over_answers_and_their_eos_and_nothing_else(tmp_path, pad):
 def gradients(tmp_path, **sizes):
     sft = trainer(tmp_path, **sizes)
     seen = {}
-    sft.optimizer.zero_grad = lambda **_: seen.update({n: p.grad.clone() for n, p in sft.model.named_parameters()})
+    sft.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in sft.model.named_parameters()})
+    )
     next(iter(sft))
     return seen
 
@@ -78,6 +80,27 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path):
         )
         for name, gradient in whole.items():
             torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_that_was_interrupted_leaves_nothing_to_the_next(tmp_path, monkeypatch):
+    """Ctrl-C in a notebook, between two micro-batches of a loop over the trainer, which then goes on."""
+    whole, broken = (
+        trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1) for _ in range(2)
+    )
+    next(iter(whole))
+    calls, hidden = [], broken._response_hidden
+
+    def interrupted(examples):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return hidden(examples)
+
+    monkeypatch.setattr(broken, "_response_hidden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(broken))
+    next(iter(broken))
+    assert torch.equal(weights(whole), weights(broken))
 
 
 def test_evaluation_is_over_all_held_out_tokens(tmp_path):
