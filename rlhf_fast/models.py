@@ -419,7 +419,8 @@ def load_reward_model(
 
     From a language model the trunk is taken over (copied, if an object is given; adapters merged) and the head drawn
     from a normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), under the seed in force.
-    The tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad).
+    The tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad). ConfigError
+    for a classifier that is no decoder.
     """
     if isinstance(model, (str, Path)):
         base = _adapter_base(model)
@@ -440,6 +441,7 @@ def load_reward_model(
             reward.name_or_path = str(model)  # where adapters that are put on it later find it again
     else:
         reward = model if has_scalar_head(model) else scalar_head_on(model)
+    _check_score(reward)
     if reward.config.num_labels != 1:
         raise ConfigError(f"a reward is one number; {type(reward).__name__} has num_labels={reward.config.num_labels}")
     if tokenizer is not None:
@@ -464,7 +466,7 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     """AutoModelForSequenceClassification: a copy of the trunk under a new scalar head (see load_reward_model).
-    ConfigError for an architecture for which transformers has none."""
+    ConfigError for an architecture for which transformers has none, or that is no decoder."""
     model = merge_adapters(model)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
@@ -475,11 +477,20 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
             "value model with advantage_estimator reinforce, rloo or group)"
         )
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    _check_score(scalar)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
     scalar.score.float()  # it learns, over whatever trunk
     width = scalar.score.weight.shape[1]
     nn.init.normal_(scalar.score.weight, std=1 / math.sqrt(width + 1))
     return _learn_eos(scalar)
+
+
+def _check_score(model: PreTrainedModel) -> None:
+    if not hasattr(model, "score"):
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: a reward is read at the last token by `score`, the head that "
+            "decoders have, and encoders (BERT and the like) classify otherwise. Start from a decoder"
+        )
 
 
 def with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

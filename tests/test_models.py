@@ -8,6 +8,9 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
@@ -119,6 +122,15 @@ def test_a_classifier_of_two_labels_is_no_reward_model():
     classifier = AutoModelForSequenceClassification.from_config(policy.config)
     with pytest.raises(ConfigError, match="num_labels=2"):
         models.load_reward_model(classifier)
+
+
+def test_an_encoder_is_no_reward_model(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=300, is_decoder=True, num_labels=1, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    for given in (tmp_path, BertForSequenceClassification(config), BertLMHeadModel(config)):
+        with pytest.raises(ConfigError, match="BertForSequenceClassification is not supported: a reward"):
+            models.load_reward_model(given)
 
 
 def test_a_reward_models_pad_is_not_eos():
