@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.chat import Encoded, encode_prompt
+from ..data.chat import Encoded, as_messages, encode_prompt
 from ..data.collate import collate_sft, pack_rows, pack_sft
 from ..data.formats import ON_OVERLONG, as_records, sft_examples
 from ..models import (
@@ -220,6 +220,8 @@ class SFTTrainer:
                 prompt = record["messages"][:last]
             else:
                 prompt = record.get("prompt")
+                if prompt and not isinstance(record.get("completion"), str):
+                    prompt = as_messages(prompt, "user")  # as it is trained on, through the chat template
             if prompt and 0 < len(encode_prompt(self.tokenizer, prompt)) <= room:
                 prompts.append(prompt)
         return prompts

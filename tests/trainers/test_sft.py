@@ -15,7 +15,7 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast import SFTConfig, SFTTrainer
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.data.chat import ConfigError, encode_prompt
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
 
@@ -144,6 +144,17 @@ def test_it_learns_to_answer_and_to_stop(tmp_path, pad):
     prompt = tokenizer.apply_chat_template(data[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "four<eos>"
+
+
+def test_samples_answer_what_is_trained_on(tmp_path):
+    """A text before messages is a user's turn; a text before a text is itself."""
+    data = [
+        {"prompt": "two plus two?", "completion": [{"role": "assistant", "content": "four"}]},
+        {"prompt": "two plus two?", "completion": "four"},
+    ]
+    sft = trainer(tmp_path, data=data)
+    for prompt, example in zip(sft.sample_prompts, sft.examples, strict=True):
+        assert encode_prompt(sft.tokenizer, prompt) == example.input_ids[~example.response_mask].tolist()
 
 
 def test_text_after_text_is_learned_too(tmp_path):
