@@ -308,8 +308,12 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    if has_adapters(model) and state.keys() != trained_state(model).keys():
-        raise ConfigError("the checkpoint has other adapters: resume with the same lora_r and lora_target_modules")
+    saved, here = ({name: x.shape for name, x in weights.items()} for weights in (state, trained_state(model)))
+    if saved != here:
+        what = "adapters, or none" if has_adapters(model) else "weights"
+        raise ConfigError(
+            f"the checkpoint has other {what}: resume with the same model, lora_r and lora_target_modules"
+        )
     model.load_state_dict(state, strict=not has_adapters(model))
 
 

@@ -330,7 +330,17 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
 
 
 def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
-    """The saved states, but for learning rate and weight decay: those are the config's, which may have changed."""
+    """The saved states, but for learning rate and weight decay: those are the config's, which may have changed.
+    ConfigError where they are of another number of parameters."""
+    counts = [
+        [len(group["params"]) for group in groups]
+        for groups in (saved_optimizer["param_groups"], optimizer.param_groups)
+    ]
+    if counts[0] != counts[1]:
+        raise ConfigError(
+            f"the checkpoint trained {sum(counts[0])} tensors of the model, and this run {sum(counts[1])}: resume with "
+            "the same freeze_trunk, train_last_layers and lora_*"
+        )
     mine = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved_optimizer)
     scheduler.load_state_dict(saved_scheduler)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -228,6 +229,25 @@ def test_only_the_last_layers_learn(tmp_path):
         trainer(tmp_path, train_last_layers=3)
     with pytest.raises(ConfigError, match="choose one of"):
         trainer(tmp_path, train_last_layers=1, freeze_trunk=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [({}, {"freeze_trunk": True}), ({"freeze_trunk": True}, {}), ({"train_last_layers": 1}, {"train_last_layers": 2})],
+)
+def test_a_run_resumes_with_the_part_that_it_trained(tmp_path, before, now):
+    state = trainer(tmp_path, **before).state_dict()
+    with pytest.raises(ConfigError, match=r"resume with the same freeze_trunk, train_last_layers and lora_\*"):
+        trainer(tmp_path, **now).load_state_dict(state)
+
+
+def test_a_run_resumes_with_the_adapters_that_it_trained(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "base")
+    runs = [trainer(tmp_path, model=str(tmp_path / "base"), lora_r=r) for r in (0, 4, 8)]
+    for run, other in permutations(runs, 2):
+        with pytest.raises(ConfigError, match=r"the checkpoint has other .* resume with the same model, lora_r"):
+            run.load_state_dict(other.state_dict())
 
 
 def test_only_a_frozen_trunk_may_be_in_bfloat16(tmp_path):
