@@ -558,19 +558,25 @@ def rotary_limit(model: nn.Module) -> int | None:
 
 
 def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of the trunk, first to last; none where it does not hold them itself."""
-    return max(
-        (m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList()
-    )
+    """The blocks of the trunk, first to last; none where neither it nor its decoder (OPT) holds them itself."""
+    lists = (m for m in _stack(model).children() if isinstance(m, nn.ModuleList))
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _stack(model: PreTrainedModel) -> nn.Module:
+    return getattr(model.base_model, "decoder", model.base_model)
 
 
 def train_last_layers(model: PreTrainedModel, n: int) -> None:
     """Of the trunk only the last n layers and the final norm go on learning; embeddings and the others are frozen."""
-    trunk, layers = model.base_model, trunk_layers(model)
+    layers = trunk_layers(model)
+    if not len(layers):
+        raise ConfigError(f"train_last_layers is not supported for {type(model).__name__}, whose layers are not found")
     if n > len(layers):
         raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
-    trunk.requires_grad_(False)
-    norms = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
+    model.base_model.requires_grad_(False)
+    apart = (nn.Embedding, nn.Linear)  # the latter change the width of OPT's embeddings
+    norms = [m for m in _stack(model).children() if m is not layers and not isinstance(m, apart)]
     for module in [*layers[len(layers) - n :], *norms]:
         module.requires_grad_(True)
 

@@ -124,6 +124,22 @@ def test_a_classifier_of_two_labels_is_no_reward_model():
         models.load_reward_model(classifier)
 
 
+def test_the_last_layers_are_found_in_a_decoder_within_the_trunk():
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=300, num_hidden_layers=3, max_position_embeddings=64, **sizes)
+    reward = models.load_reward_model(OPTForCausalLM(config))
+    models.train_last_layers(reward, 2)
+    learns = {name for name, p in reward.named_parameters() if p.requires_grad}
+    assert {name.split(".")[3] for name in learns if ".layers." in name} == {"1", "2"}
+    assert not {name for name in learns if "embed" in name or "project" in name}
+    assert "model.decoder.final_layer_norm.weight" in learns and "score.weight" in learns
+    with pytest.raises(ConfigError, match="train_last_layers = 4, and the model has 3 layers"):
+        models.train_last_layers(reward, 4)
+    reward.model.decoder.layers = torch.nn.Sequential(*reward.model.decoder.layers)
+    with pytest.raises(ConfigError, match="not supported for OPTForSequenceClassification"):
+        models.train_last_layers(reward, 1)
+
+
 def test_an_encoder_is_no_reward_model(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=300, is_decoder=True, num_labels=1, **sizes)
