@@ -157,6 +157,11 @@ class RewardTrainer:
         self.evaluation: Pairs | None = None  # of the last evaluate()
 
         self.lengths = [len(item) for item in self.items]
+        self.data = common.digest(
+            array
+            for x in self.items
+            for array in (*x.responses, [len(r) for r in x.responses], x.ranks, [x.margin, x.chosen_prob, x.weight])
+        )
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.total_steps = common.steps_in_run(
             len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
@@ -338,13 +343,14 @@ class RewardTrainer:
             "step": self.step,
             "num_tokens": self.num_tokens,
             "lengths": torch.tensor(self.lengths),
+            "data": self.data,
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state["lengths"], self.lengths)
+        common.check_same_data(state, self.lengths, self.data)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])

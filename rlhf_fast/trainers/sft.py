@@ -117,6 +117,7 @@ class SFTTrainer:
         self.packed = common.packing_if_possible(self.model, longest, config.bf16, required=config.packing)
 
         self.lengths = [len(e) for e in self.examples]
+        self.data = common.digest(array for e in self.examples for array in (e.input_ids, e.response_mask))
         self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.total_steps = common.steps_in_run(
@@ -247,13 +248,14 @@ class SFTTrainer:
             "step": self.step,
             "num_tokens": self.num_tokens,
             "lengths": torch.tensor(self.lengths),
+            "data": self.data,
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state["lengths"], self.lengths)
+        common.check_same_data(state, self.lengths, self.data)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])

@@ -516,6 +516,14 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path, data):
     assert log_of("broken") == log_of("whole")
 
 
+def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
+    state = trainer(tmp_path, SOFT).state_dict()
+    trainer(tmp_path, SOFT).load_state_dict(state)
+    for other in ({**SOFT[0], "weight": 2.0}, {**SOFT[0], "margin": 0.5}, pair(0, chosen_prob=0.9, weight=0.5)):
+        with pytest.raises(ConfigError, match=r"trained on other data .in content"):
+            trainer(tmp_path, [other, *SOFT[1:]]).load_state_dict(state)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_fewer_pairs_than_a_batch(tmp_path, count):
     rm = trainer(tmp_path, PAIRS[:count], per_device_train_batch_size=64, num_train_epochs=2.0)

@@ -454,3 +454,14 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     trainer(tmp_path, **RUN).train()
     with pytest.raises(ConfigError, match="trained on other data"):
         trainer(tmp_path, data=DATA[:7], **RUN).train(resume=True)
+
+
+def test_a_checkpoint_of_other_data_of_the_same_lengths_is_refused(tmp_path):
+    said = {"prompt": "say 1 ", "completion": "one cat"}
+    state = trainer(tmp_path, data=[said]).state_dict()
+    trainer(tmp_path, data=[said]).load_state_dict(state)
+    for other in ({**said, "completion": "two cat"}, {"prompt": "say 1 one", "completion": " cat"}):
+        resumed = trainer(tmp_path, data=[other])
+        assert resumed.lengths == state["lengths"].tolist()
+        with pytest.raises(ConfigError, match=r"trained on other data .in content"):
+            resumed.load_state_dict(state)
