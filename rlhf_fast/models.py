@@ -34,7 +34,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .data.chat import ConfigError
@@ -63,7 +65,11 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
-    """A tokenizer as it is given, or by path, or by a model's own path; then eos pads where it has no pad token."""
+    """A tokenizer as it is given, or by path, or by a model's own path; then eos pads where it has no pad token.
+
+    One that was saved as a plain fast tokenizer is read as that. AutoTokenizer takes the class that goes with the
+    config's model_type (Qwen2Tokenizer), which splits text in another way.
+    """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
     path = source if isinstance(source, (str, Path)) else source.name_or_path
@@ -71,6 +77,10 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
         raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
+            saved_as = get_tokenizer_config(path).get("tokenizer_class")
+            if saved_as in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # the same, of transformers 4 and 5
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

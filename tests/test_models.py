@@ -25,6 +25,8 @@ from transformers import (
     Llama4TextConfig,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from rlhf_fast import models
@@ -298,6 +300,16 @@ def test_tokenizers_and_models_are_found_by_path(tmp_path):
     assert models.load_tokenizer(tmp_path).pad_token == "<eos>"
     assert models.load_tokenizer(loaded).eos_token == "<eos>"
     assert models.load_tokenizer(tokenizer) is tokenizer
+
+
+def test_a_tokenizer_reads_from_its_directory_as_it_did_in_training(tmp_path):
+    """Also where AutoTokenizer would take the class of the model_type, which splits digits apart."""
+    tokenizer, text = tiny_tokenizer(), "what is two? 12 the cat's hello"
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, **SMALL)
+    models.save_model(Qwen2ForCausalLM(config), tokenizer, tmp_path)
+    loaded = models.load_tokenizer(tmp_path)
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    assert loaded.chat_template == tokenizer.chat_template and loaded.pad_token == "<pad>"
 
 
 def test_what_ends_an_answer():
