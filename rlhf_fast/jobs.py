@@ -182,12 +182,13 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     run_trainer(trainer, resume)
     if held_out:
         judged = json.loads(Path(config.output_dir, "preferences.json").read_text(encoding="utf-8"))
+        ece = judged["calibration"]["ece"]
         summary = {
             "held-out accuracy": round(judged["accuracy"], 4),
             "95 % interval": f"{judged['low']:.3f} to {judged['high']:.3f}",
             "held-out pairs": judged["pairs"],
             **{f"floor: {name}": round(value, 4) for name, value in judged["floors"].items()},
-            "expected calibration error": round(judged["calibration"]["ece"], 4),
+            "expected calibration error": None if ece is None else round(ece, 4),
         }
         Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print("\n".join(f"  {name}: {value}" for name, value in summary.items()))

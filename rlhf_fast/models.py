@@ -34,7 +34,9 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .data.chat import ConfigError
@@ -63,7 +65,11 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
-    """A tokenizer as it is given, or by path, or by a model's own path; then eos pads where it has no pad token."""
+    """A tokenizer as it is given, or by path, or by a model's own path; then eos pads where it has no pad token.
+
+    One that was saved as a plain fast tokenizer is read as that. AutoTokenizer takes the class that goes with the
+    config's model_type (Qwen2Tokenizer), which splits text in another way.
+    """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
     path = source if isinstance(source, (str, Path)) else source.name_or_path
@@ -71,6 +77,10 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
         raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
+            saved_as = get_tokenizer_config(path).get("tokenizer_class")
+            if saved_as in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # the same, of transformers 4 and 5
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -316,8 +326,12 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    if has_adapters(model) and state.keys() != trained_state(model).keys():
-        raise ConfigError("the checkpoint has other adapters: resume with the same lora_r and lora_target_modules")
+    saved, here = ({name: x.shape for name, x in weights.items()} for weights in (state, trained_state(model)))
+    if saved != here:
+        what = "adapters, or none" if has_adapters(model) else "weights"
+        raise ConfigError(
+            f"the checkpoint has other {what}: resume with the same model, lora_r and lora_target_modules"
+        )
     model.load_state_dict(state, strict=not has_adapters(model))
 
 
@@ -427,7 +441,8 @@ def load_reward_model(
 
     From a language model the trunk is taken over (copied, if an object is given; adapters merged) and the head drawn
     from a normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), under the seed in force.
-    The tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad).
+    The tokenizer's pad token enters the config, and the embedding grows if it is new (see with_own_pad). ConfigError
+    for a classifier that is no decoder.
     """
     if isinstance(model, (str, Path)):
         base = _adapter_base(model)
@@ -448,6 +463,7 @@ def load_reward_model(
             reward.name_or_path = str(model)  # where adapters that are put on it later find it again
     else:
         reward = model if has_scalar_head(model) else scalar_head_on(model)
+    _check_score(reward)
     if reward.config.num_labels != 1:
         raise ConfigError(f"a reward is one number; {type(reward).__name__} has num_labels={reward.config.num_labels}")
     if tokenizer is not None:
@@ -472,7 +488,7 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     """AutoModelForSequenceClassification: a copy of the trunk under a new scalar head (see load_reward_model).
-    ConfigError for an architecture for which transformers has none."""
+    ConfigError for an architecture for which transformers has none, or that is no decoder."""
     model = merge_adapters(model)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
@@ -483,11 +499,20 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
             "value model with advantage_estimator reinforce, rloo or group)"
         )
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    _check_score(scalar)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
     scalar.score.float()  # it learns, over whatever trunk
     width = scalar.score.weight.shape[1]
     nn.init.normal_(scalar.score.weight, std=1 / math.sqrt(width + 1))
     return _learn_eos(scalar)
+
+
+def _check_score(model: PreTrainedModel) -> None:
+    if not hasattr(model, "score"):
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: a reward is read at the last token by `score`, the head that "
+            "decoders have, and encoders (BERT and the like) classify otherwise. Start from a decoder"
+        )
 
 
 def with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -551,19 +576,25 @@ def rotary_limit(model: nn.Module) -> int | None:
 
 
 def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of the trunk, first to last; none where it does not hold them itself."""
-    return max(
-        (m for m in model.base_model.children() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList()
-    )
+    """The blocks of the trunk, first to last; none where neither it nor its decoder (OPT) holds them itself."""
+    lists = (m for m in _stack(model).children() if isinstance(m, nn.ModuleList))
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _stack(model: PreTrainedModel) -> nn.Module:
+    return getattr(model.base_model, "decoder", model.base_model)
 
 
 def train_last_layers(model: PreTrainedModel, n: int) -> None:
     """Of the trunk only the last n layers and the final norm go on learning; embeddings and the others are frozen."""
-    trunk, layers = model.base_model, trunk_layers(model)
+    layers = trunk_layers(model)
+    if not len(layers):
+        raise ConfigError(f"train_last_layers is not supported for {type(model).__name__}, whose layers are not found")
     if n > len(layers):
         raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
-    trunk.requires_grad_(False)
-    norms = [m for m in trunk.children() if m is not layers and not isinstance(m, nn.Embedding)]
+    model.base_model.requires_grad_(False)
+    apart = (nn.Embedding, nn.Linear)  # the latter change the width of OPT's embeddings
+    norms = [m for m in _stack(model).children() if m is not layers and not isinstance(m, apart)]
     for module in [*layers[len(layers) - n :], *norms]:
         module.requires_grad_(True)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from .data.chat import ConfigError
 from .data.collate import Packed
 from .decoder import attends_in_its_own_way
 from .models import rotary_limit, trunk_layers, unwrapped
@@ -144,7 +145,8 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
 @torch.no_grad()
 def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
     """None where the model gives each packed sequence, of at most `longest` tokens, what it gives it alone; else what
-    went wrong. bf16: it will run under autocast, without which flash attention refuses a model in float32."""
+    went wrong. bf16: it will run under autocast, without which flash attention refuses a model in float32. ConfigError
+    where what it gives is not finite."""
     limit = rotary_limit(model)
     if limit is not None and longest > limit:
         return (
@@ -176,6 +178,11 @@ def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
         return f"{type(unwrapped(model)).__name__} does not run on sequences in one row ({error})"
     finally:
         model.train(training)
+    if not alone.isfinite().all():
+        raise ConfigError(
+            f"the outputs of {type(unwrapped(model)).__name__} are not finite (NaN or inf): its weights are broken, or "
+            "too large for their dtype"
+        )
     tolerance = 1e-4 if alone.dtype == torch.float32 and not narrow else 5e-2
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
         return f"{type(unwrapped(model)).__name__} lets one sequence of a row see another"

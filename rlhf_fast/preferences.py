@@ -35,42 +35,59 @@ class Pairs:
 
 
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
-    """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts: several
-    pairs of one prompt do not count as independent."""
-    margin = pairs.rewards[:, 0] - pairs.rewards[:, 1]
+    """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts (several
+    pairs of one prompt do not count as independent) of which there are (sum W)^2 / sum W^2, W the weight of a prompt's
+    pairs (Kish 1965). A margin that is not finite (not_finite of them) is wrong whatever the label; margins,
+    calibration and correlations are of the others. Null are margins where there are none, ECE where none has weight."""
+    rewards = pairs.rewards.astype(np.float64)  # float32 has no 24 edges between margins that nearly agree
+    with np.errstate(invalid="ignore"):  # inf - inf
+        margin = rewards[:, 0] - rewards[:, 1]
+    finite = np.isfinite(margin)
+    margin = np.where(finite, margin, np.sign(0.5 - pairs.target))
     agrees = np.select([margin > 0, margin < 0], [pairs.target, 1 - pairs.target], 0.5)
     longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
 
     def share(rows: np.ndarray) -> dict:
         right = float(accuracy(*(torch.from_numpy(x[rows]) for x in (margin, pairs.target, pairs.weight))))
-        prompts = len(np.unique(pairs.prompt[rows]))
-        low, high = wilson_interval(right, prompts)
+        weight = np.bincount(np.unique(pairs.prompt[rows], return_inverse=True)[1], pairs.weight[rows])  # by prompt
+        low, high = wilson_interval(right, weight.sum() ** 2 / (weight**2).sum()) if weight.any() else (0.0, 1.0)
         return {"pairs": int(rows.sum()), "accuracy": right, "low": low, "high": high}
 
     everything = np.ones(len(margin), bool)
-    quantiles = np.quantile(margin, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
-    counts, edges = np.histogram(margin, bins=24)
     sources = sorted({s for s in pairs.source if s is not None})
     return {
         **share(everything),
-        "ties": int((margin == 0).sum()),
-        "margin": {"mean": float(margin.mean()), "std": float(margin.std()), "quantiles": quantiles,
-                   "counts": counts.tolist(), "edges": edges.tolist()},
-        "calibration": _calibration(margin, agrees, pairs.weight),
+        "ties": int((margin[finite] == 0).sum()),
+        "not_finite": int((~finite).sum()),
+        "margin": _spread(margin[finite]) if finite.any() else None,
+        "calibration": _calibration(margin[finite], agrees[finite], pairs.weight[finite]),
         "by_length_difference": [
             {"from": int(longer[rows].min()), "to": int(longer[rows].max()), **share(rows)} for rows in _fifths(longer)
         ],
         "length_correlation": {
-            "reward_with_length": _correlation(pairs.rewards.ravel(), pairs.lengths.ravel()),
-            "margin_with_length_difference": _correlation(margin, longer),
+            "reward_with_length": _correlation(rewards[finite].ravel(), pairs.lengths[finite].ravel()),
+            "margin_with_length_difference": _correlation(margin[finite], longer[finite]),
         },
         "by_source": {s: share(np.array([x == s for x in pairs.source])) for s in sources},
         "floors": floors,
     }  # fmt: skip
 
 
+def _spread(margin: np.ndarray) -> dict:
+    """Mean, standard deviation, quantiles and histogram."""
+    low, high = float(margin.min()), float(margin.max())
+    least = 1e-6 * max(1.0, abs(low), abs(high))  # between whose ends numpy can tell 25 edges apart
+    span = (low, high) if high - low > least else (low - least, high + least)
+    counts, edges = np.histogram(margin, bins=24, range=span)
+    return {
+        "mean": float(margin.mean()), "std": float(margin.std()),
+        "quantiles": np.quantile(margin, (0.05, 0.25, 0.5, 0.75, 0.95)).tolist(),
+        "counts": counts.tolist(), "edges": edges.tolist(),
+    }  # fmt: skip
+
+
 def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bins: int = 10) -> dict:
-    """ECE and its bins of equal width over confidence, sigma(|d|) in [0.5, 1]."""
+    """ECE (null without weight) and its bins of equal width over confidence, sigma(|d|) in [0.5, 1]."""
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows, ece = [], 0.0
@@ -80,7 +97,7 @@ def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bin
             mean = [float(np.average(x[inside], weights=weight[inside])) for x in (confidence, agrees)]
             ece += float(weight[inside].sum() / weight.sum()) * abs(mean[0] - mean[1])
             rows.append({"confidence": mean[0], "accuracy": mean[1], "pairs": int(inside.sum())})
-    return {"ece": ece, "bins": rows}
+    return {"ece": ece if rows else None, "bins": rows}
 
 
 def _fifths(values: np.ndarray) -> list[np.ndarray]:
@@ -107,13 +124,14 @@ def section(evaluation: dict) -> str:
         f"It prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of {evaluation['pairs']} held-out "
         f"pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']} ties count half)."
     )
-    figures = [
-        _histogram(evaluation["margin"]),
-        _reliability(calibration),
-        _by_length(evaluation["by_length_difference"]),
-    ]
+    if broken := evaluation.get("not_finite"):  # not in the files of earlier versions
+        lead += f" <b>The margin of {broken} is not finite</b>, and they count as wrong."
+    figures = [_reliability(calibration), _by_length(evaluation["by_length_difference"])]
+    if evaluation["margin"]:
+        figures.insert(0, _histogram(evaluation["margin"]))
+    ece = "unknown" if calibration["ece"] is None else f"{calibration['ece']:.3f}"
     notes = (
-        f"Expected calibration error {calibration['ece']:.3f}: how far the probability it gives to its preference is, "
+        f"Expected calibration error {ece}: how far the probability it gives to its preference is, "
         "on average, from how often that preference is right. Correlation of the reward with the response's length "
         f"{correlation['reward_with_length']:+.2f}, of the margin with the difference of lengths "
         f"{correlation['margin_with_length_difference']:+.2f}."

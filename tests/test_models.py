@@ -8,6 +8,9 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
@@ -22,6 +25,8 @@ from transformers import (
     Llama4TextConfig,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from rlhf_fast import models
@@ -119,6 +124,31 @@ def test_a_classifier_of_two_labels_is_no_reward_model():
     classifier = AutoModelForSequenceClassification.from_config(policy.config)
     with pytest.raises(ConfigError, match="num_labels=2"):
         models.load_reward_model(classifier)
+
+
+def test_the_last_layers_are_found_in_a_decoder_within_the_trunk():
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=300, num_hidden_layers=3, max_position_embeddings=64, **sizes)
+    reward = models.load_reward_model(OPTForCausalLM(config))
+    models.train_last_layers(reward, 2)
+    learns = {name for name, p in reward.named_parameters() if p.requires_grad}
+    assert {name.split(".")[3] for name in learns if ".layers." in name} == {"1", "2"}
+    assert not {name for name in learns if "embed" in name or "project" in name}
+    assert "model.decoder.final_layer_norm.weight" in learns and "score.weight" in learns
+    with pytest.raises(ConfigError, match="train_last_layers = 4, and the model has 3 layers"):
+        models.train_last_layers(reward, 4)
+    reward.model.decoder.layers = torch.nn.Sequential(*reward.model.decoder.layers)
+    with pytest.raises(ConfigError, match="not supported for OPTForSequenceClassification"):
+        models.train_last_layers(reward, 1)
+
+
+def test_an_encoder_is_no_reward_model(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=300, is_decoder=True, num_labels=1, **sizes)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    for given in (tmp_path, BertForSequenceClassification(config), BertLMHeadModel(config)):
+        with pytest.raises(ConfigError, match="BertForSequenceClassification is not supported: a reward"):
+            models.load_reward_model(given)
 
 
 def test_a_reward_models_pad_is_not_eos():
@@ -270,6 +300,16 @@ def test_tokenizers_and_models_are_found_by_path(tmp_path):
     assert models.load_tokenizer(tmp_path).pad_token == "<eos>"
     assert models.load_tokenizer(loaded).eos_token == "<eos>"
     assert models.load_tokenizer(tokenizer) is tokenizer
+
+
+def test_a_tokenizer_reads_from_its_directory_as_it_did_in_training(tmp_path):
+    """Also where AutoTokenizer would take the class of the model_type, which splits digits apart."""
+    tokenizer, text = tiny_tokenizer(), "what is two? 12 the cat's hello"
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, **SMALL)
+    models.save_model(Qwen2ForCausalLM(config), tokenizer, tmp_path)
+    loaded = models.load_tokenizer(tmp_path)
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    assert loaded.chat_template == tokenizer.chat_template and loaded.pad_token == "<pad>"
 
 
 def test_what_ends_an_answer():

@@ -1,5 +1,6 @@
 """A row of sequences is its sequences alone: same hidden states, loss and gradients, for every kind of attention."""
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -240,6 +241,13 @@ def test_models_that_cannot_be_packed_say_why():
     mpt = MptForCausalLM(MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64))
     assert "MptForCausalLM does not run on sequences in one row ('NoneType'" in why_not_packed(mpt, 64)
     assert bloom.training and bloom.config._attn_implementation == "eager"
+
+
+def test_a_model_that_is_nan_is_refused_in_words():
+    model = llama()
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ConfigError, match="the outputs of LlamaForCausalLM are not finite"):
+        why_not_packed(model, 64)
 
 
 def test_an_attention_from_elsewhere_is_not_replaced(monkeypatch):

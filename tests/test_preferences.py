@@ -1,5 +1,6 @@
 """The figures of a reward model's report, by hand."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -80,3 +81,38 @@ def test_pairs_without_spread_are_no_error():
     found = evaluate_pairs(pairs([0, 0]), {})
     assert found["accuracy"] == 0.5 and found["length_correlation"]["reward_with_length"] == 0
     assert "50.0%" in section(found)
+
+
+@pytest.mark.parametrize("size", [0.3, 3e4, 1e30])
+def test_margins_that_differ_in_their_last_bit_are_no_error(size):
+    """As of one record that is repeated, in batches of two sizes."""
+    rewards = np.zeros((17, 2), np.float32)
+    rewards[:, 0] = size
+    rewards[16, 0] = np.nextafter(np.float32(size), np.float32(np.inf))
+    like = pairs([1] * 17)
+    found = evaluate_pairs(Pairs(rewards, like.lengths, like.target, like.weight, like.source, like.prompt), {})
+    assert sum(found["margin"]["counts"]) == 17 and found["accuracy"] == 1
+    assert "100.0%" in section(found)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_margin_that_is_not_finite_is_wrong_and_counted(bad):
+    found = evaluate_pairs(pairs([2, bad, 1, bad, -1], target=[1, 1, 1, 0.2, 1]), {})
+    assert found["not_finite"] == 2 and found["accuracy"] == 2 / 5
+    others = evaluate_pairs(pairs([2, 1, -1]), {})
+    assert all(found[name] == others[name] for name in ("margin", "calibration", "length_correlation", "ties"))
+    nothing = evaluate_pairs(pairs([bad, bad]), {"shorter response wins": 0.5})
+    assert nothing["accuracy"] == 0 and nothing["margin"] is None and nothing["calibration"]["ece"] is None
+    json.dumps([found, nothing], allow_nan=False)
+    assert "The margin of 2 is not finite" in section(found) and "error unknown" in section(nothing)
+
+
+def test_the_interval_is_that_of_the_weight():
+    """A thousand pairs, of which four have weight; one prompt that outweighs another; no weight at all."""
+    found = evaluate_pairs(pairs([1] * 1000, weight=[1.0] * 4 + [0.0] * 996), {})
+    assert (found["low"], found["high"]) == wilson_interval(1.0, 4)
+    found = evaluate_pairs(pairs([1, 1, 1, -1], weight=[1, 1, 1, 1], prompt=[0, 0, 0, 1]), {})
+    assert (found["low"], found["high"]) == wilson_interval(0.75, 4**2 / (3**2 + 1))
+    nothing = evaluate_pairs(pairs([1, -1], weight=[0, 0]), {"shorter response wins": 0.5})
+    assert (nothing["accuracy"], nothing["low"], nothing["high"]) == (0.5, 0, 1)
+    assert nothing["calibration"] == {"ece": None, "bins": []} and "error unknown" in section(nothing)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Bounds of a share observed in n trials (Wilson 1927); z = 1.96 covers 95 %."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

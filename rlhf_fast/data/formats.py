@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,7 @@ class Comparison:
     weight: float = 1.0
     source: str | None = None  # where the record says it comes from: evaluation is also split by it
     index: int = 0  # of the record in its dataset
+    prompt: int = 0  # index of the first record with an equal prompt
     texts: list[chat.Text] = field(default_factory=list)  # the responses as the data has them, uncut
 
     def __len__(self) -> int:
@@ -228,6 +229,20 @@ def _split_prompt(prompt, response, name: str, i: int) -> tuple[chat.Text | None
             "assistant's turn, or give no 'prompt'"
         )
     return prompt, response  # of a system message, say
+
+
+def _asked(pairs: list[tuple[chat.Text | None, chat.Text]]) -> tuple[tuple[str, str], ...]:
+    """Role and text of every turn that the responses answer: the prompt, or without one the turns that they share. ()
+    where none of them is a user's, as without a prompt to texts."""
+    if (prompt := pairs[0][0]) is not None:
+        conversations = [as_messages(prompt, "user")]
+    elif any(isinstance(response, str) for _, response in pairs):
+        return ()
+    else:
+        conversations = [response[:-1] for _, response in pairs]
+    turns = [[(m["role"], m["content"]) for m in messages] for messages in conversations]
+    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, zip(*turns, strict=False))]
+    return tuple(shared) if any(role == "user" and text for role, text in shared) else ()
 
 
 def _check_prompt_is_read(record: dict, responses: list, name: str, i: int) -> None:
@@ -434,6 +449,7 @@ def comparisons(
     """
     records = as_records(dataset, name)
     encoded: dict[int, Comparison] = {}
+    first: dict = {}  # prompt -> index
     unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
         prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
@@ -461,8 +477,9 @@ def comparisons(
         with placed(name, i):
             sequences = [chat.encode_to_score(tokenizer, *pair, unwritten=unwritten[i]) for pair in pairs]
         encoded[i] = Comparison(
-            sequences, ranks, **extra, source=source, index=i, texts=[response for _, response in pairs]
-        )
+            sequences, ranks, **extra, source=source, index=i, prompt=first.setdefault(_asked(pairs) or i, i),
+            texts=[response for _, response in pairs],
+        )  # fmt: skip
     warn_of_unwritten(unwritten, name, "scored")
     report = Report(name, len(records), max_length=max_length)
 

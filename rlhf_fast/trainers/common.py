@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import os
 import random
@@ -180,12 +181,23 @@ def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, b
             yield start / per_epoch, indices
 
 
-def check_same_data(before: Tensor, lengths: list[int]) -> None:
-    """Raises ConfigError where the lengths in a checkpoint are not those of the data at hand."""
-    if before.tolist() != lengths:
+def digest(arrays: typing.Iterable) -> str:
+    """Of what is in them, in order: tokens, masks, labels."""
+    whole = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        whole.update(np.ascontiguousarray(array))
+    return whole.hexdigest()
+
+
+def check_same_data(state: dict, lengths: list[int], data: str) -> None:
+    """Raises ConfigError where the lengths in a checkpoint's state, or its digest (which those of earlier versions have
+    not), are not those of the data at hand."""
+    before = state["lengths"].tolist()
+    if before != lengths or state.get("data", data) != data:
+        differs = "in content" if before == lengths else f"{len(before)} examples, now {len(lengths)}, or other lengths"
         raise ConfigError(
-            f"the checkpoint was trained on other data ({len(before)} examples, now {len(lengths)}, or of other "
-            "lengths): resume with the same dataset, tokenizer and max_length, or start anew from that model"
+            f"the checkpoint was trained on other data ({differs}): resume with the same dataset, tokenizer and "
+            "max_length, or start anew from that model"
         )
 
 
@@ -330,7 +342,17 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
 
 
 def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
-    """The saved states, but for learning rate and weight decay: those are the config's, which may have changed."""
+    """The saved states, but for learning rate and weight decay: those are the config's, which may have changed.
+    ConfigError where they are of another number of parameters."""
+    counts = [
+        [len(group["params"]) for group in groups]
+        for groups in (saved_optimizer["param_groups"], optimizer.param_groups)
+    ]
+    if counts[0] != counts[1]:
+        raise ConfigError(
+            f"the checkpoint trained {sum(counts[0])} tensors of the model, and this run {sum(counts[1])}: resume with "
+            "the same freeze_trunk, train_last_layers and lora_*"
+        )
     mine = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved_optimizer)
     scheduler.load_state_dict(saved_scheduler)

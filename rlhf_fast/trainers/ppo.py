@@ -111,6 +111,7 @@ class PPOTrainer:
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         options = {"max_length": config.max_prompt_length, "on_overlong": config.on_overlong}
         self.prompts, report = read_prompts(train_dataset, self.tokenizer, **options)
+        self.data = common.digest(prompt.tokens for prompt in self.prompts)
         self.reports, self.eval_prompts = [report], []
         if eval_dataset is not None:
             self.eval_prompts, report = read_prompts(eval_dataset, self.tokenizer, **options, name="eval_dataset")
@@ -379,6 +380,8 @@ class PPOTrainer:
         """One optimizer step per minibatch of the plan -> their mean statistics. Past target_kl the rest is dropped."""
         config, steps = self.config, []
         weights, metrics = None, {}
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         if config.importance_cap is not None:
             # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution is a
             # little off ours, and the weight corrects for it with bounded variance.
@@ -531,6 +534,7 @@ class PPOTrainer:
             "kl_coef": self.kl_controller.kl_coef,
             "score_scale": vars(self.score_scale),
             "lengths": torch.tensor(list(map(len, self.prompts))),
+            "data": self.data,
             "policy": trained_state(self.policy),
             "value_model": trained_state(self._own_critic) if self.value_model else None,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -538,7 +542,7 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state["lengths"], list(map(len, self.prompts)))
+        common.check_same_data(state, list(map(len, self.prompts)), self.data)
         self.step = state["step"]
         if self.config.kl_target is not None:  # else it is the config's, which may have changed
             self.kl_controller.kl_coef = state["kl_coef"]

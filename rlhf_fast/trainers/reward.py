@@ -12,6 +12,8 @@ AutoModelForSequenceClassification with num_labels=1.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
@@ -137,6 +139,10 @@ class RewardTrainer:
         if reference_dataset is not None:
             self.reference, report = responses_to_score(reference_dataset, self.tokenizer, **options)
             self.reports.append(report)
+            if (different := len({response.tobytes() for response in self.reference})) < 2:
+                raise common.ConfigError(
+                    f"{report}; a standard deviation needs two different responses, and there is {different}"
+                )
         self.model = load_reward_model(model, self.tokenizer)
         set_reward_scale(self.model, 0.0, 1.0)  # of an earlier training
         longest = max(map(len, [*self.items, *self.eval_items, *self.reference]))
@@ -151,6 +157,11 @@ class RewardTrainer:
         self.evaluation: Pairs | None = None  # of the last evaluate()
 
         self.lengths = [len(item) for item in self.items]
+        self.data = common.digest(
+            array
+            for x in self.items
+            for array in (*x.responses, [len(r) for r in x.responses], x.ranks, [x.margin, x.chosen_prob, x.weight])
+        )
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.total_steps = common.steps_in_run(
             len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
@@ -186,6 +197,7 @@ class RewardTrainer:
         size = self.config.per_device_train_batch_size
         total = sum(item.weight for item in items)
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         seen = []
 
         for k in range(0, len(items), size):
@@ -262,6 +274,9 @@ class RewardTrainer:
         rewards = torch.cat([r for r, _ in seen])
         self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.cpu().numpy())
         judged = evaluate_pairs(self.evaluation, {})
+        if broken := judged["not_finite"]:
+            message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite, which count as wrong"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         metrics = {f"eval_{k}": v for k, v in self._metrics(seen).items()}
         return metrics | {
             "eval_accuracy": judged["accuracy"],
@@ -289,7 +304,17 @@ class RewardTrainer:
             (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
         if self.reference:
             rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
-            set_reward_scale(self.model, float(rewards.mean()), max(float(rewards.std(correction=0)), 1e-6))
+            mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+            if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding is near 1e-6 of it
+                what = "do not differ" if math.isfinite(std) else "are not finite"
+                warnings.warn(
+                    f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
+                    "reward keeps its own scale",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                mean, std = mean if math.isfinite(mean) else 0.0, 1.0
+            set_reward_scale(self.model, mean, std)
 
     def samples(self) -> list[dict]:
         """The first held-out prompts (training prompts where nothing is held out), each response with its reward, best
@@ -318,13 +343,14 @@ class RewardTrainer:
             "step": self.step,
             "num_tokens": self.num_tokens,
             "lengths": torch.tensor(self.lengths),
+            "data": self.data,
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state["lengths"], self.lengths)
+        common.check_same_data(state, self.lengths, self.data)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
@@ -334,12 +360,12 @@ def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:
     """Every ordered pair of every item; rewards (B, K) as _rewards returns them. A length is that of the response: its
     tokens after those that all responses of the prompt share."""
     rows = []
-    for prompt, (item, row) in enumerate(zip(items, rewards, strict=True)):
+    for item, row in zip(items, rewards, strict=True):
         prefix = common_prefix(item.responses)
         target = item.chosen_prob if len(item.responses) == 2 else 1.0
         for i, j in combinations(range(len(item.responses)), 2):
             if item.ranks[i] < item.ranks[j]:
                 lengths = [len(item.responses[k]) - prefix for k in (i, j)]
-                rows.append((row[[i, j]], lengths, target, item.weight, item.source, prompt))
+                rows.append((row[[i, j]], lengths, target, item.weight, item.source, item.prompt))
     columns = list(zip(*rows, strict=True))
     return Pairs(*(list(c) if k == 4 else np.array(c) for k, c in enumerate(columns)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.chat import Encoded, encode_prompt
+from ..data.chat import Encoded, as_messages, encode_prompt
 from ..data.collate import collate_sft, pack_rows, pack_sft
 from ..data.formats import ON_OVERLONG, as_records, sft_examples
 from ..models import (
@@ -117,6 +117,7 @@ class SFTTrainer:
         self.packed = common.packing_if_possible(self.model, longest, config.bf16, required=config.packing)
 
         self.lengths = [len(e) for e in self.examples]
+        self.data = common.digest(array for e in self.examples for array in (e.input_ids, e.response_mask))
         self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]
         self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.total_steps = common.steps_in_run(
@@ -144,6 +145,7 @@ class SFTTrainer:
     def _train_step(self, rows: list[list[Encoded]]) -> dict:
         config, size = self.config, self.config.per_device_train_batch_size
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         num_labels = max(1, sum(e.num_labels for row in rows for e in row))
         with_statistics = (self.step + 1) % config.logging_steps == 0
         loss, statistics = 0.0, 0.0
@@ -219,6 +221,8 @@ class SFTTrainer:
                 prompt = record["messages"][:last]
             else:
                 prompt = record.get("prompt")
+                if prompt and not isinstance(record.get("completion"), str):
+                    prompt = as_messages(prompt, "user")  # as it is trained on, through the chat template
             if prompt and 0 < len(encode_prompt(self.tokenizer, prompt)) <= room:
                 prompts.append(prompt)
         return prompts
@@ -244,13 +248,14 @@ class SFTTrainer:
             "step": self.step,
             "num_tokens": self.num_tokens,
             "lengths": torch.tensor(self.lengths),
+            "data": self.data,
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state["lengths"], self.lengths)
+        common.check_same_data(state, self.lengths, self.data)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])

@@ -536,9 +536,13 @@ def test_every_generator_comes_back():
 
 
 def test_other_data_cannot_resume():
-    common.check_same_data(torch.tensor([3, 4]), [3, 4])
+    lengths = {"lengths": torch.tensor([3, 4])}
+    common.check_same_data(lengths | {"data": "a"}, [3, 4], "a")
+    common.check_same_data(lengths, [3, 4], "a")  # of an earlier version
     with pytest.raises(ConfigError, match=r"other data \(2 examples, now 3"):
-        common.check_same_data(torch.tensor([3, 4]), [3, 4, 5])
+        common.check_same_data(lengths, [3, 4, 5], "a")
+    with pytest.raises(ConfigError, match=r"other data \(in content"):
+        common.check_same_data(lengths | {"data": "b"}, [3, 4], "a")
 
 
 def test_samples_survive_a_resume_whatever_is_in_them(tmp_path):

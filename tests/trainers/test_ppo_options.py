@@ -645,6 +645,24 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     assert trainer.step == 1
 
 
+def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
+    state = make_trainer(tmp_path, train_dataset=[{"prompt": f"say {i} "} for i in "45"]).state_dict()
+    other = make_trainer(tmp_path, train_dataset=[{"prompt": f"say {i} "} for i in "54"])
+    with pytest.raises(ConfigError, match=r"trained on other data .in content"):
+        other.load_state_dict(state)
+
+
+def test_an_update_that_was_interrupted_leaves_nothing_to_the_next(tmp_path):
+    whole, broken = (make_trainer(tmp_path) for _ in range(2))
+    next(iter(whole))
+    for module in (broken.policy, broken.value_model):
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+    next(iter(broken))
+    assert torch.equal(weights(whole.policy), weights(broken.policy))
+    assert torch.equal(weights(whole.value_model), weights(broken.value_model))
+
+
 def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
     trainer = make_trainer(tmp_path, advantage_estimator="reinforce")
     accumulate, count = trainer._accumulate_gradient, []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import RewardConfig, RewardTrainer, models
+from rlhf_fast.data.baselines import wilson_interval
 from rlhf_fast.data.chat import ConfigError, encode_to_score
 from rlhf_fast.data.collate import common_prefix
 from rlhf_fast.rewards import RewardModelReward
@@ -92,7 +94,9 @@ def test_the_loss_is_that_of_the_paper(tmp_path, data, center, pad):
 def gradients(tmp_path, data, **sizes):
     rm = trainer(tmp_path, data, max_grad_norm=0.0, **sizes)
     seen = {}
-    rm.optimizer.zero_grad = lambda **_: seen.update({n: p.grad.clone() for n, p in rm.model.named_parameters()})
+    rm.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in rm.model.named_parameters()})
+    )
     next(iter(rm))
     return seen
 
@@ -105,6 +109,15 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, data):
         split = gradients(tmp_path, data, per_device_train_batch_size=size, gradient_accumulation_steps=12 // size)
         for name, gradient in whole.items():
             torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_was_interrupted_leaves_nothing_to_the_next(tmp_path):
+    whole, broken = (trainer(tmp_path, max_steps=1) for _ in range(2))
+    next(iter(whole))
+    for p in broken.model.parameters():
+        p.grad = torch.ones_like(p)
+    next(iter(broken))
+    assert all(torch.equal(*both) for both in zip(whole.model.parameters(), broken.model.parameters(), strict=True))
 
 
 def test_evaluation_is_over_all_held_out_pairs(tmp_path):
@@ -218,6 +231,25 @@ def test_only_the_last_layers_learn(tmp_path):
         trainer(tmp_path, train_last_layers=1, freeze_trunk=True)
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [({}, {"freeze_trunk": True}), ({"freeze_trunk": True}, {}), ({"train_last_layers": 1}, {"train_last_layers": 2})],
+)
+def test_a_run_resumes_with_the_part_that_it_trained(tmp_path, before, now):
+    state = trainer(tmp_path, **before).state_dict()
+    with pytest.raises(ConfigError, match=r"resume with the same freeze_trunk, train_last_layers and lora_\*"):
+        trainer(tmp_path, **now).load_state_dict(state)
+
+
+def test_a_run_resumes_with_the_adapters_that_it_trained(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(tmp_path / "base")
+    runs = [trainer(tmp_path, model=str(tmp_path / "base"), lora_r=r) for r in (0, 4, 8)]
+    for run, other in permutations(runs, 2):
+        with pytest.raises(ConfigError, match=r"the checkpoint has other .* resume with the same model, lora_r"):
+            run.load_state_dict(other.state_dict())
+
+
 def test_only_a_frozen_trunk_may_be_in_bfloat16(tmp_path):
     """transformers 5 loads a checkpoint in its own dtype; most steps of such weights would round to nothing."""
     half = tiny_model(tiny_tokenizer()).bfloat16()
@@ -316,15 +348,30 @@ def test_the_reference_is_checked_before_training(tmp_path):
     long, short = {"prompt": "say ", "completion": "cat " * 60}, {"prompt": "say ", "completion": "cat"}
     with pytest.raises(ConfigError, match="reference_dataset: 1 longer than max_length=40: record 0"):
         make([long, short], max_length=40)
-    skipped, cut = (make([long, short], max_length=40, on_overlong=x) for x in ("skip", "keep_end"))
-    whole = [encode_to_score(cut.tokenizer, x["prompt"], x["completion"]).tolist() for x in (long, short)]
+    other = {"prompt": "say ", "completion": "mat"}
+    skipped, cut = (make([long, short, other], max_length=40, on_overlong=x) for x in ("skip", "keep_end"))
+    whole = [encode_to_score(cut.tokenizer, x["prompt"], x["completion"]).tolist() for x in (long, short, other)]
     assert [x.tolist() for x in skipped.reference] == whole[1:]
-    assert [x.tolist() for x in cut.reference] == [whole[0][-40:], whole[1]]
+    assert [x.tolist() for x in cut.reference] == [whole[0][-40:], *whole[1:]]
     assert [report.overlong for report in skipped.reports] == [[], [(0, len(whole[0]))]]
     with pytest.raises(ConfigError, match="the longest sequence has"):
-        make([{"prompt": "", "completion": "cat " * 300}], max_length=2000)
+        make([{"prompt": "", "completion": "cat " * 300}, short], max_length=2000)
+    for few in ([short], [short, short], [long, short]):
+        with pytest.raises(ConfigError, match=r"reference_dataset: .*needs two different responses, and there is 1"):
+            make(few, max_length=40, on_overlong="skip")
     with pytest.raises(ConfigError, match="no chat template"):
         make([{"messages": pair(0)["prompt"] + pair(0)["chosen"]}], tiny_tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize(("weight", "why"), [(0.0, "do not differ"), (math.nan, "are not finite")])
+def test_a_reference_without_spread_leaves_the_scale(tmp_path, weight, why):
+    tokenizer, config = tiny_tokenizer(), RewardConfig(str(tmp_path / "run"), max_steps=1)
+    model, reference = tiny_model(tokenizer), [{"messages": x["prompt"] + x["chosen"]} for x in PAIRS]
+    rm = RewardTrainer(config, model, train_dataset=PAIRS, reference_dataset=reference, tokenizer=tokenizer)
+    rm.model.score.weight.data.fill_(weight)
+    with pytest.warns(RuntimeWarning, match=f"the rewards of the reference set {why}"):
+        rm.finish(tmp_path)
+    assert models.reward_scale(rm.model.config) == (0.0, 1.0)
 
 
 def test_a_run_resumed_after_its_last_line_still_judges_its_preferences(tmp_path):
@@ -333,6 +380,47 @@ def test_a_run_resumed_after_its_last_line_still_judges_its_preferences(tmp_path
     (tmp_path / "run/preferences.json").unlink()
     trainer(tmp_path, eval_dataset=PAIRS, max_steps=4, save_steps=4).train(resume=True)
     assert (tmp_path / "run/preferences.json").read_text() == judged
+
+
+def test_a_held_out_reward_that_is_not_finite_ends_no_run(tmp_path):
+    """A token of one held-out response alone embeds to NaN."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    held_out = [*PAIRS[:3], {**PAIRS[3], "chosen": [{"role": "assistant", "content": "~"}]}]
+    model.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids("~")] = math.nan
+    rm = trainer(tmp_path, model=model, tokenizer=tokenizer, eval_dataset=held_out, max_steps=20)
+    with pytest.warns(RuntimeWarning, match="rewards of 1 of 4 held-out pairs are not finite"):
+        metrics = rm.train().metrics
+    assert metrics["eval_accuracy"] == 0.75 and metrics["eval_loss"] is None and metrics["eval_ece"] is not None
+    judged = json.loads((tmp_path / "run/preferences.json").read_text(), parse_constant=pytest.fail)
+    assert judged["not_finite"] == 1 and sum(judged["margin"]["counts"]) == 3
+    assert "The margin of 1 is not finite" in (tmp_path / "run/report.html").read_text()
+
+
+def test_records_that_answer_one_prompt_are_not_independent(tmp_path):
+    """Three records as text, as messages beside the responses and as messages within them; two with another prompt."""
+
+    def record(prompt, i, kind):
+        user, answers = [{"role": "user", "content": prompt}], [f"{i} the cat", f"{i} sat"]
+        if kind == "text":
+            return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+        turns = [[{"role": "assistant", "content": a}] for a in answers]
+        if kind == "beside":
+            return {"prompt": user, "chosen": turns[0], "rejected": turns[1]}
+        return {"chosen": user + turns[0], "rejected": user + turns[1]}
+
+    def lonely(i):  # without a prompt
+        return {"chosen": f"{i} the cat", "rejected": f"{i} sat"}
+
+    asked = [("say it", "text"), ("say it", "beside"), ("say it", "within"), ("do it", "within"), ("do it", "text")]
+    data = [*(record(prompt, i, kind) for i, (prompt, kind) in enumerate(asked)), lonely(5), lonely(6)]
+    rm = trainer(tmp_path, data, eval_dataset=data)
+    metrics = rm.evaluate()
+    assert dict(zip([i.index for i in rm.eval_items], [i.prompt for i in rm.eval_items], strict=True)) == {
+        0: 0, 1: 0, 2: 0, 3: 3, 4: 3, 5: 5, 6: 6,
+    }  # fmt: skip
+    low, high = wilson_interval(metrics["eval_accuracy"], 7**2 / (3**2 + 2**2 + 1 + 1))
+    assert (metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]) == (low, high)
 
 
 def test_the_report_says_how_far_to_trust_it(tmp_path):
@@ -426,6 +514,14 @@ def test_a_killed_run_resumes_to_the_last_bit(tmp_path, data):
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], weight)
     assert log_of("broken") == log_of("whole")
+
+
+def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
+    state = trainer(tmp_path, SOFT).state_dict()
+    trainer(tmp_path, SOFT).load_state_dict(state)
+    for other in ({**SOFT[0], "weight": 2.0}, {**SOFT[0], "margin": 0.5}, pair(0, chosen_prob=0.9, weight=0.5)):
+        with pytest.raises(ConfigError, match=r"trained on other data .in content"):
+            trainer(tmp_path, [other, *SOFT[1:]]).load_state_dict(state)
 
 
 @pytest.mark.parametrize("count", [1, 3])

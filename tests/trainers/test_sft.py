@@ -15,7 +15,7 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast import SFTConfig, SFTTrainer
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.data.chat import ConfigError, encode_prompt
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
 
@@ -64,7 +64,9 @@ def test_the_loss_is_over_answers_and_their_eos_and_nothing_else(tmp_path, pad):
 def gradients(tmp_path, **sizes):
     sft = trainer(tmp_path, **sizes)
     seen = {}
-    sft.optimizer.zero_grad = lambda **_: seen.update({n: p.grad.clone() for n, p in sft.model.named_parameters()})
+    sft.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in sft.model.named_parameters()})
+    )
     next(iter(sft))
     return seen
 
@@ -78,6 +80,27 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path):
         )
         for name, gradient in whole.items():
             torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_that_was_interrupted_leaves_nothing_to_the_next(tmp_path, monkeypatch):
+    """Ctrl-C in a notebook, between two micro-batches of a loop over the trainer, which then goes on."""
+    whole, broken = (
+        trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1) for _ in range(2)
+    )
+    next(iter(whole))
+    calls, hidden = [], broken._response_hidden
+
+    def interrupted(examples):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return hidden(examples)
+
+    monkeypatch.setattr(broken, "_response_hidden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(broken))
+    next(iter(broken))
+    assert torch.equal(weights(whole), weights(broken))
 
 
 def test_evaluation_is_over_all_held_out_tokens(tmp_path):
@@ -121,6 +144,17 @@ def test_it_learns_to_answer_and_to_stop(tmp_path, pad):
     prompt = tokenizer.apply_chat_template(data[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "four<eos>"
+
+
+def test_samples_answer_what_is_trained_on(tmp_path):
+    """A text before messages is a user's turn; a text before a text is itself."""
+    data = [
+        {"prompt": "two plus two?", "completion": [{"role": "assistant", "content": "four"}]},
+        {"prompt": "two plus two?", "completion": "four"},
+    ]
+    sft = trainer(tmp_path, data=data)
+    for prompt, example in zip(sft.sample_prompts, sft.examples, strict=True):
+        assert encode_prompt(sft.tokenizer, prompt) == example.input_ids[~example.response_mask].tolist()
 
 
 def test_text_after_text_is_learned_too(tmp_path):
@@ -223,11 +257,11 @@ def test_the_best_is_one_of_the_checkpoints_that_are_there(tmp_path):
 
     def killed(batch, step=broken._train_step):
         if broken.step == 9:
-            raise GeneratorExit  # no Exception: as a kill, it leaves no checkpoint of step 9
+            raise KeyboardInterrupt  # not an Exception, after which the run keeps its last step
         return step(batch)
 
     broken._train_step = killed
-    with pytest.raises(GeneratorExit):
+    with pytest.raises(KeyboardInterrupt):
         broken.train()
     losses = {row["step"]: row["eval_loss"] for row in log_of(tmp_path) if "eval_loss" in row}
     lost = min((2, 4, 6), key=losses.get)
@@ -420,3 +454,14 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     trainer(tmp_path, **RUN).train()
     with pytest.raises(ConfigError, match="trained on other data"):
         trainer(tmp_path, data=DATA[:7], **RUN).train(resume=True)
+
+
+def test_a_checkpoint_of_other_data_of_the_same_lengths_is_refused(tmp_path):
+    said = {"prompt": "say 1 ", "completion": "one cat"}
+    state = trainer(tmp_path, data=[said]).state_dict()
+    trainer(tmp_path, data=[said]).load_state_dict(state)
+    for other in ({**said, "completion": "two cat"}, {"prompt": "say 1 one", "completion": " cat"}):
+        resumed = trainer(tmp_path, data=[other])
+        assert resumed.lengths == state["lengths"].tolist()
+        with pytest.raises(ConfigError, match=r"trained on other data .in content"):
+            resumed.load_state_dict(state)
