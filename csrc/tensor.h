@@ -95,12 +95,14 @@ inline bool is_plain_tensor(PyObject* x) {  // no subclass, which may mean somet
   return Py_TYPE(x) == (PyTypeObject*)torch().tensor || Py_TYPE(x) == (PyTypeObject*)torch().parameter;
 }
 
-// False where torch has no exchange table or the tensor no memory (functorch's wrappers).
+// False where torch has no exchange table or the tensor no memory (functorch's wrappers, autograd's zeros).
 inline bool read(PyObject* x, DLTensor& out) {
   if (!torch().exchange || !torch().exchange->read) return false;
-  if (torch().exchange->read(x, &out) == 0) return true;
-  PyErr_Clear();
-  return false;
+  if (torch().exchange->read(x, &out) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return out.data || std::any_of(out.shape, out.shape + out.ndim, [](int64_t size) { return size == 0; });
 }
 
 // From a tensor, None, or an address as an integer. A bfloat16 tensor read as float32 would be read past its end.

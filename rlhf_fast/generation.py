@@ -139,6 +139,7 @@ def generate_with_logprobs(
     A model with learned positions (gpt2) needs them for prompt and max_new_tokens; rotary ones go on.
     top_k and top_p count only with do_sample; otherwise the most likely token is taken. Nothing is read of the model's
     generation_config, neither sampling settings nor penalties: the log-probabilities are the model's own, as PPO needs.
+    Where logits are NaN the log-probability is NaN, and its token means nothing.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
     """
     for i, prompt in enumerate(prompts):
@@ -158,7 +159,7 @@ def generate_with_logprobs(
             f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
         )
     positions, longest = learned_positions(model), max(map(len, prompts), default=0)
-    if positions is not None and longest + max_new_tokens > positions:
+    if positions is not None and longest + max_new_tokens > positions + 1:  # the last token is never read
         raise ConfigError(
             f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
             f"than the {positions} positions of {type(model).__name__}: shorten the one or lower the other"
@@ -182,11 +183,6 @@ def generate_with_logprobs(
             lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
-                if any(map(math.isnan, logprobs[i])):
-                    raise ConfigError(
-                        f"generate: the logits of {type(model).__name__} are NaN for prompt {i} (of {len(prompts[i])} "
-                        "tokens): are its weights finite, and its activations in this dtype?"
-                    )
     return responses, logprobs
 
 
@@ -206,9 +202,17 @@ def _uniforms(rows: int, columns: int, generator) -> Tensor:
 
 
 def generate_tokens(model, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """generate_with_logprobs, the responses alone; a warning, once a model, names the HABITS that are ignored."""
+    """generate_with_logprobs, the responses alone; a warning, once a model, names the HABITS that are ignored.
+    ConfigError where logits are NaN."""
     _say_habits(model)
-    return generate_with_logprobs(model, prompts, **options)[0]
+    responses, logprobs = generate_with_logprobs(model, prompts, **options)
+    for i, logps in enumerate(logprobs):
+        if any(map(math.isnan, logps)):
+            raise ConfigError(
+                f"generate: the logits of {type(model).__name__} are NaN for prompt {i} (of {len(prompts[i])} tokens): "
+                "are its weights finite, and its activations in this dtype?"
+            )
+    return responses
 
 
 def _say_habits(model) -> None:

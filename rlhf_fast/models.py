@@ -116,11 +116,15 @@ def check_lengths(
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """How many positions the model has learned; None where they are rotary or distances (ALiBi), and go on."""
+    """How many positions the model's table of them has, mostly a learned one; None where they are computed (rotary,
+    ALiBi, sinusoids, a recurrence) and go on."""
     model = unwrapped(model)
-    if hasattr(model.base_model, "rotary_emb") or getattr(model.config, "alibi", False):
-        return None
-    return getattr(model.config, "max_position_embeddings", None)
+    if model.config.model_type in ("gptj", "codegen"):  # rotary, from a table that ends
+        return model.config.max_position_embeddings
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
+            return module.num_embeddings - getattr(module, "offset", 0)  # OPT's begin behind two rows for padding
+    return None
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -107,8 +107,9 @@ def check_engine(returned, rows: int, embedded: int) -> None:
             f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
         )
     for name, values in returned.items():
-        if values is not None and len(values) != rows:
-            raise ConfigError(f"rollout_func: {name} has {len(values)} rows for {rows} prompts")
+        count = len(values) if hasattr(values, "__len__") else 0
+        if values is not None and count != rows:
+            raise ConfigError(f"rollout_func: {name} has {count} rows for {rows} prompts")
     for name in ("completion_ids", "prompt_ids"):
         tokens = chain.from_iterable(() if returned.get(name) is None else returned[name])
         if strange := [token for token in tokens if not 0 <= token < embedded]:
@@ -206,6 +207,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
     if shaped:
         metrics["objective/raw_scores"] = rollout.raw_scores.mean()
     non_score = -kl_coef * kl.sum(1).mean()
+    raw_scores = rollout.scores if rollout.raw_scores is None else rollout.raw_scores
     return {
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, mask),
@@ -214,7 +216,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
         "objective/non_score_reward": non_score,
         "objective/scores": rollout.scores.mean(),
         "objective/rlhf_reward": non_score + rollout.scores.mean(),
-        "objective/score_length_correlation": correlation(rollout.raw_scores, mask.sum(1).float()),
+        "objective/score_length_correlation": correlation(raw_scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
         **metrics,
         **text_metrics(rollout),

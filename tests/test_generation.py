@@ -1,4 +1,5 @@
 import copy
+import math
 import random
 import warnings
 
@@ -309,11 +310,11 @@ def test_without_an_eos_it_is_refused(model, prompts, eos):
 def test_learned_positions_end_and_rotary_ones_go_on():
     prompt = [3] * 120  # of 128 positions
     options = {"eos_token_id": VOCAB, "do_sample": False}
-    for name, longest in (("gpt2", 8), ("llama", 9)):
+    for name, longest in (("gpt2", 9), ("llama", 10)):  # the last token is never read
         (answer,) = generate_tokens(with_opinions(name), [prompt], max_new_tokens=longest, **options)
         assert len(answer) == longest
-    with pytest.raises(generation.ConfigError, match=r"has 120 tokens .* is 9, .* 128 positions of GPT2LMHeadModel"):
-        generate_tokens(with_opinions("gpt2"), [[3], prompt], max_new_tokens=9, **options)
+    with pytest.raises(generation.ConfigError, match=r"has 120 tokens .* is 10, .* 128 positions of GPT2LMHeadModel"):
+        generate_tokens(with_opinions("gpt2"), [[3], prompt], max_new_tokens=10, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
@@ -363,7 +364,9 @@ def test_logits_that_are_nan_are_refused(model, prompts, do_sample):
     with torch.no_grad():
         broken.lm_head.weight[17] = torch.nan
     with pytest.raises(ConfigError, match="the logits of LlamaForCausalLM are NaN for prompt"):
-        sampled(broken, prompts, do_sample=do_sample)
+        generate_tokens(broken, prompts, max_new_tokens=4, eos_token_id=EOS, do_sample=do_sample)
+    answers, logprobs = both(broken, prompts, do_sample=do_sample)  # PPO counts what is not finite
+    assert all(all(map(math.isnan, logps)) for logps in logprobs) and len(answers) == len(prompts)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53, 1.0])

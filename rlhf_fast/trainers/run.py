@@ -314,7 +314,8 @@ def changed_settings(run_dir, settings: dict) -> list[str]:
 def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
     """Raises ConfigError where output_dir already holds a run, a model of somebody's, or is one of the models that the
     run `reads`: the model that comes out of it would be written over that."""
-    if any(Path(model).resolve() == Path(run_dir).resolve() for model in reads):
+    read = (Path(model) for model in reads if Path(model).exists())  # others are names on the hub
+    if any(path.resolve() == Path(run_dir).resolve() for path in read):
         raise ConfigError(
             f"output_dir {str(run_dir)!r} is a model that the run reads, and would be written over: choose another"
         )
@@ -324,13 +325,14 @@ def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
         raise ConfigError(
             f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
         )
-    if (Path(run_dir) / _CONFIG).exists():  # its model is of a run that was killed, and begins again
-        return
-    for pattern in ("config.json", "adapter_config.json", "*.safetensors"):
+    written = ["*.safetensors", "pytorch_model*.bin", "adapter_model.bin"]
+    if not (Path(run_dir) / _CONFIG).exists():  # of a run of ours these may be there: it was killed, and begins again
+        written += ["config.json", "adapter_config.json"]
+    for pattern in written:
         if found := next(Path(run_dir).glob(pattern), None):
             raise ConfigError(
-                f"output_dir {str(run_dir)!r} holds a model ({found.name}), which the run would write over: choose "
-                "another output_dir"
+                f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
+                "output_dir"
             )
 
 
