@@ -312,9 +312,11 @@ def test_a_directory_that_holds_a_model_is_left_alone(workspace, tmp_path, capsy
     (tmp_path / name).write_text("{}")
     assert stage(workspace, "sft", "--output_dir", str(tmp_path)) == 2
     assert f"holds a {name}, which" in capsys.readouterr().err and [x.name for x in tmp_path.iterdir()] == [name]
-    (tmp_path / "run_config.json").write_text("{}")  # a run of ours: killed, it begins again; ended, it has a model
-    kept = 2 if name.endswith("safetensors") else 0
-    assert stage(workspace, "sft", "--output_dir", str(tmp_path), "--max_steps", "1") == kept
+    (tmp_path / "run_config.json").write_text("{}")  # a run of ours, killed as it saved its model: it begins again
+    assert stage(workspace, "sft", "--output_dir", str(tmp_path), "--max_steps", "1") == 0
+    for left in (*tmp_path.glob("*.jsonl"), *tmp_path.glob("checkpoint-*/*")):
+        left.unlink()
+    assert stage(workspace, "sft", "--output_dir", str(tmp_path), "--max_steps", "1") == 2  # it has ended
 
 
 def test_a_directory_that_cannot_be_made_is_named(sft, tmp_path, capsys):

@@ -325,10 +325,9 @@ def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
         raise ConfigError(
             f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
         )
-    written = ["*.safetensors", "pytorch_model*.bin", "adapter_model.bin"]
-    if not (Path(run_dir) / _CONFIG).exists():  # of a run of ours these may be there: it was killed, and begins again
-        written += ["config.json", "adapter_config.json"]
-    for pattern in written:
+    if (Path(run_dir) / _CONFIG).exists() and not has_ended(run_dir):  # a run of ours that was killed begins again
+        return
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json"):
         if found := next(Path(run_dir).glob(pattern), None):
             raise ConfigError(
                 f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
