@@ -42,10 +42,12 @@ Look
   info        versions, build, and the kernel each op runs
 
 A YAML file has the keys that are flags here, either shared by all stages or in a section named as the stage is.
+torchrun -m rlhf_fast sft ... (or reward, ppo) trains one model in several processes, each on a GPU of its own.
 Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 3 stopped by a monitor (stop_on),
 130 interrupted; after these two --resume continues."""
 
-COMMANDS = ("sft", "reward", "ppo", "cai", "generate", "score", "report", "quickstart", "bench", "info")
+TRAINERS = ("sft", "reward", "ppo")
+COMMANDS = (*TRAINERS, "cai", "generate", "score", "report", "quickstart", "bench", "info")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{_unknown('command', command, COMMANDS) if argv else 'no command'}; see rlhf-fast --help"
             )
+        if command not in TRAINERS and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+            raise ConfigError(
+                f"{command} runs in one process, and this is one of {processes}: start it without torchrun"
+            )
         return _run(command, argv[1:])
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
@@ -77,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     # Imports stand where they are needed: torch and transformers take seconds, and --help should not.
-    if command in ("sft", "reward", "ppo"):
+    if command in TRAINERS:
         from .jobs import quiet
 
         quiet()

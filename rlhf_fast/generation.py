@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from . import parallel
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
 from .models import learned_positions, stop_ids, unwrapped
@@ -122,7 +123,8 @@ def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor,
 
 def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
     """The rows in batches; what takes more than some seconds shows how far it is, in a bar that goes with it."""
-    for start in tqdm(range(0, len(rows), batch_size), what, delay=5, leave=False, unit="batch", disable=None):
+    silent = True if parallel.rank() else None  # None: where nobody looks
+    for start in tqdm(range(0, len(rows), batch_size), what, delay=5, leave=False, unit="batch", disable=silent):
         yield rows[start : start + batch_size]
 
 
@@ -130,7 +132,7 @@ def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
 def generate_with_logprobs(
     model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int | Sequence[int],
     temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True,
-    batch_size: int = 128, generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    batch_size: int = 128, generator: torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut, and the
     log-probability of each of their ids under softmax(logits / temperature).
@@ -140,7 +142,8 @@ def generate_with_logprobs(
     top_k and top_p count only with do_sample; otherwise the most likely token is taken. Nothing is read of the model's
     generation_config, neither sampling settings nor penalties: the log-probabilities are the model's own, as PPO needs.
     Where logits are NaN the log-probability is NaN, and its token means nothing.
-    generator: one, or one a prompt; then an answer does not depend on which other prompts are asked.
+    generator: one, or one a prompt; then an answer does not depend on which other prompts are asked. Nor does it with
+    a Tensor (N, max_new_tokens), the uniform numbers themselves.
     """
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -164,9 +167,9 @@ def generate_with_logprobs(
             f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
             f"than the {positions} positions of {type(model).__name__}: shorten the one or lower the other"
         )
-    uniforms, choose = None, partial(most_likely, temperature=temperature)
+    drawn, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:
-        uniforms = _uniforms(len(prompts), max_new_tokens, generator)
+        drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
     answer, reason = _answer_batch, why_not(model)
     if reason is not None:
@@ -178,7 +181,7 @@ def generate_with_logprobs(
         for rows in batches(longest_first, batch_size, "generating"):
             tokens, logps = answer(
                 model, [prompts[i] for i in rows], max_new_tokens, stops, choose,
-                None if uniforms is None else uniforms[rows].to(model.device),
+                None if drawn is None else drawn[rows].to(model.device),
             )  # fmt: skip
             lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
@@ -194,7 +197,10 @@ def _ends(tokens: Tensor, stops: list[int]) -> Tensor:
     return ends
 
 
-def _uniforms(rows: int, columns: int, generator) -> Tensor:
+def draw_uniforms(rows: int, columns: int, generator) -> Tensor:
+    """A number in [0, 1) for every token that may be sampled."""
+    if isinstance(generator, Tensor):
+        return generator
     if not isinstance(generator, Sequence):
         return torch.rand(rows, columns, dtype=torch.float64, generator=generator)
     drawn = [torch.rand(1, columns, dtype=torch.float64, generator=g) for g in generator]

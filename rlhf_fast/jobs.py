@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from transformers.utils import logging as transformers_logging
 
+from . import parallel
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
 from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
@@ -29,7 +30,7 @@ from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .rewards import RewardModelReward
 from .rollout import generate_text
-from .trainers.common import check_alone, check_config, config_from_dict
+from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.run import check_is_new
@@ -75,7 +76,7 @@ class Stage:
     def run(self, values: dict, resume: bool) -> None:
         """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended, and
         RunStopped for one that a monitor did."""
-        check_alone()
+        parallel.start()
         required = [name for name, key in self.keys().items() if key.shown == REQUIRED and name not in values]
         if required:
             raise ConfigError(f"{self.name} needs {', '.join(required)}: as flags, or as keys of a --config file")
@@ -180,7 +181,7 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
         config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
     )
     run_trainer(trainer, resume)
-    if held_out:
+    if held_out and parallel.rank() == 0:
         judged = json.loads(Path(config.output_dir, "preferences.json").read_text(encoding="utf-8"))
         ece = judged["calibration"]["ece"]
         summary = {
@@ -270,6 +271,8 @@ def run_trainer(trainer, resume: bool):
         raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")
     if result.interrupted:
         raise KeyboardInterrupt
+    if parallel.rank():
+        return result
     shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)
     print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {result.output_dir}/report.html")
     return result
@@ -284,7 +287,8 @@ def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) ->
     if not resume:
         check_is_new(output_dir, _models_of(job))  # before a file of the run that it holds is written over
     sources, left_out = read_sources(job, stage, **limit)
-    write_left_out(output_dir, left_out)
+    if parallel.rank() == 0:
+        write_left_out(output_dir, left_out)
     return sources
 
 

@@ -12,9 +12,10 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from . import parallel
 from .data.chat import ConfigError, Text, decode_responses
 from .data.formats import Prompt
-from .generation import evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
+from .generation import draw_uniforms, evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
 from .models import stop_ids
 from .ops import masked_mean
 
@@ -80,16 +81,23 @@ def generate(
     model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 1.0,
     batch_size: int = 128, generator: torch.Generator | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample one response a prompt for PPO (a data.formats.Prompt). The models have not looked at them yet.
+    """Sample one response a prompt for PPO (a data.formats.Prompt). The models have not looked at them yet. Each of
+    several processes (parallel.py) answers its share, and all get all answers.
 
     There is no top_p here: log-probabilities of a truncated distribution are not the policy's.
     """
     stops = stop_ids(model, tokenizer)
-    encoded = [prompt.tokens for prompt in prompts]
-    responses, logprobs = generate_with_logprobs(
-        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stops, temperature=temperature,
-        batch_size=batch_size, generator=generator,
-    )  # fmt: skip
+    drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
+
+    def answer(rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+        answers = generate_with_logprobs(
+            model, [prompts[i].tokens for i in rows], max_new_tokens=max_new_tokens, eos_token_id=stops,
+            temperature=temperature, batch_size=batch_size, generator=drawn[list(rows)],
+        )  # fmt: skip
+        return list(zip(*answers, strict=True))
+
+    answers = parallel.spread(answer, range(len(prompts)))
+    responses, logprobs = ([row[k] for row in answers] for k in (0, 1))
     return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
 
 

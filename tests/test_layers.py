@@ -29,6 +29,7 @@ LAYERS = [
         "data",
         "models",
         "packing",
+        "parallel",
         "preferences",
         "report",
         "monitors",

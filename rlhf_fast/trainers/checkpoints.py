@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
+from .. import parallel
 from ..data.chat import ConfigError
 from .common import preserved_rng, rng_state, set_rng_state
 
@@ -24,10 +25,10 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path:
+def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, rng: list[dict] | None = None) -> Path:
     """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all.
 
-    metrics: those of step N, where they are not in the log yet.
+    metrics: those of step N, where they are not in the log yet. rng: the generators of every process.
 
     The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
     rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
@@ -39,7 +40,7 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path
     try:
         with preserved_rng():  # a model that is built for its file draws weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
-        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state(), "metrics": metrics}
+        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng or [rng_state()], "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
             state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
         torch.save(state, temporary / "state.pt")
@@ -106,7 +107,9 @@ def load_checkpoint(trainer, path: Path) -> dict | None:
         setattr(trainer.guard, name, value)
     if trainer.step != state["step"]:
         raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
-    set_rng_state(state["rng"])
+    drawn = [state["rng"]] if isinstance(state["rng"], dict) else state["rng"]  # earlier versions: of one process
+    if parallel.rank() < len(drawn):  # else the run goes on with more processes than it had
+        set_rng_state(drawn[parallel.rank()])
     return state.get("metrics")
 
 

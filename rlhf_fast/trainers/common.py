@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import models
+from .. import models, parallel
 from ..data.chat import ConfigError
 from ..packing import why_not_packed
 
@@ -58,18 +58,10 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
             )
 
 
-def check_alone() -> None:
-    """Raises ConfigError in one of several processes, which would all do the same."""
-    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        raise ConfigError(
-            f"rlhf_fast trains in one process on one device, and this is one of {processes} (WORLD_SIZE): start it "
-            "with python or rlhf-fast, without accelerate launch or torchrun"
-        )
-
-
 def check_is(config, cls: type) -> None:
-    """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first."""
-    check_alone()
+    """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first.
+    The first line of every trainer: in one of several processes it joins the others."""
+    parallel.start()
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
@@ -110,6 +102,12 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_apart(seed: int) -> None:
+    """Once every process has built the same model: the dropout masks of each but the first are others from here on."""
+    if parallel.rank():
+        set_seed(seed + parallel.rank())
+
+
 def rng_state() -> dict:
     """The state of every generator that set_seed seeds, in types that torch.load(weights_only=True) accepts."""
     kind, keys, *rest = np.random.get_state()
@@ -141,6 +139,17 @@ def preserved_rng():
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_size(config) -> int:
+    """What one step learns from, all processes together."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * parallel.size()
+
+
+def micro_batches(batch: list, most: int) -> list[list]:
+    """This process's share of a step, at most so many a forward pass; a short batch is split so that all have some."""
+    most = min(most, -(-len(batch) // parallel.size()))
+    return parallel.share([batch[k : k + most] for k in range(0, len(batch), most)])
 
 
 def epoch_batches(
@@ -326,12 +335,14 @@ def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: flo
 
 
 def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
-    """Clips the global gradient norm, steps, clears the gradients; returns the norm before clipping, a float32 scalar.
+    """Sums the gradients over the processes, clips their global norm, steps, clears them; returns the norm before
+    clipping, a float32 scalar.
 
     A gradient that is not finite skips the update (the schedule still advances); the norm returned shows it, and
     NonFiniteGuard counts it. max_grad_norm None or 0 does not clip.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if torch.isfinite(norm):
         optimizer.step()
@@ -383,8 +394,9 @@ class NonFiniteGuard:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         if self.in_a_row >= self.limit:
             path = Path(self.output_dir) / "non_finite_batch.pt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(_with_tensors(batch()), path)
+            if parallel.rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(_with_tensors(batch()), path)
             raise NonFiniteError(
                 f"{what} was not finite in {self.in_a_row} updates in a row, so the run ends; its last batch is "
                 f"{str(path)!r} (torch.load). Look there first; then at the learning rate, and at the dtype"

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import parallel
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
@@ -50,7 +51,7 @@ from ..models import (
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
-from ..rewards import check_room, check_signature, compute_scores, make_reward, score_components
+from ..rewards import check_room, check_signature, make_reward, score_components
 from ..rollout import (
     Rollout,
     check_engine,
@@ -98,7 +99,8 @@ class PPOTrainer:
     eval_rewards: {name: reward that the policy never trains on}, read on eval_dataset as eval_<name>: what is right,
     beside what is optimised.
     rollout_func: another engine or a loop with tools in place of our sampling, as TRL's GRPOTrainer takes it:
-    (prompts, trainer) -> {"completion_ids": ..., ...}, the arguments of rollout.make_rollout.
+    (prompts, trainer) -> {"completion_ids": ..., ...}, the arguments of rollout.make_rollout. Of several processes
+    (parallel.py) the first one calls it, for all; rewards are asked in each, for its share of the prompts.
     """
 
     def __init__(
@@ -173,6 +175,12 @@ class PPOTrainer:
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         self.monitors = Monitors(config.monitors, config.stop_on)
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # see _look_at_held_out
+        if config.minibatch_size < parallel.size():
+            raise common.ConfigError(
+                f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
+                "idle: raise it, or start fewer"
+            )
+        parallel.begin_equal([self.policy, self.reference, self.value_model], self.data)
 
     def _make_critic(self, value_model) -> ValueModel | None:
         if self.config.advantage_estimator != "gae" or self.config.share_trunk:
@@ -267,7 +275,7 @@ class PPOTrainer:
     def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
         """What rollout_func answers; ConfigError where the models cannot read it, before anything has changed."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
-        lists = self.rollout_func(texts, self)
+        lists = parallel.by_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
         check_engine(lists, len(texts), embedded)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
@@ -284,10 +292,20 @@ class PPOTrainer:
 
     def _score(self, rollout: Rollout) -> tuple[Tensor, dict]:
         """(B,) what the reward says, and the mean and spread of each of its parts for the log."""
-        scores, parts = score_components(self.reward, rollout.prompts, rollout.responses, rollout.columns)
+        scores, parts = self._ask(self.reward, rollout)
         components = {f"rewards/{name}/mean": values.mean() for name, values in parts.items()}
         components |= {f"rewards/{name}/std": _std(values) for name, values in parts.items()}
         return scores.to(rollout.response_ids.device), components
+
+    def _ask(self, reward, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """rewards.score_components of all answers; several processes ask for whole groups of num_generations each."""
+        rows, scored = parallel.block(len(rollout.prompts), self.config.num_generations), None
+        with parallel.in_all():
+            if rows.start < rows.stop:
+                columns = {name: values[rows] for name, values in rollout.columns.items()}
+                scored = score_components(reward, rollout.prompts[rows], rollout.responses[rows], columns)
+        scores, parts = zip(*filter(None, parallel.gather(scored)), strict=True)
+        return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _shape(self, scores: Tensor, rollout: Rollout) -> Tensor:
         config = self.config
@@ -304,13 +322,17 @@ class PPOTrainer:
         """Fills logprobs, values and ref_logprobs, one micro-batch of the plan at a time."""
         for name in ("logprobs", "ref_logprobs", *(["values"] if self.value_model else [])):
             setattr(rollout, name, torch.zeros(rollout.response_mask.shape, device=rollout.response_mask.device))
-        for rows in chain.from_iterable(plan):
-            inputs = squeeze(rollout, rows)
-            hidden, values = self._look(rollout, rows, inputs)
-            rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
-            if values is not None:
-                rollout.values[rows] = values
-            rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
+        with parallel.in_all():
+            for rows in chain.from_iterable(map(parallel.share, plan)):
+                inputs = squeeze(rollout, rows)
+                hidden, values = self._look(rollout, rows, inputs)
+                rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
+                if values is not None:
+                    rollout.values[rows] = values
+                rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
+        for tensor in (rollout.logprobs, rollout.ref_logprobs, rollout.values):
+            if tensor is not None:
+                parallel.total(tensor)  # each row is 0 in all processes but one
 
     def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, squeezed -> (N, D) hidden states of the policy that predict the N response
@@ -369,7 +391,11 @@ class PPOTrainer:
 
     def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
         config = self.config
-        sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+        most = config.minibatch_size // parallel.size()  # so that every process has some of each minibatch
+        sizes = {
+            "micro_batch_size": min(config.micro_batch_size or most, most),
+            "micro_batch_tokens": config.micro_batch_tokens,
+        }
         return minibatches(rollout.lengths, config.minibatch_size, **sizes, generator=generator)
 
     @property
@@ -410,16 +436,27 @@ class PPOTrainer:
     def _accumulate_gradient(self, rollout: Rollout, minibatch: list[Tensor], weights: Tensor | None = None) -> dict:
         """Backward through the micro-batches of one minibatch -> statistics, means over its tokens.
 
-        The losses are divided by the tokens (or sequences) of the whole minibatch, so the split changes memory and not
-        the gradient.
+        The losses are divided by the tokens (or sequences) of the whole minibatch, so the split changes memory (and
+        with several processes time) and not the gradient.
         """
+        stats = self._backward(rollout, minibatch, weights)
+        if parallel.size() > 1:
+            largest = parallel.largest(stats.pop("max_abs_log_ratio"))
+            sums = parallel.total(torch.stack(list(stats.values())))
+            stats = dict(zip(stats, sums, strict=True)) | {"max_abs_log_ratio": largest}
+        stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
+        return stats
+
+    @parallel.in_all()
+    def _backward(self, rollout: Rollout, minibatch: list[Tensor], weights: Tensor | None) -> dict:
+        """This process's share of the gradient and of the statistics."""
         config, stats = self.config, defaultdict(lambda: torch.zeros((), device=rollout.response_ids.device))
         every_row = torch.cat(minibatch)
         num_tokens = rollout.response_mask[every_row].sum()
         normalizer = {
             "token-mean": num_tokens, "seq-mean-token-sum-norm": len(every_row) * config.response_length
         }.get(config.loss_agg_mode, len(every_row))  # fmt: skip
-        for rows in minibatch:
+        for rows in parallel.share(minibatch):
             mask = rollout.response_mask[rows]
             hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
             weight, bias, softcap = common.lm_head(self.policy, self.config.bf16)
@@ -462,7 +499,6 @@ class PPOTrainer:
                 "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"] + (p["ratio_mean"] - 1).square(),
             }.items():  # fmt: skip
                 stats[name] += mean * (p["num_tokens"] / num_tokens)
-        stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
         return stats
 
     # --- the run: see run.py ---
@@ -502,8 +538,7 @@ class PPOTrainer:
             generator = torch.Generator().manual_seed(self.config.seed)
             rollout = self._rollout(prompts, generator, copies=self.config.num_generations)
             rewards = {"scores": self.reward, **self.eval_rewards}
-            texts = (rollout.prompts, rollout.responses, rollout.columns)
-            self._held_out = (self.step, rollout, {k: compute_scores(r, *texts) for k, r in rewards.items()})
+            self._held_out = (self.step, rollout, {k: self._ask(r, rollout)[0] for k, r in rewards.items()})
         return self._held_out[1:]
 
     def save_model(self, path) -> None:

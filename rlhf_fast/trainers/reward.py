@@ -16,13 +16,14 @@ import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..data.baselines import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
 from ..data.formats import Comparison, as_pairs, as_records, comparisons, responses_to_score
@@ -58,7 +59,7 @@ class RewardConfig:
     num_train_epochs: float = 1.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: num_train_epochs decides
     per_device_train_batch_size: int = 8  # prompts, with all their responses, in one forward pass
-    gradient_accumulation_steps: int = 1  # forward passes in one step
+    gradient_accumulation_steps: int = 1  # forward passes of each process in one step
     per_device_eval_batch_size: int = 16  # prompts
     learning_rate: float = 1e-5  # 1e-3 for a million parameters from scratch, or with a frozen trunk
     lr_scheduler_type: str = "linear"  # to 0 at the end; or "cosine", or "constant"
@@ -162,7 +163,7 @@ class RewardTrainer:
             for x in self.items
             for array in (*x.responses, [len(r) for r in x.responses], x.ranks, [x.margin, x.chosen_prob, x.weight])
         )
-        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(
             len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
         )
@@ -172,6 +173,7 @@ class RewardTrainer:
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
+        parallel.begin_equal([self.model], self.data)
 
     def _check_pairs(self) -> None:
         plain = Comparison([], [])
@@ -194,20 +196,18 @@ class RewardTrainer:
             yield {"epoch": epoch, **self._train_step([self.items[i] for i in indices])}
 
     def _train_step(self, items: list[Comparison]) -> dict:
-        size = self.config.per_device_train_batch_size
         total = sum(item.weight for item in items)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         seen = []
 
-        for k in range(0, len(items), size):
-            part = items[k : k + size]
-            with self._packing():
+        with parallel.in_all(), self._packing():
+            for part in common.micro_batches(items, self.config.per_device_train_batch_size):
                 rewards, batch = self._rewards(part)
                 # The loss is a weighted mean over prompts, so this is its share of the step's mean.
                 share = sum(item.weight for item in part) / total if total else 0.0
                 (self._loss(rewards, batch)[0] * share).backward()
-            seen.append((rewards.detach(), batch))
+                seen.append((rewards.detach(), batch))
 
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
@@ -216,7 +216,7 @@ class RewardTrainer:
         self.step += 1
         self.num_tokens += sum(len(response) for item in items for response in item.responses)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
-        metrics = self._metrics(seen) | metrics
+        metrics = self._metrics(list(chain(*parallel.gather(_on_cpu(seen))))) | metrics
         self.whole = True
         return metrics
 
@@ -270,9 +270,10 @@ class RewardTrainer:
             return {}
         batches = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
         with evaluating(self.model), self._packing():
-            seen = [self._rewards([self.eval_items[i] for i in indices]) for indices in batches]
+            ask = lambda share: _on_cpu([self._rewards([self.eval_items[i] for i in rows]) for rows in share])  # noqa: E731
+            seen = parallel.spread(ask, batches)
         rewards = torch.cat([r for r, _ in seen])
-        self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.cpu().numpy())
+        self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.numpy())
         judged = evaluate_pairs(self.evaluation, {})
         if broken := judged["not_finite"]:
             message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite, which count as wrong"
@@ -301,7 +302,8 @@ class RewardTrainer:
                 "bag of words": bag_of_words(train, held_out),
             }
             judged = evaluate_pairs(self.evaluation, floors)
-            (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
+            if parallel.rank() == 0:
+                (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
         if self.reference:
             rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
             mean, std = float(rewards.mean()), float(rewards.std(correction=0))
@@ -354,6 +356,10 @@ class RewardTrainer:
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         load_trained_state(self.model, state["model"])
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
+
+
+def _on_cpu(seen: list[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    return [(rewards.cpu(), {name: x.cpu() for name, x in batch.items()}) for rewards, batch in seen]
 
 
 def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:

@@ -18,6 +18,9 @@ A trainer is any object with
     whole                   (optional) whether all is as it was after `step`: a step that fails then loses no other
 
 and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
+
+Of several processes (parallel.py) the first runs all of this. The others follow: they take the same steps and the same
+looks at its word (_Everywhere), and write nothing.
 """
 
 from __future__ import annotations
@@ -33,13 +36,14 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm.auto import tqdm
 
-from .. import models
+from .. import models, parallel
 from ..data.chat import ConfigError, make_directory
 from ..monitors import Alarm
 from ..report import write_report
@@ -88,8 +92,14 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
     it is True.
     """
-    config, run_dir = trainer.config, Path(trainer.config.output_dir)
-    start, at_the_end = _open_run(trainer, run_dir, resume)
+    config, run_dir, everywhere = trainer.config, Path(trainer.config.output_dir), _Everywhere(trainer)
+    if parallel.rank():
+        with _signals(say=False):
+            return everywhere.follow()
+    try:
+        start, at_the_end = _open_run(trainer, run_dir, resume, everywhere)
+    except ConfigError as error:
+        everywhere("refuse", error)
     spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
     records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None), trainer.total_steps)
     best = _Best(config, records.log.kept, run_dir)
@@ -99,7 +109,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
 
     def checkpoint(metrics: dict | None = None) -> None:
         records.sync()
-        save_checkpoint(trainer, run_dir, metrics)
+        save_checkpoint(trainer, run_dir, metrics, everywhere("rng_states"))
 
     def keep(metrics: dict | None = None) -> None:
         """A checkpoint in the face of a failure, which is raised after it."""
@@ -113,14 +123,11 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             warnings.warn(str(error), stacklevel=2)
 
     def steps():
-        going = iter(trainer)
         while True:
-            rng = rng_state()
             try:
-                metrics = next(going, None)
+                metrics = everywhere("step")
             except Exception:
                 if getattr(trainer, "whole", False):
-                    set_rng_state(rng)  # a step that failed in its middle has drawn, and will draw again
                     keep()
                 raise
             if metrics is None:
@@ -131,10 +138,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         return bool(config.save_steps) and step % config.save_steps == 0
 
     def look(step: int) -> dict:
-        with preserved_rng():
-            records.sample(step, trainer.samples())
-        with preserved_rng():
-            return as_numbers(trainer.evaluate())
+        records.sample(step, everywhere("samples"))
+        return as_numbers(everywhere("evaluate"))
 
     done = start - len(records.unlogged)
     with (
@@ -182,10 +187,11 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     records.close()
     interrupted = trainer.step < trainer.total_steps
     if best.step is not None and not interrupted:
-        metrics |= _go_back_to(best, trainer, run_dir)
+        everywhere("load_model", run_dir / f"checkpoint-{best.step}")
+        print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
+        metrics |= {"best_step": best.step, **as_numbers(everywhere("evaluate"))}
     if hasattr(trainer, "finish") and not interrupted:
-        with preserved_rng():
-            trainer.finish(run_dir)
+        everywhere("finish", run_dir)
     write_report(run_dir)
     if interrupted:
         print(
@@ -198,7 +204,69 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         if spare == trainer.step and not due(spare) and spare != best.step:
             shutil.rmtree(run_dir / f"checkpoint-{spare}")
     stopped_by = f"{ending[0].monitor}: {ending[0].message}" if interrupted and ending else None
-    return RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by)
+    return everywhere("end", RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by))
+
+
+class _Everywhere:
+    """The parts of a run that every process takes part in: the first calls one by name, and the others do the same."""
+
+    def __init__(self, trainer):
+        self.trainer, self.going = trainer, None
+
+    def __call__(self, part: str, *arguments):
+        parallel.first((part, arguments))
+        return getattr(self, part)(*arguments)
+
+    def follow(self) -> RunResult:
+        """What the processes after the first do until the run ends. What fails in all of them is the first one's to
+        deal with; where that one is gone, waiting for its word raises."""
+        while True:
+            part, arguments = parallel.first(None)
+            if part in ("end", "refuse"):
+                return getattr(self, part)(*arguments)
+            with suppress(Exception):
+                getattr(self, part)(*arguments)
+
+    def step(self) -> dict | None:
+        """The metrics of the next step, None after the last. One that fails has drawn, and will draw again."""
+        self.going = self.going or iter(self.trainer)
+        rng = rng_state()
+        try:
+            return next(self.going, None)
+        except Exception:
+            if getattr(self.trainer, "whole", False):
+                set_rng_state(rng)
+            raise
+
+    def samples(self) -> list[dict]:
+        with preserved_rng():
+            return self.trainer.samples()
+
+    def evaluate(self) -> dict:
+        with preserved_rng():
+            return self.trainer.evaluate()
+
+    def finish(self, run_dir: Path) -> None:
+        with preserved_rng():
+            self.trainer.finish(run_dir)
+
+    def rng_states(self) -> list[dict]:
+        return parallel.gather(rng_state())
+
+    def load(self, checkpoint: Path) -> dict | None:
+        with parallel.in_all():
+            return load_checkpoint(self.trainer, checkpoint)
+
+    def load_model(self, checkpoint: Path) -> None:
+        with parallel.in_all():
+            state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+            models.load_trained_state(self.trainer.model, state["trainer"]["model"])
+
+    def end(self, result: RunResult) -> RunResult:
+        return result
+
+    def refuse(self, error: ConfigError) -> NoReturn:
+        raise error
 
 
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
@@ -246,22 +314,14 @@ class _Best:
         return metrics[self.name] if step else None
 
 
-def _go_back_to(best: _Best, trainer, run_dir: Path) -> dict:
-    """Gives the trainer the model of the best step -> its evaluation."""
-    state = torch.load(run_dir / f"checkpoint-{best.step}" / "state.pt", map_location="cpu", weights_only=True)
-    models.load_trained_state(trainer.model, state["trainer"]["model"])
-    print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
-    with preserved_rng():
-        return {"best_step": best.step, **as_numbers(trainer.evaluate())}
-
-
-def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
+def _open_run(trainer, run_dir: Path, resume: bool, everywhere: _Everywhere) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
     make_directory(run_dir)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
+    written["num_processes"] = parallel.size()
     config_path = run_dir / _CONFIG
     if not resume:
         networks = (getattr(trainer, name, None) for name in ("model", "policy"))
@@ -283,11 +343,11 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
         )
     changed = changed_settings(run_dir, written)
     if changed:
-        moved = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changed)
+        moved = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"} & set(changed)
         place = "; a checkpoint's place in the data is a number of batches, so some is read twice or not at all"
         differs = f"resuming with a config that differs in {', '.join(changed)}"
         warnings.warn(differs + (place if moved else ""), stacklevel=3)
-    unlogged = load_checkpoint(trainer, newest)
+    unlogged = everywhere("load", newest)
     if trainer.step > trainer.total_steps:
         raise ConfigError(
             f"nothing to resume: {newest.name} is past the {trainer.total_steps} steps of the config as it is now "
@@ -306,7 +366,7 @@ _CONFIG = "run_config.json"
 def changed_settings(run_dir, settings: dict) -> list[str]:
     """The names of those that the run in this directory did not have."""
     path = Path(run_dir, _CONFIG)
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
     now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file
     return [name for name, value in now.items() if before.get(name) != value and name != "output_dir"]
 
@@ -363,8 +423,9 @@ def _short(value) -> str:
 
 
 @contextmanager
-def _signals():
-    """Yields a list that the name of a SIGINT or SIGTERM enters; a second signal acts as it did before."""
+def _signals(say: bool = True):
+    """Yields a list that the name of a SIGINT or SIGTERM enters; a second signal acts as it did before. Of several
+    processes each gets Ctrl-C's SIGINT and then torchrun's SIGTERM: there only a second one of its kind does."""
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
         yield received
@@ -374,8 +435,10 @@ def _signals():
     def handler(number, frame):
         received.append(signal.Signals(number).name)
         for s, old in previous.items():
-            signal.signal(s, old)
-        print(f"\n{received[0]}: finishing this step, then saving (again to stop at once)", flush=True)
+            if parallel.size() == 1 or s == number:
+                signal.signal(s, old)
+        if say:
+            print(f"\n{received[0]}: finishing this step, then saving (again to stop at once)", flush=True)
 
     for s in previous:
         signal.signal(s, handler)

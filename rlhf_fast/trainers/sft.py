@@ -2,7 +2,8 @@
 
     loss = - sum over response tokens of log pi(token | what precedes it) / their number in the whole step
 
-The number is that of all micro-batches of the step together, so gradient accumulation changes memory and nothing else.
+The number is that of all micro-batches of the step together, so gradient accumulation changes memory and nothing else,
+and several processes (parallel.py) change the time.
 A micro-batch is one row of sequences without padding (packing.py). The lm_head runs on the positions that predict a
 response token, and its logits never exist as a whole.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..data.chat import Encoded, as_messages, encode_prompt
 from ..data.collate import collate_sft, pack_rows, pack_sft
 from ..data.formats import ON_OVERLONG, as_records, sft_examples
@@ -43,7 +45,7 @@ class SFTConfig:
     num_train_epochs: float = 1.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: num_train_epochs decides
     per_device_train_batch_size: int = 8  # sequences in one forward pass
-    gradient_accumulation_steps: int = 1  # forward passes in one step
+    gradient_accumulation_steps: int = 1  # forward passes of each process in one step
     per_device_eval_batch_size: int = 16  # sequences
     learning_rate: float = 1e-5  # 1e-3 for models of a million parameters from scratch
     lr_scheduler_type: str = "linear"  # to 0 at the end; or "cosine", or "constant"
@@ -119,7 +121,7 @@ class SFTTrainer:
         self.lengths = [len(e) for e in self.examples]
         self.data = common.digest(array for e in self.examples for array in (e.input_ids, e.response_mask))
         self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]
-        self.batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(
             len(self.rows), self.batch_size, config.num_train_epochs, config.max_steps
         )
@@ -129,6 +131,8 @@ class SFTTrainer:
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
+        parallel.begin_equal([self.model], self.data)
+        common.seed_apart(config.seed)
 
     def __len__(self) -> int:
         """Examples to learn from."""
@@ -143,24 +147,25 @@ class SFTTrainer:
             yield {"epoch": epoch, **self._train_step([[self.examples[i] for i in self.rows[r]] for r in indices])}
 
     def _train_step(self, rows: list[list[Encoded]]) -> dict:
-        config, size = self.config, self.config.per_device_train_batch_size
+        config = self.config
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         num_labels = max(1, sum(e.num_labels for row in rows for e in row))
         with_statistics = (self.step + 1) % config.logging_steps == 0
-        loss, statistics = 0.0, 0.0
+        loss = torch.zeros((), device=self.model.device)
+        statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
 
-        for k in range(0, len(rows), size):
-            with self._packing():
-                hidden, labels = self._response_hidden([e for row in rows[k : k + size] for e in row])
-                weight, bias, softcap = common.lm_head(self.model, self.config.bf16)
+        with parallel.in_all(), self._packing():
+            for part in common.micro_batches(rows, config.per_device_train_batch_size):
+                hidden, labels = self._response_hidden([e for row in part for e in row])
+                weight, bias, softcap = common.lm_head(self.model, config.bf16)
                 micro_loss = linear_cross_entropy(
                     hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
                 )
                 micro_loss.backward()
-            loss += micro_loss.detach()
-            if with_statistics:
-                statistics += token_statistics(hidden, weight, bias, softcap, labels)
+                loss += micro_loss.detach()
+                if with_statistics:
+                    statistics += token_statistics(hidden, weight, bias, softcap, labels)
 
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
@@ -168,9 +173,10 @@ class SFTTrainer:
         self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(e) for row in rows for e in row])
         self.step += 1
         self.num_tokens += sum(len(e) for row in rows for e in row)
+        loss = parallel.total(loss)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
         if with_statistics:
-            _, correct, entropy = statistics / num_labels
+            _, correct, entropy = parallel.total(statistics) / num_labels
             metrics |= {"mean_token_accuracy": correct, "entropy": entropy}
         self.whole = True
         return metrics
@@ -182,14 +188,14 @@ class SFTTrainer:
         num_labels = sum(e.num_labels for e in self.eval_examples)
         if not num_labels:
             return {}
-        statistics = 0.0
+        statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
         batches = common.epoch_batches(list(map(len, self.eval_examples)), self.config.per_device_eval_batch_size)
-        with evaluating(self.model), self._packing():
-            for indices in batches:
+        with parallel.in_all(), evaluating(self.model), self._packing():
+            for indices in parallel.share(batches):
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
                 head = common.lm_head(self.model, self.config.bf16)
-                statistics = statistics + token_statistics(hidden, *head, labels)
-        loss, correct, entropy = statistics / num_labels
+                statistics += token_statistics(hidden, *head, labels)
+        loss, correct, entropy = parallel.total(statistics) / num_labels
         return {
             "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,
             "eval_entropy": entropy,

@@ -455,15 +455,6 @@ def test_resuming_past_the_end_that_the_config_now_has_is_refused(tmp_path):
         Walk(Config(str(tmp_path), save_steps=4), total_steps=5).train(resume=True)
 
 
-def test_one_of_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process on one device, and this is one of 2"):
-        SFTTrainer(SFTConfig(str(tmp_path)), "none", train_dataset=[])
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ConfigError, match="none"):
-        SFTTrainer(SFTConfig(str(tmp_path)), "none", train_dataset=[])
-
-
 def test_a_run_has_ended_when_its_card_is_there_and_not_before(tmp_path):
     walk = Walk(Config(str(tmp_path), save_steps=5))
     walk.save_model = lambda path: (path / "README.md").write_text("---\nlibrary_name: peft\n---\n")  # as peft does

@@ -1,0 +1,173 @@
+"""Data parallelism: several processes train one model, each on a device of its own.
+
+    torchrun --nproc-per-node 2 -m rlhf_fast sft --config run.yaml
+
+Every process reads all the data, holds the whole model and its optimizer, and decides by itself what a step consists
+of. The decisions agree, because they follow from the config, the seed and values that all processes have. What is
+shared out is the work: micro-batches, prompts to answer, answers to judge. Gradients are then summed, results gathered,
+and every process takes the same optimizer step, so the models stay equal to the last bit. As a loss is divided by what
+counts in the whole step, the sum is the gradient that one process would have computed.
+
+Only the first process writes files (trainers/run.py). Without torchrun (or accelerate launch) all of this is one
+process, and the functions below return what they are given.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .data.chat import ConfigError
+
+WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
+_joined = False  # a group that the user's own code made is not ours to use
+
+
+def start() -> None:
+    """Joins the processes that torchrun has started, and takes this one's GPU as the current device."""
+    global _joined
+    if _joined or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        gpu = int(os.environ.get("LOCAL_RANK") or 0)
+        if gpu >= torch.cuda.device_count():
+            raise ConfigError(f"process {gpu} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(gpu)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT)
+    _joined = True
+
+
+def size() -> int:
+    return dist.get_world_size() if _joined else 1
+
+
+def rank() -> int:
+    """0 in the first process, which is the one that writes and talks."""
+    return dist.get_rank() if _joined else 0
+
+
+def share(items: Sequence) -> Sequence:
+    """What of the items is this process's to work on."""
+    return items[rank() :: size()]
+
+
+def block(count: int, multiple: int) -> slice:
+    """This process's part of count things side by side, no group of `multiple` cut in two."""
+    groups = -(-count // multiple)
+    start, stop = (min(count, multiple * (groups * r // size())) for r in (rank(), rank() + 1))
+    return slice(start, stop)
+
+
+@contextmanager
+def in_all():
+    """What fails inside in one process raises in every one, where otherwise they would wait for it."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        if size() == 1:
+            raise
+        failure = error
+    if size() == 1:
+        return
+    failed = torch.tensor(failure is not None, dtype=torch.uint8)
+    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    if not failed:
+        return
+    said = [None] * size()
+    dist.all_gather_object(said, failure and (isinstance(failure, ConfigError), f"{type(failure).__name__}: {failure}"))
+    if failure is not None:
+        if rank():  # the first one's reaches the user
+            traceback.print_exception(failure, file=sys.stderr)
+        raise failure
+    process, (is_config, message) = next((i, what) for i, what in enumerate(said) if what)
+    raise (ConfigError if is_config else RuntimeError)(f"process {process} of {size()} failed: {message}")
+
+
+def gather(value) -> list:
+    """The value of every process, in the order of the processes; tensors on the CPU."""
+    if size() == 1:
+        return [value]
+    everyone = [None] * size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def spread(work: Callable[[Sequence], Sequence], items: Sequence) -> list:
+    """work(share of the items) gives a result an item -> those of all items, in their order."""
+    with in_all():
+        mine = list(work(share(items))) if share(items) else []
+    whole = [None] * len(items)
+    for process, results in enumerate(gather(mine)):
+        whole[process :: size()] = results
+    return whole
+
+
+def first(value):
+    """The value that the first process has."""
+    if size() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def by_first(work: Callable):
+    """work() is done by the first process, for all."""
+    with in_all():
+        value = work() if rank() == 0 else None
+    return first(value)
+
+
+def total(x: Tensor) -> Tensor:
+    """x, which becomes the sum over the processes."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def largest(x: Tensor) -> Tensor:
+    """x, which becomes the maximum over the processes."""
+    if size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Every gradient becomes the sum over the processes; one that no process has stays None."""
+    if size() == 1:
+        return
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    dist.all_reduce(there, dist.ReduceOp.MAX)
+    pending = []
+    for p, somewhere in zip(parameters, there.tolist(), strict=True):
+        if somewhere:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            pending.append(dist.all_reduce(p.grad, async_op=True))
+    for work in pending:
+        work.wait()
+
+
+def begin_equal(modules: Iterable[nn.Module | None], data: str) -> None:
+    """Gives every process the first one's weights and buffers. ConfigError where data, a digest, is not the same in
+    all."""
+    if size() == 1:
+        return
+    if len(set(gather(data))) > 1:
+        raise ConfigError(f"the {size()} processes read different data: each must be given all of it, in one order")
+    for module in modules:
+        for tensor in () if module is None else (*module.parameters(), *module.buffers()):
+            with torch.no_grad():
+                whole = tensor.contiguous()
+                dist.broadcast(whole, src=0)
+                tensor.copy_(whole)

@@ -1,0 +1,152 @@
+"""Run by torchrun from test_parallel.py: one part of it in every process, each of which leaves what it found."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from helpers import tiny_model, tiny_tokenizer
+
+from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel
+
+PROMPTS = [f"say {'the cat ' * (i % 5)}{i}: " for i in range(12)]
+STEPS = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "eval_steps": 2, "save_steps": 2}
+
+
+def share_of_letters(prompts, responses, **columns):
+    """How much of a response is letters: a number that depends on it alone."""
+    return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
+
+
+def sft(path, steps=(), **model):
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": p, "completion": f"{i} sat on the mat"} for i, p in enumerate(PROMPTS)]
+    # A step of 8 sequences, in however many processes.
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // size(), "logging_steps": 1}
+    return SFTTrainer(
+        SFTConfig(str(path), **batches, **(STEPS | dict(steps))), tiny_model(tokenizer, **model), train_dataset=data,
+        eval_dataset=data[:5], tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def reward(path, steps=()):
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": p, "chosen": f"{i} the cat", "rejected": f"{i} mat"} for i, p in enumerate(PROMPTS)]
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // size()}
+    return RewardTrainer(
+        RewardConfig(str(path), **batches, **(STEPS | dict(steps))), tiny_model(tokenizer), train_dataset=data,
+        eval_dataset=data[:5], reference_dataset=data[:4], tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def ppo(path, rewards=share_of_letters, **options):
+    tokenizer = tiny_tokenizer()
+    options = {
+        "batch_size": 12, "minibatch_size": 6, "micro_batch_size": 2, "num_generations": 2, "response_length": 12,
+        "num_ppo_epochs": 2, "learning_rate": 1e-3, "total_episodes": 36, "eval_steps": 1, "save_steps": 1,
+        "save_total_limit": 9,
+    } | options  # fmt: skip
+    return PPOTrainer(
+        PPOConfig(str(path), **options), tiny_model(tokenizer), reward=rewards, tokenizer=tokenizer,
+        train_dataset=[{"prompt": p} for p in PROMPTS], eval_dataset=[{"prompt": p} for p in PROMPTS[:3]],
+        eval_rewards={"letters": share_of_letters},
+    )  # fmt: skip
+
+
+def size():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def networks(trainer):
+    return [m for m in (getattr(trainer, n, None) for n in ("model", "policy", "value_model")) if m is not None]
+
+
+def digest(trainer):
+    from rlhf_fast.trainers.common import digest
+
+    return digest(p.detach().numpy() for network in networks(trainer) for p in network.parameters())
+
+
+def leave(path, **what):
+    Path(path, f"found-{parallel.rank()}.json").write_text(json.dumps(what))
+
+
+def whole_run(path, stage, resume="", **options):
+    trainer = {"sft": sft, "reward": reward, "ppo": ppo}[stage](path / "run", **options)
+    result = trainer.train(resume=bool(resume))
+    leave(path, digest=digest(trainer), step=result.step, interrupted=result.interrupted, metrics=result.metrics)
+
+
+def with_dropout(path, resume=""):
+    whole_run(path, "sft", resume, steps={"save_steps": 1}, attention_dropout=0.2)
+
+
+def killed(path):
+    """Dies, all processes of it, in the fourth step."""
+    trainer = sft(path / "run", steps={"save_steps": 1}, attention_dropout=0.2)
+    step = trainer._train_step
+    trainer._train_step = lambda rows: os.kill(os.getpid(), 9) if trainer.step == 3 else step(rows)
+    trainer.train()
+
+
+def failing_reward(path):
+    def rewards(prompts, responses, **columns):
+        if parallel.rank() == 1 and trainer.step == 1:
+            raise ValueError("the judge is gone")
+        return share_of_letters(prompts, responses)
+
+    trainer = ppo(path / "run", rewards)
+    trainer.train()
+
+
+def other_weights(path):
+    """Models that each process made for itself, from another seed: the first one's counts."""
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": p, "completion": "mat"} for p in PROMPTS]
+    model = tiny_model(tokenizer, seed=int(os.environ["RANK"]))
+    trainer = SFTTrainer(SFTConfig(str(path / "run"), **STEPS), model, train_dataset=data, tokenizer=tokenizer)
+    leave(path, digest=digest(trainer))
+
+
+def other_data(path):
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": p, "completion": os.environ["RANK"]} for p in PROMPTS]
+    SFTTrainer(SFTConfig(str(path / "run")), tiny_model(tokenizer), train_dataset=data, tokenizer=tokenizer)
+
+
+def stopped(path):
+    """Takes its time, so that a signal falls into a step."""
+    trainer = sft(path / "run", steps={"max_steps": 400, "eval_steps": 0})
+    step = trainer._train_step
+    trainer._train_step = lambda rows: (time.sleep(0.1), step(rows))[1]
+    result = trainer.train()
+    leave(path, step=result.step, interrupted=result.interrupted)
+
+
+def equal(path):
+    """The steps of every trainer by hand, without train(): for PPO with an engine whose answers are always the same."""
+    asked, found = [], {}
+
+    def answers(prompts, trainer):
+        asked.append(len(prompts))
+        rows = [trainer.tokenizer(f"the cat {i} sat" + " mat" * (i % 4))["input_ids"] for i in range(len(prompts))]
+        return {"completion_ids": [[*row, trainer.tokenizer.eos_token_id] for row in rows]}
+
+    for stage in ("sft", "reward", "ppo", "engine"):
+        trainer = {"sft": sft, "reward": reward, "ppo": ppo, "engine": ppo}[stage](path / stage)
+        if stage == "engine":
+            trainer.rollout_func = answers
+        metrics = [{k: float(v) for k, v in m.items()} for m in trainer]
+        evaluation = {k: float(v) for k, v in trainer.evaluate().items()}
+        found[stage] = {"digest": digest(trainer), "metrics": metrics, "evaluation": evaluation}
+        if parallel.rank() == 0:
+            torch.save([p.detach() for n in networks(trainer) for p in n.parameters()], path / f"{stage}.pt")
+    leave(path, asked=asked, **found)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    part, path, *arguments = sys.argv[1:]
+    globals()[part](Path(path), *arguments)

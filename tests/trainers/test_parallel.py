@@ -1,0 +1,163 @@
+"""Two processes (torchrun, gloo) that train one model: what one process would have done, from the gradient to the files.
+
+The parts that both run are in parallel_runs.py; each process leaves found-<rank>.json.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_fast import parallel
+from rlhf_fast.cli import main
+from rlhf_fast.trainers.checkpoints import latest_checkpoint
+
+RUNS = Path(__file__).with_name("parallel_runs.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(path, *part, processes=2):
+    """A run of parallel_runs.py in a session of its own."""
+    path.mkdir(exist_ok=True)
+    paths = [str(RUNS.parents[2]), str(RUNS.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [*(TORCHRUN if processes == 2 else [sys.executable]), str(RUNS), part[0], str(path), *part[1:]],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(path, *part, processes=2, fails=False):
+    """-> what it printed, and what each process found."""
+    process = start(path, *part, processes=processes)
+    said, _ = process.communicate(timeout=300)
+    assert bool(process.returncode) == fails, said
+    return said, [json.loads(file.read_text()) for file in sorted(path.glob("found-*.json"))]
+
+
+def close(one, two, tolerance=1e-4):
+    """Metrics of one process and of two, whose sums round differently; a time is nobody's but the process's."""
+    assert one.keys() == two.keys()
+    for name in one:
+        if not name.startswith(("timing_s/", "perf/")):
+            assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-5, nan_ok=True), name
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    _, (one,) = run(tmp_path / "one", "equal", processes=1)
+    _, (first, second) = run(tmp_path / "two", "equal")
+    for stage in ("sft", "reward", "ppo", "engine"):
+        assert first[stage]["digest"] == second[stage]["digest"], f"{stage}: the replicas differ"
+        assert len(one[stage]["metrics"]) == len(first[stage]["metrics"]) > 2
+        for a, b, c in zip(one[stage]["metrics"], first[stage]["metrics"], second[stage]["metrics"], strict=True):
+            close(a, b)
+            close(b, c, tolerance=0)
+        close(one[stage]["evaluation"], first[stage]["evaluation"])
+        weights = zip(*(torch.load(tmp_path / n / f"{stage}.pt") for n in ("one", "two")), strict=True)
+        # Adam divides by the size of a gradient, so where that is rounding alone a weight may go either way.
+        apart = torch.cat([(a - b).abs().flatten() for a, b in weights])
+        assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2, stage
+        for metrics in (*first[stage]["metrics"], *second[stage]["metrics"]):
+            assert metrics.get("policy/first_minibatch_max_abs_log_ratio", 0.0) == 0.0
+    assert second["asked"] == [] and first["asked"] == one["asked"]  # the engine, by the first process alone
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if "tensorboard" not in p.parts)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_run_leaves_the_files_of_one_process(tmp_path, stage):
+    _, (one,) = run(tmp_path / "one", "whole_run", stage, processes=1)
+    said, (first, second) = run(tmp_path / "two", "whole_run", stage)
+    assert names(tmp_path / "one/run") == names(tmp_path / "two/run")
+    assert said.count("checkpoint") == 0 and first["digest"] == second["digest"]
+    assert (first["step"], first["metrics"], first["interrupted"]) == (one["step"], second["metrics"], False)
+    logs = [[json.loads(line) for line in (tmp_path / n / "run/train_log.jsonl").open()] for n in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        close(*({k: float("nan") if v is None else v for k, v in row.items()} for row in (a, b)))
+
+
+def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
+    """Each has dropout masks of its own, so the generators of both have to come back."""
+    _, whole = run(tmp_path / "whole", "with_dropout")
+    run(tmp_path / "killed", "killed", fails=True)
+    assert latest_checkpoint(tmp_path / "killed/run").name == "checkpoint-3"
+    state = torch.load(tmp_path / "killed/run/checkpoint-3/state.pt", weights_only=True)
+    masks = [generators["torch"] for generators in state["rng"]]
+    assert len(masks) == 2 and not torch.equal(*masks)
+    _, resumed = run(tmp_path / "killed", "with_dropout", "resume")
+    assert resumed == [{**found, "metrics": resumed[0]["metrics"]} for found in whole]
+    weights = [load_file(tmp_path / name / "run/model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
+    said, _ = run(tmp_path, "failing_reward", fails=True)
+    assert "RuntimeError: process 1 of 2 failed: ValueError: the judge is gone" in said
+    assert "Continue with resume=True" in said
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
+def test_a_signal_to_all_ends_the_run_after_its_step_with_a_checkpoint(tmp_path):
+    process = start(tmp_path, "stopped")
+    log = tmp_path / "run/train_log.jsonl"
+    while not (log.exists() and log.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: torchrun and both processes
+    said, _ = process.communicate(timeout=100)
+    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("found-*.json"))]
+    assert len(found) == 2 and found[0] == found[1] and found[0]["interrupted"], said
+    assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{found[0]['step']}"
+    assert said.count("finishing this step") == 1
+
+
+def test_replicas_begin_equal_and_must_be_given_the_same_data(tmp_path):
+    _, (first, second) = run(tmp_path / "weights", "other_weights")
+    assert first == second
+    said, _ = run(tmp_path / "data", "other_data", fails=True)
+    assert "ConfigError: the 2 processes read different data" in said
+
+
+def test_the_command_line_in_two_processes(tmp_path):
+    """accelerate launch and torchrun set the same variables."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}: ", "completion": "the cat"}) + "\n" for i in range(8)))
+    command = [
+        *TORCHRUN, "-m", "rlhf_fast", "sft", "--train_data", str(data), "--scratch", "{vocab_size: 300, hidden: 32}",
+        "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--num_samples", "0",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(RUNS.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"step 2; .*report.html", done.stdout)) == 1
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (
+        again.returncode and "already holds a run" in again.stderr and "Traceback" not in again.stderr.split("====")[0]
+    )
+
+
+def test_what_does_not_run_in_several_processes_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["generate", "--model", "x"]) == 2
+    assert "generate runs in one process, and this is one of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (3, 10, 4), (4, 3, 1), (2, 1, 8)])
+def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple):
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    blocks = []
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        blocks.append(parallel.block(count, multiple))
+    assert [i for block in blocks for i in range(count)[block]] == list(range(count))
+    assert all(block.start % multiple == 0 or block.start == count for block in blocks)
