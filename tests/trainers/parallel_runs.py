@@ -1,5 +1,6 @@
 """Run by torchrun from test_parallel.py: one part of it in every process, each of which leaves what it found."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel
+from rlhf_fast.trainers import common
+from rlhf_fast.trainers.common import ConfigError
 
 PROMPTS = [f"say {'the cat ' * (i % 5)}{i}: " for i in range(12)]
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "eval_steps": 2, "save_steps": 2}
@@ -20,13 +23,14 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), **model):
+def sft(path, steps=(), word="mat", **model):
+    """In each process from other weights, of which the first one's count."""
     tokenizer = tiny_tokenizer()
-    data = [{"prompt": p, "completion": f"{i} sat on the mat"} for i, p in enumerate(PROMPTS)]
+    data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS)]
     # A step of 8 sequences, in however many processes.
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // size(), "logging_steps": 1}
     return SFTTrainer(
-        SFTConfig(str(path), **batches, **(STEPS | dict(steps))), tiny_model(tokenizer, **model), train_dataset=data,
+        SFTConfig(str(path), **batches, **(STEPS | dict(steps))), tiny_model(tokenizer, seed=rank(), **model), train_dataset=data,
         eval_dataset=data[:5], tokenizer=tokenizer,
     )  # fmt: skip
 
@@ -59,28 +63,26 @@ def size():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank():
+    return int(os.environ.get("RANK", "0"))
+
+
 def networks(trainer):
     return [m for m in (getattr(trainer, n, None) for n in ("model", "policy", "value_model")) if m is not None]
 
 
 def digest(trainer):
-    from rlhf_fast.trainers.common import digest
-
-    return digest(p.detach().numpy() for network in networks(trainer) for p in network.parameters())
+    return common.digest(p.detach().numpy() for network in networks(trainer) for p in network.parameters())
 
 
 def leave(path, **what):
     Path(path, f"found-{parallel.rank()}.json").write_text(json.dumps(what))
 
 
-def whole_run(path, stage, resume="", **options):
-    trainer = {"sft": sft, "reward": reward, "ppo": ppo}[stage](path / "run", **options)
-    result = trainer.train(resume=bool(resume))
-    leave(path, digest=digest(trainer), step=result.step, interrupted=result.interrupted, metrics=result.metrics)
-
-
 def with_dropout(path, resume=""):
-    whole_run(path, "sft", resume, steps={"save_steps": 1}, attention_dropout=0.2)
+    trainer = sft(path / "run", steps={"save_steps": 1}, attention_dropout=0.2)
+    trainer.train(resume=bool(resume))
+    leave(path, digest=digest(trainer))
 
 
 def killed(path):
@@ -101,21 +103,6 @@ def failing_reward(path):
     trainer.train()
 
 
-def other_weights(path):
-    """Models that each process made for itself, from another seed: the first one's counts."""
-    tokenizer = tiny_tokenizer()
-    data = [{"prompt": p, "completion": "mat"} for p in PROMPTS]
-    model = tiny_model(tokenizer, seed=int(os.environ["RANK"]))
-    trainer = SFTTrainer(SFTConfig(str(path / "run"), **STEPS), model, train_dataset=data, tokenizer=tokenizer)
-    leave(path, digest=digest(trainer))
-
-
-def other_data(path):
-    tokenizer = tiny_tokenizer()
-    data = [{"prompt": p, "completion": os.environ["RANK"]} for p in PROMPTS]
-    SFTTrainer(SFTConfig(str(path / "run")), tiny_model(tokenizer), train_dataset=data, tokenizer=tokenizer)
-
-
 def stopped(path):
     """Takes its time, so that a signal falls into a step."""
     trainer = sft(path / "run", steps={"max_steps": 400, "eval_steps": 0})
@@ -125,8 +112,9 @@ def stopped(path):
     leave(path, step=result.step, interrupted=result.interrupted)
 
 
-def equal(path):
-    """The steps of every trainer by hand, without train(): for PPO with an engine whose answers are always the same."""
+def everything(path):
+    """The steps of every trainer by hand (of PPO also with an engine whose answers are always the same), a whole run of
+    each, and what is refused."""
     asked, found = [], {}
 
     def answers(prompts, trainer):
@@ -134,8 +122,8 @@ def equal(path):
         rows = [trainer.tokenizer(f"the cat {i} sat" + " mat" * (i % 4))["input_ids"] for i in range(len(prompts))]
         return {"completion_ids": [[*row, trainer.tokenizer.eos_token_id] for row in rows]}
 
-    for stage in ("sft", "reward", "ppo", "engine"):
-        trainer = {"sft": sft, "reward": reward, "ppo": ppo, "engine": ppo}[stage](path / stage)
+    for stage, make in {"sft": sft, "reward": reward, "ppo": ppo, "engine": ppo}.items():
+        trainer = make(path / stage)
         if stage == "engine":
             trainer.rollout_func = answers
         metrics = [{k: float(v) for k, v in m.items()} for m in trainer]
@@ -143,7 +131,16 @@ def equal(path):
         found[stage] = {"digest": digest(trainer), "metrics": metrics, "evaluation": evaluation}
         if parallel.rank() == 0:
             torch.save([p.detach() for n in networks(trainer) for p in n.parameters()], path / f"{stage}.pt")
-    leave(path, asked=asked, **found)
+    for make in (sft, reward, ppo):
+        result = (trainer := make(path / "runs" / make.__name__)).train()
+        found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
+    refused = []
+    for make in (lambda: sft(path / "runs/sft").train(), lambda: sft(path / "other", word=str(parallel.rank()))):
+        try:
+            make()
+        except ConfigError as error:
+            refused.append(str(error))
+    leave(path, asked=asked, found=found, refused=refused)
 
 
 if __name__ == "__main__":
