@@ -8,8 +8,8 @@ shared out is the work: micro-batches, prompts to answer, answers to judge. Grad
 and every process takes the same optimizer step, so the models stay equal to the last bit. As a loss is divided by what
 counts in the whole step, the sum is the gradient that one process would have computed.
 
-Only the first process writes files (trainers/run.py). Without torchrun (or accelerate launch) all of this is one
-process, and the functions below return what they are given.
+Only the first process writes files (trainers/run.py). Without torchrun all of this is one process, and the
+functions below return what they are given.
 """
 
 from __future__ import annotations

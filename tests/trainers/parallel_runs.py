@@ -29,10 +29,11 @@ def sft(path, steps=(), word="mat", **model):
     data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS)]
     # A step of 8 sequences, in however many processes.
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // size(), "logging_steps": 1}
-    return SFTTrainer(
-        SFTConfig(str(path), **batches, **(STEPS | dict(steps))), tiny_model(tokenizer, seed=rank(), **model), train_dataset=data,
-        eval_dataset=data[:5], tokenizer=tokenizer,
-    )  # fmt: skip
+    config, network = (
+        SFTConfig(str(path), **batches, **(STEPS | dict(steps))),
+        tiny_model(tokenizer, seed=rank(), **model),
+    )
+    return SFTTrainer(config, network, train_dataset=data, eval_dataset=data[:5], tokenizer=tokenizer)
 
 
 def reward(path, steps=()):

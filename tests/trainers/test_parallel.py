@@ -6,12 +6,14 @@ The parts that both run are in parallel_runs.py; each process leaves found-<rank
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import parallel_runs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -112,10 +114,14 @@ def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
     state = torch.load(tmp_path / "killed/run/checkpoint-3/state.pt", weights_only=True)
     masks = [generators["torch"] for generators in state["rng"]]
     assert len(masks) == 2 and not torch.equal(*masks)
+    shutil.copytree(tmp_path / "killed/run", tmp_path / "alone/run")
     _, resumed = run(tmp_path / "killed", "with_dropout", "resume")
     assert resumed == whole
     weights = [load_file(tmp_path / name / "run/model.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    with pytest.warns(UserWarning, match="differs in gradient_accumulation_steps, num_processes; a checkpoint's place"):
+        parallel_runs.with_dropout(tmp_path / "alone", "resume")  # goes on, from other masks
 
 
 def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
