@@ -42,8 +42,11 @@ def start() -> None:
         if gpu >= torch.cuda.device_count():
             raise ConfigError(f"process {gpu} of this machine has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(gpu)
+    backends = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT)
+        dist.init_process_group(backends, timeout=WAIT)
+    elif "cpu:" not in (theirs := dist.get_backend_config()):
+        raise ConfigError(f"the process group ({theirs}) has no way between CPUs: make it with {backends!r}, or not at all")
     _joined = True
 
 
