@@ -46,7 +46,7 @@ def start() -> None:
     if not dist.is_initialized():
         dist.init_process_group(backends, timeout=WAIT)
     elif "cpu:" not in (theirs := dist.get_backend_config()):
-        raise ConfigError(f"the process group ({theirs}) has no way between CPUs: make it with {backends!r}, or not at all")
+        raise ConfigError(f"the process group ({theirs}) joins no CPUs: make it with {backends!r}, or not at all")
     _joined = True
 
 
