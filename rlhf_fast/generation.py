@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
 from .decoder import Decoder, why_not
-from .models import learned_positions, stop_ids, unwrapped
+from .models import answer_room, learned_positions, stop_ids, unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
@@ -158,11 +158,12 @@ def generate_with_logprobs(
             "and eos_token_id an int or several, "
             f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
         )
-    positions, longest = learned_positions(model), max(map(len, prompts), default=0)
-    if positions is not None and longest + max_new_tokens > positions + 1:  # the last token is never read
+    longest = max(map(len, prompts), default=0)
+    if max_new_tokens > answer_room(model, longest):
         raise ConfigError(
             f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
-            f"than the {positions} positions of {type(model).__name__}: shorten the one or lower the other"
+            f"than the {learned_positions(model)} positions of {type(model).__name__}: shorten the one or lower the "
+            "other"
         )
     uniforms, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:

@@ -429,8 +429,8 @@ def answer(model: str, prompt: list[str], system: str | None, **sampling) -> lis
     elif system:
         raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
     policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
-    check_lengths(policy, tokenizer, longest + 1, "shorten the prompt")
-    room = getattr(policy.config, "max_position_embeddings", math.inf) - longest
+    check_lengths(policy, tokenizer, longest, "shorten the prompt")
+    room = getattr(policy.config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
     if sampling["max_new_tokens"] > room:
         print(f"answers have at most {room} tokens, for which the model has positions", file=sys.stderr)
         sampling["max_new_tokens"] = room
