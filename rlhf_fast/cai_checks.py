@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation, make_directory
-from .data.formats import Prompt, comparisons, responses_of
+from .data.checks import responses_of
+from .data.formats import Prompt, comparisons
 from .data.formats import prompts as read_prompts
 from .jobs import read_rows, read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .cai_checks import check_phase_1, known_schedule, prepare
 from .data.chat import ConfigError
-from .data.formats import read_dataset
+from .data.files import read_dataset
 from .jobs import Checked, Stage, read_rows, run_trainer
 from .judges import (
     Constitution,

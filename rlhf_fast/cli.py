@@ -227,7 +227,7 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("--output", default="-", help="- writes to standard output")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args(argv)
-    from .data.formats import parse_jsonl, read_dataset
+    from .data.files import parse_jsonl, read_dataset
     from .jobs import quiet, score
 
     quiet()

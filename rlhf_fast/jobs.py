@@ -5,7 +5,6 @@ The keys of a command are the fields of two dataclasses: its job (which models, 
 
 import dataclasses
 import functools
-import gzip
 import importlib.util
 import inspect
 import json
@@ -23,7 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
-from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
+from .data.checks import placed, responses_of
+from .data.files import as_records, open_text, read_dataset
+from .data.formats import warn_of_unwritten
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
@@ -357,7 +358,7 @@ def _is_hh(path: str) -> bool:
     if not path.endswith((".jsonl", ".jsonl.gz")):
         return False
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             return hh_rlhf.are_transcripts(json.loads(file.readline()))
     except (ValueError, EOFError):  # not JSON, not UTF-8, or a gzip that was cut
         return False
