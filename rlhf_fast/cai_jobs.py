@@ -26,6 +26,7 @@ from pathlib import Path
 from .cai_checks import check_phase_1, known_schedule, prepare
 from .data.chat import ConfigError
 from .data.files import read_dataset
+from .generation import generate_text
 from .jobs import Checked, Stage, read_rows, run_trainer
 from .judges import (
     Constitution,
@@ -46,7 +47,6 @@ from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import write_quickstart_report
-from .rollout import generate_text
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_config
 from .trainers.constitutional import (

@@ -104,8 +104,7 @@ def _asked(pairs: list[tuple[chat.Text | None, chat.Text]]) -> tuple[tuple[str, 
         return ()
     else:
         conversations = [response[:-1] for _, response in pairs]
-    text = lambda content: content if isinstance(content, str) else repr(content)  # noqa: E731
-    turns = [[(m["role"], text(m["content"])) for m in messages] for messages in conversations]
+    turns = [[(m["role"], m["content"]) for m in messages] for messages in conversations]
     shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, zip(*turns, strict=False))]
     return tuple(shared) if any(role == "user" and text for role, text in shared) else ()
 
