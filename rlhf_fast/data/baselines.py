@@ -1,10 +1,10 @@
-"""What a set of preferences gives away without a reward model: the floors that a reward model is reported against.
+"""How well a set of preferences can be predicted without a reward model: floors that a reward model has to beat.
 
     shorter_wins    the share of pairs whose better reply is the shorter one; longer_wins the other way round
     bag_of_words    logistic regression on word counts, P(chosen) = sigma(w . (log1p n_chosen - log1p n_rejected))
 
-Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages; optional: chosen_prob (the
-better one is the likelier, at 1/2 neither) and weight.
+Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages; optional: chosen_prob (below
+1/2 the rejected one counts as the better, at 1/2 neither does) and weight.
 """
 
 import math
@@ -19,12 +19,12 @@ def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, flo
     """Bounds of a share observed in n trials (Wilson 1927); z = 1.96 covers 95 %."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)  # which rounding passes, of a share of 0 or 1
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may go beyond, for a share of 0 or 1
 
 
 def accuracy(margins: Tensor, chosen_prob: Tensor, weight: Tensor) -> Tensor:
-    """(N,) margins, each above 0 where chosen is preferred -> (), the weighted share that prefers the likelier side.
-    A tie of either counts one half, and so does a set of weight 0."""
+    """(N,) margins, above 0 where chosen is preferred -> (), the weighted share of pairs in which the side is preferred
+    that is better by chosen_prob. Counts one half: a margin of 0, a chosen_prob of 1/2, and a set of weight 0."""
     right = (margins.sign() * (chosen_prob - 0.5).sign() + 1) / 2
     total = weight.sum()
     return torch.where(total > 0, (right * weight).sum() / total, 0.5)
