@@ -46,7 +46,7 @@ from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
-from .report import write_quickstart_report
+from .report import read_jsonl, write_quickstart_report
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_config
 from .trainers.constitutional import (
@@ -456,7 +456,7 @@ def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
             (directory / "train_log.jsonl").unlink(missing_ok=True)
             shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         run_trainer(make(config), goes_on)
-    return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return read_jsonl(directory / "train_log.jsonl")[-1]
 
 
 def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:

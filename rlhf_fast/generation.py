@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -22,8 +21,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
+from .data.collate import pad
 from .decoder import Decoder, why_not
-from .models import answer_room, learned_positions, stop_ids, unwrapped
+from .models import answer_room, evaluating, learned_positions, stop_ids, unwrapped
 from .ops import _layer
 
 BLOCK = 128  # tokens of the vocabulary; the block of a token is found first, then the token in it
@@ -34,31 +34,6 @@ HABITS = {  # settings of a generation_config that we have no option for, at the
     "sequence_bias": None, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
     "forced_eos_token_id": None, "stop_strings": None, "watermarking_config": None,
 }  # fmt: skip
-
-
-@contextmanager
-def evaluating(*models) -> Iterator[None]:
-    """Inside, the models are in eval mode (no dropout); afterwards each is in the mode that it was in."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """B lists of tokens -> (B, T) int64 ids and their bool mask, T the longest (at least 1)."""
-    width = max([1, *map(len, rows)])
-    ids = torch.full((len(rows), width), value)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(len(row))
-        ids[i, where] = torch.as_tensor(row, dtype=torch.int64)
-        mask[i, where] = True
-    return ids, mask
 
 
 # --- one token -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from .data.chat import ConfigError
 from .data.collate import Packed
 from .decoder import attends_in_its_own_way
-from .models import rotary_limit, trunk_layers, unwrapped
+from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .trunk import llama, runs_here
 
 NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
@@ -145,7 +145,6 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
             hook.remove()
 
 
-@torch.no_grad()
 def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
     """Why sequences of at most `longest` tokens cannot be packed for this model; None where each gets the hidden states
     that it gets alone, which is tried out on three short sequences.
@@ -153,43 +152,43 @@ def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
     bf16: the model will run under autocast. (Flash attention refuses a float32 model without it.) ConfigError where the
     hidden states are not finite.
     """
-    limit = rotary_limit(model)
+    name, limit = type(unwrapped(model)).__name__, rotary_limit(model)
     if limit is not None and longest > limit:
         return (
-            f"beyond {limit} tokens {type(unwrapped(model)).__name__} scales its rotary positions by the longest "
-            f"sequence that it sees at once, here {longest}; padding changes nothing in that, only batches of one do"
+            f"beyond {limit} tokens {name} scales its rotary positions by the longest sequence that it sees at once, "
+            f"here {longest}; padding changes nothing in that, only batches of one do"
         )
-    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().weight.shape[0]
     attention = unwrapped(model).config._attn_implementation
-    flash = attention in FLASH
-    if not flash and attends_in_its_own_way(model):
-        return f"{type(unwrapped(model)).__name__} attends by {attention}, and packed rows by packed_attention"
-    other = ids.flip(1)
-    shared = 0 if flash else 3
-    packed = Packed.of([other[0, :5], ids[0], torch.cat([ids[0, :3], other[0, 3:]])], [(0, 0), (0, 0), (1, shared)])
-    training, narrow = model.training, flash and bf16
-    model.eval()
+    if attention not in FLASH and attends_in_its_own_way(model):
+        return f"{name} attends by {attention}, and packed rows by packed_attention"
+    narrow = attention in FLASH and bf16
     try:
-        with packing(model), torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
-            read = torch.arange(1, packed.input_ids.shape[1], 2, device=model.device)
-            together = packed_hidden_states(model, packed, read)
-        trunk = unwrapped(model).base_model
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
-            alone = [
-                trunk(input_ids=row, use_cache=False).last_hidden_state[0]
-                for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
-            ]
-        alone = torch.cat([*alone[:2], alone[2][shared:]])[read]
-    except Exception as error:
-        return f"{type(unwrapped(model)).__name__} does not run on sequences in one row ({error})"
-    finally:
-        model.train(training)
+        together, alone = _packed_and_alone(model, narrow)
+    except Exception as error:  # whatever an architecture raises that was not made for this
+        return f"{name} does not run on sequences in one row ({error})"
     if not alone.isfinite().all():
         raise ConfigError(
-            f"the outputs of {type(unwrapped(model)).__name__} are not finite (NaN or inf): its weights are broken, or "
-            "too large for their dtype"
+            f"the outputs of {name} are not finite (NaN or inf): its weights are broken, or too large for their dtype"
         )
     tolerance = 1e-4 if alone.dtype == torch.float32 and not narrow else 5e-2
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
-        return f"{type(unwrapped(model)).__name__} lets one sequence of a row see another"
+        return f"{name} lets one sequence of a row see another"
     return None
+
+
+@torch.no_grad()
+def _packed_and_alone(model, bf16: bool) -> tuple[Tensor, Tensor]:
+    """(M, D) hidden states of three short sequences, from one row and from a pass for each. The third sequence begins
+    as the second does, and shares that beginning in the row unless flash attention runs it."""
+    trunk = unwrapped(model).base_model
+    shared = 0 if trunk.config._attn_implementation in FLASH else 3
+    rising = torch.arange(8, device=model.device) % unwrapped(model).get_input_embeddings().weight.shape[0]
+    falling = rising.flip(0)
+    sequences = [falling[:5], rising, torch.cat([rising[:3], falling[3:]])]
+    packed = Packed.of(sequences, [(0, 0), (0, 0), (1, shared)])
+    read = torch.arange(1, packed.input_ids.shape[1], 2, device=model.device)
+    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with packing(model):
+            together = packed_hidden_states(model, packed, read)
+        alone = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
+    return together, torch.cat([*alone[:2], alone[2][shared:]])[read]

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data.chat import ConfigError, Said, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.collate import pad
 from .data.formats import warn_of_unwritten
-from .generation import batches, evaluating, pad
+from .generation import batches
 from .models import (
     check_lengths,
+    evaluating,
     has_scalar_head,
     is_trained_here,
     load_reward_model,

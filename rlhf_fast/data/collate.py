@@ -42,20 +42,23 @@ class Packed:
         return Packed(ids, positions, self.lengths, self.prefixes)
 
 
-def pad_right(sequences: Sequence[np.ndarray], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """B sequences -> (B, T) int64 tokens, (B, T) bool mask; T is the longest of them."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    for row, sequence in zip(input_ids, sequences, strict=True):
-        row[: len(sequence)] = torch.from_numpy(sequence)
-    return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """B sequences of tokens -> (B, T) int64 ids and their bool mask; T is the longest, at least 1."""
+    width = max([1, *map(len, rows)])
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, where] = torch.as_tensor(row, dtype=torch.int64)
+        mask[i, where] = True
+    return ids, mask
 
 
 def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> dict[str, Tensor]:
     """input_ids and attention_mask (B, T); labels (N,), the learned tokens; positions (N,), which of the B * T tokens
     predict them. They are found here, on the CPU: on a GPU training would have to wait to learn how many there are."""
-    input_ids, attention_mask = pad_right([e.input_ids for e in examples], pad_token_id)
-    response_mask, _ = pad_right([e.response_mask for e in examples], 0)
+    input_ids, attention_mask = pad([e.input_ids for e in examples], pad_token_id)
+    response_mask, _ = pad([e.response_mask for e in examples], 0)
     positions = response_mask[:, 1:].bool().nonzero()
     flat = positions[:, 0] * input_ids.shape[1] + positions[:, 1]
     labels = input_ids[positions[:, 0], positions[:, 1] + 1]
@@ -122,7 +125,7 @@ def collate_comparisons(items: Sequence[Comparison], pad_token_id: int, width: i
     """input_ids, attention_mask (N, T): all responses to all B prompts, for one forward pass. slot (B, K): which of the
     N is response k to prompt b. ranks (B, K): -1 where a prompt has fewer than K responses. margin, chosen_prob, weight
     (B,). K is width."""
-    input_ids, attention_mask = pad_right([r for item in items for r in item.responses], pad_token_id)
+    input_ids, attention_mask = pad([r for item in items for r in item.responses], pad_token_id)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, **_comparison_columns(items, width)}
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 

@@ -21,7 +21,6 @@ from .adapters import (
     add_lora,
     check_adapters,
     check_base_is_saved,
-    check_lm_head_is_plain,
     has_adapters,
     learns_a_prompt,
     load_trained_state,
@@ -34,6 +33,7 @@ from .language import (
     check_lm_head,
     checkpoint_activations,
     disable_dropout,
+    evaluating,
     hidden_states,
     learned_positions,
     lm_head,
@@ -56,7 +56,7 @@ from .tokens import check_lengths, stop_at_eos, stop_ids, with_own_pad
 
 __all__ = [
     "ValueModel", "adapters_off", "add_lora", "answer_room", "check_adapters", "check_base_is_saved", "check_lengths",
-    "check_lm_head", "check_lm_head_is_plain", "checkpoint_activations", "disable_dropout", "has_adapters",
+    "check_lm_head", "checkpoint_activations", "disable_dropout", "evaluating", "has_adapters",
     "has_scalar_head", "hidden_states", "is_trained_here", "learned_positions", "learns_a_prompt", "lm_head",
     "load_policy", "load_reward_model", "load_tokenizer", "load_trained_state", "make_reference", "merge_adapters",
     "position_ids_from_mask", "reward_scale", "rotary_limit", "save_model", "scalar_head", "scalar_head_on",

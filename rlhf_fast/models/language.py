@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,19 @@ from transformers import PreTrainedModel
 
 from ..data.chat import ConfigError
 from .adapters import check_no_prompt, unwrapped
+
+
+@contextmanager
+def evaluating(*models) -> Iterator[None]:
+    """Inside, the models are in eval mode (no dropout); afterwards each is in the mode that it was in."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
 
 
 def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
@@ -38,13 +53,11 @@ def check_lm_head(model: PreTrainedModel) -> None:
     if unwrapped(model).base_model is unwrapped(model):
         raise ConfigError(f"{type(model).__name__} is not supported: transformers does not say which part is its trunk")
     ids = torch.arange(2, device=model.device)[None]
-    was_training = model.training
-    model.eval()
     weight, bias, softcap = lm_head(model)
-    ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
+    with evaluating(model):
+        ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
     ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(was_training)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise ConfigError(
             f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias and softcap, and "
