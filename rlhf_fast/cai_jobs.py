@@ -27,7 +27,7 @@ from .cai_checks import check_phase_1, known_schedule, prepare
 from .data.chat import ConfigError
 from .data.files import read_dataset
 from .generation import generate_text
-from .jobs import Checked, Stage, read_rows, run_trainer
+from .jobs import Checked, Command, read_rows, run_trainer
 from .judges import (
     Constitution,
     HTTPGenerator,
@@ -98,7 +98,7 @@ class JudgeJob(Checked):
 
 
 @dataclass
-class WriterJob(Checked):
+class WriterJob:
     model: str  # directory or name of the model that writes, or the URL of an OpenAI-compatible server
     server_model: str | None = None  # the model's name there, where model is a URL
     server: dict = field(default_factory=dict)  # of Server: concurrency, max_requests, max_cost, ...
@@ -151,7 +151,7 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
 
 
 @dataclass
-class ReviseJob(Checked):
+class ReviseJob:
     train_data: str  # rows with a prompt
     schedule: str = "check-all"  # check-all: revise what is violated, keep the best; paper: four revisions at random
     max_steps: int | None = None  # revisions of a prompt; null is the schedule's own number
@@ -197,7 +197,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
 
 
 @dataclass
-class PairsJob(Checked):
+class PairsJob:
     train_data: str  # rows with a prompt
     constitution: str | list  # its layout says how prompts are put
     num_prompts: int | None = None  # the first so many; null takes all
@@ -218,7 +218,7 @@ def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
 
 
 @dataclass
-class AuditJob(Checked):
+class AuditJob:
     data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
     num_pairs: int | None = None  # the first so many; null takes all
     principles_per_pair: int | None = None  # of the labels to come: `label` refuses a card of another
@@ -266,7 +266,7 @@ def _only_text(reply, where: str) -> str:
 
 
 @dataclass
-class LabelJob(Checked):
+class LabelJob:
     data: str  # pairs.jsonl of `cai pairs`, or rows {prompt, a, b}
     card: str | None = None  # directory of `cai audit` of this judge: its floor, and the calibration of the labels
     allow_weak_judge: bool = False  # label without a card, or at the floor
@@ -358,7 +358,7 @@ def _tell(name: str, stage, *files: str) -> None:
 
 
 @dataclass
-class TrainJob(Checked):
+class TrainJob:
     model: str  # the SFT model: answers, critiques and revises, and is then trained
     train_data: str  # rows with a prompt; text is what a user says, in every part
     eval_data: str | None = None  # prompts whose answers are checked before, between and after
@@ -518,15 +518,15 @@ class _StageTable:
 
 
 CAI = {
-    stage.name: stage
-    for stage in (
-        Stage("revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
-              run_revise),
-        Stage("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
-        Stage("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
-        Stage("label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label),
-        Stage("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
-        Stage("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
-              run_train),
+    command.name: command
+    for command in (
+        Command("revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
+                run_revise),
+        Command("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
+        Command("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
+        Command("label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label),
+        Command("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
+        Command("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
+                run_train),
     )
 }  # fmt: skip

@@ -64,7 +64,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Command:
     """A training command: what --help says, the dataclasses that hold its keys, and the function that takes them."""
 
     name: str
@@ -106,6 +106,8 @@ def _keys_of(cls: type) -> dict[str, Key]:
 
 
 class Checked:
+    """A dataclass whose fields are only checked for their types."""
+
     def __post_init__(self):
         check_config(self)
 
@@ -256,11 +258,11 @@ def _value_model(path: str, tokenizer):
 
 
 STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("sft", "Supervised fine-tuning, on demonstrations or the chosen replies.", (SFTJob, SFTConfig), run_sft),
-        Stage("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
-        Stage("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
+    command.name: command
+    for command in (
+        Command("sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), run_sft),
+        Command("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
+        Command("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
     )
 }
 

@@ -205,7 +205,6 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
     if shaped:
         metrics["objective/raw_scores"] = rollout.raw_scores.mean()
     non_score = -kl_coef * kl.sum(1).mean()
-    raw_scores = rollout.scores if rollout.raw_scores is None else rollout.raw_scores
     return {
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, mask),
@@ -214,7 +213,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
         "objective/non_score_reward": non_score,
         "objective/scores": rollout.scores.mean(),
         "objective/rlhf_reward": non_score + rollout.scores.mean(),
-        "objective/score_length_correlation": correlation(raw_scores, mask.sum(1).float()),
+        "objective/score_length_correlation": correlation(rollout.raw_scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
         **metrics,
         **text_metrics(rollout),
