@@ -89,8 +89,9 @@ def _spread(margin: np.ndarray) -> dict:
     }  # fmt: skip
 
 
-def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bins: int = 10) -> dict:
-    """ECE (null without weight), and its bins, which are of equal width in the confidence sigma(|d|), 0.5 to 1."""
+def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray) -> dict:
+    """ECE (null without weight), and its 10 bins, which are of equal width in the confidence sigma(|d|), 0.5 to 1."""
+    bins = 10
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows, ece = [], 0.0
