@@ -221,8 +221,8 @@ def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
 class AuditJob:
     data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
     num_pairs: int | None = None  # the first so many; null takes all
-    principles_per_pair: int | None = None  # of the labels to come: `label` refuses a card of another
-    probe_pairs: int = 24  # of them asked again with injections
+    principles_per_pair: int | None = None  # as for the labels to come: `label` refuses a card with another number
+    probe_pairs: int = 24  # pairs that are asked again with an injection in one reply
     output_dir: str = "runs/cai/audit"
     batch_size: int = 32
     seed: int = 0
@@ -243,7 +243,7 @@ def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
 
 
 def _compared(path: str) -> list[dict]:
-    """Pairs that people compared, in any of the forms."""
+    """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file of any of AuditJob's forms."""
     if path.endswith(".jsonl") and Path(path).is_file():
         with open(path, encoding="utf-8") as file:
             if "text_correct" in file.readline():
@@ -284,7 +284,7 @@ class LabelJob:
 
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
-    """rlhf-fast cai label: labels by a judge whose card allows it, and the report on the constitution beside them."""
+    """rlhf-fast cai label: labels, if the judge's card allows it, and the report on the constitution."""
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           combine=job.combine, allow_weak_judge=job.allow_weak_judge)  # fmt: skip
@@ -302,7 +302,7 @@ class DeriveJob(Checked):
     judgements: str  # directory of `cai label`
     output_dir: str
     weights: dict = field(default_factory=dict)  # principle: weight, in place of the constitution's; 0 leaves it out
-    combine: str | None = None  # logit, prob or sum; null is that of the labels there, as it is for the keys below
+    combine: str | None = None  # logit, prob or sum; null, here and below, is what the labels there were made with
     card: str | None = None  # directory of `cai audit`: the calibration is fitted again, under these weights
     clamp: list | None = None  # [low, high] of P; [0, 1] is none
     tie_margin: float | None = None
@@ -327,7 +327,7 @@ def run_derive(job: DeriveJob, resume: bool) -> None:
 
 
 def validate(files: list[str], allow_code: bool) -> str:
-    """What the files hold together, one line a principle. Raises ConstitutionError, which says what is wrong where."""
+    """What the files hold together, a line for each principle. ConstitutionError says what is wrong, and where."""
     constitution = Constitution.load(*files, allow_code=allow_code)
     lines = []
     for p in constitution.principles:
@@ -441,8 +441,8 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
 
 
 def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
-    """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
-    checkpoint; what a killed process left without one is begun again."""
+    """Trains one part and returns its last metrics. On resume a part that has ended is left as it is, one with a
+    checkpoint goes on from there, and one without begins again."""
     if resume and has_ended(directory):
         if changed := changed_settings(directory, dataclasses.asdict(config)):
             warnings.warn(
@@ -460,7 +460,7 @@ def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
 
 
 def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:
-    """What RewardTrainer takes: comparisons of all sources, the first eval_share of each held out."""
+    """The datasets for RewardTrainer: comparisons of all sources, of each the first eval_share held out."""
     cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
     train = {name: rows[cuts[name] :] for name, rows in sources.items()}
     held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
