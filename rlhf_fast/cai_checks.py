@@ -15,7 +15,8 @@ from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score,
 from .data.checks import responses_of
 from .data.formats import Prompt, comparisons
 from .data.formats import prompts as read_prompts
-from .jobs import read_rows, read_sources, resolve_reward, write_left_out
+from .data.sources import read_rows
+from .jobs import read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge
 from .judges.calibration import Calibration
 from .judges.generator import describe_model

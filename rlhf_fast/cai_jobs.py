@@ -26,8 +26,9 @@ from pathlib import Path
 from .cai_checks import check_phase_1, known_schedule, prepare
 from .data.chat import ConfigError
 from .data.files import read_dataset
+from .data.sources import read_rows
 from .generation import generate_text
-from .jobs import Checked, Command, read_rows, run_trainer
+from .jobs import Checked, Command, run_trainer
 from .judges import (
     Constitution,
     HTTPGenerator,
@@ -222,7 +223,7 @@ class AuditJob:
     data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
     num_pairs: int | None = None  # the first so many; null takes all
     principles_per_pair: int | None = None  # as for the labels to come: `label` refuses a card with another number
-    probe_pairs: int = 24  # pairs that are asked again with an injection in one reply
+    probe_pairs: int = 24  # pairs that are asked again with an injection in the worse reply
     output_dir: str = "runs/cai/audit"
     batch_size: int = 32
     seed: int = 0

@@ -121,19 +121,7 @@ def generate_with_logprobs(
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
-    try:
-        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    except TypeError:  # None, or a tensor without an axis
-        stops = []
-    if (
-        max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
-        or (top_k is not None and top_k < 1) or not stops
-    ):  # fmt: skip
-        raise ConfigError(
-            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
-            "and eos_token_id an int or several, "
-            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
-        )
+    stops = _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k)
     longest = max(map(len, prompts), default=0)
     if max_new_tokens > answer_room(model, longest):
         raise ConfigError(
@@ -161,6 +149,24 @@ def generate_with_logprobs(
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
     return responses, logprobs
+
+
+def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k) -> list[int]:
+    """eos_token_id as a list. ConfigError where it is empty, or a number is out of its range."""
+    try:
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    except TypeError:  # None, or a tensor without an axis
+        stops = []
+    if (
+        max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
+        or (top_k is not None and top_k < 1) or not stops
+    ):  # fmt: skip
+        raise ConfigError(
+            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
+            "and eos_token_id an int or several, "
+            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
+        )
+    return stops
 
 
 def _ends(tokens: Tensor, stops: list[int]) -> Tensor:

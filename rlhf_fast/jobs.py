@@ -22,10 +22,11 @@ import yaml
 from transformers.utils import logging as transformers_logging
 
 from .data import hh_rlhf
-from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
+from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
 from .data.checks import placed, responses_of
-from .data.files import as_records, open_text, read_dataset
+from .data.files import as_records
 from .data.formats import warn_of_unwritten
+from .data.sources import print_left_out, read_rows, rows_for
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
@@ -302,7 +303,7 @@ def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], lis
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
         sources.append(rows)
         named += [{"file": path, **vars(item)} for item in left_out]
-        _print_left_out(path, rows, left_out)
+        print_left_out(path, rows, left_out)
     return sources, named
 
 
@@ -315,35 +316,6 @@ def _models_of(job) -> list[str]:
     """The models that a job reads, as it names them."""
     rewards = [job.reward, job.value_model, *job.eval_rewards.values()] if isinstance(job, PPOJob) else []
     return _texts([job.model, *rewards])
-
-
-def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
-    """The rows of one source in the form that the stage takes, and the pairs that were left out. Preferences serve as
-    demonstrations (sft: the chosen reply) and as prompts (ppo) too."""
-    if _is_hh(path):
-        rows, left_out = hh_rlhf.load_pairs(path, **limit)
-    else:
-        rows, left_out = as_records(read_dataset(path), path), []
-        if hh_rlhf.are_transcripts(rows[0]):
-            rows, left_out = hh_rlhf.parse_pairs(rows, **limit)
-    if stage == "sft":
-        rows = [_as_demonstration(row) for row in rows]
-    if stage == "ppo":
-        answers = ("chosen", "rejected", "responses", "ranks")
-        rows = [{k: v for k, v in row.items() if k not in answers} if "prompt" in row else row for row in rows]
-    return rows, left_out
-
-
-def read_rows(path: str, stage: str = "reward") -> list[dict]:
-    """The rows of rows_for; what was left out is printed."""
-    rows, left_out = rows_for(stage, path)
-    _print_left_out(path, rows, left_out)
-    return rows
-
-
-def _print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
-    if left_out:
-        print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
 
 
 def _limit(stage: str, tokenizer, config) -> dict:
@@ -359,29 +331,6 @@ def _limit(stage: str, tokenizer, config) -> dict:
 def quiet() -> None:
     """Turns off the progress bars of transformers; ours tell how far a stage is."""
     transformers_logging.disable_progress_bar()
-
-
-def _is_hh(path: str) -> bool:
-    """Whether the first line of a .jsonl or .jsonl.gz holds Anthropic's transcripts."""
-    if not path.endswith((".jsonl", ".jsonl.gz")):
-        return False
-    try:
-        with open_text(path) as file:
-            return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except (ValueError, EOFError):  # not JSON, not UTF-8, or a gzip that was cut
-        return False
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-
-
-def _as_demonstration(row: dict) -> dict:
-    if "chosen" in row and "completion" not in row and "messages" not in row:
-        if row.get("prompt") is not None:
-            return {"prompt": row["prompt"], "completion": row["chosen"]}
-        if is_conversation(row["chosen"]):
-            return {"messages": row["chosen"]}
-    # A chosen text that holds its prompt stays as it is: nothing says where the reply begins, and the trainer says so.
-    return row
 
 
 def _texts(value) -> list[str]:
