@@ -145,7 +145,8 @@ def generate_with_logprobs(
                 model, [prompts[i] for i in rows], max_new_tokens, stops, choose,
                 None if uniforms is None else uniforms[rows].to(model.device),
             )  # fmt: skip
-            lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
+            # Up to and with the first stop; a row without one gets its width + 1, which a slice allows.
+            lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
     return responses, logprobs

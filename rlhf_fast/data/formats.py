@@ -118,7 +118,8 @@ def _limited(
     """{index of a record: its sequences} -> the sequences of all records that are used. The report gets the others.
 
     cuts: {on_overlong: function}. The function takes a sequence and returns a shorter one, or None where nothing would
-    be left to learn from. Records that are too long are left out where on_overlong has none.
+    be left to learn from. Without one for this on_overlong a record that is too long is left out, or under "error" a
+    ConfigError.
     """
     cuts = cuts or {}
     used = []

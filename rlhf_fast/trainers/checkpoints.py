@@ -34,7 +34,7 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None) -> Path
     temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
     temporary.mkdir(parents=True)
     try:
-        with preserved_rng():  # PPO may build a critic to save, which draws random weights
+        with preserved_rng():  # a trainer may build a model to save it, which draws random weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
         state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng_state(), "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
