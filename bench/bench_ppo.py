@@ -179,7 +179,8 @@ def rollout(options) -> dict:
     from ppo_worker import make_model, make_prompts
     from transformers import GenerationConfig
 
-    from rlhf_fast.generation import generate_tokens, pad
+    from rlhf_fast.data.collate import pad
+    from rlhf_fast.generation import generate_tokens
 
     torch.set_num_threads(1)
     rows = []

@@ -1,6 +1,7 @@
-"""From scores to what the policy gradient is weighted with. B sequences, T response tokens; sums over t skip padding.
+"""From scores to the advantages that weight the policy gradient. B sequences, T response tokens; sums over t skip
+padding.
 
-scores           what the reward says, scaled, clipped, less penalties for an answer that is cut or long
+scores           what the reward says: scaled, clipped, less penalties for an answer that is cut or long
 against drift    rewards_t = -kl_coef KL_t, plus the score on the last token (Ziegler et al. 2019, eq. 2)
 REINFORCE        grad = E[ sum_t grad log pi(a_t | s_t) A ],  R = sum_t rewards_t
 baselines        A = R - b, b the mean of the batch, of the other answers to the prompt (RLOO), or of all of them
@@ -21,10 +22,10 @@ def shaped_scores(
     scores: Tensor, lengths: Tensor, ended: Tensor, *, clip_range: tuple[float, float] | None = None,
     missing_eos_penalty: float | None = None, length_penalty: float = 0.0, length_budget: int = 0,
 ) -> Tensor:  # fmt: skip
-    """(B,) scores, response lengths in tokens and whether each closed with eos -> (B,) scores to train on.
+    """(B,) scores, lengths in tokens, whether a response ended with eos -> (B,) scores to train on.
 
-    The penalties come after the clip, so a score at its limit still feels them. length_penalty counts each token
-    beyond length_budget; with budget R - b and penalty p / b for responses of at most R tokens it is DAPO's soft
+    The penalties come after the clip, so that they also lower a score at its limit. length_penalty is per token beyond
+    length_budget. For responses of at most R tokens, length_budget R - b and length_penalty p / b are DAPO's soft
     punishment of overlong answers (Yu et al. 2025, eq. 13).
     """
     if clip_range is not None:
@@ -35,13 +36,13 @@ def shaped_scores(
 
 
 class RunningStd:
-    """Standard deviation of every score seen so far, to divide by (Engstrom et al. 2020); Chan's parallel update."""
+    """The standard deviation of all scores so far, to divide scores by (Engstrom et al. 2020). Chan's update."""
 
     def __init__(self, count: float = 0.0, mean: float = 0.0, squares: float = 0.0):
         self.count, self.mean, self.squares = count, mean, squares  # squares: sum of squared distances to the mean
 
     def update(self, scores: Tensor) -> float:
-        """Takes in (B,) scores and returns the standard deviation, 1 while there is none."""
+        """Adds (B,) scores -> the standard deviation of all so far, or 1 as long as they are all equal."""
         scores = scores.double()
         count, mean = len(scores), float(scores.mean())
         total, shift = self.count + count, mean - self.mean
@@ -55,8 +56,8 @@ def kl_shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """(B,) scores, the rest (B, T) -> per-token rewards and KL estimate in nats, both (B, T), 0 outside the mask.
 
-    The score lands on the last token of the mask: eos, or where the response was cut. A row without tokens gets none.
-    The mask may have gaps (the output of a tool, say).
+    The score is added to the last token in the mask: eos, or the token where the response was cut. The mask may have
+    gaps (the output of a tool, say); a row without tokens gets no score.
     """
     mask = mask.bool()
     kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator).masked_fill(~mask, 0.0)
@@ -72,13 +73,13 @@ def sequence_advantages(
     The response is one action (Ahmadian et al. 2024). baseline: a key of BASELINES. scale divides by the standard
     deviation of R, over the "batch" or within the "group" (GRPO), plus TRL's 1e-4; "none" leaves the gradient unbiased.
     """
-    # In float64 the mean of equal float32 numbers is that number. A float32 mean may be a rounding step beside it,
-    # which over a spread of nothing is an advantage that moves the policy at full rate.
+    # In float64 the mean of equal float32 numbers is exactly that number. A float32 mean may differ by a rounding step,
+    # and that step divided by a standard deviation of nearly 0 would be an advantage of normal size.
     returns = rewards.double().sum(1)
     advantages = returns - BASELINES[baseline](returns, group_size)
     if scale != "none":
         groups = _grouped(returns, group_size if scale == "group" else len(returns))
-        std = groups.std(1, keepdim=True, correction=min(1, groups.shape[1] - 1))  # of one answer: 0
+        std = groups.std(1, keepdim=True, correction=min(1, groups.shape[1] - 1))  # 0 for a group of one answer
         advantages = advantages / (std.expand_as(groups).reshape(-1) + 1e-4)
     return advantages.to(rewards.dtype)[:, None] * mask
 
@@ -94,8 +95,11 @@ def group_mean_baseline(scores: Tensor, group_size: int) -> Tensor:
 
 
 def leave_one_out_baseline(scores: Tensor, group_size: int) -> Tensor:
-    """(B,) scores -> (B,) mean of the other answers to the same prompt (Ahmadian et al. 2024, RLOO), which unlike the
-    group's mean is independent of the answer itself and leaves the gradient unbiased. Needs group_size >= 2."""
+    """(B,) scores -> (B,) mean of the other answers to the same prompt (RLOO, Ahmadian et al. 2024).
+
+    Unlike the mean of the whole group it does not depend on the answer itself, so the gradient stays unbiased.
+    ValueError for a group_size below 2.
+    """
     if group_size < 2:
         raise ValueError(f"leave_one_out_baseline: needs at least 2 answers a prompt, got group_size {group_size}")
     groups = _grouped(scores, group_size)

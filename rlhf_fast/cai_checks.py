@@ -1,7 +1,8 @@
-"""What `rlhf-fast cai train` reads and refuses before its first part: not hours later what its last would refuse.
+"""What `rlhf-fast cai train` reads and checks before its first part, so that it does not run for hours and is then
+refused by its last.
 
-<output_dir>/run.json keeps what each part is made from. A run that is resumed is compared with it before a file is
-written; a part that was not begun takes what is given now.
+<output_dir>/run.json keeps what each part is made from. A resumed run is compared with it before any file is written; a
+part that has not begun takes the settings that are given now.
 """
 
 import dataclasses
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation, make_directory
-from .data.formats import Prompt, comparisons, responses_of
+from .data.checks import responses_of
+from .data.formats import Prompt, comparisons
 from .data.formats import prompts as read_prompts
-from .jobs import read_rows, read_sources, resolve_reward, write_left_out
+from .data.sources import read_rows
+from .jobs import read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge
 from .judges.calibration import Calibration
 from .judges.generator import describe_model
@@ -36,7 +39,7 @@ PARTS = ("revise", "sft", "pairs", "label", "reward", "ppo")  # in order of time
 
 @dataclass
 class Run:
-    """What the parts of a run work with, read and checked."""
+    """Everything that the parts of a run need, read and checked."""
 
     tokenizer: object
     constitution: Constitution
@@ -51,7 +54,7 @@ class Run:
 
 
 def prepare(who, job, resume: bool) -> Run:
-    """Reads all that a run takes. Raises ConfigError for what any part of it would refuse.
+    """Reads everything that a run needs. ConfigError for anything that one of its parts would refuse.
 
     who: a cai_jobs.JudgeJob. job: a cai_jobs.TrainJob.
     """
@@ -109,7 +112,7 @@ def _eval_rewards(specs) -> dict:
 
 
 def _check_is_new(root: Path) -> None:
-    """Raises ConfigError for a directory that holds a run, or the first part of one by another command."""
+    """ConfigError for a directory that holds a run, or a part that was made by another command."""
     if (root / "summary.json").exists() or any(map(_begun, map(root.joinpath, PARTS))):
         raise ConfigError(
             f"output_dir {str(root)!r} already holds a run: continue it with --resume, choose another output_dir, "
@@ -125,7 +128,7 @@ def _begun(part: Path) -> bool:
 
 
 def _made_from(job, run: Run, policy) -> dict[str, dict]:
-    """What decides the content of each part, beside the parts before it and, for trainers, their config."""
+    """{part: the settings that decide what it makes}, apart from earlier parts, and from the configs of trainers."""
     judge = run.judge.describe()
     return {
         "revise": {
@@ -133,9 +136,9 @@ def _made_from(job, run: Run, policy) -> dict[str, dict]:
             "prompts (train_data, num_prompts, max_prompt_length)": _digest(run.prompts),
             "max_new_tokens": job.max_new_tokens, "temperature": job.temperature, "schedule": run.schedule,
             "max_revisions": job.max_revisions, "drop": job.drop,
-            **({"judge": judge} if run.schedule == "check-all" else {}),  # the paper's asks no judge
+            **({"judge": judge} if run.schedule == "check-all" else {}),  # the schedule "paper" asks no judge
         },
-        "pairs": {"output_dir": job.output_dir},  # the writer's name is a path in it
+        "pairs": {"output_dir": job.output_dir},  # pairs/run.json has the path of the writer, output_dir/sft
         "label": {
             "judge": judge, "principles_per_pair": job.principles_per_pair,
             "calibration (card)": dataclasses.asdict(run.calibration),
@@ -149,7 +152,7 @@ def _made_from(job, run: Run, policy) -> dict[str, dict]:
 
 
 def _digest(rows: list[dict] | None) -> dict | None:
-    """Stands for rows of data, wherever they lie."""
+    """A hash of the rows, which does not depend on the file they come from."""
     if rows is None:
         return None
     text = json.dumps(rows, ensure_ascii=False, sort_keys=True, default=str)  # str: dates
@@ -157,7 +160,8 @@ def _digest(rows: list[dict] | None) -> dict | None:
 
 
 def _claim(root: Path, made_from: dict[str, dict]) -> None:
-    """Raises ConfigError where a part that was begun was made from something else; if not, keeps it for the next."""
+    """ConfigError where a part that has begun was made from other settings, or parts before it are gone. Otherwise
+    writes the settings into run.json, to compare the next resumption with."""
     path, begun = root / "run.json", [part for part in PARTS if _begun(root / part)]
     now = json.loads(json.dumps(made_from))  # tuples become lists, as in the file
     before = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
@@ -176,7 +180,7 @@ def _claim(root: Path, made_from: dict[str, dict]) -> None:
             f"{root}: {gone} is not there any more, and would not be the one that {', '.join(after)} came from: "
             "delete what came after it too, and resume"
         )
-    if before or not begun:  # of a run that has no record, nobody knows what it was made from
+    if before or not begun:  # what has begun without a run.json was made from settings that nobody knows
         make_directory(root)
         write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
 
@@ -186,8 +190,8 @@ def _change(name: str, there, now) -> str:
 
 
 def _as_chats(rows: list[dict] | None) -> list[dict] | None:
-    """Prompts of text as user messages, as `revise` and `label` take them: every part of the run reads one form. A
-    reply of text is then scored as the assistant's turn."""
+    """The rows with prompts of text as user messages, so that all parts of the run read the same form. A reply of text
+    is then scored as the assistant's turn."""
     return rows and [
         {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
         for row in rows
@@ -195,20 +199,20 @@ def _as_chats(rows: list[dict] | None) -> list[dict] | None:
 
 
 def known_schedule(schedule: str) -> None:
-    """Raises ConfigError for a schedule of phase 1 that there is not."""
+    """ConfigError for an unknown schedule of phase 1."""
     if schedule not in SCHEDULES:
         raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
 
 
 def check_phase_1(schedule: str, constitution: Constitution, judge: Judge) -> None:
-    """Raises ConfigError where a schedule has no principle to revise under, or no judge for its checks."""
+    """ConfigError where a schedule has no principle to revise under, or the judge cannot answer its checks."""
     principles_to_revise(schedule, constitution)
     if schedule == "check-all":
         check_rules(judge, constitution)
 
 
 def check_rules(judge: Judge, constitution: Constitution) -> None:
-    """Raises ConfigError where a check is a question, and the judge knows rules alone."""
+    """ConfigError where the judge only has rules, and a check of the constitution is a question for a model."""
     if isinstance(judge, RuleJudge):
         with_rules([p for p in constitution.principles if p.check], "check")
 
@@ -216,7 +220,7 @@ def check_rules(judge: Judge, constitution: Constitution) -> None:
 def _refuse_early(
     job, configs: dict, eval_rewards: dict, tokenizer, policy, prompts: list, held_out: list | None, people: dict
 ) -> None:
-    """Raises ConfigError for what the last parts would refuse, before hours of the first."""
+    """ConfigError for anything that a later part would refuse."""
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
     if not tokenizer.chat_template:
@@ -262,7 +266,7 @@ def _refuse_early(
 
 
 def _check_room(job, configs: dict, tokenizer, policy, prompts: list[dict], of_ppo: list[Prompt]) -> None:
-    """Raises ConfigError where the longest prompt and an answer to it are more than a trainer, or the model, takes."""
+    """ConfigError where the longest prompt with an answer is too long for a trainer's max_length or for the model."""
 
     def longest(texts) -> int:
         return max(len(encode_to_score(tokenizer, text, "")) for text in texts)

@@ -25,8 +25,10 @@ from pathlib import Path
 
 from .cai_checks import check_phase_1, known_schedule, prepare
 from .data.chat import ConfigError
-from .data.formats import read_dataset
-from .jobs import Checked, Stage, read_rows, run_trainer
+from .data.files import read_dataset
+from .data.sources import read_rows
+from .generation import generate_text
+from .jobs import Checked, Command, run_trainer
 from .judges import (
     Constitution,
     HTTPGenerator,
@@ -45,8 +47,7 @@ from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
-from .report import write_quickstart_report
-from .rollout import generate_text
+from .report import read_jsonl, write_quickstart_report
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_config
 from .trainers.constitutional import (
@@ -98,7 +99,7 @@ class JudgeJob(Checked):
 
 
 @dataclass
-class WriterJob(Checked):
+class WriterJob:
     model: str  # directory or name of the model that writes, or the URL of an OpenAI-compatible server
     server_model: str | None = None  # the model's name there, where model is a URL
     server: dict = field(default_factory=dict)  # of Server: concurrency, max_requests, max_cost, ...
@@ -151,7 +152,7 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
 
 
 @dataclass
-class ReviseJob(Checked):
+class ReviseJob:
     train_data: str  # rows with a prompt
     schedule: str = "check-all"  # check-all: revise what is violated, keep the best; paper: four revisions at random
     max_steps: int | None = None  # revisions of a prompt; null is the schedule's own number
@@ -197,7 +198,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
 
 
 @dataclass
-class PairsJob(Checked):
+class PairsJob:
     train_data: str  # rows with a prompt
     constitution: str | list  # its layout says how prompts are put
     num_prompts: int | None = None  # the first so many; null takes all
@@ -218,11 +219,11 @@ def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
 
 
 @dataclass
-class AuditJob(Checked):
+class AuditJob:
     data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
     num_pairs: int | None = None  # the first so many; null takes all
-    principles_per_pair: int | None = None  # of the labels to come: `label` refuses a card of another
-    probe_pairs: int = 24  # of them asked again with injections
+    principles_per_pair: int | None = None  # as for the labels to come: `label` refuses a card with another number
+    probe_pairs: int = 24  # pairs that are asked again with an injection in the worse reply
     output_dir: str = "runs/cai/audit"
     batch_size: int = 32
     seed: int = 0
@@ -243,7 +244,7 @@ def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
 
 
 def _compared(path: str) -> list[dict]:
-    """Pairs that people compared, in any of the forms."""
+    """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file of any of AuditJob's forms."""
     if path.endswith(".jsonl") and Path(path).is_file():
         with open(path, encoding="utf-8") as file:
             if "text_correct" in file.readline():
@@ -266,7 +267,7 @@ def _only_text(reply, where: str) -> str:
 
 
 @dataclass
-class LabelJob(Checked):
+class LabelJob:
     data: str  # pairs.jsonl of `cai pairs`, or rows {prompt, a, b}
     card: str | None = None  # directory of `cai audit` of this judge: its floor, and the calibration of the labels
     allow_weak_judge: bool = False  # label without a card, or at the floor
@@ -284,7 +285,7 @@ class LabelJob(Checked):
 
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
-    """rlhf-fast cai label: labels by a judge whose card allows it, and the report on the constitution beside them."""
+    """rlhf-fast cai label: labels, if the judge's card allows it, and the report on the constitution."""
     constitution, judge = who.load(job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           combine=job.combine, allow_weak_judge=job.allow_weak_judge)  # fmt: skip
@@ -302,7 +303,7 @@ class DeriveJob(Checked):
     judgements: str  # directory of `cai label`
     output_dir: str
     weights: dict = field(default_factory=dict)  # principle: weight, in place of the constitution's; 0 leaves it out
-    combine: str | None = None  # logit, prob or sum; null is that of the labels there, as it is for the keys below
+    combine: str | None = None  # logit, prob or sum; null, here and below, is what the labels there were made with
     card: str | None = None  # directory of `cai audit`: the calibration is fitted again, under these weights
     clamp: list | None = None  # [low, high] of P; [0, 1] is none
     tie_margin: float | None = None
@@ -327,7 +328,7 @@ def run_derive(job: DeriveJob, resume: bool) -> None:
 
 
 def validate(files: list[str], allow_code: bool) -> str:
-    """What the files hold together, one line a principle. Raises ConstitutionError, which says what is wrong where."""
+    """What the files hold together, a line for each principle. ConstitutionError says what is wrong, and where."""
     constitution = Constitution.load(*files, allow_code=allow_code)
     lines = []
     for p in constitution.principles:
@@ -358,7 +359,7 @@ def _tell(name: str, stage, *files: str) -> None:
 
 
 @dataclass
-class TrainJob(Checked):
+class TrainJob:
     model: str  # the SFT model: answers, critiques and revises, and is then trained
     train_data: str  # rows with a prompt; text is what a user says, in every part
     eval_data: str | None = None  # prompts whose answers are checked before, between and after
@@ -441,8 +442,8 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
 
 
 def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
-    """Trains one part, unless it is finished already, and returns its last metrics. On resume it goes on from its
-    checkpoint; what a killed process left without one is begun again."""
+    """Trains one part and returns its last metrics. On resume a part that has ended is left as it is, one with a
+    checkpoint goes on from there, and one without begins again."""
     if resume and has_ended(directory):
         if changed := changed_settings(directory, dataclasses.asdict(config)):
             warnings.warn(
@@ -456,11 +457,11 @@ def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
             (directory / "train_log.jsonl").unlink(missing_ok=True)
             shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         run_trainer(make(config), goes_on)
-    return json.loads((directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return read_jsonl(directory / "train_log.jsonl")[-1]
 
 
 def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:
-    """What RewardTrainer takes: comparisons of all sources, the first eval_share of each held out."""
+    """The datasets for RewardTrainer: comparisons of all sources, of each the first eval_share held out."""
     cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
     train = {name: rows[cuts[name] :] for name, rows in sources.items()}
     held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
@@ -518,15 +519,15 @@ class _StageTable:
 
 
 CAI = {
-    stage.name: stage
-    for stage in (
-        Stage("revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
-              run_revise),
-        Stage("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
-        Stage("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
-        Stage("label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label),
-        Stage("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
-        Stage("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
-              run_train),
+    command.name: command
+    for command in (
+        Command("revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
+                run_revise),
+        Command("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
+        Command("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
+        Command("label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label),
+        Command("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
+        Command("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
+                run_train),
     )
 }  # fmt: skip

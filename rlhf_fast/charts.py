@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-# Okabe and Ito (2008): told apart also with colour blindness, and by lightness in print.
+# Okabe and Ito (2008): colours that the colour-blind can tell apart too, and differ in lightness in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH, HEIGHT = 340, 200  # px; drawn one to one in a column of a phone
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
@@ -69,8 +69,8 @@ def line_chart(
 ) -> str:
     """A <figure> with the lines on common axes; x spans `x_range`, or the points.
 
-    percent: y goes from 0 to 100 %, if all points lie there: a user's own metric may be called a share and be none.
-    "" where there is no finite point.
+    percent: y goes from 0 to 100 %, if all points do (a user's own metric may have the name of a share without being
+    one). "" where there is no finite point.
     """
     series = [Series(s.label, _thinned([p for p in s.points if math.isfinite(p[1])])) for s in series]
     series = [s for s in series if s.points]
@@ -102,7 +102,7 @@ def line_chart(
         path = " ".join(f"{x},{y}" for x, y in placed)
         few = len(placed) <= 24
         parts.append(f'<polyline points="{path}" stroke="{colour}"{STRONG if few else DENSE}/>')
-        if few:  # show that the line between them is drawn, not measured
+        if few:  # dots show what was measured; the line between them is only drawn
             parts += [f'<circle cx="{x}" cy="{y}" r="2.4" fill="{colour}"/>' for x, y in placed]
     return _figure(title, series, "".join([*parts, "</svg>"]), x_label)
 
@@ -171,7 +171,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _labels(ticks: list[float]) -> list[str]:
-    """What stands beside the ticks: short(), with more digits where two would read the same."""
+    """The labels of the ticks: short(), or with more digits where two of them would be the same."""
     texts = [short(tick) for tick in ticks]
     return texts if len(set(texts)) == len(ticks) else [f"{tick:.7g}" for tick in ticks]
 

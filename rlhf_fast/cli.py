@@ -2,9 +2,9 @@
 
     shared keys of the file  <  its section for the stage (sft:, reward:, ppo:, cai:)  <  flags
 
-Exit codes: 0 done; 1 failed (with a traceback, for it is our bug or the machine's); 2 refused, with one line that says
-what to change; 3 stopped by a monitor that stop_on names, 130 interrupted, both with what is needed to resume on disk.
-They differ so that a script which resumes what was interrupted leaves to a person what a monitor stopped.
+Exit codes: 0 done; 1 failed, with a traceback, because it is a bug of ours or a fault of the machine; 2 refused, with
+one line that says what to change; 3 stopped by a monitor that stop_on names; 130 interrupted. After 3 and 130 the run
+can be resumed. They are two codes so that a script can resume interrupted runs and leave the others to a person.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -160,11 +161,12 @@ def _train(stage: str, argv: list[str], shown: str | None = None) -> int:
 
 
 def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
-    """The values of every stage in a YAML file: the shared keys that it has, and over them those of its section.
+    """{stage: its values} in a YAML file: the shared keys that the stage has, and over them those of its section.
 
-    `keys` names what each stage has. Shared keys that `stage` does not have are named on standard error, and for cai
-    the sections of other stages that have the names of keys which it is not given. Raises ConfigError for a file that
-    cannot be read or is no mapping, and for a key that nothing has.
+    keys: {stage: names of its keys}. stage: the one that is going to run. Standard error names what it will not read:
+    shared keys that it does not have, and for cai the sections sft, reward and ppo at the top of the file, where they
+    belong to other commands (cai has keys of these names). ConfigError for a file that cannot be read or is no mapping,
+    and for a key that no stage has.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -175,7 +177,7 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of keys to values, got {type(content).__name__}")
     everywhere = {key for names in keys.values() for key in names}
-    # reward is a section, and a key of ppo, whose value is a path or a list.
+    # "reward" may be the section of a stage, a mapping, or the key of ppo, a path or a list.
     as_keys = {name for name in keys if name in everywhere and isinstance(content.get(name), str | list)}
     sections = {name: {} if name in as_keys else content.pop(name, None) or {} for name in keys}
     for key in content:
@@ -189,7 +191,7 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
         for key in section:
             if key not in keys[name]:
                 raise ConfigError(f"{path}: section {name}: {_unknown('key', key, keys[name])}")
-    if stage == "cai":  # whose keys sft, reward and ppo take mappings too
+    if stage == "cai":  # its keys sft, reward and ppo are mappings too, and easily written at the top by mistake
         others = [name for name in keys["cai"] if sections.get(name) and name not in sections["cai"]]
         if others:
             print(
@@ -233,7 +235,7 @@ def _score(argv: list[str]) -> int:
     parser.add_argument("--output", default="-", help="- writes to standard output")
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args(argv)
-    from .data.formats import parse_jsonl, read_dataset
+    from .data.files import parse_jsonl, read_dataset
     from .jobs import quiet, score
 
     quiet()
@@ -242,7 +244,7 @@ def _score(argv: list[str]) -> int:
         records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
         rows = score(options.model, records, options.batch_size)
         text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
-        if options.output != "-" and Path(options.output).is_file():  # a pipe or /dev/null has no length
+        if options.output != "-" and Path(options.output).is_file():  # a pipe or /dev/null cannot be cut
             file.truncate(0)
         file.write(text)
     return 0
@@ -250,11 +252,12 @@ def _score(argv: list[str]) -> int:
 
 @contextmanager
 def _output(path: str) -> Iterator[TextIO]:
-    """The file, opened before what is to be written is made; what it holds (it may be the input) is for the caller to
-    cut off then. Where that fails, a new one is removed."""
+    """The file, opened for appending. It is opened before the scores are computed, so that a path that cannot be
+    written is refused at once. The caller cuts off what the file held (it may be the input). If the caller fails, a
+    file that was not there before is removed."""
     new = not os.path.lexists(path)
     try:
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (only opening it is refused here)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (an OSError inside the with is none of --output)
     except OSError as error:
         raise ConfigError(f"score: --output {path}: {error.strerror}") from None
     try:
@@ -313,7 +316,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse that refuses as the rest of the package does: one line, with the nearest name."""
 
     def __init__(self, **options):
-        formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=118)  # noqa: E731
+        formatter = partial(argparse.HelpFormatter, max_help_position=40, width=118)
         super().__init__(**options, allow_abbrev=False, formatter_class=formatter)
 
     def parse_args(self, args=None, namespace=None):
@@ -328,7 +331,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _unknown(kind: str, name: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, 1)  # YAML has keys that are numbers, and reads on: as True
+    near = difflib.get_close_matches(str(name), known, 1)  # str: YAML keys may be numbers, and "on" is read as True
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

@@ -6,10 +6,10 @@
                        x += mlp(norm(x))
     logits = lm_head(norm(x))                                           of the last token only
 
-The weights are the model's own, and so are all modules that are more than a plain linear layer or an RMSNorm (LoRA
-adapters or a hook, say). What is left out is what transformers does anew for each token and layer: masks, cache
-objects, rotary tables, output records; small projections of the same input are one product, for which their weights are
-copied. On the CPU a layer of plain modules is one call for a few rows (csrc/cpu/decode.cpp).
+The weights are the model's own. A module that is more than a plain linear layer or RMSNorm (it has a LoRA adapter or a
+hook, say) is called as it is. What is saved is what transformers does anew for every token in every layer: masks, cache
+objects, rotary tables, output records. Small projections of the same input become one product, from a copy of their
+weights. On the CPU a whole layer of plain modules is one native call where the rows are few (csrc/cpu/decode.cpp).
 Specification: the model's own forward, token for token.
 """
 
@@ -27,12 +27,12 @@ from .models import learns_a_prompt, rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
-ATTENTION = (  # the modules with functions for what the architecture's own attention computes
+ATTENTION = (  # modules whose attention functions compute causal softmax(q k^T) v, as the architecture itself does
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
 )  # fmt: skip
-FEW = range(4, 65)  # rows for which our own products are the faster ones: a library's is for one row, and for many
+FEW = range(4, 65)  # rows for which our products are faster than the library's; those are made for one row, or for many
 SILU = nn.SiLU, type(ACT2FN["silu"])
-MOST_COPIED = 1 << 20  # weights; beyond, a product takes far longer than its call, and a second copy would be felt
+MOST_COPIED = 1 << 20  # weights; for more, joining products saves little time, and the copy takes memory
 
 
 def why_not(model) -> str | None:
@@ -65,7 +65,7 @@ def why_not(model) -> str | None:
 
 
 def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """The modules that are not called here but computed, each before its children."""
+    """The modules whose forward is not called, because what it does is written out here; each before its children."""
     yield trunk
     for layer in layers:
         yield layer
@@ -79,16 +79,18 @@ def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Whether calling it may do more or other than its class says. transformers' own hooks only record."""
+    """Whether a hook, or a forward of its own, may make it compute something else than its class does. The hooks of
+    transformers only record."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
     return "forward" in vars(module) or any(not maker.startswith("transformers.") for maker in makers)
 
 
 def attends_in_its_own_way(model: nn.Module) -> bool:
-    """Whether it may compute other than causal softmax(q k^T) v: a function of AttentionInterface.register(), say, or a
-    sparse kernel from the hub. (A hub's flash attention runs in transformers' own function.)"""
-    attend = ALL_ATTENTION_FUNCTIONS.get(unwrapped(model).config._attn_implementation)  # None: the architecture's eager
+    """Whether its attention may be something else than causal softmax(q k^T) v: a function that was registered with
+    AttentionInterface, say, or a sparse kernel from the hub. (Flash attention from the hub is called by transformers'
+    own function.)"""
+    attend = ALL_ATTENTION_FUNCTIONS.get(unwrapped(model).config._attn_implementation)  # None is the model's eager one
     return attend is not None and attend.__module__ not in ATTENTION
 
 
@@ -97,14 +99,16 @@ def is_silu(activation: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """A linear layer that does nothing but multiply by its weight, which is stored as such, and add its bias."""
+    """Whether it is a linear layer that only multiplies by its weight and adds its bias, both of them plain tensors (a
+    quantized weight is not)."""
     if type(module) is not nn.Linear or _is_altered(module):
         return False
     return all(type(x) in (Tensor, nn.Parameter) for x in (module.weight, module.bias) if x is not None)
 
 
 def _side_by_side(*modules: nn.Module):
-    """x -> what these give for it, concatenated: one product of small plain linear layers (not adapted ones)."""
+    """The function that gives x to these modules and concatenates what they return. Small plain linear layers become
+    one product."""
     if not all(_is_plain(module) for module in modules) or sum(m.weight.numel() for m in modules) > MOST_COPIED:
         return lambda x: torch.cat([module(x) for module in modules], -1)
     weight, bias = torch.cat([module.weight for module in modules]), None
@@ -115,7 +119,7 @@ def _side_by_side(*modules: nn.Module):
 
 
 def _plain_weights(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
-    """What _layer.decode_layer takes; None where the layer has a module that is more than its weight."""
+    """The weights of a layer in the order of _layer.decode_layer; None where one of its modules is not plain."""
     attention, mlp, norms = layer.self_attn, layer.mlp, [layer.input_layernorm, layer.post_attention_layernorm]
     q, k, v, output = products = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     gated = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -136,7 +140,7 @@ def _plain_weights(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
 
 
 def _rms_norm(module: nn.Module):
-    """One call for what transformers' RMSNorm does in seven; half precision, which it rounds earlier, is left to it."""
+    """transformers' RMSNorm in one call instead of seven. In half precision it rounds in between, and is called."""
     weight = module.weight
     if weight.dtype != torch.float32:
         return module
@@ -230,11 +234,11 @@ class _GPT2:
 
 
 class Decoder:
-    """B prompts of up to P tokens, padded on the left, and room for their answers: start(), then step() for each token.
+    """Answers B prompts of up to P tokens, padded on the left: start(), then step() for each token, at most `room`.
 
-    Raises nothing of its own: ask why_not(model) first. The model should be in eval mode.
-    On the CPU attention reads what is filled of the buffers. On CUDA it reads all of them under a mask, so that shapes
-    and addresses are the same at every step and a CUDA graph of step() can be replayed (generation.py does).
+    It checks nothing: ask why_not(model) first, and put the model in eval mode.
+    On the CPU attention reads the filled part of the buffers. On CUDA it reads all of them under a mask: shapes and
+    addresses are then the same at every step, so that a CUDA graph of step() can be replayed (generation.py does).
     """
 
     def __init__(self, model, ids: Tensor, mask: Tensor, room: int):
@@ -248,7 +252,7 @@ class Decoder:
         self.values: list[Tensor] = []
         self.positions = mask.sum(1, keepdim=True)  # (B, 1): of the next token
         self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # filled, where a CUDA graph can read it
-        self.bias: Tensor | None = None  # (B, 1, 1, capacity): -inf where nobody may look; None: nowhere
+        self.bias: Tensor | None = None  # (B, 1, 1, capacity), added to q k^T: -inf on what must not be read
 
     def start(self) -> Tensor:
         """Reads the prompts -> (B, V) logits of the first answer token."""
@@ -257,7 +261,7 @@ class Decoder:
         padded = not bool(mask.all())
         self.filled = width
         attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
-        if padded:  # padding attends to itself: a softmax over nothing would be NaN, and spread
+        if padded:  # padding attends to itself, because a softmax over nothing is NaN, which would spread
             attend |= torch.eye(width, dtype=torch.bool, device=ids.device)
         logits = self._forward(ids, (mask.cumsum(1) - 1).clamp_(min=0), partial(self._read_prompt, attend=attend))
         if padded or self.fixed:
@@ -280,7 +284,7 @@ class Decoder:
         return logits
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on; the front of the same buffers holds them."""
+        """Drops all other rows. The buffers stay where they are: these rows move to their front."""
         filled = slice(self.capacity if self.fixed else self.filled)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
@@ -310,7 +314,7 @@ class Decoder:
 
     def _read_prompt(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None) -> Tensor:
         for buffers, new in ((self.keys, k), (self.values, v)):
-            # Where all of a buffer is read, what is not filled yet meets a probability of 0, and 0 * NaN is NaN.
+            # Where the whole buffer is read, its unfilled part is multiplied by 0, which would leave a NaN in it NaN.
             make = new.new_zeros if self.fixed else new.new_empty
             buffers.append(make(*new.shape[:2], self.capacity, new.shape[3]))
             buffers[i][:, :, : self.filled] = new
@@ -330,7 +334,8 @@ class Decoder:
                 return _layer.attend(q[:, :, 0], keys, values, rows, self.filled, scale)[:, :, None]
             keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
             bias = None if bias is None else bias[..., : self.filled]
-        # The query heads that share a key head stand where a longer query has its tokens: nothing is repeated.
+        # The query heads that share a key head are laid out as if they were tokens of one query, so that keys and
+        # values need not be repeated.
         grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[3])
         attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, bias, scale=scale)
         return attended.reshape(q.shape)

@@ -1,8 +1,8 @@
 """Sampling from a causal language model: prompts in, answers and the log-probability of each of their tokens out.
 
-Sampling is inverse-transform: the token of row i at step t is the first whose cumulative probability exceeds u[i, t],
-and the uniforms u are drawn before the first step. So an answer does not depend on the batch size or on when other
-rows finish (up to the rounding of the matrix products).
+Tokens are drawn by inverse transform: u[i, t] is a uniform number for row i at step t, and the token is the first whose
+cumulative probability exceeds it. All u are drawn before the first step. So an answer does not depend on the batch size
+or on when other rows finish (up to the rounding of the matrix products).
 
 Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, qwen2, qwen3 and gpt2 models;
 any other goes through transformers' generate() with the same sampling, and a warning says so once.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -23,43 +22,19 @@ from transformers import GenerationConfig
 
 from . import parallel
 from .data.chat import ConfigError, Text, decode_responses, encode_prompt
+from .data.collate import pad
 from .decoder import Decoder, why_not
-from .models import learned_positions, stop_ids, unwrapped
+from .models import answer_room, evaluating, learned_positions, stop_ids, unwrapped
 from .ops import _layer
 
-BLOCK = 128  # tokens of the vocabulary whose probabilities are summed before one of them is looked for
-HABITS = {  # of a model's generation_config, what generate() would heed and we have no option for; idle values
+BLOCK = 128  # tokens of the vocabulary; the block of a token is found first, then the token in it
+HABITS = {  # settings of a generation_config that we have no option for, at the values that change nothing
     "repetition_penalty": 1.0, "typical_p": 1.0, "guidance_scale": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0,
     "min_length": 0, "min_new_tokens": 0, "min_p": 0.0, "top_h": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "penalty_alpha": 0.0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
     "sequence_bias": None, "exponential_decay_length_penalty": None, "forced_bos_token_id": None,
     "forced_eos_token_id": None, "stop_strings": None, "watermarking_config": None,
 }  # fmt: skip
-
-
-@contextmanager
-def evaluating(*models) -> Iterator[None]:
-    """Dropout off inside, each model's mode as before afterwards."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """B lists of tokens -> (B, T) int64 ids and their bool mask, T the longest (at least 1)."""
-    width = max([1, *map(len, rows)])
-    ids = torch.full((len(rows), width), value)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(len(row))
-        ids[i, where] = torch.as_tensor(row, dtype=torch.int64)
-        mask[i, where] = True
-    return ids, mask
 
 
 # --- one token -------------------------------------------------------------------------------------------------------
@@ -71,8 +46,9 @@ def sample(
     """(B, V) logits, (B,) uniforms in [0, 1) -> (B,) tokens and their (B,) log-probabilities under
     softmax(logits / temperature).
 
-    top_k keeps the k most likely tokens (and ties), then top_p the fewest whose probability reaches top_p (Holtzman et
-    al. 2020). The log-probabilities are those before that. Nothing is sorted unless one of the two asks for it.
+    top_k keeps the k most likely tokens (and ties with the last of them). Of these top_p keeps the fewest whose
+    probabilities add up to top_p (Holtzman et al. 2020). The log-probabilities are those of the whole distribution,
+    before anything is left out.
     """
     rows, vocab = logits.shape
     if top_k is None and top_p == 1.0 and _layer.runs_on(logits):
@@ -81,7 +57,7 @@ def sample(
     largest = z.amax(-1, keepdim=True)
     weights = z.new_empty(rows, -(-vocab // BLOCK) * BLOCK)
     weights[:, vocab:] = 0.0
-    # First the distance: a difference of two quotients would lose what they have in common.
+    # Subtract before dividing: z / t - largest / t would round both, and lose digits where they are close.
     torch.sub(z, largest, out=weights[:, :vocab]).div_(temperature).exp_()
     blocks = weights.view(rows, -1, BLOCK)
     sums = blocks.sum(-1).double()
@@ -90,19 +66,19 @@ def sample(
         _truncate(weights, top_k, top_p)
         sums = blocks.sum(-1).double()
 
-    # First the block, then the token in it: one cumulative sum over the vocabulary would cost more than its logits.
+    # First the block, then the token in it: a cumulative sum over the whole vocabulary would cost more than the logits.
     cdf = sums.cumsum(-1)
     target = uniforms.double().clamp(max=1 - 1e-12)[:, None] * cdf[:, -1:]
     block = torch.searchsorted(cdf, target, right=True)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    # The share of the block that lies below the target. Below 1, so that a token of probability 0 is never reached.
+    # The share of the block that lies below the target; kept below 1, or the token could be one of probability 0.
     share = (1 - (cdf.gather(1, block) - target) / sums.gather(1, block)).clamp_(0.0, 1 - 1e-9)
     token = block * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
     return token.squeeze(1), ((z.gather(1, token) - largest).squeeze(1) / temperature - total.log()).float()
 
 
 def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
-    """Sets to 0 what top_k and top_p leave out."""
+    """Sets to 0 the weights that top_k and top_p leave out."""
     if top_k is not None and top_k < weights.shape[1]:
         weights.masked_fill_(weights < weights.topk(top_k).values[:, -1:], 0.0)
     if top_p < 1.0:
@@ -113,7 +89,7 @@ def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
 
 
 def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """sample() without chance: the token of the largest logit, the first of several."""
+    """sample() without chance: the token of the largest logit, the first of them where several are equal."""
     z = logits.float()
     return logits.argmax(-1), -((z - z.amax(-1, keepdim=True)) / temperature).logsumexp(-1)
 
@@ -137,10 +113,10 @@ def generate_with_logprobs(
     """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut, and the
     log-probability of each of their ids under softmax(logits / temperature).
 
-    eos_token_id: one, or several that end an answer alike (models.stop_ids).
-    A model with learned positions (gpt2) needs them for prompt and max_new_tokens; rotary ones go on.
-    top_k and top_p count only with do_sample; otherwise the most likely token is taken. Nothing is read of the model's
-    generation_config, neither sampling settings nor penalties: the log-probabilities are the model's own, as PPO needs.
+    eos_token_id: one, or several of which any ends an answer (models.stop_ids).
+    max_new_tokens: ConfigError where a model with a table of positions (gpt2) has too few of them (models.answer_room).
+    top_k and top_p count only with do_sample; otherwise the most likely token is taken. The model's generation_config
+    is not read: no sampling settings, no penalties. PPO needs the log-probabilities of the model itself.
     Where logits are NaN the log-probability is NaN, and its token means nothing.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked. Nor does it with
     a Tensor (N, max_new_tokens), the uniform numbers themselves.
@@ -148,24 +124,13 @@ def generate_with_logprobs(
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
-    try:
-        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    except TypeError:  # None, or a tensor without an axis
-        stops = []
-    if (
-        max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
-        or (top_k is not None and top_k < 1) or not stops
-    ):  # fmt: skip
-        raise ConfigError(
-            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
-            "and eos_token_id an int or several, "
-            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
-        )
-    positions, longest = learned_positions(model), max(map(len, prompts), default=0)
-    if positions is not None and longest + max_new_tokens > positions + 1:  # the last token is never read
+    stops = _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k)
+    longest = max(map(len, prompts), default=0)
+    if max_new_tokens > answer_room(model, longest):
         raise ConfigError(
             f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
-            f"than the {positions} positions of {type(model).__name__}: shorten the one or lower the other"
+            f"than the {learned_positions(model)} positions of {type(model).__name__}: shorten the one or lower the "
+            "other"
         )
     drawn, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:
@@ -183,10 +148,29 @@ def generate_with_logprobs(
                 model, [prompts[i] for i in rows], max_new_tokens, stops, choose,
                 None if drawn is None else drawn[rows].to(model.device),
             )  # fmt: skip
-            lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()  # past the end where there is no eos
+            # Up to and with the first stop; a row without one gets its width + 1, which a slice allows.
+            lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
     return responses, logprobs
+
+
+def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k) -> list[int]:
+    """eos_token_id as a list. ConfigError where it is empty, or a number is out of its range."""
+    try:
+        stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    except TypeError:  # None, or a tensor without an axis
+        stops = []
+    if (
+        max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
+        or (top_k is not None and top_k < 1) or not stops
+    ):  # fmt: skip
+        raise ConfigError(
+            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
+            "and eos_token_id an int or several, "
+            f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
+        )
+    return stops
 
 
 def _ends(tokens: Tensor, stops: list[int]) -> Tensor:
@@ -208,8 +192,8 @@ def draw_uniforms(rows: int, columns: int, generator) -> Tensor:
 
 
 def generate_tokens(model, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """generate_with_logprobs, the responses alone; a warning, once a model, names the HABITS that are ignored.
-    ConfigError where logits are NaN."""
+    """The responses of generate_with_logprobs. A warning, once a model, names the HABITS that it would have had in
+    transformers. ConfigError where logits are NaN."""
     _say_habits(model)
     responses, logprobs = generate_with_logprobs(model, prompts, **options)
     for i, logps in enumerate(logprobs):
@@ -239,16 +223,17 @@ def _say_once(message: str) -> None:
 
 
 def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms) -> tuple[Tensor, Tensor]:
-    """-> (B, max_new_tokens) tokens, an eos behind the first eos, and their log-probabilities."""
+    """-> (B, max_new_tokens) tokens and their log-probabilities. Behind its first stop token a row holds stops[0]."""
     ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     decoder = Decoder(model, ids, mask, max_new_tokens)
     step = _Graph(decoder) if ids.is_cuda else decoder.step
-    # Rows leave together: moving the buffers costs about a step, and on CUDA a graph is captured for each batch size.
-    # There, too, asking who has finished would wait for the device, so it is not asked at every step.
+    # Finished rows leave only when they are a large share of the batch, because that costs about a step: the buffers
+    # are moved, and on CUDA a graph is captured for the new batch size. On CUDA even asking who has finished makes the
+    # host wait, so it is asked at every eighth step.
     least_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
     logprobs = torch.zeros(tokens.shape, device=ids.device)
-    alive = torch.arange(len(prompts), device=ids.device)  # row of the batch -> row of the answer
+    alive = torch.arange(len(prompts), device=ids.device)  # (rows in the batch,): which prompt each row answers
     done = torch.zeros_like(alive, dtype=torch.bool)
     logits = decoder.start()
     for t in range(max_new_tokens):
@@ -274,8 +259,8 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms) -> tu
 class _Graph:
     """Decoder.step as a CUDA graph: one launch a token in place of some twenty for each layer.
 
-    The first call runs as it is, which also sets up the libraries it uses; the second is captured; all later ones are
-    replays. decoder.keep() changes shapes and so needs a new one.
+    The first call runs without a graph, which also initialises the libraries that it uses. The second call captures
+    the graph, and every later one replays it. decoder.keep() changes shapes, so it takes a new _Graph.
     """
 
     def __init__(self, decoder: Decoder):
@@ -288,14 +273,14 @@ class _Graph:
         self.tokens.copy_(tokens)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and computes nothing
+            with torch.cuda.graph(self.graph):  # records the kernels without running them
                 self.logits = self.decoder.step(self.tokens)
         self.graph.replay()
         return self.logits
 
 
 class _Chooser:
-    """Our choice of a token as a logits processor: all others become impossible."""
+    """Our choice of a token as a logits processor for generate(): it makes every other token impossible."""
 
     def __init__(self, choose, uniforms: Tensor | None):
         self.choose, self.uniforms, self.logprobs = choose, uniforms, []
@@ -312,7 +297,8 @@ def _answer_batch_by_transformers(model, prompts, max_new_tokens, stops, choose,
     ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     chooser, owner = _Chooser(choose, uniforms), unwrapped(model)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0])
-    # What is not set here would come from the model's own: a penalty or a suppressed token, before the choice is made.
+    # generate() fills what `config` does not set from the model's own generation_config, such as a penalty, which would
+    # change the logits that we choose from.
     habits, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
         out = model.generate(
@@ -332,11 +318,11 @@ def generate_text(
     top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
     seed: int | Sequence[int] = 0,
 ) -> list[str]:  # fmt: skip
-    """One answer a prompt (text or messages), decoded without special tokens. The same seed gives the same answers;
-    with one seed a prompt, an answer depends on its own prompt and seed only.
+    """One answer a prompt (text or messages), decoded without special tokens.
 
-    The model's generation_config says which tokens end an answer and nothing else: the arguments replace its sampling
-    settings, and a warning, once a model, names the penalties and the like that are ignored.
+    seed: one for all prompts, or one for each; then an answer depends on its own prompt and seed only. Of the model's
+    generation_config only the tokens that end an answer are used. The arguments take the place of its sampling
+    settings, and a warning, once a model, names penalties and the like, which are ignored.
     """
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]

@@ -1,11 +1,11 @@
-"""What the training commands do around a trainer: read data and models, run it, leave a report.
+"""What the commands do around a trainer: read data and models, then run it.
 
-The keys of a command are the fields of two dataclasses: its job (which models, which data) and the trainer's config.
+The keys of a training command are the fields of two dataclasses: its job (which models, which data) and the trainer's
+config.
 """
 
 import dataclasses
 import functools
-import gzip
 import importlib.util
 import inspect
 import json
@@ -23,8 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from . import parallel
 from .data import hh_rlhf
-from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
-from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
+from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
+from .data.checks import placed, responses_of
+from .data.files import as_records
+from .data.formats import warn_of_unwritten
+from .data.sources import print_left_out, read_rows, rows_for
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
@@ -44,14 +47,15 @@ REQUIRED = "REQUIRED"  # in place of a default
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a command: its default as text, the comment behind it in the source, the type of its values."""
+    """One key of a command: its default as text, the comment beside it in the source, the type of its values."""
 
     shown: str
     comment: str
     hint: Any
 
     def parse(self, text: str) -> Any:
-        """The value that `text` would have in a YAML file; text stays text where the key takes text."""
+        """The value that `text` would have in a YAML file. Where the key takes text it stays text, so that 1e3 can be a
+        name."""
         kinds = typing.get_args(self.hint) or (self.hint,)
         if str in kinds and list not in kinds:
             return None if text == "null" and type(None) in kinds else text
@@ -62,7 +66,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Command:
     """A training command: what --help says, the dataclasses that hold its keys, and the function that takes them."""
 
     name: str
@@ -104,6 +108,8 @@ def _keys_of(cls: type) -> dict[str, Key]:
 
 
 class Checked:
+    """A dataclass whose fields are only checked for their types."""
+
     def __post_init__(self):
         check_config(self)
 
@@ -160,7 +166,8 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
-    """A new Llama and a tokenizer trained on the texts of train_data; the same data and seed give the same two."""
+    """A new Llama, and a tokenizer that is trained on the texts of train_data. Both follow from the data and the
+    seed."""
     options = vars(Scratch())
     if unknown := set(job.scratch) - set(options):
         raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
@@ -173,7 +180,7 @@ def _from_scratch(job: SFTJob, config: SFTConfig):
 
 
 def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
-    """rlhf-fast reward: trains, then sets the held-out accuracy beside what takes no model."""
+    """rlhf-fast reward: trains, then compares the held-out accuracy with floors that need no model."""
     tokenizer = load_tokenizer(job.model)
     train, held_out = read_data(job, "reward", config.output_dir, resume, **_limit("reward", tokenizer, config))
     reference = None if job.reference_data is None else read_rows(job.reference_data)
@@ -196,9 +203,10 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
 
 
 def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
-    """rlhf-fast score: each record with its "score", or "scores" where it has several responses, in their order.
+    """rlhf-fast score: each record with its "score", or where it has several responses its "scores", in their order.
 
-    Pairs of hh-rlhf are scored as the conversations that they hold; one that is malformed is named on standard error.
+    Pairs of hh-rlhf are scored as the conversations they are. One that is malformed is left out, and named on standard
+    error.
     """
     records = as_records(records, "input")
     reward, asked, tokens = RewardModelReward.load(model, batch_size=batch_size), [], []
@@ -241,7 +249,7 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
 
 
 def _value_model(path: str, tokenizer):
-    """A trained reward model that reads the tokens of the policy."""
+    """A reward model to start the values from. ConfigError where its tokenizer reads other tokens than the policy's."""
     trained = RewardModelReward.load(path)
     if not tokenizer.get_vocab().items() <= trained.tokenizer.get_vocab().items():
         raise ConfigError(
@@ -252,11 +260,11 @@ def _value_model(path: str, tokenizer):
 
 
 STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("sft", "Supervised fine-tuning, on demonstrations or the chosen replies.", (SFTJob, SFTConfig), run_sft),
-        Stage("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
-        Stage("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
+    command.name: command
+    for command in (
+        Command("sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), run_sft),
+        Command("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
+        Command("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
     )
 }
 
@@ -281,8 +289,8 @@ def run_trainer(trainer, resume: bool):
 def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) -> list[list[dict] | None]:
     """The rows of job.train_data and of job.eval_data (None where there is none), in the form that the stage takes.
 
-    Pairs of hh-rlhf that are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl; `limit`
-    is load_pairs' for them. A limit on other data is the trainer's.
+    limit: max_length and length of hh_rlhf.load_pairs (the trainer applies its own limit to all other data). Pairs that
+    are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl.
     """
     if not resume:
         check_is_new(output_dir, _models_of(job))  # before a file of the run that it holds is written over
@@ -299,7 +307,7 @@ def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], lis
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
         sources.append(rows)
         named += [{"file": path, **vars(item)} for item in left_out]
-        _print_left_out(path, rows, left_out)
+        print_left_out(path, rows, left_out)
     return sources, named
 
 
@@ -314,36 +322,9 @@ def _models_of(job) -> list[str]:
     return _texts([job.model, *rewards])
 
 
-def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
-    """The rows of one source, and what was left out: preferences give demonstrations and prompts too."""
-    if _is_hh(path):
-        rows, left_out = hh_rlhf.load_pairs(path, **limit)
-    else:
-        rows, left_out = as_records(read_dataset(path), path), []
-        if hh_rlhf.are_transcripts(rows[0]):
-            rows, left_out = hh_rlhf.parse_pairs(rows, **limit)
-    if stage == "sft":
-        rows = [_as_demonstration(row) for row in rows]
-    if stage == "ppo":
-        answers = ("chosen", "rejected", "responses", "ranks")
-        rows = [{k: v for k, v in row.items() if k not in answers} if "prompt" in row else row for row in rows]
-    return rows, left_out
-
-
-def read_rows(path: str, stage: str = "reward") -> list[dict]:
-    """The rows of rows_for; what was left out is printed."""
-    rows, left_out = rows_for(stage, path)
-    _print_left_out(path, rows, left_out)
-    return rows
-
-
-def _print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
-    if left_out:
-        print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
-
-
 def _limit(stage: str, tokenizer, config) -> dict:
-    """What load_pairs needs to leave out, by line, what the trainer would by record: its limit, and what it counts."""
+    """max_length and length for hh_rlhf.load_pairs, so that it leaves out what the trainer would; it knows the lines.
+    {} where the trainer would refuse, or cut, and not leave out."""
     if config.on_overlong != "skip":
         return {}
     if stage == "ppo":
@@ -352,34 +333,12 @@ def _limit(stage: str, tokenizer, config) -> dict:
 
 
 def quiet() -> None:
-    """No progress bars from transformers for every model that is loaded; ours tell how far a stage is."""
+    """Turns off the progress bars of transformers; ours tell how far a stage is."""
     transformers_logging.disable_progress_bar()
 
 
-def _is_hh(path: str) -> bool:
-    """Whether the first line of a .jsonl or .jsonl.gz holds Anthropic's transcripts."""
-    if not path.endswith((".jsonl", ".jsonl.gz")):
-        return False
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except (ValueError, EOFError):  # not JSON, not UTF-8, or a gzip that was cut
-        return False
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-
-
-def _as_demonstration(row: dict) -> dict:
-    if "chosen" in row and "completion" not in row and "messages" not in row:
-        if row.get("prompt") is not None:
-            return {"prompt": row["prompt"], "completion": row["chosen"]}
-        if is_conversation(row["chosen"]):
-            return {"messages": row["chosen"]}
-    return row  # also a text that holds its prompt: nothing says where the reply begins, and the trainer refuses it
-
-
 def _texts(value) -> list[str]:
-    """Every text in a string, a message, or a list of them; nothing in what the trainer will refuse."""
+    """Every text in a string, a message, or a list of these. Anything else has none; the trainer will refuse it."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -388,12 +347,13 @@ def _texts(value) -> list[str]:
 
 
 def resolve_reward(spec: str | list):
-    """A reward as PPOTrainer takes it, from a directory, file.py:function, or [[either, weight], ...] in a config."""
+    """A reward as PPOTrainer takes it, from what a config has: the directory of a reward model, file.py:function, or
+    [[either, weight], ...]."""
     if isinstance(spec, list):
         if not all(isinstance(part, list) and len(part) == 2 for part in spec):
             raise ConfigError(f"a list of rewards is [[reward, weight], ...], got {spec!r}")
         return [(resolve_reward(reward), weight) for reward, weight in spec]
-    if not isinstance(spec, str):  # {short:rewards.py:short} has no space behind its first colon, and so no value
+    if not isinstance(spec, str):  # YAML reads {short:rewards.py:short} as a key without a value, as no space follows
         raise ConfigError(f"a reward is a reward model's directory, file.py:function, or a list of both, got {spec!r}")
     if spec.endswith(".py"):
         raise ConfigError(f"reward {spec!r} is a file of functions: give file.py:function")
@@ -410,9 +370,9 @@ def resolve_reward(spec: str | list):
 
 @functools.cache
 def _module(path: Path, changed: int):
-    """What the file holds, executed once however often it is mentioned: its functions share state, such as a judge.
-    A file that has changed since is another."""
-    name = str(path)  # no other module has it, and dataclasses look theirs up
+    """The file as a module. It is executed once however often a config names it, so that its functions can share state
+    (a judge, say); a file that has changed since is executed again."""
+    name = str(path)  # no other module has this name; dataclasses look their module up by name
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
@@ -424,7 +384,7 @@ def _module(path: Path, changed: int):
 
 
 def answer(model: str, prompt: list[str], system: str | None, **sampling) -> list[str]:
-    """rlhf-fast generate: one answer a prompt, through the chat template where the tokenizer has one."""
+    """rlhf-fast generate: one answer a prompt. Prompts go through the chat template if the tokenizer has one."""
     tokenizer = load_tokenizer(model)
     prompts: list = prompt
     if tokenizer.chat_template:
@@ -433,8 +393,8 @@ def answer(model: str, prompt: list[str], system: str | None, **sampling) -> lis
     elif system:
         raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
     policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
-    check_lengths(policy, tokenizer, longest + 1, "shorten the prompt")
-    room = getattr(policy.config, "max_position_embeddings", math.inf) - longest
+    check_lengths(policy, tokenizer, longest, "shorten the prompt")
+    room = getattr(policy.config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
     if sampling["max_new_tokens"] > room:
         print(f"answers have at most {room} tokens, for which the model has positions", file=sys.stderr)
         sampling["max_new_tokens"] = room

@@ -1,4 +1,4 @@
-"""Watches the metrics of a run and says, with evidence, when the policy is being rewarded for the wrong thing.
+"""Watches the metrics of a PPO run and raises an alarm, with the numbers, when the reward may be hacked.
 
     name              metric                                 alarm, by default
     kl                objective/kl                           above 20 nats a response
@@ -9,9 +9,9 @@
     overoptimization  eval_<name> of a held-out reward       3 standard errors below its best while eval_scores is above
                                                              what it was there (Gao et al. 2023)
 
-What is compared is the mean over WINDOW log lines, with the first WINDOW as the beginning. kl and score_length need
-no beginning: they are read from the second line and from the fifth on, over the lines that there are. Everything is a
-function of the log alone: a resumed run raises the alarms of an uninterrupted one.
+A band compares the mean of the newest WINDOW log lines with the mean of the first WINDOW ("where it began"), so it
+speaks from line WINDOW + 1 on. kl and score_length compare with fixed numbers, and speak from the second and the fifth
+line on. Alarms are a function of the log alone: a resumed run raises those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class _Band:
-    """A metric that should stay between two bounds, which depend on where it began and on the limit.
+    """A metric that should stay between bounds(start, limit) -> (low, high), where start is its mean at the beginning.
 
-    lines: the log lines that it takes; by default the beginning and one more.
+    lines: how many log lines it needs before it speaks.
     """
 
     metric: str
@@ -54,7 +54,7 @@ BANDS = {
     ),
     "score_length": _Band(
         "objective/score_length_correlation", "Correlation of score and length", 0.6,
-        lambda start, limit: (-limit, limit), lines=WINDOW,  # fewer are noise: of two responses it is always +-1
+        lambda start, limit: (-limit, limit), lines=WINDOW,  # fewer are noise: for two responses it is always +-1
     ),
 }  # fmt: skip
 LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimization": 3.0}
@@ -62,7 +62,7 @@ LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimizatio
 
 @dataclass(frozen=True)
 class Alarm:
-    """What went out of its bounds, at which step, and the numbers that say so."""
+    """A monitor that went out of its bounds: at which step, what it says, and the numbers behind that."""
 
     step: int
     monitor: str
@@ -71,11 +71,11 @@ class Alarm:
 
 
 class RunStopped(Exception):
-    """A monitor of stop_on ended the run of a command: which, why, and how to go on."""
+    """A monitor of stop_on has ended the run of a command. The message says which, why, and how to go on."""
 
 
 class Monitors:
-    """Give it one log line after the other; it returns the alarms that are new. One that lasts is raised once.
+    """Call it with one log line after the other; it returns the new alarms. An alarm that lasts is raised once.
 
     limits: {name: limit, or None to switch that monitor off} over LIMITS. stop_on: names whose alarm is to end the run.
     """
@@ -99,7 +99,7 @@ class Monitors:
         return new
 
     def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
-        """Every monitor that this line has news for, and its alarm where there is reason for one."""
+        """(name, alarm or None) of every monitor that can judge this line."""
         for name, band in BANDS.items():
             if name in self.limits and band.metric in row and len(self.history[band.metric]) >= band.lines:
                 yield name, self._outside(row["step"], name, band)
@@ -121,21 +121,21 @@ class Monitors:
             f"{band.metric} is {short(now)} over steps {points[-WINDOW:][0][0]} to {step}, "
             f"{'below' if below else 'above'} {short(bound)}"
         )
-        if len(points) > WINDOW:  # before, what it began at is what it is
+        if len(points) > WINDOW:  # until then the beginning and the present are the same lines
             message += f"; it began at {short(start)}"
         return Alarm(step, name, message, {"now": now, "bound": bound, "start": start})
 
     def _fallen(self, row: dict, name: str) -> Alarm | None:
         best_step, best = max(self.history[name], key=lambda point: point[1])
         proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
-        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # not in: it was not finite there
+        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # a score that was not finite is not there
             return None
-        if best_step not in errors or row["step"] not in errors:  # one prompt: nothing to measure a fall by
+        if best_step not in errors or row["step"] not in errors:  # a single prompt has no standard error
             return None
         spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
         if best - row[name] <= self.limits["overoptimization"] * spread:
             return None
-        # No spread: every prompt had the best's value then, and every one has this value now.
+        # A spread of 0: at both steps every prompt had the same value.
         measure = {"standard_errors": (best - row[name]) / spread} if spread else {}
         by = f"{short(measure['standard_errors'])} standard errors" if measure else "on every prompt alike"
         message = (
@@ -148,7 +148,7 @@ class Monitors:
 
 
 def held_out_rewards(row: dict) -> list[str]:
-    """The eval_<name> in a log line that come with a standard error, the optimised reward aside."""
+    """The eval_<name> of a log line that have a standard error beside them, but for the reward that is optimised."""
     names = [key.removesuffix("_stderr") for key in row if key.startswith("eval_") and key.endswith("_stderr")]
     return [name for name in names if name != "eval_scores" and isinstance(row.get(name), int | float)]
 
@@ -161,9 +161,9 @@ def _mean(points: list[tuple[int, float]]) -> float:
 
 
 def on_page(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
-    """HTML: the rows of alarms.jsonl, or that there is none, and what each monitor saw between the bounds of `limits`.
+    """HTML: the alarms (rows of alarms.jsonl), and a chart of each monitor with its bounds.
 
-    The alarms are those that were raised, under limits that a resumed run may have changed since.
+    limits draw the bounds. The alarms were raised in the run, where a resume may have changed the limits in between.
     """
     monitors = Monitors(limits)
     for row in log:

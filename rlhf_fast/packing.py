@@ -1,17 +1,17 @@
-"""Sequences end to end in one row: no padding, and each sees itself alone.
+"""Sequences end to end in one row, without padding; attention keeps them apart.
 
     tokens      a0 a1 a2 a3 | b2 b3 b4 | c0 c1        (1, N)
     positions    0  1  2  3 |  2  3  4 |  0  1
     attention   a causal    | b: a0 a1 and itself | c causal
 
-Everything but attention works token by token, so only attention has to know where a sequence ends: it runs on each
-sequence alone, and no N x N mask exists. A sequence may go on from the first tokens of another (b from a0 a1): the
-responses to one prompt then share its computation. Under causal attention that changes nothing, for what follows a
-token cannot reach it. With flash attention installed and chosen for the model, its own variable-length kernel runs
-instead (for rows without shared prefixes).
+Everything but attention works token by token, so only attention has to know where a sequence ends. It runs on one
+sequence after the other, and no N x N mask exists. A sequence may continue the first tokens of another (b continues
+a0 a1), so that the responses to one prompt share its computation. That changes no result: under causal attention a
+token does not depend on what follows it. For a model with flash attention, that library's own kernel for sequences of
+different lengths runs instead (and knows no shared prefixes).
 
-After the last attention nothing mixes tokens any more, so where only some of the hidden states are read (a reward at
-the last token, a loss at the response's), the last layer's feed-forward part runs for these alone.
+After the last attention no token depends on another. So where only some hidden states are read (a reward at the last
+token, a loss at the response's), the feed-forward part of the last layer runs for these alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from .data.chat import ConfigError
 from .data.collate import Packed
 from .decoder import attends_in_its_own_way
-from .models import rotary_limit, trunk_layers, unwrapped
+from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .trunk import llama, runs_here
 
 NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
@@ -42,7 +42,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); the signature is that of transformers.
 
-    read: where in the row the queries stand, in rising order (M,), where they are not one a token: -> (1, M, H, d).
+    read: (M,) places in the row, in rising order. The queries are then (1, H, M, d), of the tokens at these places
+    only, and the result (1, M, H, d).
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
@@ -64,7 +65,7 @@ def packed_attention(
 
 
 def _counts(packed: Packed, read: Tensor) -> list[int]:
-    """How many of the places (M,) lie in each sequence."""
+    """For each sequence, how many of the places (M,) in the row lie in it."""
     ends = torch.tensor(packed.lengths, device=read.device).cumsum(0)
     before = torch.searchsorted(read, ends)
     return before.diff(prepend=before.new_zeros(1)).tolist()
@@ -78,11 +79,11 @@ def _mask(at: Tensor, keys: int, window: int | None) -> Tensor:
 
 @contextmanager
 def packing(model) -> Iterator[None]:
-    """Inside, forward and backward of packed_hidden_states know the sequences. (Backward: activation checkpointing
-    runs the layers again.)"""
+    """Forward and backward of packed_hidden_states belong inside. (The backward too, because activation checkpointing
+    runs the layers again there.)"""
     config = unwrapped(model).config
     before = config._attn_implementation
-    AttentionInterface.register(NAME, packed_attention)  # transformers' place for it; used by nobody who does not ask
+    AttentionInterface.register(NAME, packed_attention)  # no model uses it unless its config has this name
     try:
         config._attn_implementation = before if before in FLASH else NAME
         yield
@@ -110,19 +111,21 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
 
 
 def _attend(packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """packed_attention in the layout of trunk.llama."""
+    """packed_attention for (N, heads, d) tensors, as trunk.llama has them."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return packed_attention(None, q, k, v, None, packed=packed, scaling=scale, read=read)[0]
 
 
 @contextmanager
 def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
-    """Inside, the mlp of the last layer runs on these of the row's tokens, and adds nothing to the others."""
+    """Inside, the mlp of the last layer runs only for the tokens at the places `read` (M,), and gives 0 for others."""
     layers = trunk_layers(model)
     mlp = getattr(layers[-1], "mlp", None) if len(layers) else None
-    alone = mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1  # Bloom's adds the residual itself
-    again = any(getattr(m, "gradient_checkpointing", False) for m in (model.base_model, *layers[-1:]))
-    if not alone or again:  # a layer that is run again in the backward, when this is over
+    # Bloom's mlp takes the residual as a second argument, and adds it itself.
+    takes_x_only = mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1
+    # Under checkpointing the layer runs again in the backward, when the hooks below are gone.
+    runs_again = any(getattr(m, "gradient_checkpointing", False) for m in (model.base_model, *layers[-1:]))
+    if not takes_x_only or runs_again:
         yield
         return
 
@@ -130,7 +133,7 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
         return (arguments[0].index_select(1, read), *arguments[1:])
 
     def back(module, arguments, output):
-        out, *others = output if isinstance(output, tuple) else (output,)  # experts give what their router said too
+        out, *others = output if isinstance(output, tuple) else (output,)  # a mixture of experts adds router logits
         row = out.new_zeros(1, tokens, out.shape[-1]).index_copy(1, read, out)
         return (row, *others) if others else row
 
@@ -142,48 +145,50 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
             hook.remove()
 
 
-@torch.no_grad()
 def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
-    """None where the model gives each packed sequence, of at most `longest` tokens, what it gives it alone; else what
-    went wrong. bf16: it will run under autocast, without which flash attention refuses a model in float32. ConfigError
-    where what it gives is not finite."""
-    limit = rotary_limit(model)
+    """Why sequences of at most `longest` tokens cannot be packed for this model; None where each gets the hidden states
+    that it gets alone, which is tried out on three short sequences.
+
+    bf16: the model will run under autocast. (Flash attention refuses a float32 model without it.) ConfigError where the
+    hidden states are not finite.
+    """
+    name, limit = type(unwrapped(model)).__name__, rotary_limit(model)
     if limit is not None and longest > limit:
         return (
-            f"beyond {limit} tokens {type(unwrapped(model)).__name__} scales its rotary positions by the longest "
-            f"sequence that it sees at once, here {longest}; padding changes nothing in that, only batches of one do"
+            f"beyond {limit} tokens {name} scales its rotary positions by the longest sequence that it sees at once, "
+            f"here {longest}; padding changes nothing in that, only batches of one do"
         )
-    ids = torch.arange(8, device=model.device)[None] % unwrapped(model).get_input_embeddings().weight.shape[0]
     attention = unwrapped(model).config._attn_implementation
-    flash = attention in FLASH
-    if not flash and attends_in_its_own_way(model):
-        return f"{type(unwrapped(model)).__name__} attends by {attention}, and packed rows by packed_attention"
-    other = ids.flip(1)
-    shared = 0 if flash else 3
-    packed = Packed.of([other[0, :5], ids[0], torch.cat([ids[0, :3], other[0, 3:]])], [(0, 0), (0, 0), (1, shared)])
-    training, narrow = model.training, flash and bf16
-    model.eval()
+    if attention not in FLASH and attends_in_its_own_way(model):
+        return f"{name} attends by {attention}, and packed rows by packed_attention"
+    narrow = attention in FLASH and bf16
     try:
-        with packing(model), torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
-            read = torch.arange(1, packed.input_ids.shape[1], 2, device=model.device)
-            together = packed_hidden_states(model, packed, read)
-        trunk = unwrapped(model).base_model
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=narrow):
-            alone = [
-                trunk(input_ids=row, use_cache=False).last_hidden_state[0]
-                for row in (other[:, :5], ids, torch.cat([ids[:, :3], other[:, 3:]], 1))
-            ]
-        alone = torch.cat([*alone[:2], alone[2][shared:]])[read]
-    except Exception as error:
-        return f"{type(unwrapped(model)).__name__} does not run on sequences in one row ({error})"
-    finally:
-        model.train(training)
+        together, alone = _packed_and_alone(model, narrow)
+    except Exception as error:  # whatever an architecture raises that was not made for this
+        return f"{name} does not run on sequences in one row ({error})"
     if not alone.isfinite().all():
         raise ConfigError(
-            f"the outputs of {type(unwrapped(model)).__name__} are not finite (NaN or inf): its weights are broken, or "
-            "too large for their dtype"
+            f"the outputs of {name} are not finite (NaN or inf): its weights are broken, or too large for their dtype"
         )
     tolerance = 1e-4 if alone.dtype == torch.float32 and not narrow else 5e-2
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
-        return f"{type(unwrapped(model)).__name__} lets one sequence of a row see another"
+        return f"{name} lets one sequence of a row see another"
     return None
+
+
+@torch.no_grad()
+def _packed_and_alone(model, bf16: bool) -> tuple[Tensor, Tensor]:
+    """(M, D) hidden states of three short sequences, from one row and from a pass for each. The third sequence begins
+    as the second does, and shares that beginning in the row unless flash attention runs it."""
+    trunk = unwrapped(model).base_model
+    shared = 0 if trunk.config._attn_implementation in FLASH else 3
+    rising = torch.arange(8, device=model.device) % unwrapped(model).get_input_embeddings().weight.shape[0]
+    falling = rising.flip(0)
+    sequences = [falling[:5], rising, torch.cat([rising[:3], falling[3:]])]
+    packed = Packed.of(sequences, [(0, 0), (0, 0), (1, shared)])
+    read = torch.arange(1, packed.input_ids.shape[1], 2, device=model.device)
+    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with packing(model):
+            together = packed_hidden_states(model, packed, read)
+        alone = [trunk(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in sequences]
+    return together, torch.cat([*alone[:2], alone[2][shared:]])[read]

@@ -1,12 +1,12 @@
 """How far a reward model can be trusted, from its rewards on held-out comparisons: numbers, and the report's section.
 
     d = r(chosen) - r(rejected)        a pair agrees where d > 0; a tie is half an agreement
-    P(chosen is better) = sigma(d)     calibrated where, among pairs with sigma(|d|) near c, the share c agrees
+    P(chosen is better) = sigma(d)     calibrated if a share c agrees of the pairs with sigma(|d|) near c
     ECE = sum over bins of (pairs in it / all) |mean sigma(|d|) - share that agrees|         (Guo et al. 2017)
 
 Where a label is a probability p, accuracy takes the likelier side as the better one (p = 1/2 is a tie), and calibration
-counts an agreement of p where d > 0, of 1 - p where d < 0. What a reward model has to beat
-are the floors of data/baselines.py; where it follows length instead of the labels, the split by length shows it.
+counts p of an agreement where d > 0, 1 - p where d < 0. A reward model has to beat the floors of data/baselines.py. The
+split by length shows where it follows length instead of the labels.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .page import Html, grid, table
 
 @dataclass
 class Pairs:
-    """M ordered pairs: rewards and lengths in tokens (M, 2), the better response first; target (M,) is the probability
-    that it is the better one; source and prompt (M,) name where a pair comes from, and what it answers."""
+    """M ordered pairs, in each the better response first. rewards, lengths in tokens: (M, 2). target (M,): the
+    probability that the first is better. source, prompt (M,): where a pair comes from, and which prompt it answers."""
 
     rewards: np.ndarray
     lengths: np.ndarray
@@ -35,11 +35,14 @@ class Pairs:
 
 
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
-    """Everything that section() shows, as JSON. The interval of a share is Wilson's at 95 %, over prompts (several
-    pairs of one prompt do not count as independent) of which there are (sum W)^2 / sum W^2, W the weight of a prompt's
-    pairs (Kish 1965). A margin that is not finite (not_finite of them) is wrong whatever the label; margins,
-    calibration and correlations are of the others. Null are margins where there are none, ECE where none has weight."""
-    rewards = pairs.rewards.astype(np.float64)  # float32 has no 24 edges between margins that nearly agree
+    """Everything that section() shows, as JSON.
+
+    The interval of a share is Wilson's at 95 %. Its number of trials is that of prompts, because several pairs of one
+    prompt are not independent: (sum W)^2 / sum W^2, W the weight of a prompt's pairs (Kish 1965). A margin that is not
+    finite counts as wrong whatever the label, and not_finite says how many there are; margin, calibration and
+    correlations leave them out. margin is null where no pair is left, ece where none of them has weight.
+    """
+    rewards = pairs.rewards.astype(np.float64)  # in float32 a histogram of nearly equal margins has too few edges
     with np.errstate(invalid="ignore"):  # inf - inf
         margin = rewards[:, 0] - rewards[:, 1]
     finite = np.isfinite(margin)
@@ -76,7 +79,7 @@ def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
 def _spread(margin: np.ndarray) -> dict:
     """Mean, standard deviation, quantiles and histogram."""
     low, high = float(margin.min()), float(margin.max())
-    least = 1e-6 * max(1.0, abs(low), abs(high))  # between whose ends numpy can tell 25 edges apart
+    least = 1e-6 * max(1.0, abs(low), abs(high))  # a span in which the 25 edges are different numbers
     span = (low, high) if high - low > least else (low - least, high + least)
     counts, edges = np.histogram(margin, bins=24, range=span)
     return {
@@ -86,8 +89,9 @@ def _spread(margin: np.ndarray) -> dict:
     }  # fmt: skip
 
 
-def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bins: int = 10) -> dict:
-    """ECE (null without weight) and its bins of equal width over confidence, sigma(|d|) in [0.5, 1]."""
+def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray) -> dict:
+    """ECE (null without weight), and its 10 bins, which are of equal width in the confidence sigma(|d|), 0.5 to 1."""
+    bins = 10
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     rows, ece = [], 0.0
@@ -101,14 +105,14 @@ def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray, bin
 
 
 def _fifths(values: np.ndarray) -> list[np.ndarray]:
-    """Masks of at most five groups of about the same size and neighbouring values; equal values share a group."""
+    """Masks that sort the values into at most five groups of about the same size; equal values are in one group."""
     edges = np.unique(np.quantile(values, (0.2, 0.4, 0.6, 0.8), method="nearest"))
     place = np.searchsorted(edges, values, side="left")
     return [place == k for k in np.unique(place)]
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's; 0 where one of the two does not vary."""
+    """Pearson's correlation; 0 where one of the two does not vary."""
     if len(x) < 2 or not x.std() or not y.std():
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])

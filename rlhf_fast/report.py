@@ -102,16 +102,17 @@ def write_quickstart_report(root: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
-    """The rows of a .jsonl file but a torn last one; [] for a file that is not there, where that is fine."""
+    """The rows of a .jsonl file, without a torn last one. missing_ok: [] where there is no such file."""
     if missing_ok and not path.exists():
         return []
     return [json.loads(line) for line in whole_lines(path) if line.strip()]
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file without their ends; a last one that has none is still being written, or was when killed.
+    """The lines of a file, without "\\n". A last line that lacks its "\\n" is left out: its writing was interrupted, or
+    is going on.
 
-    Bytes, because a crash may cut within a character; and "\\n" alone ends a line, U+2028 in a text does not.
+    Bytes, because a crash may cut a character in two, and because str.splitlines would also cut at a U+2028 in a text.
     """
     return path.read_bytes().split(b"\n")[:-1]
 
@@ -131,7 +132,7 @@ def _figures(log: list[dict]) -> str:
 
 
 def _monitors(run_dir: Path, log: list[dict]) -> str:
-    """What watched the run (see monitors.py), where its config says that something did."""
+    """The alarms and charts of the monitors (monitors.py); "" for a run whose config has none."""
     path = run_dir / "run_config.json"
     limits = json.loads(path.read_text(encoding="utf-8")).get("monitors") if path.exists() else None
     alarms = read_jsonl(run_dir / "alarms.jsonl", missing_ok=True)
@@ -145,7 +146,7 @@ def _other_figures(log: list[dict]) -> str:
 
 
 def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
-    """The two curves of every stage that has both: what the policy optimises, and what is right."""
+    """For every stage that has both: the curve of the reward that the policy optimises, and that of the pass rate."""
     cells = []
     for stage in stages:
         name, log = stage["name"], logs[stage["name"]]
@@ -154,7 +155,7 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
         principles = [Series(p, _points(log, f"eval_{p}")) for p in stage.get("pass_rate_per_principle") or {}]
         if proxy and true:
             steps = [step for step, _ in (*proxy, *true)]
-            axis = (min(steps), max(steps))  # common to the three, to be read one beside the other
+            axis = (min(steps), max(steps))  # the same for all three charts, so that they can be compared
             scores = [Series("training", proxy), Series("held-out", _points(log, "eval_scores"))]
             cells += [
                 line_chart(f"{name}: proxy reward", scores, x_range=axis),
@@ -229,11 +230,11 @@ def _plain(value) -> str:
 
 
 def _first_and_last(samples: list[dict]) -> str:
-    """The same prompts at the first and at the last evaluation, side by side.
+    """The responses to each prompt at the first and at the last evaluation, side by side.
 
-    Where a record has several responses at a time (chosen and rejected), those of the last evaluation. Records that
-    have no prompt, or the same, are told apart by their index, or where the samples have none by their order, which is
-    the same each time.
+    A record with several responses at a time (chosen and rejected) is shown at the last evaluation only. Two records
+    may have the same prompt, or none. Their index tells them apart; samples without one are told apart by their order,
+    which is the same at every evaluation.
     """
     by_record: dict[tuple, list[dict]] = {}
     times: Counter[tuple] = Counter()

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data.chat import ConfigError, Said, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.collate import pad
 from .data.formats import warn_of_unwritten
 from .generation import batches
 from .models import (
     check_lengths,
+    evaluating,
     has_scalar_head,
     is_trained_here,
     load_reward_model,
@@ -37,17 +39,17 @@ from .models import (
     score_tokens,
     with_own_pad,
 )  # fmt: skip
-from .rollout import evaluating, pad
 
 Reward = Callable[..., "Sequence[float] | Tensor"]
 
 
 class RewardModelReward:
-    """The score of a reward model (a scalar head at the last token, see models.py) on prompt + response + eos, less the
-    mean and over the standard deviation of its reference set, where the model has one (models.set_reward_scale).
+    """The score of a reward model (a scalar head at the last token) on prompt + response + eos.
 
-    A reward model from elsewhere reads a conversation exactly as its chat template writes it, which is how TRL trains
-    and model cards score: also where that ends in a line break behind the eos, or without one.
+    A model that RewardTrainer gave a scale (models.set_reward_scale) scores (raw - mean) / standard deviation.
+
+    A reward model from elsewhere reads a conversation exactly as its chat template writes it, even where that ends
+    without eos or with a line break after it: TRL trains reward models on such texts, and their model cards score them.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, batch_size: int = 64):
@@ -60,7 +62,7 @@ class RewardModelReward:
         _check_trained(model, type(model).__name__)
         check_lengths(model, tokenizer, 0)  # a tokenizer of another model would read past the embedding
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
-        self._told: set[str] = set()  # what of a response its template leaves out, once warned of
+        self._told: set[str] = set()  # keys of a message that the template leaves out, of which a warning has told
 
     @classmethod
     def load(cls, path: str | Path, **options) -> RewardModelReward:
@@ -94,15 +96,17 @@ class RewardModelReward:
         return (scores - mean) / std
 
     def encode(self, prompt: Text | None, response: Text, unwritten: Said | None = None) -> list[int]:
-        """The tokens scored: the dialogue in the reward model's own template, or plain text. unwritten: a list that
-        what the template leaves out of the response is added to."""
+        """The tokens to score: the conversation in the reward model's own template, or plain text.
+
+        unwritten: a list; what the template leaves out of the response is appended to it.
+        """
         check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
         end = is_trained_here(self.model)
         return encode_to_score(self.tokenizer, prompt, response, end=end, unwritten=unwritten).tolist()
 
 
 def _check_trained(model, name: str) -> None:
-    """ConfigError for a language model, whose scalar head would be drawn at random, or another module without one."""
+    """ConfigError for a model without a scalar head: loading one would add a head of random weights."""
     if not has_scalar_head(model):
         raise ConfigError(
             f"a reward must be a trained reward model, and {name} has no scalar head (`score`, as decoders have it in "
@@ -111,8 +115,7 @@ def _check_trained(model, name: str) -> None:
 
 
 class WeightedReward:
-    """[(reward, weight), ...] -> the reward that is their weighted sum. Each part has a name, for the log, where one of
-    weight 0 stands too."""
+    """The weighted sum of [(reward, weight), ...]. Each part is logged under a name of its own, also at weight 0."""
 
     def __init__(self, rewards: Sequence[tuple[Reward, float]]):
         if not rewards:
@@ -133,11 +136,13 @@ def reward_name(reward: Reward) -> str:
 
 
 def make_reward(spec, tokenizer) -> Reward:
-    """A reward out of what people have at hand.
+    """A Reward, from any of:
 
-    A reward model, also under LoRA (it reads with `tokenizer`, the policy's; give RewardModelReward(model, other) where
-    it has its own), a path to one saved with its tokenizer, a Python function (async too), or a list of (any of these,
-    weight).
+    - a reward model, also with LoRA adapters. It reads with `tokenizer`, the policy's; for a model that needs another
+      one give RewardModelReward(model, its_tokenizer)
+    - the path of a reward model that is saved with its tokenizer
+    - a Python function, async or not
+    - a list of (any of these, weight)
     """
     if isinstance(spec, (str, Path)):
         return RewardModelReward.load(spec)
@@ -158,16 +163,18 @@ def make_reward(spec, tokenizer) -> Reward:
 
 
 def compute_scores(reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict) -> Tensor:
-    """Calls a reward -> (B,) float32 on the CPU, which may hold NaN or inf. ConfigError, with its name, on another
-    type or shape."""
+    """Calls a reward -> (B,) float32 on the CPU, which may hold NaN or inf. ConfigError names a reward that returns
+    anything else."""
     return score_components(reward, prompts, responses, columns)[0]
 
 
 def score_components(
     reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """compute_scores, and the scores of every part by name before its weight. Async parts run beside each other. A part
-    of weight 0 is looked at and never added: its NaN would be one in the sum."""
+    """compute_scores, and the scores of each part by its name, without its weight. Async parts run concurrently.
+
+    A part of weight 0 is only logged. It is left out of the sum, because 0 times its NaN would be NaN.
+    """
     parts = _parts(reward)
     returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
     waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
@@ -187,7 +194,7 @@ def check_signature(reward: Reward, columns: Iterable[str]) -> None:
     for name, (part, _) in _parts(reward).items():
         try:
             signature = inspect.signature(part)
-        except (TypeError, ValueError):  # some of what is written in C does not say
+        except (TypeError, ValueError):  # some functions written in C have no signature
             continue
         try:
             signature.bind([], [], **dict.fromkeys(columns))
@@ -200,12 +207,15 @@ def check_signature(reward: Reward, columns: Iterable[str]) -> None:
 
 
 def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) -> None:
-    """ConfigError for a reward model without the positions for this prompt and a response of so many of the policy's
-    tokens. (How many of its own that makes is known where the two read alike.)"""
+    """ConfigError for a reward model that has too few positions for this prompt and a response of response_length
+    tokens of `tokenizer`, the policy's.
+
+    With another vocabulary nobody knows how many tokens the response will be, and only the prompt is checked.
+    """
     for part, _ in _parts(reward).values():
         if isinstance(part, RewardModelReward):
             same = part.tokenizer.get_vocab() == tokenizer.get_vocab()
-            longest = len(part.encode(prompt, "")) + same * response_length  # a response that was cut gets its eos
+            longest = len(part.encode(prompt, "")) + same * response_length  # encode counts the eos of a cut response
             advice = f"lower max_prompt_length or response_length, or leave the reward {part.name!r} out"
             check_lengths(part.model, part.tokenizer, longest, advice)
 
@@ -218,16 +228,18 @@ class _LoopThread(threading.Thread):
         self.loop = asyncio.new_event_loop()
 
     def run(self) -> None:
-        while True:  # either of the two ends a loop, and the caller that waits for it would never hear of it
+        while True:  # a reward that raises one of these ends run_forever(), and would leave its caller waiting
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
 
 
 @functools.cache
 def _loop_thread(process: int, caller: _LoopThread | None) -> _LoopThread:
-    """One for all calls: a client or a semaphore of a reward belongs to the loop that first used it.
+    """The loop in which rewards are awaited, the same in every call: a reward's HTTP client or semaphore belongs to the
+    loop that first used it.
 
-    process: a fork has the loop and not its thread. caller: a reward that calls others holds up the loop it runs in.
+    process: the id of this process, for a fork inherits the loop but not the thread. caller: the loop thread of a
+    reward that calls other rewards; it blocks its own loop while it waits, so theirs is another.
     """
     thread = _LoopThread()
     thread.start()
@@ -235,14 +247,14 @@ def _loop_thread(process: int, caller: _LoopThread | None) -> _LoopThread:
 
 
 def _wait_for(awaitables: list) -> list:
-    """Their results, from a thread of its own: where a notebook runs, the main one has an event loop already."""
+    """Their results. They run in a thread of their own, because in a notebook this one has a running loop already."""
 
     async def together():
         tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
         try:
             return await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # where one of them failed, the others have no one to wait for them
+            for task in tasks:  # one of them failed, and nobody waits for the others any more
                 task.cancel()
 
     here = threading.current_thread()
@@ -251,17 +263,17 @@ def _wait_for(awaitables: list) -> list:
     try:
         return future.result()
     finally:
-        future.cancel()  # where Ctrl-C ended the wait
+        future.cancel()  # Ctrl-C may have ended the wait
 
 
 def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
     if isinstance(returned, np.ndarray):
-        returned = returned.copy()  # torch reads no negative strides
+        returned = returned.copy()  # torch does not read negative strides, as of x[::-1]
     try:
         scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
-    except OverflowError as error:  # not shown: Python does not print every such number
+    except OverflowError as error:  # the number is not shown: Python refuses to print very long ones
         raise ConfigError(f"reward {name!r} returned a number beyond those of a float ({error})") from error
-    except (TypeError, ValueError, RuntimeError) as error:  # all three, for None, text, ragged lists
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for None, text or ragged lists
         raise ConfigError(f"reward {name!r} must return one number for each response, got {returned!r}") from error
     if scores.shape != (len(responses),):
         raise ConfigError(

@@ -43,13 +43,13 @@ class Rollout:
     prompt_mask: Tensor  # (B, P) bool
     response_ids: Tensor  # (B, R) int64
     response_mask: Tensor  # (B, R) bool
-    ended: Tensor  # (B,) bool: the response closed with eos, it was not cut
+    ended: Tensor  # (B,) bool: the response ended with eos and was not cut off
     prompts: list[Text]
     responses: list[str]  # decoded without special tokens
     columns: dict[str, list] = field(default_factory=dict)  # the other columns of the prompt rows, for reward functions
     present: Tensor | None = None  # (B, R) bool: what the model reads of the response, see above
-    rollout_logprobs: Tensor | None = None  # (B, R) as the engine that sampled them says, where it is another one
-    logprobs: Tensor | None = None  # (B, R) float32, and so are the next ones unless they say otherwise
+    rollout_logprobs: Tensor | None = None  # (B, R) from the engine that sampled, where it gave them
+    logprobs: Tensor | None = None  # (B, R) float32, as are all that follow unless they say otherwise
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     raw_scores: Tensor | None = None  # (B,) what the reward says
@@ -57,7 +57,7 @@ class Rollout:
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
-    value_error: Tensor | None = None  # () mean square of returns - values, where the advantages were whitened
+    value_error: Tensor | None = None  # () mean of (returns - values)^2, where the advantages were whitened
 
     @property
     def lengths(self) -> Tensor:
@@ -66,11 +66,11 @@ class Rollout:
 
     @property
     def read_mask(self) -> Tensor:
-        """(B, R) present, wherever it is the same as response_mask."""
+        """(B, R) bool: all tokens of the response that the model reads, a tool's too."""
         return self.response_mask if self.present is None else self.present
 
     def scatter(self, rows: Tensor, x: Tensor) -> Tensor:
-        """(N, ...) something for each response token of b rows -> (b, R, ...), 0 outside response_mask."""
+        """(N, ...), one entry for each response token of b rows -> (b, R, ...), 0 outside response_mask."""
         mask = self.response_mask[rows]
         if bool(mask.all()):
             return x.view(*mask.shape, *x.shape[1:])
@@ -102,8 +102,8 @@ def generate(
 
 
 def check_engine(returned, rows: int, embedded: int) -> None:
-    """What a rollout_func returned, before anything has changed: ConfigError where it is not make_rollout's lists of so
-    many rows, or has tokens that the models do not embed."""
+    """ConfigError unless a rollout_func returned lists for make_rollout, of `rows` rows, with tokens that the models
+    embed. It is called before the iteration has changed anything."""
     if not isinstance(returned, Mapping) or returned.get("completion_ids") is None:
         got = f"keys {', '.join(map(repr, returned))}" if isinstance(returned, Mapping) else type(returned).__name__
         raise ConfigError(
@@ -133,12 +133,13 @@ def make_rollout(
     env_mask: Sequence[Sequence[int]] | None = None, stop_token_ids: Sequence[int] | None = None, device=None,
     **columns,
 ) -> Rollout:  # fmt: skip
-    """A Rollout from lists, in the words of the rollout_func of TRL's GRPOTrainer.
+    """A Rollout from lists, with the argument names of the rollout_func of TRL's GRPOTrainer.
 
     completion_ids: all tokens after the prompt, a tool's too. env_mask: 1 on those that the model sampled, default all.
-    logprobs: the engine's, one a token of completion_ids. prompt_ids: where the engine read other tokens than prompts'.
-    stop_token_ids: what ends a response that was not cut (models.stop_ids); default the tokenizer's eos.
-    columns: a list of B each, for the reward functions, beside (or in place of) the dataset's.
+    logprobs: what the engine says, one for each token of completion_ids. prompt_ids: the prompts as the engine read
+    them, by default as `prompts` has them. stop_token_ids: the tokens that end a response (models.stop_ids), by default
+    the tokenizer's eos; a response that does not end with one was cut off. columns: lists of B for the reward
+    functions, beside the dataset's columns or in their place.
     """
     eos = tokenizer.eos_token_id
     stops = [eos] if stop_token_ids is None else stop_token_ids
@@ -171,10 +172,10 @@ def make_rollout(
 
 
 def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows without the padding between prompt and response -> input_ids (b, T), positions (N,), labels (N,).
+    """b rows, their padding moved to the right -> input_ids (b, T), positions (N,), labels (N,).
 
-    input_ids is padded on the right only, so a causal model needs no mask and no position ids. positions index the
-    (b * T) hidden states that predict the N response tokens, which are labels, in the order of response_mask[rows].
+    As nothing is padded on the left, a causal model needs no mask and no position ids. labels are the N response tokens
+    in the order of response_mask[rows]; positions say which of the b * T hidden states predict them.
     """
     mask = torch.cat([rollout.prompt_mask[rows], rollout.read_mask[rows]], 1)
     ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], 1)
@@ -186,28 +187,25 @@ def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def repetition(ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) tokens -> (B,) share of adjacent pairs that stand earlier in the same row: 0 where nothing repeats."""
+    """(B, T) tokens -> (B,) the share of adjacent pairs of tokens that occurred before in the same row."""
     if ids.shape[1] < 2:
         return torch.zeros(len(ids), device=ids.device)
     real = mask[:, 1:] & mask[:, :-1]
     pairs = (ids[:, :-1] << 32) + ids[:, 1:]
-    nothing = -1 - torch.arange(pairs.shape[1], device=ids.device)  # padding: distinct, and no pair of tokens
-    pairs = torch.where(real, pairs, nothing).sort(1).values
+    padding = -1 - torch.arange(pairs.shape[1], device=ids.device)  # all different, and below every pair of tokens
+    pairs = torch.where(real, pairs, padding).sort(1).values
     return (pairs[:, 1:] == pairs[:, :-1]).sum(1) / real.sum(1).clamp(min=1)
 
 
 def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: bool = False) -> dict:
-    """Per response (sums over its tokens), averaged over responses; padding is in none of them.
+    """What the log says of a rollout: sums over the tokens of a response, averaged over responses.
 
-    shaped: scores are other numbers than the reward gives, whose mean is then among them too (objective/raw_scores).
+    kl: (B, R) nats. shaped: the scores are not the numbers that the reward gave (PPOConfig.shapes_scores); the mean of
+    these is then logged too, as objective/raw_scores.
     """
     mask, metrics = rollout.response_mask, {}
     if rollout.values is not None:
-        variance = lambda x: masked_mean((x - masked_mean(x, mask)) ** 2, mask)  # noqa: E731
-        explained = 1 - variance(rollout.returns - rollout.values) / variance(rollout.returns)
-        # Where all returns are equal, up to rounding, there is nothing to explain: NaN, which the log has as null.
-        varies = variance(rollout.returns) > 1e-12 * masked_mean(rollout.returns.square(), mask)
-        metrics["critic/vf_explained_var"] = torch.where(varies, explained, torch.nan)
+        metrics["critic/vf_explained_var"] = _explained_variance(rollout.values, rollout.returns, mask)
     if rollout.rollout_logprobs is not None:
         difference = (rollout.logprobs - rollout.rollout_logprobs)[mask]
         metrics["sampling/sampling_logp_difference/mean"] = difference.abs().mean()
@@ -215,7 +213,6 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
     if shaped:
         metrics["objective/raw_scores"] = rollout.raw_scores.mean()
     non_score = -kl_coef * kl.sum(1).mean()
-    raw_scores = rollout.scores if rollout.raw_scores is None else rollout.raw_scores
     return {
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_per_token": masked_mean(kl, mask),
@@ -224,15 +221,26 @@ def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: boo
         "objective/non_score_reward": non_score,
         "objective/scores": rollout.scores.mean(),
         "objective/rlhf_reward": non_score + rollout.scores.mean(),
-        "objective/score_length_correlation": correlation(raw_scores, mask.sum(1).float()),
+        "objective/score_length_correlation": correlation(rollout.raw_scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
         **metrics,
         **text_metrics(rollout),
     }
 
 
+def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """() 1 - Var[returns - values] / Var[returns]; NaN, which is null in the log, where all returns are equal up to
+    rounding and so there is nothing to explain."""
+
+    def variance(x: Tensor) -> Tensor:
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    varies = variance(returns) > 1e-12 * masked_mean(returns.square(), mask)
+    return torch.where(varies, 1 - variance(returns - values) / variance(returns), torch.nan)
+
+
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's, of two (B,); 0 where one of them does not vary."""
+    """Pearson's correlation of two (B,); 0 where one of them does not vary."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp(min=1e-12)
 

@@ -1,14 +1,14 @@
 """The trunk's forward pass in training: hidden states of chosen tokens only.
 
-    x = embed(tokens)                                        (N, D), of sequences in any layout: attend knows it
+    x = embed(tokens)                                        (N, D), in any layout: only attend has to know which
     for every layer:   x += output(attend(norm(x)))
                        x += mlp(norm(x))                     in the last layer of the chosen tokens only
     norm(x)                                                  (M, D)
 
-On the CPU llama, qwen2 and qwen3 in float32 run here, over the model's own modules (LoRA adapters and all); what lies
-between their matrix products takes one pass over memory each (ops/_layer.py). Everything else goes through
+On the CPU llama, qwen2 and qwen3 in float32 run here. Matrix products are those of the model's own modules, with LoRA
+adapters if it has them; each step between them is one pass over memory (ops/_layer.py). Everything else goes through
 transformers. Two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to end (packing.py).
-Specification: models.hidden_states, of which this takes the rows at positions.
+Specification: the rows of models.hidden_states at the chosen positions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
 
 
 def runs_here(model) -> bool:
-    """Is this a model for llama()?"""
+    """Whether llama() can run the model as it is now."""
     if why_not(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
         return False
     model = unwrapped(model)
@@ -59,10 +59,11 @@ def runs_here(model) -> bool:
 def llama(
     trunk, input_ids: Tensor, position_ids: Tensor, read: Tensor, attend: Callable, attend_read: Callable | None = None
 ) -> Tensor:
-    """(N,) tokens, (T,) positions that repeat along them, (M,) places that are read -> (M, D).
+    """(N,) tokens, (T,) positions, (M,) places in the tokens -> (M, D) hidden states at these places.
 
-    attend(q, k, v, scale): (N, heads, d) each -> N x (heads d) values in this order; it decides who sees whom.
-    attend_read: the same for the M queries that are read (T is N then), all that the last layer needs.
+    position_ids: where T is less than N, the tokens are rows of T and all have these positions.
+    attend(q, k, v, scale): (N, heads, d) each -> N * heads * d values in the same order. It decides who sees whom.
+    attend_read: attend for the queries at the M places only, which are all that the last layer needs; T is N then.
     """
     x = trunk.embed_tokens(input_ids)
     cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])

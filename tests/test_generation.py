@@ -25,8 +25,9 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.data.collate import pad
 from rlhf_fast.decoder import Decoder, why_not
-from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, pad, sample
+from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
 from rlhf_fast.ops import _layer
 
 EOS, VOCAB = 2, 60

@@ -29,7 +29,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlhf_fast import models
+from rlhf_fast import linear_token_logprobs, models
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.rewards import RewardModelReward
 
@@ -177,14 +177,18 @@ def test_eos_learns_its_embedding_where_it_is_also_pad():
 
 @pytest.mark.parametrize("build", [llama, gpt2, gemma2])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_response_logprobs_are_those_of_the_logits(build, temperature):
+def test_logprobs_from_hidden_states_are_those_of_the_logits(build, temperature):
     tokenizer = tiny_tokenizer()
     model = build(tokenizer)
     ids = torch.randint(5, len(tokenizer), (3, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :2] = False  # left padding of the prompt
     mask[1, -2:] = False  # right padding of the response
-    logprobs, entropy = models.response_logprobs(model, ids, mask, 4, temperature=temperature, with_entropy=True)
+    weight, bias, softcap = models.lm_head(model)
+    logprobs, entropy = linear_token_logprobs(
+        models.hidden_states(model, ids, mask)[:, 4:8], weight, ids[:, 5:], bias=bias, temperature=temperature,
+        softcap=softcap, mask=mask[:, 5:], with_entropy=True,
+    )  # fmt: skip
     positions = models.position_ids_from_mask(mask)
     logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits / temperature
     everything = logits[:, 4:8].log_softmax(-1)
@@ -247,7 +251,7 @@ def test_a_value_model_starts_at_the_reward_or_at_zero(tmp_path):
     models.set_reward_scale(reward, 5.0, 0.1)
     prompts, responses = ["say ", "the "], ["hello", "cat sat"]
     served = RewardModelReward(reward, tokenizer)
-    models.ValueModel.from_reward_model(reward).save_pretrained(tmp_path)
+    models.ValueModel.from_reward_model(reward).model.save_pretrained(tmp_path)
     value = models.ValueModel.from_reward_model(models.load_reward_model(tmp_path))
     for prompt, response, score in zip(prompts, responses, served(prompts, responses), strict=True):
         last = value(torch.tensor([served.encode(prompt, response)]))[0, -1]

@@ -1,10 +1,10 @@
-"""What a set of preferences gives away without a reward model: the floors that a reward model is reported against.
+"""How well a set of preferences can be predicted without a reward model: floors that a reward model has to beat.
 
     shorter_wins    the share of pairs whose better reply is the shorter one; longer_wins the other way round
     bag_of_words    logistic regression on word counts, P(chosen) = sigma(w . (log1p n_chosen - log1p n_rejected))
 
-Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages; optional: chosen_prob (the
-better one is the likelier, at 1/2 neither) and weight.
+Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages; optional: chosen_prob (below
+1/2 the rejected one counts as the better, at 1/2 neither does) and weight.
 """
 
 import math
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 
-def wilson_interval(share: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Bounds of a share observed in n trials (Wilson 1927); z = 1.96 covers 95 %."""
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share that was observed in n trials (Wilson 1927)."""
+    z = 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)  # which rounding passes, of a share of 0 or 1
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may go beyond, for a share of 0 or 1
 
 
 def accuracy(margins: Tensor, chosen_prob: Tensor, weight: Tensor) -> Tensor:
-    """(N,) margins, each above 0 where chosen is preferred -> (), the weighted share that prefers the likelier side.
-    A tie of either counts one half, and so does a set of weight 0."""
+    """(N,) margins, above 0 where chosen is preferred -> (), the weighted share of pairs in which the side is preferred
+    that is better by chosen_prob. Counts one half: a margin of 0, a chosen_prob of 1/2, and a set of weight 0."""
     right = (margins.sign() * (chosen_prob - 0.5).sign() + 1) / 2
     total = weight.sum()
     return torch.where(total > 0, (right * weight).sum() / total, 0.5)
@@ -41,14 +42,12 @@ def longer_wins(pairs: list[dict]) -> float:
     return 1 - shorter_wins(pairs)
 
 
-def bag_of_words(train: list[dict], held_out: list[dict], *, min_pairs: int = 3, l2: float = 0.003) -> float:
-    """Accuracy on `held_out` of the regression fitted on `train` (its first 10,000 pairs).
-
-    Words: the 5,000 most frequent that at least min_pairs pairs contain. l2 weighs |w|^2 beside the mean loss.
-    """
+def bag_of_words(train: list[dict], held_out: list[dict]) -> float:
+    """Accuracy on `held_out` of the regression fitted on `train` (its first 10,000 pairs), over the 5,000 most frequent
+    words that at least 3 pairs contain, with 0.003 |w|^2 added to the mean loss."""
     train = train[:10_000]  # a floor needs no more, and the counts are a dense matrix
     seen = Counter(word for pair in train for word in {*_words(pair["chosen"]), *_words(pair["rejected"])})
-    index = {word: i for i, word in enumerate(w for w, n in seen.most_common(5_000) if n >= min_pairs)}
+    index = {word: i for i, word in enumerate(w for w, n in seen.most_common(5_000) if n >= 3)}
     target, weight = (x.float() for x in _labels(train))
     if not (index and weight.any()):  # nothing to tell replies apart by
         return 0.5
@@ -59,7 +58,7 @@ def bag_of_words(train: list[dict], held_out: list[dict], *, min_pairs: int = 3,
     def loss():
         optimizer.zero_grad()
         losses = nn.functional.binary_cross_entropy_with_logits(x @ weights, target, reduction="none")
-        value = losses @ weight / weight.sum() + l2 * weights.square().sum()
+        value = losses @ weight / weight.sum() + 0.003 * weights.square().sum()
         value.backward()
         return value
 

@@ -5,12 +5,12 @@
     ids        5        9 3 7        6             8    1
     response   .        . . .        .             x    x      x: learned in SFT
 
-The chat template alone knows where a response starts and ends. So the conversation is rendered up to each assistant
-turn (with the generation prompt) and with it, and the difference is the response: no marker is searched for. Training
-and generation encode a prompt by the same function, token for token.
+Only the chat template knows where a response starts and ends. So no marker is searched for: the conversation is
+rendered twice for each assistant turn, up to the turn (with the generation prompt) and with it, and the difference is
+the response. Training and generation encode a prompt by the same function, token for token.
 
-eos ends every final response, exactly once: one that the template or the text brings is kept, otherwise it is
-appended, and white space after it (ChatML's newline) is dropped. It is marked by its place, so pad == eos is harmless.
+A final response ends with exactly one eos. If the template or the text brings one, it is kept, else it is appended;
+white space after it (ChatML's newline) is dropped. Masks say which tokens count, so that eos may also be the pad token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 Text = str | Messages
-Said = list[tuple[str, str]]  # a key of a message, and what stands there or a part of it
+Said = list[tuple[str, str]]  # (key of a message, the text there or a part of it)
 
 
 class ConfigError(ValueError):
@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 def make_directory(output_dir: str | Path) -> Path:
-    """The directory, which is made where it is not there. ConfigError where that fails, as on a file."""
+    """The directory, made if it is not there. ConfigError where that fails, as where a file has its name."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,7 +49,7 @@ class Encoded:
 
     input_ids: np.ndarray
     response_mask: np.ndarray
-    unwritten: Said = field(default_factory=list)  # of its responses, by the chat template: it is not in the tokens
+    unwritten: Said = field(default_factory=list)  # what the chat template left out of its responses
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -91,7 +91,7 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
-    except Exception as error:  # jinja's own, or a TypeError where the template adds text to what is none
+    except Exception as error:  # jinja's own, or a TypeError, where the template adds a list or None to text
         roles = ", ".join(str(m["role"]) for m in messages)
         raise ConfigError(
             f"the chat template refuses a conversation ({error}): its roles are {roles}, and it begins with "
@@ -101,11 +101,12 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
 
 
 def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]], Said]]:
-    """Texts to learn from, in each the (start, end) of its responses, the assistant turns of messages[first:], and what
-    these say that the template does not write.
+    """The texts to learn from. With each: the (start, end) of its responses, which are the assistant turns of
+    messages[first:], and what the template leaves out of them.
 
-    Usually one text. A template that writes a past turn differently from a last one (some drop its reasoning) gives one
-    text per turn, each as the model meets it when it answers. A turn that opens the conversation is read, not learned.
+    Usually there is one text. Some templates write a turn differently once it is past (they drop its reasoning). These
+    give one text per turn, each as the model sees it when it answers. A turn that opens the conversation is not
+    learned.
     """
     texts: list[tuple[str, list[tuple[int, int]], Said]] = []
     for i in range(max(first, 1), len(messages)):
@@ -115,8 +116,9 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
         text = render(tokenizer, messages[: i + 1])
         start = _agree(prompt, text)
         if start < len(prompt):
-            # Some templates open a reasoning block in the generation prompt that a written turn does not have. The turn
-            # may begin as the block does ("<answer>" as "<think>"), so another turn has to agree with it as well.
+            # Some templates end the generation prompt with the start of a reasoning block ("<think>"), which a written
+            # turn does not have. The turn may by chance begin with the same characters ("<answer>"), so the prompt ends
+            # only where it agrees with another turn as well.
             other = {"role": "assistant", "content": "\N{OBJECT REPLACEMENT CHARACTER}"}
             start = min(start, _agree(prompt, render(tokenizer, [*messages[:i], other])))
         before = len(render(tokenizer, messages[:i]))
@@ -132,7 +134,7 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
 
 
 def _unwritten(turn: dict, text: str) -> Said:
-    """What is _lost of a turn that is to be learned. ConfigError where not a word of it is there."""
+    """What the text lacks of a turn that is to be learned. ConfigError where it has not a word of it."""
     said, lost = _said(turn), _lost(turn, text)
     if said and lost == said and _words(" ".join(part for _, part in said)).isdisjoint(_words(text)):
         raise ConfigError(
@@ -143,14 +145,15 @@ def _unwritten(turn: dict, text: str) -> Said:
 
 
 def _lost(turn: dict, text: str) -> Said:
-    """What an assistant turn says and its text lacks, white space aside: some templates drop reasoning by design."""
+    """The parts of an assistant turn that its text lacks, white space aside. (Some templates drop reasoning on
+    purpose.)"""
     squeezed = "".join(text.split())
     return [(key, part) for key, part in _said(turn) if "".join(part.split()) not in squeezed]
 
 
 def _said(turn: dict) -> Said:
-    """The parts of an assistant turn that a template writes or not, under their keys."""
-    said = [("content", part) for part in _content(turn).split("</think>")]  # where a template would cut it
+    """(key, text) of each part of an assistant turn that a template may write or leave out."""
+    said = [("content", part) for part in _content(turn).split("</think>")]  # templates cut off what stands before it
     said += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
     calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
     functions = [call.get("function") or call for call in calls]
@@ -167,7 +170,7 @@ def _words(text: str) -> set[str]:
 
 
 def _agree(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The length of the longest common beginning of two texts."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -179,7 +182,7 @@ def _tokenize(tokenizer, text: str) -> list[int]:
 
 
 def _continue(tokenizer, text: str) -> list[int]:
-    """Tokens of a text that another precedes: without the space that SentencePiece puts before the first word."""
+    """Tokens of a text that follows another one: without the space that SentencePiece puts before a first word."""
     ids, before = _tokenize(tokenizer, text), _tokenize(tokenizer, "\n")
     if ids and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁"):
         behind = _tokenize(tokenizer, "\n" + text)
@@ -196,8 +199,8 @@ def _bos(tokenizer, ids: list[int]) -> list[int]:
 
 
 def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
-    """Tokens of text in len(cuts) + 1 pieces. A token that would straddle a cut is broken there: when the model
-    answers, the prompt has been tokenized alone."""
+    """Tokens of a text, cut at these characters into len(cuts) + 1 pieces. No token straddles a cut, because when the
+    model answers, its prompt has been tokenized alone."""
     whole = _tokenize(tokenizer, text)
     sizes = [0]
     for cut in cuts:
@@ -214,7 +217,7 @@ def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
 
 
 def _last_eos(tokenizer, ids: list[int]) -> int | None:
-    """Where ids end with eos and at most white space after it, the length through that eos; else None."""
+    """The number of ids up to and with the last eos, if only white space follows it; else None."""
     eos = tokenizer.eos_token_id
     if eos not in ids:
         return None
@@ -239,12 +242,12 @@ def decode_responses(
     tokenizer, prompts: Sequence[Text], prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]],
     stops: Sequence[int] = (),
 ) -> list[str]:  # fmt: skip
-    """The responses as text without special tokens, so that behind a prompt of text they read as they were written.
+    """The responses as text without special tokens: prompt + response is then what the model wrote.
 
-    stops: tokens that end a response, special or not, and are no part of its text.
+    stops: tokens that end a response. They are no part of its text, even where they are not special tokens.
 
-    SentencePiece drops the space with which a text begins, so the prompt's last token is decoded before them and taken
-    off again. After messages the chat template decides what stands before a response.
+    SentencePiece drops a space at the beginning of what it decodes. So after a prompt of text the prompt's last token
+    is decoded together with the response, and its text taken off again. (After messages no text is continued.)
     """
     texts = []
     for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
@@ -256,7 +259,8 @@ def decode_responses(
 
 
 def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:
-    """Sequences to learn the assistant turns from (those of messages[first:]); see response_spans for why several."""
+    """The sequences from which the assistant turns of messages[first:] are learned; response_spans says why there may
+    be several."""
     encoded = []
     for text, spans, unwritten in response_spans(tokenizer, messages, first):
         pieces = _split(tokenizer, text, [edge for span in spans for edge in span][:-1])
@@ -285,9 +289,9 @@ def encode_to_score(
 ) -> np.ndarray:
     """(T,) int32 for a reward model: the whole text, ending in eos, where the score is read.
 
-    Messages on either side make both a conversation: text becomes a user turn (prompt) or an assistant turn (response).
-    end=False leaves a conversation as its template ends it. unwritten: a list that what the template leaves out of the
-    response is added to.
+    If one of the two is messages, the other becomes a user turn (prompt) or an assistant turn (response). end=False
+    leaves a conversation as its template ends it. unwritten: a list; what the template leaves out of the response is
+    appended to it.
     """
     if is_conversation(prompt) or is_conversation(response):
         before = as_messages(prompt, "user")
@@ -305,8 +309,9 @@ def encode_to_score(
 
 
 def _unscored(messages: Messages, first: int, text: str) -> Said:
-    """What is lost of the assistant turns of messages[first:], those behind the last user turn: templates take
-    reasoning from earlier ones. A turn's place in the text is not known, only that it follows the question."""
+    """What the text lacks of the assistant turns of messages[first:]. Only those after the last user turn count, for
+    templates drop the reasoning of earlier ones on purpose. Where a turn stands in the text is not known, only that it
+    follows the last question."""
     first = max([first, *(i + 1 for i, m in enumerate(messages) if m["role"] == "user")])
     asked = _content(messages[first - 1]).strip() if first else ""
     answer = text.split(asked, 1)[-1] if asked else text
@@ -314,4 +319,5 @@ def _unscored(messages: Messages, first: int, text: str) -> Said:
 
 
 def as_messages(x: Text | None, role: str) -> Messages:
+    """Messages as they are, text as one turn of this role, None as no turn."""
     return [] if x is None else [{"role": role, "content": x}] if isinstance(x, str) else list(x)

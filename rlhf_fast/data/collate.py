@@ -1,5 +1,8 @@
-"""From encoded sequences to batches: laid end to end in one row (Packed, see packing.py), or padded on the right, where
-under causal attention no token sees padding, so that the trunk needs no mask and positions are simply counted.
+"""From encoded sequences to batches, in one of two layouts.
+
+packed   all sequences end to end in one row (Packed; packing.py says how a model reads it)
+padded   a row for each sequence, padded on the right. Under causal attention no token sees what follows it, so the
+         trunk needs neither a mask nor position ids
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from .formats import Comparison
 
 @dataclass
 class Packed:
-    """Sequences in one row of N tokens. Sequence i has lengths[i] tokens of its own; where prefixes[i] = (j, n) has
-    n > 0, it goes on from the first n tokens of an earlier sequence j, which are not repeated."""
+    """Sequences in one row of N tokens, of which sequence i has lengths[i]. Where prefixes[i] = (j, n) has n > 0, the
+    sequence begins with the first n tokens of the earlier sequence j; these are not repeated in the row."""
 
     input_ids: Tensor  # (1, N) int64
     position_ids: Tensor  # (1, N) int64
@@ -28,7 +31,7 @@ class Packed:
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor | np.ndarray], prefixes: list[tuple[int, int]] | None = None) -> Packed:
-        """Whole sequences; what each shares with its prefix is left out here. prefixes: by default none."""
+        """From whole sequences, of which the tokens of the prefix are left out here. prefixes: by default none."""
         prefixes = prefixes or [(0, 0)] * len(sequences)
         own = [torch.as_tensor(s)[n:] for s, (_, n) in zip(sequences, prefixes, strict=True)]
         positions = [torch.arange(n, n + len(x), device=x.device) for x, (_, n) in zip(own, prefixes, strict=True)]
@@ -39,20 +42,23 @@ class Packed:
         return Packed(ids, positions, self.lengths, self.prefixes)
 
 
-def pad_right(sequences: Sequence[np.ndarray], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """B sequences -> (B, T) int64 tokens, (B, T) bool mask; T is the longest of them."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    input_ids = torch.full((len(sequences), int(lengths.max())), pad_token_id)
-    for row, sequence in zip(input_ids, sequences, strict=True):
-        row[: len(sequence)] = torch.from_numpy(sequence)
-    return input_ids, torch.arange(input_ids.shape[1]) < lengths[:, None]
+def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """B sequences of tokens -> (B, T) int64 ids and their bool mask; T is the longest, at least 1."""
+    width = max([1, *map(len, rows)])
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(len(row))
+        ids[i, where] = torch.as_tensor(row, dtype=torch.int64)
+        mask[i, where] = True
+    return ids, mask
 
 
 def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> dict[str, Tensor]:
-    """input_ids, attention_mask (B, T); for the N learned tokens: positions (N,) into the flat (B * T) tokens that
-    predict them, and labels (N,). Found here on the CPU, so that training never asks the device how many there are."""
-    input_ids, attention_mask = pad_right([e.input_ids for e in examples], pad_token_id)
-    response_mask, _ = pad_right([e.response_mask for e in examples], 0)
+    """input_ids and attention_mask (B, T); labels (N,), the learned tokens; positions (N,), which of the B * T tokens
+    predict them. They are found here, on the CPU: on a GPU training would have to wait to learn how many there are."""
+    input_ids, attention_mask = pad([e.input_ids for e in examples], pad_token_id)
+    response_mask, _ = pad([e.response_mask for e in examples], 0)
     positions = response_mask[:, 1:].bool().nonzero()
     flat = positions[:, 0] * input_ids.shape[1] + positions[:, 1]
     labels = input_ids[positions[:, 0], positions[:, 1] + 1]
@@ -61,7 +67,7 @@ def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> 
 
 
 def pack_sft(examples: Sequence[Encoded], device=None) -> tuple[Packed, dict[str, Tensor]]:
-    """The examples in one row of N tokens, and positions and labels as in collate_sft."""
+    """The examples in one row, and labels and positions (in this row) as in collate_sft."""
     mask = np.concatenate([np.r_[False, e.response_mask[1:]] for e in examples])  # nothing precedes a first token
     packed = Packed.of([e.input_ids for e in examples])
     (learned,) = torch.from_numpy(mask).nonzero(as_tuple=True)
@@ -84,15 +90,16 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-MIN_SHARED = 16  # tokens; below it a sequence of its own is cheaper than a mask
+MIN_SHARED = 16  # tokens; shorter prefixes are not shared, as attention over one needs a mask, which costs more
 
 
 def pack_comparisons(
     items: Sequence[Comparison], width: int, device=None, *, share: bool = True
 ) -> tuple[Packed, dict[str, Tensor]]:
-    """All responses of all B prompts in one row; those of a prompt share the tokens that they have in common (share).
+    """All responses to all B prompts in one row. share: the responses to a prompt share the tokens they all begin with.
 
-    Returned beside it: last (M,), where in the row each response ends, and slot, ranks, ... as in collate_comparisons.
+    The dict has last (M,), the place in the row where each response ends, and slot, ranks, ... as in
+    collate_comparisons.
     """
     sequences, prefixes = [], []
     for item in items:
@@ -115,10 +122,10 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 
 def collate_comparisons(items: Sequence[Comparison], pad_token_id: int, width: int, device=None) -> dict[str, Tensor]:
-    """input_ids, attention_mask (N, T) of all responses of all B prompts, for one forward pass; slot (B, K): which of
-    the N is response k of prompt b; ranks (B, K), -1 where a prompt has fewer; margin, chosen_prob, weight (B,).
-    K is width."""
-    input_ids, attention_mask = pad_right([r for item in items for r in item.responses], pad_token_id)
+    """input_ids, attention_mask (N, T): all responses to all B prompts, for one forward pass. slot (B, K): which of the
+    N is response k to prompt b. ranks (B, K): -1 where a prompt has fewer than K responses. margin, chosen_prob, weight
+    (B,). K is width."""
+    input_ids, attention_mask = pad([r for item in items for r in item.responses], pad_token_id)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, **_comparison_columns(items, width)}
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 

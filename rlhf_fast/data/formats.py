@@ -1,10 +1,10 @@
-"""TRL's dataset formats, checked record by record and encoded; what is left out is counted and named.
+"""TRL's dataset formats: checked record by record (checks.py), encoded, and what is left out counted and named.
 
 SFT       {"messages": [...]}                                     every assistant turn is learned
           {"prompt": text | messages, "completion": text | messages}    the completion's assistant turns
           {"text": text}                                          every token
-pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         prompt optional: chosen and rejected may hold it;
-          where they are messages that do and it stands beside them (ultrafeedback_binarized), it is read once
+pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         chosen and rejected may be whole conversations, beside
+          the prompt (ultrafeedback_binarized; it is read once) or without one
           optional: margin (r_w - r_l is to exceed it), chosen_prob (how likely chosen is better, RLAIF), weight,
           source (evaluation is also split by it)
 ranked    {"prompt": ..., "responses": [best, ..., worst]}        optional: ranks, 0 best, equal = tie; two are a pair
@@ -13,27 +13,30 @@ prompts   {"prompt": ...} and any other columns                   for PPO, which
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, takewhile
-from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from . import chat
 from .chat import ConfigError, Encoded, as_messages, is_conversation
-
-SFT_FORMATS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
-PREFERENCE_FORMATS = (
-    '{"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "responses": [best, ..., worst]}'
+from .checks import (
+    PREFERENCE_FORMATS,
+    SFT_FORMATS,
+    check_prompt_is_read,
+    check_template_only,
+    number,
+    placed,
+    ranked,
+    responses_of,
+    split_prompt,
+    text_or_messages,
+    wrong_columns,
 )
+from .files import as_records
 
 
 @dataclass
@@ -63,7 +66,8 @@ class Report:
 
 @dataclass
 class Comparison:
-    """One prompt's responses, each encoded to be scored, best first; K = 2 is a pair, the likelier one first."""
+    """The K responses to one prompt, each encoded to be scored, best first. Of a pair (K = 2) the one that is more
+    probably the better stands first."""
 
     responses: list[np.ndarray]
     ranks: list[int]
@@ -79,62 +83,9 @@ class Comparison:
         return max(map(len, self.responses))
 
 
-_FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> builder of datasets
-
-
-def read_dataset(source) -> list[dict]:
-    """Records from a list, a datasets.Dataset, a file (.jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow), a directory
-    of Dataset.save_to_disk, or what has splits, a name that datasets.load_dataset takes or a directory of
-    DatasetDict.save_to_disk: "name" is its split train, "name:test" another."""
-    if not isinstance(source, (str, Path)):
-        return source
-    path = Path(source)
-    json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
-    if (json_like or path.suffix in _FILES) and not path.is_file():
-        raise ConfigError(f"dataset file {str(source)!r} does not exist")
-    if json_like:
-        return _read_json(path)
-    import datasets  # takes a second to import, and lists do not need it
-
-    named = None if path.exists() else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))  # not hf://, not C:\\
-    name, split = named.groups() if named else (str(source), "train")
-    try:
-        if path.suffix in _FILES:
-            return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
-        if (path / "state.json").is_file():
-            return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or no such form
-        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
-
-
-def _read_json(path: Path) -> list[dict]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
-    except (OSError, EOFError) as error:  # no gzip, or a part of one
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    return parse_jsonl(text, str(path)) if path.suffix != ".json" else _parse(text, str(path), 1)
-
-
-def parse_jsonl(text: str, name: str) -> list:
-    """One JSON value a line; empty lines are skipped. ConfigError names the line that is none."""
-    # Only "\n" ends a row: str.splitlines would also cut at the U+2028 and U+0085 that JSON leaves inside texts.
-    return [_parse(row, name, i) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
-
-
-def _parse(text: str, name: str, line: int):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
-
-
 @dataclass
 class Prompt:
-    """What a policy answers: as the data has it, its tokens, and the record's other columns, for reward functions."""
+    """A prompt as the data has it, its tokens, and the record's other columns, for reward functions."""
 
     prompt: chat.Text
     tokens: list[int]
@@ -144,131 +95,18 @@ class Prompt:
         return len(self.tokens)
 
 
-def as_records(dataset, name: str) -> list[dict]:
-    """The dataset as a list of dicts. Raises ConfigError where it is anything else, or empty."""
-    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, dict)):
-        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}")
-    records = list(dataset)
-    if not records:
-        raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
-    return records
-
-
-@contextmanager
-def placed(name: str, i: int) -> Iterator[None]:
-    """A ConfigError inside names the record, as what encodes a conversation alone cannot."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{name} record {i}: {error}") from error
-
-
-def _text_or_messages(record: dict, key: str, name: str, i: int, text: bool = True):
-    value = record[key]
-    if text and isinstance(value, str):
-        return _encodable(value, key, name, i)
-    if is_conversation(value) and value:
-        for turn in value:
-            if not isinstance(turn["content"], str):
-                raise ConfigError(
-                    f"{name} record {i}: {key!r}: the content of a {turn['role']} turn must be text, "
-                    f"got {turn['content']!r:.80}"
-                )
-            _encodable(turn["content"], key, name, i)
-        return value
-    raise ConfigError(
-        f"{name} record {i}: {key!r} must be {'text or ' * text}a list of {{'role', 'content'}} messages, "
-        f"got {value!r:.80}"
-    )
-
-
-def _encodable(text: str, key: str, name: str, i: int) -> str:
-    """The text. ConfigError for half a surrogate pair, which JSON can write (a cut emoji) and no tokenizer reads."""
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{name} record {i}: {key!r} has half a character ({text[error.start]!r}, of a surrogate pair) behind "
-            f"{text[: error.start][-40:]!r}: repair or remove it"
-        ) from None
-    return text
-
-
-def _check_template_only(record: dict, name: str, i: int) -> None:
-    """ConfigError for what a chat template would have to be given beside the messages, and is not here."""
-    for key in ("tools", "chat_template_kwargs"):
-        if record.get(key):
-            raise ConfigError(
-                f"{name} record {i}: {key!r} is not given to the chat template: write it into a system message, or "
-                "leave the column out"
-            )
-
-
-def _split_prompt(prompt, response, name: str, i: int) -> tuple[chat.Text | None, chat.Text]:
-    """The prompt and what answers it, where the response may be the whole conversation, which has the prompt in it.
-
-    So it is in HuggingFaceH4/ultrafeedback_binarized: {"prompt": text, "chosen": [user, assistant], ...}. Turns are
-    compared by role and content alone: a table gives them other keys, and the copy of a text may have been stripped.
-    """
-    if prompt is None or isinstance(response, str):
-        return prompt, response
-    before, turns = ([(m["role"], m["content"].strip()) for m in as_messages(x, "user")] for x in (prompt, response))
-    if turns[0][0] == "assistant" and turns[: len(before)] != before:
-        return prompt, response  # it goes on from the prompt
-    for end in range(len(before), len(turns)):
-        if turns[end - len(before) : end] == before:
-            return response[:end], response[end:]
-    ends_alike = before[-1][0] == "user" and before[-1] in turns
-    if isinstance(prompt, str) or turns == before or ends_alike:
-        raise ConfigError(
-            f"{name} record {i}: the response begins as a whole conversation does, and the prompt beside it is not in "
-            "it, or only a part of the prompt is, so the model would read both: let the response begin with the "
-            "assistant's turn, or give no 'prompt'"
-        )
-    return prompt, response  # of a system message, say
-
-
 def _asked(pairs: list[tuple[chat.Text | None, chat.Text]]) -> tuple[tuple[str, str], ...]:
-    """Role and text of every turn that the responses answer: the prompt, or without one the turns that they share. ()
-    where none of them is a user's, as without a prompt to texts."""
+    """(role, text) of every turn that the responses answer: those of the prompt, or without a prompt those that all
+    responses share. () where no user's turn is among them; texts without a prompt have none."""
     if (prompt := pairs[0][0]) is not None:
         conversations = [as_messages(prompt, "user")]
     elif any(isinstance(response, str) for _, response in pairs):
         return ()
     else:
         conversations = [response[:-1] for _, response in pairs]
-    text = lambda content: content if isinstance(content, str) else repr(content)  # noqa: E731
-    turns = [[(m["role"], text(m["content"])) for m in messages] for messages in conversations]
+    turns = [[(m["role"], m["content"]) for m in messages] for messages in conversations]
     shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, zip(*turns, strict=False))]
     return tuple(shared) if any(role == "user" and text for role, text in shared) else ()
-
-
-def _check_prompt_is_read(record: dict, responses: list, name: str, i: int) -> None:
-    """ConfigError for responses of text, without a prompt, to what stands in a column that nothing would read."""
-    for key in ("question", "instruction", "input"):
-        asked = record.get(key)
-        if isinstance(asked, str) and any(isinstance(r, str) and asked.strip() not in r for r in responses):
-            raise ConfigError(
-                f"{name} record {i} has no 'prompt', and a column {key!r} that its responses do not hold: rename it to "
-                "'prompt' (with the text of other columns that belongs to it), or leave it out"
-            )
-
-
-def _number(record: dict, key: str, name: str, i: int) -> float:
-    try:
-        value = float(record[key])
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} record {i}: {key!r} must be a finite number, got {record[key]!r}")
-    return value
-
-
-def _wrong_columns(record: dict, name: str, i: int, accepted: str) -> ConfigError:
-    return ConfigError(f"{name} record {i} has the columns {', '.join(map(str, record))}; it needs {accepted}")
 
 
 ON_OVERLONG = ("error", "skip", "keep_start", "keep_end")
@@ -277,9 +115,11 @@ ON_OVERLONG = ("error", "skip", "keep_start", "keep_end")
 def _limited(
     examples: dict[int, list], report: Report, on_overlong: str, cuts: dict[str, Callable] | None = None
 ) -> list:
-    """The sequences of the records to use, in order, {index: [sequence, ...]}; what is too long goes to the report.
+    """{index of a record: its sequences} -> the sequences of all records that are used. The report gets the others.
 
-    cuts: {on_overlong: sequence -> a shorter one, or None where nothing would be left to learn from}.
+    cuts: {on_overlong: function}. The function takes a sequence and returns a shorter one, or None where nothing would
+    be left to learn from. Without one for this on_overlong a record that is too long is left out, or under "error" a
+    ConfigError.
     """
     cuts = cuts or {}
     used = []
@@ -314,24 +154,25 @@ def _limited(
 def sft_examples(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "train_dataset"
 ) -> tuple[list[Encoded], Report]:
-    """SFT records -> encoded sequences. ConfigError names a record in the wrong form, or too long under "error".
+    """SFT records -> encoded sequences. ConfigError names a record of a wrong form.
 
-    on_overlong: "error"; "skip" leaves the record out; "keep_start" cuts its end (a response then has no eos to learn),
-    "keep_end" its beginning (a bos stays). A record with no learned token left is left out. The report counts each.
+    on_overlong, for a record of more than max_length tokens: "error" is a ConfigError; "skip" leaves it out;
+    "keep_start" cuts its end (so the response has no eos to learn); "keep_end" cuts its beginning, but for a bos. A
+    record of which no learned token is left is left out. The report counts what was left out and what was cut.
     """
     records = as_records(dataset, name)
     encoded: dict[int, list[Encoded]] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
         if "messages" in record:
-            prompt, completion = None, _text_or_messages(record, "messages", name, i, text=False)
+            prompt, completion = None, text_or_messages(record, "messages", name, i, text=False)
         elif "prompt" in record and "completion" in record:
-            prompt, completion = (_text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
+            prompt, completion = (text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
         elif isinstance(record.get("text"), str):
-            prompt, completion = "", _text_or_messages(record, "text", name, i)
+            prompt, completion = "", text_or_messages(record, "text", name, i)
         else:
-            raise _wrong_columns(record, name, i, SFT_FORMATS)
-        _check_template_only(record, name, i)
-        prompt, completion = _split_prompt(prompt, completion, name, i)
+            raise wrong_columns(record, name, i, SFT_FORMATS)
+        check_template_only(record, name, i)
+        prompt, completion = split_prompt(prompt, completion, name, i)
         conversational = not (isinstance(prompt, str) and isinstance(completion, str))
         chat.check_tokenizer(tokenizer, conversational)
         if conversational:
@@ -362,9 +203,10 @@ def sft_examples(
 
 
 def warn_of_unwritten(unwritten: dict[int, chat.Said], name: str, use: str, unit: str = "record") -> None:
-    """Warns once of each key of the assistant turns that the chat template leaves out, by design or not.
+    """One warning for each key of the assistant turns of which the chat template leaves something out.
 
-    unwritten: of every unit ("record", "response"), by its index. use: what it would have been, "learned" or "scored".
+    unwritten: {index: what was left out} of every record (or response: unit). use: what would have been done with it,
+    "learned" or "scored".
     """
     found: dict[str, dict[int, str]] = {}
     for i, lost in unwritten.items():
@@ -380,32 +222,11 @@ def warn_of_unwritten(unwritten: dict[int, chat.Said], name: str, use: str, unit
         )
 
 
-def responses_of(record: dict, name: str, i: int) -> list[tuple[chat.Text | None, chat.Text]]:
-    """(prompt, response) of each response to score in a record of any format, or {"prompt": ..., "response": ...}."""
-    _check_template_only(record, name, i)
-    prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
-    if "chosen" in record and "rejected" in record:
-        responses = [_text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
-    elif isinstance(record.get("responses"), list) and record["responses"]:
-        responses = [_text_or_messages({"responses": r}, "responses", name, i) for r in record["responses"]]
-    elif "messages" in record:
-        messages = _text_or_messages(record, "messages", name, i, text=False)
-        return [(messages[:-1], messages[-1:])]
-    elif key := next((key for key in ("response", "completion", "text") if key in record), None):
-        responses = [_text_or_messages(record, key, name, i)]
-    else:
-        accepted = f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}'
-        raise _wrong_columns(record, name, i, accepted)
-    if prompt is None and "text" not in record:  # which is the whole
-        _check_prompt_is_read(record, responses, name, i)
-    return [_split_prompt(prompt, response, name, i) for response in responses]
-
-
 def responses_to_score(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "reference_dataset"
 ) -> tuple[list[np.ndarray], Report]:
-    """Every response in records of any format (responses_of), encoded to be scored. Raises ConfigError as sft_examples
-    does; on_overlong "keep_end" cuts the beginning."""
+    """Every response in records of any format (responses_of), encoded to be scored. on_overlong and errors: as in
+    sft_examples, without "keep_start"."""
     records = as_records(dataset, name)
     encoded: dict[int, list[np.ndarray]] = {}
     unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
@@ -425,13 +246,14 @@ def responses_to_score(
 
 
 def as_pairs(records: Iterable[dict]) -> list[dict]:
-    """Comparisons as rows of chosen and rejected, with their other columns: every ordered pair of ranked responses."""
+    """Comparisons as rows of chosen and rejected, with their other columns. K ranked responses give a row for each pair
+    of which one is better."""
     rows = []
     for record in records:
         if "chosen" in record:
             rows.append(record)
             continue
-        responses, ranks = _ranked(record, "dataset", len(rows))
+        responses, ranks = ranked(record, "dataset", len(rows))
         rows += [
             {**record, "chosen": responses[a], "rejected": responses[b]}
             for a, b in combinations(range(len(ranks)), 2)
@@ -443,32 +265,33 @@ def as_pairs(records: Iterable[dict]) -> list[dict]:
 def comparisons(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "train_dataset"
 ) -> tuple[list[Comparison], Report]:
-    """Pairs or ranked responses -> encoded comparisons. Raises ConfigError as sft_examples does.
+    """Pairs or ranked responses -> encoded comparisons. on_overlong and errors: as in sft_examples, without
+    "keep_start".
 
-    on_overlong "keep_end" cuts the same tokens from the beginning of all responses of a prompt, so that they still
-    answer the same; where they differ there already, the record is left out.
+    "keep_end" cuts the same tokens from the beginning of all responses to a prompt, so that they still answer the same.
+    Where the responses already differ in what would be cut, the record is left out.
     """
     records = as_records(dataset, name)
     encoded: dict[int, Comparison] = {}
     first: dict = {}  # prompt -> index
     unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
-        prompt = _text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
+        prompt = text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
         if "chosen" in record and "rejected" in record:
-            responses = [_text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
+            responses = [text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
             ranks = [0, 1]
         elif "responses" in record:
-            responses, ranks = _ranked(record, name, i)
+            responses, ranks = ranked(record, name, i)
         else:
-            raise _wrong_columns(record, name, i, PREFERENCE_FORMATS)
-        _check_template_only(record, name, i)
-        extra = {k: _number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
+            raise wrong_columns(record, name, i, PREFERENCE_FORMATS)
+        check_template_only(record, name, i)
+        extra = {k: number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
         if prompt is None:
-            _check_prompt_is_read(record, responses, name, i)
-        pairs = [_split_prompt(prompt, response, name, i) for response in responses]
+            check_prompt_is_read(record, responses, name, i)
+        pairs = [split_prompt(prompt, response, name, i) for response in responses]
         if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
             raise ConfigError(f"{name} record {i}: chosen_prob must lie in [0, 1] and weight be 0 or more, got {extra}")
-        if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # the same loss, said of the other side
+        if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # swapped, which leaves the loss as it is
             pairs, extra["chosen_prob"] = pairs[::-1], 1 - extra["chosen_prob"]
             extra["margin"] = -extra.get("margin", 0.0)
         source = record.get("source")
@@ -496,9 +319,10 @@ def comparisons(
 def prompts(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "train_dataset"
 ) -> tuple[list[Prompt], Report]:
-    """Prompt records -> encoded prompts of at most max_length tokens. Raises ConfigError as sft_examples does.
+    """Prompt records -> encoded prompts. on_overlong: "error" or "skip", as in sft_examples.
 
-    Every prompt has the columns of all records, None where its own has none: reward functions see the same ones always.
+    Every prompt gets the columns of all records, with None where its own record has none, so that a reward function is
+    always called with the same ones.
     """
     records = as_records(dataset, name)
     columns = [key for key in dict.fromkeys(key for record in records for key in record) if key != "prompt"]
@@ -510,8 +334,8 @@ def prompts(
     encoded: dict[int, Prompt] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
         if "prompt" not in record:
-            raise _wrong_columns(record, name, i, '{"prompt": ...}')
-        prompt = _text_or_messages(record, "prompt", name, i)
+            raise wrong_columns(record, name, i, '{"prompt": ...}')
+        prompt = text_or_messages(record, "prompt", name, i)
         chat.check_tokenizer(tokenizer, is_conversation(prompt))
         with placed(name, i):
             tokens = chat.encode_prompt(tokenizer, prompt)
@@ -525,21 +349,3 @@ def prompts(
 
 
 _PAIR_COLUMNS = ("margin", "chosen_prob", "weight")
-
-
-def _ranked(record: dict, name: str, i: int) -> tuple[list, list[int]]:
-    responses = record["responses"]
-    if not isinstance(responses, list) or len(responses) < 2:
-        raise ConfigError(f"{name} record {i}: 'responses' must be a list of at least two, best first")
-    ranks = record.get("ranks")
-    if ranks is not None and not (isinstance(ranks, list) and all(type(r) is int for r in ranks)):
-        raise ConfigError(f"{name} record {i}: 'ranks' must be whole numbers, 0 for the best, got {ranks}")
-    ranks = list(range(len(responses)) if ranks is None else ranks)
-    if len(ranks) != len(responses) or min(ranks) < 0 or len(set(ranks)) < 2:
-        raise ConfigError(
-            f"{name} record {i}: 'ranks' must give each of the {len(responses)} responses a rank, 0 for the best, and "
-            f"not all the same, got {ranks}"
-        )
-    checked = [_text_or_messages({"responses": r}, "responses", name, i) for r in responses]
-    order = sorted(range(len(ranks)), key=ranks.__getitem__)
-    return [checked[j] for j in order], [ranks[j] for j in order]

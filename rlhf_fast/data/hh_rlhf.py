@@ -4,16 +4,17 @@
     -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 A line holds two transcripts, `chosen` and `rejected`, that share everything up to the last reply (Bai et al. 2022,
-arXiv 2204.05862, section 2). A pair becomes {"prompt": messages, "chosen": [reply], "rejected": [reply]}, and its
-other columns stay. A pair that breaks the form is left out, and every pair left out is named by its line and a reason.
+arXiv 2204.05862, section 2). A pair becomes {"prompt": messages, "chosen": [reply], "rejected": [reply]} and keeps its
+other columns. A pair of another form is left out, and named by its line and the reason.
 """
 
-import gzip
 import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from .files import open_text
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -32,9 +33,9 @@ class LeftOut:
 
 
 def parse_transcript(text: str) -> list[dict[str, str]]:
-    """A transcript -> its messages, user first, assistant last, in turns, none empty.
+    """A transcript -> its messages: user and assistant take turns, the user begins, the assistant ends.
 
-    Raises ValueError, with the turn, on text that is not such a dialogue.
+    Raises ValueError, which names the turn, where they do not, or where a turn is empty.
     """
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
@@ -57,19 +58,17 @@ def load_pairs(
 ) -> tuple[list[dict], list[LeftOut]]:
     """Reads a .jsonl or .jsonl.gz file -> (pairs, the pairs left out).
 
-    A pair is over-long where either of its transcripts passes `max_length`, in the unit of `length`, which maps the
-    messages of a transcript to a number (a tokenizer's count of tokens, say; characters of content when not given).
+    A pair is over-long where one of its transcripts is longer than `max_length`. `length` measures the messages of a
+    transcript (in tokens, say); by default it counts the characters of their content.
     """
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
+    with open_text(path) as lines:
         return parse_pairs(lines, max_length=max_length, length=length)
 
 
 def parse_pairs(
     lines: Iterable[str | dict], *, max_length: int | None = None, length: Callable[[list[dict]], int] | None = None
 ) -> tuple[list[dict], list[LeftOut]]:
-    """`load_pairs` on lines of text, or rows of a table, that are at hand. Blank lines are no pairs and are skipped."""
+    """`load_pairs` for lines of text, or rows of a table. Blank lines are skipped."""
     length = length or (lambda messages: sum(len(message["content"]) for message in messages))
     pairs, left_out = [], []
     for number, line in enumerate(lines, 1):
@@ -96,7 +95,7 @@ def parse_pairs(
 
 
 def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
-    """How many pairs are used and, for each kind that is left out, how many and on which lines: for people to read."""
+    """For people: how many pairs are used, and of each kind of LeftOut how many there are and on which lines."""
     lines = [f"{len(pairs)} of {len(pairs) + len(left_out)} pairs used"]
     for kind in ("malformed", "identical", "diverging", "over-long"):
         of_kind = [item for item in left_out if item.kind == kind]
@@ -107,12 +106,12 @@ def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
 
 
 def are_transcripts(row) -> bool:
-    """Whether a record looks like Anthropic's pairs: a prompt stands within chosen and rejected, as text."""
+    """Whether a record looks like one of Anthropic's pairs, whose chosen and rejected are whole transcripts."""
     return isinstance(row, dict) and any(str(row.get(side)).startswith("\n\nHuman:") for side in ("chosen", "rejected"))
 
 
 def transcripts(row) -> tuple[list[dict], list[dict]]:
-    """The messages of chosen and of rejected. Raises ValueError, with the side, where parse_transcript does."""
+    """The messages of chosen and of rejected. Raises ValueError, which names the side, where parse_transcript does."""
     parsed = []
     for side in ("chosen", "rejected"):
         if not isinstance(row, dict) or not isinstance(row.get(side), str):

@@ -325,11 +325,11 @@ def scores(towards: np.ndarray) -> dict[str, float]:
     }  # fmt: skip
 
 
-def reliability(towards: np.ndarray, bins: int = 10) -> list[list[float]]:
-    """[mean confidence, share right, pairs] in bins of equally many pairs, from the least to the most confident."""
+def reliability(towards: np.ndarray) -> list[list[float]]:
+    """[mean confidence, share right, pairs] in 10 bins of equally many pairs, from the least to the most confident."""
     sure = 1 / (1 + np.exp(-np.abs(np.clip(towards, -500, 500))))
     right = (np.sign(towards) + 1) / 2
-    parts = np.array_split(np.argsort(sure, kind="stable"), min(bins, len(towards)))
+    parts = np.array_split(np.argsort(sure, kind="stable"), min(10, len(towards)))
     return [[float(sure[part].mean()), float(right[part].mean()), len(part)] for part in parts]
 
 

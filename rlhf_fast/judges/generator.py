@@ -1,20 +1,19 @@
 """Who writes: a language model as a generator, and the requests of phase 1 put to it.
 
-A generator is any function (prompts, seeds) -> texts, a prompt being a string or messages; a text that it had to stop
-is a `Cut`. Seeds come from (run seed,
-item, purpose), so no text depends on what else is in its batch.
+A generator is any function (prompts, seeds) -> texts; a prompt is a string or messages, and a text that had to stop at
+the length limit is a `Cut`. A seed is a function of (run seed, item, purpose), so no text depends on what else is in
+its batch.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..data.chat import decode_responses, encode_prompt
-from ..models import learned_positions, stop_ids
-from ..rollout import generate_tokens
+from ..generation import generate_tokens
+from ..models import answer_room, learned_positions, stop_ids
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
 from .ledger import Answer, Ledger, Tries
@@ -51,13 +50,12 @@ class TextGenerator:
         return [text if ids[-1] in stops else Cut(text) for text, ids in zip(texts, responses, strict=True)]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
-        """Requests {"prompt", "seed"} -> {"text"}; one without room for max_new_tokens, where positions are learned and
-        end, is "too_long". (Rotary ones go on.)"""
-        limit = learned_positions(self.model) or math.inf
-        reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {limit} tokens"
+        """Requests {"prompt", "seed"} -> {"text"}; "too_long" where the model has no room for max_new_tokens."""
+        positions = learned_positions(self.model)
+        reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {positions} positions"
         answers = [Answer("too_long", reason=reason)] * len(requests)
         lengths = [len(encode_prompt(self.tokenizer, r["prompt"])) for r in requests]
-        fits = [i for i, length in enumerate(lengths) if length + self.max_new_tokens <= limit]
+        fits = [i for i, length in enumerate(lengths) if self.max_new_tokens <= answer_room(self.model, length)]
         texts = self([requests[i]["prompt"] for i in fits], [requests[i]["seed"] for i in fits])
         for i, text in zip(fits, texts, strict=True):
             answers[i] = _written(text)

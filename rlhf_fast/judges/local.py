@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from ..models import check_lm_head, stop_ids
-from ..rollout import evaluating, generate_tokens
+from ..generation import generate_tokens
+from ..models import check_lm_head, evaluating, stop_ids
 from .constitution import Constitution
 from .generator import describe_model
 from .layouts import COMPARE_LAYOUTS, WORDS, Words

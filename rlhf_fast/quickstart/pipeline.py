@@ -29,11 +29,11 @@ import torch
 
 from .._version import __version__
 from ..data.chat import ConfigError, make_directory
+from ..generation import generate_text
 from ..judges import Constitution, RuleJudge
 from ..judges.stages import write_atomic
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
-from ..rollout import generate_text
 from ..trainers.checkpoints import latest_checkpoint
 from ..trainers.constitutional import TextGenerator, label, revise, sample_pairs
 from ..trainers.ppo import PPOConfig, PPOTrainer

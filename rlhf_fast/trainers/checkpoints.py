@@ -1,7 +1,4 @@
-"""Checkpoints of a run: checkpoint-N/ is there whole or not at all, and what was damaged since is noticed.
-
-Raises OSError where one cannot be saved; what was there before is untouched then.
-"""
+"""Checkpoints of a run: checkpoint-N/ is there whole or not at all, and damage to its files is noticed later."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, rng: li
     temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
     temporary.mkdir(parents=True)
     try:
-        with preserved_rng():  # a model that is built for its file draws weights
+        with preserved_rng():  # a trainer may build a model to save it, which draws random weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
         state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng or [rng_state()], "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
@@ -47,7 +44,7 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, rng: li
         (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)
-    except Exception as error:  # a full disk is an OSError, a RuntimeError of torch.save or one of safetensors' own
+    except Exception as error:  # a full disk is an OSError, a RuntimeError (torch.save) or a SafetensorError
         shutil.rmtree(temporary, ignore_errors=True)
         before = latest_checkpoint(run_dir)
         kept = f"{before} is untouched: resume from it" if before else "there is no earlier one"
@@ -61,14 +58,14 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, rng: li
 
 
 def prune_checkpoints(run_dir: Path, keep: int, best: int | None) -> None:
-    """Removes all but the newest `keep`, and that of step `best`."""
+    """Removes all checkpoints but the newest `keep` and that of step `best`."""
     for old in _checkpoints(run_dir)[:-keep]:
         if old.name != f"checkpoint-{best}":
             shutil.rmtree(old)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """{file below the folder: SHA-256 of its content}, the manifest aside."""
+    """{file below the folder: SHA-256 of its content}, without the manifest."""
     hashes = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         digest = hashlib.sha256()
@@ -91,7 +88,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
-    """A model saved without the progress bar of transformers, which would write over ours."""
+    """save_model(path) without the progress bar of transformers, which would write over ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     save_model(path)
@@ -100,7 +97,7 @@ def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
 
 
 def load_checkpoint(trainer, path: Path) -> dict | None:
-    """Returns the metrics that save_checkpoint was given."""
+    """Puts the trainer and the random generators in the saved state -> the metrics that save_checkpoint was given."""
     state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
     trainer.load_state_dict(state["trainer"])
     for name, value in state.get("guard", {}).items():
@@ -119,9 +116,9 @@ def latest_checkpoint(run_dir) -> Path | None:
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """The one to resume from; newer ones that are damaged are named, and moved out of the way as damaged-checkpoint-N.
+    """The checkpoint to resume from; None where there are none. ConfigError where there are some and all are damaged.
 
-    Raises ConfigError where there are checkpoints and none is whole.
+    Newer ones that are damaged are named in a warning, and renamed to damaged-checkpoint-N.
     """
     found, reasons = _checkpoints(run_dir)[::-1], {}
     for checkpoint in found:
@@ -141,7 +138,8 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _checkpoints(run_dir) -> list[Path]:
-    """Those of a run, oldest first; a copy under a name of the user's own (checkpoint-best) is none of them."""
+    """The checkpoints of a run, oldest first. A copy that the user has made under another name (checkpoint-best) does
+    not count."""
     found = [p for p in Path(run_dir).glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / "state.pt").exists()]
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 

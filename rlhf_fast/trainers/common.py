@@ -27,8 +27,8 @@ from ..packing import why_not_packed
 def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None) -> None:
     """Raises ConfigError unless every field has its annotated type and lies in its range.
 
-    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes. A path becomes
-    its text, and an int where the field is float that float.
+    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes. A path is
+    converted to text, and an int in a float field to float.
     """
     name = type(config).__name__
     for field, kind in typing.get_type_hints(type(config)).items():
@@ -130,7 +130,7 @@ def set_rng_state(state: dict) -> None:
 
 @contextmanager
 def preserved_rng():
-    """What runs inside draws from the generators without moving them: looking at a run does not change it."""
+    """Afterwards the random generators are as they were before, so that looking at a run does not change it."""
     state = rng_state()
     try:
         yield
@@ -157,9 +157,9 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Indices of one epoch in batches; one batch may be smaller, nothing is dropped.
 
-    A function of its arguments alone, so the number of steps done is all that a checkpoint has to know. by_length:
-    within a pool of 50 shuffled batches, neighbours in length share a batch, longest first; then the batches are
-    shuffled. Without it (where nothing is padded) batches are drawn at random. seed None does not shuffle: one pool,
+    A function of its arguments alone, so a checkpoint needs only the number of steps done. by_length: examples of
+    similar length share a batch. They are shuffled, sorted by length within each 50 batches, and then the batches are
+    shuffled. Without by_length (where nothing is padded) batches are drawn at random. seed None: sorted, not shuffled,
     longest first.
     """
     lengths, order, batches = np.asarray(lengths), np.arange(len(lengths)), []
@@ -179,7 +179,7 @@ def epoch_batches(
 
 
 def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, by_length: bool = True):
-    """(epochs done, indices) of steps start to stop - 1, epoch after epoch."""
+    """Yields (epochs done after the step, indices) for the steps start to stop - 1, epoch after epoch."""
     per_epoch = math.ceil(len(lengths) / batch_size)
     while start < stop:
         batches = epoch_batches(lengths, batch_size, seed=seed, epoch=start // per_epoch, by_length=by_length)
@@ -191,7 +191,7 @@ def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, b
 
 
 def digest(arrays: typing.Iterable) -> str:
-    """Of what is in them, in order: tokens, masks, labels."""
+    """A hash of the content of the arrays (tokens, masks, labels), in order."""
     whole = hashlib.blake2b(digest_size=16)
     for array in arrays:
         whole.update(np.ascontiguousarray(array))
@@ -199,8 +199,8 @@ def digest(arrays: typing.Iterable) -> str:
 
 
 def check_same_data(state: dict, lengths: list[int], data: str) -> None:
-    """Raises ConfigError where the lengths in a checkpoint's state, or its digest (which those of earlier versions have
-    not), are not those of the data at hand."""
+    """Raises ConfigError where a checkpoint was made on other data: its lengths, or its digest, are not those of the
+    data now. (Checkpoints of earlier versions have no digest.)"""
     before = state["lengths"].tolist()
     if before != lengths or state.get("data", data) != data:
         differs = "in content" if before == lengths else f"{len(before)} examples, now {len(lengths)}, or other lengths"
@@ -227,11 +227,12 @@ def check_best(config, eval_dataset) -> None:
 
 
 def with_adapters(model, config, given):
-    """The model with the adapters that lora_* ask for; given: the argument of the trainer that it was loaded from."""
+    """The model with the adapters that lora_* ask for. given: what the trainer was given, which `model` was loaded
+    from."""
     models.check_adapters(model)
     if not config.lora_r:
         return model
-    if not models.has_adapters(model):  # add_lora refuses these
+    if not models.has_adapters(model):  # with adapters add_lora refuses it
         models.check_base_is_saved(given)
     return models.add_lora(
         model, r=config.lora_r, alpha=config.lora_alpha, dropout=getattr(config, "lora_dropout", 0.0),
@@ -240,7 +241,7 @@ def with_adapters(model, config, given):
 
 
 def prepare(model, config, given):
-    """The model with what a config asks for: lora_* adapters, gradient_checkpointing; bf16 is checked, not applied."""
+    """The model with the adapters (lora_*) and gradient_checkpointing of a config. bf16 is only checked here."""
     model = with_adapters(model, config, given)
     if config.gradient_checkpointing:
         models.checkpoint_activations(model)
@@ -250,10 +251,10 @@ def prepare(model, config, given):
 
 
 def check_learns(model, name: str) -> None:
-    """Raises ConfigError where no parameter would learn, or one in 16 bits.
+    """Raises ConfigError where no parameter would learn, or one would in 16 bits.
 
-    AdamW moves a weight by about the learning rate, and a bfloat16 has 8 bits: a step below 1/512 of the weight, which
-    most are at the usual rates, rounds to nothing.
+    AdamW moves a weight by about the learning rate. A bfloat16 has 8 significant bits, so a step below 1/512 of the
+    weight rounds to nothing, and at the usual rates most steps are smaller than that.
     """
     learning = {p.dtype for p in model.parameters() if p.requires_grad}
     if not learning:
@@ -282,12 +283,12 @@ def check_bf16(config, device: torch.device) -> None:
 
 
 def autocast(model, bf16: bool):
-    """Products in bfloat16, weights and sums in float32."""
+    """Where bf16 is true, matrix products inside are in bfloat16; weights and sums stay in float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
 
 
 def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
-    """models.lm_head, for hidden states that are in bfloat16 where bf16 is."""
+    """models.lm_head, in bfloat16 where bf16 is true, as the hidden states then are."""
     weight, bias, softcap = models.lm_head(model)
     if bf16:
         weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
@@ -295,8 +296,8 @@ def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
 
 
 def packing_if_possible(model, longest: int, bf16: bool, required: bool = False) -> bool:
-    """Whether batches can be rows without padding (packing.py), of sequences of at most `longest` tokens. If not: a
-    warning, or ConfigError where required."""
+    """Whether the model can train on rows without padding (packing.py), of sequences of at most `longest` tokens. If it
+    cannot: a warning, or ConfigError where required."""
     reason = why_not_packed(model, longest, bf16)
     if reason and required:
         raise ConfigError(f"packing: {reason}; set packing to false")
@@ -353,8 +354,8 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
 
 
 def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
-    """The saved states, but for learning rate and weight decay: those are the config's, which may have changed.
-    ConfigError where they are of another number of parameters."""
+    """Loads the saved states. Learning rate and weight decay stay those of the config, which may have changed since.
+    ConfigError where the states are of another number of parameters."""
     counts = [
         [len(group["params"]) for group in groups]
         for groups in (saved_optimizer["param_groups"], optimizer.param_groups)
@@ -375,7 +376,7 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
 
 
 class NonFiniteError(RuntimeError):
-    """So many updates in a row were skipped for a NaN or inf that the run would go on without learning."""
+    """max_skipped_steps updates in a row were skipped for a NaN or inf: the run would go on without learning."""
 
 
 class NonFiniteGuard:
@@ -385,7 +386,8 @@ class NonFiniteGuard:
         self.limit, self.output_dir, self.skipped, self.in_a_row = limit, output_dir, 0, 0
 
     def check(self, finite: bool, what: str, batch: typing.Callable[[], object]) -> bool:
-        """Returns `finite`, having counted. Warns where it is False; at the limit saves batch() and raises."""
+        """Counts, and returns `finite`. Where it is False this warns, and at the limit it saves batch() and raises
+        NonFiniteError."""
         if finite:
             self.in_a_row = 0
             return True
@@ -405,7 +407,7 @@ class NonFiniteGuard:
 
 
 def _with_tensors(x):
-    """Nested lists and dicts with their arrays as tensors, which torch.load takes without trust in the file."""
+    """Nested lists and dicts, their numpy arrays as tensors: torch.load(weights_only=True) reads only these."""
     if isinstance(x, dict):
         return {key: _with_tensors(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):

@@ -5,10 +5,10 @@
     phase 2   x -> (a, b);  a judge compares them under the constitution: P(a better)           `sample_pairs`, `label`
               (x, y_w, y_l, P(y_w better))                                                      -> RM -> PPO
 
-Phase 1 has two schedules: "check-all" is `revise`; "paper" is `revise_sampled`, the paper's own: principles drawn at
-random, no checks, all revisions kept. Both flag replies (judges/hygiene.py), and use none with a flag of `drop`.
-`mix_comparisons` joins what judges and people compared. The others read rows, write one directory (judges/stages.py:
-may be killed and run again) and return a `Stage`.
+Phase 1 has two schedules: "check-all" is `revise`; "paper" is `revise_sampled`, as the paper does it: principles
+drawn at random, no checks, all revisions kept. Both flag replies (judges/hygiene.py), and use none that has a flag of
+`drop`. Each function reads rows, writes one directory and returns a `Stage`; it may be killed and called again
+(judges/stages.py). Only `mix_comparisons`, which joins the comparisons of judges and people, writes nothing.
 """
 
 import json
@@ -36,11 +36,11 @@ __all__ = [
 
 # --- phase 1 ---
 
-DROP = ("empty", "truncated", "scaffold_leak")  # what no model should learn, whatever the principles say of it
+DROP = ("empty", "truncated", "scaffold_leak")  # flags of replies that no model should learn from
 
 
 def check_drop(drop: Sequence[str]) -> None:
-    """Raises ConfigError for what is no list of flags; nothing would ever have such a flag."""
+    """ConfigError unless drop is a list of flags that replies can have."""
     if isinstance(drop, str) or any(name not in FLAGS for name in drop):
         raise ConfigError(f"drop = {drop!r} must be a list of flags: {', '.join(FLAGS)}")
 
@@ -56,7 +56,7 @@ class _Draft:
     checks: list[list[Check]] = field(default_factory=list)  # of each reply, under all principles
     steps: list[dict] = field(default_factory=list)  # step i made reply i + 1
     flags: list[list[str]] = field(default_factory=list)  # of each reply
-    tried: set[tuple[str, str]] = field(default_factory=set)  # (reply, principle) that were revised already
+    tried: set[tuple[str, str]] = field(default_factory=set)  # each (reply, principle) that was revised already
     current: int = 0  # the reply that the next revision starts from
 
 
@@ -66,19 +66,21 @@ def revise(
 ) -> Stage:  # fmt: skip
     """Phase 1: answers each prompt, then checks, critiques and revises until no principle is violated.
 
-    A step takes the first violated principle (hard ones first) that was not yet tried on this very reply, critiques the
-    reply under it if the principle has a critique text, revises, and checks the revision against all principles. The
-    next step starts from the revision unless it is worse. A draft stops when nothing is left to try, or after max_steps
-    revisions (None: as many as there are principles that can be repaired). The best reply is selected from all of them,
-    the original included: fewest hard principles violated, then the smallest weighted violation sum_i weight_i (1 -
-    c_i), then the smallest edit.
+    A step takes the first violated principle (hard ones first) that was not yet tried on this very reply. It critiques
+    the reply under this principle, if it has a critique text, revises, and checks the revision against all principles.
+    The next step starts from the revision unless it is worse. A draft stops when nothing is left to try, or after
+    max_steps revisions (None: as many as there are principles with a check and a revision). The best of all replies is
+    selected, the original included: the fewest hard principles violated, then the smallest weighted violation
+    sum_i weight_i (1 - c_i), then the smallest edit.
 
-    prompts: rows {"prompt": str | messages}, optionally "id" and "kind" ("red-team", "benign": hygiene.json counts
-    refusals apart for each). Writes revisions.jsonl (everything), sft.jsonl (`rows`: {"prompt", "completion"} for
-    SFTTrainer), rejected.jsonl and hygiene.json. Statuses: "clean" (the original violates nothing), "revised" (a
-    revision was selected), "unchanged" (violations remain, no revision was better); rejected are "hard_violation" (the
-    best reply violates a hard principle), "flagged" (every reply has a flag of `drop`), "failed" (a reply was
-    not written, or the check of the first gave no answer; hygiene.json leaves these out).
+    prompts: rows {"prompt": str | messages}, optionally "id" and "kind" ("red-team" or "benign", say; hygiene.json
+    counts refusals for each kind). Writes revisions.jsonl (everything), sft.jsonl (`rows`: {"prompt", "completion"} for
+    SFTTrainer), rejected.jsonl and hygiene.json.
+
+    Statuses of what is used: "clean", the original violates nothing; "revised", a revision was selected; "unchanged",
+    violations remain and no revision was better. Statuses of what is rejected: "hard_violation", the best reply
+    violates a hard principle; "flagged", every reply has a flag of `drop`; "failed", a reply was not written or the
+    check of the first one gave no answer (hygiene.json does not count these).
     """
     principles = [p for p in constitution.principles if p.check]
     repairable = sorted(principles_to_revise("check-all", constitution), key=lambda p: not p.hard)
@@ -111,9 +113,9 @@ def revise_sampled(
     prompts: Iterable, generate: Generate, constitution: Constitution, *, output_dir: str | Path, steps: int = 4,
     drop: Sequence[str] = DROP, batch_size: int = 32, seed: int = 0,
 ) -> Stage:  # fmt: skip
-    """Phase 1 of the paper: `steps` principles drawn with replacement for each prompt, each revision in place of the
-    reply before it, no checks. The revisions of all steps are demonstrations, but for those with a flag of `drop`.
-    Files as in `revise`; statuses are "revised", "flagged" (every revision is) and "failed".
+    """Phase 1 of the paper: for each prompt `steps` principles are drawn with replacement, and each revises the reply
+    before it, without checks. All revisions are demonstrations, but for those with a flag of `drop`. Files as in
+    `revise`; statuses are "revised", "flagged" (every revision is) and "failed".
     """
     usable = principles_to_revise("paper", constitution)
     if steps < 1:
@@ -146,7 +148,7 @@ SCHEDULES = {"check-all": revise, "paper": revise_sampled}
 
 
 def principles_to_revise(schedule: str, constitution: Constitution) -> list[Principle]:
-    """Those that a schedule revises under. Raises ConfigError where there is none."""
+    """The principles under which a schedule revises. ConfigError where there are none."""
     found = [p for p in constitution.principles if p.revise and (p.check or schedule == "paper")]
     if not found:
         raise ConfigError(
@@ -159,7 +161,7 @@ def principles_to_revise(schedule: str, constitution: Constitution) -> list[Prin
 
 
 def items_with_kind(prompts: Iterable) -> list[dict]:
-    """read_items, with the "kind" of each: "unspecified" where a row has none, or a table an empty cell."""
+    """read_items, with the "kind" of each row; "unspecified" where it has none, or an empty cell of a table."""
     rows = list(prompts)
     kinds = [row.get("kind") if isinstance(row, dict) else None for row in rows]
     for i, kind in enumerate(kinds):
@@ -187,12 +189,13 @@ def _first_replies(batch: Sequence[dict], writer: Writer) -> list[_Draft]:
 
 
 def _written(drafts: Sequence[_Draft], writer: Writer) -> list[_Draft]:
-    """Those of which everything was written; of the others nothing more is asked, checked or used."""
+    """The drafts that have not failed; of one that has nothing more is asked, checked or used."""
     return [draft for draft in drafts if draft.id not in writer.failures]
 
 
 def _revise_current(todo: Sequence[tuple[_Draft, Principle]], writer: Writer) -> list[tuple[_Draft, Principle]]:
-    """Adds to each draft one revision of its current reply under the principle. Returns those that were written."""
+    """Adds to each draft one revision of its current reply under the principle -> the pairs whose revision was
+    written."""
     tasks = [(d.id, len(d.steps), d.prompt, d.replies[d.current], principle) for d, principle in todo]
     done = []
     for (draft, principle), (critique, revision) in zip(todo, writer.revise(tasks), strict=True):
@@ -211,7 +214,7 @@ def _check_last(drafts: Sequence[_Draft], judge: Judge, ledger: Ledger, principl
 
 
 def _flag_last(draft: _Draft, principles: Sequence[Principle]) -> None:
-    """Flags the newest reply; damage is what the checks, where there are any, say of it and of the reply it revises."""
+    """Flags the newest reply. It is damaged if it violates a principle that the reply it revises had kept."""
     reply, of, requests, damaged = draft.replies[-1], None, (), False
     if draft.steps:
         step = draft.steps[-1]
@@ -226,7 +229,7 @@ def _flag_last(draft: _Draft, principles: Sequence[Principle]) -> None:
 
 
 def _failure(checks: Sequence[Check]) -> str:
-    """Why there is no answer for a reply; such a reply is never used."""
+    """Why a check of a reply gave no answer, "" if all did; a reply with a failed check is never used."""
     return next((c.reason for c in checks if c.status not in ("ok", "not_applicable")), "")
 
 
@@ -237,7 +240,8 @@ def _next_violation(draft: _Draft, repairable: Sequence[Principle]) -> Principle
 
 
 def _violation(checks: Sequence[Check], principles: Sequence[Principle]) -> tuple[int, float]:
-    """(hard principles violated, weighted violation); smaller is better. What does not apply is not violated."""
+    """(hard principles violated, weighted violation); smaller is better. A principle that does not apply counts as
+    kept."""
     hard = sum(p.hard and c.satisfied is False for p, c in zip(principles, checks, strict=True))
     soft = sum(p.weight * (1 - c.score) for p, c in zip(principles, checks, strict=True) if c.score is not None)
     return hard, round(soft, 9)  # so that the order of summation cannot decide
@@ -254,8 +258,8 @@ def _go_on_unless_worse(draft: _Draft, principle: Principle, principles: Sequenc
 
 
 def _select(draft: _Draft, principles: Sequence[Principle], drop: Sequence[str]) -> int | None:
-    """Index of the best reply, None where all are flagged. Only replies that are otherwise equal are compared by their
-    distance to the original."""
+    """Index of the best reply; None where all have a flag of drop or a failed check. Of several that violate the least,
+    the one that is most similar to the original."""
     usable = [i for i, c in enumerate(draft.checks) if not _failure(c) and not set(draft.flags[i]) & set(drop)]
     if not usable:
         return None
@@ -284,9 +288,7 @@ def _sampled_record(draft: _Draft, failure: str | None, drop: Sequence[str]) -> 
     return _record(draft, status="revised", used=used)
 
 
-def _revision_record(
-    draft: _Draft, failure: str | None, principles: Sequence[Principle], drop: Sequence[str]
-) -> dict:  # fmt: skip
+def _revision_record(draft: _Draft, failure: str | None, principles: Sequence[Principle], drop: Sequence[str]) -> dict:
     record = _record(draft, checks=[{c.principle: c.score for c in reply} for reply in draft.checks])
     if reason := failure or _failure(draft.checks[0]):
         return {**record, "reason": reason}
@@ -315,8 +317,8 @@ def sample_pairs(
 ) -> Stage:  # fmt: skip
     """Phase 2, first half: two answers to each prompt.
 
-    Writes pairs.jsonl (`rows`: {"id", "prompt", "a", "b"}, for `label`), and rejected.jsonl for the prompts of which an
-    answer was not written.
+    Writes pairs.jsonl (`rows`: {"id", "prompt", "a", "b"}, for `label`), and rejected.jsonl with the prompts for which
+    an answer was not written.
     """
     items = read_items(prompts)
     with Ledger(output_dir) as ledger:
@@ -346,8 +348,8 @@ def label(
     `derive`; None is (0.4, 0.6) for a judge that reasons step by step. |P(a better) - 0.5| < tie_margin is a tie.
     retry: outcomes of earlier runs in the same directory that are asked for again.
 
-    Writes judgements.jsonl (every vote of every pair), and what judges/labels.py derives from it: comparisons.jsonl
-    (`rows`), and rejected.jsonl, for ties and what the judge could not decide get no label. `derive` does so again,
+    Writes judgements.jsonl (every vote on every pair), and what judges/labels.py derives from it: comparisons.jsonl
+    (`rows`), and rejected.jsonl with the ties and with what the judge could not decide. `derive` derives both again,
     under other weights, `combine`, `calibration`, `clamp` or `tie_margin`, without asking the judge.
     """
     how = label_settings(judge.describe(), {}, combine, calibration, clamp, tie_margin)
@@ -363,11 +365,13 @@ def mix_comparisons(
 ) -> list[dict]:
     """Comparisons of several origins as one data set for RewardTrainer, in an order drawn from the seed.
 
-    sources: name -> rows {"prompt", "chosen", "rejected", ...}, such as {"ai": label(...).rows, "human": pairs}. Each
-    row gets its `source`, by which RewardTrainer splits its accuracy and margin, and `weight`, its own times that of
-    the source (1 where `weights` does not name it). The paper's preference model is such a mix, of 182,831 harmlessness
-    labels by a model and 135,296 helpfulness comparisons by people, each of weight 1. Soft labels bound the margin that
-    is best (log-odds of the label), hard ones do not: look at the margins of both sources before the mix is trusted.
+    sources: {name: rows {"prompt", "chosen", "rejected", ...}}, such as {"ai": label(...).rows, "human": pairs}. Each
+    row gets its `source`, by which RewardTrainer splits its accuracy and margin. Its `weight` is multiplied by that of
+    the source (1 where `weights` does not name it). The paper's preference model learns from such a mix, of 182,831
+    harmlessness labels by a model and 135,296 helpfulness comparisons by people, each of weight 1.
+
+    Compare the margins of the two sources before you trust the mix: the best margin under a soft label is finite (its
+    log-odds), under a hard label it is not.
     """
     sources, weights = {name: list(rows) for name, rows in sources.items()}, weights or {}
     if empty := [name for name, rows in sources.items() if not rows]:

@@ -6,9 +6,11 @@
     advantages   GAE, or the whole reward less a baseline that needs no critic (REINFORCE, RLOO, GRPO's group mean)
     update       num_ppo_epochs of shuffled minibatches: clipped surrogate + vf_coef * clipped value loss
 
-The micro-batches of the first epoch are drawn before scoring, and the old log-probabilities come from the function that
-trains, on those very micro-batches: matrix products round differently for other shapes. So the ratio of the first
-minibatch is exactly 1; policy/first_minibatch_max_abs_log_ratio shows it.
+The ratio of the first minibatch is exactly 1 (policy/first_minibatch_max_abs_log_ratio shows it). For that the plan of
+minibatches is drawn before scoring, and scoring computes the old log-probabilities on the micro-batches of the first
+epoch with the function that trains: on other shapes matrix products would round differently.
+
+_iteration is one iteration from top to bottom: _rollout, _score, _score_tokens, _advantages, _update.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ from .run import RunResult, run_training
 
 
 def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
-    """Raises ConfigError where PPOTrainer could not read them, or would end a run by them and never look."""
+    """ConfigError for names that the log uses itself, and where rewards or a monitor would never be read."""
     if taken := {"scores", "kl"}.intersection(eval_rewards or ()):
         raise common.ConfigError(
             f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
@@ -92,12 +94,12 @@ class PPOTrainer:
     model: the policy, a causal language model, or its name or path. tokenizer: by default the model's.
     reward: reward model, its path, function(prompts, responses, **columns), sync or async, or list of (any of these,
     weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
-    ref_model: by default the policy as it comes in, a frozen copy of it; under new LoRA adapters (config.lora_r) the
-    policy itself, with these switched off while it is asked.
+    ref_model: by default a frozen copy of the policy as it is given. With new LoRA adapters (config.lora_r) it is the
+    policy itself, whose adapters are switched off for that.
     value_model: a ValueModel, or a reward model to start one from; by default the policy's trunk under a head of zeros.
     None with an advantage_estimator other than "gae".
-    eval_rewards: {name: reward that the policy never trains on}, read on eval_dataset as eval_<name>: what is right,
-    beside what is optimised.
+    eval_rewards: {name: reward that the policy never trains on}, logged for eval_dataset as eval_<name>: the true aim,
+    beside the reward that is optimised.
     rollout_func: another engine or a loop with tools in place of our sampling, as TRL's GRPOTrainer takes it:
     (prompts, trainer) -> {"completion_ids": ..., ...}, the arguments of rollout.make_rollout. Of several processes
     (parallel.py) the first one calls it, for all; rewards are asked in each, for its share of the prompts.
@@ -129,7 +131,7 @@ class PPOTrainer:
         if not (rollout_func is None or callable(rollout_func)):
             raise common.ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
         self.rollout_func = rollout_func
-        self.reference = None  # the policy itself, without its adapters
+        self.reference = None  # then the reference is the policy itself, with its adapters off
         if ref_model is not None or not _starts_as_its_base(self.policy):
             self.reference = make_reference(self.policy) if ref_model is None else load_policy(ref_model)
             self.reference.eval().requires_grad_(False)
@@ -138,7 +140,7 @@ class PPOTrainer:
         if self.value_model:
             common.check_learns(self.value_model, "PPOTrainer: the value model")
 
-        if rollout_func is None:  # which may bring further columns
+        if rollout_func is None:  # a rollout_func may bring further columns
             check_signature(self.reward, self.prompts[0].columns)
             for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
                 check_signature(reward, self.eval_prompts[0].columns)
@@ -202,9 +204,9 @@ class PPOTrainer:
         return critic
 
     def _networks(self) -> Iterator[nn.Module]:
-        """All that read prompt and response in the policy's tokens."""
+        """The models that read prompt and response in the policy's tokens."""
         for network in (self.policy, self.reference, self.value_model and self.value_model.model):
-            if network is not None:  # bool() of a compiled model raises: it has a __len__
+            if network is not None:  # `if network` would call __len__, which raises for a compiled model
                 yield network
 
     def __iter__(self) -> Iterator[dict]:
@@ -230,7 +232,7 @@ class PPOTrainer:
 
             kl_coef = self.kl_controller.kl_coef
             metrics = rollout_metrics(rollout, kl, kl_coef, shaped=config.shapes_scores) | self._update(rollout, plan)
-            if not self._warming_up:  # the policy has not moved yet, which says nothing about kl_coef
+            if not self._warming_up:  # until then the policy stands still, and its KL says nothing about kl_coef
                 self.kl_controller.update(float(kl.sum(1).mean()), len(kl))
         else:
             metrics = text_metrics(rollout)
@@ -264,7 +266,8 @@ class PPOTrainer:
         return [self.prompts[i] for i in np.repeat(chosen, self.config.num_generations)]
 
     def _rollout(self, prompts: list[Prompt], generator: torch.Generator, copies: int = 1) -> Rollout:
-        """copies: how often an engine finds each prompt, of whose answers the first counts."""
+        """One response to each prompt. copies: how often rollout_func is given each prompt, as in training (the first
+        response counts)."""
         if self.rollout_func is not None:
             return self._rollout_of_engine(prompts, copies)
         return generate(
@@ -273,7 +276,7 @@ class PPOTrainer:
         )  # fmt: skip
 
     def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
-        """What rollout_func answers; ConfigError where the models cannot read it, before anything has changed."""
+        """What rollout_func returns. ConfigError where the models cannot read it, before anything has changed."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
         lists = parallel.by_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
@@ -335,10 +338,10 @@ class PPOTrainer:
                 parallel.total(tensor)  # each row is 0 in all processes but one
 
     def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
-        """Policy and critic on b rows, squeezed -> (N, D) hidden states of the policy that predict the N response
-        tokens, (b, R) values, 0 outside the mask.
+        """Policy and critic on b rows, inputs = squeeze(rollout, rows) -> the policy's (N, D) hidden states that
+        predict the N response tokens, and (b, R) values, 0 outside the mask.
 
-        Scoring and training both come through here, and only those N reach the two heads.
+        Scoring and training both run this, so that their numbers are equal. Only those N reach the two heads.
         """
         input_ids, positions, _ = inputs
         hidden = critic_hidden = self._hidden_states(self.policy, input_ids, positions)
@@ -415,7 +418,7 @@ class PPOTrainer:
             metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(weights, rollout.response_mask)
         for minibatch in chain.from_iterable(plan):
             stats = self._accumulate_gradient(rollout, minibatch, weights)
-            # The first is always taken: it starts from the old policy itself.
+            # The first step is always taken: there the policy still is the old one.
             if steps and config.target_kl is not None and float(stats["policy/approxkl_k3_avg"]) > config.target_kl:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad(set_to_none=True)
@@ -509,7 +512,7 @@ class PPOTrainer:
     def evaluate(self) -> dict:
         """On the held-out prompts: eval_scores by the reward that is optimised, eval_<name> by each of eval_rewards.
 
-        Each has its standard error beside it, as eval_..._stderr (NaN for one prompt, whose error nothing tells).
+        Each has its standard error beside it, as eval_..._stderr (NaN for a single prompt).
         """
         if not self.eval_prompts:
             return {}
@@ -521,7 +524,7 @@ class PPOTrainer:
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def samples(self) -> list[dict]:
-        if not self.config.num_samples:  # and nothing is sampled for them, where nothing is held out
+        if not self.config.num_samples:  # without an eval_dataset this also saves the sampling
             return []
         rollout, scores = self._look_at_held_out()
         texts = zip(rollout.prompts, rollout.responses, strict=True)
@@ -559,11 +562,11 @@ class PPOTrainer:
 
     @property
     def _own_critic(self) -> nn.Module | None:
-        """What of the critic is not the policy's."""
+        """The part of the critic that is not the policy: its head where the trunk is shared."""
         return self.value_model.model.score if self.config.share_trunk else self.value_model
 
     def state_dict(self) -> dict:
-        """Prompts and sampling are functions of (seed, step), so the step stands for them."""
+        """Prompts and sampling follow from (seed, step), so of them only the step is kept."""
         return {
             "step": self.step,
             "kl_coef": self.kl_controller.kl_coef,
@@ -579,7 +582,7 @@ class PPOTrainer:
     def load_state_dict(self, state: dict) -> None:
         common.check_same_data(state, list(map(len, self.prompts)), self.data)
         self.step = state["step"]
-        if self.config.kl_target is not None:  # else it is the config's, which may have changed
+        if self.config.kl_target is not None:  # else kl_coef is the config's, which may have changed since
             self.kl_controller.kl_coef = state["kl_coef"]
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
@@ -621,17 +624,17 @@ def minibatches(
 
 
 def _std(scores: Tensor) -> Tensor:
-    """Of (B,) scores, exactly 0 where they are equal: a float32 mean of them may be a rounding step beside them."""
+    """Of (B,) scores, in float64: so it is exactly 0 where they are equal, which with a float32 mean it may not be."""
     return scores.double().std(correction=0)
 
 
 def _starts_as_its_base(policy) -> bool:
-    """Whether it has adapters that change nothing yet: then it is its own reference without them."""
+    """Whether the policy has adapters, and they change nothing yet: without them it is then its own reference."""
     if not has_adapters(policy):
         return False
     embed = policy.get_input_embeddings()
     tokens = torch.arange(embed.weight.shape[0], device=policy.device)
-    looks = [  # adapters may have learned the rows of some tokens only, or the head
+    looks = [  # also the head, and the embedding of each token: adapters may have changed these alone
         lambda: hidden_states(policy, tokens[None, :2]),
         lambda: lm_head(policy)[0],
         *(partial(embed, rows) for rows in tokens.split(4096)),
@@ -646,7 +649,7 @@ def _starts_as_its_base(policy) -> bool:
 
 
 def _as_rows(rollout: Rollout, scores: Tensor, rows: Tensor | None = None) -> dict:
-    """What a batch that made a NaN is saved as: its texts and tokens, to look at and to run again."""
+    """The texts and tokens of a batch that made a NaN, to be saved, looked at and run again."""
     rows = torch.arange(len(scores)) if rows is None else rows.cpu()
     return {
         "prompts": [rollout.prompts[i] for i in rows.tolist()],

@@ -13,7 +13,7 @@ from . import common
 
 @dataclass
 class PPOConfig:
-    """Names are TRL's where TRL has the thing. Sizes count responses unless they say tokens."""
+    """Names are TRL's where TRL has the same setting. Sizes count responses unless they say tokens."""
 
     output_dir: str = "runs/ppo"
     seed: int = 0
@@ -53,7 +53,7 @@ class PPOConfig:
     bf16: bool = False  # scoring and update multiply in bfloat16; weights and sampling stay in float32
     learning_rate: float = 3e-6
     value_learning_rate: float | None = None  # of a separate value model; None: learning_rate
-    lr_scheduler_type: str = "linear"  # over iterations
+    lr_scheduler_type: str = "linear"  # to 0 over the iterations; or "cosine", or "constant"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
@@ -62,12 +62,12 @@ class PPOConfig:
     dual_clip: float | None = None  # bounds the loss of a token with A < 0 by -dual_clip A; verl has 3
     target_kl: float | None = None  # nats per token (k3) from the old policy to the new one; beyond it the update stops
     entropy_coef: float = 0.0
-    loss_agg_mode: str = "token-mean"  # or a sequence mode of rlhf_fast.ppo_loss; seq-mean-token-sum is grad J itself
+    loss_agg_mode: str = "token-mean"  # or a sequence mode of rlhf_fast.ppo_loss; seq-mean-token-sum: grad J itself
     importance_cap: float | None = None  # with a rollout_func: weights min(p_train / p_rollout, cap) on the tokens
 
     # --- critic
     cliprange_value: float | None = 0.2  # None: no clipping
-    vf_coef: float = 0.1  # with share_trunk (and scale_advantages) the value loss is relative to what it is at first
+    vf_coef: float = 0.1  # with share_trunk and scale_advantages: of the value loss over its size before the update
     share_trunk: bool = False  # the value head sits on the policy's own trunk: one forward and backward for both
     detach_values: bool = False  # with share_trunk: the value loss trains the head and not the trunk
     critic_warmup_steps: int = 0  # iterations that train the critic alone, before the policy moves
@@ -156,11 +156,11 @@ class PPOConfig:
 
     @property
     def shapes_scores(self) -> bool:
-        """Whether the scores that are trained on are other numbers than the reward gives."""
+        """Whether the scores that PPO trains on differ from what the reward gives."""
         return bool(self.scale_scores or self.reward_clip_range or self.missing_eos_penalty or self.length_penalty)
 
     def iterations(self, num_prompts: int) -> int:
-        """Of a run over so many prompts. Raises ConfigError where the policy would move in none of them."""
+        """Iterations of a run over num_prompts prompts. ConfigError where the policy would move in none of them."""
         iterations = -(-(self.total_episodes or num_prompts * self.num_generations) // self.batch_size)
         if self.critic_warmup_steps >= iterations:
             raise common.ConfigError(

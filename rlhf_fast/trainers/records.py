@@ -15,13 +15,13 @@ from ..report import whole_lines
 class Records:
     """train_log.jsonl, samples.jsonl, alarms.jsonl where there are monitors, and tensorboard/ where it is installed.
 
-    start: the step from which the run goes on; on resume what lies beyond it is cut. at_the_end: the metrics of that
-    step, if its checkpoint was saved before they were logged. Where they still are not, they are in `unlogged`, and the
-    step's samples are cut too: it is to be looked at again.
+    start: the step from which the run goes on; on resume what the files have beyond it is cut off. at_the_end: the
+    metrics of that step, if its checkpoint was saved before they were logged. If the log still lacks them, they are in
+    `unlogged`, and the step's samples are cut off too: the step is going to be evaluated and logged again.
     """
 
     def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors, total_steps: int):
-        kept = start if resume else -1  # a run that failed before its first line leaves samples of step 0
+        kept = start if resume else -1  # -1: also samples of step 0 go, which a run that failed at once has left
         self.log = JsonLines(run_dir / "train_log.jsonl", kept)
         logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
         self.unlogged = [at_the_end] if at_the_end and not logged else []
@@ -32,17 +32,17 @@ class Records:
             self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
             self._files.append(self._alarms)
             for row in self.log.kept:
-                monitors(row)  # what it raised then is in alarms.jsonl already
+                monitors(row)  # for their history; the alarms are in alarms.jsonl already
         self._board = _tensorboard(run_dir / "tensorboard", start)
 
     def write(self, row: dict, say) -> list[Alarm]:
-        """Logs a line and the alarms that it raises, and says these -> those for which the run should end.
+        """Logs a line and the alarms that it raises, and calls say(text) for each -> the alarms that end the run.
 
-        In alarms.jsonl these have `ended_run_of`, the steps that were planned, if some were left.
+        In alarms.jsonl an alarm that ends the run before its last step has `ended_run_of`, the steps of the whole run.
         """
         raised = self._monitors(row) if self._monitors else []
         ending = [alarm for alarm in raised if alarm.monitor in self._monitors.stop_on]
-        for alarm in raised:  # first: what the log has is not looked at again, so a kill between would lose them
+        for alarm in raised:  # before the log: a resumed run does not raise alarms for lines that the log has
             ends = alarm in ending and row["step"] < self._total_steps
             self._alarms.write(dataclasses.asdict(alarm) | ({"ended_run_of": self._total_steps} if ends else {}))
             say(f"{alarm.monitor}: {alarm.message}")
@@ -59,7 +59,7 @@ class Records:
             self._samples.write({"step": step, **as_numbers(sample)})
 
     def sync(self) -> None:
-        """The log that a checkpoint goes on from must outlast a power failure as it does."""
+        """Forces the files to the disk. A checkpoint survives a power failure, and so must the log it goes with."""
         for file in self._files:
             file.sync()
 
@@ -69,7 +69,7 @@ class Records:
 
 
 class JsonLines:
-    """Appends one JSON object a line, flushed; what a file has beyond `step` is cut when it is opened."""
+    """A file of one JSON object a line, each flushed. Opening it cuts off rows beyond `step`; `kept` has the rest."""
 
     def __init__(self, path: Path, step: int):
         self.kept: list[dict] = []
@@ -103,6 +103,6 @@ def _tensorboard(path: Path, start: int):
 
 
 def as_numbers(metrics: dict) -> dict:
-    """Tensors and numpy scalars to Python numbers; what is not finite becomes None (null in JSON)."""
+    """The metrics with Python numbers for tensors and numpy scalars, and None (null in JSON) for NaN and inf."""
     numbers = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}

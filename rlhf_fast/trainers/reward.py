@@ -110,12 +110,12 @@ class RewardConfig:
 class RewardTrainer:
     """Iterate it for a dict of metrics per step, or call train() for the run with log, evaluation and checkpoints.
 
-    model: a language model (its trunk is taken, see models.load_reward_model), a reward model to go on with, or the
-    name or path of one. tokenizer: by default the model's; where its pad is eos, the reward model gets its own pad
-    token (with_own_pad). Datasets: data/formats.py; pairs if every prompt has two responses, else all pairs of the K
-    ranked ones. Dropout is off: both responses of a pair must be seen by the same network. reference_dataset: responses
-    (demonstrations or comparisons) whose reward is to have mean 0 and standard deviation 1 wherever the model is used;
-    these are measured at the end and saved with it.
+    model: a language model, whose trunk is copied (models.load_reward_model), or a reward model to train further, or
+    the name or path of either. tokenizer: by default the model's; where it pads with eos, the reward model gets a pad
+    token of its own (with_own_pad). Datasets: data/formats.py; the loss is that of pairs if every prompt has two
+    responses, else that of all pairs of the K ranked ones. Dropout is off, so that the same network sees both responses
+    of a pair. reference_dataset: responses (demonstrations or comparisons). Wherever the trained model is used, rewards
+    are scaled so that these have mean 0 and standard deviation 1; the scale is measured at the end and saved with it.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class RewardTrainer:
         return packing(self.model) if self.packed else nullcontext()
 
     def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, K) rewards, one forward pass for all responses; where ranks is -1 there is no response."""
+        """(B, K) rewards in one forward pass, and the batch. Where its ranks are -1 there is no response."""
         with common.autocast(self.model, self.config.bf16):
             if self.packed:
                 share = unwrapped(self.model).config._attn_implementation not in FLASH
@@ -244,7 +244,7 @@ class RewardTrainer:
         )  # fmt: skip
 
     def _metrics(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> dict:
-        """Loss, accuracy (that of preferences.py), margin, spread of the rewards, over all micro-batches as one."""
+        """Loss, accuracy (as in preferences.py), margin and spread of the rewards, over all micro-batches together."""
         rewards = torch.cat([r for r, _ in seen])
         batch = {k: torch.cat([b[k] for _, b in seen]) for k in ("ranks", "margin", "chosen_prob", "weight")}
         loss, stats = self._loss(rewards, batch)
@@ -288,7 +288,7 @@ class RewardTrainer:
         }
 
     def finish(self, run_dir: Path) -> None:
-        """After the last step: preferences.json, with the floors, for the report; the scale of the reward."""
+        """After the last step: preferences.json (with the floors, for the report), and the scale of the reward."""
         if self.eval_items and self.evaluation is None:  # resumed after it was logged
             self.evaluate()
         if self.evaluation is not None:
@@ -320,7 +320,7 @@ class RewardTrainer:
 
     def samples(self) -> list[dict]:
         """The first held-out prompts (training prompts where nothing is held out), each response with its reward, best
-        first. on_overlong counts here too: what was skipped is not shown, what was cut is scored as it was cut."""
+        first. What on_overlong skipped is not shown, and what it cut is scored as it was cut."""
         records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
         rows, reward = [], RewardModelReward(self.model, self.tokenizer)
         for item in items[: self.config.num_samples]:

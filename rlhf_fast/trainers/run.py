@@ -11,11 +11,12 @@ A trainer is any object with
     samples() -> list[dict] a few texts for samples.jsonl
     state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
     save_model(path)        transformers checkpoint and tokenizer
-    save_in_checkpoint(path)  (optional) what a checkpoint has in its place, where that writes more than it needs
-    finish(run_dir)         if there: once after the last step, before the report is written and the model saved
-    guard                   a NonFiniteGuard, which the checkpoint keeps
+    save_in_checkpoint(path)  (optional) called for checkpoints instead of save_model, where that writes too much
+    finish(run_dir)         (optional) called once after the last step, before the report and the model are written
+    guard                   a NonFiniteGuard, whose counts the checkpoint keeps
     monitors                (optional) a Monitors, which reads every log line and may end the run
-    whole                   (optional) whether all is as it was after `step`: a step that fails then loses no other
+    whole                   (optional) False while a step changes the trainer; if one fails before, a checkpoint is
+                            saved, and no earlier step is lost
 
 and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
 
@@ -79,15 +80,19 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     an alarm of a monitor that is to end the run.
 
     output_dir/ gets run_config.json, train_log.jsonl (a line per step), samples.jsonl, alarms.jsonl, tensorboard/ (if
-    installed), report.html, checkpoint-N/, and at the end the model itself. Evaluation and samples: every eval_steps
-    (then also before the first step) and at the end; eval_steps 0: only at the end. Checkpoints: every save_steps (0:
-    never), when stopped, and when an evaluation fails, or a step that has changed nothing yet (PPO: a reward; SFT and
-    reward model: all before the optimizer); the newest save_total_limit are kept. One more, from after the last step
-    until the model is saved, keeps a run whose evaluation or end fails. resume=True goes on, bit for bit, from the
-    newest checkpoint that is whole.
-    load_best_model_at_end (if the config has it): a checkpoint at every evaluation whose metric_for_best_model is the
-    best so far, and in the end the model of the best of them, evaluated once more. On resume those count whose
-    checkpoint is there and whole, with a warning where the best one's is not.
+    installed), report.html, checkpoint-N/, and at the end the model itself.
+
+    Evaluation and samples: every eval_steps (then also before the first step) and at the end; eval_steps 0: only at the
+    end.
+
+    Checkpoints: every save_steps (0: never), when stopped, when an evaluation fails, and when a step fails that has not
+    changed the trainer yet (in PPO a reward; in SFT and the reward model everything before the optimizer). The newest
+    save_total_limit are kept. One more is there from the last step until the model is saved, in case the evaluation or
+    the end of the run fails. resume=True goes on, bit for bit, from the newest undamaged checkpoint.
+
+    load_best_model_at_end (if the config has it): every evaluation that is the best so far by metric_for_best_model
+    gets a checkpoint, and in the end the best model is taken from there and evaluated once more. On resume only
+    evaluations count whose checkpoint is still there and undamaged; if the best one's is not, a warning says so.
 
     Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
     it is True.
@@ -103,16 +108,16 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
     records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None), trainer.total_steps)
     best = _Best(config, records.log.kept, run_dir)
-    metrics = dict(records.log.kept[-1]) if records.log.kept else {}  # what a run with no step left to do returns
+    metrics = dict(records.log.kept[-1]) if records.log.kept else {}  # the result of a run that has no step left to do
     metrics.pop("step", None)
-    ending: list[Alarm] = []  # that the last step raised, and that are to end the run
+    ending: list[Alarm] = []  # alarms of the last step that end the run
 
     def checkpoint(metrics: dict | None = None) -> None:
         records.sync()
         save_checkpoint(trainer, run_dir, metrics, everywhere("rng_states"))
 
     def keep(metrics: dict | None = None) -> None:
-        """A checkpoint in the face of a failure, which is raised after it."""
+        """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
         path = run_dir / f"checkpoint-{trainer.step}"
         if trainer.step == start or path.exists():
             return
@@ -284,8 +289,8 @@ class _Best:
         self.sign = -1 if (not self.name.endswith(("loss", "perplexity", "ece")) if greater is None else greater) else 1
         values = [(row["step"], value) for row in log if (value := self._value(row["step"], row)) is not None]
         ranked = sorted(values, key=lambda pair: self.sign * pair[1])
-        # From the best down, since a look at one reads all of it. A run that was begun without load_best_model_at_end,
-        # or with another metric, has pruned some.
+        # The best first, because damage() reads a whole checkpoint. Some are gone if the run began without
+        # load_best_model_at_end, or with another metric.
         whole = next((pair for pair in ranked if not damage(run_dir / f"checkpoint-{pair[0]}")), None)
         if ranked and ranked[0] != whole:
             lost, left = (f"step {p[0]} ({self.name} {p[1]:.4g})" if p else "none" for p in (ranked[0], whole))
@@ -305,7 +310,8 @@ class _Best:
         return True
 
     def _value(self, step: int, metrics: dict) -> float | None:
-        """The metric of an evaluation; None where there is none, it is not finite, or the model is the one given."""
+        """The metric of an evaluation. None where there is no evaluation, where it is not finite, and at step 0, for
+        that is the model as it was given."""
         evaluated = [name for name in metrics if name.startswith("eval_")]
         if self.name is None or not evaluated:
             return None
@@ -365,7 +371,7 @@ _CONFIG = "run_config.json"
 
 
 def changed_settings(run_dir, settings: dict) -> list[str]:
-    """The names of those that the run in this directory did not have."""
+    """The names of settings that the run in this directory had at another value, or not at all."""
     path = Path(run_dir, _CONFIG)
     before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
     now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file
@@ -373,9 +379,9 @@ def changed_settings(run_dir, settings: dict) -> list[str]:
 
 
 def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
-    """Raises ConfigError where output_dir already holds a run, a model of somebody's, or is one of the models that the
-    run `reads`: the model that comes out of it would be written over that."""
-    read = (Path(model) for model in reads if Path(model).exists())  # others are names on the hub
+    """Raises ConfigError where the run's model would be written over something: output_dir holds a run or somebody's
+    model, or is one of the models that the run `reads`."""
+    read = (Path(model) for model in reads if Path(model).exists())  # the others are names on the hub
     if any(path.resolve() == Path(run_dir).resolve() for path in read):
         raise ConfigError(
             f"output_dir {str(run_dir)!r} is a model that the run reads, and would be written over: choose another"

@@ -216,7 +216,7 @@ class SFTTrainer:
         return hidden.bfloat16() if self.config.bf16 else hidden, batch["labels"]
 
     def _choose_prompts(self, records: list[dict]) -> list:
-        """What precedes the last response of the first records, where the model has room for an answer to it."""
+        """The first num_samples prompts (what precedes a record's last response) that leave room for an answer."""
         room = getattr(self.model.config, "max_position_embeddings", float("inf")) - self.config.sample_max_new_tokens
         prompts = []
         for record in records:
@@ -271,7 +271,8 @@ class SFTTrainer:
 def token_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, labels: Tensor
 ) -> Tensor:
-    """(3,) float64 sums over the N labels: -log p, whether it is the likeliest, entropy; 2^22 logits at a time."""
+    """(3,) float64 sums over the N labels: -log p, 1 where the label is the likeliest token, entropy. At most 2^22
+    logits exist at a time."""
     rows = max(1, 2**22 // weight.shape[0])
     total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):

@@ -2,12 +2,12 @@ import numpy as np
 import torch
 
 from rlhf_fast.data.chat import Encoded
-from rlhf_fast.data.collate import collate_comparisons, collate_sft, pad_right
+from rlhf_fast.data.collate import collate_comparisons, collate_sft, pad
 from rlhf_fast.data.formats import Comparison
 
 
-def test_pad_right_by_hand():
-    ids, mask = pad_right([np.array([5, 6], np.int32), np.array([7], np.int32)], 9)
+def test_padding_on_the_right_by_hand():
+    ids, mask = pad([np.array([5, 6], np.int32), np.array([7], np.int32)], 9)
     assert ids.tolist() == [[5, 6], [7, 9]] and ids.dtype == torch.int64
     assert mask.tolist() == [[True, True], [True, False]]
 

@@ -11,15 +11,8 @@ from datasets import Dataset
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.data.formats import (
-    as_pairs,
-    as_records,
-    comparisons,
-    prompts,
-    read_dataset,
-    responses_to_score,
-    sft_examples,
-)  # fmt: skip
+from rlhf_fast.data.files import as_records, read_dataset
+from rlhf_fast.data.formats import as_pairs, comparisons, prompts, responses_to_score, sft_examples
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

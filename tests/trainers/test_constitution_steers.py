@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from rlhf_fast.generation import generate_text
 from rlhf_fast.judges import Constitution, Principle, RuleCheck, RuleJudge
 from rlhf_fast.models import load_policy, load_tokenizer
 from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
-from rlhf_fast.rollout import generate_text
 from rlhf_fast.trainers.constitutional import TextGenerator, label, revise, sample_pairs
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer

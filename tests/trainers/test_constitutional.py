@@ -15,6 +15,7 @@ from planted import PlantedJudge
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
 from rlhf_fast.judges.generator import Cut
 from rlhf_fast.judges.ledger import Answer
@@ -622,6 +623,16 @@ def test_a_question_without_room_for_an_answer_fails_alone(tokenizer, tmp_path):
     stage = sample_pairs(["short", "a longer question " * 9], generate, HOUSE, output_dir=tmp_path)
     assert [row["prompt"][0]["content"] for row in stage.rows] == ["short"]
     assert "too_long: the prompt and an answer of 8 tokens are longer than 48" in stage.rejected[0]["reason"]
+
+    class Tries:
+        def all(self, answers):
+            (self.answer,) = answers
+
+    room = 48 + 1 - len(encode_prompt(tokenizer, "short"))  # the last token of an answer takes no position
+    for tokens, status in ((room, "ok"), (room + 1, "too_long")):
+        tries = Tries()
+        TextGenerator(model, tokenizer, max_new_tokens=tokens).answer([{"prompt": "short", "seed": 0}], tries)
+        assert tries.answer.status == status
 
 
 def test_several_turns(tmp_path):

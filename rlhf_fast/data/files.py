@@ -1,0 +1,89 @@
+"""Where records come from: files, directories, names of datasets, lists. Nothing here looks into a record."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+from .chat import ConfigError
+
+_FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> builder of datasets
+
+
+def read_dataset(source) -> list[dict]:
+    """Records, from any of:
+
+    - a list or a datasets.Dataset, which is returned as it is
+    - a file: .jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow
+    - a directory of Dataset.save_to_disk
+    - a name for datasets.load_dataset, or a directory of DatasetDict.save_to_disk. These have splits: "name" is its
+      split train, "name:test" its split test
+    """
+    if not isinstance(source, (str, Path)):
+        return source
+    path = Path(source)
+    json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
+    if (json_like or path.suffix in _FILES) and not path.is_file():
+        raise ConfigError(f"dataset file {str(source)!r} does not exist")
+    if json_like:
+        return _read_json(path)
+    import datasets  # takes a second to import, and lists do not need it
+
+    # A split begins with a letter or digit, so that hf://... and C:\... have none.
+    named = None if path.exists() else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))
+    name, split = named.groups() if named else (str(source), "train")
+    try:
+        if path.suffix in _FILES:
+            return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or malformed
+        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
+
+
+def open_text(path: str | Path) -> TextIO:
+    """A text file for reading, unpacked where its name ends in .gz. It may begin with a byte order mark."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="\n")
+
+
+def _read_json(path: Path) -> list[dict]:
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
+    except (OSError, EOFError) as error:  # EOFError: a gzip file that was cut
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return parse_jsonl(text, str(path)) if path.suffix != ".json" else _parse(text, str(path), 1)
+
+
+def parse_jsonl(text: str, name: str) -> list:
+    """One JSON value a line; empty lines are skipped. ConfigError names the first line that is not JSON."""
+    # Only "\n" ends a row: str.splitlines would also cut at the U+2028 and U+0085 that JSON leaves inside texts.
+    return [_parse(row, name, i) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
+
+
+def _parse(text: str, name: str, line: int):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
+
+
+def as_records(dataset, name: str) -> list[dict]:
+    """The dataset as a list of dicts. ConfigError where it is anything else, or empty."""
+    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, dict)):
+        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}")
+    records = list(dataset)
+    if not records:
+        raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
+    return records

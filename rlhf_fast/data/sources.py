@@ -1,0 +1,67 @@
+"""The rows of a source, in the form that a stage takes: a file or dataset in a TRL format, or hh-rlhf transcripts."""
+
+from __future__ import annotations
+
+import json
+
+from . import hh_rlhf
+from .chat import ConfigError, is_conversation
+from .files import as_records, open_text, read_dataset
+
+
+def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.LeftOut]]:
+    """The rows of one source in the form that a stage ("sft", "reward" or "ppo") takes, and the pairs of hh-rlhf that
+    were left out. limit: max_length and length of hh_rlhf.load_pairs.
+
+    Preferences serve as demonstrations (sft: the chosen reply) and as prompts (ppo) too.
+    """
+    if _is_hh(path):
+        rows, left_out = hh_rlhf.load_pairs(path, **limit)
+    else:
+        rows, left_out = as_records(read_dataset(path), path), []
+        if hh_rlhf.are_transcripts(rows[0]):
+            rows, left_out = hh_rlhf.parse_pairs(rows, **limit)
+    if stage == "sft":
+        rows = [_as_demonstration(row) for row in rows]
+    if stage == "ppo":
+        answers = ("chosen", "rejected", "responses", "ranks")
+        rows = [{k: v for k, v in row.items() if k not in answers} if "prompt" in row else row for row in rows]
+    return rows, left_out
+
+
+def read_rows(path: str, stage: str = "reward") -> list[dict]:
+    """The rows of rows_for. Prints what was left out."""
+    rows, left_out = rows_for(stage, path)
+    print_left_out(path, rows, left_out)
+    return rows
+
+
+def print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
+    """Says which pairs of hh-rlhf were left out, where some were."""
+    if left_out:
+        print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
+
+
+def _is_hh(path: str) -> bool:
+    """Whether the first line of a .jsonl or .jsonl.gz holds Anthropic's transcripts."""
+    if not path.endswith((".jsonl", ".jsonl.gz")):
+        return False
+    try:
+        with open_text(path) as file:
+            return hh_rlhf.are_transcripts(json.loads(file.readline()))
+    except (ValueError, EOFError):  # not JSON, not UTF-8, or a gzip that was cut
+        return False
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+
+
+def _as_demonstration(row: dict) -> dict:
+    """A preference as a row for SFT, which learns the chosen reply; any other row as it is."""
+    if "chosen" in row and "completion" not in row and "messages" not in row:
+        if row.get("prompt") is not None:
+            return {"prompt": row["prompt"], "completion": row["chosen"]}
+        if is_conversation(row["chosen"]):
+            return {"messages": row["chosen"]}
+    # Also a preference without a prompt whose replies are text that holds it: nothing says where the reply begins, so
+    # the trainer refuses the row.
+    return row

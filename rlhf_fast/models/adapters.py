@@ -1,0 +1,169 @@
+"""LoRA adapters (peft) on any of the models: made, switched off, merged, kept in a checkpoint, or refused.
+
+A model with adapters is a peft.PeftModel around the transformers model. The policy with its adapters switched off is
+the model that training began with, so it is its own reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.chat import ConfigError
+
+
+def import_peft():
+    """The peft library. ConfigError where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("LoRA adapters need peft: pip install peft") from None
+    return peft
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model is a peft.PeftModel. (transformers' own models spell the method disable_adapters.)"""
+    return hasattr(model, "disable_adapter")
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, whose layers carry the adapters if there are any."""
+    return model.get_base_model() if has_adapters(model) else model
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
+) -> nn.Module:
+    """The model with new LoRA adapters (Hu et al. 2021): W x + (alpha / r) B A x, of which only A and B learn.
+
+    B starts at 0, so at first nothing changes. target_modules: names of linear layers, by default all of the trunk. A
+    reward model's head is trained as a whole and saved with the adapters. ConfigError without peft, or for the lm_head,
+    whose product runs fused in the loss.
+    """
+    if has_adapters(model):
+        raise ConfigError("the model has adapters already, and they go on learning: set lora_r to 0")
+    peft = import_peft()
+    is_reward_model = hasattr(model, "score")
+    config = peft.LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules or "all-linear",
+        task_type="SEQ_CLS" if is_reward_model else "CAUSAL_LM",
+        modules_to_save=["score"] if is_reward_model else None,
+    )  # fmt: skip
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:  # no layer of that name
+        raise ConfigError(f"lora_target_modules: {error}") from error
+    check_lm_head_is_plain(adapted)
+    return adapted
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model answers as it did before its adapters learned: a reference policy that takes no memory."""
+    if not has_adapters(model):
+        raise ConfigError("adapters_off needs a model with adapters (add_lora); use make_reference(model)")
+    with model.disable_adapter():
+        yield
+
+
+def merge_adapters(model: nn.Module) -> PreTrainedModel:
+    """A plain transformers model with the same outputs; the one given keeps its adapters. Without any, itself."""
+    check_adapters(model)
+    return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+
+# --- in a checkpoint -------------------------------------------------------------------------------------------------
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold: every weight, or of a model with adapters those that learn."""
+    if not has_adapters(model):
+        return model.state_dict()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads a trained_state. ConfigError where its names or shapes are not those of the model."""
+    saved, here = ({name: x.shape for name, x in weights.items()} for weights in (state, trained_state(model)))
+    if saved != here:
+        what = "adapters, or none" if has_adapters(model) else "weights"
+        raise ConfigError(
+            f"the checkpoint has other {what}: resume with the same model, lora_r and lora_target_modules"
+        )
+    model.load_state_dict(state, strict=not has_adapters(model))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def check_base_is_saved(model: str | Path | PreTrainedModel) -> None:
+    """ConfigError unless a model that is to get adapters can be loaded again: only the adapters will be saved.
+
+    A path passes. An object passes if every weight equals the one in the safetensors files at its name_or_path, for
+    these are what the saved adapters would be put on. One that was trained or merged in memory does not.
+    """
+    if isinstance(model, (str, Path)) or _is_as_saved(model):
+        return
+    raise ConfigError(
+        f"lora_r: adapters are saved without the weights below them, and those of this {type(model).__name__} are not "
+        f"the ones at its name_or_path {model.name_or_path!r}: save it (save_pretrained, with its tokenizer) and give "
+        "the path"
+    )
+
+
+def _is_as_saved(model: PreTrainedModel) -> bool:
+    """Whether every weight is the one that is saved at name_or_path; a scalar head may be new."""
+    folder, state, found = Path(model.name_or_path), model.state_dict(), set()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model.name_or_path, local_files_only=True))
+        except (OSError, ValueError):  # not in the cache, or no name of a model
+            return False
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as saved:
+            for name in state.keys() & saved.keys():
+                if not torch.equal(saved.get_tensor(name).to(state[name]), state[name]):
+                    return False
+                found.add(state[name].data_ptr())  # tied weights are saved under one of their names
+    # The head is saved with the adapters.
+    return all(x.data_ptr() in found or name.startswith("score.") for name, x in state.items())
+
+
+def check_adapters(model: nn.Module) -> None:
+    """ConfigError for adapters that can neither be trained here nor merged: those that transformers itself has put on
+    the model, without a peft.PeftModel around it, and prompt tuning."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"this {type(model).__name__} has its adapters from transformers (from_pretrained on their directory, or "
+            "add_adapter): give the path of the directory, or peft.PeftModel.from_pretrained(base, path, "
+            "is_trainable=True); new ones are peft.get_peft_model(base, config), or lora_r"
+        )
+    check_no_prompt(model)
+
+
+def check_no_prompt(model: nn.Module) -> None:
+    """ConfigError for prompt and prefix tuning: it happens outside the trunk, which is all that we run."""
+    if learns_a_prompt(model):
+        raise ConfigError(
+            f"{model.active_peft_config.peft_type.value} is not supported: hidden states are read without the tokens "
+            "that it puts before the prompt; use LoRA, or another adapter of the layers"
+        )
+
+
+def learns_a_prompt(model: nn.Module) -> bool:
+    """Whether its adapter puts learned tokens before the prompt (prompt and prefix tuning)."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
+def check_lm_head_is_plain(model: nn.Module) -> None:
+    """ConfigError for an adapter on the lm_head: the losses read its weight, and would not see the adapter."""
+    if has_adapters(model) and hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ConfigError("LoRA on the lm_head is not supported: leave it out of lora_target_modules")

@@ -1,0 +1,167 @@
+"""The trunk and the lm_head of a language model: hidden states, positions, layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.chat import ConfigError
+from .adapters import check_no_prompt, unwrapped
+
+
+@contextmanager
+def evaluating(*models) -> Iterator[None]:
+    """Inside, the models are in eval mode (no dropout); afterwards each is in the mode that it was in."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)
+
+
+def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
+    """(B, T) mask -> (B, T) int64: the number of real tokens before each; 0 on left padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """(B, T) tokens -> (B, T, D), the trunk's last hidden states after its final norm; the lm_head does not run."""
+    check_no_prompt(model)
+    inputs = {} if attention_mask is None else {
+        "attention_mask": attention_mask.long(), "position_ids": position_ids_from_mask(attention_mask)
+    }  # fmt: skip
+    return unwrapped(model).base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None]:
+    """(V, D) weight, (V,) bias or None, logit softcap or None: what linear_token_logprobs takes."""
+    head = model.get_output_embeddings()
+    return head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_lm_head(model: PreTrainedModel) -> None:
+    """ConfigError where the logits are not lm_head(hidden_states), as in architectures that scale them."""
+    if unwrapped(model).base_model is unwrapped(model):
+        raise ConfigError(f"{type(model).__name__} is not supported: transformers does not say which part is its trunk")
+    ids = torch.arange(2, device=model.device)[None]
+    weight, bias, softcap = lm_head(model)
+    with evaluating(model):
+        ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+    ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias and softcap, and "
+            "rlhf_fast computes log-probabilities from hidden states and would be wrong for it"
+        )
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """The number of positions where they stand in a table (mostly a learned one), beyond which the model cannot run.
+    None where they are computed (rotary, ALiBi, sinusoids, a recurrence): those have no end."""
+    model = unwrapped(model)
+    if model.config.model_type in ("gptj", "codegen"):  # rotary, but computed once, as a table
+        return model.config.max_position_embeddings
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
+            return module.num_embeddings - getattr(module, "offset", 0)  # OPT's table begins with two rows for padding
+    return None
+
+
+def answer_room(model: nn.Module, prompt_length: int) -> float:
+    """The most tokens that the model can answer to a prompt of so many tokens; inf where its positions have no end.
+
+    The last token of an answer is sampled and never read, so it needs no position.
+    """
+    positions = learned_positions(model)
+    return math.inf if positions is None else positions + 1 - prompt_length
+
+
+def rotary_limit(model: nn.Module) -> int | None:
+    """The number of tokens beyond which the longest sequence of a batch changes the rotary positions of all of them
+    ("dynamic" and "longrope" embeddings). None where that never happens."""
+    model = unwrapped(model)
+    if getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "default") not in ("dynamic", "longrope"):
+        return None
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # transformers 5, 4
+    return (
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+    )
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The blocks of the trunk, first to last. Empty where neither the trunk nor its decoder (OPT has one) holds a list
+    of them."""
+    lists = (m for m in _stack(model).children() if isinstance(m, nn.ModuleList))
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _stack(model: PreTrainedModel) -> nn.Module:
+    return getattr(model.base_model, "decoder", model.base_model)
+
+
+def train_last_layers(model: PreTrainedModel, n: int) -> None:
+    """Freezes the trunk but for its last n layers and its final norm."""
+    layers = trunk_layers(model)
+    if not len(layers):
+        raise ConfigError(f"train_last_layers is not supported for {type(model).__name__}, whose layers are not found")
+    if n > len(layers):
+        raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
+    model.base_model.requires_grad_(False)
+    apart = (nn.Embedding, nn.Linear)  # OPT has linear layers here that change the width of its embeddings
+    norms = [m for m in _stack(model).children() if m is not layers and not isinstance(m, apart)]
+    for module in [*layers[len(layers) - n :], *norms]:
+        module.requires_grad_(True)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Lets layers run again in the backward pass instead of keeping their activations."""
+    model, options = unwrapped(model), {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name in transformers 5
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout rate to 0: the same tokens then score the same in train mode, and the first PPO ratio is 1.
+
+    A rate is nn.Dropout's p, or a float that a module keeps for functional dropout under a name with "drop" in it
+    (attention_dropout of Llama, dropout and layerdrop of OPT, hidden_dropout of Bloom).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def let_pad_learn(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose embedding of the pad token gets a gradient like any other.
+
+    An embedding that was built with padding_idx gives that token none, and it may be eos, which has to learn. Masks
+    keep real padding out of every loss.
+    """
+    for module in model.get_input_embeddings().modules():  # adapters wrap the embedding, and both have a padding_idx
+        if hasattr(module, "padding_idx"):
+            module.padding_idx = None
+    return model

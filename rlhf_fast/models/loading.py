@@ -1,0 +1,183 @@
+"""Models and tokenizers from a directory or the hub, and back to a directory.
+
+A directory may hold a whole model, or LoRA adapters (an adapter_config.json) that name the model they go on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..data.chat import ConfigError
+from .adapters import check_lm_head_is_plain, has_adapters, import_peft, unwrapped
+from .language import let_pad_learn
+from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale
+
+
+def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """A causal language model: the one that is given, or loaded by name or path, then on the GPU where there is one.
+
+    A path with LoRA adapters gives their base model with the adapters on it, ready to train further. ConfigError for a
+    reward model: transformers would put a random lm_head on its trunk.
+    """
+    if has_scalar_head(model):
+        name = repr(str(model)) if isinstance(model, (str, Path)) else type(model).__name__
+        raise ConfigError(f"{name} is a reward model, which has no lm_head: give the language model")
+    if isinstance(model, (str, Path)):
+        if base := _adapter_base(model):
+            policy = _with_saved_adapters(load_policy(base, dtype=dtype), model)
+            with suppress(OSError):  # only save_model puts one beside adapters; without it the base's holds
+                unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
+            return policy
+        with _loading("model", model):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(_default_device())
+    check_lm_head_is_plain(model)
+    return let_pad_learn(model)
+
+
+def load_reward_model(
+    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *,
+    dtype: torch.dtype | str = torch.float32,
+) -> PreTrainedModel:  # fmt: skip
+    """AutoModelForSequenceClassification with num_labels=1, from a reward model or a language model.
+
+    A reward model keeps its head. Of a language model the trunk is copied, and gets a new head (scalar_head_on). The
+    tokenizer's pad token enters the config, and the embedding grows if the token is new (with_own_pad). ConfigError for
+    a classifier that is no decoder.
+    """
+    if not isinstance(model, (str, Path)):
+        reward = model if has_scalar_head(model) else scalar_head_on(model)
+    elif not has_scalar_head(model):
+        reward = scalar_head_on(load_policy(model, dtype=dtype))
+        reward.name_or_path = str(model)  # check_base_is_saved looks there
+    elif base := _adapter_base(model):
+        return _reward_model_with_adapters(model, base, tokenizer, dtype)
+    else:
+        reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(_default_device())
+    check_score(reward)
+    if reward.config.num_labels != 1:
+        raise ConfigError(f"a reward is one number; {type(reward).__name__} has num_labels={reward.config.num_labels}")
+    if tokenizer is not None:
+        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            raise ConfigError("a reward model needs a pad token that is not eos: use with_own_pad(tokenizer)")
+        if len(tokenizer) > reward.get_input_embeddings().weight.shape[0]:
+            reward.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        reward.config.pad_token_id = tokenizer.pad_token_id
+    return let_pad_learn(reward)
+
+
+def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -> nn.Module:
+    reward = load_reward_model(base, tokenizer, dtype=dtype)
+    if not Path(path, "config.json").is_file():  # peft saved the adapters alone; save_model adds a config
+        return _with_saved_adapters(reward, path)
+    config = AutoConfig.from_pretrained(path)
+    if config.vocab_size > reward.get_input_embeddings().weight.shape[0]:  # a pad token was added for the training
+        reward.resize_token_embeddings(config.vocab_size, mean_resizing=False)
+    reward = _with_saved_adapters(reward, path)
+    set_reward_scale(reward, *reward_scale(config))
+    return reward
+
+
+def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
+    """A tokenizer: the one that is given, or by path, or by a model's own path. If it has no pad token, eos pads.
+
+    One that was saved as a plain fast tokenizer is loaded as that. AutoTokenizer would take the class that goes with
+    the config's model_type instead (Qwen2Tokenizer, say), which splits text in another way.
+    """
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    path = source if isinstance(source, (str, Path)) else source.name_or_path
+    if not path:
+        raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
+    with _loading("tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
+            saved_as = get_tokenizer_config(path).get("tokenizer_class")
+            if saved_as in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # the name in transformers 4, and in 5
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
+    """Whether it is a reward model. A path is read, but not its weights."""
+    if not isinstance(model, (str, Path)):
+        return hasattr(model, "score")
+    if _adapter_base(model):
+        return import_peft().PeftConfig.from_pretrained(str(model)).task_type == "SEQ_CLS"
+    with _loading("model", model):
+        config = AutoConfig.from_pretrained(model)
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Writes a directory that load_policy or load_reward_model reads: the model (or its adapters and the configs of the
+    model below them) and the tokenizer."""
+    model.save_pretrained(path)
+    if has_adapters(model):
+        unwrapped(model).config.save_pretrained(path)
+        if unwrapped(model).can_generate():
+            unwrapped(model).generation_config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def make_reference(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy in eval mode."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def _loading(what: str, path: str | Path) -> Iterator[None]:
+    """Turns what transformers raises inside into a ConfigError of one line. A path to nothing never asks the hub."""
+    name = str(path)
+    is_no_hub_name = name.count("/") > 1 or name.startswith((".", "~")) or Path(name).is_absolute()
+    if is_no_hub_name and not Path(name).exists():
+        raise ConfigError(f"no {what} can be loaded from {name!r}: there is no such directory")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:  # not there, of another kind, or torn
+        raise ConfigError(f"no {what} can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _adapter_base(path: str | Path) -> str | None:
+    """The name or path of the model that the adapters saved at path go on; None where there are no adapters."""
+    with _loading("model", path):
+        if find_adapter_config_file(str(path)) is None:
+            return None
+    peft = import_peft()
+    with _loading("adapters", path):
+        base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"the adapters in {str(path)!r} do not name their base model: load it yourself, and give "
+            "peft.PeftModel.from_pretrained(base, path, is_trainable=True)"
+        )
+    return base
+
+
+def _with_saved_adapters(model: PreTrainedModel, path: str | Path) -> nn.Module:
+    with _loading("adapters", path):
+        return import_peft().PeftModel.from_pretrained(model, str(path), is_trainable=True)

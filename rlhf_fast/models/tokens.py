@@ -1,0 +1,79 @@
+"""What a tokenizer and a model have to agree on: vocabulary, positions, padding, the tokens that end an answer."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.chat import ConfigError
+from .adapters import unwrapped
+
+
+def check_lengths(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, advice: str = "lower max_length"
+) -> None:
+    """ConfigError where the tokenizer has ids that the model does not embed, or a sequence of `longest` tokens is more
+    than it has positions."""
+    rows = model.get_input_embeddings().weight.shape[0]  # adapters on the embedding hide its num_embeddings
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: use the model's own tokenizer, or "
+            f"call model.resize_token_embeddings({len(tokenizer)})"
+        )
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"the longest sequence has {longest} tokens and {type(model).__name__} {positions} positions: {advice}"
+        )
+
+
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's eos, then those that the model's generation_config declares. Chat
+    models declare the end of a turn there, where their eos is the end of a document (Gemma, Phi-3).
+
+    A declared id counts only if it is a special token of this tokenizer. LlamaConfig, for one, declares 2 when nobody
+    has set it, whatever that token is.
+    """
+    declared = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    ends = [i for i in declared if i in tokenizer.added_tokens_decoder and i != tokenizer.eos_token_id]
+    return [tokenizer.eos_token_id, *ends]
+
+
+def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes transformers' generate() stop at the tokenizer's eos too, which is what training teaches, and pad with its
+    pad token.
+
+    transformers refuses to save a generation_config that was changed and contradicts itself, and older checkpoints have
+    such ones: a temperature without do_sample. They get do_sample here. ConfigError for any other contradiction, now
+    and not when the trained model is saved.
+    """
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    if tokenizer.eos_token_id not in known:
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known] if known else tokenizer.eos_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ConfigError(f"the model could not be saved, mend its generation_config: {error}") from error
+
+
+def with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer if its pad token is not eos, else a copy that pads with unk or bos, or with a new token <|pad|>.
+
+    transformers reads a reward at the last token that is not pad, so a reward model's pad must not be eos.
+    """
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    spare = [t for t in (own.unk_token, own.bos_token) if t is not None and t != own.eos_token]
+    own.add_special_tokens({"pad_token": spare[0] if spare else "<|pad|>"})
+    return own
