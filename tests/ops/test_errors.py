@@ -215,6 +215,21 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
         assert str(caught.value).startswith(f"{op}: ")
 
 
+def test_a_sharded_tensor_is_refused_with_the_way_on():
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(weight.clone().requires_grad_(), mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"^linear_cross_entropy: weight is a DTensor.*inside the forward"):
+            rf.linear_cross_entropy(hidden, sharded, labels)
+        with pytest.raises(TypeError, match=r"^token_logprobs: logits is a DTensor"):
+            rf.token_logprobs(distribute_tensor(logits, mesh, [Replicate()]), labels)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_first_call_that_is_compiled_warns_of_nothing():
     """Dynamo traces how the kernel is chosen, and warns of a cached function in it."""
     code = """
