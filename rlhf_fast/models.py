@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,13 +168,18 @@ def default_device() -> torch.device:
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """A directory that load_policy or load_reward_model reads: the model, or its adapters and the configs, and the
-    tokenizer."""
-    model.save_pretrained(path)
+    """A directory that load_policy or load_reward_model reads: the model, or its adapters and a config, and the
+    tokenizer.
+
+    A config.json beside adapters tells transformers that the whole model lies there. So a policy's have none, and
+    AutoModelForCausalLM finds their base; a reward model's have it for the scale, and peft reads them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file")  # peft, of a base that is adapters
+        model.save_pretrained(path)
     if has_adapters(model):
-        unwrapped(model).config.save_pretrained(path)
-        if unwrapped(model).can_generate():
-            unwrapped(model).generation_config.save_pretrained(path)
+        whole = unwrapped(model)
+        (whole.generation_config if whole.can_generate() else whole.config).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
@@ -295,6 +301,13 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
     """A plain transformers model with the same outputs; the one given keeps its adapters. Without any, itself."""
     check_adapters(model)
     return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+
+
+def loadable(model: nn.Module) -> nn.Module:
+    """The model as peft and transformers load it: a reward model's adapters on a base that has adapters itself are
+    merged. Elsewhere they would come back in the place of those, without a word."""
+    base = model.active_peft_config.base_model_name_or_path if has_adapters(model) else None
+    return merge_adapters(model) if base and Path(base).is_dir() and _adapter_base(base) else model
 
 
 def check_adapters(model: nn.Module) -> None:
