@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,7 +156,7 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
         raise ConfigError("sft: give either model, or scratch to start from random weights")
     model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
     train, held_out = read_data(job, "sft", config.output_dir, resume, **_limit("sft", tokenizer, config))
-    run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume)
+    run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume, job)
 
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
@@ -179,7 +180,7 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     trainer = RewardTrainer(
         config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
     )
-    run_trainer(trainer, resume)
+    run_trainer(trainer, resume, job)
     if held_out:
         judged = json.loads(Path(config.output_dir, "preferences.json").read_text(encoding="utf-8"))
         ece = judged["calibration"]["ece"]
@@ -236,7 +237,7 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
         rollout_func=resolve_reward(job.rollout_func) if job.rollout_func else None,
     )
-    run_trainer(trainer, resume)
+    run_trainer(trainer, resume, job)
 
 
 def _value_model(path: str, tokenizer):
@@ -263,8 +264,19 @@ STAGES = {
 # -- around a trainer --------------------------------------------------------------------------------------------------
 
 
-def run_trainer(trainer, resume: bool):
+def run_trainer(trainer, resume: bool, job=None):
+    """job: whose models, data and rewards `output_dir`/job.json names, and against which a run that resumes is held."""
+    path = Path(trainer.config.output_dir, "job.json")
+    if job is not None and resume and path.exists():
+        before, now = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(job)
+        changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in now if now[name] != before.get(name)]
+        if changed:
+            warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
+    elif job is not None and not resume:
+        _write_job(job, path)
     result = trainer.train(resume)
+    if job is not None:
+        _write_job(job, path)
     if result.stopped_by:
         where = f"{result.output_dir}/report.html shows it, --resume goes on all the same"
         raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")
@@ -273,6 +285,11 @@ def run_trainer(trainer, resume: bool):
     shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)
     print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {result.output_dir}/report.html")
     return result
+
+
+def _write_job(job, path: Path) -> None:
+    make_directory(path.parent)
+    path.write_text(json.dumps(dataclasses.asdict(job), indent=2) + "\n", encoding="utf-8")
 
 
 def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) -> list[list[dict] | None]:

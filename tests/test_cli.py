@@ -585,6 +585,23 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp
     assert losses[0] == losses[1]
 
 
+def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_warning(reward, tmp_path):
+    flags = ("--output_dir", str(tmp_path), "--save_steps", "1")
+    assert stage(reward, "ppo", *flags) == 0
+    job = json.loads((tmp_path / "job.json").read_text())
+    assert job["model"] == str(reward / "sft") and job["reward"][0] == [str(reward / "reward"), 1.0]
+    assert "Models, data and rewards" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    flags = (*flags, "--resume", "--total_episodes", "24")
+    with pytest.warns(UserWarning, match=r"resuming with another reward \(it was .*, another eval_rewards"):
+        assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}") == 0
+    assert json.loads((tmp_path / "job.json").read_text())["reward"] == f"{reward}/rewards.py:short"
+    with pytest.warns(
+        UserWarning, match="differs in batch_size; a checkpoint's place in the data is a number of batches"
+    ):
+        assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}",
+                     "--batch_size", "4") == 0  # fmt: skip
+
+
 def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_path, capsys):
     """No answer of a policy that has learned nothing is within 1e-9 nats of the reference for long."""
     flags = ("--output_dir", str(tmp_path), "--total_episodes", "48", "--monitors", "{kl: 1.0e-9}")

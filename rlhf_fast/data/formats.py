@@ -145,16 +145,34 @@ class Prompt:
 
 
 def as_records(dataset, name: str) -> list[dict]:
-    """The dataset as a list of dicts. Raises ConfigError where it is anything else, or empty."""
-    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, dict)):
+    """The dataset, a DataFrame too, as a list of dicts. Raises ConfigError where it is anything else, or empty."""
+    if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, dict):
+        splits = [str(key) for key, value in dataset.items() if hasattr(value, "column_names")]
+        raise ConfigError(
+            f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}: give "
+            + (f"one of its splits ({', '.join(splits)})" if splits else "datasets.Dataset.from_dict of columns")
+        )
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset is that alone
+    if not (indexed or isinstance(dataset, Iterable)) or isinstance(dataset, str):
         raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}")
-    records = list(dataset)
+    records = list(dataset if isinstance(dataset, Iterable) else map(dataset.__getitem__, range(len(dataset))))
     if not records:
         raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
+        if any(isinstance(value, np.ndarray) for value in record.values()):
+            records[i] = {key: _listed(value) for key, value in record.items()}
     return records
+
+
+def _listed(value):
+    """Arrays of objects and of texts as the lists that they were before pandas read them from a table."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        return [_listed(x) for x in value.tolist()]
+    return value
 
 
 @contextmanager
@@ -532,6 +550,7 @@ def _ranked(record: dict, name: str, i: int) -> tuple[list, list[int]]:
     if not isinstance(responses, list) or len(responses) < 2:
         raise ConfigError(f"{name} record {i}: 'responses' must be a list of at least two, best first")
     ranks = record.get("ranks")
+    ranks = ranks.tolist() if isinstance(ranks, np.ndarray) else ranks
     if ranks is not None and not (isinstance(ranks, list) and all(type(r) is int for r in ranks)):
         raise ConfigError(f"{name} record {i}: 'ranks' must be whole numbers, 0 for the best, got {ranks}")
     ranks = list(range(len(responses)) if ranks is None else ranks)

@@ -283,7 +283,8 @@ def _open_run(trainer, run_dir: Path, resume: bool) -> tuple[int, dict | None]:
         )
     changed = changed_settings(run_dir, written)
     if changed:
-        moved = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changed)
+        batches = {"per_device_train_batch_size", "gradient_accumulation_steps", "batch_size", "num_generations"}
+        moved = batches & set(changed)
         place = "; a checkpoint's place in the data is a number of batches, so some is read twice or not at all"
         differs = f"resuming with a config that differs in {', '.join(changed)}"
         warnings.warn(differs + (place if moved else ""), stacklevel=3)

@@ -6,7 +6,9 @@ import math
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -49,10 +51,26 @@ def test_a_datasets_dataset_is_read_like_a_list():
     assert [e.input_ids.tolist() for e in from_dataset] == [e.input_ids.tolist() for e in from_list]
 
 
+def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
+    records = [{"messages": CHAT, "n": i} for i in range(3)]
+    pd.DataFrame(records).to_parquet(tmp_path / "chats.parquet")
+    table = pd.read_parquet(tmp_path / "chats.parquet")
+    assert isinstance(table["messages"][0], np.ndarray)
+    for same in (table, table.to_dict("records"), torch.utils.data.Subset(records, range(3)), iter(records)):
+        assert as_records(same, "data") == records
+    ranked = {"prompt": "hi ", "responses": np.array(["a", "b", "c"]), "ranks": np.array([0, 1, 1])}
+    (comparison,), _ = comparisons([ranked], TOKENIZER, max_length=64)
+    assert comparison.ranks == [0, 1, 1]
+    numbers = {"prompt": "hi ", "vector": np.arange(3)}  # for a reward function, which gets what was given
+    assert as_records([numbers], "data")[0]["vector"] is numbers["vector"]
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
         ([], "train_dataset is empty"),
+        ({"train": Dataset.from_list([{"text": "a"}])}, r"got dict: give one of its splits \(train\)"),
+        ({"text": ["a"]}, "got dict: give datasets.Dataset.from_dict of columns"),
         (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
         ("data.jsonl", "must be a list of dicts"),
         (["text"], "record 0 must be a dict, got str"),
