@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, is_conversation, make_directory
 from .data.formats import as_records, placed, read_dataset, responses_of, warn_of_unwritten
+from .data.formats import prompts as encode_prompts
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
@@ -445,6 +446,21 @@ def answer(model: str, prompt: list[str], system: str | None, **sampling) -> lis
         prompts = [[*before, {"role": "user", "content": text}] for text in prompt]
     elif system:
         raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
+    return _answers(model, tokenizer, prompts, **sampling)
+
+
+def answer_records(model: str, path: str, **sampling) -> list[dict]:
+    """rlhf-fast generate --input: each record with the "response" to its prompt, as PPO and rlhf-fast score read them:
+    messages go through the chat template, and text as it is."""
+    tokenizer, rows = load_tokenizer(model), read_rows(path, "ppo")
+    encode_prompts(rows, tokenizer, max_length=sys.maxsize, name="input")  # what PPO would refuse
+    responses = _answers(model, tokenizer, [row["prompt"] for row in rows], **sampling)
+    whole = ("messages", "response")  # what score would read in place of this response
+    rows = [{k: v for k, v in row.items() if k not in whole} for row in rows]
+    return [{**row, "response": response} for row, response in zip(rows, responses, strict=True)]
+
+
+def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
     policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
     check_lengths(policy, tokenizer, longest + 1, "shorten the prompt")
     room = getattr(policy.config, "max_position_embeddings", math.inf) - longest

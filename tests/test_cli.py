@@ -18,8 +18,9 @@ from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.jobs import STAGES, _keys_of, read_rows, resolve_reward, rows_for, score
-from rlhf_fast.models import load_policy, load_reward_model
+from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.rollout import generate_text
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -484,6 +485,25 @@ def test_generate_answers_each_prompt(sft, capsys):
     argv = ["generate", "--model", str(sft / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
     assert main([*argv, "--prompt", "Name 1 and 2.", "--prompt", "Name 3 and 4."]) == 0
     assert capsys.readouterr().out.count("> Name") == 2
+
+
+def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):
+    """Text as it is, as PPO asks it, and messages through the chat template."""
+    chat = [{"role": "user", "content": "Name 3 and 4."}]
+    rows = [{"prompt": "Name 1 and 2.", "n": 1}, {"prompt": chat, "n": 3, "messages": [*chat, chat[0]]}]
+    file, answers = write_rows(tmp_path, rows), str(tmp_path / "answers.jsonl")
+    argv = ["generate", "--model", str(reward / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
+    assert main([*argv, "--input", file, "--output", answers]) == 0
+    asked = [row["prompt"] for row in rows]
+    policy, tokenizer = load_policy(str(reward / "sft")), load_tokenizer(str(reward / "sft"))
+    wanted = generate_text(policy, tokenizer, asked, max_new_tokens=4, do_sample=False)
+    written = [json.loads(line) for line in Path(answers).read_text(encoding="utf-8").splitlines()]
+    assert written == [{"prompt": p, "n": r["n"], "response": w} for p, r, w in zip(asked, rows, wanted, strict=True)]
+    capsys.readouterr()
+    assert main(["score", "--model", str(reward / "reward"), "--input", answers]) == 0
+    assert capsys.readouterr().out.count('"score": ') == 2
+    for flags, message in ((["--output", answers], "needs --input"), (["--input", file, "--prompt", "hi"], "neither")):
+        assert main([*argv, *flags]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
