@@ -163,15 +163,25 @@ def as_records(dataset, name: str) -> list[dict]:
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
-        if any(isinstance(value, np.ndarray) for value in record.values()):
-            records[i] = {key: _listed(value) for key, value in record.items()}
+        readable = {key: _readable(record[key]) for key in _CONVERSATIONS if not isinstance(record.get(key, ""), str)}
+        if any(value is not record[key] for key, value in readable.items()):
+            records[i] = record | readable
     return records
 
 
-def _listed(value):
-    """Arrays of objects and of texts as the lists that they were before pandas read them from a table."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
-        return [_listed(x) for x in value.tolist()]
+_CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "response", "responses")
+
+
+def _readable(value):
+    """Arrays as the lists that they were before pandas read them from a table; and what a turn says that only calls
+    tools, which OpenAI's format leaves out or null, as empty text."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        parts = [_readable(x) for x in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
+    if isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls"):
+        return value if value.get("content") is not None else value | {"content": ""}
     return value
 
 

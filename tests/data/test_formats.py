@@ -65,6 +65,19 @@ def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
     assert as_records([numbers], "data")[0]["vector"] is numbers["vector"]
 
 
+def test_a_turn_that_only_calls_a_tool_may_have_no_content():
+    """As OpenAI's format has it; the template then writes the call."""
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("m['content']", "m.content ~ m.tool_calls[0].name"))
+    empty = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}
+    (wanted,), _ = sft_examples([{"messages": [CHAT[0] | {"tool_calls": [{}]}, empty]}], tokenizer, max_length=64)
+    for turn in (empty | {"content": None}, {k: v for k, v in empty.items() if k != "content"}):
+        record = {"messages": [CHAT[0] | {"tool_calls": [{}]}, turn]}
+        (example,), _ = sft_examples([record], tokenizer, max_length=64)
+        assert example.input_ids.tolist() == wanted.input_ids.tolist()
+        assert tokenizer.decode(example.input_ids[example.response_mask]) == "clock<eos>"
+        assert record["messages"][1] is turn  # what was given is as it was
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
