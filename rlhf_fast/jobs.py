@@ -425,7 +425,9 @@ def resolve_reward(spec: str | list):
 @functools.cache
 def _module(path: Path, changed: int):
     """What the file holds, executed once however often it is mentioned: its functions share state, such as a judge.
-    A file that has changed since is another."""
+    A file that has changed since is another. What lies beside it can be imported, as by a script."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     name = str(path)  # no other module has it, and dataclasses look theirs up
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)

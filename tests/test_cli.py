@@ -427,6 +427,16 @@ def test_a_reward_that_is_no_path_is_refused(spec):
         resolve_reward(spec)
 
 
+def test_a_file_of_rewards_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_the_rewards.py").write_text("LENGTH = 0.5\n")
+    (tmp_path / "rewards.py").write_text(
+        "from beside_the_rewards import LENGTH\n"
+        "def f(prompts, responses): return [LENGTH * len(r) for r in responses]\n"
+    )
+    assert resolve_reward(f"{tmp_path}/rewards.py:f")([], ["abc"]) == [1.5]
+
+
 def test_a_file_of_rewards_is_a_module_that_is_executed_once(tmp_path):
     file = tmp_path / "rewards.py"
     file.write_text(

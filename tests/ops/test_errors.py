@@ -49,6 +49,9 @@ too_many = 2**30 + 1
 huge = torch.zeros(1, 1, too_many, device="meta")
 no_label, of_it = torch.zeros(1, 1, dtype=torch.int64, device="meta"), f"a vocabulary of {too_many} is more than"
 ROWS = [
+    ("token_logprobs", {"logits": logits.numpy()}, TypeError, "logits is of type ndarray; needs a tensor"),
+    ("token_logprobs", {"labels": labels.tolist()}, TypeError, "labels is of type list; needs a tensor"),
+    ("gae", {"rewards": token.numpy()}, TypeError, "rewards is of type ndarray; needs a tensor"),
     ("token_logprobs", {"logits": huge, "labels": no_label}, ValueError, of_it),
     ("kl_divergence", {"logits": huge, "ref_logits": huge}, ValueError, of_it),
     (
