@@ -61,8 +61,15 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
             return policy
         with _loading("model", model):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(default_device())
+    _check_is_model(model)
     check_lm_head_is_plain(model)
     return _learn_eos(model)
+
+
+def _check_is_model(model: object) -> None:
+    if not hasattr(model, "get_input_embeddings"):
+        within = ": give what it wraps, its .module" if hasattr(model, "module") else ", by object, name or path"
+        raise ConfigError(f"{type(model).__name__} is no model of transformers, which is needed{within}")
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -479,6 +486,7 @@ def load_reward_model(
             reward = scalar_head_on(load_policy(model, dtype=dtype))
             reward.name_or_path = str(model)  # where adapters that are put on it later find it again
     else:
+        _check_is_model(model)
         reward = model if has_scalar_head(model) else scalar_head_on(model)
     _check_score(reward)
     if reward.config.num_labels != 1:

@@ -149,10 +149,10 @@ def as_records(dataset, name: str) -> list[dict]:
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
         dataset = dataset.to_dict("records")
     if isinstance(dataset, dict):
-        splits = [str(key) for key, value in dataset.items() if hasattr(value, "column_names")]
+        splits = [str(key) for key, value in dataset.items() if _holds_records(value)]
         raise ConfigError(
             f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}: give "
-            + (f"one of its splits ({', '.join(splits)})" if splits else "datasets.Dataset.from_dict of columns")
+            + (f"one of its datasets ({', '.join(splits)})" if splits else "datasets.Dataset.from_dict of columns")
         )
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset is that alone
     if not (indexed or isinstance(dataset, Iterable)) or isinstance(dataset, str):
@@ -167,6 +167,10 @@ def as_records(dataset, name: str) -> list[dict]:
         if any(value is not record[key] for key, value in readable.items()):
             records[i] = record | readable
     return records
+
+
+def _holds_records(value) -> bool:
+    return hasattr(value, "column_names") or (isinstance(value, list) and all(isinstance(x, dict) for x in value))
 
 
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "response", "responses")

@@ -82,7 +82,8 @@ def test_a_turn_that_only_calls_a_tool_may_have_no_content():
     ("dataset", "message"),
     [
         ([], "train_dataset is empty"),
-        ({"train": Dataset.from_list([{"text": "a"}])}, r"got dict: give one of its splits \(train\)"),
+        ({"train": Dataset.from_list([{"text": "a"}])}, r"got dict: give one of its datasets \(train\)"),
+        ({"a": [{"text": "a"}], "b": [{"text": "b"}]}, r"got dict: give one of its datasets \(a, b\)"),
         ({"text": ["a"]}, "got dict: give datasets.Dataset.from_dict of columns"),
         (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
         ("data.jsonl", "must be a list of dicts"),
