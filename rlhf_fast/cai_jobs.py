@@ -353,6 +353,9 @@ def _prompts(job) -> list[dict]:
 def _tell(name: str, stage, *files: str) -> None:
     counts = ", ".join(f"{n} {status}" for status, n in stage.counts.items() if n or status == "inputs")
     print(f"{name}: {counts}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
+    why = next((record["reason"] for record in stage.rejected if record.get("reason")), None)
+    if why:
+        print(f"{name}: why they were left out is in {stage.output_dir}/rejected.jsonl; the first: {why[:200]}")
 
 
 # -- from end to end ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -213,16 +213,29 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="run directory, or any transformers causal language model")
     parser.add_argument("--prompt", action="append", help="may be repeated; without it, one prompt a line of stdin")
     parser.add_argument("--system", help="system message, for a tokenizer with a chat template")
+    parser.add_argument("--input", help="records with a prompt, as PPO reads them; each gets a response")
+    parser.add_argument("--output", default="-", help="of --input, for rlhf-fast score; - writes to standard output")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default 0.7)")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    from .jobs import answer, quiet
+    given, source, output = vars(options), options.input, options.output
+    del given["input"], given["output"]
+    if source is None and output != "-":
+        parser.error("--output needs --input")
+    if source is not None and (options.prompt or options.system):
+        parser.error("--input has the prompts: give neither --prompt nor --system")
+    from .jobs import answer, answer_records, quiet
 
     quiet()
-    for prompt, text in zip(prompts, answer(**vars(options) | {"prompt": prompts}), strict=True):
+    if source is not None:
+        del given["prompt"], given["system"]
+        with _output(output, "generate") as file:
+            _write_rows(answer_records(path=source, **given), file, output)
+        return 0
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for prompt, text in zip(prompts, answer(**given | {"prompt": prompts}), strict=True):
         print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
     return 0
 
@@ -240,26 +253,33 @@ def _score(argv: list[str]) -> int:
 
     quiet()
     from_stdin = options.input == "-"
-    with nullcontext(sys.stdout) if options.output == "-" else _output(options.output) as file:
+    with _output(options.output, "score") as file:
         records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
-        rows = score(options.model, records, options.batch_size)
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
-        if options.output != "-" and Path(options.output).is_file():  # a pipe or /dev/null cannot be cut
-            file.truncate(0)
-        file.write(text)
+        _write_rows(score(options.model, records, options.batch_size), file, options.output)
     return 0
 
 
+def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
+    """Over what the file holds, which may be what they were made of."""
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
+    if path != "-" and Path(path).is_file():  # a pipe or /dev/null has no length
+        file.truncate(0)
+    file.write(text)
+
+
 @contextmanager
-def _output(path: str) -> Iterator[TextIO]:
-    """The file, opened for appending. It is opened before the scores are computed, so that a path that cannot be
-    written is refused at once. The caller cuts off what the file held (it may be the input). If the caller fails, a
-    file that was not there before is removed."""
+def _output(path: str, command: str) -> Iterator[TextIO]:
+    """The file, opened for appending. It is opened before there is anything to write, so that a path that cannot be
+    written is refused at once. _write_rows cuts off what the file held (it may be the input). If the caller fails, a
+    file that was not there before is removed. "-" is standard output."""
+    if path == "-":
+        yield sys.stdout
+        return
     new = not os.path.lexists(path)
     try:
         file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (an OSError inside the with is none of --output)
     except OSError as error:
-        raise ConfigError(f"score: --output {path}: {error.strerror}") from None
+        raise ConfigError(f"{command}: --output {path}: {error.strerror}") from None
     try:
         with file:
             yield file

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
 from .data.checks import placed, responses_of
 from .data.files import as_records
+from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
 from .models import check_lengths, load_policy, load_tokenizer
@@ -162,7 +164,7 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
         raise ConfigError("sft: give either model, or scratch to start from random weights")
     model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
     train, held_out = read_data(job, "sft", config.output_dir, resume, **_limit("sft", tokenizer, config))
-    run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume)
+    run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume, job)
 
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
@@ -187,7 +189,7 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     trainer = RewardTrainer(
         config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
     )
-    run_trainer(trainer, resume)
+    run_trainer(trainer, resume, job)
     if held_out and parallel.rank() == 0:
         judged = json.loads(Path(config.output_dir, "preferences.json").read_text(encoding="utf-8"))
         ece = judged["calibration"]["ece"]
@@ -245,7 +247,7 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
         rollout_func=resolve_reward(job.rollout_func) if job.rollout_func else None,
     )
-    run_trainer(trainer, resume)
+    run_trainer(trainer, resume, job)
 
 
 def _value_model(path: str, tokenizer):
@@ -272,8 +274,19 @@ STAGES = {
 # -- around a trainer --------------------------------------------------------------------------------------------------
 
 
-def run_trainer(trainer, resume: bool):
+def run_trainer(trainer, resume: bool, job=None):
+    """job: whose models, data and rewards `output_dir`/job.json names, and against which a run that resumes is held."""
+    path = Path(trainer.config.output_dir, "job.json")
+    if job is not None and resume and path.exists():
+        before, now = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(job)
+        changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in now if now[name] != before.get(name)]
+        if changed:
+            warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
+    elif job is not None and not resume:
+        _write_job(job, path)
     result = trainer.train(resume)
+    if job is not None:
+        _write_job(job, path)
     if result.stopped_by:
         where = f"{result.output_dir}/report.html shows it, --resume goes on all the same"
         raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")
@@ -284,6 +297,13 @@ def run_trainer(trainer, resume: bool):
     shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)
     print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {result.output_dir}/report.html")
     return result
+
+
+def _write_job(job, path: Path) -> None:
+    if parallel.rank():
+        return
+    make_directory(path.parent)
+    path.write_text(json.dumps(dataclasses.asdict(job), indent=2) + "\n", encoding="utf-8")
 
 
 def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) -> list[list[dict] | None]:
@@ -370,8 +390,11 @@ def resolve_reward(spec: str | list):
 
 @functools.cache
 def _module(path: Path, changed: int):
-    """The file as a module. It is executed once however often a config names it, so that its functions can share state
-    (a judge, say); a file that has changed since is executed again."""
+    """The file as a module, which can import what lies beside it, as a script can. It is executed once however often a
+    config names it, so that its functions can share state (a judge, say); a file that has changed since is executed
+    again."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     name = str(path)  # no other module has this name; dataclasses look their module up by name
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -392,6 +415,21 @@ def answer(model: str, prompt: list[str], system: str | None, **sampling) -> lis
         prompts = [[*before, {"role": "user", "content": text}] for text in prompt]
     elif system:
         raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
+    return _answers(model, tokenizer, prompts, **sampling)
+
+
+def answer_records(model: str, path: str, **sampling) -> list[dict]:
+    """rlhf-fast generate --input: each record with the "response" to its prompt, as PPO and rlhf-fast score read them:
+    messages go through the chat template, and text as it is."""
+    tokenizer, rows = load_tokenizer(model), read_rows(path, "ppo")
+    encode_prompts(rows, tokenizer, max_length=sys.maxsize, name="input")  # what PPO would refuse
+    responses = _answers(model, tokenizer, [row["prompt"] for row in rows], **sampling)
+    whole = ("messages", "response")  # what score would read in place of this response
+    rows = [{k: v for k, v in row.items() if k not in whole} for row in rows]
+    return [{**row, "response": response} for row, response in zip(rows, responses, strict=True)]
+
+
+def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
     policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
     check_lengths(policy, tokenizer, longest, "shorten the prompt")
     room = getattr(policy.config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read

@@ -1,7 +1,7 @@
 """report.html of a run: one file that needs nothing else, readable on a phone.
 
     write_report(run_dir)          reads train_log.jsonl, samples.jsonl, run_config.json, and if any summary.json,
-                                   preferences.json (preferences.py), alarms.jsonl
+                                   preferences.json (preferences.py), alarms.jsonl, job.json
     write_quickstart_report(root)  reads summary.json and the run directory of every stage
 
 summary.json of several stages, where a value may be missing or null:
@@ -68,6 +68,7 @@ def write_report(run_dir: str | Path) -> Path:
         section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
         details("Every other metric", _other_figures(log)),
         details("Last value of each metric", _last_values(log)),
+        details("Models, data and rewards", _mapping_table("Key", run_dir / "job.json")),
         details("Configuration", _mapping_table("Key", run_dir / "run_config.json")),
     ]
     return write_page(run_dir / "report.html", f"Run {run_dir.resolve().name}", body)

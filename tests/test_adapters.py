@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, models
 from rlhf_fast.data.chat import ConfigError
@@ -91,6 +91,30 @@ def test_adapters_bring_the_generation_config_of_their_training(base, tmp_path, 
     assert (loaded.do_sample, loaded.temperature) == (True, 0.6)
     (tmp_path / "sft" / "generation_config.json").unlink()  # as peft alone, and earlier versions, save
     assert models.load_policy(tmp_path / "sft").generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_transformers_and_peft_read_what_the_trainers_save_of_adapters(base, tmp_path):
+    """Without this package; a reward model's too whose base has adapters itself, which they would leave out."""
+    data = [{"prompt": "say ", "completion": "cat"}]
+    SFTTrainer(
+        SFTConfig(str(tmp_path / "sft"), learning_rate=0.1, max_steps=3, lora_r=2), base, train_dataset=data
+    ).train()
+    ours = hidden(models.load_policy(tmp_path / "sft").eval())
+    assert (ours - hidden(models.load_policy(base))).abs().max() > 0.01
+    for read in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+        torch.testing.assert_close(hidden(read.from_pretrained(tmp_path / "sft").eval()), ours, rtol=0, atol=1e-6)
+
+    pairs = [{"prompt": "say ", "chosen": "cat", "rejected": "mat"}]
+    for name, read in (
+        ("base", peft.AutoPeftModelForSequenceClassification),
+        ("sft", AutoModelForSequenceClassification),
+    ):
+        config = RewardConfig(str(tmp_path / f"rm-{name}"), learning_rate=0.1, max_steps=3, lora_r=2)
+        RewardTrainer(config, str(tmp_path / name), train_dataset=pairs).train()
+        theirs = read.from_pretrained(config.output_dir, num_labels=1).eval()
+        ours = models.load_reward_model(config.output_dir).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,8 @@ def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):
     with serving(script) as fake:
         assert cai("pairs", constitution=house / "house.yaml", output_dir=tmp_path / "pairs", model=fake.url,
                    server_model="m", train_data=house / "prompts.jsonl", num_prompts=3) == 0  # fmt: skip
-    assert "pairs: 3 inputs, 2 ok, 1 failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pairs: 3 inputs, 2 ok, 1 failed" in said and "pairs/rejected.jsonl; the first: b: refused: HTTP 400" in said
     pairs, (lost,) = read(tmp_path / "pairs" / "pairs.jsonl"), read(tmp_path / "pairs" / "rejected.jsonl")
     assert lost["prompt"] == [{"role": "user", "content": "say 1"}] and "b: refused: HTTP 400" in lost["reason"]
     write(tmp_path / "mixed.jsonl", [*pairs, lost])

@@ -19,8 +19,9 @@ from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.jobs import STAGES, _keys_of, resolve_reward, score
-from rlhf_fast.models import load_policy, load_reward_model
+from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.rollout import generate_text
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -427,6 +428,16 @@ def test_a_reward_that_is_no_path_is_refused(spec):
         resolve_reward(spec)
 
 
+def test_a_file_of_rewards_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_the_rewards.py").write_text("LENGTH = 0.5\n")
+    (tmp_path / "rewards.py").write_text(
+        "from beside_the_rewards import LENGTH\n"
+        "def f(prompts, responses): return [LENGTH * len(r) for r in responses]\n"
+    )
+    assert resolve_reward(f"{tmp_path}/rewards.py:f")([], ["abc"]) == [1.5]
+
+
 def test_a_file_of_rewards_is_a_module_that_is_executed_once(tmp_path):
     file = tmp_path / "rewards.py"
     file.write_text(
@@ -485,6 +496,25 @@ def test_generate_answers_each_prompt(sft, capsys):
     argv = ["generate", "--model", str(sft / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
     assert main([*argv, "--prompt", "Name 1 and 2.", "--prompt", "Name 3 and 4."]) == 0
     assert capsys.readouterr().out.count("> Name") == 2
+
+
+def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):
+    """Text as it is, as PPO asks it, and messages through the chat template."""
+    chat = [{"role": "user", "content": "Name 3 and 4."}]
+    rows = [{"prompt": "Name 1 and 2.", "n": 1}, {"prompt": chat, "n": 3, "messages": [*chat, chat[0]]}]
+    file, answers = write_rows(tmp_path, rows), str(tmp_path / "answers.jsonl")
+    argv = ["generate", "--model", str(reward / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
+    assert main([*argv, "--input", file, "--output", answers]) == 0
+    asked = [row["prompt"] for row in rows]
+    policy, tokenizer = load_policy(str(reward / "sft")), load_tokenizer(str(reward / "sft"))
+    wanted = generate_text(policy, tokenizer, asked, max_new_tokens=4, do_sample=False)
+    written = [json.loads(line) for line in Path(answers).read_text(encoding="utf-8").splitlines()]
+    assert written == [{"prompt": p, "n": r["n"], "response": w} for p, r, w in zip(asked, rows, wanted, strict=True)]
+    capsys.readouterr()
+    assert main(["score", "--model", str(reward / "reward"), "--input", answers]) == 0
+    assert capsys.readouterr().out.count('"score": ') == 2
+    for flags, message in ((["--output", answers], "needs --input"), (["--input", file, "--prompt", "hi"], "neither")):
+        assert main([*argv, *flags]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -584,6 +614,23 @@ def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp
     assert main([*argv, str(tmp_path / "whole")]) == 0
     losses = [[row["loss"] for row in log_of(tmp_path / name)] for name in ("cut", "whole")]
     assert losses[0] == losses[1]
+
+
+def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_warning(reward, tmp_path):
+    flags = ("--output_dir", str(tmp_path), "--save_steps", "1")
+    assert stage(reward, "ppo", *flags) == 0
+    job = json.loads((tmp_path / "job.json").read_text())
+    assert job["model"] == str(reward / "sft") and job["reward"][0] == [str(reward / "reward"), 1.0]
+    assert "Models, data and rewards" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    flags = (*flags, "--resume", "--total_episodes", "24")
+    with pytest.warns(UserWarning, match=r"resuming with another reward \(it was .*, another eval_rewards"):
+        assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}") == 0
+    assert json.loads((tmp_path / "job.json").read_text())["reward"] == f"{reward}/rewards.py:short"
+    with pytest.warns(
+        UserWarning, match="differs in batch_size; a checkpoint's place in the data is a number of batches"
+    ):
+        assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}",
+                     "--batch_size", "4") == 0  # fmt: skip
 
 
 def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_path, capsys):

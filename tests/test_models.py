@@ -220,6 +220,18 @@ def test_architectures_without_a_trunk_or_a_scalar_head_are_refused_in_words():
             make(granite)
 
 
+def test_what_is_no_transformers_model_is_refused_in_words(tokenizer):
+    wrapped = torch.nn.Sequential()
+    wrapped.module = tiny_model(tokenizer)
+    for load in (models.load_policy, models.load_reward_model):
+        with pytest.raises(
+            ConfigError, match=r"Sequential is no model of transformers.* give what it wraps, its .module"
+        ):
+            load(wrapped)
+        with pytest.raises(ConfigError, match="Linear is no model of transformers"):
+            load(torch.nn.Linear(2, 2))
+
+
 def test_the_trunk_makes_no_logits(monkeypatch):
     model = tiny_model(tiny_tokenizer())
     monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("the lm_head ran"))

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    fenced = README.split("```")[1::2]
+def blocks(language, text=README):
+    fenced = text.split("```")[1::2]
     return [block.partition("\n")[2] for block in fenced if block.partition("\n")[0] == language]
 
 
@@ -46,6 +46,35 @@ def test_the_line_it_says_the_op_equals_is_what_the_op_equals():
     torch.testing.assert_close(
         rf.token_logprobs(logits, labels), eval(line, {"torch": torch, "logits": logits, "labels": labels})
     )
+
+
+def test_the_model_of_ops_md_takes_the_steps_that_the_trainer_takes_without_it(tmp_path):
+    import torch
+    import transformers
+
+    (snippet,) = (s for s in blocks("python", (ROOT / "docs/ops.md").read_text(encoding="utf-8")) if "class" in s)
+    exec(compile(snippet, "docs/ops.md", "exec"), names := {})
+    tokens = torch.randint(50, (12, 9), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.arange(9) < torch.arange(12)[:, None] % 5, -100)  # not as many in each row
+    data = [
+        {"input_ids": t, "labels": y, "attention_mask": torch.ones_like(t)} for t, y in zip(tokens, labels, strict=True)
+    ]
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(num_attention_heads=2, **sizes)
+    losses, weights = [], []
+    for model_class in (transformers.LlamaForCausalLM, names["LlamaForCausalLM"]):
+        torch.manual_seed(0)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / str(len(losses))), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True, gradient_checkpointing=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model_class(config), arguments, train_dataset=data)
+        trainer.train()
+        trainer.save_model()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        weights.append(transformers.AutoModelForCausalLM.from_pretrained(arguments.output_dir).lm_head.weight)
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+    torch.testing.assert_close(*weights, rtol=0, atol=2e-4)
 
 
 def test_commands_and_targets_exist():

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from .chat import ConfigError, Text, as_messages, is_conversation
 
 SFT_FORMATS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
@@ -78,6 +80,7 @@ def ranked(record: dict, name: str, i: int) -> tuple[list[Text], list[int]]:
     if not isinstance(responses, list) or len(responses) < 2:
         raise ConfigError(f"{name} record {i}: 'responses' must be a list of at least two, best first")
     ranks = record.get("ranks")
+    ranks = ranks.tolist() if isinstance(ranks, np.ndarray) else ranks
     if ranks is not None and not (isinstance(ranks, list) and all(type(r) is int for r in ranks)):
         raise ConfigError(f"{name} record {i}: 'ranks' must be whole numbers, 0 for the best, got {ranks}")
     ranks = list(range(len(responses)) if ranks is None else ranks)

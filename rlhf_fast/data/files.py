@@ -1,4 +1,4 @@
-"""Where records come from: files, directories, names of datasets, lists. Nothing here looks into a record."""
+"""Where records come from: files, directories, names of datasets, lists, tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
+
+import numpy as np
 
 from .chat import ConfigError
 
@@ -77,13 +79,45 @@ def _parse(text: str, name: str, line: int):
 
 
 def as_records(dataset, name: str) -> list[dict]:
-    """The dataset as a list of dicts. ConfigError where it is anything else, or empty."""
-    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, dict)):
+    """The dataset (a DataFrame too) as a list of dicts. ConfigError where it is anything else, or empty."""
+    if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
+        dataset = dataset.to_dict("records")
+    if isinstance(dataset, dict):
+        splits = [str(key) for key, value in dataset.items() if _holds_records(value)]
+        raise ConfigError(
+            f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}: give "
+            + (f"one of its datasets ({', '.join(splits)})" if splits else "datasets.Dataset.from_dict of columns")
+        )
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset is that alone
+    if not (indexed or isinstance(dataset, Iterable)) or isinstance(dataset, str):
         raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}")
-    records = list(dataset)
+    records = list(dataset if isinstance(dataset, Iterable) else map(dataset.__getitem__, range(len(dataset))))
     if not records:
         raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
     for i, record in enumerate(records):
         if not isinstance(record, dict):
             raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
+        readable = {key: _readable(record[key]) for key in _CONVERSATIONS if not isinstance(record.get(key, ""), str)}
+        if any(value is not record[key] for key, value in readable.items()):
+            records[i] = record | readable
     return records
+
+
+def _holds_records(value) -> bool:
+    return hasattr(value, "column_names") or (isinstance(value, list) and all(isinstance(x, dict) for x in value))
+
+
+_CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "response", "responses")
+
+
+def _readable(value):
+    """Arrays as the lists that they were before pandas read them from a table; and what a turn says that only calls
+    tools, which OpenAI's format leaves out or null, as empty text."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        parts = [_readable(x) for x in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
+    if isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls"):
+        return value if value.get("content") is not None else value | {"content": ""}
+    return value

@@ -6,6 +6,7 @@ A directory may hold a whole model, or LoRA adapters (an adapter_config.json) th
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.chat import ConfigError
-from .adapters import check_lm_head_is_plain, has_adapters, import_peft, unwrapped
+from .adapters import check_lm_head_is_plain, has_adapters, import_peft, merge_adapters, unwrapped
 from .language import let_pad_learn
 from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale
 
@@ -49,8 +50,15 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
             return policy
         with _loading("model", model):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(_default_device())
+    _check_is_model(model)
     check_lm_head_is_plain(model)
     return let_pad_learn(model)
+
+
+def _check_is_model(model: object) -> None:
+    if not hasattr(model, "get_input_embeddings"):
+        within = ": give what it wraps, its .module" if hasattr(model, "module") else ", by object, name or path"
+        raise ConfigError(f"{type(model).__name__} is no model of transformers, which is needed{within}")
 
 
 def load_reward_model(
@@ -64,6 +72,7 @@ def load_reward_model(
     a classifier that is no decoder.
     """
     if not isinstance(model, (str, Path)):
+        _check_is_model(model)
         reward = model if has_scalar_head(model) else scalar_head_on(model)
     elif not has_scalar_head(model):
         reward = scalar_head_on(load_policy(model, dtype=dtype))
@@ -130,14 +139,26 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Writes a directory that load_policy or load_reward_model reads: the model (or its adapters and the configs of the
-    model below them) and the tokenizer."""
-    model.save_pretrained(path)
+    """Writes a directory that load_policy or load_reward_model reads: the model (or its adapters and a config of the
+    model below them) and the tokenizer.
+
+    A config.json beside adapters tells transformers that the whole model lies there. So a policy's adapters have none,
+    and AutoModelForCausalLM finds their base; a reward model's have it for the scale, and peft reads them.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file")  # peft, of a base that is adapters
+        model.save_pretrained(path)
     if has_adapters(model):
-        unwrapped(model).config.save_pretrained(path)
-        if unwrapped(model).can_generate():
-            unwrapped(model).generation_config.save_pretrained(path)
+        whole = unwrapped(model)
+        (whole.generation_config if whole.can_generate() else whole.config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def loadable(model: nn.Module) -> nn.Module:
+    """The model as peft and transformers load it: a reward model's adapters on a base that has adapters itself are
+    merged. Elsewhere they would silently replace those of the base."""
+    base = model.active_peft_config.base_model_name_or_path if has_adapters(model) else None
+    return merge_adapters(model) if base and Path(base).is_dir() and _adapter_base(base) else model
 
 
 def make_reference(model: PreTrainedModel) -> PreTrainedModel:

@@ -177,6 +177,16 @@ class Op:
                 "torch.autograd.grad, or use_backend('reference'), which has one"
             )
 
+    def _refuse_sharded(self, args):
+        """torch's own error asks for the other arguments to be DTensors too, for which there is no kernel either."""
+        for x, argument in zip(args, self.library_op._schema.arguments, strict=True):
+            if type(x).__name__ == "DTensor":
+                raise TypeError(
+                    f"{self.name.removesuffix('_forward')}: {argument.name} is a DTensor; needs a plain tensor. What "
+                    "fully_shard has split is whole inside the forward of the module that it was given: call the loss "
+                    "there, and split the lm_head with that module, not by itself"
+                )
+
     def __call__(self, *args):
         if is_compiling():
             return self._through_library(args)
@@ -185,6 +195,7 @@ class Op:
         way = self._route(*args)
         if way == _LIBRARY_OP:
             self._refuse_functorch_gradients(args)
+            self._refuse_sharded(args)
             return self._through_library(args)
         if way != _FUNCTION or self._apply is None:
             outputs = self._kernel(*args)

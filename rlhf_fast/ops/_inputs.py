@@ -33,6 +33,8 @@ def check(op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: 
 
 
 def _refuse(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is of type {type(x).__name__}; needs a tensor")
     if name != "mask" and x.dtype not in DTYPE_CODES:
         raise TypeError(f"{op}: {name} is {x.dtype}; needs float32, bfloat16, float16 or float64")
     if x.shape != first.shape:

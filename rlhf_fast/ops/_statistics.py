@@ -8,12 +8,23 @@ from collections import OrderedDict
 from torch import Tensor
 from torch.utils import _pytree
 
+_set, _UNCUT = dict.__setitem__, object()
+
 
 class Statistics(dict):
-    """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss."""
+    """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss.
 
-    def __init__(self, names: tuple[str, ...], vector: Tensor):
-        self._uncut: tuple[tuple[str, ...], Tensor] | None = names, vector
+    Made of anything else it is that dict: accelerate, transformers and dataclasses make a copy by type(d)(items).
+    """
+
+    _uncut: tuple[tuple[str, ...], Tensor] | None = None
+
+    def __init__(self, names=(), vector: Tensor | None = None):
+        if vector is None:
+            dict.update(self, names)
+        else:
+            _set(self, names[0], _UNCUT)  # of a dict without an entry json, in C, asks no more
+            self._uncut = names, vector
 
     def cut(self) -> None:
         if self._uncut is not None:

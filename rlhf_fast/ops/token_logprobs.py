@@ -173,6 +173,9 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
         raise ValueError(f"{op}: temperature {temperature} must be > 0")
     if not is_compiling() and _labelled(logits, labels, mask):
         return  # the usual case, for a fifth of the time of what follows
+    for name, x in (("logits", logits), ("labels", labels), ("mask", mask)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is of type {type(x).__name__}; needs a tensor")
     if labels.shape != logits.shape[:-1] or logits.ndim == 0:
         raise ValueError(
             f"{op}: labels {tuple(labels.shape)} must be logits {tuple(logits.shape)} without the vocabulary axis"

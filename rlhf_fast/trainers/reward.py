@@ -34,6 +34,7 @@ from ..models import (
     load_reward_model,
     load_tokenizer,
     load_trained_state,
+    loadable,
     save_model,
     scalar_head,
     score_tokens,
@@ -338,6 +339,9 @@ class RewardTrainer:
         return run_training(self, resume=resume)
 
     def save_model(self, path) -> None:
+        save_model(loadable(self.model), self.tokenizer, path)
+
+    def save_in_checkpoint(self, path) -> None:
         save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:

@@ -349,7 +349,8 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: _Everywhere) -> 
         )
     changed = changed_settings(run_dir, written)
     if changed:
-        moved = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"} & set(changed)
+        sizes = {"per_device_train_batch_size", "gradient_accumulation_steps", "batch_size", "num_generations"}
+        moved = (sizes | {"num_processes"}) & set(changed)
         place = "; a checkpoint's place in the data is a number of steps: if they have another size now, some is read "
         place += "twice or not at all"
         differs = f"resuming with a config that differs in {', '.join(changed)}"

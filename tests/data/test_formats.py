@@ -6,7 +6,9 @@ import math
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from datasets import Dataset
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -42,10 +44,40 @@ def test_a_datasets_dataset_is_read_like_a_list():
     assert [e.input_ids.tolist() for e in from_dataset] == [e.input_ids.tolist() for e in from_list]
 
 
+def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
+    records = [{"messages": CHAT, "n": i} for i in range(3)]
+    pd.DataFrame(records).to_parquet(tmp_path / "chats.parquet")
+    table = pd.read_parquet(tmp_path / "chats.parquet")
+    assert isinstance(table["messages"][0], np.ndarray)
+    for same in (table, table.to_dict("records"), torch.utils.data.Subset(records, range(3)), iter(records)):
+        assert as_records(same, "data") == records
+    ranked = {"prompt": "hi ", "responses": np.array(["a", "b", "c"]), "ranks": np.array([0, 1, 1])}
+    (comparison,), _ = comparisons([ranked], TOKENIZER, max_length=64)
+    assert comparison.ranks == [0, 1, 1]
+    numbers = {"prompt": "hi ", "vector": np.arange(3)}  # for a reward function, which gets what was given
+    assert as_records([numbers], "data")[0]["vector"] is numbers["vector"]
+
+
+def test_a_turn_that_only_calls_a_tool_may_have_no_content():
+    """As OpenAI's format has it; the template then writes the call."""
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("m['content']", "m.content ~ m.tool_calls[0].name"))
+    empty = {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}
+    (wanted,), _ = sft_examples([{"messages": [CHAT[0] | {"tool_calls": [{}]}, empty]}], tokenizer, max_length=64)
+    for turn in (empty | {"content": None}, {k: v for k, v in empty.items() if k != "content"}):
+        record = {"messages": [CHAT[0] | {"tool_calls": [{}]}, turn]}
+        (example,), _ = sft_examples([record], tokenizer, max_length=64)
+        assert example.input_ids.tolist() == wanted.input_ids.tolist()
+        assert tokenizer.decode(example.input_ids[example.response_mask]) == "clock<eos>"
+        assert record["messages"][1] is turn  # what was given is as it was
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
         ([], "train_dataset is empty"),
+        ({"train": Dataset.from_list([{"text": "a"}])}, r"got dict: give one of its datasets \(train\)"),
+        ({"a": [{"text": "a"}], "b": [{"text": "b"}]}, r"got dict: give one of its datasets \(a, b\)"),
+        ({"text": ["a"]}, "got dict: give datasets.Dataset.from_dict of columns"),
         (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
         ("data.jsonl", "must be a list of dicts"),
         (["text"], "record 0 must be a dict, got str"),

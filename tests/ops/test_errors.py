@@ -49,6 +49,9 @@ too_many = 2**30 + 1
 huge = torch.zeros(1, 1, too_many, device="meta")
 no_label, of_it = torch.zeros(1, 1, dtype=torch.int64, device="meta"), f"a vocabulary of {too_many} is more than"
 ROWS = [
+    ("token_logprobs", {"logits": logits.numpy()}, TypeError, "logits is of type ndarray; needs a tensor"),
+    ("token_logprobs", {"labels": labels.tolist()}, TypeError, "labels is of type list; needs a tensor"),
+    ("gae", {"rewards": token.numpy()}, TypeError, "rewards is of type ndarray; needs a tensor"),
     ("token_logprobs", {"logits": huge, "labels": no_label}, ValueError, of_it),
     ("kl_divergence", {"logits": huge, "ref_logits": huge}, ValueError, of_it),
     (
@@ -213,6 +216,21 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
         getattr(rf, op)(**(VALID[op] | bad))
     if error is not IndexError:
         assert str(caught.value).startswith(f"{op}: ")
+
+
+def test_a_sharded_tensor_is_refused_with_the_way_on():
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(weight.clone().requires_grad_(), mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"^linear_cross_entropy: weight is a DTensor.*inside the forward"):
+            rf.linear_cross_entropy(hidden, sharded, labels)
+        with pytest.raises(TypeError, match=r"^token_logprobs: logits is a DTensor"):
+            rf.token_logprobs(distribute_tensor(logits, mesh, [Replicate()]), labels)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_first_call_that_is_compiled_warns_of_nothing():

@@ -1,12 +1,16 @@
 """The statistics of a loss are a dict of scalar tensors, made when somebody looks at them."""
 
 import copy
+import dataclasses
+import json
 import pickle
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
+from transformers.trainer_pt_utils import nested_detach
 
 import rlhf_fast as rf
 from rlhf_fast.ops import _statistics
@@ -14,6 +18,11 @@ from rlhf_fast.ops.reference import PAIRWISE_STATS
 
 CHOSEN, REJECTED = torch.tensor([2.0, 0.0]), torch.tensor([0.5, 1.0])
 WANTED = {"accuracy": 0.5, "margin": 0.25, "chosen_mean": 1.0, "num_pairs": 2.0}
+
+
+@dataclasses.dataclass
+class Output:
+    stats: dict
 
 
 def statistics() -> dict:
@@ -29,6 +38,8 @@ def statistics() -> dict:
         lambda s: dict(s.items()), lambda s: dict(zip(s.keys(), s.values(), strict=True)), copy.copy, copy.deepcopy,
         lambda s: s.copy(), lambda s: pickle.loads(pickle.dumps(s)), lambda s: {k: s.get(k) for k in PAIRWISE_STATS},
         lambda s: (lambda **kwargs: kwargs)(**s), lambda s: _pytree.tree_map(lambda t: t, s),
+        lambda s: type(s)(s), lambda s: type(s)((k, v) for k, v in s.items()),
+        lambda s: dataclasses.asdict(Output(s))["stats"], lambda s: send_to_device(s, "cpu"), nested_detach,
     ],
 )  # fmt: skip
 def test_every_way_to_read_a_dict_reads_them(look):
@@ -37,6 +48,12 @@ def test_every_way_to_read_a_dict_reads_them(look):
     for name, value in WANTED.items():
         assert seen[name].shape == () and seen[name].item() == value
     assert not any(value.requires_grad for value in seen.values())
+
+
+def test_json_reads_them_too_or_says_that_they_are_tensors():
+    assert json.loads(json.dumps(statistics(), default=float)) == {k: v.item() for k, v in statistics().items()}
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        json.dumps(statistics())
 
 
 def test_a_checkpoint_that_holds_them_loads_as_torch_loads_by_default(tmp_path):
