@@ -232,7 +232,7 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms) -> tu
     # host wait, so it is asked at every eighth step.
     least_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
-    logprobs = torch.zeros(tokens.shape, device=ids.device)
+    logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
     alive = torch.arange(len(prompts), device=ids.device)  # (rows in the batch,): which prompt each row answers
     done = torch.zeros_like(alive, dtype=torch.bool)
     logits = decoder.start()
@@ -307,7 +307,7 @@ def _answer_batch_by_transformers(model, prompts, max_new_tokens, stops, choose,
     finally:
         owner.generation_config = habits
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
-    logprobs = torch.zeros(tokens.shape, device=ids.device)
+    logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
     steps = len(chooser.logprobs)
     tokens[:, :steps], logprobs[:, :steps] = out[:, ids.shape[1] :], torch.stack(chooser.logprobs, 1)
     return tokens, logprobs

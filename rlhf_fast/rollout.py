@@ -166,7 +166,7 @@ def make_rollout(
     )
     if logprobs is not None:
         flat = torch.tensor([x for row in logprobs for x in row], dtype=torch.float32)
-        padded = torch.zeros(present.shape).masked_scatter(present, flat)
+        padded = torch.zeros(present.shape, dtype=torch.float32).masked_scatter(present, flat)
         rollout.rollout_logprobs = padded.masked_fill(~response_mask, 0.0).to(device)
     return rollout
 

@@ -324,7 +324,8 @@ class PPOTrainer:
     def _score_tokens(self, rollout: Rollout, plan: list[list[Tensor]]) -> None:
         """Fills logprobs, values and ref_logprobs, one micro-batch of the plan at a time."""
         for name in ("logprobs", "ref_logprobs", *(["values"] if self.value_model else [])):
-            setattr(rollout, name, torch.zeros(rollout.response_mask.shape, device=rollout.response_mask.device))
+            zeros = torch.zeros(rollout.response_mask.shape, dtype=torch.float32, device=rollout.response_mask.device)
+            setattr(rollout, name, zeros)
         with parallel.in_all():
             for rows in chain.from_iterable(map(parallel.share, plan)):
                 inputs = squeeze(rollout, rows)
@@ -453,7 +454,7 @@ class PPOTrainer:
     @parallel.in_all()
     def _backward(self, rollout: Rollout, minibatch: list[Tensor], weights: Tensor | None) -> dict:
         """This process's share of the gradient and of the statistics."""
-        config, stats = self.config, defaultdict(lambda: torch.zeros((), device=rollout.response_ids.device))
+        config, stats = self.config, defaultdict(lambda: rollout.logprobs.new_zeros(()))
         every_row = torch.cat(minibatch)
         num_tokens = rollout.response_mask[every_row].sum()
         normalizer = {

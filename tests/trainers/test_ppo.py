@@ -626,3 +626,18 @@ def test_longer_prompts_may_be_left_out(tmp_path):
         tmp_path, train_dataset=[*PROMPTS, {"prompt": "a b c d " * 40}], max_prompt_length=60, on_overlong="skip"
     )
     assert len(trainer.prompts) == 16 and trainer.reports[0].overlong[0][0] == 16
+
+
+def test_a_default_dtype_of_float64_changes_nothing(tmp_path):
+    times = ("timing_s/", "perf/")
+    metrics = list(make_trainer(tmp_path / "float32"))
+    before = [{name: float(x) for name, x in m.items() if not name.startswith(times)} for m in metrics]
+    model = tiny_model(tiny_tokenizer())
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer = make_trainer(tmp_path / "float64", model)
+        after = [{name: float(m[name]) for name in before[0]} for m in trainer]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(before, after, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6, nan_ok=True)
