@@ -162,10 +162,21 @@ struct Shape {
   }
 };
 
+// An uninitialised contiguous CPU tensor; null where torch has to make it, or to say why it cannot.
+inline py::object empty(PyObject* like, int dtype, size_t keep_from) {
+  Shape shape;
+  if (!shape.append(like)) return {};
+  try {
+    return py::reinterpret_steal<py::object>(make_tensor(shape.sizes, shape.axes, dtype, keep_from));
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
+}
+
 // (keep_from, like, dtype, *shapes) -> a tuple of uninitialised contiguous tensors of these shapes (None: none), blocks
 // of keep_from bytes and more in kept memory; a dtype of -1 is what values of like's are accumulated in. Or None where
-// torch has to make them, or to say why it cannot: like is not a plain CPU tensor, or memory does not suffice. Takes a
-// third of the time of torch.empty, which parses its arguments and asks a dispatcher.
+// torch has to make them: like is not a plain CPU tensor, or memory does not suffice. Takes a third of the time of
+// torch.empty, which parses its arguments and asks a dispatcher.
 inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   DLTensor like;
   if (count < 3 || !is_plain_tensor(given[1]) || !read(given[1], like) || like.device_type != 1) Py_RETURN_NONE;
@@ -176,20 +187,9 @@ inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   if (dtype < 0 || dtype >= kBool) throw py::value_error("needs the code of a floating dtype");
   py::object made = checked(PyTuple_New(count - 3));
   for (Py_ssize_t i = 3; i < count; ++i) {
-    Shape shape;
-    PyObject* one = Py_None;
-    if (given[i] == Py_None) {
-      Py_INCREF(one);
-    } else if (shape.append(given[i])) {
-      try {
-        one = make_tensor(shape.sizes, shape.axes, int(dtype), size_t(keep_from));
-      } catch (const std::bad_alloc&) {
-        Py_RETURN_NONE;
-      }
-    } else {
-      Py_RETURN_NONE;
-    }
-    PyTuple_SET_ITEM(made.ptr(), i - 3, one);
+    py::object one = given[i] == Py_None ? py::none() : empty(given[i], int(dtype), size_t(keep_from));
+    if (!one) Py_RETURN_NONE;
+    PyTuple_SET_ITEM(made.ptr(), i - 3, one.release().ptr());
   }
   return made.release().ptr();
 }

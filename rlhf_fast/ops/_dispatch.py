@@ -29,7 +29,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if not hasattr(_C, "consume"):  # the newest of what is called here; functions before it took other arguments
+    if not hasattr(_C, "token_logprobs_gradient"):  # the newest of what is called here; functions before it took other arguments
         _C, _C_MISSING = None, "the one that is there is older than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
