@@ -86,12 +86,15 @@ inline KeptMemory& kept_memory() {
 // A tensor that owns its block, which follows it, or is of kept memory.
 struct Owned {
   static constexpr int kMostAxes = 8;
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr size_t kAlignment = 64;
 
   DLManagedTensorVersioned managed;
   int64_t shape[kMostAxes], strides[kMostAxes];
 
-  static void free(DLManagedTensorVersioned* self) { ::operator delete(self, kAlignment); }
+  void* behind() {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(this + 1) + kAlignment - 1) & -uintptr_t(kAlignment));
+  }
+  static void free(DLManagedTensorVersioned* self) { ::operator delete(self); }
   static void give_back(DLManagedTensorVersioned* self) {
     kept_memory().give(self->tensor.data);
     free(self);
@@ -101,11 +104,11 @@ struct Owned {
 // An uninitialised contiguous CPU tensor.
 inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t keep_from) {
   constexpr int kCpu = 1, kFloat = 2, kBfloat = 4, kBits[] = {32, 16, 16, 64};
-  constexpr size_t kHeader = (sizeof(Owned) + size_t(Owned::kAlignment) - 1) & -size_t(Owned::kAlignment);
   size_t bytes = kBits[dtype] / 8;
   for (int i = 0; i < axes; ++i) bytes *= size_t(shape[i]);
   const bool kept = bytes >= keep_from && bytes > 0;
-  auto* owned = new (::operator new(kHeader + (kept ? 0 : bytes), Owned::kAlignment)) Owned;
+  // Aligned here: malloc keeps small blocks at hand for each thread, but not for aligned_alloc.
+  auto* owned = new (::operator new(sizeof(Owned) + (kept ? 0 : Owned::kAlignment + bytes))) Owned;
   int64_t stride = 1;
   for (int i = axes; i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) {  // as torch strides what is empty
     owned->shape[i] = shape[i];
@@ -114,7 +117,7 @@ inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t k
   DLManagedTensorVersioned& managed = owned->managed;
   managed = {torch().exchange->major, torch().exchange->minor, nullptr, kept ? Owned::give_back : Owned::free, 0, {}};
   try {
-    managed.tensor.data = kept ? kept_memory().take(bytes) : reinterpret_cast<char*>(owned) + kHeader;
+    managed.tensor.data = kept ? kept_memory().take(bytes) : owned->behind();
   } catch (...) {
     Owned::free(&managed);
     throw;

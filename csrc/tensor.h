@@ -220,6 +220,7 @@ inline bool is_true(PyObject* function) { return checked(PyObject_CallNoArgs(fun
 // their want of memory tells from others.
 template <bool kInBackward>
 Route route_of(PyObject* const* given, Py_ssize_t count) {
+  const bool recording = is_true(torch().grad_enabled);
   bool differentiable = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const x = given[i];
@@ -227,13 +228,15 @@ Route route_of(PyObject* const* given, Py_ssize_t count) {
     if (is_plain_tensor(x)) {
       DLTensor t;
       if (kInBackward && torch().exchange && !read(x, t)) return kLibrary;
-      differentiable = differentiable || checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
+      if (recording && !differentiable) {
+        differentiable = checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
+      }
     } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && x != Py_None) {
       return kLibrary;
     }
   }
   if (!nobody_watches()) return kLibrary;
-  return differentiable && is_true(torch().grad_enabled) ? kFunction : kKernel;
+  return differentiable ? kFunction : kKernel;
 }
 
 template <bool kInBackward>

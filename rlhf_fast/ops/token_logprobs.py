@@ -153,9 +153,12 @@ def _grad(ctx, grad_logprobs, grad_entropy, _):
     if ctx.inplace or torch.is_grad_enabled():
         logits = logits.detach()
     args = (logits, labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
-    if ctx.inplace and plain_in_backward(logits, grad_logprobs, grad_entropy) and not overlaps_itself(logits):
-        torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
-        grad = _backward.kernel_on(logits.device.type)(*args, out=args[0])
+    if plain_in_backward(*args):
+        out = None
+        if ctx.inplace and not overlaps_itself(logits):
+            torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
+            out = logits
+        grad = _backward.run(*args, out)
     else:
         grad = _backward(*args)
     return grad, None, None, None, None, None
