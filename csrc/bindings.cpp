@@ -3,44 +3,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <type_traits>
 
 #include "memory.h"
 #include "ops.h"
+#include "rows.h"
 #include "tensor.h"
 
 namespace py = pybind11;
 
 namespace {
-
-template <class T>
-T from_python(PyObject* x) {
-  if constexpr (std::is_same_v<T, rlhf::Grid>) {
-    return rlhf::grid_of(x);
-  } else if constexpr (std::is_same_v<T, rlhf::LayerWeights>) {  // a tuple of its members
-    constexpr Py_ssize_t kCount = sizeof(T) / sizeof(const float*);
-    if (!PyTuple_Check(x) || PyTuple_GET_SIZE(x) != kCount) throw py::type_error("needs the weights of a layer");
-    const float* members[kCount];
-    for (Py_ssize_t i = 0; i < kCount; ++i) members[i] = from_python<const float*>(PyTuple_GET_ITEM(x, i));
-    T weights;
-    std::memcpy(&weights, members, sizeof weights);
-    return weights;
-  } else if constexpr (std::is_pointer_v<T>) {
-    constexpr bool kIsFloat32 = std::is_same_v<std::remove_const_t<std::remove_pointer_t<T>>, float>;
-    return static_cast<T>(rlhf::address_of(x, kIsFloat32));
-  } else if constexpr (std::is_floating_point_v<T>) {
-    const double value = PyFloat_AsDouble(x);
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  } else {
-    const int64_t value = PyLong_AsLongLong(x);
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return static_cast<T>(value);
-  }
-}
 
 // A member of CpuOps is looked up at each call, so that use_isa() takes effect; a CUDA op is itself.
 template <auto op>
@@ -55,7 +29,7 @@ auto kernel() {
 template <auto op, class... Args, size_t... I>
 PyObject* call(PyObject* const* given, Py_ssize_t count, std::index_sequence<I...>) {
   if (count != sizeof...(Args)) throw py::type_error("needs " + std::to_string(sizeof...(Args)) + " arguments");
-  const std::tuple<Args...> args{from_python<Args>(given[I])...};
+  const std::tuple<Args...> args{rlhf::from_python<Args>(given[I])...};
   const auto run = [&] {
     py::gil_scoped_release release;
     return std::apply(kernel<op>(), args);
@@ -120,6 +94,8 @@ PYBIND11_MODULE(_C, m) {
   bind<rlhf::route<true>>(m, "route_in_backward");
   bind<rlhf::consume>(m, "consume");
   bind<rlhf::empties>(m, "empties");
+  bind<rlhf::token_logprobs>(m, "token_logprobs");
+  bind<rlhf::token_logprobs_gradient>(m, "token_logprobs_gradient");
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });
 
   m.def("isa", [] { return std::string(rlhf::cpu_isa().name); });

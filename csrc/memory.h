@@ -86,12 +86,15 @@ inline KeptMemory& kept_memory() {
 // A tensor that owns its block, which follows it, or is of kept memory.
 struct Owned {
   static constexpr int kMostAxes = 8;
-  static constexpr std::align_val_t kAlignment{64};
+  static constexpr size_t kAlignment = 64;
 
   DLManagedTensorVersioned managed;
   int64_t shape[kMostAxes], strides[kMostAxes];
 
-  static void free(DLManagedTensorVersioned* self) { ::operator delete(self, kAlignment); }
+  void* behind() {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(this + 1) + kAlignment - 1) & -uintptr_t(kAlignment));
+  }
+  static void free(DLManagedTensorVersioned* self) { ::operator delete(self); }
   static void give_back(DLManagedTensorVersioned* self) {
     kept_memory().give(self->tensor.data);
     free(self);
@@ -101,11 +104,11 @@ struct Owned {
 // An uninitialised contiguous CPU tensor.
 inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t keep_from) {
   constexpr int kCpu = 1, kFloat = 2, kBfloat = 4, kBits[] = {32, 16, 16, 64};
-  constexpr size_t kHeader = (sizeof(Owned) + size_t(Owned::kAlignment) - 1) & -size_t(Owned::kAlignment);
   size_t bytes = kBits[dtype] / 8;
   for (int i = 0; i < axes; ++i) bytes *= size_t(shape[i]);
   const bool kept = bytes >= keep_from && bytes > 0;
-  auto* owned = new (::operator new(kHeader + (kept ? 0 : bytes), Owned::kAlignment)) Owned;
+  // Aligned here: malloc keeps small blocks at hand for each thread, but not for aligned_alloc.
+  auto* owned = new (::operator new(sizeof(Owned) + (kept ? 0 : Owned::kAlignment + bytes))) Owned;
   int64_t stride = 1;
   for (int i = axes; i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) {  // as torch strides what is empty
     owned->shape[i] = shape[i];
@@ -114,7 +117,7 @@ inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t k
   DLManagedTensorVersioned& managed = owned->managed;
   managed = {torch().exchange->major, torch().exchange->minor, nullptr, kept ? Owned::give_back : Owned::free, 0, {}};
   try {
-    managed.tensor.data = kept ? kept_memory().take(bytes) : reinterpret_cast<char*>(owned) + kHeader;
+    managed.tensor.data = kept ? kept_memory().take(bytes) : owned->behind();
   } catch (...) {
     Owned::free(&managed);
     throw;
@@ -162,10 +165,21 @@ struct Shape {
   }
 };
 
+// An uninitialised contiguous CPU tensor; null where torch has to make it, or to say why it cannot.
+inline py::object empty(PyObject* like, int dtype, size_t keep_from) {
+  Shape shape;
+  if (!shape.append(like)) return {};
+  try {
+    return py::reinterpret_steal<py::object>(make_tensor(shape.sizes, shape.axes, dtype, keep_from));
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
+}
+
 // (keep_from, like, dtype, *shapes) -> a tuple of uninitialised contiguous tensors of these shapes (None: none), blocks
 // of keep_from bytes and more in kept memory; a dtype of -1 is what values of like's are accumulated in. Or None where
-// torch has to make them, or to say why it cannot: like is not a plain CPU tensor, or memory does not suffice. Takes a
-// third of the time of torch.empty, which parses its arguments and asks a dispatcher.
+// torch has to make them: like is not a plain CPU tensor, or memory does not suffice. Takes a third of the time of
+// torch.empty, which parses its arguments and asks a dispatcher.
 inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   DLTensor like;
   if (count < 3 || !is_plain_tensor(given[1]) || !read(given[1], like) || like.device_type != 1) Py_RETURN_NONE;
@@ -176,20 +190,9 @@ inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   if (dtype < 0 || dtype >= kBool) throw py::value_error("needs the code of a floating dtype");
   py::object made = checked(PyTuple_New(count - 3));
   for (Py_ssize_t i = 3; i < count; ++i) {
-    Shape shape;
-    PyObject* one = Py_None;
-    if (given[i] == Py_None) {
-      Py_INCREF(one);
-    } else if (shape.append(given[i])) {
-      try {
-        one = make_tensor(shape.sizes, shape.axes, int(dtype), size_t(keep_from));
-      } catch (const std::bad_alloc&) {
-        Py_RETURN_NONE;
-      }
-    } else {
-      Py_RETURN_NONE;
-    }
-    PyTuple_SET_ITEM(made.ptr(), i - 3, one);
+    py::object one = given[i] == Py_None ? py::none() : empty(given[i], int(dtype), size_t(keep_from));
+    if (!one) Py_RETURN_NONE;
+    PyTuple_SET_ITEM(made.ptr(), i - 3, one.release().ptr());
   }
   return made.release().ptr();
 }

@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -22,6 +24,7 @@ struct DLTensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 
+  void* address() const { return static_cast<char*>(data) + byte_offset; }
   int dtype() const {  // a DType; kBool stands for whatever is none of them
     switch (code << 8 | bits) {
       case 2 << 8 | 32:
@@ -111,7 +114,7 @@ inline void* address_of(PyObject* x, bool is_float32 = false) {
   DLTensor t;
   if (is_plain_tensor(x) && read(x, t)) {
     if (is_float32 && t.dtype() != kFloat32) throw py::type_error("needs float32 where a tensor of another dtype is");
-    return static_cast<char*>(t.data) + t.byte_offset;
+    return t.address();
   }
   py::object number;
   if (!PyLong_Check(x)) number = checked(PyObject_CallMethodNoArgs(x, torch().data_ptr));
@@ -125,8 +128,7 @@ inline Grid grid_of(PyObject* x) {
   if (x == Py_None) return {nullptr, 0, 0, 0};
   DLTensor t;
   if (is_plain_tensor(x) && read(x, t) && t.strides) {
-    return {static_cast<char*>(t.data) + t.byte_offset, t.dtype(), t.ndim == 2 ? t.strides[0] : 0,
-            t.strides[t.ndim - 1]};
+    return {t.address(), t.dtype(), t.ndim == 2 ? t.strides[0] : 0, t.strides[t.ndim - 1]};
   }
   const py::object dtype = checked(PyObject_GetAttr(x, torch().dtype));
   const py::object strides = checked(PyObject_CallMethodNoArgs(x, torch().stride));
@@ -135,6 +137,32 @@ inline Grid grid_of(PyObject* x) {
   const auto stride = [&](py::ssize_t axis) { return PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), axis)); };
   const py::ssize_t axes = PyTuple_GET_SIZE(strides.ptr());
   return {address_of(x), code, axes == 2 ? stride(0) : 0, stride(axes - 1)};
+}
+
+template <class T>
+T from_python(PyObject* x) {
+  if constexpr (std::is_same_v<T, Grid>) {
+    return grid_of(x);
+  } else if constexpr (std::is_same_v<T, LayerWeights>) {  // a tuple of its members
+    constexpr Py_ssize_t kCount = sizeof(T) / sizeof(const float*);
+    if (!PyTuple_Check(x) || PyTuple_GET_SIZE(x) != kCount) throw py::type_error("needs the weights of a layer");
+    const float* members[kCount];
+    for (Py_ssize_t i = 0; i < kCount; ++i) members[i] = from_python<const float*>(PyTuple_GET_ITEM(x, i));
+    T weights;
+    std::memcpy(&weights, members, sizeof weights);
+    return weights;
+  } else if constexpr (std::is_pointer_v<T>) {
+    constexpr bool kIsFloat32 = std::is_same_v<std::remove_const_t<std::remove_pointer_t<T>>, float>;
+    return static_cast<T>(address_of(x, kIsFloat32));
+  } else if constexpr (std::is_floating_point_v<T>) {
+    const double value = PyFloat_AsDouble(x);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  } else {
+    const int64_t value = PyLong_AsLongLong(x);
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return static_cast<T>(value);
+  }
 }
 
 inline PyObject* as_bool(bool x) { return PyBool_FromLong(x); }
@@ -192,6 +220,7 @@ inline bool is_true(PyObject* function) { return checked(PyObject_CallNoArgs(fun
 // their want of memory tells from others.
 template <bool kInBackward>
 Route route_of(PyObject* const* given, Py_ssize_t count) {
+  const bool recording = is_true(torch().grad_enabled);
   bool differentiable = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const x = given[i];
@@ -199,13 +228,15 @@ Route route_of(PyObject* const* given, Py_ssize_t count) {
     if (is_plain_tensor(x)) {
       DLTensor t;
       if (kInBackward && torch().exchange && !read(x, t)) return kLibrary;
-      differentiable = differentiable || checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
+      if (recording && !differentiable) {
+        differentiable = checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
+      }
     } else if (type != &PyFloat_Type && type != &PyLong_Type && type != &PyBool_Type && x != Py_None) {
       return kLibrary;
     }
   }
   if (!nobody_watches()) return kLibrary;
-  return differentiable && is_true(torch().grad_enabled) ? kFunction : kKernel;
+  return differentiable ? kFunction : kKernel;
 }
 
 template <bool kInBackward>
@@ -225,7 +256,7 @@ inline PyObject* consume(PyObject* const* given, Py_ssize_t count) {
   DLTensor g;
   if (count == 0 || !is_plain_tensor(given[0]) || !read(given[0], g)) return answer(kOwn);
   if (g.device_type != 1 || g.ndim != 0) return answer(kOwn);
-  const void* const data = static_cast<char*>(g.data) + g.byte_offset;
+  const void* const data = g.address();
   const bool one = g.dtype() == kFloat32   ? *static_cast<const float*>(data) == 1
                    : g.dtype() == kFloat64 ? *static_cast<const double*>(data) == 1
                                            : false;

@@ -13,16 +13,10 @@ int64_t token_logprobs_forward(const void* logits, int dtype, int64_t rows, int6
     using Accum = std::conditional_t<std::is_same_v<E, F64>, double, float>;
     const auto* x = static_cast<const typename E::type*>(logits);
     const double c = 1 / temperature;
-    int64_t refused = rows;
-#pragma omp parallel for num_threads(team(threads, rows* vocab)) \
-    schedule(dynamic, grain(rows, vocab * sizeof *x, threads)) reduction(min : refused)
-    for (int64_t i = 0; i < rows; ++i) {
+    return each_row(rows, team(threads, rows * vocab), grain(rows, vocab * sizeof *x, threads), [=](int64_t i) {
       double logprob = 0, h = 0, max = 0, log_sum = 0;
       if (!mask || mask[i]) {
-        if (labels[i] < 0 || labels[i] >= vocab) {
-          refused = i < refused ? i : refused;
-          continue;
-        }
+        if (labels[i] < 0 || labels[i] >= vocab) return false;
         const auto* row = x + (i / inner) * outer_stride + (i % inner) * inner_stride;
         const Softmax s = entropy ? softmax_row<true, E>(row, vocab, c) : softmax_row<false, E>(row, vocab, c);
         max = s.max;
@@ -34,8 +28,8 @@ int64_t token_logprobs_forward(const void* logits, int dtype, int64_t rows, int6
       if (entropy) static_cast<Accum*>(entropy)[i] = Accum(h);
       static_cast<Accum*>(saved)[2 * i] = Accum(max);
       static_cast<Accum*>(saved)[2 * i + 1] = Accum(log_sum);
-    }
-    return refused == rows ? int64_t(-1) : refused;
+      return true;
+    });
   });
 }
 
@@ -54,16 +48,14 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
     const int64_t bytes = rows * vocab * sizeof *grad;
     const bool past = grad != x && past_cache(bytes);
     if (grad != x) use_huge_pages(grad, bytes);
-#pragma omp parallel for num_threads(team(threads, rows* vocab)) \
-    schedule(dynamic, grain(rows, vocab * sizeof *x, threads))
-    for (int64_t i = 0; i < rows; ++i) {
+    return each_row(rows, team(threads, rows * vocab), grain(rows, vocab * sizeof *x, threads), [=](int64_t i) {
       auto* out = grad + (i / inner) * grad_outer_stride + (i % inner) * grad_inner_stride;
       const RowGradient row{at(grad_logprobs, i), at(grad_entropy, i), at(saved, 2 * i), at(saved, 2 * i + 1),
                             grad_entropy ? at(entropy, i) : 0};
       // A row without gradient (outside the mask, clipped by PPO) is not read; one with NaN still gives NaN.
       if ((mask && !mask[i]) || (row.g == 0 && row.h == 0 && std::isfinite(row.log_sum))) {
         std::memset(out, 0, vocab * sizeof *out);
-        continue;
+        return true;
       }
       const auto* in = x + (i / inner) * outer_stride + (i % inner) * inner_stride;
       if (grad_entropy) {
@@ -71,8 +63,8 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
       } else {
         gradient_row<false, E>(in, out, vocab, labels[i], c, row, past);
       }
-    }
-    return int64_t(-1);
+      return true;
+    });
   });
 }
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if not hasattr(_C, "consume"):  # the newest of what is called here; functions before it took other arguments
+    if not hasattr(_C, "token_logprobs_gradient"):  # the newest; functions before it took other arguments
         _C, _C_MISSING = None, "the one that is there is older than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -81,26 +82,27 @@ class Op:
         self._ready: dict[str, Callable] = {}  # device -> kernel, until another backend is forced
         # The arguments that autograd is shown, those that may have a gradient: it takes its time over each.
         tensors = schema.split(" -> ")[0].count("Tensor")
-        self._shown = tuple(range(tensors) if gradients is None else gradients)
+        shown = tuple(range(tensors) if gradients is None else gradients)
+        self._shown = itemgetter(*shown) if len(shown) > 1 else itemgetter(slice(shown[0], shown[0] + 1))
         self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
         qualname = f"rlhf_fast::{self.name}"
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in self.kernels:
-            _LIBRARY.impl(self.name, lambda *args: _in_full(self._kernel(*args)), device.upper())
+            _LIBRARY.impl(self.name, lambda *args: _in_full(self.run(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = None
         if gradients is not None:
             self._differentiate(qualname, *_scaled(gradients), 1, self._scaled_directly(tuple(gradients.values())))
         elif backward is not None:
-            self._differentiate(qualname, backward, setup_context, differentiable)
+            self._differentiate(qualname, backward, setup_context, differentiable, shown=len(shown))
         else:  # a backward op: without this, a second derivative would be silently zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
         self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
         _OPS[self.name] = self
 
     def _differentiate(
-        self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int, direct=None
+        self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int, direct=None, shown=0
     ) -> None:
         def setup(ctx, inputs, output):
             ctx.mark_non_differentiable(*output[differentiable:])
@@ -118,18 +120,20 @@ class Op:
         # All arguments come as one tuple, into which autograd does not look, after those that it is shown.
         def forward(ctx, *given):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
             args = given[-1]
-            outputs = self._kernel(*args)
+            outputs = self.run(*args)
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, outputs)
             return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
 
         def backward_of_inputs(ctx, *grads):
-            return *backward_once(ctx, *grads)[: len(self._shown)], None
+            once = backward_once if torch.is_grad_enabled() else backward
+            return *once(ctx, *grads)[:shown], None
 
         forward, backward_of_inputs = direct or (forward, backward_of_inputs)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
         self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
+        self.function._backward_cls.apply = backward_of_inputs  # without Function's own search for it, 1 us a call
         # Without Function.apply's own look at each argument for functorch, which plain() has ruled out.
         self._apply = super(torch.autograd.Function, self.function).apply
 
@@ -140,7 +144,7 @@ class Op:
         """
 
         def forward(ctx, *given):
-            outputs = self._kernel(*given[-1])
+            outputs = self.run(*given[-1])
             ctx.set_materialize_grads(False)
             wanted = zip(gradients, ctx.needs_input_grad, strict=False)  # the latter of args too
             ctx.save_for_backward(*[outputs[o] if needed else None for o, needed in wanted])
@@ -198,10 +202,10 @@ class Op:
             self._refuse_sharded(args)
             return self._through_library(args)
         if way != _FUNCTION or self._apply is None:
-            outputs = self._kernel(*args)
+            outputs = self.run(*args)
         else:
-            *seen, hidden = self._apply(*[args[i] for i in self._shown], args)
-            outputs = *seen, *hidden
+            outputs = self._apply(*self._shown(args), args)
+            outputs = outputs[:-1] + outputs[-1]
         return outputs if self._statistics is None else (outputs[0], Statistics(self._statistics, outputs[1]))
 
     def _through_library(self, args):
@@ -210,7 +214,7 @@ class Op:
             return outputs
         return outputs[0], dict(zip(self._statistics, outputs[1].unbind(), strict=True))
 
-    def _kernel(self, *args):
+    def run(self, *args):
         device = device_type(args[0])
         kernel = self._ready.get(device)
         return (kernel or self.kernel_on(device))(*args)
@@ -266,7 +270,7 @@ _consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
 
 def plain_in_backward(*arguments) -> bool:
     """Whether a backward may call kernels directly: real tensors, and nobody (compile, functorch, modes) watches."""
-    return not is_compiling() and _route_in_backward(*arguments) != _LIBRARY_OP
+    return not is_compiling() and forward_ad._current_level < 0 and _route_in_backward(*arguments) != _LIBRARY_OP
 
 
 def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | None, ...]:

@@ -15,6 +15,7 @@ from . import reference
 from ._dispatch import (
     _C,
     DTYPE_CODES,
+    LARGE,
     Op,
     byte_mask,
     check_vocabulary,
@@ -62,8 +63,14 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
 
 
 def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backward):
-    arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
-    refused = _C.token_logprobs_forward(*arguments, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    made = _C.token_logprobs(LARGE, logits, labels, mask, temperature, with_entropy, threads)
+    if type(made) is tuple:
+        return made
+    refused = made
+    if made is None:  # not contiguous, say
+        arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
+        refused = _C.token_logprobs_forward(*arguments, threads)
     if refused >= 0:
         raise IndexError(
             f"token_logprobs: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
@@ -73,10 +80,16 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
 
 
 def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
+    threads = torch.get_num_threads()
+    if out is None:
+        given = logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy
+        grad = _C.token_logprobs_gradient(LARGE, *given, threads)
+        if grad is not None:
+            return grad
     arguments, out = _backward_arguments(
         logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
     )
-    _C.token_logprobs_backward(*arguments, torch.get_num_threads())
+    _C.token_logprobs_backward(*arguments, threads)
     return out
 
 
@@ -140,9 +153,12 @@ def _grad(ctx, grad_logprobs, grad_entropy, _):
     if ctx.inplace or torch.is_grad_enabled():
         logits = logits.detach()
     args = (logits, labels, mask, ctx.temperature, saved, entropy, grad_logprobs, grad_entropy)
-    if ctx.inplace and plain_in_backward(logits, grad_logprobs, grad_entropy) and not overlaps_itself(logits):
-        torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
-        grad = _backward.kernel_on(logits.device.type)(*args, out=args[0])
+    if plain_in_backward(*args):
+        out = None
+        if ctx.inplace and not overlaps_itself(logits):
+            torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
+            out = logits
+        grad = _backward.run(*args, out)
     else:
         grad = _backward(*args)
     return grad, None, None, None, None, None

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from rlhf_fast.ops import cross_entropy, kl_divergence, reference, token_logprobs, token_logprobs_and_entropy
 
@@ -120,6 +121,34 @@ def test_inplace_backward_of_batched_gradients_leaves_the_logits_alone():
 
     torch.testing.assert_close(gradients(True), gradients(False))
     assert logits._version == 0
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_tangent_of_the_gradient_that_comes_in_is_refused(inplace):
+    logits = torch.randn(3, 5, requires_grad=True) * 1.0
+    out = token_logprobs(logits, torch.tensor([0, 1, 2]), inplace_backward=inplace)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.autograd.grad(out, logits, forward_ad.make_dual(torch.ones(3), torch.ones(3)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_lie_apart_give_the_same_bits(dtype, masked):
+    """Contiguous ones take one native call, in which the results are made too."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 5, 33).to(dtype), torch.randint(33, (4, 5))
+    mask = torch.rand(4, 5) < 0.7 if masked else None
+    g, h = torch.randn(2, 4, 5)
+    apart = torch.cat([logits, logits], -1)[..., :33]
+
+    def of(x):
+        x = x.detach().requires_grad_()
+        outputs = token_logprobs_and_entropy(x, labels, mask=mask)
+        torch.autograd.backward(outputs, [g.to(outputs[0]), h.to(outputs[1])])
+        return *outputs, x.grad
+
+    for a, b in zip(of(logits), of(apart), strict=True):
+        assert torch.equal(a, b) and a.data_ptr() % 64 == 0
 
 
 def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
