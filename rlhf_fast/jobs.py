@@ -338,7 +338,7 @@ def read_rows(path: str, stage: str = "reward") -> list[dict]:
 
 
 def _print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
-    if left_out:
+    if left_out and parallel.rank() == 0:
         print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
 
 

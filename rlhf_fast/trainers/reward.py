@@ -173,7 +173,8 @@ class RewardTrainer:
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
-        parallel.begin_equal([self.model], self.data)
+        parallel.begin_equal([self.model], **common.read_by_all(config, self.data, self.eval_items))
+        common.seed_apart(config.seed)  # of lora_dropout
 
     def _check_pairs(self) -> None:
         plain = Comparison([], [])
