@@ -226,14 +226,19 @@ class _Everywhere:
             return getattr(self, part)(*arguments)
 
     def follow(self) -> RunResult:
-        """What the processes after the first do until the run ends. What fails is the first one's to deal with; where
-        that one is gone, waiting for its word raises."""
+        """What the processes after the first do until the run ends. What fails is the first one's to deal with, before
+        it leaves; where that one is gone, waiting for its word raises."""
+        failure = None
         while True:
             part, arguments = parallel.first(None)
             if part == "leave":
-                raise arguments[0]
-            with suppress(Exception), parallel.in_all():
-                result = getattr(self, part)(*arguments)
+                raise failure or arguments[0]
+            try:
+                with parallel.in_all():
+                    result = getattr(self, part)(*arguments)
+            except Exception as error:
+                failure = error
+            else:
                 if part == "end":
                     return result
 
