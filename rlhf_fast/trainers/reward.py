@@ -247,7 +247,7 @@ class RewardTrainer:
     def _metrics(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> dict:
         """Loss, accuracy (that of preferences.py), margin, spread of the rewards, over all micro-batches as one."""
         rewards = torch.cat([r for r, _ in seen])
-        batch = {k: torch.cat([b[k] for _, b in seen]) for k in ("ranks", "margin", "chosen_prob", "weight")}
+        batch = {name: torch.cat([b[name] for _, b in seen]) for name in _LABELS}
         loss, stats = self._loss(rewards, batch)
         if self.width == 2:  # with soft labels; the op's counts chosen > rejected
             stats["accuracy"] = accuracy(rewards[:, 0] - rewards[:, 1], batch["chosen_prob"], batch["weight"])
@@ -359,8 +359,12 @@ class RewardTrainer:
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
 
 
+_LABELS = ("ranks", "margin", "chosen_prob", "weight")
+
+
 def _on_cpu(seen: list[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    return [(rewards.cpu(), {name: x.cpu() for name, x in batch.items()}) for rewards, batch in seen]
+    """Rewards and labels, to send to the other processes; tokens stay."""
+    return [(rewards.cpu(), {name: batch[name].cpu() for name in _LABELS}) for rewards, batch in seen]
 
 
 def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:

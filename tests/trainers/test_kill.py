@@ -104,20 +104,21 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(stage, tmp_path, proc
 def test_a_step_that_raises_before_its_update_loses_no_other(stage, same, tmp_path):
     make(stage, tmp_path / "whole").train()
     trainer = make(stage, tmp_path / "raised")
-    packing, calls = trainer._packing, []
+    forward, calls = {"sft": "_response_hidden", "reward": "_rewards"}[stage], []
+    read = getattr(trainer, forward)
 
-    def raising():
+    def raising(rows):
         calls.append(trainer.step)
         if calls[-2:] == [5, 5]:  # in the second of its micro-batches
             torch.rand(1)
             raise RuntimeError("out of memory")
-        return packing()
+        return read(rows)
 
-    trainer._packing = raising
+    setattr(trainer, forward, raising)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     assert latest_checkpoint(tmp_path / "raised").name == "checkpoint-5"
-    trainer._packing = packing
+    setattr(trainer, forward, read)
     (trainer if same else make(stage, tmp_path / "raised")).train(resume=True)
     assert log_of(tmp_path / "raised") == log_of(tmp_path / "whole")
     whole, raised = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "raised"))
