@@ -14,6 +14,7 @@ functions below return what they are given.
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import sys
@@ -46,9 +47,16 @@ def start() -> None:
     backends = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backends, timeout=WAIT)
+        atexit.register(_leave)
     elif "cpu:" not in (theirs := dist.get_backend_config()):
         raise ConfigError(f"the process group ({theirs}) joins no CPUs: make it with {backends!r}, or not at all")
     _joined = True
+
+
+def _leave() -> None:
+    """Gloo's threads abort a process that ends before them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def size() -> int:

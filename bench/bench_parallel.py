@@ -1,0 +1,119 @@
+"""What a second process buys: seconds a step of SFT and of PPO, in one process and in two, of the same steps.
+
+    python bench/bench_parallel.py [--json bench/results/parallel.json]
+
+One process with one thread, one with two, and two with one each (torchrun, gloo), in turns; wall-clock seconds, median
+of the steps after the second. A Llama of 4 layers and width 256 with random weights on random words, so that there is
+nothing to load. Only true on an otherwise idle machine of two cores or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
+STAGES = ("sft", "ppo")
+STEPS = 6
+
+
+def child(stage: str, folder: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_fast import PPOConfig, PPOTrainer, SFTConfig, SFTTrainer, parallel
+    from rlhf_fast.quickstart.model import train_tokenizer
+
+    draw = random.Random(0)
+    words = [f"word{i}" for i in range(500)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(8, 120))) for _ in range(16 * STEPS)]
+    tokenizer = train_tokenizer(texts, 1024, max_length=1024)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+            max_position_embeddings=1024, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )  # fmt: skip
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if stage == "sft":
+        config = SFTConfig(folder, per_device_train_batch_size=16 // processes, max_steps=STEPS)
+        trainer = SFTTrainer(config, model, train_dataset=[{"text": text} for text in texts], tokenizer=tokenizer)
+    else:
+        config = PPOConfig(
+            folder, batch_size=16, minibatch_size=8, micro_batch_size=4, response_length=32, num_ppo_epochs=2,
+            total_episodes=16 * STEPS, share_trunk=True,
+        )  # fmt: skip
+        trainer = PPOTrainer(
+            config, model, reward=lambda prompts, responses, **columns: [float(len(set(r))) for r in responses],
+            train_dataset=[{"prompt": text} for text in texts], tokenizer=tokenizer,
+        )  # fmt: skip
+    seconds, start = [], time.perf_counter()
+    for _ in trainer:
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    if parallel.rank() == 0:
+        print("RESULT", statistics.median(seconds[2:]))
+
+
+def measured(stage: str, processes: int, threads: int) -> float:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, *(launch if processes > 1 else []), __file__, "--child", stage, folder],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(next(x for x in done.stdout.splitlines() if x.startswith("RESULT ")).split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(*options.child)
+        return
+
+    import torch
+
+    from rlhf_fast.bench.harness import provenance
+
+    rounds = {stage: [] for stage in STAGES}
+    for k in range(options.rounds):
+        ways = list(WAYS)[k % 3 :] + list(WAYS)[: k % 3]
+        for stage in STAGES:
+            rounds[stage].append({way: measured(stage, *WAYS[way]) for way in ways})
+            print(stage, {way: round(seconds, 3) for way, seconds in rounds[stage][-1].items()}, flush=True)
+    rows = []
+    for stage, done in rounds.items():
+        seconds = {way: statistics.median(r[way] for r in done) for way in WAYS}
+        alone = next(iter(WAYS))
+        faster = {way: statistics.median(r[alone] / r[way] for r in done) for way in WAYS}
+        rows.append({"stage": stage, "seconds_a_step": seconds, "over_1_process_1_thread": faster, "rounds": done})
+    for row in rows:
+        print(row["stage"], {way: f"{ratio:.2f}x" for way, ratio in row["over_1_process_1_thread"].items()})
+    if options.json:
+        facts = provenance(torch.device("cpu"), []) | {"OMP_WAIT_POLICY": "PASSIVE"}
+        facts["command"] = " ".join(["python bench/bench_parallel.py", *sys.argv[1:]])
+        options.json.write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
