@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .data.chat import ConfigError
 
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
-_joined = False  # a group that the user's own code made is not ours to use
+_joined = False  # whether this process shares work with others; a group alone, of the user's own, says nothing
 
 
 def start() -> None:
