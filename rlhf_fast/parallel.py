@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from .data.chat import ConfigError
 
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
-_joined = False  # a group that the user's own code made is not ours to use
+_joined = False  # whether this process shares work with others; a group alone, of the user's own, says nothing
 
 
 def start() -> None:
@@ -81,12 +82,16 @@ def block(count: int, multiple: int) -> slice:
 
 @contextmanager
 def in_all():
-    """What fails inside in one process raises in every one, where otherwise they would wait for it."""
+    """What fails inside in one process raises in every one, where otherwise they would wait for it.
+
+    One may stand within another: what the inner one has told to all passes the outer one. And a process that fails
+    outside the inner one meets the others there, as this is the first thing that they wait for.
+    """
     failure = None
     try:
         yield
     except Exception as error:
-        if size() == 1:
+        if size() == 1 or getattr(error, "_in_all", False):
             raise
         failure = error
     if size() == 1:
@@ -100,9 +105,11 @@ def in_all():
     if failure is not None:
         if rank():  # the first one's reaches the user
             traceback.print_exception(failure, file=sys.stderr)
-        raise failure
-    process, (is_config, message) = next((i, what) for i, what in enumerate(said) if what)
-    raise (ConfigError if is_config else RuntimeError)(f"process {process} of {size()} failed: {message}")
+    else:
+        process, (is_config, message) = next((i, what) for i, what in enumerate(said) if what)
+        failure = (ConfigError if is_config else RuntimeError)(f"process {process} of {size()} failed: {message}")
+    failure._in_all = True
+    raise failure
 
 
 def gather(value) -> list:
@@ -134,10 +141,19 @@ def first(value):
 
 
 def by_first(work: Callable):
-    """work() is done by the first process, for all."""
+    """work() is done by the first process, for all; while it is, that process is one alone."""
+    global _joined
+    if size() == 1:
+        return work()
     with in_all():
-        value = work() if rank() == 0 else None
-    return first(value)
+        done = None
+        if rank() == 0:
+            _joined = False
+            try:
+                done = pickle.dumps(work())  # here, since what cannot be sent fails too
+            finally:
+                _joined = True
+    return pickle.loads(first(done))
 
 
 def total(x: Tensor) -> Tensor:
@@ -163,22 +179,28 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     pending = []
     for p, somewhere in zip(parameters, there.tolist(), strict=True):
         if somewhere:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            dense = torch.contiguous_format  # numbers are summed in the order of memory
+            p.grad = torch.zeros_like(p, memory_format=dense) if p.grad is None else p.grad.contiguous()
             pending.append(dist.all_reduce(p.grad, async_op=True))
     for work in pending:
         work.wait()
 
 
-def begin_equal(modules: Iterable[nn.Module | None], data: str) -> None:
-    """Gives every process the first one's weights and buffers. ConfigError where data, a digest, is not the same in
-    all."""
+def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
+    """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, is
+    not the same in all, or a model is on another GPU than the process's own."""
     if size() == 1:
         return
-    if len(set(gather(data))) > 1:
-        raise ConfigError(f"the {size()} processes read different data: each must be given all of it, in one order")
-    for module in modules:
-        for tensor in () if module is None else (*module.parameters(), *module.buffers()):
-            with torch.no_grad():
-                whole = tensor.contiguous()
-                dist.broadcast(whole, src=0)
-                tensor.copy_(whole)
+    for name, values in ((name, gather(value)) for name, value in read.items()):
+        if any(value != values[0] for value in values):
+            raise ConfigError(f"the {size()} processes read different {name}: each must be given all, and in one order")
+    tensors = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
+    with in_all():
+        for device in {t.device for t in tensors if t.is_cuda}:
+            if device.index != (own := torch.cuda.current_device()):
+                raise ConfigError(f"a model is on {device}, and this process's GPU is cuda:{own}: give the path of it")
+    for tensor in tensors:
+        with torch.no_grad():
+            whole = tensor.contiguous()
+            dist.broadcast(whole, src=0)
+            tensor.copy_(whole)

@@ -627,7 +627,7 @@ def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_wa
         assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}") == 0
     assert json.loads((tmp_path / "job.json").read_text())["reward"] == f"{reward}/rewards.py:short"
     with pytest.warns(
-        UserWarning, match="differs in batch_size; a checkpoint's place in the data is a number of batches"
+        UserWarning, match="differs in batch_size; a checkpoint's place in the data is a number of steps"
     ):
         assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}",
                      "--batch_size", "4") == 0  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from .. import parallel
 from . import hh_rlhf
 from .chat import ConfigError, is_conversation
 from .files import as_records, open_text, read_dataset
@@ -38,7 +39,7 @@ def read_rows(path: str, stage: str = "reward") -> list[dict]:
 
 def print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
     """Says which pairs of hh-rlhf were left out, where some were."""
-    if left_out:
+    if left_out and parallel.rank() == 0:
         print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
 
 

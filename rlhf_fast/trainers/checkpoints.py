@@ -126,7 +126,7 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
             reasons[checkpoint] = why
             continue
         for bad, why in reasons.items():
-            warnings.warn(f"{bad} is damaged ({why}): going on from {checkpoint.name}", stacklevel=4)
+            warnings.warn(f"{bad} is damaged ({why}): going on from {checkpoint.name}", stacklevel=5)
             aside = bad.with_name(f"damaged-{bad.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(bad, aside)

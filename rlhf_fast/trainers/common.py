@@ -102,6 +102,12 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def read_by_all(config, data: str, held_out: list) -> dict:
+    """What decides, beside the weights, of what a run consists (parallel.begin_equal). The first process writes, so an
+    output_dir may be a time of day."""
+    return {"config": vars(config) | {"output_dir": None}, "data": data, "eval_dataset": len(held_out)}
+
+
 def seed_apart(seed: int) -> None:
     """Once every process has built the same model: the dropout masks of each but the first are others from here on."""
     if parallel.rank():
@@ -346,7 +352,8 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     parallel.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     if torch.isfinite(norm):
-        optimizer.step()
+        with parallel.in_all():  # Adam's state may not fit
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if scheduler is not None:
         scheduler.step()

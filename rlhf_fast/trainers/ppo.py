@@ -182,7 +182,8 @@ class PPOTrainer:
                 f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
                 "idle: raise it, or start fewer"
             )
-        parallel.begin_equal([self.policy, self.reference, self.value_model], self.data)
+        networks = [self.policy, self.reference, self.value_model]
+        parallel.begin_equal(networks, **common.read_by_all(config, self.data, self.eval_prompts))
 
     def _make_critic(self, value_model) -> ValueModel | None:
         if self.config.advantage_estimator != "gae" or self.config.share_trunk:

@@ -174,7 +174,8 @@ class RewardTrainer:
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
-        parallel.begin_equal([self.model], self.data)
+        parallel.begin_equal([self.model], **common.read_by_all(config, self.data, self.eval_items))
+        common.seed_apart(config.seed)  # of lora_dropout
 
     def _check_pairs(self) -> None:
         plain = Comparison([], [])
@@ -247,7 +248,7 @@ class RewardTrainer:
     def _metrics(self, seen: list[tuple[Tensor, dict[str, Tensor]]]) -> dict:
         """Loss, accuracy (as in preferences.py), margin and spread of the rewards, over all micro-batches together."""
         rewards = torch.cat([r for r, _ in seen])
-        batch = {k: torch.cat([b[k] for _, b in seen]) for k in ("ranks", "margin", "chosen_prob", "weight")}
+        batch = {name: torch.cat([b[name] for _, b in seen]) for name in _LABELS}
         loss, stats = self._loss(rewards, batch)
         if self.width == 2:  # with soft labels; the op's counts chosen > rejected
             stats["accuracy"] = accuracy(rewards[:, 0] - rewards[:, 1], batch["chosen_prob"], batch["weight"])
@@ -362,8 +363,12 @@ class RewardTrainer:
         common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
 
 
+_LABELS = ("ranks", "margin", "chosen_prob", "weight")
+
+
 def _on_cpu(seen: list[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    return [(rewards.cpu(), {name: x.cpu() for name, x in batch.items()}) for rewards, batch in seen]
+    """Rewards and labels, to send to the other processes; tokens stay."""
+    return [(rewards.cpu(), {name: batch[name].cpu() for name in _LABELS}) for rewards, batch in seen]
 
 
 def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:

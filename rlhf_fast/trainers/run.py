@@ -39,7 +39,6 @@ import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from tqdm.auto import tqdm
@@ -97,14 +96,21 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
     it is True.
     """
-    config, run_dir, everywhere = trainer.config, Path(trainer.config.output_dir), _Everywhere(trainer)
+    everywhere = _Everywhere(trainer)
     if parallel.rank():
         with _signals(say=False):
             return everywhere.follow()
     try:
-        start, at_the_end = _open_run(trainer, run_dir, resume, everywhere)
-    except ConfigError as error:
-        everywhere("refuse", error)
+        return everywhere("end", _lead(trainer, resume, everywhere))
+    except Exception as error:
+        everywhere.leave(error)
+        raise
+
+
+def _lead(trainer, resume: bool, everywhere: _Everywhere) -> RunResult:
+    """The whole run, of which only what goes through `everywhere` is done by other processes too."""
+    config, run_dir = trainer.config, Path(trainer.config.output_dir)
+    start, at_the_end = _open_run(trainer, run_dir, resume, everywhere)
     spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
     records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None), trainer.total_steps)
     best = _Best(config, records.log.kept, run_dir)
@@ -125,7 +131,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
             checkpoint(metrics)
             bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
         except OSError as error:
-            warnings.warn(str(error), stacklevel=2)
+            warnings.warn(str(error), stacklevel=3)
 
     def steps():
         while True:
@@ -167,7 +173,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
                 except OSError as error:
                     if due(step) or best.name:
                         raise
-                    warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=2)
+                    warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=3)
             if last or (config.eval_steps and step % config.eval_steps == 0):
                 try:
                     metrics |= look(step)
@@ -209,28 +215,44 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         if spare == trainer.step and not due(spare) and spare != best.step:
             shutil.rmtree(run_dir / f"checkpoint-{spare}")
     stopped_by = f"{ending[0].monitor}: {ending[0].message}" if interrupted and ending else None
-    return everywhere("end", RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by))
+    return RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by)
 
 
 class _Everywhere:
-    """The parts of a run that every process takes part in: the first calls one by name, and the others do the same."""
+    """The parts of a run that every process takes part in: the first calls one by name, and the others do the same.
+    One that fails in any of them fails in all."""
 
     def __init__(self, trainer):
         self.trainer, self.going = trainer, None
 
     def __call__(self, part: str, *arguments):
         parallel.first((part, arguments))
-        return getattr(self, part)(*arguments)
+        with parallel.in_all():
+            return getattr(self, part)(*arguments)
 
     def follow(self) -> RunResult:
-        """What the processes after the first do until the run ends. What fails in all of them is the first one's to
-        deal with; where that one is gone, waiting for its word raises."""
+        """What the processes after the first do until the run ends. What fails is the first one's to deal with, before
+        it leaves; where that one is gone, waiting for its word raises."""
+        failure = None
         while True:
             part, arguments = parallel.first(None)
-            if part in ("end", "refuse"):
-                return getattr(self, part)(*arguments)
-            with suppress(Exception):
-                getattr(self, part)(*arguments)
+            if part == "leave":
+                raise failure or arguments[0]
+            try:
+                with parallel.in_all():
+                    result = getattr(self, part)(*arguments)
+            except Exception as error:
+                failure = error
+            else:
+                if part == "end":
+                    return result
+
+    def leave(self, error: Exception) -> None:
+        """The first process will raise the error, and so are the others to; those that are left of them."""
+        if not isinstance(error, ConfigError):  # another may not bear to be sent
+            error = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
+        with suppress(Exception):
+            parallel.first(("leave", (error,)))
 
     def step(self) -> dict | None:
         """The metrics of the next step, None after the last. One that fails has drawn, and will draw again."""
@@ -259,19 +281,14 @@ class _Everywhere:
         return parallel.gather(rng_state())
 
     def load(self, checkpoint: Path) -> dict | None:
-        with parallel.in_all():
-            return load_checkpoint(self.trainer, checkpoint)
+        return load_checkpoint(self.trainer, checkpoint)
 
     def load_model(self, checkpoint: Path) -> None:
-        with parallel.in_all():
-            state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-            models.load_trained_state(self.trainer.model, state["trainer"]["model"])
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        models.load_trained_state(self.trainer.model, state["trainer"]["model"])
 
     def end(self, result: RunResult) -> RunResult:
         return result
-
-    def refuse(self, error: ConfigError) -> NoReturn:
-        raise error
 
 
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
@@ -296,7 +313,7 @@ class _Best:
             lost, left = (f"step {p[0]} ({self.name} {p[1]:.4g})" if p else "none" for p in (ranked[0], whole))
             warnings.warn(
                 f"the checkpoint of the best evaluation, {lost}, is gone or damaged; the best that is there: {left}",
-                stacklevel=4,
+                stacklevel=5,
             )
         if whole:
             self.step, self.value = whole
@@ -354,7 +371,7 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: _Everywhere) -> 
         place = "; a checkpoint's place in the data is a number of steps: if they have another size now, some is read "
         place += "twice or not at all"
         differs = f"resuming with a config that differs in {', '.join(changed)}"
-        warnings.warn(differs + (place if moved else ""), stacklevel=3)
+        warnings.warn(differs + (place if moved else ""), stacklevel=4)
     unlogged = everywhere("load", newest)
     if trainer.step > trainer.total_steps:
         raise ConfigError(

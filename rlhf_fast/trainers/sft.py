@@ -131,7 +131,7 @@ class SFTTrainer:
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
-        parallel.begin_equal([self.model], self.data)
+        parallel.begin_equal([self.model], **common.read_by_all(config, self.data, self.eval_examples))
         common.seed_apart(config.seed)
 
     def __len__(self) -> int:

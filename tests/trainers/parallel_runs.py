@@ -11,6 +11,7 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel
+from rlhf_fast.rollout import generate
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.common import ConfigError
 
@@ -95,6 +96,34 @@ def killed(path):
 
 
 def failing_reward(path):
+    """What fails in one process, in places that others do not pass, and at last a reward, which ends the script."""
+    raised = {}
+
+    def fails_in(rank, name, step):
+        """The function of this name, which fails in one process once so many steps are done."""
+
+        def function(*arguments, **named):
+            if parallel.rank() == rank and trainer.step == step:
+                raise OSError(f"{name} fails")
+            return before(*arguments, **named)
+
+        *owner, attribute = name.split(".")
+        owner = trainer.optimizer if owner else trainer
+        before = getattr(owner, attribute)
+        setattr(owner, attribute, function)
+
+    for rank, name in ((1, "evaluate"), (1, "optimizer.step"), (0, "save_model"), (0, "rollout_func")):
+        trainer = ppo(path / name) if name == "rollout_func" else sft(path / name)
+        if name == "rollout_func":
+            trainer.rollout_func = lambda prompts, trainer: (prompt for prompt in prompts)  # cannot be sent
+        else:
+            fails_in(rank, name, step=2)
+        try:
+            trainer.train()
+        except Exception as error:
+            raised[name] = str(error)
+    leave(path, raised=raised)
+
     def rewards(prompts, responses, **columns):
         if parallel.rank() == 1 and trainer.step == 1:
             raise ValueError("the judge is gone")
@@ -120,6 +149,7 @@ def everything(path):
 
     def answers(prompts, trainer):
         asked.append(len(prompts))
+        generate(trainer.policy, trainer.tokenizer, trainer.prompts[:3], max_new_tokens=2)  # shared out elsewhere
         rows = [trainer.tokenizer(f"the cat {i} sat" + " mat" * (i % 4))["input_ids"] for i in range(len(prompts))]
         return {"completion_ids": [[*row, trainer.tokenizer.eos_token_id] for row in rows]}
 
@@ -127,21 +157,30 @@ def everything(path):
         trainer = make(path / stage)
         if stage == "engine":
             trainer.rollout_func = answers
+        drawn = float(torch.rand(1))
         metrics = [{k: float(v) for k, v in m.items()} for m in trainer]
         evaluation = {k: float(v) for k, v in trainer.evaluate().items()}
-        found[stage] = {"digest": digest(trainer), "metrics": metrics, "evaluation": evaluation}
+        found[stage] = {"digest": digest(trainer), "metrics": metrics, "evaluation": evaluation, "drawn": drawn}
         if parallel.rank() == 0:
             torch.save([p.detach() for n in networks(trainer) for p in n.parameters()], path / f"{stage}.pt")
     for make in (sft, reward, ppo):
         result = (trainer := make(path / "runs" / make.__name__)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
+    turned = torch.nn.Parameter(torch.zeros(3, 2).t())
+    if parallel.rank() == 0:
+        turned.grad = torch.arange(6.0).view(2, 3)
+    parallel.sum_gradients([turned])
     refused = []
-    for make in (lambda: sft(path / "runs/sft").train(), lambda: sft(path / "other", word=str(parallel.rank()))):
+    for make in (
+        lambda: sft(path / "runs/sft").train(),
+        lambda: sft(path / "other", word=str(parallel.rank())),
+        lambda: sft(path / "other", steps={"max_steps": 2 + parallel.rank()}),
+    ):
         try:
             make()
         except ConfigError as error:
             refused.append(str(error))
-    leave(path, asked=asked, found=found, refused=refused)
+    leave(path, asked=asked, found=found, refused=refused, gradient=turned.grad.tolist())
 
 
 if __name__ == "__main__":

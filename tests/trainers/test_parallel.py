@@ -103,7 +103,17 @@ def test_every_process_is_told_what_is_refused(runs):
     one, first, second = (found["refused"] for found in runs[:3])
     assert len(one) == 1 and "already holds a run" in one[0]
     assert first == second and "already holds a run" in first[0]
-    assert "the 2 processes read different data" in first[1]
+    assert "the 2 processes read different data" in first[1] and "different config" in first[2]
+
+
+def test_a_gradient_that_one_process_has_is_that_of_all(runs):
+    """Also where the parameter does not lie in memory row by row."""
+    assert [found["gradient"] for found in runs[:3]] == [[[0, 1, 2], [3, 4, 5]]] * 3
+
+
+def test_dropout_is_drawn_apart(runs):
+    one, first, second = ([found["found"][stage]["drawn"] for stage in ("sft", "reward")] for found in runs[:3])
+    assert one == first and all(a != b for a, b in zip(first, second, strict=True))
 
 
 def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
@@ -125,7 +135,18 @@ def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
 
 
 def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
-    said, _ = run(tmp_path, "failing_reward", fails=True)
+    said, (first, second) = run(tmp_path, "failing_reward", fails=True)
+    alone = {"evaluate": "OSError: evaluate fails", "optimizer.step": "OSError: optimizer.step fails"}
+    assert first["raised"] == {
+        **{name: f"process 1 of 2 failed: {what}" for name, what in alone.items()},
+        "save_model": first["raised"]["save_model"], "rollout_func": "cannot pickle 'generator' object",
+    }  # fmt: skip
+    assert "could not be saved (save_model fails)" in first["raised"]["save_model"]
+    assert second["raised"] == {
+        "evaluate": "evaluate fails", "optimizer.step": "optimizer.step fails",
+        "save_model": f"the first process failed: OSError: {first['raised']['save_model']}",
+        "rollout_func": "process 0 of 2 failed: TypeError: cannot pickle 'generator' object",
+    }  # fmt: skip
     assert "RuntimeError: process 1 of 2 failed: ValueError: the judge is gone" in said
     assert "Continue with resume=True" in said
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-1"
@@ -146,9 +167,10 @@ def test_a_signal_to_all_ends_the_run_after_its_step_with_a_checkpoint(tmp_path)
 
 
 def test_the_command_line_in_two_processes(tmp_path):
-    """accelerate launch and torchrun set the same variables."""
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i}: ", "completion": "the cat"}) + "\n" for i in range(8)))
+    """accelerate launch and torchrun set the same variables. Of the data one pair is left out."""
+    data, said = tmp_path / "train.jsonl", "\n\nHuman: {}\n\nAssistant: {}"
+    pairs = [{"chosen": said.format(i, "the cat"), "rejected": said.format(i, "mat")} for i in range(8)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[0] | {"rejected": "mat"}]))
     command = [
         *TORCHRUN, "-m", "rlhf_fast", "sft", "--train_data", str(data), "--scratch", "{vocab_size: 300, hidden: 32}",
         "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--num_samples", "0",
@@ -157,6 +179,7 @@ def test_the_command_line_in_two_processes(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"step 2; .*report.html", done.stdout)) == 1
+    assert done.stdout.count(f"{data}: ") == 1, done.stdout
 
 
 def test_what_does_not_run_in_several_processes_says_so(monkeypatch, capsys):
