@@ -183,7 +183,7 @@ class Op:
 
     def _refuse_sharded(self, args):
         """torch's own error asks for the other arguments to be DTensors too, for which there is no kernel either."""
-        for x, argument in zip(args, self.library_op._schema.arguments, strict=True):
+        for x, argument in zip(args, self.library_op._schema.arguments, strict=False):
             if type(x).__name__ == "DTensor":
                 raise TypeError(
                     f"{self.name.removesuffix('_forward')}: {argument.name} is a DTensor; needs a plain tensor. What "
