@@ -31,7 +31,7 @@ from .trainers.common import check_bf16, config_from_dict
 from .trainers.constitutional import SCHEDULES, check_drop, items_with_kind, mix_comparisons, principles_to_revise
 from .trainers.ppo import PPOConfig, check_eval_rewards
 from .trainers.reward import RewardConfig
-from .trainers.run import check_is_new, has_ended
+from .trainers.run_dir import check_is_new, has_ended
 from .trainers.sft import SFTConfig
 
 PARTS = ("revise", "sft", "pairs", "label", "reward", "ppo")  # in order of time, each a directory

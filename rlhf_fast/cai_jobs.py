@@ -63,7 +63,7 @@ from .trainers.constitutional import (
 )
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardTrainer
-from .trainers.run import changed_settings, has_ended
+from .trainers.run_dir import changed_settings, has_ended
 from .trainers.sft import SFTTrainer
 
 # -- who judges, who writes --------------------------------------------------------------------------------------------

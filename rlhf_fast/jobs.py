@@ -38,7 +38,7 @@ from .rollout import generate_text
 from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
-from .trainers.run import check_is_new
+from .trainers.run_dir import check_is_new
 from .trainers.sft import SFTConfig, SFTTrainer
 
 # -- commands and their keys -------------------------------------------------------------------------------------------

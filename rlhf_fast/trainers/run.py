@@ -21,7 +21,7 @@ A trainer is any object with
 and `train(resume=False)` that returns `run_training(self, resume=resume)`. No base class.
 
 Of several processes (parallel.py) the first runs all of this. The others follow: they take the same steps and the same
-looks at its word (_Everywhere), and write nothing.
+looks at its word (everywhere.py), and write nothing.
 """
 
 from __future__ import annotations
@@ -36,28 +36,19 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from .. import models, parallel
+from .. import parallel
 from ..data.chat import ConfigError, make_directory
 from ..monitors import Alarm
 from ..report import write_report
-from .checkpoints import (
-    damage,
-    latest_checkpoint,
-    load_checkpoint,
-    newest_whole_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    save_quietly,
-)
-from .common import preserved_rng, rng_state, set_rng_state
+from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint, save_quietly
+from .everywhere import Everywhere
 from .records import Records, as_numbers
+from .run_dir import RUN_CONFIG, changed_settings, check_is_new, model_card
 
 
 @dataclasses.dataclass
@@ -96,7 +87,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
     it is True.
     """
-    everywhere = _Everywhere(trainer)
+    everywhere = Everywhere(trainer)
     if parallel.rank():
         with _signals(say=False):
             return everywhere.follow()
@@ -107,7 +98,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         raise
 
 
-def _lead(trainer, resume: bool, everywhere: _Everywhere) -> RunResult:
+def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
     """The whole run, of which only what goes through `everywhere` is done by other processes too."""
     config, run_dir = trainer.config, Path(trainer.config.output_dir)
     start, at_the_end = _open_run(trainer, run_dir, resume, everywhere)
@@ -218,79 +209,6 @@ def _lead(trainer, resume: bool, everywhere: _Everywhere) -> RunResult:
     return RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by)
 
 
-class _Everywhere:
-    """The parts of a run that every process takes part in: the first calls one by name, and the others do the same.
-    One that fails in any of them fails in all."""
-
-    def __init__(self, trainer):
-        self.trainer, self.going = trainer, None
-
-    def __call__(self, part: str, *arguments):
-        parallel.first((part, arguments))
-        with parallel.in_all():
-            return getattr(self, part)(*arguments)
-
-    def follow(self) -> RunResult:
-        """What the processes after the first do until the run ends. What fails is the first one's to deal with, before
-        it leaves; where that one is gone, waiting for its word raises."""
-        failure = None
-        while True:
-            part, arguments = parallel.first(None)
-            if part == "leave":
-                raise failure or arguments[0]
-            try:
-                with parallel.in_all():
-                    result = getattr(self, part)(*arguments)
-            except Exception as error:
-                failure = error
-            else:
-                if part == "end":
-                    return result
-
-    def leave(self, error: Exception) -> None:
-        """The first process will raise the error, and so are the others to; those that are left of them."""
-        if not isinstance(error, ConfigError):  # another may not bear to be sent
-            error = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
-        with suppress(Exception):
-            parallel.first(("leave", (error,)))
-
-    def step(self) -> dict | None:
-        """The metrics of the next step, None after the last. One that fails has drawn, and will draw again."""
-        self.going = self.going or iter(self.trainer)
-        rng = rng_state()
-        try:
-            return next(self.going, None)
-        except Exception:
-            if getattr(self.trainer, "whole", False):
-                set_rng_state(rng)
-            raise
-
-    def samples(self) -> list[dict]:
-        with preserved_rng():
-            return self.trainer.samples()
-
-    def evaluate(self) -> dict:
-        with preserved_rng():
-            return self.trainer.evaluate()
-
-    def finish(self, run_dir: Path) -> None:
-        with preserved_rng():
-            self.trainer.finish(run_dir)
-
-    def rng_states(self) -> list[dict]:
-        return parallel.gather(rng_state())
-
-    def load(self, checkpoint: Path) -> dict | None:
-        return load_checkpoint(self.trainer, checkpoint)
-
-    def load_model(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        models.load_trained_state(self.trainer.model, state["trainer"]["model"])
-
-    def end(self, result: RunResult) -> RunResult:
-        return result
-
-
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
 
 
@@ -337,7 +255,7 @@ class _Best:
         return metrics[self.name] if step else None
 
 
-def _open_run(trainer, run_dir: Path, resume: bool, everywhere: _Everywhere) -> tuple[int, dict | None]:
+def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
     make_directory(run_dir)
@@ -345,7 +263,7 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: _Everywhere) -> 
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
     written["num_processes"] = parallel.size()
-    config_path = run_dir / _CONFIG
+    config_path = run_dir / RUN_CONFIG
     if not resume:
         networks = (getattr(trainer, name, None) for name in ("model", "policy"))
         check_is_new(run_dir, filter(None, (getattr(network, "name_or_path", None) for network in networks)))
@@ -383,68 +301,6 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: _Everywhere) -> 
         beside.write_text(json.dumps(written, indent=2, default=str) + "\n")
         os.replace(beside, config_path)  # a kill leaves the old one or the new one
     return trainer.step, unlogged
-
-
-_CONFIG = "run_config.json"
-
-
-def changed_settings(run_dir, settings: dict) -> list[str]:
-    """The names of settings that the run in this directory had at another value, or not at all."""
-    path = Path(run_dir, _CONFIG)
-    before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
-    now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file
-    return [name for name, value in now.items() if before.get(name) != value and name != "output_dir"]
-
-
-def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
-    """Raises ConfigError where the run's model would be written over something: output_dir holds a run or somebody's
-    model, or is one of the models that the run `reads`."""
-    read = (Path(model) for model in reads if Path(model).exists())  # the others are names on the hub
-    if any(path.resolve() == Path(run_dir).resolve() for path in read):
-        raise ConfigError(
-            f"output_dir {str(run_dir)!r} is a model that the run reads, and would be written over: choose another"
-        )
-    log, newest = Path(run_dir) / "train_log.jsonl", latest_checkpoint(run_dir)
-    if newest is not None or (log.exists() and log.stat().st_size):
-        way_on = "" if newest is None else "continue it with resume=True (--resume), "
-        raise ConfigError(
-            f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
-        )
-    if (Path(run_dir) / _CONFIG).exists() and not has_ended(run_dir):  # a run of ours that was killed begins again
-        return
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json"):
-        if found := next(Path(run_dir).glob(pattern), None):
-            raise ConfigError(
-                f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
-                "output_dir"
-            )
-
-
-def model_card(trainer, metrics: dict) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads, the last metrics and every setting."""
-    name = type(trainer).__name__
-    settings = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k != "output_dir"}
-    tables = [
-        f"| {title} | |\n|---|---|\n" + "\n".join(f"| `{k}` | {_short(v)} |" for k, v in rows.items())
-        for title, rows in (("metric at the end", metrics), ("setting", settings))
-        if rows
-    ]
-    head = f"{_CARD}, {name.removesuffix('Trainer').lower()}]\n---\n"
-    title = f"# {Path(trainer.config.output_dir).name}\n\nTrained with rlhf_fast's `{name}`, {trainer.step} steps.\n"
-    return "\n".join([head + title, *(table + "\n" for table in tables)])
-
-
-_CARD = "---\nlibrary_name: transformers\ntags: [rlhf-fast"
-
-
-def has_ended(run_dir) -> bool:
-    """Whether the run in this directory has saved its model: the card comes last (peft writes one of its own first)."""
-    card = Path(run_dir) / "README.md"
-    return card.is_file() and card.read_text(encoding="utf-8").startswith(_CARD)
-
-
-def _short(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_fast.monitors import Alarm
-from rlhf_fast.trainers import checkpoints, common, records, run
+from rlhf_fast.trainers import checkpoints, common, records, run, run_dir
 from rlhf_fast.trainers.common import ConfigError
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
@@ -459,7 +459,7 @@ def test_a_run_has_ended_when_its_card_is_there_and_not_before(tmp_path):
     walk = Walk(Config(str(tmp_path), save_steps=5))
     walk.save_model = lambda path: (path / "README.md").write_text("---\nlibrary_name: peft\n---\n")  # as peft does
     walk.train()
-    assert run.has_ended(tmp_path) and not run.has_ended(tmp_path / "checkpoint-5")
+    assert run_dir.has_ended(tmp_path) and not run_dir.has_ended(tmp_path / "checkpoint-5")
 
 
 def test_generators_of_gpus_that_are_gone_are_left_aside(monkeypatch):

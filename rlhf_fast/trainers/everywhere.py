@@ -1,0 +1,86 @@
+"""A run in several processes (parallel.py): the first process leads, and the others follow it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from .. import models, parallel
+from ..data.chat import ConfigError
+from .checkpoints import load_checkpoint
+from .common import preserved_rng, rng_state, set_rng_state
+
+
+class Everywhere:
+    """The parts of a run that every process takes part in: the first calls one by name, and the others do the same.
+    One that fails in any of them fails in all."""
+
+    def __init__(self, trainer):
+        self.trainer, self.going = trainer, None
+
+    def __call__(self, part: str, *arguments):
+        parallel.first((part, arguments))
+        with parallel.in_all():
+            return getattr(self, part)(*arguments)
+
+    def follow(self):
+        """What the processes after the first do until the run ends -> the RunResult of the first one. What fails is that
+        one's to deal with, before it leaves; where it is gone, waiting for its word raises."""
+        failure = None
+        while True:
+            part, arguments = parallel.first(None)
+            if part == "leave":
+                raise failure or arguments[0]
+            try:
+                with parallel.in_all():
+                    result = getattr(self, part)(*arguments)
+            except Exception as error:
+                failure = error
+            else:
+                if part == "end":
+                    return result
+
+    def leave(self, error: Exception) -> None:
+        """The first process will raise the error, and so are the others to; those that are left of them."""
+        if not isinstance(error, ConfigError):  # another may not bear to be sent
+            error = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
+        with suppress(Exception):
+            parallel.first(("leave", (error,)))
+
+    def step(self) -> dict | None:
+        """The metrics of the next step, None after the last. One that fails has drawn, and will draw again."""
+        self.going = self.going or iter(self.trainer)
+        rng = rng_state()
+        try:
+            return next(self.going, None)
+        except Exception:
+            if getattr(self.trainer, "whole", False):
+                set_rng_state(rng)
+            raise
+
+    def samples(self) -> list[dict]:
+        with preserved_rng():
+            return self.trainer.samples()
+
+    def evaluate(self) -> dict:
+        with preserved_rng():
+            return self.trainer.evaluate()
+
+    def finish(self, run_dir: Path) -> None:
+        with preserved_rng():
+            self.trainer.finish(run_dir)
+
+    def rng_states(self) -> list[dict]:
+        return parallel.gather(rng_state())
+
+    def load(self, checkpoint: Path) -> dict | None:
+        return load_checkpoint(self.trainer, checkpoint)
+
+    def load_model(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        models.load_trained_state(self.trainer.model, state["trainer"]["model"])
+
+    def end(self, result):
+        return result

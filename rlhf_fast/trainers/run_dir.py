@@ -1,0 +1,72 @@
+"""A run's directory: whether it is free, what settings its run had, whether that has ended, and the model's card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..data.chat import ConfigError
+from .checkpoints import latest_checkpoint
+
+RUN_CONFIG = "run_config.json"
+
+
+def changed_settings(run_dir, settings: dict) -> list[str]:
+    """The names of settings that the run in this directory had at another value, or not at all."""
+    path = Path(run_dir, RUN_CONFIG)
+    before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
+    now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file
+    return [name for name, value in now.items() if before.get(name) != value and name != "output_dir"]
+
+
+def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
+    """Raises ConfigError where the run's model would be written over something: output_dir holds a run or somebody's
+    model, or is one of the models that the run `reads`."""
+    read = (Path(model) for model in reads if Path(model).exists())  # the others are names on the hub
+    if any(path.resolve() == Path(run_dir).resolve() for path in read):
+        raise ConfigError(
+            f"output_dir {str(run_dir)!r} is a model that the run reads, and would be written over: choose another"
+        )
+    log, newest = Path(run_dir) / "train_log.jsonl", latest_checkpoint(run_dir)
+    if newest is not None or (log.exists() and log.stat().st_size):
+        way_on = "" if newest is None else "continue it with resume=True (--resume), "
+        raise ConfigError(
+            f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
+        )
+    if (Path(run_dir) / RUN_CONFIG).exists() and not has_ended(run_dir):  # a run of ours that was killed begins again
+        return
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json"):
+        if found := next(Path(run_dir).glob(pattern), None):
+            raise ConfigError(
+                f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
+                "output_dir"
+            )
+
+
+def model_card(trainer, metrics: dict) -> str:
+    """Markdown with the metadata that the Hugging Face hub reads, the last metrics and every setting."""
+    name = type(trainer).__name__
+    settings = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k != "output_dir"}
+    tables = [
+        f"| {title} | |\n|---|---|\n" + "\n".join(f"| `{k}` | {_short(v)} |" for k, v in rows.items())
+        for title, rows in (("metric at the end", metrics), ("setting", settings))
+        if rows
+    ]
+    head = f"{_CARD}, {name.removesuffix('Trainer').lower()}]\n---\n"
+    title = f"# {Path(trainer.config.output_dir).name}\n\nTrained with rlhf_fast's `{name}`, {trainer.step} steps.\n"
+    return "\n".join([head + title, *(table + "\n" for table in tables)])
+
+
+_CARD = "---\nlibrary_name: transformers\ntags: [rlhf-fast"
+
+
+def has_ended(run_dir) -> bool:
+    """Whether the run in this directory has saved its model: the card comes last (peft writes one of its own first)."""
+    card = Path(run_dir) / "README.md"
+    return card.is_file() and card.read_text(encoding="utf-8").startswith(_CARD)
+
+
+def _short(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
