@@ -26,8 +26,10 @@ class Everywhere:
             return getattr(self, part)(*arguments)
 
     def follow(self):
-        """What the processes after the first do until the run ends -> the RunResult of the first one. What fails is that
-        one's to deal with, before it leaves; where it is gone, waiting for its word raises."""
+        """What the processes after the first do until the run ends -> the RunResult of the first one.
+
+        What fails is the first one's to deal with, before it leaves; where it is gone, waiting for its word raises.
+        """
         failure = None
         while True:
             part, arguments = parallel.first(None)
