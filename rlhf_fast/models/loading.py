@@ -139,8 +139,7 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Writes a directory that load_policy or load_reward_model reads: the model (or its adapters and a config of the
-    model below them) and the tokenizer.
+    """Writes a directory that load_policy or load_reward_model reads: the model (or its adapters) and the tokenizer.
 
     A config.json beside adapters tells transformers that the whole model lies there. So a policy's adapters have none,
     and AutoModelForCausalLM finds their base; a reward model's have it for the scale, and peft reads them.
