@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   RLHF_CPU_OPS(BIND)
 #undef BIND
 
+  m.attr("Negated") = py::reinterpret_borrow<py::object>(rlhf::torch().negated);
   bind<rlhf::alike>(m, "alike");
   bind<rlhf::labelled>(m, "labelled");
   bind<rlhf::route<false>>(m, "route");

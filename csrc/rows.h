@@ -21,9 +21,10 @@ struct LabelledRows {
   int64_t rows = 1, vocab = 0;
 
   LabelledRows(PyObject* x, PyObject* y, PyObject* m) : masked(m != Py_None) {
-    constexpr int kBits8 = 8, kDLBool = 6;
+    constexpr int kDLBool = 6;
     readable = read_contiguous(x, logits) && read_contiguous(y, labels) && logits.ndim == labels.ndim + 1 &&
-               (!masked || (read_contiguous(m, mask) && mask.code == kDLBool && mask.bits == kBits8));
+               holds<int64_t>(labels) &&
+               (!masked || (read_contiguous(m, mask) && mask.code == kDLBool && holds<uint8_t>(mask)));
     if (!readable) return;
     for (int i = 0; i < labels.ndim; ++i) rows *= labels.shape[i];
     vocab = logits.shape[labels.ndim];
@@ -70,6 +71,7 @@ inline PyObject* token_logprobs_gradient(PyObject* const* given, Py_ssize_t coun
     DLTensor t;
     PyObject* const x = given[5 + i];
     if (x != Py_None && !read_contiguous(x, t)) Py_RETURN_NONE;
+    if (x != Py_None && t.dtype() != in.accumulator()) throw py::type_error("needs gradients of the outputs' dtype");
     read[i] = x == Py_None ? nullptr : t.address();
   }
   const auto temperature = from_python<double>(given[4]);

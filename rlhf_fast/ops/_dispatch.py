@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from operator import itemgetter
@@ -30,7 +31,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if not hasattr(_C, "token_logprobs_gradient"):  # the newest; functions before it took other arguments
+    if not hasattr(_C, "Negated"):  # the newest; functions before it took other arguments
         _C, _C_MISSING = None, "the one that is there is older than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -216,15 +217,20 @@ class Op:
 
     def run(self, *args):
         device = device_type(args[0])
-        kernel = self._ready.get(device)
-        return (kernel or self.kernel_on(device))(*args)
+        kernel = self._ready.get(device) or self.kernel_on(device)
+        try:
+            return kernel(*args)
+        except _NEGATED:
+            return _on_resolved(kernel, *args)
 
     def kernel_on(self, device: str) -> Callable:
         ready = self._ready  # taken first: what another thread forces meanwhile puts an empty one in its place
         backend = self.backend_on(device)
         if backend == "reference":  # forced since the forward, which was native
             backend, _ = self._choose(device)
-        kernel = ready[device] = self.kernels[device][backend]
+        kernel = self.kernels[device][backend]
+        # Triton reads addresses by itself.
+        ready[device] = kernel = partial(_on_resolved, kernel) if backend == "triton" else kernel
         return kernel
 
     def backend(self, tensor: Tensor) -> str:
@@ -266,6 +272,11 @@ _SHARED, _OWN, _AS_THEY_ARE = 0, 1, 2
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
 _route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
 _consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
+_NEGATED = () if _C is None else _C.Negated  # raised for a tensor marked as the negative of its memory: z.conj().imag
+
+
+def _on_resolved(kernel: Callable, *args):
+    return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args])
 
 
 def plain_in_backward(*arguments) -> bool:

@@ -428,6 +428,34 @@ def test_batched_gradients_are_those_of_a_loop(case):
         torch.testing.assert_close(grad, alone, equal_nan=True)
 
 
+def imaginary(x):
+    """x as the imaginary part of a conjugate, which torch has marked as the negative of what lies in memory."""
+    part = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert part.is_neg()
+    return part
+
+
+@every_case
+def test_the_imaginary_part_of_a_conjugate_has_its_sign(case):
+    for seed in range(3):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        floats = {k: v for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
+        expected = run(case.op, case, inputs)
+        for name, x in floats.items():
+            ours = run(case.op, case, inputs | {name: imaginary(x)})
+            for key, value in expected.items():
+                torch.testing.assert_close(ours[key], value, equal_nan=True)
+        if not case.wrt:
+            continue
+        x = floats[case.wrt[0]].clone().requires_grad_()
+        for factor in (1.0, -1.0):  # 1 in memory has a way of its own through a loss's backward
+            out = next(t for t in tensors_of(case.op(**inputs | {case.wrt[0]: x})).values() if t.requires_grad)
+            coming = torch.full_like(out, factor)
+            (plain,) = torch.autograd.grad(out, x, coming, retain_graph=True)
+            (ours,) = torch.autograd.grad(out, x, imaginary(coming))
+            torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
 @every_case
 def test_the_gradient_under_a_checkpoint_is_the_same(case):
     """A checkpoint lets a backward see what it has saved once, and computes it again for that."""
