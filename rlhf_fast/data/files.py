@@ -81,7 +81,7 @@ def _parse(text: str, name: str, line: int):
 def as_records(dataset, name: str) -> list[dict]:
     """The dataset (a DataFrame too) as a list of dicts. ConfigError where it is anything else, or empty."""
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
-        dataset = dataset.to_dict("records")
+        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas has NaN for a gap
     if isinstance(dataset, dict):
         splits = [str(key) for key, value in dataset.items() if _holds_records(value)]
         raise ConfigError(
@@ -118,6 +118,9 @@ def _readable(value):
     if isinstance(value, (list, tuple)):
         parts = [_readable(x) for x in value]
         return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
-    if isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls"):
-        return value if value.get("content") is not None else value | {"content": ""}
+    if isinstance(value, dict):
+        parts = {key: _readable(x) for key, x in value.items()}
+        if parts.get("role") == "assistant" and parts.get("tool_calls") and parts.get("content") is None:
+            return parts | {"content": ""}
+        return value if all(parts[key] is x for key, x in value.items()) else parts
     return value

@@ -58,6 +58,18 @@ def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
     assert as_records([numbers], "data")[0]["vector"] is numbers["vector"]
 
 
+def test_a_data_frame_may_have_gaps_and_two_calls_in_a_turn(tmp_path):
+    pairs = pd.DataFrame([{"prompt": "hi ", "chosen": "a", "rejected": "b"}] * 2)
+    pairs["margin"], pairs["source"] = [0.5, np.nan], [np.nan, "web"]
+    items, _ = comparisons(pairs, TOKENIZER, max_length=64)
+    assert [(item.margin, item.source) for item in items] == [(0.5, None), (0.0, "web")]
+    calls = [{"name": "clock"}, {"name": "date"}]
+    chat = [{"role": "user", "content": "now?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    pd.DataFrame([{"messages": chat}]).to_parquet(tmp_path / "chats.parquet")
+    ((_, turn),) = (row["messages"] for row in as_records(pd.read_parquet(tmp_path / "chats.parquet"), "data"))
+    assert turn == {"role": "assistant", "content": "", "tool_calls": calls}
+
+
 def test_a_turn_that_only_calls_a_tool_may_have_no_content():
     """As OpenAI's format has it; the template then writes the call."""
     tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("m['content']", "m.content ~ m.tool_calls[0].name"))
