@@ -76,6 +76,7 @@ def test_a_policy_comes_back_from_its_adapters_and_learns_on(base, tmp_path):
     again = models.load_policy(tmp_path / "lora")
     assert torch.equal(hidden(again.eval()), hidden(adapted))
     assert set(models.trained_state(again)) == set(models.trained_state(adapted))
+    assert models.load_tokenizer(tmp_path / "lora").get_vocab() == models.load_tokenizer(base).get_vocab()
     # As peft and transformers load it, without this package.
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
     assert torch.equal(hidden(theirs.eval()), hidden(adapted))

@@ -107,6 +107,7 @@ def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
     """A tokenizer: the one that is given, or by path, or by a model's own path. If it has no pad token, eos pads.
+    Adapters that were saved without one (as peft does) have that of their base model.
 
     One that was saved as a plain fast tokenizer is loaded as that. AutoTokenizer would take the class that goes with
     the config's model_type instead (Qwen2Tokenizer, say), which splits text in another way.
@@ -117,10 +118,13 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     if not path:
         raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
     with _loading("tokenizer", path):
+        saved = get_tokenizer_config(path)
+    if not saved and (base := _adapter_base(path)):
+        return load_tokenizer(base)
+    with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
-            saved_as = get_tokenizer_config(path).get("tokenizer_class")
-            if saved_as in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # the name in transformers 4, and in 5
+            if saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # transformers 4, and 5
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -145,7 +149,8 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str |
     and AutoModelForCausalLM finds their base; a reward model's have it for the scale, and peft reads them.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Could not find a config file")  # peft, of a base that is adapters
+        # peft, of a base that is adapters, whose config.json it then also looks for on the hub
+        warnings.filterwarnings("ignore", "Could not find a config file|Unable to fetch remote file")
         model.save_pretrained(path)
     if has_adapters(model):
         whole = unwrapped(model)
@@ -179,7 +184,9 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:  # not there, of another kind, or torn
-        raise ConfigError(f"no {what} can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+        first, _, others = str(error).partition("\n")
+        reason = f"{first} {others}" if first.rstrip().endswith(":") else first
+        raise ConfigError(f"no {what} can be loaded from {name!r}: {' '.join(reason.split())}") from error
 
 
 def _adapter_base(path: str | Path) -> str | None:
