@@ -123,9 +123,9 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
         return load_tokenizer(base)
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
-            if saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # transformers 4, and 5
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
+        if plain and isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
