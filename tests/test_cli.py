@@ -627,6 +627,7 @@ def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_wa
     with pytest.warns(UserWarning, match=r"resuming with another reward \(it was .*, another eval_rewards"):
         assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}") == 0
     assert json.loads((tmp_path / "job.json").read_text())["reward"] == f"{reward}/rewards.py:short"
+    assert f"<td>{reward}/rewards.py:short</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with pytest.warns(
         UserWarning, match="differs in batch_size; a checkpoint's place in the data is a number of steps"
     ):
