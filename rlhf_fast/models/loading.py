@@ -55,10 +55,10 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
     return let_pad_learn(model)
 
 
-def _check_is_model(model: object) -> None:
+def _check_is_model(model: object, what: str = "model") -> None:
     if not hasattr(model, "get_input_embeddings"):
         within = ": give what it wraps, its .module" if hasattr(model, "module") else ", by object, name or path"
-        raise ConfigError(f"{type(model).__name__} is no model of transformers, which is needed{within}")
+        raise ConfigError(f"{type(model).__name__} is no {what} of transformers, which is needed{within}")
 
 
 def load_reward_model(
@@ -114,6 +114,8 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
+    if not isinstance(source, (str, Path)):
+        _check_is_model(source, "model or tokenizer")
     path = source if isinstance(source, (str, Path)) else source.name_or_path
     if not path:
         raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
