@@ -44,7 +44,9 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
         raise ConfigError(f"{name} is a reward model, which has no lm_head: give the language model")
     if isinstance(model, (str, Path)):
         if base := _adapter_base(model):
-            policy = _with_saved_adapters(load_policy(base, dtype=dtype), model)
+            with _base_of(model):
+                policy = load_policy(base, dtype=dtype)
+            policy = _with_saved_adapters(policy, model)
             with suppress(OSError):  # only save_model puts one beside adapters; without it the base's holds
                 unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
             return policy
@@ -94,7 +96,8 @@ def load_reward_model(
 
 
 def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -> nn.Module:
-    reward = load_reward_model(base, tokenizer, dtype=dtype)
+    with _base_of(path):
+        reward = load_reward_model(base, tokenizer, dtype=dtype)
     if not Path(path, "config.json").is_file():  # peft saved the adapters alone; save_model adds a config
         return _with_saved_adapters(reward, path)
     config = AutoConfig.from_pretrained(path)
@@ -122,7 +125,8 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     with _loading("tokenizer", path):
         saved = get_tokenizer_config(path)
     if not saved and (base := _adapter_base(path)):
-        return load_tokenizer(base)
+        with _base_of(path):
+            return load_tokenizer(base)
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
@@ -205,6 +209,19 @@ def _adapter_base(path: str | Path) -> str | None:
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)"
         )
     return base
+
+
+@contextmanager
+def _base_of(path: str | Path) -> Iterator[None]:
+    """Puts before the message of a ConfigError inside whose base it is about: it may be a path from where they were
+    trained."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"the base model of the adapters in {str(path)!r} (base_model_name_or_path of their adapter_config.json): "
+            f"{error}"
+        ) from error
 
 
 def _with_saved_adapters(model: PreTrainedModel, path: str | Path) -> nn.Module:
