@@ -30,12 +30,12 @@ from .data.files import as_records
 from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
+from .generation import generate_text
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import write_report
 from .rewards import RewardModelReward
-from .rollout import generate_text
 from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer

@@ -18,10 +18,10 @@ from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
+from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import STAGES, _keys_of, resolve_reward, score
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
-from rlhf_fast.rollout import generate_text
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]

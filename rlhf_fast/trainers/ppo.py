@@ -37,6 +37,7 @@ from ..models import (
     check_lengths,
     check_lm_head,
     disable_dropout,
+    evaluating,
     has_adapters,
     hidden_states,
     lm_head,
@@ -57,7 +58,6 @@ from ..rewards import check_room, check_signature, make_reward, score_components
 from ..rollout import (
     Rollout,
     check_engine,
-    evaluating,
     generate,
     make_rollout,
     rollout_metrics,
