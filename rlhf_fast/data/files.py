@@ -79,9 +79,12 @@ def _parse(text: str, name: str, line: int):
 
 
 def as_records(dataset, name: str) -> list[dict]:
-    """The dataset (a DataFrame too) as a list of dicts. ConfigError where it is anything else, or empty."""
+    """The dataset (a DataFrame or an Arrow table too) as a list of dicts. ConfigError where it is anything else, or
+    empty."""
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
         dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas has NaN for a gap
+    if hasattr(dataset, "to_pylist"):
+        dataset = dataset.to_pylist()
     if isinstance(dataset, dict):
         splits = [str(key) for key, value in dataset.items() if _holds_records(value)]
         raise ConfigError(
@@ -90,7 +93,8 @@ def as_records(dataset, name: str) -> list[dict]:
         )
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset is that alone
     if not (indexed or isinstance(dataset, Iterable)) or isinstance(dataset, str):
-        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}")
+        way_on = ": rlhf_fast.data.files.read_dataset reads files" if isinstance(dataset, (str, Path)) else ""
+        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}{way_on}")
     records = list(dataset if isinstance(dataset, Iterable) else map(dataset.__getitem__, range(len(dataset))))
     if not records:
         raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")

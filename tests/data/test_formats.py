@@ -7,6 +7,7 @@ import math
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset
@@ -49,7 +50,8 @@ def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
     pd.DataFrame(records).to_parquet(tmp_path / "chats.parquet")
     table = pd.read_parquet(tmp_path / "chats.parquet")
     assert isinstance(table["messages"][0], np.ndarray)
-    for same in (table, table.to_dict("records"), torch.utils.data.Subset(records, range(3)), iter(records)):
+    arrow = pyarrow.Table.from_pylist(records)
+    for same in (table, table.to_dict("records"), arrow, torch.utils.data.Subset(records, range(3)), iter(records)):
         assert as_records(same, "data") == records
     ranked = {"prompt": "hi ", "responses": np.array(["a", "b", "c"]), "ranks": np.array([0, 1, 1])}
     (comparison,), _ = comparisons([ranked], TOKENIZER, max_length=64)
@@ -91,7 +93,7 @@ def test_a_turn_that_only_calls_a_tool_may_have_no_content():
         ({"a": [{"text": "a"}], "b": [{"text": "b"}]}, r"got dict: give one of its datasets \(a, b\)"),
         ({"text": ["a"]}, "got dict: give datasets.Dataset.from_dict of columns"),
         (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
-        ("data.jsonl", "must be a list of dicts"),
+        ("data.jsonl", "got str: rlhf_fast.data.files.read_dataset reads files"),
         (["text"], "record 0 must be a dict, got str"),
         ([{"messages": CHAT}, {"body": "hi"}], "record 1 has the columns body; it needs"),
         ([{"prompt": "hi"}], "record 0 has the columns prompt; it needs"),
