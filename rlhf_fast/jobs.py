@@ -31,6 +31,7 @@ from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
 from .generation import generate_text
+from .judges.stages import write_atomic
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
@@ -306,7 +307,7 @@ def _write_job(job, path: Path) -> None:
     if parallel.rank():
         return
     make_directory(path.parent)
-    path.write_text(_as_json(job), encoding="utf-8")
+    write_atomic(path, _as_json(job))
 
 
 def _as_json(job) -> str:

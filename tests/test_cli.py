@@ -19,7 +19,7 @@ from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.generation import generate_text
-from rlhf_fast.jobs import STAGES, _keys_of, resolve_reward, score
+from rlhf_fast.jobs import STAGES, SFTJob, _keys_of, _write_job, resolve_reward, score
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -633,6 +633,14 @@ def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_wa
     ):
         assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}",
                      "--batch_size", "4") == 0  # fmt: skip
+
+
+def test_a_kill_while_job_json_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    _write_job(SFTJob("before.jsonl"), tmp_path / "job.json")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _write_job(SFTJob("after.jsonl"), tmp_path / "job.json")
+    assert json.loads((tmp_path / "job.json").read_text())["train_data"] == "before.jsonl"
 
 
 def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_path, capsys):
