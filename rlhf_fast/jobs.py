@@ -30,11 +30,13 @@ from .data.files import as_records
 from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
+from .generation import generate_text
+from .judges.stages import write_atomic
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
+from .report import write_report
 from .rewards import RewardModelReward
-from .rollout import generate_text
 from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
@@ -275,18 +277,20 @@ STAGES = {
 
 
 def run_trainer(trainer, resume: bool, job=None):
-    """job: whose models, data and rewards `output_dir`/job.json names, and against which a run that resumes is held."""
+    """job: whose models, data and rewards `output_dir`/job.json and the report name, and against which a run that
+    resumes is held."""
     path = Path(trainer.config.output_dir, "job.json")
     if job is not None and resume and path.exists():
-        before, now = json.loads(path.read_text(encoding="utf-8")), dataclasses.asdict(job)
+        before, now = (json.loads(text) for text in (path.read_text(encoding="utf-8"), _as_json(job)))
         changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in now if now[name] != before.get(name)]
         if changed:
             warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
     elif job is not None and not resume:
         _write_job(job, path)
     result = trainer.train(resume)
-    if job is not None:
+    if job is not None and resume and parallel.rank() == 0:  # not before: train may refuse to resume
         _write_job(job, path)
+        write_report(path.parent)
     if result.stopped_by:
         where = f"{result.output_dir}/report.html shows it, --resume goes on all the same"
         raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")
@@ -303,7 +307,11 @@ def _write_job(job, path: Path) -> None:
     if parallel.rank():
         return
     make_directory(path.parent)
-    path.write_text(json.dumps(dataclasses.asdict(job), indent=2) + "\n", encoding="utf-8")
+    write_atomic(path, _as_json(job))
+
+
+def _as_json(job) -> str:
+    return json.dumps(dataclasses.asdict(job), indent=2) + "\n"
 
 
 def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) -> list[list[dict] | None]:

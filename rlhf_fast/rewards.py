@@ -86,7 +86,7 @@ class RewardModelReward:
         """(B,) scores of what encode() returned."""
         longest = max(map(len, tokens), default=0)
         check_lengths(self.model, self.tokenizer, longest, "score shorter responses")
-        scores = torch.empty(len(tokens))
+        scores = torch.empty(len(tokens), dtype=torch.float32)
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         with evaluating(self.model):
             for rows in batches(by_length, self.batch_size, "scoring"):
@@ -182,7 +182,7 @@ def score_components(
         returned |= zip(waiting, _wait_for(list(waiting.values())), strict=True)
     scores = {name: _checked(name, value, responses) for name, value in returned.items()}
     weighted = (weight * scores[name] for name, (_, weight) in parts.items() if weight)
-    return sum(weighted, start=torch.zeros(len(responses))), scores
+    return sum(weighted, start=torch.zeros(len(responses), dtype=torch.float32)), scores
 
 
 def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:

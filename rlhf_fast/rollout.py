@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import parallel
 from .data.chat import ConfigError, Text, decode_responses
+from .data.collate import pad
 from .data.formats import Prompt
-from .generation import draw_uniforms, evaluating, generate_text, generate_tokens, generate_with_logprobs, pad  # noqa: F401
+from .generation import draw_uniforms, generate_with_logprobs
 from .models import stop_ids
 from .ops import masked_mean
 

@@ -76,6 +76,7 @@ def test_a_policy_comes_back_from_its_adapters_and_learns_on(base, tmp_path):
     again = models.load_policy(tmp_path / "lora")
     assert torch.equal(hidden(again.eval()), hidden(adapted))
     assert set(models.trained_state(again)) == set(models.trained_state(adapted))
+    assert models.load_tokenizer(tmp_path / "lora").get_vocab() == models.load_tokenizer(base).get_vocab()
     # As peft and transformers load it, without this package.
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
     assert torch.equal(hidden(theirs.eval()), hidden(adapted))
@@ -240,6 +241,20 @@ def test_adapters_on_a_policy_that_was_trained_in_memory_are_refused(tmp_path, b
         makers[0](with_lora(models.load_policy(base)))
     with pytest.raises(ConfigError, match="give the path"):
         makers[1](with_lora(models.load_policy(base)))  # its trunk would be merged
+
+
+def test_what_is_frozen_is_refused_with_the_way_on_and_a_base_that_is_gone_is_named_as_one(base, tmp_path, tokenizer):
+    with_lora(models.load_policy(base)).save_pretrained(tmp_path / "lora")
+    frozen = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
+    config, data = SFTConfig(str(tmp_path / "a")), [{"prompt": "say ", "completion": "the cat"}]
+    with pytest.raises(ConfigError, match="load adapters that are to learn with"):
+        SFTTrainer(config, frozen, train_dataset=data, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"call its requires_grad_\(True\)"):
+        SFTTrainer(config, models.merge_adapters(frozen), train_dataset=data, tokenizer=tokenizer)
+    base.rename(tmp_path / "moved")
+    for load in (models.load_policy, models.load_tokenizer):
+        with pytest.raises(ConfigError, match=r"the base model of the adapters in .*no such directory"):
+            load(tmp_path / "lora")
 
 
 def test_adapters_without_a_peft_model_are_refused_with_the_way_on(base, tmp_path, tokenizer):

@@ -18,10 +18,10 @@ from rlhf_fast.cai_jobs import CAI
 from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
-from rlhf_fast.jobs import STAGES, _keys_of, resolve_reward, score
+from rlhf_fast.generation import generate_text
+from rlhf_fast.jobs import STAGES, SFTJob, _keys_of, _write_job, resolve_reward, score
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
-from rlhf_fast.rollout import generate_text
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -552,7 +552,8 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     ]
     shutil.copytree(sft / "sft", tmp_path / "a", ignore=shutil.ignore_patterns("checkpoint-*", "*token*"))
     assert main([*argv, str(tmp_path / "a")]) == 2
-    assert "no tokenizer can be loaded from" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no tokenizer can be loaded from" in told and "need to have sentencepiece" in told
     shutil.copytree(sft / "sft", tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-*"))
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
@@ -626,11 +627,20 @@ def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_wa
     with pytest.warns(UserWarning, match=r"resuming with another reward \(it was .*, another eval_rewards"):
         assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}") == 0
     assert json.loads((tmp_path / "job.json").read_text())["reward"] == f"{reward}/rewards.py:short"
+    assert f"<td>{reward}/rewards.py:short</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with pytest.warns(
         UserWarning, match="differs in batch_size; a checkpoint's place in the data is a number of steps"
     ):
         assert stage(reward, "ppo", *flags, "--reward", f"{reward}/rewards.py:short", "--eval_rewards", "{}",
                      "--batch_size", "4") == 0  # fmt: skip
+
+
+def test_a_kill_while_job_json_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    _write_job(SFTJob("before.jsonl"), tmp_path / "job.json")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _write_job(SFTJob("after.jsonl"), tmp_path / "job.json")
+    assert json.loads((tmp_path / "job.json").read_text())["train_data"] == "before.jsonl"
 
 
 def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_path, capsys):

@@ -52,6 +52,17 @@ def test_a_reward_model_reads_the_dialogue_in_its_own_template_up_to_one_eos(tok
     assert reward.encode("a b", " c") == [*tokenizer("a b c")["input_ids"], tokenizer.eos_token_id]
 
 
+def test_scores_are_float32_whatever_the_default_dtype(tokenizer, reward_model):
+    reward = WeightedReward([(RewardModelReward(reward_model, tokenizer), 1.0), (length, 0.5)])
+    before = compute_scores(reward, ["a ", "b "], ["c", "d e"], {})
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = compute_scores(reward, ["a ", "b "], ["c", "d e"], {})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert after.dtype == torch.float32 and torch.equal(after, before)
+
+
 def test_a_reward_model_from_elsewhere_reads_what_its_template_writes(word_tokenizer):
     model = load_reward_model(tiny_model(word_tokenizer), word_tokenizer)
     reward = RewardModelReward(model, word_tokenizer)

@@ -14,8 +14,6 @@ import numpy as np
 from .chat import ConfigError, Text, as_messages, is_conversation
 
 SFT_FORMATS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
-
-
 PREFERENCE_FORMATS = (
     '{"prompt": ..., "chosen": ..., "rejected": ...} or {"prompt": ..., "responses": [best, ..., worst]}'
 )

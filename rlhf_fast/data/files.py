@@ -79,9 +79,23 @@ def _parse(text: str, name: str, line: int):
 
 
 def as_records(dataset, name: str) -> list[dict]:
-    """The dataset (a DataFrame too) as a list of dicts. ConfigError where it is anything else, or empty."""
+    """as_rows, of which each must be a dict. ConfigError where one is not, or where there are none."""
+    records = as_rows(dataset, name)
+    if not records:
+        raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
+    for i, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
+    return records
+
+
+def as_rows(dataset, name: str) -> list:
+    """The rows of a list, a datasets.Dataset, a DataFrame, an Arrow table, or what else is iterated or indexed by row.
+    ConfigError for anything else, such as a dict, whose iterator would give its keys."""
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
-        dataset = dataset.to_dict("records")
+        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas has NaN for a gap
+    if hasattr(dataset, "to_pylist"):
+        dataset = dataset.to_pylist()
     if isinstance(dataset, dict):
         splits = [str(key) for key, value in dataset.items() if _holds_records(value)]
         raise ConfigError(
@@ -90,17 +104,16 @@ def as_records(dataset, name: str) -> list[dict]:
         )
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset is that alone
     if not (indexed or isinstance(dataset, Iterable)) or isinstance(dataset, str):
-        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}")
-    records = list(dataset if isinstance(dataset, Iterable) else map(dataset.__getitem__, range(len(dataset))))
-    if not records:
-        raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
-    for i, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise ConfigError(f"{name} record {i} must be a dict, got {type(record).__name__}")
-        readable = {key: _readable(record[key]) for key in _CONVERSATIONS if not isinstance(record.get(key, ""), str)}
-        if any(value is not record[key] for key, value in readable.items()):
-            records[i] = record | readable
-    return records
+        way_on = ": rlhf_fast.data.files.read_dataset reads files" if isinstance(dataset, (str, Path)) else ""
+        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}{way_on}")
+    rows = list(dataset if isinstance(dataset, Iterable) else map(dataset.__getitem__, range(len(dataset))))
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            continue
+        readable = {key: _readable(row[key]) for key in _CONVERSATIONS if not isinstance(row.get(key, ""), str)}
+        if any(value is not row[key] for key, value in readable.items()):
+            rows[i] = row | readable
+    return rows
 
 
 def _holds_records(value) -> bool:
@@ -118,6 +131,9 @@ def _readable(value):
     if isinstance(value, (list, tuple)):
         parts = [_readable(x) for x in value]
         return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
-    if isinstance(value, dict) and value.get("role") == "assistant" and value.get("tool_calls"):
-        return value if value.get("content") is not None else value | {"content": ""}
+    if isinstance(value, dict):
+        parts = {key: _readable(x) for key, x in value.items()}
+        if parts.get("role") == "assistant" and parts.get("tool_calls") and parts.get("content") is None:
+            return parts | {"content": ""}
+        return value if all(parts[key] is x for key, x in value.items()) else parts
     return value

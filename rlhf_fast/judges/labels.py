@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.chat import ConfigError, make_directory
+from ..data.files import as_rows
 from .calibration import UNCALIBRATED, Calibration
 from .constitution import Constitution, Principle
 from .ledger import Ledger
@@ -47,7 +48,7 @@ def judge_pairs(
     through; None opens that of output_dir.
     """
     usable = usable_principles(judge, constitution, principles_per_pair)
-    pairs = list(pairs)
+    pairs = as_rows(pairs, "pairs")
     items = read_items(pairs, ("a", "b"))
     for item, row in zip(items, pairs, strict=True):
         if row.get("status", "ok") != "ok":

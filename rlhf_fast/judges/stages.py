@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..data.chat import ConfigError, make_directory
+from ..data.files import as_rows
 from .ledger import Ledger
 
 
@@ -47,7 +48,7 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
     half a character, an id that occurs twice, or no rows at all.
     """
     items, seen = [], Counter()
-    for i, row in enumerate(rows):
+    for i, row in enumerate(as_rows(rows, "rows")):
         row = row if isinstance(row, dict) else {"prompt": row}
         if missing := {"prompt", *texts} - set(row):
             raise ConfigError(f"row {i} has no {sorted(missing)}; it has {sorted(row)}")

@@ -44,7 +44,9 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
         raise ConfigError(f"{name} is a reward model, which has no lm_head: give the language model")
     if isinstance(model, (str, Path)):
         if base := _adapter_base(model):
-            policy = _with_saved_adapters(load_policy(base, dtype=dtype), model)
+            with _base_of(model):
+                policy = load_policy(base, dtype=dtype)
+            policy = _with_saved_adapters(policy, model)
             with suppress(OSError):  # only save_model puts one beside adapters; without it the base's holds
                 unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
             return policy
@@ -55,10 +57,10 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
     return let_pad_learn(model)
 
 
-def _check_is_model(model: object) -> None:
+def _check_is_model(model: object, what: str = "model") -> None:
     if not hasattr(model, "get_input_embeddings"):
         within = ": give what it wraps, its .module" if hasattr(model, "module") else ", by object, name or path"
-        raise ConfigError(f"{type(model).__name__} is no model of transformers, which is needed{within}")
+        raise ConfigError(f"{type(model).__name__} is no {what} of transformers, which is needed{within}")
 
 
 def load_reward_model(
@@ -94,7 +96,8 @@ def load_reward_model(
 
 
 def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -> nn.Module:
-    reward = load_reward_model(base, tokenizer, dtype=dtype)
+    with _base_of(path):
+        reward = load_reward_model(base, tokenizer, dtype=dtype)
     if not Path(path, "config.json").is_file():  # peft saved the adapters alone; save_model adds a config
         return _with_saved_adapters(reward, path)
     config = AutoConfig.from_pretrained(path)
@@ -107,21 +110,28 @@ def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
     """A tokenizer: the one that is given, or by path, or by a model's own path. If it has no pad token, eos pads.
+    Adapters that were saved without one (as peft does) have that of their base model.
 
     One that was saved as a plain fast tokenizer is loaded as that. AutoTokenizer would take the class that goes with
     the config's model_type instead (Qwen2Tokenizer, say), which splits text in another way.
     """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
+    if not isinstance(source, (str, Path)):
+        _check_is_model(source, "model or tokenizer")
     path = source if isinstance(source, (str, Path)) else source.name_or_path
     if not path:
         raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
     with _loading("tokenizer", path):
+        saved = get_tokenizer_config(path)
+    if not saved and (base := _adapter_base(path)):
+        with _base_of(path):
+            return load_tokenizer(base)
+    with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
-            saved_as = get_tokenizer_config(path).get("tokenizer_class")
-            if saved_as in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # the name in transformers 4, and in 5
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
+        if plain and isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -145,7 +155,8 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str |
     and AutoModelForCausalLM finds their base; a reward model's have it for the scale, and peft reads them.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Could not find a config file")  # peft, of a base that is adapters
+        # peft, of a base that is adapters, whose config.json it then also looks for on the hub
+        warnings.filterwarnings("ignore", "Could not find a config file|Unable to fetch remote file")
         model.save_pretrained(path)
     if has_adapters(model):
         whole = unwrapped(model)
@@ -179,7 +190,9 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:  # not there, of another kind, or torn
-        raise ConfigError(f"no {what} can be loaded from {name!r}: {str(error).splitlines()[0]}") from error
+        first, _, others = str(error).partition("\n")
+        reason = f"{first} {others}" if first.rstrip().endswith(":") else first
+        raise ConfigError(f"no {what} can be loaded from {name!r}: {' '.join(reason.split())}") from error
 
 
 def _adapter_base(path: str | Path) -> str | None:
@@ -196,6 +209,19 @@ def _adapter_base(path: str | Path) -> str | None:
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)"
         )
     return base
+
+
+@contextmanager
+def _base_of(path: str | Path) -> Iterator[None]:
+    """Puts before the message of a ConfigError inside whose base it is about: it may be a path from where they were
+    trained."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(
+            f"the base model of the adapters in {str(path)!r} (base_model_name_or_path of their adapter_config.json): "
+            f"{error}"
+        ) from error
 
 
 def _with_saved_adapters(model: PreTrainedModel, path: str | Path) -> nn.Module:

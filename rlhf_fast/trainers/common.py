@@ -264,10 +264,13 @@ def check_learns(model, name: str) -> None:
     """
     learning = {p.dtype for p in model.parameters() if p.requires_grad}
     if not learning:
-        raise ConfigError(
-            f"{name} has nothing that requires grad: load adapters that are to learn with "
-            "peft.PeftModel.from_pretrained(base, path, is_trainable=True), or give their path"
-        )
+        way_on = "call its requires_grad_(True) (what peft's merge_and_unload gives, say, is frozen)"
+        if models.has_adapters(model):
+            way_on = (
+                "load adapters that are to learn with peft.PeftModel.from_pretrained(base, path, is_trainable=True), "
+                "or give their path"
+            )
+        raise ConfigError(f"{name} has nothing that requires grad: {way_on}")
     if half := learning & {torch.bfloat16, torch.float16}:
         raise ConfigError(
             f"{name} would learn in {str(half.pop()).removeprefix('torch.')}, where most of AdamW's steps round to "

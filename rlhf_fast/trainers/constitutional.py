@@ -19,6 +19,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from ..data.chat import ConfigError
+from ..data.files import as_rows
 from ..judges.calibration import UNCALIBRATED, Calibration
 from ..judges.constitution import Constitution, Principle
 from ..judges.generator import Cut, Generate, TextGenerator, Writer
@@ -162,7 +163,7 @@ def principles_to_revise(schedule: str, constitution: Constitution) -> list[Prin
 
 def items_with_kind(prompts: Iterable) -> list[dict]:
     """read_items, with the "kind" of each row; "unspecified" where it has none, or an empty cell of a table."""
-    rows = list(prompts)
+    rows = as_rows(prompts, "prompts")
     kinds = [row.get("kind") if isinstance(row, dict) else None for row in rows]
     for i, kind in enumerate(kinds):
         if isinstance(kind, (list, dict)):
@@ -373,7 +374,7 @@ def mix_comparisons(
     Compare the margins of the two sources before you trust the mix: the best margin under a soft label is finite (its
     log-odds), under a hard label it is not.
     """
-    sources, weights = {name: list(rows) for name, rows in sources.items()}, weights or {}
+    sources, weights = {name: as_rows(rows, name) for name, rows in sources.items()}, weights or {}
     if empty := [name for name, rows in sources.items() if not rows]:
         raise ConfigError(f"mix_comparisons: source {empty[0]!r} has no rows")
     if unknown := set(weights) - set(sources):

@@ -37,6 +37,7 @@ from ..models import (
     check_lengths,
     check_lm_head,
     disable_dropout,
+    evaluating,
     has_adapters,
     hidden_states,
     lm_head,
@@ -57,7 +58,6 @@ from ..rewards import check_room, check_signature, make_reward, score_components
 from ..rollout import (
     Rollout,
     check_engine,
-    evaluating,
     generate,
     make_rollout,
     rollout_metrics,
@@ -583,17 +583,18 @@ class PPOTrainer:
 
     def load_state_dict(self, state: dict) -> None:
         common.check_same_data(state, list(map(len, self.prompts)), self.data)
+        critic = trained_state(self._own_critic) if self.value_model else {}
+        if critic.keys() != (state["value_model"] or {}).keys():
+            raise common.ConfigError(
+                "the checkpoint has another critic, or none: resume with the same advantage_estimator and share_trunk, "
+                "or start anew in another output_dir"
+            )
         self.step = state["step"]
         if self.config.kl_target is not None:  # else kl_coef is the config's, which may have changed since
             self.kl_controller.kl_coef = state["kl_coef"]
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
         if self.value_model:
-            if self.config.share_trunk and state["value_model"].keys() != self._own_critic.state_dict().keys():
-                raise common.ConfigError(
-                    "the checkpoint is of an earlier version, with a trunk for the critic too: start anew in another "
-                    "output_dir"
-                )
             load_trained_state(self._own_critic, state["value_model"])
         saved = zip(state["optimizers"], state["schedulers"], strict=True)
         for optimizer, scheduler, states in zip(self.optimizers, self.schedulers, saved, strict=True):

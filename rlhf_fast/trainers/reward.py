@@ -26,10 +26,12 @@ from torch import Tensor
 from .. import parallel
 from ..data.baselines import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
-from ..data.formats import Comparison, as_pairs, as_records, comparisons, responses_to_score
+from ..data.files import as_records
+from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
 from ..models import (
     check_lengths,
     disable_dropout,
+    evaluating,
     has_adapters,
     load_reward_model,
     load_tokenizer,
@@ -48,7 +50,6 @@ from ..ops import pairwise_loss, ranking_loss
 from ..packing import FLASH, packed_hidden_states, packing
 from ..preferences import Pairs, evaluate_pairs
 from ..rewards import RewardModelReward
-from ..rollout import evaluating
 from . import common
 from .run import RunResult, run_training
 

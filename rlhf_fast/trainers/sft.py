@@ -19,10 +19,13 @@ from torch import Tensor
 from .. import parallel
 from ..data.chat import Encoded, as_messages, encode_prompt
 from ..data.collate import collate_sft, pack_rows, pack_sft
-from ..data.formats import ON_OVERLONG, as_records, sft_examples
+from ..data.files import as_records
+from ..data.formats import ON_OVERLONG, sft_examples
+from ..generation import generate_text
 from ..models import (
     check_lengths,
     check_lm_head,
+    evaluating,
     hidden_states,
     load_policy,
     load_tokenizer,
@@ -33,7 +36,6 @@ from ..models import (
 )  # fmt: skip
 from ..ops import linear_cross_entropy, token_logprobs_and_entropy
 from ..packing import packed_hidden_states, packing
-from ..rollout import evaluating, generate_text
 from . import common
 from .run import RunResult, run_training
 

@@ -7,6 +7,7 @@ import math
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset
@@ -49,13 +50,26 @@ def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
     pd.DataFrame(records).to_parquet(tmp_path / "chats.parquet")
     table = pd.read_parquet(tmp_path / "chats.parquet")
     assert isinstance(table["messages"][0], np.ndarray)
-    for same in (table, table.to_dict("records"), torch.utils.data.Subset(records, range(3)), iter(records)):
+    arrow = pyarrow.Table.from_pylist(records)
+    for same in (table, table.to_dict("records"), arrow, torch.utils.data.Subset(records, range(3)), iter(records)):
         assert as_records(same, "data") == records
     ranked = {"prompt": "hi ", "responses": np.array(["a", "b", "c"]), "ranks": np.array([0, 1, 1])}
     (comparison,), _ = comparisons([ranked], TOKENIZER, max_length=64)
     assert comparison.ranks == [0, 1, 1]
     numbers = {"prompt": "hi ", "vector": np.arange(3)}  # for a reward function, which gets what was given
     assert as_records([numbers], "data")[0]["vector"] is numbers["vector"]
+
+
+def test_a_data_frame_may_have_gaps_and_two_calls_in_a_turn(tmp_path):
+    pairs = pd.DataFrame([{"prompt": "hi ", "chosen": "a", "rejected": "b"}] * 2)
+    pairs["margin"], pairs["source"] = [0.5, np.nan], [np.nan, "web"]
+    items, _ = comparisons(pairs, TOKENIZER, max_length=64)
+    assert [(item.margin, item.source) for item in items] == [(0.5, None), (0.0, "web")]
+    calls = [{"name": "clock"}, {"name": "date"}]
+    chat = [{"role": "user", "content": "now?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    pd.DataFrame([{"messages": chat}]).to_parquet(tmp_path / "chats.parquet")
+    ((_, turn),) = (row["messages"] for row in as_records(pd.read_parquet(tmp_path / "chats.parquet"), "data"))
+    assert turn == {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def test_a_turn_that_only_calls_a_tool_may_have_no_content():
@@ -79,7 +93,7 @@ def test_a_turn_that_only_calls_a_tool_may_have_no_content():
         ({"a": [{"text": "a"}], "b": [{"text": "b"}]}, r"got dict: give one of its datasets \(a, b\)"),
         ({"text": ["a"]}, "got dict: give datasets.Dataset.from_dict of columns"),
         (None, "must be a list of dicts or a datasets.Dataset, got NoneType"),
-        ("data.jsonl", "must be a list of dicts"),
+        ("data.jsonl", "got str: rlhf_fast.data.files.read_dataset reads files"),
         (["text"], "record 0 must be a dict, got str"),
         ([{"messages": CHAT}, {"body": "hi"}], "record 1 has the columns body; it needs"),
         ([{"prompt": "hi"}], "record 0 has the columns prompt; it needs"),

@@ -1,5 +1,6 @@
 import json
 
+import pandas as pd
 import pytest
 
 from rlhf_fast.judges.ledger import Ledger
@@ -83,10 +84,17 @@ def test_items_are_named_by_their_content():
     assert given["id"] == "7" and read_items(["other"])[0]["id"] == three["id"]
 
 
+def test_rows_of_a_table_are_its_rows_and_not_the_names_of_its_columns():
+    rows = [{"prompt": "a", "better": "b"}, {"prompt": "c", "better": "d"}]
+    assert read_items(pd.DataFrame(rows), ("better",)) == read_items(rows, ("better",))
+
+
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
         ([], "no rows"),
+        ({"prompt": ["hello"]}, "got dict: give datasets.Dataset.from_dict of columns"),
+        ("prompts.jsonl", "got str: rlhf_fast.data.files.read_dataset"),
         ([{"text": "hello"}], "row 0 has no .*prompt"),
         (["fine", {"prompt": [{"role": "assistant", "content": "hi"}]}], "row 1: .*end with a user message"),
         (

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -474,6 +475,14 @@ def test_a_checkpoint_of_a_shared_trunk_holds_what_learns_and_no_second_trunk(tm
     assert all(torch.equal(x, y) for x, y in zip(final.parameters(), again.parameters(), strict=True))
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(again(input_ids=ids).logits[0, 0], resumed.value_model(ids)[0, -1])
+
+
+def test_a_checkpoint_with_another_critic_is_refused_in_words(tmp_path):
+    kinds = ({}, {"share_trunk": True}, {"advantage_estimator": "reinforce"})
+    trainers = [make_trainer(tmp_path, **options) for options in kinds]
+    for trainer, other in itertools.permutations(trainers, 2):
+        with pytest.raises(ConfigError, match="another critic, or none: resume with the same advantage_estimator"):
+            trainer.load_state_dict(other.state_dict())
 
 
 def test_a_resumed_run_takes_what_its_config_says_now(tmp_path):
