@@ -176,25 +176,28 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         return
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(there, dist.ReduceOp.MAX)
-    pending = []
-    for p, somewhere in zip(parameters, there.tolist(), strict=True):
-        if somewhere:
+    learned = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
+    with in_all():  # there may be no room
+        for p in learned:
             dense = torch.contiguous_format  # numbers are summed in the order of memory
             p.grad = torch.zeros_like(p, memory_format=dense) if p.grad is None else p.grad.contiguous()
-            pending.append(dist.all_reduce(p.grad, async_op=True))
-    for work in pending:
+    for work in [dist.all_reduce(p.grad, async_op=True) for p in learned]:
         work.wait()
 
 
 def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
-    """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, is
-    not the same in all, or a model is on another GPU than the process's own."""
+    """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, or
+    which weights there are and learn is not the same in all, or a model is on another GPU than the process's own."""
     if size() == 1:
         return
     for name, values in ((name, gather(value)) for name, value in read.items()):
         if any(value != values[0] for value in values):
             raise ConfigError(f"the {size()} processes read different {name}: each must be given all, and in one order")
-    tensors = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
+    named = [x for m in modules if m is not None for x in (*m.named_parameters(), *m.named_buffers())]
+    models = gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
+    if any(model != models[0] for model in models):
+        raise ConfigError(f"the {size()} processes hold different models, or not the same weights of them learn")
+    tensors = [t for _, t in named]
     with in_all():
         for device in {t.device for t in tensors if t.is_cuda}:
             if device.index != (own := torch.cuda.current_device()):

@@ -350,9 +350,9 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parallel.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    if torch.isfinite(norm):
-        with parallel.in_all():  # Adam's state may not fit
+    with parallel.in_all():  # Adam's state may not fit
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        if torch.isfinite(norm):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if scheduler is not None:

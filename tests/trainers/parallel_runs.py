@@ -5,7 +5,9 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
+from unittest import mock
 
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -24,8 +26,8 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), word="mat", **model):
-    """In each process from other weights, of which the first one's count."""
+def sft(path, steps=(), word="mat", frozen=None, **model):
+    """In each process from other weights, of which the first one's count. frozen: a layer that does not learn."""
     tokenizer = tiny_tokenizer()
     data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS)]
     # A step of 8 sequences, in however many processes.
@@ -34,6 +36,8 @@ def sft(path, steps=(), word="mat", **model):
         SFTConfig(str(path), **batches, **(STEPS | dict(steps))),
         tiny_model(tokenizer, seed=rank(), **model),
     )
+    if frozen is not None:
+        network.model.layers[frozen].requires_grad_(False)
     return SFTTrainer(config, network, train_dataset=data, eval_dataset=data[:5], tokenizer=tokenizer)
 
 
@@ -99,29 +103,34 @@ def failing_reward(path):
     """What fails in one process, in places that others do not pass, and at last a reward, which ends the script."""
     raised = {}
 
-    def fails_in(rank, name, step):
-        """The function of this name, which fails in one process once so many steps are done."""
+    def fails_in(rank, owner, name, step):
+        """Puts a function that fails in one process, once so many steps are done, in the place of owner.name."""
 
         def function(*arguments, **named):
             if parallel.rank() == rank and trainer.step == step:
                 raise OSError(f"{name} fails")
             return before(*arguments, **named)
 
-        *owner, attribute = name.split(".")
-        owner = trainer.optimizer if owner else trainer
-        before = getattr(owner, attribute)
-        setattr(owner, attribute, function)
+        before = getattr(owner, name)
+        return mock.patch.object(owner, name, function)
 
-    for rank, name in ((1, "evaluate"), (1, "optimizer.step"), (0, "save_model"), (0, "rollout_func")):
-        trainer = ppo(path / name) if name == "rollout_func" else sft(path / name)
-        if name == "rollout_func":
-            trainer.rollout_func = lambda prompts, trainer: (prompt for prompt in prompts)  # cannot be sent
-        else:
-            fails_in(rank, name, step=2)
+    for rank, name in ((1, "evaluate"), (1, "step"), (0, "save_model"), (1, "zeros_like"), (1, "clip_grad_norm_")):
+        trainer = sft(path / name)
+        if name == "zeros_like":  # the first parameter learns nothing in this process, and there is no room for zeros
+            first = trainer.optimizer.param_groups[0]["params"][0]
+            first.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None if parallel.rank() else p.grad))
+        owner = {"step": trainer.optimizer, "zeros_like": torch, "clip_grad_norm_": torch.nn.utils}.get(name, trainer)
         try:
-            trainer.train()
+            with fails_in(rank, owner, name, step=2):
+                deque(trainer, 0) if name == "clip_grad_norm_" else trainer.train()
         except Exception as error:
             raised[name] = str(error)
+    trainer = ppo(path / "rollout_func")
+    trainer.rollout_func = lambda prompts, trainer: (prompt for prompt in prompts)  # cannot be sent
+    try:
+        trainer.train()
+    except Exception as error:
+        raised["rollout_func"] = str(error)
     leave(path, raised=raised)
 
     def rewards(prompts, responses, **columns):
@@ -175,6 +184,7 @@ def everything(path):
         lambda: sft(path / "runs/sft").train(),
         lambda: sft(path / "other", word=str(parallel.rank())),
         lambda: sft(path / "other", steps={"max_steps": 2 + parallel.rank()}),
+        lambda: sft(path / "other", frozen=parallel.rank()),
     ):
         try:
             make()
