@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .data.chat import ConfigError
 
+BUCKET = 25 * 2**20  # bytes of gradients that are summed at once, as in torch's DistributedDataParallel
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
 _joined = False  # whether this process shares work with others; a group alone, of the user's own, says nothing
 
@@ -178,11 +179,30 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     dist.all_reduce(there, dist.ReduceOp.MAX)
     learned = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
     with in_all():  # there may be no room
-        for p in learned:
-            dense = torch.contiguous_format  # numbers are summed in the order of memory
-            p.grad = torch.zeros_like(p, memory_format=dense) if p.grad is None else p.grad.contiguous()
-    for work in [dist.all_reduce(p.grad, async_op=True) for p in learned]:
+        flat = [_flat_gradients(bucket) for bucket in _buckets(learned)]
+    for work in [dist.all_reduce(x, async_op=True) for x in flat]:
         work.wait()
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in order, in groups of at most BUCKET bytes, of one dtype, on one device; a larger one alone."""
+    buckets, held, of = [], 0, None
+    for p in parameters:
+        if not buckets or held + p.nbytes > BUCKET or of != (p.dtype, p.device):
+            buckets.append([])
+            held, of = 0, (p.dtype, p.device)
+        buckets[-1].append(p)
+        held += p.nbytes
+    return buckets
+
+
+def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Their gradients end to end, each row by row; from now on these are views of it. 0 where there is none."""
+    rows = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    flat = torch.cat(rows) if len(rows) > 1 else rows[0]
+    for p, row in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = row.view(p.shape)
+    return flat
 
 
 def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:

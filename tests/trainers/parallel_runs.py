@@ -175,10 +175,13 @@ def everything(path):
     for make in (sft, reward, ppo):
         result = (trainer := make(path / "runs" / make.__name__)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
-    turned = torch.nn.Parameter(torch.zeros(3, 2).t())
+    # Of the first process, of both, of nobody, of both in float64; at most two of these in one sum.
+    summed = [torch.nn.Parameter(x) for x in (torch.zeros(3, 2).t(), *torch.zeros(2, 3), torch.zeros(2).double())]
     if parallel.rank() == 0:
-        turned.grad = torch.arange(6.0).view(2, 3)
-    parallel.sum_gradients([turned])
+        summed[0].grad = torch.arange(6.0).view(2, 3)
+    summed[1].grad, summed[3].grad = torch.ones(3) / size(), torch.ones(2).double() / size()
+    with mock.patch.object(parallel, "BUCKET", 36):
+        parallel.sum_gradients(summed)
     refused = []
     for make in (
         lambda: sft(path / "runs/sft").train(),
@@ -190,7 +193,8 @@ def everything(path):
             make()
         except ConfigError as error:
             refused.append(str(error))
-    leave(path, asked=asked, found=found, refused=refused, gradient=turned.grad.tolist())
+    gradients = [p.grad is not None and p.grad.tolist() for p in summed]
+    leave(path, asked=asked, found=found, refused=refused, gradients=gradients)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import parallel_runs
 import pytest
@@ -113,7 +114,15 @@ def test_every_process_is_told_what_is_refused(runs):
 
 def test_a_gradient_that_one_process_has_is_that_of_all(runs):
     """Also where the parameter does not lie in memory row by row."""
-    assert [found["gradient"] for found in runs[:3]] == [[[0, 1, 2], [3, 4, 5]]] * 3
+    assert [found["gradients"] for found in runs[:3]] == [[[[0, 1, 2], [3, 4, 5]], [1, 1, 1], False, [1, 1]]] * 3
+
+
+def test_gradients_are_summed_in_buckets_of_one_dtype():
+    sizes = [(torch.float32, 3), (torch.float32, 3), (torch.float32, 1), (torch.float64, 1), (torch.float32, 9)]
+    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for dtype, n in sizes]
+    with mock.patch.object(parallel, "BUCKET", 24):
+        buckets = parallel._buckets(parameters)
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9]]
 
 
 def test_dropout_is_drawn_apart(runs):
