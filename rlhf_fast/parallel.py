@@ -31,7 +31,7 @@ from .data.chat import ConfigError
 
 BUCKET = 25 * 2**20  # bytes of gradients that are summed at once, as in torch's DistributedDataParallel
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
-_joined = False  # whether this process shares work with others; a group alone, of the user's own, says nothing
+_joined = False  # whether this process shares its work with others; a group of the user's own says nothing of that
 
 
 def start() -> None:
@@ -142,19 +142,26 @@ def first(value):
 
 
 def by_first(work: Callable):
-    """work() is done by the first process, for all; while it is, that process is one alone."""
-    global _joined
+    """work() is done by the first process, for all; there it may call what is shared out elsewhere."""
     if size() == 1:
         return work()
     with in_all():
         done = None
         if rank() == 0:
-            _joined = False
-            try:
+            with _alone():
                 done = pickle.dumps(work())  # here, since what cannot be sent fails too
-            finally:
-                _joined = True
     return pickle.loads(first(done))
+
+
+@contextmanager
+def _alone():
+    """Inside, this process (each thread of it) shares nothing out and waits for nobody, as if it were the only one."""
+    global _joined
+    _joined = False
+    try:
+        yield
+    finally:
+        _joined = True
 
 
 def total(x: Tensor) -> Tensor:
