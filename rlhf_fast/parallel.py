@@ -82,11 +82,13 @@ def block(count: int, multiple: int) -> slice:
 
 
 @contextmanager
-def in_all():
+def in_all(stop: list | None = None):
     """What fails inside in one process raises in every one, where otherwise they would wait for it.
 
     One may stand within another: what the inner one has told to all passes the outer one. And a process that fails
     outside the inner one meets the others there, as this is the first thing that they wait for.
+
+    stop: why this process is to stop. Where one has a reason at the end, afterwards each has one.
     """
     failure = None
     try:
@@ -97,8 +99,11 @@ def in_all():
         failure = error
     if size() == 1:
         return
-    failed = torch.tensor(failure is not None, dtype=torch.uint8)
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    told = torch.tensor([failure is not None, bool(stop)], dtype=torch.uint8)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    failed, stopping = told.tolist()
+    if stopping and stop == []:
+        stop.append("a signal to another process")
     if not failed:
         return
     said = [None] * size()

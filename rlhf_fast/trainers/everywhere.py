@@ -15,14 +15,15 @@ from .common import preserved_rng, rng_state, set_rng_state
 
 class Everywhere:
     """The parts of a run that every process takes part in: the first calls one by name, and the others do the same.
-    One that fails in any of them fails in all."""
+    One that fails in any of them fails in all, and after it a signal to one has become known to all."""
 
     def __init__(self, trainer):
         self.trainer, self.going = trainer, None
+        self.stop: list[str] = []  # the signals that this process has got, or another
 
     def __call__(self, part: str, *arguments):
         parallel.first((part, arguments))
-        with parallel.in_all():
+        with parallel.in_all(self.stop):
             return getattr(self, part)(*arguments)
 
     def follow(self):
@@ -36,7 +37,7 @@ class Everywhere:
             if part == "leave":
                 raise failure or arguments[0]
             try:
-                with parallel.in_all():
+                with parallel.in_all(self.stop):
                     result = getattr(self, part)(*arguments)
             except Exception as error:
                 failure = error

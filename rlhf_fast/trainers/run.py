@@ -89,7 +89,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     """
     everywhere = Everywhere(trainer)
     if parallel.rank():
-        with _signals(say=False):
+        with _signals(everywhere.stop, say=False):
             return everywhere.follow()
     try:
         return everywhere("end", _lead(trainer, resume, everywhere))
@@ -143,9 +143,9 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
         records.sample(step, everywhere("samples"))
         return as_numbers(everywhere("evaluate"))
 
-    done = start - len(records.unlogged)
+    done, stop = start - len(records.unlogged), everywhere.stop
     with (
-        _signals() as stop,
+        _signals(stop),
         tqdm(total=trainer.total_steps, initial=done, desc=type(trainer).__name__, disable=None) as bar,
     ):
         if start == 0 and config.eval_steps:
@@ -304,12 +304,11 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
 
 
 @contextmanager
-def _signals(say: bool = True):
-    """Yields a list that the name of a SIGINT or SIGTERM enters; a second signal acts as it did before. Of several
-    processes each gets Ctrl-C's SIGINT and then torchrun's SIGTERM: there only a second one of its kind does."""
-    received: list[str] = []
+def _signals(received: list[str], say: bool = True):
+    """The name of a SIGINT or SIGTERM enters the list; a second signal acts as it did before. Of several processes
+    each gets Ctrl-C's SIGINT and then torchrun's SIGTERM: there only a second one of its kind does."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
-        yield received
+        yield
         return
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -324,7 +323,7 @@ def _signals(say: bool = True):
     for s in previous:
         signal.signal(s, handler)
     try:
-        yield received
+        yield
     finally:
         for s, old in previous.items():
             signal.signal(s, old)

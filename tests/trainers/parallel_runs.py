@@ -143,12 +143,16 @@ def failing_reward(path):
 
 
 def stopped(path):
-    """Takes its time, so that a signal falls into a step."""
-    trainer = sft(path / "run", steps={"max_steps": 400, "eval_steps": 0})
-    step = trainer._train_step
-    trainer._train_step = lambda rows: (time.sleep(0.1), step(rows))[1]
-    result = trainer.train()
-    leave(path, step=result.step, interrupted=result.interrupted)
+    """Two runs that take their time, so that a signal falls into a step of each."""
+    ended = []
+    Path(path, f"process-{rank()}").write_text(str(os.getpid()))
+    for name in ("one", "all"):
+        trainer = sft(path / name, steps={"max_steps": 400, "eval_steps": 0})
+        step = trainer._train_step
+        trainer._train_step = lambda rows, step=step: (time.sleep(0.1), step(rows))[1]
+        result = trainer.train()
+        ended.append([result.step, result.interrupted])
+    leave(path, ended=ended)
 
 
 def everything(path):

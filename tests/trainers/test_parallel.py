@@ -166,18 +166,26 @@ def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-1"
 
 
-def test_a_signal_to_all_ends_the_run_after_its_step_with_a_checkpoint(tmp_path):
+def test_a_signal_to_one_or_all_ends_the_run_after_its_step_with_a_checkpoint(tmp_path):
     process = start(tmp_path, "stopped")
-    log = tmp_path / "run/train_log.jsonl"
-    while not (log.exists() and log.read_bytes().count(b"\n") > 2):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+
+    def is_in_steps_of(name):
+        log = tmp_path / name / "train_log.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") > 2):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+
+    is_in_steps_of("one")
+    os.kill(int((tmp_path / "process-1").read_text()), signal.SIGTERM)  # as on a machine of several that goes down
+    is_in_steps_of("all")
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: torchrun and both processes
     said, _ = process.communicate(timeout=100)
-    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("found-*.json"))]
-    assert len(found) == 2 and found[0] == found[1] and found[0]["interrupted"], said
-    assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{found[0]['step']}"
+    first, second = [json.loads(file.read_text())["ended"] for file in sorted(tmp_path.glob("found-*.json"))]
+    assert first == second and all(interrupted for _, interrupted in first), said
+    for name, (step, _) in zip(("one", "all"), first, strict=True):
+        assert latest_checkpoint(tmp_path / name).name == f"checkpoint-{step}" and step < 400
     assert said.count("finishing this step") == 1
+    assert f"Stopped by a signal to another process after step {first[0][0]} of 400" in said
 
 
 def test_the_command_line_in_two_processes(tmp_path):
