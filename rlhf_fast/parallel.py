@@ -69,9 +69,19 @@ def rank() -> int:
     return dist.get_rank() if _joined else 0
 
 
-def share(items: Sequence) -> Sequence:
-    """What of the items is this process's to work on."""
-    return items[rank() :: size()]
+def share(items: Sequence, loads: Sequence[int] | None = None) -> list:
+    """What of the items is this process's to work on, in their order; never more than an equal part, rounded up.
+
+    loads: how much work each is (tokens), by default the same. The largest go first, each to the process that has the
+    least to do, so that all are done at about the same time.
+    """
+    loads = loads or [1] * len(items)
+    shares, work = [[] for _ in range(size())], [0] * size()
+    for i in sorted(range(len(items)), key=lambda i: -loads[i]):
+        process = min((r for r in range(size()) if len(shares[r]) * size() < len(items)), key=work.__getitem__)
+        shares[process].append(i)
+        work[process] += loads[i]
+    return [items[i] for i in sorted(shares[rank()])]
 
 
 def block(count: int, multiple: int) -> slice:

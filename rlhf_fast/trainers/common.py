@@ -152,10 +152,10 @@ def batch_size(config) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * parallel.size()
 
 
-def micro_batches(batch: list, most: int) -> list[list]:
-    """This process's share of a step, at most so many a forward pass; a short batch is split so that all have some."""
-    most = min(most, -(-len(batch) // parallel.size()))
-    return parallel.share([batch[k : k + most] for k in range(0, len(batch), most)])
+def micro_batches(batch: list, tokens: list[int], most: int) -> list[list]:
+    """This process's share of a step, with about as many tokens as any other's; at most so many a forward pass."""
+    mine = parallel.share(batch, tokens)
+    return [mine[k : k + most] for k in range(0, len(mine), most)]
 
 
 def epoch_batches(

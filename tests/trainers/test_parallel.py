@@ -219,3 +219,21 @@ def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple
         blocks.append(parallel.block(count, multiple))
     assert [i for block in blocks for i in range(count)[block]] == list(range(count))
     assert all(block.start % multiple == 0 or block.start == count for block in blocks)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_miss_nothing_and_are_about_as_much_work(monkeypatch, size):
+    loads = [300, 7, 8, 120, 40, 41, 90, 5, 260, 33, 64, 2, 180]
+
+    def shares(*loads):
+        for rank in range(size):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            yield parallel.share(range(13), *loads)
+
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    assert list(shares()) == [list(range(13))[rank::size] for rank in range(size)]
+    balanced = list(shares(loads))
+    assert sorted(i for share in balanced for i in share) == list(range(13))
+    assert all(share == sorted(share) and len(share) <= -(-13 // size) for share in balanced)
+    most = max(sum(loads[i] for i in share) for share in balanced)
+    assert most <= max(300, 1.1 * sum(loads) / size), "in turns one of two has 1.6 times the mean, of three 1.9"
