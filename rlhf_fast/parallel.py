@@ -5,8 +5,9 @@
 Every process reads all the data, holds the whole model and its optimizer, and decides by itself what a step consists
 of. The decisions agree, because they follow from the config, the seed and values that all processes have. What is
 shared out is the work: micro-batches, prompts to answer, answers to judge. Gradients are then summed, results gathered,
-and every process takes the same optimizer step, so the models stay equal to the last bit. As a loss is divided by what
-counts in the whole step, the sum is the gradient that one process would have computed.
+and every process takes the same optimizer step, so the models stay equal, on processors of one kind to the last bit (a
+checkpoint looks whether they are). As a loss is divided by what counts in the whole step, the sum is the gradient that
+one process would have computed.
 
 Only the first process writes files (trainers/run.py). Without torchrun all of this is one process, and the
 functions below return what they are given.

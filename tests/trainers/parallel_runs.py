@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 from unittest import mock
@@ -179,6 +180,12 @@ def everything(path):
     for make in (sft, reward, ppo):
         result = (trainer := make(path / "runs" / make.__name__)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
+    drifting = sft(path / "drifting", steps={"max_steps": 2, "save_steps": 1})
+    step = drifting._train_step
+    drifting._train_step = lambda rows: (step(rows), drifting.model.lm_head.weight.data.add_(0.01 * rank()))[0]
+    with warnings.catch_warnings(record=True) as warned:
+        drifting.train()
+    warned = [str(warning.message) for warning in warned]
     # Of the first process, of both, of nobody, of both in float64; at most two of these in one sum.
     summed = [torch.nn.Parameter(x) for x in (torch.zeros(3, 2).t(), *torch.zeros(2, 3), torch.zeros(2).double())]
     if parallel.rank() == 0:
@@ -198,7 +205,7 @@ def everything(path):
         except ConfigError as error:
             refused.append(str(error))
     gradients = [p.grad is not None and p.grad.tolist() for p in summed]
-    leave(path, asked=asked, found=found, refused=refused, gradients=gradients)
+    leave(path, asked=asked, found=found, refused=refused, gradients=gradients, warned=warned)
 
 
 if __name__ == "__main__":

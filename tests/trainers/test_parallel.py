@@ -117,6 +117,11 @@ def test_a_gradient_that_one_process_has_is_that_of_all(runs):
     assert [found["gradients"] for found in runs[:3]] == [[[[0, 1, 2], [3, 4, 5]], [1, 1, 1], False, [1, 1]]] * 3
 
 
+def test_replicas_that_are_not_equal_any_more_are_noticed_at_a_checkpoint(runs):
+    one, first, second = (found["warned"] for found in runs[:3])
+    assert one == second == [] and "after step 1 the weights of process 1 are not those of the first" in first[0]
+
+
 def test_gradients_are_summed_in_buckets_of_one_dtype():
     sizes = [(torch.float32, 3), (torch.float32, 3), (torch.float32, 1), (torch.float64, 1), (torch.float32, 9)]
     parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for dtype, n in sizes]
