@@ -46,6 +46,7 @@ from ..data.chat import ConfigError, make_directory
 from ..monitors import Alarm
 from ..report import write_report
 from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint, save_quietly
+from .common import rng_state
 from .everywhere import Everywhere
 from .records import Records, as_numbers
 from .run_dir import RUN_CONFIG, changed_settings, check_is_new, model_card
@@ -109,9 +110,9 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
     metrics.pop("step", None)
     ending: list[Alarm] = []  # alarms of the last step that end the run
 
-    def checkpoint(metrics: dict | None = None) -> None:
+    def checkpoint(metrics: dict | None = None, rng: list[dict] | None = None) -> None:
         records.sync()
-        save_checkpoint(trainer, run_dir, metrics, everywhere("rng_states"))
+        save_checkpoint(trainer, run_dir, metrics, rng or everywhere("rng_states"))
 
     def keep(metrics: dict | None = None) -> None:
         """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
@@ -119,7 +120,11 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
         if trainer.step == start or path.exists():
             return
         try:
-            checkpoint(metrics)
+            rng = everywhere("rng_states")
+        except Exception:  # a process is gone, and with it its generators
+            rng = [rng_state()]
+        try:
+            checkpoint(metrics, rng)
             bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
         except OSError as error:
             warnings.warn(str(error), stacklevel=3)

@@ -100,6 +100,14 @@ def killed(path):
     trainer.train()
 
 
+def killed_alone(path):
+    """The second process dies in the fourth step of a run that has no checkpoint yet."""
+    trainer = sft(path / "run", steps={"save_steps": 0})
+    step = trainer._train_step
+    trainer._train_step = lambda rows: os.kill(os.getpid(), 9) if rank() and trainer.step == 3 else step(rows)
+    trainer.train()
+
+
 def failing_reward(path):
     """What fails in one process, in places that others do not pass, and at last a reward, which ends the script."""
     raised = {}

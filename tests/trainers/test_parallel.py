@@ -153,6 +153,12 @@ def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
         parallel_runs.with_dropout(tmp_path / "alone", "resume")  # goes on, from other masks
 
 
+def test_a_process_that_is_killed_alone_loses_no_step(tmp_path):
+    said, _ = run(tmp_path, "killed_alone", fails=True)
+    assert "Failed after step 3, which is kept" in said
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-3"
+
+
 def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
     said, (first, second) = run(tmp_path, "failing_reward", fails=True)
     alone = {name: f"{name} fails" for name in ("evaluate", "step", "zeros_like", "clip_grad_norm_")}
