@@ -5,8 +5,9 @@
 Every process reads all the data, holds the whole model and its optimizer, and decides by itself what a step consists
 of. The decisions agree, because they follow from the config, the seed and values that all processes have. What is
 shared out is the work: micro-batches, prompts to answer, answers to judge. Gradients are then summed, results gathered,
-and every process takes the same optimizer step, so the models stay equal to the last bit. As a loss is divided by what
-counts in the whole step, the sum is the gradient that one process would have computed.
+and every process takes the same optimizer step, so the models stay equal, on processors of one kind to the last bit (a
+checkpoint looks whether they are). As a loss is divided by what counts in the whole step, the sum is the gradient that
+one process would have computed.
 
 Only the first process writes files (trainers/run.py). Without torchrun all of this is one process, and the
 functions below return what they are given.
@@ -29,8 +30,9 @@ from torch import Tensor, nn
 
 from .data.chat import ConfigError
 
+BUCKET = 25 * 2**20  # bytes of gradients that are summed at once, as in torch's DistributedDataParallel
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
-_joined = False  # whether this process shares work with others; a group alone, of the user's own, says nothing
+_joined = False  # whether this process shares its work with others; a group of the user's own says nothing of that
 
 
 def start() -> None:
@@ -68,9 +70,19 @@ def rank() -> int:
     return dist.get_rank() if _joined else 0
 
 
-def share(items: Sequence) -> Sequence:
-    """What of the items is this process's to work on."""
-    return items[rank() :: size()]
+def share(items: Sequence, loads: Sequence[int] | None = None) -> list:
+    """What of the items is this process's to work on, in their order; never more than an equal part, rounded up.
+
+    loads: how much work each is (tokens), by default the same. The largest go first, each to the process that has the
+    least to do, so that all are done at about the same time.
+    """
+    loads = loads or [1] * len(items)
+    shares, work = [[] for _ in range(size())], [0] * size()
+    for i in sorted(range(len(items)), key=lambda i: -loads[i]):
+        process = min((r for r in range(size()) if len(shares[r]) * size() < len(items)), key=work.__getitem__)
+        shares[process].append(i)
+        work[process] += loads[i]
+    return [items[i] for i in sorted(shares[rank()])]
 
 
 def block(count: int, multiple: int) -> slice:
@@ -81,11 +93,13 @@ def block(count: int, multiple: int) -> slice:
 
 
 @contextmanager
-def in_all():
+def in_all(stop: list | None = None):
     """What fails inside in one process raises in every one, where otherwise they would wait for it.
 
     One may stand within another: what the inner one has told to all passes the outer one. And a process that fails
     outside the inner one meets the others there, as this is the first thing that they wait for.
+
+    stop: why this process is to stop. Where one has a reason at the end, afterwards each has one.
     """
     failure = None
     try:
@@ -96,8 +110,11 @@ def in_all():
         failure = error
     if size() == 1:
         return
-    failed = torch.tensor(failure is not None, dtype=torch.uint8)
-    dist.all_reduce(failed, dist.ReduceOp.MAX)
+    told = torch.tensor([failure is not None, bool(stop)], dtype=torch.uint8)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    failed, stopping = told.tolist()
+    if stopping and stop == []:
+        stop.append("a signal to another process")
     if not failed:
         return
     said = [None] * size()
@@ -141,19 +158,26 @@ def first(value):
 
 
 def by_first(work: Callable):
-    """work() is done by the first process, for all; while it is, that process is one alone."""
-    global _joined
+    """work() is done by the first process, for all; there it may call what is shared out elsewhere."""
     if size() == 1:
         return work()
     with in_all():
         done = None
         if rank() == 0:
-            _joined = False
-            try:
+            with _alone():
                 done = pickle.dumps(work())  # here, since what cannot be sent fails too
-            finally:
-                _joined = True
     return pickle.loads(first(done))
+
+
+@contextmanager
+def _alone():
+    """Inside, this process (each thread of it) shares nothing out and waits for nobody, as if it were the only one."""
+    global _joined
+    _joined = False
+    try:
+        yield
+    finally:
+        _joined = True
 
 
 def total(x: Tensor) -> Tensor:
@@ -176,25 +200,47 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         return
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(there, dist.ReduceOp.MAX)
-    pending = []
-    for p, somewhere in zip(parameters, there.tolist(), strict=True):
-        if somewhere:
-            dense = torch.contiguous_format  # numbers are summed in the order of memory
-            p.grad = torch.zeros_like(p, memory_format=dense) if p.grad is None else p.grad.contiguous()
-            pending.append(dist.all_reduce(p.grad, async_op=True))
-    for work in pending:
+    learned = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
+    with in_all():  # there may be no room
+        flat = [_flat_gradients(bucket) for bucket in _buckets(learned)]
+    for work in [dist.all_reduce(x, async_op=True) for x in flat]:
         work.wait()
 
 
+def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters in order, in groups of at most BUCKET bytes, of one dtype, on one device; a larger one alone."""
+    buckets, held, of = [], 0, None
+    for p in parameters:
+        if not buckets or held + p.nbytes > BUCKET or of != (p.dtype, p.device):
+            buckets.append([])
+            held, of = 0, (p.dtype, p.device)
+        buckets[-1].append(p)
+        held += p.nbytes
+    return buckets
+
+
+def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Their gradients end to end, each row by row; from now on these are views of it. 0 where there is none."""
+    rows = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    flat = torch.cat(rows) if len(rows) > 1 else rows[0]
+    for p, row in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = row.view(p.shape)
+    return flat
+
+
 def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
-    """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, is
-    not the same in all, or a model is on another GPU than the process's own."""
+    """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, or
+    which weights there are and learn is not the same in all, or a model is on another GPU than the process's own."""
     if size() == 1:
         return
     for name, values in ((name, gather(value)) for name, value in read.items()):
         if any(value != values[0] for value in values):
             raise ConfigError(f"the {size()} processes read different {name}: each must be given all, and in one order")
-    tensors = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
+    named = [x for m in modules if m is not None for x in (*m.named_parameters(), *m.named_buffers())]
+    models = gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
+    if any(model != models[0] for model in models):
+        raise ConfigError(f"the {size()} processes hold different models, or not the same weights of them learn")
+    tensors = [t for _, t in named]
     with in_all():
         for device in {t.device for t in tensors if t.is_cuda}:
             if device.index != (own := torch.cuda.current_device()):

@@ -152,10 +152,10 @@ def batch_size(config) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * parallel.size()
 
 
-def micro_batches(batch: list, most: int) -> list[list]:
-    """This process's share of a step, at most so many a forward pass; a short batch is split so that all have some."""
-    most = min(most, -(-len(batch) // parallel.size()))
-    return parallel.share([batch[k : k + most] for k in range(0, len(batch), most)])
+def micro_batches(batch: list, tokens: list[int], most: int) -> list[list]:
+    """This process's share of a step, with about as many tokens as any other's; at most so many a forward pass."""
+    mine = parallel.share(batch, tokens)
+    return [mine[k : k + most] for k in range(0, len(mine), most)]
 
 
 def epoch_batches(
@@ -353,9 +353,9 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parallel.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-    if torch.isfinite(norm):
-        with parallel.in_all():  # Adam's state may not fit
+    with parallel.in_all():  # Adam's state may not fit
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        if torch.isfinite(norm):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if scheduler is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,19 +11,20 @@ import torch
 from .. import models, parallel
 from ..data.chat import ConfigError
 from .checkpoints import load_checkpoint
-from .common import preserved_rng, rng_state, set_rng_state
+from .common import digest, preserved_rng, rng_state, set_rng_state
 
 
 class Everywhere:
     """The parts of a run that every process takes part in: the first calls one by name, and the others do the same.
-    One that fails in any of them fails in all."""
+    One that fails in any of them fails in all, and after it a signal to one has become known to all."""
 
     def __init__(self, trainer):
         self.trainer, self.going = trainer, None
+        self.stop: list[str] = []  # the signals that this process has got, or another
 
     def __call__(self, part: str, *arguments):
         parallel.first((part, arguments))
-        with parallel.in_all():
+        with parallel.in_all(self.stop):
             return getattr(self, part)(*arguments)
 
     def follow(self):
@@ -36,7 +38,7 @@ class Everywhere:
             if part == "leave":
                 raise failure or arguments[0]
             try:
-                with parallel.in_all():
+                with parallel.in_all(self.stop):
                     result = getattr(self, part)(*arguments)
             except Exception as error:
                 failure = error
@@ -75,6 +77,18 @@ class Everywhere:
             self.trainer.finish(run_dir)
 
     def rng_states(self) -> list[dict]:
+        """Of every process, for a checkpoint. A warning where their weights are not the same any more."""
+        if parallel.size() > 1:
+            networks = (getattr(self.trainer, name, None) for name in ("model", "policy", "value_model"))
+            learned = [p for n in networks if n is not None for p in n.parameters() if p.requires_grad]
+            found = parallel.gather(digest(p.detach().cpu().numpy() for p in learned))
+            odd = [process for process, weights in enumerate(found) if weights != found[0]]
+            if odd and parallel.rank() == 0:
+                message = f"after step {self.trainer.step} the weights of process {odd[0]} are not those of the first: "
+                message += (
+                    "they run on processors of different kinds, which round apart, or something else changes them"
+                )
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
         return parallel.gather(rng_state())
 
     def load(self, checkpoint: Path) -> dict | None:

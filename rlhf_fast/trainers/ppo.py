@@ -328,7 +328,7 @@ class PPOTrainer:
             zeros = torch.zeros(rollout.response_mask.shape, dtype=torch.float32, device=rollout.response_mask.device)
             setattr(rollout, name, zeros)
         with parallel.in_all():
-            for rows in chain.from_iterable(map(parallel.share, plan)):
+            for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = squeeze(rollout, rows)
                 hidden, values = self._look(rollout, rows, inputs)
                 rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
@@ -395,13 +395,17 @@ class PPOTrainer:
     # --- update ---
 
     def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
-        config = self.config
-        most = config.minibatch_size // parallel.size()  # so that every process has some of each minibatch
-        sizes = {
-            "micro_batch_size": min(config.micro_batch_size or most, most),
-            "micro_batch_tokens": config.micro_batch_tokens,
-        }
+        config, most = self.config, self.config.micro_batch_size
+        if parallel.size() > 1:  # every process has some of each minibatch, and about as many tokens as the others
+            share = config.minibatch_size // parallel.size()
+            most = min(most or share, share) if most or config.micro_batch_tokens else max(1, share // 4)
+        sizes = {"micro_batch_size": most, "micro_batch_tokens": config.micro_batch_tokens}
         return minibatches(rollout.lengths, config.minibatch_size, **sizes, generator=generator)
+
+    def _share(self, rollout: Rollout, minibatch: list[Tensor]) -> list[Tensor]:
+        """The micro-batches of this process: with padding, they have about as many tokens as any other's."""
+        lengths = rollout.lengths.tolist()
+        return parallel.share(minibatch, [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in minibatch])
 
     @property
     def _warming_up(self) -> bool:
@@ -461,7 +465,7 @@ class PPOTrainer:
         normalizer = {
             "token-mean": num_tokens, "seq-mean-token-sum-norm": len(every_row) * config.response_length
         }.get(config.loss_agg_mode, len(every_row))  # fmt: skip
-        for rows in parallel.share(minibatch):
+        for rows in self._share(rollout, minibatch):
             mask = rollout.response_mask[rows]
             hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
             weight, bias, softcap = common.lm_head(self.policy, self.config.bf16)

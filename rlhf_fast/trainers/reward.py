@@ -205,7 +205,8 @@ class RewardTrainer:
         seen = []
 
         with parallel.in_all(), self._packing():
-            for part in common.micro_batches(items, self.config.per_device_train_batch_size):
+            tokens = [sum(map(len, item.responses)) for item in items]
+            for part in common.micro_batches(items, tokens, self.config.per_device_train_batch_size):
                 rewards, batch = self._rewards(part)
                 # The loss is a weighted mean over prompts, so this is its share of the step's mean.
                 share = sum(item.weight for item in part) / total if total else 0.0

@@ -46,6 +46,7 @@ from ..data.chat import ConfigError, make_directory
 from ..monitors import Alarm
 from ..report import write_report
 from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint, save_quietly
+from .common import rng_state
 from .everywhere import Everywhere
 from .records import Records, as_numbers
 from .run_dir import RUN_CONFIG, changed_settings, check_is_new, model_card
@@ -89,7 +90,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     """
     everywhere = Everywhere(trainer)
     if parallel.rank():
-        with _signals(say=False):
+        with _signals(everywhere.stop, say=False):
             return everywhere.follow()
     try:
         return everywhere("end", _lead(trainer, resume, everywhere))
@@ -109,9 +110,9 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
     metrics.pop("step", None)
     ending: list[Alarm] = []  # alarms of the last step that end the run
 
-    def checkpoint(metrics: dict | None = None) -> None:
+    def checkpoint(metrics: dict | None = None, rng: list[dict] | None = None) -> None:
         records.sync()
-        save_checkpoint(trainer, run_dir, metrics, everywhere("rng_states"))
+        save_checkpoint(trainer, run_dir, metrics, rng or everywhere("rng_states"))
 
     def keep(metrics: dict | None = None) -> None:
         """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
@@ -119,7 +120,11 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
         if trainer.step == start or path.exists():
             return
         try:
-            checkpoint(metrics)
+            rng = everywhere("rng_states")
+        except Exception:  # a process is gone, and with it its generators
+            rng = [rng_state()]
+        try:
+            checkpoint(metrics, rng)
             bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
         except OSError as error:
             warnings.warn(str(error), stacklevel=3)
@@ -143,9 +148,9 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
         records.sample(step, everywhere("samples"))
         return as_numbers(everywhere("evaluate"))
 
-    done = start - len(records.unlogged)
+    done, stop = start - len(records.unlogged), everywhere.stop
     with (
-        _signals() as stop,
+        _signals(stop),
         tqdm(total=trainer.total_steps, initial=done, desc=type(trainer).__name__, disable=None) as bar,
     ):
         if start == 0 and config.eval_steps:
@@ -304,12 +309,11 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
 
 
 @contextmanager
-def _signals(say: bool = True):
-    """Yields a list that the name of a SIGINT or SIGTERM enters; a second signal acts as it did before. Of several
-    processes each gets Ctrl-C's SIGINT and then torchrun's SIGTERM: there only a second one of its kind does."""
-    received: list[str] = []
+def _signals(received: list[str], say: bool = True):
+    """The name of a SIGINT or SIGTERM enters the list; a second signal acts as it did before. Of several processes
+    each gets Ctrl-C's SIGINT and then torchrun's SIGTERM: there only a second one of its kind does."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may install handlers
-        yield received
+        yield
         return
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -324,7 +328,7 @@ def _signals(say: bool = True):
     for s in previous:
         signal.signal(s, handler)
     try:
-        yield received
+        yield
     finally:
         for s, old in previous.items():
             signal.signal(s, old)

@@ -158,7 +158,8 @@ class SFTTrainer:
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
 
         with parallel.in_all(), self._packing():
-            for part in common.micro_batches(rows, config.per_device_train_batch_size):
+            tokens = [sum(map(len, row)) for row in rows]
+            for part in common.micro_batches(rows, tokens, config.per_device_train_batch_size):
                 hidden, labels = self._response_hidden([e for row in part for e in row])
                 weight, bias, softcap = common.lm_head(self.model, config.bf16)
                 micro_loss = linear_cross_entropy(

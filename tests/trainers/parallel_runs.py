@@ -5,7 +5,10 @@ import json
 import os
 import sys
 import time
+import warnings
+from collections import deque
 from pathlib import Path
+from unittest import mock
 
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -24,8 +27,8 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), word="mat", **model):
-    """In each process from other weights, of which the first one's count."""
+def sft(path, steps=(), word="mat", frozen=None, **model):
+    """In each process from other weights, of which the first one's count. frozen: a layer that does not learn."""
     tokenizer = tiny_tokenizer()
     data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS)]
     # A step of 8 sequences, in however many processes.
@@ -34,6 +37,8 @@ def sft(path, steps=(), word="mat", **model):
         SFTConfig(str(path), **batches, **(STEPS | dict(steps))),
         tiny_model(tokenizer, seed=rank(), **model),
     )
+    if frozen is not None:
+        network.model.layers[frozen].requires_grad_(False)
     return SFTTrainer(config, network, train_dataset=data, eval_dataset=data[:5], tokenizer=tokenizer)
 
 
@@ -95,33 +100,46 @@ def killed(path):
     trainer.train()
 
 
+def killed_alone(path):
+    """The second process dies in the fourth step of a run that has no checkpoint yet."""
+    trainer = sft(path / "run", steps={"save_steps": 0})
+    step = trainer._train_step
+    trainer._train_step = lambda rows: os.kill(os.getpid(), 9) if rank() and trainer.step == 3 else step(rows)
+    trainer.train()
+
+
 def failing_reward(path):
     """What fails in one process, in places that others do not pass, and at last a reward, which ends the script."""
     raised = {}
 
-    def fails_in(rank, name, step):
-        """The function of this name, which fails in one process once so many steps are done."""
+    def fails_in(rank, owner, name, step):
+        """Puts a function that fails in one process, once so many steps are done, in the place of owner.name."""
 
         def function(*arguments, **named):
             if parallel.rank() == rank and trainer.step == step:
                 raise OSError(f"{name} fails")
             return before(*arguments, **named)
 
-        *owner, attribute = name.split(".")
-        owner = trainer.optimizer if owner else trainer
-        before = getattr(owner, attribute)
-        setattr(owner, attribute, function)
+        before = getattr(owner, name)
+        return mock.patch.object(owner, name, function)
 
-    for rank, name in ((1, "evaluate"), (1, "optimizer.step"), (0, "save_model"), (0, "rollout_func")):
-        trainer = ppo(path / name) if name == "rollout_func" else sft(path / name)
-        if name == "rollout_func":
-            trainer.rollout_func = lambda prompts, trainer: (prompt for prompt in prompts)  # cannot be sent
-        else:
-            fails_in(rank, name, step=2)
+    for rank, name in ((1, "evaluate"), (1, "step"), (0, "save_model"), (1, "zeros_like"), (1, "clip_grad_norm_")):
+        trainer = sft(path / name)
+        if name == "zeros_like":  # the first parameter learns nothing in this process, and there is no room for zeros
+            first = trainer.optimizer.param_groups[0]["params"][0]
+            first.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None if parallel.rank() else p.grad))
+        owner = {"step": trainer.optimizer, "zeros_like": torch, "clip_grad_norm_": torch.nn.utils}.get(name, trainer)
         try:
-            trainer.train()
+            with fails_in(rank, owner, name, step=2):
+                deque(trainer, 0) if name == "clip_grad_norm_" else trainer.train()
         except Exception as error:
             raised[name] = str(error)
+    trainer = ppo(path / "rollout_func")
+    trainer.rollout_func = lambda prompts, trainer: (prompt for prompt in prompts)  # cannot be sent
+    try:
+        trainer.train()
+    except Exception as error:
+        raised["rollout_func"] = str(error)
     leave(path, raised=raised)
 
     def rewards(prompts, responses, **columns):
@@ -134,12 +152,16 @@ def failing_reward(path):
 
 
 def stopped(path):
-    """Takes its time, so that a signal falls into a step."""
-    trainer = sft(path / "run", steps={"max_steps": 400, "eval_steps": 0})
-    step = trainer._train_step
-    trainer._train_step = lambda rows: (time.sleep(0.1), step(rows))[1]
-    result = trainer.train()
-    leave(path, step=result.step, interrupted=result.interrupted)
+    """Two runs that take their time, so that a signal falls into a step of each."""
+    ended = []
+    Path(path, f"process-{rank()}").write_text(str(os.getpid()))
+    for name in ("one", "all"):
+        trainer = sft(path / name, steps={"max_steps": 400, "eval_steps": 0})
+        step = trainer._train_step
+        trainer._train_step = lambda rows, step=step: (time.sleep(0.1), step(rows))[1]
+        result = trainer.train()
+        ended.append([result.step, result.interrupted])
+    leave(path, ended=ended)
 
 
 def everything(path):
@@ -166,21 +188,32 @@ def everything(path):
     for make in (sft, reward, ppo):
         result = (trainer := make(path / "runs" / make.__name__)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
-    turned = torch.nn.Parameter(torch.zeros(3, 2).t())
+    drifting = sft(path / "drifting", steps={"max_steps": 2, "save_steps": 1})
+    step = drifting._train_step
+    drifting._train_step = lambda rows: (step(rows), drifting.model.lm_head.weight.data.add_(0.01 * rank()))[0]
+    with warnings.catch_warnings(record=True) as warned:
+        drifting.train()
+    warned = [str(warning.message) for warning in warned]
+    # Of the first process, of both, of nobody, of both in float64; at most two of these in one sum.
+    summed = [torch.nn.Parameter(x) for x in (torch.zeros(3, 2).t(), *torch.zeros(2, 3), torch.zeros(2).double())]
     if parallel.rank() == 0:
-        turned.grad = torch.arange(6.0).view(2, 3)
-    parallel.sum_gradients([turned])
+        summed[0].grad = torch.arange(6.0).view(2, 3)
+    summed[1].grad, summed[3].grad = torch.ones(3) / size(), torch.ones(2).double() / size()
+    with mock.patch.object(parallel, "BUCKET", 36):
+        parallel.sum_gradients(summed)
     refused = []
     for make in (
         lambda: sft(path / "runs/sft").train(),
         lambda: sft(path / "other", word=str(parallel.rank())),
         lambda: sft(path / "other", steps={"max_steps": 2 + parallel.rank()}),
+        lambda: sft(path / "other", frozen=parallel.rank()),
     ):
         try:
             make()
         except ConfigError as error:
             refused.append(str(error))
-    leave(path, asked=asked, found=found, refused=refused, gradient=turned.grad.tolist())
+    gradients = [p.grad is not None and p.grad.tolist() for p in summed]
+    leave(path, asked=asked, found=found, refused=refused, gradients=gradients, warned=warned)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import parallel_runs
 import pytest
@@ -40,7 +41,11 @@ def start(path, *part, processes=2):
 def run(path, *part, processes=2, fails=False):
     """-> what it printed, and what each process found."""
     process = start(path, *part, processes=processes)
-    said, _ = process.communicate(timeout=300)
+    try:
+        said, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # of which some wait for others
+        raise
     assert bool(process.returncode) == fails, said
     return said, [json.loads(file.read_text()) for file in sorted(path.glob("found-*.json"))]
 
@@ -104,11 +109,25 @@ def test_every_process_is_told_what_is_refused(runs):
     assert len(one) == 1 and "already holds a run" in one[0]
     assert first == second and "already holds a run" in first[0]
     assert "the 2 processes read different data" in first[1] and "different config" in first[2]
+    assert "the 2 processes hold different models" in first[3]
 
 
 def test_a_gradient_that_one_process_has_is_that_of_all(runs):
     """Also where the parameter does not lie in memory row by row."""
-    assert [found["gradient"] for found in runs[:3]] == [[[0, 1, 2], [3, 4, 5]]] * 3
+    assert [found["gradients"] for found in runs[:3]] == [[[[0, 1, 2], [3, 4, 5]], [1, 1, 1], False, [1, 1]]] * 3
+
+
+def test_replicas_that_are_not_equal_any_more_are_noticed_at_a_checkpoint(runs):
+    one, first, second = (found["warned"] for found in runs[:3])
+    assert one == second == [] and "after step 1 the weights of process 1 are not those of the first" in first[0]
+
+
+def test_gradients_are_summed_in_buckets_of_one_dtype():
+    sizes = [(torch.float32, 3), (torch.float32, 3), (torch.float32, 1), (torch.float64, 1), (torch.float32, 9)]
+    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for dtype, n in sizes]
+    with mock.patch.object(parallel, "BUCKET", 24):
+        buckets = parallel._buckets(parameters)
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9]]
 
 
 def test_dropout_is_drawn_apart(runs):
@@ -134,16 +153,22 @@ def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
         parallel_runs.with_dropout(tmp_path / "alone", "resume")  # goes on, from other masks
 
 
+def test_a_process_that_is_killed_alone_loses_no_step(tmp_path):
+    said, _ = run(tmp_path, "killed_alone", fails=True)
+    assert "Failed after step 3, which is kept" in said
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-3"
+
+
 def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
     said, (first, second) = run(tmp_path, "failing_reward", fails=True)
-    alone = {"evaluate": "OSError: evaluate fails", "optimizer.step": "OSError: optimizer.step fails"}
+    alone = {name: f"{name} fails" for name in ("evaluate", "step", "zeros_like", "clip_grad_norm_")}
     assert first["raised"] == {
-        **{name: f"process 1 of 2 failed: {what}" for name, what in alone.items()},
+        **{name: f"process 1 of 2 failed: OSError: {what}" for name, what in alone.items()},
         "save_model": first["raised"]["save_model"], "rollout_func": "cannot pickle 'generator' object",
     }  # fmt: skip
     assert "could not be saved (save_model fails)" in first["raised"]["save_model"]
     assert second["raised"] == {
-        "evaluate": "evaluate fails", "optimizer.step": "optimizer.step fails",
+        **alone,
         "save_model": f"the first process failed: OSError: {first['raised']['save_model']}",
         "rollout_func": "process 0 of 2 failed: TypeError: cannot pickle 'generator' object",
     }  # fmt: skip
@@ -152,18 +177,26 @@ def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-1"
 
 
-def test_a_signal_to_all_ends_the_run_after_its_step_with_a_checkpoint(tmp_path):
+def test_a_signal_to_one_or_all_ends_the_run_after_its_step_with_a_checkpoint(tmp_path):
     process = start(tmp_path, "stopped")
-    log = tmp_path / "run/train_log.jsonl"
-    while not (log.exists() and log.read_bytes().count(b"\n") > 2):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
+
+    def is_in_steps_of(name):
+        log = tmp_path / name / "train_log.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") > 2):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+
+    is_in_steps_of("one")
+    os.kill(int((tmp_path / "process-1").read_text()), signal.SIGTERM)  # as on a machine of several that goes down
+    is_in_steps_of("all")
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: torchrun and both processes
     said, _ = process.communicate(timeout=100)
-    found = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("found-*.json"))]
-    assert len(found) == 2 and found[0] == found[1] and found[0]["interrupted"], said
-    assert latest_checkpoint(tmp_path / "run").name == f"checkpoint-{found[0]['step']}"
+    first, second = [json.loads(file.read_text())["ended"] for file in sorted(tmp_path.glob("found-*.json"))]
+    assert first == second and all(interrupted for _, interrupted in first), said
+    for name, (step, _) in zip(("one", "all"), first, strict=True):
+        assert latest_checkpoint(tmp_path / name).name == f"checkpoint-{step}" and step < 400
     assert said.count("finishing this step") == 1
+    assert f"Stopped by a signal to another process after step {first[0][0]} of 400" in said
 
 
 def test_the_command_line_in_two_processes(tmp_path):
@@ -197,3 +230,21 @@ def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple
         blocks.append(parallel.block(count, multiple))
     assert [i for block in blocks for i in range(count)[block]] == list(range(count))
     assert all(block.start % multiple == 0 or block.start == count for block in blocks)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_shares_miss_nothing_and_are_about_as_much_work(monkeypatch, size):
+    loads = [300, 7, 8, 120, 40, 41, 90, 5, 260, 33, 64, 2, 180]
+
+    def shares(*loads):
+        for rank in range(size):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            yield parallel.share(range(13), *loads)
+
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    assert list(shares()) == [list(range(13))[rank::size] for rank in range(size)]
+    balanced = list(shares(loads))
+    assert sorted(i for share in balanced for i in share) == list(range(13))
+    assert all(share == sorted(share) and len(share) <= -(-13 // size) for share in balanced)
+    most = max(sum(loads[i] for i in share) for share in balanced)
+    assert most <= max(300, 1.1 * sum(loads) / size), "in turns one of two has 1.6 times the mean, of three 1.9"
