@@ -65,13 +65,14 @@ struct CpuOps {
                             float* saved, int threads);
 
   // Gradients of sum(grad_logprobs * logprobs) + sum(grad_entropy * entropy): grad_hidden (rows, width), grad_weight
-  // (vocab, width) and grad_bias (vocab), contiguous float32, each may be null; add adds to the last two. logits, the
-  // forward's, are lost.
+  // (vocab, width) and grad_bias (vocab), contiguous float32, each may be null; add adds to the last two. grad_weight
+  // may be bfloat16, rounded to nearest even, where nothing is added. logits, the forward's, are lost.
   int64_t (*linear_backward)(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride,
                              int dtype, int64_t rows, int64_t vocab, int64_t width, double softcap,
                              const int64_t* labels, double temperature, float* logits, const float* saved,
                              const float* entropy, const float* grad_logprobs, const float* grad_entropy,
-                             float* grad_hidden, float* grad_weight, float* grad_bias, int add, int threads);
+                             float* grad_hidden, void* grad_weight, int grad_weight_dtype, float* grad_bias, int add,
+                             int threads);
 
   // out (count) bfloat16 = x, rounded to nearest even. x is lost: where it is large, its pages go back to the system
   // while those of out come, so that the two never stand side by side.

@@ -87,7 +87,7 @@ RLHF_INLINE PpoToken<T> ppo_token(T logprob, T old_logprob, T advantage, T weigh
 template <class T>
 struct ValueToken {
   T loss, slope, error;  // slope: d loss / d value; error: target - value
-  bool clipped;
+  T clipped;  // 0 or 1. As a bool it keeps gcc 12 from vectorising: five times slower on values not seen before
 };
 
 // The larger of two squared errors, with the value free and with it held within +-range of the old one. What is held
@@ -99,7 +99,7 @@ RLHF_INLINE ValueToken<T> value_token(T value, T old_value, T target, T range) {
   const T free_error = value - target, clipped_error = inside - target;
   const bool held = clipped_error * clipped_error > free_error * free_error;
   const T used = held ? clipped_error : free_error;
-  return {T(0.5) * used * used, held ? T(0) : used, -free_error, held};
+  return {T(0.5) * used * used, held ? T(0) : used, -free_error, held ? T(1) : T(0)};
 }
 
 }  // namespace rlhf::RLHF_ISA

@@ -39,16 +39,21 @@ template <class E>
 Divergence divergence_row(const typename E::type* x, const typename E::type* y, int64_t vocab) {
   Divergence row;
   if constexpr (std::is_same_v<E, F64>) {
+    double max_p = -INFINITY, max_q = -INFINITY, sum_p = 0, sum_q = 0, gap = 0;
+#pragma omp simd reduction(max : max_p, max_q)
     for (int64_t j = 0; j < vocab; ++j) {
-      row.p.max = x[j] > row.p.max ? x[j] : row.p.max;
-      row.q.max = y[j] > row.q.max ? y[j] : row.q.max;
+      max_p = x[j] > max_p ? x[j] : max_p;
+      max_q = y[j] > max_q ? y[j] : max_q;
     }
+    const double origin_p = reference_point(max_p), origin_q = reference_point(max_q);
+#pragma omp simd reduction(+ : sum_p, sum_q, gap)
     for (int64_t j = 0; j < vocab; ++j) {
-      const double d = x[j] - reference_point(row.p.max), f = y[j] - reference_point(row.q.max), e = std::exp(d);
-      row.p.sum += e;
-      row.q.sum += std::exp(f);
-      row.gap += e > 0 ? e * (d - f) : 0;
+      const double d = x[j] - origin_p, f = y[j] - origin_q, e = exp_of(d);
+      sum_p += e;
+      sum_q += exp_of(f);
+      gap += e > 0 ? e * (d - f) : 0.0;
     }
+    row.p.max = max_p, row.p.sum = sum_p, row.q.max = max_q, row.q.sum = sum_q, row.gap = gap;
   } else {
     const Exp<> exp(1.0);
     for (int64_t begin = 0; begin < vocab; begin += kBlock<E>) {
@@ -91,9 +96,9 @@ void gradient_row(const typename E::type* x, const typename E::type* y, typename
   const double scale_p = g * std::exp(-log_p), scale_q = g * std::exp(-log_q);
   if constexpr (std::is_same_v<E, F64>) {
     for (int64_t j = 0; j < vocab; ++j) {
-      const double d = x[j] - max_p, f = y[j] - max_q, e = std::exp(d);
+      const double d = x[j] - max_p, f = y[j] - max_q, e = exp_of(d);
       if (grad_x) grad_x[j] = e > 0 ? scale_p * e * (d - f - shift) : e * scale_p;
-      if (grad_y) grad_y[j] = scale_q * std::exp(f) - scale_p * e;
+      if (grad_y) grad_y[j] = scale_q * exp_of(f) - scale_p * e;
     }
   } else {
     const Exp<> exp(1.0);  // also in 16 bits: p and q cancel

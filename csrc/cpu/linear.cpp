@@ -313,15 +313,24 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
   }
 }
 
+void round_to_bfloat16(const float* x, int64_t count, uint16_t* out) {  // to nearest even
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t u = bits<uint32_t>(x[i]), rounded = u + 0x7fffu + (u >> 16 & 1);
+    out[i] = uint16_t(((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);  // a NaN stays one
+  }
+}
+
 template <class Unit>
 void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, double temperature, float* logits,
               const float* saved, const float* entropy, const float* grad_logprobs, const float* grad_entropy,
-              float* grad_hidden, float* grad_weight, float* grad_bias, bool add, int threads) {
+              float* grad_hidden, float* grad_weight, uint16_t* rounded_weight, float* grad_bias, bool add,
+              int threads) {
   constexpr bool half = Unit::kSize == 2;
+  const bool by_weight = grad_weight || rounded_weight;
   const int64_t lanes = p.lanes(), tiles = p.tiles(), depth = units<Unit>(p.rows);
   const double c = 1 / temperature;
   const Exp<> exp(c);
-  const Buffer<uint32_t> hidden(grad_weight ? depth * whole_vectors(p.width) : 0);
+  const Buffer<uint32_t> hidden(by_weight ? depth * whole_vectors(p.width) : 0);
   const LaneGradients lane_gradients(lanes);
   for (int64_t i = 0; i < p.rows; ++i) {
     const double g = grad_logprobs ? grad_logprobs[i] : 0, h = grad_entropy ? grad_entropy[i] : 0;
@@ -338,6 +347,7 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
     return float(dz * (1 - capped * capped));
   };
   if (grad_weight && !add) use_huge_pages(grad_weight, p.vocab * p.width * sizeof *grad_weight);
+  if (rounded_weight) use_huge_pages(rounded_weight, p.vocab * p.width * sizeof *rounded_weight);
 
   const int team_size = team(threads, p.rows * p.vocab);
   const int64_t panels = (p.width + kPanel - 1) / kPanel;
@@ -350,7 +360,8 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   {
     const Buffer<float> dz(p.tile_rows(0) * lanes);
     const Buffer<uint16_t> by_row(half ? p.tile_rows(0) * lanes : 0);
-    if (grad_weight) {
+    const Buffer<float> tile_weight(rounded_weight ? p.tile_rows(0) * p.width : 0);
+    if (by_weight) {
 #pragma omp for
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t column = panel * kPanel;
@@ -378,12 +389,14 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
         pack_blocks(reinterpret_cast<uint32_t*>(dz.data), lanes, p.rows, units<Unit>(count),
                     reinterpret_cast<uint32_t*>(z));
       }
-      if (!grad_weight) continue;
+      if (!by_weight) continue;
+      float* out = rounded_weight ? tile_weight.data : grad_weight + first * p.width;
       const Left left = half ? Left{by_row.data, lanes * 2, 4} : Left{dz.data, lanes * 4, 4};
       for (int64_t column = 0; column < p.width; column += kPanel) {
-        multiply<Unit>(left, count, hidden.data + column * depth, depth, grad_weight + first * p.width + column,
-                       p.width, least(p.width - column, kPanel), add);
+        multiply<Unit>(left, count, hidden.data + column * depth, depth, out + column, p.width,
+                       least(p.width - column, kPanel), add);
       }
+      if (rounded_weight) round_to_bfloat16(out, count * p.width, rounded_weight + first * p.width);
     }
 #pragma omp for schedule(static, 1)
     for (int64_t share = 0; share < column_shares * row_shares; ++share) {
@@ -423,14 +436,16 @@ int64_t linear_forward(const void* hidden, int64_t hidden_stride, const void* we
 int64_t linear_backward(const void* hidden, int64_t hidden_stride, const void* weight, int64_t weight_stride, int dtype,
                         int64_t rows, int64_t vocab, int64_t width, double softcap, const int64_t* labels,
                         double temperature, float* logits, const float* saved, const float* entropy,
-                        const float* grad_logprobs, const float* grad_entropy, float* grad_hidden, float* grad_weight,
-                        float* grad_bias, int add, int threads) {
+                        const float* grad_logprobs, const float* grad_entropy, float* grad_hidden, void* grad_weight,
+                        int grad_weight_dtype, float* grad_bias, int add, int threads) {
+  const bool rounds = grad_weight_dtype == kBFloat16;
   with_unit(dtype, [&](auto unit) {
     using T = typename decltype(unit)::type;
     const Problem<decltype(unit)> p{
         static_cast<const T*>(hidden), hidden_stride, static_cast<const T*>(weight), weight_stride, rows, vocab, width};
     backward(p, softcap, labels, temperature, logits, saved, entropy, grad_logprobs, grad_entropy, grad_hidden,
-             grad_weight, grad_bias, add != 0, threads);
+             rounds ? nullptr : static_cast<float*>(grad_weight),
+             rounds ? static_cast<uint16_t*>(grad_weight) : nullptr, grad_bias, add != 0, threads);
   });
   return -1;
 }
@@ -443,12 +458,8 @@ int64_t linear_narrow(float* x, int64_t count, void* out, int threads) {
   for_each(pieces, least(threads, pieces), [&](int64_t i) {
     const uintptr_t piece = (begin / kPiece + i) * kPiece;
     const uintptr_t from = piece > begin ? piece : begin, to = piece + kPiece < end ? piece + kPiece : end;
-    const auto* values = reinterpret_cast<const uint32_t*>(from);
-    auto* narrow = static_cast<uint16_t*>(out) + (from - begin) / sizeof *x;
-    for (uintptr_t j = 0; j < (to - from) / sizeof *x; ++j) {
-      const uint32_t bits = values[j], rounded = bits + 0x7fffu + (bits >> 16 & 1);
-      narrow[j] = uint16_t(((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);  // a NaN stays one
-    }
+    round_to_bfloat16(reinterpret_cast<const float*>(from), (to - from) / sizeof *x,
+                      static_cast<uint16_t*>(out) + (from - begin) / sizeof *x);
     release_pages(from, to, end - begin);
   });
   return -1;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../common/math.h"
 #include "simd.h"
 
 namespace rlhf::RLHF_ISA {
@@ -27,7 +28,7 @@ inline void fetch(const typename E::type* p) {
   }
 }
 
-struct F64 {  // for gradcheck; plain loops
+struct F64 {  // plain loops, which vectorise
   using type = double;
   static double scalar(double x) { return x; }
   static double round(double x) { return x; }
@@ -52,13 +53,17 @@ template <bool kMoment, class E>
 inline Softmax softmax_row(const typename E::type* x, int64_t vocab, double c) {
   Softmax row;
   if constexpr (std::is_same_v<E, F64>) {
-    for (int64_t j = 0; j < vocab; ++j) row.max = x[j] > row.max ? x[j] : row.max;
+    double max = -INFINITY, sum = 0, moment = 0;
+#pragma omp simd reduction(max : max)
+    for (int64_t j = 0; j < vocab; ++j) max = x[j] > max ? x[j] : max;
+    const double origin = max == -INFINITY ? 0.0 : max;
+#pragma omp simd reduction(+ : sum, moment)
     for (int64_t j = 0; j < vocab; ++j) {
-      const double d = c * (x[j] - (row.max == -INFINITY ? 0.0 : row.max)), e = std::exp(d);
-      row.sum += e;
-      row.moment += e == 0 ? 0 : e * d;
+      const double d = c * (x[j] - origin), e = exp_of(d);
+      sum += e;
+      if constexpr (kMoment) moment += e == 0 ? 0.0 : e * d;
     }
-    return row;
+    return {max, sum, moment};
   } else {
     const Exp<> exp(c);
     for (int64_t begin = 0; begin < vocab; begin += kBlock<E>) {
@@ -121,9 +126,11 @@ inline void gradient_row(const typename E::type* x, typename E::type* grad, int6
   const double mean = row.log_sum - row.entropy;    // of d under p
   const double x_label = E::scalar(x[label]);
   if constexpr (std::is_same_v<E, F64>) {
+    const double g = row.g, h = row.h, max = row.max;
+#pragma omp simd
     for (int64_t j = 0; j < vocab; ++j) {
-      const double d = c * (x[j] - row.max), e = std::exp(d);
-      grad[j] = e == 0 ? 0 : -scale * e * (kMoment ? row.g + row.h * (d - mean) : row.g);
+      const double d = c * (x[j] - max), e = exp_of(d);
+      grad[j] = e == 0 ? 0.0 : -scale * e * (kMoment ? g + h * (d - mean) : g);
     }
   } else {
     const Exp<E::kCoarse> exp(c);

@@ -37,7 +37,7 @@ void unit(const Inputs<T>& in, int64_t row, int64_t begin, int64_t end, T weight
       loss[j] = token.loss;
       slope[j] = token.slope;
       error[j] = token.error;
-      clipped += token.clipped ? T(1) : T(0);
+      clipped += token.clipped;
     }
     const double count = sum(mask, n);
     p.loss += sum(loss, n);

@@ -283,7 +283,7 @@ class Gradients:
         dtype = accumulator(hidden)
         self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=gradient_dtype(hidden), device=hidden.device)
         # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
-        once = inputs.way == IN_DTYPE and len(inputs.parts) <= 1
+        once = inputs.way != WIDE and len(inputs.parts) <= 1
         total = weight.dtype if once else dtype
         shape = weight.shape if wanted[1] else (0,)
         if total == weight.dtype:
@@ -333,7 +333,7 @@ class Gradients:
         _C.linear_backward(
             *product_arguments(inputs, part), inputs.softcap or 0.0, inputs.labels[part], temperature, z, saved,
             entropy, grad_logprobs, grad_entropy, grad_hidden, self.weight if weight else None,
-            self.bias if bias else None, self.beta, torch.get_num_threads(),
+            DTYPE_CODES[self.weight.dtype], self.bias if bias else None, self.beta, torch.get_num_threads(),
         )  # fmt: skip
         if self.wanted[0]:
             self.hidden[part] = grad_hidden

@@ -107,6 +107,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
         raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")
     reduced = tuple(range(values.ndim)[axis] for axis in axes)
     kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
+    if kept == (0,) and values.ndim == 2:  # the usual case: nothing to lay out
+        return _op(values, mask, False)[0]
     shape = [values.shape[axis] for axis in kept]
     rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])
     to_rows = lambda x: x.permute((*kept, *reduced)).reshape(rows, columns)  # noqa: E731
