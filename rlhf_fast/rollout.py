@@ -1,6 +1,6 @@
 """The Rollout that PPO learns from: answers to prompts, and what the models say about them.
 
-How the answers are sampled is in generation.py, whose names are also names of this module.
+How the answers are sampled is in generation.py.
 """
 
 from __future__ import annotations
@@ -76,6 +76,16 @@ class Rollout:
         if bool(mask.all()):
             return x.view(*mask.shape, *x.shape[1:])
         return x.new_zeros(*mask.shape, *x.shape[1:]).index_put((mask,), x)
+
+    def texts_and_tokens(self, scores: Tensor, rows: Tensor | None = None) -> dict:
+        """Of a batch that made a NaN, or of some of its rows: to be saved, looked at and run again."""
+        rows = torch.arange(len(scores)) if rows is None else rows.cpu()
+        return {
+            "prompts": [self.prompts[i] for i in rows.tolist()],
+            "responses": [self.responses[i] for i in rows.tolist()],
+            **{name: getattr(self, name).cpu()[rows] for name in ("prompt_ids", "response_ids", "response_mask")},
+            "scores": scores.cpu()[rows],
+        }
 
 
 def generate(
@@ -185,6 +195,31 @@ def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row, column = rollout.response_mask[rows].nonzero(as_tuple=True)
     positions = row * width + rollout.prompt_mask[rows].sum(1)[row] - 1 + column
     return ids.gather(1, real_first), positions, rollout.response_ids[rows][row, column]
+
+
+def minibatches(
+    lengths: Tensor, minibatch_size: int, micro_batch_size: int | None = None, *, micro_batch_tokens: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[list[Tensor]]:  # fmt: skip
+    """(B,) lengths -> [minibatch][micro-batch] -> row numbers; each row once, shuffled where there is a generator.
+
+    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding. One
+    holds micro_batch_size rows at most, and micro_batch_tokens tokens, padding included, but always one row.
+    """
+    order = torch.arange(len(lengths)) if generator is None else torch.randperm(len(lengths), generator=generator)
+    plan = []
+    for rows in order.to(lengths.device).split(minibatch_size):
+        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        sizes, start = [], 0
+        widths = lengths[rows].tolist()
+        while start < len(rows):
+            most = micro_batch_size or len(rows)
+            if micro_batch_tokens is not None:
+                most = min(most, max(1, micro_batch_tokens // widths[start]))
+            sizes.append(min(most, len(rows) - start))
+            start += sizes[-1]
+        plan.append(list(rows.split(sizes)))
+    return plan
 
 
 def repetition(ids: Tensor, mask: Tensor) -> Tensor:

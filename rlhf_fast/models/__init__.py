@@ -39,6 +39,7 @@ from .language import (
     lm_head,
     position_ids_from_mask,
     rotary_limit,
+    starts_as_its_base,
     train_last_layers,
     trunk_layers,
 )
@@ -96,6 +97,7 @@ __all__ = [
     "scalar_head_on",
     "score_tokens",
     "set_reward_scale",
+    "starts_as_its_base",
     "stop_at_eos",
     "stop_ids",
     "train_last_layers",

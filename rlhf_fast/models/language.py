@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.chat import ConfigError
-from .adapters import check_no_prompt, unwrapped
+from .adapters import adapters_off, check_no_prompt, has_adapters, unwrapped
 
 
 @contextmanager
@@ -66,6 +67,26 @@ def check_lm_head(model: PreTrainedModel) -> None:
 
 
 # --- positions -------------------------------------------------------------------------------------------------------
+
+
+def starts_as_its_base(policy: nn.Module) -> bool:
+    """Whether the policy has adapters, and they change nothing yet: without them it is then its own reference."""
+    if not has_adapters(policy):
+        return False
+    embed = policy.get_input_embeddings()
+    tokens = torch.arange(embed.weight.shape[0], device=policy.device)
+    looks = [  # also the head, and the embedding of each token: adapters may have changed these alone
+        lambda: hidden_states(policy, tokens[None, :2]),
+        lambda: lm_head(policy)[0],
+        *(partial(embed, rows) for rows in tokens.split(4096)),
+    ]
+    with evaluating(policy):
+        for look in looks:
+            with adapters_off(policy):
+                base = look()
+            if not torch.equal(base, look()):
+                return False
+    return True
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -37,16 +36,14 @@ from ..models import (
     check_lengths,
     check_lm_head,
     disable_dropout,
-    evaluating,
     has_adapters,
-    hidden_states,
-    lm_head,
     load_policy,
     load_tokenizer,
     load_trained_state,
     make_reference,
     save_model,
     scalar_head_on,
+    starts_as_its_base,
     stop_at_eos,
     stop_ids,
     trained_state,
@@ -60,6 +57,7 @@ from ..rollout import (
     check_engine,
     generate,
     make_rollout,
+    minibatches,
     rollout_metrics,
     squeeze,
     text_metrics,
@@ -132,7 +130,7 @@ class PPOTrainer:
             raise common.ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
         self.rollout_func = rollout_func
         self.reference = None  # then the reference is the policy itself, with its adapters off
-        if ref_model is not None or not _starts_as_its_base(self.policy):
+        if ref_model is not None or not starts_as_its_base(self.policy):
             self.reference = make_reference(self.policy) if ref_model is None else load_policy(ref_model)
             self.reference.eval().requires_grad_(False)
         self.value_model = self._make_critic(value_model)
@@ -223,7 +221,7 @@ class PPOTrainer:
 
         scores, components = self._score(rollout)
         finite = bool(scores.isfinite().all())
-        if finite or self.guard.check(False, "the reward", lambda: _as_rows(rollout, scores)):
+        if finite or self.guard.check(False, "the reward", lambda: rollout.texts_and_tokens(scores)):
             self.whole = False
             rollout.raw_scores, rollout.scores = scores, self._shape(scores, rollout)
             plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
@@ -431,7 +429,7 @@ class PPOTrainer:
                 break
             norms = [common.optimizer_step(o, max_grad_norm=config.max_grad_norm) for o in self.optimizers]
             finite, rows = all(bool(norm.isfinite()) for norm in norms), torch.cat(minibatch)
-            self.guard.check(finite, "the gradient", lambda rows=rows: _as_rows(rollout, rollout.scores, rows))
+            self.guard.check(finite, "the gradient", lambda rows=rows: rollout.texts_and_tokens(rollout.scores, rows))
             steps.append({**stats, **dict(zip(("policy/grad_norm", "critic/grad_norm"), norms, strict=False))})
         largest = [step.pop("max_abs_log_ratio") for step in steps]
         return {
@@ -605,62 +603,6 @@ class PPOTrainer:
             common.load_optimizer(optimizer, scheduler, *states)
 
 
-def minibatches(
-    lengths: Tensor, minibatch_size: int, micro_batch_size: int | None = None, *, micro_batch_tokens: int | None = None,
-    generator: torch.Generator | None = None,
-) -> list[list[Tensor]]:  # fmt: skip
-    """(B,) lengths -> [minibatch][micro-batch] -> row numbers; each row once, shuffled where there is a generator.
-
-    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding. One
-    holds micro_batch_size rows at most, and micro_batch_tokens tokens, padding included, but always one row.
-    """
-    order = torch.arange(len(lengths)) if generator is None else torch.randperm(len(lengths), generator=generator)
-    plan = []
-    for rows in order.to(lengths.device).split(minibatch_size):
-        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
-        sizes, start = [], 0
-        widths = lengths[rows].tolist()
-        while start < len(rows):
-            most = micro_batch_size or len(rows)
-            if micro_batch_tokens is not None:
-                most = min(most, max(1, micro_batch_tokens // widths[start]))
-            sizes.append(min(most, len(rows) - start))
-            start += sizes[-1]
-        plan.append(list(rows.split(sizes)))
-    return plan
-
-
 def _std(scores: Tensor) -> Tensor:
     """Of (B,) scores, in float64: so it is exactly 0 where they are equal, which with a float32 mean it may not be."""
     return scores.double().std(correction=0)
-
-
-def _starts_as_its_base(policy) -> bool:
-    """Whether the policy has adapters, and they change nothing yet: without them it is then its own reference."""
-    if not has_adapters(policy):
-        return False
-    embed = policy.get_input_embeddings()
-    tokens = torch.arange(embed.weight.shape[0], device=policy.device)
-    looks = [  # also the head, and the embedding of each token: adapters may have changed these alone
-        lambda: hidden_states(policy, tokens[None, :2]),
-        lambda: lm_head(policy)[0],
-        *(partial(embed, rows) for rows in tokens.split(4096)),
-    ]
-    with evaluating(policy):
-        for look in looks:
-            with adapters_off(policy):
-                base = look()
-            if not torch.equal(base, look()):
-                return False
-    return True
-
-
-def _as_rows(rollout: Rollout, scores: Tensor, rows: Tensor | None = None) -> dict:
-    """The texts and tokens of a batch that made a NaN, to be saved, looked at and run again."""
-    rows = torch.arange(len(scores)) if rows is None else rows.cpu()
-    return {
-        "prompts": [rollout.prompts[i] for i in rows.tolist()],
-        "responses": [rollout.responses[i] for i in rows.tolist()],
-        **{name: getattr(rollout, name).cpu()[rows] for name in ("prompt_ids", "response_ids", "response_mask")},
-        "scores": scores.cpu()[rows],
-    }
