@@ -23,39 +23,31 @@ struct Partial {  // of one unit
 
 template <class T>
 struct Tile {
-  T mask[kTile], logprobs[kTile], old_logprobs[kTile], advantages[kTile], weights[kTile], loss[kTile], slope[kTile];
-  T log_ratio[kTile], ratio[kTile], k3[kTile];
+  T mask[kTile], logprobs[kTile], old_logprobs[kTile], advantages[kTile], weights[kTile], slope[kTile], ratio[kTile];
 };
 
 template <class T>
 void surrogate(Tile<T>& t, int n, const PpoOptions<T>& options, Partial& p) {
-  T high = 0, low = 0, dual = 0;
-#pragma omp simd reduction(+ : high, low, dual)
+  T high = 0, low = 0, dual = 0, min = INFINITY, max = -INFINITY;
+  double loss = 0, k1 = 0, k2 = 0, k3 = 0;
+#pragma omp simd reduction(+ : high, low, dual, loss, k1, k2, k3) reduction(min : min) reduction(max : max)
   for (int j = 0; j < n; ++j) {
     const auto token = ppo_token(t.logprobs[j], t.old_logprobs[j], t.advantages[j], t.weights[j], options);
-    t.loss[j] = token.loss;
+    const T d = token.log_ratio;
     t.slope[j] = token.slope;
-    t.log_ratio[j] = token.log_ratio;
     t.ratio[j] = token.ratio;
-    t.k3[j] = token.k3;
     high += token.clip_high ? T(1) : T(0);
     low += token.clip_low ? T(1) : T(0);
     dual += token.dual ? T(1) : T(0);
-  }
-  T min = INFINITY, max = -INFINITY;
-  double k2 = 0;
-#pragma omp simd reduction(+ : k2) reduction(min : min) reduction(max : max)
-  for (int j = 0; j < n; ++j) {
-    const T d = t.log_ratio[j];
+    loss += token.loss;
+    k1 -= d;
+    k2 += T(0.5) * d * d;
+    k3 += token.k3;
     const T from_above = t.mask[j] != 0 ? d : T(INFINITY), from_below = t.mask[j] != 0 ? d : -T(INFINITY);
     min = from_above < min ? from_above : min;
     max = from_below > max ? from_below : max;
-    k2 += T(0.5) * d * d;
   }
-  p.loss += sum(t.loss, n);
-  p.k1 -= sum(t.log_ratio, n);
-  p.k2 += k2;
-  p.k3 += sum(t.k3, n);
+  p.loss += loss, p.k1 += k1, p.k2 += k2, p.k3 += k3;
   p.high += high, p.low += low, p.dual += dual;
   p.min = min < p.min ? min : p.min;
   p.max = max > p.max ? max : p.max;
