@@ -56,9 +56,10 @@ struct Packs {
   unsigned odd;
 
   __device__ explicit Packs(const scalar_t* row) {
-    const auto address = reinterpret_cast<uintptr_t>(row);
-    boundary = reinterpret_cast<const uint4*>(address - address % 16);
-    odd = address % 4 != 0 ? 16 : 0;
+    const auto past = reinterpret_cast<uintptr_t>(row) % 16;
+    // From the pointer, not its number: the compiler then knows whether it reads global or shared memory.
+    boundary = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) - past);
+    odd = past % 4 != 0 ? 16 : 0;
   }
   // How many packs may be asked for: those of a row of so many columns whose bytes, the second pack's included, end
   // with the row. (Before its first byte the row may share 16 bytes with what is not its own; it reads and drops that.)
