@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 1024 / k
   }
   SoftmaxState<acc_t> state = with_packs(x, [&](auto packs) {
     held = min(held, packs.whole(in.vocab));
-    return row_state<true, kThreads>(x, packs, in.vocab, in.scale, [&](int pack, const Pack<scalar_t>& bytes) {
+    // Twice the loads a pack: 64 registers hold no more of them beside what keeps the row.
+    return row_state<true, kThreads, kGroup>(x, packs, in.vocab, in.scale, [&](int pack, const Pack<scalar_t>& bytes) {
       if (pack < held) dynamic_shared[pack] = *reinterpret_cast<const uint4*>(&bytes);
     });
   });

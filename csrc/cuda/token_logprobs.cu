@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
     x_label = x[label];
   }
   SoftmaxState<acc_t> state = with_packs(x, [&](auto packs) {
-    return row_state<kEntropy, kThreads>(x, packs, in.vocab, in.scale, [](int, const Pack<scalar_t>&) {});
+    return row_state<kEntropy, kThreads, kUnroll>(x, packs, in.vocab, in.scale, [](int, const Pack<scalar_t>&) {});
   });
   state = block_merge<kThreads>(state, in.scale);
   if (threadIdx.x == 0) {
