@@ -38,7 +38,8 @@ ROOT = Path(__file__).parents[1]
 BENCHES = {
     "bench-logprobs": ("token_logprobs", "ppo_from_logits"),
     "bench-entropy": ("token_logprobs_and_entropy", "kl_divergence"),
-    "bench-linear": ("linear_cross_entropy", "linear_ppo_loss", "linear_token_logprobs"),
+    # Last, what quack's tuning takes minutes of: it compiles a product for each of its configurations.
+    "bench-linear": ("linear_ppo_loss", "linear_token_logprobs", "linear_cross_entropy"),
     "bench-losses": (
         "ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss", "gae", "masked_mean",
         "masked_whiten",

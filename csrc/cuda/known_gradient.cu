@@ -5,8 +5,8 @@
 // Where the loss is a sum over rows whose weights are known before (PPO, SFT), the derivatives by the row's logprob and
 // entropy follow from the row alone, as soon as its softmax does (token_logprobs.cu has the formulas). The row waits
 // for them in shared memory. What does not fit there (227 KiB on Hopper; a bfloat16 row of 151936 logits has 297) is
-// the end of the row, which was read last: it is read again, from L2. [8192 x 151936] bfloat16: 4.98 GB where two
-// kernels move 7.47.
+// the end of the row, which was read last: it is read again, from L2, and before anything else is written.
+// [8192 x 151936] bfloat16: 4.98 GB where two kernels move 7.47.
 #include "estimators.cuh"
 #include "softmax_row.cuh"
 
@@ -27,25 +27,37 @@ struct Derivatives {
 };
 
 template <class T>
-__device__ inline Derivatives<T> derivatives(const Loss<T>& loss, int64_t row, T logprob) {
-  const T weight = loss.weights[row];
-  if (loss.old_logprobs == nullptr) return {-weight, T(0)};
-  const T importance = loss.importance_weights == nullptr ? T(1) : loss.importance_weights[row];
-  T slope = ppo_token(logprob, loss.old_logprobs[row], loss.advantages[row], importance, loss.options).slope;
+struct Token {
+  T weight, old_logprob, advantage, ref_logprob, importance_weight;
+};
+
+template <class T>
+__device__ inline Token<T> read(const Loss<T>& loss, int64_t row) {
+  const auto read_or = [row](const T* p, T otherwise) { return p == nullptr ? otherwise : p[row]; };
+  return {loss.weights[row], read_or(loss.old_logprobs, T(0)), read_or(loss.advantages, T(0)),
+          read_or(loss.ref_logprobs, T(0)), read_or(loss.importance_weights, T(1))};
+}
+
+template <class T>
+__device__ inline Derivatives<T> derivatives(const Loss<T>& loss, const Token<T>& token, T logprob) {
+  if (loss.old_logprobs == nullptr) return {-token.weight, T(0)};
+  T slope = ppo_token(logprob, token.old_logprob, token.advantage, token.importance_weight, loss.options).slope;
   if (loss.ref_logprobs != nullptr && loss.kl_coef != 0) {
-    slope += loss.kl_coef * kl_token(loss.kl_estimator, logprob - loss.ref_logprobs[row]).slope;
+    slope += loss.kl_coef * kl_token(loss.kl_estimator, logprob - token.ref_logprob).slope;
   }
-  return {weight * slope, loss.entropy_coef == 0 ? T(0) : -weight * loss.entropy_coef};
+  return {token.weight * slope, loss.entropy_coef == 0 ? T(0) : -token.weight * loss.entropy_coef};
 }
 
 template <class T>
 struct RowResult {
   T max, log_sum, entropy;
   Derivatives<T> by;
+  int label;
 };
 
 // Over the columns [head, head + count packs) of the row, where the stores meet boundaries of 16 bytes: the first
-// packs from shared memory, whose columns may straddle two of its packs, the others from where they are written.
+// packs from shared memory, whose columns may straddle two of its packs, the others from where they are written. The
+// others come first: all blocks together read and write what L2 holds in the time of one row.
 template <int kThreads, typename scalar_t, int kWords, typename acc_t, bool kEntropy>
 __device__ inline void over_packs(scalar_t* x, Packs<scalar_t, kWords> held, int in_held, int head, int count,
                                   const Gradient<acc_t, kEntropy>& gradient) {
@@ -57,20 +69,20 @@ __device__ inline void over_packs(scalar_t* x, Packs<scalar_t, kWords> held, int
     store_pack(values, x + head + pack * kSize);
   };
 #pragma unroll 2
-  for (int pack = threadIdx.x; pack < in_held; pack += kThreads) turn(pack, held[pack]);
-#pragma unroll 2
   for (int pack = in_held + threadIdx.x; pack < count; pack += kThreads) {
     turn(pack, load_pack<16>(x + head + pack * kSize));
   }
+#pragma unroll 2
+  for (int pack = threadIdx.x; pack < in_held; pack += kThreads) turn(pack, held[pack]);
 }
 
 template <bool kEntropy, int kThreads, typename scalar_t>
-__device__ inline void write_gradient(const Arguments<scalar_t>& in, int64_t row, scalar_t* x, int held,
+__device__ inline void write_gradient(const Arguments<scalar_t>& in, scalar_t* x, int held,
                                       const RowResult<accumulator_t<scalar_t>>& result) {
   using acc_t = accumulator_t<scalar_t>;
   constexpr int kSize = Pack<scalar_t>::kSize;
   const Gradient<acc_t, kEntropy> gradient(in.scale, in.inverse_temperature, result.max, result.log_sum, result.entropy,
-                                           in.labels[row], result.by.by_logprob, result.by.by_entropy);
+                                           result.label, result.by.by_logprob, result.by.by_entropy);
   write_row(
       x, x, in.vocab, [&](int j) { return from_acc<scalar_t>(gradient(to_acc(x[j]), j)); },
       [&](int head, int count) {
@@ -92,31 +104,36 @@ __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 ? 1 : 1024 / k
     if (threadIdx.x == 0) logprobs[row] = entropies[row] = acc_t(0);
     return write_zeros<kThreads>(x, in.vocab);
   }
-  acc_t x_label = acc_t(0);
-  if (threadIdx.x == 0) {
-    check_label("known_gradient", in.labels[row], row, in.vocab);
-    x_label = to_acc(x[in.labels[row]]);
+  int64_t label = 0;
+  scalar_t x_label = from_acc<scalar_t>(acc_t(0));
+  if (threadIdx.x == 0) {  // asked for now, and needed last
+    label = in.labels[row];
+    check_label("known_gradient", label, row, in.vocab);
+    x_label = x[label];
   }
   SoftmaxState<acc_t> state = with_packs(x, [&](auto packs) {
     held = min(held, packs.whole(in.vocab));
-    return row_state<true, kThreads>(x, packs, in.vocab, in.scale, [&](int pack, const Pack<scalar_t>& bytes) {
+    // Twice the loads a pack: 64 registers hold no more of them beside what keeps the row.
+    return row_state<true, kThreads, kGroup>(x, packs, in.vocab, in.scale, [&](int pack, const Pack<scalar_t>& bytes) {
       if (pack < held) dynamic_shared[pack] = *reinterpret_cast<const uint4*>(&bytes);
     });
   });
+  Token<acc_t> token{};
+  if (threadIdx.x == 0) token = read(loss, row);  // on its way while the block merges
   state = block_merge<kThreads>(state, in.scale);
   if (threadIdx.x == 0) {
     const acc_t log_sum = log(state.sum);
-    const acc_t logprob = multiply_add(x_label - state.max, in.inverse_temperature, -log_sum);
+    const acc_t logprob = multiply_add(to_acc(x_label) - state.max, in.inverse_temperature, -log_sum);
     const acc_t entropy = log_sum - state.weighted / state.sum * in.inverse_temperature;
     logprobs[row] = logprob;
     entropies[row] = entropy;
-    result = {state.max, log_sum, entropy, derivatives(loss, row, logprob)};
+    result = {state.max, log_sum, entropy, derivatives(loss, token, logprob), static_cast<int>(label)};
   }
   __syncthreads();
   if (result.by.by_entropy != 0) {
-    write_gradient<true, kThreads>(in, row, x, held, result);
+    write_gradient<true, kThreads>(in, x, held, result);
   } else if (result.by.by_logprob != 0) {
-    write_gradient<false, kThreads>(in, row, x, held, result);
+    write_gradient<false, kThreads>(in, x, held, result);
   } else {
     write_zeros<kThreads>(x, in.vocab);
   }

@@ -56,9 +56,10 @@ struct Packs {
   unsigned odd;
 
   __device__ explicit Packs(const scalar_t* row) {
-    const auto address = reinterpret_cast<uintptr_t>(row);
-    boundary = reinterpret_cast<const uint4*>(address - address % 16);
-    odd = address % 4 != 0 ? 16 : 0;
+    const auto past = reinterpret_cast<uintptr_t>(row) % 16;
+    // From the pointer, not its number: the compiler then knows whether it reads global or shared memory.
+    boundary = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) - past);
+    odd = past % 4 != 0 ? 16 : 0;
   }
   // How many packs may be asked for: those of a row of so many columns whose bytes, the second pack's included, end
   // with the row. (Before its first byte the row may share 16 bytes with what is not its own; it reads and drops that.)
@@ -97,48 +98,52 @@ __device__ inline auto with_packs(const scalar_t* row, Body body) {
   return body(Packs<scalar_t, 2>(row));
 }
 
-// The state of thread's share of the row. keep(pack, its bytes) sees each whole pack.
-template <bool kEntropy, int kThreads, typename scalar_t, int kWords, typename Keep>
+// The state of thread's share of the row. keep(pack, its bytes) sees each whole pack. kApart: packs in flight of a row
+// that does not lie on a boundary.
+template <bool kEntropy, int kThreads, int kApart, typename scalar_t, int kWords, typename Keep>
 __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t* x, Packs<scalar_t, kWords> row,
                                                                   int vocab, accumulator_t<scalar_t> scale, Keep keep) {
   using acc_t = accumulator_t<scalar_t>;
   constexpr int kSize = Pack<scalar_t>::kSize;
-  constexpr int kLoaded = kWords < 0 ? kUnroll : kGroup;  // twice the loads a pack: 64 registers hold no more
+  constexpr int kLoaded = kWords < 0 ? kUnroll : kApart;
+  static_assert(kLoaded % kGroup == 0);
   SoftmaxState<acc_t> state = SoftmaxState<acc_t>::empty();
   const int whole = row.whole(vocab);
-  for (int base = 0; base * kSize < vocab; base += kLoaded * kThreads) {
+  acc_t values[kGroup * kSize];
+  int base = 0;
+  for (; base + kLoaded * kThreads <= whole; base += kLoaded * kThreads) {
     const int first = base + threadIdx.x;
-    acc_t values[kGroup * kSize];
-    if (base + kLoaded * kThreads <= whole) {
-      Pack<scalar_t> packs[kLoaded];
+    Pack<scalar_t> packs[kLoaded];
 #pragma unroll
-      for (int u = 0; u < kLoaded; ++u) packs[u] = row[first + u * kThreads];
+    for (int u = 0; u < kLoaded; ++u) packs[u] = row[first + u * kThreads];
 #pragma unroll
-      for (int u = 0; u < kLoaded; ++u) {
-        keep(first + u * kThreads, packs[u]);
-        unpack(packs[u], values + u % kGroup * kSize);
-        if (u % kGroup == kGroup - 1) state.template add<kEntropy>(values, scale);
-      }
-    } else {
-#pragma unroll 1
-      for (int u = 0; u < kLoaded; u += kGroup) {
+    for (int u = 0; u < kLoaded; ++u) {
+      keep(first + u * kThreads, packs[u]);
+      unpack(packs[u], values + u % kGroup * kSize);
+      if (u % kGroup == kGroup - 1) state.template add<kEntropy>(values, scale);
+    }
+  }
+  for (; base * kSize < vocab; base += kGroup * kThreads) {  // the row's end, which not all threads reach
+    const int first = base + threadIdx.x;
+    Pack<scalar_t> packs[kGroup];
 #pragma unroll
-        for (int v = 0; v < kGroup; ++v) {
-          const int pack = first + (u + v) * kThreads;
-          if (pack < whole) {
-            const Pack<scalar_t> bytes = row[pack];
-            keep(pack, bytes);
-            unpack(bytes, values + v * kSize);
-          } else {
+    for (int u = 0; u < kGroup; ++u) {
+      if (first + u * kThreads < whole) packs[u] = row[first + u * kThreads];
+    }
 #pragma unroll
-            for (int i = 0; i < kSize; ++i) {
-              values[v * kSize + i] = pack * kSize + i < vocab ? to_acc(x[pack * kSize + i]) : -INFINITY;
-            }
-          }
+    for (int u = 0; u < kGroup; ++u) {
+      const int pack = first + u * kThreads;
+      if (pack < whole) {
+        keep(pack, packs[u]);
+        unpack(packs[u], values + u * kSize);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          values[u * kSize + i] = pack * kSize + i < vocab ? to_acc(x[pack * kSize + i]) : -INFINITY;
         }
-        state.template add<kEntropy>(values, scale);
       }
     }
+    state.template add<kEntropy>(values, scale);
   }
   return state;
 }

@@ -28,18 +28,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
     return;
   }
   const scalar_t* x = in.logits + in.rows.offset(row);
-  acc_t x_label = acc_t(0);
+  scalar_t x_label = from_acc<scalar_t>(acc_t(0));
   if (threadIdx.x == 0) {  // asked for now, needed last
-    check_label("token_logprobs", in.labels[row], row, in.vocab);
-    x_label = to_acc(x[in.labels[row]]);
+    const int64_t label = in.labels[row];
+    check_label("token_logprobs", label, row, in.vocab);
+    x_label = x[label];
   }
   SoftmaxState<acc_t> state = with_packs(x, [&](auto packs) {
-    return row_state<kEntropy, kThreads>(x, packs, in.vocab, in.scale, [](int, const Pack<scalar_t>&) {});
+    return row_state<kEntropy, kThreads, kUnroll>(x, packs, in.vocab, in.scale, [](int, const Pack<scalar_t>&) {});
   });
   state = block_merge<kThreads>(state, in.scale);
   if (threadIdx.x == 0) {
     const acc_t log_sum = log(state.sum);
-    logprobs[row] = multiply_add(x_label - state.max, in.inverse_temperature, -log_sum);
+    logprobs[row] = multiply_add(to_acc(x_label) - state.max, in.inverse_temperature, -log_sum);
     if constexpr (kEntropy) entropy[row] = log_sum - state.weighted / state.sum * in.inverse_temperature;
     saved[2 * row] = state.max;
     saved[2 * row + 1] = log_sum;

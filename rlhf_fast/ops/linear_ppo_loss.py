@@ -56,7 +56,7 @@ def _forward(
             ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False
         )[2]  # fmt: skip
         tokens = [old_logprobs, advantages, ref_logprobs, importance_weights, weights]
-        tokens = [None if t is None else inputs.take(t.reshape(-1))[None] for t in tokens]
+        tokens = [None if t is None else inputs.take(t.reshape(-1)).contiguous()[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
     for part in inputs.parts:
         if any(wanted) and turns(inputs):

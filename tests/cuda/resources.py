@@ -73,6 +73,16 @@ def measure(files: list[str] | None = None) -> Kernels:
     return kernels
 
 
+def ptx(file: str) -> str:
+    """A .cu as nvcc hands it to ptxas, where every load and store names its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder) / "kernel.ptx"
+        subprocess.run(
+            [NVCC, "-std=c++17", "-O3", "-arch=compute_90", "-ptx", CUDA / f"{file}.cu", "-o", to], check=True
+        )
+        return to.read_text()
+
+
 def write(kernels: Kernels) -> str:
     names = sorted({name for name, _ in kernels})
     width = max(map(len, names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -40,3 +41,10 @@ def test_1024_threads_of_a_row_kernel_fit_a_multiprocessor(kernels):
     of_rows = ("token_logprobs:", "known_gradient:")
     rows = {key: u for key, u in kernels.items() if key[0].startswith(of_rows) and "<double" not in key[0]}
     assert len(rows) == 54 and all(u.registers <= 64 for u in rows.values()), rows
+
+
+@pytest.mark.parametrize("file", ["token_logprobs", "known_gradient", "kl_divergence"])
+def test_a_row_kernel_knows_which_memory_it_reads(file):
+    """Not so through a pointer made from a number: each access then looks for global, shared or local memory first."""
+    generic = re.findall(r"\b(?:ld|st)\.(?:v\d\.)?[bufs]\d+\b.*", resources.ptx(file))
+    assert not generic, "\n".join(generic)

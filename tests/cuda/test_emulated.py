@@ -122,6 +122,25 @@ def test_chunks_of_a_head_in_one_kernel(chunk_rows, dtype, on_emulator, monkeypa
     assert not turned  # nobody asked for a gradient: the forward kernel alone reads the logits
 
 
+def test_tokens_of_a_head_may_lie_apart(on_emulator):
+    """Every second number of a row, as a part of a stacked tensor lies; without a mask nothing copies them before."""
+    x = head(6, 67, torch.float32) | {"mask": torch.ones(1, 6, dtype=torch.bool)}
+    x["hidden"] = x["hidden"].nan_to_num(0.5)
+    data = list(x.values())[2:]
+    data[1] = rf.linear_token_logprobs(x["hidden"], x["weight"], x["labels"])  # no ratio is clipped, so all count
+
+    def gradients(apart):
+        old, advantages, importance = (torch.stack([t, -t], -1) for t in (*data[1:3], 1 + data[2].abs()))
+        old, advantages, importance = (t[..., 0] if apart else t[..., 0].clone() for t in (old, advantages, importance))
+        leaves = [x[n].clone().requires_grad_() for n in ("hidden", "weight")]
+        options = {"ref_logprobs": old, "kl_coef": 0.1, "importance_weights": importance}
+        loss, _ = rf.linear_ppo_loss(*leaves, data[0], old, advantages, x["mask"], **options)
+        return torch.autograd.grad(loss, leaves)
+
+    for got, want in zip(gradients(apart=True), gradients(apart=False), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_what_a_library_op_returns_is_all_written(on_emulator, monkeypatch):
     """opcheck on a GPU compares every output of two calls: the columns of kept logits behind the vocabulary too."""
     x = head(12, 131, torch.bfloat16)
