@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   RLHF_CPU_OPS(BIND)
 #undef BIND
 
+  m.attr("interface") = 2;  // another number where a function takes other arguments (rlhf_fast/ops/_dispatch.py)
   m.attr("Negated") = py::reinterpret_borrow<py::object>(rlhf::torch().negated);
   bind<rlhf::alike>(m, "alike");
   bind<rlhf::labelled>(m, "labelled");

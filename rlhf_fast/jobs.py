@@ -35,7 +35,7 @@ from .judges.stages import write_atomic
 from .models import check_lengths, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
-from .report import write_report
+from .report import read_mapping, write_report
 from .rewards import RewardModelReward
 from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
@@ -280,8 +280,8 @@ def run_trainer(trainer, resume: bool, job=None):
     """job: whose models, data and rewards `output_dir`/job.json and the report name, and against which a run that
     resumes is held."""
     path = Path(trainer.config.output_dir, "job.json")
-    if job is not None and resume and path.exists():
-        before, now = (json.loads(text) for text in (path.read_text(encoding="utf-8"), _as_json(job)))
+    if job is not None and resume and (before := read_mapping(path)) is not None:
+        now = json.loads(_as_json(job))
         changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in now if now[name] != before.get(name)]
         if changed:
             warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
@@ -289,8 +289,11 @@ def run_trainer(trainer, resume: bool, job=None):
         _write_job(job, path)
     result = trainer.train(resume)
     if job is not None and resume and parallel.rank() == 0:  # not before: train may refuse to resume
-        _write_job(job, path)
-        write_report(path.parent)
+        try:
+            _write_job(job, path)
+            write_report(path.parent)
+        except OSError as error:  # a full disk: what was trained is saved
+            warnings.warn(f"{path} and the report are of the run before it was resumed: {error}", stacklevel=2)
     if result.stopped_by:
         where = f"{result.output_dir}/report.html shows it, --resume goes on all the same"
         raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")

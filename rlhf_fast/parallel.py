@@ -40,6 +40,12 @@ def start() -> None:
     global _joined
     if _joined or int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # of accelerate launch; unheeded, each model would be whole
+        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
+            raise ConfigError(
+                f"accelerate's configuration asks for {engine}, which these trainers do not use: every process holds "
+                "the whole model. Start them with torchrun, or with accelerate's plain multi-GPU"
+            )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         gpu = int(os.environ.get("LOCAL_RANK") or 0)

@@ -216,10 +216,19 @@ def _last_values(log: list[dict]) -> str:
     return table([["Metric", "Last value"], *([name, _plain(value)] for name, value in last.items())]) if last else ""
 
 
+def read_mapping(path: Path) -> dict | None:
+    """None where there is no such file, or a torn one, which is worth no run."""
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return mapping if isinstance(mapping, dict) else None
+
+
 def _mapping_table(head: str, path: Path) -> str:
-    if not path.exists():
+    mapping = read_mapping(path)
+    if mapping is None:
         return ""
-    mapping = json.loads(path.read_text(encoding="utf-8"))
     return table([[head, "Value"], *([key, _plain(value)] for key, value in mapping.items())])
 
 

@@ -643,6 +643,15 @@ def test_a_kill_while_job_json_is_written_leaves_the_one_before(tmp_path, monkey
     assert json.loads((tmp_path / "job.json").read_text())["train_data"] == "before.jsonl"
 
 
+@pytest.mark.parametrize("torn", ["", "{", "[]"])
+def test_a_torn_job_json_ends_no_run(torn, reward, tmp_path):
+    flags = ("--output_dir", str(tmp_path), "--save_steps", "1")
+    assert stage(reward, "ppo", *flags) == 0
+    (tmp_path / "job.json").write_text(torn)
+    assert stage(reward, "ppo", *flags, "--resume", "--total_episodes", "24") == 0
+    assert json.loads((tmp_path / "job.json").read_text())["model"] == str(reward / "sft")
+
+
 def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_path, capsys):
     """No answer of a policy that has learned nothing is within 1e-9 nats of the reference for long."""
     flags = ("--output_dir", str(tmp_path), "--total_episodes", "48", "--monitors", "{kl: 1.0e-9}")

@@ -94,6 +94,8 @@ def as_rows(dataset, name: str) -> list:
     ConfigError for anything else, such as a dict, whose iterator would give its keys."""
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
         dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas has NaN for a gap
+    if hasattr(dataset, "read_all"):  # Arrow's reader
+        dataset = dataset.read_all()
     if hasattr(dataset, "to_pylist"):
         dataset = dataset.to_pylist()
     if isinstance(dataset, dict):

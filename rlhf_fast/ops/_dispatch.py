@@ -31,8 +31,8 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if not hasattr(_C, "Negated"):  # the newest; functions before it took other arguments
-        _C, _C_MISSING = None, "the one that is there is older than the source tree"
+    if getattr(_C, "interface", 1) != 2:  # csrc/bindings.cpp
+        _C, _C_MISSING = None, "the one that is there is of another version than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 LARGE = 32 << 20  # bytes; smaller ones malloc keeps by itself

@@ -105,7 +105,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     axes = (dim,) if isinstance(dim, int) else dim
     if not all(-values.ndim <= axis < values.ndim for axis in axes):
         raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")
-    reduced = tuple(range(values.ndim)[axis] for axis in axes)
+    # Compared with constants, because torch.compile makes a number that changes between calls a symbol.
+    reduced = tuple(i for i in range(values.ndim) if any(axis in (i, i - values.ndim) for axis in axes))
     kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
     if kept == (0,) and values.ndim == 2:  # the usual case: nothing to lay out
         return _op(values, mask, False)[0]

@@ -78,10 +78,13 @@ class Everywhere:
 
     def rng_states(self) -> list[dict]:
         """Of every process, for a checkpoint. A warning where their weights are not the same any more."""
+        states = parallel.gather(rng_state())
         if parallel.size() > 1:
             networks = (getattr(self.trainer, name, None) for name in ("model", "policy", "value_model"))
             learned = [p for n in networks if n is not None for p in n.parameters() if p.requires_grad]
-            found = parallel.gather(digest(p.detach().cpu().numpy() for p in learned))
+            with parallel.in_all():  # a copy of the weights may not fit
+                own = digest(p.detach().cpu().numpy() for p in learned)
+            found = parallel.gather(own)
             odd = [process for process, weights in enumerate(found) if weights != found[0]]
             if odd and parallel.rank() == 0:
                 message = f"after step {self.trainer.step} the weights of process {odd[0]} are not those of the first: "
@@ -89,7 +92,7 @@ class Everywhere:
                     "they run on processors of different kinds, which round apart, or something else changes them"
                 )
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return parallel.gather(rng_state())
+        return states
 
     def load(self, checkpoint: Path) -> dict | None:
         return load_checkpoint(self.trainer, checkpoint)

@@ -220,6 +220,18 @@ def test_compiles_to_one_graph_with_the_same_result(case):
             torch.testing.assert_close(graph[name], ours[name], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+def test_masked_mean_compiles_over_one_axis_after_another():
+    """torch.compile makes a symbol of a number that has changed."""
+    torch._dynamo.reset()
+    compiled, values, mask = (
+        torch.compile(rf.masked_mean, fullgraph=True),
+        torch.randn(3, 4, 5),
+        torch.rand(3, 4, 5) < 0.7,
+    )
+    for dim in (0, -1, -2, 2, 1, (0, 1)):
+        torch.testing.assert_close(compiled(values, mask, dim), rf.masked_mean(values, mask, dim))
+
+
 @every_case
 def test_a_result_is_the_same_in_every_run_and_on_any_number_of_threads(case):
     threads = torch.get_num_threads()
@@ -430,7 +442,9 @@ def test_batched_gradients_are_those_of_a_loop(case):
 
 def imaginary(x):
     """x as the imaginary part of a conjugate, which torch has marked as the negative of what lies in memory."""
-    part = torch.complex(torch.zeros_like(x), -x).conj().imag
+    halves = torch.zeros(2 * x.numel() + 1, dtype=x.dtype)[1:]  # complex numbers that lie apart from boundaries
+    halves[1::2] = -x.detach().flatten()
+    part = torch.from_numpy(halves.numpy().view("complex64")).reshape(x.shape).conj().imag
     assert part.is_neg()
     return part
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from rlhf_fast import parallel
 from rlhf_fast.cli import main
+from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
 
 RUNS = Path(__file__).with_name("parallel_runs.py")
@@ -199,8 +200,16 @@ def test_a_signal_to_one_or_all_ends_the_run_after_its_step_with_a_checkpoint(tm
     assert f"Stopped by a signal to another process after step {first[0][0]} of 400" in said
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_an_engine_that_accelerate_is_to_use_is_refused(engine, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=f"asks for {engine}, which these trainers do not use"):
+        parallel.start()
+
+
 def test_the_command_line_in_two_processes(tmp_path):
-    """accelerate launch and torchrun set the same variables. Of the data one pair is left out."""
+    """Of the data one pair is left out."""
     data, said = tmp_path / "train.jsonl", "\n\nHuman: {}\n\nAssistant: {}"
     pairs = [{"chosen": said.format(i, "the cat"), "rejected": said.format(i, "mat")} for i in range(8)]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[0] | {"rejected": "mat"}]))
