@@ -425,7 +425,15 @@ def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
     with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
         error = getattr(_C.cuda, op)(*arguments, torch.cuda.current_stream(device).cuda_stream)
     if error:
-        raise RuntimeError(f"{op}: the launch on {device} failed with cudaError_t {error}")
+        raise RuntimeError(f"{op}: the launch on {device} failed with cudaError_t {error}{_meaning(error)}")
+
+
+def _meaning(error: int) -> str:
+    if error >= 700 and error != 701:  # the card tells whoever asks next that a kernel has stopped
+        return ", which a kernel before this one has left; CUDA_LAUNCH_BLOCKING=1 finds out which"
+    if error == 209:
+        return f": this build has code for {_C.cuda_architectures} alone (RLHF_FAST_CUDA_ARCHITECTURES)"
+    return f": the driver is older than CUDA {_C.cuda_version}, which built the kernels" if error == 35 else ""
 
 
 def native(

@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulation
 import pytest
@@ -54,6 +55,19 @@ def test_the_order_of_threads_and_blocks_does_not_matter(case, on_emulator):
     for seed in range(6):
         inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
         in_every_order(on_emulator, lambda inputs=inputs: run(case.op, case, inputs))
+
+
+@pytest.mark.parametrize("error, says", [
+    (1, "cudaError_t 1$"), (719, "719, which a kernel before"), (701, "701$"), (209, "code for 80-real"), (35, "driver")
+])  # fmt: skip
+def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
+    kernels = SimpleNamespace(gae=lambda *arguments: error)
+    native = SimpleNamespace(cuda=kernels, cuda_version="13.0", cuda_architectures="80-real")
+    monkeypatch.setattr(_dispatch, "_C", native)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(RuntimeError, match=f"gae: the launch on cuda:0 failed with .*{says}"):
+        _dispatch.launch("gae", (SimpleNamespace(device=torch.device("cuda:0")),))
 
 
 # --- From hidden states: the products are PyTorch's, the rows a kernel's ---------------------------------------------
