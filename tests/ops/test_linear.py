@@ -586,3 +586,25 @@ def test_one_graph_serves_any_number_of_rows():
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
     assert counter.frame_count <= 2  # of the first size, and of any
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_gradients_are_as_exact_as_those_of_an_lm_head(seed):
+    """Which multiplies in bfloat16; 100 rows, because 1 / N is then rounded. The reference multiplies in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(100, 64, generator=generator), torch.randn(1000, 64, generator=generator) / 8
+    labels = torch.randint(1000, (100,), generator=generator)
+
+    def gradients(function, dtype):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (hidden, weight)]
+        return torch.autograd.grad(function(*leaves), leaves)
+
+    def eager(h, w):
+        z = h @ w.T
+        return torch.nn.functional.cross_entropy(z if z.dtype == torch.float64 else z.float(), labels)
+
+    truth, theirs = gradients(eager, torch.float64), gradients(eager, torch.bfloat16)
+    for ours, t, exact in zip(
+        gradients(lambda h, w: linear_cross_entropy(h, w, labels), torch.bfloat16), theirs, truth, strict=True
+    ):
+        assert (ours.double() - exact).abs().max() <= 1.25 * (t.double() - exact).abs().max()
