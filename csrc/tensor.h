@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "ops.h"
@@ -147,7 +148,13 @@ T* address_of(PyObject* x) {
   if (x == Py_None) return nullptr;
   DLTensor t;
   if (is_plain_tensor(x) && read(x, t)) {
-    if (!holds<std::remove_const_t<T>>(t)) throw py::type_error("a tensor is of another dtype than its kernel reads");
+    if (!holds<std::remove_const_t<T>>(t)) {
+      constexpr const char* kNeeded = std::is_same_v<std::remove_const_t<T>, float>                 ? "float32"
+                                      : std::is_same_v<std::remove_const_t<T>, int64_t>             ? "int64"
+                                      : sizeof(std::conditional_t<std::is_void_v<T>, char, T>) == 8 ? "float64"
+                                                                                                    : "bool";
+      throw py::type_error(std::string("needs ") + kNeeded + " where a tensor of another dtype is");
+    }
     return static_cast<T*>(t.address());
   }
   py::object number;
