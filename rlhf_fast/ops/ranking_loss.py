@@ -13,7 +13,7 @@ from torch import Tensor
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, native
 from ._inputs import check, loss_outputs
-from .reference import RANKING_STATS
+from .reference import RANKING_STATS, ranks_of_counts
 
 
 def _arguments(rewards, ranks):
@@ -33,19 +33,22 @@ _op = Op(
 def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, K) rewards and integer ranks -> scalar loss and statistics over all pairs (RANKING_STATS).
 
-    Rank 0 is the best; equal ranks are ties and make no pair; a negative rank is padding, its reward may be NaN.
+    ranks (B, K): 0 is the best; equal ranks are ties and make no pair; a negative rank is padding, its reward may be NaN.
+    Or (B,), counts: the responses of each prompt stand best first, so many of them, and padding after the last.
     A prompt counts once, whatever the number of its pairs; one without a pair does not count, a batch of such gives 0.
     float32, bfloat16, float16 or float64 rewards, float32 out (float64 for float64); rewards receives the gradient.
     Raises ValueError or TypeError for shapes, dtypes and devices.
     """
     check("ranking_loss", 2, None, "rewards", rewards)
-    if ranks.shape != rewards.shape or ranks.device != rewards.device:
+    if ranks.shape not in (rewards.shape, rewards.shape[:1]) or ranks.device != rewards.device:
         raise ValueError(
             f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "
-            f"{tuple(rewards.shape)} on {rewards.device}"
+            f"{tuple(rewards.shape)} on {rewards.device}, or be counts, one for each row of it"
         )
     if ranks.is_floating_point() or ranks.dtype == torch.bool:
         raise TypeError(f"ranking_loss: ranks are {ranks.dtype}; needs integers")
+    if ranks.ndim == 1:
+        ranks = ranks_of_counts(ranks, rewards.shape[1])
     if _op.backend(rewards) == "reference":
         return reference.ranking_loss(rewards, ranks)
     return _op(rewards, ranks.long())

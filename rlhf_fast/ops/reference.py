@@ -402,12 +402,20 @@ def pairwise_loss(
     return (share * loss).sum().to(c.dtype), _statistics(PAIRWISE_STATS, stats, c.dtype)
 
 
+def ranks_of_counts(counts: Tensor, k: int) -> Tensor:
+    """(B,) numbers of responses, which stand best first -> their (B, k) ranks, -1 after the last."""
+    places = torch.arange(k, device=counts.device)
+    return torch.where(places < counts[:, None], places, -1)
+
+
 def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """All pairs of K ranked responses (Ouyang et al. 2022, eq. 1): (B, K) rewards and ranks -> (loss, RANKING_STATS).
 
     Rank 0 is best, equal ranks are ties (no pair), a negative rank is padding. Each prompt's loss is the mean of
-    -log sigma(r_i - r_j) over its pairs with rank_i < rank_j; prompts without a pair do not count.
+    -log sigma(r_i - r_j) over its pairs with rank_i < rank_j; prompts without a pair do not count. (B,) ranks are
+    counts (see ranks_of_counts).
     """
+    ranks = ranks_of_counts(ranks, rewards.shape[1]) if ranks.ndim == 1 else ranks
     real = ranks >= 0
     r = _masked(as_accumulator(rewards), real)
     better = (ranks[:, :, None] < ranks[:, None, :]) & real[:, :, None] & real[:, None, :]

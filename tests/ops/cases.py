@@ -220,7 +220,8 @@ def pairwise_loss_inputs(s: Sampler) -> dict:
 
 def ranking_loss_inputs(s: Sampler) -> dict:
     n, k = s.integer(0, 5), s.integer(1, 9)
-    return {"rewards": s.normal(n, k, scale=s.choice(0.1, 3.0, 60.0)), "ranks": s.labels(n, k, vocab=k + 1) - 1}
+    ranks = s.labels(n, k, vocab=k + 1) - 1 if s.flag() else s.labels(n, vocab=k + 1)  # or counts
+    return {"rewards": s.normal(n, k, scale=s.choice(0.1, 3.0, 60.0)), "ranks": ranks}
 
 
 def dpo_loss_inputs(s: Sampler) -> dict:

@@ -460,6 +460,15 @@ def test_ranking_loss_takes_all_pairs(ops):
     torch.testing.assert_close(gradient(loss, rewards)[0], expected)
 
 
+def test_counts_are_ranks_of_responses_that_stand_best_first(ops):
+    rewards = torch.tensor([[3.0, 2.0, 0.0], [1.0, 1.5, NAN], [0.0, NAN, NAN], [NAN, NAN, NAN]]).requires_grad_()
+    ranks = torch.tensor([[0, 1, 2], [0, 1, -1], [0, -1, -1], [-1, -1, -1]])
+    (loss, stats), (want, _) = ops.ranking_loss(rewards, torch.tensor([3, 2, 1, 0])), ops.ranking_loss(rewards, ranks)
+    assert stats["num_pairs"].item() == 4.0
+    assert loss.item() == want.item() > 0
+    assert torch.equal(gradient(loss, rewards)[0], gradient(want, rewards)[0])
+
+
 def test_two_ranked_responses_are_one_pair(ops):
     chosen, rejected = torch.randn(5), torch.randn(5)
     ranked, _ = ops.ranking_loss(torch.stack([chosen, rejected], 1), torch.tensor([[0, 1]]).expand(5, 2))
