@@ -244,7 +244,7 @@ def bench(part: str, folder: Path, prefix: str, *options: str) -> int:
         if "--as-gpu" in options and op in CUDA_ONLY:
             continue
         output = str(folder / f"{prefix}-{op}.json")
-        errors |= run(sys.executable, "-m", "rlhf_fast.bench", op, "--seconds", "1.5", "--json", output, *options)
+        errors |= run(sys.executable, "-m", "rlhf_fast", "bench", op, "--seconds", "1.5", "--json", output, *options)
     return errors
 
 

@@ -9,6 +9,7 @@
     train      prompts                       -> all of it, with SFT, reward model and PPO in between
 
 Each writes one directory and goes on there when it is called again (judges/stages.py); train does with --resume.
+`rlhf-fast cai WORD --help` has the keys of each.
 """
 
 import dataclasses
@@ -24,11 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cai_checks import check_phase_1, known_schedule, prepare
+from .commands import Checked, Command
 from .data.chat import ConfigError
 from .data.files import read_dataset
 from .data.sources import read_rows
 from .generation import generate_text
-from .jobs import Checked, Command, run_trainer
+from .jobs import run_trainer
 from .judges import (
     Constitution,
     HTTPGenerator,
@@ -382,7 +384,7 @@ class TrainJob:
     source_weights: dict = field(default_factory=dict)  # of "ai" and "human" in its loss; 1 where not named
     eval_share: float = 0.1  # of the comparisons of each source, held out from the reward model
     sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
-    reward: dict = field(default_factory=dict)
+    reward: dict = field(default_factory=dict)  # the same of the reward model
     ppo: dict = field(default_factory=dict)  # and eval_rewards, as `rlhf-fast ppo` takes them; they read eval_data
 
     def __post_init__(self):
@@ -524,13 +526,21 @@ class _StageTable:
 CAI = {
     command.name: command
     for command in (
-        Command("revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
-                run_revise),
+        Command(
+            "revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
+            run_revise, usual=("judge", "judge_model", "max_new_tokens", "schedule", "num_prompts", "output_dir"),
+        ),
         Command("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
         Command("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
-        Command("label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label),
+        Command(
+            "label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label,
+            usual=("judge", "judge_model", "card", "output_dir"),
+        ),
         Command("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
-        Command("cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
-                run_train),
+        Command(
+            "cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
+            run_train,
+            usual=("judge", "judge_model", "eval_data", "card", "output_dir", "num_prompts", "sft", "reward", "ppo"),
+        ),
     )
 }  # fmt: skip

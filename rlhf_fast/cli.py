@@ -1,26 +1,25 @@
 """The command rlhf-fast: one word for each stage, settings from a YAML file, flags of the same names over them.
 
-    shared keys of the file  <  its section for the stage (sft:, reward:, ppo:, cai:)  <  flags
+    shared keys of the file  <  its section for the command (sft:, reward:, ppo:, cai:, ...)  <  flags
 
 Exit codes: 0 done; 1 failed, with a traceback, because it is a bug of ours or a fault of the machine; 2 refused, with
 one line that says what to change; 3 stopped by a monitor that stop_on names; 130 interrupted. After 3 and 130 the run
 can be resumed. They are two codes so that a script can resume interrupted runs and leave the others to a person.
 """
 
-import argparse
-import difflib
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import yaml
 
 from ._version import __version__
+from .commands import Checked, Command, Parser, unknown
 from .data.chat import ConfigError
 from .monitors import RunStopped
 
@@ -32,7 +31,7 @@ Train
   reward      a reward model from preferences
   ppo         PPO against a reward model or a Python function
   cai WORD    Constitutional AI: validate, revise, pairs, audit, label, derive, or train for all of it
-              --resume goes on from the newest checkpoint, --help lists the keys
+              --resume goes on from the newest checkpoint; --help names the keys, --help-all explains them
 
 Look
   generate    answer prompts with a model
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = argv[0] if argv else ""
         if command not in COMMANDS:
             raise ConfigError(
-                f"{_unknown('command', command, COMMANDS) if argv else 'no command'}; see rlhf-fast --help"
+                f"{unknown('command', command, COMMANDS) if argv else 'no command'}; see rlhf-fast --help"
             )
         if command not in TRAINERS and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
             raise ConfigError(
@@ -120,9 +119,9 @@ def _cai(argv: list[str]) -> int:
         return 0
     word, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if word not in CAI_WORDS:
-        raise ConfigError(f"cai: {_unknown('word', word, CAI_WORDS)}; see rlhf-fast cai --help")
+        raise ConfigError(f"cai: {unknown('word', word, CAI_WORDS)}; see rlhf-fast cai --help")
     if word == "validate":
-        parser = _Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
+        parser = Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
         parser.add_argument("files", nargs="+", metavar="FILE", help="several files make one constitution")
         parser.add_argument("--allow_code", action="store_true", help="rules by import path, which runs code")
         options = parser.parse_args(rest)
@@ -137,27 +136,42 @@ def _cai(argv: list[str]) -> int:
 
 
 def _train(stage: str, argv: list[str], shown: str | None = None) -> int:
+    spec = _with_keys()[stage]
+    going_on = {"action": "store_true", "help": "go on from the newest checkpoint in output_dir"}
+    values, flags = _read(spec, shown or stage, argv, "[--resume]", resume=going_on)
+    spec.run(values, flags["resume"])
+    return 0
+
+
+# -- flags and YAML files ----------------------------------------------------------------------------------------------
+
+
+def _with_keys() -> dict[str, Command]:
+    """Every command that has keys, and so a section in a YAML file."""
     from .cai_jobs import CAI
     from .jobs import STAGES
 
-    stages, shown = STAGES | CAI, shown or stage
-    spec = stages[stage]
-    usage = f"rlhf-fast {shown} [--config FILE] [--resume] [--KEY VALUE ...]"
-    parser = _Parser(prog=f"rlhf-fast {shown}", usage=usage, description=spec.summary)
+    return STAGES | CAI | LOOK
+
+
+def _read(spec: Command, shown: str, argv: list[str], usage: str = "", **flags: dict) -> tuple[dict, dict]:
+    """(values of the command's keys, those of flags): what argv says, over what its --config file does.
+
+    flags: {name: options of add_argument} of what makes sense on a command line only, and usage what they look like.
+    """
+    usage = " ".join([f"rlhf-fast {shown} [--config FILE]", *filter(None, [usage]), "[--KEY VALUE ...]"])
+    parser = Parser(prog=f"rlhf-fast {shown}", usage=usage, description=spec.summary)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
-    keys = spec.keys()
-    for name, key in keys.items():
-        parser.add_argument(
-            f"--{name}", metavar=key.shown, default=argparse.SUPPRESS, help=key.comment.replace("%", "%%")
-        )
-    flags = vars(parser.parse_args(argv))
-    file, resume = flags.pop("config"), flags.pop("resume")
-    values = {name: keys[name].parse(text) for name, text in flags.items()}
+    for name, options in flags.items():
+        parser.add_argument(f"--{name}", **options)
+    parser.add_keys(spec, in_full="--help-all" in argv)
+    given = vars(parser.parse_args(argv))
+    file, own, keys = given.pop("config"), {name: given.pop(name) for name in flags}, spec.keys()
+    values = {name: keys[name].parse(text) for name, text in given.items()}
     if file:
-        values = read_sections(file, {name: list(s.keys()) for name, s in stages.items()}, stage)[stage] | values
-    spec.run(values, resume)
-    return 0
+        every = {name: list(command.keys()) for name, command in _with_keys().items()}
+        values = read_sections(file, every, spec.name)[spec.name] | values
+    return values, own
 
 
 def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
@@ -182,7 +196,7 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
     sections = {name: {} if name in as_keys else content.pop(name, None) or {} for name in keys}
     for key in content:
         if key not in everywhere:
-            raise ConfigError(f"{path}: {_unknown('key', key, [*everywhere, *keys])}")
+            raise ConfigError(f"{path}: {unknown('key', key, [*everywhere, *keys])}")
     if stage and (others := [key for key in content if key not in keys[stage]]):
         print(f"{path}: {stage} has no {', '.join(others)}: left to the stages that do", file=sys.stderr)
     for name, section in sections.items():
@@ -190,7 +204,7 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
             raise ConfigError(f"{path}: section {name}: must be a mapping of keys to values")
         for key in section:
             if key not in keys[name]:
-                raise ConfigError(f"{path}: section {name}: {_unknown('key', key, keys[name])}")
+                raise ConfigError(f"{path}: section {name}: {unknown('key', key, keys[name])}")
     if stage == "cai":  # its keys sft, reward and ppo are mappings too, and easily written at the top by mistake
         others = [name for name in keys["cai"] if sections.get(name) and name not in sections["cai"]]
         if others:
@@ -208,55 +222,67 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
 # -- the other commands ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class GenerateJob(Checked):
+    model: str  # run directory, or any transformers causal language model
+    system: str | None = None  # system message, for a tokenizer with a chat template
+    input: str | None = None  # records with a prompt, as PPO reads them; each gets a response
+    output: str = "-"  # of input, for rlhf-fast score; - writes to standard output
+    max_new_tokens: int = 128
+    temperature: float = 0.7  # 0 takes the most likely token
+    top_p: float = 1.0
+    seed: int = 0
+
+
 def _generate(argv: list[str]) -> int:
-    parser = _Parser(prog="rlhf-fast generate", description="Answers prompts with a model, on standard output.")
-    parser.add_argument("--model", required=True, help="run directory, or any transformers causal language model")
-    parser.add_argument("--prompt", action="append", help="may be repeated; without it, one prompt a line of stdin")
-    parser.add_argument("--system", help="system message, for a tokenizer with a chat template")
-    parser.add_argument("--input", help="records with a prompt, as PPO reads them; each gets a response")
-    parser.add_argument("--output", default="-", help="of --input, for rlhf-fast score; - writes to standard output")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default 0.7)")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    given, source, output = vars(options), options.input, options.output
-    del given["input"], given["output"]
-    if source is None and output != "-":
-        parser.error("--output needs --input")
-    if source is not None and (options.prompt or options.system):
-        parser.error("--input has the prompts: give neither --prompt nor --system")
+    asked = {"action": "append", "metavar": "TEXT", "help": "may be repeated; without it, one prompt a line of stdin"}
+    values, flags = _read(LOOK["generate"], "generate", argv, "[--prompt TEXT]", prompt=asked)
+    (job,) = LOOK["generate"].make(values)
+    if job.input is None and job.output != "-":
+        raise ConfigError("generate: --output needs --input")
+    if job.input is not None and (flags["prompt"] or job.system):
+        raise ConfigError("generate: --input has the prompts: give neither --prompt nor --system")
     from .jobs import answer, answer_records, quiet
 
     quiet()
-    if source is not None:
-        del given["prompt"], given["system"]
-        with _output(output, "generate") as file:
-            _write_rows(answer_records(path=source, **given), file, output)
+    sampling = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    if job.input is not None:
+        with _output(job.output, "generate") as file:
+            _write_rows(answer_records(job.model, job.input, **sampling), file, job.output)
         return 0
-    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for prompt, text in zip(prompts, answer(**given | {"prompt": prompts}), strict=True):
+    prompts = flags["prompt"] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for prompt, text in zip(prompts, answer(job.model, prompts, job.system, **sampling), strict=True):
         print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
     return 0
 
 
+@dataclass
+class ScoreJob(Checked):
+    model: str  # run directory of rlhf-fast reward, or any reward model
+    input: str = "-"  # records with a prompt and a response, or pairs; - reads stdin
+    output: str = "-"  # - writes to standard output
+    batch_size: int = 64
+
+
 def _score(argv: list[str]) -> int:
-    about = "The records of a JSONL file, each with the score of a reward model, on standard output or in a file."
-    parser = _Parser(prog="rlhf-fast score", description=about)
-    parser.add_argument("--model", required=True, help="run directory of rlhf-fast reward, or any reward model")
-    parser.add_argument("--input", default="-", help="records with a prompt and a response, or pairs; - reads stdin")
-    parser.add_argument("--output", default="-", help="- writes to standard output")
-    parser.add_argument("--batch_size", type=int, default=64)
-    options = parser.parse_args(argv)
+    (job,) = LOOK["score"].make(_read(LOOK["score"], "score", argv)[0])
     from .data.files import parse_jsonl, read_dataset
     from .jobs import quiet, score
 
     quiet()
-    from_stdin = options.input == "-"
-    with _output(options.output, "score") as file:
-        records = parse_jsonl(sys.stdin.read(), "input") if from_stdin else list(read_dataset(options.input))
-        _write_rows(score(options.model, records, options.batch_size), file, options.output)
+    with _output(job.output, "score") as file:
+        records = parse_jsonl(sys.stdin.read(), "input") if job.input == "-" else list(read_dataset(job.input))
+        _write_rows(score(job.model, records, job.batch_size), file, job.output)
     return 0
+
+
+LOOK = {
+    command.name: command
+    for command in (
+        Command("generate", "Answers prompts with a model, on standard output.", (GenerateJob,)),
+        Command("score", "The records of a JSONL file, each with the score of a reward model.", (ScoreJob,)),
+    )
+}
 
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
@@ -290,7 +316,7 @@ def _output(path: str, command: str) -> Iterator[TextIO]:
 
 
 def _report(argv: list[str]) -> int:
-    parser = _Parser(prog="rlhf-fast report", description="Writes report.html for a run, or for a quickstart's root.")
+    parser = Parser(prog="rlhf-fast report", description="Writes report.html for a run, or for a quickstart's root.")
     parser.add_argument("directory", metavar="DIR", help="with train_log.jsonl, or with a summary.json of all stages")
     directory = Path(parser.parse_args(argv).directory)
     from .report import write_quickstart_report, write_report
@@ -306,7 +332,7 @@ def _report(argv: list[str]) -> int:
 
 def _quickstart(argv: list[str]) -> int:
     about = "All four stages on a task made on the spot; a second call goes on where the first ended."
-    parser = _Parser(prog="rlhf-fast quickstart", description=about)
+    parser = Parser(prog="rlhf-fast quickstart", description=about)
     parser.add_argument("--output_dir", default="runs/quickstart")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="everything in under a minute, no promises on quality")
@@ -321,38 +347,13 @@ def _quickstart(argv: list[str]) -> int:
 
 
 def _info(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="rlhf-fast info", description="Versions, build, and the kernel each op runs, with the reason."
-    )
+    parser = Parser(prog="rlhf-fast info", description="Versions, build, and the kernel each op runs, with the reason.")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(argv)
     from .info import main as info
 
     info(options.json)
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that refuses as the rest of the package does: one line, with the nearest name."""
-
-    def __init__(self, **options):
-        formatter = partial(argparse.HelpFormatter, max_help_position=40, width=118)
-        super().__init__(**options, allow_abbrev=False, formatter_class=formatter)
-
-    def parse_args(self, args=None, namespace=None):
-        options, rest = self.parse_known_args(args, namespace)
-        if rest:
-            flags = [name for action in self._actions for name in action.option_strings]
-            raise ConfigError(f"{self.prog.split()[-1]}: {_unknown('argument', rest[0].split('=')[0], flags)}")
-        return options
-
-    def error(self, message):
-        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
-
-
-def _unknown(kind: str, name: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, 1)  # str: YAML keys may be numbers, and "on" is read as True
-    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 if __name__ == "__main__":

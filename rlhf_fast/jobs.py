@@ -1,28 +1,23 @@
 """What the commands do around a trainer: read data and models, then run it.
 
 The keys of a training command are the fields of two dataclasses: its job (which models, which data) and the trainer's
-config.
+config. `usual` are those that its --help explains.
 """
 
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
 import math
-import re
 import sys
-import typing
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
 from transformers.utils import logging as transformers_logging
 
 from . import parallel
+from .commands import Checked, Command
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
 from .data.checks import placed, responses_of
@@ -43,79 +38,7 @@ from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.run_dir import check_is_new
 from .trainers.sft import SFTConfig, SFTTrainer
 
-# -- commands and their keys -------------------------------------------------------------------------------------------
-
-
-REQUIRED = "REQUIRED"  # in place of a default
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key of a command: its default as text, the comment beside it in the source, the type of its values."""
-
-    shown: str
-    comment: str
-    hint: Any
-
-    def parse(self, text: str) -> Any:
-        """The value that `text` would have in a YAML file. Where the key takes text it stays text, so that 1e3 can be a
-        name."""
-        kinds = typing.get_args(self.hint) or (self.hint,)
-        if str in kinds and list not in kinds:
-            return None if text == "null" and type(None) in kinds else text
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{text!r} is not a YAML value") from None
-
-
-@dataclass(frozen=True)
-class Command:
-    """A training command: what --help says, the dataclasses that hold its keys, and the function that takes them."""
-
-    name: str
-    summary: str
-    configs: tuple[type, ...]
-    function: Callable
-
-    def keys(self) -> dict[str, Key]:
-        return {name: key for cls in self.configs for name, key in _keys_of(cls).items()}
-
-    def run(self, values: dict, resume: bool) -> None:
-        """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended, and
-        RunStopped for one that a monitor did."""
-        parallel.start()
-        required = [name for name, key in self.keys().items() if key.shown == REQUIRED and name not in values]
-        if required:
-            raise ConfigError(f"{self.name} needs {', '.join(required)}: as flags, or as keys of a --config file")
-        configs = []
-        for cls in self.configs:
-            names = {f.name for f in dataclasses.fields(cls)}
-            configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
-        self.function(*configs, resume)
-
-
-def _keys_of(cls: type) -> dict[str, Key]:
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", inspect.getsource(cls), re.MULTILINE))
-    hints = typing.get_type_hints(cls)
-    keys = {}
-    for f in dataclasses.fields(cls):
-        if f.default is not dataclasses.MISSING:
-            shown = "null" if f.default is None else str(f.default)
-        else:
-            shown = REQUIRED if f.default_factory is dataclasses.MISSING else str(f.default_factory())
-        keys[f.name] = Key(shown, comments.get(f.name, ""), hints[f.name])
-    return keys
-
-
 # -- the jobs ----------------------------------------------------------------------------------------------------------
-
-
-class Checked:
-    """A dataclass whose fields are only checked for their types."""
-
-    def __post_init__(self):
-        check_config(self)
 
 
 @dataclass
@@ -266,11 +189,23 @@ def _value_model(path: str, tokenizer):
 STAGES = {
     command.name: command
     for command in (
-        Command("sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), run_sft),
-        Command("reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward),
-        Command("ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo),
+        Command(
+            "sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), run_sft,
+            usual=("eval_data", "model", "output_dir", "num_train_epochs", "per_device_train_batch_size",
+                   "learning_rate", "max_length"),
+        ),
+        Command(
+            "reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward,
+            usual=("eval_data", "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate",
+                   "max_length"),
+        ),
+        Command(
+            "ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo,
+            usual=("eval_data", "output_dir", "total_episodes", "batch_size", "response_length", "kl_coef",
+                   "minibatch_size", "learning_rate"),
+        ),
     )
-}
+}  # fmt: skip
 
 
 # -- around a trainer --------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ import datasets
 import pytest
 
 from rlhf_fast.cai_jobs import CAI
-from rlhf_fast.cli import COMMANDS, HELP, main, read_sections
+from rlhf_fast.cli import COMMANDS, HELP, _with_keys, main, read_sections
+from rlhf_fast.commands import REQUIRED, Parser, keys_of
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.generation import generate_text
-from rlhf_fast.jobs import STAGES, SFTJob, _keys_of, _write_job, resolve_reward, score
+from rlhf_fast.jobs import STAGES, SFTJob, _write_job, resolve_reward, score
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -51,10 +52,54 @@ def test_the_package_runs_as_a_module():
 
 
 def test_every_comment_behind_a_key_is_in_the_help():
-    for spec in (STAGES | CAI).values():
+    for spec in _with_keys().values():
         for cls in spec.configs:
             written = re.findall(r"^    (?:\w+: |\)).*  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-            assert written and set(written) == {key.comment for key in _keys_of(cls).values()} - {""}
+            assert written and set(written) == {key.comment for key in keys_of(cls).values()} - {""}
+
+
+def help_of(spec, in_full):
+    parser = Parser(usage="rlhf-fast ...", description=spec.summary)
+    parser.add_keys(spec, in_full)
+    return parser.format_help()
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 43), (120, 36)])
+def test_the_help_of_every_command_fits_a_screen_and_names_every_key(columns, lines, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for spec in _with_keys().values():
+        short, full, keys = help_of(spec, False), help_of(spec, True), spec.keys()
+        assert len(short.splitlines()) + 2 <= lines and max(map(len, short.splitlines())) < columns, spec.name
+        for name, key in keys.items():
+            known = not spec.usual or name in spec.usual or key.shown == REQUIRED
+            assert f"{'--' if known else ''}{name} {key.shown}" in " ".join(short.split())
+            assert f"--{name}{key.shown}{key.comment}".replace(" ", "") in "".join(full.split())
+        assert ("--help-all" in short) == bool(spec.usual) and "other keys" not in full
+        assert {*spec.usual} <= {name for name, key in keys.items() if key.shown != REQUIRED}
+
+
+def test_the_other_keys_stand_in_the_groups_of_the_config():
+    assert "\n  adapters: lora_r 0, lora_alpha 32.0, lora_target_modules null\n" in help_of(STAGES["ppo"], False)
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--help-all"], ["--kl_coef", "1", "--help-all"]])
+def test_help_all_explains_what_help_names(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["ppo", *flags])
+    out = capsys.readouterr().out
+    assert not ended.value.code and out.startswith("usage: rlhf-fast ppo [--config FILE] [--resume] [--KEY VALUE ...]")
+    assert ("bounds the loss of a token with A < 0" in out) == ("--help-all" in flags) and "--learning_rate" in out
+
+
+def test_the_help_of_what_needs_no_torch_loads_none():
+    out = run_python(
+        "import sys; from rlhf_fast.cli import main\n"
+        "for name in ('generate', 'score', 'report', 'quickstart', 'info'):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert out.count("usage: ") == 5 and out.rstrip().endswith("[]")
 
 
 def test_importing_the_package_loads_no_torch_until_a_name_is_used():
@@ -86,7 +131,13 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json"),
-        (["generate", "--prompt", "hi"], "required: --model"),
+        (["generate", "--prompt", "hi"], "generate needs model: as flags, or as keys of a --config file"),
+        (["generate", "--promt", "hi"], "unknown argument '--promt'; did you mean '--prompt'?"),
+        (["generate", "--model", "x", "--top_p", "high"], "GenerateJob.top_p = 'high' must be a number"),
+        (["score", "--model", "x", "--batch_size", "2.5"], "ScoreJob.batch_size = 2.5 must be int"),
+        (["bench", "--device", "tpu"], "bench: argument --device: invalid choice: 'tpu'"),
+        (["bench", "--second", "3"], "bench: unknown argument '--second'; did you mean '--seconds'?"),
+        (["bench", "gae", "tokenlogprobs"], "bench: unknown op 'tokenlogprobs'; did you mean 'token_logprobs'? (there"),
     ],
 )  # fmt: skip
 def test_what_the_user_gets_wrong_is_one_line_and_exit_code_2(argv, message, capsys):
@@ -329,10 +380,25 @@ def test_a_directory_that_cannot_be_made_is_named(sft, tmp_path, capsys):
         ["quickstart", "--smoke"],
         ["cai", "pairs", "--constitution", str(sft / "constitution.yaml"), *prompts],
     ):
-        for path, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+        for path in (tmp_path / "file", tmp_path / "file" / "run"):
             assert main([*argv, "--output_dir", str(path)]) == 2
-            error = f"rlhf-fast: output_dir {str(path)!r} cannot be made ({why}): choose another output_dir\n"
-            assert capsys.readouterr().err.endswith(error)
+            error = f"output_dir {str(path)!r} cannot be written (Not a directory): choose another output_dir\n"
+            assert capsys.readouterr().err.endswith(f"rlhf-fast: {error}")
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/nothing"])  # even root writes no file there
+def test_a_directory_that_takes_no_file_is_refused_before_anything_is_read(folder, capsys):
+    nowhere = ["--model", "no/model", "--train_data", "no.jsonl", "--output_dir", folder]
+    for argv in (["sft"], ["reward"], ["ppo", "--reward", "no.py:f"], ["cai", "pairs", "--constitution", "no.yaml"]):
+        assert main([*argv, *nowhere]) == 2
+        error = f"rlhf-fast: output_dir {folder!r} cannot be written (No such file or directory): choose another"
+        assert capsys.readouterr().err.splitlines()[-1].startswith(error)
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
+    argv = ["sft", "--model", "no/model", "--train_data", "no.jsonl", "--output_dir", str(tmp_path / "runs" / "sft")]
+    assert main(argv) == 2 and "no/model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_reward_reports_accuracy_with_interval_against_floors(sft, tmp_path, capsys):
@@ -515,6 +581,35 @@ def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, 
     assert capsys.readouterr().out.count('"score": ') == 2
     for flags, message in ((["--output", answers], "needs --input"), (["--input", file, "--prompt", "hi"], "neither")):
         assert main([*argv, *flags]) == 2 and message in capsys.readouterr().err
+
+
+def test_generate_and_score_take_their_keys_from_a_file(reward, tmp_path, capsys):
+    """Their own section over the shared keys, and flags over both; the other commands take the file too."""
+    file = write_rows(tmp_path, [{"prompt": "Name 1 and 2.", "response": "They are."}])
+    config = write_yaml(
+        tmp_path / "c.yaml",
+        f"""
+model: {reward}/sft
+seed: 3
+generate: {{input: {file}, max_new_tokens: 4, temperature: 1}}
+score: {{model: {reward}/reward, input: {file}}}
+""",
+    )
+    answers = []
+    for flags in ([], ["--seed", "3"], ["--seed", "4"], ["--temperature", "0"]):
+        capsys.readouterr()
+        assert main(["generate", "--config", config, *flags]) == 0
+        answers.append(capsys.readouterr().out)
+    argv = ["--model", f"{reward}/sft", "--input", file, "--max_new_tokens", "4", "--temperature", "1", "--seed", "3"]
+    assert main(["generate", *argv]) == 0
+    assert answers[0] == answers[1] == capsys.readouterr().out and len({*answers}) == 3
+    assert main(["score", "--config", config]) == 0
+    told = capsys.readouterr()
+    assert told.out.count('"score": ') == 1 and told.err.endswith("score has no seed: left to the stages that do\n")
+    write_yaml(tmp_path / "c.yaml", "generate: {top_k: 3}\n")
+    for command in ("generate", "sft"):
+        assert main([command, "--config", config]) == 2
+        assert "section generate: unknown key 'top_k'; did you mean 'top_p'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

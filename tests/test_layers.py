@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"cai_jobs"},
     {"cai_checks"},
-    {"jobs", "bench"},
+    {"jobs", "bench", "commands"},
     {"quickstart"},
     {"trainers"},
     {

@@ -1,14 +1,17 @@
 """What the README tells people to type works: its Python runs, its commands, targets and files exist."""
 
 import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rlhf_fast.cli import COMMANDS
+from rlhf_fast.cli import main
+from rlhf_fast.commands import Parser
 from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -77,10 +80,9 @@ def test_the_model_of_ops_md_takes_the_steps_that_the_trainer_takes_without_it(t
     torch.testing.assert_close(*weights, rtol=0, atol=2e-4)
 
 
-def test_commands_and_targets_exist():
+def test_targets_exist():
     typed = "\n".join(blocks(""))
-    commands, targets = re.findall(r"rlhf-fast ([a-z]+)", README), re.findall(r"^make ([a-z]+)", typed, re.MULTILINE)
-    assert commands and set(commands) <= set(COMMANDS)
+    targets = re.findall(r"^make ([a-z]+)", typed, re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
@@ -105,11 +107,44 @@ def test_the_sdist_holds_the_tree_whose_files_it_names(tmp_path):
     assert sorted(set(tracked) - set(packed)) == [".ci/run", ".gitignore"]
 
 
-def test_flags_it_types_are_keys_of_the_command():
-    from rlhf_fast.jobs import STAGES
+def commands_in(text):
+    """What the text says to type, as argv: lines of code, code in a sentence, and comments of an example."""
+    text = re.sub(r"\\\n[#\s]*", "", text)  # a line that goes on in the next
+    lines = re.findall(r"(?:rlhf-fast|-m rlhf_fast) +([^`\n]+)", text)
+    return [shlex.split(line.removesuffix("..."), comments=True) for line in lines if " | " not in line]
 
-    for stage, rest in re.findall(r"^rlhf-fast (sft|reward|ppo|cai) (.*)$", README, re.MULTILINE):
-        flags = set(re.findall(r"--(\w+)", rest)) - {"config", "resume"}
-        assert flags <= set(STAGES[stage].keys())
-        for config in re.findall(r"--config (\S+)", rest):
-            assert stage in yaml.safe_load((ROOT / config).read_text())
+
+class Parsed(Exception):
+    pass
+
+
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.*"))
+    if path.name != "CHANGELOG.md" and commands_in(path.read_text(encoding="utf-8"))
+)
+
+
+def test_documents_with_commands_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "docs/constitutional.md", "examples/hh_rlhf.yaml"} <= {*DOCUMENTS}
+    text = "    rlhf-fast sft --a b \\\n      --c d  # e\nor `rlhf-fast info`, not `rlhf-fast cai a | b`"
+    assert commands_in(text) == [["sft", "--a", "b", "--c", "d"], ["info"]]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_that_it_shows_has_these_words_and_flags(document, monkeypatch, capsys):
+    parse = Parser.parse_args
+
+    def only_parse(self, *given):
+        parse(self, *given)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", only_parse)
+    for argv in commands_in((ROOT / document).read_text(encoding="utf-8")):
+        try:
+            code = main(argv)
+        except (Parsed, SystemExit):  # the latter of --help
+            code = 0
+        assert code == 0, f"{argv}: {capsys.readouterr().err}"
+        for config in (value for flag, value in pairwise(argv) if flag == "--config" and (ROOT / value).exists()):
+            assert argv[0] in yaml.safe_load((ROOT / config).read_text())

@@ -5,13 +5,12 @@ Times are medians; "x" columns are the other's time over ours, the median over r
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
+from ..commands import Parser, unknown
 from . import device as on_device
 from .baselines import Absent
 from .harness import OURS, interleaved, provenance, summarize
@@ -44,14 +43,9 @@ def line(result: dict) -> str:
     return f"{label}{ours['ms']:10.3f} ms, {1 / floor['over_ours']:5.2f} floors;  {others}{absent}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as all commands refuse
-        self.exit(2, f"rlhf-fast: bench: {message}\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measures, prints a line per row, and writes the JSON if asked to."""
-    parser = _Parser(prog="rlhf-fast bench", description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> int:
+    """Measures, prints a line per row, and writes the JSON if asked to. Raises ConfigError for what it refuses."""
+    parser = Parser(prog="rlhf-fast bench", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
@@ -60,16 +54,16 @@ def main(argv: list[str] | None = None) -> int:
         "--as-gpu", action="store_true", help="a GPU's rows and its way to measure, by the clock where there is none"
     )
     parser.add_argument("--json", type=Path, help="write the results here")
-    argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is usable here; rlhf-fast info says more")
     gpu = device.type == "cuda" or options.as_gpu
     chosen = list(all_rows(device, options.small, gpu))
-    unknown = set(options.ops) - {row.op for row in chosen}
-    if unknown:
-        parser.error(f"no rows for {', '.join(sorted(unknown))}; there are {', '.join(sorted({r.op for r in chosen}))}")
+    ops = sorted({row.op for row in chosen})
+    for op in options.ops:
+        if op not in ops:
+            parser.error(f"{unknown('op', op, ops)} (there are {', '.join(ops)})")
     results = {**provenance(device, argv), **({"ceilings": on_device.ceilings(device)} if gpu else {}), "rows": []}
     for row in chosen:
         if not options.ops or row.op in options.ops:

@@ -15,8 +15,11 @@ white space after it (ChatML's newline) is dropped. Masks say which tokens count
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,14 +36,29 @@ class ConfigError(ValueError):
 
 
 def make_directory(output_dir: str | Path) -> Path:
-    """The directory, made if it is not there. ConfigError where that fails, as where a file has its name."""
-    try:
+    """The directory, made if it is not there. ConfigError where that fails, or where nothing can be written in it."""
+    check_writable(output_dir)
+    with _refused(output_dir):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
+    return Path(output_dir)
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """ConfigError where the directory cannot be made or nothing can be written in it. It leaves nothing behind."""
+    path = Path(output_dir).absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk
+        pass
+
+
+@contextmanager
+def _refused(output_dir: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
-            f"output_dir {str(output_dir)!r} cannot be made ({error.strerror}): choose another output_dir"
+            f"output_dir {str(output_dir)!r} cannot be written ({error.strerror}): choose another output_dir"
         ) from None
-    return Path(output_dir)
 
 
 @dataclass

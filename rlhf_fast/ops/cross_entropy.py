@@ -24,5 +24,8 @@ def cross_entropy(
     """
     mask = labels.long() != ignore_index  # an unsigned 156 would equal -100
     check_logits("cross_entropy", logits, labels, mask)
-    nll = -token_logprobs(logits, labels, mask=mask).sum()
+    try:
+        nll = -token_logprobs(logits, labels, mask=mask).sum()
+    except IndexError as error:  # of a label
+        raise IndexError(str(error).replace("token_logprobs", "cross_entropy", 1)) from None
     return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)

@@ -72,8 +72,9 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
         arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
         refused = _C.token_logprobs_forward(*arguments, threads)
     if refused >= 0:
+        op = "token_logprobs_and_entropy" if with_entropy else "token_logprobs"
         raise IndexError(
-            f"token_logprobs: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
+            f"{op}: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
             f"{logits.shape[-1]}; a label that does not count needs mask=False (or ignore_index) there"
         )
     return outputs

@@ -15,7 +15,7 @@ from . import common
 class PPOConfig:
     """Names are TRL's where TRL has the same setting. Sizes count responses unless they say tokens."""
 
-    output_dir: str = "runs/ppo"
+    output_dir: str = "runs/ppo"  # log, samples, checkpoints, and in the end the model
     seed: int = 0
 
     # --- responses
@@ -34,7 +34,7 @@ class PPOConfig:
     missing_eos_penalty: float | None = None  # subtracted from the score of a response that was cut
     length_penalty: float = 0.0  # subtracted from the score per token beyond length_budget
     length_budget: int = 0  # tokens
-    kl_coef: float = 0.05
+    kl_coef: float = 0.05  # of the KL to the reference, token by token
     kl_estimator: str = "k1"
     kl_in_loss: bool = False  # the KL term is in the loss instead of in the rewards; then kl_estimator k2 or k3
     kl_target: float | None = None  # nats per response, like objective/kl; None: kl_coef is fixed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -98,8 +99,14 @@ def _tensorboard(path: Path, start: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
+        _say_what_is_missing()
         return None
     return SummaryWriter(str(path), purge_step=start + 1 if start else None)
+
+
+@functools.cache  # once in a process that trains several models
+def _say_what_is_missing() -> None:
+    print("no TensorBoard events: `pip install tensorboard` for them (the log and report.html have the same figures)")
 
 
 def as_numbers(metrics: dict) -> dict:

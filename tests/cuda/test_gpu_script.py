@@ -191,7 +191,7 @@ def test_a_dry_run_asks_for_what_a_cpu_can_do(monkeypatch, capsys, tmp_path):
     commands = []
     monkeypatch.setattr(gpu, "run", lambda *command, **env: commands.append(command) or 0)
     assert gpu.main(["--dry-run", str(tmp_path), "--part", "bench-logprobs", "bench-losses"]) == 0
-    assert [command[3] for command in commands] == ["token_logprobs", *gpu.BENCHES["bench-losses"]]
+    assert [command[4] for command in commands] == ["token_logprobs", *gpu.BENCHES["bench-losses"]]
     assert "left out" in capsys.readouterr().out
 
 

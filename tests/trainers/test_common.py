@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -260,6 +261,15 @@ def test_tensorboard_gets_the_logged_steps(tmp_path):
     assert events[-1].value == pytest.approx(rows(tmp_path / "train_log.jsonl")[-1]["value"])
 
 
+def test_without_tensorboard_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it raises ImportError
+    records._say_what_is_missing.cache_clear()
+    for name in ("first", "second"):  # of a command that trains several models
+        Walk(Config(str(tmp_path / name))).train()
+    assert capsys.readouterr().out.count("pip install tensorboard") == 1
+    assert not list(tmp_path.glob("*/tensorboard"))
+
+
 def test_tensorboard_gets_every_evaluation(tmp_path, monkeypatch):
     """Also those between the logged steps, and that before the first step."""
     plotted = []
@@ -422,7 +432,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot be made \(File exists\)"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\)"):
         Walk(Config(str(tmp_path / "file"))).train()
 
 
