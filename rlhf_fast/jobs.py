@@ -5,6 +5,7 @@ config.
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -37,6 +38,7 @@ from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
 from .rewards import RewardModelReward
+from .rollout_server import RolloutServer
 from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
@@ -111,6 +113,23 @@ def _keys_of(cls: type) -> dict[str, Key]:
 # -- the jobs ----------------------------------------------------------------------------------------------------------
 
 
+def known(cls: type, options: dict, key: str) -> dict:
+    """The options, if `cls` takes them all, and values of their types."""
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+    takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
+    for name, value in options.items():
+        if name not in takes:
+            near = difflib.get_close_matches(str(name), takes, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(takes)}"
+            raise ConfigError(f"{key}: {cls.__name__} has no {name!r}; {hint}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ConfigError(f"{key}: {name} = {value!r} must be {wanted}")
+    return options
+
+
 class Checked:
     """A dataclass whose fields are only checked for their types."""
 
@@ -158,6 +177,8 @@ class PPOJob(Checked):
     eval_rewards: dict = field(default_factory=dict)  # name: reward that the policy never trains on
     value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
     rollout_func: str | None = None  # file.py:function(prompts, trainer), another engine in place of our sampling
+    rollout_server: str | None = None  # or the URL of a vLLM or SGLang server (http://.../v1) that samples
+    rollout_options: dict = field(default_factory=dict)  # of RolloutServer: weights_dir, concurrency, timeout, ...
 
 
 def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
@@ -247,9 +268,19 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         tokenizer=tokenizer,
         value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
-        rollout_func=resolve_reward(job.rollout_func) if job.rollout_func else None,
+        rollout_func=_rollout_func(job),
     )
     run_trainer(trainer, resume, job)
+
+
+def _rollout_func(job: PPOJob) -> Callable | None:
+    if job.rollout_func and job.rollout_server:
+        raise ConfigError("ppo: give rollout_server or rollout_func, either samples alone")
+    if job.rollout_server:
+        return RolloutServer(job.rollout_server, **known(RolloutServer, job.rollout_options, "rollout_options"))
+    if job.rollout_options:
+        raise ConfigError("ppo: rollout_options are those of a rollout_server: give its URL")
+    return resolve_reward(job.rollout_func) if job.rollout_func else None
 
 
 def _value_model(path: str, tokenizer):
