@@ -26,13 +26,14 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from .data.chat import ConfigError, Text, encode_prompt
 from .judges.ledger import Answer, Usage
 from .judges.server import Server, Unreadable
 from .judges.stages import seed_for
-from .models import has_adapters, save_model, stop_ids
+from .models import has_adapters, save_model, save_quietly, stop_ids
 
 START = {  # (engine, whether the policy has adapters) -> how its server is started
     ("vllm", False): "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs",
@@ -199,7 +200,7 @@ class RolloutServer:
         self._step, lora, name = None, has_adapters(trainer.policy), f"{self._name}-{trainer.step}"
         root = self.base_url.rstrip("/").removesuffix("/v1")
         parent = Path(self.weights_dir or Path(trainer.config.output_dir, "rollout_weights")).resolve()
-        save_model(trainer.policy, trainer.tokenizer, parent / name)
+        save_quietly(partial(save_model, trainer.policy, trainer.tokenizer), parent / name)
         path = str(parent / name)
         adapters = f"{root}/v1" if self._engine == "vllm" else root
         if lora:

@@ -35,6 +35,7 @@ class FakeEngine(ThreadingHTTPServer):
         self.adapters, self.paused, self.stale, self.running, self.lock = {}, False, False, 0, threading.Lock()
         self.calls, self.asked, self.broken = [], [], []
         self.faults = []  # of the next answers that are not the first two, which are asked to get acquainted
+        self.gone = False  # it closes every connection without a word
         self.mend = None  # (choice) -> what is sent in its place, from the first answer on
 
     @property
@@ -117,11 +118,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        if self.server.gone:
+            self.close_connection = True
+            return
         card = {"id": "tiny", "object": "model", "owned_by": self.server.engine}
         self.reply(*((200, {"data": [card]}) if self.path == "/v1/models" else (404, {})))
 
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if server.gone:
+            self.close_connection = True
+            return
         if self.path != "/v1/completions":
             with server.lock:
                 server.calls.append((self.path, body))

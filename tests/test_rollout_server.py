@@ -84,7 +84,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_model_that_sampled(tmp_pa
         prompt = rollout.prompt_ids[i][rollout.prompt_mask[i]].tolist()
         response, mask = rollout.response_ids[i], rollout.response_mask[i]
         expected = replies[tuple(prompt), tuple(response[mask].tolist())]
-        assert rollout.rollout_logprobs[i][mask].tolist() == pytest.approx(expected, abs=1e-6)
+        assert rollout.rollout_logprobs[i][mask].tolist() == pytest.approx(expected, abs=1e-5)
     assert (rollout.rollout_logprobs - rollout.logprobs).abs().max() < 1e-5
     assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-5)
     assert metrics["policy/first_minibatch_max_abs_log_ratio"] == 0.0
@@ -105,7 +105,9 @@ def test_every_step_samples_from_its_own_weights(tmp_path, engine):
 def test_a_server_that_keeps_its_old_weights_shows_in_the_log(tmp_path, engine):
     """The proof that the test above would see it."""
     engine.deaf = True
-    differences = [metrics["sampling/sampling_logp_difference/max"] for metrics, _ in iterate(make_trainer(tmp_path, engine))]
+    differences = [
+        metrics["sampling/sampling_logp_difference/max"] for metrics, _ in iterate(make_trainer(tmp_path, engine))
+    ]
     assert differences[0] < 1e-4 and min(differences[1:]) > 1e-2
 
 
@@ -161,7 +163,7 @@ def without(*names):
 
 
 @pytest.mark.parametrize(("setting", "message"), [
-    ({"mend": without("token_ids", "logprobs")}, "no token ids and log-probabilities.*vLLM 0.10.2.*start it as VLLM_SER"),
+    ({"mend": without("token_ids", "logprobs")}, "no token ids and log-probabilities.*0.10.2.*start it as VLLM_SER"),
     ({"mend": without("token_ids")}, "the answer has no token ids; return_token_ids takes vLLM"),
     ({"mend": without("logprobs")}, "the answer has no log-probabilities"),
     ({"raw": True}, "at temperature 1, and PPO needs those at 0.8: start it as .*--logprobs-mode processed_logprobs"),
@@ -178,7 +180,9 @@ def test_a_server_that_will_not_do_is_refused_before_it_samples(tmp_path, settin
 
 def test_a_directory_that_the_server_cannot_read_is_named(tmp_path, engine, monkeypatch):
     monkeypatch.setattr("rlhf_fast.rollout_server.save_model", lambda *args: None)
-    with pytest.raises(ConfigError, match=r"rollout_weights/policy-\w+-0 were not taken.*must read that path \(weights"):
+    with pytest.raises(
+        ConfigError, match=r"rollout_weights/policy-\w+-0 were not taken.*must read that path \(weights"
+    ):
         next(iter(make_trainer(tmp_path, engine)))
     assert not [body for body in engine.asked if body["max_tokens"] == 7]
 
@@ -197,11 +201,11 @@ def on(choice):
     (["time-out"] * 3, "answers failed, the first that of prompt .*: no answer within 0.5 s; the steps before"),
     (["400"], "maximum context length is 16.*--max-model-len"),
     ([cut], "cut after 2 of 7 tokens: start the server with a longer context"),
-    ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at the token \d+, which ends no answer .* \[1\]"),
+    ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at the token \d+, ends no answer .*\(\[1\]\)"),
     ([on], "goes on after the token 1, one of stop_token_ids"),
     ([lambda choice: choice | {"token_ids": choice["token_ids"][1:]}], r"\d tokens and \d log-probabilities"),
     ([lambda choice: choice | {"finish_reason": "abort"}] * 2 * 16, "broken off .abort"),
-    ([lambda choice: cut(choice) | {"token_ids": [70_000, 1], "finish_reason": "stop"}], "the token 70000 in completion"),
+    ([lambda choice: cut(choice) | {"token_ids": [70_000, 1], "finish_reason": "stop"}], "the token 70000"),
 ])  # fmt: skip
 def test_an_answer_that_will_not_do_ends_the_run_and_changes_nothing(tmp_path, faults, message):
     with serving(sharp_model(tiny_tokenizer())) as server:
@@ -226,11 +230,10 @@ def test_a_fault_that_passes_is_asked_again(tmp_path, engine):
 def test_a_server_that_is_not_there_and_one_that_goes(tmp_path, engine):
     trainer = make_trainer(tmp_path, engine)
     next(iter(trainer))
-    engine.shutdown()
-    engine.server_close()
-    with pytest.raises(ConfigError, match="were not taken over: .*cannot be reached.*--resume goes on from there"):
+    engine.gone = True
+    with pytest.raises(ConfigError, match=r"were not taken over: .*cannot be reached.*--resume goes on"):
         next(iter(trainer))
-    with pytest.raises(ConfigError, match=r"127.0.0.1:\d+/v1 is no server of vLLM or SGLang: /models .*cannot be reached"):
+    with pytest.raises(ConfigError, match=r"127.0.0.1:\d+/v1 is no server of vLLM or SGLang: .*cannot be reached"):
         next(iter(make_trainer(tmp_path, engine)))
 
 

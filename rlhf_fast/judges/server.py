@@ -129,7 +129,7 @@ class Server:
         return calls
 
     def call(self, path: str, body: dict | None = None) -> str:
-        """The text of the reply to a POST, or to a GET where there is no body. Tried once; ConfigError for a failure."""
+        """The text of the reply to a POST, or to a GET where there is no body. One try; ConfigError for a failure."""
         try:
             return self._send(path, body).text
         except self.openai.APIStatusError as error:
