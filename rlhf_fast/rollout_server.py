@@ -104,7 +104,7 @@ class RolloutServer:
             self._meet({**common, "prompt": ids[0]}, trainer)
         if self._step != trainer.step:
             self._give_weights(trainer)
-        # 31 bits, for SGLang keeps seeds as int32.
+        # 31 bits, which every engine's integers hold.
         seeds = [seed_for(config.seed, trainer.step, i, row) >> 32 for i, row in enumerate(ids)]
         requests = [{**common, "prompt": row, "seed": seed} for row, seed in zip(ids, seeds, strict=True)]
         answers = _Answers(len(requests))
