@@ -201,7 +201,7 @@ def on(choice):
     (["time-out"] * 3, "answers failed, the first that of prompt .*: no answer within 0.5 s; the steps before"),
     (["400"], "maximum context length is 16.*--max-model-len"),
     ([cut], "cut after 2 of 7 tokens: start the server with a longer context"),
-    ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at the token \d+, .*ends no answer .*\(\[1\]\)"),
+    ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at the token .*ends no answer .*\(\[1\]\)"),
     ([on], "goes on after the token 1, one of stop_token_ids"),
     ([lambda choice: choice | {"token_ids": choice["token_ids"][1:]}], r"\d tokens and \d log-probabilities"),
     ([lambda choice: choice | {"finish_reason": "abort"}] * 2 * 16, "broken off .abort"),
