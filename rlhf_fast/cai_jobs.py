@@ -13,19 +13,16 @@ Each writes one directory and goes on there when it is called again (judges/stag
 """
 
 import dataclasses
-import difflib
-import inspect
 import json
 import shutil
 import time
-import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cai_checks import check_phase_1, known_schedule, prepare
-from .commands import Checked, Command
+from .commands import Checked, Command, known
 from .data.chat import ConfigError
 from .data.files import read_dataset
 from .data.sources import read_rows
@@ -88,9 +85,9 @@ class JudgeJob(Checked):
         """(constitution, judge)"""
         constitution = load_constitution(self.constitution, self.allow_code)
         if self.judge == "rules":
-            return constitution, RuleJudge(**_known(RuleJudge, self.judge_options, "judge_options"))
+            return constitution, RuleJudge(**known(RuleJudge, self.judge_options, "judge_options"))
         kind = HTTPJudge if _is_server(self.judge) else LocalJudge
-        options = {"seed": seed, **_known(kind, self.judge_options, "judge_options")}
+        options = {"seed": seed, **known(kind, self.judge_options, "judge_options")}
         if kind is HTTPJudge:
             server = _server(self.judge, self.judge_model, self.judge_server, "judge_")
             judge = HTTPJudge(server, constitution, **options)
@@ -123,24 +120,7 @@ class WriterJob:
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
     if not model:
         raise ConfigError(f"{url} is a server: give the model's name there as {prefix or 'server_'}model")
-    return Server(url, model, **_known(Server, options, f"{prefix}server"))
-
-
-def _known(cls: type, options: dict, key: str) -> dict:
-    """The options, if `cls` takes them all, and values of their types."""
-    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
-    takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
-    for name, value in options.items():
-        if name not in takes:
-            near = difflib.get_close_matches(str(name), takes, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(takes)}"
-            raise ConfigError(f"{key}: {cls.__name__} has no {name!r}; {hint}")
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-        if not fits or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise ConfigError(f"{key}: {name} = {value!r} must be {wanted}")
-    return options
+    return Server(url, model, **known(Server, options, f"{prefix}server"))
 
 
 def load_constitution(files: str | list, allow_code: bool) -> Constitution:

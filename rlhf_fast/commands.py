@@ -113,6 +113,23 @@ def keys_of(cls: type) -> dict[str, Key]:
     return keys
 
 
+def known(cls: type, options: dict, key: str) -> dict:
+    """The options, if `cls` takes them all, and values of their types."""
+    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
+    takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
+    for name, value in options.items():
+        if name not in takes:
+            near = difflib.get_close_matches(str(name), takes, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(takes)}"
+            raise ConfigError(f"{key}: {cls.__name__} has no {name!r}; {hint}")
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ConfigError(f"{key}: {name} = {value!r} must be {wanted}")
+    return options
+
+
 # -- flags -------------------------------------------------------------------------------------------------------------
 
 

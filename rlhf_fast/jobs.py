@@ -11,13 +11,14 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from . import parallel
-from .commands import Checked, Command
+from .commands import Checked, Command, known
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
 from .data.checks import placed, responses_of
@@ -32,6 +33,7 @@ from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
 from .rewards import RewardModelReward
+from .rollout_server import RolloutServer
 from .trainers.common import check_config, config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
@@ -81,6 +83,8 @@ class PPOJob(Checked):
     eval_rewards: dict = field(default_factory=dict)  # name: reward that the policy never trains on
     value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
     rollout_func: str | None = None  # file.py:function(prompts, trainer), another engine in place of our sampling
+    rollout_server: str | None = None  # or the URL of a vLLM or SGLang server (http://.../v1) that samples
+    rollout_options: dict = field(default_factory=dict)  # of RolloutServer: weights_dir, concurrency, timeout, ...
 
 
 def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
@@ -170,9 +174,19 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         tokenizer=tokenizer,
         value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
-        rollout_func=resolve_reward(job.rollout_func) if job.rollout_func else None,
+        rollout_func=_rollout_func(job),
     )
     run_trainer(trainer, resume, job)
+
+
+def _rollout_func(job: PPOJob) -> Callable | None:
+    if job.rollout_func and job.rollout_server:
+        raise ConfigError("ppo: give rollout_server or rollout_func, either samples alone")
+    if job.rollout_server:
+        return RolloutServer(job.rollout_server, **known(RolloutServer, job.rollout_options, "rollout_options"))
+    if job.rollout_options:
+        raise ConfigError("ppo: rollout_options are those of a rollout_server: give its URL")
+    return resolve_reward(job.rollout_func) if job.rollout_func else None
 
 
 def _value_model(path: str, tokenizer):

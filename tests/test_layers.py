@@ -20,6 +20,7 @@ LAYERS = [
     {"trainers"},
     {
         "rollout",
+        "rollout_server",
         "generation",
         "decoder",
         "trunk",

@@ -73,6 +73,7 @@ class Server:
     price_prompt: float = 0.0
     price_completion: float = 0.0
     extra_body: dict = field(default_factory=dict)
+    kept = "every answer is in the ledger, and the same command (cai train: with --resume) goes on from there"
     _client: object = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -127,9 +128,22 @@ class Server:
         self._must_be_counted(answer, about)
         return calls
 
-    def _send(self, path: str, body: dict):
+    def call(self, path: str, body: dict | None = None) -> str:
+        """The text of the reply to a POST, or to a GET where there is no body. One try; ConfigError for a failure."""
+        try:
+            return self._send(path, body).text
+        except self.openai.APIStatusError as error:
+            raise ConfigError(f"{path}: HTTP {error.status_code}: {_short(error.response.text)}") from None
+        except self.openai.APITimeoutError:
+            raise ConfigError(f"{path}: no answer within {self.timeout:g} s") from None
+        except self.openai.APIError as error:
+            raise ConfigError(f"{path} of {self.base_url} cannot be reached: {_short(str(error))}") from None
+
+    def _send(self, path: str, body: dict | None):
         """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
         options = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what the client's with_raw_response sets
+        if body is None:
+            return self._client.get(path, cast_to=object, options=options).http_response
         return self._client.post(path, body=body, cast_to=object, options=options).http_response
 
     def call_all(
@@ -224,9 +238,9 @@ class Server:
                 return
             self._failures += last
             if status in _STOP or (status == 429 and not again):
-                raise ConfigError(f"{self.base_url}: {answer.reason}; {_KEPT}")
+                raise ConfigError(f"{self.base_url}: {answer.reason}; {self.kept}")
             if wait > _PATIENCE:
-                raise ConfigError(f"{self.base_url} asks to wait for {wait:.0f} s ({answer.reason}); {_KEPT}")
+                raise ConfigError(f"{self.base_url} asks to wait for {wait:.0f} s ({answer.reason}); {self.kept}")
             now = time.monotonic()
             if status == 429:
                 self._allowed = max(1.0, self._allowed / 2)
@@ -235,14 +249,14 @@ class Server:
                 if limited > _PATIENCE:
                     raise ConfigError(
                         f"{self.base_url} has refused every call for {limited / 60:.0f} minutes ({answer.reason}): set "
-                        f"requests_per_minute to what it allows; {_KEPT}"
+                        f"requests_per_minute to what it allows; {self.kept}"
                     )
                 # As long again as it has lasted: the waits double, however many calls were refused together.
                 wait = wait or random.uniform(0.5, 1) * min(_LONGEST_WAIT, max(self.backoff, limited))
             self._not_before = max(self._not_before, now + wait)
             if self._failures >= FAILURES_IN_A_ROW:
                 raise ConfigError(
-                    f"{self.base_url}: {self._failures} questions in a row failed ({answer.reason}); {_KEPT}"
+                    f"{self.base_url}: {self._failures} questions in a row failed ({answer.reason}); {self.kept}"
                 )
 
     def _jitter(self, number: int) -> float:
@@ -268,12 +282,9 @@ class Server:
             ):
                 if bound is not None and value >= bound:
                     raise ConfigError(
-                        f"the budget is spent: {name} = {bound}, {value:g} used; {_KEPT}, with a larger one"
+                        f"the budget is spent: {name} = {bound}, {value:g} used; {self.kept}, with a larger one"
                     )
             return tries.begin(i)
-
-
-_KEPT = "every answer is in the ledger, and the same command (cai train: with --resume) goes on from there"
 
 
 def _json(text: str) -> dict:

@@ -51,6 +51,7 @@ from .loading import (
     loadable,
     make_reference,
     save_model,
+    save_quietly,
 )
 from .scalar import (
     ValueModel,
@@ -93,6 +94,7 @@ __all__ = [
     "reward_scale",
     "rotary_limit",
     "save_model",
+    "save_quietly",
     "scalar_head",
     "scalar_head_on",
     "score_tokens",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.chat import ConfigError
@@ -162,6 +163,15 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str |
         whole = unwrapped(model)
         (whole.generation_config if whole.can_generate() else whole.config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
+    """save_model(path) without the progress bar of transformers, which would write over ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    save_model(path)
+    if shown:
+        transformers_logging.enable_progress_bar()
 
 
 def loadable(model: nn.Module) -> nn.Module:

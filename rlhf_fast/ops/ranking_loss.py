@@ -33,7 +33,7 @@ _op = Op(
 def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, K) rewards and integer ranks -> scalar loss and statistics over all pairs (RANKING_STATS).
 
-    ranks (B, K): 0 is the best; equal ranks are ties and make no pair; a negative rank is padding, its reward may be NaN.
+    ranks (B, K): 0 is the best; equal ones are ties and make no pair; a negative one is padding, its reward may be NaN.
     Or (B,), counts: the responses of each prompt stand best first, so many of them, and padding after the last.
     A prompt counts once, whatever the number of its pairs; one without a pair does not count, a batch of such gives 0.
     float32, bfloat16, float16 or float64 rewards, float32 out (float64 for float64); rewards receives the gradient.

@@ -8,14 +8,13 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from .. import parallel
 from ..data.chat import ConfigError
+from ..models import save_quietly
 from .common import preserved_rng, rng_state, set_rng_state
 
 MANIFEST = "manifest.json"
@@ -85,15 +84,6 @@ def damage(checkpoint: Path) -> str | None:
     found = _hashes(checkpoint)
     wrong = [name for name, digest in expected.items() if found.get(name) != digest]
     return f"{', '.join(wrong)} not as written" if wrong else None
-
-
-def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
-    """save_model(path) without the progress bar of transformers, which would write over ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    save_model(path)
-    if shown:
-        transformers_logging.enable_progress_bar()
 
 
 def load_checkpoint(trainer, path: Path) -> dict | None:

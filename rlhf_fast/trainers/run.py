@@ -43,9 +43,10 @@ from tqdm.auto import tqdm
 
 from .. import parallel
 from ..data.chat import ConfigError, make_directory
+from ..models import save_quietly
 from ..monitors import Alarm
 from ..report import write_report
-from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint, save_quietly
+from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint
 from .common import rng_state
 from .everywhere import Everywhere
 from .records import Records, as_numbers

@@ -1,0 +1,238 @@
+"""PPO's answers from a vLLM or SGLang server: tokens in, tokens and their log-probabilities out, new weights each step.
+
+    GET  /v1/models         which of the two it is (owned_by), and the name of its model
+    POST /v1/completions    the prompt as token ids, return_token_ids, logprobs 0; one request and one seed an answer
+
+    weights                 vLLM                                                SGLang
+    all                     /pause, reload_weights by /collective_rpc,          /update_weights_from_disk
+                            /reset_prefix_cache, /resume
+    LoRA adapters           /v1/load_lora_adapter                               /load_lora_adapter
+
+The weights go through a directory that the server can read, before the first request that is to be answered by them,
+and every answer of a rollout is there before the next ones go. vLLM is paused while it reads, SGLang locks itself, and
+adapters get a new name each time, so that nothing is sampled, nor taken from a prefix cache, that is not of one policy.
+
+The log-probabilities must be those at the temperature: vLLM's are with --logprobs-mode processed_logprobs only
+(SGLang's are, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set). The first call asks at two temperatures and looks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from .data.chat import ConfigError, Text, encode_prompt
+from .judges.ledger import Answer, Usage
+from .judges.server import Server, Unreadable
+from .judges.stages import seed_for
+from .models import has_adapters, save_model, save_quietly, stop_ids
+
+START = {  # (engine, whether the policy has adapters) -> how its server is started
+    ("vllm", False): "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs",
+    ("vllm", True): "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank RANK "
+    "--logprobs-mode processed_logprobs",
+    ("sglang", False): "python -m sglang.launch_server --model-path MODEL",
+    ("sglang", True): "python -m sglang.launch_server --model-path BASE --enable-lora --max-lora-rank RANK "
+    "--lora-target-modules all",
+}
+_UNCUT = {  # else vLLM takes these from the model's generation_config
+    "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}  # fmt: skip
+_KEPT = "the steps before are kept, and --resume goes on from there"
+
+
+class _Answers:
+    """The tries of Server.call_all, without a ledger: a rollout that fails is asked for again as a whole."""
+
+    def __init__(self, count: int):
+        self.last: list[Answer] = [Answer("failed", reason="not asked")] * count
+
+    def usage(self) -> Usage:
+        return Usage()
+
+    def begin(self, i: int) -> int:
+        return i
+
+    def end(self, attempt: int, i: int, answer: Answer, **about) -> None:
+        self.last[i] = answer
+
+
+@dataclass
+class RolloutServer:
+    """A rollout_func of PPOTrainer. base_url: http://host:port/v1 of one server, not of several behind a balancer.
+
+    START has the commands. Several processes: the first one asks, for all. A seed follows from the run's seed, the
+    step, the row and the prompt, so a run that resumes asks for what it would have asked for.
+
+    Raises ConfigError where the server is another engine or cannot be given weights, answers without token ids or with
+    log-probabilities of another temperature, stops at other tokens or earlier than response_length, or does not answer.
+    """
+
+    base_url: str
+    weights_dir: str | None = None  # of this run alone, that the server reads under the same path; None: in output_dir
+    concurrency: int = 256
+    timeout: float = 600.0  # seconds, of an answer and of reading the weights
+    max_tries: int = 6  # of an answer
+    api_key_env: str = "OPENAI_API_KEY"
+    _engine: str | None = field(default=None, init=False)
+    _step: int | None = field(default=None, init=False)  # whose weights the server has from this process
+    _adapter: dict = field(default_factory=dict, init=False)  # the field of a request that names it
+
+    def __post_init__(self):
+        self._server = Server(
+            self.base_url, "", api_key_env=self.api_key_env, concurrency=self.concurrency, timeout=self.timeout,
+            max_tries=self.max_tries,
+        )  # fmt: skip
+        self._server.kept = _KEPT
+        self._name = f"policy-{secrets.token_hex(4)}"  # another one in a process that resumes
+
+    def __call__(self, prompts: Sequence[Text], trainer) -> dict[str, list]:
+        config = trainer.config
+        ids = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
+        common = {"max_tokens": config.response_length, "temperature": config.temperature,
+                  "stop_token_ids": stop_ids(trainer.policy, trainer.tokenizer)}  # fmt: skip
+        if self._engine is None:
+            self._meet({**common, "prompt": ids[0]}, trainer)
+        if self._step != trainer.step:
+            self._give_weights(trainer)
+        # 31 bits, which every engine's integers hold.
+        seeds = [seed_for(config.seed, trainer.step, i, row) >> 32 for i, row in enumerate(ids)]
+        requests = [{**common, "prompt": row, "seed": seed} for row, seed in zip(ids, seeds, strict=True)]
+        answers = _Answers(len(requests))
+        self._server.call_all(requests, answers, self._send, self._read)
+        if bad := [(i, answer) for i, answer in enumerate(answers.last) if answer.status != "ok"]:
+            i, answer = bad[0]
+            longer = f": {_LONGER}" if answer.status == "too_long" else ""
+            raise ConfigError(
+                f"rollout_server: {len(bad)} of {len(requests)} answers failed, the first that of prompt {i}: "
+                f"{answer.reason}{longer}; {_KEPT}"
+            )
+        completions, logprobs = zip(*(answer.value for answer in answers.last), strict=True)
+        return {"completion_ids": list(completions), "logprobs": list(logprobs)}
+
+    def _send(self, request: dict) -> tuple[str, dict]:
+        return "/completions", {"logprobs": 0, "return_token_ids": True, **_UNCUT, **request, **self._adapter}
+
+    def _read(self, request: dict, reply: dict) -> Answer:
+        """Value: (token ids, log-probabilities). What is wrong is not tried again: the same seed brings the same."""
+        choice = reply["choices"][0]
+        ids, reason, stops = choice.get("token_ids"), choice["finish_reason"], request["stop_token_ids"]
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+        if reason not in ("stop", "length"):
+            raise Unreadable(f"the answer was broken off ({reason})")
+        if not ids or not logprobs:
+            missing = " and ".join(
+                name for name, value in (("token ids", ids), ("log-probabilities", logprobs)) if not value
+            )
+            return _no(f"the answer has no {missing}; return_token_ids takes vLLM 0.10.2 or later, or a recent SGLang")
+        if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+            return _no(
+                f"the answer has {len(ids)} tokens and {len(logprobs)} log-probabilities, or some are not finite"
+            )
+        if stops_at := [i for i, token in enumerate(ids) if token in stops]:
+            if stops_at[0] != len(ids) - 1:
+                return _no(f"the answer goes on after the token {ids[stops_at[0]]}, one of stop_token_ids")
+        elif reason == "stop":
+            return _no(
+                f"the server stopped at the token {ids[-1]}, which ends no answer of the policy ({stops}): start it "
+                "with the policy's own directory, whose generation_config declares what does"
+            )
+        elif len(ids) != request["max_tokens"]:
+            return _no(f"the answer was cut after {len(ids)} of {request['max_tokens']} tokens: {_LONGER}")
+        return Answer("ok", (ids, logprobs))
+
+    def _meet(self, request: dict, trainer) -> None:
+        """Which engine it is, and whether it answers as is needed, by two answers of one token."""
+        try:
+            card = json.loads(self._server.call("/models"))["data"][0]
+            engine, self._server.model = card.get("owned_by"), card["id"]
+        except (ConfigError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            why = error if isinstance(error, ConfigError) else "it lists no model"
+            raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}") from None
+        lora = has_adapters(trainer.policy)
+        if (engine, lora) not in START:
+            raise ConfigError(
+                f"rollout_server: {self.base_url} calls itself {engine!r}, and only a server of vLLM or SGLang can be "
+                "given new weights: start one of these (docs/ppo.md), or write a rollout_func"
+            )
+        top = []
+        for temperature in (0.1, 10.0):
+            probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 1}
+            answer = self._server.ask_once(probe, self._send, self._read_top)[-1].answer
+            if answer.status != "ok":
+                raise ConfigError(
+                    f"rollout_server: {self.base_url}: {answer.reason}; start it as {START[engine, lora]}"
+                )
+            top.append(answer.value)
+        # The likeliest token is likelier the colder it gets, unless the temperature is left out of account.
+        if trainer.config.temperature != 1 and top[0] - top[1] < 0.05:
+            raise ConfigError(
+                f"rollout_server: {self.base_url} gives log-probabilities at temperature 1, and PPO needs those at "
+                f"{trainer.config.temperature}: start it as {START[engine, lora]}, and without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB"
+            )
+        if trainer.config.importance_cap is None:
+            warnings.warn(
+                "rollout_server: another engine's probabilities are a little off the policy's, and nothing corrects "
+                "for it: set importance_cap: 2",
+                stacklevel=2,
+            )
+        self._engine = engine
+
+    def _read_top(self, request: dict, reply: dict) -> Answer:
+        answer = self._read(request, reply)
+        if answer.status != "ok":
+            return answer
+        return Answer("ok", max(reply["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+
+    def _give_weights(self, trainer) -> None:
+        """The policy's weights, or its adapters, to the server. Where that fails nothing is sampled any more, until
+        they have been given again; vLLM then stays paused."""
+        self._step, lora, name = None, has_adapters(trainer.policy), f"{self._name}-{trainer.step}"
+        root = self.base_url.rstrip("/").removesuffix("/v1")
+        parent = Path(self.weights_dir or Path(trainer.config.output_dir, "rollout_weights")).resolve()
+        save_quietly(partial(save_model, trainer.policy, trainer.tokenizer), parent / name)
+        path = str(parent / name)
+        adapters = f"{root}/v1" if self._engine == "vllm" else root
+        if lora:
+            calls = [(f"{adapters}/load_lora_adapter", {"lora_name": name, "lora_path": path})]
+        elif self._engine == "sglang":
+            calls = [(f"{root}/update_weights_from_disk", {"model_path": path, "flush_cache": True})]
+        else:
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            calls = [(f"{root}/pause?mode=wait", {}), (f"{root}/collective_rpc", reload),
+                     (f"{root}/reset_prefix_cache", {}), (f"{root}/resume", {})]  # fmt: skip
+        for url, body in calls:
+            try:
+                self._server.call(url, body)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"rollout_server: the policy's weights in {path} were not taken over: {error}. The server must "
+                    f"read that path (weights_dir), and be started as {START[self._engine, lora]}; {_KEPT}"
+                ) from None
+        before = self._adapter
+        if lora:
+            self._adapter = {"model" if self._engine == "vllm" else "lora_path": name}
+        for last in before.values():
+            with suppress(ConfigError):  # a server that was started anew has it no more
+                self._server.call(f"{adapters}/unload_lora_adapter", {"lora_name": last})
+        for old in parent.glob("policy-*"):  # also of a process that was killed
+            if old.name != name:
+                shutil.rmtree(old)
+        self._step = trainer.step
+
+
+_LONGER = "start the server with a longer context (vLLM: --max-model-len, SGLang: --context-length)"
+
+
+def _no(reason: str) -> Answer:
+    return Answer("unparsed", reason=reason)
