@@ -248,8 +248,7 @@ def own(parameters: Sequence[nn.Parameter]) -> list[int]:
 
 def leave_to_others(parameters: Sequence[nn.Parameter]) -> None:
     """Only this process's own keep their gradient; AdamW passes over the rest, and makes no state for them."""
-    others = set(range(len(parameters))).difference(own(parameters))
-    for i in others:
+    for i in set(range(len(parameters))).difference(own(parameters)):
         parameters[i].grad = None
 
 
@@ -269,7 +268,7 @@ def send_weights(parameters: Sequence[nn.Parameter]) -> None:
 
 def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
     """What each process has of {place: {name: tensor}} -> in the first one all of it, the others' part on the CPU;
-    elsewhere what it was given."""
+    elsewhere what it was given. Tensor by tensor, so that the others need no room for what is not theirs."""
     if size() == 1:
         return states
     mine = {(place, name): t for place, state in states.items() for name, t in state.items()}
