@@ -47,7 +47,7 @@ def start() -> None:
             raise ConfigError(
                 f"accelerate's configuration asks for {engine}, which these trainers do not use: every process holds "
                 "the whole model and its share of AdamW's state (as in ZeRO stage 1). Start them with torchrun, or "
-                "with accelerate's plain multi-GPU; where the model does not fit, train adapters (lora_r)"
+                "with accelerate's plain multi-GPU; where its gradients do not fit, train adapters (lora_r)"
             )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
