@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 2 -m rlhf_fast sft --config run.yaml
 
-Every process reads all the data, holds the whole model and its optimizer, and decides by itself what a step consists
-of. The decisions agree, because they follow from the config, the seed and values that all processes have. What is
-shared out is the work: micro-batches, prompts to answer, answers to judge. Gradients are then summed, results gathered,
-and every process takes the same optimizer step, so the models stay equal, on processors of one kind to the last bit (a
-checkpoint looks whether they are). As a loss is divided by what counts in the whole step, the sum is the gradient that
-one process would have computed.
+Every process reads all the data, holds the whole model, and decides by itself what a step consists of. The decisions
+agree, because they follow from the config, the seed and values that all processes have. What is shared out is the work:
+micro-batches, prompts to answer, answers to judge. Results are then gathered and gradients summed; as a loss is divided
+by what counts in the whole step, the sum is the gradient that one process would have computed.
+
+The optimizer is shared out too, by whole parameters (stage 1 of ZeRO, Rajbhandari et al. 2020): a process steps its own
+ones, which it alone keeps AdamW's state of, and sends the new weights to all. So the models stay equal to the last bit.
+In float32, N processes need 8 + 8/N bytes a parameter each, where one needs 16.
 
 Only the first process writes files (trainers/run.py). Without torchrun all of this is one process, and the
 functions below return what they are given.
@@ -44,7 +46,8 @@ def start() -> None:
         if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
             raise ConfigError(
                 f"accelerate's configuration asks for {engine}, which these trainers do not use: every process holds "
-                "the whole model. Start them with torchrun, or with accelerate's plain multi-GPU"
+                "the whole model and its share of AdamW's state (as in ZeRO stage 1). Start them with torchrun, or "
+                "with accelerate's plain multi-GPU; where its gradients do not fit, train adapters (lora_r)"
             )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -82,13 +85,17 @@ def share(items: Sequence, loads: Sequence[int] | None = None) -> list:
     loads: how much work each is (tokens), by default the same. The largest go first, each to the process that has the
     least to do, so that all are done at about the same time.
     """
-    loads = loads or [1] * len(items)
+    return [items[i] for i in _shares(loads or [1] * len(items))[rank()]]
+
+
+def _shares(loads: Sequence[int]) -> list[list[int]]:
+    """Of every process the places of what is its."""
     shares, work = [[] for _ in range(size())], [0] * size()
-    for i in sorted(range(len(items)), key=lambda i: -loads[i]):
-        process = min((r for r in range(size()) if len(shares[r]) * size() < len(items)), key=work.__getitem__)
+    for i in sorted(range(len(loads)), key=lambda i: -loads[i]):
+        process = min((r for r in range(size()) if len(shares[r]) * size() < len(loads)), key=work.__getitem__)
         shares[process].append(i)
         work[process] += loads[i]
-    return [items[i] for i in sorted(shares[rank()])]
+    return [sorted(places) for places in shares]
 
 
 def block(count: int, multiple: int) -> slice:
@@ -234,6 +241,55 @@ def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
+def own(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """The places of those that this process steps."""
+    return share(range(len(parameters)), [p.numel() for p in parameters])
+
+
+def leave_to_others(parameters: Sequence[nn.Parameter]) -> None:
+    """Only this process's own keep their gradient; AdamW passes over the rest, and makes no state for them."""
+    for i in set(range(len(parameters))).difference(own(parameters)):
+        parameters[i].grad = None
+
+
+@torch.no_grad()
+def send_weights(parameters: Sequence[nn.Parameter]) -> None:
+    """Each parameter becomes what it is in the process that steps it."""
+    if size() == 1:
+        return
+    for process, places in enumerate(_shares([p.numel() for p in parameters])):
+        for bucket in _buckets(parameters[i] for i in places):
+            rows = [p.flatten() for p in bucket]
+            flat = torch.cat(rows) if len(rows) > 1 else rows[0]
+            dist.broadcast(flat, src=process)
+            for p, row in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.copy_(row.view(p.shape))
+
+
+def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """What each process has of {place: {name: tensor}} -> in the first one all of it, the others' part on the CPU;
+    elsewhere what it was given. Tensor by tensor, so that the others need no room for what is not theirs."""
+    if size() == 1:
+        return states
+    mine = {(place, name): t for place, state in states.items() for name, t in state.items()}
+    theirs = gather({key: t.to("meta") for key, t in mine.items()} if rank() else {})
+    with in_all():  # there may be no room
+        if rank():
+            mine = {key: t.cpu() for key, t in mine.items()}
+        else:
+            mine |= {key: torch.empty_like(t, device="cpu") for held in theirs for key, t in held.items()}
+    for process, held in enumerate(theirs):
+        for key in held:
+            if rank() == process:
+                dist.send(mine[key], dst=0)
+            elif rank() == 0:
+                dist.recv(mine[key], src=process)
+    whole = {}
+    for (place, name), t in sorted(mine.items(), key=lambda item: item[0][0]):
+        whole.setdefault(place, {})[name] = t
+    return whole
+
+
 def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
     """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, or
     which weights there are and learn is not the same in all, or a model is on another GPU than the process's own."""
@@ -251,8 +307,6 @@ def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
         for device in {t.device for t in tensors if t.is_cuda}:
             if device.index != (own := torch.cuda.current_device()):
                 raise ConfigError(f"a model is on {device}, and this process's GPU is cuda:{own}: give the path of it")
-    for tensor in tensors:
-        with torch.no_grad():
-            whole = tensor.contiguous()
-            dist.broadcast(whole, src=0)
-            tensor.copy_(whole)
+    for tensor in tensors:  # row by row from now on, as their gradients: fused AdamW pairs them as they lie in memory
+        tensor.data = tensor.data.contiguous()
+        dist.broadcast(tensor.data, src=0)

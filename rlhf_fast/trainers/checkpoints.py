@@ -21,10 +21,10 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, rng: list[dict] | None = None) -> Path:
+def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, state: dict | None = None) -> Path:
     """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all.
 
-    metrics: those of step N, where they are not in the log yet. rng: the generators of every process.
+    metrics: those of step N, where they are not in the log yet. state: Everywhere.state() of a run.
 
     The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
     rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
@@ -36,7 +36,8 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, rng: li
     try:
         with preserved_rng():  # a trainer may build a model to save it, which draws random weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
-        state = {"step": trainer.step, "trainer": trainer.state_dict(), "rng": rng or [rng_state()], "metrics": metrics}
+        state = state or {"trainer": trainer.state_dict(), "rng": [rng_state()]}
+        state |= {"step": trainer.step, "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
             state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
         torch.save(state, temporary / "state.pt")

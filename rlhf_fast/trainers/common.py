@@ -346,26 +346,40 @@ def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: flo
 
 def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
     """Sums the gradients over the processes, clips their global norm, steps, clears them; returns the norm before
-    clipping, a float32 scalar.
+    clipping, a float32 scalar. Of several processes each steps its own parameters and sends them to all.
 
     A gradient that is not finite skips the update (the schedule still advances); the norm returned shows it, and
     NonFiniteGuard counts it. max_grad_norm None or 0 does not clip.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     parallel.sum_gradients(parameters)
     with parallel.in_all():  # Adam's state may not fit
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
         if torch.isfinite(norm):
+            parallel.leave_to_others(parameters)
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    parallel.send_weights(parameters)
     if scheduler is not None:
         scheduler.step()
     return norm.detach().float()
 
 
+def _parameters(optimizer) -> list[torch.nn.Parameter]:
+    """In the order of its state_dict()."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_state(optimizer) -> dict:
+    """Its state_dict(), which several processes call at once: in the first one with what the others keep of it."""
+    state = optimizer.state_dict()
+    return state | {"state": parallel.to_first(state["state"])}
+
+
 def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
-    """Loads the saved states. Learning rate and weight decay stay those of the config, which may have changed since.
-    ConfigError where the states are of another number of parameters."""
+    """Loads the saved states; a process keeps those of the parameters that it steps. Learning rate and weight decay
+    stay those of the config, which may have changed since. ConfigError where the states are of another number of
+    parameters."""
     counts = [
         [len(group["params"]) for group in groups]
         for groups in (saved_optimizer["param_groups"], optimizer.param_groups)
@@ -376,7 +390,10 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
             "the same freeze_trunk, train_last_layers and lora_*"
         )
     mine = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved_optimizer)
+    own = set(parallel.own(_parameters(optimizer)))
+    optimizer.load_state_dict(
+        saved_optimizer | {"state": {i: state for i, state in saved_optimizer["state"].items() if i in own}}
+    )
     scheduler.load_state_dict(saved_scheduler)
     scheduler.base_lrs = [group["initial_lr"] for group in mine]
     for group, own, factor in zip(optimizer.param_groups, mine, scheduler.lr_lambdas, strict=True):

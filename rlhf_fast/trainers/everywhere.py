@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from .. import models, parallel
 from ..data.chat import ConfigError
 from .checkpoints import load_checkpoint
-from .common import digest, preserved_rng, rng_state, set_rng_state
+from .common import preserved_rng, rng_state, set_rng_state
 
 
 class Everywhere:
@@ -76,23 +75,9 @@ class Everywhere:
         with preserved_rng():
             self.trainer.finish(run_dir)
 
-    def rng_states(self) -> list[dict]:
-        """Of every process, for a checkpoint. A warning where their weights are not the same any more."""
-        states = parallel.gather(rng_state())
-        if parallel.size() > 1:
-            networks = (getattr(self.trainer, name, None) for name in ("model", "policy", "value_model"))
-            learned = [p for n in networks if n is not None for p in n.parameters() if p.requires_grad]
-            with parallel.in_all():  # a copy of the weights may not fit
-                own = digest(p.detach().cpu().numpy() for p in learned)
-            found = parallel.gather(own)
-            odd = [process for process, weights in enumerate(found) if weights != found[0]]
-            if odd and parallel.rank() == 0:
-                message = f"after step {self.trainer.step} the weights of process {odd[0]} are not those of the first: "
-                message += (
-                    "they run on processors of different kinds, which round apart, or something else changes them"
-                )
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return states
+    def state(self) -> dict:
+        """What a checkpoint holds of the trainer, and of the generators of every process; whole in the first one."""
+        return {"trainer": self.trainer.state_dict(), "rng": parallel.gather(rng_state())}
 
     def load(self, checkpoint: Path) -> dict | None:
         return load_checkpoint(self.trainer, checkpoint)

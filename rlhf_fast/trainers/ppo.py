@@ -579,7 +579,7 @@ class PPOTrainer:
             "data": self.data,
             "policy": trained_state(self.policy),
             "value_model": trained_state(self._own_critic) if self.value_model else None,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [common.optimizer_state(optimizer) for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
 

@@ -354,7 +354,7 @@ class RewardTrainer:
             "lengths": torch.tensor(self.lengths),
             "data": self.data,
             "model": trained_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": common.optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
         }
 

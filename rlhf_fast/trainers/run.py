@@ -9,7 +9,8 @@ A trainer is any object with
     __iter__()              goes on from `step`, yields a dict of metrics per step; state is updated before the yield
     evaluate() -> dict      eval_* metrics; {} where there is nothing to evaluate
     samples() -> list[dict] a few texts for samples.jsonl
-    state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here)
+    state_dict(), load_state_dict(state)   models, optimizer, scheduler, counters (the RNG is kept here); of several
+                            processes all call it at once
     save_model(path)        transformers checkpoint and tokenizer
     save_in_checkpoint(path)  (optional) called for checkpoints instead of save_model, where that writes too much
     finish(run_dir)         (optional) called once after the last step, before the report and the model are written
@@ -47,7 +48,6 @@ from ..models import save_quietly
 from ..monitors import Alarm
 from ..report import write_report
 from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint
-from .common import rng_state
 from .everywhere import Everywhere
 from .records import Records, as_numbers
 from .run_dir import RUN_CONFIG, changed_settings, check_is_new, model_card
@@ -111,9 +111,9 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
     metrics.pop("step", None)
     ending: list[Alarm] = []  # alarms of the last step that end the run
 
-    def checkpoint(metrics: dict | None = None, rng: list[dict] | None = None) -> None:
+    def checkpoint(metrics: dict | None = None, state: dict | None = None) -> None:
         records.sync()
-        save_checkpoint(trainer, run_dir, metrics, rng or everywhere("rng_states"))
+        save_checkpoint(trainer, run_dir, metrics, state or everywhere("state"))
 
     def keep(metrics: dict | None = None) -> None:
         """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
@@ -121,11 +121,11 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
         if trainer.step == start or path.exists():
             return
         try:
-            rng = everywhere("rng_states")
-        except Exception:  # a process is gone, and with it its generators
-            rng = [rng_state()]
+            state = everywhere("state")
+        except Exception:  # a process is gone, and with it its share of the optimizer's state
+            return
         try:
-            checkpoint(metrics, rng)
+            checkpoint(metrics, state)
             bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
         except OSError as error:
             warnings.warn(str(error), stacklevel=3)

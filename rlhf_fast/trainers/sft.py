@@ -259,7 +259,7 @@ class SFTTrainer:
             "lengths": torch.tensor(self.lengths),
             "data": self.data,
             "model": trained_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": common.optimizer_state(self.optimizer),
             "scheduler": self.scheduler.state_dict(),
         }
 

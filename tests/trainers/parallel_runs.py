@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections import deque
 from pathlib import Path
 from unittest import mock
@@ -27,8 +26,9 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), word="mat", frozen=None, **model):
-    """In each process from other weights, of which the first one's count. frozen: a layer that does not learn."""
+def sft(path, steps=(), word="mat", frozen=None, only=None, **model):
+    """In each process from other weights, of which the first one's count. frozen: a layer that does not learn. only: a
+    linear map whose matrix alone learns, and lies in memory column by column."""
     tokenizer = tiny_tokenizer()
     data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS)]
     # A step of 8 sequences, in however many processes.
@@ -39,6 +39,9 @@ def sft(path, steps=(), word="mat", frozen=None, **model):
     )
     if frozen is not None:
         network.model.layers[frozen].requires_grad_(False)
+    if only is not None:
+        weight = network.requires_grad_(False).model.get_submodule(only).weight.requires_grad_(True)
+        weight.data = weight.data.t().contiguous().t()
     return SFTTrainer(config, network, train_dataset=data, eval_dataset=data[:5], tokenizer=tokenizer)
 
 
@@ -78,6 +81,11 @@ def networks(trainer):
     return [m for m in (getattr(trainer, n, None) for n in ("model", "policy", "value_model")) if m is not None]
 
 
+def held(optimizer):
+    """Bytes of the state that this process keeps."""
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+
+
 def digest(trainer):
     return common.digest(p.detach().numpy() for network in networks(trainer) for p in network.parameters())
 
@@ -101,11 +109,17 @@ def killed(path):
 
 
 def killed_alone(path):
-    """The second process dies in the fourth step of a run that has no checkpoint yet."""
-    trainer = sft(path / "run", steps={"save_steps": 0})
+    """The second process dies in the fourth step, and with it its share of the optimizer's state."""
+    trainer = sft(path / "run")
     step = trainer._train_step
     trainer._train_step = lambda rows: os.kill(os.getpid(), 9) if rank() and trainer.step == 3 else step(rows)
     trainer.train()
+
+
+def resumed(path):
+    trainer = sft(path / "run")
+    trainer.train(resume=True)
+    leave(path, digest=digest(trainer), state=held(trainer.optimizer))
 
 
 def failing_reward(path):
@@ -183,17 +197,23 @@ def everything(path):
         metrics = [{k: float(v) for k, v in m.items()} for m in trainer]
         evaluation = {k: float(v) for k, v in trainer.evaluate().items()}
         found[stage] = {"digest": digest(trainer), "metrics": metrics, "evaluation": evaluation, "drawn": drawn}
+        found[stage]["state"] = [held(o) for o in getattr(trainer, "optimizers", None) or [trainer.optimizer]]
         if parallel.rank() == 0:
             torch.save([p.detach() for n in networks(trainer) for p in n.parameters()], path / f"{stage}.pt")
     for make in (sft, reward, ppo):
         result = (trainer := make(path / "runs" / make.__name__)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
-    drifting = sft(path / "drifting", steps={"max_steps": 2, "save_steps": 1})
-    step = drifting._train_step
-    drifting._train_step = lambda rows: (step(rows), drifting.model.lm_head.weight.data.add_(0.01 * rank()))[0]
-    with warnings.catch_warnings(record=True) as warned:
-        drifting.train()
-    warned = [str(warning.message) for warning in warned]
+    with mock.patch.object(parallel, "leave_to_others"):  # every process steps all, and keeps all of the state
+        deque(whole := sft(path / "whole"), 0)
+    found["whole"] = {"digest": digest(whole), "state": [held(whole.optimizer)]}
+    one_matrix = sft(path / "one_matrix", only="layers.0.mlp.up_proj")
+    deque(one_matrix, 0)
+    state = one_matrix.state_dict()["optimizer"]["state"]
+    found["one matrix"] = {
+        "digest": digest(one_matrix), "state": [held(one_matrix.optimizer)],
+        "weight": one_matrix.model.model.layers[0].mlp.up_proj.weight.tolist(),
+        "saved": {place: {name: t.tolist() for name, t in tensors.items()} for place, tensors in state.items()},
+    }  # fmt: skip
     # Of the first process, of both, of nobody, of both in float64; at most two of these in one sum.
     summed = [torch.nn.Parameter(x) for x in (torch.zeros(3, 2).t(), *torch.zeros(2, 3), torch.zeros(2).double())]
     if parallel.rank() == 0:
@@ -213,7 +233,7 @@ def everything(path):
         except ConfigError as error:
             refused.append(str(error))
     gradients = [p.grad is not None and p.grad.tolist() for p in summed]
-    leave(path, asked=asked, found=found, refused=refused, gradients=gradients, warned=warned)
+    leave(path, asked=asked, found=found, refused=refused, gradients=gradients)
 
 
 if __name__ == "__main__":
