@@ -519,7 +519,7 @@ def rewrite(path: Path, sections: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Rewrites every section from the result files, and the picture from the first that has log-probabilities."""
+    """Rewrites every section from the result files; README's ops are those of the machine that was measured last."""
     folder = ROOT / "bench" / "results"
     paths = sorted(folder.glob("*.json"))
     files = [json.loads(path.read_text()) for path in paths if not path.name.endswith("ppo.json")]
@@ -544,8 +544,8 @@ def main() -> None:
         sections["trainers"] = "\n".join(map(trainers, trained))
     sections["stages"] = stages(trained, ppo)
     if results:
-        first = results[0]["machine"]  # docs/ops.md has them all
-        shown = [result for result in results if result["machine"] == first and result["rows"]]
+        last = max(results, key=lambda result: result["date"])["machine"]  # docs/ops.md has them all
+        shown = [result for result in results if result["machine"] == last and result["rows"]]
         sections["bench"] = "\n".join(summary(result) for result in shown)
         drawn = [result for result in shown if any(row["op"] == "token_logprobs" for row in result["rows"])]
         if drawn:
