@@ -92,6 +92,12 @@ inline void copy(T* out, const S* x, int64_t stride, int n) {
 
 }  // namespace tile
 
+// Bytes from x.data to x[row, col], which need not exist.
+inline int64_t offset(const Grid& x, int64_t row, int64_t col) {
+  const int64_t size = x.dtype == kFloat64 ? 8 : x.dtype == kFloat32 ? 4 : x.dtype == kBool ? 1 : 2;
+  return (row * x.row_stride + col * x.col_stride) * size;
+}
+
 // out[j] = x[row, col + j]
 template <class T>
 inline void load(T* out, const Grid& x, int64_t row, int64_t col, int n) {
