@@ -98,6 +98,7 @@ class Checked:
 
 
 def keys_of(cls: type) -> dict[str, Key]:
+    """{field of the dataclass: its Key}, read from its source."""
     hints, comments, groups, group = typing.get_type_hints(cls), {}, {}, ""
     line = re.compile(r"^    (?:# --- (.+)|(\w+): [^#\n]*(?:# (.+))?)$", re.MULTILINE)
     for heading, name, comment in line.findall(inspect.getsource(cls)):
