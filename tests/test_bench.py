@@ -129,6 +129,37 @@ def test_an_unknown_op_is_refused():
             bench.main(["gae", op, "--small"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--json", "{there}"], "--json {there}: Is a directory"),
+        (["--json", "{there}/file/cpu.json"], "--json {there}/file/cpu.json: File exists"),
+        (["--json", "{there}/dangling"], "--json {there}/dangling: No such file or directory"),
+        (["--seconds", "-1"], "--seconds -1.0 must be a number of seconds"),
+        (["--seconds", "nan"], "--seconds nan must be a number of seconds"),
+        (["--seconds", "inf"], "--seconds inf must be a number of seconds"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_a_row_is_measured(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "cpu.json")
+    with pytest.raises(ConfigError, match=re.escape("bench: " + message.format(there=tmp_path))):
+        bench.main(["gae", "--small", "--device", "cpu", *(flag.format(there=tmp_path) for flag in flags)])
+
+
+def test_results_stay_until_there_are_new_ones(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    (tmp_path / "old.json").write_text("{}")
+    for path in (tmp_path / "old.json", tmp_path / "new.json"):
+        with pytest.raises(KeyboardInterrupt):
+            bench.main(["gae", "--small", "--device", "cpu", "--json", str(path)])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.json", "{}")]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="no CUDA device is usable here"):

@@ -6,6 +6,7 @@ Times are medians; "x" columns are the other's time over ours, the median over r
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -55,6 +56,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(argv)
+    if not 0 <= options.seconds < math.inf:
+        parser.error(f"--seconds {options.seconds} must be a number of seconds")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is usable here; rlhf-fast info says more")
@@ -64,6 +67,15 @@ def main(argv: list[str]) -> int:
     for op in options.ops:
         if op not in ops:
             parser.error(f"{unknown('op', op, ops)} (there are {', '.join(ops)})")
+    if options.json:
+        try:  # before anything is measured; what an earlier run left there stays until the first row
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            new = not options.json.exists()
+            options.json.open("a").close()
+            if new:
+                options.json.unlink()
+        except OSError as error:
+            parser.error(f"--json {options.json}: {error.strerror}")
     results = {**provenance(device, argv), **({"ceilings": on_device.ceilings(device)} if gpu else {}), "rows": []}
     for row in chosen:
         if not options.ops or row.op in options.ops:
@@ -71,6 +83,5 @@ def main(argv: list[str]) -> int:
             results["rows"].append(take(row, device, options.seconds))
             print(show(results["rows"][-1]), flush=True)
             if options.json:  # after every row: an interrupted run keeps what it has
-                options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
