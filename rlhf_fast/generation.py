@@ -162,7 +162,7 @@ def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p,
     except TypeError:  # None, or a tensor without an axis
         stops = []
     if (
-        max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1
+        max_new_tokens < 1 or batch_size < 1 or not temperature > 0 or not 0 < top_p <= 1
         or (top_k is not None and top_k < 1) or not stops
     ):  # fmt: skip
         raise ConfigError(

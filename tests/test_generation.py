@@ -308,6 +308,12 @@ def test_without_an_eos_it_is_refused(model, prompts, eos):
         sampled(model, prompts, eos_token_id=eos)
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(model, prompts, temperature):
+    with pytest.raises(ConfigError, match=f"temperature > 0.* got 4, 128, {temperature}"):
+        generate_tokens(model, prompts, max_new_tokens=4, eos_token_id=EOS, temperature=temperature)
+
+
 def test_learned_positions_end_and_rotary_ones_go_on():
     prompt = [3] * 120  # of 128 positions
     options = {"eos_token_id": VOCAB, "do_sample": False}
