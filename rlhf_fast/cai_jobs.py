@@ -1,15 +1,17 @@
 """rlhf-fast cai WORD: Constitutional AI, one part at a time or from end to end.
 
-    validate   constitution files            -> what is in them, or the file, principle and field that is wrong
-    revise     prompts                       -> revisions.jsonl, sft.jsonl                               phase 1
-    pairs      prompts                       -> pairs.jsonl, rejected.jsonl                              phase 2
-    audit      pairs that people compared    -> audit.json, audit.html: how good the judge is
-    label      pairs, the judge's card       -> judgements.jsonl, comparisons.jsonl, constitution.html
-    derive     judgements                    -> comparisons.jsonl under other weights, clamp, calibration; no judge
-    train      prompts                       -> all of it, with SFT, reward model and PPO in between
+  validate  constitution files      -> what is in them, or what is wrong, where
+  revise    prompts                 -> revisions.jsonl, sft.jsonl (phase 1)
+  pairs     prompts                 -> pairs.jsonl, rejected.jsonl (phase 2)
+  audit     pairs people compared   -> audit.json, audit.html: the judge's card
+  label     pairs, the judge's card -> judgements.jsonl, comparisons.jsonl,
+                                       constitution.html
+  derive    judgements              -> comparisons.jsonl under other weights,
+                                       clamp, calibration; without the judge
+  train     prompts                 -> all of it, with SFT, reward model, PPO
 
-Each writes one directory and goes on there when it is called again (judges/stages.py); train does with --resume.
-`rlhf-fast cai WORD --help` has the keys of each.
+Each writes one directory and goes on there when it is called again; train does
+so with --resume. `rlhf-fast cai WORD --help` has the keys of each.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ import yaml
 from ._version import __version__
 from .commands import Checked, Command, Parser, unknown
 from .data.chat import ConfigError
+from .data.files import UniqueKeys
 from .monitors import RunStopped
 
 HELP = """\
@@ -30,21 +31,23 @@ Train
   sft         supervised fine-tuning on demonstrations
   reward      a reward model from preferences
   ppo         PPO against a reward model or a Python function
-  cai WORD    Constitutional AI: validate, revise, pairs, audit, label, derive, or train for all of it
-              --resume goes on from the newest checkpoint; --help names the keys, --help-all explains them
+  cai WORD    Constitutional AI: validate, revise, pairs, audit, label, derive,
+              or train for all of it
+              --help names the keys of each, --help-all explains them
 
 Look
   generate    answer prompts with a model
-  score       JSONL of prompts and responses in, with the scores of a reward model out
+  score       records with responses in, with a reward model's scores out
   report      write report.html for a run directory
   quickstart  all stages on a small task made on the spot, in minutes on a CPU
   bench       measure the ops on this machine beside PyTorch and others
   info        versions, build, and the kernel each op runs
 
-A YAML file has the keys that are flags here, either shared by all stages or in a section named as the stage is.
-torchrun -m rlhf_fast sft ... (or reward, ppo) trains one model in several processes, each on a GPU of its own.
-Exit codes: 0 done, 1 failed, 2 refused (the message says what to change), 3 stopped by a monitor (stop_on),
-130 interrupted; after these two --resume continues."""
+A YAML file has the flags as keys, shared or in a section named as the command.
+torchrun -m rlhf_fast sft ... (or reward, ppo) trains in several processes.
+Exit codes: 0 done, 1 failed, 2 refused (the message says what to change),
+3 stopped by a monitor (stop_on), 130 interrupted; after these two --resume
+goes on from the newest checkpoint."""
 
 TRAINERS = ("sft", "reward", "ppo")
 COMMANDS = (*TRAINERS, "cai", "generate", "score", "report", "quickstart", "bench", "info")
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = argv[0] if argv else ""
         if command not in COMMANDS:
             raise ConfigError(
-                f"{unknown('command', command, COMMANDS) if argv else 'no command'}; see rlhf-fast --help"
+                f"{unknown('command', command, COMMANDS) if argv else 'no command'} (rlhf-fast --help names them)"
             )
         if command not in TRAINERS and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
             raise ConfigError(
@@ -119,7 +122,7 @@ def _cai(argv: list[str]) -> int:
         return 0
     word, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if word not in CAI_WORDS:
-        raise ConfigError(f"cai: {unknown('word', word, CAI_WORDS)}; see rlhf-fast cai --help")
+        raise ConfigError(f"cai: {unknown('word', word, CAI_WORDS)} (rlhf-fast cai --help names them)")
     if word == "validate":
         parser = Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
         parser.add_argument("files", nargs="+", metavar="FILE", help="several files make one constitution")
@@ -183,10 +186,10 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
     and for a key that no stage has.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, a key that occurs twice
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of keys to values, got {type(content).__name__}")
@@ -333,8 +336,9 @@ def _report(argv: list[str]) -> int:
 def _quickstart(argv: list[str]) -> int:
     about = "All four stages on a task made on the spot; a second call goes on where the first ended."
     parser = Parser(prog="rlhf-fast quickstart", description=about)
-    parser.add_argument("--output_dir", default="runs/quickstart")
-    parser.add_argument("--seed", type=int, default=0)
+    output_dir = "runs/quickstart"
+    parser.add_argument("--output_dir", default=output_dir, metavar=output_dir, help="a directory for each stage")
+    parser.add_argument("--seed", type=int, default=0, metavar="0", help="of the task, the models and the sampling")
     parser.add_argument("--smoke", action="store_true", help="everything in under a minute, no promises on quality")
     options = parser.parse_args(argv)
     from .jobs import quiet

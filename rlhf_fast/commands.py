@@ -152,16 +152,17 @@ class Parser(argparse.ArgumentParser):
             about = key.comment.replace("%", "%%")
             if some and key.shown != REQUIRED and name not in command.usual:
                 about = argparse.SUPPRESS
-                others.setdefault(key.group.split(";")[0], []).append(f"{name}\xa0{key.shown}")
+                # What stands together is one word to textwrap.
+                others.setdefault(key.group.split(";")[0], []).append(f"{name} {key.shown}".replace(" ", "\xa0"))
             self.add_argument(f"--{name}", metavar=key.shown, default=argparse.SUPPRESS, help=about)
         if others:
             self.below = "\nother keys, with their defaults:\n"
         for group, names in others.items():
-            text, indent = f"{group}: " * bool(group) + ", ".join(names), "  " + "  " * bool(group)
-            lines = textwrap.wrap(
+            text, indent = (f"{group}: " if group else "") + ", ".join(names), "    " if group else "  "
+            text = textwrap.fill(
                 text, self.width, initial_indent="  ", subsequent_indent=indent, break_on_hyphens=False
             )
-            self.below += "".join(line.replace("\xa0", " ") + "\n" for line in lines)
+            self.below += text.replace("\xa0", " ") + "\n"
 
     def format_help(self):
         return super().format_help() + self.below
@@ -170,13 +171,13 @@ class Parser(argparse.ArgumentParser):
         options, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [name for action in self._actions for name in action.option_strings]
-            raise ConfigError(f"{self.prog.split()[-1]}: {unknown('argument', rest[0].split('=')[0], flags)}")
+            self.error(unknown("argument", rest[0].split("=")[0], flags))
         return options
 
     def error(self, message):
-        raise ConfigError(f"{self.prog.split()[-1]}: {message}")
+        raise ConfigError(f"{self.prog.removeprefix('rlhf-fast ')}: {message}")
 
 
-def unknown(kind: str, name: object, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, 1)  # str: YAML keys may be numbers, and "on" is read as True
+def unknown(kind: str, name: object, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), names, 1)  # str: YAML keys may be numbers, and "on" is read as True
     return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")

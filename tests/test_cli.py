@@ -15,7 +15,7 @@ import datasets
 import pytest
 
 from rlhf_fast.cai_jobs import CAI
-from rlhf_fast.cli import COMMANDS, HELP, _with_keys, main, read_sections
+from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, _with_keys, main, read_sections
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
@@ -40,8 +40,15 @@ def test_help_fits_a_screen_and_loads_no_torch():
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert out.rstrip().endswith("[]")
-    assert len(HELP.splitlines()) <= 24 and max(map(len, HELP.splitlines())) <= 120
+    assert len(HELP.splitlines()) <= 24 and max(map(len, HELP.splitlines())) < 80
     assert all(f"\n  {command} " in HELP for command in COMMANDS)
+
+
+def test_the_help_of_cai_fits_a_screen_and_names_every_word(capsys):
+    assert main(["cai", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) < 80
+    assert all(any(line.startswith(f"  {word} ") for line in lines) for word in CAI_WORDS)
 
 
 def test_the_package_runs_as_a_module():
@@ -82,6 +89,12 @@ def test_the_other_keys_stand_in_the_groups_of_the_config():
     assert "\n  adapters: lora_r 0, lora_alpha 32.0, lora_target_modules null\n" in help_of(STAGES["ppo"], False)
 
 
+@pytest.mark.parametrize("columns", range(80, 120, 4))
+def test_a_default_is_not_broken_over_two_lines(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert "drop ['empty', 'truncated', 'scaffold_leak']" in help_of(CAI["revise"], False)
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--help-all"], ["--kl_coef", "1", "--help-all"]])
 def test_help_all_explains_what_help_names(flags, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -113,8 +126,10 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "no command"),
-        (["rewards"], "unknown command 'rewards'; did you mean 'reward'?"),
+        ([], "no command (rlhf-fast --help names them)"),
+        (["rewards"], "unknown command 'rewards'; did you mean 'reward'? (rlhf-fast --help names them)"),
+        (["cai", "trian"], "cai: unknown word 'trian'; did you mean 'train'? (rlhf-fast cai --help names them)"),
+        (["cai", "revise", "--jugde", "x"], "cai revise: unknown argument '--jugde'; did you mean '--judge'?"),
         (["sft", "--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean '--learning_rate'?"),
         (["sft", "--train_data"], "expected one argument"),
         (["sft", "--model", "x"], "sft needs train_data: as flags"),
@@ -147,7 +162,7 @@ def test_what_the_user_gets_wrong_is_one_line_and_exit_code_2(argv, message, cap
 
 
 def write_yaml(path, text):
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return str(path)
 
 
@@ -215,6 +230,8 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
         ("sft: 3", "section sft: must be a mapping"),
         ("- 3", "must be a mapping of keys to values, got list"),
         ("a: [", "is not YAML"),
+        ("ppo: {seed: 1}\nseed: 2\nppo: {seed: 3}", "is not YAML: line 1: field 'ppo' occurs twice"),
+        ("seed: \udc89", "is not YAML: 'utf-8' codec can't decode byte 0x89"),
     ],
 )
 def test_a_key_that_nothing_has_is_refused_with_the_nearest(text, message, tmp_path, capsys):

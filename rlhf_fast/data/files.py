@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import yaml
 
 from .chat import ConfigError
 
@@ -46,6 +47,19 @@ def read_dataset(source) -> list[dict]:
         return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or malformed
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that occurs twice in a mapping is a ValueError; PyYAML keeps the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        once([self.construct_object(key, deep=True) for key, _ in node.value], f"line {node.start_mark.line + 1}: ")
+        return super().construct_mapping(node, deep)
+
+
+def once(keys: list, where: str = "") -> None:
+    if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
+        raise ValueError(f"{where}field {repeated[0]!r} occurs twice")
 
 
 def open_text(path: str | Path) -> TextIO:

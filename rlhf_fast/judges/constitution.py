@@ -45,6 +45,7 @@ from pathlib import Path
 
 import yaml
 
+from ..data.files import UniqueKeys, once
 from . import rules
 from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, WORDS, Turn
 from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, text_field, weight_field
@@ -104,29 +105,16 @@ class Constitution:
         return export_released(self.principles)
 
 
-class _YAML(yaml.SafeLoader):
-    """A key that occurs twice in a mapping is an error, where YAML would keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        _once([self.construct_object(key, deep=True) for key, _ in node.value], f"line {node.start_mark.line + 1}: ")
-        return super().construct_mapping(node, deep)
-
-
 def _pairs(pairs: list[tuple]) -> dict:
-    _once([key for key, _ in pairs])
+    once([key for key, _ in pairs])
     return dict(pairs)
-
-
-def _once(keys: list, where: str = "") -> None:
-    if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
-        raise ValueError(f"{where}field {repeated[0]!r} occurs twice")
 
 
 def _read(path: Path):
     kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return yaml.load(text, _YAML) if kind == "YAML" else json.loads(text, object_pairs_hook=_pairs)
+        return yaml.load(text, UniqueKeys) if kind == "YAML" else json.loads(text, object_pairs_hook=_pairs)
     except OSError as error:
         hint = "" if path.suffix else f"; the package has {', '.join(SHIPPED)}"
         raise ConstitutionError(f"{path}: cannot be read: {error.strerror}{hint}") from error
