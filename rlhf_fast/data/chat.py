@@ -45,6 +45,8 @@ def make_directory(output_dir: str | Path) -> Path:
 
 def check_writable(output_dir: str | Path) -> None:
     """ConfigError where the directory cannot be made or nothing can be written in it. It leaves nothing behind."""
+    if output_dir == "":  # a shell's unset variable; it would be the directory that one stands in
+        raise ConfigError("output_dir is empty: name a directory")
     path = Path(output_dir).absolute()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))
     with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk

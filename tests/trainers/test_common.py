@@ -434,6 +434,8 @@ def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\)"):
         Walk(Config(str(tmp_path / "file"))).train()
+    with pytest.raises(ConfigError, match="output_dir is empty"):
+        Walk(Config("")).train()
 
 
 def test_what_would_lose_a_run_is_refused(tmp_path):
