@@ -264,7 +264,7 @@ class _Best:
 def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> tuple[int, dict | None]:
     """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
     that step where its checkpoint was saved before they were logged."""
-    make_directory(run_dir)
+    make_directory(trainer.config.output_dir)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
