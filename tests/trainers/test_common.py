@@ -224,7 +224,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
 
 
 def test_a_state_is_laid_out_in_memory_as_the_weight_is():
-    """A checkpoint of one process keeps the order of a weight that lies column by column; several hold it row by row."""
+    """One process keeps a weight that lies column by column as it is; several hold it row by row."""
 
     def steps(weight, gradients, saved=None):
         parameter = torch.nn.Parameter(weight)
