@@ -11,6 +11,7 @@
 The weights go through a directory that the server can read, before the first request that is to be answered by them,
 and every answer of a rollout is there before the next ones go. vLLM is paused while it reads, SGLang locks itself, and
 adapters get a new name each time, so that nothing is sampled, nor taken from a prefix cache, that is not of one policy.
+After a failure the server gets them again: it may be another one by then, started anew.
 
 The log-probabilities must be those at the temperature: vLLM's are with --logprobs-mode processed_logprobs only
 (SGLang's are, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set). The first call asks at two temperatures and looks.
@@ -20,14 +21,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import secrets
 import shutil
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .data.chat import ConfigError, Text, encode_prompt
 from .judges.ledger import Answer, Usage
@@ -48,6 +53,7 @@ _UNCUT = {  # else vLLM takes these from the model's generation_config
     "frequency_penalty": 0.0,
 }  # fmt: skip
 _KEPT = "the steps before are kept, and --resume goes on from there"
+_NAME = re.compile(r"policy-[0-9a-f]{8}-\d+")  # of a directory of weights; the user's policy-2 beside it is none
 
 
 class _Answers:
@@ -84,7 +90,7 @@ class RolloutServer:
     max_tries: int = 6  # of an answer
     api_key_env: str = "OPENAI_API_KEY"
     _engine: str | None = field(default=None, init=False)
-    _step: int | None = field(default=None, init=False)  # whose weights the server has from this process
+    _step: int | None = field(default=None, init=False)  # of that policy
     _adapter: dict = field(default_factory=dict, init=False)  # the field of a request that names it
 
     def __post_init__(self):
@@ -93,16 +99,18 @@ class RolloutServer:
             max_tries=self.max_tries,
         )  # fmt: skip
         self._server.kept = _KEPT
-        self._name = f"policy-{secrets.token_hex(4)}"  # another one in a process that resumes
+        self._met = lambda: None  # -> the trainer whose policy the server has, while there is one
 
     def __call__(self, prompts: Sequence[Text], trainer) -> dict[str, list]:
         config = trainer.config
         ids = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
         common = {"max_tokens": config.response_length, "temperature": config.temperature,
                   "stop_token_ids": stop_ids(trainer.policy, trainer.tokenizer)}  # fmt: skip
-        if self._engine is None:
+        if self._met() is not trainer:
             self._meet({**common, "prompt": ids[0]}, trainer)
-        if self._step != trainer.step:
+        current = self._step == trainer.step and trainer.whole  # else an update has failed halfway
+        self._step = None  # until every answer is there
+        if not current:
             self._give_weights(trainer)
         # 31 bits, which every engine's integers hold.
         seeds = [seed_for(config.seed, trainer.step, i, row) >> 32 for i, row in enumerate(ids)]
@@ -116,8 +124,13 @@ class RolloutServer:
                 f"rollout_server: {len(bad)} of {len(requests)} answers failed, the first that of prompt {i}: "
                 f"{answer.reason}{longer}; {_KEPT}"
             )
+        self._step = trainer.step
         completions, logprobs = zip(*(answer.value for answer in answers.last), strict=True)
         return {"completion_ids": list(completions), "logprobs": list(logprobs)}
+
+    @property
+    def _root(self) -> str:
+        return self.base_url.rstrip("/").removesuffix("/v1")
 
     def _send(self, request: dict) -> tuple[str, dict]:
         return "/completions", {"logprobs": 0, "return_token_ids": True, **_UNCUT, **request, **self._adapter}
@@ -152,6 +165,7 @@ class RolloutServer:
 
     def _meet(self, request: dict, trainer) -> None:
         """Which engine it is, and whether it answers as is needed, by two answers of one token."""
+        self._step, self._adapter = None, {}
         try:
             card = json.loads(self._server.call("/models"))["data"][0]
             engine, self._server.model = card.get("owned_by"), card["id"]
@@ -164,6 +178,9 @@ class RolloutServer:
                 f"rollout_server: {self.base_url} calls itself {engine!r}, and only a server of vLLM or SGLang can be "
                 "given new weights: start one of these (docs/ppo.md), or write a rollout_func"
             )
+        if engine == "vllm" and not lora:
+            with suppress(ConfigError):  # a run that ended while the server read its weights has left it paused
+                self._server.call(f"{self._root}/resume", {})
         top = []
         for temperature in (0.1, 10.0):
             probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 1}
@@ -186,7 +203,7 @@ class RolloutServer:
                 "for it: set importance_cap: 2",
                 stacklevel=2,
             )
-        self._engine = engine
+        self._engine, self._met = engine, weakref.ref(trainer)
 
     def _read_top(self, request: dict, reply: dict) -> Answer:
         answer = self._read(request, reply)
@@ -197,11 +214,20 @@ class RolloutServer:
     def _give_weights(self, trainer) -> None:
         """The policy's weights, or its adapters, to the server. Where that fails nothing is sampled any more, until
         they have been given again; vLLM then stays paused."""
-        self._step, lora, name = None, has_adapters(trainer.policy), f"{self._name}-{trainer.step}"
-        root = self.base_url.rstrip("/").removesuffix("/v1")
-        parent = Path(self.weights_dir or Path(trainer.config.output_dir, "rollout_weights")).resolve()
-        save_quietly(partial(save_model, trainer.policy, trainer.tokenizer), parent / name)
-        path = str(parent / name)
+        lora, name = has_adapters(trainer.policy), f"policy-{secrets.token_hex(4)}-{trainer.step}"
+        root, path = self._root, Path(self.weights_dir or Path(trainer.config.output_dir, "rollout_weights"), name)
+        path = path.absolute()  # with its links, which lead elsewhere on another machine
+        for old in path.parent.glob("policy-*"):  # also of a process that was killed; what the server has read it holds
+            if _NAME.fullmatch(old.name):
+                shutil.rmtree(old)
+        try:
+            save_quietly(partial(save_model, trainer.policy, trainer.tokenizer), path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"rollout_server: the policy's weights cannot be written to {path} ({error}): give another weights_dir "
+                f"(rollout_options), or make room; {_KEPT}"
+            ) from error
+        path = str(path)
         adapters = f"{root}/v1" if self._engine == "vllm" else root
         if lora:
             calls = [(f"{adapters}/load_lora_adapter", {"lora_name": name, "lora_path": path})]
@@ -225,10 +251,6 @@ class RolloutServer:
         for last in before.values():
             with suppress(ConfigError):  # a server that was started anew has it no more
                 self._server.call(f"{adapters}/unload_lora_adapter", {"lora_name": last})
-        for old in parent.glob("policy-*"):  # also of a process that was killed
-            if old.name != name:
-                shutil.rmtree(old)
-        self._step = trainer.step
 
 
 _LONGER = "start the server with a longer context (vLLM: --max-model-len, SGLang: --context-length)"

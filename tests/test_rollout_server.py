@@ -98,7 +98,8 @@ def test_every_step_samples_from_its_own_weights(tmp_path, engine):
         "vllm": ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"],
         "sglang": ["/update_weights_from_disk"],
     }[engine.engine]
-    assert [path for path, _ in engine.calls] == update * 3 and not engine.broken
+    met = ["/resume"] * (engine.engine == "vllm")
+    assert [path for path, _ in engine.calls] == met + update * 3 and not engine.broken
     assert len(list((tmp_path / "run/rollout_weights").iterdir())) == 1  # not a model a step
 
 
@@ -153,6 +154,60 @@ def test_it_learns_with_a_server(tmp_path):
         )  # fmt: skip
         scores = [float(metrics["objective/scores"]) for metrics in trainer]
     assert scores[0] < 0.45 and sum(scores[-3:]) / 3 > 0.6
+
+
+def test_weights_are_given_again_after_a_failure(tmp_path, engine):
+    """The server may have been started anew, with its first weights, or an update may have failed halfway."""
+    trainer = make_trainer(tmp_path, engine)
+    trainer.rollout_func._server.backoff = 0.01
+    next(iter(trainer))
+    engine.faults = ["500"] * 99
+    with pytest.raises(ConfigError, match="questions in a row failed"):
+        next(iter(trainer))
+    engine.faults, engine.base = [], engine.first
+    assert next(iter(trainer))["sampling/sampling_logp_difference/max"] < 1e-4
+
+    trainer = make_trainer(tmp_path, engine)
+    backward = trainer._backward
+    halves = iter([False, True])
+    trainer._backward = lambda *arguments: 1 / 0 if next(halves) else backward(*arguments)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(trainer))
+    trainer._backward = backward
+    assert next(iter(trainer))["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_a_second_trainer_is_another_policy_at_the_same_step(tmp_path, engine):
+    first, second = (make_trainer(tmp_path / name, engine) for name in ("first", "second"))
+    second.rollout_func = first.rollout_func
+    with torch.no_grad():
+        second.policy.get_output_embeddings().weight.mul_(-1)
+    for trainer in (first, second, first):
+        assert next(iter(trainer))["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_adapters_are_given_again_under_another_name(tmp_path, engine):
+    pytest.importorskip("peft")
+    save_model(sharp_model(tiny_tokenizer()), tiny_tokenizer(), tmp_path / "base")
+    trainer = make_trainer(tmp_path, engine, str(tmp_path / "base"), lora_r=2)
+    engine.faults = ["400"]
+    with pytest.raises(ConfigError, match="maximum context length"):
+        next(iter(trainer))
+    assert next(iter(trainer))["sampling/sampling_logp_difference/max"] < 1e-4 and len(engine.adapters) == 1
+
+
+def test_only_directories_of_weights_are_deleted_and_one_stays(tmp_path, engine):
+    mine = [tmp_path / "shared" / name for name in ("policy-sft", "policy-2")]
+    for folder in mine:
+        folder.mkdir(parents=True)
+    weights = {"server_options": {"weights_dir": str(tmp_path / "shared")}}
+    routes, engine.routes = engine.routes, ()
+    for _ in range(3):  # a job that is started again and again
+        with pytest.raises(ConfigError, match="were not taken over"):
+            next(iter(make_trainer(tmp_path, engine, **weights)))
+    engine.routes = routes
+    next(iter(make_trainer(tmp_path, engine, **weights)))
+    assert all(folder.exists() for folder in mine) and len(list((tmp_path / "shared").iterdir())) == 3
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -219,6 +274,20 @@ def test_an_answer_that_will_not_do_ends_the_run_and_changes_nothing(tmp_path, f
             next(iter(trainer))
         assert "\n" not in str(error.value) and trainer.whole
         assert all(torch.equal(x, before[name]) for name, x in trainer.policy.state_dict().items())
+
+
+def test_weights_that_cannot_be_written_are_refused_in_a_line(tmp_path, engine):
+    (tmp_path / "file").touch()
+    options = {"weights_dir": str(tmp_path / "file" / "weights")}
+    with pytest.raises(ConfigError, match=r"cannot be written to .*Not a directory.*give another weights_dir") as error:
+        next(iter(make_trainer(tmp_path, engine, server_options=options)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_a_killed_run_left_paused_answers_again(tmp_path, engine):
+    engine.paused = engine.engine == "vllm"
+    assert next(iter(make_trainer(tmp_path, engine)))["sampling/sampling_logp_difference/max"] < 1e-4
+    assert not engine.broken
 
 
 def test_a_fault_that_passes_is_asked_again(tmp_path, engine):

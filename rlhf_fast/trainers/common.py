@@ -390,10 +390,14 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
             "the same freeze_trunk, train_last_layers and lora_*"
         )
     mine = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
-    own = set(parallel.own(_parameters(optimizer)))
+    kept = set(parallel.own(_parameters(optimizer)))
     optimizer.load_state_dict(
-        saved_optimizer | {"state": {i: state for i, state in saved_optimizer["state"].items() if i in own}}
+        saved_optimizer | {"state": {i: state for i, state in saved_optimizer["state"].items() if i in kept}}
     )
+    for p, state in optimizer.state.items():  # fused AdamW pairs them as they lie in memory; see parallel.begin_equal
+        for name, x in state.items():
+            if x.shape == p.shape and x.stride() != p.stride():
+                state[name] = torch.empty_like(p).copy_(x)
     scheduler.load_state_dict(saved_scheduler)
     scheduler.base_lrs = [group["initial_lr"] for group in mine]
     for group, own, factor in zip(optimizer.param_groups, mine, scheduler.lr_lambdas, strict=True):

@@ -223,6 +223,28 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     assert weight.tolist() == pytest.approx([0.9, 0.9])
 
 
+def test_a_state_is_laid_out_in_memory_as_the_weight_is():
+    """One process keeps a weight that lies column by column as it is; several hold it row by row."""
+
+    def steps(weight, gradients, saved=None):
+        parameter = torch.nn.Parameter(weight)
+        optimizer = common.make_optimizer(torch.nn.ParameterList([parameter]), 0.1)
+        scheduler = common.make_scheduler(optimizer, "constant", 9)
+        if saved:
+            common.load_optimizer(optimizer, scheduler, *saved)
+        for gradient in gradients:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            common.optimizer_step(optimizer, scheduler)
+        return parameter.detach(), (common.optimizer_state(optimizer), scheduler.state_dict())
+
+    gradients = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    whole, _ = steps(torch.zeros(2, 3), gradients)
+    half, saved = steps(torch.zeros(3, 2).t(), gradients[:2])
+    assert saved[0]["state"][0]["exp_avg"].stride() == (1, 2)
+    resumed, (state, _) = steps(half.contiguous(), gradients[2:], saved)
+    assert torch.equal(resumed, whole) and state["state"][0]["exp_avg"].is_contiguous()
+
+
 def test_what_learns_is_in_float32():
     model = torch.nn.Linear(2, 2)
     common.check_learns(model, "it")
