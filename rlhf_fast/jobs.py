@@ -231,7 +231,9 @@ def run_trainer(trainer, resume: bool, job=None):
     path = Path(trainer.config.output_dir, "job.json")
     if job is not None and resume and (before := read_mapping(path)) is not None:
         now = json.loads(_as_json(job))
-        changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in now if now[name] != before.get(name)]
+        # An earlier version did not have every key, and {} is what one that is not set has.
+        differ = (name for name in now if (now[name] or None) != (before.get(name) or None))
+        changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in differ]
         if changed:
             warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
     elif job is not None and not resume:
