@@ -268,7 +268,7 @@ def send_weights(parameters: Sequence[nn.Parameter]) -> None:
 
 def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
     """What each process has of {place: {name: tensor}} -> in the first one all of it, the others' part on the CPU;
-    elsewhere what it was given. Tensor by tensor, so that the others need no room for what is not theirs."""
+    elsewhere its own part. Tensor by tensor, so that the others need no room for what is not theirs."""
     if size() == 1:
         return states
     mine = {(place, name): t for place, state in states.items() for name, t in state.items()}

@@ -171,7 +171,8 @@ class RolloutServer:
             engine, self._server.model = card.get("owned_by"), card["id"]
         except (ConfigError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             why = error if isinstance(error, ConfigError) else "it lists no model"
-            raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}") from None
+            hint = "" if self._root != self.base_url.rstrip("/") else "; the address of either ends in /v1"
+            raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}{hint}") from None
         lora = has_adapters(trainer.policy)
         if (engine, lora) not in START:
             raise ConfigError(
@@ -217,10 +218,10 @@ class RolloutServer:
         lora, name = has_adapters(trainer.policy), f"policy-{secrets.token_hex(4)}-{trainer.step}"
         root, path = self._root, Path(self.weights_dir or Path(trainer.config.output_dir, "rollout_weights"), name)
         path = path.absolute()  # with its links, which lead elsewhere on another machine
-        for old in path.parent.glob("policy-*"):  # also of a process that was killed; what the server has read it holds
-            if _NAME.fullmatch(old.name):
-                shutil.rmtree(old)
         try:
+            for old in path.parent.glob("policy-*"):  # which the server has read; also of a process that was killed
+                if _NAME.fullmatch(old.name):
+                    shutil.rmtree(old)
             save_quietly(partial(save_model, trainer.policy, trainer.tokenizer), path)
         except (OSError, SafetensorError) as error:
             raise ConfigError(

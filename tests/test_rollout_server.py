@@ -306,6 +306,13 @@ def test_a_server_that_is_not_there_and_one_that_goes(tmp_path, engine):
         next(iter(make_trainer(tmp_path, engine)))
 
 
+def test_an_address_without_v1_is_named(tmp_path, engine):
+    trainer = make_trainer(tmp_path, engine)
+    trainer.rollout_func = RolloutServer(engine.url.removesuffix("/v1"))
+    with pytest.raises(ConfigError, match=r"is no server of vLLM or SGLang: .*HTTP 404.*the address of either ends in"):
+        next(iter(trainer))
+
+
 def test_without_a_cap_there_is_a_warning(tmp_path, engine):
     with pytest.warns(UserWarning, match="nothing corrects for it: set importance_cap: 2"):
         next(iter(make_trainer(tmp_path, engine, importance_cap=None)))

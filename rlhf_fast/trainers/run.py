@@ -78,9 +78,10 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     end.
 
     Checkpoints: every save_steps (0: never), when stopped, when an evaluation fails, and when a step fails that has not
-    changed the trainer yet (in PPO a reward; in SFT and the reward model everything before the optimizer). The newest
-    save_total_limit are kept. One more is there from the last step until the model is saved, in case the evaluation or
-    the end of the run fails. resume=True goes on, bit for bit, from the newest undamaged checkpoint.
+    changed the trainer yet (in PPO a reward; in SFT and the reward model everything before the optimizer), unless a
+    process is gone, and with it its part of the optimizer's state. The newest save_total_limit are kept. One more is
+    there from the last step until the model is saved, in case the evaluation or the end of the run fails. resume=True
+    goes on, bit for bit, from the newest undamaged checkpoint.
 
     load_best_model_at_end (if the config has it): every evaluation that is the best so far by metric_for_best_model
     gets a checkpoint, and in the end the best model is taken from there and evaluated once more. On resume only
