@@ -7,10 +7,10 @@ Its answers are sampled by the seed of the request alone. It is as strict as an 
 import json
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from fake_server import running
 
 from rlhf_fast.generation import generate_with_logprobs
 from rlhf_fast.models import load_policy
@@ -168,14 +168,5 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-@contextmanager
 def serving(model, engine="vllm", **options):
-    server = FakeEngine(model, engine, **options)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return running(FakeEngine(model, engine, **options))

@@ -173,9 +173,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-@contextmanager
 def serving(script=None, **options):
-    server = FakeServer(script, **options)
+    return running(FakeServer(script, **options))
+
+
+@contextmanager
+def running(server):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
