@@ -20,6 +20,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -52,9 +54,12 @@ def why_not(model) -> str | None:
         return "it rescales its rotary positions as the text grows"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return "some of its layers attend to a window only"
+    if any(isinstance(p, DTensor) for p in layers.parameters()):
+        return "its layers are sharded, and whole within sharding.gathered only"
     for part in _computed(model.base_model, layers):
-        if not type(part).__module__.startswith("transformers.models."):  # FSDP, say
-            return f"its layers have a {type(part).__name__}, which is not transformers' own class"
+        kind = type(part).__bases__[1] if isinstance(part, FSDPModule) else type(part)
+        if not kind.__module__.startswith("transformers.models."):
+            return f"its layers have a {kind.__name__}, which is not transformers' own class"
         if _is_altered(part):
             return f"a hook or a forward of its own may change what a {type(part).__name__} of it computes"
     if getattr(config, "reorder_and_upcast_attn", False) or getattr(config, "add_cross_attention", False):
@@ -80,10 +85,10 @@ def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
 
 def _is_altered(module: nn.Module) -> bool:
     """Whether a hook, or a forward of its own, may make it compute something else than its class does. The hooks of
-    transformers only record."""
+    transformers only record, and those of FSDP gather what stays the same."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
-    return "forward" in vars(module) or any(not maker.startswith("transformers.") for maker in makers)
+    return "forward" in vars(module) or any(not maker.startswith(("transformers.", "torch.distributed.fsdp.")) for maker in makers)
 
 
 def attends_in_its_own_way(model: nn.Module) -> bool:

@@ -37,17 +37,24 @@ WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may ta
 _joined = False  # whether this process shares its work with others; a group of the user's own says nothing of that
 
 
-def start() -> None:
-    """Joins the processes that torchrun has started, and takes this one's GPU as the current device."""
+def start(fsdp: bool | None = None) -> None:
+    """Joins the processes that torchrun has started, and takes this one's GPU as the current device.
+
+    fsdp: the config's; None where it is not known yet.
+    """
     global _joined
-    if _joined or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if fsdp and not several:
+        raise ConfigError("fsdp shards a model over several processes, and this is one: start it with torchrun")
+    if several and fsdp is False and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # of accelerate launch
+        raise ConfigError("accelerate's configuration asks for FSDP: set fsdp: true in the run's own config")
+    if _joined or not several:
         return
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # of accelerate launch; unheeded, each model would be whole
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):  # unheeded, each process would hold the whole model
         if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
             raise ConfigError(
-                f"accelerate's configuration asks for {engine}, which these trainers do not use: every process holds "
-                "the whole model and its share of AdamW's state (as in ZeRO stage 1). Start them with torchrun, or "
-                "with accelerate's plain multi-GPU; where its gradients do not fit, train adapters (lora_r)"
+                f"accelerate's configuration asks for {engine}, which these trainers do not use. Start them with "
+                "torchrun, or with accelerate's plain multi-GPU; where weights and gradients do not fit, set fsdp: true"
             )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -103,6 +110,17 @@ def block(count: int, multiple: int) -> slice:
     groups = -(-count // multiple)
     start, stop = (min(count, multiple * (groups * r // size())) for r in (rank(), rank() + 1))
     return slice(start, stop)
+
+
+@contextmanager
+def ending_all():
+    """What fails inside in one process ends it, and so torchrun the others: they may wait for it in a layer, where
+    nothing can be told to them. For what gathers sharded layers (sharding.py)."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exception(error, file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 @contextmanager

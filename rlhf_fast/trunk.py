@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .decoder import is_silu, why_not
 from .models import hidden_states, unwrapped
@@ -49,7 +50,8 @@ def runs_here(model) -> bool:
         return False
     layer = model.base_model.layers[0]
     return not (
-        model.config.hidden_act != "silu"
+        isinstance(layer, FSDPModule)  # gathered by its own forward; without gradients the same runs, to the same bits
+        or model.config.hidden_act != "silu"
         or not all(is_silu(layer.mlp.act_fn) for layer in model.base_model.layers)
         or getattr(layer, "gradient_checkpointing", False)
         or (model.training and layer.self_attn.attention_dropout)

@@ -25,8 +25,10 @@ from .adapters import (
     learns_a_prompt,
     load_trained_state,
     merge_adapters,
+    rows_like,
     trained_state,
     unwrapped,
+    whole,
 )
 from .language import (
     answer_room,
@@ -93,6 +95,7 @@ __all__ = [
     "position_ids_from_mask",
     "reward_scale",
     "rotary_limit",
+    "rows_like",
     "save_model",
     "save_quietly",
     "scalar_head",
@@ -106,5 +109,6 @@ __all__ = [
     "trained_state",
     "trunk_layers",
     "unwrapped",
+    "whole",
     "with_own_pad",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from ..data.chat import ConfigError
@@ -85,6 +86,10 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint has to hold: every weight, or of a model with adapters those that learn."""
+    return {name: whole(x) for name, x in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
     if not has_adapters(model):
         return model.state_dict()
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -92,13 +97,30 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Loads a trained_state. ConfigError where its names or shapes are not those of the model."""
-    saved, here = ({name: x.shape for name, x in weights.items()} for weights in (state, trained_state(model)))
-    if saved != here:
+    here = _trained(model)
+    if {name: x.shape for name, x in state.items()} != {name: x.shape for name, x in here.items()}:
         what = "adapters, or none" if has_adapters(model) else "weights"
         raise ConfigError(
             f"the checkpoint has other {what}: resume with the same model, lora_r and lora_target_modules"
         )
+    state = {name: rows_like(here[name], x) for name, x in state.items()}
     model.load_state_dict(state, strict=not has_adapters(model))
+
+
+def whole(x: Tensor) -> Tensor:
+    """x itself, or where each process has some rows of it (sharding.py), in the first all of them, on the CPU. All call
+    this together."""
+    if not isinstance(x, DTensor):
+        return x
+    rows = x.full_tensor()
+    return rows.new_empty(0) if x.device_mesh.get_rank() else rows.cpu()
+
+
+def rows_like(like: Tensor, x: Tensor) -> Tensor:
+    """x, or where of `like` each process has some rows, these of x."""
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import models, parallel
+from .. import models, parallel, sharding
 from ..data.chat import ConfigError
 from ..packing import why_not_packed
 
@@ -61,7 +61,7 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
 def check_is(config, cls: type) -> None:
     """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first.
     The first line of every trainer: in one of several processes it joins the others."""
-    parallel.start()
+    parallel.start(getattr(config, "fsdp", False))
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
@@ -152,10 +152,12 @@ def batch_size(config) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * parallel.size()
 
 
-def micro_batches(batch: list, tokens: list[int], most: int) -> list[list]:
-    """This process's share of a step, with about as many tokens as any other's; at most so many a forward pass."""
-    mine = parallel.share(batch, tokens)
-    return [mine[k : k + most] for k in range(0, len(mine), most)]
+def micro_batches(batch: list, tokens: list[int], config) -> list[tuple[list, int]]:
+    """This process's share of a step, with about as many tokens as any other's, in (micro-batch, 1). With fsdp every
+    process has as many, some of them (micro-batch, 0): it runs as the others, and counts nothing."""
+    mine, most = parallel.share(batch, tokens), config.per_device_train_batch_size
+    parts = [(mine[k : k + most], 1) for k in range(0, len(mine), most)]
+    return sharding.as_many(parts, (batch[-1:], 0)) if config.fsdp else parts
 
 
 def epoch_batches(
@@ -194,6 +196,11 @@ def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, b
                 return
             start += 1
             yield start / per_epoch, indices
+
+
+def learning(config):
+    """Around the micro-batches of a step: where one process fails inside, all do."""
+    return parallel.ending_all() if config.fsdp else parallel.in_all()
 
 
 def digest(arrays: typing.Iterable) -> str:
@@ -244,6 +251,15 @@ def with_adapters(model, config, given):
         model, r=config.lora_r, alpha=config.lora_alpha, dropout=getattr(config, "lora_dropout", 0.0),
         target_modules=config.lora_target_modules,
     )  # fmt: skip
+
+
+def share_out(networks: list, config, data: str, held_out: list) -> None:
+    """Once the models are made, and before their optimizer is: of several processes all begin with the first one's
+    weights (ConfigError where they read different data), and with fsdp each then keeps its rows of the layers."""
+    networks = [network for network in networks if network is not None]
+    parallel.begin_equal(networks, **read_by_all(config, data, held_out))
+    if config.fsdp:
+        sharding.shard(*networks)
 
 
 def prepare(model, config, given):
@@ -322,8 +338,9 @@ def make_optimizer(modules, learning_rate: float, weight_decay: float = 0.0) -> 
     """AdamW over the parameters that require grad, each once; only matrices decay (no norms, no biases)."""
     modules = modules if isinstance(modules, (list, tuple)) else [modules]
     unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
-    matrices = [p for p in unique.values() if p.ndim >= 2]
-    others = [p for p in unique.values() if p.ndim < 2]
+    learning = [sharding.own_rows(p) for p in unique.values()]
+    matrices = [p for p in learning if p.ndim >= 2]
+    others = [p for p in learning if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)
 
@@ -352,14 +369,17 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     NonFiniteGuard counts it. max_grad_norm None or 0 does not clip.
     """
     parameters = _parameters(optimizer)
-    parallel.sum_gradients(parameters)
+    kept_whole = [p for p in parameters if not isinstance(p, sharding.Rows)]
+    parallel.sum_gradients(kept_whole)
+    norm_of_rows = sharding.norm_of_rows(parameters)
     with parallel.in_all():  # Adam's state may not fit
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+        norm = torch.hypot(torch.nn.utils.get_total_norm(sharding.gradients(kept_whole)), norm_of_rows)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, norm)
         if torch.isfinite(norm):
-            parallel.leave_to_others(parameters)
+            parallel.leave_to_others(kept_whole)
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    parallel.send_weights(parameters)
+    parallel.send_weights(kept_whole)
     if scheduler is not None:
         scheduler.step()
     return norm.detach().float()
@@ -372,8 +392,11 @@ def _parameters(optimizer) -> list[torch.nn.Parameter]:
 
 def optimizer_state(optimizer) -> dict:
     """Its state_dict(), which several processes call at once: in the first one with what the others keep of it."""
-    state = optimizer.state_dict()
-    return state | {"state": parallel.to_first(state["state"])}
+    state, parameters = optimizer.state_dict(), _parameters(optimizer)
+    rows = {i: x for i, x in state["state"].items() if isinstance(parameters[i], sharding.Rows)}
+    states = parallel.to_first({i: x for i, x in state["state"].items() if i not in rows})
+    states |= {i: {name: parameters[i].join(x) for name, x in held.items()} for i, held in rows.items()}
+    return state | {"state": dict(sorted(states.items()))}
 
 
 def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
@@ -389,18 +412,22 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
             f"the checkpoint trained {sum(counts[0])} tensors of the model, and this run {sum(counts[1])}: resume with "
             "the same freeze_trunk, train_last_layers and lora_*"
         )
-    mine = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
-    kept = set(parallel.own(_parameters(optimizer)))
-    optimizer.load_state_dict(
-        saved_optimizer | {"state": {i: state for i, state in saved_optimizer["state"].items() if i in kept}}
-    )
+    rates = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
+    parameters = _parameters(optimizer)
+    kept_whole = [i for i, p in enumerate(parameters) if not isinstance(p, sharding.Rows)]
+    others = set(kept_whole).difference(kept_whole[i] for i in parallel.own([parameters[i] for i in kept_whole]))
+    mine = {}
+    for i, state in saved_optimizer["state"].items():
+        if i not in others:
+            mine[i] = {name: sharding.rows_of(parameters[i], x) for name, x in state.items()}
+    optimizer.load_state_dict(saved_optimizer | {"state": mine})
     for p, state in optimizer.state.items():  # fused AdamW pairs them as they lie in memory; see parallel.begin_equal
         for name, x in state.items():
             if x.shape == p.shape and x.stride() != p.stride():
                 state[name] = torch.empty_like(p).copy_(x)
     scheduler.load_state_dict(saved_scheduler)
-    scheduler.base_lrs = [group["initial_lr"] for group in mine]
-    for group, own, factor in zip(optimizer.param_groups, mine, scheduler.lr_lambdas, strict=True):
+    scheduler.base_lrs = [group["initial_lr"] for group in rates]
+    for group, own, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
         group |= own | {"lr": own["initial_lr"] * factor(scheduler.last_epoch)}
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     optimizer.zero_grad(set_to_none=True)  # of a step that failed, where the trainer is the one that failed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -85,6 +85,22 @@ class Everywhere:
     def load_model(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         models.load_trained_state(self.trainer.model, state["trainer"]["model"])
+
+    @contextmanager
+    def gathered(self):
+        """Inside, the first process can save the model, of which the layers may be sharded."""
+        self("gather")
+        try:
+            yield
+        finally:
+            self("scatter")
+
+    def gather(self) -> None:
+        self.whole = getattr(self.trainer, "gathered", nullcontext)()
+        self.whole.__enter__()
+
+    def scatter(self) -> None:
+        self.whole.__exit__(None, None, None)
 
     def end(self, result):
         return result

@@ -114,7 +114,8 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
 
     def checkpoint(metrics: dict | None = None, state: dict | None = None) -> None:
         records.sync()
-        save_checkpoint(trainer, run_dir, metrics, state or everywhere("state"))
+        with everywhere.gathered():
+            save_checkpoint(trainer, run_dir, metrics, state or everywhere("state"))
 
     def keep(metrics: dict | None = None) -> None:
         """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
@@ -208,7 +209,8 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
             f"Continue with resume=True (--resume): {run_dir / f'checkpoint-{trainer.step}'}"
         )
     else:
-        save_quietly(trainer.save_model, run_dir)
+        with everywhere.gathered():
+            save_quietly(trainer.save_model, run_dir)
         (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
         if spare == trainer.step and not due(spare) and spare != best.step:
             shutil.rmtree(run_dir / f"checkpoint-{spare}")

@@ -36,6 +36,7 @@ from ..models import (
 )  # fmt: skip
 from ..ops import linear_cross_entropy, token_logprobs_and_entropy
 from ..packing import packed_hidden_states, packing
+from ..sharding import gathered
 from . import common
 from .run import RunResult, run_training
 
@@ -62,6 +63,7 @@ class SFTConfig:
     lora_dropout: float = 0.0  # of the adapters' input
     lora_target_modules: list | None = None  # names of linear layers; null: all of the trunk
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
+    fsdp: bool = False  # of several processes each keeps its rows of the layers' weights (rlhf_fast/sharding.py)
     bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
     logging_steps: int = 10  # train_log.jsonl has every step; token accuracy, entropy and TensorBoard these + eval_*
     eval_steps: int = 0  # evaluate before the first step and every so many; 0: only at the end
@@ -127,13 +129,13 @@ class SFTTrainer:
         self.total_steps = common.steps_in_run(
             len(self.rows), self.batch_size, config.num_train_epochs, config.max_steps
         )
+        common.share_out([self.model], config, self.data, self.eval_examples)
         self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
         self.scheduler = common.make_scheduler(
             self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
-        parallel.begin_equal([self.model], **common.read_by_all(config, self.data, self.eval_examples))
         common.seed_apart(config.seed)
 
     def __len__(self) -> int:
@@ -157,18 +159,18 @@ class SFTTrainer:
         loss = torch.zeros((), device=self.model.device)
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
 
-        with parallel.in_all(), self._packing():
+        with common.learning(config), self._packing():
             tokens = [sum(map(len, row)) for row in rows]
-            for part in common.micro_batches(rows, tokens, config.per_device_train_batch_size):
+            for part, counts in common.micro_batches(rows, tokens, config):
                 hidden, labels = self._response_hidden([e for row in part for e in row])
                 weight, bias, softcap = common.lm_head(self.model, config.bf16)
-                micro_loss = linear_cross_entropy(
+                micro_loss = counts * linear_cross_entropy(
                     hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
                 )
                 micro_loss.backward()
                 loss += micro_loss.detach()
                 if with_statistics:
-                    statistics += token_statistics(hidden, weight, bias, softcap, labels)
+                    statistics += counts * token_statistics(hidden, weight, bias, softcap, labels)
 
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
@@ -193,7 +195,7 @@ class SFTTrainer:
             return {}
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
         batches = common.epoch_batches(list(map(len, self.eval_examples)), self.config.per_device_eval_batch_size)
-        with parallel.in_all(), evaluating(self.model), self._packing():
+        with self.gathered(), parallel.in_all(), evaluating(self.model), self._packing():
             for indices in parallel.share(batches):
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
                 head = common.lm_head(self.model, self.config.bf16)
@@ -240,14 +242,18 @@ class SFTTrainer:
         """Greedy answers to the first held-out prompts (training prompts where nothing is held out)."""
         if not self.sample_prompts:
             return []
-        responses = generate_text(
-            self.model, self.tokenizer, self.sample_prompts,
-            max_new_tokens=self.config.sample_max_new_tokens, do_sample=False,
-        )  # fmt: skip
+        with self.gathered():
+            responses = generate_text(
+                self.model, self.tokenizer, self.sample_prompts,
+                max_new_tokens=self.config.sample_max_new_tokens, do_sample=False,
+            )  # fmt: skip
         return [{"prompt": p, "response": r} for p, r in zip(self.sample_prompts, responses, strict=True)]
 
     def train(self, resume: bool = False) -> RunResult:
         return run_training(self, resume=resume)
+
+    def gathered(self):
+        return gathered(self.model)
 
     def save_model(self, path) -> None:
         save_model(self.model, self.tokenizer, path)

@@ -1,0 +1,116 @@
+"""Models that do not fit one GPU beside their gradients: each process keeps some rows of every weight of the layers.
+
+    whole layer      gathered from all for its forward, freed, gathered again for its backward (torch's FSDP2)
+    gradients        summed over the processes and cut to the same rows, layer by layer as the backward goes
+    AdamW            steps the rows of its own process, which alone keeps the state of them
+
+Embeddings, final norm and heads stay whole in every process, and go through parallel.py: the linear ops read their
+weights outside of any layer's forward. What runs without gradients (sampling, scoring, evaluation, saving) takes another
+number of steps in each process, and so does not stand waiting in each layer: gathered() makes all of them whole before.
+In float32, N processes need 16/N bytes for each weight of the layers, and 4 more inside gathered().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from . import parallel
+from .data.chat import ConfigError
+from .models import has_adapters, rows_like, trunk_layers, unwrapped, whole
+
+
+def shard(*models: nn.Module) -> None:
+    """From now on each process keeps its rows of the layers. All have the same weights, and call this together; two
+    models may have one trunk."""
+    mesh = init_device_mesh(models[0].device.type, (parallel.size(),))
+    for model in models:
+        trunk, layers = unwrapped(model).base_model, trunk_layers(unwrapped(model))
+        if has_adapters(model) or not len(layers):
+            why = "it has adapters, which need no sharding" if has_adapters(model) else "its layers are not found"
+            raise ConfigError(f"fsdp cannot shard this {type(unwrapped(model)).__name__}: {why}; leave fsdp out")
+        if isinstance(trunk, FSDPModule):
+            continue
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            layer.set_gradient_divide_factor(1.0)  # a sum: a loss is divided by what counts in the whole step
+            layer.set_force_sum_reduction_for_comms(True)
+        rest = {p for p in trunk.parameters() if not isinstance(p, DTensor)}
+        fully_shard(trunk, mesh=mesh, ignored_params=rest)  # so that the next layer is gathered while one computes
+
+
+@contextmanager
+def gathered(*models: nn.Module) -> Iterator[None]:
+    """Inside, every process has the whole layers, as plain tensors that must not change. All enter together."""
+    layers = [
+        m for model in models for m in trunk_layers(unwrapped(model))
+        if isinstance(m, FSDPModule) and any(isinstance(p, DTensor) for p in m.parameters())
+    ]  # fmt: skip
+    with parallel.ending_all():
+        for layer in layers:
+            layer.set_reshard_after_forward(False)
+            layer.unshard()
+    for module in (m for layer in layers for m in layer.modules()):
+        module._state_dict_pre_hooks.clear()  # of FSDP, whose state_dict() would be that of the rows
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+
+
+class Rows(nn.Parameter):
+    """What this process keeps of a sharded weight, for AdamW: a plain tensor in the memory that FSDP gathers from. A
+    gradient that FSDP has reduced is added to its own."""
+
+    def __new__(cls, weight: DTensor) -> Rows:
+        rows = super().__new__(cls, weight.detach().to_local())
+        rows.weight = weight
+        weight.register_post_accumulate_grad_hook(rows._take)
+        return rows
+
+    def _take(self, weight: DTensor) -> None:
+        grad, weight.grad = weight.grad.to_local(), None
+        self.grad = grad if self.grad is None else self.grad.add_(grad)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Of x, which has a number for each of these rows' (or is one number for all), in the first process that of all
+        processes; all call this together."""
+        if x.shape != self.shape:
+            return x
+        w = self.weight
+        sizes = {"run_check": False, "shape": w.shape, "stride": w.stride()}
+        return whole(DTensor.from_local(x, w.device_mesh, w.placements, **sizes))
+
+
+def own_rows(p: nn.Parameter) -> nn.Parameter:
+    """What AdamW is to step: the parameter, or the rows that this process has of it."""
+    return Rows(p) if isinstance(p, DTensor) else p
+
+
+def rows_of(p: nn.Parameter, x: Tensor) -> Tensor:
+    """Of x, as Rows.join gives it, what belongs to p; all of it where p is no Rows."""
+    return rows_like(p.weight, x).to_local() if isinstance(p, Rows) and x.shape == p.weight.shape else x
+
+
+def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def norm_of_rows(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of the gradients of those that are Rows, over all processes."""
+    norm = torch.nn.utils.get_total_norm(gradients([p for p in parameters if isinstance(p, Rows)]))
+    return parallel.total(norm.square()).sqrt() if any(isinstance(p, Rows) for p in parameters) else norm
+
+
+def as_many(parts: list, spare) -> list:
+    """The parts, and the spare one until there are as many as in any other process: each gathers the layers as often."""
+    most = int(parallel.largest(torch.tensor(len(parts))))
+    return parts + [spare] * (most - len(parts))
