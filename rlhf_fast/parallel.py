@@ -308,7 +308,7 @@ def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor
     return whole
 
 
-def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
+def begin_equal(modules: Iterable[nn.Module], **read) -> None:
     """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, or
     which weights there are and learn is not the same in all, or a model is on another GPU than the process's own."""
     if size() == 1:
@@ -316,7 +316,7 @@ def begin_equal(modules: Iterable[nn.Module | None], **read) -> None:
     for name, values in ((name, gather(value)) for name, value in read.items()):
         if any(value != values[0] for value in values):
             raise ConfigError(f"the {size()} processes read different {name}: each must be given all, and in one order")
-    named = [x for m in modules if m is not None for x in (*m.named_parameters(), *m.named_buffers())]
+    named = [x for m in modules for x in (*m.named_parameters(), *m.named_buffers())]
     models = gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
     if any(model != models[0] for model in models):
         raise ConfigError(f"the {size()} processes hold different models, or not the same weights of them learn")

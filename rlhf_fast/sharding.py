@@ -57,7 +57,9 @@ def gathered(*models: nn.Module) -> Iterator[None]:
             layer.set_reshard_after_forward(False)
             layer.unshard()
     for module in (m for layer in layers for m in layer.modules()):
-        module._state_dict_pre_hooks.clear()  # of FSDP, whose state_dict() would be that of the rows
+        hooks = module._state_dict_pre_hooks  # those of FSDP would make state_dict() that of the rows
+        for key in [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")]:
+            del hooks[key]
     try:
         yield
     finally:

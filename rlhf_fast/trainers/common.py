@@ -256,7 +256,6 @@ def with_adapters(model, config, given):
 def share_out(networks: list, config, data: str, held_out: list) -> None:
     """Once the models are made, and before their optimizer is: of several processes all begin with the first one's
     weights (ConfigError where they read different data), and with fsdp each then keeps its rows of the layers."""
-    networks = [network for network in networks if network is not None]
     parallel.begin_equal(networks, **read_by_all(config, data, held_out))
     if config.fsdp:
         sharding.shard(*networks)

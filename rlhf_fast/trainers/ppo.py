@@ -62,6 +62,7 @@ from ..rollout import (
     squeeze,
     text_metrics,
 )
+from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common
 from .ppo_config import PPOConfig
@@ -156,6 +157,13 @@ class PPOTrainer:
         stop_at_eos(self.policy, self.tokenizer)
         common.check_bf16(config, self.policy.device)
 
+        if config.minibatch_size < parallel.size():
+            raise common.ConfigError(
+                f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
+                "idle: raise it, or start fewer"
+            )
+        common.share_out(list(self._networks()), config, self.data, self.eval_prompts)
+
         self.step, self.whole = 0, True
         self.total_steps = config.iterations(len(self.prompts))
         trained = [[self.policy], [self.value_model]] if self.value_model else [[self.policy]]
@@ -175,13 +183,6 @@ class PPOTrainer:
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         self.monitors = Monitors(config.monitors, config.stop_on)
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # see _look_at_held_out
-        if config.minibatch_size < parallel.size():
-            raise common.ConfigError(
-                f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
-                "idle: raise it, or start fewer"
-            )
-        networks = [self.policy, self.reference, self.value_model]
-        parallel.begin_equal(networks, **common.read_by_all(config, self.data, self.eval_prompts))
 
     def _make_critic(self, value_model) -> ValueModel | None:
         if self.config.advantage_estimator != "gae" or self.config.share_trunk:
@@ -269,15 +270,17 @@ class PPOTrainer:
         response counts)."""
         if self.rollout_func is not None:
             return self._rollout_of_engine(prompts, copies)
-        return generate(
-            self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
-            temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
-        )  # fmt: skip
+        with gathered(self.policy):
+            return generate(
+                self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
+                temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
+            )  # fmt: skip
 
     def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
         """What rollout_func returns. ConfigError where the models cannot read it, before anything has changed."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
-        lists = parallel.by_first(lambda: self.rollout_func(texts, self))
+        with gathered(self.policy):
+            lists = parallel.by_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
         check_engine(lists, len(texts), embedded)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
@@ -325,7 +328,7 @@ class PPOTrainer:
         for name in ("logprobs", "ref_logprobs", *(["values"] if self.value_model else [])):
             zeros = torch.zeros(rollout.response_mask.shape, dtype=torch.float32, device=rollout.response_mask.device)
             setattr(rollout, name, zeros)
-        with parallel.in_all():
+        with self.gathered(), parallel.in_all():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = squeeze(rollout, rows)
                 hidden, values = self._look(rollout, rows, inputs)
@@ -446,7 +449,8 @@ class PPOTrainer:
         The losses are divided by the tokens (or sequences) of the whole minibatch, so the split changes memory (and
         with several processes time) and not the gradient.
         """
-        stats = self._backward(rollout, minibatch, weights)
+        with common.learning(self.config):
+            stats = self._backward(rollout, minibatch, weights)
         if parallel.size() > 1:
             largest = parallel.largest(stats.pop("max_abs_log_ratio"))
             sums = parallel.total(torch.stack(list(stats.values())))
@@ -454,7 +458,6 @@ class PPOTrainer:
         stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
         return stats
 
-    @parallel.in_all()
     def _backward(self, rollout: Rollout, minibatch: list[Tensor], weights: Tensor | None) -> dict:
         """This process's share of the gradient and of the statistics."""
         config, stats = self.config, defaultdict(lambda: rollout.logprobs.new_zeros(()))
@@ -463,8 +466,9 @@ class PPOTrainer:
         normalizer = {
             "token-mean": num_tokens, "seq-mean-token-sum-norm": len(every_row) * config.response_length
         }.get(config.loss_agg_mode, len(every_row))  # fmt: skip
-        for rows in self._share(rollout, minibatch):
-            mask = rollout.response_mask[rows]
+        parts = [(rows, True) for rows in self._share(rollout, minibatch)]
+        for rows, counts in as_many(parts, (minibatch[-1][-1:], False)) if config.fsdp else parts:
+            mask = rollout.response_mask[rows] & counts
             hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
             weight, bias, softcap = common.lm_head(self.policy, self.config.bf16)
             policy_loss, p = linear_ppo_loss(
@@ -547,6 +551,9 @@ class PPOTrainer:
             rewards = {"scores": self.reward, **self.eval_rewards}
             self._held_out = (self.step, rollout, {k: self._ask(r, rollout)[0] for k, r in rewards.items()})
         return self._held_out[1:]
+
+    def gathered(self):
+        return gathered(*self._networks())
 
     def save_model(self, path) -> None:
         """The policy (AutoModelForCausalLM), and in value_model/ the critic (AutoModelForSequenceClassification)."""

@@ -50,6 +50,7 @@ class PPOConfig:
     micro_batch_size: int | None = None  # responses per forward and backward, None: all; changes memory, not the result
     micro_batch_tokens: int | None = None  # the same, in tokens of prompt and response with padding; None: no limit
     num_ppo_epochs: int = 4
+    fsdp: bool = False  # of several processes each keeps its rows of the layers' weights (rlhf_fast/sharding.py)
     bf16: bool = False  # scoring and update multiply in bfloat16; weights and sampling stay in float32
     learning_rate: float = 3e-6
     value_learning_rate: float | None = None  # of a separate value model; None: learning_rate

@@ -50,6 +50,7 @@ from ..ops import pairwise_loss, ranking_loss
 from ..packing import FLASH, packed_hidden_states, packing
 from ..preferences import Pairs, evaluate_pairs
 from ..rewards import RewardModelReward
+from ..sharding import gathered
 from . import common
 from .run import RunResult, run_training
 
@@ -75,6 +76,7 @@ class RewardConfig:
     lora_dropout: float = 0.0  # of the adapters' input
     lora_target_modules: list | None = None  # names of linear layers; null: all of the trunk
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
+    fsdp: bool = False  # of several processes each keeps its rows of the layers' weights (rlhf_fast/sharding.py)
     bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
     center_rewards_coefficient: float = 0.0  # 0.01 keeps rewards near 0 (Eisenstein et al. 2023)
     max_length: int = 1024  # tokens of prompt and response together
@@ -169,13 +171,13 @@ class RewardTrainer:
         self.total_steps = common.steps_in_run(
             len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
         )
+        common.share_out([self.model], config, self.data, self.eval_items)
         self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
         self.scheduler = common.make_scheduler(
             self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
-        parallel.begin_equal([self.model], **common.read_by_all(config, self.data, self.eval_items))
         common.seed_apart(config.seed)  # of lora_dropout
 
     def _check_pairs(self) -> None:
@@ -204,14 +206,15 @@ class RewardTrainer:
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         seen = []
 
-        with parallel.in_all(), self._packing():
+        with common.learning(self.config), self._packing():
             tokens = [sum(map(len, item.responses)) for item in items]
-            for part in common.micro_batches(items, tokens, self.config.per_device_train_batch_size):
+            for part, counts in common.micro_batches(items, tokens, self.config):
                 rewards, batch = self._rewards(part)
                 # The loss is a weighted mean over prompts, so this is its share of the step's mean.
-                share = sum(item.weight for item in part) / total if total else 0.0
+                share = counts * sum(item.weight for item in part) / total if total else 0.0
                 (self._loss(rewards, batch)[0] * share).backward()
-                seen.append((rewards.detach(), batch))
+                if counts:
+                    seen.append((rewards.detach(), batch))
 
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
@@ -273,7 +276,7 @@ class RewardTrainer:
         if not self.eval_items:
             return {}
         batches = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
-        with evaluating(self.model), self._packing():
+        with self.gathered(), evaluating(self.model), self._packing():
             ask = lambda share: _on_cpu([self._rewards([self.eval_items[i] for i in rows]) for rows in share])  # noqa: E731
             seen = parallel.spread(ask, batches)
         rewards = torch.cat([r for r, _ in seen])
@@ -309,7 +312,8 @@ class RewardTrainer:
             if parallel.rank() == 0:
                 (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
         if self.reference:
-            rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
+            with self.gathered():
+                rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
             mean, std = float(rewards.mean()), float(rewards.std(correction=0))
             if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding is near 1e-6 of it
                 what = "do not differ" if math.isfinite(std) else "are not finite"
@@ -329,7 +333,9 @@ class RewardTrainer:
         rows, reward = [], RewardModelReward(self.model, self.tokenizer)
         for item in items[: self.config.num_samples]:
             texts = [text if isinstance(text, str) else text[-1]["content"] for text in item.texts]
-            prompt, rewards = records[item.index].get("prompt"), reward.score(item.responses).tolist()
+            prompt = records[item.index].get("prompt")
+            with self.gathered():
+                rewards = reward.score(item.responses).tolist()
             if not prompt:  # what the responses hold of it, if they are messages
                 prompt = "" if isinstance(item.texts[0], str) else item.texts[0][:-1]
             rows += [
@@ -340,6 +346,9 @@ class RewardTrainer:
 
     def train(self, resume: bool = False) -> RunResult:
         return run_training(self, resume=resume)
+
+    def gathered(self):
+        return gathered(self.model)
 
     def save_model(self, path) -> None:
         save_model(loadable(self.model), self.tokenizer, path)

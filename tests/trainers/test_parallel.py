@@ -203,7 +203,7 @@ def test_a_process_that_is_killed_alone_ends_all_and_the_last_checkpoint_is_whol
 
 def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
     said, (first, second) = run(tmp_path, "failing_reward", fails=True)
-    alone = {name: f"{name} fails" for name in ("evaluate", "step", "zeros_like", "clip_grad_norm_")}
+    alone = {name: f"{name} fails" for name in ("evaluate", "step", "zeros_like", "clip_grads_with_norm_")}
     assert first["raised"] == {
         **{name: f"process 1 of 2 failed: OSError: {what}" for name, what in alone.items()},
         "save_model": first["raised"]["save_model"], "rollout_func": "cannot pickle 'generator' object",
