@@ -12,12 +12,14 @@ In float32, N processes need 16/N bytes for each weight of the layers, and 4 mor
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -29,37 +31,53 @@ from .models import has_adapters, rows_like, trunk_layers, unwrapped, whole
 def shard(*models: nn.Module) -> None:
     """From now on each process keeps its rows of the layers. All have the same weights, and call this together; two
     models may have one trunk."""
+    atexit.register(_let_go)  # which runs before the processes leave each other, as it is registered after that
     mesh = init_device_mesh(models[0].device.type, (parallel.size(),))
     for model in models:
         trunk, layers = unwrapped(model).base_model, trunk_layers(unwrapped(model))
-        if has_adapters(model) or not len(layers):
-            why = "it has adapters, which need no sharding" if has_adapters(model) else "its layers are not found"
-            raise ConfigError(f"fsdp cannot shard this {type(unwrapped(model)).__name__}: {why}; leave fsdp out")
+        if has_adapters(model):
+            raise ConfigError("fsdp shards weights that learn, and adapters (lora_r) are few: leave one of the two out")
+        if not len(layers):
+            raise ConfigError(f"fsdp does not find the layers of {type(model).__name__}: leave it out")
         if isinstance(trunk, FSDPModule):
             continue
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             layer.set_gradient_divide_factor(1.0)  # a sum: a loss is divided by what counts in the whole step
             layer.set_force_sum_reduction_for_comms(True)
+        for layer, before in zip(layers, [layers[0], *layers]):  # FSDP itself goes by all forwards since the last step,
+            layer.set_modules_to_backward_prefetch([before])  # of which evaluation has another number in each process
         rest = {p for p in trunk.parameters() if not isinstance(p, DTensor)}
         fully_shard(trunk, mesh=mesh, ignored_params=rest)  # so that the next layer is gathered while one computes
+
+
+def _let_go() -> None:
+    """Takes the process group from FSDP and its mesh: gloo's threads, which may abort a process that ends before them,
+    end with the last that holds it."""
+    for x in gc.get_objects():
+        if type(x).__name__ == "FSDPMeshInfo":
+            x.shard_process_group = None
+        elif type(x) is DeviceMesh:
+            x._pg_registry.clear()
+
+
+def is_sharded(layer: nn.Module) -> bool:
+    """Whether it is rows at this moment."""
+    return any(isinstance(p, DTensor) for p in layer.parameters())
 
 
 @contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
     """Inside, every process has the whole layers, as plain tensors that must not change. All enter together."""
-    layers = [
-        m for model in models for m in trunk_layers(unwrapped(model))
-        if isinstance(m, FSDPModule) and any(isinstance(p, DTensor) for p in m.parameters())
-    ]  # fmt: skip
+    layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
     with parallel.ending_all():
         for layer in layers:
             layer.set_reshard_after_forward(False)
             layer.unshard()
     for module in (m for layer in layers for m in layer.modules()):
-        hooks = module._state_dict_pre_hooks  # those of FSDP would make state_dict() that of the rows
-        for key in [k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")]:
-            del hooks[key]
+        for key, hook in list(module._state_dict_pre_hooks.items()):
+            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):  # it would cut the layer to rows
+                del module._state_dict_pre_hooks[key]
     try:
         yield
     finally:

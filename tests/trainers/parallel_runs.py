@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
-from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel
+from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel, sharding
 from rlhf_fast.rollout import generate
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.common import ConfigError
@@ -26,11 +26,11 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), word="mat", frozen=None, only=None, **model):
+def sft(path, steps=(), word="mat", frozen=None, only=None, examples=len(PROMPTS), **model):
     """In each process from other weights, of which the first one's count. frozen: a layer that does not learn. only: a
     linear map whose matrix alone learns, and lies in memory column by column."""
     tokenizer = tiny_tokenizer()
-    data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS)]
+    data = [{"prompt": p, "completion": f"{i} sat on the {word}"} for i, p in enumerate(PROMPTS[:examples])]
     # A step of 8 sequences, in however many processes.
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4 // size(), "logging_steps": 1}
     config, network = (
@@ -87,22 +87,23 @@ def held(optimizer):
 
 
 def digest(trainer):
-    return common.digest(p.detach().numpy() for network in networks(trainer) for p in network.parameters())
+    with trainer.gathered():
+        return common.digest(p.detach().clone().numpy() for network in networks(trainer) for p in network.parameters())
 
 
 def leave(path, **what):
     Path(path, f"found-{parallel.rank()}.json").write_text(json.dumps(what))
 
 
-def with_dropout(path, resume=""):
-    trainer = sft(path / "run", steps={"save_steps": 1}, attention_dropout=0.2)
+def with_dropout(path, resume="", fsdp=""):
+    trainer = sft(path / "run", steps={"save_steps": 1, "fsdp": bool(fsdp)}, attention_dropout=0.2)
     trainer.train(resume=bool(resume))
     leave(path, digest=digest(trainer))
 
 
-def killed(path):
+def killed(path, fsdp=""):
     """Dies, all processes of it, in the fourth step."""
-    trainer = sft(path / "run", steps={"save_steps": 1}, attention_dropout=0.2)
+    trainer = sft(path / "run", steps={"save_steps": 1, "fsdp": bool(fsdp)}, attention_dropout=0.2)
     step = trainer._train_step
     trainer._train_step = lambda rows: os.kill(os.getpid(), 9) if trainer.step == 3 else step(rows)
     trainer.train()
@@ -116,10 +117,57 @@ def killed_alone(path):
     trainer.train()
 
 
-def resumed(path):
-    trainer = sft(path / "run")
+def resumed(path, fsdp=""):
+    trainer = sft(path / "run", steps={"fsdp": bool(fsdp)})
     trainer.train(resume=True)
     leave(path, digest=digest(trainer), state=held(trainer.optimizer))
+
+
+def sharded(path, fsdp=""):
+    """A run of each trainer, and of SFT with each layer computed again in the backward. There a step has a single
+    example, and PPO's minibatches have three micro-batches, so that the processes have different numbers of them."""
+    on, found, step = {"fsdp": bool(fsdp)}, {}, common.optimizer_step
+
+    def measured(optimizer, *arguments, **named):
+        """Of the layers: bytes of their weights, gradients and state."""
+        ours = {p for m in networks(trainer) for p in m.modules() if type(p).__name__.endswith("DecoderLayer")}
+        ours = {id(p) for layer in ours for p in layer.parameters()}
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        learned = [p for p in learned if id(getattr(p, "weight", p)) in ours]
+        sizes = [sum(x.nbytes for x in tensors) for tensors in (learned, sharding.gradients(learned))]
+        norm = step(optimizer, *arguments, **named)
+        kept.append([*sizes, sum(x.nbytes for p in learned for x in optimizer.state.get(p, {}).values())])
+        return norm
+
+    for name, make in {
+        "sft": lambda path: sft(path, on),
+        "again": lambda path: sft(path, {**on, "gradient_checkpointing": True}, examples=9),
+        "reward": lambda path: reward(path, on),
+        "ppo": lambda path: ppo(path, **on),
+        "shared": lambda path: ppo(path, share_trunk=True, critic_warmup_steps=1, **on),
+    }.items():
+        trainer, kept = make(path / name), []
+        with mock.patch.object(common, "optimizer_step", measured):
+            result = trainer.train()
+        found[name] = {"digest": digest(trainer), "kept": kept[-1], **dataclasses.asdict(result)}
+    leave(path, found=found)
+    if fsdp:
+        sharding._let_go()
+        parallel._leave()
+        threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+        assert not any("gloo" in name for name in threads), threads
+
+
+def failing_layer(path):
+    """A layer fails in one process, in the third step, while the other waits to gather it."""
+    trainer = sft(path / "run", {"fsdp": True, "save_steps": 1})
+
+    def fails(module, arguments):
+        if parallel.rank() == 1 and trainer.step == 2:
+            raise OSError("the layer fails")
+
+    trainer.model.model.layers[1].register_forward_pre_hook(fails)
+    trainer.train()
 
 
 def failing_reward(path):

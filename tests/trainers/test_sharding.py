@@ -1,0 +1,111 @@
+"""Two processes (torchrun, gloo) that share the layers of one model: what one process learns, in half of the memory.
+
+The parts that both run are in parallel_runs.py.
+"""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
+from test_parallel import close, names, run, states
+
+from rlhf_fast import SFTConfig, SFTTrainer
+from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.trainers.checkpoints import latest_checkpoint
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one process finds in parallel_runs.sharded, what each of two does with fsdp, and the folder."""
+    path = tmp_path_factory.mktemp("sharding")
+    _, (one,) = run(path / "one", "sharded", processes=1)
+    _, (first, second) = run(path / "two", "sharded", "fsdp")
+    return one["found"], first["found"], second["found"], path
+
+
+def weights(folder):
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)} {name}": x for file in files for name, x in load_file(file).items()}
+
+
+def assert_same(one, two):
+    """Adam divides by the size of a gradient: where that is rounding alone, a weight may go either way."""
+    assert one.keys() == two.keys()
+    apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+    assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2
+
+
+@pytest.mark.parametrize("stage", ["sft", "again", "reward", "ppo", "shared"])
+def test_sharded_layers_learn_what_one_process_does(runs, stage):
+    one, first, second = (found[stage] for found in runs[:3])
+    assert first["digest"] == second["digest"] and first["step"] == one["step"] > 2
+    folders = [runs[3] / name / stage for name in ("one", "two")]
+    assert names(folders[0]) == names(folders[1])
+    logs = [[json.loads(line) for line in (folder / "train_log.jsonl").open()] for folder in folders]
+    for a, b in zip(*logs, strict=True):
+        close(*({k: float("nan") if v is None else v for k, v in row.items()} for row in (a, b)))
+        assert b.get("policy/first_minibatch_max_abs_log_ratio", 0.0) == 0.0
+    assert_same(*map(weights, folders))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_each_process_keeps_half_of_the_layers_their_gradients_and_their_state(runs, stage):
+    one, first, second = (found[stage]["kept"] for found in runs[:3])
+    assert min(one) > 50_000
+    for whole, *parts in zip(one, first, second, strict=True):
+        assert sum(parts) == pytest.approx(whole, rel=1e-3) and max(parts) < 0.51 * whole
+
+
+def test_a_checkpoint_is_that_of_one_process(runs):
+    one, two = (states(runs[3] / name / "sft") for name in ("one", "two"))
+    assert list(one) == list(two) and len(one) > 10
+    for place, state in one.items():
+        assert state.keys() == two[place].keys()
+        for name, tensor in state.items():
+            torch.testing.assert_close(two[place][name], tensor, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("before", "after"), [("one", ["fsdp"]), ("two", [])])
+def test_a_run_goes_on_with_or_without_sharding(runs, tmp_path, before, after):
+    whole, resumed = runs[3] / before / "sft", tmp_path / "run"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    run(tmp_path, "resumed", *after, processes=2 if after else 1)
+    assert_same(weights(whole), weights(resumed))
+
+
+def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
+    _, whole = run(tmp_path / "whole", "with_dropout", "", "fsdp")
+    run(tmp_path / "killed", "killed", "fsdp", fails=True)
+    assert latest_checkpoint(tmp_path / "killed/run").name == "checkpoint-3"
+    _, resumed = run(tmp_path / "killed", "with_dropout", "resume", "fsdp")
+    assert resumed == whole
+    one, two = (weights(tmp_path / name / "run") for name in ("whole", "killed"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_layer_that_fails_in_one_process_ends_both_and_the_last_checkpoint_is_whole(tmp_path):
+    began = time.monotonic()
+    said, _ = run(tmp_path, "failing_layer", fails=True)
+    assert time.monotonic() - began < 60, "the other process waits for the layer"
+    assert "OSError: the layer fails" in said
+    assert latest_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    data = [{"prompt": "say", "completion": "the cat"}]
+
+    def make(**config):
+        SFTTrainer(SFTConfig(str(tmp_path), **config), tiny_model(tokenizer), train_dataset=data, tokenizer=tokenizer)
+
+    with pytest.raises(ConfigError, match="this is one: start it with torchrun"):
+        make(fsdp=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="asks for FSDP: set fsdp: true"):
+        make()
