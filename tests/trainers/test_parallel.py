@@ -241,7 +241,7 @@ def test_a_signal_to_one_or_all_ends_the_run_after_its_step_with_a_checkpoint(tm
     assert f"Stopped by a signal to another process after step {first[0][0]} of 400" in said
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
 def test_an_engine_that_accelerate_is_to_use_is_refused(engine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
