@@ -419,6 +419,31 @@ def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monke
     assert (tmp_path / "model.txt").exists() and not list(tmp_path.glob("*checkpoint*"))
 
 
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": None}
+
+
+@pytest.mark.parametrize(("save_steps", "best"), [(0, {}), (5, {}), (0, BEST)])
+def test_the_model_is_saved_also_where_the_state_of_its_last_step_cannot_be_gathered(tmp_path, save_steps, best):
+    """Of several processes the first one gathers AdamW's state, for which it may have no room."""
+
+    class Crowded(Walk):
+        def state_dict(self):
+            if self.step == 10:
+                raise torch.OutOfMemoryError("no room")
+            return super().state_dict()
+
+        def evaluate(self):
+            return {"eval_loss": 10.0 - self.step}
+
+    config = Config(str(tmp_path), save_steps=save_steps)
+    vars(config).update(best)
+    told = r"checkpoint-10 could not be saved \(no room\).*The run goes on to its end without it"
+    with pytest.warns(UserWarning, match=told):
+        assert Crowded(config).train().metrics["eval_loss"] == 0.0
+    assert (tmp_path / "model.txt").exists()
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-5"] * bool(save_steps)
+
+
 def test_looking_does_not_change_the_run(tmp_path):
     for name, every in (("never", 0), ("often", 1)):
         Walk(Config(str(tmp_path / name), eval_steps=every)).train()
