@@ -19,7 +19,7 @@ from typing import TextIO
 import yaml
 
 from ._version import __version__
-from .commands import Checked, Command, Parser, unknown
+from .commands import Command, Parser, unknown
 from .data.chat import ConfigError
 from .data.files import UniqueKeys
 from .monitors import RunStopped
@@ -173,17 +173,18 @@ def _read(spec: Command, shown: str, argv: list[str], usage: str = "", **flags: 
     values = {name: keys[name].parse(text) for name, text in given.items()}
     if file:
         every = {name: list(command.keys()) for name, command in _with_keys().items()}
-        values = read_sections(file, every, spec.name)[spec.name] | values
+        # A file that trains is also given to generate and score, which are to use next to nothing of it.
+        values = read_sections(file, every, None if spec.name in LOOK else spec.name)[spec.name] | values
     return values, own
 
 
 def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
     """{stage: its values} in a YAML file: the shared keys that the stage has, and over them those of its section.
 
-    keys: {stage: names of its keys}. stage: the one that is going to run. Standard error names what it will not read:
-    shared keys that it does not have, and for cai the sections sft, reward and ppo at the top of the file, where they
-    belong to other commands (cai has keys of these names). ConfigError for a file that cannot be read or is no mapping,
-    and for a key that no stage has.
+    keys: {stage: names of its keys}. stage: the one that is going to train, if any. Standard error names what it will
+    not read: shared keys that it does not have, and for cai the sections sft, reward and ppo at the top of the file,
+    where they belong to other commands (cai has keys of these names). ConfigError for a file that cannot be read or is
+    no mapping, and for a key that no stage has.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
@@ -226,7 +227,7 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
 
 
 @dataclass
-class GenerateJob(Checked):
+class GenerateJob:
     model: str  # run directory, or any transformers causal language model
     system: str | None = None  # system message, for a tokenizer with a chat template
     input: str | None = None  # records with a prompt, as PPO reads them; each gets a response
@@ -235,6 +236,11 @@ class GenerateJob(Checked):
     temperature: float = 0.7  # 0 takes the most likely token
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        from .trainers.common import check_config
+
+        check_config(self, positive=("max_new_tokens", "top_p"), non_negative=("temperature",), unit=("top_p",))
 
 
 def _generate(argv: list[str]) -> int:
@@ -260,11 +266,16 @@ def _generate(argv: list[str]) -> int:
 
 
 @dataclass
-class ScoreJob(Checked):
+class ScoreJob:
     model: str  # run directory of rlhf-fast reward, or any reward model
     input: str = "-"  # records with a prompt and a response, or pairs; - reads stdin
     output: str = "-"  # - writes to standard output
     batch_size: int = 64
+
+    def __post_init__(self):
+        from .trainers.common import check_config
+
+        check_config(self, positive=("batch_size",))
 
 
 def _score(argv: list[str]) -> int:

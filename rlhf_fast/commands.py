@@ -72,7 +72,10 @@ class Command:
         configs = []
         for cls in self.configs:
             names = {f.name for f in dataclasses.fields(cls)}
-            configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
+            try:
+                configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
+            except ConfigError as error:  # names a field as Python does, where a user has given a key
+                raise ConfigError(re.sub(rf"^{cls.__name__}\.", f"{self.name}: ", str(error))) from None
         return configs
 
     def run(self, values: dict, resume: bool) -> None:

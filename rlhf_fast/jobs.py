@@ -28,7 +28,7 @@ from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
 from .generation import generate_text
 from .judges.stages import write_atomic
-from .models import check_lengths, load_policy, load_tokenizer
+from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
@@ -392,12 +392,14 @@ def answer_records(model: str, path: str, **sampling) -> list[dict]:
 
 
 def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
-    policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
-    check_lengths(policy, tokenizer, longest, "shorten the prompt")
-    room = getattr(policy.config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
+    longest, config = max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0), load_config(model)
+    check_positions(config, longest, "shorten the prompt")
+    room = getattr(config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
     if sampling["max_new_tokens"] > room:
         print(f"answers have at most {room} tokens, for which the model has positions", file=sys.stderr)
         sampling["max_new_tokens"] = room
+    policy = load_policy(model)
+    check_lengths(policy, tokenizer, longest, "shorten the prompt")
     temperature = sampling.pop("temperature")
     return generate_text(
         policy, tokenizer, prompts, do_sample=temperature != 0, temperature=temperature or 1.0, **sampling

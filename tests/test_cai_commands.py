@@ -92,7 +92,7 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert cai("revise", **{**common, "constitution": "safe-en", "model": "unread"}, output_dir=tmp_path / "x") == 2
     assert "have no `check: {rule: ...}`" in capsys.readouterr().err
     assert cai("revise", **common | {"num_prompts": -1}, output_dir=tmp_path / "x") == 2
-    assert "ReviseJob.num_prompts = -1 must be greater than 0" in capsys.readouterr().err
+    assert "rlhf-fast: revise: num_prompts = -1 must be greater than 0" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0

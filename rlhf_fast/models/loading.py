@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -32,6 +33,18 @@ from ..data.chat import ConfigError
 from .adapters import check_lm_head_is_plain, has_adapters, import_peft, merge_adapters, unwrapped
 from .language import let_pad_learn
 from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale
+
+
+def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
+    """The config of the model that load_policy gives, whose weights are not read; of adapters that of their base."""
+    if not isinstance(model, (str, Path)):
+        _check_is_model(model)
+        return model.config
+    if base := _adapter_base(model):
+        with _base_of(model):
+            return load_config(base)
+    with _loading("model", model):
+        return AutoConfig.from_pretrained(model)
 
 
 def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:

@@ -35,8 +35,10 @@ from ..models import (
     adapters_off,
     check_lengths,
     check_lm_head,
+    check_positions,
     disable_dropout,
     has_adapters,
+    load_config,
     load_policy,
     load_tokenizer,
     load_trained_state,
@@ -118,6 +120,8 @@ class PPOTrainer:
         if eval_dataset is not None:
             self.eval_prompts, report = read_prompts(eval_dataset, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
+        longest, advice = max(self.prompts + self.eval_prompts, key=len), "lower max_prompt_length or response_length"
+        check_positions(load_config(model), len(longest) + config.response_length, advice)  # before weights are read
         self.policy = common.with_adapters(load_policy(model), config, model)
         if ref_model is self.policy:
             raise common.ConfigError(
@@ -142,11 +146,9 @@ class PPOTrainer:
             check_signature(self.reward, self.prompts[0].columns)
             for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
                 check_signature(reward, self.eval_prompts[0].columns)
-        longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):
             check_room(reward, self.tokenizer, longest.prompt, config.response_length)
         for network in self._networks():
-            advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         with common.autocast(self.policy, config.bf16):
