@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # what an editor should see; "as", since in a typed package a
     from .trainers.sft import SFTTrainer as SFTTrainer
 
 _TRAINERS = {
-    "SFTConfig": "trainers.sft",
+    "SFTConfig": "trainers.sft_config",
     "SFTTrainer": "trainers.sft",
-    "RewardConfig": "trainers.reward",
+    "RewardConfig": "trainers.reward_config",
     "RewardTrainer": "trainers.reward",
-    "PPOConfig": "trainers.ppo",
+    "PPOConfig": "trainers.ppo_config",
     "PPOTrainer": "trainers.ppo",
 }
 

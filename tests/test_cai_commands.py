@@ -11,7 +11,8 @@ from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
 from rlhf_fast import cai_jobs
-from rlhf_fast.cai_jobs import TrainJob, _StageTable
+from rlhf_fast.cai_jobs import _StageTable
+from rlhf_fast.cai_keys import TrainJob
 from rlhf_fast.cli import main
 from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit

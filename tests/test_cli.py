@@ -14,13 +14,14 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf_fast.cai_jobs import CAI
-from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, _with_keys, main, read_sections
+from rlhf_fast.cai_keys import CAI
+from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_sections
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.generation import generate_text
-from rlhf_fast.jobs import STAGES, SFTJob, _write_job, resolve_reward, score
+from rlhf_fast.jobs import _write_job, resolve_reward, score
+from rlhf_fast.keys import LOOK, STAGES, SFTJob
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -59,7 +60,7 @@ def test_the_package_runs_as_a_module():
 
 
 def test_every_comment_behind_a_key_is_in_the_help():
-    for spec in _with_keys().values():
+    for spec in WITH_KEYS.values():
         for cls in spec.configs:
             written = re.findall(r"^    (?:\w+: |\)).*  # (.*)$", inspect.getsource(cls), re.MULTILINE)
             assert written and set(written) == {key.comment for key in keys_of(cls).values()} - {""}
@@ -74,7 +75,7 @@ def help_of(spec, in_full):
 @pytest.mark.parametrize(("columns", "lines"), [(80, 44), (120, 36)])
 def test_the_help_of_every_command_fits_a_screen_and_names_every_key(columns, lines, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    for spec in _with_keys().values():
+    for spec in WITH_KEYS.values():
         short, full, keys = help_of(spec, False), help_of(spec, True), spec.keys()
         assert len(short.splitlines()) + 2 <= lines and max(map(len, short.splitlines())) < columns, spec.name
         for name, key in keys.items():
@@ -104,20 +105,47 @@ def test_help_all_explains_what_help_names(flags, capsys):
     assert ("bounds the loss of a token with A < 0" in out) == ("--help-all" in flags) and "--learning_rate" in out
 
 
-def test_the_help_of_what_needs_no_torch_loads_none():
-    out = run_python(
-        "import sys; from rlhf_fast.cli import main\n"
-        "for name in ('generate', 'score', 'report', 'quickstart', 'info'):\n"
-        "    try: main([name, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
-    assert out.count("usage: ") == 5 and out.rstrip().endswith("[]")
+def check_no_torch(commands, code):
+    """Each of the commands (argv) ends with the code, and none has loaded torch or transformers by then."""
+    out = run_python(f"""
+import sys
+from rlhf_fast.cli import main
+for argv in {commands!r}:
+    try:
+        code = main(argv)
+    except SystemExit as ended:
+        code = ended.code or 0
+    loaded = sorted({{'torch', 'transformers'}} & set(sys.modules))
+    print("ended:", code, loaded, argv)
+""")
+    ended = [line for line in out.splitlines() if line.startswith("ended:")]
+    assert ended == [f"ended: {code} [] {argv}" for argv in commands]
+
+
+def test_no_help_loads_torch():
+    commands = [[name] for name in COMMANDS] + [["cai", word] for word in CAI_WORDS]
+    check_no_torch([[*command, "--help"] for command in commands], code=0)
+
+
+def test_no_refusal_of_a_key_or_a_value_loads_torch(tmp_path):
+    wrong = write_yaml(tmp_path / "wrong.yaml", "lerning_rate: 1")
+    named = [*STAGES, *LOOK, *(f"cai {word}" for word in CAI_WORDS if word != "validate")]
+    commands = [[*name.split(), *flags] for name in named for flags in (["--sed", "1"], ["--config", wrong], [])]
+    values = [
+        "sft --train_data x", 'sft --train_data x --scratch {"layers":-1}', 'sft --train_data x --scratch {"layer":2}',
+        "sft --train_data x --model y --learning_rate=-1",
+        "reward --train_data x --model y --freeze_trunk true --lora_r 4", "score --model x --batch_size many",
+        "ppo --train_data x --model y --reward z --batch_size 7", "generate --model x --top_p high",
+        "ppo --train_data x --model y --reward z --output_dir /dev/null/x",
+        "cai label --constitution x --data y --batch_size 0", "cai --constitution x --model y --train_data z --seed a",
+    ]  # fmt: skip
+    check_no_torch(commands + [line.split() for line in values], code=2)
 
 
 def test_importing_the_package_loads_no_torch_until_a_name_is_used():
     out = run_python(
-        "import sys, rlhf_fast as rf; before = 'torch' in sys.modules; rf.gae\n"
+        "import sys, rlhf_fast as rf; rf.SFTConfig, rf.RewardConfig, rf.PPOConfig\n"
+        "before = 'torch' in sys.modules; rf.gae\n"
         "print(before, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     assert out.split() == ["False", "True", "False"]
@@ -142,7 +170,7 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--train_data", "x", "--scratch", "{initializer_range: a}"], "initializer_range = 'a' must be a numb"),
         (["sft", "--train_data", "no.jsonl", "--scratch", "{layers: 2}"], "no.jsonl: No such file"),
         (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
-        (["sft", "--train_data", "x", "--max_steps", "many"], "rlhf-fast: sft: max_steps = 'many' must be int"),
+        (["sft", "--train_data", "x", "--model", "y", "--max_steps", "many"], "sft: max_steps = 'many' must be int"),
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json"),
@@ -753,10 +781,10 @@ def test_a_run_names_its_models_data_and_rewards_and_resumes_on_others_with_a_wa
 
 
 def test_a_kill_while_job_json_is_written_leaves_the_one_before(tmp_path, monkeypatch):
-    _write_job(SFTJob("before.jsonl"), tmp_path / "job.json")
+    _write_job(SFTJob("before.jsonl", model="m"), tmp_path / "job.json")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        _write_job(SFTJob("after.jsonl"), tmp_path / "job.json")
+        _write_job(SFTJob("after.jsonl", model="m"), tmp_path / "job.json")
     assert json.loads((tmp_path / "job.json").read_text())["train_data"] == "before.jsonl"
 
 

@@ -17,7 +17,8 @@ from helpers import tiny_model, tiny_tokenizer, word_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.generation import generate_with_logprobs
-from rlhf_fast.jobs import PPOJob, run_ppo
+from rlhf_fast.jobs import run_ppo
+from rlhf_fast.keys import PPOJob
 from rlhf_fast.models import save_model
 from rlhf_fast.rollout_server import RolloutServer
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer

@@ -17,6 +17,7 @@ import torch
 from rlhf_fast.monitors import Alarm
 from rlhf_fast.trainers import checkpoints, common, records, run, run_dir
 from rlhf_fast.trainers.common import ConfigError
+from rlhf_fast.trainers.configs import check_config, config_from_dict
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -36,7 +37,7 @@ class Config:
     names: list[str] | None = None
 
     def __post_init__(self):
-        common.check_config(
+        check_config(
             self, positive=("learning_rate", "limit"), non_negative=("eval_steps", "save_steps"),
             choices={"kind": ("linear", "cosine")},
         )  # fmt: skip
@@ -107,7 +108,7 @@ def without_time(log):
 )
 def test_a_bad_config_is_refused_by_field(values, message):
     with pytest.raises(ConfigError) as error:
-        common.config_from_dict(Config, {"output_dir": "x", **values})
+        config_from_dict(Config, {"output_dir": "x", **values})
     assert str(error.value).startswith(message)
 
 
@@ -122,12 +123,12 @@ def test_a_trainer_says_that_its_config_comes_first():
 
 
 def test_a_config_from_a_file():
-    config = common.config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
+    config = config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
     assert config.learning_rate == 1e-5  # YAML reads 1e-5 as text
     assert isinstance(Config("x", learning_rate=1).learning_rate, float)
     assert Config(Path("runs") / "x").output_dir == str(Path("runs") / "x")
     with pytest.raises(ConfigError, match="missing 1 required positional argument: 'output_dir'"):
-        common.config_from_dict(Config, {})
+        config_from_dict(Config, {})
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
