@@ -7,8 +7,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class CleanBuild(build_py):
+    def run(self):
+        if not self.editable_mode:  # or a module that has gone from the tree since an earlier build goes into the wheel
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -30,4 +38,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
-setup(ext_modules=[Extension("rlhf_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("rlhf_fast._C", sources=[])],
+    cmdclass={"build_py": CleanBuild, "build_ext": CMakeBuild},
+)

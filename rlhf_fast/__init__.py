@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING
 
 from ._version import __version__
 
-if TYPE_CHECKING:  # what an editor should see
+if TYPE_CHECKING:  # what an editor should see; "as", since in a typed package a plain import is private
     from .ops import *
-    from .trainers.ppo import PPOConfig, PPOTrainer
-    from .trainers.reward import RewardConfig, RewardTrainer
-    from .trainers.sft import SFTConfig, SFTTrainer
+    from .trainers.ppo import PPOConfig as PPOConfig
+    from .trainers.ppo import PPOTrainer as PPOTrainer
+    from .trainers.reward import RewardConfig as RewardConfig
+    from .trainers.reward import RewardTrainer as RewardTrainer
+    from .trainers.sft import SFTConfig as SFTConfig
+    from .trainers.sft import SFTTrainer as SFTTrainer
 
 _TRAINERS = {
-    "SFTConfig": "trainers.sft",
+    "SFTConfig": "trainers.sft_config",
     "SFTTrainer": "trainers.sft",
-    "RewardConfig": "trainers.reward",
+    "RewardConfig": "trainers.reward_config",
     "RewardTrainer": "trainers.reward",
-    "PPOConfig": "trainers.ppo",
+    "PPOConfig": "trainers.ppo_config",
     "PPOTrainer": "trainers.ppo",
 }
 

@@ -8,9 +8,11 @@ part that has not begun takes the settings that are given now.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cai_keys import TrainJob
 from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation, make_directory
 from .data.checks import responses_of
 from .data.formats import Prompt, comparisons
@@ -27,7 +29,8 @@ from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
 from .rewards import check_room, check_signature, make_reward
 from .trainers.checkpoints import latest_checkpoint
-from .trainers.common import check_bf16, config_from_dict
+from .trainers.common import check_bf16
+from .trainers.configs import config_from_dict
 from .trainers.constitutional import SCHEDULES, check_drop, items_with_kind, mix_comparisons, principles_to_revise
 from .trainers.ppo import PPOConfig, check_eval_rewards
 from .trainers.reward import RewardConfig
@@ -53,10 +56,10 @@ class Run:
     people: dict[str, list[dict]]  # "human": what people compared, if it was given
 
 
-def prepare(who, job, resume: bool) -> Run:
+def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     """Reads everything that a run needs. ConfigError for anything that one of its parts would refuse.
 
-    who: a cai_jobs.JudgeJob. job: a cai_jobs.TrainJob.
+    load_judge: () -> (constitution, judge).
     """
     if job.schedule:
         known_schedule(job.schedule)
@@ -65,7 +68,7 @@ def prepare(who, job, resume: bool) -> Run:
     if not resume:
         _check_is_new(root)
     tokenizer = load_tokenizer(job.model)
-    constitution, judge = who.load(job.seed)
+    constitution, judge = load_judge()
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           allow_weak_judge=job.allow_weak_judge)  # fmt: skip
     ppo = dict(job.ppo)

@@ -1,18 +1,4 @@
-"""rlhf-fast cai WORD: Constitutional AI, one part at a time or from end to end.
-
-  validate  constitution files      -> what is in them, or what is wrong, where
-  revise    prompts                 -> revisions.jsonl, sft.jsonl (phase 1)
-  pairs     prompts                 -> pairs.jsonl, rejected.jsonl (phase 2)
-  audit     pairs people compared   -> audit.json, audit.html: the judge's card
-  label     pairs, the judge's card -> judgements.jsonl, comparisons.jsonl,
-                                       constitution.html
-  derive    judgements              -> comparisons.jsonl under other weights,
-                                       clamp, calibration; without the judge
-  train     prompts                 -> all of it, with SFT, reward model, PPO
-
-Each writes one directory and goes on there when it is called again; train does
-so with --resume. `rlhf-fast cai WORD --help` has the keys of each.
-"""
+"""What the commands `rlhf-fast cai WORD` do; cai_keys.py says what each reads and writes, and has its keys."""
 
 import dataclasses
 import json
@@ -20,11 +6,11 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from .cai_checks import check_phase_1, known_schedule, prepare
-from .commands import Checked, Command, known
+from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
+from .commands import known
 from .data.chat import ConfigError
 from .data.files import read_dataset
 from .data.sources import read_rows
@@ -50,9 +36,7 @@ from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import read_jsonl, write_quickstart_report
 from .trainers.checkpoints import latest_checkpoint
-from .trainers.common import check_config
 from .trainers.constitutional import (
-    DROP,
     TextGenerator,
     check_drop,
     derive,
@@ -74,49 +58,28 @@ def _is_server(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-@dataclass
-class JudgeJob(Checked):
-    constitution: str | list  # file of principles, or several that make one
-    judge: str = "rules"  # or a model's directory or name, or the URL of an OpenAI-compatible server (http://.../v1)
-    judge_model: str | None = None  # the model's name there, where judge is a URL
-    judge_options: dict = field(default_factory=dict)  # of LocalJudge or HTTPJudge: cot_tokens, mode, votes, ...
-    judge_server: dict = field(default_factory=dict)  # of Server: concurrency, max_requests, max_cost, ...
-    allow_code: bool = False  # the constitution may name rules by import path, which runs code
-
-    def load(self, seed: int):
-        """(constitution, judge)"""
-        constitution = load_constitution(self.constitution, self.allow_code)
-        if self.judge == "rules":
-            return constitution, RuleJudge(**known(RuleJudge, self.judge_options, "judge_options"))
-        kind = HTTPJudge if _is_server(self.judge) else LocalJudge
-        options = {"seed": seed, **known(kind, self.judge_options, "judge_options")}
-        if kind is HTTPJudge:
-            server = _server(self.judge, self.judge_model, self.judge_server, "judge_")
-            judge = HTTPJudge(server, constitution, **options)
-            found = "; ".join(f"{mode}: {came_to}" for mode, came_to in judge.backend.found.items())
-            print(f"judge: {self.judge} is asked in mode {judge.backend.mode} ({found})")
-            return constitution, judge
-        return constitution, LocalJudge(load_policy(self.judge), load_tokenizer(self.judge), constitution, **options)
+def load_judge(who: JudgeJob, seed: int):
+    """(constitution, judge)"""
+    constitution = load_constitution(who.constitution, who.allow_code)
+    if who.judge == "rules":
+        return constitution, RuleJudge(**known(RuleJudge, who.judge_options, "judge_options"))
+    kind = HTTPJudge if _is_server(who.judge) else LocalJudge
+    options = {"seed": seed, **known(kind, who.judge_options, "judge_options")}
+    if kind is HTTPJudge:
+        server = _server(who.judge, who.judge_model, who.judge_server, "judge_")
+        judge = HTTPJudge(server, constitution, **options)
+        found = "; ".join(f"{mode}: {came_to}" for mode, came_to in judge.backend.found.items())
+        print(f"judge: {who.judge} is asked in mode {judge.backend.mode} ({found})")
+        return constitution, judge
+    return constitution, LocalJudge(load_policy(who.judge), load_tokenizer(who.judge), constitution, **options)
 
 
-@dataclass
-class WriterJob:
-    model: str  # directory or name of the model that writes, or the URL of an OpenAI-compatible server
-    server_model: str | None = None  # the model's name there, where model is a URL
-    server: dict = field(default_factory=dict)  # of Server: concurrency, max_requests, max_cost, ...
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        check_config(self, positive=("max_new_tokens", "top_p"), non_negative=("temperature",), unit=("top_p",))
-
-    def load(self):
-        if _is_server(self.model):
-            server = _server(self.model, self.server_model, self.server)
-            return HTTPGenerator(server, self.max_new_tokens, self.temperature, self.top_p)
-        policy, tokenizer = load_policy(self.model), load_tokenizer(self.model)
-        return TextGenerator(policy, tokenizer, self.max_new_tokens, self.temperature, self.top_p)
+def load_writer(writer: WriterJob):
+    if _is_server(writer.model):
+        server = _server(writer.model, writer.server_model, writer.server)
+        return HTTPGenerator(server, writer.max_new_tokens, writer.temperature, writer.top_p)
+    policy, tokenizer = load_policy(writer.model), load_tokenizer(writer.model)
+    return TextGenerator(policy, tokenizer, writer.max_new_tokens, writer.temperature, writer.top_p)
 
 
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
@@ -135,27 +98,12 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class ReviseJob:
-    train_data: str  # rows with a prompt
-    schedule: str = "check-all"  # check-all: revise what is violated, keep the best; paper: four revisions at random
-    max_steps: int | None = None  # revisions of a prompt; null is the schedule's own number
-    drop: list = field(default_factory=lambda: list(DROP))  # flags of replies that no model should learn from
-    num_prompts: int | None = None  # the first so many; null takes all
-    output_dir: str = "runs/cai/revise"
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self):
-        check_config(self, positive=("max_steps", "num_prompts", "batch_size"))
-
-
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
     known_schedule(job.schedule)
     check_drop(job.drop)
-    constitution, judge = who.load(job.seed)
+    constitution, judge = load_judge(who, job.seed)
     check_phase_1(job.schedule, constitution, judge)
-    _revise(job.schedule, _prompts(job), writer.load(), constitution, judge, writer.max_new_tokens, job.max_steps,
+    _revise(job.schedule, _prompts(job), load_writer(writer), constitution, judge, writer.max_new_tokens, job.max_steps,
             output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
 
 
@@ -181,43 +129,15 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
     return stage
 
 
-@dataclass
-class PairsJob:
-    train_data: str  # rows with a prompt
-    constitution: str | list  # its layout says how prompts are put
-    num_prompts: int | None = None  # the first so many; null takes all
-    output_dir: str = "runs/cai/pairs"
-    batch_size: int = 32
-    seed: int = 0
-    allow_code: bool = False  # the constitution may name rules by import path, which runs code
-
-    def __post_init__(self):
-        check_config(self, positive=("num_prompts", "batch_size"))
-
-
 def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
     constitution = load_constitution(job.constitution, job.allow_code)
-    stage = sample_pairs(_prompts(job), writer.load(), constitution, output_dir=job.output_dir,
+    stage = sample_pairs(_prompts(job), load_writer(writer), constitution, output_dir=job.output_dir,
                          batch_size=job.batch_size, seed=job.seed)  # fmt: skip
     _tell("pairs", stage, "pairs.jsonl")
 
 
-@dataclass
-class AuditJob:
-    data: str  # rows {prompt, better, worse} or {prompt, chosen, rejected}, or Anthropic's evaluation file
-    num_pairs: int | None = None  # the first so many; null takes all
-    principles_per_pair: int | None = None  # as for the labels to come: `label` refuses a card with another number
-    probe_pairs: int = 24  # pairs that are asked again with an injection in the worse reply
-    output_dir: str = "runs/cai/audit"
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self):
-        check_config(self, positive=("num_pairs", "principles_per_pair", "batch_size"), non_negative=("probe_pairs",))
-
-
 def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
-    constitution, judge = who.load(job.seed)
+    constitution, judge = load_judge(who, job.seed)
     rows = _compared(job.data)[: job.num_pairs]
     card = audit(rows, constitution, judge, output_dir=job.output_dir, principles_per_pair=job.principles_per_pair,
                  probe_pairs=job.probe_pairs, batch_size=job.batch_size, seed=job.seed)  # fmt: skip
@@ -250,27 +170,9 @@ def _only_text(reply, where: str) -> str:
     return text
 
 
-@dataclass
-class LabelJob:
-    data: str  # pairs.jsonl of `cai pairs`, or rows {prompt, a, b}
-    card: str | None = None  # directory of `cai audit` of this judge: its floor, and the calibration of the labels
-    allow_weak_judge: bool = False  # label without a card, or at the floor
-    principles_per_pair: int | None = None  # the paper draws 1; null takes all
-    combine: str | None = None  # logit or prob, of both orders and all principles; null is the judge's own
-    clamp: list | None = None  # [low, high] of P; null is [0.4, 0.6] for a judge with cot_tokens, and none otherwise
-    tie_margin: float = 0.01  # |P - 0.5| below it is a tie
-    retry: str = "failed"  # outcomes of earlier runs that are asked again: failed,refused,unparsed
-    output_dir: str = "runs/cai/label"
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self):
-        check_config(self, positive=("principles_per_pair", "batch_size"))
-
-
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
     """rlhf-fast cai label: labels, if the judge's card allows it, and the report on the constitution."""
-    constitution, judge = who.load(job.seed)
+    constitution, judge = load_judge(who, job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           combine=job.combine, allow_weak_judge=job.allow_weak_judge)  # fmt: skip
     stage = label(
@@ -280,17 +182,6 @@ def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
     )  # fmt: skip
     report_on(job.output_dir, name=constitution.name)
     _tell("label", stage, "comparisons.jsonl", "constitution.html")
-
-
-@dataclass
-class DeriveJob(Checked):
-    judgements: str  # directory of `cai label`
-    output_dir: str
-    weights: dict = field(default_factory=dict)  # principle: weight, in place of the constitution's; 0 leaves it out
-    combine: str | None = None  # logit, prob or sum; null, here and below, is what the labels there were made with
-    card: str | None = None  # directory of `cai audit`: the calibration is fitted again, under these weights
-    clamp: list | None = None  # [low, high] of P; [0, 1] is none
-    tie_margin: float | None = None
 
 
 def run_derive(job: DeriveJob, resume: bool) -> None:
@@ -345,41 +236,9 @@ def _tell(name: str, stage, *files: str) -> None:
 # -- from end to end ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class TrainJob:
-    model: str  # the SFT model: answers, critiques and revises, and is then trained
-    train_data: str  # rows with a prompt; text is what a user says, in every part
-    eval_data: str | None = None  # prompts whose answers are checked before, between and after
-    card: str | None = None  # directory of `cai audit` of this judge; a judge of rules needs none
-    allow_weak_judge: bool = False  # label without a card, or at the floor
-    output_dir: str = "runs/cai"
-    seed: int = 0
-    num_prompts: int = 512  # for the revisions, and as many others for the comparisons
-    max_prompt_length: int = 512  # tokens; longer prompts of hh-rlhf are left out, and named
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    schedule: str | None = None  # of the revisions; null is check-all where a principle has a check, else paper
-    max_revisions: int = 4
-    principles_per_pair: int | None = None  # the paper draws 1; null takes all
-    drop: list = field(default_factory=lambda: list(DROP))  # flags of replies that no model should learn from
-    human_data: str | None = None  # comparisons by people, for the reward model beside the judge's
-    source_weights: dict = field(default_factory=dict)  # of "ai" and "human" in its loss; 1 where not named
-    eval_share: float = 0.1  # of the comparisons of each source, held out from the reward model
-    sft: dict = field(default_factory=dict)  # keys of that trainer; its directory is output_dir/sft
-    reward: dict = field(default_factory=dict)  # the same of the reward model
-    ppo: dict = field(default_factory=dict)  # and eval_rewards, as `rlhf-fast ppo` takes them; they read eval_data
-
-    def __post_init__(self):
-        check_config(
-            self,
-            positive=("num_prompts", "max_prompt_length", "max_new_tokens", "max_revisions", "principles_per_pair"),
-            non_negative=("temperature",),
-        )
-
-
 def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     """rlhf-fast cai train: revisions -> SFT -> comparisons -> reward model -> PPO; held-out answers in between."""
-    root, run = Path(job.output_dir), prepare(who, job, resume)
+    root, run = Path(job.output_dir), prepare(job, lambda: load_judge(who, job.seed), resume)
     constitution, judge, prompts = run.constitution, run.judge, run.prompts
     options = {"seed": job.seed, "batch_size": 128}
 
@@ -503,26 +362,3 @@ class _StageTable:
             "pass_rate": sum(passed) / len(passed) if passed else None,
             "pass_rate_per_principle": {p: sum(kept) / len(kept) for p, kept in applies.items() if kept},
         }
-
-
-CAI = {
-    command.name: command
-    for command in (
-        Command(
-            "revise", "Phase 1: answers are checked, criticised and revised.", (JudgeJob, WriterJob, ReviseJob),
-            run_revise, usual=("judge", "judge_model", "max_new_tokens", "schedule", "num_prompts", "output_dir"),
-        ),
-        Command("pairs", "Phase 2, first half: two answers to each prompt.", (WriterJob, PairsJob), run_pairs),
-        Command("audit", "The judge's card, before money is spent on its labels.", (JudgeJob, AuditJob), run_audit),
-        Command(
-            "label", "Phase 2, second half: the judge compares each pair.", (JudgeJob, LabelJob), run_label,
-            usual=("judge", "judge_model", "card", "output_dir"),
-        ),
-        Command("derive", "Labels under other weights, from the same judgements.", (DeriveJob,), run_derive),
-        Command(
-            "cai", "Constitutional AI: revise and fine-tune, label, reward model, PPO.", (JudgeJob, TrainJob),
-            run_train,
-            usual=("judge", "judge_model", "eval_data", "card", "output_dir", "num_prompts", "sft", "reward", "ppo"),
-        ),
-    )
-}  # fmt: skip

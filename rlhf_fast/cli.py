@@ -12,16 +12,18 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import yaml
 
 from ._version import __version__
-from .commands import Checked, Command, Parser, unknown
+from .cai_keys import CAI
+from .cai_keys import __doc__ as CAI_HELP
+from .commands import Command, Parser, unknown
 from .data.chat import ConfigError
 from .data.files import UniqueKeys
+from .keys import LOOK, STAGES
 from .monitors import RunStopped
 
 HELP = """\
@@ -85,12 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, argv: list[str]) -> int:
-    # Imports stand where they are needed: torch and transformers take seconds, and --help should not.
+    # Imports stand where they are needed: torch and transformers take seconds, and --help or a refusal should not.
     if command in TRAINERS:
-        from .jobs import quiet
-
-        quiet()
-        return _train(command, argv)
+        return _train(STAGES[command], command, argv)
     if command == "cai":
         return _cai(argv)
     if command == "generate":
@@ -102,9 +101,7 @@ def _run(command: str, argv: list[str]) -> int:
     if command == "quickstart":
         return _quickstart(argv)
     if command == "bench":
-        from .bench import main as bench
-
-        return bench(argv)
+        return _bench(argv)
     return _info(argv)
 
 
@@ -116,9 +113,7 @@ CAI_WORDS = ("validate", "revise", "pairs", "audit", "label", "derive", "train")
 
 def _cai(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
-        from .cai_jobs import __doc__ as about
-
-        print(about)
+        print(CAI_HELP)
         return 0
     word, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if word not in CAI_WORDS:
@@ -132,29 +127,24 @@ def _cai(argv: list[str]) -> int:
 
         print(validate(options.files, options.allow_code))
         return 0
+    return _train(CAI["cai" if word == "train" else word], f"cai {word}", rest)
+
+
+def _train(spec: Command, shown: str, argv: list[str]) -> int:
+    going_on = {"action": "store_true", "help": "go on from the newest checkpoint in output_dir"}
+    values, flags = _read(spec, shown, argv, "[--resume]", resume=going_on)
+    configs = spec.make(values)
     from .jobs import quiet
 
     quiet()
-    return _train("cai" if word == "train" else word, rest, f"cai {word}")
-
-
-def _train(stage: str, argv: list[str], shown: str | None = None) -> int:
-    spec = _with_keys()[stage]
-    going_on = {"action": "store_true", "help": "go on from the newest checkpoint in output_dir"}
-    values, flags = _read(spec, shown or stage, argv, "[--resume]", resume=going_on)
-    spec.run(values, flags["resume"])
+    spec.run(configs, flags["resume"])
     return 0
 
 
 # -- flags and YAML files ----------------------------------------------------------------------------------------------
 
 
-def _with_keys() -> dict[str, Command]:
-    """Every command that has keys, and so a section in a YAML file."""
-    from .cai_jobs import CAI
-    from .jobs import STAGES
-
-    return STAGES | CAI | LOOK
+WITH_KEYS = STAGES | CAI | LOOK  # and so each has a section in a YAML file
 
 
 def _read(spec: Command, shown: str, argv: list[str], usage: str = "", **flags: dict) -> tuple[dict, dict]:
@@ -172,18 +162,19 @@ def _read(spec: Command, shown: str, argv: list[str], usage: str = "", **flags: 
     file, own, keys = given.pop("config"), {name: given.pop(name) for name in flags}, spec.keys()
     values = {name: keys[name].parse(text) for name, text in given.items()}
     if file:
-        every = {name: list(command.keys()) for name, command in _with_keys().items()}
-        values = read_sections(file, every, spec.name)[spec.name] | values
+        every = {name: list(command.keys()) for name, command in WITH_KEYS.items()}
+        # A file that trains is also given to generate and score, which are to use next to nothing of it.
+        values = read_sections(file, every, None if spec.name in LOOK else spec.name)[spec.name] | values
     return values, own
 
 
 def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
     """{stage: its values} in a YAML file: the shared keys that the stage has, and over them those of its section.
 
-    keys: {stage: names of its keys}. stage: the one that is going to run. Standard error names what it will not read:
-    shared keys that it does not have, and for cai the sections sft, reward and ppo at the top of the file, where they
-    belong to other commands (cai has keys of these names). ConfigError for a file that cannot be read or is no mapping,
-    and for a key that no stage has.
+    keys: {stage: names of its keys}. stage: the one that is going to train, if any. Standard error names what it will
+    not read: shared keys that it does not have, and for cai the sections sft, reward and ppo at the top of the file,
+    where they belong to other commands (cai has keys of these names). ConfigError for a file that cannot be read or is
+    no mapping, and for a key that no stage has.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
@@ -225,18 +216,6 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
 # -- the other commands ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class GenerateJob(Checked):
-    model: str  # run directory, or any transformers causal language model
-    system: str | None = None  # system message, for a tokenizer with a chat template
-    input: str | None = None  # records with a prompt, as PPO reads them; each gets a response
-    output: str = "-"  # of input, for rlhf-fast score; - writes to standard output
-    max_new_tokens: int = 128
-    temperature: float = 0.7  # 0 takes the most likely token
-    top_p: float = 1.0
-    seed: int = 0
-
-
 def _generate(argv: list[str]) -> int:
     asked = {"action": "append", "metavar": "TEXT", "help": "may be repeated; without it, one prompt a line of stdin"}
     values, flags = _read(LOOK["generate"], "generate", argv, "[--prompt TEXT]", prompt=asked)
@@ -259,14 +238,6 @@ def _generate(argv: list[str]) -> int:
     return 0
 
 
-@dataclass
-class ScoreJob(Checked):
-    model: str  # run directory of rlhf-fast reward, or any reward model
-    input: str = "-"  # records with a prompt and a response, or pairs; - reads stdin
-    output: str = "-"  # - writes to standard output
-    batch_size: int = 64
-
-
 def _score(argv: list[str]) -> int:
     (job,) = LOOK["score"].make(_read(LOOK["score"], "score", argv)[0])
     from .data.files import parse_jsonl, read_dataset
@@ -277,15 +248,6 @@ def _score(argv: list[str]) -> int:
         records = parse_jsonl(sys.stdin.read(), "input") if job.input == "-" else list(read_dataset(job.input))
         _write_rows(score(job.model, records, job.batch_size), file, job.output)
     return 0
-
-
-LOOK = {
-    command.name: command
-    for command in (
-        Command("generate", "Answers prompts with a model, on standard output.", (GenerateJob,)),
-        Command("score", "The records of a JSONL file, each with the score of a reward model.", (ScoreJob,)),
-    )
-}
 
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
@@ -347,6 +309,24 @@ def _quickstart(argv: list[str]) -> int:
     quiet()
     run_quickstart(**vars(options))
     print(f"{options.output_dir}/report.html")
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    about = "Our ops beside PyTorch, torch.compile and the installed peers, on this machine, with the floor."
+    parser = Parser(prog="rlhf-fast bench", description=about)
+    parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
+    parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
+    parser.add_argument(
+        "--as-gpu", action="store_true", help="a GPU's rows and its way to measure, by the clock where there is none"
+    )
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args(argv)
+    from .bench import main as bench
+
+    bench(options, argv)
     return 0
 
 

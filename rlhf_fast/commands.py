@@ -11,14 +11,16 @@ import re
 import shutil
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import yaml
 
 from .data.chat import ConfigError, check_writable
+from .trainers.configs import check_config, config_from_dict
 
 REQUIRED = "REQUIRED"  # in place of a default
 
@@ -48,6 +50,8 @@ class Key:
 class Command:
     """A command with keys: what --help says, the dataclasses that hold its keys, and the function that takes them.
 
+    function: "module.name", because the module imports torch and transformers, which take seconds; what is refused
+    before is refused at once.
     usual: keys that most people set, where all of them do not fit a screen. --help shows what these and the required
     ones mean, and of the others names and defaults.
     """
@@ -55,45 +59,44 @@ class Command:
     name: str
     summary: str
     configs: tuple[type, ...]
-    function: Callable | None = None
+    function: str | None = None
     usual: tuple[str, ...] = ()
 
     def keys(self) -> dict[str, Key]:
         return {name: key for cls in self.configs for name, key in keys_of(cls).items()}
 
     def make(self, values: dict) -> list:
-        """The dataclasses with these values. Raises ConfigError for values that are refused, and for those that are
-        missing."""
+        """The dataclasses with these values. Raises ConfigError for values that are missing or refused, and for an
+        output_dir that cannot be written."""
         required = [name for name, key in self.keys().items() if key.shown == REQUIRED and name not in values]
         if required:
             raise ConfigError(f"{self.name} needs {', '.join(required)}: as flags, or as keys of a --config file")
-        from .trainers.common import config_from_dict
-
         configs = []
         for cls in self.configs:
             names = {f.name for f in dataclasses.fields(cls)}
-            configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
-        return configs
-
-    def run(self, values: dict, resume: bool) -> None:
-        """Raises ConfigError for values that are refused, KeyboardInterrupt for a run that a signal ended, and
-        RunStopped for one that a monitor did."""
-        from . import parallel
-
-        parallel.start()
-        configs = self.make(values)
+            try:
+                configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
+            except ConfigError as error:  # names a field as Python does, where a user has given a key
+                raise ConfigError(re.sub(rf"^{cls.__name__}\.", f"{self.name}: ", str(error))) from None
         for config in configs:
             if hasattr(config, "output_dir"):
                 check_writable(config.output_dir)  # before models are loaded and data read
-        self.function(*configs, resume)
+        return configs
+
+    def run(self, configs: list, resume: bool) -> None:
+        """Raises ConfigError for what is refused, KeyboardInterrupt for a run that a signal ended, and RunStopped for
+        one that a monitor did."""
+        from . import parallel
+
+        parallel.start()
+        module, name = self.function.split(".")
+        getattr(import_module(f".{module}", __package__), name)(*configs, resume)
 
 
 class Checked:
     """A dataclass whose fields are only checked for their types."""
 
     def __post_init__(self):
-        from .trainers.common import check_config
-
         check_config(self)
 
 

@@ -88,7 +88,8 @@ def _is_altered(module: nn.Module) -> bool:
     transformers only record, and those of FSDP gather what stays the same."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
-    return "forward" in vars(module) or any(not maker.startswith(("transformers.", "torch.distributed.fsdp.")) for maker in makers)
+    harmless = "transformers.", "torch.distributed.fsdp."
+    return "forward" in vars(module) or any(not maker.startswith(harmless) for maker in makers)
 
 
 def attends_in_its_own_way(model: nn.Module) -> bool:

@@ -1,8 +1,4 @@
-"""What the commands do around a trainer: read data and models, then run it.
-
-The keys of a training command are the fields of two dataclasses: its job (which models, which data) and the trainer's
-config. `usual` are those that its --help explains.
-"""
+"""What the commands do around a trainer: read data and models, then run it. keys.py has the jobs."""
 
 import dataclasses
 import functools
@@ -12,13 +8,12 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from . import parallel
-from .commands import Checked, Command, known
+from .commands import known
 from .data import hh_rlhf
 from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
 from .data.checks import placed, responses_of
@@ -28,69 +23,22 @@ from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
 from .generation import generate_text
 from .judges.stages import write_atomic
-from .models import check_lengths, load_policy, load_tokenizer
+from .keys import PPOJob, RewardJob, Scratch, SFTJob
+from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
 from .rewards import RewardModelReward
 from .rollout_server import RolloutServer
-from .trainers.common import check_config, config_from_dict
+from .trainers.configs import config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.run_dir import check_is_new
 from .trainers.sft import SFTConfig, SFTTrainer
 
-# -- the jobs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class SFTJob(Checked):
-    train_data: str  # a file in a TRL format, hh-rlhf transcripts, or a dataset's name, "name:split" for a split
-    eval_data: str | None = None  # held out, in the same forms
-    model: str | None = None  # directory or name; without it, a new model from `scratch`
-    scratch: dict = field(default_factory=dict)  # vocab_size, hidden, layers, initializer_range of a new Llama
-
-
-@dataclass
-class Scratch:
-    """The keys of `scratch`."""
-
-    vocab_size: int = 4096  # of a byte-level BPE that learns train_data
-    hidden: int = 128
-    layers: int = 4
-    initializer_range: float | None = 0.02  # null: 1 / sqrt(hidden)
-
-    def __post_init__(self):
-        check_config(self, positive=("vocab_size", "hidden", "layers", "initializer_range"))
-        if self.hidden % 8:
-            raise ConfigError(f"scratch: hidden = {self.hidden} must be a multiple of 8 (four heads of an even width)")
-
-
-@dataclass
-class RewardJob(Checked):
-    model: str  # the SFT model (its trunk gets a new head), or a reward model to go on from
-    train_data: str  # preferences: a file in a TRL format, hh-rlhf transcripts, or a dataset's name ("name:split")
-    eval_data: str | None = None  # held out, in the same forms
-    reference_data: str | None = None  # responses whose rewards get mean 0 and deviation 1 where the model is used
-
-
-@dataclass
-class PPOJob(Checked):
-    model: str  # the policy to start from; a frozen copy is the reference
-    train_data: str  # rows with a prompt
-    reward: str | list  # reward model directory, file.py:function, or a list of [either, weight]
-    eval_data: str | None = None  # prompts that the policy never trains on
-    eval_rewards: dict = field(default_factory=dict)  # name: reward that the policy never trains on
-    value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
-    rollout_func: str | None = None  # file.py:function(prompts, trainer), another engine in place of our sampling
-    rollout_server: str | None = None  # or the URL of a vLLM or SGLang server (http://.../v1) that samples
-    rollout_options: dict = field(default_factory=dict)  # of RolloutServer: weights_dir, concurrency, timeout, ...
-
 
 def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
     """rlhf-fast sft"""
-    if (job.model is None) == (not job.scratch):
-        raise ConfigError("sft: give either model, or scratch to start from random weights")
     model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
     train, held_out = read_data(job, "sft", config.output_dir, resume, **_limit("sft", tokenizer, config))
     run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume, job)
@@ -99,9 +47,6 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 def _from_scratch(job: SFTJob, config: SFTConfig):
     """A new Llama, and a tokenizer that is trained on the texts of train_data. Both follow from the data and the
     seed."""
-    options = vars(Scratch())
-    if unknown := set(job.scratch) - set(options):
-        raise ConfigError(f"sft: scratch takes {', '.join(options)}; got {', '.join(map(str, unknown))}")
     options = vars(config_from_dict(Scratch, job.scratch))
     rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
@@ -198,28 +143,6 @@ def _value_model(path: str, tokenizer):
             "nothing; leave value_model out (as `reward` it is welcome)"
         )
     return trained.model
-
-
-STAGES = {
-    command.name: command
-    for command in (
-        Command(
-            "sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), run_sft,
-            usual=("eval_data", "model", "output_dir", "num_train_epochs", "per_device_train_batch_size",
-                   "learning_rate", "max_length"),
-        ),
-        Command(
-            "reward", "A reward model from preferences.", (RewardJob, RewardConfig), run_reward,
-            usual=("eval_data", "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate",
-                   "max_length"),
-        ),
-        Command(
-            "ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), run_ppo,
-            usual=("eval_data", "output_dir", "total_episodes", "batch_size", "response_length", "kl_coef",
-                   "minibatch_size", "learning_rate"),
-        ),
-    )
-}  # fmt: skip
 
 
 # -- around a trainer --------------------------------------------------------------------------------------------------
@@ -392,12 +315,14 @@ def answer_records(model: str, path: str, **sampling) -> list[dict]:
 
 
 def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
-    policy, longest = load_policy(model), max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0)
-    check_lengths(policy, tokenizer, longest, "shorten the prompt")
-    room = getattr(policy.config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
+    longest, config = max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0), load_config(model)
+    check_positions(config, longest, "shorten the prompt")
+    room = getattr(config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
     if sampling["max_new_tokens"] > room:
         print(f"answers have at most {room} tokens, for which the model has positions", file=sys.stderr)
         sampling["max_new_tokens"] = room
+    policy = load_policy(model)
+    check_lengths(policy, tokenizer, longest, "shorten the prompt")
     temperature = sampling.pop("temperature")
     return generate_text(
         policy, tokenizer, prompts, do_sample=temperature != 0, temperature=temperature or 1.0, **sampling

@@ -53,6 +53,7 @@ _UNCUT = {  # else vLLM takes these from the model's generation_config
     "frequency_penalty": 0.0,
 }  # fmt: skip
 _KEPT = "the steps before are kept, and --resume goes on from there"
+_NONE = "no step is done yet: start the run again"
 _NAME = re.compile(r"policy-[0-9a-f]{8}-\d+")  # of a directory of weights; the user's policy-2 beside it is none
 
 
@@ -98,11 +99,10 @@ class RolloutServer:
             self.base_url, "", api_key_env=self.api_key_env, concurrency=self.concurrency, timeout=self.timeout,
             max_tries=self.max_tries,
         )  # fmt: skip
-        self._server.kept = _KEPT
         self._met = lambda: None  # -> the trainer whose policy the server has, while there is one
 
     def __call__(self, prompts: Sequence[Text], trainer) -> dict[str, list]:
-        config = trainer.config
+        config, self._server.kept = trainer.config, _KEPT if trainer.step else _NONE
         ids = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
         common = {"max_tokens": config.response_length, "temperature": config.temperature,
                   "stop_token_ids": stop_ids(trainer.policy, trainer.tokenizer)}  # fmt: skip
@@ -116,13 +116,13 @@ class RolloutServer:
         seeds = [seed_for(config.seed, trainer.step, i, row) >> 32 for i, row in enumerate(ids)]
         requests = [{**common, "prompt": row, "seed": seed} for row, seed in zip(ids, seeds, strict=True)]
         answers = _Answers(len(requests))
-        self._server.call_all(requests, answers, self._send, self._read)
+        self._server.call_all(requests, answers, self._send, self._read, abandon=True)
         if bad := [(i, answer) for i, answer in enumerate(answers.last) if answer.status != "ok"]:
             i, answer = bad[0]
             longer = f": {_LONGER}" if answer.status == "too_long" else ""
             raise ConfigError(
                 f"rollout_server: {len(bad)} of {len(requests)} answers failed, the first that of prompt {i}: "
-                f"{answer.reason}{longer}; {_KEPT}"
+                f"{answer.reason}{longer}; {self._server.kept}"
             )
         self._step = trainer.step
         completions, logprobs = zip(*(answer.value for answer in answers.last), strict=True)
@@ -131,6 +131,10 @@ class RolloutServer:
     @property
     def _root(self) -> str:
         return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def _adapters(self) -> str:
+        return f"{self._root}/v1" if self._engine == "vllm" else self._root
 
     def _send(self, request: dict) -> tuple[str, dict]:
         return "/completions", {"logprobs": 0, "return_token_ids": True, **_UNCUT, **request, **self._adapter}
@@ -165,7 +169,8 @@ class RolloutServer:
 
     def _meet(self, request: dict, trainer) -> None:
         """Which engine it is, and whether it answers as is needed, by two answers of one token."""
-        self._step, self._adapter = None, {}
+        self._unload()  # another trainer's
+        self._step = None
         try:
             card = json.loads(self._server.call("/models"))["data"][0]
             engine, self._server.model = card.get("owned_by"), card["id"]
@@ -226,12 +231,11 @@ class RolloutServer:
         except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"rollout_server: the policy's weights cannot be written to {path} ({error}): give another weights_dir "
-                f"(rollout_options), or make room; {_KEPT}"
+                f"(rollout_options), or make room; {self._server.kept}"
             ) from error
         path = str(path)
-        adapters = f"{root}/v1" if self._engine == "vllm" else root
         if lora:
-            calls = [(f"{adapters}/load_lora_adapter", {"lora_name": name, "lora_path": path})]
+            calls = [(f"{self._adapters}/load_lora_adapter", {"lora_name": name, "lora_path": path})]
         elif self._engine == "sglang":
             calls = [(f"{root}/update_weights_from_disk", {"model_path": path, "flush_cache": True})]
         else:
@@ -244,14 +248,18 @@ class RolloutServer:
             except ConfigError as error:
                 raise ConfigError(
                     f"rollout_server: the policy's weights in {path} were not taken over: {error}. The server must "
-                    f"read that path (weights_dir), and be started as {START[self._engine, lora]}; {_KEPT}"
+                    f"read that path (weights_dir), and be started as {START[self._engine, lora]}; {self._server.kept}"
                 ) from None
-        before = self._adapter
+        self._unload()
         if lora:
             self._adapter = {"model" if self._engine == "vllm" else "lora_path": name}
-        for last in before.values():
+
+    def _unload(self) -> None:
+        """The adapter that the server has of us, if any, goes."""
+        for name in self._adapter.values():
             with suppress(ConfigError):  # a server that was started anew has it no more
-                self._server.call(f"{adapters}/unload_lora_adapter", {"lora_name": last})
+                self._server.call(f"{self._adapters}/unload_lora_adapter", {"lora_name": name})
+        self._adapter = {}
 
 
 _LONGER = "start the server with a longer context (vLLM: --max-model-len, SGLang: --context-length)"

@@ -5,9 +5,10 @@
     AdamW            steps the rows of its own process, which alone keeps the state of them
 
 Embeddings, final norm and heads stay whole in every process, and go through parallel.py: the linear ops read their
-weights outside of any layer's forward. What runs without gradients (sampling, scoring, evaluation, saving) takes another
-number of steps in each process, and so does not stand waiting in each layer: gathered() makes all of them whole before.
-In float32, N processes need 16/N bytes for each weight of the layers, and 4 more inside gathered().
+weights outside of any layer's forward. Of steps that learn every process takes as many (as_many). What runs without
+gradients (sampling, scoring, evaluation, saving) takes another number of steps in each, and could not wait for the others
+in every layer: gathered() makes all layers whole before. In float32 each of N processes needs 16/N bytes for a weight of
+the layers and some whole layers besides; inside gathered(), where there are no gradients, 4 + 12/N.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ def shard(*models: nn.Module) -> None:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             layer.set_gradient_divide_factor(1.0)  # a sum: a loss is divided by what counts in the whole step
             layer.set_force_sum_reduction_for_comms(True)
-        for layer, before in zip(layers, [layers[0], *layers]):  # FSDP itself goes by all forwards since the last step,
-            layer.set_modules_to_backward_prefetch([before])  # of which evaluation has another number in each process
         rest = {p for p in trunk.parameters() if not isinstance(p, DTensor)}
         fully_shard(trunk, mesh=mesh, ignored_params=rest)  # so that the next layer is gathered while one computes
+        # Which one that is in the backward, FSDP would tell from all forwards since the last: evaluation has another
+        # number of them in each process, and these would wait for each other.
+        for layer, before in zip(layers, [layers[0], *layers[:-1]], strict=True):
+            layer.set_modules_to_backward_prefetch([before])
 
 
 def _let_go() -> None:
@@ -68,7 +71,8 @@ def is_sharded(layer: nn.Module) -> bool:
 
 @contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
-    """Inside, every process has the whole layers, as plain tensors that must not change. All enter together."""
+    """Inside, every process has the whole layers, as plain tensors that must not change (nor be shared with numpy, which
+    would keep them from being freed). All enter together."""
     layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
     with parallel.ending_all():
         for layer in layers:
@@ -131,6 +135,6 @@ def norm_of_rows(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 
 def as_many(parts: list, spare) -> list:
-    """The parts, and the spare one until there are as many as in any other process: each gathers the layers as often."""
+    """The parts, and then the spare one, until there are as many as in any other process."""
     most = int(parallel.largest(torch.tensor(len(parts))))
     return parts + [spare] * (most - len(parts))

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_fast import bench
 from rlhf_fast.bench import baselines, harness, rows
+from rlhf_fast.cli import _bench
 from rlhf_fast.data.chat import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -71,7 +72,7 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     output = tmp_path / "bench" / "results" / "cpu.json"
     monkeypatch.setattr(baselines, "token_logprobs", lambda device: {"eager": baselines.log_softmax_gather})
     arguments = ["token_logprobs", "--small", "--seconds", "0", "--device", "cpu", "--json", str(output)]
-    assert bench.main(arguments) == 0
+    assert _bench(arguments) == 0
     assert "eager" in capsys.readouterr().out
     result = json.loads(output.read_text())
     assert {"machine", "commit", "command", "OMP_WAIT_POLICY", "threads", "rows"} <= result.keys()
@@ -126,7 +127,7 @@ def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypa
 def test_an_unknown_op_is_refused():
     for op, near in (("softmax", ""), ("value_los", "; did you mean 'value_loss'?")):
         with pytest.raises(ConfigError, match=re.escape(f"bench: unknown op '{op}'{near} (there are dpo_loss, ")):
-            bench.main(["gae", op, "--small"])
+            _bench(["gae", op, "--small"])
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_what_cannot_be_done_is_refused_before_a_row_is_measured(flags, message,
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "cpu.json")
     with pytest.raises(ConfigError, match=re.escape("bench: " + message.format(there=tmp_path))):
-        bench.main(["gae", "--small", "--device", "cpu", *(flag.format(there=tmp_path) for flag in flags)])
+        _bench(["gae", "--small", "--device", "cpu", *(flag.format(there=tmp_path) for flag in flags)])
 
 
 def test_results_stay_until_there_are_new_ones(tmp_path, monkeypatch):
@@ -156,14 +157,14 @@ def test_results_stay_until_there_are_new_ones(tmp_path, monkeypatch):
     (tmp_path / "old.json").write_text("{}")
     for path in (tmp_path / "old.json", tmp_path / "new.json"):
         with pytest.raises(KeyboardInterrupt):
-            bench.main(["gae", "--small", "--device", "cpu", "--json", str(path)])
+            _bench(["gae", "--small", "--device", "cpu", "--json", str(path)])
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.json", "{}")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="no CUDA device is usable here"):
-        bench.main(["gae", "--device", "cuda"])
+        _bench(["gae", "--device", "cuda"])
 
 
 def test_a_peer_that_cannot_be_imported_fails_in_its_own_name():

@@ -11,7 +11,8 @@ from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
 from rlhf_fast import cai_jobs
-from rlhf_fast.cai_jobs import TrainJob, _StageTable
+from rlhf_fast.cai_jobs import _StageTable
+from rlhf_fast.cai_keys import TrainJob
 from rlhf_fast.cli import main
 from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit
@@ -92,7 +93,7 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert cai("revise", **{**common, "constitution": "safe-en", "model": "unread"}, output_dir=tmp_path / "x") == 2
     assert "have no `check: {rule: ...}`" in capsys.readouterr().err
     assert cai("revise", **common | {"num_prompts": -1}, output_dir=tmp_path / "x") == 2
-    assert "ReviseJob.num_prompts = -1 must be greater than 0" in capsys.readouterr().err
+    assert "rlhf-fast: revise: num_prompts = -1 must be greater than 0" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf_fast.cai_jobs import CAI
+from rlhf_fast.cai_keys import CAI
 from rlhf_fast.cli import read_sections
-from rlhf_fast.jobs import STAGES, resolve_reward
+from rlhf_fast.jobs import resolve_reward
 from rlhf_fast.judges import Constitution
-from rlhf_fast.trainers.common import config_from_dict
+from rlhf_fast.keys import STAGES
+from rlhf_fast.trainers.configs import config_from_dict
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"cli"},
     {"cai_jobs"},
     {"cai_checks"},
-    {"jobs", "bench", "commands"},
+    {"jobs", "cai_keys", "keys", "bench", "commands"},
     {"quickstart"},
     {"trainers"},
     {
@@ -31,6 +31,7 @@ LAYERS = [
         "models",
         "packing",
         "parallel",
+        "sharding",
         "preferences",
         "report",
         "monitors",

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from helpers import tiny_model, tiny_tokenizer, word_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.generation import generate_with_logprobs
-from rlhf_fast.jobs import PPOJob, run_ppo
+from rlhf_fast.jobs import run_ppo
+from rlhf_fast.keys import PPOJob
 from rlhf_fast.models import save_model
 from rlhf_fast.rollout_server import RolloutServer
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
@@ -186,6 +189,17 @@ def test_a_second_trainer_is_another_policy_at_the_same_step(tmp_path, engine):
         assert next(iter(trainer))["sampling/sampling_logp_difference/max"] < 1e-4
 
 
+def test_a_second_trainer_leaves_no_adapter_of_the_first(tmp_path, engine):
+    pytest.importorskip("peft")
+    save_model(sharp_model(tiny_tokenizer()), tiny_tokenizer(), tmp_path / "base")
+    first, second = (make_trainer(tmp_path / name, engine, str(tmp_path / "base"), lora_r=2) for name in ("1", "2"))
+    second.rollout_func = first.rollout_func
+    for trainer in (first, second, first):
+        next(iter(trainer))
+        assert len(engine.adapters) == 1
+    assert not engine.broken
+
+
 def test_adapters_are_given_again_under_another_name(tmp_path, engine):
     pytest.importorskip("peft")
     save_model(sharp_model(tiny_tokenizer()), tiny_tokenizer(), tmp_path / "base")
@@ -252,8 +266,8 @@ def on(choice):
 
 
 @pytest.mark.parametrize(("faults", "message"), [
-    (["500"] * 99, "questions in a row failed .HTTP 500: .*oops.*; the steps before are kept, and --resume"),
-    (["time-out"] * 3, "answers failed, the first that of prompt .*: no answer within 0.5 s; the steps before"),
+    (["500"] * 99, "questions in a row failed .HTTP 500: .*oops.*; no step is done yet: start the run again"),
+    (["time-out"] * 3, "answers failed, the first that of prompt .*: no answer within 0.5 s; no step is done yet"),
     (["400"], "maximum context length is 16.*--max-model-len"),
     ([cut], "cut after 2 of 7 tokens: start the server with a longer context"),
     ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at the token .*ends no answer .*\(\[1\]\)"),
@@ -345,8 +359,9 @@ def reward(prompts, responses, **columns):
     return [len(set(response)) / 10 + (sum(map(ord, response)) % 97) / 970 for response in responses]
 """
 KILLED = """
-import sys, torch
+import signal, sys, torch
 from test_rollout_server import config_of, job_of, run_ppo
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 torch.set_num_threads(int(sys.argv[1]))
 run_ppo(job_of(sys.argv[2], rollout_server=sys.argv[3]), config_of(sys.argv[2]), False)
 """
@@ -364,6 +379,17 @@ def config_of(root):
     return PPOConfig(output_dir=str(Path(root) / "run"), save_steps=1, num_samples=0, **SETTINGS)
 
 
+def started(root, engine, **environment):
+    """run_ppo on the model in root, in a process of its own."""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(torch.get_num_threads()), str(root), engine.url],
+        env={**os.environ, "PYTHONPATH": paths, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
 def test_a_killed_run_goes_on_bit_for_bit_with_the_weights_given_again(tmp_path, engine):
     bodies = {}
     for name in ("whole", "killed"):
@@ -372,12 +398,9 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_weights_given_again(tmp_path,
         save_model(sharp_model(tiny_tokenizer()), tiny_tokenizer(), root / "model")
         engine.base, engine.asked = engine.first, []
         if name == "killed":
-            tests = Path(__file__).parent
-            path = os.pathsep.join([str(tests), str(tests.parent)])
-            environment = {**os.environ, "PYTHONPATH": path, "COUNT_CALLS": str(root / "calls")}
-            command = [sys.executable, "-c", KILLED, str(torch.get_num_threads()), str(root), engine.url]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-            assert run.returncode == -signal.SIGKILL, run.stderr[-2000:]
+            run = started(root, engine, COUNT_CALLS=str(root / "calls"))
+            _, said = run.communicate(timeout=300)
+            assert run.returncode == -signal.SIGKILL, said[-2000:]
             assert (root / "run/checkpoint-2").exists()
             engine.base, engine.asked = engine.first, []  # it has been started anew
         run_ppo(job_of(root, rollout_server=engine.url), config_of(root), name == "killed")
@@ -389,3 +412,24 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_weights_given_again(tmp_path,
     logs = [re.sub(r'"(timing_s/|perf/)\w+": [^,}]+', "", (tmp_path / name / "run/train_log.jsonl").read_text())
             for name in ("whole", "killed")]  # fmt: skip
     assert logs[0] == logs[1] and not engine.broken
+
+
+def test_a_second_ctrl_c_waits_for_no_answer_and_leaves_the_steps_before(tmp_path):
+    over = threading.Event()
+    save_model(sharp_model(tiny_tokenizer()), tiny_tokenizer(), tmp_path / "model")
+    with serving(sharp_model(tiny_tokenizer())) as engine:
+        engine.mend = lambda choice: (len(engine.asked) <= 2 + 16 or over.wait(60), choice)[1]
+        run = started(tmp_path, engine)
+        while len(engine.asked) <= 2 + 16:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        assert any("again to stop at once" in line for line in run.stdout)
+        begun = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=100)
+        assert run.returncode == -signal.SIGINT and time.monotonic() - begun < 20, said[-2000:]
+        engine.mend = None
+        over.set()
+        run_ppo(job_of(tmp_path, rollout_server=engine.url), config_of(tmp_path), True)
+    assert (tmp_path / "run/model.safetensors").exists()

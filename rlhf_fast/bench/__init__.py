@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from argparse import Namespace
 
 import torch
 
-from ..commands import Parser, unknown
+from ..commands import unknown
+from ..data.chat import ConfigError
 from . import device as on_device
 from .baselines import Absent
 from .harness import OURS, interleaved, provenance, summarize
@@ -44,29 +45,22 @@ def line(result: dict) -> str:
     return f"{label}{ours['ms']:10.3f} ms, {1 / floor['over_ours']:5.2f} floors;  {others}{absent}"
 
 
-def main(argv: list[str]) -> int:
-    """Measures, prints a line per row, and writes the JSON if asked to. Raises ConfigError for what it refuses."""
-    parser = Parser(prog="rlhf-fast bench", description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
-    parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
-    parser.add_argument(
-        "--as-gpu", action="store_true", help="a GPU's rows and its way to measure, by the clock where there is none"
-    )
-    parser.add_argument("--json", type=Path, help="write the results here")
-    options = parser.parse_args(argv)
+def main(options: Namespace, argv: list[str]) -> None:
+    """Measures, prints a line per row, and writes the JSON if asked to. Raises ConfigError for what it refuses.
+
+    options: of cli._bench, which it read from argv.
+    """
     if not 0 <= options.seconds < math.inf:
-        parser.error(f"--seconds {options.seconds} must be a number of seconds")
-    device = torch.device(options.device)
+        raise ConfigError(f"bench: --seconds {options.seconds} must be a number of seconds")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is usable here; rlhf-fast info says more")
+        raise ConfigError("bench: --device cuda: no CUDA device is usable here; rlhf-fast info says more")
     gpu = device.type == "cuda" or options.as_gpu
     chosen = list(all_rows(device, options.small, gpu))
     ops = sorted({row.op for row in chosen})
     for op in options.ops:
         if op not in ops:
-            parser.error(f"{unknown('op', op, ops)} (there are {', '.join(ops)})")
+            raise ConfigError(f"bench: {unknown('op', op, ops)} (there are {', '.join(ops)})")
     if options.json:
         try:  # before anything is measured; what an earlier run left there stays until the first row
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +69,7 @@ def main(argv: list[str]) -> int:
             if new:
                 options.json.unlink()
         except OSError as error:
-            parser.error(f"--json {options.json}: {error.strerror}")
+            raise ConfigError(f"bench: --json {options.json}: {error.strerror}") from None
     results = {**provenance(device, argv), **({"ceilings": on_device.ceilings(device)} if gpu else {}), "rows": []}
     for row in chosen:
         if not options.ops or row.op in options.ops:
@@ -84,4 +78,3 @@ def main(argv: list[str]) -> int:
             print(show(results["rows"][-1]), flush=True)
             if options.json:  # after every row: an interrupted run keeps what it has
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0

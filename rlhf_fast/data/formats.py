@@ -109,9 +109,6 @@ def _asked(pairs: list[tuple[chat.Text | None, chat.Text]]) -> tuple[tuple[str, 
     return tuple(shared) if any(role == "user" and text for role, text in shared) else ()
 
 
-ON_OVERLONG = ("error", "skip", "keep_start", "keep_end")
-
-
 def _limited(
     examples: dict[int, list], report: Report, on_overlong: str, cuts: dict[str, Callable] | None = None
 ) -> list:

@@ -21,8 +21,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 from ..data.chat import ConfigError
 from .ledger import Answer, Call, Tries
@@ -148,20 +148,43 @@ class Server:
 
     def call_all(
         self, requests: Sequence[dict], tries: Tries, send: Callable[[dict], tuple[str, dict]],
-        read: Callable[[dict, dict], Answer],
+        read: Callable[[dict, dict], Answer], *, abandon: bool = False,
     ) -> None:  # fmt: skip
-        """Ends every request of a ledger. send: request -> (path, body); read: (request, reply) -> Answer."""
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self.concurrency)
+        """Ends every request of a ledger. send: request -> (path, body); read: (request, reply) -> Answer.
+
+        Where one fails in a way that ends them all, and on Ctrl-C, what is on its way is waited for and recorded first.
+        abandon: not on Ctrl-C, for answers that nobody keeps.
+        """
+        stop, waiting, ended = threading.Event(), SimpleQueue(), SimpleQueue()
+        for question in enumerate(requests):
+            waiting.put(question)
+
+        def work() -> None:
+            failure = None
+            try:
+                while not stop.is_set():
+                    self._until_answered(*waiting.get_nowait(), tries, send, read, stop)
+            except Empty:
+                pass
+            except BaseException as error:
+                failure = error
+            ended.put(failure)
+
+        threads = []  # daemons: a process that ends does not wait for them, as it would for those of an executor
         try:
-            calls = [pool.submit(self._until_answered, i, r, tries, send, read, stop) for i, r in enumerate(requests)]
-            for call in as_completed(calls):
-                call.result()
-        except BaseException:
-            stop.set()  # what is on its way is waited for and recorded, nothing new is sent
+            for _ in range(min(self.concurrency, len(requests))):
+                thread = threading.Thread(target=work, daemon=True)
+                thread.start()
+                threads.append(thread)
+            for _ in threads:
+                if failure := ended.get():
+                    raise failure
+        except BaseException as error:
+            stop.set()  # nothing new is sent
+            if not (abandon and isinstance(error, KeyboardInterrupt)):
+                for thread in threads:
+                    thread.join()
             raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def _until_answered(self, i: int, request: dict, tries: Tries, send, read, stop: threading.Event) -> None:
         path, body = send(request)

@@ -47,6 +47,7 @@ from .language import (
 )
 from .loading import (
     has_scalar_head,
+    load_config,
     load_policy,
     load_reward_model,
     load_tokenizer,
@@ -64,7 +65,7 @@ from .scalar import (
     score_tokens,
     set_reward_scale,
 )
-from .tokens import check_lengths, stop_at_eos, stop_ids, with_own_pad
+from .tokens import check_lengths, check_positions, stop_at_eos, stop_ids, with_own_pad
 
 __all__ = [
     "ValueModel",
@@ -75,6 +76,7 @@ __all__ = [
     "check_base_is_saved",
     "check_lengths",
     "check_lm_head",
+    "check_positions",
     "checkpoint_activations",
     "disable_dropout",
     "evaluating",
@@ -85,6 +87,7 @@ __all__ = [
     "learned_positions",
     "learns_a_prompt",
     "lm_head",
+    "load_config",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -32,6 +34,18 @@ from ..data.chat import ConfigError
 from .adapters import check_lm_head_is_plain, has_adapters, import_peft, merge_adapters, unwrapped
 from .language import let_pad_learn
 from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale
+
+
+def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
+    """The config of the model that load_policy gives, whose weights are not read; of adapters that of their base."""
+    if not isinstance(model, (str, Path)):
+        _check_is_model(model)
+        return model.config
+    if base := _adapter_base(model):
+        with _base_of(model):
+            return load_config(base)
+    with _loading("model", model):
+        return AutoConfig.from_pretrained(model)
 
 
 def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
@@ -62,6 +76,8 @@ def _check_is_model(model: object, what: str = "model") -> None:
     if not hasattr(model, "get_input_embeddings"):
         within = ": give what it wraps, its .module" if hasattr(model, "module") else ", by object, name or path"
         raise ConfigError(f"{type(model).__name__} is no {what} of transformers, which is needed{within}")
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ConfigError(f"the layers of this {type(model).__name__} are sharded: save it, and give its path")
 
 
 def load_reward_model(

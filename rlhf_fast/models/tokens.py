@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat import ConfigError
 from .adapters import unwrapped
@@ -17,16 +17,19 @@ def check_lengths(
     """ConfigError where the tokenizer has ids that the model does not embed, or a sequence of `longest` tokens is more
     than it has positions."""
     rows = model.get_input_embeddings().weight.shape[0]  # adapters on the embedding hide its num_embeddings
-    positions = getattr(model.config, "max_position_embeddings", None)
     if len(tokenizer) > rows:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}: use the model's own tokenizer, or "
             f"call model.resize_token_embeddings({len(tokenizer)})"
         )
+    check_positions(model.config, longest, advice, type(model).__name__)
+
+
+def check_positions(config: PretrainedConfig, longest: int, advice: str, name: str = "the model") -> None:
+    """ConfigError where a sequence of `longest` tokens is more than a model with this config has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
-        raise ConfigError(
-            f"the longest sequence has {longest} tokens and {type(model).__name__} {positions} positions: {advice}"
-        )
+        raise ConfigError(f"the longest sequence has {longest} tokens and {name} {positions} positions: {advice}")
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

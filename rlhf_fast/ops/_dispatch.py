@@ -84,7 +84,7 @@ class Op:
         # The arguments that autograd is shown, those that may have a gradient: it takes its time over each.
         tensors = schema.split(" -> ")[0].count("Tensor")
         shown = tuple(range(tensors) if gradients is None else gradients)
-        self._shown = itemgetter(*shown) if len(shown) > 1 else itemgetter(slice(shown[0], shown[0] + 1))
+        self._shown = _several(shown)
         self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
         qualname = f"rlhf_fast::{self.name}"
@@ -141,14 +141,15 @@ class Op:
     def _scaled_directly(self, gradients: tuple[int, ...]) -> tuple[Callable, Callable]:
         """forward and backward of self.function for a loss whose outputs gradients are those of what autograd is shown.
 
-        What a small loss costs is what these two do: a line here is a hundredth of it.
+        What a small loss costs is what these two do: a line here is a hundredth of it. So ctx is written to as its
+        methods would, and all gradients that there are go back: autograd passes over those that it did not ask for.
         """
+        of = _several(gradients)
 
         def forward(ctx, *given):
             outputs = self.run(*given[-1])
-            ctx.set_materialize_grads(False)
-            wanted = zip(gradients, ctx.needs_input_grad, strict=False)  # the latter of args too
-            ctx.save_for_backward(*[outputs[o] if needed else None for o, needed in wanted])
+            ctx.materialize_grads = False
+            ctx.to_save = of(outputs)
             return outputs[0], outputs[1:]
 
         def backward(ctx, factor, _):
@@ -275,6 +276,11 @@ _consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
 _NEGATED = () if _C is None else _C.Negated  # raised for a tensor marked as the negative of its memory: z.conj().imag
 
 
+def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
+    """An itemgetter that gives a tuple of one, too."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+
+
 def _on_resolved(kernel: Callable, *args):
     return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args])
 
@@ -323,7 +329,8 @@ def _in_full(outputs):
     """torch.library knows no absent outputs: an empty tensor stands there."""
     if isinstance(outputs, Tensor):
         return outputs
-    return tuple(outputs[0].new_empty(0) if o is None else o for o in outputs)
+    some = next(o for o in outputs if o is not None)
+    return tuple(some.new_empty(0) if o is None else o for o in outputs)
 
 
 def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:

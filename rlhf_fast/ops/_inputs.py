@@ -98,7 +98,7 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
 
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
     """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
-    return empties(like, None, (), len(names), *[like if wanted else None for wanted in with_grads])
+    return empties(like, None, (), len(names), *map((None, like).__getitem__, with_grads))
 
 
 def wants_gradient(x: Tensor | None) -> bool:

@@ -353,14 +353,15 @@ class Gradients:
             else:
                 tile.copy_(update)
 
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self) -> tuple[Tensor | None, ...]:
+        """Of hidden, weight and bias; None for what nobody asked for."""
         inputs = self.inputs
         if self.beta == 0:  # no row counted
             self.weight.zero_()
         return (
-            inputs.put(self.hidden) if self.wanted[0] else self.hidden,
-            narrowed(self.weight, gradient_dtype(inputs.weight)),
-            self.bias if inputs.bias is None else self.bias.to(gradient_dtype(inputs.bias)),
+            inputs.put(self.hidden) if self.wanted[0] else None,
+            narrowed(self.weight, gradient_dtype(inputs.weight)) if self.wanted[1] else None,
+            self.bias.to(gradient_dtype(inputs.bias)) if self.wanted[2] else None,
         )
 
 
@@ -403,11 +404,10 @@ def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
     return on_gpu(hidden) or torch.cpu._is_avx512_bf16_supported()
 
 
-def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:
     """What Gradients.results returns, for fake tensors."""
-    bias = hidden.new_empty(0, dtype=accumulator(hidden)) if bias is None else bias
     return tuple(
-        x.new_empty(x.shape if want else (0,), dtype=gradient_dtype(x))
+        x.new_empty(x.shape, dtype=gradient_dtype(x)) if want else None
         for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )
 

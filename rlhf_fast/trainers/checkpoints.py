@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,13 +22,16 @@ MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, state: dict | None = None) -> Path:
+def save_checkpoint(
+    trainer, run_dir: Path, metrics: dict | None = None, state: Callable[[], dict] | None = None
+) -> Path:
     """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all.
 
-    metrics: those of step N, where they are not in the log yet. state: Everywhere.state() of a run.
+    metrics: those of step N, where they are not in the log yet. state: gives Everywhere.state() of a run.
 
     The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
-    rename. Raises OSError where that fails (a full disk, say); what was there before is untouched then.
+    rename. Raises OSError where that fails (a full disk, no room to gather the state); what was there before is
+    untouched then.
     """
     run_dir = Path(run_dir)
     target = run_dir / f"checkpoint-{trainer.step}"
@@ -36,11 +40,11 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None = None, state: 
     try:
         with preserved_rng():  # a trainer may build a model to save it, which draws random weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
-        state = state or {"trainer": trainer.state_dict(), "rng": [rng_state()]}
-        state |= {"step": trainer.step, "metrics": metrics}
+        whole = state() if state else {"trainer": trainer.state_dict(), "rng": [rng_state()]}
+        whole |= {"step": trainer.step, "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
-            state["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
-        torch.save(state, temporary / "state.pt")
+            whole["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
+        torch.save(whole, temporary / "state.pt")
         (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1))
         for path in [*temporary.rglob("*"), temporary]:
             _fsync(path)

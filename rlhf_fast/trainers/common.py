@@ -1,13 +1,11 @@
-"""What the trainers share beside the run (run.py): configs, seeds, batches, the model in training, the optimizer."""
+"""What the trainers share beside the run (run.py) and the checks of their settings (configs.py): seeds, batches, the
+model in training, the optimizer."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
-import os
 import random
-import types
 import typing
 import warnings
 from contextlib import contextmanager
@@ -21,42 +19,6 @@ from .. import models, parallel, sharding
 from ..data.chat import ConfigError
 from ..packing import why_not_packed
 
-# --- configs ---------------------------------------------------------------------------------------------------------
-
-
-def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None) -> None:
-    """Raises ConfigError unless every field has its annotated type and lies in its range.
-
-    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes. A path is
-    converted to text, and an int in a float field to float.
-    """
-    name = type(config).__name__
-    for field, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, field)
-        union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-        kinds = tuple(typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,)))
-        if str in kinds and isinstance(value, os.PathLike):
-            setattr(config, field, os.fspath(value))
-        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, field, float(value))
-        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
-            raise ConfigError(f"{name}.{field} = {value!r} must be {names}")
-    for fields, ok, what in (
-        (positive, lambda v: v > 0, "greater than 0"),
-        (non_negative, lambda v: v >= 0, "0 or more"),
-        (unit, lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ):
-        for field in fields:
-            value = getattr(config, field)
-            if value is not None and not ok(value):
-                raise ConfigError(f"{name}.{field} = {value!r} must be {what}")
-    for field, allowed in (choices or {}).items():
-        if getattr(config, field) not in allowed:
-            raise ConfigError(
-                f"{name}.{field} = {getattr(config, field)!r} must be one of {', '.join(map(repr, allowed))}"
-            )
-
 
 def check_is(config, cls: type) -> None:
     """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first.
@@ -65,31 +27,6 @@ def check_is(config, cls: type) -> None:
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
-
-
-def config_from_dict(cls, values: dict):
-    """cls(**values), where an unknown key is a ConfigError that proposes the nearest field.
-
-    Numbers written as text are converted: YAML 1.1 reads 1e-5 as a string.
-    """
-    hints = typing.get_type_hints(cls)
-    converted = {}
-    for key, value in values.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(hints))}"
-            raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
-        kinds = typing.get_args(hints[key]) or (hints[key],)
-        if isinstance(value, str) and float in kinds and str not in kinds:
-            try:
-                value = float(value)
-            except ValueError:
-                raise ConfigError(f"{cls.__name__}.{key} = {value!r} must be a number") from None
-        converted[key] = value
-    try:
-        return cls(**converted)
-    except TypeError as error:  # a required field is missing
-        raise ConfigError(f"{cls.__name__}: {str(error).replace('__init__() ', '')}") from None
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -198,11 +135,6 @@ def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, b
             yield start / per_epoch, indices
 
 
-def learning(config):
-    """Around the micro-batches of a step: where one process fails inside, all do."""
-    return parallel.ending_all() if config.fsdp else parallel.in_all()
-
-
 def digest(arrays: typing.Iterable) -> str:
     """A hash of the content of the arrays (tokens, masks, labels), in order."""
     whole = hashlib.blake2b(digest_size=16)
@@ -259,6 +191,11 @@ def share_out(networks: list, config, data: str, held_out: list) -> None:
     parallel.begin_equal(networks, **read_by_all(config, data, held_out))
     if config.fsdp:
         sharding.shard(*networks)
+
+
+def learning_together(config):
+    """Around the micro-batches of a step, where all processes fail if one does."""
+    return parallel.ending_all() if config.fsdp else parallel.in_all()
 
 
 def prepare(model, config, given):
@@ -344,11 +281,8 @@ def make_optimizer(modules, learning_rate: float, weight_decay: float = 0.0) -> 
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, fused=True)
 
 
-SCHEDULES = ("linear", "cosine", "constant")
-
-
 def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: float = 0.0):
-    """Linear warm-up over warmup_ratio of the run, then one of SCHEDULES; linear and cosine end at 0."""
+    """Linear warm-up over warmup_ratio of the run, then one of configs.SCHEDULES; linear and cosine end at 0."""
     warmup = math.ceil(total_steps * warmup_ratio)
 
     def factor(step: int) -> float:

@@ -28,6 +28,7 @@ from ..judges.labels import derive, judge_pairs, label_settings
 from ..judges.ledger import Ledger
 from ..judges.protocol import Check, Judge, Messages, Reply
 from ..judges.stages import Stage, finish_stage, read_items, run_stage, seed_for, write_atomic
+from .configs import DROP
 
 __all__ = [
     "SCHEDULES", "Generate", "Stage", "TextGenerator", "derive", "label", "mix_comparisons", "revise", "revise_sampled",
@@ -36,8 +37,6 @@ __all__ = [
 
 
 # --- phase 1 ---
-
-DROP = ("empty", "truncated", "scaffold_leak")  # flags of replies that no model should learn from
 
 
 def check_drop(drop: Sequence[str]) -> None:

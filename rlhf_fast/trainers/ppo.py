@@ -35,8 +35,10 @@ from ..models import (
     adapters_off,
     check_lengths,
     check_lm_head,
+    check_positions,
     disable_dropout,
     has_adapters,
+    load_config,
     load_policy,
     load_tokenizer,
     load_trained_state,
@@ -119,6 +121,8 @@ class PPOTrainer:
         if eval_dataset is not None:
             self.eval_prompts, report = read_prompts(eval_dataset, self.tokenizer, **options, name="eval_dataset")
             self.reports.append(report)
+        longest, advice = max(self.prompts + self.eval_prompts, key=len), "lower max_prompt_length or response_length"
+        check_positions(load_config(model), len(longest) + config.response_length, advice)  # before weights are read
         self.policy = common.with_adapters(load_policy(model), config, model)
         if ref_model is self.policy:
             raise common.ConfigError(
@@ -143,11 +147,9 @@ class PPOTrainer:
             check_signature(self.reward, self.prompts[0].columns)
             for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
                 check_signature(reward, self.eval_prompts[0].columns)
-        longest = max(self.prompts + self.eval_prompts, key=len)
         for reward in (self.reward, *self.eval_rewards.values()):
             check_room(reward, self.tokenizer, longest.prompt, config.response_length)
         for network in self._networks():
-            advice = "lower max_prompt_length or response_length"
             check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         with common.autocast(self.policy, config.bf16):
@@ -449,7 +451,7 @@ class PPOTrainer:
         The losses are divided by the tokens (or sequences) of the whole minibatch, so the split changes memory (and
         with several processes time) and not the gradient.
         """
-        with common.learning(self.config):
+        with common.learning_together(self.config):
             stats = self._backward(rollout, minibatch, weights)
         if parallel.size() > 1:
             largest = parallel.largest(stats.pop("max_abs_log_ratio"))

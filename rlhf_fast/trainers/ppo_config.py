@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from ..advantages import BASELINES
+from ..data.chat import ConfigError
 from ..monitors import LIMITS
-from ..ops.reference import AGGREGATIONS
-from . import common
+from .configs import SCHEDULES, check_config
 
 
 @dataclass
@@ -89,7 +88,7 @@ class PPOConfig:
     stop_on: list = field(default_factory=list)  # names of monitors whose alarm ends the run, with a checkpoint
 
     def __post_init__(self):
-        common.check_config(
+        check_config(
             self,
             positive=(
                 "total_episodes", "batch_size", "num_generations", "generation_batch_size", "response_length",
@@ -104,9 +103,12 @@ class PPOConfig:
             ),
             unit=("gamma", "lam", "warmup_ratio"),
             choices={
-                "lr_scheduler_type": common.SCHEDULES, "kl_estimator": ("k1", "k2", "k3"),
-                "on_overlong": ("error", "skip"), "advantage_estimator": ("gae", *BASELINES),
-                "scale_advantages": ("batch", "group", "none"), "loss_agg_mode": AGGREGATIONS,
+                "lr_scheduler_type": SCHEDULES, "kl_estimator": ("k1", "k2", "k3"),
+                "on_overlong": ("error", "skip"), "advantage_estimator": ("gae", "reinforce", "rloo", "group"),
+                "scale_advantages": ("batch", "group", "none"),
+                "loss_agg_mode": (
+                    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
+                ),
             },
         )  # fmt: skip
         critic = self.advantage_estimator == "gae"
@@ -147,7 +149,7 @@ class PPOConfig:
         }  # fmt: skip
         for message, refused in refusals.items():
             if refused:
-                raise common.ConfigError(f"PPOConfig: {message}")
+                raise ConfigError(f"PPOConfig: {message}")
         if self.kl_coef and not self.kl_in_loss and self.kl_estimator != "k1":
             warnings.warn(
                 f"kl_estimator {self.kl_estimator} in the rewards has not the gradient of a KL (docs/ppo.md): take k1, "
@@ -164,7 +166,7 @@ class PPOConfig:
         """Iterations of a run over num_prompts prompts. ConfigError where the policy would move in none of them."""
         iterations = -(-(self.total_episodes or num_prompts * self.num_generations) // self.batch_size)
         if self.critic_warmup_steps >= iterations:
-            raise common.ConfigError(
+            raise ConfigError(
                 f"PPOConfig: critic_warmup_steps = {self.critic_warmup_steps} of {iterations} iterations in all: the "
                 "policy would never move. Lower it, or raise total_episodes"
             )

@@ -13,6 +13,7 @@ A trainer is any object with
                             processes all call it at once
     save_model(path)        transformers checkpoint and tokenizer
     save_in_checkpoint(path)  (optional) called for checkpoints instead of save_model, where that writes too much
+    gathered()              (optional) a context in which the first process alone can save the model (sharding.py)
     finish(run_dir)         (optional) called once after the last step, before the report and the model are written
     guard                   a NonFiniteGuard, whose counts the checkpoint keeps
     monitors                (optional) a Monitors, which reads every log line and may end the run
@@ -38,6 +39,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -80,8 +82,9 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     Checkpoints: every save_steps (0: never), when stopped, when an evaluation fails, and when a step fails that has not
     changed the trainer yet (in PPO a reward; in SFT and the reward model everything before the optimizer), unless a
     process is gone, and with it its part of the optimizer's state. The newest save_total_limit are kept. One more is
-    there from the last step until the model is saved, in case the evaluation or the end of the run fails. resume=True
-    goes on, bit for bit, from the newest undamaged checkpoint.
+    there from the last step until the model is saved, in case the evaluation or the end of the run fails; if that of
+    the last step cannot be saved, a warning says so and the run goes on to its end. resume=True goes on, bit for bit,
+    from the newest undamaged checkpoint.
 
     load_best_model_at_end (if the config has it): every evaluation that is the best so far by metric_for_best_model
     gets a checkpoint, and in the end the best model is taken from there and evaluated once more. On resume only
@@ -112,10 +115,10 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
     metrics.pop("step", None)
     ending: list[Alarm] = []  # alarms of the last step that end the run
 
-    def checkpoint(metrics: dict | None = None, state: dict | None = None) -> None:
+    def checkpoint(metrics: dict | None = None) -> None:
         records.sync()
         with everywhere.gathered():
-            save_checkpoint(trainer, run_dir, metrics, state or everywhere("state"))
+            save_checkpoint(trainer, run_dir, metrics, partial(everywhere, "state"))
 
     def keep(metrics: dict | None = None) -> None:
         """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
@@ -123,13 +126,9 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
         if trainer.step == start or path.exists():
             return
         try:
-            state = everywhere("state")
-        except Exception:  # a process is gone, and with it its share of the optimizer's state
-            return
-        try:
-            checkpoint(metrics, state)
+            checkpoint(metrics)
             bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
-        except OSError as error:
+        except Exception as error:  # also where a process is gone, and with it its share of the state or the layers
             warnings.warn(str(error), stacklevel=3)
 
     def steps():
@@ -169,9 +168,7 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
                 try:
                     checkpoint(metrics)
                     spare = step
-                except OSError as error:
-                    if due(step) or best.name:
-                        raise
+                except OSError as error:  # what counts now is the model
                     warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=3)
             if last or (config.eval_steps and step % config.eval_steps == 0):
                 try:
@@ -197,7 +194,8 @@ def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
     records.close()
     interrupted = trainer.step < trainer.total_steps
     if best.step is not None and not interrupted:
-        everywhere("load_model", run_dir / f"checkpoint-{best.step}")
+        if best.step != trainer.step:  # that one may have no checkpoint, and is the model as it is
+            everywhere("load_model", run_dir / f"checkpoint-{best.step}")
         print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
         metrics |= {"best_step": best.step, **as_numbers(everywhere("evaluate"))}
     if hasattr(trainer, "finish") and not interrupted:

@@ -13,9 +13,9 @@ import pytest
 import small_calls
 import torch
 
-from rlhf_fast import bench
 from rlhf_fast.bench import baselines, device, rows
 from rlhf_fast.bench.harness import OURS
+from rlhf_fast.cli import _bench
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -233,7 +233,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
     chosen = [op for part in gpu.BENCHES for op in gpu.BENCHES[part]]
     for op in chosen:
         arguments = [op, "--device", "cpu", "--as-gpu", "--small", "--seconds", "0"]
-        assert bench.main([*arguments, "--json", str(folder / f"h200-{op}.json")]) == 0
+        assert _bench([*arguments, "--json", str(folder / f"h200-{op}.json")]) == 0
     results = {op: json.loads((folder / f"h200-{op}.json").read_text()) for op in chosen}
     for op, result in results.items():
         assert result["ceilings"].keys() == {"copy_gb_per_s", "bf16_tflop_per_s"} and result["rows"]

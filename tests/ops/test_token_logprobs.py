@@ -71,13 +71,16 @@ def test_a_certain_token_has_log_probability_zero_and_no_gradient():
     assert not logprobs.any() and not entropy.any() and not grad.any()
 
 
-def test_a_row_is_bitwise_the_same_alone_in_a_batch_and_at_any_alignment():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_row_is_bitwise_the_same_alone_in_a_batch_and_at_any_alignment(dtype):
     torch.manual_seed(0)
-    logits, labels = torch.randn(33, 5001), torch.randint(5001, (33,))
-    whole = token_logprobs_and_entropy(logits, labels)
-    for i in (0, 7, 32):
-        alone = token_logprobs_and_entropy(logits[i : i + 1].clone(), labels[i : i + 1])
-        assert alone[0][0] == whole[0][i] and alone[1][0] == whole[1][i]
+    logits, labels = (3 * torch.randn(33, 5001)).to(dtype), torch.randint(5001, (33,))
+    weights = torch.randn(2, 33, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    whole = results(token_logprobs_and_entropy, logits, labels, *weights)
+    for i in (0, 7, 32):  # a row of an odd number of columns begins elsewhere within a vector than its copy does
+        row = slice(i, i + 1)
+        alone = results(token_logprobs_and_entropy, logits[row].clone(), labels[row], *weights[:, row])
+        assert all(torch.equal(a, b[row]) for a, b in zip(alone, whole, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -17,6 +17,7 @@ import torch
 from rlhf_fast.monitors import Alarm
 from rlhf_fast.trainers import checkpoints, common, records, run, run_dir
 from rlhf_fast.trainers.common import ConfigError
+from rlhf_fast.trainers.configs import check_config, config_from_dict
 from rlhf_fast.trainers.ppo import PPOTrainer
 from rlhf_fast.trainers.reward import RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -36,7 +37,7 @@ class Config:
     names: list[str] | None = None
 
     def __post_init__(self):
-        common.check_config(
+        check_config(
             self, positive=("learning_rate", "limit"), non_negative=("eval_steps", "save_steps"),
             choices={"kind": ("linear", "cosine")},
         )  # fmt: skip
@@ -107,7 +108,7 @@ def without_time(log):
 )
 def test_a_bad_config_is_refused_by_field(values, message):
     with pytest.raises(ConfigError) as error:
-        common.config_from_dict(Config, {"output_dir": "x", **values})
+        config_from_dict(Config, {"output_dir": "x", **values})
     assert str(error.value).startswith(message)
 
 
@@ -122,12 +123,12 @@ def test_a_trainer_says_that_its_config_comes_first():
 
 
 def test_a_config_from_a_file():
-    config = common.config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
+    config = config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
     assert config.learning_rate == 1e-5  # YAML reads 1e-5 as text
     assert isinstance(Config("x", learning_rate=1).learning_rate, float)
     assert Config(Path("runs") / "x").output_dir == str(Path("runs") / "x")
     with pytest.raises(ConfigError, match="missing 1 required positional argument: 'output_dir'"):
-        common.config_from_dict(Config, {})
+        config_from_dict(Config, {})
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -417,6 +418,31 @@ def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monke
     with pytest.warns(UserWarning, match="checkpoint-10 could not be saved .disk full.*goes on to its end without it"):
         assert Walk(Config(str(tmp_path))).train().step == 10
     assert (tmp_path / "model.txt").exists() and not list(tmp_path.glob("*checkpoint*"))
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": None}
+
+
+@pytest.mark.parametrize(("save_steps", "best"), [(0, {}), (5, {}), (0, BEST)])
+def test_the_model_is_saved_also_where_the_state_of_its_last_step_cannot_be_gathered(tmp_path, save_steps, best):
+    """Of several processes the first one gathers AdamW's state, for which it may have no room."""
+
+    class Crowded(Walk):
+        def state_dict(self):
+            if self.step == 10:
+                raise torch.OutOfMemoryError("no room")
+            return super().state_dict()
+
+        def evaluate(self):
+            return {"eval_loss": 10.0 - self.step}
+
+    config = Config(str(tmp_path), save_steps=save_steps)
+    vars(config).update(best)
+    told = r"checkpoint-10 could not be saved \(no room\).*The run goes on to its end without it"
+    with pytest.warns(UserWarning, match=told):
+        assert Crowded(config).train().metrics["eval_loss"] == 0.0
+    assert (tmp_path / "model.txt").exists()
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-5"] * bool(save_steps)
 
 
 def test_looking_does_not_change_the_run(tmp_path):

@@ -12,8 +12,9 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import kl_penalty
-from rlhf_fast.advantages import RunningStd, sequence_advantages, shaped_scores
+from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, shaped_scores
 from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
+from rlhf_fast.ops.reference import AGGREGATIONS
 from rlhf_fast.rollout import make_rollout, minibatches, squeeze
 from rlhf_fast.trainers.common import ConfigError, NonFiniteError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
@@ -728,6 +729,15 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
 def test_what_cannot_work_is_refused(tmp_path, wrong, message):
     with pytest.raises(ConfigError, match=message):
         make_trainer(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "names"), [("loss_agg_mode", AGGREGATIONS), ("advantage_estimator", ("gae", *BASELINES))]
+)
+def test_the_config_which_imports_no_torch_takes_the_names_that_are_implemented(field, names):
+    with pytest.raises(ConfigError) as error:
+        PPOConfig(**{field: "magic"})
+    assert str(error.value).endswith(f"must be one of {', '.join(map(repr, names))}")
 
 
 def test_no_field_is_without_a_test_or_a_run():
