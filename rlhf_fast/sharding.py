@@ -5,10 +5,10 @@
     AdamW            steps the rows of its own process, which alone keeps the state of them
 
 Embeddings, final norm and heads stay whole in every process, and go through parallel.py: the linear ops read their
-weights outside of any layer's forward. Of steps that learn every process takes as many (as_many). What runs without
-gradients (sampling, scoring, evaluation, saving) takes another number of steps in each, and could not wait for the others
-in every layer: gathered() makes all layers whole before. In float32 each of N processes needs 16/N bytes for a weight of
-the layers and some whole layers besides; inside gathered(), where there are no gradients, 4 + 12/N.
+weights outside of any layer's forward. Of micro-batches that learn every process has as many (as_many). What runs
+without gradients (sampling, scoring, evaluation, saving) takes other numbers of steps in each, which could not wait for
+the others in every layer: gathered() makes all layers whole before. In float32 each of N processes needs 16/N bytes for
+a weight of the layers, and some whole layers besides; inside gathered(), where there are no gradients, 4 + 12/N.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def is_sharded(layer: nn.Module) -> bool:
 
 @contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
-    """Inside, every process has the whole layers, as plain tensors that must not change (nor be shared with numpy, which
-    would keep them from being freed). All enter together."""
+    """Inside, every process has the whole layers, as plain tensors that must not change, nor be shared with numpy,
+    which would keep them from being freed. All enter together."""
     layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
     with parallel.ending_all():
         for layer in layers:

@@ -26,7 +26,7 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), word="mat", frozen=None, only=None, examples=len(PROMPTS), **model):
+def sft(path, steps=(), word="mat", frozen=None, only=None, examples=12, **model):
     """In each process from other weights, of which the first one's count. frozen: a layer that does not learn. only: a
     linear map whose matrix alone learns, and lies in memory column by column."""
     tokenizer = tiny_tokenizer()
