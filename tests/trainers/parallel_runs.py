@@ -167,7 +167,11 @@ def failing_layer(path):
             raise OSError("the layer fails")
 
     trainer.model.model.layers[1].register_forward_pre_hook(fails)
-    trainer.train()
+    try:
+        trainer.train()
+    except SystemExit:  # not an error that the other process would have to be told of
+        leave(path, ended=True)
+        raise
 
 
 def failing_reward(path):

@@ -90,7 +90,8 @@ def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
 
 def test_a_layer_that_fails_in_one_process_ends_both_and_the_last_checkpoint_is_whole(tmp_path):
     began = time.monotonic()
-    said, _ = run(tmp_path, "failing_layer", fails=True)
+    said, (*_, second) = run(tmp_path, "failing_layer", fails=True)
+    assert second["ended"]
     assert time.monotonic() - began < 60, "the other process waits for the layer"
     assert "OSError: the layer fails" in said
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-2"
