@@ -163,7 +163,7 @@ def failing_layer(path):
     trainer = sft(path / "run", {"fsdp": True, "save_steps": 1})
 
     def fails(module, arguments):
-        if parallel.rank() == 1 and trainer.step == 2:
+        if parallel.rank() == 1 and trainer.step == 2 and module.training:
             raise OSError("the layer fails")
 
     trainer.model.model.layers[1].register_forward_pre_hook(fails)
