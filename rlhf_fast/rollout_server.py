@@ -182,17 +182,18 @@ class RolloutServer:
         if engine == "vllm" and not lora:
             with suppress(ConfigError):  # a run that ended while the server read its weights has left it paused
                 self._server.call(f"{self._root}/resume", {})
-        top = []
-        for temperature in (0.1, 10.0):
-            probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 1}
-            answer = self._server.ask_once(probe, self._send, self._read_top)[-1].answer
+        gaps = []
+        for temperature in (0.5, 2.0):  # vLLM takes none above 2
+            probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 3,
+                     "return_tokens_as_token_ids": True}  # fmt: skip
+            answer = self._server.ask_once(probe, self._send, self._read_gap)[-1].answer
             if answer.status != "ok":
                 raise ConfigError(
                     f"rollout_server: {self.base_url}: {answer.reason}; start it as {START[engine, lora]}"
                 )
-            top.append(answer.value)
-        # The likeliest token is likelier the colder it gets, unless the temperature is left out of account.
-        if trainer.config.temperature != 1 and top[0] - top[1] < 0.05:
+            gaps.append(answer.value)
+        # A gap between two tokens is 1 / temperature of that between their logits, however sure the model is.
+        if trainer.config.temperature != 1 and gaps[0] < 2 * gaps[1]:
             raise ConfigError(
                 f"rollout_server: {self.base_url} gives log-probabilities at temperature 1, and PPO needs those at "
                 f"{trainer.config.temperature}: start it as {START[engine, lora]}, and without "
@@ -206,11 +207,13 @@ class RolloutServer:
             )
         self._engine, self._met = engine, weakref.ref(trainer)
 
-    def _read_top(self, request: dict, reply: dict) -> Answer:
+    def _read_gap(self, request: dict, reply: dict) -> Answer:
+        """Value: how far the third likeliest token lies behind the likeliest. vLLM lists the sampled one as well."""
         answer = self._read(request, reply)
         if answer.status != "ok":
             return answer
-        return Answer("ok", max(reply["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+        best = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values())[-3:]
+        return Answer("ok", best[-1] - best[0])
 
     def _give_weights(self, trainer) -> None:
         """The policy's weights, or its adapters, to the server. Where that fails nothing is sampled any more, until
