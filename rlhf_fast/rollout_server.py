@@ -106,12 +106,16 @@ class RolloutServer:
         ids = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
         common = {"max_tokens": config.response_length, "temperature": config.temperature,
                   "stop_token_ids": stop_ids(trainer.policy, trainer.tokenizer)}  # fmt: skip
-        if self._met() is not trainer:
-            self._meet({**common, "prompt": ids[0]}, trainer)
+        if new := self._met() is not trainer:
+            self._meet(trainer)
         current = self._step == trainer.step and trainer.whole  # else an update has failed halfway
         self._step = None  # until every answer is there
         if not current:
             self._give_weights(trainer)
+        if new:
+            # Not before: asked while it has the half of an earlier run's weights, which it could not read, vLLM dies.
+            self._probe({**common, "prompt": ids[0]}, trainer)
+            self._met = weakref.ref(trainer)
         # 31 bits, which every engine's integers hold.
         seeds = [seed_for(config.seed, trainer.step, i, row) >> 32 for i, row in enumerate(ids)]
         requests = [{**common, "prompt": row, "seed": seed} for row, seed in zip(ids, seeds, strict=True)]
@@ -163,40 +167,37 @@ class RolloutServer:
             return _no(f"the answer was cut after {len(ids)} of {request['max_tokens']} tokens: {_LONGER}")
         return Answer("ok", (ids, logprobs))
 
-    def _meet(self, request: dict, trainer) -> None:
-        """Which engine it is, and whether it answers as is needed, by two answers of one token."""
+    def _meet(self, trainer) -> None:
+        """Which engine it is, and its model."""
         self._step, self._adapter = None, {}
         try:
             card = json.loads(self._server.call("/models"))["data"][0]
-            engine, self._server.model = card.get("owned_by"), card["id"]
+            self._engine, self._server.model = card.get("owned_by"), card["id"]
         except (ConfigError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             why = error if isinstance(error, ConfigError) else "it lists no model"
             hint = "" if self._root != self.base_url.rstrip("/") else "; the address of either ends in /v1"
             raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}{hint}") from None
-        lora = has_adapters(trainer.policy)
-        if (engine, lora) not in START:
+        if (self._engine, has_adapters(trainer.policy)) not in START:
             raise ConfigError(
-                f"rollout_server: {self.base_url} calls itself {engine!r}, and only a server of vLLM or SGLang can be "
+                f"rollout_server: {self.base_url} calls itself {self._engine!r}, and only a server of vLLM or SGLang can be "
                 "given new weights: start one of these (docs/ppo.md), or write a rollout_func"
             )
-        if engine == "vllm" and not lora:
-            with suppress(ConfigError):  # a run that ended while the server read its weights has left it paused
-                self._server.call(f"{self._root}/resume", {})
-        gaps = []
+
+    def _probe(self, request: dict, trainer) -> None:
+        """Whether it answers as is needed, by two answers of one token."""
+        start, gaps = START[self._engine, has_adapters(trainer.policy)], []
         for temperature in (0.5, 2.0):  # vLLM takes none above 2
             probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 3,
                      "return_tokens_as_token_ids": True}  # fmt: skip
             answer = self._server.ask_once(probe, self._send, self._read_gap)[-1].answer
             if answer.status != "ok":
-                raise ConfigError(
-                    f"rollout_server: {self.base_url}: {answer.reason}; start it as {START[engine, lora]}"
-                )
+                raise ConfigError(f"rollout_server: {self.base_url}: {answer.reason}; start it as {start}")
             gaps.append(answer.value)
         # A gap between two tokens is 1 / temperature of that between their logits, however sure the model is.
         if trainer.config.temperature != 1 and gaps[0] < 2 * gaps[1]:
             raise ConfigError(
                 f"rollout_server: {self.base_url} gives log-probabilities at temperature 1, and PPO needs those at "
-                f"{trainer.config.temperature}: start it as {START[engine, lora]}, and without "
+                f"{trainer.config.temperature}: start it as {start}, and without "
                 "SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
         if trainer.config.importance_cap is None:
@@ -205,7 +206,6 @@ class RolloutServer:
                 "for it: set importance_cap: 2",
                 stacklevel=2,
             )
-        self._engine, self._met = engine, weakref.ref(trainer)
 
     def _read_gap(self, request: dict, reply: dict) -> Answer:
         """Value: how far the third likeliest token lies behind the likeliest. vLLM lists the sampled one as well."""
@@ -243,7 +243,9 @@ class RolloutServer:
                      (f"{root}/reset_prefix_cache", {}), (f"{root}/resume", {})]  # fmt: skip
         for url, body in calls:
             try:
-                self._server.call(url, body)
+                reply = self._server.call(url, body)
+                if '"success":false' in reply.replace(" ", ""):  # vLLM's prefix cache is in use
+                    raise ConfigError(f"{url}: {reply}")
             except ConfigError as error:
                 raise ConfigError(
                     f"rollout_server: the policy's weights in {path} were not taken over: {error}. The server must "
