@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
                 server.running -= 1
 
     def reply(self, code, content):
-        data = json.dumps(content).encode()
+        data = json.dumps(content, separators=(",", ":")).encode()  # as both of them write it
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
