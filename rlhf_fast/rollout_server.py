@@ -15,6 +15,8 @@ After a failure the server gets them again: it may be another one by then, start
 
 The log-probabilities must be those at the temperature: vLLM's are with --logprobs-mode processed_logprobs only
 (SGLang's are, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set). The first call asks at two temperatures and looks.
+
+Held to the code of vLLM 0.33.0 and SGLang 0.5.23 (docs/ppo.md says which of it ran).
 """
 
 from __future__ import annotations
@@ -150,7 +152,9 @@ class RolloutServer:
             missing = " and ".join(
                 name for name, value in (("token ids", ids), ("log-probabilities", logprobs)) if not value
             )
-            return _no(f"the answer has no {missing}; return_token_ids takes vLLM 0.10.2 or later, or a recent SGLang")
+            return _no(
+                f"the answer has no {missing}; return_token_ids takes vLLM 0.10.2 or SGLang 0.5.17, or later ones"
+            )
         if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
             return _no(
                 f"the answer has {len(ids)} tokens and {len(logprobs)} log-probabilities, or some are not finite"
@@ -179,8 +183,8 @@ class RolloutServer:
             raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}{hint}") from None
         if (self._engine, has_adapters(trainer.policy)) not in START:
             raise ConfigError(
-                f"rollout_server: {self.base_url} calls itself {self._engine!r}, and only a server of vLLM or SGLang can be "
-                "given new weights: start one of these (docs/ppo.md), or write a rollout_func"
+                f"rollout_server: {self.base_url} calls itself {self._engine!r}, and only a server of vLLM or SGLang can "
+                "be given new weights: start one of these (docs/ppo.md), or write a rollout_func"
             )
 
     def _probe(self, request: dict, trainer) -> None:

@@ -1,8 +1,8 @@
 """The endpoints of a vLLM or SGLang server that a PPO run asks, on loopback, over a tiny model of transformers.
 
-Its answers are sampled by the seed of the request alone. Statuses and bodies are those of vLLM 0.33.0 and SGLang 0.5.23,
-and it dies where vLLM does: asked while weights that it could not read have left the model in halves. It is as strict as
-an engine would be silent: `broken` notes what an engine would have mixed up.
+Its answers are sampled by the seed of the request alone. Statuses and bodies are those of vLLM 0.33.0 and SGLang
+0.5.23, and it dies where vLLM does: asked while weights that it could not read have left the model in halves. It is as
+strict as an engine would be silent: `broken` notes what an engine would have mixed up.
 """
 
 import json
@@ -52,17 +52,12 @@ class FakeEngine(ThreadingHTTPServer):
         """-> (status, content) of what is no question."""
         name = path.removeprefix("/v1").split("?")[0]
         part = "lora" if "lora" in name else "dev"
-        known = {
-            "vllm": {"/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/load_lora_adapter",
-                     "/unload_lora_adapter"},
-            "sglang": {"/update_weights_from_disk", "/load_lora_adapter", "/unload_lora_adapter"},
-        }  # fmt: skip
         on_v1 = part == "lora" and self.engine == "vllm"
-        if part not in self.routes or name not in known.get(self.engine, ()) or path.startswith("/v1") != on_v1:
+        command = getattr(self, f"{self.engine}_{name.removeprefix('/')}", None)
+        if part not in self.routes or command is None or path.startswith("/v1") != on_v1:
             return 404, {"detail": "Not Found"}
         if self.running:
             self.broken.append(f"{name} while {self.running} answers were on their way")
-        command = getattr(self, f"{self.engine}_{name.removeprefix('/')}")
         return command(body, path)
 
     def error(self, message, code=400):
@@ -73,8 +68,8 @@ class FakeEngine(ThreadingHTTPServer):
         """-> a model, or the error of a path that holds none."""
         try:
             return load_policy(path)
-        except Exception as error:
-            return error
+        except Exception as failure:
+            return failure
 
     def vllm_pause(self, body, path):
         mode = path.partition("mode=")[2] or "abort"

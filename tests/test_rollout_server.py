@@ -322,9 +322,9 @@ def test_a_model_that_is_sure_of_its_next_token_shows_its_temperature(tmp_path, 
 
 
 def test_a_temperature_that_the_server_does_not_take(tmp_path):
-    with serving(sharp_model(tiny_tokenizer())) as server:
-        with pytest.raises(ConfigError, match=r"questions in a row failed .HTTP 400: .*must be in \[0, 2\], got 2.5"):
-            next(iter(make_trainer(tmp_path, server, temperature=2.5)))
+    refused = r"questions in a row failed .HTTP 400: .*must be in \[0, 2\], got 2.5"
+    with serving(sharp_model(tiny_tokenizer())) as server, pytest.raises(ConfigError, match=refused):
+        next(iter(make_trainer(tmp_path, server, temperature=2.5)))
 
 
 def test_a_fault_that_passes_is_asked_again(tmp_path, engine):
