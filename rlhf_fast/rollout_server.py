@@ -183,8 +183,8 @@ class RolloutServer:
             raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}{hint}") from None
         if (self._engine, has_adapters(trainer.policy)) not in START:
             raise ConfigError(
-                f"rollout_server: {self.base_url} calls itself {self._engine!r}, and only a server of vLLM or SGLang can "
-                "be given new weights: start one of these (docs/ppo.md), or write a rollout_func"
+                f"rollout_server: {self.base_url} calls itself {self._engine!r}, and only a server of vLLM or SGLang "
+                "can be given new weights: start one of these (docs/ppo.md), or write a rollout_func"
             )
 
     def _probe(self, request: dict, trainer) -> None:
