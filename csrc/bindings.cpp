@@ -7,7 +7,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "memory.h"
+#include "loss.h"
 #include "ops.h"
 #include "rows.h"
 #include "tensor.h"
@@ -55,6 +55,16 @@ PyObject* guarded(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return nullptr;
 }
 
+template <auto op, class... Args>
+PyObject* entry(PyObject* const* given, Py_ssize_t count) {
+  return call<op, Args...>(given, count, std::index_sequence_for<Args...>{});
+}
+
+template <auto op, size_t gradients, class... Args>
+PyObject* loss_entry(PyObject* const* given, Py_ssize_t count) {
+  return rlhf::made_loss<gradients, sizeof...(Args)>(given, count, entry<op, Args...>);
+}
+
 // Not through m.def: its look for an overload takes longer than the smallest kernels.
 template <FastCall function>
 void bind(py::module_& m, const char* name) {
@@ -63,14 +73,14 @@ void bind(py::module_& m, const char* name) {
   m.attr(name) = rlhf::checked(PyCFunction_New(&method, nullptr));
 }
 
-template <auto op, class... Args>
-PyObject* entry(PyObject* const* given, Py_ssize_t count) {
-  return call<op, Args...>(given, count, std::index_sequence_for<Args...>{});
-}
-
 template <auto op, class Result, class... Args>
 void bind_op(py::module_& m, const char* name, Result (*)(Args...)) {
   bind<entry<op, Args...>>(m, name);
+}
+
+template <auto op, size_t gradients, class Result, class... Args>
+void bind_loss(py::module_& m, const char* name, Result (*)(Args...)) {
+  bind<loss_entry<op, gradients, Args...>>(m, name);
 }
 
 }  // namespace
@@ -87,8 +97,14 @@ PYBIND11_MODULE(_C, m) {
 #define BIND(op) bind_op<&rlhf::CpuOps::op>(m, #op, rlhf::CpuOps{}.op);
   RLHF_CPU_OPS(BIND)
 #undef BIND
+#define BIND(op, gradients) bind_loss<&rlhf::CpuOps::op, gradients>(m, #op "_made", rlhf::CpuOps{}.op);
+  BIND(ppo_loss, 2)
+  BIND(value_loss, 1)
+  BIND(pairwise_loss, 2)
+  BIND(ranking_loss, 1)
+#undef BIND
 
-  m.attr("interface") = 2;  // another number where a function takes other arguments (rlhf_fast/ops/_dispatch.py)
+  m.attr("interface") = 3;  // another number where a function takes other arguments (rlhf_fast/ops/_dispatch.py)
   m.attr("Negated") = py::reinterpret_borrow<py::object>(rlhf::torch().negated);
   bind<rlhf::alike>(m, "alike");
   bind<rlhf::labelled>(m, "labelled");
@@ -96,6 +112,9 @@ PYBIND11_MODULE(_C, m) {
   bind<rlhf::route<true>>(m, "route_in_backward");
   bind<rlhf::consume>(m, "consume");
   bind<rlhf::empties>(m, "empties");
+  bind<rlhf::keep_gradients>(m, "keep_gradients");
+  bind<rlhf::give_gradients>(m, "give_gradients");
+  m.attr("give_gradients") = rlhf::checked(PyInstanceMethod_New(m.attr("give_gradients").ptr()));  // ctx is its self
   bind<rlhf::token_logprobs>(m, "token_logprobs");
   bind<rlhf::token_logprobs_gradient>(m, "token_logprobs_gradient");
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });

@@ -57,8 +57,9 @@ struct DLExchange {
 
 // What is asked of torch again and again, looked up once.
 struct Torch {
-  PyObject *data_ptr, *dtype, *stride, *requires_grad, *is_neg;  // interned names
-  PyObject *tensor, *parameter, *dtypes[4];                      // types, and torch.float32, ... in the order of DType
+  PyObject *data_ptr, *dtype, *stride, *requires_grad, *is_neg;                    // interned names
+  PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;  // of an autograd.Function's ctx
+  PyObject *tensor, *parameter, *dtypes[4];  // types, and torch.float32, ... in the order of DType
   PyObject *dispatch_modes, *functorch_level, *grad_enabled, *keep_graph, *negated;
   const DLExchange* exchange = nullptr;
 
@@ -70,6 +71,11 @@ struct Torch {
     stride = PyUnicode_InternFromString("stride");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     is_neg = PyUnicode_InternFromString("is_neg");
+    to_save = PyUnicode_InternFromString("to_save");
+    saved_tensors = PyUnicode_InternFromString("saved_tensors");
+    materialize_grads = PyUnicode_InternFromString("materialize_grads");
+    forward_cls = PyUnicode_InternFromString("_forward_cls");
+    backward = PyUnicode_InternFromString("backward");
     tensor = own(torch.attr("Tensor"));
     parameter = own(torch.attr("nn").attr("Parameter"));
     const char* const names[] = {"float32", "bfloat16", "float16", "float64"};
@@ -292,18 +298,19 @@ PyObject* route(PyObject* const* given, Py_ssize_t count) {
 enum Consume : int { kShared = 0, kOwn = 1, kAsTheyAre = 2 };
 
 // (gradient that came in, *saved outputs), of which may be None.
-inline PyObject* consume(PyObject* const* given, Py_ssize_t count) {
-  const auto answer = [](Consume c) { return PyLong_FromLong(c); };
-  if (is_true(torch().grad_enabled) || is_true(torch().keep_graph)) return answer(kShared);  // create_, retain_graph
-  if (route_of<true>(given, count) == kLibrary) return answer(kShared);
+inline Consume consumable(PyObject* const* given, Py_ssize_t count) {
+  if (is_true(torch().grad_enabled) || is_true(torch().keep_graph)) return kShared;  // create_graph, retain_graph
+  if (route_of<true>(given, count) == kLibrary) return kShared;
   DLTensor g;
-  if (count == 0 || !is_plain_tensor(given[0]) || !read(given[0], g)) return answer(kOwn);
-  if (g.device_type != 1 || g.ndim != 0) return answer(kOwn);
+  if (count == 0 || !is_plain_tensor(given[0]) || !read(given[0], g)) return kOwn;
+  if (g.device_type != 1 || g.ndim != 0) return kOwn;
   const void* const data = g.address();
   const bool one = g.dtype() == kFloat32   ? *static_cast<const float*>(data) == 1
                    : g.dtype() == kFloat64 ? *static_cast<const double*>(data) == 1
                                            : false;
-  return answer(one ? kAsTheyAre : kOwn);
+  return one ? kAsTheyAre : kOwn;
 }
+
+inline PyObject* consume(PyObject* const* given, Py_ssize_t count) { return PyLong_FromLong(consumable(given, count)); }
 
 }  // namespace rlhf

@@ -15,6 +15,8 @@ After a failure the server gets them again: it may be another one by then, start
 
 The log-probabilities must be those at the temperature: vLLM's are with --logprobs-mode processed_logprobs only
 (SGLang's are, unless SGLANG_RETURN_ORIGINAL_LOGPROB is set). The first call asks at two temperatures and looks.
+
+Held to the code of vLLM 0.33.0 and SGLang 0.5.23 (docs/ppo.md says which of it ran).
 """
 
 from __future__ import annotations
@@ -106,12 +108,16 @@ class RolloutServer:
         ids = [encode_prompt(trainer.tokenizer, prompt) for prompt in prompts]
         common = {"max_tokens": config.response_length, "temperature": config.temperature,
                   "stop_token_ids": stop_ids(trainer.policy, trainer.tokenizer)}  # fmt: skip
-        if self._met() is not trainer:
-            self._meet({**common, "prompt": ids[0]}, trainer)
+        if new := self._met() is not trainer:
+            self._meet(trainer)
         current = self._step == trainer.step and trainer.whole  # else an update has failed halfway
         self._step = None  # until every answer is there
         if not current:
             self._give_weights(trainer)
+        if new:
+            # Not before: asked while it has the half of an earlier run's weights, which it could not read, vLLM dies.
+            self._probe({**common, "prompt": ids[0]}, trainer)
+            self._met = weakref.ref(trainer)
         # 31 bits, which every engine's integers hold.
         seeds = [seed_for(config.seed, trainer.step, i, row) >> 32 for i, row in enumerate(ids)]
         requests = [{**common, "prompt": row, "seed": seed} for row, seed in zip(ids, seeds, strict=True)]
@@ -150,7 +156,9 @@ class RolloutServer:
             missing = " and ".join(
                 name for name, value in (("token ids", ids), ("log-probabilities", logprobs)) if not value
             )
-            return _no(f"the answer has no {missing}; return_token_ids takes vLLM 0.10.2 or later, or a recent SGLang")
+            return _no(
+                f"the answer has no {missing}; return_token_ids takes vLLM 0.10.2 or SGLang 0.5.17, or later ones"
+            )
         if len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
             return _no(
                 f"the answer has {len(ids)} tokens and {len(logprobs)} log-probabilities, or some are not finite"
@@ -167,40 +175,38 @@ class RolloutServer:
             return _no(f"the answer was cut after {len(ids)} of {request['max_tokens']} tokens: {_LONGER}")
         return Answer("ok", (ids, logprobs))
 
-    def _meet(self, request: dict, trainer) -> None:
-        """Which engine it is, and whether it answers as is needed, by two answers of one token."""
+    def _meet(self, trainer) -> None:
+        """Which engine it is, and its model."""
         self._unload()  # another trainer's
         self._step = None
         try:
             card = json.loads(self._server.call("/models"))["data"][0]
-            engine, self._server.model = card.get("owned_by"), card["id"]
+            self._engine, self._server.model = card.get("owned_by"), card["id"]
         except (ConfigError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             why = error if isinstance(error, ConfigError) else "it lists no model"
             hint = "" if self._root != self.base_url.rstrip("/") else "; the address of either ends in /v1"
             raise ConfigError(f"rollout_server: {self.base_url} is no server of vLLM or SGLang: {why}{hint}") from None
-        lora = has_adapters(trainer.policy)
-        if (engine, lora) not in START:
+        if (self._engine, has_adapters(trainer.policy)) not in START:
             raise ConfigError(
-                f"rollout_server: {self.base_url} calls itself {engine!r}, and only a server of vLLM or SGLang can be "
-                "given new weights: start one of these (docs/ppo.md), or write a rollout_func"
+                f"rollout_server: {self.base_url} calls itself {self._engine!r}, and only a server of vLLM or SGLang "
+                "can be given new weights: start one of these (docs/ppo.md), or write a rollout_func"
             )
-        if engine == "vllm" and not lora:
-            with suppress(ConfigError):  # a run that ended while the server read its weights has left it paused
-                self._server.call(f"{self._root}/resume", {})
-        top = []
-        for temperature in (0.1, 10.0):
-            probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 1}
-            answer = self._server.ask_once(probe, self._send, self._read_top)[-1].answer
+
+    def _probe(self, request: dict, trainer) -> None:
+        """Whether it answers as is needed, by two answers of one token."""
+        start, gaps = START[self._engine, has_adapters(trainer.policy)], []
+        for temperature in (0.5, 2.0):  # vLLM takes none above 2
+            probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 3,
+                     "return_tokens_as_token_ids": True}  # fmt: skip
+            answer = self._server.ask_once(probe, self._send, self._read_gap)[-1].answer
             if answer.status != "ok":
-                raise ConfigError(
-                    f"rollout_server: {self.base_url}: {answer.reason}; start it as {START[engine, lora]}"
-                )
-            top.append(answer.value)
-        # The likeliest token is likelier the colder it gets, unless the temperature is left out of account.
-        if trainer.config.temperature != 1 and top[0] - top[1] < 0.05:
+                raise ConfigError(f"rollout_server: {self.base_url}: {answer.reason}; start it as {start}")
+            gaps.append(answer.value)
+        # A gap between two tokens is 1 / temperature of that between their logits, however sure the model is.
+        if trainer.config.temperature != 1 and gaps[0] < 2 * gaps[1]:
             raise ConfigError(
                 f"rollout_server: {self.base_url} gives log-probabilities at temperature 1, and PPO needs those at "
-                f"{trainer.config.temperature}: start it as {START[engine, lora]}, and without "
+                f"{trainer.config.temperature}: start it as {start}, and without "
                 "SGLANG_RETURN_ORIGINAL_LOGPROB"
             )
         if trainer.config.importance_cap is None:
@@ -209,13 +215,14 @@ class RolloutServer:
                 "for it: set importance_cap: 2",
                 stacklevel=2,
             )
-        self._engine, self._met = engine, weakref.ref(trainer)
 
-    def _read_top(self, request: dict, reply: dict) -> Answer:
+    def _read_gap(self, request: dict, reply: dict) -> Answer:
+        """Value: how far the third likeliest token lies behind the likeliest. vLLM lists the sampled one as well."""
         answer = self._read(request, reply)
         if answer.status != "ok":
             return answer
-        return Answer("ok", max(reply["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+        best = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values())[-3:]
+        return Answer("ok", best[-1] - best[0])
 
     def _give_weights(self, trainer) -> None:
         """The policy's weights, or its adapters, to the server. Where that fails nothing is sampled any more, until
@@ -244,7 +251,9 @@ class RolloutServer:
                      (f"{root}/reset_prefix_cache", {}), (f"{root}/resume", {})]  # fmt: skip
         for url, body in calls:
             try:
-                self._server.call(url, body)
+                reply = self._server.call(url, body)
+                if '"success":false' in reply.replace(" ", ""):  # vLLM's prefix cache is in use
+                    raise ConfigError(f"{url}: {reply}")
             except ConfigError as error:
                 raise ConfigError(
                     f"rollout_server: the policy's weights in {path} were not taken over: {error}. The server must "

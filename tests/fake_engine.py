@@ -1,7 +1,8 @@
 """The endpoints of a vLLM or SGLang server that a PPO run asks, on loopback, over a tiny model of transformers.
 
-Its answers are sampled by the seed of the request alone. It is as strict as an engine would be silent: it answers with
-503 while it is paused, and notes in `broken` what an engine would have mixed up.
+Its answers are sampled by the seed of the request alone. Statuses and bodies are those of vLLM 0.33.0 and SGLang
+0.5.23, and it dies where vLLM does: asked while weights that it could not read have left the model in halves. It is as
+strict as an engine would be silent: `broken` notes what an engine would have mixed up.
 """
 
 import json
@@ -18,6 +19,7 @@ from rlhf_fast.models import load_policy
 FIELDS = {
     "model", "prompt", "max_tokens", "temperature", "seed", "stop_token_ids", "logprobs", "return_token_ids", "top_p",
     "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "lora_path",
+    "return_tokens_as_token_ids",
 }  # fmt: skip
 UNCUT = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -33,6 +35,7 @@ class FakeEngine(ThreadingHTTPServer):
         self.first = self.base = model
         self.engine, self.routes, self.raw, self.deaf = engine, routes, raw, deaf
         self.adapters, self.paused, self.stale, self.running, self.lock = {}, False, False, 0, threading.Lock()
+        self.busy = False  # vLLM's prefix cache is in use, and not emptied
         self.calls, self.asked, self.broken = [], [], []
         self.faults = []  # of the next answers that are not the first two, which are asked to get acquainted
         self.gone = False  # it closes every connection without a word
@@ -49,44 +52,91 @@ class FakeEngine(ThreadingHTTPServer):
         """-> (status, content) of what is no question."""
         name = path.removeprefix("/v1").split("?")[0]
         part = "lora" if "lora" in name else "dev"
-        known = {
-            "vllm": {"/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/load_lora_adapter",
-                     "/unload_lora_adapter"},
-            "sglang": {"/update_weights_from_disk", "/load_lora_adapter", "/unload_lora_adapter"},
-        }  # fmt: skip
         on_v1 = part == "lora" and self.engine == "vllm"
-        if part not in self.routes or name not in known.get(self.engine, ()) or path.startswith("/v1") != on_v1:
+        command = getattr(self, f"{self.engine}_{name.removeprefix('/')}", None)
+        if part not in self.routes or command is None or path.startswith("/v1") != on_v1:
             return 404, {"detail": "Not Found"}
         if self.running:
             self.broken.append(f"{name} while {self.running} answers were on their way")
-        if name in ("/pause", "/resume"):
-            if name == "/resume" and self.stale:
-                self.broken.append("resumed with the prefix cache of older weights")
-            self.paused = name == "/pause"
-        elif name == "/reset_prefix_cache":
-            self.stale = False
-        elif name == "/load_lora_adapter":
-            if body["lora_name"] in self.adapters:
-                return 400, {"error": {"message": "already loaded"}}
-            self.adapters[body["lora_name"]] = load_policy(body["lora_path"])
-        elif name == "/unload_lora_adapter":
-            if self.adapters.pop(body["lora_name"], None) is None:
-                return 404, {"error": {"message": "no such adapter"}}
-        else:
-            if self.engine == "vllm" and not self.paused:
-                self.broken.append("weights were read while it answered")
-            assert self.engine == "sglang" or body["method"] == "reload_weights"
-            path = body["model_path"] if self.engine == "sglang" else body["kwargs"]["weights_path"]
-            try:
-                loaded = load_policy(path)
-            except Exception as error:
-                return 400, {"success": False, "message": str(error)}
-            self.base = self.base if self.deaf else loaded
-            self.stale = self.engine == "vllm"
-        return 200, {"success": True}
+        return command(body, path)
+
+    def error(self, message, code=400):
+        content = {"message": message, "type": "BadRequestError", "param": None, "code": code}
+        return {"error": content} if self.engine == "vllm" else {"object": "error", **content}
+
+    def load(self, path):
+        """-> a model, or the error of a path that holds none."""
+        try:
+            return load_policy(path)
+        except Exception as failure:
+            return failure
+
+    def vllm_pause(self, body, path):
+        mode = path.partition("mode=")[2] or "abort"
+        if mode not in ("abort", "wait", "keep"):
+            return 400, self.error(f"Input should be 'abort', 'wait' or 'keep', not {mode}")
+        self.paused, self.stale = True, False  # the caches are emptied on the way
+        return 200, {"status": "paused"}
+
+    def vllm_resume(self, body, path):
+        if self.stale:
+            self.broken.append("resumed with the prefix cache of older weights")
+        self.paused = False
+        return 200, {"status": "resumed"}
+
+    def vllm_collective_rpc(self, body, path):
+        if not self.paused:
+            self.broken.append("weights were read while it answered")
+        assert body["method"] == "reload_weights" and set(body["kwargs"]) == {"weights_path"}
+        loaded = self.load(body["kwargs"]["weights_path"])
+        if isinstance(loaded, Exception):
+            self.base = None
+            return 500, self.error(f"Call to collective_rpc method failed: Worker failed with error '{loaded}'", 500)
+        self.base, self.stale = (self.base if self.deaf else loaded), True
+        return 200, {"results": [None]}
+
+    def vllm_reset_prefix_cache(self, body, path):
+        self.stale = self.stale and self.busy
+        return 200, {"success": not self.busy}
+
+    def vllm_load_lora_adapter(self, body, path):
+        name = body["lora_name"]
+        if name in self.adapters:
+            return 400, self.error(f"The lora adapter '{name}' has already been loaded.")
+        loaded = self.load(body["lora_path"])
+        if isinstance(loaded, Exception):
+            return 404, self.error(f"Loading lora {name} failed: No adapter found for {body['lora_path']}", 404)
+        self.adapters[name] = loaded
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def vllm_unload_lora_adapter(self, body, path):
+        if self.adapters.pop(body["lora_name"], None) is None:
+            return 404, self.error(f"The lora adapter '{body['lora_name']}' cannot be found.", 404)
+        return 200, f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
+
+    def sglang_update_weights_from_disk(self, body, path):
+        loaded = self.load(body["model_path"])
+        if isinstance(loaded, Exception):  # it goes back to the weights that it had
+            return 400, {"success": False, "message": f"Failed to update weights: {loaded}", "num_paused_requests": 0}
+        self.base = self.base if self.deaf else loaded
+        return 200, {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
+
+    def sglang_load_lora_adapter(self, body, path):
+        loaded = self.load(body["lora_path"])
+        if isinstance(loaded, Exception) or body["lora_name"] in self.adapters:
+            return 400, {"success": False, "error_message": str(loaded), "loaded_adapters": None}
+        self.adapters[body["lora_name"]] = loaded
+        return 200, {"success": True, "error_message": None, "loaded_adapters": {}}
+
+    def sglang_unload_lora_adapter(self, body, path):
+        if self.adapters.pop(body["lora_name"], None) is None:
+            return 400, {"success": False, "error_message": f"{body['lora_name']} is not loaded"}
+        return 200, {"success": True, "error_message": None, "loaded_adapters": {}}
 
     def answer(self, body):
-        """-> one choice."""
+        """-> (status, content): one choice, or why there is none."""
+        if self.engine == "vllm" and not 0 <= body["temperature"] <= 2:
+            return 400, self.error(f"temperature must be in [0, 2], got {body['temperature']}.")
         assert set(body) <= FIELDS and {name: body.get(name) for name in UNCUT} == UNCUT
         assert body["return_token_ids"] is True and all(isinstance(token, int) for token in body["prompt"])
         model = self.base
@@ -104,11 +154,22 @@ class FakeEngine(ThreadingHTTPServer):
         table = (logits if self.raw else logits / temperature).log_softmax(-1)
         if self.raw:
             logprobs = table.gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-        top = [{f"token {int(row.argmax())}": float(row.max())} for row in table] if body["logprobs"] else []
-        return {
+        choice = {
             "index": 0, "text": "?", "finish_reason": "stop" if ids[-1] in stops else "length", "token_ids": ids,
-            "logprobs": {"token_logprobs": logprobs, "top_logprobs": top},
+            "logprobs": {"token_logprobs": logprobs, "top_logprobs": self.top_logprobs(table, ids, body)},
         }  # fmt: skip
+        return 200, {"object": "text_completion", "choices": [self.mend(choice) if self.mend else choice]}
+
+    def top_logprobs(self, table, ids, body):
+        """The likeliest tokens; before them vLLM names the sampled one, and calls a token by its id where it is asked
+        to. Else two tokens of one text are one entry."""
+        lists = []
+        for row, token in zip(table, ids, strict=True):
+            best = row.topk(body["logprobs"]).indices.tolist()
+            by_id = self.engine == "vllm" and body.get("return_tokens_as_token_ids")
+            named = [token, *best] if self.engine == "vllm" else best
+            lists.append({f"token_id:{i}" if by_id else f"text {i % 8}": float(row[i]) for i in named})
+        return lists if self.engine == "vllm" or body["logprobs"] else []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -140,27 +201,28 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if server.paused:
                 server.broken.append("asked while it was paused")
-                return self.reply(503, {"error": {"message": "paused"}})
+                return self.reply(503, server.error("Generation is paused. Please retry after it resumes.", 503))
+            if server.base is None:
+                server.broken.append("asked with a model in halves")
+                server.gone = True
+                return self.reply(500, server.error("The server had an error while processing your request.", 500))
             if fault == "time-out":
                 time.sleep(1.0)
             if fault == "500":
-                return self.reply(500, {"error": {"message": "oops"}})
+                return self.reply(500, server.error("oops", 500))
             if fault == "400":
-                message = "This model's maximum context length is 16 tokens"
-                return self.reply(400, {"error": {"message": message}})
+                return self.reply(400, server.error("This model's maximum context length is 16 tokens"))
             with server.lock:
-                choice = server.answer(body)
-            if server.mend:
-                choice = server.mend(choice)
+                status, content = server.answer(body)
             if callable(fault):
-                choice = fault(choice)
-            self.reply(200, {"choices": [choice]})
+                content["choices"] = [fault(choice) for choice in content["choices"]]
+            self.reply(status, content)
         finally:
             with server.lock:
                 server.running -= 1
 
     def reply(self, code, content):
-        data = json.dumps(content).encode()
+        data = json.dumps(content, separators=(",", ":")).encode()  # as both of them write it
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))

@@ -101,8 +101,7 @@ def test_every_step_samples_from_its_own_weights(tmp_path, engine):
         "vllm": ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"],
         "sglang": ["/update_weights_from_disk"],
     }[engine.engine]
-    met = ["/resume"] * (engine.engine == "vllm")
-    assert [path for path, _ in engine.calls] == met + update * 3 and not engine.broken
+    assert [path for path, _ in engine.calls] == update * 3 and not engine.broken
     assert len(list((tmp_path / "run/rollout_weights").iterdir())) == 1  # not a model a step
 
 
@@ -302,6 +301,44 @@ def test_a_server_that_a_killed_run_left_paused_answers_again(tmp_path, engine):
     engine.paused = engine.engine == "vllm"
     assert next(iter(make_trainer(tmp_path, engine)))["sampling/sampling_logp_difference/max"] < 1e-4
     assert not engine.broken
+
+
+def test_a_server_that_an_earlier_run_left_with_half_its_weights_gets_all_of_them_first(tmp_path, engine, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="were not taken over"):
+        patch.setattr("rlhf_fast.rollout_server.save_model", lambda *args: None)
+        next(iter(make_trainer(tmp_path, engine)))
+    assert next(iter(make_trainer(tmp_path, engine)))["sampling/sampling_logp_difference/max"] < 1e-4
+    assert not engine.broken
+
+
+def test_a_prefix_cache_that_stays_is_no_new_policy(tmp_path):
+    with serving(sharp_model(tiny_tokenizer())) as server:
+        server.busy = True
+        with pytest.raises(ConfigError, match=r'were not taken over: .*/reset_prefix_cache: {"success":false}'):
+            next(iter(make_trainer(tmp_path, server)))
+        assert server.paused and not server.asked
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_model_that_is_sure_of_its_next_token_shows_its_temperature(tmp_path, engine, raw):
+    model = sharp_model(tiny_tokenizer())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    engine.raw = raw
+    trainer = make_trainer(tmp_path, engine, model)
+    if raw:
+        with pytest.raises(ConfigError, match="gives log-probabilities at temperature 1"):
+            next(iter(trainer))
+        return
+    next(iter(trainer))
+    probes = engine.asked[:2]
+    assert [(body["temperature"], body["max_tokens"]) for body in probes] == [(0.5, 1), (2.0, 1)]
+
+
+def test_a_temperature_that_the_server_does_not_take(tmp_path):
+    refused = r"questions in a row failed .HTTP 400: .*must be in \[0, 2\], got 2.5"
+    with serving(sharp_model(tiny_tokenizer())) as server, pytest.raises(ConfigError, match=refused):
+        next(iter(make_trainer(tmp_path, server, temperature=2.5)))
 
 
 def test_a_fault_that_passes_is_asked_again(tmp_path, engine):

@@ -31,7 +31,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if getattr(_C, "interface", 1) != 2:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 3:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the one that is there is of another version than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -66,7 +66,8 @@ class Op:
 
     A kernel (and fake) may return None for an output that nobody asked for. Autograd sees the first `differentiable`
     outputs only. The derivative is either setup_context and backward, as of torch.library.register_autograd, or
-    `gradients`: {input: output} of a loss whose forward computes its gradients too, so that the backward scales them.
+    `gradients`: {input: output}, the last ones, of a loss whose kernel computes its gradients too, so that the backward
+    scales them. On plain tensors such a kernel runs beside autograd, which is then shown the loss and given the rest.
     With `statistics`, the names of what the second output holds, a call gives the first output and these by name.
     in_backward: another op's backward calls this one too (one without a derivative of its own is nothing but that).
     """
@@ -93,18 +94,23 @@ class Op:
             _LIBRARY.impl(self.name, lambda *args: _in_full(self.run(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = None
+        self._knows_gradients = gradients is not None
         if gradients is not None:
-            self._differentiate(qualname, *_scaled(gradients), 1, self._scaled_directly(tuple(gradients.values())))
+            self._differentiate(qualname, *_scaled(gradients), 1)
+            self._make_function(_keep_gradients, _scale_gradients, _give_gradients)
         elif backward is not None:
-            self._differentiate(qualname, backward, setup_context, differentiable, shown=len(shown))
+            once = self._differentiate(qualname, backward, setup_context, differentiable)
+            self._make_function(*self._directly(backward, once, setup_context, differentiable, len(shown)))
         else:  # a backward op: without this, a second derivative would be silently zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
         self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
         _OPS[self.name] = self
 
     def _differentiate(
-        self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int, direct=None, shown=0
-    ) -> None:
+        self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int
+    ) -> Callable:
+        """Tells torch.library the derivative -> backward, whose gradients refuse to be differentiated."""
+
         def setup(ctx, inputs, output):
             ctx.mark_non_differentiable(*output[differentiable:])
             ctx.set_materialize_grads(False)
@@ -117,8 +123,14 @@ class Op:
                 return _once(backward(ctx, *grads))
 
         torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
+        return backward_once
 
-        # All arguments come as one tuple, into which autograd does not look, after those that it is shown.
+    def _directly(
+        self, backward: Callable, backward_once: Callable, setup_context: Callable, differentiable: int, shown: int
+    ) -> tuple[Callable, Callable, Callable]:
+        """What _make_function asks for. All arguments come as one tuple, into which autograd does not look, after those
+        that it is shown."""
+
         def forward(ctx, *given):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
             args = given[-1]
             outputs = self.run(*args)
@@ -130,40 +142,17 @@ class Op:
             once = backward_once if torch.is_grad_enabled() else backward
             return *once(ctx, *grads)[:shown], None
 
-        forward, backward_of_inputs = direct or (forward, backward_of_inputs)
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_inputs)}
+        return forward, backward_of_inputs, backward_of_inputs
+
+    def _make_function(self, forward: Callable, backward: Callable, apply: Callable) -> None:
+        """apply: what the engine calls, of the same results as backward; without Function's own search for that, 1 us a
+        call."""
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.function = type(self.name, (torch.autograd.Function,), methods)
         self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
-        self.function._backward_cls.apply = backward_of_inputs  # without Function's own search for it, 1 us a call
-        # Without Function.apply's own look at each argument for functorch, which plain() has ruled out.
+        self.function._backward_cls.apply = apply
+        # Without Function.apply's own look at each argument for functorch, which route() has ruled out.
         self._apply = super(torch.autograd.Function, self.function).apply
-
-    def _scaled_directly(self, gradients: tuple[int, ...]) -> tuple[Callable, Callable]:
-        """forward and backward of self.function for a loss whose outputs gradients are those of what autograd is shown.
-
-        What a small loss costs is what these two do: a line here is a hundredth of it. So ctx is written to as its
-        methods would, and all gradients that there are go back: autograd passes over those that it did not ask for.
-        """
-        of = _several(gradients)
-
-        def forward(ctx, *given):
-            outputs = self.run(*given[-1])
-            ctx.materialize_grads = False
-            ctx.to_save = of(outputs)
-            return outputs[0], outputs[1:]
-
-        def backward(ctx, factor, _):
-            if factor is None:
-                return (None,) * (len(gradients) + 1)
-            saved = ctx.saved_tensors
-            use = _SHARED if is_compiling() else _consume(factor, *saved)
-            if use == _AS_THEY_ARE:  # as from loss.backward()
-                return *saved, None
-            with torch.no_grad():
-                grads = [None if g is None else _times(g, factor) if use == _OWN else g * factor for g in saved]
-            return *(_once(grads) if torch.is_grad_enabled() else grads), None
-
-        return forward, backward
 
     def _refuse_gradient(self, ctx, *grads):
         raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
@@ -205,6 +194,9 @@ class Op:
             return self._through_library(args)
         if way != _FUNCTION or self._apply is None:
             outputs = self.run(*args)
+        elif self._knows_gradients:
+            outputs = self.run(*args)
+            outputs = self._apply(*self._shown(args), outputs), *outputs[1:]
         else:
             outputs = self._apply(*self._shown(args), args)
             outputs = outputs[:-1] + outputs[-1]
@@ -269,11 +261,25 @@ class Op:
 # What route says of a call, and consume of saved outputs (csrc/tensor.h). Without the native module all calls go
 # through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
-_SHARED, _OWN, _AS_THEY_ARE = 0, 1, 2
+_SHARED = 0
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
 _route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
 _consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
 _NEGATED = () if _C is None else _C.Negated  # raised for a tensor marked as the negative of its memory: z.conj().imag
+_keep_gradients = None if _C is None else _C.keep_gradients
+_give_gradients = None if _C is None else _C.give_gradients
+
+
+def _scale_gradients(ctx, factor: Tensor | None, saved: tuple | None = None) -> tuple[Tensor | None, ...]:
+    """The backward of a loss that has kept its gradients -> these times the factor, and None for the tuple of outputs.
+    csrc/loss.h calls it, with what it has read of ctx, where they are not to go back as they are."""
+    saved = ctx.saved_tensors if saved is None else saved
+    if factor is None:
+        return (None,) * (len(saved) + 1)
+    shared = is_compiling() or _consume(factor, *saved) == _SHARED
+    with torch.no_grad():
+        grads = [None if g is None else g * factor if shared else _times(g, factor) for g in saved]
+    return *(_once(grads) if torch.is_grad_enabled() else grads), None
 
 
 def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
@@ -465,7 +471,7 @@ def native(
 
     def in_triton(*args):
         given, outputs = arguments(*args)
-        with torch.cuda.device_of(args[0]):
+        with torch.no_grad(), torch.cuda.device_of(args[0]):
             getattr(import_module(f"rlhf_fast.kernels.{triton}"), op)(*given)
         return outputs
 

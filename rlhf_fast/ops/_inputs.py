@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, as_bool, empties
+from ._dispatch import _C, DTYPE_CODES, LARGE, as_bool, empties, native
 
 _alike = (lambda ndim, mask, *tensors: False) if _C is None else _C.alike
 
@@ -98,7 +99,26 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
 
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
     """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
-    return empties(like, None, (), len(names), *map((None, like).__getitem__, with_grads))
+    return empties(like, None, (), len(names), *[like if wanted else None for wanted in with_grads])
+
+
+def native_loss(op: str, arguments: Callable, names: tuple[str, ...], triton: str | None = None) -> dict:
+    """The kernels (_dispatch.native) of a loss with statistics of these names. arguments(*args) gives what csrc/ops.h
+    asks before the dtype, and which gradients are wanted."""
+
+    def with_outputs(*args):
+        given, wanted = arguments(*args)
+        outputs = loss_outputs(args[0], names, *wanted)
+        return (*given, DTYPE_CODES[outputs[0].dtype], *outputs), outputs
+
+    kernels, count = native(op, with_outputs, scratch=True, triton=triton), len(names)
+    made, in_two_steps = getattr(_C, f"{op}_made", None), kernels["cpu", "native"]
+
+    def cpu(*args):
+        given, wanted = arguments(*args)
+        return made(*given, LARGE, count, *wanted, torch.get_num_threads()) or in_two_steps(*args)
+
+    return kernels | {("cpu", "native"): cpu}
 
 
 def wants_gradient(x: Tensor | None) -> bool:

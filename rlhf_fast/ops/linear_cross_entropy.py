@@ -8,6 +8,7 @@ products in all and the backward only scales. Specification: reference.linear_cr
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -27,6 +28,7 @@ from ._linear import (
 )
 
 
+@torch.no_grad()  # called beside autograd, as a loss that knows its gradients
 def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap)
     rows = inputs.labels.shape[0]

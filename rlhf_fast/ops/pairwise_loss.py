@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, native
-from ._inputs import check, loss_outputs, wants_gradient
+from ._dispatch import Op
+from ._inputs import check, loss_outputs, native_loss, wants_gradient
 from .reference import PAIRWISE_STATS
 
 
@@ -20,19 +20,18 @@ def _arguments(
     chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, scale, margin_value, prob_value,
     center_coef, with_grad,
 ):  # fmt: skip
-    outputs = loss_outputs(chosen, PAIRWISE_STATS, with_grad, with_grad)
     arguments = (
         chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, chosen.shape[0], scale, margin_value,
-        prob_value, center_coef, DTYPE_CODES[outputs[0].dtype], *outputs,
+        prob_value, center_coef,
     )  # fmt: skip
-    return arguments, outputs
+    return arguments, (with_grad, with_grad)
 
 
 pairwise_op = Op(
     "pairwise_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? margin, "
     "Tensor? target_prob, Tensor? weights, float scale, float margin_value, float prob_value, float center_coef, "
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
-    kernels=native("pairwise_loss", _arguments, scratch=True, triton="pairwise_loss"),
+    kernels=native_loss("pairwise_loss", _arguments, PAIRWISE_STATS, triton="pairwise_loss"),
     fake=lambda chosen, *args: loss_outputs(chosen, PAIRWISE_STATS, args[-1], args[-1]),
     gradients={0: 2, 1: 3},
     statistics=PAIRWISE_STATS,

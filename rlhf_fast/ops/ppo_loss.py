@@ -14,7 +14,7 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, native
+from ._dispatch import Op
 from ._inputs import (
     aggregation_code,
     check,
@@ -22,6 +22,7 @@ from ._inputs import (
     check_term,
     estimator_code,
     loss_outputs,
+    native_loss,
     needed_mask,
     normalizer_tensor,
     wants_gradient,
@@ -33,13 +34,11 @@ def _arguments(
     logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, normalizer, clip_low,
     clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, *with_grads,
 ):  # fmt: skip
-    outputs = loss_outputs(logprobs, PPO_STATS, *with_grads)
     arguments = (
         logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights, *logprobs.shape, clip_low,
         clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer,
-        DTYPE_CODES[outputs[0].dtype], *outputs,
     )  # fmt: skip
-    return arguments, outputs
+    return arguments, with_grads
 
 
 _op = Op(
@@ -47,7 +46,7 @@ _op = Op(
     "Tensor? entropy, Tensor? importance_weights, Tensor? normalizer, float clip_low, float clip_high, "
     "float dual_clip, float log_ratio_clamp, float kl_coef, int kl_estimator, float entropy_coef, int aggregation, "
     "bool with_grad, bool with_entropy_grad) -> (Tensor loss, Tensor stats, Tensor grad, Tensor entropy_grad)",
-    kernels=native("ppo_loss", _arguments, scratch=True, triton="ppo_loss"),
+    kernels=native_loss("ppo_loss", _arguments, PPO_STATS, triton="ppo_loss"),
     fake=lambda *args: loss_outputs(args[0], PPO_STATS, *args[-2:]),
     gradients={0: 2, 5: 3},
     statistics=PPO_STATS,

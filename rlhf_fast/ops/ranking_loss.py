@@ -11,19 +11,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, native
-from ._inputs import check, loss_outputs
+from ._dispatch import Op
+from ._inputs import check, loss_outputs, native_loss
 from .reference import RANKING_STATS, ranks_of_counts
 
 
 def _arguments(rewards, ranks):
-    outputs = loss_outputs(rewards, RANKING_STATS, True)
-    return (rewards, ranks.contiguous(), *rewards.shape, DTYPE_CODES[outputs[0].dtype], *outputs), outputs
+    return (rewards, ranks.contiguous(), *rewards.shape), (True,)
 
 
 _op = Op(
     "ranking_loss(Tensor rewards, Tensor ranks) -> (Tensor loss, Tensor stats, Tensor grad)",
-    kernels=native("ranking_loss", _arguments, scratch=True),
+    kernels=native_loss("ranking_loss", _arguments, RANKING_STATS),
     fake=lambda rewards, _: loss_outputs(rewards, RANKING_STATS, True),
     gradients={0: 2},
     statistics=RANKING_STATS,

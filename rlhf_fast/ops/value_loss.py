@@ -13,11 +13,12 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, native
+from ._dispatch import Op
 from ._inputs import (
     aggregation_code,
     check,
     loss_outputs,
+    native_loss,
     needed_mask,
     normalizer_tensor,
     wants_gradient,
@@ -26,18 +27,13 @@ from .reference import VALUE_STATS
 
 
 def _arguments(values, old_values, returns, mask, normalizer, cliprange, aggregation, with_grad):
-    outputs = loss_outputs(values, VALUE_STATS, with_grad)
-    arguments = (
-        values, old_values, returns, mask, *values.shape, cliprange, aggregation, normalizer,
-        DTYPE_CODES[outputs[0].dtype], *outputs,
-    )  # fmt: skip
-    return arguments, outputs
+    return (values, old_values, returns, mask, *values.shape, cliprange, aggregation, normalizer), (with_grad,)
 
 
 _op = Op(
     "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? normalizer, float cliprange, "
     "int aggregation, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
-    kernels=native("value_loss", _arguments, scratch=True),
+    kernels=native_loss("value_loss", _arguments, VALUE_STATS),
     fake=lambda *args: loss_outputs(args[0], VALUE_STATS, args[-1]),
     gradients={0: 2},
     statistics=VALUE_STATS,
