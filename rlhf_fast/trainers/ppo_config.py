@@ -49,7 +49,6 @@ class PPOConfig:
     micro_batch_size: int | None = None  # responses per forward and backward, None: all; changes memory, not the result
     micro_batch_tokens: int | None = None  # the same, in tokens of prompt and response with padding; None: no limit
     num_ppo_epochs: int = 4
-    fsdp: bool = False  # of several processes each keeps its rows of the layers' weights (rlhf_fast/sharding.py)
     bf16: bool = False  # scoring and update multiply in bfloat16; weights and sampling stay in float32
     learning_rate: float = 3e-6
     value_learning_rate: float | None = None  # of a separate value model; None: learning_rate
@@ -84,6 +83,7 @@ class PPOConfig:
     save_total_limit: int = 2
     num_samples: int = 8  # answers written to samples.jsonl at every evaluation
     max_skipped_steps: int = 10  # updates in a row skipped for a NaN or inf, after which the run ends
+    fsdp: bool = False  # of several processes each keeps its rows of the layers' weights (rlhf_fast/sharding.py)
     monitors: dict = field(default_factory=dict)  # {name: limit, or null to switch it off}, see rlhf_fast/monitors.py
     stop_on: list = field(default_factory=list)  # names of monitors whose alarm ends the run, with a checkpoint
 
