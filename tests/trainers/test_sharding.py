@@ -13,8 +13,9 @@ from helpers import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from test_parallel import close, names, run, states
 
-from rlhf_fast import SFTConfig, SFTTrainer
+from rlhf_fast import SFTConfig, SFTTrainer, sharding
 from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.models import add_lora
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
 
 
@@ -106,6 +107,9 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
 
     with pytest.raises(ConfigError, match="this is one: start it with torchrun"):
         make(fsdp=True)
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
+    with pytest.raises(ConfigError, match=r"adapters \(lora_r\) are few"):
+        sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP: set fsdp: true"):
