@@ -1,10 +1,12 @@
-"""What a second process buys: seconds a step of SFT and of PPO, in one process and in two, of the same steps.
+"""What a second process buys: seconds a step of SFT and of PPO, and memory, in one process and in two.
 
     python bench/bench_parallel.py [--json bench/results/parallel.json]
 
-One process with one thread, one with two, and two with one each (torchrun, gloo), in turns; wall-clock seconds, median
-of the steps after the second. A Llama of 4 layers and width 256 with random weights on random words, so that there is
-nothing to load. Only true on an otherwise idle machine of two cores or more.
+One process with one thread, one with two, and two with one each (torchrun, gloo; without fsdp and with it), in turns:
+the same steps, of a Llama of 4 layers and width 256 with random weights on random words, so that there is nothing to
+load; wall-clock seconds, median of the steps after the second. Only true on an otherwise idle machine of two cores or
+more. Memory: how much the resident memory of a process grows at most, in bytes a parameter, from before the model to
+the end of three steps of SFT with one of 16 layers and width 512, whose weights are most of it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,12 +26,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
-STAGES = ("sft", "ppo")
+WAYS = {  # processes, threads of each, fsdp
+    "1 process, 1 thread": (1, 1, False),
+    "1 process, 2 threads": (1, 2, False),
+    "2 processes, 1 thread each": (2, 1, False),
+    "2 processes, 1 thread each, fsdp": (2, 1, True),
+}
+STAGES = ("sft", "ppo", "memory")  # the latter in bytes a parameter, the others in seconds a step
 STEPS = 6
 
 
-def child(stage: str, folder: str) -> None:
+def child(stage: str, folder: str, fsdp: bool) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,41 +48,57 @@ def child(stage: str, folder: str) -> None:
     texts = [" ".join(draw.choices(words, k=draw.randint(8, 120))) for _ in range(16 * STEPS)]
     tokenizer = train_tokenizer(texts, 1024, max_length=1024)
     torch.manual_seed(0)
+    before = peak()
+    vocab, width, layers = (1024, 512, 16) if stage == "memory" else (8192, 256, 4)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=vocab, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=layers,
+            num_attention_heads=4,
             max_position_embeddings=1024, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
     )  # fmt: skip
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if stage == "sft":
-        config = SFTConfig(folder, per_device_train_batch_size=16 // processes, max_steps=STEPS)
+    if stage == "memory":
+        config = SFTConfig(folder, per_device_train_batch_size=1, max_steps=3, fsdp=fsdp)
+        trainer = SFTTrainer(config, model, train_dataset=[{"text": text} for text in texts], tokenizer=tokenizer)
+    elif stage == "sft":
+        config = SFTConfig(folder, per_device_train_batch_size=16 // processes, max_steps=STEPS, fsdp=fsdp)
         trainer = SFTTrainer(config, model, train_dataset=[{"text": text} for text in texts], tokenizer=tokenizer)
     else:
         config = PPOConfig(
             folder, batch_size=16, minibatch_size=8, micro_batch_size=4, response_length=32, num_ppo_epochs=2,
-            total_episodes=16 * STEPS, share_trunk=True,
+            total_episodes=16 * STEPS, share_trunk=True, fsdp=fsdp,
         )  # fmt: skip
         trainer = PPOTrainer(
             config, model, reward=lambda prompts, responses, **columns: [float(len(set(r))) for r in responses],
             train_dataset=[{"prompt": text} for text in texts], tokenizer=tokenizer,
         )  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())  # of a sharded one, those of all processes
     seconds, start = [], time.perf_counter()
     for _ in trainer:
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
+    grown = max(parallel.gather(peak() - before)) / parameters
     if parallel.rank() == 0:
-        print("RESULT", statistics.median(seconds[2:]))
+        print("RESULT", grown if stage == "memory" else statistics.median(seconds[2:]))
 
 
-def measured(stage: str, processes: int, threads: int) -> float:
+def peak() -> int:
+    """Bytes of resident memory that this process has had at most."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measured(stage: str, processes: int, threads: int, fsdp: bool) -> float:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if stage == "memory":
+        settings["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)  # what is larger goes back to the system when it is freed
     with tempfile.TemporaryDirectory() as folder:
+        told = ["--child", stage, folder, *(["fsdp"] if fsdp else [])]
         done = subprocess.run(
-            [sys.executable, *(launch if processes > 1 else []), __file__, "--child", stage, folder],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
-            capture_output=True, text=True,
+            [sys.executable, *(launch if processes > 1 else []), __file__, *told],
+            env=os.environ | settings, capture_output=True, text=True,
         )  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -85,10 +109,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(*options.child)
+        stage, folder, *fsdp = options.child
+        child(stage, folder, bool(fsdp))
         return
 
     import torch
@@ -97,16 +122,17 @@ def main() -> None:
 
     rounds = {stage: [] for stage in STAGES}
     for k in range(options.rounds):
-        ways = list(WAYS)[k % 3 :] + list(WAYS)[: k % 3]
+        ways = list(WAYS)[k % len(WAYS) :] + list(WAYS)[: k % len(WAYS)]
         for stage in STAGES:
             rounds[stage].append({way: measured(stage, *WAYS[way]) for way in ways})
-            print(stage, {way: round(seconds, 3) for way, seconds in rounds[stage][-1].items()}, flush=True)
+            print(stage, {way: round(number, 3) for way, number in rounds[stage][-1].items()}, flush=True)
     rows = []
     for stage, done in rounds.items():
-        seconds = {way: statistics.median(r[way] for r in done) for way in WAYS}
+        numbers = {way: statistics.median(r[way] for r in done) for way in WAYS}
         alone = next(iter(WAYS))
-        faster = {way: statistics.median(r[alone] / r[way] for r in done) for way in WAYS}
-        rows.append({"stage": stage, "seconds_a_step": seconds, "over_1_process_1_thread": faster, "rounds": done})
+        ratios = {way: statistics.median(r[alone] / r[way] for r in done) for way in WAYS}
+        unit = "bytes_a_parameter" if stage == "memory" else "seconds_a_step"
+        rows.append({"stage": stage, unit: numbers, "over_1_process_1_thread": ratios, "rounds": done})
     for row in rows:
         print(row["stage"], {way: f"{ratio:.2f}x" for way, ratio in row["over_1_process_1_thread"].items()})
     if options.json:
