@@ -399,6 +399,16 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def parallel(result: dict) -> str:
+    """What a second process buys (bench/bench_parallel.py)."""
+    rows = {row["stage"]: row for row in result["rows"]}
+    lines = ["| | a step of SFT | a step of PPO | memory, bytes a parameter |", "| --- | --- | --- | --- |"]
+    for way, memory in rows["memory"]["bytes_a_parameter"].items():
+        faster = (times(rows[stage]["over_1_process_1_thread"][way]) for stage in ("sft", "ppo"))
+        lines.append(f"| {way} | {' | '.join(faster)} | {memory:.1f} |")
+    return "\n".join(lines) + f"\n\n{source(result).lstrip()}"
+
+
 def hh_reward(result: dict) -> str:
     """bench/hh_reward.py: each fold by the settings chosen on the others, with the floors; and each candidate."""
     found, model = result["summary"], result["model"]
@@ -553,6 +563,8 @@ def main() -> None:
             sections["bench"] += "\n![token_logprobs beside the others](docs/bench.svg)\n"
         for op in {row["op"] for result in results for row in result["rows"]}:
             sections[f"bench:{op}"] = "\n".join(filter(None, (table(result, {op}) for result in results)))
+    if (folder / "parallel.json").exists():
+        sections["parallel"] = parallel(json.loads((folder / "parallel.json").read_text()))
     runs = [json.loads(path.read_text()) for path in sorted((folder / "quickstart").glob("*.json"))]
     if runs:
         sections["quickstart"] = quickstart(runs)
