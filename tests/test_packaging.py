@@ -48,7 +48,7 @@ def test_the_wheel_holds_the_package_as_it_is_now(built):
 
 
 def test_a_build_into_the_directory_of_the_sources_leaves_them_there(tmp_path):
-    tree = tmp_path / "rlhf_fast"  # named as its package is: what lies in the directory above is no earlier build either
+    tree = tmp_path / "rlhf_fast"  # named as the package is: nor is it an earlier build of the directory above
     (tree / "rlhf_fast").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "rlhf_fast/_version.py"):
         shutil.copy(ROOT / name, tree / name)
