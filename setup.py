@@ -14,8 +14,11 @@ ROOT = Path(__file__).parent.resolve()
 
 class CleanBuild(build_py):
     def run(self):
-        if not self.editable_mode:  # or a module that has gone from the tree since an earlier build goes into the wheel
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+        # Or a module that has gone from the tree since an earlier build goes into the wheel. No more than what is ours:
+        # --build-lib may be any directory, also one that holds the sources.
+        earlier, sources = Path(self.build_lib, "rlhf_fast"), ROOT / "rlhf_fast"
+        if not self.editable_mode and not sources.is_relative_to(earlier.resolve()):
+            shutil.rmtree(earlier, ignore_errors=True)
         super().run()
 
 

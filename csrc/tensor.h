@@ -60,7 +60,7 @@ struct Torch {
   PyObject *data_ptr, *dtype, *stride, *requires_grad, *is_neg;                    // interned names
   PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;  // of an autograd.Function's ctx
   PyObject *tensor, *parameter, *dtypes[4];  // types, and torch.float32, ... in the order of DType
-  PyObject *dispatch_modes, *functorch_level, *grad_enabled, *keep_graph, *negated;
+  PyObject *dispatch_modes, *functorch_level, *older_vmap, *grad_enabled, *keep_graph, *negated;
   const DLExchange* exchange = nullptr;
 
   Torch() {
@@ -82,6 +82,7 @@ struct Torch {
     for (int code = 0; code < kBool; ++code) dtypes[code] = own(torch.attr(names[code]));
     dispatch_modes = own(torch.attr("_C").attr("_len_torch_dispatch_stack"));
     functorch_level = own(torch.attr("_C").attr("_functorch").attr("peek_interpreter_stack"));
+    older_vmap = own(torch.attr("_C").attr("_functorch").attr("is_legacy_batchedtensor"));
     grad_enabled = own(torch.attr("is_grad_enabled"));
     keep_graph = own(torch.attr("_C").attr("_autograd").attr("_get_current_graph_task_keep_graph"));
     negated = PyErr_NewException("rlhf_fast._C.Negated", PyExc_RuntimeError, nullptr);
@@ -264,9 +265,17 @@ inline bool nobody_watches() {  // no dispatch mode, no functorch
 
 inline bool is_true(PyObject* function) { return checked(PyObject_CallNoArgs(function)).ptr() == Py_True; }
 
+// Whether a kernel may have x in a backward. Those of PyTorch's older vmap (is_grads_batched) look plain and have no
+// memory.
+inline bool is_readable(PyObject* x) {
+  DLTensor t;
+  if (torch().exchange) return read(x, t);
+  return checked(PyObject_CallOneArg(torch().older_vmap, x)).ptr() != Py_True &&
+         checked(PyObject_CallMethodNoArgs(x, torch().is_neg)).ptr() != Py_True;
+}
+
 // (*arguments). kKernel: all are plain tensors, numbers or None, and nobody watches. kFunction: so they are, and a
-// gradient is wanted. In a backward the tensors may be those of PyTorch's older vmap (is_grads_batched), which only
-// their want of memory tells from others.
+// gradient is wanted.
 template <bool kInBackward>
 Route route_of(PyObject* const* given, Py_ssize_t count) {
   const bool recording = is_true(torch().grad_enabled);
@@ -275,8 +284,7 @@ Route route_of(PyObject* const* given, Py_ssize_t count) {
     PyObject* const x = given[i];
     const PyTypeObject* type = Py_TYPE(x);
     if (is_plain_tensor(x)) {
-      DLTensor t;
-      if (kInBackward && torch().exchange && !read(x, t)) return kLibrary;
+      if (kInBackward && !is_readable(x)) return kLibrary;
       if (recording && !differentiable) {
         differentiable = checked(PyObject_GetAttr(x, torch().requires_grad)).ptr() == Py_True;
       }

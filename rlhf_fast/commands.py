@@ -77,7 +77,7 @@ class Command:
             try:
                 configs.append(config_from_dict(cls, {k: v for k, v in values.items() if k in names}))
             except ConfigError as error:  # names a field as Python does, where a user has given a key
-                raise ConfigError(re.sub(rf"^{cls.__name__}\.", f"{self.name}: ", str(error))) from None
+                raise ConfigError(re.sub(rf"^{cls.__name__}(\.|: )", f"{self.name}: ", str(error))) from None
         for config in configs:
             if hasattr(config, "output_dir"):
                 check_writable(config.output_dir)  # before models are loaded and data read

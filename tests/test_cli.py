@@ -171,6 +171,7 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--train_data", "no.jsonl", "--scratch", "{layers: 2}"], "no.jsonl: No such file"),
         (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
         (["sft", "--train_data", "x", "--model", "y", "--max_steps", "many"], "sft: max_steps = 'many' must be int"),
+        (["ppo", "--train_data", "x", "--model", "y", "--reward", "z", "--batch_size", "7"], "t: ppo: batch_size = 7"),
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -468,6 +470,21 @@ def test_the_imaginary_part_of_a_conjugate_has_its_sign(case):
             (plain,) = torch.autograd.grad(out, x, coming, retain_graph=True)
             (ours,) = torch.autograd.grad(out, x, imaginary(coming))
             torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
+WITHOUT_TABLE = """
+import sys, pytest, torch
+if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+    del torch.Tensor.__dlpack_c_exchange_api__
+sys.exit(pytest.main(["-p", "no:cacheprovider", sys.argv[1], "-k", "batched_gradients or imaginary_part"]))
+"""
+
+
+def test_an_older_torch_s_backward_sees_what_no_kernel_may_have():
+    """Before 2.10 there is no exchange table of DLPack's, and what looks plain is asked for what it is."""
+    command = [sys.executable, "-c", WITHOUT_TABLE, __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 @every_case
