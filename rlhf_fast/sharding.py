@@ -16,7 +16,7 @@ from __future__ import annotations
 import atexit
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     """Inside, every process has the whole layers, as plain tensors that must not change, nor be shared with numpy,
     which would keep them from being freed. All enter together."""
     layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
-    with parallel.ending_all():
+    with parallel.ending_all() if layers else nullcontext():
         for layer in layers:
             layer.set_reshard_after_forward(False)
             layer.unshard()

@@ -98,6 +98,14 @@ def test_a_layer_that_fails_in_one_process_ends_both_and_the_last_checkpoint_is_
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-2"
 
 
+def test_what_fails_in_one_process_before_the_other_gathers_layers_raises_in_both(tmp_path):
+    _, found = run(tmp_path, "failing_before_layers")
+    for name in ("evaluate", "_train_step"):
+        messages = [process["raised"][name] for process in found]
+        assert messages == [f"process 1 of 2 failed: OSError: {name} fails", f"{name} fails"]
+        assert latest_checkpoint(tmp_path / name).name == "checkpoint-2"
+
+
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     data = [{"prompt": "say", "completion": "the cat"}]
