@@ -32,6 +32,8 @@ from .models import has_adapters, rows_like, trunk_layers, unwrapped, whole
 def shard(*models: nn.Module) -> None:
     """From now on each process keeps its rows of the layers. All have the same weights, and call this together; two
     models may have one trunk."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"fsdp needs torch 2.9 or later, and this is {torch.__version__}: update it, or leave it out")
     atexit.register(_let_go)  # which runs before the processes leave each other, as it is registered after that
     mesh = init_device_mesh(models[0].device.type, (parallel.size(),))
     for model in models:
@@ -61,7 +63,7 @@ def _let_go() -> None:
         if type(x).__name__ == "FSDPMeshInfo":
             x.shard_process_group = None
         elif type(x) is DeviceMesh:
-            x._pg_registry.clear()
+            getattr(x, "_pg_registry", {}).clear()  # torch 2.9 has none
 
 
 def is_sharded(layer: nn.Module) -> bool:

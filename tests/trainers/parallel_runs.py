@@ -178,18 +178,19 @@ def failing_before_layers(path):
     """The second process fails where the first goes on to gather the layers, for an evaluation and in a step."""
     raised = {}
     for name in ("evaluate", "_train_step"):
-        trainer = sft(path / name, {"fsdp": True, "eval_steps": 2})
+        trainer = sft(path / name, {"fsdp": True})
+        before = getattr(trainer, name)
 
-        def fails(*arguments, before=getattr(trainer, name), trainer=trainer, name=name):
+        def fails(*arguments, trainer=trainer, before=before, name=name):
             if parallel.rank() == 1 and trainer.step == 2:
                 raise OSError(f"{name} fails")
             return before(*arguments)
 
-        setattr(trainer, name, fails)
-        try:
-            trainer.train()
-        except Exception as error:
-            raised[name] = str(error)
+        with mock.patch.object(trainer, name, fails):
+            try:
+                trainer.train()
+            except Exception as error:
+                raised[name] = str(error)
     leave(path, raised=raised)
 
 

@@ -118,6 +118,9 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
     with pytest.raises(ConfigError, match=r"adapters \(lora_r\) are few"):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
+    with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
+        older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
+        sharding.shard(tiny_model(tokenizer))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP: set fsdp: true"):
