@@ -53,6 +53,13 @@ def test_sharded_layers_learn_what_one_process_does(runs, stage):
     assert_same(*map(weights, folders))
 
 
+def test_a_model_that_does_not_call_its_trunk_is_sharded(tmp_path):
+    run(tmp_path / "one", "opt", processes=1)
+    _, (first, second) = run(tmp_path / "two", "opt", "fsdp")
+    assert first == second
+    assert_same(*(weights(tmp_path / name / "run") for name in ("one", "two")))
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_each_process_keeps_half_of_the_layers_their_gradients_and_their_state(runs, stage):
     one, first, second = (found[stage]["kept"] for found in runs[:3])
