@@ -116,6 +116,8 @@ def block(count: int, multiple: int) -> slice:
 def ending_all():
     """What fails inside in one process ends it, and so torchrun the others: they may wait for it in a layer, where
     nothing can be told to them. For what gathers sharded layers (sharding.py)."""
+    with in_all():  # here they meet one that has failed before
+        pass
     try:
         yield
     except Exception as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import atexit
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +26,30 @@ from torch.distributed.tensor import DTensor
 
 from . import parallel
 from .data.chat import ConfigError
-from .models import has_adapters, rows_like, trunk_layers, unwrapped, whole
+from .models import has_adapters, rows_like, trunk_layers, trunk_stack, unwrapped, whole
 
 
 def shard(*models: nn.Module) -> None:
     """From now on each process keeps its rows of the layers. All have the same weights, and call this together; two
     models may have one trunk."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"fsdp needs torch 2.9 or later, and this is {torch.__version__}: update it, or leave it out")
     atexit.register(_let_go)  # which runs before the processes leave each other, as it is registered after that
     mesh = init_device_mesh(models[0].device.type, (parallel.size(),))
     for model in models:
-        trunk, layers = unwrapped(model).base_model, trunk_layers(unwrapped(model))
+        stack, layers = trunk_stack(unwrapped(model)), trunk_layers(unwrapped(model))
         if has_adapters(model):
             raise ConfigError("fsdp shards weights that learn, and adapters (lora_r) are few: leave one of the two out")
         if not len(layers):
             raise ConfigError(f"fsdp does not find the layers of {type(model).__name__}: leave it out")
-        if isinstance(trunk, FSDPModule):
+        if isinstance(layers[0], FSDPModule):
             continue
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
             layer.set_gradient_divide_factor(1.0)  # a sum: a loss is divided by what counts in the whole step
             layer.set_force_sum_reduction_for_comms(True)
-        rest = {p for p in trunk.parameters() if not isinstance(p, DTensor)}
-        fully_shard(trunk, mesh=mesh, ignored_params=rest)  # so that the next layer is gathered while one computes
+        rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
+        fully_shard(stack, mesh=mesh, ignored_params=rest)  # so that the next layer is gathered while one computes
         # Which one that is in the backward, FSDP would tell from all forwards since the last: evaluation has another
         # number of them in each process, and these would wait for each other.
         for layer, before in zip(layers, [layers[0], *layers[:-1]], strict=True):
@@ -61,7 +63,7 @@ def _let_go() -> None:
         if type(x).__name__ == "FSDPMeshInfo":
             x.shard_process_group = None
         elif type(x) is DeviceMesh:
-            x._pg_registry.clear()
+            getattr(x, "_pg_registry", {}).clear()  # torch 2.9 has none
 
 
 def is_sharded(layer: nn.Module) -> bool:
@@ -74,7 +76,7 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     """Inside, every process has the whole layers, as plain tensors that must not change, nor be shared with numpy,
     which would keep them from being freed. All enter together."""
     layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
-    with parallel.ending_all():
+    with parallel.ending_all() if layers else nullcontext():
         for layer in layers:
             layer.set_reshard_after_forward(False)
             layer.unshard()

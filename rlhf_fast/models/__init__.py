@@ -44,6 +44,7 @@ from .language import (
     starts_as_its_base,
     train_last_layers,
     trunk_layers,
+    trunk_stack,
 )
 from .loading import (
     has_scalar_head,
@@ -111,6 +112,7 @@ __all__ = [
     "train_last_layers",
     "trained_state",
     "trunk_layers",
+    "trunk_stack",
     "unwrapped",
     "whole",
     "with_own_pad",

@@ -131,11 +131,12 @@ def rotary_limit(model: nn.Module) -> int | None:
 def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The blocks of the trunk, first to last. Empty where neither the trunk nor its decoder (OPT has one) holds a list
     of them."""
-    lists = (m for m in _stack(model).children() if isinstance(m, nn.ModuleList))
+    lists = (m for m in trunk_stack(model).children() if isinstance(m, nn.ModuleList))
     return max(lists, key=len, default=nn.ModuleList())
 
 
-def _stack(model: PreTrainedModel) -> nn.Module:
+def trunk_stack(model: PreTrainedModel) -> nn.Module:
+    """The module whose forward runs the layers: the trunk, or its decoder, which OPT calls past the trunk."""
     return getattr(model.base_model, "decoder", model.base_model)
 
 
@@ -148,7 +149,7 @@ def train_last_layers(model: PreTrainedModel, n: int) -> None:
         raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
     model.base_model.requires_grad_(False)
     apart = (nn.Embedding, nn.Linear)  # OPT has linear layers here that change the width of its embeddings
-    norms = [m for m in _stack(model).children() if m is not layers and not isinstance(m, apart)]
+    norms = [m for m in trunk_stack(model).children() if m is not layers and not isinstance(m, apart)]
     for module in [*layers[len(layers) - n :], *norms]:
         module.requires_grad_(True)
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from helpers import tiny_model, tiny_tokenizer
+from transformers import OPTConfig, OPTForCausalLM
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel, sharding
 from rlhf_fast.rollout import generate
@@ -158,6 +159,22 @@ def sharded(path, fsdp=""):
         assert not any("gloo" in name for name in threads), threads
 
 
+def opt(path, fsdp=""):
+    """A model that calls its trunk's decoder, and not its trunk."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "dropout": 0.0}
+    ids = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=4, max_position_embeddings=256, **sizes, **ids)
+    torch.manual_seed(0)
+    trainer = SFTTrainer(
+        SFTConfig(str(path / "run"), per_device_train_batch_size=8 // size(), fsdp=bool(fsdp), **STEPS),
+        OPTForCausalLM(config), train_dataset=[{"prompt": p, "completion": "the cat"} for p in PROMPTS],
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    leave(path, digest=digest(trainer))
+
+
 def failing_layer(path):
     """A layer fails in one process, in the third step, while the other waits to gather it."""
     trainer = sft(path / "run", {"fsdp": True, "save_steps": 1})
@@ -172,6 +189,26 @@ def failing_layer(path):
     except SystemExit:  # not an error that the other process would have to be told of
         leave(path, ended=True)
         raise
+
+
+def failing_before_layers(path):
+    """The second process fails where the first goes on to gather the layers, for an evaluation and in a step."""
+    raised = {}
+    for name in ("evaluate", "_train_step"):
+        trainer = sft(path / name, {"fsdp": True})
+        before = getattr(trainer, name)
+
+        def fails(*arguments, trainer=trainer, before=before, name=name):
+            if parallel.rank() == 1 and trainer.step == 2:
+                raise OSError(f"{name} fails")
+            return before(*arguments)
+
+        with mock.patch.object(trainer, name, fails):
+            try:
+                trainer.train()
+            except Exception as error:
+                raised[name] = str(error)
+    leave(path, raised=raised)
 
 
 def failing_reward(path):

@@ -53,6 +53,13 @@ def test_sharded_layers_learn_what_one_process_does(runs, stage):
     assert_same(*map(weights, folders))
 
 
+def test_a_model_that_does_not_call_its_trunk_is_sharded(tmp_path):
+    run(tmp_path / "one", "opt", processes=1)
+    _, (first, second) = run(tmp_path / "two", "opt", "fsdp")
+    assert first == second
+    assert_same(*(weights(tmp_path / name / "run") for name in ("one", "two")))
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_each_process_keeps_half_of_the_layers_their_gradients_and_their_state(runs, stage):
     one, first, second = (found[stage]["kept"] for found in runs[:3])
@@ -98,6 +105,14 @@ def test_a_layer_that_fails_in_one_process_ends_both_and_the_last_checkpoint_is_
     assert latest_checkpoint(tmp_path / "run").name == "checkpoint-2"
 
 
+def test_what_fails_in_one_process_before_the_other_gathers_layers_raises_in_both(tmp_path):
+    _, found = run(tmp_path, "failing_before_layers")
+    for name in ("evaluate", "_train_step"):
+        messages = [process["raised"][name] for process in found]
+        assert messages == [f"process 1 of 2 failed: OSError: {name} fails", f"{name} fails"]
+        assert latest_checkpoint(tmp_path / name).name == "checkpoint-2"
+
+
 def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     data = [{"prompt": "say", "completion": "the cat"}]
@@ -110,6 +125,9 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
     with pytest.raises(ConfigError, match=r"adapters \(lora_r\) are few"):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
+    with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
+        older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
+        sharding.shard(tiny_model(tokenizer))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP: set fsdp: true"):
