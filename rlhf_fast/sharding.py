@@ -42,6 +42,10 @@ def shard(*models: nn.Module) -> None:
             raise ConfigError("fsdp shards weights that learn, and adapters (lora_r) are few: leave one of the two out")
         if not len(layers):
             raise ConfigError(f"fsdp does not find the layers of {type(model).__name__}: leave it out")
+        if getattr(unwrapped(model).config, "layerdrop", 0):  # others in each process, and they would wait
+            raise ConfigError(
+                "fsdp runs each layer in all processes, and the layerdrop of the model skips some: set it to 0"
+            )
         if isinstance(layers[0], FSDPModule):
             continue
         for layer in layers:

@@ -125,6 +125,10 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
     with pytest.raises(ConfigError, match=r"adapters \(lora_r\) are few"):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
+    skips = tiny_model(tokenizer)
+    skips.config.layerdrop = 0.1
+    with pytest.raises(ConfigError, match="layerdrop skips some: set it to 0"):
+        sharding.shard(skips)
     with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
         older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
         sharding.shard(tiny_model(tokenizer))
