@@ -43,7 +43,7 @@ def run(path, *part, processes=2, fails=False):
     """-> what it printed, and what each process found."""
     process = start(path, *part, processes=processes)
     try:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # of which some wait for others
         raise
@@ -259,7 +259,7 @@ def test_the_command_line_in_two_processes(tmp_path):
         "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--num_samples", "0",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(RUNS.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"step 2; .*report.html", done.stdout)) == 1
     assert done.stdout.count(f"{data}: ") == 1, done.stdout
