@@ -80,6 +80,8 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     """Inside, every process has the whole layers, as plain tensors that must not change, nor be shared with numpy,
     which would keep them from being freed. All enter together."""
     layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
+    if layers and parallel.size() == 1:  # within parallel.by_first
+        raise ConfigError("fsdp: one process alone cannot gather layers; in a rollout_func the policy's are whole")
     with parallel.ending_all() if layers else nullcontext():
         for layer in layers:
             layer.set_reshard_after_forward(False)

@@ -127,11 +127,15 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
     skips = tiny_model(tokenizer)
     skips.config.layerdrop = 0.1
-    with pytest.raises(ConfigError, match="layerdrop skips some: set it to 0"):
+    with pytest.raises(ConfigError, match="layerdrop of the model skips some"):
         sharding.shard(skips)
     with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
         older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
         sharding.shard(tiny_model(tokenizer))
+    with monkeypatch.context() as alone, pytest.raises(ConfigError, match="alone cannot gather layers"):
+        alone.setattr(sharding, "is_sharded", lambda layer: True)
+        with sharding.gathered(tiny_model(tokenizer)):
+            pass
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP: set fsdp: true"):
