@@ -22,7 +22,8 @@ On a GPU nothing here waits for the device but `compact`, which reads how many r
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -402,6 +403,20 @@ def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
     if hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
     return on_gpu(hidden) or torch.cpu._is_avx512_bf16_supported()
+
+
+def beside_autograd(name: str) -> Callable:
+    """For the kernel of a loss that knows its gradients, beside autograd.Function: no graph, its name in a profile."""
+
+    def decorate(kernel: Callable) -> Callable:
+        @wraps(kernel)
+        def run(*args):
+            with torch.no_grad(), torch.profiler.record_function(name):
+                return kernel(*args)
+
+        return run
+
+    return decorate
 
 
 def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,6 @@ products in all and the backward only scales. Specification: reference.linear_cr
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import reference
@@ -17,6 +16,7 @@ from ._inputs import normalizer_tensor
 from ._linear import (
     Gradients,
     accumulator,
+    beside_autograd,
     check,
     chunk_statistics,
     compact,
@@ -28,7 +28,7 @@ from ._linear import (
 )
 
 
-@torch.no_grad()  # called beside autograd, as a loss that knows its gradients
+@beside_autograd("linear_cross_entropy")
 def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap)
     rows = inputs.labels.shape[0]

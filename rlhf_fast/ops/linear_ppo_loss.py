@@ -21,6 +21,7 @@ from ._known_gradient import PpoTokens
 from ._linear import (
     Gradients,
     accumulator,
+    beside_autograd,
     check,
     chunk_statistics,
     compact,
@@ -38,7 +39,7 @@ _UNCLIPPED = (0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)  # of the options 
 _TOKEN_MEAN = 0
 
 
-@torch.no_grad()  # called beside autograd, as a loss that knows its gradients
+@beside_autograd(NAME)
 def _forward(
     hidden, weight, bias, labels, old_logprobs, advantages, mask, ref_logprobs, importance_weights, normalizer,
     temperature, softcap, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
