@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "loss.h"
 #include "ops.h"
@@ -104,7 +105,7 @@ PYBIND11_MODULE(_C, m) {
   BIND(ranking_loss, 1)
 #undef BIND
 
-  m.attr("interface") = 3;  // another number where a function takes other arguments (rlhf_fast/ops/_dispatch.py)
+  m.attr("interface") = 4;  // another number where a function takes other arguments (rlhf_fast/ops/_dispatch.py)
   m.attr("Negated") = py::reinterpret_borrow<py::object>(rlhf::torch().negated);
   bind<rlhf::alike>(m, "alike");
   bind<rlhf::labelled>(m, "labelled");
@@ -114,10 +115,14 @@ PYBIND11_MODULE(_C, m) {
   bind<rlhf::empties>(m, "empties");
   bind<rlhf::keep_gradients>(m, "keep_gradients");
   bind<rlhf::give_gradients>(m, "give_gradients");
-  m.attr("give_gradients") = rlhf::checked(PyInstanceMethod_New(m.attr("give_gradients").ptr()));  // ctx is its self
   bind<rlhf::token_logprobs>(m, "token_logprobs");
+  bind<rlhf::token_logprobs_and_save>(m, "token_logprobs_and_save");
   bind<rlhf::token_logprobs_gradient>(m, "token_logprobs_gradient");
+  for (const char* of_ctx : {"give_gradients", "token_logprobs_gradient"}) {  // which is their self
+    m.attr(of_ctx) = rlhf::checked(PyInstanceMethod_New(m.attr(of_ctx).ptr()));
+  }
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });
+  m.def("keep_from", [](size_t bytes) { return std::exchange(rlhf::kept_memory().from, bytes); });  // -> what it was
 
   m.def("isa", [] { return std::string(rlhf::cpu_isa().name); });
   m.def("isas", [] {  // name -> whether this CPU runs it

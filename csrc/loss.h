@@ -6,24 +6,23 @@
 
 namespace rlhf {
 
-// (*arguments of the kernel up to its dtype, keep_from, number of statistics, *whether each gradient is wanted, and
-// threads) -> (loss, statistics, *gradients or None). None: Python has to make the outputs. kernel takes what the op in
-// CpuOps does.
+// (*arguments of the kernel up to its dtype, number of statistics, *whether each gradient is wanted, threads) ->
+// (loss, statistics, *gradients or None). None: Python has to make the outputs. kernel takes what the op in CpuOps
+// does.
 template <size_t kGradients, size_t kArguments, class Kernel>
 PyObject* made_loss(PyObject* const* given, Py_ssize_t count, Kernel kernel) {
   constexpr size_t kOutputs = 2 + kGradients, kBefore = kArguments - kOutputs - 2;  // without dtype and threads
-  if (count != kBefore + kOutputs + 1) throw py::type_error("needs another number of arguments");
+  if (count != kBefore + kOutputs) throw py::type_error("needs another number of arguments");
   DLTensor like;
   if (!is_plain_tensor(given[0]) || !read(given[0], like) || like.device_type != 1) Py_RETURN_NONE;
   const int dtype = like.dtype() == kFloat64 ? kFloat64 : kFloat32;
-  const auto keep_from = from_python<size_t>(given[kBefore]);
-  PyObject* const* const shapes = given + kBefore + 1;  // of statistics and gradients
+  PyObject* const* const shapes = given + kBefore;  // of statistics and gradients
   py::object outputs = checked(PyTuple_New(kOutputs)), scalar = checked(PyTuple_New(0));
   std::array<PyObject*, kArguments> all;
   std::copy(given, given + kBefore, all.begin());
   for (size_t i = 0; i < kOutputs; ++i) {
     PyObject* const shape = i == 0 ? scalar.ptr() : i == 1 ? shapes[0] : given[0];
-    py::object one = i > 1 && shapes[i - 1] != Py_True ? py::none() : empty(shape, dtype, keep_from);
+    py::object one = i > 1 && shapes[i - 1] != Py_True ? py::none() : empty(shape, dtype);
     if (!one) Py_RETURN_NONE;
     all[kBefore + 1 + i] = one.ptr();
     PyTuple_SET_ITEM(outputs.ptr(), i, one.release().ptr());
@@ -42,10 +41,8 @@ inline PyObject* keep_gradients(PyObject* const* given, Py_ssize_t count) {
   const Py_ssize_t size = PyTuple_GET_SIZE(outputs), n = count - 2;
   if (size <= n) throw py::type_error("needs a gradient for each input");
   const py::object gradients = checked(PyTuple_GetSlice(outputs, size - n, size));
-  if (PyObject_SetAttr(ctx, torch().to_save, gradients.ptr()) != 0 ||
-      PyObject_SetAttr(ctx, torch().materialize_grads, Py_False) != 0) {
-    throw py::error_already_set();
-  }
+  set(ctx, torch().to_save, gradients.ptr());
+  set(ctx, torch().materialize_grads, Py_False);
   PyObject* const loss = PyTuple_GET_ITEM(outputs, 0);
   Py_INCREF(loss);
   return loss;

@@ -3,6 +3,7 @@
 // malloc gives blocks of 32 MiB and more back to the system as soon as they are freed, and the page faults of a new one
 // cost several times what computing the gradient in it does. Tensors made here return their block to a list instead,
 // as on a GPU every tensor does. Kept and used blocks together are never more than have been in use at once.
+// Smaller ones malloc keeps by itself.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -18,6 +19,8 @@ namespace rlhf {
 
 class KeptMemory {
  public:
+  size_t from = 32 << 20;  // bytes; read and set under the GIL
+
   void* take(size_t bytes) {
     const std::lock_guard lock(mutex_);
     Block block{nullptr, bytes};
@@ -102,11 +105,11 @@ struct Owned {
 };
 
 // An uninitialised contiguous CPU tensor.
-inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype, size_t keep_from) {
+inline PyObject* make_tensor(const int64_t* shape, int axes, int dtype) {
   constexpr int kCpu = 1, kFloat = 2, kBfloat = 4, kBits[] = {32, 16, 16, 64};
   size_t bytes = kBits[dtype] / 8;
   for (int i = 0; i < axes; ++i) bytes *= size_t(shape[i]);
-  const bool kept = bytes >= keep_from && bytes > 0;
+  const bool kept = bytes >= kept_memory().from && bytes > 0;
   // Aligned here: malloc keeps small blocks at hand for each thread, but not for aligned_alloc.
   auto* owned = new (::operator new(sizeof(Owned) + (kept ? 0 : Owned::kAlignment + bytes))) Owned;
   int64_t stride = 1;
@@ -166,33 +169,31 @@ struct Shape {
 };
 
 // An uninitialised contiguous CPU tensor; null where torch has to make it, or to say why it cannot.
-inline py::object empty(PyObject* like, int dtype, size_t keep_from) {
+inline py::object empty(PyObject* like, int dtype) {
   Shape shape;
   if (!shape.append(like)) return {};
   try {
-    return py::reinterpret_steal<py::object>(make_tensor(shape.sizes, shape.axes, dtype, keep_from));
+    return py::reinterpret_steal<py::object>(make_tensor(shape.sizes, shape.axes, dtype));
   } catch (const std::bad_alloc&) {
     return {};
   }
 }
 
-// (keep_from, like, dtype, *shapes) -> a tuple of uninitialised contiguous tensors of these shapes (None: none), blocks
-// of keep_from bytes and more in kept memory; a dtype of -1 is what values of like's are accumulated in. Or None where
-// torch has to make them: like is not a plain CPU tensor, or memory does not suffice. Takes a third of the time of
-// torch.empty, which parses its arguments and asks a dispatcher.
+// (like, dtype, *shapes) -> a tuple of uninitialised contiguous tensors of these shapes (None: none); a dtype of -1 is
+// what values of like's are accumulated in. Or None where torch has to make them: like is not a plain CPU tensor, or
+// memory does not suffice. Takes a third of the time of torch.empty, which parses its arguments and asks a dispatcher.
 inline PyObject* empties(PyObject* const* given, Py_ssize_t count) {
   DLTensor like;
-  if (count < 3 || !is_plain_tensor(given[1]) || !read(given[1], like) || like.device_type != 1) Py_RETURN_NONE;
-  const long long keep_from = PyLong_AsLongLong(given[0]);
-  long dtype = PyLong_AsLong(given[2]);
+  if (count < 2 || !is_plain_tensor(given[0]) || !read(given[0], like) || like.device_type != 1) Py_RETURN_NONE;
+  long dtype = PyLong_AsLong(given[1]);
   if (PyErr_Occurred()) throw py::error_already_set();
   if (dtype == -1) dtype = like.dtype() == kFloat64 ? kFloat64 : kFloat32;
   if (dtype < 0 || dtype >= kBool) throw py::value_error("needs the code of a floating dtype");
-  py::object made = checked(PyTuple_New(count - 3));
-  for (Py_ssize_t i = 3; i < count; ++i) {
-    py::object one = given[i] == Py_None ? py::none() : empty(given[i], int(dtype), size_t(keep_from));
+  py::object made = checked(PyTuple_New(count - 2));
+  for (Py_ssize_t i = 2; i < count; ++i) {
+    py::object one = given[i] == Py_None ? py::none() : empty(given[i], int(dtype));
     if (!one) Py_RETURN_NONE;
-    PyTuple_SET_ITEM(made.ptr(), i - 3, one.release().ptr());
+    PyTuple_SET_ITEM(made.ptr(), i - 2, one.release().ptr());
   }
   return made.release().ptr();
 }

@@ -1,4 +1,5 @@
-// token_logprobs in one call: outputs and kernel. On tiny tensors, arranging both in Python takes longer than they do.
+// token_logprobs in one call: outputs and kernel; and its backward in one. On tiny tensors, arranging both in Python
+// takes longer than they do.
 #pragma once
 #include "memory.h"
 
@@ -35,57 +36,107 @@ struct LabelledRows {
   const uint8_t* counts() const { return masked ? static_cast<const uint8_t*>(mask.address()) : nullptr; }
 };
 
-// (keep_from, logits, labels, mask, temperature, with_entropy, threads) -> (logprobs, entropy or None, saved) of
+constexpr Py_ssize_t kSaved = 5;  // logits, labels, mask, entropy, saved
+
+inline int threads() { return from_python<int>(checked(PyObject_CallNoArgs(torch().threads)).ptr()); }
+
+// (logits, labels, mask, temperature, with_entropy) -> (logprobs, entropy or None, saved) of
 // CpuOps::token_logprobs_forward, or the row that it refuses. None: Python has to arrange the arguments.
 inline PyObject* token_logprobs(PyObject* const* given, Py_ssize_t count) {
-  if (count != 7) throw py::type_error("needs 7 arguments");
-  const LabelledRows in(given[1], given[2], given[3]);
+  if (count != 5) throw py::type_error("needs 5 arguments");
+  const LabelledRows in(given[0], given[1], given[2]);
   if (!in.readable) Py_RETURN_NONE;
-  const auto keep_from = from_python<size_t>(given[0]);
-  const auto temperature = from_python<double>(given[4]);
-  const auto threads = from_python<int>(given[6]);
-  const py::object two = checked(PyLong_FromLong(2)), pairs = checked(PyTuple_Pack(2, given[2], two.ptr()));
-  const py::object logprobs = empty(given[2], in.accumulator(), keep_from);
-  const py::object entropy = given[5] == Py_True ? empty(given[2], in.accumulator(), keep_from) : py::none();
-  const py::object saved = empty(pairs.ptr(), in.accumulator(), keep_from);
+  const auto temperature = from_python<double>(given[3]);
+  const int team = threads();
+  const py::object two = checked(PyLong_FromLong(2)), pairs = checked(PyTuple_Pack(2, given[1], two.ptr()));
+  const py::object logprobs = empty(given[1], in.accumulator());
+  const py::object entropy = given[4] == Py_True ? empty(given[1], in.accumulator()) : py::none();
+  const py::object saved = empty(pairs.ptr(), in.accumulator());
   if (!logprobs || !entropy || !saved) Py_RETURN_NONE;
   void *const a = address_of(logprobs.ptr()), *const b = address_of(entropy.ptr()), *const c = address_of(saved.ptr());
   const auto run = [&] {
     py::gil_scoped_release release;
     return cpu_isa().ops.token_logprobs_forward(in.logits.address(), in.logits.dtype(), in.rows, in.vocab, 1, in.vocab,
-                                                0, in.label(), in.counts(), temperature, a, b, c, threads);
+                                                0, in.label(), in.counts(), temperature, a, b, c, team);
   };
   const int64_t refused = run();
   if (refused >= 0) return PyLong_FromLongLong(refused);
   return PyTuple_Pack(3, logprobs.ptr(), entropy.ptr(), saved.ptr());
 }
 
-// (keep_from, logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, threads) -> the gradient
-// of CpuOps::token_logprobs_backward. None: as above.
-inline PyObject* token_logprobs_gradient(PyObject* const* given, Py_ssize_t count) {
-  if (count != 10) throw py::type_error("needs 10 arguments");
-  const LabelledRows in(given[1], given[2], given[3]);
-  if (!in.readable) Py_RETURN_NONE;
+// forward of its autograd.Function: (ctx, logits, labels, mask, (*arguments of the op)) -> (logprobs, entropy,
+// (saved,)). Where Python has to arrange the arguments, or to refuse a label, what the Function's own forward says.
+inline PyObject* token_logprobs_and_save(PyObject* const* given, Py_ssize_t count) {
+  constexpr Py_ssize_t kArguments = 6;
+  if (count != 5 || !PyTuple_Check(given[4]) || PyTuple_GET_SIZE(given[4]) != kArguments) {
+    throw py::type_error("needs ctx, three tensors and the arguments of the op");
+  }
+  const Torch& names = torch();
+  PyObject *const ctx = given[0], *const *const arguments = PySequence_Fast_ITEMS(given[4]);
+  const py::object outputs = checked(token_logprobs(arguments, kArguments - 1));
+  if (!PyTuple_Check(outputs.ptr())) {
+    const py::object function = checked(PyObject_GetAttr(ctx, names.forward_cls));
+    return PyObject_CallMethodObjArgs(function.ptr(), names.forward_in_python, ctx, given[1], given[2], given[3],
+                                      given[4], nullptr);
+  }
+  PyObject* const* const made = PySequence_Fast_ITEMS(outputs.ptr());  // logprobs, entropy, saved
+  // A copy: users may change what they get, by a mask say.
+  const py::object entropy = made[1] == Py_None ? py::none() : checked(PyObject_CallMethodNoArgs(made[1], names.clone));
+  const py::object to_save = checked(PyTuple_Pack(kSaved, given[1], given[2], given[3], entropy.ptr(), made[2]));
+  set(ctx, names.to_save, to_save.ptr());
+  set(ctx, names.materialize_grads, Py_False);
+  set(ctx, names.temperature, arguments[3]);
+  set(ctx, names.with_entropy, arguments[4]);
+  set(ctx, names.inplace, arguments[5]);
+  const py::object hidden = checked(PyTuple_Pack(1, made[2]));
+  return PyTuple_Pack(3, made[0], made[1], hidden.ptr());
+}
+
+// (logits, labels, mask, entropy, saved, gradient of logprobs, of entropy) -> that of the logits, by
+// CpuOps::token_logprobs_backward; null where Python has to arrange the arguments.
+inline py::object gradient_of(PyObject* const* given, double temperature) {
+  const LabelledRows in(given[0], given[1], given[2]);
+  if (!in.readable) return {};
   const void* read[4];
   for (int i = 0; i < 4; ++i) {
     DLTensor t;
-    PyObject* const x = given[5 + i];
-    if (x != Py_None && !read_contiguous(x, t)) Py_RETURN_NONE;
-    if (x != Py_None && t.dtype() != in.accumulator()) throw py::type_error("needs gradients of the outputs' dtype");
+    PyObject* const x = given[3 + i];
+    if (x != Py_None && (!read_contiguous(x, t) || t.dtype() != in.accumulator())) return {};
     read[i] = x == Py_None ? nullptr : t.address();
   }
-  const auto temperature = from_python<double>(given[4]);
-  const auto threads = from_python<int>(given[9]);
-  py::object grad = empty(given[1], in.logits.dtype(), from_python<size_t>(given[0]));
-  if (!grad) Py_RETURN_NONE;
+  const auto [entropy, saved, grad_logprobs, grad_entropy] = read;
+  const int team = threads();
+  py::object grad = empty(given[0], in.logits.dtype());
+  if (!grad) return {};
   void* const out = address_of(grad.ptr());
-  {
-    py::gil_scoped_release release;
-    cpu_isa().ops.token_logprobs_backward(in.logits.address(), in.logits.dtype(), in.rows, in.vocab, 1, in.vocab, 0,
-                                          in.label(), in.counts(), temperature, read[0], read[1], read[2], read[3], out,
-                                          in.vocab, in.vocab, threads);
+  py::gil_scoped_release release;
+  cpu_isa().ops.token_logprobs_backward(in.logits.address(), in.logits.dtype(), in.rows, in.vocab, 1, in.vocab, 0,
+                                        in.label(), in.counts(), temperature, saved, entropy, grad_logprobs,
+                                        grad_entropy, out, in.vocab, in.vocab, team);
+  return grad;
+}
+
+// backward of its autograd.Function: (ctx, gradients of logprobs and entropy, None) -> (that of logits, *None). Where
+// it is wanted in place, or somebody watches, what the Function's own backward says (token_logprobs.py), which is told
+// what is saved, because a checkpoint shows it once.
+inline PyObject* token_logprobs_gradient(PyObject* const* given, Py_ssize_t count) {
+  if (count != 4) throw py::type_error("needs ctx and three gradients");
+  const Torch& names = torch();
+  PyObject* const ctx = given[0];
+  const py::object saved = checked(PyObject_GetAttr(ctx, names.saved_tensors));
+  if (!PyTuple_Check(saved.ptr()) || PyTuple_GET_SIZE(saved.ptr()) != kSaved) {
+    throw py::type_error("needs what its forward saves");
   }
-  return grad.release().ptr();
+  PyObject* all[kSaved + 2];
+  std::copy_n(PySequence_Fast_ITEMS(saved.ptr()), kSaved, all);
+  std::copy_n(given + 1, 2, all + kSaved);
+  if (checked(PyObject_GetAttr(ctx, names.inplace)).ptr() != Py_True && route_of<true>(all, kSaved + 2) == kKernel) {
+    const py::object temperature = checked(PyObject_GetAttr(ctx, names.temperature));
+    const py::object grad = gradient_of(all, from_python<double>(temperature.ptr()));
+    if (grad) return PyTuple_Pack(4, grad.ptr(), Py_None, Py_None, Py_None);
+  }
+  const py::object function = checked(PyObject_GetAttr(ctx, names.forward_cls));
+  return PyObject_CallMethodObjArgs(function.ptr(), names.backward, ctx, given[1], given[2], saved.ptr(), nullptr);
 }
 
 }  // namespace rlhf

@@ -59,8 +59,10 @@ struct DLExchange {
 struct Torch {
   PyObject *data_ptr, *dtype, *stride, *requires_grad, *is_neg;                    // interned names
   PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;  // of an autograd.Function's ctx
+  PyObject *inplace, *temperature, *with_entropy, *forward_in_python, *clone;  // that token_logprobs.py has put there
   PyObject *tensor, *parameter, *dtypes[4];  // types, and torch.float32, ... in the order of DType
-  PyObject *dispatch_modes, *functorch_level, *older_vmap, *grad_enabled, *keep_graph, *negated;
+  PyObject *dispatch_modes, *functorch_level, *older_vmap, *grad_enabled, *keep_graph, *threads, *negated;
+  PyObject *forward_ad, *current_level;  // a module, and a name in it
   const DLExchange* exchange = nullptr;
 
   Torch() {
@@ -75,6 +77,11 @@ struct Torch {
     saved_tensors = PyUnicode_InternFromString("saved_tensors");
     materialize_grads = PyUnicode_InternFromString("materialize_grads");
     forward_cls = PyUnicode_InternFromString("_forward_cls");
+    with_entropy = PyUnicode_InternFromString("with_entropy");
+    forward_in_python = PyUnicode_InternFromString("forward_in_python");
+    clone = PyUnicode_InternFromString("clone");
+    inplace = PyUnicode_InternFromString("inplace");
+    temperature = PyUnicode_InternFromString("temperature");
     backward = PyUnicode_InternFromString("backward");
     tensor = own(torch.attr("Tensor"));
     parameter = own(torch.attr("nn").attr("Parameter"));
@@ -84,6 +91,9 @@ struct Torch {
     functorch_level = own(torch.attr("_C").attr("_functorch").attr("peek_interpreter_stack"));
     older_vmap = own(torch.attr("_C").attr("_functorch").attr("is_legacy_batchedtensor"));
     grad_enabled = own(torch.attr("is_grad_enabled"));
+    threads = own(torch.attr("get_num_threads"));
+    forward_ad = own(py::module_::import("torch.autograd.forward_ad"));
+    current_level = PyUnicode_InternFromString("_current_level");
     keep_graph = own(torch.attr("_C").attr("_autograd").attr("_get_current_graph_task_keep_graph"));
     negated = PyErr_NewException("rlhf_fast._C.Negated", PyExc_RuntimeError, nullptr);
     const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
@@ -102,6 +112,10 @@ inline const Torch& torch() {
 inline py::object checked(PyObject* x) {
   if (!x) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(x);
+}
+
+inline void set(PyObject* x, PyObject* name, PyObject* value) {
+  if (PyObject_SetAttr(x, name, value) != 0) throw py::error_already_set();
 }
 
 inline bool is_plain_tensor(PyObject* x) {  // no subclass, which may mean something else by its data
@@ -258,9 +272,11 @@ inline PyObject* labelled(PyObject* const* given, Py_ssize_t count) {
 // The way of a call into an op (_dispatch.py).
 enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
 
-inline bool nobody_watches() {  // no dispatch mode, no functorch
+inline bool nobody_watches() {  // no dispatch mode, no functorch, no forward-mode derivative
   const py::object modes = checked(PyObject_CallNoArgs(torch().dispatch_modes));
-  return PyLong_AsLong(modes.ptr()) == 0 && checked(PyObject_CallNoArgs(torch().functorch_level)).is_none();
+  const py::object level = checked(PyObject_GetAttr(torch().forward_ad, torch().current_level));  // or -1
+  return PyLong_AsLong(modes.ptr()) == 0 && PyLong_AsLong(level.ptr()) < 0 &&
+         checked(PyObject_CallNoArgs(torch().functorch_level)).is_none();
 }
 
 inline bool is_true(PyObject* function) { return checked(PyObject_CallNoArgs(function)).ptr() == Py_True; }

@@ -31,11 +31,10 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if getattr(_C, "interface", 1) != 3:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 4:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the one that is there is of another version than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-LARGE = 32 << 20  # bytes; smaller ones malloc keeps by itself
 MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
 HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
 
@@ -69,12 +68,13 @@ class Op:
     `gradients`: {input: output}, the last ones, of a loss whose kernel computes its gradients too, so that the backward
     scales them. On plain tensors such a kernel runs beside autograd, which is then shown the loss and given the rest.
     With `statistics`, the names of what the second output holds, a call gives the first output and these by name.
+    in_c: forward and backward of Op.function for the CPU's native kernel without a line of Python (csrc/rows.h).
     in_backward: another op's backward calls this one too (one without a derivative of its own is nothing but that).
     """
 
     def __init__(
         self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1,
-        statistics=None, in_backward=False,
+        statistics=None, in_c=None, in_backward=False,
     ):  # fmt: skip
         self.name, self._statistics = schema.split("(")[0], statistics
         self.kernels: dict[str, dict[str, Callable]] = {}
@@ -93,7 +93,7 @@ class Op:
         for device in self.kernels:
             _LIBRARY.impl(self.name, lambda *args: _in_full(self.run(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
-        self._apply = self.function = None
+        self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
         if gradients is not None:
             self._differentiate(qualname, *_scaled(gradients), 1)
@@ -101,6 +101,8 @@ class Op:
         elif backward is not None:
             once = self._differentiate(qualname, backward, setup_context, differentiable)
             self._make_function(*self._directly(backward, once, setup_context, differentiable, len(shown)))
+            self._in_c = in_c
+            self.follow(None)
         else:  # a backward op: without this, a second derivative would be silently zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
         self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
@@ -147,7 +149,8 @@ class Op:
     def _make_function(self, forward: Callable, backward: Callable, apply: Callable) -> None:
         """apply: what the engine calls, of the same results as backward; without Function's own search for that, 1 us a
         call."""
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        methods = {"forward": forward, "forward_in_python": forward, "backward": backward}
+        methods = {name: staticmethod(method) for name, method in methods.items()}
         self.function = type(self.name, (torch.autograd.Function,), methods)
         self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
         self.function._backward_cls.apply = apply
@@ -185,10 +188,9 @@ class Op:
     def __call__(self, *args):
         if is_compiling():
             return self._through_library(args)
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(args)
         way = self._route(*args)
         if way == _LIBRARY_OP:
+            self._refuse_tangents(args)
             self._refuse_functorch_gradients(args)
             self._refuse_sharded(args)
             return self._through_library(args)
@@ -215,6 +217,15 @@ class Op:
             return kernel(*args)
         except _NEGATED:
             return _on_resolved(kernel, *args)
+
+    def follow(self, forced: str | None) -> None:
+        """Another backend is forced, or none any more."""
+        self._ready = {}
+        if self._in_c is not None:
+            python = self.function.forward_in_python, self.function.backward
+            native = forced in (None, "native", "reference")  # the last: since the forward, which was native
+            forward, self.function._backward_cls.apply = self._in_c if native else python
+            self.function.forward = staticmethod(forward)
 
     def kernel_on(self, device: str) -> Callable:
         ready = self._ready  # taken first: what another thread forces meanwhile puts an empty one in its place
@@ -293,7 +304,7 @@ def _on_resolved(kernel: Callable, *args):
 
 def plain_in_backward(*arguments) -> bool:
     """Whether a backward may call kernels directly: real tensors, and nobody (compile, functorch, modes) watches."""
-    return not is_compiling() and forward_ad._current_level < 0 and _route_in_backward(*arguments) != _LIBRARY_OP
+    return not is_compiling() and _route_in_backward(*arguments) != _LIBRARY_OP
 
 
 def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | None, ...]:
@@ -302,7 +313,7 @@ def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | 
     third of the time, and large ones lie in memory that a step before has left (csrc/memory.h); these cannot grow, by
     resize_ or as an out= of another shape.
     """
-    made = _empties(LARGE, like, -1 if dtype is None else DTYPE_CODES[dtype], *shapes)
+    made = _empties(like, -1 if dtype is None else DTYPE_CODES[dtype], *shapes)
     if made is not None:
         return made
     dtype = dtype or accumulation_dtype(like)
@@ -404,7 +415,7 @@ def _force(name: str | None) -> None:
     global _forced
     _forced = name
     for op in _OPS.values():
-        op._ready = {}
+        op.follow(name)
 
 
 def is_forced() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, LARGE, as_bool, empties, native
+from ._dispatch import _C, DTYPE_CODES, as_bool, empties, native
 
 _alike = (lambda ndim, mask, *tensors: False) if _C is None else _C.alike
 
@@ -116,7 +116,7 @@ def native_loss(op: str, arguments: Callable, names: tuple[str, ...], triton: st
 
     def cpu(*args):
         given, wanted = arguments(*args)
-        return made(*given, LARGE, count, *wanted, torch.get_num_threads()) or in_two_steps(*args)
+        return made(*given, count, *wanted, torch.get_num_threads()) or in_two_steps(*args)
 
     return kernels | {("cpu", "native"): cpu}
 

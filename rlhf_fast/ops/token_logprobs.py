@@ -15,8 +15,8 @@ from . import reference
 from ._dispatch import (
     _C,
     DTYPE_CODES,
-    LARGE,
     Op,
+    accumulation_dtype,
     byte_mask,
     check_vocabulary,
     empties,
@@ -47,6 +47,9 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
     """The same of a backward kernel: its arguments, and the gradient that it fills (out: over the logits)."""
     rows, inner, outer_stride, inner_stride = strided_rows(logits)
     labels, mask = labels.contiguous(), byte_mask(mask)
+    read = saved, entropy, grad_logprobs, grad_entropy
+    if any(x is not None and x.dtype != accumulation_dtype(logits) for x in read):
+        raise TypeError("token_logprobs_backward: needs gradients of the outputs' dtype")
     grad_logprobs = None if grad_logprobs is None else grad_logprobs.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     if out is None:
@@ -63,14 +66,13 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
 
 
 def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backward):
-    threads = torch.get_num_threads()
-    made = _C.token_logprobs(LARGE, logits, labels, mask, temperature, with_entropy, threads)
+    made = _C.token_logprobs(logits, labels, mask, temperature, with_entropy)
     if type(made) is tuple:
         return made
     refused = made
     if made is None:  # not contiguous, say
         arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
-        refused = _C.token_logprobs_forward(*arguments, threads)
+        refused = _C.token_logprobs_forward(*arguments, torch.get_num_threads())
     if refused >= 0:
         op = "token_logprobs_and_entropy" if with_entropy else "token_logprobs"
         raise IndexError(
@@ -81,16 +83,10 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
 
 
 def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
-    threads = torch.get_num_threads()
-    if out is None:
-        given = logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy
-        grad = _C.token_logprobs_gradient(LARGE, *given, threads)
-        if grad is not None:
-            return grad
     arguments, out = _backward_arguments(
         logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
     )
-    _C.token_logprobs_backward(*arguments, threads)
+    _C.token_logprobs_backward(*arguments, torch.get_num_threads())
     return out
 
 
@@ -148,8 +144,9 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(logits, labels, mask, None if entropy is None else entropy.clone(), saved)
 
 
-def _grad(ctx, grad_logprobs, grad_entropy, _):
-    logits, labels, mask, entropy, saved = ctx.saved_tensors
+def _grad(ctx, grad_logprobs, grad_entropy, read):
+    """read: what csrc/rows.h has of ctx already, where this has to go on; autograd has no gradient to give there."""
+    logits, labels, mask, entropy, saved = ctx.saved_tensors if read is None else read
     entropy, grad_entropy = (entropy, grad_entropy) if ctx.with_entropy else (None, None)
     if ctx.inplace or torch.is_grad_enabled():
         logits = logits.detach()
@@ -177,6 +174,7 @@ _forward = Op(
     fake=lambda logits, labels, mask, temperature, with_entropy, inplace: _outputs(logits, labels, with_entropy),
     backward=_grad,
     setup_context=_save,
+    in_c=None if _C is None else (_C.token_logprobs_and_save, _C.token_logprobs_gradient),
     differentiable=2,
 )
 

@@ -162,6 +162,10 @@ def install(monkeypatch, emulated: Emulated) -> None:
         if "native" in op.kernels.get("cuda", {}):
             monkeypatch.setitem(op.kernels["cpu"], "native", op.kernels["cuda"]["native"])
             monkeypatch.setattr(op, "_ready", {})
+            if op._in_c is not None:
+                monkeypatch.setattr(op.function, "forward", staticmethod(op.function.forward_in_python))
+                monkeypatch.setattr(op.function._backward_cls, "apply", op.function.backward)
+                monkeypatch.setattr(op, "_in_c", None)
 
 
 def logits_in_their_dtype(monkeypatch) -> None:

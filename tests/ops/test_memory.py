@@ -15,16 +15,17 @@ SHAPE = (64, 1000)
 BYTES = 4 * 64 * 1000
 
 pytestmark = pytest.mark.skipif(
-    _dispatch._empties(1, torch.empty(0), 0) is None, reason="needs the native build and torch 2.10"
+    _dispatch._empties(torch.empty(0), 0) is None, reason="needs the native build and torch 2.10"
 )
 
 
 @pytest.fixture(autouse=True)
-def small_is_large(monkeypatch):
-    monkeypatch.setattr(_dispatch, "LARGE", 1024)  # less than any gradient below, more than what goes with it
+def small_is_large():
+    before = _dispatch._C.keep_from(1024)  # less than any gradient below, more than what goes with it
     gc.collect()
     _dispatch.empty_cache()
     yield
+    _dispatch._C.keep_from(before)
     gc.collect()
     _dispatch.empty_cache()
 
@@ -131,7 +132,7 @@ def test_empties_are_what_torch_s_are(dtype, ours, monkeypatch):
     like, turned = torch.zeros(3, 5, dtype=dtype), torch.zeros(4, 3).T
     given = (), 7, (2, 3, 4), like, turned, (turned, 2), None, 0, (2, 0), (0, 2), (1,) * 8, 500
     shapes = [(), (7,), (2, 3, 4), (3, 5), (3, 4), (3, 4, 2), None, (0,), (2, 0), (0, 2), (1,) * 8, (500,)]
-    assert (_dispatch._empties(1024, like, _dispatch.DTYPE_CODES[dtype], *given) is not None) == ours
+    assert (_dispatch._empties(like, _dispatch.DTYPE_CODES[dtype], *given) is not None) == ours
     for x, shape in zip(_dispatch.empties(like, dtype, *given), shapes, strict=True):
         if shape is None:
             assert x is None

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
-from rlhf_fast.ops import cross_entropy, kl_divergence, reference, token_logprobs, token_logprobs_and_entropy
+import rlhf_fast
+from rlhf_fast.ops import _dispatch, cross_entropy, kl_divergence, reference, token_logprobs, token_logprobs_and_entropy
 
 VOCABS = (1, 7, 640, 1100, 50257, 151936)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -154,6 +156,47 @@ def test_rows_that_lie_apart_give_the_same_bits(dtype, masked):
         assert torch.equal(a, b) and a.data_ptr() % 64 == 0
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_backward_that_python_finishes_under_a_checkpoint(apart, inplace):
+    """A checkpoint shows what is saved once; csrc/rows.h has then looked already."""
+    leaf, labels = torch.randn(3, 20, requires_grad=True), torch.tensor([0, 4, 2])
+
+    def of(x):
+        x = x * 1.0
+        return token_logprobs(x[:, ::2] if apart else x, labels, inplace_backward=inplace)
+
+    (expected,) = torch.autograd.grad(of(leaf).sum(), leaf)
+    (found,) = torch.autograd.grad(checkpoint(of, leaf, use_reentrant=False).sum(), leaf)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(_dispatch._C is None, reason="needs the native build")
+def test_the_engine_calls_what_the_forced_backend_is():
+    """Native forward and backward have no look at the table of kernels."""
+    function = _dispatch._OPS["token_logprobs_forward"].function
+
+    def called():
+        return function.forward, vars(function._backward_cls)["apply"]
+
+    native = _dispatch._C.token_logprobs_and_save, _dispatch._C.token_logprobs_gradient
+    assert called() == native
+    with rlhf_fast.use_backend("triton"):
+        assert called() == (function.forward_in_python, function.backward)
+    with rlhf_fast.use_backend("reference"):  # a backward of what was native before
+        assert called() == native
+
+
+def test_a_gradient_of_another_dtype_is_refused():
+    """It would be read as what it is not."""
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    _, _, saved = torch.ops.rlhf_fast.token_logprobs_forward(logits, labels, None, 1.0, False, False)
+    with pytest.raises(TypeError, match="gradients of the outputs' dtype"):
+        torch.ops.rlhf_fast.token_logprobs_backward(
+            logits, labels, None, 1.0, saved, None, torch.ones(3).double(), None
+        )
+
+
 def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
     logits = torch.randn(3, 5, requires_grad=True) * 1.0
     labels = torch.tensor([0, 1, 2])
@@ -167,8 +210,9 @@ def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
 def test_a_label_out_of_range_is_an_error_that_names_it(label):
     logits, labels = torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.int64)
     labels[1, 1] = label
-    with pytest.raises(IndexError, match=f"label {label} at row 4 .* vocabulary of 11"):
-        token_logprobs(logits, labels)
+    for x in (logits, logits.clone().requires_grad_()):
+        with pytest.raises(IndexError, match=f"label {label} at row 4 .* vocabulary of 11"):
+            token_logprobs(x, labels)
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[1, 1] = False
     assert token_logprobs(logits, labels, mask=mask)[1, 1] == 0
