@@ -24,7 +24,7 @@ struct LabelledRows {
   LabelledRows(PyObject* x, PyObject* y, PyObject* m) : masked(m != Py_None) {
     constexpr int kDLBool = 6;
     readable = read_contiguous(x, logits) && read_contiguous(y, labels) && logits.ndim == labels.ndim + 1 &&
-               holds<int64_t>(labels) &&
+               std::equal(labels.shape, labels.shape + labels.ndim, logits.shape) && holds<int64_t>(labels) &&
                (!masked || (read_contiguous(m, mask) && mask.code == kDLBool && holds<uint8_t>(mask)));
     if (!readable) return;
     for (int i = 0; i < labels.ndim; ++i) rows *= labels.shape[i];
@@ -117,8 +117,8 @@ inline py::object gradient_of(PyObject* const* given, double temperature) {
 }
 
 // backward of its autograd.Function: (ctx, gradients of logprobs and entropy, None) -> (that of logits, *None). Where
-// it is wanted in place, or somebody watches, what the Function's own backward says (token_logprobs.py), which is told
-// what is saved, because a checkpoint shows it once.
+// it is wanted in place, or to be differentiated (create_graph), or somebody watches, what the Function's own backward
+// says (token_logprobs.py), which is told what is saved, because a checkpoint shows it once.
 inline PyObject* token_logprobs_gradient(PyObject* const* given, Py_ssize_t count) {
   if (count != 4) throw py::type_error("needs ctx and three gradients");
   const Torch& names = torch();
@@ -130,7 +130,9 @@ inline PyObject* token_logprobs_gradient(PyObject* const* given, Py_ssize_t coun
   PyObject* all[kSaved + 2];
   std::copy_n(PySequence_Fast_ITEMS(saved.ptr()), kSaved, all);
   std::copy_n(given + 1, 2, all + kSaved);
-  if (checked(PyObject_GetAttr(ctx, names.inplace)).ptr() != Py_True && route_of<true>(all, kSaved + 2) == kKernel) {
+  const int inplace = PyObject_IsTrue(checked(PyObject_GetAttr(ctx, names.inplace)).ptr());
+  if (inplace < 0) throw py::error_already_set();
+  if (!inplace && !is_true(names.grad_enabled) && route_of<true>(all, kSaved + 2) == kKernel) {
     const py::object temperature = checked(PyObject_GetAttr(ctx, names.temperature));
     const py::object grad = gradient_of(all, from_python<double>(temperature.ptr()));
     if (grad) return PyTuple_Pack(4, grad.ptr(), Py_None, Py_None, Py_None);

@@ -171,6 +171,16 @@ def test_a_backward_that_python_finishes_under_a_checkpoint(apart, inplace):
     assert torch.equal(found, expected)
 
 
+def test_a_gradient_of_logits_that_were_detached_since_is_not_differentiable_twice():
+    leaf = torch.randn(3, 5, requires_grad=True)
+    logits = leaf * 1.0
+    out = token_logprobs(logits, torch.tensor([0, 1, 2]))
+    logits.detach_()
+    (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.skipif(_dispatch._C is None, reason="needs the native build")
 def test_the_engine_calls_what_the_forced_backend_is():
     """Native forward and backward have no look at the table of kernels."""
