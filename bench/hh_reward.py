@@ -188,7 +188,8 @@ def main() -> None:
             if options.json:
                 result = {
                     "pairs": len(pairs), "left_out": left_out, "model": MODEL, "folds": FOLDS,
-                    "candidates": CANDIDATES, "rows": rows, "summary": summary(rows), **provenance(torch.device("cpu"), []), "command": command(options),
+                    "candidates": CANDIDATES, "rows": rows, "summary": summary(rows),
+                    **provenance(torch.device("cpu"), []), "command": command(options),
                 }  # fmt: skip
                 options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))
