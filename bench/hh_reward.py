@@ -2,10 +2,10 @@
 
     python bench/hh_reward.py --data data/hh-rlhf --json bench/results/hh_reward.json
 
-Five folds; dialogues with the same first turn share one, so no question is both learned from and measured on. For each
-fold a tokenizer and a reward model, neither of which has seen it, learn from the other four (no SFT: see docs). Every
+Twenty folds; dialogues with the same first turn share one, so no question is both learned from and measured on. For
+each fold a tokenizer and a reward model, neither of which has seen it, learn from the others (no SFT: see docs). Every
 one of CANDIDATES is run on every fold under every one of SEEDS; a fold counts with the candidate whose accuracy, a mean
-over the seeds, was highest on the other four, and with that candidate's mean over the seeds. So a fold's own pairs do
+over the seeds, was highest on the others, and with that candidate's mean over the seeds. So a fold's own pairs do
 not choose among the candidates, no seed is picked, no models are combined, and all pairs count. The candidates were
 written down after looks at the folds EXPLORED; `confirmed` is the candidate that is best on these, on the rest.
 A pair is left out only where a transcript is malformed, and is counted; what is over max_length tokens loses the
@@ -22,12 +22,16 @@ import math
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-FOLDS, EXPLORED, SEEDS = 5, (0, 1), (0, 1, 2)
+FOLDS, SEEDS = 20, (50, 51, 52)
+EXPLORED = tuple(fold for fold in range(FOLDS) if fold % 5 < 2)  # they were folds 0 and 1 of five
 MODEL = {"max_length": 1024, "hidden": 64, "vocab_size": 4096, "epochs": 2}
 BASE = {"turns": 0, "layers": 1, "batch_size": 64, "learning_rate": 1e-3}
 CANDIDATES = [  # turns: how many of the prompt's last messages the model reads; None: all of them
@@ -57,6 +61,8 @@ def last_turns(pair: dict, turns: int | None) -> dict:
 
 def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: int, directory: Path) -> dict:
     """Trains on the other folds -> what RewardTrainer measures on this one, with the floors."""
+    import torch
+
     from rlhf_fast import RewardConfig, RewardTrainer
     from rlhf_fast.models import load_reward_model
     from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
@@ -64,6 +70,7 @@ def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: 
 
     train, held_out = ([p for p, f in zip(pairs, folds, strict=True) if (f == fold) == here] for here in (False, True))
     train, held_out = ([last_turns(pair, candidate["turns"]) for pair in some] for some in (train, held_out))
+    torch.set_num_threads(1)
     start = time.process_time()
     texts = [m["content"] for p in train for m in [*p.get("prompt", []), *p["chosen"], *p["rejected"]]]
     tokenizer = train_tokenizer(texts, MODEL["vocab_size"], max_length=MODEL["max_length"])
@@ -138,6 +145,13 @@ def summary(rows: list[dict]) -> dict:
     }
 
 
+def run_in(runs: Path | None, pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: int) -> dict:
+    """run, in a directory of runs, or in one that goes afterwards."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = (runs or Path(temporary)) / "-".join(map(str, [fold, seed, *candidate.values()]))
+        return run(pairs, folds, fold, candidate, seed, directory)
+
+
 def command(options: argparse.Namespace, runs: str = "runs/hh") -> str:
     """As it was called, without where this machine has the data and keeps the run directories."""
     called = " ".join(["python", *sys.argv]).replace(str(options.data), "data/hh-rlhf")
@@ -154,6 +168,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/hh-rlhf"), help="with train.jsonl.gz and eval.jsonl.gz")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--runs", type=Path, help="where the run directories are kept")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = [load_pairs(options.data / f"{name}.jsonl.gz") for name in ("train", "eval")]
@@ -162,21 +177,21 @@ def main() -> None:
     folds, rows = folds_of(pairs), []
     if options.json and options.json.exists():
         before = json.loads(options.json.read_text())
-        rows = before["rows"] if before.get("model") == MODEL else []
+        rows = before["rows"] if (before.get("model"), before.get("folds")) == (MODEL, FOLDS) else []
     done = {(row["fold"], row["seed"], *(row[key] for key in BASE)) for row in rows}
-    for fold, seed, candidate in product(range(FOLDS), SEEDS, CANDIDATES):
-        if (fold, seed, *candidate.values()) in done:
-            continue
-        with tempfile.TemporaryDirectory() as temporary:
-            name = "-".join(map(str, [fold, seed, *candidate.values()]))
-            rows.append(run(pairs, folds, fold, candidate, seed, (options.runs or Path(temporary)) / name))
-        print({k: v for k, v in rows[-1].items() if k not in ("floors", "cut")}, rows[-1]["floors"], flush=True)
-        if options.json:
-            result = {
-                "pairs": len(pairs), "left_out": left_out, "model": MODEL, "candidates": CANDIDATES, "rows": rows,
-                "summary": summary(rows), **provenance(torch.device("cpu"), []), "command": command(options),
-            }  # fmt: skip
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    grid = product(range(FOLDS), SEEDS, CANDIDATES)
+    left = [(fold, candidate, seed) for fold, seed, candidate in grid if (fold, seed, *candidate.values()) not in done]
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        for row in pool.map(partial(run_in, options.runs, pairs, folds), *zip(*left, strict=True)):
+            rows.append(row)
+            print({k: v for k, v in row.items() if k not in ("floors", "cut")}, row["floors"], flush=True)
+            if options.json:
+                result = {
+                    "pairs": len(pairs), "left_out": left_out, "model": MODEL, "folds": FOLDS,
+                    "candidates": CANDIDATES, "rows": rows, "summary": summary(rows),
+                    **provenance(torch.device("cpu"), []), "command": command(options),
+                }  # fmt: skip
+                options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(summary(rows), indent=1))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -425,12 +426,13 @@ def hh_reward(result: dict) -> str:
         cells += [f"{row['loss']:.3f}", f"{row['ece']:.3f}", f"{row['reward_with_length']:+.2f}"]
         return "| " + " | ".join([*cells, *(f"{value:.3f}" for value in row["floors"].values())]) + " |"
 
-    lines += [line(f"fold {row['fold']}", settings(row), row) for row in found["folds"]]
-    lines.append(line("**all**", "each fold's as chosen on the others", found["all"]))
-    explored = " and ".join(map(str, found["confirmed"]["explored"]))
+    lines.append(line("**all pairs**", "each fold's as chosen on the others", found["all"]))
     lines.append(
-        line(f"all but folds {explored}", f"best on these: {settings(found['confirmed'])}", found["confirmed"])
+        line("those no setting was tried on", f"best on the rest: {settings(found['confirmed'])}", found["confirmed"])
     )
+    chosen = Counter(map(settings, found["folds"])).most_common()
+    chosen = "; ".join(f"{how}: {count} of {len(found['folds'])} folds" for how, count in chosen)
+    each = [row["accuracy"] for row in found["folds"]]
     lines += ["", "| settings | accuracy over all folds | of each seed | loss |", "|" + " --- |" * 4]
     for row in found["each candidate"]:
         seeds = ", ".join(f"{value:.3f}" for value in row["of each seed"])
@@ -438,7 +440,8 @@ def hh_reward(result: dict) -> str:
     weights = [row["weights"] for row in result["rows"]]
     cut = max(sum(row["cut"]) for row in result["rows"])
     return "\n".join(lines) + (
-        f"\n\nAn accuracy is the mean over {len(found['all']['of each seed'])} seeds of that of one model; its "
+        f"\n\nChosen: {chosen}. A fold's accuracy: {min(each):.3f} to {max(each):.3f}. An accuracy is the mean over "
+        f"{len(found['all']['of each seed'])} seeds of that of one model; its "
         "interval is that of so many pairs. "
         f"Llamas of {min(weights):,} to {max(weights):,} weights from random initialisation, width {model['hidden']}, "
         f"BPE {model['vocab_size']}, {model['epochs']} epochs. Every one of the {result['pairs']} well-formed pairs is "

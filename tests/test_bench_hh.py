@@ -13,19 +13,25 @@ import hh_stages
 import report
 
 
+@pytest.fixture
+def five_folds(monkeypatch):
+    monkeypatch.setattr(hh_reward, "FOLDS", 5)
+    monkeypatch.setattr(hh_reward, "EXPLORED", (0, 1))
+
+
 def row(fold: int, candidate: dict, seed: int, accuracy: float) -> dict:
     plain = {"loss": 0.7, "ece": 0.1, "reward_with_length": -0.3, "floors": {"bag of words": 0.6}}
     return {"fold": fold, "seed": seed, **candidate, "pairs": 100, "accuracy": accuracy, **plain}
 
 
-def test_dialogues_with_the_same_first_turn_share_a_fold():
+def test_dialogues_with_the_same_first_turn_share_a_fold(five_folds):
     pairs = [{"prompt": [{"role": "user", "content": f"question {i % 30}"}]} for i in range(90)]
     folds = hh_reward.folds_of(pairs)
     assert np.array_equal(folds[:30], folds[30:60]) and np.array_equal(folds[:30], folds[60:])
     assert np.bincount(folds).tolist() == [18] * hh_reward.FOLDS
 
 
-def test_a_fold_has_no_say_in_the_settings_it_counts_with():
+def test_a_fold_has_no_say_in_the_settings_it_counts_with(five_folds):
     """Candidate 0 has 0.95 on fold 0 and 0.55 elsewhere, candidate 1 has 0.6 everywhere, the rest 0.4: on the other
     folds candidate 1 is best for fold 0, and candidate 0 for the others, though over all five that is best for all."""
     candidates, seeds = hh_reward.CANDIDATES, hh_reward.SEEDS
