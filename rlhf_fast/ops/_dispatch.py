@@ -243,10 +243,10 @@ class Op:
         return (self._chosen.get(device) if _forced is None else None) or self.backend_on(device)
 
     def backend_on(self, device: str) -> str:
-        if _forced is not None:
-            if _forced != "reference" and _forced not in self.kernels.get(device, ()):
-                raise RuntimeError(f"{self.name}: use_backend({_forced!r}) has no kernel for it on {device}")
-            return _forced
+        if (forced := _forced) is not None:  # once: another thread may end use_backend meanwhile
+            if forced != "reference" and forced not in self.kernels.get(device, ()):
+                raise RuntimeError(f"{self.name}: use_backend({forced!r}) has no kernel for it on {device}")
+            return forced
         if device not in self._chosen:
             self._chosen[device], _ = self._choose(device)
         return self._chosen[device]
