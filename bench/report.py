@@ -428,7 +428,7 @@ def hh_reward(result: dict) -> str:
 
     lines.append(line("**all pairs**", "each fold's as chosen on the others", found["all"]))
     lines.append(
-        line("those no setting was tried on", f"best on the rest: {settings(found['confirmed'])}", found["confirmed"])
+        line("those the settings were not searched on", f"best on the rest: {settings(found['confirmed'])}", found["confirmed"])
     )
     chosen = Counter(map(settings, found["folds"])).most_common()
     chosen = "; ".join(f"{how}: {count} of {len(found['folds'])} folds" for how, count in chosen)
