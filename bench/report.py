@@ -427,9 +427,8 @@ def hh_reward(result: dict) -> str:
         return "| " + " | ".join([*cells, *(f"{value:.3f}" for value in row["floors"].values())]) + " |"
 
     lines.append(line("**all pairs**", "each fold's as chosen on the others", found["all"]))
-    lines.append(
-        line("those the settings were not searched on", f"best on the rest: {settings(found['confirmed'])}", found["confirmed"])
-    )
+    how = f"best on the rest: {settings(found['confirmed'])}"
+    lines.append(line("those the settings were not searched on", how, found["confirmed"]))
     chosen = Counter(map(settings, found["folds"])).most_common()
     chosen = "; ".join(f"{how}: {count} of {len(found['folds'])} folds" for how, count in chosen)
     each = [row["accuracy"] for row in found["folds"]]
