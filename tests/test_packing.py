@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_fast import SFTConfig, SFTTrainer, models
@@ -79,6 +81,43 @@ def alone(model, rows):
 def together(model, packed):
     with packing(model):
         return packed_hidden_states(model, packed, torch.arange(packed.input_ids.shape[1]))
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False, window_size=(-1, -1)):  # fmt: skip
+    """flash_attn's own kernel by its definition: (tokens, heads, d), each sequence alone."""
+    assert causal and dropout_p == 0 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    rows = []
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        at = torch.arange(end - start)
+        distance = at[:, None] - at
+        seen = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        heads = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        out = scaled_dot_product_attention(*heads, attn_mask=seen, scale=softmax_scale, enable_gqa=True)
+        rows.append(out.transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def use_flash(monkeypatch):
+    """A model calls transformers' own path to flash attention, with the function above at its end for the kernel."""
+    called = []
+
+    def kernel(*arguments, **options):
+        called.append(True)
+        return flash_attn_varlen_func(*arguments, **options)
+
+    def use(model):
+        model.config._attn_implementation_internal = "flash_attention_2"  # the setter asks for the package
+        return called
+
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", "flash_attention_2")
+    monkeypatch.setattr(flash_utils, "_flash_fn", None)  # whole rows are never asked for
+    monkeypatch.setattr(flash_utils, "_flash_varlen_fn", kernel)
+    process = flash_utils._lazy_define_process_function(flash_attn_varlen_func)
+    monkeypatch.setattr(flash_utils, "_process_flash_kwargs_fn", process)
+    return use
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -164,10 +203,13 @@ def gradients(model, loss):
     return found
 
 
+@pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architecture, checkpointing):
+def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architecture, checkpointing, flash, use_flash):
     model = build(architecture)
+    if flash:
+        model.double()  # of float32 transformers' path asks nn.Linear for a dtype, which gpt2 has not
     generator = np.random.default_rng(0)
     examples = [Encoded(row.numpy().astype(np.int32), generator.random(len(row)) < 0.5) for row in sequences(9, 2, 17)]
     total, expected = sum(e.num_labels for e in examples), 0.0
@@ -183,33 +225,29 @@ def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architect
             module.p = 0.0
     packed, batch = pack_sft(examples)
     weight, bias, _ = models.lm_head(model)
+    called = use_flash(model) if flash else []
     with packing(model):
         hidden = packed_hidden_states(model, packed, batch["positions"])
         loss = linear_cross_entropy(hidden, weight, batch["labels"], bias=bias, normalizer=total)
         found = gradients(model, loss)
+    assert len(called) == (2 + 2 * checkpointing) * flash  # layers, once more where they are computed again
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert max(g.abs().max() for g in wanted.values()) > 0.1
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_flash_attention_gets_its_own_arguments(monkeypatch):
-    """The kernel is not here; one that reads cu_seq_lens as it does stands in for it."""
-    model = build(llama)
+def test_flash_attention_sees_each_sequence_alone(architecture, use_flash):
+    model = build(architecture).double()
     rows = sequences(9, 1, 17)
     expected = alone(model, rows)
-
-    def varlen(module, query, key, value, attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
-               **options):  # fmt: skip
-        assert attention_mask is None and cu_seq_lens_q.dtype == torch.int32 and max_length_q == max_length_k == 17
-        lengths = cu_seq_lens_k.diff().tolist()
-        packed = Packed.of([torch.zeros(length) for length in lengths])
-        return packed_attention(module, query, key, value, None, packed=packed, **options)
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
-    model.config._attn_implementation_internal = "flash_attention_2"
-    torch.testing.assert_close(together(model, Packed.of(rows)), expected, rtol=1e-5, atol=1e-5)
+    called = use_flash(model)
+    row = together(model, Packed.of(rows))
+    torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-5)
+    other = together(model, Packed.of([sequences(9, seed=1)[0], *rows[1:]]))
+    assert not torch.equal(other[:9], row[:9]) and torch.equal(other[9:], row[9:]) and len(called) == 4
     with pytest.raises(NotImplementedError, match="without shared prefixes"):
         together(model, Packed.of(rows[:1] * 2, [(0, 0), (0, 3)]))
 
