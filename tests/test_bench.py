@@ -38,14 +38,18 @@ def test_rounds_interleave_and_ratios_compare_within_a_round(monkeypatch):
     assert harness.summarize(samples, {})["other"]["over_ours"] == pytest.approx(3.0)
 
 
-def test_short_calls_are_repeated_within_a_sample(monkeypatch):
-    count = [0]
+@pytest.mark.parametrize(("seconds", "calls"), [(harness.LEAST_SAMPLE / 200, 200), (2 * harness.LEAST_SAMPLE, 1)])
+def test_short_calls_are_repeated_within_a_sample(seconds, calls, monkeypatch):
+    clock, count = [0.0], [0]
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
 
     def call():
         count[0] += 1
+        clock[0] += seconds
 
     samples, _ = harness.interleaved({harness.OURS: call}, CPU, seconds=0.0)
-    assert count[0] > harness.LEAST_ROUNDS * 100 and len(samples[harness.OURS]) == harness.LEAST_ROUNDS
+    assert samples[harness.OURS] == pytest.approx([seconds] * harness.LEAST_ROUNDS)
+    assert count[0] == 3 + harness.LEAST_ROUNDS * calls  # to compile, to probe, and after the probes
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
