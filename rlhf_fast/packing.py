@@ -165,7 +165,7 @@ def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
     try:
         together, alone = _packed_and_alone(model, narrow)
     except Exception as error:  # whatever an architecture raises that was not made for this
-        return f"{name} does not run on sequences in one row ({error})"
+        return f"{name} does not run on sequences in one row ({str(error) or repr(error)})"
     if not alone.isfinite().all():
         raise ConfigError(
             f"the outputs of {name} are not finite (NaN or inf): its weights are broken, or too large for their dtype"

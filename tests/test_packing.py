@@ -281,6 +281,16 @@ def test_models_that_cannot_be_packed_say_why():
     assert bloom.training and bloom.config._attn_implementation == "eager"
 
 
+def test_an_error_without_a_message_is_told_by_its_type(monkeypatch):
+    def silent(*args, **options):
+        raise StopIteration  # as transformers does in the attention of a float32 gpt2 before the kernel
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", silent)
+    model = build(llama)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert "in one row (StopIteration())" in why_not_packed(model, 64)
+
+
 def test_a_model_that_is_nan_is_refused_in_words():
     model = llama()
     model.model.norm.weight.data.fill_(math.nan)
