@@ -2,15 +2,17 @@
 # Python 3.11+, a C++ compiler and make; with nvcc on PATH the CUDA kernels are built too (RLHF_FAST_CUDA=0 to skip).
 PYTHON ?= python3
 VENV   ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
-SOURCES := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml $(CONSTRAINTS) setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: quickstart test lint format bench peers gpu clean
 
 quickstart: $(VENV)/.report
 	$(BIN)/rlhf-fast quickstart
 
-# A worker for each core, so one thread for each worker: two would wait for each other.
+# A worker for each core, so one thread for each worker: two would wait for each other. With the oldest versions that
+# pyproject.toml allows (several GB on Linux): make test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests
 
@@ -56,5 +58,5 @@ $(VENV)/.bench: EXTRAS := report,test,dev,bench
 $(VENV)/.report $(VENV)/.test $(VENV)/.bench: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $(VENV)/.report $@

@@ -57,7 +57,7 @@ struct DLExchange {
 
 // What is asked of torch again and again, looked up once.
 struct Torch {
-  PyObject *data_ptr, *dtype, *stride, *requires_grad, *is_neg;                    // interned names
+  PyObject *data_ptr, *dtype, *itemsize, *stride, *requires_grad, *is_neg;         // interned names
   PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;  // of an autograd.Function's ctx
   PyObject *inplace, *temperature, *with_entropy, *forward_in_python, *clone;  // that token_logprobs.py has put there
   PyObject *tensor, *parameter, *dtypes[4];  // types, and torch.float32, ... in the order of DType
@@ -70,6 +70,7 @@ struct Torch {
     const auto own = [](py::object x) { return x.release().ptr(); };  // for as long as the process lives
     data_ptr = PyUnicode_InternFromString("data_ptr");
     dtype = PyUnicode_InternFromString("dtype");
+    itemsize = PyUnicode_InternFromString("itemsize");
     stride = PyUnicode_InternFromString("stride");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     is_neg = PyUnicode_InternFromString("is_neg");
@@ -163,23 +164,46 @@ bool holds(const DLTensor& t) {
   }
 }
 
+template <class T>
+bool holds(PyObject* x) {  // the same of a tensor that read() did not read
+  if constexpr (std::is_void_v<T>) {
+    return true;
+  } else {
+    const py::object dtype = checked(PyObject_GetAttr(x, torch().dtype));
+    const auto* const end = torch().dtypes + kBool;
+    const int code = std::find(torch().dtypes, end, dtype.ptr()) - torch().dtypes;
+    if constexpr (std::is_floating_point_v<T>) {
+      return code == (sizeof(T) == 8 ? kFloat64 : kFloat32);
+    } else {
+      return code == kBool &&
+             PyLong_AsLong(checked(PyObject_GetAttr(dtype.ptr(), torch().itemsize)).ptr()) == sizeof(T);
+    }
+  }
+}
+
+template <class T>
+void require(bool holds) {
+  if (holds) return;
+  constexpr const char* kNeeded = std::is_same_v<T, float>                                      ? "float32"
+                                  : std::is_same_v<T, int64_t>                                  ? "int64"
+                                  : sizeof(std::conditional_t<std::is_void_v<T>, char, T>) == 8 ? "float64"
+                                                                                                : "bool";
+  throw py::type_error(std::string("needs ") + kNeeded + " where a tensor of another dtype is");
+}
+
 // From a tensor, None, or an address as an integer. A tensor of a smaller dtype would be read past its end.
 template <class T = void>
 T* address_of(PyObject* x) {
+  using Element = std::remove_const_t<T>;
   if (x == Py_None) return nullptr;
   DLTensor t;
   if (is_plain_tensor(x) && read(x, t)) {
-    if (!holds<std::remove_const_t<T>>(t)) {
-      constexpr const char* kNeeded = std::is_same_v<std::remove_const_t<T>, float>                 ? "float32"
-                                      : std::is_same_v<std::remove_const_t<T>, int64_t>             ? "int64"
-                                      : sizeof(std::conditional_t<std::is_void_v<T>, char, T>) == 8 ? "float64"
-                                                                                                    : "bool";
-      throw py::type_error(std::string("needs ") + kNeeded + " where a tensor of another dtype is");
-    }
+    require<Element>(holds<Element>(t));
     return static_cast<T*>(t.address());
   }
   py::object number;
   if (!PyLong_Check(x)) {
+    require<Element>(holds<Element>(x));
     refuse_negated(x);
     number = checked(PyObject_CallMethodNoArgs(x, torch().data_ptr));
   }

@@ -85,11 +85,13 @@ def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
 
 def _is_altered(module: nn.Module) -> bool:
     """Whether a hook, or a forward of its own, may make it compute something else than its class does. The hooks of
-    transformers only record, and those of FSDP gather what stays the same."""
+    transformers 5 only record, transformers 4 leaves the class's own forward where it has recorded, and the hooks of
+    FSDP gather what stays the same."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
     harmless = "transformers.", "torch.distributed.fsdp."
-    return "forward" in vars(module) or any(not maker.startswith(harmless) for maker in makers)
+    own = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))
+    return own not in (None, type(module).forward) or any(not maker.startswith(harmless) for maker in makers)
 
 
 def attends_in_its_own_way(model: nn.Module) -> bool:
@@ -225,7 +227,11 @@ class _GPT2:
 
     def __init__(self, trunk, length: int):
         self.trunk, self.norm, self.head_dim = trunk, trunk.ln_f, trunk.h[0].attn.head_dim
-        self.layers = [{"block": block, "scaling": block.attn.scaling} for block in trunk.h]
+        self.layers = [{"block": block, "scaling": self._scaling(trunk.config, i)} for i, block in enumerate(trunk.h)]
+
+    def _scaling(self, config, layer: int) -> float:  # transformers 5 has it as attn.scaling, 4 has not
+        scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        return scaling / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scaling
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.trunk.wte(ids.flatten()) + self.trunk.wpe(positions.flatten())

@@ -204,6 +204,8 @@ def test_what_alters_a_module_is_heard(name, prompts):
 def test_hooks_that_only_record_leave_it_to_us(prompts):
     model = with_opinions("llama")
     model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 hooks its layers for it
+    for layer in model.model.layers:
+        layer.forward = layer.forward  # as transformers 4 puts it back there
     assert why_not(model) is None
 
 

@@ -120,9 +120,15 @@ def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int)
 
 
 def _can_share(model) -> bool:
-    """Whether the model's cache is keys and values and nothing else: a recurrent state (Mamba, LFM2) is overwritten."""
+    """Whether the model's cache is keys and values and nothing else: a recurrent state (Mamba, LFM2) is overwritten.
+    (transformers 4 keeps such a state beside the layers of the cache.)"""
     layers = DynamicCache(config=model.config).layers
-    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return (
+        {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+        and {*kinds} <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and not getattr(unwrapped(model), "_is_stateful", False)
+    )
 
 
 def _copies(cache: DynamicCache, rows: int) -> DynamicCache:

@@ -10,14 +10,15 @@ import time
 
 import pytest
 from helpers import tiny_model, tiny_tokenizer
-from transformers.pipelines import DecisionPipeline
+from transformers import pipelines
 
 from rlhf_fast.judges import Constitution, HTTPGenerator, HTTPJudge, Ledger, Pair, Principle, Server
 from rlhf_fast.trainers.constitutional import label, sample_pairs
 
 pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("openai", "fastapi", "uvicorn")),
-    reason="needs openai, fastapi and uvicorn",
+    not all(importlib.util.find_spec(name) for name in ("openai", "fastapi", "uvicorn"))
+    or not hasattr(pipelines, "DecisionPipeline"),
+    reason="needs openai, fastapi, uvicorn and transformers 5",
 )
 
 ASK = [{"role": "user", "content": "say hello"}]
@@ -73,7 +74,7 @@ def test_its_probabilities_are_the_model_s(served, tmp_path):
     assert one.status == "ok" and one.logit == -two.logit != 0
     assert requests == 2 + len(judge.backend.found)  # two orders, asked once, behind the probe
     assert one.votes[0].kind == "normalised"
-    decide = DecisionPipeline(model=model, tokenizer=tokenizer, device="cpu")
+    decide = pipelines.DecisionPipeline(model=model, tokenizer=tokenizer, device="cpu")
     (prompt,) = judge.backend.prompt(
         "chat", [], judge._question(ASK, "hello", "no", KIND.compare), (" (A)", " (B)"), None
     )

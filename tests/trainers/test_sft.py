@@ -141,7 +141,8 @@ def test_it_learns_to_answer_and_to_stop(tmp_path, pad):
     # The run directory is a checkpoint that transformers loads, and it stops by itself.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    prompt = tokenizer.apply_chat_template(data[0]["prompt"], add_generation_prompt=True, return_tensors="pt")
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    prompt = tokenizer.apply_chat_template(data[0]["prompt"], **options)
     answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "four<eos>"
 

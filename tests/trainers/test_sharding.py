@@ -18,6 +18,10 @@ from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.models import add_lora
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms"), reason="needs torch 2.9"
+)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
