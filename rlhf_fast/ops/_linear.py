@@ -123,9 +123,9 @@ def way_of(
     return IN_DTYPE if on_gpu(hidden) and same and softcap is None else WIDE
 
 
-def chunks_of(rows: int, weight: Tensor, way: str, kept: bool = False) -> list[slice]:
-    """The chunks of so many rows, equal shares but for the last. kept: see most_rows."""
-    most, multiple = most_rows(weight, way, kept), _multiple(weight, way)
+def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
+    """The chunks of so many rows, equal shares but for the last."""
+    most, multiple = most_rows(weight, way), _multiple(weight, way)
     step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     step = math.ceil(step / multiple) * multiple
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
