@@ -366,6 +366,27 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
     optimizer.zero_grad(set_to_none=True)  # of a step that failed, where the trainer is the one that failed
 
 
+def state_of(trainer) -> dict:
+    """What a checkpoint holds of SFTTrainer or RewardTrainer, whose batches follow from seed and step."""
+    return {
+        "step": trainer.step,
+        "num_tokens": trainer.num_tokens,
+        "lengths": torch.tensor(trainer.lengths),
+        "data": trainer.data,
+        "model": models.trained_state(trainer.model),
+        "optimizer": optimizer_state(trainer.optimizer),
+        "scheduler": trainer.scheduler.state_dict(),
+    }
+
+
+def load_state(trainer, state: dict) -> None:
+    """Puts it in a state of state_of."""
+    check_same_data(state, trainer.lengths, trainer.data)
+    trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]
+    models.load_trained_state(trainer.model, state["model"])
+    load_optimizer(trainer.optimizer, trainer.scheduler, state["optimizer"], state["scheduler"])
+
+
 class NonFiniteError(RuntimeError):
     """max_skipped_steps updates in a row were skipped for a NaN or inf: the run would go on without learning."""
 

@@ -34,14 +34,12 @@ from ..models import (
     has_adapters,
     load_reward_model,
     load_tokenizer,
-    load_trained_state,
     loadable,
     save_model,
     scalar_head,
     score_tokens,
     set_reward_scale,
     train_last_layers,
-    trained_state,
     unwrapped,
     with_own_pad,
 )  # fmt: skip
@@ -301,21 +299,10 @@ class RewardTrainer:
         save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "num_tokens": self.num_tokens,
-            "lengths": torch.tensor(self.lengths),
-            "data": self.data,
-            "model": trained_state(self.model),
-            "optimizer": common.optimizer_state(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        return common.state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, self.lengths, self.data)
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        load_trained_state(self.model, state["model"])
-        common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
+        common.load_state(self, state)
 
 
 _LABELS = ("ranks", "margin", "chosen_prob", "weight")

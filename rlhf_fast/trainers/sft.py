@@ -28,10 +28,8 @@ from ..models import (
     hidden_states,
     load_policy,
     load_tokenizer,
-    load_trained_state,
     save_model,
     stop_at_eos,
-    trained_state,
 )  # fmt: skip
 from ..ops import linear_cross_entropy, token_logprobs_and_entropy
 from ..packing import packed_hidden_states, packing
@@ -208,21 +206,10 @@ class SFTTrainer:
         save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "num_tokens": self.num_tokens,
-            "lengths": torch.tensor(self.lengths),
-            "data": self.data,
-            "model": trained_state(self.model),
-            "optimizer": common.optimizer_state(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        return common.state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, self.lengths, self.data)
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        load_trained_state(self.model, state["model"])
-        common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
+        common.load_state(self, state)
 
 
 @torch.no_grad()
