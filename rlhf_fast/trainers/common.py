@@ -294,6 +294,12 @@ def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: flo
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def make_learner(modules, learning_rate: float, config, total_steps: int) -> tuple:
+    """make_optimizer and make_scheduler with a trainer's config."""
+    optimizer = make_optimizer(modules, learning_rate, config.weight_decay)
+    return optimizer, make_scheduler(optimizer, config.lr_scheduler_type, total_steps, config.warmup_ratio)
+
+
 def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
     """Sums the gradients over the processes, clips their global norm, steps, clears them; returns the norm before
     clipping, a float32 scalar. Of several processes each steps its own parameters and sends them to all.

@@ -168,18 +168,13 @@ class PPOTrainer:
 
         self.step, self.whole = 0, True
         self.total_steps = config.iterations(len(self.prompts))
-        trained = [[self.policy], [self.value_model]] if self.value_model else [[self.policy]]
+        learning = [(self.policy, config.learning_rate)]
         if config.share_trunk:
-            trained = [[self.policy, self.value_model]]
-        learning_rates = [config.learning_rate, config.value_learning_rate or config.learning_rate]
-        self.optimizers = [
-            common.make_optimizer(models, rate, config.weight_decay)
-            for models, rate in zip(trained, learning_rates, strict=False)
-        ]
-        self.schedulers = [
-            common.make_scheduler(optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio)
-            for optimizer in self.optimizers
-        ]
+            learning = [([self.policy, self.value_model], config.learning_rate)]
+        elif self.value_model:
+            learning.append((self.value_model, config.value_learning_rate or config.learning_rate))
+        learners = [common.make_learner(models, rate, config, self.total_steps) for models, rate in learning]
+        self.optimizers, self.schedulers = map(list, zip(*learners, strict=True))
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_scale = RunningStd()
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)

@@ -77,10 +77,7 @@ class SFTTrainer:
             len(self.rows), self.batch_size, config.num_train_epochs, config.max_steps
         )
         common.share_out([self.model], config, self.data, self.eval_examples)
-        self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.scheduler = common.make_scheduler(
-            self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
-        )
+        self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)
