@@ -20,13 +20,14 @@ from ..data.chat import ConfigError
 from ..packing import why_not_packed
 
 
-def check_is(config, cls: type) -> None:
-    """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first.
-    The first line of every trainer: in one of several processes it joins the others."""
+def start(config, cls: type) -> None:
+    """The first line of every trainer: one of several processes joins the others, and the generators are seeded.
+    ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first."""
     parallel.start(getattr(config, "fsdp", False))
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
+    set_seed(config.seed)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -37,12 +38,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def read_by_all(config, data: str, held_out: list) -> dict:
-    """What decides, beside the weights, of what a run consists (parallel.begin_equal). The first process writes, so an
-    output_dir may be a time of day."""
-    return {"config": vars(config) | {"output_dir": None}, "data": data, "eval_dataset": len(held_out)}
 
 
 def seed_apart(seed: int) -> None:
@@ -188,7 +183,8 @@ def with_adapters(model, config, given):
 def share_out(networks: list, config, data: str, held_out: list) -> None:
     """Once the models are made, and before their optimizer is: of several processes all begin with the first one's
     weights (ConfigError where they read different data), and with fsdp each then keeps its rows of the layers."""
-    parallel.begin_equal(networks, **read_by_all(config, data, held_out))
+    settings = vars(config) | {"output_dir": None}  # the first process writes, so this may be a time of day
+    parallel.begin_equal(networks, config=settings, data=data, eval_dataset=len(held_out))
     if config.fsdp:
         sharding.shard(*networks)
 

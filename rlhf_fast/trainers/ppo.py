@@ -110,8 +110,7 @@ class PPOTrainer:
         self, config: PPOConfig, model, *, reward, train_dataset, eval_dataset=None, tokenizer=None, ref_model=None,
         value_model=None, eval_rewards=None, rollout_func=None,
     ):  # fmt: skip
-        common.check_is(config, PPOConfig)
-        common.set_seed(config.seed)
+        common.start(config, PPOConfig)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         options = {"max_length": config.max_prompt_length, "on_overlong": config.on_overlong}

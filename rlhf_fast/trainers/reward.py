@@ -67,8 +67,7 @@ class RewardTrainer:
     def __init__(
         self, config: RewardConfig, model, *, train_dataset, eval_dataset=None, reference_dataset=None, tokenizer=None
     ):
-        common.check_is(config, RewardConfig)
-        common.set_seed(config.seed)
+        common.start(config, RewardConfig)
         self.config = config
         self.tokenizer = with_own_pad(load_tokenizer(model if tokenizer is None else tokenizer))
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}

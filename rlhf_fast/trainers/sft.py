@@ -47,8 +47,7 @@ class SFTTrainer:
     """
 
     def __init__(self, config: SFTConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
-        common.check_is(config, SFTConfig)
-        common.set_seed(config.seed)
+        common.start(config, SFTConfig)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
