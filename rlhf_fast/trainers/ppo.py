@@ -181,21 +181,17 @@ class PPOTrainer:
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # see _look_at_held_out
 
     def _make_critic(self, value_model) -> ValueModel | None:
-        if self.config.advantage_estimator != "gae" or self.config.share_trunk:
-            if value_model is not None:
-                why = (
-                    "share_trunk puts the value head on the policy" if self.config.share_trunk
-                    else f"advantage_estimator {self.config.advantage_estimator!r} has no critic"
-                )  # fmt: skip
-                raise common.ConfigError(f"PPOTrainer: {why}; give no value_model")
-            if not self.config.share_trunk:
-                return None
-        if isinstance(value_model, ValueModel):
-            return value_model
+        estimator, shared = self.config.advantage_estimator, self.config.share_trunk
         if value_model is not None:
-            return ValueModel.from_reward_model(value_model)
+            if shared or estimator != "gae":
+                no_critic = f"advantage_estimator {estimator!r} has no critic"
+                why = "share_trunk puts the value head on the policy" if shared else no_critic
+                raise common.ConfigError(f"PPOTrainer: {why}; give no value_model")
+            return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
+        if estimator != "gae":
+            return None
         critic = ValueModel.from_policy(self.policy)
-        if self.config.share_trunk:
+        if shared:
             setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
         return critic
 
