@@ -278,7 +278,7 @@ def make_optimizer(modules, learning_rate: float, weight_decay: float = 0.0) -> 
 
 
 def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: float = 0.0):
-    """Linear warm-up over warmup_ratio of the run, then one of configs.SCHEDULES; linear and cosine end at 0."""
+    """Linear warm-up over warmup_ratio of the run, then one of configs.LR_SCHEDULES; linear and cosine end at 0."""
     warmup = math.ceil(total_steps * warmup_ratio)
 
     def factor(step: int) -> float:
