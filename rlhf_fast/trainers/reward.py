@@ -171,13 +171,12 @@ class RewardTrainer:
     def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, K) rewards in one forward pass, and the batch. Where its ranks are -1 there is no response."""
         with common.autocast(self.model, self.config.bf16):
-            if self.packed:
-                share = unwrapped(self.model).config._attn_implementation not in FLASH
-                packed, batch = pack_comparisons(items, self.width, self.model.device, share=share)
-                hidden = packed_hidden_states(self.model, packed, batch["last"])
-            else:
+            if not self.packed:
                 batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
                 return score_tokens(self.model, batch["input_ids"], batch["attention_mask"])[batch["slot"]], batch
+            share = unwrapped(self.model).config._attn_implementation not in FLASH
+            packed, batch = pack_comparisons(items, self.width, self.model.device, share=share)
+            hidden = packed_hidden_states(self.model, packed, batch["last"])
         return scalar_head(self.model, hidden)[batch["slot"]], batch
 
     def _loss(self, rewards: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -213,12 +212,12 @@ class RewardTrainer:
         with its 95 % interval, eval_ece and eval_length_correlation (preferences.py)."""
         if not self.eval_items:
             return {}
-        batches = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
+        order = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
+        batches = [[self.eval_items[i] for i in indices] for indices in order]
         with self.gathered(), evaluating(self.model), self._packing():
-            ask = lambda share: _on_cpu([self._rewards([self.eval_items[i] for i in rows]) for rows in share])  # noqa: E731
-            seen = parallel.spread(ask, batches)
+            seen = parallel.spread(lambda share: _on_cpu([self._rewards(items) for items in share]), batches)
         rewards = torch.cat([r for r, _ in seen])
-        self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.numpy())
+        self.evaluation = _pairs(list(chain(*batches)), rewards.numpy())
         judged = evaluate_pairs(self.evaluation, {})
         if broken := judged["not_finite"]:
             message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite, which count as wrong"
