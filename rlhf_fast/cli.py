@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{command} runs in one process, and this is one of {processes}: start it without torchrun"
             )
-        return _run(command, argv[1:])
+        _run(command, argv[1:])
+        return 0
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 2
@@ -86,23 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(command: str, argv: list[str]) -> int:
-    # Imports stand where they are needed: torch and transformers take seconds, and --help or a refusal should not.
+def _run(command: str, argv: list[str]) -> None:
+    """Each command imports what it needs: torch and transformers take seconds, and --help or a refusal should not."""
+    others = {
+        "cai": _cai, "generate": _generate, "score": _score, "report": _report, "quickstart": _quickstart,
+        "bench": _bench, "info": _info,
+    }  # fmt: skip
     if command in TRAINERS:
-        return _train(STAGES[command], command, argv)
-    if command == "cai":
-        return _cai(argv)
-    if command == "generate":
-        return _generate(argv)
-    if command == "score":
-        return _score(argv)
-    if command == "report":
-        return _report(argv)
-    if command == "quickstart":
-        return _quickstart(argv)
-    if command == "bench":
-        return _bench(argv)
-    return _info(argv)
+        _train(STAGES[command], command, argv)
+    else:
+        others[command](argv)
 
 
 # -- training commands -------------------------------------------------------------------------------------------------
@@ -111,10 +105,10 @@ def _run(command: str, argv: list[str]) -> int:
 CAI_WORDS = ("validate", "revise", "pairs", "audit", "label", "derive", "train")
 
 
-def _cai(argv: list[str]) -> int:
+def _cai(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
         print(CAI_HELP)
-        return 0
+        return
     word, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if word not in CAI_WORDS:
         raise ConfigError(f"cai: {unknown('word', word, CAI_WORDS)} (rlhf-fast cai --help names them)")
@@ -126,11 +120,11 @@ def _cai(argv: list[str]) -> int:
         from .cai_jobs import validate
 
         print(validate(options.files, options.allow_code))
-        return 0
-    return _train(CAI["cai" if word == "train" else word], f"cai {word}", rest)
+    else:
+        _train(CAI["cai" if word == "train" else word], f"cai {word}", rest)
 
 
-def _train(spec: Command, shown: str, argv: list[str]) -> int:
+def _train(spec: Command, shown: str, argv: list[str]) -> None:
     going_on = {"action": "store_true", "help": "go on from the newest checkpoint in output_dir"}
     values, flags = _read(spec, shown, argv, "[--resume]", resume=going_on)
     configs = spec.make(values)
@@ -138,7 +132,6 @@ def _train(spec: Command, shown: str, argv: list[str]) -> int:
 
     quiet()
     spec.run(configs, flags["resume"])
-    return 0
 
 
 # -- flags and YAML files ----------------------------------------------------------------------------------------------
@@ -216,7 +209,7 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
 # -- the other commands ------------------------------------------------------------------------------------------------
 
 
-def _generate(argv: list[str]) -> int:
+def _generate(argv: list[str]) -> None:
     asked = {"action": "append", "metavar": "TEXT", "help": "may be repeated; without it, one prompt a line of stdin"}
     values, flags = _read(LOOK["generate"], "generate", argv, "[--prompt TEXT]", prompt=asked)
     (job,) = LOOK["generate"].make(values)
@@ -231,14 +224,13 @@ def _generate(argv: list[str]) -> int:
     if job.input is not None:
         with _output(job.output, "generate") as file:
             _write_rows(answer_records(job.model, job.input, **sampling), file, job.output)
-        return 0
+        return
     prompts = flags["prompt"] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     for prompt, text in zip(prompts, answer(job.model, prompts, job.system, **sampling), strict=True):
         print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
-    return 0
 
 
-def _score(argv: list[str]) -> int:
+def _score(argv: list[str]) -> None:
     (job,) = LOOK["score"].make(_read(LOOK["score"], "score", argv)[0])
     from .data.files import parse_jsonl, read_dataset
     from .jobs import quiet, score
@@ -247,7 +239,6 @@ def _score(argv: list[str]) -> int:
     with _output(job.output, "score") as file:
         records = parse_jsonl(sys.stdin.read(), "input") if job.input == "-" else list(read_dataset(job.input))
         _write_rows(score(job.model, records, job.batch_size), file, job.output)
-    return 0
 
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
@@ -280,7 +271,7 @@ def _output(path: str, command: str) -> Iterator[TextIO]:
         raise
 
 
-def _report(argv: list[str]) -> int:
+def _report(argv: list[str]) -> None:
     parser = Parser(prog="rlhf-fast report", description="Writes report.html for a run, or for a quickstart's root.")
     parser.add_argument("directory", metavar="DIR", help="with train_log.jsonl, or with a summary.json of all stages")
     directory = Path(parser.parse_args(argv).directory)
@@ -292,10 +283,9 @@ def _report(argv: list[str]) -> int:
         print(write_quickstart_report(directory))
     else:
         raise ConfigError(f"report: {directory} holds neither train_log.jsonl nor summary.json")
-    return 0
 
 
-def _quickstart(argv: list[str]) -> int:
+def _quickstart(argv: list[str]) -> None:
     about = "All four stages on a task made on the spot; a second call goes on where the first ended."
     parser = Parser(prog="rlhf-fast quickstart", description=about)
     output_dir = "runs/quickstart"
@@ -309,10 +299,9 @@ def _quickstart(argv: list[str]) -> int:
     quiet()
     run_quickstart(**vars(options))
     print(f"{options.output_dir}/report.html")
-    return 0
 
 
-def _bench(argv: list[str]) -> int:
+def _bench(argv: list[str]) -> None:
     about = "Our ops beside PyTorch, torch.compile and the installed peers, on this machine, with the floor."
     parser = Parser(prog="rlhf-fast bench", description=about)
     parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
@@ -327,17 +316,15 @@ def _bench(argv: list[str]) -> int:
     from .bench import main as bench
 
     bench(options, argv)
-    return 0
 
 
-def _info(argv: list[str]) -> int:
+def _info(argv: list[str]) -> None:
     parser = Parser(prog="rlhf-fast info", description="Versions, build, and the kernel each op runs, with the reason.")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(argv)
     from .info import main as info
 
     info(options.json)
-    return 0
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from .trainers.sft import SFTConfig, SFTTrainer
 def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
     """rlhf-fast sft"""
     model, tokenizer = _from_scratch(job, config) if job.scratch else (job.model, load_tokenizer(job.model))
-    train, held_out = read_data(job, "sft", config.output_dir, resume, **_limit("sft", tokenizer, config))
+    train, held_out = read_data(job, "sft", config, tokenizer, resume)
     run_trainer(SFTTrainer(config, model, train_dataset=train, eval_dataset=held_out, tokenizer=tokenizer), resume, job)
 
 
@@ -58,7 +58,7 @@ def _from_scratch(job: SFTJob, config: SFTConfig):
 def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
     """rlhf-fast reward: trains, then compares the held-out accuracy with floors that need no model."""
     tokenizer = load_tokenizer(job.model)
-    train, held_out = read_data(job, "reward", config.output_dir, resume, **_limit("reward", tokenizer, config))
+    train, held_out = read_data(job, "reward", config, tokenizer, resume)
     reference = None if job.reference_data is None else read_rows(job.reference_data)
     trainer = RewardTrainer(
         config, job.model, train_dataset=train, eval_dataset=held_out, reference_dataset=reference, tokenizer=tokenizer
@@ -109,7 +109,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
 def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
     """rlhf-fast ppo"""
     tokenizer = load_tokenizer(job.model)
-    train, held_out = read_data(job, "ppo", config.output_dir, resume, **_limit("ppo", tokenizer, config))
+    train, held_out = read_data(job, "ppo", config, tokenizer, resume)
     trainer = PPOTrainer(
         config,
         job.model,
@@ -191,22 +191,22 @@ def _as_json(job) -> str:
     return json.dumps(dataclasses.asdict(job), indent=2) + "\n"
 
 
-def read_data(job, stage: str, output_dir: str | Path, resume: bool, **limit) -> list[list[dict] | None]:
+def read_data(job, stage: str, config, tokenizer, resume: bool) -> list[list[dict] | None]:
     """The rows of job.train_data and of job.eval_data (None where there is none), in the form that the stage takes.
 
-    limit: max_length and length of hh_rlhf.load_pairs (the trainer applies its own limit to all other data). Pairs that
-    are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl.
+    Pairs that are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl.
     """
     if not resume:
-        check_is_new(output_dir, _models_of(job))  # before a file of the run that it holds is written over
-    sources, left_out = read_sources(job, stage, **limit)
+        check_is_new(config.output_dir, _models_of(job))  # before a file of the run that it holds is written over
+    sources, left_out = read_sources(job, stage, **_limit(stage, tokenizer, config))
     if parallel.rank() == 0:
-        write_left_out(output_dir, left_out)
+        write_left_out(config.output_dir, left_out)
     return sources
 
 
 def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], list[dict]]:
-    """read_data's rows, and the rows of left_out.jsonl; writes nothing."""
+    """read_data's rows, and the rows of left_out.jsonl; writes nothing. limit: max_length and length of
+    hh_rlhf.load_pairs (the trainer applies its own limit to all other data)."""
     sources, named = [], []
     for path in (job.train_data, job.eval_data):
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)

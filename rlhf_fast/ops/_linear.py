@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import _C, DTYPE_CODES, check_vocabulary, empties
+from ._dispatch import _C, DTYPE_CODES, accumulation_dtype, check_vocabulary, empties
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -123,9 +123,9 @@ def way_of(
     return IN_DTYPE if on_gpu(hidden) and same and softcap is None else WIDE
 
 
-def chunks_of(rows: int, weight: Tensor, way: str, kept: bool = False) -> list[slice]:
-    """The chunks of so many rows, equal shares but for the last. kept: see most_rows."""
-    most, multiple = most_rows(weight, way, kept), _multiple(weight, way)
+def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
+    """The chunks of so many rows, equal shares but for the last."""
+    most, multiple = most_rows(weight, way), _multiple(weight, way)
     step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     step = math.ceil(step / multiple) * multiple
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
@@ -137,7 +137,7 @@ def most_rows(weight: Tensor, way: str, kept: bool = False) -> int:
     if on_gpu(weight):
         size, budget, least = weight.element_size() if way == IN_DTYPE else 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS
     else:
-        size, least = accumulator(weight).itemsize, LEAST_ROWS
+        size, least = accumulation_dtype(weight).itemsize, LEAST_ROWS
         large = 0 if kept else min(weight.numel() * weight.element_size() // 2, size * MOST_ROWS * weight.shape[0])
         budget = max(CHUNK_BYTES, large)
     multiple = _multiple(weight, way)
@@ -190,7 +190,7 @@ def logits_shape(rows: int, vocab: int, way: str) -> tuple[int, int]:
 
 
 def logits_dtype(hidden: Tensor, way: str) -> torch.dtype:
-    return hidden.dtype if way == IN_DTYPE else accumulator(hidden)
+    return hidden.dtype if way == IN_DTYPE else accumulation_dtype(hidden)
 
 
 def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
@@ -205,10 +205,6 @@ def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
 def gradient_dtype(x: Tensor) -> torch.dtype:
     """Of the gradient by x. float16 waits for the factor of the backward, a loss scale; autograd rounds the product."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
-
-
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def chunk_statistics(
@@ -281,7 +277,7 @@ class Gradients:
     def __init__(self, inputs: Inputs, wanted: tuple[bool, bool, bool]):
         self.inputs, self.wanted = inputs, wanted
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
-        dtype = accumulator(hidden)
+        dtype = accumulation_dtype(hidden)
         self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=gradient_dtype(hidden), device=hidden.device)
         # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
         once = inputs.way != WIDE and len(inputs.parts) <= 1

@@ -11,11 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op
+from ._dispatch import Op, accumulation_dtype
 from ._inputs import normalizer_tensor
 from ._linear import (
     Gradients,
-    accumulator,
     beside_autograd,
     check,
     chunk_statistics,
@@ -34,7 +33,7 @@ def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     rows = inputs.labels.shape[0]
     buffer = logits_buffer(inputs, any(wanted))
     gradients = Gradients(inputs, wanted)
-    logprobs = hidden.new_empty(rows, dtype=accumulator(hidden))
+    logprobs = hidden.new_empty(rows, dtype=accumulation_dtype(hidden))
     grad_logprobs = (-1 / normalizer).to(logprobs.dtype).expand(rows).contiguous()
     for part in inputs.parts:
         if any(wanted) and turns(inputs):
@@ -50,7 +49,7 @@ def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
 
 
 def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
-    return hidden.new_empty((), dtype=accumulator(hidden)), *empty_gradients(hidden, weight, bias, wanted)
+    return hidden.new_empty((), dtype=accumulation_dtype(hidden)), *empty_gradients(hidden, weight, bias, wanted)
 
 
 _op = Op(

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, byte_mask
+from ._dispatch import Op, accumulation_dtype, byte_mask
 from ._inputs import aggregation_code, check_policy, check_term, estimator_code, needed_mask, normalizer_tensor
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
 from ._linear import (
     Gradients,
-    accumulator,
     beside_autograd,
     check,
     chunk_statistics,
@@ -51,7 +50,7 @@ def _forward(
     rows = inputs.labels.shape[0]
     buffer = logits_buffer(inputs, any(wanted))
     gradients = Gradients(inputs, wanted)
-    logprobs, entropy = hidden.new_empty(2, rows, dtype=accumulator(hidden))
+    logprobs, entropy = hidden.new_empty(2, rows, dtype=accumulation_dtype(hidden))
     if any(wanted):
         ones = torch.ones(mask.shape, dtype=logprobs.dtype, device=hidden.device)
         weights = ppo(
@@ -84,7 +83,7 @@ def _forward(
 
 
 def _fake(hidden, weight, bias, *rest):
-    dtype = accumulator(hidden)
+    dtype = accumulation_dtype(hidden)
     loss, stats = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(PPO_STATS), dtype=dtype)
     return loss, stats, *empty_gradients(hidden, weight, bias, rest[-3:])
 

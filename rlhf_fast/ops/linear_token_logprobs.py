@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, byte_mask, may_consume
+from ._dispatch import Op, accumulation_dtype, byte_mask, may_consume
 from ._linear import (
     Gradients,
-    accumulator,
     check,
     chunk_logits,
     chunk_statistics,
@@ -35,7 +34,7 @@ NAME = "linear_token_logprobs"
 
 def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, ...]:
     """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) in some layout or empty."""
-    rows, accum = labels.shape[0], accumulator(hidden)
+    rows, accum = labels.shape[0], accumulation_dtype(hidden)
     kept = logits_shape(rows, weight.shape[0], way)
     if not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
         kept = (0, kept[1])

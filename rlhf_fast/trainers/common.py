@@ -20,13 +20,14 @@ from ..data.chat import ConfigError
 from ..packing import why_not_packed
 
 
-def check_is(config, cls: type) -> None:
-    """Raises ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first.
-    The first line of every trainer: in one of several processes it joins the others."""
+def start(config, cls: type) -> None:
+    """The first line of every trainer: one of several processes joins the others, and the generators are seeded.
+    ConfigError for a first argument that is not the trainer's config; TRL's trainers take the model first."""
     parallel.start(getattr(config, "fsdp", False))
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
+    set_seed(config.seed)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
@@ -37,12 +38,6 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def read_by_all(config, data: str, held_out: list) -> dict:
-    """What decides, beside the weights, of what a run consists (parallel.begin_equal). The first process writes, so an
-    output_dir may be a time of day."""
-    return {"config": vars(config) | {"output_dir": None}, "data": data, "eval_dataset": len(held_out)}
 
 
 def seed_apart(seed: int) -> None:
@@ -188,7 +183,8 @@ def with_adapters(model, config, given):
 def share_out(networks: list, config, data: str, held_out: list) -> None:
     """Once the models are made, and before their optimizer is: of several processes all begin with the first one's
     weights (ConfigError where they read different data), and with fsdp each then keeps its rows of the layers."""
-    parallel.begin_equal(networks, **read_by_all(config, data, held_out))
+    settings = vars(config) | {"output_dir": None}  # the first process writes, so this may be a time of day
+    parallel.begin_equal(networks, config=settings, data=data, eval_dataset=len(held_out))
     if config.fsdp:
         sharding.shard(*networks)
 
@@ -282,7 +278,7 @@ def make_optimizer(modules, learning_rate: float, weight_decay: float = 0.0) -> 
 
 
 def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: float = 0.0):
-    """Linear warm-up over warmup_ratio of the run, then one of configs.SCHEDULES; linear and cosine end at 0."""
+    """Linear warm-up over warmup_ratio of the run, then one of configs.LR_SCHEDULES; linear and cosine end at 0."""
     warmup = math.ceil(total_steps * warmup_ratio)
 
     def factor(step: int) -> float:
@@ -292,6 +288,12 @@ def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: flo
         return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def make_learner(modules, learning_rate: float, config, total_steps: int) -> tuple:
+    """make_optimizer and make_scheduler with a trainer's config."""
+    optimizer = make_optimizer(modules, learning_rate, config.weight_decay)
+    return optimizer, make_scheduler(optimizer, config.lr_scheduler_type, total_steps, config.warmup_ratio)
 
 
 def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
@@ -364,6 +366,27 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
         group |= own | {"lr": own["initial_lr"] * factor(scheduler.last_epoch)}
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     optimizer.zero_grad(set_to_none=True)  # of a step that failed, where the trainer is the one that failed
+
+
+def state_of(trainer) -> dict:
+    """What a checkpoint holds of SFTTrainer or RewardTrainer, whose batches follow from seed and step."""
+    return {
+        "step": trainer.step,
+        "num_tokens": trainer.num_tokens,
+        "lengths": torch.tensor(trainer.lengths),
+        "data": trainer.data,
+        "model": models.trained_state(trainer.model),
+        "optimizer": optimizer_state(trainer.optimizer),
+        "scheduler": trainer.scheduler.state_dict(),
+    }
+
+
+def load_state(trainer, state: dict) -> None:
+    """Puts it in a state of state_of."""
+    check_same_data(state, trainer.lengths, trainer.data)
+    trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]
+    models.load_trained_state(trainer.model, state["model"])
+    load_optimizer(trainer.optimizer, trainer.scheduler, state["optimizer"], state["scheduler"])
 
 
 class NonFiniteError(RuntimeError):

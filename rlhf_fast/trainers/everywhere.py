@@ -96,11 +96,11 @@ class Everywhere:
             self("scatter")
 
     def gather(self) -> None:
-        self.whole = getattr(self.trainer, "gathered", nullcontext)()
-        self.whole.__enter__()
+        self.gathering = getattr(self.trainer, "gathered", nullcontext)()
+        self.gathering.__enter__()
 
     def scatter(self) -> None:
-        self.whole.__exit__(None, None, None)
+        self.gathering.__exit__(None, None, None)
 
     def end(self, result):
         return result

@@ -110,8 +110,7 @@ class PPOTrainer:
         self, config: PPOConfig, model, *, reward, train_dataset, eval_dataset=None, tokenizer=None, ref_model=None,
         value_model=None, eval_rewards=None, rollout_func=None,
     ):  # fmt: skip
-        common.check_is(config, PPOConfig)
-        common.set_seed(config.seed)
+        common.start(config, PPOConfig)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         options = {"max_length": config.max_prompt_length, "on_overlong": config.on_overlong}
@@ -168,18 +167,13 @@ class PPOTrainer:
 
         self.step, self.whole = 0, True
         self.total_steps = config.iterations(len(self.prompts))
-        trained = [[self.policy], [self.value_model]] if self.value_model else [[self.policy]]
+        learning = [(self.policy, config.learning_rate)]
         if config.share_trunk:
-            trained = [[self.policy, self.value_model]]
-        learning_rates = [config.learning_rate, config.value_learning_rate or config.learning_rate]
-        self.optimizers = [
-            common.make_optimizer(models, rate, config.weight_decay)
-            for models, rate in zip(trained, learning_rates, strict=False)
-        ]
-        self.schedulers = [
-            common.make_scheduler(optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio)
-            for optimizer in self.optimizers
-        ]
+            learning = [([self.policy, self.value_model], config.learning_rate)]
+        elif self.value_model:
+            learning.append((self.value_model, config.value_learning_rate or config.learning_rate))
+        learners = [common.make_learner(models, rate, config, self.total_steps) for models, rate in learning]
+        self.optimizers, self.schedulers = map(list, zip(*learners, strict=True))
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_scale = RunningStd()
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
@@ -187,21 +181,17 @@ class PPOTrainer:
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # see _look_at_held_out
 
     def _make_critic(self, value_model) -> ValueModel | None:
-        if self.config.advantage_estimator != "gae" or self.config.share_trunk:
-            if value_model is not None:
-                why = (
-                    "share_trunk puts the value head on the policy" if self.config.share_trunk
-                    else f"advantage_estimator {self.config.advantage_estimator!r} has no critic"
-                )  # fmt: skip
-                raise common.ConfigError(f"PPOTrainer: {why}; give no value_model")
-            if not self.config.share_trunk:
-                return None
-        if isinstance(value_model, ValueModel):
-            return value_model
+        estimator, shared = self.config.advantage_estimator, self.config.share_trunk
         if value_model is not None:
-            return ValueModel.from_reward_model(value_model)
+            if shared or estimator != "gae":
+                no_critic = f"advantage_estimator {estimator!r} has no critic"
+                why = "share_trunk puts the value head on the policy" if shared else no_critic
+                raise common.ConfigError(f"PPOTrainer: {why}; give no value_model")
+            return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
+        if estimator != "gae":
+            return None
         critic = ValueModel.from_policy(self.policy)
-        if self.config.share_trunk:
+        if shared:
             setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
         return critic
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..data.chat import ConfigError
 from ..monitors import LIMITS
-from .configs import SCHEDULES, check_config
+from .configs import LR_SCHEDULES, check_config
 
 
 @dataclass
@@ -103,7 +103,7 @@ class PPOConfig:
             ),
             unit=("gamma", "lam", "warmup_ratio"),
             choices={
-                "lr_scheduler_type": SCHEDULES, "kl_estimator": ("k1", "k2", "k3"),
+                "lr_scheduler_type": LR_SCHEDULES, "kl_estimator": ("k1", "k2", "k3"),
                 "on_overlong": ("error", "skip"), "advantage_estimator": ("gae", "reinforce", "rloo", "group"),
                 "scale_advantages": ("batch", "group", "none"),
                 "loss_agg_mode": (

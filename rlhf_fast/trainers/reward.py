@@ -34,14 +34,12 @@ from ..models import (
     has_adapters,
     load_reward_model,
     load_tokenizer,
-    load_trained_state,
     loadable,
     save_model,
     scalar_head,
     score_tokens,
     set_reward_scale,
     train_last_layers,
-    trained_state,
     unwrapped,
     with_own_pad,
 )  # fmt: skip
@@ -69,8 +67,7 @@ class RewardTrainer:
     def __init__(
         self, config: RewardConfig, model, *, train_dataset, eval_dataset=None, reference_dataset=None, tokenizer=None
     ):
-        common.check_is(config, RewardConfig)
-        common.set_seed(config.seed)
+        common.start(config, RewardConfig)
         self.config = config
         self.tokenizer = with_own_pad(load_tokenizer(model if tokenizer is None else tokenizer))
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
@@ -116,10 +113,7 @@ class RewardTrainer:
             len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
         )
         common.share_out([self.model], config, self.data, self.eval_items)
-        self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.scheduler = common.make_scheduler(
-            self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
-        )
+        self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)  # of lora_dropout
@@ -177,13 +171,12 @@ class RewardTrainer:
     def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, K) rewards in one forward pass, and the batch. Where its ranks are -1 there is no response."""
         with common.autocast(self.model, self.config.bf16):
-            if self.packed:
-                share = unwrapped(self.model).config._attn_implementation not in FLASH
-                packed, batch = pack_comparisons(items, self.width, self.model.device, share=share)
-                hidden = packed_hidden_states(self.model, packed, batch["last"])
-            else:
+            if not self.packed:
                 batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
                 return score_tokens(self.model, batch["input_ids"], batch["attention_mask"])[batch["slot"]], batch
+            share = unwrapped(self.model).config._attn_implementation not in FLASH
+            packed, batch = pack_comparisons(items, self.width, self.model.device, share=share)
+            hidden = packed_hidden_states(self.model, packed, batch["last"])
         return scalar_head(self.model, hidden)[batch["slot"]], batch
 
     def _loss(self, rewards: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -219,12 +212,12 @@ class RewardTrainer:
         with its 95 % interval, eval_ece and eval_length_correlation (preferences.py)."""
         if not self.eval_items:
             return {}
-        batches = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
+        order = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
+        batches = [[self.eval_items[i] for i in indices] for indices in order]
         with self.gathered(), evaluating(self.model), self._packing():
-            ask = lambda share: _on_cpu([self._rewards([self.eval_items[i] for i in rows]) for rows in share])  # noqa: E731
-            seen = parallel.spread(ask, batches)
+            seen = parallel.spread(lambda share: _on_cpu([self._rewards(items) for items in share]), batches)
         rewards = torch.cat([r for r, _ in seen])
-        self.evaluation = _pairs([self.eval_items[i] for indices in batches for i in indices], rewards.numpy())
+        self.evaluation = _pairs(list(chain(*batches)), rewards.numpy())
         judged = evaluate_pairs(self.evaluation, {})
         if broken := judged["not_finite"]:
             message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite, which count as wrong"
@@ -301,21 +294,10 @@ class RewardTrainer:
         save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "num_tokens": self.num_tokens,
-            "lengths": torch.tensor(self.lengths),
-            "data": self.data,
-            "model": trained_state(self.model),
-            "optimizer": common.optimizer_state(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        return common.state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, self.lengths, self.data)
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        load_trained_state(self.model, state["model"])
-        common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
+        common.load_state(self, state)
 
 
 _LABELS = ("ranks", "margin", "chosen_prob", "weight")

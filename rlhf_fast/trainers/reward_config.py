@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.chat import ConfigError
-from .configs import SCHEDULES, check_config
+from .configs import LR_SCHEDULES, check_config
 
 
 @dataclass
@@ -50,15 +50,14 @@ class RewardConfig:
             positive=(
                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
                 "per_device_eval_batch_size", "learning_rate", "max_length", "logging_steps", "save_total_limit",
-                "lora_alpha",
-                "max_skipped_steps",
+                "lora_alpha", "max_skipped_steps",
             ),
             non_negative=(
                 "max_steps", "weight_decay", "max_grad_norm", "center_rewards_coefficient", "eval_steps", "save_steps",
                 "num_samples", "train_last_layers", "lora_r",
             ),
             unit=("warmup_ratio", "lora_dropout"),
-            choices={"lr_scheduler_type": SCHEDULES, "on_overlong": ("error", "skip", "keep_end")},
+            choices={"lr_scheduler_type": LR_SCHEDULES, "on_overlong": ("error", "skip", "keep_end")},
         )  # fmt: skip
         if self.freeze_trunk + bool(self.train_last_layers) + bool(self.lora_r) > 1:
             raise ConfigError("RewardConfig: choose one of freeze_trunk, train_last_layers and lora_r")

@@ -15,7 +15,8 @@ A trainer is any object with
     save_in_checkpoint(path)  (optional) called for checkpoints instead of save_model, where that writes too much
     gathered()              (optional) a context in which the first process alone can save the model (sharding.py)
     finish(run_dir)         (optional) called once after the last step, before the report and the model are written
-    guard                   a NonFiniteGuard, whose counts the checkpoint keeps
+    guard                   (optional) a NonFiniteGuard, whose counts the checkpoint keeps
+    reports                 (optional) the Report of each dataset, for data.json
     monitors                (optional) a Monitors, which reads every log line and may end the run
     whole                   (optional) False while a step changes the trainer; if one fails before, a checkpoint is
                             saved, and no earlier step is lost
@@ -38,6 +39,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -98,122 +100,138 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         with _signals(everywhere.stop, say=False):
             return everywhere.follow()
     try:
-        return everywhere("end", _lead(trainer, resume, everywhere))
+        lead = _Lead(trainer, resume, everywhere)
+        lead.take_steps()
+        return everywhere("end", lead.end())
     except Exception as error:
         everywhere.leave(error)
         raise
 
 
-def _lead(trainer, resume: bool, everywhere: Everywhere) -> RunResult:
-    """The whole run, of which only what goes through `everywhere` is done by other processes too."""
-    config, run_dir = trainer.config, Path(trainer.config.output_dir)
-    start, at_the_end = _open_run(trainer, run_dir, resume, everywhere)
-    spare = start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
-    records = Records(run_dir, start, resume, at_the_end, getattr(trainer, "monitors", None), trainer.total_steps)
-    best = _Best(config, records.log.kept, run_dir)
-    metrics = dict(records.log.kept[-1]) if records.log.kept else {}  # the result of a run that has no step left to do
-    metrics.pop("step", None)
-    ending: list[Alarm] = []  # alarms of the last step that end the run
+class _Lead:
+    """The run as its first process leads it. Only what goes through `everywhere` is done by the others too."""
 
-    def checkpoint(metrics: dict | None = None) -> None:
-        records.sync()
-        with everywhere.gathered():
-            save_checkpoint(trainer, run_dir, metrics, partial(everywhere, "state"))
+    def __init__(self, trainer, resume: bool, everywhere: Everywhere):
+        self.trainer, self.everywhere, self.run_dir = trainer, everywhere, Path(trainer.config.output_dir)
+        self.start, at_the_end = _open_run(trainer, self.run_dir, resume, everywhere)
+        self.spare = self.start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
+        monitors = getattr(trainer, "monitors", None)
+        self.records = Records(self.run_dir, self.start, resume, at_the_end, monitors, trainer.total_steps)
+        log = self.records.log.kept
+        self.best = _Best(trainer.config, log, self.run_dir)
+        self.metrics = dict(log[-1]) if log else {}  # the result of a run that has no step left to do
+        self.metrics.pop("step", None)
+        self.ending: list[Alarm] = []  # alarms of the last step that end the run
 
-    def keep(metrics: dict | None = None) -> None:
-        """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
-        path = run_dir / f"checkpoint-{trainer.step}"
-        if trainer.step == start or path.exists():
-            return
-        try:
-            checkpoint(metrics)
-            bar.write(f"Failed after step {trainer.step}, which is kept. Continue with resume=True (--resume): {path}")
-        except Exception as error:  # also where a process is gone, and with it its share of the state or the layers
-            warnings.warn(str(error), stacklevel=3)
+    def take_steps(self) -> None:
+        """To the last step, or until something stops the run."""
+        trainer, config, records, best = self.trainer, self.trainer.config, self.records, self.best
+        done, stop = self.start - len(records.unlogged), self.everywhere.stop
+        with (
+            _signals(stop),
+            tqdm(total=trainer.total_steps, initial=done, desc=type(trainer).__name__, disable=None) as bar,
+        ):
+            if self.start == 0 and config.eval_steps:
+                records.write({"step": 0, **(first := self.look(0))}, bar.write)
+                records.plot(0, first)
+                best.improved(0, first)
+            clock = time.perf_counter()
+            steps = self.steps() if trainer.step < trainer.total_steps else ()
+            for metrics in itertools.chain(records.unlogged, steps):
+                step, last = trainer.step, trainer.step >= trainer.total_steps
+                self.metrics = metrics = as_numbers(metrics)
+                metrics.setdefault("timing_s/step", time.perf_counter() - clock)
+                if last and step > self.start:
+                    try:
+                        self.checkpoint(metrics)
+                        self.spare = step
+                    except OSError as error:  # what counts now is the model
+                        warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=3)
+                if last or (config.eval_steps and step % config.eval_steps == 0):
+                    try:
+                        metrics |= self.look(step)
+                    except Exception:
+                        self.keep(metrics)
+                        raise
+                self.ending = records.write({"step": step, **metrics}, bar.write)
+                stop += [f"monitor {alarm.monitor}" for alarm in self.ending]
+                if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
+                    records.plot(step, metrics)
+                bar.update(1)
+                shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}
+                bar.set_postfix(shown, refresh=False)
+                stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
+                if best.improved(step, metrics) or stopping or self.due(step):
+                    if not last:
+                        self.checkpoint()
+                    prune_checkpoints(self.run_dir, config.save_total_limit, best.step)
+                if stopping:
+                    break
+                clock = time.perf_counter()
+        records.close()
 
-    def steps():
+    def steps(self) -> Iterator[dict]:
         while True:
             try:
-                metrics = everywhere("step")
+                metrics = self.everywhere("step")
             except Exception:
-                if getattr(trainer, "whole", False):
-                    keep()
+                if getattr(self.trainer, "whole", False):
+                    self.keep()
                 raise
             if metrics is None:
                 return
             yield metrics
 
-    def due(step: int) -> bool:
-        return bool(config.save_steps) and step % config.save_steps == 0
+    def look(self, step: int) -> dict:
+        self.records.sample(step, self.everywhere("samples"))
+        return as_numbers(self.everywhere("evaluate"))
 
-    def look(step: int) -> dict:
-        records.sample(step, everywhere("samples"))
-        return as_numbers(everywhere("evaluate"))
+    def due(self, step: int) -> bool:
+        every = self.trainer.config.save_steps
+        return bool(every) and step % every == 0
 
-    done, stop = start - len(records.unlogged), everywhere.stop
-    with (
-        _signals(stop),
-        tqdm(total=trainer.total_steps, initial=done, desc=type(trainer).__name__, disable=None) as bar,
-    ):
-        if start == 0 and config.eval_steps:
-            records.write({"step": 0, **(first := look(0))}, bar.write)
-            records.plot(0, first)
-            best.improved(0, first)
-        clock = time.perf_counter()
-        for metrics in itertools.chain(records.unlogged, steps() if trainer.step < trainer.total_steps else ()):
-            step, last = trainer.step, trainer.step >= trainer.total_steps
-            metrics = as_numbers(metrics)
-            metrics.setdefault("timing_s/step", time.perf_counter() - clock)
-            if last and step > start:
-                try:
-                    checkpoint(metrics)
-                    spare = step
-                except OSError as error:  # what counts now is the model
-                    warnings.warn(f"{error}. The run goes on to its end without it", stacklevel=3)
-            if last or (config.eval_steps and step % config.eval_steps == 0):
-                try:
-                    metrics |= look(step)
-                except Exception:
-                    keep(metrics)
-                    raise
-            ending = records.write({"step": step, **metrics}, bar.write)
-            stop += [f"monitor {alarm.monitor}" for alarm in ending]
-            if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
-                records.plot(step, metrics)
-            bar.update(1)
-            bar.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in _SHOWN and v is not None}, refresh=False)
-            stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
-            if best.improved(step, metrics) or stopping or due(step):
-                if not last:
-                    checkpoint()
-                prune_checkpoints(run_dir, config.save_total_limit, best.step)
-            if stopping:
-                break
-            clock = time.perf_counter()
+    def checkpoint(self, metrics: dict | None = None) -> None:
+        self.records.sync()
+        with self.everywhere.gathered():
+            save_checkpoint(self.trainer, self.run_dir, metrics, partial(self.everywhere, "state"))
 
-    records.close()
-    interrupted = trainer.step < trainer.total_steps
-    if best.step is not None and not interrupted:
-        if best.step != trainer.step:  # that one may have no checkpoint, and is the model as it is
-            everywhere("load_model", run_dir / f"checkpoint-{best.step}")
-        print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
-        metrics |= {"best_step": best.step, **as_numbers(everywhere("evaluate"))}
-    if hasattr(trainer, "finish") and not interrupted:
-        everywhere("finish", run_dir)
-    write_report(run_dir)
-    if interrupted:
-        print(
-            f"Stopped by {stop[0]} after step {trainer.step} of {trainer.total_steps}; nothing is lost. "
-            f"Continue with resume=True (--resume): {run_dir / f'checkpoint-{trainer.step}'}"
-        )
-    else:
-        with everywhere.gathered():
-            save_quietly(trainer.save_model, run_dir)
-        (run_dir / "README.md").write_text(model_card(trainer, metrics), encoding="utf-8")
-        if spare == trainer.step and not due(spare) and spare != best.step:
-            shutil.rmtree(run_dir / f"checkpoint-{spare}")
-    stopped_by = f"{ending[0].monitor}: {ending[0].message}" if interrupted and ending else None
-    return RunResult(trainer.step, metrics, interrupted, str(run_dir), stopped_by)
+    def keep(self, metrics: dict | None = None) -> None:
+        """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
+        step, path = self.trainer.step, self.run_dir / f"checkpoint-{self.trainer.step}"
+        if step == self.start or path.exists():
+            return
+        try:
+            self.checkpoint(metrics)
+            tqdm.write(f"Failed after step {step}, which is kept. Continue with resume=True (--resume): {path}")
+        except Exception as error:  # also where a process is gone, and with it its share of the state or the layers
+            warnings.warn(str(error), stacklevel=3)
+
+    def end(self) -> RunResult:
+        """What comes after the last step; of a run that was stopped only the report."""
+        trainer, everywhere, run_dir, best = self.trainer, self.everywhere, self.run_dir, self.best
+        interrupted = trainer.step < trainer.total_steps
+        if not interrupted and best.step is not None:
+            if best.step != trainer.step:  # that one may have no checkpoint, and is the model as it is
+                everywhere("load_model", run_dir / f"checkpoint-{best.step}")
+            print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
+            self.metrics |= {"best_step": best.step, **as_numbers(everywhere("evaluate"))}
+        if not interrupted and hasattr(trainer, "finish"):
+            everywhere("finish", run_dir)
+        write_report(run_dir)
+        if interrupted:
+            print(
+                f"Stopped by {everywhere.stop[0]} after step {trainer.step} of {trainer.total_steps}; nothing is lost. "
+                f"Continue with resume=True (--resume): {run_dir / f'checkpoint-{trainer.step}'}"
+            )
+        else:
+            with everywhere.gathered():
+                save_quietly(trainer.save_model, run_dir)
+            (run_dir / "README.md").write_text(model_card(trainer, self.metrics), encoding="utf-8")
+            if self.spare == trainer.step and not self.due(self.spare) and self.spare != best.step:
+                shutil.rmtree(run_dir / f"checkpoint-{self.spare}")
+        alarm = self.ending[0] if interrupted and self.ending else None
+        stopped_by = alarm and f"{alarm.monitor}: {alarm.message}"
+        return RunResult(trainer.step, self.metrics, interrupted, str(run_dir), stopped_by)
 
 
 _SHOWN = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")

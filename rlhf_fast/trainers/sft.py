@@ -28,10 +28,8 @@ from ..models import (
     hidden_states,
     load_policy,
     load_tokenizer,
-    load_trained_state,
     save_model,
     stop_at_eos,
-    trained_state,
 )  # fmt: skip
 from ..ops import linear_cross_entropy, token_logprobs_and_entropy
 from ..packing import packed_hidden_states, packing
@@ -49,8 +47,7 @@ class SFTTrainer:
     """
 
     def __init__(self, config: SFTConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
-        common.check_is(config, SFTConfig)
-        common.set_seed(config.seed)
+        common.start(config, SFTConfig)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
@@ -79,10 +76,7 @@ class SFTTrainer:
             len(self.rows), self.batch_size, config.num_train_epochs, config.max_steps
         )
         common.share_out([self.model], config, self.data, self.eval_examples)
-        self.optimizer = common.make_optimizer(self.model, config.learning_rate, config.weight_decay)
-        self.scheduler = common.make_scheduler(
-            self.optimizer, config.lr_scheduler_type, self.total_steps, config.warmup_ratio
-        )
+        self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)
@@ -208,21 +202,10 @@ class SFTTrainer:
         save_model(self.model, self.tokenizer, path)
 
     def state_dict(self) -> dict:
-        return {
-            "step": self.step,
-            "num_tokens": self.num_tokens,
-            "lengths": torch.tensor(self.lengths),
-            "data": self.data,
-            "model": trained_state(self.model),
-            "optimizer": common.optimizer_state(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        return common.state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, self.lengths, self.data)
-        self.step, self.num_tokens = state["step"], state["num_tokens"]
-        load_trained_state(self.model, state["model"])
-        common.load_optimizer(self.optimizer, self.scheduler, state["optimizer"], state["scheduler"])
+        common.load_state(self, state)
 
 
 @torch.no_grad()

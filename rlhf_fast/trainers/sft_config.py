@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import SCHEDULES, check_config
+from .configs import LR_SCHEDULES, check_config
 
 
 @dataclass
@@ -55,6 +55,6 @@ class SFTConfig:
             ),
             unit=("warmup_ratio", "lora_dropout"),
             choices={
-                "lr_scheduler_type": SCHEDULES, "on_overlong": ("error", "skip", "keep_start", "keep_end"),
+                "lr_scheduler_type": LR_SCHEDULES, "on_overlong": ("error", "skip", "keep_start", "keep_end"),
             },
         )  # fmt: skip
