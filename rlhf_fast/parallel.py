@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 import pickle
 import sys
 import traceback
@@ -74,6 +75,7 @@ def start(fsdp: bool | None = None) -> None:
 def _leave() -> None:
     """Gloo's threads abort a process that ends before them."""
     if dist.is_initialized():
+        time.sleep(0.1)  # torch 2.6 ends them with the GIL held, which one that still frees a tensor waits for
         dist.destroy_process_group()
 
 
