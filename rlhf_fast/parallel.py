@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 import pickle
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
