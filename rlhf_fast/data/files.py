@@ -44,6 +44,9 @@ def read_dataset(source) -> list[dict]:
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
+        if (saved := Path(name, "dataset_dict.json")).is_file():  # datasets 3 takes its other files for records
+            parts = {part: f"{name}/{part}/*.arrow" for part in json.loads(saved.read_text())["splits"]}
+            return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or malformed
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error

@@ -292,6 +292,8 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     for name in ("a.parquet", "a.csv", "saved", "splits", "a.jsonl.gz"):
         assert list(read_dataset(tmp_path / name)) == list(rows), name
     assert list(read_dataset(f"{tmp_path / 'splits'}:test")) == list(rows)[1:]
+    with pytest.raises(ConfigError, match="cannot be loaded: Unknown split"):
+        read_dataset(f"{tmp_path / 'splits'}:validation")
     with pytest.raises(ConfigError, match="does not exist"):
         read_dataset(tmp_path / "b.parquet")
     (tmp_path / "hub").mkdir()  # load_dataset takes the name of a dataset, or of such a folder

@@ -141,9 +141,9 @@ def test_it_learns_to_answer_and_to_stop(tmp_path, pad):
     # The run directory is a checkpoint that transformers loads, and it stops by itself.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": False}
     prompt = tokenizer.apply_chat_template(data[0]["prompt"], **options)
-    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    answer = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
     assert tokenizer.decode(answer) == "four<eos>"
 
 
