@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import tokenizers
 import torch
 from helpers import tiny_model, tiny_tokenizer
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
     Llama4TextConfig,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -326,6 +328,17 @@ def test_a_tokenizer_reads_from_its_directory_as_it_did_in_training(tmp_path):
     loaded = models.load_tokenizer(tmp_path)
     assert loaded(text).input_ids == tokenizer(text).input_ids
     assert loaded.chat_template == tokenizer.chat_template and loaded.pad_token == "<pad>"
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
+    """transformers 5.0 makes one for a directory that holds none."""
+    words = tokenizers.models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), unk_token="<unk>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded from .* it would have no vocabulary"):
+        models.load_tokenizer(tmp_path)
 
 
 def test_what_ends_an_answer():

@@ -149,6 +149,8 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
         plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
         if plain and isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers 5.0 makes where there is none
+        raise ConfigError(f"no tokenizer can be loaded from {str(path)!r}: it would have no vocabulary")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
