@@ -337,7 +337,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
         tokenizer_object=tokenizers.Tokenizer(words), unk_token="<unk>", eos_token="<eos>"
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no tokenizer can be loaded from .* it would have no vocabulary"):
+    with pytest.raises(ConfigError, match=r"no tokenizer can be loaded from .*: it would have no vocabulary"):
         models.load_tokenizer(tmp_path)
 
 
