@@ -699,9 +699,7 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     shutil.copytree(sft / "sft", tmp_path / "a", ignore=shutil.ignore_patterns("checkpoint-*", "*token*"))
     assert main([*argv, str(tmp_path / "a")]) == 2
     told = capsys.readouterr().err
-    assert "no tokenizer can be loaded from" in told and re.search(
-        "Tokenizer|need to have sentencepiece|vocabulary", told
-    )
+    assert re.search("no tokenizer can be loaded from .*(Tokenizer|need to have sentencepiece|no vocabulary)", told)
     shutil.copytree(sft / "sft", tmp_path / "b", ignore=shutil.ignore_patterns("checkpoint-*"))
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
