@@ -298,8 +298,8 @@ def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
-def _on_resolved(kernel: Callable, *args):
-    return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args])
+def _on_resolved(kernel: Callable, *args, **options):
+    return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args], **options)
 
 
 def plain_in_backward(*arguments) -> bool:

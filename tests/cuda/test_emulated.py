@@ -73,21 +73,13 @@ def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
 # --- From hidden states: the products are PyTorch's, the rows a kernel's ---------------------------------------------
 
 
-def few_rows(case, seed: int) -> dict:
-    """The case's inputs with at most eight rows: each is a block of 512 fibers here."""
-    inputs = case.inputs(Sampler(random.Random(seed)))
-    if case.name == "linear_ppo_loss":
-        inputs = {k: v[:2, :4] if torch.is_tensor(v) and v.ndim > 1 and k != "weight" else v for k, v in inputs.items()}
-    return inputs
-
-
 @pytest.mark.parametrize("case", LINEAR, ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_linear_op_is_as_close_to_float64_as_eager_is(case, dtype, on_emulator, monkeypatch):
     emulation.logits_in_their_dtype(monkeypatch)
     for seed in range(8):
         on_emulator.set_order(ORDERS[seed % 3])
-        assert_as_close_as_eager(case, few_rows(case, seed), dtype, LAYOUTS[seed % 4])
+        assert_as_close_as_eager(case, emulation.few_rows(case, seed), dtype, LAYOUTS[seed % 4])
 
 
 def head(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
