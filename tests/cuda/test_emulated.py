@@ -147,6 +147,28 @@ def test_tokens_of_a_head_may_lie_apart(on_emulator):
         assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(not _dispatch._NO_CUDA_GRAPH, reason="this torch has no such tag")
+def test_an_op_that_waits_for_the_device_stays_out_of_cuda_graphs(on_emulator, monkeypatch):
+    """Here it is nonzero that waits, for the size of its result: in a capture it would be an error."""
+    running, waited, run_op, nonzero = [], set(), _dispatch.Op.run, torch.Tensor.nonzero
+
+    def watched(self, *args):
+        running.append(self.name)
+        try:
+            return run_op(self, *args)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(_dispatch.Op, "run", watched)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: waited.update(running[-1:]) or nonzero(x))
+    monkeypatch.setattr(_dispatch, "_consume", lambda *tensors: _dispatch._SHARED)  # all backwards through Op
+    for case in [*EMULATED_CASES, *LINEAR]:
+        for seed in range(6):
+            run(case.op, case, cast(emulation.few_rows(case, seed), torch.float32))
+    (unsafe,) = _dispatch._NO_CUDA_GRAPH
+    assert waited == {op.name for op in _dispatch._OPS.values() if unsafe in op.library_op.tags}
+
+
 def test_what_a_library_op_returns_is_all_written(on_emulator, monkeypatch):
     """opcheck on a GPU compares every output of two calls: the columns of kept logits behind the vocabulary too."""
     x = head(12, 131, torch.bfloat16)
