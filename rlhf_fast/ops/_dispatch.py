@@ -39,6 +39,7 @@ MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
 HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
+_NO_CUDA_GRAPH = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # torch 2.6: none
 _OPS: dict[str, Op] = {}
 _forced: str | None = None  # use_backend
 
@@ -70,11 +71,12 @@ class Op:
     With `statistics`, the names of what the second output holds, a call gives the first output and these by name.
     in_c: forward and backward of Op.function for the CPU's native kernel without a line of Python (csrc/rows.h).
     in_backward: another op's backward calls this one too (one without a derivative of its own is nothing but that).
+    waits: on a GPU it may wait for the device, so that torch.compile must leave it out of its CUDA graphs.
     """
 
     def __init__(
         self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1,
-        statistics=None, in_c=None, in_backward=False,
+        statistics=None, in_c=None, in_backward=False, waits=False,
     ):  # fmt: skip
         self.name, self._statistics = schema.split("(")[0], statistics
         self.kernels: dict[str, dict[str, Callable]] = {}
@@ -89,7 +91,7 @@ class Op:
         self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
         qualname = f"rlhf_fast::{self.name}"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *(_NO_CUDA_GRAPH if waits else ())))
         for device in self.kernels:
             _LIBRARY.impl(self.name, lambda *args: _in_full(self.run(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
@@ -298,8 +300,8 @@ def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
-def _on_resolved(kernel: Callable, *args):
-    return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args])
+def _on_resolved(kernel: Callable, *args, **options):
+    return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args], **options)
 
 
 def plain_in_backward(*arguments) -> bool:

@@ -58,6 +58,7 @@ _op = Op(
     kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
     gradients={0: 1, 1: 2, 2: 3},
+    waits=True,  # compact, in _linear.py
 )
 
 

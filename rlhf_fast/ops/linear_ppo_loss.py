@@ -98,6 +98,7 @@ _op = Op(
     fake=_fake,
     gradients={0: 2, 1: 3, 2: 4},
     statistics=PPO_STATS,
+    waits=True,  # compact, in _linear.py
 )
 
 

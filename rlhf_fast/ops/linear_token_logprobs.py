@@ -93,6 +93,7 @@ _backward = Op(
     "Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
+    waits=True,  # where there is a mask: compact, in _linear.py
 )
 
 
@@ -130,6 +131,7 @@ _forward = Op(
     backward=_grad,
     setup_context=_save,
     differentiable=2,
+    waits=True,
 )
 
 

@@ -73,21 +73,13 @@ def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
 # --- From hidden states: the products are PyTorch's, the rows a kernel's ---------------------------------------------
 
 
-def few_rows(case, seed: int) -> dict:
-    """The case's inputs with at most eight rows: each is a block of 512 fibers here."""
-    inputs = case.inputs(Sampler(random.Random(seed)))
-    if case.name == "linear_ppo_loss":
-        inputs = {k: v[:2, :4] if torch.is_tensor(v) and v.ndim > 1 and k != "weight" else v for k, v in inputs.items()}
-    return inputs
-
-
 @pytest.mark.parametrize("case", LINEAR, ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_linear_op_is_as_close_to_float64_as_eager_is(case, dtype, on_emulator, monkeypatch):
     emulation.logits_in_their_dtype(monkeypatch)
     for seed in range(8):
         on_emulator.set_order(ORDERS[seed % 3])
-        assert_as_close_as_eager(case, few_rows(case, seed), dtype, LAYOUTS[seed % 4])
+        assert_as_close_as_eager(case, emulation.few_rows(case, seed), dtype, LAYOUTS[seed % 4])
 
 
 def head(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -153,6 +145,28 @@ def test_tokens_of_a_head_may_lie_apart(on_emulator):
 
     for got, want in zip(gradients(apart=True), gradients(apart=False), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(not _dispatch._NO_CUDA_GRAPH, reason="this torch has no such tag")
+def test_an_op_that_waits_for_the_device_stays_out_of_cuda_graphs(on_emulator, monkeypatch):
+    """Here it is nonzero that waits, for the size of its result: in a capture it would be an error."""
+    running, waited, run_op, nonzero = [], set(), _dispatch.Op.run, torch.Tensor.nonzero
+
+    def watched(self, *args):
+        running.append(self.name)
+        try:
+            return run_op(self, *args)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(_dispatch.Op, "run", watched)
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: waited.update(running[-1:]) or nonzero(x))
+    monkeypatch.setattr(_dispatch, "_consume", lambda *tensors: _dispatch._SHARED)  # all backwards through Op
+    for case in [*EMULATED_CASES, *LINEAR]:
+        for seed in range(6):
+            run(case.op, case, cast(emulation.few_rows(case, seed), torch.float32))
+    (unsafe,) = _dispatch._NO_CUDA_GRAPH
+    assert waited == {op.name for op in _dispatch._OPS.values() if unsafe in op.library_op.tags}
 
 
 def test_what_a_library_op_returns_is_all_written(on_emulator, monkeypatch):

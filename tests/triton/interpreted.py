@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import rlhf_fast as rf
-from rlhf_fast.ops import _dispatch, reference
+from rlhf_fast.ops import _dispatch, _linear, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+import emulation
 from cases import CASES, Sampler
 from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_of
 
@@ -21,6 +23,7 @@ assert os.environ["TRITON_INTERPRET"] == "1"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy names the infinities that the kernel means
 IN_TRITON = {name.removesuffix("_forward") for name, op in _dispatch._OPS.items() if "triton" in op.kernels["cpu"]}
 USES = {"token_logprobs_and_entropy": "token_logprobs", "cross_entropy": "token_logprobs", "dpo_loss": "pairwise_loss"}
+LINEAR = [case for case in CASES if case.name.startswith("linear_")]
 CASES = [case for case in CASES if USES.get(case.name, case.name) in IN_TRITON]
 
 
@@ -39,6 +42,23 @@ def test_is_as_close_to_float64_as_eager_is(case, dtype, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", on_triton_too(torch.autograd.grad))
     for seed in range(4 if case.name == "gae" else 8):  # the interpreter's scan goes element by element
         assert_as_close_as_eager(case, case.inputs(Sampler(random.Random(seed))), dtype, LAYOUTS[seed % 4])
+
+
+@pytest.mark.parametrize("case", LINEAR, ids=lambda case: case.name, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_linear_op_on_a_gpu_without_a_cuda_build(case, dtype, monkeypatch):
+    """The products are PyTorch's, in the dtypes of a GPU, and the rows Triton's."""
+    emulation.logits_in_their_dtype(monkeypatch)
+    monkeypatch.setattr(_linear, "on_gpu", lambda x: True)
+    monkeypatch.setattr(_linear, "_C", None)
+    for op in _dispatch._OPS.values():
+        if "triton" in op.kernels.get("cuda", {}):
+            monkeypatch.setitem(op.kernels["cpu"], "triton", op.kernels["cuda"]["triton"])
+            monkeypatch.setattr(op, "_ready", {})
+    monkeypatch.setattr(torch.autograd, "grad", on_triton_too(torch.autograd.grad))
+    for seed in range(4):
+        inputs = emulation.few_rows(case, seed)
+        assert_as_close_as_eager(case, inputs, dtype, LAYOUTS[seed % 4])
 
 
 def test_every_op_that_has_a_triton_kernel_is_here():
