@@ -93,7 +93,7 @@ inline PyObject* token_logprobs_and_save(PyObject* const* given, Py_ssize_t coun
 }
 
 // (logits, labels, mask, entropy, saved, gradient of logprobs, of entropy) -> that of the logits, by
-// CpuOps::token_logprobs_backward; null where Python has to arrange the arguments.
+// CpuOps::token_logprobs_backward; null where Python has to arrange the arguments, or to refuse a label.
 inline py::object gradient_of(PyObject* const* given, double temperature) {
   const LabelledRows in(given[0], given[1], given[2]);
   if (!in.readable) return {};
@@ -109,11 +109,14 @@ inline py::object gradient_of(PyObject* const* given, double temperature) {
   py::object grad = empty(given[0], in.logits.dtype());
   if (!grad) return {};
   void* const out = address_of(grad.ptr());
-  py::gil_scoped_release release;
-  cpu_isa().ops.token_logprobs_backward(in.logits.address(), in.logits.dtype(), in.rows, in.vocab, 1, in.vocab, 0,
-                                        in.label(), in.counts(), temperature, saved, entropy, grad_logprobs,
-                                        grad_entropy, out, in.vocab, in.vocab, team);
-  return grad;
+  int64_t refused;
+  {
+    py::gil_scoped_release release;
+    refused = cpu_isa().ops.token_logprobs_backward(in.logits.address(), in.logits.dtype(), in.rows, in.vocab, 1,
+                                                    in.vocab, 0, in.label(), in.counts(), temperature, saved, entropy,
+                                                    grad_logprobs, grad_entropy, out, in.vocab, in.vocab, team);
+  }
+  return refused < 0 ? grad : py::object();
 }
 
 // backward of its autograd.Function: (ctx, gradients of logprobs and entropy, None) -> (that of logits, *None). Where

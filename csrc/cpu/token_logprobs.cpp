@@ -57,6 +57,7 @@ int64_t token_logprobs_backward(const void* logits, int dtype, int64_t rows, int
         std::memset(out, 0, vocab * sizeof *out);
         return true;
       }
+      if (labels[i] < 0 || labels[i] >= vocab) return false;  // numpy may write to memory that the forward has read
       const auto* in = x + (i / inner) * outer_stride + (i % inner) * inner_stride;
       if (grad_entropy) {
         gradient_row<true, E>(in, out, vocab, labels[i], c, row, past);

@@ -73,20 +73,24 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
     if made is None:  # not contiguous, say
         arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
         refused = _C.token_logprobs_forward(*arguments, torch.get_num_threads())
-    if refused >= 0:
-        op = "token_logprobs_and_entropy" if with_entropy else "token_logprobs"
-        raise IndexError(
-            f"{op}: label {labels.reshape(-1)[refused]} at row {refused} is outside the vocabulary of "
-            f"{logits.shape[-1]}; a label that does not count needs mask=False (or ignore_index) there"
-        )
+    _check_label(refused, logits, labels, "token_logprobs_and_entropy" if with_entropy else "token_logprobs")
     return outputs
+
+
+def _check_label(row: int, logits: Tensor, labels: Tensor, op: str) -> None:
+    """row: the first that a kernel refused; -1: none."""
+    if row >= 0:
+        raise IndexError(
+            f"{op}: label {labels.reshape(-1)[row]} at row {row} is outside the vocabulary of {logits.shape[-1]}; a "
+            "label that does not count needs mask=False (or ignore_index) there"
+        )
 
 
 def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
     arguments, out = _backward_arguments(
         logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
     )
-    _C.token_logprobs_backward(*arguments, torch.get_num_threads())
+    _check_label(_C.token_logprobs_backward(*arguments, torch.get_num_threads()), logits, labels, "token_logprobs")
     return out
 
 

@@ -232,6 +232,26 @@ def test_a_sharded_tensor_is_refused_with_the_way_on():
         torch.distributed.destroy_process_group()
 
 
+OF_LABELS = {
+    "token_logprobs": lambda x, y: rf.token_logprobs(x, y).sum(),
+    "entropy": lambda x, y: sum(t.sum() for t in rf.token_logprobs_and_entropy(x, y)),
+    "a slice": lambda x, y: rf.token_logprobs(x[:, ::2], y[:, ::2]).sum(),
+    "in place": lambda x, y: rf.token_logprobs(x.clone(), y, inplace_backward=True).sum(),
+    "cross_entropy": lambda x, y: rf.cross_entropy(x, y),
+    "linear": lambda x, y: rf.linear_token_logprobs(x, torch.ones(7, x.shape[-1]), y).sum(),
+}
+
+
+@pytest.mark.parametrize("op", OF_LABELS)
+def test_labels_that_are_overwritten_before_the_backward_are_not_read_beyond_the_row(op):
+    """A loader that fills its arrays again, say: numpy changes a tensor's memory and not its version."""
+    x, y = torch.randn(3, 4, 7, requires_grad=True), torch.ones(3, 4, dtype=torch.int64)
+    loss = OF_LABELS[op](x, y)
+    y.numpy()[1] = 10**9
+    with pytest.raises(IndexError, match=r"label 1000000000 at row [24] is outside the vocabulary of 7"):
+        loss.backward()
+
+
 def test_a_first_call_that_is_compiled_warns_of_nothing():
     """Dynamo traces how the kernel is chosen, and warns of a cached function in it."""
     code = """
