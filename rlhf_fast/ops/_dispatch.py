@@ -40,6 +40,7 @@ HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 _NO_CUDA_GRAPH = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # torch 2.6: none
+_HAS_TRITON = find_spec("triton") is not None  # here, as not every torch.compile can trace the question
 _OPS: dict[str, Op] = {}
 _forced: str | None = None  # use_backend
 
@@ -56,7 +57,7 @@ def _unavailable(device: str, backend: str) -> str | None:
             return f"this build has no CUDA kernels; {HOW_TO_BUILD}"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
-    elif backend == "triton" and find_spec("triton") is None:
+    elif backend == "triton" and not _HAS_TRITON:
         return "triton is not installed"
     return None
 

@@ -22,9 +22,8 @@ from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_
 assert os.environ["TRITON_INTERPRET"] == "1"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy names the infinities that the kernel means
 IN_TRITON = {name.removesuffix("_forward") for name, op in _dispatch._OPS.items() if "triton" in op.kernels["cpu"]}
-USES = {"token_logprobs_and_entropy": "token_logprobs", "cross_entropy": "token_logprobs", "dpo_loss": "pairwise_loss"}
 LINEAR = [case for case in CASES if case.name.startswith("linear_")]
-CASES = [case for case in CASES if USES.get(case.name, case.name) in IN_TRITON]
+CASES = [case for case in CASES if emulation.USES.get(case.name, case.name) in IN_TRITON]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton")
 
@@ -27,6 +29,13 @@ from rlhf_fast.kernels import (  # noqa: E402
     ppo_loss,
     token_logprobs,
 )
+from rlhf_fast.ops import _dispatch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+from cases import CASES, Sampler  # noqa: E402
+from emulation import USES  # noqa: E402
+from test_contract import cast, tensors_of  # noqa: E402
 
 # Triton 3.2's interpreter hands a launch's options to the kernel, and its ahead-of-time compiler is called otherwise.
 current = pytest.mark.skipif("constexprs" not in inspect.signature(ASTSource).parameters, reason="needs triton 3.3")
@@ -53,6 +62,29 @@ def test_on_the_cpu_without_the_interpreter_it_says_what_to_do(op):
     arguments = {"token_logprobs": (x, torch.tensor([0])), "kl_penalty": (x, x), "gae": (x, x, x == 0)}[op]
     with pytest.raises(RuntimeError, match=rf"{op}: .*TRITON_INTERPRET=1"), rf.use_backend("triton"):
         getattr(rf, op)(*arguments)
+
+
+ON_A_GPU = [case for case in CASES if rf.backends()[USES.get(case.name, case.name)]["cuda"]["backend"] != "reference"]
+
+
+@pytest.mark.parametrize("case", ON_A_GPU, ids=lambda case: case.name)
+def test_a_first_call_compiles_to_one_graph_on_a_gpu(case, monkeypatch):
+    """Of tensors that are of a GPU and have no memory, so that no kernel runs: what torch.compile traces is the choice
+    of the kernel, and the results that it is told of are those of an eager call."""
+    torch._dynamo.reset()
+    for op in _dispatch._OPS.values():
+        monkeypatch.setattr(op, "_chosen", {})
+    inputs = cast(case.inputs(Sampler(random.Random(1))), torch.float32)
+    with FakeTensorMode():
+        there = {
+            name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda:0") if torch.is_tensor(x) else x
+            for name, x in inputs.items()
+        }
+        compiled = tensors_of(torch.compile(case.op, fullgraph=True, dynamic=False, backend="eager")(**there))
+        for name, want in tensors_of(case.op(**there)).items():
+            got = compiled[name]
+            assert got.is_cuda and got.dtype == want.dtype
+            assert got.shape == want.shape and got.stride() == want.stride()
 
 
 def calls(op: str, dtype: torch.dtype) -> None:
