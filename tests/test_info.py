@@ -38,3 +38,19 @@ def test_a_cuda_tensor_without_cuda_kernels_is_refused_with_how_to_build_them(op
     for kernel in mine:
         with pytest.raises(RuntimeError, match=f"{kernel.name} got a CUDA tensor.*{_dispatch.HOW_TO_BUILD}"):
             kernel._choose("cuda")
+
+
+@pytest.mark.parametrize("op", ["value_loss", "masked_mean", "masked_whiten", "ranking_loss"])
+def test_where_triton_runs_an_op_without_a_kernel_in_it_is_plain_pytorch_and_says_so(op, monkeypatch):
+    unavailable = {"native": _dispatch.HOW_TO_BUILD, "triton": None}
+    monkeypatch.setattr(_dispatch, "_unavailable", lambda device, backend: unavailable[backend])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernel = _dispatch._OPS[op]
+    monkeypatch.setattr(kernel, "_chosen", {})
+    with pytest.warns(
+        UserWarning, match=f"{op} runs in plain PyTorch on cuda: native: {_dispatch.HOW_TO_BUILD}; triton"
+    ):
+        assert kernel.backend_on("cuda") == "reference"
+    assert kernel.backend_on("cuda") == "reference"  # said once
+    assert {rf.backends()[name]["cuda"]["backend"] for name in rf.backends()} == {"triton", "reference"}
+    assert rf.backends()["ppo_loss"]["cuda"]["backend"] == "triton"

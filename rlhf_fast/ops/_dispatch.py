@@ -11,6 +11,7 @@ eager and torch.compile). On a GPU, native before triton is predicted (bench/not
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -251,7 +252,9 @@ class Op:
                 raise RuntimeError(f"{self.name}: use_backend({forced!r}) has no kernel for it on {device}")
             return forced
         if device not in self._chosen:
-            self._chosen[device], _ = self._choose(device)
+            self._chosen[device], why = self._choose(device)
+            if self._chosen[device] == "reference" and torch.cuda.is_available() and not is_compiling():
+                warnings.warn(f"{self.name} runs in plain PyTorch on {device}: {why}", stacklevel=4)
         return self._chosen[device]
 
     def _choose(self, device: str) -> tuple[str, str | None]:
@@ -265,6 +268,9 @@ class Op:
         if device == "cpu" and reasons:
             raise RuntimeError(f"{self.name}: {reasons[0]}. Plain PyTorch: with rlhf_fast.use_backend('reference')")
         if reasons and device == "cuda" and torch.cuda.is_available():
+            if "triton" not in self.kernels[device] and _unavailable(device, "triton") is None:
+                # What is large runs in Triton on this machine, and PPO should not end for the sake of a small op.
+                return "reference", f"{reasons[0]}; triton: no kernel for it is written"
             raise RuntimeError(
                 f"{self.name} got a CUDA tensor, and {'; '.join(reasons)}. Plain PyTorch: with "
                 "rlhf_fast.use_backend('reference')"

@@ -6,9 +6,10 @@
     advantages   GAE, or the whole reward less a baseline that needs no critic (REINFORCE, RLOO, GRPO's group mean)
     update       num_ppo_epochs of shuffled minibatches: clipped surrogate + vf_coef * clipped value loss
 
-The ratio of the first minibatch is exactly 1 (policy/first_minibatch_max_abs_log_ratio shows it). For that the plan of
-minibatches is drawn before scoring, and scoring computes the old log-probabilities on the micro-batches of the first
-epoch with the function that trains: on other shapes matrix products would round differently.
+The ratio of the first minibatch is exactly 1 on the CPU (policy/first_minibatch_max_abs_log_ratio shows it), and on
+a GPU but for the rounding of a row too long for one pass of its kernel. For that the plan of minibatches is drawn
+before scoring, and scoring computes the old log-probabilities on the micro-batches of the first epoch with the
+function that trains: on other shapes matrix products would round differently.
 
 _iteration is one iteration from top to bottom: _rollout, _score, _score_tokens, _advantages, _update.
 """
