@@ -1,7 +1,12 @@
+import signal
+
 import pytest
 from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast.ops import _dispatch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
