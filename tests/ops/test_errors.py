@@ -268,6 +268,13 @@ def test_labels_that_are_overwritten_before_the_backward_are_not_read_beyond_the
         loss.backward()
 
 
+def test_a_refusal_has_the_name_of_the_function_and_not_of_its_kernel():
+    with pytest.raises(NotImplementedError, match=r"^token_logprobs has no derivative for torch.func"):
+        torch.func.grad(lambda x: rf.token_logprobs(x, labels).sum())(logits)
+    with pytest.raises(NotImplementedError, match=r"^token_logprobs has no forward-mode derivative"):
+        torch.func.jvp(lambda x: rf.token_logprobs(x, labels), (logits,), (logits,))
+
+
 def test_a_first_call_that_is_compiled_warns_of_nothing():
     """Dynamo traces how the kernel is chosen, and warns of a cached function in it."""
     code = """
