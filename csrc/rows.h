@@ -1,6 +1,9 @@
 // token_logprobs in one call: outputs and kernel; and its backward in one. On tiny tensors, arranging both in Python
 // takes longer than they do.
 #pragma once
+#include <functional>
+#include <numeric>
+
 #include "memory.h"
 
 namespace rlhf {
@@ -15,19 +18,24 @@ inline bool read_contiguous(PyObject* x, DLTensor& t) {
   return true;
 }
 
+inline int64_t elements(const DLTensor& t) {
+  return std::accumulate(t.shape, t.shape + t.ndim, int64_t{1}, std::multiplies<>());
+}
+
 // What both directions read. bool(): whether all of it is contiguous and on a CPU.
 struct LabelledRows {
   DLTensor logits, labels, mask;
   bool readable, masked;
-  int64_t rows = 1, vocab = 0;
+  int64_t rows = 0, vocab = 0;
 
   LabelledRows(PyObject* x, PyObject* y, PyObject* m) : masked(m != Py_None) {
     constexpr int kDLBool = 6;
     readable = read_contiguous(x, logits) && read_contiguous(y, labels) && logits.ndim == labels.ndim + 1 &&
                std::equal(labels.shape, labels.shape + labels.ndim, logits.shape) && holds<int64_t>(labels) &&
-               (!masked || (read_contiguous(m, mask) && mask.code == kDLBool && holds<uint8_t>(mask)));
+               (!masked || (read_contiguous(m, mask) && mask.code == kDLBool && holds<uint8_t>(mask) &&
+                            elements(mask) == elements(labels)));
     if (!readable) return;
-    for (int i = 0; i < labels.ndim; ++i) rows *= labels.shape[i];
+    rows = elements(labels);
     vocab = logits.shape[labels.ndim];
   }
 
@@ -93,15 +101,17 @@ inline PyObject* token_logprobs_and_save(PyObject* const* given, Py_ssize_t coun
 }
 
 // (logits, labels, mask, entropy, saved, gradient of logprobs, of entropy) -> that of the logits, by
-// CpuOps::token_logprobs_backward; null where Python has to arrange the arguments, or to refuse a label.
+// CpuOps::token_logprobs_backward; null where Python has to arrange the arguments, or to refuse something.
 inline py::object gradient_of(PyObject* const* given, double temperature) {
   const LabelledRows in(given[0], given[1], given[2]);
   if (!in.readable) return {};
+  constexpr int kSavedPlace = 1;
   const void* read[4];
   for (int i = 0; i < 4; ++i) {
     DLTensor t;
     PyObject* const x = given[3 + i];
-    if (x != Py_None && (!read_contiguous(x, t) || t.dtype() != in.accumulator())) return {};
+    const int64_t size = in.rows * (i == kSavedPlace ? 2 : 1);
+    if (x != Py_None && (!read_contiguous(x, t) || t.dtype() != in.accumulator() || elements(t) != size)) return {};
     read[i] = x == Py_None ? nullptr : t.address();
   }
   const auto [entropy, saved, grad_logprobs, grad_entropy] = read;

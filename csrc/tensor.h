@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -57,7 +58,7 @@ struct DLExchange {
 
 // What is asked of torch again and again, looked up once.
 struct Torch {
-  PyObject *data_ptr, *dtype, *itemsize, *stride, *requires_grad, *is_neg;         // interned names
+  PyObject *data_ptr, *dtype, *itemsize, *stride, *requires_grad, *is_neg, *numel;  // interned names
   PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;  // of an autograd.Function's ctx
   PyObject *inplace, *temperature, *with_entropy, *forward_in_python, *clone;  // that token_logprobs.py has put there
   PyObject *tensor, *parameter, *dtypes[4];  // types, and torch.float32, ... in the order of DType
@@ -74,6 +75,7 @@ struct Torch {
     stride = PyUnicode_InternFromString("stride");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     is_neg = PyUnicode_InternFromString("is_neg");
+    numel = PyUnicode_InternFromString("numel");
     to_save = PyUnicode_InternFromString("to_save");
     saved_tensors = PyUnicode_InternFromString("saved_tensors");
     materialize_grads = PyUnicode_InternFromString("materialize_grads");
@@ -153,6 +155,12 @@ inline void refuse_negated(PyObject* x) {
   throw py::error_already_set();
 }
 
+// What FSDP frees, say, keeps its shape: storage.resize_(0).
+inline void refuse_freed(PyObject* x) {
+  if (PyLong_AsLongLong(checked(PyObject_CallMethodNoArgs(x, torch().numel)).ptr()) == 0) return;
+  throw std::runtime_error("a tensor has no memory: its storage has been freed");
+}
+
 template <class T>
 bool holds(const DLTensor& t) {
   if constexpr (std::is_void_v<T>) {
@@ -209,6 +217,7 @@ T* address_of(PyObject* x) {
   }
   void* address = PyLong_AsVoidPtr(number ? number.ptr() : x);
   if (PyErr_Occurred()) throw py::error_already_set();
+  if (!address && number) refuse_freed(x);
   return static_cast<T*>(address);
 }
 

@@ -81,6 +81,7 @@ class Op:
         statistics=None, in_c=None, in_backward=False, waits=False,
     ):  # fmt: skip
         self.name, self._statistics = schema.split("(")[0], statistics
+        self.public = self.name.removesuffix("_forward")  # for messages
         self.kernels: dict[str, dict[str, Callable]] = {}
         for (device, backend), kernel in kernels.items():
             self.kernels.setdefault(device, {})[backend] = kernel
@@ -168,14 +169,14 @@ class Op:
         """Without this, a forward-mode derivative would be silently zero."""
         if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
             raise NotImplementedError(
-                f"{self.name} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
+                f"{self.public} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
             )
 
     def _refuse_functorch_gradients(self, args):
         """torch's own error speaks of an autograd.Function that the user has never seen."""
         if any(isinstance(x, Tensor) and x.requires_grad and functorch.is_gradtrackingtensor(x) for x in args):
             raise NotImplementedError(
-                f"{self.name} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
+                f"{self.public} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
                 "torch.autograd.grad, or use_backend('reference'), which has one"
             )
 
@@ -184,7 +185,7 @@ class Op:
         for x, argument in zip(args, self.library_op._schema.arguments, strict=False):
             if type(x).__name__ == "DTensor":
                 raise TypeError(
-                    f"{self.name.removesuffix('_forward')}: {argument.name} is a DTensor; needs a plain tensor. What "
+                    f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. What "
                     "fully_shard has split is whole inside the forward of the module that it was given: call the loss "
                     "there, and split the lm_head with that module, not by itself"
                 )
@@ -309,6 +310,15 @@ def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
 
 def _on_resolved(kernel: Callable, *args, **options):
     return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args], **options)
+
+
+def check_unchanged(op: str, unchanged: bool) -> None:
+    """Autograd notices what is written in place, not x.data = y; kernels would read past the end of a smaller one."""
+    if not unchanged:
+        raise RuntimeError(
+            f"{op}: what its backward needs has another shape or dtype than in the forward; a tensor's .data was "
+            "replaced, or a hook on saved tensors gave back something else"
+        )
 
 
 def plain_in_backward(*arguments) -> bool:
@@ -438,7 +448,7 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     for kernel, op in sorted(_OPS.items()):
         if kernel.endswith("_backward"):  # runs where its forward does
             continue
-        name = kernel.removesuffix("_forward")
+        name = op.public
         table[name] = {}
         for device in ("cpu", "cuda"):
             try:
@@ -499,6 +509,13 @@ def native(
     if triton is not None:
         kernels |= {("cpu", "triton"): in_triton, ("cuda", "triton"): in_triton}
     return kernels
+
+
+def check_tensors(op: str, **arguments) -> None:
+    """None is what an optional argument is where nobody gave it."""
+    for name, x in arguments.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is of type {type(x).__name__}; needs a tensor")
 
 
 def check_vocabulary(op: str, size: int, like: Tensor) -> None:

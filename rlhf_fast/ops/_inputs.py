@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, as_bool, empties, native
+from ._dispatch import _C, DTYPE_CODES, as_bool, check_tensors, empties, native
 
 _alike = (lambda ndim, mask, *tensors: False) if _C is None else _C.alike
 
@@ -21,6 +21,7 @@ def check(op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: 
     if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, *tensors):
         return  # the usual case, for a tenth of the time of what follows
     named = dict(zip(names.split(), tensors, strict=True))
+    check_tensors(op, **named, mask=mask)
     first_name, first = next(iter(named.items()))
     shape, device = first.shape, first.device
     if ndim is not None and len(shape) != ndim:
@@ -34,8 +35,6 @@ def check(op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: 
 
 
 def _refuse(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} is of type {type(x).__name__}; needs a tensor")
     if name != "mask" and x.dtype not in DTYPE_CODES:
         raise TypeError(f"{op}: {name} is {x.dtype}; needs float32, bfloat16, float16 or float64")
     if x.shape != first.shape:
@@ -50,7 +49,9 @@ def needed_mask(op: str, mask: Tensor | None) -> Tensor:
     return as_bool(mask)
 
 
-def check_policy(op: str, cliprange: float, cliprange_high: float | None, dual_clip: float | None) -> None:
+def check_policy(
+    op: str, cliprange: float, cliprange_high: float | None, dual_clip: float | None, log_ratio_clamp: float | None
+) -> None:
     """What PPO's losses refuse of their options."""
     if not cliprange >= 0:
         raise ValueError(f"{op}: cliprange {cliprange} must be >= 0")
@@ -58,6 +59,8 @@ def check_policy(op: str, cliprange: float, cliprange_high: float | None, dual_c
         raise ValueError(f"{op}: cliprange_high {cliprange_high} must be >= 0")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"{op}: dual_clip {dual_clip} must be > 1")
+    if log_ratio_clamp is not None and not log_ratio_clamp >= 0:
+        raise ValueError(f"{op}: log_ratio_clamp {log_ratio_clamp} must be >= 0")
 
 
 def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> None:

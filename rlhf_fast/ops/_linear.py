@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import _C, DTYPE_CODES, accumulation_dtype, check_vocabulary, empties
+from ._dispatch import _C, DTYPE_CODES, accumulation_dtype, check_tensors, check_vocabulary, empties
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -429,6 +429,7 @@ def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
     """What the three ops refuse, as ValueError or TypeError in the name of the op."""
+    check_tensors(op, hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask)
     if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} must be (..., D), weight {tuple(weight.shape)} (V, D), "
@@ -443,8 +444,9 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     for name, t in (("weight", weight), ("labels", labels), ("bias", bias), ("mask", mask)):
         if t is not None and t.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {t.device}, hidden on {hidden.device}; move them to one device")
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise TypeError(f"{op}: hidden is {hidden.dtype} and weight {weight.dtype}; needs floating dtypes")
+    for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 has scales beside it
+        if t is not None and t.dtype not in DTYPE_CODES:
+            raise TypeError(f"{op}: {name} is {t.dtype}; needs float32, bfloat16, float16 or float64")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap {softcap} must be > 0")
     check_vocabulary(op, weight.shape[0], hidden)

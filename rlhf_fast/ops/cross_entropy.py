@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ._dispatch import check_tensors
 from .reference import over
 from .token_logprobs import check_logits, token_logprobs
 
@@ -22,6 +23,7 @@ def cross_entropy(
     labels: give the global one under gradient accumulation and data parallelism. The loss is float32 (float64 for
     float64 logits) and differentiable once. Raises as token_logprobs does.
     """
+    check_tensors("cross_entropy", labels=labels)
     mask = labels.long() != ignore_index  # an unsigned 156 would equal -100
     check_logits("cross_entropy", logits, labels, mask)
     try:

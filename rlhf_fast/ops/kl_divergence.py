@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, byte_mask, check_vocabulary, empties, native
+from ._dispatch import (
+    DTYPE_CODES,
+    Op,
+    accumulation_dtype,
+    byte_mask,
+    check_tensors,
+    check_unchanged,
+    check_vocabulary,
+    empties,
+    native,
+)
 from ._inputs import wants_gradient
 
 NAME = "kl_divergence"
@@ -41,6 +51,14 @@ def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grad
     logits, ref_logits, mask, grad_kl = (
         logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
     )  # fmt: skip
+    check_unchanged(
+        NAME,
+        logits.shape == ref_logits.shape
+        and logits.dtype == ref_logits.dtype
+        and all(x is None or x.shape == logits.shape[:-1] for x in (mask, kl, grad_kl))
+        and saved.shape == (*kl.shape, 4)
+        and kl.dtype == saved.dtype == accumulation_dtype(logits),
+    )
     grads = _gradients(logits, ref_logits, with_grads)
     arguments = (
         logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved, grad_kl,
@@ -90,6 +108,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
     or 0/1: where it is False the rows are not read, the result is 0 and so is the gradient.
     Raises ValueError for shapes and devices, TypeError for dtypes.
     """
+    check_tensors(NAME, logits=logits, ref_logits=ref_logits, mask=mask)
     if logits.shape != ref_logits.shape or logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{NAME}: logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be (..., V)"

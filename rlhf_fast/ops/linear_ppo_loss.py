@@ -138,7 +138,7 @@ def linear_ppo_loss(
         NAME, 2, mask, "old_logprobs advantages ref_logprobs importance_weights",
         old_logprobs, advantages, ref_logprobs, importance_weights,
     )  # fmt: skip
-    check_policy(NAME, cliprange, cliprange_high, dual_clip)
+    check_policy(NAME, cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     mask = needed_mask(NAME, mask)
     if not temperature > 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, accumulation_dtype, byte_mask, may_consume
+from ._dispatch import Op, accumulation_dtype, byte_mask, check_unchanged, may_consume
 from ._linear import (
     Gradients,
     check,
@@ -69,6 +69,18 @@ def _backward_any(
     hidden, weight, bias, labels, mask, temperature, softcap, fused, entropy, saved, logits, grad_logprobs,
     grad_entropy, *wanted, consume=False,
 ):  # fmt: skip
+    kept_rows, kept_width = logits_shape(saved.shape[0], weight.shape[0], way_of(hidden, weight, bias, softcap, fused))
+    check_unchanged(
+        NAME,
+        weight.ndim == 2
+        and hidden.shape == (saved.shape[0], weight.shape[1])
+        and all(x is None or x.shape == saved.shape[:1] for x in (labels, mask))
+        and (grad_entropy is None or entropy.shape == saved.shape[:1])
+        and logits.shape[0] in (0, kept_rows)
+        and logits.shape[1] == kept_width
+        and (bias is None or bias.shape == weight.shape[:1])
+        and (not fused or hidden.dtype == weight.dtype),
+    )
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0

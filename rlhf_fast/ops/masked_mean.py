@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool, empties, native
+from ._dispatch import _C, DTYPE_CODES, Op, as_bool, check_tensors, check_unchanged, empties, native
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:
@@ -34,6 +34,7 @@ def one_row(x: Tensor) -> Tensor:
 
 
 def _backward_cpu(grad_means, counts, mask, whole):
+    check_unchanged("masked_mean", whole or mask.shape[:1] == counts.shape)
     grad_means, rows = grad_means.contiguous(), 1 if whole else mask.shape[0]
     (grad,) = empties(counts, counts.dtype, mask)
     _C.masked_mean_backward(
@@ -95,6 +96,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     if mask is not None:
         mask = fitting_mask("masked_mean", values, mask)
     if values.dtype not in DTYPE_CODES:
+        check_tensors("masked_mean", values=values)
         values = values.float()
     if _op.backend(values) == "reference":
         return reference.masked_mean(values, mask, dim)
@@ -119,6 +121,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
 def fitting_mask(op: str, values: Tensor, mask: Tensor) -> Tensor:
     """As bool of the shape of values."""
     if mask.device != values.device:
+        check_tensors(op, values=values, mask=mask)  # an array of numpy has a device, too
         raise ValueError(f"{op}: mask is on {mask.device}, values on {values.device}; move them to one device")
     try:
         mask = as_bool(mask)

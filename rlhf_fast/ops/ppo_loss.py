@@ -92,7 +92,7 @@ def ppo_loss(
         "ppo_loss", 2, mask, "logprobs old_logprobs advantages ref_logprobs entropy importance_weights",
         logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights,
     )  # fmt: skip
-    check_policy("ppo_loss", cliprange, cliprange_high, dual_clip)
+    check_policy("ppo_loss", cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     check_term("ppo_loss", "entropy_coef", entropy_coef, "entropy", entropy)
     mask = needed_mask("ppo_loss", mask)

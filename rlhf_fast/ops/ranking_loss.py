@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op
+from ._dispatch import Op, check_tensors
 from ._inputs import check, loss_outputs, native_loss
 from .reference import RANKING_STATS, ranks_of_counts
 
@@ -39,6 +39,7 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
     Raises ValueError or TypeError for shapes, dtypes and devices.
     """
     check("ranking_loss", 2, None, "rewards", rewards)
+    check_tensors("ranking_loss", ranks=ranks)
     if ranks.shape not in (rewards.shape, rewards.shape[:1]) or ranks.device != rewards.device:
         raise ValueError(
             f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "

@@ -18,6 +18,8 @@ from ._dispatch import (
     Op,
     accumulation_dtype,
     byte_mask,
+    check_tensors,
+    check_unchanged,
     check_vocabulary,
     empties,
     launch,
@@ -47,9 +49,15 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
     """The same of a backward kernel: its arguments, and the gradient that it fills (out: over the logits)."""
     rows, inner, outer_stride, inner_stride = strided_rows(logits)
     labels, mask = labels.contiguous(), byte_mask(mask)
-    read = saved, entropy, grad_logprobs, grad_entropy
-    if any(x is not None and x.dtype != accumulation_dtype(logits) for x in read):
+    by_row = entropy, grad_logprobs, grad_entropy
+    if any(x is not None and x.dtype != accumulation_dtype(logits) for x in (saved, *by_row)):
         raise TypeError("token_logprobs_backward: needs gradients of the outputs' dtype")
+    check_unchanged(
+        "token_logprobs",
+        logits.shape[:-1] == labels.shape == saved.shape[:-1]
+        and labels.dtype == torch.int64
+        and all(x is None or x.shape == labels.shape for x in (mask, *by_row)),
+    )
     grad_logprobs = None if grad_logprobs is None else grad_logprobs.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     if out is None:
@@ -192,9 +200,7 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
         raise ValueError(f"{op}: temperature {temperature} must be > 0")
     if not is_compiling() and _labelled(logits, labels, mask):
         return  # the usual case, for a fifth of the time of what follows
-    for name, x in (("logits", logits), ("labels", labels), ("mask", mask)):
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} is of type {type(x).__name__}; needs a tensor")
+    check_tensors(op, logits=logits, labels=labels, mask=mask)
     if labels.shape != logits.shape[:-1] or logits.ndim == 0:
         raise ValueError(
             f"{op}: labels {tuple(labels.shape)} must be logits {tuple(logits.shape)} without the vocabulary axis"

@@ -52,6 +52,13 @@ ROWS = [
     ("token_logprobs", {"logits": logits.numpy()}, TypeError, "logits is of type ndarray; needs a tensor"),
     ("token_logprobs", {"labels": labels.tolist()}, TypeError, "labels is of type list; needs a tensor"),
     ("gae", {"rewards": token.numpy()}, TypeError, "rewards is of type ndarray; needs a tensor"),
+    ("gae", {"values": token.tolist()}, TypeError, "values is of type list; needs a tensor"),
+    ("cross_entropy", {"labels": labels.numpy()}, TypeError, "labels is of type ndarray; needs a tensor"),
+    ("kl_divergence", {"ref_logits": logits.numpy()}, TypeError, "ref_logits is of type ndarray; needs a tensor"),
+    ("masked_mean", {"mask": mask.numpy()}, TypeError, "mask is of type ndarray; needs a tensor"),
+    ("masked_mean", {"values": token.numpy(), "mask": None}, TypeError, "values is of type ndarray; needs a tensor"),
+    ("masked_whiten", {"values": token.numpy(), "mask": None}, TypeError, "values is of type ndarray; needs a tensor"),
+    ("ranking_loss", {"ranks": labels.numpy()}, TypeError, "ranks is of type ndarray; needs a tensor"),
     ("token_logprobs", {"logits": huge, "labels": no_label}, ValueError, of_it),
     ("kl_divergence", {"logits": huge, "ref_logits": huge}, ValueError, of_it),
     (
@@ -76,6 +83,10 @@ ROWS = [
     ("ppo_loss", {"dual_clip": float("nan")}, ValueError, "dual_clip nan must be > 1"),
     ("ppo_loss", {"cliprange": -0.2}, ValueError, "cliprange -0.2 must be >= 0"),
     ("ppo_loss", {"cliprange_high": -0.2}, ValueError, "cliprange_high -0.2 must be >= 0"),
+    ("ppo_loss", {"log_ratio_clamp": -20.0}, ValueError, "log_ratio_clamp -20.0 must be >= 0"),
+    ("linear_ppo_loss", {"log_ratio_clamp": -20.0}, ValueError, "log_ratio_clamp -20.0 must be >= 0"),
+    ("kl_penalty", {"input_clamp": float("nan")}, ValueError, "input_clamp nan must be >= 0"),
+    ("kl_penalty", {"output_clamp": -10.0}, ValueError, "output_clamp -10.0 must be >= 0"),
     ("ppo_loss", {"kl_coef": 0.5}, ValueError, "kl_coef 0.5 needs ref_logprobs"),
     ("ppo_loss", {"entropy_coef": 0.5}, ValueError, "entropy_coef 0.5 needs entropy"),
     ("ppo_loss", {"mask": None}, ValueError, "needs a mask (B, T)"),
@@ -178,7 +189,12 @@ ROWS = [
             ({"bias": pair}, ValueError, "bias (2,) must be (V,) = (5,)"),
             ({"labels": token}, TypeError, "labels are torch.float32; needs integer token ids"),
             ({"weight": weight.to("meta")}, ValueError, "weight is on meta, hidden on cpu"),
-            ({"weight": weight.long()}, TypeError, "hidden is torch.float32 and weight torch.int64; needs floating"),
+            ({"weight": weight.long()}, TypeError, f"weight is torch.int64; {FLOATS}"),
+            ({"weight": weight.to(torch.float8_e4m3fn)}, TypeError, f"weight is torch.float8_e4m3fn; {FLOATS}"),
+            ({"hidden": hidden.to(torch.float8_e5m2)}, TypeError, f"hidden is torch.float8_e5m2; {FLOATS}"),
+            ({"bias": torch.zeros(V, dtype=torch.complex64)}, TypeError, f"bias is torch.complex64; {FLOATS}"),
+            ({"weight": torch.nn.Linear(D, V)}, TypeError, "weight is of type Linear; needs a tensor"),
+            ({"labels": labels.numpy()}, TypeError, "labels is of type ndarray; needs a tensor"),
             ({"softcap": 0.0}, ValueError, "softcap 0.0 must be > 0"),
             ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5"),
         )
@@ -250,6 +266,13 @@ def test_labels_that_are_overwritten_before_the_backward_are_not_read_beyond_the
     y.numpy()[1] = 10**9
     with pytest.raises(IndexError, match=r"label 1000000000 at row [24] is outside the vocabulary of 7"):
         loss.backward()
+
+
+def test_a_refusal_has_the_name_of_the_function_and_not_of_its_kernel():
+    with pytest.raises(NotImplementedError, match=r"^token_logprobs has no derivative for torch.func"):
+        torch.func.grad(lambda x: rf.token_logprobs(x, labels).sum())(logits)
+    with pytest.raises(NotImplementedError, match=r"^token_logprobs has no forward-mode derivative"):
+        torch.func.jvp(lambda x: rf.token_logprobs(x, labels), (logits,), (logits,))
 
 
 def test_a_first_call_that_is_compiled_warns_of_nothing():

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from transformers.trainer_pt_utils import nested_detach
 
 import rlhf_fast as rf
 from rlhf_fast.ops import _statistics
-from rlhf_fast.ops.reference import PAIRWISE_STATS
+from rlhf_fast.ops.reference import PAIRWISE_STATS, PPO_STATS, RANKING_STATS, VALUE_STATS
 
 CHOSEN, REJECTED = torch.tensor([2.0, 0.0]), torch.tensor([0.5, 1.0])
 WANTED = {"accuracy": 0.5, "margin": 0.25, "chosen_mean": 1.0, "num_pairs": 2.0}
@@ -91,3 +93,10 @@ def test_an_unclamped_k1_is_a_subtraction_for_autograd_too():
     grads = torch.autograd.grad((kl * factor).sum(), (x, y), create_graph=True)
     assert torch.equal(grads[0], factor) and torch.equal(grads[1], -factor)
     assert torch.equal(torch.autograd.grad(grads[0].sum(), factor)[0], torch.ones(2, 3))
+
+
+def test_docs_ops_md_names_all_of_them_in_their_order():
+    docs = (Path(__file__).parents[2] / "docs/ops.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in docs.split("## Statistics")[1].split("\n## ")[0].splitlines() if row[:1] == "|"]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[1])]
+    assert named == [*PPO_STATS, *VALUE_STATS, *PAIRWISE_STATS, *RANKING_STATS]

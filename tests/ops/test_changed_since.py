@@ -1,0 +1,157 @@
+"""What autograd does not notice between forward and backward: memory that is replaced or freed behind its back, as by
+.data, a hook on saved tensors or FSDP. A backward that reads it by address refuses it, and never reads past its end.
+Labels that were overwritten: test_errors.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlhf_fast as rf
+from rlhf_fast.ops import _linear
+
+N, V, D = 6, 5, 4
+FLOAT = torch.float32
+# Some CPUs' are whole vectors of rows (_linear.py).
+KEPT_LOGITS = _linear.logits_shape(N, V, _linear.way_of(torch.ones(N, D), torch.ones(V, D), None, None))
+REFUSED = "what its backward needs has another shape or dtype than in the forward"
+
+
+def backward(outputs):
+    """Of a gradient that lies as N numbers. That of .sum() is one, expanded, and goes another way."""
+    outputs.backward(torch.rand(N))
+
+
+def test_a_label_under_a_mask_that_was_lifted():
+    logits, labels, mask = torch.randn(N, V, requires_grad=True), torch.full((N,), -100), torch.zeros(N).bool()
+    logprobs = rf.token_logprobs(logits, labels, mask=mask)
+    mask.data[3] = True
+    with pytest.raises(IndexError, match="label -100 at row 3"):
+        backward(logprobs)
+
+
+def token_logprobs(x):
+    return rf.token_logprobs(x["logits"], x["labels"], mask=x["mask"])
+
+
+def apart(x):
+    return rf.token_logprobs(x["logits"].repeat(1, 2)[:, :V], x["labels"], mask=x["mask"])
+
+
+def linear(x):
+    return rf.linear_token_logprobs(x["hidden"], x["weight"], x["labels"], mask=x["mask"])
+
+
+def with_bias(x):
+    return rf.linear_token_logprobs(x["hidden"], x["weight"], x["labels"], bias=x["bias"])
+
+
+def divergence(x):
+    return rf.kl_divergence(x["logits"], x["ref"], x["mask"])
+
+
+LONG, SHORT = torch.zeros(N + 2, dtype=torch.int64), torch.ones(N - 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "other"),
+    [
+        (token_logprobs, "logits", torch.zeros(N - 1, V)),
+        (token_logprobs, "labels", LONG),
+        (token_logprobs, "labels", torch.zeros(N, dtype=torch.int32)),
+        (token_logprobs, "mask", SHORT),
+        (apart, "labels", LONG),
+        (apart, "mask", SHORT),
+        (linear, "weight", torch.zeros(V + 3, D)),
+        (linear, "weight", torch.zeros(0)),  # what ZeRO-3 leaves of it
+        (linear, "weight", torch.zeros(V, D, dtype=torch.bfloat16)),
+        (with_bias, "bias", torch.zeros(V - 1)),
+        (divergence, "logits", torch.zeros(N, V + 2)),
+        (divergence, "ref", torch.zeros(N, V - 1)),
+        (divergence, "ref", torch.zeros(N, V, dtype=torch.bfloat16)),
+        (divergence, "mask", SHORT),
+    ],
+)
+def test_data_of_another_shape_or_dtype(op, name, other):
+    x = {
+        "logits": torch.randn(N, V, requires_grad=True), "ref": torch.randn(N, V), "labels": torch.arange(N) % V,
+        "mask": torch.ones(N, dtype=torch.bool), "hidden": torch.randn(N, D, requires_grad=True),
+        "weight": torch.randn(V, D, requires_grad=True), "bias": torch.zeros(V),
+    }  # fmt: skip
+    outputs = op(x)
+    x[name].data = other
+    with pytest.raises(RuntimeError, match=REFUSED):
+        backward(outputs)
+
+
+def test_a_mask_of_more_rows():
+    values, mask = torch.randn(N, V, requires_grad=True), torch.ones(N, V, dtype=torch.bool)
+    means = rf.masked_mean(values, mask, 1)
+    mask.data = torch.ones(N + 2, V, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=f"masked_mean: {REFUSED}"):
+        backward(means)
+
+
+def linear_entropy(x, labels, mask):
+    return rf.linear_token_logprobs(x[:, :D], torch.ones(V, D), labels, mask=mask[:, 0], with_entropy=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "shape"),
+    [
+        (lambda x, y, m: rf.token_logprobs(x, y), FLOAT, (N, 2)),  # what the forward keeps of each row
+        (lambda x, y, m: rf.token_logprobs_and_entropy(x, y)[1], FLOAT, (N, 2)),
+        (lambda x, y, m: rf.token_logprobs_and_entropy(x, y)[1], FLOAT, (N,)),
+        (linear_entropy, FLOAT, (N, D)),
+        (linear_entropy, FLOAT, (N,)),
+        (linear_entropy, FLOAT, (N, 2)),
+        (linear_entropy, torch.int64, (N,)),
+        (linear_entropy, torch.bool, (N,)),
+        (linear_entropy, FLOAT, KEPT_LOGITS),
+        (lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)), FLOAT, (N,)),
+        (lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)), FLOAT, (N, 4)),
+        (lambda x, y, m: rf.masked_mean(x, m, 1), FLOAT, (N,)),
+    ],
+)
+def test_a_hook_that_gives_back_less_than_it_was_given(op, dtype, shape):
+    x, labels, mask = torch.randn(N, V, requires_grad=True), torch.arange(N) % V, torch.ones(N, V, dtype=torch.bool)
+
+    def unpack(saved):
+        return saved[:-1] if saved.shape == shape and saved.dtype == dtype else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+        outputs = op(x, labels, mask)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        backward(outputs)
+
+
+@pytest.mark.parametrize("shape", [(N,), (N, 4)])
+def test_a_hook_that_gives_back_half_of_each_number(shape):
+    logits = torch.randn(N, V, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.half() if x.shape == shape else x):
+        divergence = rf.kl_divergence(logits, torch.zeros(N, V))
+    with pytest.raises(RuntimeError, match=REFUSED):
+        backward(divergence)
+
+
+def test_a_storage_that_was_freed():
+    def freed(*shape):
+        x = torch.randn(*shape)
+        x.untyped_storage().resize_(0)
+        return x
+
+    labels, tokens, mask = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    calls = [
+        lambda: rf.token_logprobs(freed(2, V), labels),
+        lambda: rf.ppo_loss(tokens, tokens, freed(2, 3), mask),
+        lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D), labels),
+        lambda: rf.kl_divergence(torch.zeros(2, V), freed(2, V)),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="its storage has been freed"):
+            call()
+    logits = torch.randn(2, V, requires_grad=True)
+    loss = rf.token_logprobs(logits, labels).sum()
+    logits.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="its storage has been freed"):
+        loss.backward()
