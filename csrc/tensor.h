@@ -59,7 +59,7 @@ struct DLExchange {
 // What is asked of torch again and again, looked up once.
 struct Torch {
   PyObject *data_ptr, *dtype, *itemsize, *stride, *requires_grad, *is_neg, *numel;  // interned names
-  PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;  // of an autograd.Function's ctx
+  PyObject *to_save, *saved_tensors, *materialize_grads, *forward_cls, *backward;   // of an autograd.Function's ctx
   PyObject *inplace, *temperature, *with_entropy, *forward_in_python, *clone;  // that token_logprobs.py has put there
   PyObject *tensor, *parameter, *dtypes[4];  // types, and torch.float32, ... in the order of DType
   PyObject *dispatch_modes, *functorch_level, *older_vmap, *grad_enabled, *keep_graph, *threads, *negated;
