@@ -140,7 +140,7 @@ REACH = (
     ("linear_ppo_loss", "8192x4096x128256", "forward+backward", 35.5, None),
     ("linear_ppo_loss", "8192x896x151936", "forward+backward", 10.6, None),
     ("ppo_loss", "64x1024", "forward with gradient", 3.0, 25),
-    ("kl_penalty", "64x1024", "forward with gradient", 3.0, 25),
+    ("kl_penalty", "64x1024 k3", "forward with gradient", 3.0, 25),
     ("pairwise_loss", "65536", "forward with gradient", 3.0, 25),
     ("gae", "64x1024", "forward", 2.5, 15),
 )

@@ -9,20 +9,21 @@ template <int estimator, class T>
 void run(const Grid& logprobs, const Grid& ref_logprobs, int64_t rows, int64_t cols, T input, T output, T* kl, T* slope,
          int threads) {
   const Units units(rows, cols);
-  for_each(units.count, worth_threads(threads, rows * cols), [&](int64_t u) {
-    T p[kTile], q[kTile], value[kTile], derivative[kTile];
+  // By value: through references each store would make the compiler read them again.
+  for_each(units.count, worth_threads(threads, rows * cols), [=](int64_t u) {
+    T buffer[3][kTile];
     const int64_t row = units.row(u), end = units.end(u);
     for (int64_t col = units.begin(u); col < end; col += kTile) {
       const int n = int(end - col < kTile ? end - col : kTile);
-      load(p, logprobs, row, col, n);
-      load(q, ref_logprobs, row, col, n);
+      const T* p = view(buffer[0], logprobs, row, col, n);
+      const T* q = view(buffer[1], ref_logprobs, row, col, n);
+      T *value = kl + row * cols + col, *derivative = slope ? slope + row * cols + col : buffer[2];
+#pragma omp simd
       for (int j = 0; j < n; ++j) {
         const Kl<T> token = kl_clamped<estimator>(p[j] - q[j], input, output);
         value[j] = token.value;
         derivative[j] = token.slope;
       }
-      std::memcpy(kl + row * cols + col, value, n * sizeof(T));
-      if (slope) std::memcpy(slope + row * cols + col, derivative, n * sizeof(T));
     }
   });
 }

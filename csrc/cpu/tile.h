@@ -116,6 +116,15 @@ inline void load(T* out, const Grid& x, int64_t row, int64_t col, int n) {
   }
 }
 
+// The same values where they lie, if they lie there as such.
+template <class T>
+inline const T* view(T* buffer, const Grid& x, int64_t row, int64_t col, int n) {
+  constexpr DType kSame = sizeof(T) == 8 ? kFloat64 : kFloat32;
+  if (x.dtype == kSame && x.col_stride == 1) return (const T*)x.data + row * x.row_stride + col;
+  load(buffer, x, row, col, n);
+  return buffer;
+}
+
 // The same with 0 where mask is 0, so that no NaN from behind the mask enters a formula.
 template <class T>
 inline void load_masked(T* out, const Grid& x, const T* mask, int64_t row, int64_t col, int n) {

@@ -67,16 +67,17 @@ def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None)
         yield Row("kl_divergence", f"{shape[0]}x{shape[1]}", dtype, BOTH, build, 5 * size)
     yield from _rows_of_heads(device, small, cuda)
     pairs, loss_shape = ((PAIRS_CUDA,), LOSS_SHAPE_CUDA) if cuda and not small else ((PAIRS,), LOSS_SHAPE)
-    for op, shape in (
-        ("ppo_loss", loss_shape), ("value_loss", loss_shape), ("kl_penalty", loss_shape), ("masked_mean", loss_shape),
-        ("masked_whiten", loss_shape), ("pairwise_loss", pairs), ("dpo_loss", pairs), ("ranking_loss", RANKED),
-        ("gae", GAE_SHAPE),
+    for op, shape, estimator in (
+        ("ppo_loss", loss_shape, ""), ("value_loss", loss_shape, ""), ("kl_penalty", loss_shape, "k1"),
+        ("kl_penalty", loss_shape, "k3"), ("masked_mean", loss_shape, ""), ("masked_whiten", loss_shape, ""),
+        ("pairwise_loss", pairs, ""), ("dpo_loss", pairs, ""), ("ranking_loss", RANKED, ""), ("gae", GAE_SHAPE, ""),
     ):  # fmt: skip
         directions = (FORWARD,) if op in ("gae", "masked_whiten") else (BOTH,)  # advantages carry no gradient
         if cuda and op in ("ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss"):
             directions = (WITH_GRADIENT, BOTH)
         for direction in directions:
-            yield Row(op, "x".join(map(str, shape)), torch.float32, direction, _small(op, shape, direction, device))
+            name = f"{'x'.join(map(str, shape))} {estimator}".rstrip()
+            yield Row(op, name, torch.float32, direction, _small(op, shape, direction, device, estimator=estimator))
     for op, shape in (("ppo_loss", TINY_SHAPE), ("pairwise_loss", TINY_SHAPE[1:]), ("token_logprobs", TINY_LOGITS)):
         for direction in (FORWARD, BOTH):
             if op == "token_logprobs":
@@ -330,11 +331,13 @@ def _three_products(
     return products
 
 
-def _small(op: str, shape: tuple[int, ...], direction: str, device: torch.device, bare: bool = False) -> Callable:
+def _small(
+    op: str, shape: tuple[int, ...], direction: str, device: torch.device, bare: bool = False, estimator: str = ""
+) -> Callable:
     def build():
         functions = {OURS: getattr(rf, op), **_small_baselines(op)(device)}
         draws = range(1 if device.type == "cuda" else DRAWS)
-        bound = [_bound_to_draw(op, shape, direction, device, bare, functions, seed) for seed in draws]
+        bound = [_bound_to_draw(op, shape, direction, device, bare, estimator, functions, seed) for seed in draws]
         return {name: _in_turn([of_draw[name] for of_draw in bound]) for name in bound[0]}
 
     return build
@@ -346,6 +349,7 @@ def _bound_to_draw(
     direction: str,
     device: torch.device,
     bare: bool,
+    estimator: str,
     functions: dict[str, Callable],
     seed: int,
 ) -> dict[str, Callable]:
@@ -367,8 +371,10 @@ def _bound_to_draw(
     if direction != FORWARD:
         inputs = (inputs[0].clone().requires_grad_(), *inputs[1:])
         wrt = inputs[:1]
-    if op == "pairwise_loss":  # with the soft labels of a judge
-        options = {"target_prob": c.sigmoid()}
+    options = {"estimator": estimator} if estimator else {}
+    if op == "pairwise_loss":
+        options["target_prob"] = c.sigmoid()  # the soft labels of a judge
+    if options:
         functions = {name: partial(function, **options) for name, function in functions.items()}
     if op in baselines.LOSS_ALONE:
         functions = functions | {"loss alone (eager)": baselines.LOSS_ALONE[op]}
