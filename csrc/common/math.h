@@ -91,7 +91,7 @@ RLHF_INLINE float exp_minus_1_minus(float x, float e) {
   q = q * x + 1.f / 6;
   q = q * x + 0.5f;
   const float small = x * x * q, large = x == INFINITY ? x : (e - 1.f) - x;
-  return (x > -1.f) & (x < 1.f) ? small : large;
+  return ((x > -1.f) & (x < 1.f)) ? small : large;
 }
 
 // log(1 + e) for e in [0, 1]: 2 atanh(s) with s = e / (2 + e) <= 1/3.
