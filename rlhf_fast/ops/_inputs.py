@@ -63,6 +63,16 @@ def check_policy(
         raise ValueError(f"{op}: log_ratio_clamp {log_ratio_clamp} must be >= 0")
 
 
+def check_temperature(op: str, temperature: float) -> None:
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(
+            f"{op}: temperature is {tuple(temperature.shape)}; needs one number. For one of each row divide the logits "
+            "(or the hidden states, where there is no bias and no softcap) by it"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature {temperature} must be > 0 and finite")
+
+
 def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> None:
     """A term whose tensor is missing would be left out without a word."""
     if tensor is None and value != 0:

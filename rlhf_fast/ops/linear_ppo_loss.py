@@ -15,7 +15,15 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype, byte_mask
-from ._inputs import aggregation_code, check_policy, check_term, estimator_code, needed_mask, normalizer_tensor
+from ._inputs import (
+    aggregation_code,
+    check_policy,
+    check_temperature,
+    check_term,
+    estimator_code,
+    needed_mask,
+    normalizer_tensor,
+)
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
 from ._linear import (
@@ -141,8 +149,7 @@ def linear_ppo_loss(
     check_policy(NAME, cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     mask = needed_mask(NAME, mask)
-    if not temperature > 0:
-        raise ValueError(f"{NAME}: temperature {temperature} must be > 0")
+    check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
         return reference.linear_ppo_loss(
             hidden, weight, labels, old_logprobs, advantages, mask, bias=bias, temperature=temperature, softcap=softcap,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype, byte_mask, check_unchanged, may_consume
+from ._inputs import check_temperature
 from ._linear import (
     Gradients,
     check,
@@ -170,8 +171,7 @@ def linear_token_logprobs(
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
-    if not temperature > 0:
-        raise ValueError(f"{NAME}: temperature {temperature} must be > 0")
+    check_temperature(NAME, temperature)
     if _forward.backend(hidden) == "reference":
         return reference.linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, mask=mask,

@@ -27,6 +27,7 @@ from ._dispatch import (
     plain_in_backward,
     strided_rows,
 )
+from ._inputs import check_temperature
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -196,8 +197,7 @@ _labelled = (lambda logits, labels, mask: False) if _C is None else _C.labelled
 
 def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float = 1.0) -> None:
     """What the ops that read logits refuse, as ValueError or TypeError in the name of the op."""
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature {temperature} must be > 0")
+    check_temperature(op, temperature)
     if not is_compiling() and _labelled(logits, labels, mask):
         return  # the usual case, for a fifth of the time of what follows
     check_tensors(op, logits=logits, labels=labels, mask=mask)

@@ -5,6 +5,7 @@ A row is (op, what replaces its valid arguments, exception, words of the message
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -162,7 +163,9 @@ ROWS = [
             ({"labels": mask}, TypeError, "labels are torch.bool; needs integer token ids"),
             ({"labels": meta.long()}, ValueError, "labels is on meta, logits on cpu"),
             ({"mask": meta.bool()}, ValueError, "mask is on meta, logits on cpu"),
-            ({"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),
+            ({"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0 and finite"),
+            ({"temperature": math.inf}, ValueError, "temperature inf must be > 0 and finite"),
+            ({"temperature": pair}, ValueError, "temperature is (2,); needs one number. For one of each row divide"),
             ({"logits": logits[..., :0]}, ValueError, "logits (2, 3, 0) have an empty vocabulary"),
             ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5; a label that does"),
             ({"labels": labels - 1}, IndexError, "label -1 at row 0 is outside the vocabulary of 5"),
@@ -200,6 +203,7 @@ ROWS = [
         )
     ),
     ("linear_token_logprobs", {"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),
+    ("linear_token_logprobs", {"temperature": pair}, ValueError, "temperature is (2,); needs one number"),
     ("linear_token_logprobs", {"mask": wide}, ValueError, "mask (2, 4) must have the shape of labels (2, 3)"),
     ("linear_cross_entropy", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
     ("linear_ppo_loss", {"old_logprobs": long}, ValueError, "advantages (2, 3) must have the shape of old_logprobs"),
@@ -210,6 +214,7 @@ ROWS = [
         "advantages (2, 4) must have the shape of old_logprobs",
     ),
     ("linear_ppo_loss", {"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),
+    ("linear_ppo_loss", {"temperature": pair}, ValueError, "temperature is (2,); needs one number"),
     ("linear_ppo_loss", {"kl_coef": 0.5}, ValueError, "kl_coef 0.5 needs ref_logprobs"),
     ("linear_ppo_loss", {"mask": None}, ValueError, "needs a mask (B, T)"),
     ("linear_ppo_loss", {"dual_clip": 0.5}, ValueError, "dual_clip 0.5 must be > 1"),
