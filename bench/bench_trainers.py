@@ -14,8 +14,8 @@ order that ours draws, so that every step learns the same), and set for this mac
 grouped by length (over the whole round: its own sampler would sort pools of a quarter of so few records, and pad more
 than it does in a long run). Its SFT loss is its own chunked one in both, which is made for a GPU and on a CPU scores
 prompts and padding too: so SFT also runs with the loss that transformers' model computes from its logits, by a subclass
-with another compute_loss, as TRL tells those to do who want another loss. Its padding-free batches and packing need flash
-attention, which a CPU does not have.
+with another compute_loss, as TRL tells those to do who want another loss. Its padding-free batches and packing need
+flash attention, which a CPU does not have.
 
 A round takes minutes; a file that is there already goes on from the rounds that it has, if they are of the same
 settings, data, machine, packages and commit.
