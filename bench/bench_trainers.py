@@ -12,8 +12,10 @@ A round is one pass over steps x batch records, others in each round, so that al
 held-out loss is compared at equal tokens. TRL runs as it comes (gradient checkpointing; batches at random: here in the
 order that ours draws, so that every step learns the same), and set for this machine: without checkpointing, batches
 grouped by length (over the whole round: its own sampler would sort pools of a quarter of so few records, and pad more
-than it does in a long run). Its loss is its own chunked one in both. Its padding-free batches and packing need flash
-attention, which a CPU does not have.
+than it does in a long run). Its SFT loss is its own chunked one in both, which is made for a GPU and on a CPU scores
+prompts and padding too: so SFT also runs with the loss that transformers' model computes from its logits, by a subclass
+with another compute_loss, as TRL tells those to do who want another loss. Its padding-free batches and packing need
+flash attention, which a CPU does not have.
 
 A round takes minutes; a file that is there already goes on from the rounds that it has, if they are of the same
 settings, data, machine, packages and commit.
@@ -36,11 +38,18 @@ from pathlib import Path
 OURS = "rlhf_fast"
 DATA = "data/hh-rlhf"
 GROUPED = "TRL, grouped by length, no checkpointing"
+MODELS_LOSS = f"{GROUPED}, the model's own loss"
 VARIANTS = {
     OURS: {},
     "TRL, its defaults": {"gradient_checkpointing": True, "train_sampling_strategy": "sequential"},
     GROUPED: {"gradient_checkpointing": False, "train_sampling_strategy": "sequential"},
+    MODELS_LOSS: {"gradient_checkpointing": False, "train_sampling_strategy": "sequential"},
 }  # fmt: skip
+
+
+def variants(stage: str) -> list[str]:
+    """A reward model's loss in TRL is plain already."""
+    return [who for who in VARIANTS if stage == "sft" or who != MODELS_LOSS]
 
 
 # -- one run, in a process of its own ----------------------------------------------------------------------------------
@@ -86,7 +95,7 @@ def drawn(folder: Path, options: dict, seed: int) -> tuple[list[int], list[int]]
         )
     chosen = random.Random(seed).sample(range(len(rows)), wanted)
     lengths = [max(len(ids) for key, ids in rows[i].items() if key.endswith("_ids")) for i in chosen]
-    batches = epoch_batches(lengths, options["batch"], seed=seed, by_length=options["who"] == GROUPED)
+    batches = epoch_batches(lengths, options["batch"], seed=seed, by_length=options["who"].startswith(GROUPED))
     return chosen, [chosen[i] for batch in batches for i in batch]
 
 
@@ -115,7 +124,7 @@ def run_ours(folder: Path, options: dict, seed: int) -> tuple:
 def run_trl(folder: Path, options: dict, seed: int) -> tuple:
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
     sft = options["stage"] == "sft"
     load = AutoModelForCausalLM if sft else AutoModelForSequenceClassification
@@ -131,7 +140,11 @@ def run_trl(folder: Path, options: dict, seed: int) -> tuple:
         **({"completion_only_loss": True} if sft else {"remove_unused_columns": False}),
         **VARIANTS[options["who"]],
     )  # fmt: skip
-    trainer = (trl.SFTTrainer if sft else trl.RewardTrainer)(
+
+    class ModelsLoss(trl.SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    trainer = (ModelsLoss if options["who"] == MODELS_LOSS else trl.SFTTrainer if sft else trl.RewardTrainer)(
         model=load.from_pretrained(folder / "model"), args=arguments, train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
     )  # fmt: skip
@@ -268,9 +281,10 @@ def main() -> None:
         about = prepare(folder, settings, options["data"])
         facts = provenance(options)
         same = {key: facts[key] for key in ("machine", "packages", "commit")}
-        runs = finished(options["json"], {"settings": settings, "model_and_data": about, **same})
+        names = variants(options["stage"])
+        runs = finished(options["json"], {"settings": settings, "model_and_data": about, **same}, names)
         for seed in range(len(runs[OURS]), options["rounds"]):
-            names, done = list(VARIANTS), {}
+            done = {}
             for who in names[seed % len(names) :] + names[: seed % len(names)]:
                 run = {"folder": temporary, "options": {**settings, "who": who}, "seed": seed}
                 done[who] = in_a_process(options["stage"], run, environment)
@@ -282,12 +296,12 @@ def main() -> None:
                 options["json"].write_text(json.dumps({"stage": options["stage"], **result}, indent=1) + "\n")
 
 
-def finished(path: Path | None, same: dict) -> dict[str, list[dict]]:
+def finished(path: Path | None, same: dict, names: list[str]) -> dict[str, list[dict]]:
     """The rounds in a result file, if it says the same of them; how a changed tree ("+") was then nobody knows."""
     before = json.loads(path.read_text()) if path and path.exists() else {}
     changed = (same["commit"] or "+").endswith("+")
     if changed or any(before.get(key) != value for key, value in same.items()):
-        return {who: [] for who in VARIANTS}
+        return {who: [] for who in names}
     return {row["who"]: row["rounds"] for row in before["rows"]}
 
 

@@ -48,13 +48,16 @@ def memory(part: dict) -> str:
         for name in ("shared", "separate", "trl"):
             share = "" if name == "trl" else f" ({row[name] / row['trl']:.2f}x)"
             cells.append(f"{row[name] / 1e6:.0f}{share}")
-        if before is None:  # the run was ended before it had all of its figures
-            rows.append([*cells, ""])
+        if not isinstance(before, dict):  # a file from when it was not measured of each system
+            rows.append([*cells, "not yet measured"])
             continue
-        over = [(row[name] - before) / (row["trl"] - before) for name in ("shared", "separate")]
-        rows.append([*cells, ", ".join(f"{x:.2f}x" for x in over)])
+        added = {name: row[name] - before[name] for name in before}
+        rows.append([*cells, ", ".join(f"{added[name] / added['trl']:.2f}x" for name in ("shared", "separate"))])
     head = ["vocabulary", "shared trunk, MB", "separate critic, MB", "TRL, MB", "what the iteration adds, over TRL's"]
-    about = "" if before is None else f"\nBefore its first step a process holds {before / 1e6:.0f} MB.\n"
+    about = ""
+    if isinstance(before, dict):
+        held = ", ".join(f"{before[name] / 1e6:.0f} MB ({NAMES[name]})" for name in before)
+        about = f"\nBefore its first step a process holds {held}.\n"
     return lines(head, rows) + "\n" + about + source(part)
 
 

@@ -277,7 +277,8 @@ def run_trl(run: Run) -> list[dict]:
     accumulate = run.minibatch_size // run.micro_batch_size
     args = PPOConfig(
         output_dir="/tmp/trl", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        seed=run.seed, total_episodes=run.iterations * run.batch_size, per_device_train_batch_size=run.micro_batch_size,
+        seed=run.seed, total_episodes=max(1, run.iterations) * run.batch_size,
+        per_device_train_batch_size=run.micro_batch_size,
         gradient_accumulation_steps=accumulate, num_mini_batches=1, num_ppo_epochs=run.num_ppo_epochs,
         local_rollout_forward_batch_size=run.batch_size, response_length=run.response_length, stop_token="eos",
         temperature=run.temperature, learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
@@ -290,7 +291,8 @@ def run_trl(run: Run) -> list[dict]:
     if (trainer.accelerator.mixed_precision == "bf16") != run.bf16:
         raise RuntimeError(f"TRL computes in {trainer.accelerator.mixed_precision}, and bf16 is {run.bf16}")
     clock.begin()
-    trainer.train()
+    if run.iterations:
+        trainer.train()
     return clock.rows
 
 

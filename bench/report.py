@@ -14,6 +14,7 @@ import ppo_report
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
 OURS, BARE = "rlhf_fast", "bare autograd.Function"
+ALONE = ("loss",)  # "loss alone (eager)", "loss alone (compile)": without the statistics that all others give
 NO_PEERS = ("floor", BARE, "bare, as many tensors", "without entropy", "statistics read")
 ON_FIRST_SCREEN = (
     "token_logprobs", "token_logprobs_and_entropy", "linear_cross_entropy", "linear_ppo_loss", "ppo_loss", "kl_penalty",
@@ -60,10 +61,14 @@ def summary(result: dict) -> str:
     for row in result["rows"]:
         if row["op"] in ON_FIRST_SCREEN and BARE not in row["implementations"]:
             groups.setdefault((row["op"], row["dtype"], row["direction"]), []).append(row)
-    lines = [f"| op | shapes | dtype | | {' | '.join(GROUPS)} | our time over the floor |", "|" + " --- |" * 8]
+    columns = dict(GROUPS)
+    if any(best(row, ALONE) for rows in groups.values() for row in rows):
+        columns["the loss alone, without statistics"] = ALONE
+    head = ["op", "shapes", "dtype", "", *columns, "our time over the floor"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for (op, dtype, direction), rows in groups.items():
         shapes = ", ".join(row["shape"] for row in rows)
-        others = [span([best(row, prefixes) for row in rows]) for prefixes in GROUPS.values()]
+        others = [span([best(row, prefixes) for row in rows]) for prefixes in columns.values()]
         floors = span([1 / row["implementations"]["floor"]["over_ours"] for row in rows])
         lines.append("| " + " | ".join([f"`{op}`", shapes, dtype, direction, *others, floors]) + " |")
     return "\n".join([*lines, source(result)])
@@ -114,7 +119,7 @@ def table(result: dict, ops: set[str] | None = None) -> str:
         *GROUPS,
         *others,
         "in place",
-        "extra MB: ours, eager",
+        "extra MB: ours, eager, least of the others",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in result["rows"]:
@@ -125,9 +130,17 @@ def table(result: dict, ops: set[str] | None = None) -> str:
         cells += [times(best(row, prefixes)) for prefixes in GROUPS.values()]
         cells += [times(implementations[name]["over_ours"] if name in implementations else None) for name in others]
         cells += [f"{1 / in_place['over_ours']:.1f}x faster" if in_place else ""]
-        cells += [", ".join(megabytes(implementations[name]["extra_peak_bytes"]) for name in (OURS, "eager"))]
+        cells += [", ".join(map(megabytes, extra_memory(implementations)))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, source(result)])
+
+
+def extra_memory(implementations: dict[str, dict]) -> list[int | None]:
+    """Peak bytes of a call of ours, of eager's, and of whoever else needs least."""
+    peaks = {name: figures["extra_peak_bytes"] for name, figures in implementations.items()}
+    others = [peak for name, peak in peaks.items() if name not in (OURS, "eager", *NO_PEERS) and "in place" not in name]
+    known = [peak for peak in others if peak is not None]
+    return [peaks[OURS], peaks["eager"], *([min(known)] if known else [])]
 
 
 # op, shape, direction, what an H200 should take (ms; of the small ops the device's us), and us of a call from Python.
@@ -384,11 +397,12 @@ def trainers(result: dict) -> str:
 
 def stages(trained: list[dict], ppo: dict | None) -> str:
     """The README's table of whole trainers beside TRL's, from bench_trainers.py's and bench_ppo.py's results."""
-    columns = ["stage", "TRL as it comes", "TRL's best setting", "our peak memory over theirs"]
+    columns = ["stage", "TRL as it comes", "TRL's fastest setting here", "our peak memory over theirs"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for result in trained:
-        _, default, best = result["rows"]
-        memory = " and ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in (default, best))
+        default, *others = result["rows"][1:]
+        best = min(others, key=lambda row: row["ours_is_faster_by"])
+        memory = " and ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in result["rows"][1:])
         name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
     parts = ppo["parts"] if ppo else {}

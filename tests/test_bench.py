@@ -121,11 +121,61 @@ def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypa
     tiny = [row for row in rows.all_rows(CPU) if row.direction == rows.BOTH and row.shape in ("512", "8", "16x16")]
     chosen = [row for row in tiny if row.op in ("pairwise_loss", "token_logprobs")]
     measured = [bench.measure(row, CPU, 0.0) for row in chosen]
-    usual = {"floor", "eager", "compile", harness.OURS, "loss alone (eager)", f"{harness.OURS} in place"}
+    usual = {
+        "floor",
+        "eager",
+        "compile",
+        harness.OURS,
+        "loss alone (eager)",
+        "loss alone (compile)",
+        f"{harness.OURS} in place",
+    }
     bare = {report.BARE, "bare, as many tensors"}
     assert [set(row["implementations"]) - usual for row in measured] == [set(), bare | {"statistics read"}, bare]
     lines = report.summary({**harness.provenance(CPU, []), "rows": measured}).splitlines()
     assert [line.split(" | ")[1] for line in lines if line.startswith("| `")] == ["512"]
+
+
+def plain(value):
+    """The numbers of what an implementation gives: of a loss with statistics, the loss."""
+    if isinstance(value, tuple):
+        return plain(value[0]) if isinstance(value[-1], dict) else torch.stack([plain(x) for x in value])
+    return value.detach().float()
+
+
+@pytest.mark.parametrize("op", ["token_logprobs", "token_logprobs_and_entropy", "linear_token_logprobs",
+                                "linear_cross_entropy", "linear_ppo_loss", "ppo_loss", "value_loss", "pairwise_loss",
+                                "dpo_loss", "gae"])  # fmt: skip
+def test_what_is_compared_computes_the_same(op, monkeypatch):
+    """And TRL's functions get sequences of tokens, over which they loop in Python, as TRL gives them."""
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
+    monkeypatch.setattr(baselines, "SEQUENCE", 5)
+    draw = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 4, 5, generator=draw)
+    labels, mask = torch.randint(7, (20,), generator=draw), torch.arange(5) < torch.arange(1, 5)[:, None]
+    hidden, weight = torch.randn(20, 3, generator=draw), torch.randn(7, 3, generator=draw)
+    inputs = {
+        "token_logprobs": (hidden @ weight.T, labels), "token_logprobs_and_entropy": (hidden @ weight.T, labels),
+        "linear_token_logprobs": (hidden, weight, labels), "linear_cross_entropy": (hidden, weight, labels),
+        "linear_ppo_loss": (hidden.view(4, 5, 3), weight, labels.view(4, 5), a - 2, b, mask),
+        "pairwise_loss": (a[0], b[0]), "dpo_loss": (a[0], b[0], c[0], c[1]), "gae": (a, b, mask),
+    }.get(op, (a, a + b, c, mask))  # fmt: skip
+    table = rows._small_baselines(op)(CPU)
+    if op in baselines.LOSS_ALONE:
+        table["loss alone"] = baselines.LOSS_ALONE[op]
+    if op.startswith("token") and not isinstance(table["TRL"], baselines.Absent):
+        from trl.trainer import utils
+
+        name = {"token_logprobs": "selective_log_softmax"}.get(op, "selective_log_softmax_and_entropy")
+        theirs, shapes = getattr(utils, name), []
+        monkeypatch.setattr(utils, name, lambda x, y: shapes.append(x.shape) or theirs(x, y))
+        table["TRL"] = getattr(baselines, op)(CPU)["TRL"]
+        table["TRL"](*inputs)
+        assert shapes == [(4, 5, 7)]
+    ours = plain(getattr(rows.rf, op)(*inputs))
+    for name, function in table.items():
+        if not isinstance(function, baselines.Absent):
+            torch.testing.assert_close(plain(function(*inputs)), ours, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_an_unknown_op_is_refused():

@@ -249,3 +249,10 @@ def test_a_part_of_the_race_joins_one_from_before_a_field_was_added():
     run = {name: value for name, value in vars(SMALL).items() if name not in ("bf16", "profile")}
     assert bench_ppo.same_run(json.loads(json.dumps(run)), vars(SMALL))
     assert not bench_ppo.same_run(run, vars(SMALL) | {"vocab": 61})
+
+
+def test_what_an_iteration_adds_counts_from_where_its_own_process_began(monkeypatch):
+    monkeypatch.setattr(ppo_report, "source", lambda part: "")
+    rows = [{"vocab": 8192, "shared": 200e6, "separate": 300e6, "trl": 400e6}]
+    before = {"shared": 100e6, "separate": 100e6, "trl": 200e6}
+    assert "| 0.50x, 1.00x |" in ppo_report.memory({"rows": rows, "before_the_first_step": before})

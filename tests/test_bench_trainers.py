@@ -23,9 +23,9 @@ SAME = {
     ],
 )  # fmt: skip
 def test_rounds_of_another_kind_are_measured_again(tmp_path, changed, goes_on):
-    path, now = tmp_path / "sft.json", SAME | changed
-    assert bench_trainers.finished(path, now) == {who: [] for who in bench_trainers.VARIANTS}
-    rounds = {who: [{"cpu_seconds": 1.0}] for who in bench_trainers.VARIANTS}
+    path, now, names = tmp_path / "sft.json", SAME | changed, bench_trainers.variants("sft")
+    assert bench_trainers.finished(path, now, names) == {who: [] for who in names}
+    rounds = {who: [{"cpu_seconds": 1.0}] for who in names}
     then = SAME | {"commit": "abc+"} if now["commit"] == "abc+" else SAME  # a changed tree is not one with itself
     path.write_text(json.dumps(then | {"rows": [{"who": who, "rounds": done} for who, done in rounds.items()]}))
-    assert bench_trainers.finished(path, now) == (rounds if goes_on else {who: [] for who in rounds})
+    assert bench_trainers.finished(path, now, names) == (rounds if goes_on else {who: [] for who in rounds})

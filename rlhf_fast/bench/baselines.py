@@ -7,12 +7,16 @@ the kernels that only run on a GPU only there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..ops import reference
+
+SEQUENCE = 512  # tokens; rows of logits are so many to a sequence for a peer that loops over sequences
 
 
 def compiled(function: Callable) -> Callable:
@@ -52,15 +56,42 @@ def negative_cross_entropy(logits, labels):
     return -F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def eager_cross_entropy(logits, labels):
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
 def log_softmax_gather_and_entropy(logits, labels):
     logp = logits.log_softmax(-1)
     return logp.gather(-1, labels[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def logprobs_and_entropy_in_two_reads(logits, labels):
+    """As one writes it for a compiler: a read for the maximum, and one for both sums. log_softmax makes it three."""
+    logits = logits.float()
+    below = logits - logits.amax(-1, keepdim=True)
+    weights = below.exp()
+    total = weights.sum(-1)
+    log_total = total.log()
+    label = below.gather(-1, labels[..., None]).squeeze(-1)
+    return label - log_total, log_total - (weights * below).sum(-1) / total
+
+
+def in_sequences(function: Callable) -> Callable:
+    """TRL's functions loop over the first axis of (B, T, V): of rows alone that would be a Python loop over tokens."""
+
+    def call(logits, labels):
+        sequences = max(len(labels) // SEQUENCE, 1)
+        outputs = function(logits.view(sequences, -1, logits.shape[-1]), labels.view(sequences, -1))
+        return tuple(x.view_as(labels) for x in outputs) if isinstance(outputs, tuple) else outputs.view_as(labels)
+
+    return call
 
 
 def token_logprobs(device: torch.device) -> dict[str, Callable]:
     """(logits, labels) -> log-probabilities. Cross-entropy without a reduction is their negative."""
     table = {
         "eager": log_softmax_gather,
+        "eager cross_entropy": eager_cross_entropy,
         "compile log_softmax": compiled(log_softmax_gather),
         "compile cross_entropy": compiled(negative_cross_entropy),
     }
@@ -68,7 +99,7 @@ def token_logprobs(device: torch.device) -> dict[str, Callable]:
     def trl():
         from trl.trainer.utils import selective_log_softmax
 
-        return selective_log_softmax
+        return in_sequences(selective_log_softmax)
 
     def liger():
         from liger_kernel.transformers.functional import liger_cross_entropy
@@ -111,12 +142,16 @@ def token_logprobs_in_place(device: torch.device) -> dict[str, Callable]:
 
 def token_logprobs_and_entropy(device: torch.device) -> dict[str, Callable]:
     """(logits, labels) -> log-probabilities and entropies."""
-    table = {"eager": log_softmax_gather_and_entropy, "compile": compiled(log_softmax_gather_and_entropy)}
+    table = {
+        "eager": log_softmax_gather_and_entropy,
+        "compile log_softmax": compiled(log_softmax_gather_and_entropy),
+        "compile two reads": compiled(logprobs_and_entropy_in_two_reads),
+    }
 
     def trl():
         from trl.trainer.utils import selective_log_softmax_and_entropy
 
-        return selective_log_softmax_and_entropy
+        return in_sequences(selective_log_softmax_and_entropy)
 
     add_peer(table, "TRL", "trl", trl)
     return table
@@ -138,9 +173,29 @@ def trl_linear_token_logprobs() -> Callable:
     return logprobs
 
 
+def chunked_token_logprobs() -> Callable:
+    """Log-probabilities by four chunks of the tokens, compiled, each computed again in the backward: what is written
+    where all logits at once are too much.
+    """
+    of_chunk = compiled(matmul_token_logprobs)
+
+    def logprobs(hidden, weight, labels):
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        size = -(-len(targets) // 4)
+        chunks = zip(rows.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(of_chunk, x, weight, y, use_reentrant=False) for x, y in chunks]).view_as(labels)
+
+    return logprobs
+
+
 def linear_cross_entropy(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels) -> mean loss."""
-    table = {"eager": matmul_cross_entropy, "compile": compiled(matmul_cross_entropy)}
+    chunked = chunked_token_logprobs()
+    table = {
+        "eager": matmul_cross_entropy,
+        "compile": compiled(matmul_cross_entropy),
+        "compile in chunks": lambda x, w, y: -chunked(x, w, y).mean(),
+    }
 
     def trl():
         logprobs = trl_linear_token_logprobs()
@@ -176,7 +231,12 @@ def matmul_ppo_loss(hidden, weight, labels, old_logprobs, advantages, mask):
 
 def linear_ppo_loss(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels, old_logprobs, advantages, mask) -> loss and statistics."""
-    table = {"eager": matmul_ppo_loss, "compile": compiled(matmul_ppo_loss)}
+    chunked = chunked_token_logprobs()
+    table = {
+        "eager": matmul_ppo_loss,
+        "compile": compiled(matmul_ppo_loss),
+        "compile in chunks": lambda x, w, y, *rest: reference.ppo_loss(chunked(x, w, y), *rest),
+    }
 
     def liger():  # one advantage a sequence, no statistics but the share of clipped tokens
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -215,7 +275,11 @@ def matmul_token_logprobs(hidden, weight, labels):
 
 def linear_token_logprobs(device: torch.device) -> dict[str, Callable]:
     """(hidden, weight, labels) -> log-probabilities."""
-    table = {"eager": matmul_token_logprobs, "compile": compiled(matmul_token_logprobs)}
+    table = {
+        "eager": matmul_token_logprobs,
+        "compile": compiled(matmul_token_logprobs),
+        "compile in chunks": chunked_token_logprobs(),
+    }
     add_peer(table, "TRL", "trl", trl_linear_token_logprobs)
     return table
 
@@ -240,14 +304,51 @@ def masked_mean(device: torch.device) -> dict[str, Callable]:
 
 
 def plain_and_compiled(name: str) -> Callable[[torch.device], dict[str, Callable]]:
-    """The specification of a small op, which is also how every peer writes it."""
+    """The specification of a small op, with all of our statistics; LOSS_ALONE has what a loop without them runs."""
     function = getattr(reference, name)
     return lambda device: {"eager": function, "compile": compiled(function)}
 
 
+def gae_loop_without_gaps(rewards, values, mask, gamma=1.0, lam=0.95):
+    """The loop of TRL's PPO: no mask within it, which a mask without gaps does not need."""
+    rewards, values = rewards * mask, values * mask
+    advantage, columns = 0.0, []
+    for t in reversed(range(rewards.shape[1])):
+        next_values = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        advantage = rewards[:, t] + gamma * next_values - values[:, t] + gamma * lam * advantage
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], 1) * mask
+    return advantages, (advantages + values) * mask
+
+
+@cache
+def discounts(steps: int, decay: float, device: torch.device) -> torch.Tensor:
+    """(T, T): decay^(s - t) where s >= t, else 0."""
+    at = torch.arange(steps, device=device)
+    return torch.tril(decay ** (at[:, None] - at).clamp(min=0).float())
+
+
+def gae_as_product(rewards, values, mask, gamma=1.0, lam=0.95):
+    """The same without a loop, A = delta M with a matrix of discounts that is kept: T times the arithmetic."""
+    rewards, values = rewards * mask, values * mask
+    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    advantages = (delta @ discounts(rewards.shape[1], gamma * lam, rewards.device)) * mask
+    return advantages, (advantages + values) * mask
+
+
 def gae(device: torch.device) -> dict[str, Callable]:
-    """(rewards, values, mask) -> advantages and returns: the Python loop of TRL, verl and OpenRLHF."""
-    return {"eager": reference.gae}
+    """(rewards, values, mask) -> advantages and returns. The first is verl's loop, with gaps; the others know none."""
+    return {"eager": reference.gae, "eager TRL's loop": gae_loop_without_gaps, "eager product": gae_as_product}
+
+
+def plain_ppo_loss(logprobs, old_logprobs, advantages, mask):
+    ratio = (logprobs - old_logprobs).exp()
+    return plain_masked_mean(torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)), mask)
+
+
+def plain_value_loss(values, old_values, returns, mask):
+    clipped = values.clamp(old_values - 0.2, old_values + 0.2)
+    return 0.5 * plain_masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def plain_pairwise_loss(chosen, rejected):
@@ -258,8 +359,13 @@ def plain_dpo_loss(chosen, rejected, ref_chosen, ref_rejected):
     return -F.logsigmoid(0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
 
 
-# What a loop that logs nothing runs: no soft labels, no statistics.
-LOSS_ALONE = {"pairwise_loss": plain_pairwise_loss, "dpo_loss": plain_dpo_loss}
+# What a loop that logs nothing runs: no soft labels, no statistics, NaN for an empty mask.
+LOSS_ALONE = {
+    "ppo_loss": plain_ppo_loss,
+    "value_loss": plain_value_loss,
+    "pairwise_loss": plain_pairwise_loss,
+    "dpo_loss": plain_dpo_loss,
+}
 
 
 class _Bare(torch.autograd.Function):

@@ -377,7 +377,8 @@ def _bound_to_draw(
     if options:
         functions = {name: partial(function, **options) for name, function in functions.items()}
     if op in baselines.LOSS_ALONE:
-        functions = functions | {"loss alone (eager)": baselines.LOSS_ALONE[op]}
+        alone = baselines.LOSS_ALONE[op]
+        functions = functions | {"loss alone (eager)": alone, "loss alone (compile)": baselines.compiled(alone)}
     if bare:
         functions = functions | baselines.bare_functions(op)
         functions["statistics read"] = partial(_with_statistics, functions[OURS])

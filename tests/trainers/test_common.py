@@ -555,6 +555,17 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".tmp*"))
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (events.append("renamed"), rename(old, new)))
+    saved = checkpoints.save_checkpoint(Walk(Config(str(tmp_path)), total_steps=4), tmp_path)
+    at = events.index("renamed")
+    written = {path.stat().st_ino for path in (saved, *saved.rglob("*"))}
+    assert len(written) >= 3 and written <= set(events[:at])
+    assert tmp_path.stat().st_ino in events[at:]
+
+
 def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
     Walk(Config(str(tmp_path), save_steps=1, save_total_limit=3), total_steps=11).train()
     assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-11"

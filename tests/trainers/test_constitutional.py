@@ -136,6 +136,7 @@ def scripted(*replies):
             "the weighted violation never falls, and the original is the smallest edit",
         ),
         (["912", "2", "1"], 2, "revised", "the hard principle first, then the weighted ones"),
+        (["19", "2"], 1, "revised", "a hard principle outranks the others, whatever they weigh"),
         (["129", "129", "9"], 2, "hard_violation", "no reply keeps the hard principle"),
         (["2", "0", "1"], 2, "revised", "violation 3, then 1, then 0"),
         (["22", "21", "2"], 1, "revised", "a revision that is worse than the one before is not gone on from"),

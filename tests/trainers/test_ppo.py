@@ -545,6 +545,15 @@ def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
     assert one.evaluate()["eval_scores_stderr"].isnan()  # not 0, which would say that all prompts agree
 
 
+def test_every_look_at_the_held_out_prompts_draws_alike(tmp_path):
+    """So what changes from look to look is the policy."""
+    trainer = make_trainer(tmp_path, eval_dataset=PROMPTS[:3])
+    before, _ = trainer._look_at_held_out()
+    trainer.step = 1
+    after, _ = trainer._look_at_held_out()
+    assert after is not before and after.responses == before.responses
+
+
 @pytest.mark.parametrize("held_out", [None, PROMPTS[:3]])
 def test_without_samples_only_held_out_prompts_are_looked_at(tmp_path, held_out):
     sizes = []
