@@ -682,7 +682,8 @@ def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
 
 def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path):
     """Finite rewards in between do not count as progress: four updates an iteration, so the sixth is in the second."""
-    trainer = make_trainer(tmp_path, advantage_estimator="reinforce", max_skipped_steps=6, total_episodes=320)
+    options = {"max_skipped_steps": 6, "total_episodes": 320, "reward_clip_range": [-0.1, 0.1]}
+    trainer = make_trainer(tmp_path, advantage_estimator="reinforce", **options)
     accumulate = trainer._accumulate_gradient
 
     def broken(*args):
@@ -694,7 +695,9 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
     with warnings.catch_warnings(), pytest.raises(NonFiniteError, match="in 6 updates in a row"):
         warnings.simplefilter("ignore")
         list(trainer)
-    assert trainer.step == 1 and len(torch.load(tmp_path / "non_finite_batch.pt")["responses"]) == 8
+    batch = torch.load(tmp_path / "non_finite_batch.pt")
+    assert trainer.step == 1 and len(batch["responses"]) == 8
+    assert batch["scores"].abs().max() == pytest.approx(0.1)  # as they were learned from
 
 
 @pytest.mark.parametrize(
