@@ -32,7 +32,7 @@ from .trainers.checkpoints import latest_checkpoint
 from .trainers.common import check_bf16
 from .trainers.configs import config_from_dict
 from .trainers.constitutional import SCHEDULES, check_drop, items_with_kind, mix_comparisons, principles_to_revise
-from .trainers.ppo import PPOConfig, check_eval_rewards
+from .trainers.ppo_config import PPOConfig, check_eval_rewards
 from .trainers.reward import RewardConfig
 from .trainers.run_dir import check_is_new, has_ended
 from .trainers.sft import SFTConfig

@@ -55,10 +55,12 @@ class Rollout:
     values: Tensor | None = None
     raw_scores: Tensor | None = None  # (B,) what the reward says
     scores: Tensor | None = None  # (B,) scaled, clipped and less penalties: what is trained on
+    kl: Tensor | None = None  # (B, R) to the reference, nats
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
     value_error: Tensor | None = None  # () mean of (returns - values)^2, where the advantages were whitened
+    importance_weights: Tensor | None = None  # (B, R) exp(logprobs - rollout_logprobs), capped, with importance_cap
 
     @property
     def lengths(self) -> Tensor:
@@ -77,8 +79,9 @@ class Rollout:
             return x.view(*mask.shape, *x.shape[1:])
         return x.new_zeros(*mask.shape, *x.shape[1:]).index_put((mask,), x)
 
-    def texts_and_tokens(self, scores: Tensor, rows: Tensor | None = None) -> dict:
+    def texts_and_tokens(self, rows: Tensor | None = None) -> dict:
         """Of a batch that made a NaN, or of some of its rows: to be saved, looked at and run again."""
+        scores = self.raw_scores if self.scores is None else self.scores
         rows = torch.arange(len(scores)) if rows is None else rows.cpu()
         return {
             "prompts": [self.prompts[i] for i in rows.tolist()],
@@ -112,9 +115,9 @@ def generate(
     return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
 
 
-def check_engine(returned, rows: int, embedded: int) -> None:
+def check_engine(returned, rows: int, embedded: int, with_logprobs: bool) -> None:
     """ConfigError unless a rollout_func returned lists for make_rollout, of `rows` rows, with tokens that the models
-    embed. It is called before the iteration has changed anything."""
+    embed, and log-probabilities where these are needed. It is called before the iteration has changed anything."""
     if not isinstance(returned, Mapping) or returned.get("completion_ids") is None:
         got = f"keys {', '.join(map(repr, returned))}" if isinstance(returned, Mapping) else type(returned).__name__
         raise ConfigError(
@@ -136,6 +139,11 @@ def check_engine(returned, rows: int, embedded: int) -> None:
                 f"PPOTrainer: rollout_func returned the token {int(strange[0])} in {name}, and the models embed "
                 f"{embedded}: does the engine read another tokenizer?"
             )
+    if with_logprobs and returned.get("logprobs") is None:
+        raise ConfigError(
+            "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
+            '"logprobs": return them, or leave importance_cap out'
+        )
 
 
 def make_rollout(
@@ -233,25 +241,27 @@ def repetition(ids: Tensor, mask: Tensor) -> Tensor:
     return (pairs[:, 1:] == pairs[:, :-1]).sum(1) / real.sum(1).clamp(min=1)
 
 
-def rollout_metrics(rollout: Rollout, kl: Tensor, kl_coef: float, *, shaped: bool = False) -> dict:
+def rollout_metrics(rollout: Rollout, kl_coef: float, *, shaped: bool = False) -> dict:
     """What the log says of a rollout: sums over the tokens of a response, averaged over responses.
 
-    kl: (B, R) nats. shaped: the scores are not the numbers that the reward gave (PPOConfig.shapes_scores); the mean of
-    these is then logged too, as objective/raw_scores.
+    shaped: the scores are not the numbers that the reward gave (PPOConfig.shapes_scores); the mean of these is then
+    logged too, as objective/raw_scores.
     """
-    mask, metrics = rollout.response_mask, {}
+    mask, kl, metrics = rollout.response_mask, rollout.kl.sum(1).mean(), {}
     if rollout.values is not None:
         metrics["critic/vf_explained_var"] = _explained_variance(rollout.values, rollout.returns, mask)
     if rollout.rollout_logprobs is not None:
         difference = (rollout.logprobs - rollout.rollout_logprobs)[mask]
         metrics["sampling/sampling_logp_difference/mean"] = difference.abs().mean()
         metrics["sampling/sampling_logp_difference/max"] = difference.abs().max()
+    if rollout.importance_weights is not None:
+        metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(rollout.importance_weights, mask)
     if shaped:
         metrics["objective/raw_scores"] = rollout.raw_scores.mean()
-    non_score = -kl_coef * kl.sum(1).mean()
+    non_score = -kl_coef * kl
     return {
-        "objective/kl": kl.sum(1).mean(),
-        "objective/kl_per_token": masked_mean(kl, mask),
+        "objective/kl": kl,
+        "objective/kl_per_token": masked_mean(rollout.kl, mask),
         "objective/kl_coef": kl_coef,
         "objective/entropy": -rollout.logprobs[mask].sum() / len(mask),
         "objective/non_score_reward": non_score,

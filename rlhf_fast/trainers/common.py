@@ -76,7 +76,7 @@ def preserved_rng():
         set_rng_state(state)
 
 
-# --- batches ---------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 
 def batch_size(config) -> int:
@@ -130,6 +130,15 @@ def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, b
             yield start / per_epoch, indices
 
 
+def read_datasets(read, train_dataset, eval_dataset, tokenizer, **options) -> tuple[list, list, list]:
+    """What read (of data/formats.py) makes of both -> examples, held-out ones ([] where none are), the Reports."""
+    examples, report = read(train_dataset, tokenizer, **options)
+    if eval_dataset is None:
+        return examples, [], [report]
+    held_out, second = read(eval_dataset, tokenizer, **options, name="eval_dataset")
+    return examples, held_out, [report, second]
+
+
 def digest(arrays: typing.Iterable) -> str:
     """A hash of the content of the arrays (tokens, masks, labels), in order."""
     whole = hashlib.blake2b(digest_size=16)
@@ -150,11 +159,11 @@ def check_same_data(state: dict, lengths: list[int], data: str) -> None:
         )
 
 
-def steps_in_run(num_examples: int, batch_size: int, num_train_epochs: float, max_steps: int) -> int:
+def steps_in_run(num_examples: int, config) -> int:
     """Optimizer steps of a run: max_steps where it is > 0, else num_train_epochs over the data, at least one."""
-    if max_steps > 0:
-        return max_steps
-    return max(1, math.ceil(math.ceil(num_examples / batch_size) * num_train_epochs))
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(math.ceil(num_examples / batch_size(config)) * config.num_train_epochs))
 
 
 # --- the model as it is trained ---------------------------------------------------------------------------------------
@@ -338,14 +347,12 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
     """Loads the saved states; a process keeps those of the parameters that it steps. Learning rate and weight decay
     stay those of the config, which may have changed since. ConfigError where the states are of another number of
     parameters."""
-    counts = [
-        [len(group["params"]) for group in groups]
-        for groups in (saved_optimizer["param_groups"], optimizer.param_groups)
-    ]
-    if counts[0] != counts[1]:
+    both = (saved_optimizer["param_groups"], optimizer.param_groups)
+    before, now = ([len(group["params"]) for group in groups] for groups in both)
+    if before != now:
         raise ConfigError(
-            f"the checkpoint trained {sum(counts[0])} tensors of the model, and this run {sum(counts[1])}: resume with "
-            "the same freeze_trunk, train_last_layers and lora_*"
+            f"the checkpoint trained {sum(before)} tensors of the model, and this run {sum(now)}: resume with the same "
+            "freeze_trunk, train_last_layers and lora_*"
         )
     rates = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
     parameters = _parameters(optimizer)

@@ -17,9 +17,9 @@ _iteration is one iteration from top to bottom: _rollout, _score, _score_tokens,
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
+from ..data.chat import ConfigError
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
 from ..models import (
@@ -55,39 +56,12 @@ from ..models import (
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import check_room, check_signature, make_reward, score_components
-from ..rollout import (
-    Rollout,
-    check_engine,
-    generate,
-    make_rollout,
-    minibatches,
-    rollout_metrics,
-    squeeze,
-    text_metrics,
-)
+from ..rollout import Rollout, check_engine, generate, make_rollout, minibatches, rollout_metrics, squeeze, text_metrics
 from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common
-from .ppo_config import PPOConfig
+from .ppo_config import PPOConfig, check_eval_rewards
 from .run import RunResult, run_training
-
-
-def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
-    """ConfigError for names that the log uses itself, and where rewards or a monitor would never be read."""
-    if taken := {"scores", "kl"}.intersection(eval_rewards or ()):
-        raise common.ConfigError(
-            f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
-            "itself; rename it"
-        )
-    if eval_rewards and eval_dataset is None:
-        raise common.ConfigError(
-            "PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)"
-        )
-    if "overoptimization" in config.stop_on and not (eval_rewards and config.eval_steps):
-        raise common.ConfigError(
-            "PPOTrainer: stop_on overoptimization looks at eval_rewards every eval_steps, and would never end the "
-            "run: give both"
-        )
 
 
 class PPOTrainer:
@@ -112,67 +86,40 @@ class PPOTrainer:
         value_model=None, eval_rewards=None, rollout_func=None,
     ):  # fmt: skip
         common.start(config, PPOConfig)
-        self.config = config
-        self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
-        options = {"max_length": config.max_prompt_length, "on_overlong": config.on_overlong}
-        self.prompts, report = read_prompts(train_dataset, self.tokenizer, **options)
-        self.data = common.digest(prompt.tokens for prompt in self.prompts)
-        self.reports, self.eval_prompts = [report], []
-        if eval_dataset is not None:
-            self.eval_prompts, report = read_prompts(eval_dataset, self.tokenizer, **options, name="eval_dataset")
-            self.reports.append(report)
-        longest, advice = max(self.prompts + self.eval_prompts, key=len), "lower max_prompt_length or response_length"
-        check_positions(load_config(model), len(longest) + config.response_length, advice)  # before weights are read
-        self.policy = common.with_adapters(load_policy(model), config, model)
-        if ref_model is self.policy:
-            raise common.ConfigError(
-                "PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy"
-            )
         check_eval_rewards(config, eval_rewards, eval_dataset)
-        self.reward = make_reward(reward, self.tokenizer)
-        self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
         if not (rollout_func is None or callable(rollout_func)):
-            raise common.ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
-        self.rollout_func = rollout_func
-        self.reference = None  # then the reference is the policy itself, with its adapters off
-        if ref_model is not None or not starts_as_its_base(self.policy):
-            self.reference = make_reference(self.policy) if ref_model is None else load_policy(ref_model)
-            self.reference.eval().requires_grad_(False)
-        self.value_model = self._make_critic(value_model)
-        common.check_learns(self.policy, "PPOTrainer: the policy")
-        if self.value_model:
-            common.check_learns(self.value_model, "PPOTrainer: the value model")
-
-        if rollout_func is None:  # a rollout_func may bring further columns
-            check_signature(self.reward, self.prompts[0].columns)
-            for reward in (self.reward, *self.eval_rewards.values()) if self.eval_prompts else ():
-                check_signature(reward, self.eval_prompts[0].columns)
-        for reward in (self.reward, *self.eval_rewards.values()):
-            check_room(reward, self.tokenizer, longest.prompt, config.response_length)
-        for network in self._networks():
-            check_lengths(network, self.tokenizer, len(longest) + config.response_length, advice)
-            disable_dropout(network)  # under dropout the first ratios would be noise around 1
-        with common.autocast(self.policy, config.bf16):
-            check_lm_head(self.policy)
-            if self.reference is not None:
-                check_lm_head(self.reference)
-        stop_at_eos(self.policy, self.tokenizer)
-        common.check_bf16(config, self.policy.device)
-
+            raise ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
         if config.minibatch_size < parallel.size():
-            raise common.ConfigError(
+            raise ConfigError(
                 f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
                 "idle: raise it, or start fewer"
             )
-        common.share_out(list(self._networks()), config, self.data, self.eval_prompts)
+        self.config, self.rollout_func = config, rollout_func
+        self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
+        options = {"max_length": config.max_prompt_length, "on_overlong": config.on_overlong}
+        self.prompts, self.eval_prompts, self.reports = common.read_datasets(
+            read_prompts, train_dataset, eval_dataset, self.tokenizer, **options
+        )
+        self.data = common.digest(prompt.tokens for prompt in self.prompts)
+        longest = max(self.prompts + self.eval_prompts, key=len)
+        most, advice = len(longest) + config.response_length, "lower max_prompt_length or response_length"
+        check_positions(load_config(model), most, advice)  # before weights are read
+
+        self.policy = common.with_adapters(load_policy(model), config, model)
+        self.reward = make_reward(reward, self.tokenizer)
+        self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
+        self.reference = self._make_reference(ref_model)
+        self.value_model = self._make_critic(value_model)
+        self._check_rewards(longest)
+        self._prepare_networks(most, advice)
+        common.share_out(self._networks(), config, self.data, self.eval_prompts)
 
         self.step, self.whole = 0, True
         self.total_steps = config.iterations(len(self.prompts))
-        learning = [(self.policy, config.learning_rate)]
-        if config.share_trunk:
-            learning = [([self.policy, self.value_model], config.learning_rate)]
-        elif self.value_model:
-            learning.append((self.value_model, config.value_learning_rate or config.learning_rate))
+        together = [self.policy, self.value_model] if config.share_trunk else [self.policy]
+        learning = [(together, config.learning_rate)]
+        if self.value_model and not config.share_trunk:
+            learning.append(([self.value_model], config.value_learning_rate or config.learning_rate))
         learners = [common.make_learner(models, rate, config, self.total_steps) for models, rate in learning]
         self.optimizers, self.schedulers = map(list, zip(*learners, strict=True))
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
@@ -180,27 +127,6 @@ class PPOTrainer:
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         self.monitors = Monitors(config.monitors, config.stop_on)
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # see _look_at_held_out
-
-    def _make_critic(self, value_model) -> ValueModel | None:
-        estimator, shared = self.config.advantage_estimator, self.config.share_trunk
-        if value_model is not None:
-            if shared or estimator != "gae":
-                no_critic = f"advantage_estimator {estimator!r} has no critic"
-                why = "share_trunk puts the value head on the policy" if shared else no_critic
-                raise common.ConfigError(f"PPOTrainer: {why}; give no value_model")
-            return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
-        if estimator != "gae":
-            return None
-        critic = ValueModel.from_policy(self.policy)
-        if shared:
-            setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
-        return critic
-
-    def _networks(self) -> Iterator[nn.Module]:
-        """The models that read prompt and response in the policy's tokens."""
-        for network in (self.policy, self.reference, self.value_model and self.value_model.model):
-            if network is not None:  # `if network` would call __len__, which raises for a compiled model
-                yield network
 
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
@@ -213,21 +139,21 @@ class PPOTrainer:
         rollout = self._rollout(self._next_prompts(), generator)
         clock.append(time.perf_counter())
 
-        scores, components = self._score(rollout)
-        finite = bool(scores.isfinite().all())
-        if finite or self.guard.check(False, "the reward", lambda: rollout.texts_and_tokens(scores)):
+        components = self._score(rollout)
+        if bool(rollout.raw_scores.isfinite().all()):
             self.whole = False
-            rollout.raw_scores, rollout.scores = scores, self._shape(scores, rollout)
+            rollout.scores = self._shape(rollout)
             plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])
-            kl = self._advantages(rollout)
+            self._advantages(rollout)
             clock.append(time.perf_counter())
 
-            kl_coef = self.kl_controller.kl_coef
-            metrics = rollout_metrics(rollout, kl, kl_coef, shaped=config.shapes_scores) | self._update(rollout, plan)
+            metrics = rollout_metrics(rollout, self.kl_controller.kl_coef, shaped=config.shapes_scores)
+            metrics |= self._update(rollout, plan)
             if not self._warming_up:  # until then the policy stands still, and its KL says nothing about kl_coef
-                self.kl_controller.update(float(kl.sum(1).mean()), len(kl))
+                self.kl_controller.update(float(metrics["objective/kl"]), len(rollout.prompts))
         else:
+            self.guard.check(False, "the reward", rollout.texts_and_tokens)
             metrics = text_metrics(rollout)
         clock.append(time.perf_counter())
 
@@ -275,25 +201,20 @@ class PPOTrainer:
         with gathered(self.policy):
             lists = parallel.by_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
-        check_engine(lists, len(texts), embedded)
+        check_engine(lists, len(texts), embedded, with_logprobs=self.config.importance_cap is not None)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
-        if self.config.importance_cap is not None and lists.get("logprobs") is None:
-            raise common.ConfigError(
-                "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
-                '"logprobs": return them, or leave importance_cap out'
-            )
         stops = stop_ids(self.policy, self.tokenizer)
         rollout = make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
         for network in self._networks():
             check_lengths(network, self.tokenizer, int(rollout.lengths.max()), "let rollout_func return fewer tokens")
         return rollout
 
-    def _score(self, rollout: Rollout) -> tuple[Tensor, dict]:
-        """(B,) what the reward says, and the mean and spread of each of its parts for the log."""
+    def _score(self, rollout: Rollout) -> dict:
+        """Fills raw_scores -> the mean and spread of each part of the reward, for the log."""
         scores, parts = self._ask(self.reward, rollout)
-        components = {f"rewards/{name}/mean": values.mean() for name, values in parts.items()}
-        components |= {f"rewards/{name}/std": _std(values) for name, values in parts.items()}
-        return scores.to(rollout.response_ids.device), components
+        rollout.raw_scores = scores.to(rollout.response_ids.device)
+        means = {f"rewards/{name}/mean": values.mean() for name, values in parts.items()}
+        return means | {f"rewards/{name}/std": _std(values) for name, values in parts.items()}
 
     def _ask(self, reward, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """rewards.score_components of all answers; several processes ask for whole groups of num_generations each."""
@@ -305,8 +226,8 @@ class PPOTrainer:
         scores, parts = zip(*filter(None, parallel.gather(scored)), strict=True)
         return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _shape(self, scores: Tensor, rollout: Rollout) -> Tensor:
-        config = self.config
+    def _shape(self, rollout: Rollout) -> Tensor:
+        config, scores = self.config, rollout.raw_scores
         if config.scale_scores:
             scores = scores / self.score_scale.update(scores)
         return shaped_scores(
@@ -315,12 +236,25 @@ class PPOTrainer:
             length_budget=config.length_budget,
         )  # fmt: skip
 
+    def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
+        config, most = self.config, self.config.micro_batch_size
+        if parallel.size() > 1:  # every process has some of each minibatch, and about as many tokens as the others
+            share = config.minibatch_size // parallel.size()
+            most = min(most or share, share) if most or config.micro_batch_tokens else max(1, share // 4)
+        sizes = {"micro_batch_size": most, "micro_batch_tokens": config.micro_batch_tokens}
+        return minibatches(rollout.lengths, config.minibatch_size, **sizes, generator=generator)
+
+    def _share(self, rollout: Rollout, minibatch: list[Tensor]) -> list[Tensor]:
+        """The micro-batches of this process: with padding, they have about as many tokens as any other's."""
+        lengths = rollout.lengths.tolist()
+        return parallel.share(minibatch, [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in minibatch])
+
     @torch.no_grad()
     def _score_tokens(self, rollout: Rollout, plan: list[list[Tensor]]) -> None:
         """Fills logprobs, values and ref_logprobs, one micro-batch of the plan at a time."""
-        for name in ("logprobs", "ref_logprobs", *(["values"] if self.value_model else [])):
-            zeros = torch.zeros(rollout.response_mask.shape, dtype=torch.float32, device=rollout.response_mask.device)
-            setattr(rollout, name, zeros)
+        filled = ["logprobs", "ref_logprobs", *(["values"] if self.value_model else [])]
+        for name in filled:
+            setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
         with self.gathered(), parallel.in_all():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = squeeze(rollout, rows)
@@ -329,9 +263,8 @@ class PPOTrainer:
                 if values is not None:
                     rollout.values[rows] = values
                 rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
-        for tensor in (rollout.logprobs, rollout.ref_logprobs, rollout.values):
-            if tensor is not None:
-                parallel.total(tensor)  # each row is 0 in all processes but one
+        for name in filled:
+            parallel.total(getattr(rollout, name))  # each row is 0 in all processes but one
 
     def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, inputs = squeeze(rollout, rows) -> the policy's (N, D) hidden states that
@@ -365,10 +298,10 @@ class PPOTrainer:
             hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature
         )
 
-    def _advantages(self, rollout: Rollout) -> Tensor:
-        """Fills rewards, advantages and returns -> (B, R) KL to the reference, in nats."""
+    def _advantages(self, rollout: Rollout) -> None:
+        """Fills kl, rewards, advantages, and what of returns, value_error and importance_weights the config needs."""
         config, mask = self.config, rollout.response_mask
-        rollout.rewards, kl = kl_shaped_rewards(
+        rollout.rewards, rollout.kl = kl_shaped_rewards(
             rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask,
             kl_coef=0.0 if config.kl_in_loss else self.kl_controller.kl_coef, kl_estimator=config.kl_estimator,
         )  # fmt: skip
@@ -384,22 +317,13 @@ class PPOTrainer:
             rollout.advantages = sequence_advantages(
                 rollout.rewards, mask, config.advantage_estimator, config.num_generations, scale=config.scale_advantages
             )
-        return kl
+        if config.importance_cap is not None:
+            # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution is a
+            # little off ours, and the weight corrects for it with bounded variance.
+            ratio = (rollout.logprobs - rollout.rollout_logprobs).exp()
+            rollout.importance_weights = ratio.clamp(max=config.importance_cap)
 
     # --- update ---
-
-    def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
-        config, most = self.config, self.config.micro_batch_size
-        if parallel.size() > 1:  # every process has some of each minibatch, and about as many tokens as the others
-            share = config.minibatch_size // parallel.size()
-            most = min(most or share, share) if most or config.micro_batch_tokens else max(1, share // 4)
-        sizes = {"micro_batch_size": most, "micro_batch_tokens": config.micro_batch_tokens}
-        return minibatches(rollout.lengths, config.minibatch_size, **sizes, generator=generator)
-
-    def _share(self, rollout: Rollout, minibatch: list[Tensor]) -> list[Tensor]:
-        """The micro-batches of this process: with padding, they have about as many tokens as any other's."""
-        lengths = rollout.lengths.tolist()
-        return parallel.share(minibatch, [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in minibatch])
 
     @property
     def _warming_up(self) -> bool:
@@ -408,63 +332,58 @@ class PPOTrainer:
     def _update(self, rollout: Rollout, plan: list[list[list[Tensor]]]) -> dict:
         """One optimizer step per minibatch of the plan -> their mean statistics. Past target_kl the rest is dropped."""
         config, steps = self.config, []
-        weights, metrics = None, {}
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
-        if config.importance_cap is not None:
-            # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution is a
-            # little off ours, and the weight corrects for it with bounded variance.
-            weights = (rollout.logprobs - rollout.rollout_logprobs).exp().clamp(max=config.importance_cap)
-            metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(weights, rollout.response_mask)
         for minibatch in chain.from_iterable(plan):
-            stats = self._accumulate_gradient(rollout, minibatch, weights)
+            stats = self._accumulate_gradient(rollout, minibatch)
             # The first step is always taken: there the policy still is the old one.
             if steps and config.target_kl is not None and float(stats["policy/approxkl_k3_avg"]) > config.target_kl:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 break
             norms = [common.optimizer_step(o, max_grad_norm=config.max_grad_norm) for o in self.optimizers]
-            finite, rows = all(bool(norm.isfinite()) for norm in norms), torch.cat(minibatch)
-            self.guard.check(finite, "the gradient", lambda rows=rows: rollout.texts_and_tokens(rollout.scores, rows))
+            finite = all(bool(norm.isfinite()) for norm in norms)
+            self.guard.check(finite, "the gradient", partial(rollout.texts_and_tokens, torch.cat(minibatch)))
             steps.append({**stats, **dict(zip(("policy/grad_norm", "critic/grad_norm"), norms, strict=False))})
         largest = [step.pop("max_abs_log_ratio") for step in steps]
         return {
-            **metrics,
             **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
             "policy/first_minibatch_max_abs_log_ratio": largest[0],
             "policy/max_abs_log_ratio": max(largest),
             "policy/updates": len(steps),
         }
 
-    def _accumulate_gradient(self, rollout: Rollout, minibatch: list[Tensor], weights: Tensor | None = None) -> dict:
+    def _accumulate_gradient(self, rollout: Rollout, minibatch: list[Tensor]) -> dict:
         """Backward through the micro-batches of one minibatch -> statistics, means over its tokens.
 
         The losses are divided by the tokens (or sequences) of the whole minibatch, so the split changes memory (and
         with several processes time) and not the gradient.
         """
         with common.learning_together(self.config):
-            stats = self._backward(rollout, minibatch, weights)
-        if parallel.size() > 1:
-            largest = parallel.largest(stats.pop("max_abs_log_ratio"))
-            sums = parallel.total(torch.stack(list(stats.values())))
-            stats = dict(zip(stats, sums, strict=True)) | {"max_abs_log_ratio": largest}
+            parts = self._backward(rollout, minibatch)
+        largest = parallel.largest(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
+        sums = parallel.total(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))
+        stats = dict(zip(parts[0], sums, strict=True)) | {"max_abs_log_ratio": largest}
         stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
         return stats
 
-    def _backward(self, rollout: Rollout, minibatch: list[Tensor], weights: Tensor | None) -> dict:
-        """This process's share of the gradient and of the statistics."""
-        config, stats = self.config, defaultdict(lambda: rollout.logprobs.new_zeros(()))
+    def _backward(self, rollout: Rollout, minibatch: list[Tensor]) -> list[dict]:
+        """This process's share of the gradient -> what each of its micro-batches adds to the statistics."""
+        config, seen = self.config, []
         every_row = torch.cat(minibatch)
         num_tokens = rollout.response_mask[every_row].sum()
         normalizer = {
             "token-mean": num_tokens, "seq-mean-token-sum-norm": len(every_row) * config.response_length
         }.get(config.loss_agg_mode, len(every_row))  # fmt: skip
         parts = [(rows, True) for rows in self._share(rollout, minibatch)]
+        # The op sums entropy up as it does the loss. The log has nats per token (seq-mean-token-mean: of a sequence).
+        per_token = 1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
+        weights = rollout.importance_weights
         for rows, counts in as_many(parts, (minibatch[-1][-1:], False)) if config.fsdp else parts:
             mask = rollout.response_mask[rows] & counts
             hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
-            weight, bias, softcap = common.lm_head(self.policy, self.config.bf16)
-            policy_loss, p = linear_ppo_loss(
+            weight, bias, softcap = common.lm_head(self.policy, config.bf16)
+            loss, p = linear_ppo_loss(
                 rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
                 rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
                 cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
@@ -474,7 +393,8 @@ class PPOTrainer:
                 importance_weights=None if weights is None else weights[rows], loss_agg_mode=config.loss_agg_mode,
                 normalizer=normalizer,
             )  # fmt: skip
-            loss = policy_loss
+            share = p["num_tokens"] / num_tokens
+            stats = _policy_statistics(p, share, per_token)
             if values is not None:
                 critic_loss, v = value_loss(
                     values, rollout.values[rows], rollout.returns[rows], mask,
@@ -484,26 +404,11 @@ class PPOTrainer:
                     # The gradients of both losses meet in one trunk. Whitening gave the policy's a scale that does not
                     # depend on that of the rewards; the critic's gets the same, or it would drown under small rewards.
                     critic_loss = critic_loss / rollout.value_error
-                loss = config.vf_coef * critic_loss + (0.0 if self._warming_up else policy_loss)
-                stats["loss/value_avg"] += v["value_loss"]
-                stats["val/clipfrac_avg"] += v["clipfrac"] * (p["num_tokens"] / num_tokens)
+                loss = config.vf_coef * critic_loss + (0.0 if self._warming_up else loss)
+                stats |= {"loss/value_avg": v["value_loss"], "val/clipfrac_avg": v["clipfrac"] * share}
             loss.backward()
-
-            stats["loss/policy_avg"] += p["policy_loss"]
-            stats["loss/kl_avg"] += p["kl"]
-            # The op aggregates it like the loss; logged it is nats per token (with seq-mean-token-mean, of a sequence).
-            stats["policy/entropy_avg"] += p["entropy"] * (
-                1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
-            )
-            stats["max_abs_log_ratio"] = torch.maximum(stats["max_abs_log_ratio"], p["max_abs_log_ratio"])
-            for name, mean in {
-                "policy/approxkl_avg": p["approx_kl_k2"], "policy/approxkl_k3_avg": p["approx_kl_k3"],
-                "policy/clipfrac_avg": p["clipfrac_high"] + p["clipfrac_low"],
-                "policy/dual_clipfrac_avg": p["dual_clipfrac"],
-                "val/ratio": p["ratio_mean"], "val/ratio_var": p["ratio_var"] + (p["ratio_mean"] - 1).square(),
-            }.items():  # fmt: skip
-                stats[name] += mean * (p["num_tokens"] / num_tokens)
-        return stats
+            seen.append(stats)
+        return seen
 
     # --- the run: see run.py ---
 
@@ -528,11 +433,9 @@ class PPOTrainer:
         if not self.config.num_samples:  # without an eval_dataset this also saves the sampling
             return []
         rollout, scores = self._look_at_held_out()
-        texts = zip(rollout.prompts, rollout.responses, strict=True)
-        rows = [
-            {"prompt": prompt, "response": response, **{name: float(values[i]) for name, values in scores.items()}}
-            for i, (prompt, response) in enumerate(texts)
-        ]
+        numbers = {name: values.tolist() for name, values in scores.items()}
+        columns = {"prompt": rollout.prompts, "response": rollout.responses, **numbers}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return rows[: self.config.num_samples]
 
     def _look_at_held_out(self) -> tuple[Rollout, dict[str, Tensor]]:
@@ -554,9 +457,9 @@ class PPOTrainer:
         if self.config.share_trunk and has_adapters(self.policy):
             critic = scalar_head_on(self.policy)  # a trunk of its own, with the adapters merged
             critic.score.load_state_dict(self.value_model.model.score.state_dict())
-        for model, folder in ((self.policy, Path(path)), (critic, Path(path) / "value_model")):
-            if model is not None:
-                save_model(model, self.tokenizer, folder)
+        save_model(self.policy, self.tokenizer, path)
+        if critic is not None:
+            save_model(critic, self.tokenizer, Path(path) / "value_model")
 
     def save_in_checkpoint(self, path) -> None:
         if self.config.share_trunk:  # the critic is the policy and the head in state.pt
@@ -587,7 +490,7 @@ class PPOTrainer:
         common.check_same_data(state, list(map(len, self.prompts)), self.data)
         critic = trained_state(self._own_critic) if self.value_model else {}
         if critic.keys() != (state["value_model"] or {}).keys():
-            raise common.ConfigError(
+            raise ConfigError(
                 "the checkpoint has another critic, or none: resume with the same advantage_estimator and share_trunk, "
                 "or start anew in another output_dir"
             )
@@ -598,9 +501,81 @@ class PPOTrainer:
         load_trained_state(self.policy, state["policy"])
         if self.value_model:
             load_trained_state(self._own_critic, state["value_model"])
-        saved = zip(state["optimizers"], state["schedulers"], strict=True)
-        for optimizer, scheduler, states in zip(self.optimizers, self.schedulers, saved, strict=True):
-            common.load_optimizer(optimizer, scheduler, *states)
+        for learner in zip(self.optimizers, self.schedulers, state["optimizers"], state["schedulers"], strict=True):
+            common.load_optimizer(*learner)
+
+    # --- models and rewards at the start ---
+
+    def _make_reference(self, ref_model) -> nn.Module | None:
+        """None where the policy is its own reference, with its adapters off."""
+        if ref_model is self.policy:
+            raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy")
+        if ref_model is None:
+            return None if starts_as_its_base(self.policy) else make_reference(self.policy)
+        return load_policy(ref_model).eval().requires_grad_(False)
+
+    def _make_critic(self, value_model) -> ValueModel | None:
+        estimator, shared = self.config.advantage_estimator, self.config.share_trunk
+        if value_model is not None:
+            if shared:
+                raise ConfigError("PPOTrainer: share_trunk puts the value head on the policy; give no value_model")
+            if estimator != "gae":
+                raise ConfigError(f"PPOTrainer: advantage_estimator {estimator!r} has no critic; give no value_model")
+            return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
+        if estimator != "gae":
+            return None
+        critic = ValueModel.from_policy(self.policy)
+        if shared:
+            setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
+        return critic
+
+    def _check_rewards(self, longest: Prompt) -> None:
+        """ConfigError where a reward cannot take what it will be called with."""
+        rewards = [self.reward, *self.eval_rewards.values()]
+        if self.rollout_func is None:  # which may bring further columns
+            check_signature(self.reward, self.prompts[0].columns)
+            for reward in rewards if self.eval_prompts else ():
+                check_signature(reward, self.eval_prompts[0].columns)
+        for reward in rewards:
+            check_room(reward, self.tokenizer, longest.prompt, self.config.response_length)
+
+    def _prepare_networks(self, longest: int, advice: str) -> None:
+        """Turns dropout off. ConfigError where one cannot learn, or read `longest` tokens; advice: what to do then."""
+        config = self.config
+        common.check_learns(self.policy, "PPOTrainer: the policy")
+        if self.value_model:
+            common.check_learns(self.value_model, "PPOTrainer: the value model")
+        for network in self._networks():
+            check_lengths(network, self.tokenizer, longest, advice)
+            disable_dropout(network)  # under dropout the first ratios would be noise around 1
+        with common.autocast(self.policy, config.bf16):
+            check_lm_head(self.policy)
+            if self.reference is not None:
+                check_lm_head(self.reference)
+        stop_at_eos(self.policy, self.tokenizer)
+        common.check_bf16(config, self.policy.device)
+
+    def _networks(self) -> list[nn.Module]:
+        """The models that read prompt and response in the policy's tokens."""
+        networks = (self.policy, self.reference, self.value_model and self.value_model.model)
+        return [x for x in networks if x is not None]  # `if x` would call __len__, which raises for a compiled model
+
+
+def _policy_statistics(p: dict[str, Tensor], share: Tensor, per_token: Tensor | float) -> dict[str, Tensor]:
+    """What a micro-batch adds to the statistics of its minibatch. p: those of linear_ppo_loss, of which the losses and
+    entropy are divided as the loss is, and the rest are means over the micro-batch, which has `share` of the tokens."""
+    return {
+        "max_abs_log_ratio": p["max_abs_log_ratio"],
+        "loss/policy_avg": p["policy_loss"],
+        "loss/kl_avg": p["kl"],
+        "policy/entropy_avg": p["entropy"] * per_token,
+        "policy/approxkl_avg": p["approx_kl_k2"] * share,
+        "policy/approxkl_k3_avg": p["approx_kl_k3"] * share,
+        "policy/clipfrac_avg": (p["clipfrac_high"] + p["clipfrac_low"]) * share,
+        "policy/dual_clipfrac_avg": p["dual_clipfrac"] * share,
+        "val/ratio": p["ratio_mean"] * share,
+        "val/ratio_var": (p["ratio_var"] + (p["ratio_mean"] - 1).square()) * share,
+    }
 
 
 def _std(scores: Tensor) -> Tensor:

@@ -173,5 +173,21 @@ class PPOConfig:
         return iterations
 
 
+def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
+    """ConfigError for names that the log uses itself, and where rewards or a monitor would never be read."""
+    if taken := {"scores", "kl"}.intersection(eval_rewards or ()):
+        raise ConfigError(
+            f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
+            "itself; rename it"
+        )
+    if eval_rewards and eval_dataset is None:
+        raise ConfigError("PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)")
+    if "overoptimization" in config.stop_on and not (eval_rewards and config.eval_steps):
+        raise ConfigError(
+            "PPOTrainer: stop_on overoptimization looks at eval_rewards every eval_steps, and would never end the "
+            "run: give both"
+        )
+
+
 def _is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)

@@ -73,12 +73,10 @@ class RewardTrainer:
         options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
         common.check_best(config, eval_dataset)
         self.records = as_records(train_dataset, "train_dataset")
-        self.items, report = comparisons(self.records, self.tokenizer, **options)
-        self.reports, self.eval_items, self.eval_records = [report], [], []
-        if eval_dataset is not None:
-            self.eval_records = as_records(eval_dataset, "eval_dataset")
-            self.eval_items, report = comparisons(self.eval_records, self.tokenizer, **options, name="eval_dataset")
-            self.reports.append(report)
+        self.eval_records = None if eval_dataset is None else as_records(eval_dataset, "eval_dataset")
+        self.items, self.eval_items, self.reports = common.read_datasets(
+            comparisons, self.records, self.eval_records, self.tokenizer, **options
+        )
         self.width = max(len(item.responses) for item in self.items + self.eval_items)
         self._check_pairs()
         self.reference: list[np.ndarray] = []
@@ -109,9 +107,7 @@ class RewardTrainer:
             for array in (*x.responses, [len(r) for r in x.responses], x.ranks, [x.margin, x.chosen_prob, x.weight])
         )
         self.batch_size = common.batch_size(config)
-        self.total_steps = common.steps_in_run(
-            len(self.items), self.batch_size, config.num_train_epochs, config.max_steps
-        )
+        self.total_steps = common.steps_in_run(len(self.items), config)
         common.share_out([self.model], config, self.data, self.eval_items)
         self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True

@@ -50,14 +50,12 @@ class SFTTrainer:
         common.start(config, SFTConfig)
         self.config = config
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
-        options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
         records = as_records(train_dataset, "train_dataset")
-        self.examples, report = sft_examples(records, self.tokenizer, **options)
-        self.reports, self.eval_examples = [report], []
-        if eval_dataset is not None:
-            records = as_records(eval_dataset, "eval_dataset")
-            self.eval_examples, report = sft_examples(records, self.tokenizer, **options, name="eval_dataset")
-            self.reports.append(report)
+        held_out = None if eval_dataset is None else as_records(eval_dataset, "eval_dataset")
+        options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
+        self.examples, self.eval_examples, self.reports = common.read_datasets(
+            sft_examples, records, held_out, self.tokenizer, **options
+        )
         common.check_best(config, eval_dataset)
         self.model = common.prepare(load_policy(model), config, model)
         longest = max(map(len, self.examples + self.eval_examples))
@@ -65,16 +63,14 @@ class SFTTrainer:
         with common.autocast(self.model, config.bf16):
             check_lm_head(self.model)
         stop_at_eos(self.model, self.tokenizer)
-        self.sample_prompts = self._choose_prompts(records)
+        self.sample_prompts = self._choose_prompts(held_out or records)
         self.packed = common.packing_if_possible(self.model, longest, config.bf16, required=config.packing)
 
         self.lengths = [len(e) for e in self.examples]
         self.data = common.digest(array for e in self.examples for array in (e.input_ids, e.response_mask))
         self.rows = pack_rows(self.lengths, config.max_length) if config.packing else [[i] for i in range(len(self))]
         self.batch_size = common.batch_size(config)
-        self.total_steps = common.steps_in_run(
-            len(self.rows), self.batch_size, config.num_train_epochs, config.max_steps
-        )
+        self.total_steps = common.steps_in_run(len(self.rows), config)
         common.share_out([self.model], config, self.data, self.eval_examples)
         self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True

@@ -163,10 +163,15 @@ def test_a_run_goes_on_where_it_was():
 
 
 def test_steps_of_a_run():
-    assert common.steps_in_run(10, 4, 2.0, 0) == 6
-    assert common.steps_in_run(10, 4, 0.5, 0) == 2
-    assert common.steps_in_run(3, 64, 1.0, 0) == 1
-    assert common.steps_in_run(10, 4, 2.0, 100) == 100
+    def steps(num_examples, batch_size, num_train_epochs, max_steps):
+        batches = {"per_device_train_batch_size": batch_size // 2, "gradient_accumulation_steps": 2}
+        config = SFTConfig(**batches, num_train_epochs=num_train_epochs, max_steps=max_steps)
+        return common.steps_in_run(num_examples, config)
+
+    assert steps(10, 4, 2.0, 0) == 6
+    assert steps(10, 4, 0.5, 0) == 2
+    assert steps(3, 64, 1.0, 0) == 1
+    assert steps(10, 4, 2.0, 100) == 100
 
 
 # --- optimizer -------------------------------------------------------------------------------------------------------

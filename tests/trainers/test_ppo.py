@@ -176,6 +176,30 @@ def test_the_variance_of_the_ratio_is_that_of_the_minibatch(tmp_path):
         assert found[0] == pytest.approx(size**2, rel=0.5) and found[1] == pytest.approx(found[0], rel=1e-2)
 
 
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])
+def test_statistics_are_those_of_the_minibatch(tmp_path, mode):
+    """However it is split; entropy is that of a token, however the loss adds them up."""
+    trainer = make_trainer(tmp_path, loss_agg_mode=mode)
+    rollout, found = a_rollout(trainer), []
+    noise = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(3))
+    rollout.logprobs = rollout.logprobs + 0.3 * noise * rollout.response_mask
+    for limits in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 3}):
+        (minibatch,) = minibatches(rollout.lengths, len(rollout.prompts), **limits)
+        found.append({k: float(v) for k, v in trainer._accumulate_gradient(rollout, minibatch).items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
+    assert found[0]["max_abs_log_ratio"] == pytest.approx(float((0.3 * noise)[rollout.response_mask].abs().max()), 1e-3)
+    rows = torch.arange(len(rollout.prompts))
+    hidden, _ = trainer._look(rollout, rows, squeeze(rollout, rows))
+    logits = trainer.policy.lm_head(hidden) / trainer.config.temperature
+    entropy = rollout.scatter(rows, torch.distributions.Categorical(logits=logits).entropy())
+    lengths = rollout.response_mask.sum(1)
+    of_sequences = (entropy.sum(1) / lengths).mean()
+    expected = of_sequences if mode == "seq-mean-token-mean" else entropy.sum() / lengths.sum()
+    assert lengths.min() < lengths.max()
+    assert found[0]["policy/entropy_avg"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_padding_columns_change_nothing(tmp_path):
     trainer = make_trainer(tmp_path)
     rollout = a_rollout(trainer)
@@ -193,9 +217,9 @@ def test_padding_columns_change_nothing(tmp_path):
     results = []
     for r in (rollout, wider):
         (minibatch,) = minibatches(r.lengths, len(r.prompts), None)
-        kl = (r.logprobs - r.ref_logprobs) * r.response_mask
+        r.kl = (r.logprobs - r.ref_logprobs) * r.response_mask
         stats = trainer._accumulate_gradient(r, minibatch)
-        results.append({k: float(v) for k, v in {**stats, **rollout_metrics(r, kl, 0.05)}.items()})
+        results.append({k: float(v) for k, v in {**stats, **rollout_metrics(r, 0.05)}.items()})
     assert results[0] == pytest.approx(results[1], rel=1e-5, abs=1e-7)
 
 
