@@ -30,6 +30,7 @@ from .judges import (
 from .judges.calibration import UNCALIBRATED
 from .judges.labels import label_settings, other_weights, settings_of
 from .judges.ledger import Ledger
+from .judges.protocol import UNDECIDED
 from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
@@ -145,15 +146,15 @@ def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
                       for name in ("accuracy", "lead"))  # fmt: skip
     floor = "AT THE FLOOR: `label` refuses this judge" if card["at_floor"] else "above the floor"
     print(f"audit: {card['pairs']} pairs, {shown} over {card['best_floor']!r}: {floor}; {job.output_dir}/audit.html")
+    if gone := ", ".join(f"{n} {status}" for status, n in card["statuses"].items() if status in UNDECIDED):
+        print(f"audit: no answer counts one half: {gone}; the reasons are in {job.output_dir}/judgements.jsonl")
 
 
 def _compared(path: str) -> list[dict]:
     """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file of any of AuditJob's forms."""
-    if path.endswith(".jsonl") and Path(path).is_file():
-        with open(path, encoding="utf-8") as file:
-            if "text_correct" in file.readline():
-                return read_released_comparisons(path)
     rows = read_rows(path)
+    if "text_correct" in rows[0]:
+        return read_released_comparisons(path)
     for i, row in enumerate(rows):
         for name, column in (("better", "chosen"), ("worse", "rejected")):
             if column in row:

@@ -1,5 +1,6 @@
 """rlhf-fast cai: every word of it, on a tiny model and on a server on loopback."""
 
+import gzip
 import json
 import random
 import shutil
@@ -132,6 +133,34 @@ def test_a_compared_reply_is_one_text(house, tmp_path, capsys, chosen):
     common = {"constitution": house / "house.yaml", "data": tmp_path / "rows.jsonl"}
     assert cai("audit", **common, output_dir=tmp_path / "card") == 2
     assert "rows.jsonl: row 1: 'chosen' must be text or one message" in capsys.readouterr().err
+
+
+def test_pairs_of_the_released_form_are_read_as_other_files_are(house, tmp_path, capsys):
+    turns = "\n\nHuman: {}\n\nAssistant: {}"
+    rows = [{"text_correct": turns.format(n, "x"), "text_incorrect": turns.format(n, "yy")} for n in range(3)]
+    common = {"constitution": house / "house.yaml", "output_dir": tmp_path / "card", "probe_pairs": 0}
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    assert cai("audit", **common, data=tmp_path / "rows.jsonl.gz") == 0
+    assert "audit: 3 pairs" in capsys.readouterr().out
+    for content, message in (
+        (json.dumps(rows[0])[:-9], "rows.jsonl, line 1: not JSON"),
+        (b"\xff" + json.dumps(rows[0]).encode(), "rows.jsonl is not UTF-8"),
+        (json.dumps({"text_correct": rows[0]["text_correct"]}), "rows.jsonl record 0: KeyError('text_incorrect')"),
+        (json.dumps({**rows[0], "text_incorrect": "x"}), 'rows.jsonl record 0: ValueError("a transcript begins'),
+    ):
+        (tmp_path / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert cai("audit", **common, data=tmp_path / "rows.jsonl") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_judge_that_answers_nothing_says_so_on_its_card(house, tmp_path, capsys):
+    """0.5 by half points is no judge that prefers the better reply in half of the cases."""
+    card = tmp_path / "card"
+    common = {"constitution": house / "house.yaml", "judge": house / "model", "judge_options": "{min_label_mass: 1}"}
+    assert cai("audit", **common, data=house / "people.jsonl", output_dir=card, probe_pairs=0) == 0
+    assert "no answer counts one half: 20 unparsed" in capsys.readouterr().out
+    assert "one half for each of the 20 on which it gave no answer" in (card / "audit.html").read_text()
 
 
 def test_derive_gives_other_labels_without_the_judge(house, audited, tmp_path, capsys):

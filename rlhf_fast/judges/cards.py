@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..charts import Series, heat_table, interval_chart, line_chart
 from ..page import grid, section, table, write_page
+from .protocol import UNDECIDED
 
 
 def write_card(card: dict, path: Path) -> Path:
@@ -30,6 +31,8 @@ def _judge_name(judge: Mapping) -> str:
 def _verdict(card: dict) -> str:
     lead, floor = card["lead"], card["best_floor"]
     share = f"It prefers the reply that people prefer on {_percent(card['accuracy'])} of {card['pairs']} pairs."
+    if gone := sum(n for status, n in card["statuses"].items() if status in UNDECIDED):
+        share += f" That counts one half for each of the {gone} on which it gave no answer."
     if card["at_floor"]:
         text = (
             f"At the floor. {share} The rule of thumb “{floor}”, which needs no judge, may do as well: "

@@ -21,7 +21,7 @@ import numpy as np
 
 from .calibration import UNCALIBRATED, Calibration
 from .cards import write_constitution_report
-from .labels import label_settings, settings_of, verdict_of
+from .labels import label_settings, read_judgements, settings_of, verdict_of
 from .protocol import Verdict, sigmoid
 from .stages import write_atomic
 
@@ -35,11 +35,8 @@ def report_on(judgements: str | Path, *, name: str = "", calibration: Calibratio
     for judgements without labels; None, and all else, is what the labels there were made with."""
     source, made_with = Path(judgements), settings_of(judgements)
     how = label_settings(made_with["judge"], made_with, calibration=calibration)
-    with (source / "judgements.jsonl").open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    report = constitution_report(
-        records, made_with["weights"], how["combine"], Calibration(**how["calibration"]), how["tie_margin"]
-    )
+    records, calibration = read_judgements(source), Calibration(**how["calibration"])
+    report = constitution_report(records, made_with["weights"], how["combine"], calibration, how["tie_margin"])
     report = {"constitution": name or made_with["constitution_sha256"][:12], **report}
     write_atomic(source / "constitution.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_constitution_report(report, source / "constitution.html")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.chat import ConfigError, make_directory
-from ..data.files import as_rows
+from ..data.files import as_records, as_rows, read_dataset
 from .calibration import UNCALIBRATED, Calibration
 from .constitution import Constitution, Principle
 from .ledger import Ledger
@@ -132,7 +132,7 @@ def derive(
     source, made_with = Path(judgements), settings_of(judgements)
     how = label_settings(made_with["judge"], made_with, combine, calibration, clamp, tie_margin)
     how["weights"] = other_weights(made_with, weights or {})
-    records = [json.loads(line) for line in (source / "judgements.jsonl").open(encoding="utf-8")]
+    records = read_judgements(source)
     if Path(output_dir).resolve() != source.resolve():
         make_directory(output_dir)
         claim(Path(output_dir) / "run.json", {"stage": "derive", "settings": made_with | how})
@@ -144,9 +144,24 @@ def derive(
 def settings_of(judgements: str | Path) -> dict:
     """What the judgements in a directory, and the labels if there are any, were made with."""
     source = Path(judgements)
-    if not (source / "judgements.jsonl").is_file():
-        raise ConfigError(f"{source} has no judgements.jsonl; `label` writes it when all pairs were asked")
+    if missing := [name for name in ("judgements.jsonl", "run.json") if not (source / name).is_file()]:
+        raise ConfigError(f"{source} has no {missing[0]}; `label` writes it when all pairs were asked")
     return json.loads((source / "run.json").read_text(encoding="utf-8"))["settings"]
+
+
+def read_judgements(judgements: str | Path) -> list[dict]:
+    """The records of a directory with judgements.jsonl. ConfigError where they are not as they were written."""
+    path, number = Path(judgements) / "judgements.jsonl", settings_of(judgements)["items"]
+    again = "the call that wrote it, made again, writes it from its ledger"
+    records = as_records(read_dataset(path), str(path))
+    if len(records) != number:
+        raise ConfigError(f"{path} has {len(records)} records, and {number} were written; {again}")
+    for i, record in enumerate(records):
+        try:
+            verdict_of(record, {}, combine="logit")
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: record {i} is no judgement ({error!r}); {again}") from None
+    return records
 
 
 def other_weights(made_with: Mapping, weights: Mapping[str, float]) -> dict[str, float]:
@@ -206,6 +221,8 @@ def _labelled(record: dict, how: dict) -> dict:
     status, reason = verdict.status, verdict.reason
     if status == "ok" and (logit == 0 or prob - 0.5 < how["tie_margin"]):
         status, reason = "tie", f"P(better) = {prob:.4f}"
+        if not calibration.slope:
+            reason += ": the slope of the calibration is 0, the judge was right by chance at best"
     final = min(prob, how["clamp"][1]) if how["clamp"] else prob
     side = -1 if verdict.logit < 0 else 1  # the bias, where it counts, may have turned the verdict
     evidence = {"p_raw": sigmoid(side * raw.logit), "p_calibrated": prob, "p": final}

@@ -9,10 +9,11 @@
 Anthropic's scaffold ("CritiqueRequest:" and so on) and the text in it are separated, and joined again without loss.
 """
 
-import json
 import re
 from pathlib import Path
 
+from ..data.chat import ConfigError
+from ..data.files import as_records, read_dataset
 from .layouts import messages_of, parse_turns
 from .principles import ConstitutionError, Principle, text_field, weight_field
 
@@ -202,10 +203,12 @@ def export_released(principles) -> tuple[dict, list[str]]:
 def read_released_comparisons(path: str | Path) -> list[dict]:
     """Rows of a released evaluation file (`text_correct`, `text_incorrect`: whole dialogues) for `audit`."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        row = json.loads(line)
-        better, worse = parse_turns(row["text_correct"]), parse_turns(row["text_incorrect"])
+    for i, row in enumerate(as_records(read_dataset(path), str(path))):
+        try:
+            better, worse = (parse_turns(row[name]) for name in ("text_correct", "text_incorrect"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} record {i}: {error!r}") from None
         if better[:-1] != worse[:-1]:
-            raise ValueError(f"{path}, line {number}: the two dialogues differ before their last reply")
+            raise ConfigError(f"{path} record {i}: the two dialogues differ before their last reply")
         rows.append({"prompt": messages_of(better[:-1]), "better": better[-1][1], "worse": worse[-1][1]})
     return rows

@@ -221,6 +221,9 @@ class Server:
             text, code = error.response.text, error.status_code
             about = {"raw": text, "http_status": code}
             reason = f"HTTP {code}: {_short(text)}"
+            if code == 401:
+                unset = "" if os.environ.get(self.api_key_env, "").strip() else ", which is not set"
+                reason += f" (the key is read from the variable {self.api_key_env}{unset})"
             if code in (400, 413, 422, 429) and _says(_TOO_LONG, text, body):
                 return Answer("too_long", reason=reason), False, 0.0, about
             if code in (400, 403, 422) and _says(_REFUSED, text, body):

@@ -115,8 +115,9 @@ def run_stage(
         raise ConfigError(f"{name}: batch_size = {batch_size} must be 1 or more")
     output_dir, ids = Path(output_dir or ledger.directory), [item["id"] for item in items]
     make_directory(output_dir)
-    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "ids_sha256": digest}})
+    # Not of the ids alone: the ids of pairs are those of their prompts, whoever answered.
+    digest = hashlib.sha256("".join(map(json_line, items)).encode()).hexdigest()
+    claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "data_sha256": digest}})
     records: list[dict] = []
     with tqdm(total=len(ids), desc=name, unit="item", disable=None) as bar:
         for start in range(0, len(items), batch_size):

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data.chat import ConfigError
 from .calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
 from .constitution import Constitution
-from .labels import verdict_of
+from .labels import read_judgements, verdict_of
 from .protocol import Judge
 
 
@@ -55,7 +55,7 @@ def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float],
     made_with: settings of the labels (labels.settings_of). Raises ConfigError for a card of another judge.
     """
     _card_of(made_with, card)
-    records = [json.loads(line) for line in (Path(card) / "judgements.jsonl").open(encoding="utf-8")]
+    records = read_judgements(card)
     unbiased = Calibration(1.0, fit_bias([
         vote for r in records for vote in verdict_of(r, weights, combine=combine).votes
     ]))  # fmt: skip

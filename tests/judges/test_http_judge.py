@@ -350,9 +350,15 @@ def test_failures_are_asked_again_and_answers_are_not(tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "named"),
-    [("401", "HTTP 401"), ("quota", "insufficient_quota"), ("429 long", "86400 s"), ("bad", "10 questions in a row")],
+    [
+        ("401", r"HTTP 401.*variable OPENAI_API_KEY, which is not set"),
+        ("quota", "insufficient_quota"),
+        ("429 long", "86400 s"),
+        ("bad", "10 questions in a row"),
+    ],
 )
-def test_what_will_not_get_better_stops_the_run(tmp_path, fault, named):
+def test_what_will_not_get_better_stops_the_run(tmp_path, monkeypatch, fault, named):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with serving(lambda text, before: fault) as fake:
         judge = judge_at(fake, server={"concurrency": 2})
         with pytest.raises(ValueError, match=f"{named}.*in the ledger"):

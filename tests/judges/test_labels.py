@@ -9,7 +9,18 @@ import pytest
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
-from rlhf_fast.judges import Calibration, Constitution, LocalJudge, Missing, Pair, Principle, Verdict, Vote, decide
+from rlhf_fast.judges import (
+    Calibration,
+    Constitution,
+    LocalJudge,
+    Missing,
+    Pair,
+    Principle,
+    Verdict,
+    Vote,
+    decide,
+    report_on,
+)
 from rlhf_fast.judges.calibration import fit_bias, fit_slope
 from rlhf_fast.judges.labels import derive, verdict_of
 from rlhf_fast.judges.protocol import sigmoid
@@ -152,6 +163,37 @@ def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
         derive(tmp_path / "all", output_dir=tmp_path / "all", weights={"kind": 5})
     with pytest.raises(ValueError, match=r"has no judgements\.jsonl"):
         derive(tmp_path, output_dir=tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda lines: lines[:-1], "has 3 records, and 4 were written"),
+        (lambda lines: [*lines[:-1], lines[-1][:-9]], "line 4: not JSON"),
+        (lambda lines: [lines[0], '{"id": 1}', *lines[2:]], r"record 1 is no judgement \(KeyError\('votes'\)\)"),
+        (lambda lines: [lines[0].replace('"logit_ab": ', '"logit_ab": "1", "x": '), *lines[1:]], "record 0 is no"),
+    ],
+)
+def test_judgements_that_were_edited_are_refused(tmp_path, edit, named):
+    label(planted_rows(4), HOUSE, Planted(), output_dir=tmp_path)
+    path = tmp_path / "judgements.jsonl"
+    path.write_text("\n".join(edit(path.read_text().splitlines())) + "\n")
+    for again in (lambda: derive(tmp_path, output_dir=tmp_path / "x", tie_margin=0), lambda: report_on(tmp_path)):
+        with pytest.raises(ValueError, match=rf"judgements\.jsonl.*{named}"):
+            again()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"has no run\.json"):
+        report_on(tmp_path)
+
+
+def test_other_answers_to_the_same_prompts_are_another_run(tmp_path):
+    """Pairs are named after their prompts, so those of two models have the same ids."""
+    rows = planted_rows(4)
+    label(rows, HOUSE, Planted(), output_dir=tmp_path)
+    before = (tmp_path / "comparisons.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds another run \(data_sha256"):
+        label([{**row, "a": row["b"]} for row in rows], HOUSE, Planted(), output_dir=tmp_path)
+    assert (tmp_path / "comparisons.jsonl").read_bytes() == before
 
 
 def test_a_judge_that_gives_no_votes_is_taken_at_its_word(tmp_path):

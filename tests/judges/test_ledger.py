@@ -102,6 +102,12 @@ def test_rows_tell_the_whole_story(tmp_path):
     assert len(row["prompt_sha256"]) == 64 and len(row["key"]) == 32 and db.execute("PRAGMA integrity_check")
 
 
+def test_a_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "ledger.sqlite").write_text("not a database" * 100)
+    with pytest.raises(ValueError, match=r"ledger\.sqlite cannot be used: file is not a database"):
+        Ledger(tmp_path)
+
+
 def test_two_processes_do_not_share_a_directory(tmp_path):
     with Ledger(tmp_path), pytest.raises(ValueError, match="another process works in it"):
         Ledger(tmp_path)

@@ -40,7 +40,8 @@ def test_records_are_written_whole_and_in_order(tmp_path, capsys):
     [
         ({"settings": {"seed": 1}}, "seed: 0 there, 1 now"),
         ({"items": ITEMS[:-1]}, "items: 10 there, 9 now"),
-        ({"items": ITEMS[::-1]}, "ids_sha256"),
+        ({"items": ITEMS[::-1]}, "data_sha256"),
+        ({"items": [{**ITEMS[0], "prompt": "another"}, *ITEMS[1:]]}, "data_sha256"),
     ],
 )
 def test_another_run_is_not_mixed_in(tmp_path, change, named):
