@@ -11,11 +11,17 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Stude
 NAMES = {"shared": "rlhf_fast, shared trunk", "separate": "rlhf_fast, separate critic", "trl": "TRL 1.12.0"}
 
 
+def short_commit(commit: str | None, unknown: str = "unknown") -> str:
+    """Its first digits, and "+" where the tree was changed: then the commit is not what was measured."""
+    return commit[:12] + ("+" if commit.endswith("+") else "") if commit else unknown
+
+
 def source(part: dict) -> str:
     packages = ", ".join(f"{name} {part['packages'][name]}" for name in ("torch", "trl"))
     return (
         f"\n{part['cpu']}, {part['threads']} thread, OMP_WAIT_POLICY={part['OMP_WAIT_POLICY']}, {packages}, "
-        f"load {part['load_average']:.0f}, commit {part['commit'][:12]}, {part['date'][:10]}: `{part['command']}`"
+        f"load {part['load_average']:.0f}, commit {short_commit(part['commit'])}, {part['date'][:10]}: "
+        f"`{part['command']}`"
         f"{' (' + part['note'] + ')' if 'note' in part else ''}\n"
     )
 
@@ -238,7 +244,7 @@ def gpu_table(part: dict) -> str:
     precision = "bfloat16" if part["run"]["bf16"] else "float32"
     about = (
         f"\n{part['machine']}, products of training in {precision} on both sides, {packages}, "
-        f"commit {(part['commit'] or 'unknown')[:12]}, {part['date'][:10]}: `{part['command']}`\n"
+        f"commit {short_commit(part['commit'])}, {part['date'][:10]}: `{part['command']}`\n"
     )
     profile = gpu_profile(part) if part["profile"] else "\nThe profile of ours: not yet measured.\n"
     return "\n" + lines(head, rows) + "\n" + about + profile

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import ppo_report
+from ppo_report import short_commit
 
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
@@ -87,7 +88,7 @@ def newest(results: list[dict]) -> list[dict]:
 
 def source(result: dict) -> str:
     """Where the figures of a result file come from."""
-    commit = (result["commit"] or "installed package")[:12]
+    commit = short_commit(result["commit"], "of an installed package")
     versions = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
     return (
         f"\n{result['machine']}, {result['threads']} threads, OMP_WAIT_POLICY={result['OMP_WAIT_POLICY'] or 'unset'}, "
@@ -225,7 +226,7 @@ def gpu_source(result: dict) -> str:
     return (
         f"\n{result['machine']}, copy {measured['copy_gb_per_s'] / 1e3:.2f} TB/s, bfloat16 product "
         f"{measured['bf16_tflop_per_s']:.0f} TFLOP/s, medians over a cold L2, {versions}, commit "
-        f"{(result['commit'] or 'installed package')[:12]}, {result['date'][:10]}: `make gpu`"
+        f"{short_commit(result['commit'], 'of an installed package')}, {result['date'][:10]}: `make gpu`"
     )
 
 
@@ -276,7 +277,7 @@ def quickstart(results: list[dict]) -> str:
     about = results[0]
     lines.append(
         f"\n{about['machine']}, torch {about['provenance']['torch']}, "
-        f"commit {about['provenance']['commit'][:12]}: `{about['command']}`\n"
+        f"commit {short_commit(about['provenance']['commit'])}: `{about['command']}`\n"
     )
     return "\n".join(lines)
 
@@ -354,7 +355,8 @@ def constitutional(result: dict) -> str:
     seeds = ", ".join(str(run["seed"]) for run in runs)
     lines.append(
         f"\nMeans of seeds {seeds} (each in brackets; an empty cell is not measured). {result['cpu']}, "
-        f"{result['threads']} thread, shared with other work, commit {result['commit'][:12]}: `{result['command']}`\n"
+        f"{result['threads']} thread, shared with other work, commit {short_commit(result['commit'])}: "
+        f"`{result['command']}`\n"
     )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,6 +104,26 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     assert "| `token_logprobs` | 64x50257 |" in page.read_text() and "old" not in page.read_text()
     report.main()
     assert readme.read_text() == text
+
+
+def test_a_commit_with_changes_is_shown_with_them():
+    commit = 3 * "0123456789abcdef"
+    assert report.short_commit(commit) == commit[:12] and report.short_commit(commit + "+") == commit[:12] + "+"
+
+
+def test_the_pages_say_what_the_result_files_do(tmp_path, monkeypatch):
+    """Who changes a result or the report also runs bench/report.py."""
+    pytest.importorskip("matplotlib")
+    root = report.ROOT
+    pages = [path.relative_to(root) for path in (root / "README.md", *(root / "docs").glob("*.md"))]
+    shutil.copytree(root / "bench" / "results", tmp_path / "bench" / "results")
+    (tmp_path / "docs").mkdir()
+    for page in pages:
+        shutil.copy(root / page, tmp_path / page)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.main()
+    for page in pages:
+        assert (tmp_path / page).read_text() == (root / page).read_text(), f"run bench/report.py: {page}"
 
 
 def test_an_op_measured_again_takes_the_place_of_its_older_rows():
