@@ -76,10 +76,11 @@ def summary(result: dict) -> str:
 
 
 def newest(results: list[dict]) -> list[dict]:
-    """The files without rows that the same machine, with as many threads, measured again in a later file."""
+    """The files without rows that the same machine, with as many threads and the same malloc, measured again later."""
 
     def key(result: dict, row: dict) -> tuple:
-        return result["machine"], result["threads"], row["op"], row["shape"], row["dtype"], row["direction"]
+        setting = result["machine"], result["threads"], result.get("allocator", "")
+        return *setting, row["op"], row["shape"], row["dtype"], row["direction"]
 
     by_date = sorted(results, key=lambda result: result["date"])
     latest = {key(result, row): result["date"] for result in by_date for row in result["rows"]}
@@ -92,6 +93,7 @@ def source(result: dict) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
     return (
         f"\n{result['machine']}, {result['threads']} threads, OMP_WAIT_POLICY={result['OMP_WAIT_POLICY'] or 'unset'}, "
+        f"{result['allocator'] + ', ' if result.get('allocator') else ''}"
         f"{versions}, commit {commit}, {result['date'][:10]}: `{result['command']}`\n"
     )
 

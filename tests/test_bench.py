@@ -134,6 +134,16 @@ def test_an_op_measured_again_takes_the_place_of_its_older_rows():
     others = [file("b", 2, "2025-01-01", "8"), file("a", 1, "2025-01-01", "8")]
     old, new = file("a", 2, "2026-01-01", "8", "16"), file("a", 2, "2026-01-02", "8")
     assert report.newest([old, *others, new]) == [file("a", 2, "2026-01-01", "16"), *others, new]
+    kept = new | {"allocator": "MALLOC_MMAP_MAX_=0"}  # another question, not a later answer
+    assert report.newest([old, kept]) == [old, kept]
+
+
+def test_a_malloc_that_keeps_its_memory_is_told(monkeypatch):
+    monkeypatch.setattr(harness, "ALLOCATOR", ("MALLOC_MMAP_MAX_",))
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    assert "MALLOC" not in report.source(harness.provenance(CPU, []))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert "MALLOC_MMAP_MAX_=0, " in report.source(harness.provenance(CPU, []))
 
 
 def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypatch):

@@ -23,6 +23,8 @@ OURS = "rlhf_fast"
 LEAST_SAMPLE = 2e-3  # seconds; shorter calls are repeated within one sample, so that the clock does not matter
 LEAST_ROUNDS = 5  # of three the median is the luck of two, where a host takes memory away between calls
 LIBC = ctypes.CDLL(None)
+# What decides whether freed memory stays in the process: with it eager and compiled code find their pages again.
+ALLOCATOR = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 PEERS = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 
 
@@ -144,5 +146,6 @@ def provenance(device: torch.device, arguments: list[str]) -> dict:
         "packages": {name: _installed(name) for name in PEERS},
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
+        "allocator": " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if os.environ.get(name)),
         "load_average": os.getloadavg()[0],
     }

@@ -235,6 +235,17 @@ def test_masked_mean_compiles_over_one_axis_after_another():
         torch.testing.assert_close(compiled(values, mask, dim), rf.masked_mean(values, mask, dim))
 
 
+@pytest.mark.parametrize("kind", [int, lambda n: torch.tensor(float(n))], ids=["int", "tensor"])
+def test_a_normalizer_of_any_value_serves_one_graph(kind):
+    """Of floats torch makes constants, and raises at the ninth."""
+    torch._dynamo.reset()
+    logprobs, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    loss = lambda n: rf.ppo_loss(logprobs, logprobs, logprobs, mask, normalizer=n)[0]  # noqa: E731
+    compiled = torch.compile(loss, fullgraph=True)
+    for n in range(2, 13):
+        torch.testing.assert_close(compiled(kind(n)), loss(kind(n)))
+
+
 @every_case
 def test_a_result_is_the_same_in_every_run_and_on_any_number_of_threads(case):
     threads = torch.get_num_threads()
