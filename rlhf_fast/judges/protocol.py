@@ -133,7 +133,7 @@ def decide(
             reason = "; ".join(f"{m.principle}: {m.reason}" for m in named)
             return Verdict(status, votes=votes, missing=missing, reason=reason)
     if not votes:
-        return Verdict("tie", reason="no principle applies to both replies")
+        return Verdict("tie", reason="no principle of weight above 0 has a vote")
     total = sum(weights[v.principle] for v in votes)
     if combine in ("logit", "sum"):
         logit = sum(weights[v.principle] * v.logit for v in votes) / (total if combine == "logit" else 1)
