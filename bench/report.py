@@ -406,7 +406,7 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
     for result in trained:
         default, *others = result["rows"][1:]
         best = min(others, key=lambda row: row["ours_is_faster_by"])
-        memory = " and ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in result["rows"][1:])
+        memory = ", ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in result["rows"][1:])
         name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
     parts = ppo["parts"] if ppo else {}
