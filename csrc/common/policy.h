@@ -71,8 +71,7 @@ struct PpoToken {
 
 template <class T>
 RLHF_INLINE T clamp_ratio(T ratio, const PpoOptions<T>& o) {
-  ratio = ratio > o.ratio_max ? o.ratio_max : ratio;
-  return ratio < o.ratio_min ? o.ratio_min : ratio;
+  return ratio > o.ratio_max ? o.ratio_max : ratio < o.ratio_min ? o.ratio_min : ratio;
 }
 
 // min(r A, clip(r, low, high) A) holds r below `high` where A > 0 and above `low` where A < 0. A held ratio is a
@@ -84,7 +83,7 @@ RLHF_INLINE PpoToken<T> ppo_token(T logprob, T old_logprob, T advantage, T weigh
   const T lower = advantage < 0 ? o.low : T(0), upper = advantage < 0 ? o.dual : o.high;
   const bool over = ratio > upper, under = ratio < lower;
   const T loss = -advantage * (over ? upper : under ? lower : ratio) * weight;
-  const bool flat = over | under | (std::fabs(d) > o.log_ratio_clamp);
+  const bool flat = over | under | (d > o.log_ratio_clamp) | (d < -o.log_ratio_clamp);
   const bool high = over & (advantage > 0), dual = over & (advantage < 0);
   return {loss, flat ? T(0) : loss, d, ratio, exp_minus_1_minus(d, e), high, under, dual};
 }
