@@ -24,7 +24,7 @@ from .judges.calibration import Calibration
 from .judges.generator import describe_model
 from .judges.labels import usable_principles
 from .judges.rule_judge import with_rules
-from .judges.stages import write_atomic
+from .judges.stages import read_json, write_atomic
 from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
 from .rewards import check_room, check_signature, make_reward
@@ -167,7 +167,7 @@ def _claim(root: Path, made_from: dict[str, dict]) -> None:
     writes the settings into run.json, to compare the next resumption with."""
     path, begun = root / "run.json", [part for part in PARTS if _begun(root / part)]
     now = json.loads(json.dumps(made_from))  # tuples become lists, as in the file
-    before = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
+    before = read_json(path)["settings"] if path.is_file() else {}
     for part, settings in now.items():
         there = before.get(part, {}) if part in begun else {}
         if changed := [name for name in settings if name in there and there[name] != settings[name]]:

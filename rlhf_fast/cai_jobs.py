@@ -35,7 +35,7 @@ from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
-from .report import read_jsonl, write_quickstart_report
+from .report import in_words, read_jsonl, write_quickstart_report
 from .trainers.checkpoints import latest_checkpoint
 from .trainers.constitutional import (
     TextGenerator,
@@ -131,6 +131,8 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
 
 
 def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
+    if not writer.temperature:
+        raise ConfigError("pairs: temperature = 0 writes the same answer twice, which nobody can compare")
     constitution = load_constitution(job.constitution, job.allow_code)
     stage = sample_pairs(_prompts(job), load_writer(writer), constitution, output_dir=job.output_dir,
                          batch_size=job.batch_size, seed=job.seed)  # fmt: skip
@@ -227,8 +229,7 @@ def _prompts(job) -> list[dict]:
 
 
 def _tell(name: str, stage, *files: str) -> None:
-    counts = ", ".join(f"{n} {status}" for status, n in stage.counts.items() if n or status == "inputs")
-    print(f"{name}: {counts}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
+    print(f"{name}: {in_words(stage.counts)}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
     why = next((record["reason"] for record in stage.rejected if record.get("reason")), None)
     if why:
         print(f"{name}: why they were left out is in {stage.output_dir}/rejected.jsonl; the first: {why[:200]}")
@@ -260,7 +261,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         raise ConfigError(f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why")
     part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=run.tokenizer))
     sft = str(root / "sft")
-    stages.add("sft", sft)
+    stages.add("sft", sft, counts=revised.counts)
 
     # Phase 2, on the other half; PPO sees all of them.
     pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
@@ -275,7 +276,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     part("reward", lambda config: RewardTrainer(config, sft, **compared))
     judged = root / "reward" / "preferences.json"  # of the model that was kept, where the log ends with the last step's
     accuracy = json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if judged.is_file() else None
-    stages.add("reward", rm_accuracy=accuracy)
+    stages.add("reward", rm_accuracy=accuracy, counts=labelled.counts)
     reward = str(root / "reward")
     data = {"train_dataset": prompts, "eval_dataset": run.held_out, "eval_rewards": run.eval_rewards}
 

@@ -142,9 +142,11 @@ class TrainJob:
     def __post_init__(self):
         check_config(
             self,
-            positive=("num_prompts", "max_prompt_length", "max_new_tokens", "max_revisions", "principles_per_pair"),
-            non_negative=("temperature",),
-        )
+            positive=(
+                "num_prompts", "max_prompt_length", "max_new_tokens", "max_revisions", "principles_per_pair",
+                "temperature",  # at 0 the two answers of a pair would be the same
+            ),
+        )  # fmt: skip
 
 
 CAI = {

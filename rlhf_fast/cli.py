@@ -115,11 +115,13 @@ def _cai(argv: list[str]) -> None:
     if word == "validate":
         parser = Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
         parser.add_argument("files", nargs="+", metavar="FILE", help="several files make one constitution")
-        parser.add_argument("--allow_code", action="store_true", help="rules by import path, which runs code")
+        parser.add_argument(
+            "--allow_code", choices=("true", "false"), default="false", help="rules by import path, which runs code"
+        )
         options = parser.parse_args(rest)
         from .cai_jobs import validate
 
-        print(validate(options.files, options.allow_code))
+        print(validate(options.files, options.allow_code == "true"))
     else:
         _train(CAI["cai" if word == "train" else word], f"cai {word}", rest)
 

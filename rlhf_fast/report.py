@@ -94,6 +94,7 @@ def write_quickstart_report(root: str | Path) -> Path:
     body = [
         _headline(summary),
         section("Stages", _stage_table(stages)),
+        section("What they learned from", _counts_table(stages)),
         section("True against proxy", _true_against_proxy(stages, logs)),
         section("Pass rate per principle", _principle_table(stages)),
         section("Before and after", _sample_cards(summary.get("samples", []))),
@@ -195,6 +196,20 @@ def _stage_table(stages: list[dict]) -> str:
             [stage["name"], *("" if v is None else bar(v, form, key == "pass_rate") for key, v, form in values)]
         )
     return table(rows)
+
+
+def _counts_table(stages: list[dict]) -> str:
+    """What became of the records of each stage that counts them, as a whole or by part."""
+    rows = []
+    for stage in stages:
+        counts = stage.get("counts", {})
+        parts = {f" ({part})": of for part, of in counts.items() if isinstance(of, dict)} or {"": counts}
+        rows += [[stage["name"] + part, in_words(of)] for part, of in parts.items() if of]
+    return table([["Stage", "Records"], *rows]) if rows else ""
+
+
+def in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in counts.items() if n or status == "inputs")
 
 
 def _principle_table(stages: list[dict]) -> str:

@@ -75,6 +75,9 @@ def test_validate_says_what_is_in_a_file_or_wrong_with_it(house, tmp_path, capsy
     (tmp_path / "bom.json").write_bytes(b'\xef\xbb\xbf["Be kind."]')
     assert main(["cai", "validate", str(tmp_path / "bom.json")]) == 0
     assert main(["cai", "lable"]) == 2 and "did you mean 'label'?" in capsys.readouterr().err
+    (tmp_path / "code.yaml").write_text(HOUSE.replace("rule: max_chars, args: {n: 12}", "rule: operator:eq"))
+    for allowed, code in (("false", 2), ("true", 0)):
+        assert main(["cai", "validate", str(tmp_path / "code.yaml"), "--allow_code", allowed]) == code
 
 
 def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsys):
@@ -96,6 +99,9 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     assert cai("revise", **common | {"num_prompts": -1}, output_dir=tmp_path / "x") == 2
     assert "rlhf-fast: revise: num_prompts = -1 must be greater than 0" in capsys.readouterr().err
     assert cai("pairs", **common, output_dir=tmp_path / "pairs") == 0
+    unread = {**common, "model": "unread", "output_dir": tmp_path / "x"}
+    assert cai("pairs", **unread, temperature=0) == 2 and "writes the same answer twice" in capsys.readouterr().err
+    assert cai("train", **unread, temperature=0) == 2 and "temperature = 0" in capsys.readouterr().err
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
     assert "label: 6 inputs" in capsys.readouterr().out
@@ -379,6 +385,37 @@ def test_every_part_reads_prompts_of_text_as_chats(trained):
     assert set(seen) == {"SFTTrainer", "RewardTrainer", "PPOTrainer", "generate_text"}
     for name, texts in seen.items():
         assert texts and all(t.startswith("<|user|>say ") and "<|assistant|>" in t for t in texts), name
+
+
+def test_the_report_says_what_models_learned_from(trained):
+    root, _ = trained
+    stages = {stage["name"]: stage for stage in json.loads((root / "summary.json").read_text())["stages"]}
+    for name, made in (("sft", "revise"), ("reward", "label")):
+        counts = json.loads((root / made / "run.json").read_text())["counts"]
+        assert stages[name]["counts"] == counts and counts["inputs"] == 5
+        text = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        assert f"<th>{name}</th><td>{text}</td>" in (root / "report.html").read_text()
+
+
+def test_files_that_were_cut_are_named(house, audited, all_of_it, trained, tmp_path, capsys):
+    def refused(path):
+        error = capsys.readouterr().err
+        assert f"{path} is not as it was written" in error and error.count("\n") == 1
+
+    card, run, labels = (tmp_path / name for name in ("card", "train", "labels"))
+    assert cai("label", **audited, allow_weak_judge="true", output_dir=labels) == 0
+    shutil.copytree(house / "card", card)
+    shutil.copytree(trained[0], run)
+    for path in (card / "audit.json", run / "run.json", labels / "run.json"):
+        path.write_text(path.read_text()[:-20])
+    assert cai("label", **audited, card=card, output_dir=tmp_path / "x") == 2
+    refused(card / "audit.json")
+    assert cai("label", **audited, allow_weak_judge="true", output_dir=labels) == 2
+    refused(labels / "run.json")
+    assert cai("derive", judgements=labels, output_dir=tmp_path / "x") == 2
+    refused(labels / "run.json")
+    assert resumed(all_of_it, run) == 2
+    refused(run / "run.json")
 
 
 def test_a_run_is_not_written_over(all_of_it, trained, tmp_path, capsys):

@@ -122,6 +122,7 @@ def test_quickstart_report_shows_both_curves_principles_and_samples(tmp_path):
             "seconds": 30.0,
             "rm_accuracy": None,
         },
+        {"name": "label", "counts": {"train": {"inputs": 9, "ok": 7, "tie": 2}, "held_out": {"inputs": 3, "tie": 0}}},
         {"name": "reward", "run": "rm", "rm_accuracy": 0.93, "seconds": 12},
         {
             "name": "ppo",
@@ -148,6 +149,8 @@ def test_quickstart_report_shows_both_curves_principles_and_samples(tmp_path):
     assert page.count(">88%<") == 1 and "93.0%" in page and "3.25" in page
     assert "&lt;br&gt;" in page and "はい。" in page and "✓" in page and "✗" in page
     assert "Curves of reward" in page and "Curves of sft" not in page
+    assert "<th>label (train)</th><td>9 inputs, 7 ok, 2 tie</td>" in page
+    assert "<th>label (held_out)</th><td>3 inputs</td>" in page
 
 
 def test_quickstart_report_refuses_a_summary_without_stages(tmp_path):

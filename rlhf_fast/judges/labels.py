@@ -16,7 +16,6 @@ What is not named stays as it was in the first labels.
 
 import contextlib
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from .constitution import Constitution, Principle
 from .ledger import Ledger
 from .principles import weight_field
 from .protocol import UNDECIDED, Judge, Missing, Pair, Verdict, Vote, decide, sigmoid
-from .stages import Stage, claim, finish_stage, read_items, run_stage, seed_for
+from .stages import Stage, claim, finish_stage, read_items, read_json, run_stage, seed_for
 
 COMBINE = ("logit", "prob", "sum")
 COT_CLAMP = (0.4, 0.6)
@@ -146,7 +145,7 @@ def settings_of(judgements: str | Path) -> dict:
     source = Path(judgements)
     if missing := [name for name in ("judgements.jsonl", "run.json") if not (source / name).is_file()]:
         raise ConfigError(f"{source} has no {missing[0]}; `label` writes it when all pairs were asked")
-    return json.loads((source / "run.json").read_text(encoding="utf-8"))["settings"]
+    return read_json(source / "run.json")["settings"]
 
 
 def read_judgements(judgements: str | Path) -> list[dict]:

@@ -160,7 +160,7 @@ def finish_stage(
     if name:
         write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
         write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
-    manifest = json.loads((output_dir / "run.json").read_text(encoding="utf-8")) | {"counts": counts}
+    manifest = read_json(output_dir / "run.json") | {"counts": counts}
     write_atomic(output_dir / "run.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return Stage(records, rows, rejected, counts, output_dir)
 
@@ -179,12 +179,20 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict:
+    """What write_atomic left there. ConfigError where something else has cut or changed it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not as it was written ({error}): restore it, or delete its directory") from None
+
+
 def claim(run_json: Path, manifest: dict) -> None:
     """Starts a run, or makes sure that this is the run that was started here."""
     if not run_json.exists():
         write_atomic(run_json, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return
-    old = json.loads(run_json.read_text(encoding="utf-8"))
+    old = read_json(run_json)
     wanted = json.loads(json.dumps(manifest))  # tuples become lists, as in the file
     before, now = {"stage": old["stage"], **old["settings"]}, {"stage": wanted["stage"], **wanted["settings"]}
     changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]

@@ -12,6 +12,7 @@ from .calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
 from .constitution import Constitution
 from .labels import read_judgements, verdict_of
 from .protocol import Judge
+from .stages import read_json
 
 
 def trusted(
@@ -70,7 +71,7 @@ def _card_of(made_with: Mapping, card: str | Path) -> dict:
     path = Path(card) / "audit.json"
     if not path.is_file():
         raise ConfigError(f"card: {path} is not there; card is the directory of `rlhf-fast cai audit`")
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path)
     for name in ("judge", "constitution_sha256", "principles_per_pair"):
         now = json.loads(json.dumps(made_with[name]))  # tuples become lists, as in the file
         if known.get(name) != now:

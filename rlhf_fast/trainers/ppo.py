@@ -546,6 +546,8 @@ class PPOTrainer:
         if self.value_model:
             common.check_learns(self.value_model, "PPOTrainer: the value model")
         for network in self._networks():
+            if any(p.dtype == torch.float64 for p in network.parameters()):
+                raise ConfigError("PPOTrainer: a model is in float64, and PPO computes in float32: call its float()")
             check_lengths(network, self.tokenizer, longest, advice)
             disable_dropout(network)  # under dropout the first ratios would be noise around 1
         with common.autocast(self.policy, config.bf16):

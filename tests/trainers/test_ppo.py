@@ -98,6 +98,12 @@ def test_the_first_ratio_is_exactly_one(tmp_path, options):
         assert float(metrics["loss/policy_avg"]) != 0.0
 
 
+@pytest.mark.parametrize("which", ["model", "ref_model"])
+def test_a_model_in_float64_is_refused(tmp_path, which):
+    with pytest.raises(ConfigError, match="in float64, and PPO computes in float32"):
+        make_trainer(tmp_path, **{which: tiny_model(tiny_tokenizer()).double()})
+
+
 def test_bf16_multiplies_in_bfloat16_and_is_refused_without_the_hardware(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "bf16_supported", lambda device: False)
     with pytest.raises(ConfigError, match="bf16: cpu has no bfloat16 instructions"):
