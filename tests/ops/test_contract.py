@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from cases import CASES, Sampler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import rlhf_fast as rf
 from rlhf_fast.ops import _dispatch
@@ -221,6 +222,44 @@ def test_compiles_to_one_graph_with_the_same_result(case):
         ours, graph = run(case.op, case, inputs), run(compiled, case, inputs)
         for name in ours:
             torch.testing.assert_close(graph[name], ours[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def sizes(inputs) -> list[int]:
+    return [n for x in inputs.values() if isinstance(x, torch.Tensor) for n in x.shape]
+
+
+def batch_of(case) -> tuple[dict, int]:
+    """A draw whose batch has a size that no other axis has, and that size: torch.compile takes equal sizes for one."""
+    for seed in range(200):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        n = inputs[(case.wrt or tuple(inputs))[0]].shape[:1].numel()
+        axes = [x for x in inputs.values() if isinstance(x, torch.Tensor) and n in x.shape]
+        if n > 1 and 0 not in sizes(inputs) and sizes(inputs).count(n) == sum(x.shape[0] == n for x in axes) > 1:
+            return inputs, n
+    raise AssertionError("no draw has such a batch")
+
+
+@every_case
+def test_a_graph_serves_the_next_call_and_batches_of_any_size(case, monkeypatch):
+    """The first call of an op in a process may be a compiled one: what it finds out must not make the second compile
+    the user's whole model again."""
+    torch._dynamo.reset()
+    for op in _dispatch._OPS.values():
+        monkeypatch.setattr(op, "_chosen", {})
+    inputs, n = batch_of(case)
+    counter = CompileCounter()
+    compiled = torch.compile(case.op, fullgraph=True, dynamic=True, backend=counter)
+    run(compiled, case, inputs)
+    frames = counter.frame_count
+    for times in (1, 2, 5):
+        larger = {
+            name: torch.cat([x] * times) if isinstance(x, torch.Tensor) and x.shape[:1] == (n,) else x
+            for name, x in inputs.items()
+        }
+        ours, graph = run(case.op, case, larger), run(compiled, case, larger)
+        for name in ours:
+            torch.testing.assert_close(graph[name], ours[name], rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert counter.frame_count == frames
 
 
 def test_masked_mean_compiles_over_one_axis_after_another():
