@@ -245,7 +245,7 @@ class Op:
     def backend(self, tensor: Tensor) -> str:
         """The backend that runs this op on the device of tensor."""
         device = device_type(tensor)
-        if is_compiling() and _forced is None:  # what is kept by the first call would be a guard, and fail in the second
+        if is_compiling() and _forced is None:  # what the first call keeps would be a guard that fails in the second
             return self._choose(device)[0]
         return (self._chosen.get(device) if _forced is None else None) or self.backend_on(device)
 
