@@ -53,6 +53,12 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask.bool(), x, 0.0)
 
 
+def _limited(x: Tensor, most: float) -> Tensor:
+    """x within +-most. The gradient is 0 where that changes x; that of clamp at the bound itself is 1 up to torch 2.13
+    and then 0."""
+    return torch.where(x.abs() <= most, x, x.detach().clamp(-most, most))
+
+
 def _data(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return _masked(as_accumulator(x.detach()), mask)
 
@@ -195,7 +201,7 @@ def kl_penalty(
     }[kind]
     d = (as_accumulator(logprobs) - as_accumulator(ref_logprobs)).to(as_accumulator(logprobs).dtype)
     if input_clamp is not None:
-        d = d.clamp(-input_clamp, input_clamp)
+        d = _limited(d, input_clamp)
     if output_clamp is None:
         return formula(d)
     limited = formula(d.detach()).clamp(-output_clamp, output_clamp)
@@ -245,7 +251,7 @@ def ppo_loss(
     logp = _masked(as_accumulator(logprobs), mask)
     a = _data(advantages, mask)
     log_ratio = logp - _data(old_logprobs, mask)
-    d = log_ratio if log_ratio_clamp is None else log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
+    d = log_ratio if log_ratio_clamp is None else _limited(log_ratio, log_ratio_clamp)
     ratio = d.detach().exp()
     low, high = 1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)
     clip_high, clip_low = (a > 0) & (ratio > high), (a < 0) & (ratio < low)

@@ -29,6 +29,17 @@ def gradient(loss, *inputs):
     return torch.autograd.grad(loss, inputs)
 
 
+@pytest.mark.parametrize("d, passes", [(1.0, 1.0), (-1.0, 1.0), (1.5, 0.0)])
+def test_the_gradient_passes_at_a_bound_and_not_beyond(ops, d, passes):
+    """torch.clamp's does at the bound up to torch 2.13, and not after; differences of bfloat16 numbers lie on it."""
+    logprobs, zero, all_of_it = row(d).requires_grad_(), row(0.0), tokens(True)
+    kl = ops.kl_penalty(logprobs, zero, estimator="k2", input_clamp=1.0).sum()
+    assert gradient(kl, logprobs)[0].item() == d * passes
+    loss, _ = ops.ppo_loss(logprobs, zero, row(-math.copysign(1.0, d)), all_of_it, cliprange=0.1, log_ratio_clamp=1.0)
+    grad = math.copysign(math.exp(math.copysign(1.0, d)), d) * passes  # of a ratio that the clip does not hold
+    assert gradient(loss, logprobs)[0].item() == pytest.approx(grad)
+
+
 # ---- PPO: ratio 1.5 against cliprange 0.2 counts as 1.2 ----
 
 
