@@ -429,7 +429,9 @@ def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
     """What the three ops refuse, as ValueError or TypeError in the name of the op."""
-    check_tensors(op, hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask)
+    check_tensors(
+        op, optional=("bias", "mask"), hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask
+    )  # fmt: skip
     if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} must be (..., D), weight {tuple(weight.shape)} (V, D), "

@@ -108,7 +108,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
     or 0/1: where it is False the rows are not read, the result is 0 and so is the gradient.
     Raises ValueError for shapes and devices, TypeError for dtypes.
     """
-    check_tensors(NAME, logits=logits, ref_logits=ref_logits, mask=mask)
+    check_tensors(NAME, optional=("mask",), logits=logits, ref_logits=ref_logits, mask=mask)
     if logits.shape != ref_logits.shape or logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{NAME}: logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be (..., V)"

@@ -200,7 +200,7 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
     check_temperature(op, temperature)
     if not is_compiling() and _labelled(logits, labels, mask):
         return  # the usual case, for a fifth of the time of what follows
-    check_tensors(op, logits=logits, labels=labels, mask=mask)
+    check_tensors(op, optional=("mask",), logits=logits, labels=labels, mask=mask)
     if labels.shape != logits.shape[:-1] or logits.ndim == 0:
         raise ValueError(
             f"{op}: labels {tuple(labels.shape)} must be logits {tuple(logits.shape)} without the vocabulary axis"
