@@ -48,9 +48,9 @@ def _gradients(logits, ref_logits, with_grads):
 
 
 def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
-    logits, ref_logits, mask, grad_kl = (
-        logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
-    )  # fmt: skip
+    # What was saved too: a hook may have given it back in another layout.
+    logits, ref_logits, kl, saved, grad_kl = (x.contiguous() for x in (logits, ref_logits, kl, saved, grad_kl))
+    mask = byte_mask(mask)
     check_unchanged(
         NAME,
         logits.shape == ref_logits.shape

@@ -35,6 +35,7 @@ def one_row(x: Tensor) -> Tensor:
 
 def _backward_cpu(grad_means, counts, mask, whole):
     check_unchanged("masked_mean", whole or mask.shape[:1] == counts.shape)
+    counts = counts.contiguous()  # a hook may have given it back in another layout
     grad_means, rows = grad_means.contiguous(), 1 if whole else mask.shape[0]
     (grad,) = empties(counts, counts.dtype, mask)
     _C.masked_mean_backward(
