@@ -449,6 +449,6 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 has scales beside it
         if t is not None and t.dtype not in DTYPE_CODES:
             raise TypeError(f"{op}: {name} is {t.dtype}; needs float32, bfloat16, float16 or float64")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap {softcap} must be > 0")
+    if softcap is not None and not 0 < softcap < math.inf:  # inf tanh(0) is NaN
+        raise ValueError(f"{op}: softcap {softcap} must be > 0 and finite")
     check_vocabulary(op, weight.shape[0], hidden)

@@ -202,6 +202,7 @@ ROWS = [
             ({"weight": torch.nn.Linear(D, V)}, TypeError, "weight is of type Linear; needs a tensor"),
             ({"labels": labels.numpy()}, TypeError, "labels is of type ndarray; needs a tensor"),
             ({"softcap": 0.0}, ValueError, "softcap 0.0 must be > 0"),
+            ({"softcap": math.inf}, ValueError, "softcap inf must be > 0 and finite"),
             ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5"),
         )
     ),
