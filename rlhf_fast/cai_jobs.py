@@ -155,7 +155,7 @@ def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
 def _compared(path: str) -> list[dict]:
     """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file of any of AuditJob's forms."""
     rows = read_rows(path)
-    if "text_correct" in rows[0]:
+    if rows and "text_correct" in rows[0]:  # none are left where every pair of hh-rlhf was left out
         return read_released_comparisons(path)
     for i, row in enumerate(rows):
         for name, column in (("better", "chosen"), ("worse", "rejected")):

@@ -116,8 +116,9 @@ def _cai(argv: list[str]) -> None:
         parser = Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
         parser.add_argument("files", nargs="+", metavar="FILE", help="several files make one constitution")
         parser.add_argument(
-            "--allow_code", choices=("true", "false"), default="false", help="rules by import path, which runs code"
-        )
+            "--allow_code", type=str.lower, choices=("true", "false"), default="false",
+            help="rules by import path, which runs code",
+        )  # fmt: skip
         options = parser.parse_args(rest)
         from .cai_jobs import validate
 

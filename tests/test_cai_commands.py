@@ -76,7 +76,7 @@ def test_validate_says_what_is_in_a_file_or_wrong_with_it(house, tmp_path, capsy
     assert main(["cai", "validate", str(tmp_path / "bom.json")]) == 0
     assert main(["cai", "lable"]) == 2 and "did you mean 'label'?" in capsys.readouterr().err
     (tmp_path / "code.yaml").write_text(HOUSE.replace("rule: max_chars, args: {n: 12}", "rule: operator:eq"))
-    for allowed, code in (("false", 2), ("true", 0)):
+    for allowed, code in (("false", 2), ("true", 0), ("True", 0)):  # a refusal says allow_code=True
         assert main(["cai", "validate", str(tmp_path / "code.yaml"), "--allow_code", allowed]) == code
 
 
@@ -154,10 +154,19 @@ def test_pairs_of_the_released_form_are_read_as_other_files_are(house, tmp_path,
         (b"\xff" + json.dumps(rows[0]).encode(), "rows.jsonl is not UTF-8"),
         (json.dumps({"text_correct": rows[0]["text_correct"]}), "rows.jsonl record 0: KeyError('text_incorrect')"),
         (json.dumps({**rows[0], "text_incorrect": "x"}), 'rows.jsonl record 0: ValueError("a transcript begins'),
+        (json.dumps(dict.fromkeys(rows[0], "\n\nHuman:")), "rows.jsonl record 0: a dialogue without a reply"),
     ):
         (tmp_path / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
         assert cai("audit", **common, data=tmp_path / "rows.jsonl") == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_file_of_which_every_pair_is_left_out_is_refused(house, tmp_path, capsys):
+    write(tmp_path / "rows.jsonl", [dict.fromkeys(("chosen", "rejected"), "\n\nHuman: x\n\nAssistant: y")])
+    common = {"constitution": house / "house.yaml", "output_dir": tmp_path / "card"}
+    assert cai("audit", **common, data=tmp_path / "rows.jsonl") == 2
+    told = capsys.readouterr()
+    assert "0 of 1 pairs used" in told.out and "no rows" in told.err
 
 
 def test_a_judge_that_answers_nothing_says_so_on_its_card(house, tmp_path, capsys):

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from ..data.chat import ConfigError, make_directory
@@ -158,6 +159,7 @@ def read_judgements(judgements: str | Path) -> list[dict]:
     for i, record in enumerate(records):
         try:
             verdict_of(record, {}, combine="logit")
+            itemgetter("id", "prompt", "a", "b")(record)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{path}: record {i} is no judgement ({error!r}); {again}") from None
     return records

@@ -154,14 +154,22 @@ class Ledger:
         self._held = self._hold() if self.directory else None
         self._lock = threading.RLock()
         path = self.directory / "ledger.sqlite" if self.directory else ":memory:"
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.DatabaseError as error:  # a directory, say
+            if self._held:
+                self._held.close()
+            raise ConfigError(f"{path} cannot be used: {error}") from None
+        try:
+            self._open()
         except sqlite3.DatabaseError as error:  # not a database, damaged, or on a disk that is full or read-only
             self.close()
             raise ConfigError(f"{path} cannot be used: {error}") from None
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
         self._db.execute("UPDATE attempts SET status='interrupted' WHERE status='started'")
         (self._opened_after,) = self._db.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()
         self._used = {who: Usage(*used) for who, *used in self._db.execute(

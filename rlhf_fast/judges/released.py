@@ -208,6 +208,8 @@ def read_released_comparisons(path: str | Path) -> list[dict]:
             better, worse = (parse_turns(row[name]) for name in ("text_correct", "text_incorrect"))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} record {i}: {error!r}") from None
+        if min(len(better), len(worse)) < 2:
+            raise ConfigError(f"{path} record {i}: a dialogue without a reply")
         if better[:-1] != worse[:-1]:
             raise ConfigError(f"{path} record {i}: the two dialogues differ before their last reply")
         rows.append({"prompt": messages_of(better[:-1]), "better": better[-1][1], "worse": worse[-1][1]})

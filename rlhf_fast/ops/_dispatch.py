@@ -513,11 +513,15 @@ def native(
     return kernels
 
 
-def check_tensors(op: str, **arguments) -> None:
-    """None is what an optional argument is where nobody gave it."""
+def check_tensors(op: str, *, optional: tuple[str, ...] = (), **arguments) -> None:
+    """optional: the names of those that may be None."""
     for name, x in arguments.items():
-        if x is not None and not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} is of type {type(x).__name__}; needs a tensor")
+        if not isinstance(x, Tensor) and (x is not None or name not in optional):
+            raise TypeError(f"{op}: {name} is {_kind(x)}; needs a tensor")
+
+
+def _kind(x) -> str:
+    return "None" if x is None else f"of type {type(x).__name__}"
 
 
 def check_vocabulary(op: str, size: int, like: Tensor) -> None:

@@ -429,7 +429,9 @@ def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
     """What the three ops refuse, as ValueError or TypeError in the name of the op."""
-    check_tensors(op, hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask)
+    check_tensors(
+        op, optional=("bias", "mask"), hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask
+    )  # fmt: skip
     if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} must be (..., D), weight {tuple(weight.shape)} (V, D), "
@@ -447,6 +449,6 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 has scales beside it
         if t is not None and t.dtype not in DTYPE_CODES:
             raise TypeError(f"{op}: {name} is {t.dtype}; needs float32, bfloat16, float16 or float64")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap {softcap} must be > 0")
+    if softcap is not None and not 0 < softcap < math.inf:  # inf tanh(0) is NaN
+        raise ValueError(f"{op}: softcap {softcap} must be > 0 and finite")
     check_vocabulary(op, weight.shape[0], hidden)

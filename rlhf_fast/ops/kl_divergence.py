@@ -48,9 +48,9 @@ def _gradients(logits, ref_logits, with_grads):
 
 
 def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
-    logits, ref_logits, mask, grad_kl = (
-        logits.contiguous(), ref_logits.contiguous(), byte_mask(mask), grad_kl.contiguous()
-    )  # fmt: skip
+    # What was saved too: a hook may have given it back in another layout.
+    logits, ref_logits, kl, saved, grad_kl = (x.contiguous() for x in (logits, ref_logits, kl, saved, grad_kl))
+    mask = byte_mask(mask)
     check_unchanged(
         NAME,
         logits.shape == ref_logits.shape
@@ -108,7 +108,7 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
     or 0/1: where it is False the rows are not read, the result is 0 and so is the gradient.
     Raises ValueError for shapes and devices, TypeError for dtypes.
     """
-    check_tensors(NAME, logits=logits, ref_logits=ref_logits, mask=mask)
+    check_tensors(NAME, optional=("mask",), logits=logits, ref_logits=ref_logits, mask=mask)
     if logits.shape != ref_logits.shape or logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{NAME}: logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be (..., V)"

@@ -144,7 +144,7 @@ def linear_ppo_loss(
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_tokens(
         NAME, 2, mask, "old_logprobs advantages ref_logprobs importance_weights",
-        old_logprobs, advantages, ref_logprobs, importance_weights,
+        old_logprobs, advantages, ref_logprobs, importance_weights, optional=2,
     )  # fmt: skip
     check_policy(NAME, cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)

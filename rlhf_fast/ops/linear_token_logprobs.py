@@ -75,6 +75,7 @@ def _backward_any(
         NAME,
         weight.ndim == 2
         and hidden.shape == (saved.shape[0], weight.shape[1])
+        and saved.shape[1:] == (2,)
         and all(x is None or x.shape == saved.shape[:1] for x in (labels, mask))
         and (grad_entropy is None or entropy.shape == saved.shape[:1])
         and logits.shape[0] in (0, kept_rows)
@@ -82,12 +83,13 @@ def _backward_any(
         and (bias is None or bias.shape == weight.shape[:1])
         and (not fused or hidden.dtype == weight.dtype),
     )
+    saved, logits = saved.contiguous(), logits.contiguous()  # a hook may have given them back in another layout
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0
     buffer = (logits if consume else logits.clone()) if kept else logits_buffer(inputs, any(wanted))
     by_row = [None if t is None else inputs.take(t.contiguous()) for t in (grad_logprobs, grad_entropy)]
-    entropy = None if grad_entropy is None else inputs.take(entropy)
+    entropy = None if grad_entropy is None else inputs.take(entropy.contiguous())
     for part in inputs.parts:
         z = buffer[: part.stop, : weight.shape[0]] if kept else chunk_logits(buffer, inputs, part, temperature)
         g, h, e = (None if t is None else t[part] for t in (*by_row, entropy))

@@ -35,6 +35,7 @@ def one_row(x: Tensor) -> Tensor:
 
 def _backward_cpu(grad_means, counts, mask, whole):
     check_unchanged("masked_mean", whole or mask.shape[:1] == counts.shape)
+    counts = counts.contiguous()  # a hook may have given it back in another layout
     grad_means, rows = grad_means.contiguous(), 1 if whole else mask.shape[0]
     (grad,) = empties(counts, counts.dtype, mask)
     _C.masked_mean_backward(
@@ -93,10 +94,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     empty. Floating values of any precision or numbers, float32 out (float64 for float64); values receives the gradient.
     Raises ValueError where the mask does not fit, IndexError for an axis that values does not have.
     """
-    if mask is not None:
-        mask = fitting_mask("masked_mean", values, mask)
+    mask = fitting_mask("masked_mean", values, mask)
     if values.dtype not in DTYPE_CODES:
-        check_tensors("masked_mean", values=values)
         values = values.float()
     if _op.backend(values) == "reference":
         return reference.masked_mean(values, mask, dim)
@@ -118,10 +117,13 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     return _op(to_rows(values), None if mask is None else to_rows(mask), False)[0].view(shape)
 
 
-def fitting_mask(op: str, values: Tensor, mask: Tensor) -> Tensor:
-    """As bool of the shape of values."""
+def fitting_mask(op: str, values: Tensor, mask: Tensor | None) -> Tensor | None:
+    """As bool of the shape of values. TypeError where one of them is no tensor."""
+    if not (isinstance(values, Tensor) and (mask is None or isinstance(mask, Tensor))):
+        check_tensors(op, optional=("mask",), values=values, mask=mask)
+    if mask is None:
+        return None
     if mask.device != values.device:
-        check_tensors(op, values=values, mask=mask)  # an array of numpy has a device, too
         raise ValueError(f"{op}: mask is on {mask.device}, values on {values.device}; move them to one device")
     try:
         mask = as_bool(mask)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, check_tensors, empties, native
+from ._dispatch import DTYPE_CODES, Op, empties, native
 from ._inputs import as_rows
 from .masked_mean import _op as _mean
 from .masked_mean import fitting_mask
@@ -78,10 +78,8 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: boo
     """
     if not eps > 0:
         raise ValueError(f"masked_whiten: eps {eps} must be > 0")
-    if mask is not None:
-        mask = fitting_mask("masked_whiten", values, mask)
+    mask = fitting_mask("masked_whiten", values, mask)
     if values.dtype not in DTYPE_CODES:
-        check_tensors("masked_whiten", values=values)
         values = values.float()
     if _op.backend(values) == "reference":
         return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)

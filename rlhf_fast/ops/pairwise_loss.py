@@ -57,10 +57,10 @@ def pairwise_loss(
     """
     margins = _floating(margin) if isinstance(margin, Tensor) else None
     probs = _floating(target_prob) if isinstance(target_prob, Tensor) else None
-    weights = None if weights is None else _floating(weights)
+    weights = _floating(weights) if isinstance(weights, Tensor) else weights
     check(
         "pairwise_loss", 1, None, "chosen rejected weights margin target_prob",
-        chosen, rejected, weights, margins, probs,
+        chosen, rejected, weights, margins, probs, optional=3,
     )  # fmt: skip
     if not 0.0 <= _number(target_prob, 1.0) <= 1.0:
         raise ValueError(f"pairwise_loss: target_prob {target_prob} must be a probability, in [0, 1]")

@@ -90,7 +90,7 @@ def ppo_loss(
     """
     check(
         "ppo_loss", 2, mask, "logprobs old_logprobs advantages ref_logprobs entropy importance_weights",
-        logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights,
+        logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights, optional=3,
     )  # fmt: skip
     check_policy("ppo_loss", cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)

@@ -55,12 +55,14 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
         raise TypeError("token_logprobs_backward: needs gradients of the outputs' dtype")
     check_unchanged(
         "token_logprobs",
-        logits.shape[:-1] == labels.shape == saved.shape[:-1]
+        logits.shape[:-1] == labels.shape
+        and saved.shape == (*labels.shape, 2)
         and labels.dtype == torch.int64
         and all(x is None or x.shape == labels.shape for x in (mask, *by_row)),
     )
-    grad_logprobs = None if grad_logprobs is None else grad_logprobs.contiguous()
-    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    # What was saved too: a hook may have given it back in another layout.
+    saved = saved.contiguous()
+    entropy, grad_logprobs, grad_entropy = (None if x is None else x.contiguous() for x in by_row)
     if out is None:
         (out,) = empties(logits, logits.dtype, logits)
         grad_outer_stride, grad_inner_stride = inner * logits.shape[-1], logits.shape[-1]
@@ -200,7 +202,7 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
     check_temperature(op, temperature)
     if not is_compiling() and _labelled(logits, labels, mask):
         return  # the usual case, for a fifth of the time of what follows
-    check_tensors(op, logits=logits, labels=labels, mask=mask)
+    check_tensors(op, optional=("mask",), logits=logits, labels=labels, mask=mask)
     if labels.shape != logits.shape[:-1] or logits.ndim == 0:
         raise ValueError(
             f"{op}: labels {tuple(labels.shape)} must be logits {tuple(logits.shape)} without the vocabulary axis"

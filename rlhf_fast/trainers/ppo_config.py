@@ -174,11 +174,12 @@ class PPOConfig:
 
 
 def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
-    """ConfigError for names that the log uses itself, and where rewards or a monitor would never be read."""
-    if taken := {"scores", "kl"}.intersection(eval_rewards or ()):
+    """ConfigError for names that the log or samples.jsonl has itself, and where rewards or a monitor would never be
+    read."""
+    if taken := {"scores", "kl", "prompt", "response"}.intersection(eval_rewards or ()):
         raise ConfigError(
-            f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, eval_{min(taken)} is what the run logs "
-            "itself; rename it"
+            f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, which the run logs itself (as "
+            f"eval_{min(taken)}, or in samples.jsonl); rename it"
         )
     if eval_rewards and eval_dataset is None:
         raise ConfigError("PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)")

@@ -171,6 +171,10 @@ def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
         (lambda lines: lines[:-1], "has 3 records, and 4 were written"),
         (lambda lines: [*lines[:-1], lines[-1][:-9]], "line 4: not JSON"),
         (lambda lines: [lines[0], '{"id": 1}', *lines[2:]], r"record 1 is no judgement \(KeyError\('votes'\)\)"),
+        (
+            lambda lines: [lines[0].replace('"a": ', '"c": '), *lines[1:]],
+            r"record 0 is no judgement \(KeyError\('a'\)\)",
+        ),
         (lambda lines: [lines[0].replace('"logit_ab": ', '"logit_ab": "1", "x": '), *lines[1:]], "record 0 is no"),
     ],
 )

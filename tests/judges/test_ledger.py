@@ -106,6 +106,20 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "ledger.sqlite").write_text("not a database" * 100)
     with pytest.raises(ValueError, match=r"ledger\.sqlite cannot be used: file is not a database"):
         Ledger(tmp_path)
+    (tmp_path / "other" / "ledger.sqlite").mkdir(parents=True)
+    for _ in range(2):  # the lock is given back
+        with pytest.raises(ValueError, match=r"ledger\.sqlite cannot be used: unable to open database file"):
+            Ledger(tmp_path / "other")
+
+
+def test_a_database_that_is_damaged_is_refused(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        ask(ledger, Echo(), *(f"{n}" * 100 for n in range(100)))
+    content = bytearray((tmp_path / "ledger.sqlite").read_bytes())
+    content[8192:] = bytes(len(content) - 8192)  # the header and the names of the tables are whole
+    (tmp_path / "ledger.sqlite").write_bytes(content)
+    with pytest.raises(ValueError, match=r"ledger\.sqlite cannot be used: database disk image is malformed"):
+        Ledger(tmp_path)
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path):

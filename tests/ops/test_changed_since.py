@@ -93,7 +93,9 @@ def test_a_mask_of_more_rows():
 
 
 def linear_entropy(x, labels, mask):
-    return rf.linear_token_logprobs(x[:, :D], torch.ones(V, D), labels, mask=mask[:, 0], with_entropy=True)[1]
+    return rf.linear_token_logprobs(
+        x[:, :D], torch.ones(V, D, dtype=x.dtype), labels, mask=mask[:, 0], with_entropy=True
+    )[1]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,43 @@ def test_a_hook_that_gives_back_less_than_it_was_given(op, dtype, shape):
         backward(outputs)
 
 
+@pytest.mark.parametrize("op", [apart, linear])
+def test_a_hook_that_gives_back_half_of_each_row(op):
+    x = {"logits": torch.randn(N, V, requires_grad=True), "hidden": torch.randn(N, D, requires_grad=True)}
+    x |= {"labels": torch.arange(N) % V, "mask": None, "weight": torch.randn(V, D)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: s, lambda s: s[:, :1] if s.shape == (N, 2) else s):
+        outputs = op(x)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        backward(outputs)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, y, m: rf.token_logprobs(x, y, mask=m[:, 0]),
+        lambda x, y, m: rf.token_logprobs_and_entropy(x.repeat(1, 2)[:, :V], y)[1],
+        linear_entropy,
+        lambda x, y, m: linear_entropy(x.double(), y, m),
+        lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)),
+        lambda x, y, m: rf.masked_mean(x, m, 1),
+    ],
+)
+def test_a_hook_that_gives_the_same_numbers_back_in_another_layout(op):
+    x, labels = torch.randn(N, V, requires_grad=True), torch.arange(N) % V
+    mask = torch.ones(N, V, dtype=torch.bool)
+    mask[2], grad = False, torch.rand(N)
+
+    def gradient(unpack):
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+            outputs = op(x, labels, mask)
+        return torch.autograd.grad(outputs, x, grad.to(outputs.dtype))[0]
+
+    spread = gradient(lambda saved: torch.stack([saved, torch.zeros_like(saved)], -1)[..., 0])
+    assert torch.equal(spread, gradient(lambda saved: saved))
+
+
 @pytest.mark.parametrize("shape", [(N,), (N, 4)])
-def test_a_hook_that_gives_back_half_of_each_number(shape):
+def test_a_hook_that_gives_back_half_of_each_number_of_each_number(shape):
     logits = torch.randn(N, V, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.half() if x.shape == shape else x):
         divergence = rf.kl_divergence(logits, torch.zeros(N, V))

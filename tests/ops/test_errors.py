@@ -57,8 +57,11 @@ ROWS = [
     ("cross_entropy", {"labels": labels.numpy()}, TypeError, "labels is of type ndarray; needs a tensor"),
     ("kl_divergence", {"ref_logits": logits.numpy()}, TypeError, "ref_logits is of type ndarray; needs a tensor"),
     ("masked_mean", {"mask": mask.numpy()}, TypeError, "mask is of type ndarray; needs a tensor"),
+    ("masked_mean", {"mask": mask.tolist()}, TypeError, "mask is of type list; needs a tensor"),
     ("masked_mean", {"values": token.numpy(), "mask": None}, TypeError, "values is of type ndarray; needs a tensor"),
     ("masked_whiten", {"values": token.numpy(), "mask": None}, TypeError, "values is of type ndarray; needs a tensor"),
+    ("masked_whiten", {"values": token.tolist()}, TypeError, "values is of type list; needs a tensor"),
+    ("pairwise_loss", {"weights": pair.tolist()}, TypeError, "weights is of type list; needs a tensor"),
     ("ranking_loss", {"ranks": labels.numpy()}, TypeError, "ranks is of type ndarray; needs a tensor"),
     ("token_logprobs", {"logits": huge, "labels": no_label}, ValueError, of_it),
     ("kl_divergence", {"logits": huge, "ref_logits": huge}, ValueError, of_it),
@@ -199,6 +202,7 @@ ROWS = [
             ({"weight": torch.nn.Linear(D, V)}, TypeError, "weight is of type Linear; needs a tensor"),
             ({"labels": labels.numpy()}, TypeError, "labels is of type ndarray; needs a tensor"),
             ({"softcap": 0.0}, ValueError, "softcap 0.0 must be > 0"),
+            ({"softcap": math.inf}, ValueError, "softcap inf must be > 0 and finite"),
             ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5"),
         )
     ),
@@ -236,6 +240,13 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
     with pytest.raises(error, match=f"^.*{re.escape(words)}") as caught:
         getattr(rf, op)(**(VALID[op] | bad))
     assert str(caught.value).startswith(f"{op}: ")
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op in VALID for name in VALID[op] if name != "mask"])
+def test_none_for_an_argument_that_is_needed(op, name):
+    """A kernel takes what is not given for address 0."""
+    with pytest.raises(TypeError, match=f"^{op}: {name} is None; needs a tensor"):
+        getattr(rf, op)(**(VALID[op] | {name: None}))
 
 
 def test_a_sharded_tensor_is_refused_with_the_way_on():
