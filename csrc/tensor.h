@@ -264,12 +264,14 @@ T from_python(PyObject* x) {
 
 inline PyObject* as_bool(bool x) { return PyBool_FromLong(x); }
 
-// (ndim, mask, *tensors): whether all that is given (None is not) are plain tensors of one shape and device, of ndim
-// axes (-1: any number), and all but the mask of a floating dtype. False may also mean that this cannot be told here.
+// (ndim, needed, mask, *tensors): whether the first `needed` tensors are there (not None), and all that are there are
+// plain tensors of one shape and device, of ndim axes (-1: any number), all but the mask of a floating dtype. False may
+// also mean that this cannot be told here.
 inline PyObject* alike(PyObject* const* given, Py_ssize_t count) {
-  if (count < 2) throw py::type_error("needs ndim, mask and tensors");
-  const long ndim = PyLong_AsLong(given[0]);
+  if (count < 3) throw py::type_error("needs ndim, needed, mask and tensors");
+  const long ndim = PyLong_AsLong(given[0]), needed = PyLong_AsLong(given[1]);
   if (PyErr_Occurred()) throw py::error_already_set();
+  PyObject *const mask = given[2], *const *const tensors = given + 3, *const *const end = given + count;
   DLTensor first, other;
   bool begun = false;
   const auto fits = [&](PyObject* x, bool floating) {
@@ -280,8 +282,8 @@ inline PyObject* alike(PyObject* const* given, Py_ssize_t count) {
     return t.ndim == first.ndim && t.device_type == first.device_type && t.device_id == first.device_id &&
            std::equal(t.shape, t.shape + t.ndim, first.shape);
   };
-  return as_bool(std::all_of(given + 2, given + count, [&](PyObject* x) { return fits(x, true); }) &&
-                 fits(given[1], false));
+  return as_bool(std::find(tensors, std::min(tensors + needed, end), Py_None) == std::min(tensors + needed, end) &&
+                 std::all_of(tensors, end, [&](PyObject* x) { return fits(x, true); }) && fits(mask, false));
 }
 
 // (logits, labels, mask): whether logits (..., V) are floating, labels (...) int64, and the mask, if any, (...) too:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, as_bool, check_tensors, empties, native
 
-_alike = (lambda ndim, mask, *tensors: False) if _C is None else _C.alike
+_alike = (lambda ndim, needed, mask, *tensors: False) if _C is None else _C.alike
 
 
 def check(
@@ -20,13 +20,11 @@ def check(
 ) -> None:  # fmt: skip
     """All tensors, whose names are the words of names, have the first one's shape and device, and a floating dtype;
     ndim is the number of axes it needs. The last `optional` of them may be None, and so may the mask."""
-    for x in tensors[: len(tensors) - optional]:
-        if x is None:  # _alike passes over it, and a kernel would read at address 0
-            check_tensors(op, **dict(zip(names.split(), tensors, strict=True)))
-    if not is_compiling() and _alike(-1 if ndim is None else ndim, mask, *tensors):
+    needed = len(tensors) - optional
+    if not is_compiling() and _alike(-1 if ndim is None else ndim, needed, mask, *tensors):
         return  # the usual case, for a tenth of the time of what follows
     named = dict(zip(names.split(), tensors, strict=True))
-    check_tensors(op, optional=(*named, "mask"), **named, mask=mask)
+    check_tensors(op, optional=(*list(named)[needed:], "mask"), **named, mask=mask)
     first_name, first = next(iter(named.items()))
     shape, device = first.shape, first.device
     if ndim is not None and len(shape) != ndim:
