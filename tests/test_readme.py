@@ -38,6 +38,10 @@ def test_python_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/sft/config.json").is_file() and (tmp_path / "runs/reward/config.json").is_file()
     assert names["metrics"]["objective/kl"] is not None
     assert names["revised"].counts["inputs"] == len(names["prompts"]) == names["comparisons"].counts["inputs"]
+    for page in ("docs/ppo.md", "docs/sft_reward.md"):  # on the models that are there now
+        snippets = blocks("python", (ROOT / page).read_text(encoding="utf-8"))
+        assert len(snippets) == 1
+        exec(compile(snippets[0], page, "exec"), {})
 
 
 def test_the_line_it_says_the_op_equals_is_what_the_op_equals():
