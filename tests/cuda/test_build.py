@@ -64,8 +64,11 @@ esac
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
-@pytest.mark.parametrize(("asked", "built"), [("", {"80", "90"}), ("90-real", {"90"})])
-def test_an_nvcc_that_does_not_know_sm_100_is_not_asked_for_it(asked, built, tmp_path):
+@pytest.mark.parametrize(
+    ("variable", "asked", "built"),
+    [("CUDACXX", "", {"80", "90"}), ("CUDA_HOME", "90-real", {"90"})],
+)
+def test_an_nvcc_that_does_not_know_sm_100_is_found_and_not_asked_for_it(variable, asked, built, tmp_path):
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text(CUDA_12_4.format(nvcc=resources.NVCC))
@@ -76,9 +79,10 @@ def test_an_nvcc_that_does_not_know_sm_100_is_not_asked_for_it(asked, built, tmp
     )
     configure = ["cmake", "-S", Path(__file__).parents[2], "-B", tmp_path / "build", "-G", "Ninja",
                  f"-Dpybind11_DIR={tmp_path}", f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
-    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "RLHF_FAST_CUDA": "1"}
-    environment |= {"RLHF_FAST_CUDA_ARCHITECTURES": asked}
+    found = {"CUDACXX": str(nvcc), "CUDA_HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA")}
+    environment |= {variable: found[variable], "RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": asked}
     done = subprocess.run(configure, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and f"CUDA kernels: yes: {nvcc}\n" in done.stdout, done.stdout + done.stderr
     commands = (tmp_path / "build" / "build.ninja").read_text()
     assert set(re.findall(r"code=\[?sm_(\d+)", commands)) == built
