@@ -1,6 +1,6 @@
 """A reward that is hacked, and the monitors that notice: `python examples/reward_hacking.py`, half a minute on a CPU.
 
-What is wanted: one kind word, in few words. What is rewarded: kind words, counted. PPO finds out that more of them is
+What is wanted: two kind words, in few words. What is rewarded: kind words, counted. PPO finds out that more of them is
 more reward. The held-out reward is what is wanted; the policy never trains on it, and where it falls while the count
 rises the run ends, with a checkpoint, and report.html says why.
 """
@@ -23,7 +23,7 @@ def kind_words(prompts, responses, **columns):
 
 
 def kind_and_short(prompts, responses, **columns):
-    """1 for one or two kind words among at most six; nothing where there is none, less the longer it is."""
+    """1 for two kind words or more among at most six, 1/2 for one of them, 0 for none; the less the longer it is."""
     kind = [min(count, 2.0) / 2 for count in kind_words(prompts, responses)]
     return [k * min(1.0, 6 / max(1, len(response.split()))) for k, response in zip(kind, responses, strict=True)]
 

@@ -10,7 +10,7 @@ def finished(prompts, responses, **columns):
 
 
 def no_repetition(prompts, responses, **columns):
-    """The share of three-word sequences that occur once; 1.0 where there is none."""
+    """Of the three-word sequences the share that are different; 1.0 where there is none."""
     scores = []
     for response in responses:
         words = response.split()

@@ -126,6 +126,29 @@ def test_the_pages_say_what_the_result_files_do(tmp_path, monkeypatch):
         assert (tmp_path / page).read_text() == (root / page).read_text(), f"run bench/report.py: {page}"
 
 
+def test_the_sentences_beside_the_tables_name_their_ratios():
+    """Those of the README that change with every measurement; CONTRIBUTING asks to read the others again."""
+
+    def between(file, op, direction, peer, digits=1):
+        rows = json.loads((report.ROOT / "bench" / "results" / file).read_text())["rows"]
+        rows = [row for row in rows if row["op"] in op.split() and row["direction"] == direction]
+        ratios = [report.best(row, (peer,)) for row in rows if report.BARE not in row["implementations"]]
+        return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
+
+    readme, ops = (" ".join((report.ROOT / page).read_text().split()) for page in ("README.md", "docs/ops.md"))
+    malloc, linear, both = "cpu_amd_malloc.json", "cpu_amd.json", "forward+backward"
+    eager = [between(malloc, "token_logprobs", direction, "eager") for direction in ("forward", both)]
+    compiled = [between(malloc, "token_logprobs token_logprobs_and_entropy", "forward", "compile"),
+                between(malloc, "token_logprobs", both, "compile")]  # fmt: skip
+    assert f"Eager then takes {eager[0]} times our time forward and {eager[1]} times forward and backward" in readme
+    assert f"`torch.compile` {compiled[0]} and {compiled[1]}." in readme
+    assert f"{eager[0]}x forward, {eager[1]}x with backward" in ops
+    losses = between(linear, "linear_cross_entropy linear_ppo_loss", both, "compile")
+    logprobs = between(linear, "linear_token_logprobs", both, "compile", 2)
+    told = f"`torch.compile` takes {losses} times our time on the losses, and {logprobs} on `linear_token_logprobs`"
+    assert told in readme
+
+
 def test_an_op_measured_again_takes_the_place_of_its_older_rows():
     def file(machine, threads, date, *shapes):
         rows = [{"op": "gae", "shape": shape, "dtype": "float32", "direction": "forward"} for shape in shapes]

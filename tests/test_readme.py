@@ -1,5 +1,6 @@
 """What the README tells people to type works: its Python runs, its commands, targets and files exist."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -37,6 +38,10 @@ def test_python_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/sft/config.json").is_file() and (tmp_path / "runs/reward/config.json").is_file()
     assert names["metrics"]["objective/kl"] is not None
     assert names["revised"].counts["inputs"] == len(names["prompts"]) == names["comparisons"].counts["inputs"]
+    for page in ("docs/ppo.md", "docs/sft_reward.md"):  # on the models that are there now
+        snippets = blocks("python", (ROOT / page).read_text(encoding="utf-8"))
+        assert len(snippets) == 1
+        exec(compile(snippets[0], page, "exec"), {})
 
 
 def test_the_line_it_says_the_op_equals_is_what_the_op_equals():
@@ -78,6 +83,15 @@ def test_the_model_of_ops_md_takes_the_steps_that_the_trainer_takes_without_it(t
         weights.append(transformers.AutoModelForCausalLM.from_pretrained(arguments.output_dir).lm_head.weight)
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-4)
     torch.testing.assert_close(*weights, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("module", ["trl", "verl", "openrlhf"])
+def test_ops_md_names_what_compat_has(module):
+    (row,) = re.findall(rf"^\| `compat\.{module}` .*\| (.*) \|$", (ROOT / "docs/ops.md").read_text(), re.MULTILINE)
+    has = vars(importlib.import_module(f"rlhf_fast.compat.{module}")).items()
+    ours = [f"rlhf_fast.compat.{module}", f"rlhf_fast.compat._{module}"]
+    public = {name for name, x in has if getattr(x, "__module__", "").startswith(tuple(ours)) and name[0] != "_"}
+    assert set(re.findall(r"`(\w+)`", row)) == public
 
 
 def test_targets_exist():

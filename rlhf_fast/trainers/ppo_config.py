@@ -12,7 +12,8 @@ from .configs import LR_SCHEDULES, check_config
 
 @dataclass
 class PPOConfig:
-    """Names are TRL's where TRL has the same setting. Sizes count responses unless they say tokens."""
+    """Names are TRL's where TRL has the same setting. Sizes count responses unless they say tokens. `rlhf-fast ppo
+    --help-all` says what each field means."""
 
     output_dir: str = "runs/ppo"  # log, samples, checkpoints, and in the end the model
     seed: int = 0

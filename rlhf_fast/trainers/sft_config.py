@@ -9,6 +9,8 @@ from .configs import LR_SCHEDULES, check_config
 
 @dataclass
 class SFTConfig:
+    """Names are TRL's where TRL has the same setting. `rlhf-fast sft --help-all` says what each field means."""
+
     output_dir: str = "runs/sft"  # log, samples, checkpoints, and in the end the model
     seed: int = 0  # of the order of the data, dropout, and new weights
     num_train_epochs: float = 1.0  # passes over the data

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import resources
@@ -48,3 +52,37 @@ def test_a_row_kernel_knows_which_memory_it_reads(file):
     """Not so through a pointer made from a number: each access then looks for global, shared or local memory first."""
     generic = re.findall(r"\b(?:ld|st)\.(?:v\d\.)?[bufs]\d+\b.*", resources.ptx(file))
     assert not generic, "\n".join(generic)
+
+
+CUDA_12_4 = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;
+  *compute_100*) echo "nvcc fatal   : Unsupported gpu architecture 'compute_100'" >&2; exit 1 ;;
+  *) exec {nvcc} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+@pytest.mark.parametrize(
+    ("variable", "asked", "built"),
+    [("CUDACXX", "", {"80", "90"}), ("CUDA_HOME", "90-real", {"90"})],
+)
+def test_an_nvcc_that_does_not_know_sm_100_is_found_and_not_asked_for_it(variable, asked, built, tmp_path):
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(CUDA_12_4.format(nvcc=resources.NVCC))
+    nvcc.chmod(0o755)
+    (tmp_path / "pybind11Config.cmake").write_text(
+        "function(pybind11_add_module name)\n  list(REMOVE_ITEM ARGN NO_EXTRAS)\n  add_library(${name} ${ARGN})\n"
+        "endfunction()\n"
+    )
+    configure = ["cmake", "-S", Path(__file__).parents[2], "-B", tmp_path / "build", "-G", "Ninja",
+                 f"-Dpybind11_DIR={tmp_path}", f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+    found = {"CUDACXX": str(nvcc), "CUDA_HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA")}
+    environment |= {variable: found[variable], "RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": asked}
+    done = subprocess.run(configure, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"CUDA kernels: yes: {nvcc}\n" in done.stdout, done.stdout + done.stderr
+    commands = (tmp_path / "build" / "build.ninja").read_text()
+    assert set(re.findall(r"code=\[?sm_(\d+)", commands)) == built

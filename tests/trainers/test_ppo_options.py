@@ -750,6 +750,21 @@ def test_no_field_is_without_a_test_or_a_run():
     assert not [name for name in names if not re.search(rf'\b{name}("\s*:|=|:)', text)]
 
 
+def test_what_is_logged_stands_in_the_docs(tmp_path):
+    trainer = make_trainer(
+        tmp_path, rollout_func=with_a_tool, importance_cap=1.5, reward_clip_range=[-9, 9], eval_dataset=PROMPTS,
+        eval_rewards={"variety": variety},
+    )  # fmt: skip
+    trainer.train()
+    lines = (tmp_path / "train_log.jsonl").read_text().splitlines()
+    logged = {name.replace("variety", "<name>") for line in lines for name in json.loads(line)} - {"step"}
+    logged = {name for name in logged if not name.startswith("eval_response")}
+    page = (Path(__file__).parents[2] / "docs" / "ppo.md").read_text(encoding="utf-8")
+    table = page.partition("## What the log says")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall("`([^`]+)`", row)} == logged
+
+
 def test_a_monitor_ends_the_run_with_a_checkpoint_and_resume_overrides_it(tmp_path, capsys):
     options = {"monitors": {"length": 1.0001}, "stop_on": ["length"], "total_episodes": 160, "num_ppo_epochs": 1}
     result = make_trainer(tmp_path, **options).train()
