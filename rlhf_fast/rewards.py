@@ -29,6 +29,7 @@ from .data.formats import warn_of_unwritten
 from .generation import batches
 from .models import (
     check_lengths,
+    check_score,
     evaluating,
     has_scalar_head,
     is_trained_here,
@@ -60,6 +61,7 @@ class RewardModelReward:
         if batch_size < 1:
             raise ConfigError(f"RewardModelReward: batch_size = {batch_size} must be 1 or more")
         _check_trained(model, type(model).__name__)
+        check_score(model)
         check_lengths(model, tokenizer, 0)  # a tokenizer of another model would read past the embedding
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
         self._told: set[str] = set()  # keys of a message that the template leaves out, of which a warning has told
@@ -156,7 +158,7 @@ def make_reward(spec, tokenizer) -> Reward:
         return WeightedReward([(make_reward(part, tokenizer), w) for (part, _), w in zip(spec, weights, strict=True)])
     if callable(spec):
         return spec
-    raise TypeError(
+    raise ConfigError(
         f"a reward is a reward model, a path to one, a function reward(prompts, responses, **columns), or a list of "
         f"(reward, weight); got {type(spec).__name__}"
     )
@@ -190,14 +192,18 @@ def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
 
 
 def check_signature(reward: Reward, columns: Iterable[str]) -> None:
-    """ConfigError for a function that cannot be called with prompts, responses and these columns."""
+    """ConfigError for a function that cannot be called with prompts, responses and these columns, or that has the
+    first two in the other order, as functions for TRL may: it names them in its calls."""
     for name, (part, _) in _parts(reward).items():
         try:
             signature = inspect.signature(part)
         except (TypeError, ValueError):  # some functions written in C have no signature
             continue
         try:
-            signature.bind([], [], **dict.fromkeys(columns))
+            bound = signature.bind("prompts", "responses", **dict.fromkeys(columns)).arguments
+            swapped = [name for name in ("responses", "completions") if bound.get(name) == "prompts"]
+            if bound.get("prompts") == "responses" or swapped:
+                raise TypeError("prompts come first, then responses")
         except TypeError as error:
             call = ", ".join(["prompts", "responses", *(f"{column}=..." for column in columns)])
             raise ConfigError(

@@ -5,9 +5,8 @@ How the answers are sampled is in generation.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -128,22 +127,40 @@ def check_engine(returned, rows: int, embedded: int, with_logprobs: bool) -> Non
         raise ConfigError(
             f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
         )
+    needs = {"completion_ids": "tokens", "prompt_ids": "tokens", "logprobs": "finite numbers", "env_mask": "0 and 1"}
     for name, values in returned.items():
-        count = len(values) if hasattr(values, "__len__") else 0
-        if values is not None and count != rows:
+        if values is None and name in needs:
+            continue
+        count = len(values) if isinstance(values, Sized) and getattr(values, "ndim", 1) else "no"
+        if count != rows:
             raise ConfigError(f"rollout_func: {name} has {count} rows for {rows} prompts")
-    for name in ("completion_ids", "prompt_ids"):
-        tokens = chain.from_iterable(() if returned.get(name) is None else returned[name])
-        if strange := [token for token in tokens if not 0 <= token < embedded]:
-            raise ConfigError(
-                f"PPOTrainer: rollout_func returned the token {int(strange[0])} in {name}, and the models embed "
-                f"{embedded}: does the engine read another tokenizer?"
-            )
+        for i, row in enumerate(values if name in needs else ()):
+            x = _row(row, whole=needs[name] == "tokens")
+            if x is None or (name == "prompt_ids" and not len(x)):
+                raise ConfigError(
+                    f"PPOTrainer: rollout_func returned {row!r:.80} in {name}, row {i}, which must be a list of "
+                    f"{needs[name]}"
+                )
+            if needs[name] == "tokens" and (strange := [token for token in x.tolist() if not 0 <= token < embedded]):
+                raise ConfigError(
+                    f"PPOTrainer: rollout_func returned the token {strange[0]} in {name}, and the models embed "
+                    f"{embedded}: does the engine read another tokenizer?"
+                )
     if with_logprobs and returned.get("logprobs") is None:
         raise ConfigError(
             "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
             '"logprobs": return them, or leave importance_cap out'
         )
+
+
+def _row(row, whole: bool) -> Tensor | None:
+    """(T,) the finite numbers of a row; None where it holds anything else. whole: they are tokens."""
+    try:
+        x = torch.as_tensor(row)
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # what torch raises for text, None or ragged lists
+        return None
+    broken = not bool(x.isfinite().all()) or (whole and x.is_floating_point())
+    return None if x.ndim != 1 or (broken and len(x)) else x
 
 
 def make_rollout(
@@ -165,15 +182,15 @@ def make_rollout(
     prompt_ids = [prompt.tokens for prompt in prompts] if prompt_ids is None else prompt_ids
     for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), *columns.items()):
         if len(rows) != len(prompts):
-            raise ValueError(f"rollout: {name} has {len(rows)} rows for {len(prompts)} prompts")
+            raise ConfigError(f"rollout: {name} has {len(rows)} rows for {len(prompts)} prompts")
     for name, rows in (("logprobs", logprobs), ("env_mask", env_mask)):
         if rows is not None and [len(row) for row in rows] != [len(row) for row in completion_ids]:
-            raise ValueError(f"rollout: {name} must have one number for each token of completion_ids")
+            raise ConfigError(f"rollout: {name} must have one number for each token of completion_ids")
     response_ids, present = pad(completion_ids, eos)
     response_mask = present if env_mask is None else present & pad(env_mask, 0)[0].bool()
     if not bool(response_mask.any(1).all()):
         row = int((~response_mask.any(1)).nonzero()[0])
-        raise ValueError(f"rollout: response {row} has no token that the model sampled")
+        raise ConfigError(f"rollout: response {row} has no token that the model sampled")
     ended = torch.tensor([row[-1] in stops for row in completion_ids], dtype=torch.bool)
     tensors = (*pad(prompt_ids, eos, left=True), response_ids, response_mask, ended)
     rollout = Rollout(

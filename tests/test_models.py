@@ -1,6 +1,7 @@
 """Models looked at through their trunk: the same numbers as transformers gives, whatever the padding."""
 
 import math
+from functools import partial
 
 import pytest
 import tokenizers
@@ -33,7 +34,7 @@ from transformers import (
 
 from rlhf_fast import linear_token_logprobs, models
 from rlhf_fast.data.chat import ConfigError
-from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.rewards import RewardModelReward, make_reward
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 
@@ -121,11 +122,13 @@ def test_a_reward_model_goes_on_with_its_head():
 
 
 def test_a_classifier_of_two_labels_is_no_reward_model():
-    policy = tiny_model(tiny_tokenizer())
+    policy = tiny_model(tokenizer := tiny_tokenizer())
     policy.config.num_labels = 2
     classifier = AutoModelForSequenceClassification.from_config(policy.config)
-    with pytest.raises(ConfigError, match="num_labels=2"):
-        models.load_reward_model(classifier)
+    takers = (models.load_reward_model, models.ValueModel.from_reward_model, partial(make_reward, tokenizer=tokenizer))
+    for take in takers:
+        with pytest.raises(ConfigError, match="num_labels=2"):
+            take(classifier)
 
 
 def test_the_last_layers_are_found_in_a_decoder_within_the_trunk():

@@ -258,7 +258,7 @@ def test_a_wrong_answer_of_a_reward_is_refused_by_name(values, message):
 
 
 def test_what_is_no_reward_is_refused(tokenizer):
-    with pytest.raises(TypeError, match="got int"):
+    with pytest.raises(ConfigError, match="got int"):
         make_reward(3, tokenizer)
 
 

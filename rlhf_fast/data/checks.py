@@ -115,8 +115,10 @@ def check_prompt_is_read(record: dict, responses: list, name: str, i: int) -> No
 
 
 def wrong_columns(record: dict, name: str, i: int, accepted: str) -> ConfigError:
-    """The error to raise for a record in none of the accepted formats."""
-    return ConfigError(f"{name} record {i} has the columns {', '.join(map(str, record))}; it needs {accepted}")
+    """The error to raise for a record in none of the accepted formats. A column without text or a list counts as
+    none, and is shown with its type."""
+    columns = [f"{k}" if isinstance(v, (str, list)) else f"{k} ({type(v).__name__})" for k, v in record.items()]
+    return ConfigError(f"{name} record {i} has the columns {', '.join(columns)}; it needs {accepted}")
 
 
 def split_prompt(prompt, response, name: str, i: int) -> tuple[Text | None, Text]:
@@ -152,10 +154,10 @@ def responses_of(record: dict, name: str, i: int) -> list[tuple[Text | None, Tex
         responses = [text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
     elif isinstance(record.get("responses"), list) and record["responses"]:
         responses = [text_or_messages({"responses": r}, "responses", name, i) for r in record["responses"]]
-    elif "messages" in record:
+    elif record.get("messages") is not None:
         messages = text_or_messages(record, "messages", name, i, text=False)
         return [(messages[:-1], messages[-1:])]
-    elif key := next((key for key in ("response", "completion", "text") if key in record), None):
+    elif key := next((key for key in ("response", "completion", "text") if record.get(key) is not None), None):
         responses = [text_or_messages(record, key, name, i)]
     else:
         accepted = f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}'

@@ -160,9 +160,9 @@ def sft_examples(
     records = as_records(dataset, name)
     encoded: dict[int, list[Encoded]] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
-        if "messages" in record:
+        if record.get("messages") is not None:
             prompt, completion = None, text_or_messages(record, "messages", name, i, text=False)
-        elif "prompt" in record and "completion" in record:
+        elif record.get("completion") is not None and "prompt" in record:
             prompt, completion = (text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
         elif isinstance(record.get("text"), str):
             prompt, completion = "", text_or_messages(record, "text", name, i)

@@ -59,6 +59,7 @@ from .loading import (
 )
 from .scalar import (
     ValueModel,
+    check_score,
     is_trained_here,
     reward_scale,
     scalar_head,
@@ -78,6 +79,7 @@ __all__ = [
     "check_lengths",
     "check_lm_head",
     "check_positions",
+    "check_score",
     "checkpoint_activations",
     "disable_dropout",
     "evaluating",

@@ -101,8 +101,6 @@ def load_reward_model(
     else:
         reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(_default_device())
     check_score(reward)
-    if reward.config.num_labels != 1:
-        raise ConfigError(f"a reward is one number; {type(reward).__name__} has num_labels={reward.config.num_labels}")
     if tokenizer is not None:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             raise ConfigError("a reward model needs a pad token that is not eos: use with_own_pad(tokenizer)")

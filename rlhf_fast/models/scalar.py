@@ -44,12 +44,14 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_score(model: PreTrainedModel) -> None:
-    """ConfigError for a classifier without the head `score` that decoders have."""
+    """ConfigError for a classifier without the head `score` that decoders have, or whose score is not one number."""
     if not hasattr(model, "score"):
         raise ConfigError(
             f"{type(model).__name__} is not supported: a reward is read at the last token by `score`, the head that "
             "decoders have, and encoders (BERT and the like) classify otherwise. Start from a decoder"
         )
+    if model.config.num_labels != 1:
+        raise ConfigError(f"a reward is one number; {type(model).__name__} has num_labels={model.config.num_labels}")
 
 
 def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -93,6 +95,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
+        check_score(model)
         self.model = model
 
     @classmethod

@@ -175,8 +175,10 @@ class PPOConfig:
 
 
 def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
-    """ConfigError for names that the log or samples.jsonl has itself, and where rewards or a monitor would never be
-    read."""
+    """ConfigError for what is no dict of rewards, for names that the log or samples.jsonl has itself, and where rewards
+    or a monitor would never be read."""
+    if not isinstance(eval_rewards, dict | None):
+        raise ConfigError(f"PPOTrainer: eval_rewards must be {{name: reward, ...}}, got {type(eval_rewards).__name__}")
     if taken := {"scores", "kl", "prompt", "response"}.intersection(eval_rewards or ()):
         raise ConfigError(
             f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, which the run logs itself (as "

@@ -166,7 +166,7 @@ class SFTTrainer:
         for record in records:
             if len(prompts) == self.config.num_samples:
                 break
-            if "messages" in record:  # as in sft_examples, also where a prompt stands beside them
+            if record.get("messages") is not None:  # as in sft_examples, also where a prompt stands beside them
                 last = max(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
                 prompt = record["messages"][:last]
             else:

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
 
 from rlhf_fast.data.chat import ConfigError
@@ -43,6 +43,16 @@ def test_a_datasets_dataset_is_read_like_a_list():
     from_list, _ = sft_examples(records, TOKENIZER, max_length=64)
     from_dataset, _ = sft_examples(Dataset.from_list(records), TOKENIZER, max_length=64)
     assert [e.input_ids.tolist() for e in from_dataset] == [e.input_ids.tolist() for e in from_list]
+
+
+def test_a_dataset_of_several_formats_has_columns_that_are_none():
+    """As datasets.concatenate_datasets makes them."""
+    records = [{"messages": CHAT}, {"prompt": "hi ", "completion": "hello"}, {"text": "hello"}]
+    joined = concatenate_datasets([Dataset.from_list([record]) for record in records])
+    assert set(joined[0]) == {"messages", "prompt", "completion", "text"}
+    for read in (sft_examples, responses_to_score):
+        from_list, from_dataset = (read(rows, TOKENIZER, max_length=64)[0] for rows in (records, joined))
+        assert list(map(str, from_dataset)) == list(map(str, from_list)) and len(from_list) == 3
 
 
 def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
@@ -97,6 +107,7 @@ def test_a_turn_that_only_calls_a_tool_may_have_no_content():
         (["text"], "record 0 must be a dict, got str"),
         ([{"messages": CHAT}, {"body": "hi"}], "record 1 has the columns body; it needs"),
         ([{"prompt": "hi"}], "record 0 has the columns prompt; it needs"),
+        ([{"text": b"hi", "messages": None}], r"columns text \(bytes\), messages \(NoneType\); it needs"),
         ([{"messages": "hi there"}, {"messages": 3}], "record 0: 'messages' must be a list"),
         ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "record 1: 'messages' must be a list"),
         ([{"messages": CHAT[:1]}], "record 0 has no response"),

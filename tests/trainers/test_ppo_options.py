@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -364,6 +365,7 @@ def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_pat
         (lambda prompts, responses: [0.0] * len(responses), "unexpected keyword argument 'word'"),
         (lambda prompts, responses, answer, **columns: [0.0] * len(responses), "argument: 'answer'"),
         (lambda completions, **columns: [0.0] * len(completions), "too many positional arguments"),
+        (lambda completions, prompts, **columns: [0.0] * len(prompts), "prompts come first, then responses"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_trainer(tmp_path, reward=[(reward, 1.0)])
@@ -374,6 +376,8 @@ def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_pat
         make_trainer(tmp_path, stop_on=["overoptimization"])
     with pytest.raises(ConfigError, match="eval_rewards are read on held-out prompts: give an eval_dataset"):
         make_trainer(tmp_path, eval_rewards={"other": lambda prompts, responses: [0.0] * len(responses)})
+    with pytest.raises(ConfigError, match=r"eval_rewards must be \{name: reward, ...\}, got function"):
+        make_trainer(tmp_path, eval_rewards=variety, eval_dataset=PROMPTS)
 
 
 def test_weights_in_bfloat16_are_refused(tmp_path):
@@ -567,6 +571,18 @@ def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
         ({"completion_ids": [[5] * 300] * 16}, "256 positions: let rollout_func return fewer tokens"),
         ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, and the models embed"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[-1]]}, "the token -1 in prompt_ids"),
+        ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[]]}, r"\[\] in prompt_ids, row 15"),
+        ({"completion_ids": [[5]] * 16, "logprobs": [[-1.0, -1.0]] * 16}, "one number for each token"),
+        ({"completion_ids": [[5]] * 16, "turns": None}, "turns has no rows for 16 prompts"),
+        *(
+            ({"completion_ids": [[5]] * 15 + [row]}, r"in completion_ids, row 15, which must be a list of tokens")
+            for row in ("text", ["5"], [5.0], 5, None, [None], [[5]], {5: 1})
+        ),
+        *(
+            ({"completion_ids": [[5]] * 16, "logprobs": [row] * 16}, "in logprobs, row 0, .* of finite numbers")
+            for row in (None, [None], [math.nan], ["-1"], [{5: -1.0}])
+        ),
+        ({"completion_ids": [[5]] * 16, "env_mask": [[None]] * 16}, "in env_mask, row 0, which must be a list of 0 a"),
     ],
 )
 def test_an_engine_that_returns_what_no_model_reads_is_named_and_loses_no_iteration(tmp_path, returned, message):
