@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from . import parallel
-from .data.chat import ConfigError, Text, decode_responses, encode_prompt
+from .data.chat import ConfigError, Text, decode_responses, encode_prompt, is_conversation
 from .data.collate import pad
 from .decoder import Decoder, why_not
 from .models import answer_room, evaluating, learned_positions, stop_ids, unwrapped
@@ -125,6 +125,12 @@ def generate_with_logprobs(
         if len(prompt) == 0:
             raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
     stops = _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k)
+    embedded = model.get_input_embeddings().weight.shape[0]
+    if (largest := max((int(max(prompt)) for prompt in prompts), default=0)) >= embedded:
+        raise ConfigError(
+            f"generate: the prompts have the token {largest}, and {type(model).__name__} embeds {embedded}: use the "
+            "model's own tokenizer"
+        )
     longest = max(map(len, prompts), default=0)
     if max_new_tokens > answer_room(model, longest):
         raise ConfigError(
@@ -163,11 +169,11 @@ def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p,
         stops = []
     if (
         max_new_tokens < 1 or batch_size < 1 or not temperature > 0 or not 0 < top_p <= 1
-        or (top_k is not None and top_k < 1) or not stops
+        or (top_k is not None and top_k < 1) or not stops or None in stops
     ):  # fmt: skip
         raise ConfigError(
-            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0, 0 < top_p <= 1, top_k >= 1 or None "
-            "and eos_token_id an int or several, "
+            "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0 (greedy is do_sample=False), "
+            "0 < top_p <= 1, top_k >= 1 or None and eos_token_id an int or several, "
             f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
         )
     return stops
@@ -324,6 +330,7 @@ def generate_text(
     generation_config only the tokens that end an answer are used. The arguments take the place of its sampling
     settings, and a warning, once a model, names penalties and the like, which are ignored.
     """
+    prompts = _checked_prompts(prompts)
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
     encoded, stops = [encode_prompt(tokenizer, prompt) for prompt in prompts], stop_ids(model, tokenizer)
@@ -332,3 +339,17 @@ def generate_text(
         top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator,
     )  # fmt: skip
     return decode_responses(tokenizer, prompts, encoded, responses, stops)
+
+
+def _checked_prompts(prompts) -> list[Text]:
+    """The prompts in a list. ConfigError where they are only one, whose characters or turns would be answered one by
+    one, or where some are neither text nor messages."""
+    if isinstance(prompts, (str, Mapping)) or (is_conversation(prompts) and len(prompts)):
+        raise ConfigError(f"generate: prompts must be a list, got one: {prompts!r:.80}; give [prompt]")
+    prompts = list(prompts)
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) and not (is_conversation(prompt) and len(prompt)):
+            raise ConfigError(
+                f"generate: prompt {i} must be text or a list of {{'role', 'content'}} messages, got {prompt!r:.80}"
+            )
+    return prompts

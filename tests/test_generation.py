@@ -2,9 +2,11 @@ import copy
 import math
 import random
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -304,7 +306,7 @@ def test_eos_is_the_last_token_and_appears_once(model, prompts):
         assert row[-1] == EOS or len(row) == 40
 
 
-@pytest.mark.parametrize("eos", [[], (), None, torch.tensor(EOS)])
+@pytest.mark.parametrize("eos", [[], (), None, [None], torch.tensor(EOS)])
 def test_without_an_eos_it_is_refused(model, prompts, eos):
     with pytest.raises(generation.ConfigError, match="eos_token_id an int or several"):
         sampled(model, prompts, eos_token_id=eos)
@@ -417,6 +419,21 @@ def test_wrong_options_are_refused(model, prompts, wrong):
 def test_an_empty_prompt_is_named(model):
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         sampled(model, [[5], []])
+    with pytest.raises(ConfigError, match=rf"have the token {VOCAB}, and LlamaForCausalLM embeds {VOCAB}"):
+        sampled(model, [[5], [VOCAB]])
+
+
+def test_prompts_are_a_list_of_texts_or_messages():
+    model = tiny_model(tokenizer := tiny_tokenizer())
+    turn = {"role": "user", "content": "hello"}
+    answer = partial(generation.generate_text, model, tokenizer, max_new_tokens=2, do_sample=False)
+    assert answer(iter(["hello", [turn]])) == answer(["hello"]) + answer([[turn]])
+    for one in ("hello", [turn], {"prompt": "hello"}):  # its characters, turns or keys were answered
+        with pytest.raises(ConfigError, match="prompts must be a list, got one"):
+            answer(one)
+    for strange in (None, {"prompt": "hello"}, [], [5]):
+        with pytest.raises(ConfigError, match="prompt 1 must be text or a list"):
+            answer(["hello", strange])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

@@ -215,6 +215,16 @@ def test_logits_that_lm_head_alone_does_not_explain_are_refused():
         models.check_lm_head(CohereForCausalLM(config).eval())
 
 
+def test_weights_that_are_nan_or_not_in_memory_are_refused():
+    model = llama(tokenizer := tiny_tokenizer())
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    with pytest.raises(ConfigError, match="the logits of LlamaForCausalLM are NaN"):
+        models.check_lm_head(model)
+    for load in (models.load_policy, models.load_reward_model):
+        with pytest.raises(ConfigError, match="some weights of this LlamaForCausalLM are not in memory"):
+            load(llama(tokenizer).to("meta"))
+
+
 def test_architectures_without_a_trunk_or_a_scalar_head_are_refused_in_words():
     config = Llama4TextConfig(vocab_size=64, hidden_size=32, head_dim=8, num_local_experts=1, pad_token_id=0, **SMALL)
     with pytest.raises(ConfigError, match="Llama4ForCausalLM is not supported: transformers does not say"):

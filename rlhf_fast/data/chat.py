@@ -47,6 +47,8 @@ def check_writable(output_dir: str | Path) -> None:
     """ConfigError where the directory cannot be made or nothing can be written in it. It leaves nothing behind."""
     if output_dir == "":  # a shell's unset variable; it would be the directory that one stands in
         raise ConfigError("output_dir is empty: name a directory")
+    if str(output_dir).startswith("~"):  # rm -rf on the directory of this name would take one's home
+        raise ConfigError(f"output_dir {str(output_dir)!r}: only a shell knows what ~ stands for; write it in full")
     path = Path(output_dir).absolute()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))
     with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk

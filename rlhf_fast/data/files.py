@@ -48,7 +48,8 @@ def read_dataset(source) -> list[dict]:
             parts = {part: f"{name}/{part}/*.arrow" for part in json.loads(saved.read_text())["splits"]}
             return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:  # not there, or malformed
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        # Not there, a script (which datasets 4 no longer runs), or malformed.
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 
 

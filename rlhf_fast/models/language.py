@@ -50,7 +50,7 @@ def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """ConfigError where the logits are not lm_head(hidden_states), as in architectures that scale them."""
+    """ConfigError where the logits are NaN, or not lm_head(hidden_states), as in architectures that scale them."""
     if unwrapped(model).base_model is unwrapped(model):
         raise ConfigError(f"{type(model).__name__} is not supported: transformers does not say which part is its trunk")
     ids = torch.arange(2, device=model.device)[None]
@@ -58,6 +58,8 @@ def check_lm_head(model: PreTrainedModel) -> None:
     with evaluating(model):
         ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
         theirs = model(input_ids=ids, use_cache=False).logits.float()
+    if bool(theirs.isnan().any()):
+        raise ConfigError(f"the logits of {type(model).__name__} are NaN: has it diverged in an earlier training?")
     ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise ConfigError(

@@ -78,6 +78,11 @@ def _check_is_model(model: object, what: str = "model") -> None:
         raise ConfigError(f"{type(model).__name__} is no {what} of transformers, which is needed{within}")
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ConfigError(f"the layers of this {type(model).__name__} are sharded: save it, and give its path")
+    if any(p.is_meta for p in model.parameters()):
+        raise ConfigError(
+            f"some weights of this {type(model).__name__} are not in memory (device_map offloads what does not fit): "
+            "load it without device_map, or give its path"
+        )
 
 
 def load_reward_model(

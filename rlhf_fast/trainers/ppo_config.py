@@ -113,7 +113,7 @@ class PPOConfig:
             },
         )  # fmt: skip
         critic = self.advantage_estimator == "gae"
-        low_high = self.reward_clip_range or (0, 1)
+        low_high = (0, 1) if self.reward_clip_range is None else self.reward_clip_range
         off = [name for name in self.stop_on if self.monitors.get(name, 0) is None]
         limits = {name: limit for name, limit in self.monitors.items() if limit is not None}
         refusals = {

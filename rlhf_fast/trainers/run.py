@@ -95,6 +95,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
     it is True.
     """
+    if not isinstance(resume, bool):
+        raise ConfigError(f"train(resume=True) goes on from the newest checkpoint in output_dir; got {resume!r}")
     everywhere = Everywhere(trainer)
     if parallel.rank():
         with _signals(everywhere.stop, say=False):

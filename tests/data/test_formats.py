@@ -319,6 +319,9 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
+    (tmp_path / "script.py").touch()
+    with pytest.raises(ConfigError, match=r"'script\.py' cannot be loaded"):
+        read_dataset("script.py")
 
 
 def test_a_cut_pair_still_answers_the_same(tmp_path):

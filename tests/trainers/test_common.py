@@ -122,6 +122,13 @@ def test_a_trainer_says_that_its_config_comes_first():
         PPOTrainer(SFTConfig(), "my-model", reward=len, train_dataset=[])
 
 
+def test_a_config_that_was_changed_is_checked_again():
+    config = SFTConfig()
+    config.max_steps = 1e3
+    with pytest.raises(ConfigError, match=r"SFTConfig.max_steps = 1000.0 must be int"):
+        SFTTrainer(config, "my-model", train_dataset=[])
+
+
 def test_a_config_from_a_file():
     config = config_from_dict(Config, {"output_dir": "x", "learning_rate": "1e-5", "limit": None})
     assert config.learning_rate == 1e-5  # YAML reads 1e-5 as text
@@ -489,6 +496,8 @@ def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
         Walk(Config(str(tmp_path / "file"))).train()
     with pytest.raises(ConfigError, match="output_dir is empty"):
         Walk(Config("")).train()
+    with pytest.raises(ConfigError, match="only a shell knows what ~ stands for"):
+        Walk(Config("~/run")).train()
 
 
 def test_what_would_lose_a_run_is_refused(tmp_path):
@@ -496,6 +505,8 @@ def test_what_would_lose_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing to resume.*run without resume"):
         Walk(config).train(resume=True)
     Walk(config).train()
+    with pytest.raises(ConfigError, match=r"from the newest checkpoint in output_dir; got '.*/checkpoint-5'"):
+        Walk(config).train(resume=str(tmp_path / "run/checkpoint-5"))
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume=True"):
         Walk(config).train()
     Walk(Config(str(tmp_path / "short"))).train()

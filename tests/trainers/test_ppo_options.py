@@ -731,6 +731,7 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
         ({"detach_values": True}, "set share_trunk too"),
         ({"kl_in_loss": True}, "expectation 0"),
         ({"reward_clip_range": [1.0]}, "low, high"),
+        ({"reward_clip_range": []}, "low, high"),
         ({"reward_clip_range": [2.0, 1.0]}, "low, high"),
         ({"dual_clip": 1.0}, "above 1"),
         ({"rollout_func": "tools.py"}, "must be a function"),
