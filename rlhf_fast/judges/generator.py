@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.chat import decode_responses, encode_prompt
+from ..data.chat import ConfigError, decode_responses, encode_prompt
 from ..generation import generate_tokens
 from ..models import answer_room, learned_positions, stop_ids
 from .constitution import Constitution, Principle
@@ -78,6 +78,12 @@ def describe_model(model) -> dict:
 
 
 def describe(generate: Generate) -> dict:
+    """What tells a generator from others. ConfigError where nothing does."""
+    if not hasattr(generate, "describe") and not hasattr(generate, "__qualname__"):
+        raise ConfigError(
+            f"generate must be a function of prompts and seeds, or have a describe(), got {type(generate).__name__}: "
+            "wrap a model in TextGenerator, anything else in a def"
+        )
     return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
 
 
@@ -96,8 +102,11 @@ class _Function:
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         texts = self.generate([r["prompt"] for r in requests], [r["seed"] for r in requests])
+        # Not later: what is in the ledger is not asked again.
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"generate must return a list of texts, one for each prompt, got {texts!r:.80}")
         if len(texts) != len(requests):
-            raise ValueError(f"generate: got {len(requests)} prompts, returned {len(texts)} texts")
+            raise ConfigError(f"generate: got {len(requests)} prompts, returned {len(texts)} texts")
         tries.all(list(map(_written, texts)))
 
 

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from planted import PlantedJudge
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_fast.data.chat import encode_prompt
+from rlhf_fast.data.chat import ConfigError, encode_prompt
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
 from rlhf_fast.judges.generator import Cut
 from rlhf_fast.judges.ledger import Answer
@@ -680,3 +681,21 @@ def test_a_mix_is_what_the_reward_trainer_takes(tmp_path, model, tokenizer):
     trainer = RewardTrainer(config, model, tokenizer=tokenizer, train_dataset=mixed)
     assert sorted((item.chosen_prob, item.weight) for item in trainer.items) == [(0.7, 1.0)] * 6 + [(1.0, 3.0)] * 6
     trainer.train()
+
+
+def test_a_generator_that_returns_no_texts_is_refused_and_leaves_nothing_in_the_ledger(tmp_path):
+    for returned in (None, "text", [None] * 2, [5] * 2, ["text"]):
+
+        def scripted(prompts, seeds, returned=returned):
+            return returned
+
+        with pytest.raises(ConfigError, match="generate"):
+            sample_pairs(PROMPTS[:2], scripted, HOUSE, output_dir=tmp_path)
+
+    def scripted(prompts, seeds):
+        return ["fine"] * len(prompts)
+
+    assert len(sample_pairs(PROMPTS[:2], scripted, HOUSE, output_dir=tmp_path).rows) == 2
+    for strange in (None, torch.nn.Linear(2, 2), partial(scripted)):
+        with pytest.raises(ConfigError, match=r"got (NoneType|Linear|partial): wrap a model in TextGenerator"):
+            sample_pairs(PROMPTS[:2], strange, HOUSE, output_dir=tmp_path / "other")
