@@ -84,12 +84,16 @@ def test_data_of_another_shape_or_dtype(op, name, other):
         backward(outputs)
 
 
-def test_a_mask_of_more_rows():
+def test_a_mask_of_more_or_fewer_rows():
     values, mask = torch.randn(N, V, requires_grad=True), torch.ones(N, V, dtype=torch.bool)
-    means = rf.masked_mean(values, mask, 1)
+    means, whitened = rf.masked_mean(values, mask, 1), rf.masked_whiten(values, mask)
     mask.data = torch.ones(N + 2, V, dtype=torch.bool)
     with pytest.raises(RuntimeError, match=f"masked_mean: {REFUSED}"):
         backward(means)
+
+    mask.data = torch.ones(1, V, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=f"masked_whiten: {REFUSED}"):
+        whitened.sum().backward()
 
 
 def linear_entropy(x, labels, mask):
