@@ -176,8 +176,8 @@ def test_a_hook_that_gives_back_half_of_each_number_of_each_number(shape):
 
 
 def test_a_storage_that_was_freed():
-    def freed(*shape):
-        x = torch.randn(*shape)
+    def freed(*shape, after=0):
+        x = torch.randn(after + shape[0], *shape[1:])[after:]
         x.untyped_storage().resize_(0)
         return x
 
@@ -187,6 +187,10 @@ def test_a_storage_that_was_freed():
         lambda: rf.ppo_loss(tokens, tokens, freed(2, 3), mask),
         lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D), labels),
         lambda: rf.kl_divergence(torch.zeros(2, V), freed(2, V)),
+        # FSDP's parameters are parts of one that it frees: their addresses are not 0.
+        lambda: rf.token_logprobs(freed(2, V, after=1), labels),
+        lambda: rf.ppo_loss(tokens, tokens, freed(2, 3, after=2), mask),
+        lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D, after=V), labels),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="its storage has been freed"):

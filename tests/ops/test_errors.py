@@ -269,7 +269,7 @@ ROWS += [
     ("ranking_loss", {"ranks": token * 1j}, TypeError, "ranks are torch.complex64; needs integers"),
     ("token_logprobs", {"logits": logits.to_sparse()}, TypeError, "logits is torch.sparse_coo; needs a dense tensor"),
     ("ppo_loss", {"advantages": token.to_sparse()}, TypeError, "advantages is torch.sparse_coo; needs a dense tensor"),
-    ("linear_ppo_loss", {"weight": weight.to_sparse_csr()}, TypeError, "weight is torch.sparse_csr; needs a dense"),
+    ("linear_ppo_loss", {"weight": weight.to_sparse()}, TypeError, "weight is torch.sparse_coo; needs a dense"),
     ("gae", {"rewards": torch.nested.nested_tensor([pair])}, TypeError, "rewards is nested; needs a dense tensor"),
 ]
 
