@@ -136,6 +136,17 @@ inline bool is_negated(PyObject* x, const DLTensor& t) {
   return checked(PyObject_CallMethodNoArgs(x, torch().is_neg)).ptr() == Py_True;
 }
 
+// Whether x lies in a storage without memory: freed (FSDP: storage.resize_(0)), or never there. Its address is then its
+// offset, which a slice's is not 0. torch is asked only about one that no heap is likely to have.
+inline bool has_no_memory(PyObject* x, const void* address) {
+  constexpr uintptr_t kUnlikely = uintptr_t{1} << 40;
+  if (!address) return true;
+  if (reinterpret_cast<uintptr_t>(address) >= kUnlikely) return false;
+  const py::handle tensor(x);
+  const auto offset = tensor.attr("storage_offset")().cast<uintptr_t>() * tensor.attr("itemsize").cast<uintptr_t>();
+  return reinterpret_cast<uintptr_t>(address) == offset;
+}
+
 // False where torch has no exchange table, the tensor no memory (functorch's wrappers, autograd's zeros), or its memory
 // another meaning.
 inline bool read(PyObject* x, DLTensor& out) {
@@ -144,7 +155,8 @@ inline bool read(PyObject* x, DLTensor& out) {
     PyErr_Clear();
     return false;
   }
-  return (out.data || std::any_of(out.shape, out.shape + out.ndim, [](int64_t size) { return size == 0; })) &&
+  return (std::any_of(out.shape, out.shape + out.ndim, [](int64_t size) { return size == 0; }) ||
+          !has_no_memory(x, out.address())) &&
          !is_negated(x, out);
 }
 
@@ -217,7 +229,7 @@ T* address_of(PyObject* x) {
   }
   void* address = PyLong_AsVoidPtr(number ? number.ptr() : x);
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (!address && number) refuse_freed(x);
+  if (number && has_no_memory(x, address)) refuse_freed(x);
   return static_cast<T*>(address);
 }
 

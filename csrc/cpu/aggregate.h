@@ -6,7 +6,7 @@
 namespace rlhf::RLHF_ISA {
 
 inline int64_t count_row(const Grid& mask, int64_t row, int64_t cols) {
-  const uint8_t* m = (const uint8_t*)mask.data + row * mask.row_stride;
+  const auto* m = (const tile::Bool*)mask.data + row * mask.row_stride;
   int64_t total = 0;
   for (int64_t begin = 0; begin < cols; begin += 1 << 16) {
     const int n = int(cols - begin < 1 << 16 ? cols - begin : 1 << 16);

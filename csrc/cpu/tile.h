@@ -66,6 +66,11 @@ struct BFloat16 {
   }
 };
 
+struct Bool {  // whatever its byte, as torch reads it: that of numpy's mask.view(bool) may be 255
+  uint8_t byte;
+  operator int() const { return byte != 0; }
+};
+
 struct Float16 {  // _Float16 is in newer compilers only; the arithmetic of F16::widen, which a loop of these vectorises
   uint16_t bits;
   operator float() const {
@@ -112,7 +117,7 @@ inline void load(T* out, const Grid& x, int64_t row, int64_t col, int n) {
     case kFloat16:
       return tile::copy(out, (const tile::Float16*)x.data + first, x.col_stride, n);
     case kBool:
-      return tile::copy(out, (const uint8_t*)x.data + first, x.col_stride, n);
+      return tile::copy(out, (const tile::Bool*)x.data + first, x.col_stride, n);
   }
 }
 

@@ -518,10 +518,16 @@ def check_tensors(op: str, *, optional: tuple[str, ...] = (), **arguments) -> No
     for name, x in arguments.items():
         if not isinstance(x, Tensor) and (x is not None or name not in optional):
             raise TypeError(f"{op}: {name} is {_kind(x)}; needs a tensor")
+        if x is not None and (x.layout is not torch.strided or x.is_nested):
+            raise TypeError(f"{op}: {name} is {_layout(x)}; needs a dense tensor")
 
 
 def _kind(x) -> str:
     return "None" if x is None else f"of type {type(x).__name__}"
+
+
+def _layout(x: Tensor) -> str:
+    return "nested" if x.is_nested else str(x.layout)
 
 
 def check_vocabulary(op: str, size: int, like: Tensor) -> None:

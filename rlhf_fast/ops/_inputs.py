@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -52,18 +53,45 @@ def needed_mask(op: str, mask: Tensor | None) -> Tensor:
     return as_bool(mask)
 
 
+# What float(), a comparison or torch.full raises of what is no number. Around these, and not a check before them: the
+# usual call pays nothing for a try.
+NO_NUMBER = (TypeError, ValueError, RuntimeError, OverflowError)
+
+
+def refuse_no_number(op: str, *, optional: tuple[str, ...] = (), **given) -> None:
+    """Where NO_NUMBER was caught: a TypeError that names the first which is no number; None for the optional ones."""
+    for name, x in given.items():
+        if x is None and name in optional:
+            continue
+        try:
+            if not isinstance(x, str):  # float("1e-5") is one, and nothing else here takes it
+                float(x)
+                continue
+        except NO_NUMBER:
+            pass
+        got = f"{tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{x!r} of type {type(x).__name__}"
+        raise TypeError(f"{op}: {name} is {got}; needs one number") from None
+
+
 def check_policy(
     op: str, cliprange: float, cliprange_high: float | None, dual_clip: float | None, log_ratio_clamp: float | None
 ) -> None:
     """What PPO's losses refuse of their options."""
-    if not cliprange >= 0:
-        raise ValueError(f"{op}: cliprange {cliprange} must be >= 0")
-    if cliprange_high is not None and not cliprange_high >= 0:
-        raise ValueError(f"{op}: cliprange_high {cliprange_high} must be >= 0")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{op}: dual_clip {dual_clip} must be > 1")
-    if log_ratio_clamp is not None and not log_ratio_clamp >= 0:
-        raise ValueError(f"{op}: log_ratio_clamp {log_ratio_clamp} must be >= 0")
+    try:
+        if not cliprange >= 0:
+            raise ValueError(f"{op}: cliprange {cliprange} must be >= 0")
+        if cliprange_high is not None and not cliprange_high >= 0:
+            raise ValueError(f"{op}: cliprange_high {cliprange_high} must be >= 0")
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(f"{op}: dual_clip {dual_clip} must be > 1")
+        if log_ratio_clamp is not None and not log_ratio_clamp >= 0:
+            raise ValueError(f"{op}: log_ratio_clamp {log_ratio_clamp} must be >= 0")
+    except NO_NUMBER:
+        refuse_no_number(
+            op, optional=("cliprange_high", "dual_clip", "log_ratio_clamp"), cliprange=cliprange,
+            cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
+        )  # fmt: skip
+        raise
 
 
 def check_temperature(op: str, temperature: float) -> None:
@@ -72,14 +100,28 @@ def check_temperature(op: str, temperature: float) -> None:
             f"{op}: temperature is {tuple(temperature.shape)}; needs one number. For one of each row divide the logits "
             "(or the hidden states, where there is no bias and no softcap) by it"
         )
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature {temperature} must be > 0 and finite")
+    check_limit(op, "temperature", temperature)
 
 
-def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> None:
-    """A term whose tensor is missing would be left out without a word."""
-    if tensor is None and value != 0:
+def check_limit(op: str, name: str, value: float) -> None:
+    try:
+        if not 0 < value < math.inf:
+            raise ValueError(f"{op}: {name} {value} must be > 0 and finite")
+    except NO_NUMBER:
+        refuse_no_number(op, **{name: value})
+        raise
+
+
+def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> float:
+    """The coefficient of a term; one whose tensor is missing would be left out without a word."""
+    try:
+        number = float(value)
+    except NO_NUMBER:
+        refuse_no_number(op, **{coefficient: value})
+        raise
+    if tensor is None and number != 0:
         raise ValueError(f"{op}: {coefficient} {value} needs {needed}")
+    return number
 
 
 _AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
@@ -87,14 +129,20 @@ _ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, for
 
 
 def aggregation_code(op: str, mode: str) -> int:
-    code = _AGGREGATION_CODES.get(mode)
+    try:
+        code = _AGGREGATION_CODES.get(mode)
+    except TypeError:  # of a list
+        code = None
     if code is None:
         raise ValueError(f"{op}: loss_agg_mode {mode!r} must be one of {', '.join(reference.AGGREGATIONS)}")
     return code
 
 
 def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
-    code = _ESTIMATOR_CODES.get(estimator)
+    try:
+        code = _ESTIMATOR_CODES.get(estimator)
+    except TypeError:  # of a list
+        code = None
     if code is None:
         raise ValueError(f"{op}: {name} {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
     return code
@@ -105,12 +153,32 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
     if normalizer is None:
         return None
     if not isinstance(normalizer, Tensor):
-        return torch.full((), normalizer, dtype=torch.float64, device=like.device)
-    if normalizer.numel() != 1 or normalizer.device != like.device:
+        try:
+            return torch.full((), normalizer, dtype=torch.float64, device=like.device)
+        except NO_NUMBER:
+            refuse_no_number(op, normalizer=normalizer)
+            raise
+    check_normalizer(op, normalizer, like)
+    return normalizer.detach().double().reshape(())
+
+
+def check_normalizer(op: str, normalizer: Tensor | float, like: Tensor) -> None:
+    if not isinstance(normalizer, Tensor):
+        refuse_no_number(op, normalizer=normalizer)
+    elif normalizer.numel() != 1 or normalizer.device != like.device:
         raise ValueError(
             f"{op}: normalizer is {tuple(normalizer.shape)} on {normalizer.device}; needs one number on {like.device}"
         )
-    return normalizer.detach().double().reshape(())
+
+
+def index_of_no_label(op: str, ignore_index: int) -> int:
+    """labels != None is True, of no shape."""
+    try:
+        return operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(
+            f"{op}: ignore_index {ignore_index!r} must be an integer; one that no label has lets all count"
+        ) from None
 
 
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import _C, DTYPE_CODES, accumulation_dtype, check_tensors, check_vocabulary, empties
+from ._inputs import check_limit
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -449,6 +450,6 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 has scales beside it
         if t is not None and t.dtype not in DTYPE_CODES:
             raise TypeError(f"{op}: {name} is {t.dtype}; needs float32, bfloat16, float16 or float64")
-    if softcap is not None and not 0 < softcap < math.inf:  # inf tanh(0) is NaN
-        raise ValueError(f"{op}: softcap {softcap} must be > 0 and finite")
+    if softcap is not None:
+        check_limit(op, "softcap", softcap)  # inf tanh(0) is NaN
     check_vocabulary(op, weight.shape[0], hidden)

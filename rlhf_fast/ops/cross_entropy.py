@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._dispatch import check_tensors
+from ._inputs import check_normalizer, index_of_no_label
 from .reference import over
 from .token_logprobs import check_logits, token_logprobs
 
@@ -24,10 +25,15 @@ def cross_entropy(
     float64 logits) and differentiable once. Raises as token_logprobs does.
     """
     check_tensors("cross_entropy", labels=labels)
+    if not isinstance(ignore_index, int):
+        ignore_index = index_of_no_label("cross_entropy", ignore_index)
     mask = labels.long() != ignore_index  # an unsigned 156 would equal -100
     check_logits("cross_entropy", logits, labels, mask)
     try:
         nll = -token_logprobs(logits, labels, mask=mask).sum()
     except IndexError as error:  # of a label
         raise IndexError(str(error).replace("token_logprobs", "cross_entropy", 1)) from None
-    return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)
+    if normalizer is None:
+        return nll / mask.sum().clamp(min=1)
+    check_normalizer("cross_entropy", normalizer, nll)
+    return over(nll, normalizer, mask)

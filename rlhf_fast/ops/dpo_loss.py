@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._inputs import check, wants_gradient
+from ._inputs import NO_NUMBER, check, refuse_no_number, wants_gradient
 from .pairwise_loss import pairwise_op
 
 
@@ -34,14 +34,19 @@ def dpo_loss(
         "dpo_loss", 1, None, "chosen_logprobs rejected_logprobs ref_chosen_logprobs ref_rejected_logprobs",
         chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
     )  # fmt: skip
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
+    try:
+        beta = float(beta)
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
+    except NO_NUMBER:
+        refuse_no_number("dpo_loss", beta=beta, label_smoothing=label_smoothing)
+        raise
     if pairwise_op.backend(chosen_logprobs) == "reference":
         return reference.dpo_loss(
             chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,
             label_smoothing=label_smoothing,
         )  # fmt: skip
     return pairwise_op(
-        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, float(beta),
+        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, beta,
         0.0, 1.0 - label_smoothing, 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, empties, native
-from ._inputs import check, needed_mask
+from ._inputs import NO_NUMBER, check, needed_mask, refuse_no_number
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,12 @@ def gae(
     mask = needed_mask("gae", mask)
     if gap_mode not in ("carry", "zero"):
         raise ValueError(f"gae: gap_mode {gap_mode!r} must be 'carry' or 'zero'")
+    try:
+        gamma, lam = float(gamma), float(lam)
+    except NO_NUMBER:
+        refuse_no_number("gae", gamma=gamma, lam=lam)
+        raise
     if _op.backend(rewards) == "reference":
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, gap_mode=gap_mode)
     rewards, values = (x.detach() if x.requires_grad else x for x in (rewards, values))
-    return _op(rewards, values, mask, float(gamma), float(lam), gap_mode == "carry")
+    return _op(rewards, values, mask, gamma, lam, gap_mode == "carry")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import DTYPE_CODES, Op, accumulation_dtype, empties, is_forced, may_consume, native
-from ._inputs import as_rows, check, estimator_code, wants_gradient
+from ._inputs import NO_NUMBER, as_rows, check, estimator_code, refuse_no_number, wants_gradient
 
 
 def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -72,9 +72,13 @@ def kl_penalty(
     one_subtraction = code == 0 and input_clamp is None and output_clamp is None
     if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):
         return logprobs - ref_logprobs  # a kernel of ours has nothing to fuse
-    for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
-        if limit is not None and not limit >= 0:
-            raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
+    try:
+        for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
+            if limit is not None and not limit >= 0:
+                raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
+    except NO_NUMBER:
+        refuse_no_number("kl_penalty", **{name: limit})
+        raise
     if _op.backend(logprobs) == "reference":
         return reference.kl_penalty(
             logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp

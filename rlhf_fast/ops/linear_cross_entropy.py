@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype
-from ._inputs import normalizer_tensor
+from ._inputs import index_of_no_label, normalizer_tensor
 from ._linear import (
     Gradients,
     beside_autograd,
@@ -82,6 +82,8 @@ def linear_cross_entropy(
     Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
     """
     check("linear_cross_entropy", hidden, weight, labels, bias, None, softcap)
+    if not isinstance(ignore_index, int):
+        ignore_index = index_of_no_label("linear_cross_entropy", ignore_index)
     if _op.backend(hidden) == "reference":
         return reference.linear_cross_entropy(
             hidden, weight, labels, bias=bias, softcap=softcap, ignore_index=ignore_index, normalizer=normalizer

@@ -147,7 +147,8 @@ def linear_ppo_loss(
         old_logprobs, advantages, ref_logprobs, importance_weights, optional=2,
     )  # fmt: skip
     check_policy(NAME, cliprange, cliprange_high, dual_clip, log_ratio_clamp)
-    check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
+    kl_coef = check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
+    entropy_coef = check_term(NAME, "entropy_coef", entropy_coef, "entropy", hidden)  # always there
     mask = needed_mask(NAME, mask)
     check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
@@ -162,6 +163,6 @@ def linear_ppo_loss(
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
         float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
         math.inf if dual_clip is None else dual_clip, math.inf if log_ratio_clamp is None else log_ratio_clamp,
-        float(kl_coef), estimator_code(NAME, kl_estimator, "kl_estimator"), float(entropy_coef),
+        kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
         aggregation_code(NAME, loss_agg_mode), *wanted_gradients(hidden, weight, bias),
     )  # fmt: skip

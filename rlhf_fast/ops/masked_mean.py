@@ -6,6 +6,7 @@ Specification: reference.masked_mean. Kernels: csrc/cpu/masked.cpp, csrc/cuda/ma
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ _op = Op(  # torch.library drops an argument that has its default
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of values (any shape) where mask is True, over the axes dim (all of them by default), without these axes.
+    """Mean of values (any shape) where mask is True, over the axes dim (None and (): all of them), without these axes.
 
     mask is bool or 0/1, of the shape of values or broadcastable to it; None counts everything. 0 where the mask is
     empty. Floating values of any precision or numbers, float32 out (float64 for float64); values receives the gradient.
@@ -96,14 +97,14 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     """
     mask = fitting_mask("masked_mean", values, mask)
     if values.dtype not in DTYPE_CODES:
-        values = values.float()
+        values = as_float("masked_mean", values)
     if _op.backend(values) == "reference":
         return reference.masked_mean(values, mask, dim)
-    if dim is None:
+    axes = () if dim is None else (dim,) if isinstance(dim, int) else _axes(dim)
+    if not axes:
         if values.ndim == 0:
             values, mask = values[None], None if mask is None else mask[None]
         return _op(values, mask, True)[0]
-    axes = (dim,) if isinstance(dim, int) else dim
     if not all(-values.ndim <= axis < values.ndim for axis in axes):
         raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")
     # Compared with constants, because torch.compile makes a number that changes between calls a symbol.
@@ -115,6 +116,19 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])
     to_rows = lambda x: x.permute((*kept, *reduced)).reshape(rows, columns)  # noqa: E731
     return _op(to_rows(values), None if mask is None else to_rows(mask), False)[0].view(shape)
+
+
+def _axes(dim) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(axis) for axis in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    except TypeError:
+        raise TypeError(f"masked_mean: dim {dim!r} must be an axis, a tuple of axes or None") from None
+
+
+def as_float(op: str, values: Tensor) -> Tensor:
+    if values.is_complex():
+        raise TypeError(f"{op}: values is {values.dtype}; needs real numbers")
+    return values.float()
 
 
 def fitting_mask(op: str, values: Tensor, mask: Tensor | None) -> Tensor | None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, empties, native
-from ._inputs import as_rows
+from ._dispatch import DTYPE_CODES, Op, check_unchanged, empties, native
+from ._inputs import NO_NUMBER, as_rows, refuse_no_number
 from .masked_mean import _op as _mean
-from .masked_mean import fitting_mask
+from .masked_mean import as_float, fitting_mask
 
 
 def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +38,8 @@ def _grad(ctx, grad, _):
     if grad is None:
         return (None,) * 4
     values, mask, saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    shapes_hold = values.shape == grad.shape and (mask is None or mask.shape == grad.shape) and saved.shape == (3,)
+    check_unchanged("masked_whiten", shapes_hold and (mask is None or mask.dtype == torch.bool))
     count = saved[2]
     # In float64 from the values on: of few values the three terms below cancel to what a float32 mean has lost.
     x, g = values.double(), grad.double()
@@ -76,11 +78,15 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: boo
     gives zeros. float32 out (float64 for float64); values receives the gradient.
     Raises ValueError where the mask does not fit or eps is not positive.
     """
-    if not eps > 0:
-        raise ValueError(f"masked_whiten: eps {eps} must be > 0")
+    try:
+        if not eps > 0:
+            raise ValueError(f"masked_whiten: eps {eps} must be > 0")
+    except NO_NUMBER:
+        refuse_no_number("masked_whiten", eps=eps)
+        raise
     mask = fitting_mask("masked_whiten", values, mask)
     if values.dtype not in DTYPE_CODES:
-        values = values.float()
+        values = as_float("masked_whiten", values)
     if _op.backend(values) == "reference":
         return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)
     whitened, _ = _op(as_rows(values), None if mask is None else as_rows(mask), shift_mean, float(eps))

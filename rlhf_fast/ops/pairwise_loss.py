@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op
-from ._inputs import check, loss_outputs, native_loss, wants_gradient
+from ._inputs import NO_NUMBER, check, loss_outputs, native_loss, refuse_no_number, wants_gradient
 from .reference import PAIRWISE_STATS
 
 
@@ -55,28 +55,42 @@ def pairwise_loss(
     accuracy counts chosen > rejected, a tie as one half; reward_mean and reward_std are over both responses.
     An empty batch, or one of weight 0, gives 0. Raises ValueError or TypeError for shapes, dtypes and devices.
     """
-    margins = _floating(margin) if isinstance(margin, Tensor) else None
-    probs = _floating(target_prob) if isinstance(target_prob, Tensor) else None
+    margins = _per_pair(margin, chosen) if isinstance(margin, Tensor) else None
+    probs = _per_pair(target_prob, chosen) if isinstance(target_prob, Tensor) else None
     weights = _floating(weights) if isinstance(weights, Tensor) else weights
     check(
         "pairwise_loss", 1, None, "chosen rejected weights margin target_prob",
         chosen, rejected, weights, margins, probs, optional=3,
     )  # fmt: skip
-    if not 0.0 <= _number(target_prob, 1.0) <= 1.0:
+    try:
+        margin_value, prob_value = _number(margin, 0.0), _number(target_prob, 1.0)
+        center_coef = float(center_coef)
+    except NO_NUMBER:
+        refuse_no_number(
+            "pairwise_loss", optional=("margin", "target_prob"), margin=None if margins is not None else margin,
+            target_prob=None if probs is not None else target_prob, center_coef=center_coef,
+        )  # fmt: skip
+        raise
+    if not 0.0 <= prob_value <= 1.0:
         raise ValueError(f"pairwise_loss: target_prob {target_prob} must be a probability, in [0, 1]")
     if pairwise_op.backend(chosen) == "reference":
         return reference.pairwise_loss(
             chosen, rejected, margin=margin, target_prob=target_prob, center_coef=center_coef, weights=weights
         )
     return pairwise_op(
-        chosen, rejected, None, None, margins, probs, weights, 1.0, _number(margin, 0.0), _number(target_prob, 1.0),
-        float(center_coef), wants_gradient(chosen) or wants_gradient(rejected),
+        chosen, rejected, None, None, margins, probs, weights, 1.0, margin_value, prob_value,
+        center_coef, wants_gradient(chosen) or wants_gradient(rejected),
     )  # fmt: skip
 
 
 def _floating(x: Tensor) -> Tensor:
     """Margins and labels of a data set are often integers."""
-    return x if x.is_floating_point() else x.float()
+    return x if x.is_floating_point() or x.is_complex() else x.float()
+
+
+def _per_pair(x: Tensor, chosen: Tensor) -> Tensor:
+    """A tensor of one number without an axis is that of all pairs."""
+    return _floating(x.expand(chosen.shape) if x.ndim == 0 and isinstance(chosen, Tensor) else x)
 
 
 def _number(x: Tensor | float | None, default: float) -> float:

@@ -93,8 +93,8 @@ def ppo_loss(
         logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights, optional=3,
     )  # fmt: skip
     check_policy("ppo_loss", cliprange, cliprange_high, dual_clip, log_ratio_clamp)
-    check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
-    check_term("ppo_loss", "entropy_coef", entropy_coef, "entropy", entropy)
+    kl_coef = check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
+    entropy_coef = check_term("ppo_loss", "entropy_coef", entropy_coef, "entropy", entropy)
     mask = needed_mask("ppo_loss", mask)
     estimator = estimator_code("ppo_loss", kl_estimator, "kl_estimator")
     aggregation = aggregation_code("ppo_loss", loss_agg_mode)
@@ -109,6 +109,6 @@ def ppo_loss(
         logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights,
         normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - cliprange,
         1.0 + (cliprange if cliprange_high is None else cliprange_high), math.inf if dual_clip is None else dual_clip,
-        math.inf if log_ratio_clamp is None else log_ratio_clamp, float(kl_coef), estimator, float(entropy_coef),
+        math.inf if log_ratio_clamp is None else log_ratio_clamp, kl_coef, estimator, entropy_coef,
         aggregation, wants_gradient(logprobs), entropy_coef != 0 and wants_gradient(entropy),
     )  # fmt: skip

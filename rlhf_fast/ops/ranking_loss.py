@@ -45,10 +45,11 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
             f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "
             f"{tuple(rewards.shape)} on {rewards.device}, or be counts, one for each row of it"
         )
-    if ranks.is_floating_point() or ranks.dtype == torch.bool:
+    if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
         raise TypeError(f"ranking_loss: ranks are {ranks.dtype}; needs integers")
+    ranks = ranks.long()
     if ranks.ndim == 1:
         ranks = ranks_of_counts(ranks, rewards.shape[1])
     if _op.backend(rewards) == "reference":
         return reference.ranking_loss(rewards, ranks)
-    return _op(rewards, ranks.long())
+    return _op(rewards, ranks)

@@ -15,12 +15,14 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op
 from ._inputs import (
+    NO_NUMBER,
     aggregation_code,
     check,
     loss_outputs,
     native_loss,
     needed_mask,
     normalizer_tensor,
+    refuse_no_number,
     wants_gradient,
 )
 from .reference import VALUE_STATS
@@ -60,8 +62,12 @@ def value_loss(
     """
     check("value_loss", 2, mask, "values old_values returns", values, old_values, returns)
     mask = needed_mask("value_loss", mask)
-    if cliprange_value is not None and not cliprange_value >= 0:
-        raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
+    try:
+        if cliprange_value is not None and not cliprange_value >= 0:
+            raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
+    except NO_NUMBER:
+        refuse_no_number("value_loss", cliprange_value=cliprange_value)
+        raise
     aggregation = aggregation_code("value_loss", loss_agg_mode)
     if _op.backend(values) == "reference":
         return reference.value_loss(

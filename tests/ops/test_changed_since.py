@@ -84,12 +84,16 @@ def test_data_of_another_shape_or_dtype(op, name, other):
         backward(outputs)
 
 
-def test_a_mask_of_more_rows():
+def test_a_mask_of_more_or_fewer_rows():
     values, mask = torch.randn(N, V, requires_grad=True), torch.ones(N, V, dtype=torch.bool)
-    means = rf.masked_mean(values, mask, 1)
+    means, whitened = rf.masked_mean(values, mask, 1), rf.masked_whiten(values, mask)
     mask.data = torch.ones(N + 2, V, dtype=torch.bool)
     with pytest.raises(RuntimeError, match=f"masked_mean: {REFUSED}"):
         backward(means)
+
+    mask.data = torch.ones(1, V, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=f"masked_whiten: {REFUSED}"):
+        whitened.sum().backward()
 
 
 def linear_entropy(x, labels, mask):
@@ -172,8 +176,8 @@ def test_a_hook_that_gives_back_half_of_each_number_of_each_number(shape):
 
 
 def test_a_storage_that_was_freed():
-    def freed(*shape):
-        x = torch.randn(*shape)
+    def freed(*shape, after=0):
+        x = torch.randn(after + shape[0], *shape[1:])[after:]
         x.untyped_storage().resize_(0)
         return x
 
@@ -183,6 +187,10 @@ def test_a_storage_that_was_freed():
         lambda: rf.ppo_loss(tokens, tokens, freed(2, 3), mask),
         lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D), labels),
         lambda: rf.kl_divergence(torch.zeros(2, V), freed(2, V)),
+        # FSDP's parameters are parts of one that it frees: their addresses are not 0.
+        lambda: rf.token_logprobs(freed(2, V, after=1), labels),
+        lambda: rf.ppo_loss(tokens, tokens, freed(2, 3, after=2), mask),
+        lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D, after=V), labels),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="its storage has been freed"):

@@ -227,6 +227,52 @@ ROWS = [
     ("linear_ppo_loss", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
 ]
 
+# What is no number where one belongs, None too, is said to be none: a YAML's 1e-5 arrives as a string.
+NUMBERS = {
+    "token_logprobs": ("temperature",),
+    "token_logprobs_and_entropy": ("temperature",),
+    "cross_entropy": ("normalizer",),
+    "linear_token_logprobs": ("temperature", "softcap"),
+    "linear_cross_entropy": ("softcap", "normalizer"),
+    "linear_ppo_loss": ("temperature", "softcap", "cliprange", "dual_clip", "kl_coef", "entropy_coef", "normalizer"),
+    "ppo_loss": ("cliprange", "cliprange_high", "log_ratio_clamp", "kl_coef", "entropy_coef", "normalizer"),
+    "value_loss": ("cliprange_value", "normalizer"),
+    "kl_penalty": ("input_clamp", "output_clamp"),
+    "gae": ("gamma", "lam"),
+    "pairwise_loss": ("margin", "target_prob", "center_coef"),
+    "dpo_loss": ("beta", "label_smoothing"),
+    "masked_whiten": ("eps",),
+}
+OPTIONAL = ("softcap", "dual_clip", "cliprange_high", "log_ratio_clamp", "normalizer", "cliprange_value", "margin")
+OPTIONAL += ("input_clamp", "output_clamp", "target_prob")
+ROWS += [
+    (op, {name: bad}, TypeError, f"{name} is {words}; needs one number")
+    for op, names in NUMBERS.items()
+    for name in names
+    for bad, words in (("1e-5x", "'1e-5x' of type str"), ([0.1], "[0.1] of type list"), (None, "None of type NoneType"))
+    if bad is not None or name not in OPTIONAL
+]
+ROWS += [
+    ("ppo_loss", {"cliprange": pair}, TypeError, "cliprange is (2,) on cpu; needs one number"),
+    ("dpo_loss", {"beta": pair}, TypeError, "beta is (2,) on cpu; needs one number"),
+    ("cross_entropy", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
+    ("cross_entropy", {"ignore_index": None}, TypeError, "ignore_index None must be an integer; one that no label has"),
+    ("linear_cross_entropy", {"ignore_index": -100.0}, TypeError, "ignore_index -100.0 must be an integer"),
+    ("ppo_loss", {"loss_agg_mode": ["token-mean"]}, ValueError, "loss_agg_mode ['token-mean'] must be one of"),
+    ("kl_penalty", {"estimator": ["k1"]}, ValueError, "estimator ['k1'] must be one of"),
+    ("masked_mean", {"dim": "rows"}, TypeError, "dim 'rows' must be an axis, a tuple of axes or None"),
+    ("masked_mean", {"dim": (0.5,)}, TypeError, "dim (0.5,) must be an axis, a tuple of axes or None"),
+    # Complex numbers lose a half of them on the way to real ones.
+    ("masked_mean", {"values": token * 1j}, TypeError, "values is torch.complex64; needs real numbers"),
+    ("masked_whiten", {"values": token * 1j}, TypeError, "values is torch.complex64; needs real numbers"),
+    ("pairwise_loss", {"margin": pair * 1j}, TypeError, f"margin is torch.complex64; {FLOATS}"),
+    ("ranking_loss", {"ranks": token * 1j}, TypeError, "ranks are torch.complex64; needs integers"),
+    ("token_logprobs", {"logits": logits.to_sparse()}, TypeError, "logits is torch.sparse_coo; needs a dense tensor"),
+    ("ppo_loss", {"advantages": token.to_sparse()}, TypeError, "advantages is torch.sparse_coo; needs a dense tensor"),
+    ("linear_ppo_loss", {"weight": weight.to_sparse()}, TypeError, "weight is torch.sparse_coo; needs a dense"),
+    ("gae", {"rewards": torch.nested.nested_tensor([pair])}, TypeError, "rewards is nested; needs a dense tensor"),
+]
+
 
 def test_every_op_has_valid_arguments_and_rows():
     public = {*ops.__all__} - {"backends", "empty_cache", "use_backend"}

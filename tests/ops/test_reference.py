@@ -532,6 +532,30 @@ def test_results_have_the_precision_of_the_first_argument_and_labels_any_integer
     assert ops.linear_cross_entropy(y, torch.randn(5, 3), ranks).dtype == torch.float64
 
 
+def test_a_margin_or_label_of_all_pairs_may_be_a_tensor(ops):
+    chosen, rejected = torch.tensor([2.0, 0.5]), torch.tensor([0.5, 1.0])
+    loss, _ = ops.pairwise_loss(chosen, rejected, margin=torch.tensor(0.5), target_prob=torch.tensor(0.8))
+    assert loss.item() == pytest.approx(ops.pairwise_loss(chosen, rejected, margin=0.5, target_prob=0.8)[0].item())
+
+
+def test_no_axis_in_particular_is_all_of_them(ops):
+    values = torch.arange(6.0).view(2, 3)
+    assert ops.masked_mean(values, values > 1, ()).item() == 3.5
+
+
+def test_a_bool_counts_once_whatever_its_byte(ops):
+    """As numpy's mask.view(bool) of 0 and 255 has it."""
+    mask = torch.tensor([[255, 0, 3]], dtype=torch.uint8).view(torch.bool)
+    x = torch.tensor([[1.0, 5.0, 3.0]], requires_grad=True)
+    assert ops.masked_mean(x, mask).item() == 2.0
+    torch.testing.assert_close(ops.masked_whiten(x, mask).detach(), torch.tensor([[-0.5, 0.0, 0.5]]).mul(2**0.5))
+    for loss, stats in (
+        ops.value_loss(x, torch.zeros(1, 3), torch.zeros(1, 3), mask, cliprange_value=None),
+        ops.ppo_loss(torch.zeros(1, 3), torch.zeros(1, 3), -x.detach(), mask),
+    ):
+        assert loss.item() in (2.5, 2.0) and stats["num_tokens"].item() == 2
+
+
 def test_margins_and_labels_of_a_data_set_may_be_integers(ops):
     chosen, rejected, margin, first = row(2.0, 0.0)[0], row(1.0, 1.0)[0], torch.tensor([1, 0]), torch.tensor([1, 0])
     loss, _ = ops.pairwise_loss(chosen, rejected, margin=margin, target_prob=first, weights=torch.tensor([1, 3]))
