@@ -277,6 +277,8 @@ def test_masked_mean_compiles_over_one_axis_after_another():
 @pytest.mark.parametrize("kind", [int, lambda n: torch.tensor(float(n))], ids=["int", "tensor"])
 def test_a_normalizer_of_any_value_serves_one_graph(kind):
     """Of floats torch makes constants, and raises at the ninth."""
+    if kind is int and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 makes a constant of an int, too")
     torch._dynamo.reset()
     logprobs, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
     loss = lambda n: rf.ppo_loss(logprobs, logprobs, logprobs, mask, normalizer=n)[0]  # noqa: E731
