@@ -25,15 +25,20 @@ struct Grid {
 // A matrix of rows may lie in memory as outer groups of inner rows, so that logits[:, :-1] needs no copy:
 // row i starts at data + (i / inner) * outer_stride + (i % inner) * inner_stride.
 
-// Of a llama layer, float32 and contiguous, (outputs, inputs); what may be null is marked.
+struct Matrix {  // (outputs, inputs), contiguous
+  const void* data;
+  int dtype;  // kFloat32 or kBFloat16
+};
+
+// Of a llama layer, contiguous; what may be null is marked. The matrices have one dtype.
 struct LayerWeights {
   const float* norm;
-  const float *q, *k, *v;
+  Matrix q, k, v;
   const float *q_bias, *k_bias, *v_bias;  // may be null, each
   const float *q_norm, *k_norm;           // may be null, both
-  const float *output, *output_bias;      // the bias may be null
-  const float* mlp_norm;
-  const float *gate, *up, *down;
+  Matrix output;
+  const float *output_bias, *mlp_norm;  // the bias may be null
+  Matrix gate, up, down;
 };
 
 // CPU ops. Each returns -1, or the index of the first row that it refuses (a label out of range).
@@ -154,9 +159,9 @@ struct CpuOps {
                     int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
                     double scale, float* y, int threads);
 
-  // y (rows, width) = x (rows, depth) weight^T + bias (may be null), for few rows. A row of y depends on its row of x
-  // alone.
-  int64_t (*few_rows_product)(const float* x, const float* weight, const float* bias, int64_t rows, int64_t depth,
+  // y (rows, width) = x (rows, depth) weight^T + bias (may be null), for few rows. A weight in bfloat16 multiplies x
+  // rounded to it; sums are float32. A row of y depends on its row of x alone.
+  int64_t (*few_rows_product)(const float* x, Matrix weight, const float* bias, int64_t rows, int64_t depth,
                               int64_t width, float* y, int threads);
 
   // One token a row through a whole layer: x (rows, width) is replaced, and the token's key and value become the last

@@ -253,14 +253,23 @@ template <class T>
 T from_python(PyObject* x) {
   if constexpr (std::is_same_v<T, Grid>) {
     return grid_of(x);
+  } else if constexpr (std::is_same_v<T, Matrix>) {
+    const Grid grid = x == Py_None ? throw py::type_error("needs a matrix where None is") : grid_of(x);
+    if (grid.dtype > kBFloat16) throw py::type_error("needs float32 or bfloat16 where a tensor of another dtype is");
+    return {grid.data, grid.dtype};
   } else if constexpr (std::is_same_v<T, LayerWeights>) {  // a tuple of its members
-    constexpr Py_ssize_t kCount = sizeof(T) / sizeof(const float*);
-    if (!PyTuple_Check(x) || PyTuple_GET_SIZE(x) != kCount) throw py::type_error("needs the weights of a layer");
-    const float* members[kCount];
-    for (Py_ssize_t i = 0; i < kCount; ++i) members[i] = from_python<const float*>(PyTuple_GET_ITEM(x, i));
-    T weights;
-    std::memcpy(&weights, members, sizeof weights);
-    return weights;
+    if (!PyTuple_Check(x) || PyTuple_GET_SIZE(x) != 15) throw py::type_error("needs the weights of a layer");
+    T w;
+    Py_ssize_t next = 0;
+    const auto fill = [&](auto&... members) {
+      ((members = from_python<std::remove_reference_t<decltype(members)>>(PyTuple_GET_ITEM(x, next++))), ...);
+    };
+    fill(w.norm, w.q, w.k, w.v, w.q_bias, w.k_bias, w.v_bias, w.q_norm, w.k_norm, w.output, w.output_bias, w.mlp_norm,
+         w.gate, w.up, w.down);
+    for (const Matrix& other : {w.k, w.v, w.output, w.gate, w.up, w.down}) {
+      if (other.dtype != w.q.dtype) throw py::type_error("needs the matrices of a layer in one dtype");
+    }
+    return w;
   } else if constexpr (std::is_pointer_v<T>) {
     return address_of<std::remove_pointer_t<T>>(x);
   } else if constexpr (std::is_floating_point_v<T>) {

@@ -109,6 +109,7 @@ def generate_with_logprobs(
     model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int | Sequence[int],
     temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True,
     batch_size: int = 128, generator: torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
+    bf16: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut, and the
     log-probability of each of their ids under softmax(logits / temperature).
@@ -120,6 +121,7 @@ def generate_with_logprobs(
     Where logits are NaN the log-probability is NaN, and its token means nothing.
     generator: one, or one a prompt; then an answer does not depend on which other prompts are asked. Nor does it with
     a Tensor (N, max_new_tokens), the uniform numbers themselves.
+    bf16: the model multiplies in bfloat16, as under autocast; it takes 2 bytes a weight more meanwhile.
     """
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -152,7 +154,7 @@ def generate_with_logprobs(
         for rows in batches(longest_first, batch_size, "generating"):
             tokens, logps = answer(
                 model, [prompts[i] for i in rows], max_new_tokens, stops, choose,
-                None if drawn is None else drawn[rows].to(model.device),
+                None if drawn is None else drawn[rows].to(model.device), bf16,
             )  # fmt: skip
             # Up to and with the first stop; a row without one gets its width + 1, which a slice allows.
             lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()
@@ -228,10 +230,10 @@ def _say_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=5)
 
 
-def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms) -> tuple[Tensor, Tensor]:
+def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16) -> tuple[Tensor, Tensor]:
     """-> (B, max_new_tokens) tokens and their log-probabilities. Behind its first stop token a row holds stops[0]."""
     ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
-    decoder = Decoder(model, ids, mask, max_new_tokens)
+    decoder = Decoder(model, ids, mask, max_new_tokens, bf16)
     step = _Graph(decoder) if ids.is_cuda else decoder.step
     # Finished rows leave only when they are a large share of the batch, because that costs about a step: the buffers
     # are moved, and on CUDA a graph is captured for the new batch size. On CUDA even asking who has finished makes the
@@ -298,7 +300,9 @@ class _Chooser:
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
-def _answer_batch_by_transformers(model, prompts, max_new_tokens, stops, choose, uniforms) -> tuple[Tensor, Tensor]:
+def _answer_batch_by_transformers(
+    model, prompts, max_new_tokens, stops, choose, uniforms, bf16
+) -> tuple[Tensor, Tensor]:
     """_answer_batch for any model that has generate()."""
     ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     chooser, owner = _Chooser(choose, uniforms), unwrapped(model)
@@ -307,9 +311,10 @@ def _answer_batch_by_transformers(model, prompts, max_new_tokens, stops, choose,
     # change the logits that we choose from.
     habits, owner.generation_config = owner.generation_config, GenerationConfig()
     try:
-        out = model.generate(
-            input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
-        )
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
+            )
     finally:
         owner.generation_config = habits
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)

@@ -92,7 +92,7 @@ class Rollout:
 
 def generate(
     model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 1.0,
-    batch_size: int = 128, generator: torch.Generator | None = None,
+    batch_size: int = 128, generator: torch.Generator | None = None, bf16: bool = False,
 ) -> Rollout:  # fmt: skip
     """Sample one response a prompt for PPO (a data.formats.Prompt). The models have not looked at them yet. Each of
     several processes (parallel.py) answers its share, and all get all answers.
@@ -105,7 +105,7 @@ def generate(
     def answer(rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:
         answers = generate_with_logprobs(
             model, [prompts[i].tokens for i in rows], max_new_tokens=max_new_tokens, eos_token_id=stops,
-            temperature=temperature, batch_size=batch_size, generator=drawn[list(rows)],
+            temperature=temperature, batch_size=batch_size, generator=drawn[list(rows)], bf16=bf16,
         )  # fmt: skip
         return list(zip(*answers, strict=True))
 

@@ -233,6 +233,67 @@ def test_under_autocast(name, prompts):
         assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
 
 
+def log_probability_errors(model, prompts, **options):
+    """Of sampled tokens: what generation says of them, and what the model says under autocast on the whole text, both
+    less what it says in float32."""
+    answers, logprobs = generate_with_logprobs(
+        model, prompts, max_new_tokens=12, eos_token_id=EOS, generator=torch.Generator().manual_seed(0), **options
+    )
+    ours, theirs = [], []
+    for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
+        found = []
+        for enabled in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+            found.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0])
+        ours.append(torch.tensor(logprob) - found[0])
+        theirs.append(found[1] - found[0])
+    return torch.cat(ours), torch.cat(theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("batch_size", [64, 200])  # few rows, and more than few
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bf16_is_no_less_exact_than_autocast(name, batch_size, prompts):
+    model = with_opinions(name)
+    before = copy.deepcopy(model.state_dict())
+    prompts = (prompts * 9)[:batch_size]
+    ours, theirs = log_probability_errors(model, prompts, bf16=True, batch_size=batch_size)
+    assert 1e-4 < ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt()
+    assert all(torch.equal(x, before[name]) and x.dtype == torch.float32 for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(with_opinions("llama").to(dtype), config, autocast_adapter_dtype=True).eval()
+    assert why_not(model) is None
+    ours, theirs = log_probability_errors(model, prompts, bf16=True)
+    assert ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt() + 0.02 * (dtype == torch.bfloat16)
+    with model.disable_adapter():
+        plain, _ = log_probability_errors(model, prompts, bf16=True)
+    assert not torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
+@torch.no_grad()
+def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
+    """The whole buffer under a mask, and what products return left in bfloat16, as on CUDA."""
+    model = with_opinions(name)
+    ids, mask = pad(prompts[:6], EOS, left=True)
+    exact = Decoder(model, ids, mask, 8)
+    expected = [exact.start(), *(exact.step(ids[:, -1]) for _ in range(5))]
+    monkeypatch.setattr("rlhf_fast.decoder._widened", lambda x: x)
+    monkeypatch.setattr(_layer, "runs_on", lambda x: False)
+    fixed = Decoder(model, ids, mask, 8, bf16=True)
+    fixed.fixed = True
+    got = [fixed.start(), *(fixed.step(ids[:, -1]) for _ in range(5))]
+    assert {x.dtype for x in [*got, *fixed.keys, *fixed.values]} == {torch.bfloat16}
+    for ours, theirs in zip(got, expected, strict=True):
+        assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
+
+
 def test_falling_back_is_said_once_with_its_reason(prompts):
     generation._say_once.cache_clear()
     model = with_opinions("mistral")
@@ -437,9 +498,10 @@ def test_prompts_are_a_list_of_texts_or_messages():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("rows", [3, 5, 64, 65])
+@pytest.mark.parametrize("rows", [1, 5, 128, 129])
+@pytest.mark.parametrize("bf16", [False, True])
 @torch.no_grad()
-def test_few_rows_go_through_a_layer_in_one_call(family, rows, monkeypatch):
+def test_few_rows_go_through_a_layer_in_one_call(family, rows, bf16, monkeypatch):
     """And get the same logits there, also after some of them have left."""
     model, calls = with_opinions(family), []
     if family == "llama":
@@ -448,19 +510,20 @@ def test_few_rows_go_through_a_layer_in_one_call(family, rows, monkeypatch):
         )
     prompts = [[5 + (i + j) % 20 for j in range(3 + i % 4)] for i in range(rows)]
     ids, mask = pad(prompts, EOS, left=True)
-    decoders = [Decoder(model, ids, mask, 4) for _ in range(2)]
+    decoders = [Decoder(model, ids, mask, 4, bf16) for _ in range(2)]
     for layer in decoders[1].network.layers:
         layer["weights"] = None
     whole = _layer.decode_layer
     monkeypatch.setattr(_layer, "decode_layer", lambda *args: (calls.append(len(args[1])), whole(*args)))
     first, _ = (decoder.start() for decoder in decoders)
     tokens, kept = first.argmax(-1), torch.arange(0, rows, 2)
-    torch.testing.assert_close(*(decoder.step(tokens) for decoder in decoders), rtol=1e-4, atol=1e-4)
+    error = {"rtol": 1e-4, "atol": 1e-4} if not bf16 else {"rtol": 0.05, "atol": 0.05 * float(first.abs().max())}
+    torch.testing.assert_close(*(decoder.step(tokens) for decoder in decoders), **error)
     for decoder in decoders:
         decoder.keep(kept)
-    torch.testing.assert_close(*(decoder.step(tokens[kept]) for decoder in decoders), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(decoder.step(tokens[kept]) for decoder in decoders), **error)
     layers = len(model.model.layers)
-    assert calls == [n for n in (rows, len(kept)) for _ in range(layers) if 4 <= n <= 64]
+    assert calls == [n for n in (rows, len(kept)) for _ in range(layers) if n <= 128]
 
 
 @torch.no_grad()

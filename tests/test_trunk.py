@@ -142,12 +142,15 @@ def test_attention_of_one_query_is_its_formula(padded, isa):
 
 
 @pytest.mark.parametrize("rows, depth, width", [(1, 1, 1), (5, 37, 50), (16, 64, 48), (33, 130, 97), (70, 20, 200)])
-def test_a_product_of_few_rows_is_a_product(rows, depth, width, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_few_rows_is_a_product(rows, depth, width, dtype, isa):
+    """With a weight in bfloat16 that of x rounded to it, which other instructions compute on a CPU that has them."""
     generator = torch.Generator().manual_seed(6)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in [(rows, depth), (width, depth), (width,)])
+    weight = weight.to(dtype)
     for given in (bias, None):
         y = _layer.few_rows_linear(x, weight, given)
-        exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+        exact = F.linear(x.to(dtype).double(), weight.double(), None if given is None else given.double())
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
         before = torch.get_num_threads()
         try:
@@ -159,17 +162,32 @@ def test_a_product_of_few_rows_is_a_product(rows, depth, width, isa):
         assert torch.equal(alone, y)  # whatever the other rows
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_half_precision_is_refused_where_it_would_be_read_as_float32(which):
+@pytest.mark.parametrize(
+    "which, dtype", [(0, torch.bfloat16), (1, torch.float16), (1, torch.float64), (2, torch.bfloat16)]
+)
+def test_another_dtype_is_refused_where_it_would_be_read_as_float32(which, dtype):
     tensors = [torch.ones(4, 8), torch.ones(3, 8), torch.ones(3)]
-    tensors[which] = tensors[which].bfloat16()
+    tensors[which] = tensors[which].to(dtype)
     with pytest.raises(TypeError, match="needs float32"):
         _layer.few_rows_linear(*tensors)
 
 
+def test_the_matrices_of_a_layer_have_one_dtype():
+    x, matrix, vector = torch.ones(4, 8), torch.ones(8, 8), torch.ones(8)
+    weights = [vector, matrix, matrix, matrix, *[None] * 5, matrix, None, vector, matrix, matrix, matrix]
+    buffers = torch.zeros(2, 4, 1, 3, 8)
+    for i in (1, 9, 14):
+        mixed = (*weights[:i], matrix.bfloat16(), *weights[i + 1 :])
+        with pytest.raises(TypeError, match="in one dtype"):
+            _layer.decode_layer(mixed, x, x, x, *buffers, None, 1, 1.0, 1e-5)
+    with pytest.raises(TypeError, match="where None is"):
+        _layer.decode_layer((*weights[:14], None), x, x, x, *buffers, None, 1, 1.0, 1e-5)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_one_call_is_a_whole_layer(qk_norm, bias, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_is_a_whole_layer(qk_norm, bias, dtype, isa):
     rows, width, heads, kept, dim, intermediate, capacity, filled = 5, 24, 4, 2, 10, 37, 9, 7
     generator = torch.Generator().manual_seed(7)
 
@@ -181,6 +199,7 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, isa):
     biases = [draw(n) for n in (heads * dim, kept * dim, kept * dim, width)] if bias else [None] * 4
     norms = [1 + draw(dim), 1 + draw(dim)] if qk_norm else [None, None]
     gate, up, down = *draw(2, intermediate, width), draw(width, intermediate)
+    q, k, v, output, gate, up, down = (matrix.to(dtype) for matrix in (q, k, v, output, gate, up, down))
     x, keys, values = 3 * draw(rows, width), *draw(2, rows, kept, capacity, dim)
     cos, sin = ANGLES.cos()[:rows].contiguous(), ANGLES.sin()[:rows].contiguous()
     keys[:, :, filled - 1 :] = values[:, :, filled - 1 :] = torch.nan
@@ -213,13 +232,17 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, isa):
     weights = (norm, q, k, v, *biases[:3], *norms, output, biases[3], mlp_norm, gate, up, down)
     _layer.decode_layer(weights, x, cos, sin, keys, values, mask, filled, 0.3, 1e-5)
     for got, exact in ((x, expected), (keys[:, :, filled - 1], new_key), (values[:, :, filled - 1], new_value)):
-        torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=2e-5)
+        # With weights in bfloat16 what they are multiplied by is rounded too, to 8 bits.
+        error = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(got.double(), exact, **error)
     assert keys[:, :, filled:].isnan().all()  # not touched
 
 
-def test_a_row_goes_through_a_layer_alone(isa):
-    """With any number of threads, which share the rows, and beside any other rows."""
-    rows, width, heads, dim, intermediate, capacity = 40, 96, 4, 24, 300, 60
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, width, dim, intermediate", [(40, 96, 24, 300), (40, 192, 48, 900), (9, 384, 96, 1100)])
+def test_a_row_goes_through_a_layer_alone(rows, width, dim, intermediate, dtype, isa):
+    """With any number of threads, which share the rows or, where these are few, the outputs; and beside any others."""
+    heads, capacity = 4, 60
     generator = torch.Generator().manual_seed(8)
 
     def draw(*shape):
@@ -227,6 +250,7 @@ def test_a_row_goes_through_a_layer_alone(isa):
 
     q, k, v, output = draw(4, heads * dim, width)
     mlp = (*draw(2, intermediate, width), draw(width, intermediate))
+    q, k, v, output, *mlp = (matrix.to(dtype) for matrix in (q, k, v, output, *mlp))
     weights = (1 + draw(width), q, k, v, None, None, None, None, None, output, None, 1 + draw(width), *mlp)
     x, buffers, angles = draw(rows, width), draw(2, rows, heads, capacity, dim), draw(rows, dim)
 

@@ -1,5 +1,5 @@
-// What generation computes for each new token, in float32: attention of one query a row over the buffer of keys and
-// values, a whole llama layer around it, and the choice of the token.
+// What generation computes for each new token, in float32 but for the products with weights in bfloat16: attention of
+// one query a row over the buffer of keys and values, a whole llama layer around it, and the choice of the token.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -66,18 +66,21 @@ int64_t attend(const float* q, int64_t row_stride, const float* keys, const floa
   return -1;
 }
 
-int64_t few_rows_product(const float* x, const float* weight, const float* bias, int64_t rows, int64_t depth,
-                         int64_t width, float* y, int threads) {
-  FewRows(x, rows, depth, threads).times(weight, bias, width, y, false);
+int64_t few_rows_product(const float* x, Matrix weight, const float* bias, int64_t rows, int64_t depth, int64_t width,
+                         float* y, int threads) {
+  with_unit(weight.dtype, [&](auto unit) {
+    FewRows<decltype(unit)>(x, rows, depth, threads).times(weight.data, bias, width, y, false);
+  });
   return -1;
 }
 
 namespace {
 
-// decode_layer by one thread.
+// decode_layer of some rows. Threads share the outputs of each product, and wait for the others after it.
+template <class Unit>
 void decode_rows(const LayerWeights& w, float* x, const float* cos, const float* sin, float* keys, float* values,
                  const float* bias, int64_t rows, int64_t width, int64_t intermediate, int64_t heads, int64_t key_heads,
-                 int64_t dim, int64_t capacity, int64_t filled, double scale, double eps) {
+                 int64_t dim, int64_t capacity, int64_t filled, double scale, double eps, int threads) {
   const int64_t queries = heads * dim, kept = key_heads * dim;
   const Buffer<float> normed(rows * width), q(rows * queries), k(rows * kept), v(rows * kept), turned(rows * queries);
   const Buffer<float> gate(rows * intermediate), up(rows * intermediate);
@@ -87,47 +90,51 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
     }
   };
 
-  rms_norm(x, w.norm, rows, width, eps, normed.data, nullptr, 1);
-  const FewRows input(normed.data, rows, width, 1);
-  input.times(w.q, w.q_bias, queries, q.data, false);
-  input.times(w.k, w.k_bias, kept, k.data, false);
-  input.times(w.v, w.v_bias, kept, v.data, false);
+  rms_norm(x, w.norm, rows, width, eps, normed.data, nullptr, threads);
+  const FewRows<Unit> input(normed.data, rows, width, threads);
+  input.times(w.q.data, w.q_bias, queries, q.data, false);
+  input.times(w.k.data, w.k_bias, kept, k.data, false);
+  input.times(w.v.data, w.v_bias, kept, v.data, false);
   if (w.q_norm) {
-    rms_norm(q.data, w.q_norm, rows * heads, dim, eps, q.data, nullptr, 1);
-    rms_norm(k.data, w.k_norm, rows * key_heads, dim, eps, k.data, nullptr, 1);
+    rms_norm(q.data, w.q_norm, rows * heads, dim, eps, q.data, nullptr, threads);
+    rms_norm(k.data, w.k_norm, rows * key_heads, dim, eps, k.data, nullptr, threads);
   }
-  rotary(k.data, kept, cos, sin, rows, rows, key_heads, dim, 1, turned.data, 1);
+  rotary(k.data, kept, cos, sin, rows, rows, key_heads, dim, 1, turned.data, threads);
   keep(turned.data, keys);
   keep(v.data, values);
-  rotary(q.data, queries, cos, sin, rows, rows, heads, dim, 1, turned.data, 1);
-  attend(turned.data, queries, keys, values, bias, rows, heads, key_heads, dim, capacity, filled, scale, q.data, 1);
-  FewRows(q.data, rows, queries, 1).times(w.output, w.output_bias, width, x, true);
+  rotary(q.data, queries, cos, sin, rows, rows, heads, dim, 1, turned.data, threads);
+  attend(turned.data, queries, keys, values, bias, rows, heads, key_heads, dim, capacity, filled, scale, q.data,
+         threads);
+  FewRows<Unit>(q.data, rows, queries, threads).times(w.output.data, w.output_bias, width, x, true);
 
-  rms_norm(x, w.mlp_norm, rows, width, eps, normed.data, nullptr, 1);
-  const FewRows hidden(normed.data, rows, width, 1);
-  hidden.times(w.gate, nullptr, intermediate, gate.data, false);
-  hidden.times(w.up, nullptr, intermediate, up.data, false);
-  swiglu(gate.data, up.data, intermediate, rows, intermediate, gate.data, 1);
-  FewRows(gate.data, rows, intermediate, 1).times(w.down, nullptr, width, x, true);
+  rms_norm(x, w.mlp_norm, rows, width, eps, normed.data, nullptr, threads);
+  const FewRows<Unit> hidden(normed.data, rows, width, threads);
+  hidden.times(w.gate.data, nullptr, intermediate, gate.data, false);
+  hidden.times(w.up.data, nullptr, intermediate, up.data, false);
+  swiglu(gate.data, up.data, intermediate, rows, intermediate, gate.data, threads);
+  FewRows<Unit>(gate.data, rows, intermediate, threads).times(w.down.data, nullptr, width, x, true);
 }
 
 }  // namespace
 
-// Threads share the rows: every one reads all weights, and none waits for another before the end. Fewer rows than a
-// vector has lanes cost as much as that many.
+// Threads share the rows, where there are enough of them: every one reads all weights, and none waits for another
+// before the end. Fewer rows than a vector has lanes cost as much as that many.
 int64_t decode_layer(LayerWeights w, float* x, const float* cos, const float* sin, float* keys, float* values,
                      const float* bias, int64_t rows, int64_t width, int64_t intermediate, int64_t heads,
                      int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled, double scale, double eps,
                      int threads) {
   const int64_t work = rows * width * (2 * (heads + key_heads) * dim + 3 * intermediate) + rows * heads * filled * dim;
-  const int64_t most = FewRows::worth_threads(threads, work), vectors = whole_vectors(rows) / kWidth;
-  const int64_t share = (vectors + most - 1) / most * kWidth, shares = (rows + share - 1) / share;
+  const int64_t most = threads_for_products(threads, work), vectors = whole_vectors(rows) / kWidth;
+  const bool share_rows = 2 * vectors > most;
+  const int64_t share = share_rows ? (vectors + most - 1) / most * kWidth : rows, shares = (rows + share - 1) / share;
   for_each(shares, int(shares), [&](int64_t i) {
     const int64_t first = i * share, count = rows - first < share ? rows - first : share;
     const int64_t buffer = first * key_heads * capacity * dim;
-    decode_rows(w, x + first * width, cos + first * dim, sin + first * dim, keys + buffer, values + buffer,
-                bias ? bias + first * capacity : nullptr, count, width, intermediate, heads, key_heads, dim, capacity,
-                filled, scale, eps);
+    with_unit(w.q.dtype, [&](auto unit) {
+      decode_rows<decltype(unit)>(w, x + first * width, cos + first * dim, sin + first * dim, keys + buffer,
+                                  values + buffer, bias ? bias + first * capacity : nullptr, count, width, intermediate,
+                                  heads, key_heads, dim, capacity, filled, scale, eps, share_rows ? 1 : threads);
+    });
   });
   return -1;
 }

@@ -1,37 +1,53 @@
 // y = x @ weight.T for few rows of x, as in generation: one a sequence. A library packs the weight for every such
 // product, which costs as much as the product itself. Here the weight is read as it lies, once, x is packed, and what
-// comes out is transposed. A row of y depends on its row of x alone.
+// comes out is transposed. A row of y depends on its row of x alone. For a weight in bfloat16 x is rounded to it too.
 #pragma once
+#include <type_traits>
+
 #include "product.h"
 #include "tile.h"
 
 namespace rlhf::RLHF_ISA {
 
+// A thread that sleeps takes 40 us to wake (tile.h): one for every 80 us of work.
+inline int threads_for_products(int threads, int64_t multiplications) {
+  const int64_t worth = 1 + (multiplications >> 22);
+  return worth < threads ? int(worth) : threads;
+}
+
+template <class Unit>
 class FewRows {
  public:
+  using type = typename Unit::type;
+
   FewRows(const float* x, int64_t rows, int64_t depth, int threads)
-      : rows_(rows), depth_(depth), threads_(threads), packed_(whole_vectors(rows) * depth) {
-    for (int64_t lane = 0; lane < rows; lane += kPanel) {
-      const int64_t panel = lanes(lane), filled = rows - lane < panel ? rows - lane : panel;
-      pack_rows<UnitF32>(x + lane * depth, depth, filled, depth, panel, packed_.data + lane * depth);
+      : rows_(rows),
+        depth_(depth),
+        units_(units<Unit>(depth)),
+        threads_(threads),
+        packed_(whole_vectors(rows) * units_) {
+    if constexpr (std::is_same_v<type, float>) {
+      pack(x);
+    } else {
+      const Buffer<type> rounded(rows * depth);
+      round_to_bfloat16(x, rows * depth, rounded.data);
+      pack(rounded.data);
     }
   }
 
-  // A thread that sleeps takes 40 us to wake (tile.h): one for every 80 us of work.
-  static int worth_threads(int threads, int64_t multiplications) {
-    const int64_t worth = 1 + (multiplications >> 22);
-    return worth < threads ? int(worth) : threads;
-  }
-
   // y (rows, width) = or += x weight^T (width, depth) + bias (may be null)
-  void times(const float* weight, const float* bias, int64_t width, float* y, bool add) const {
+  void times(const void* weight, const float* bias, int64_t width, float* y, bool add) const {
     const int64_t tiles = (width + kTileRows - 1) / kTileRows;
-    for_each(tiles, worth_threads(threads_, rows_ * width * depth_), [&](int64_t tile) {
+    const bool copies = !Unit::kAsItLies || depth_ % Unit::kSize != 0;
+    for_each(tiles, threads_for_products(threads_, rows_ * width * depth_), [&](int64_t tile) {
       alignas(64) float z[kTileRows * kPanel];
       const int64_t first = tile * kTileRows, count = width - first < kTileRows ? width - first : kTileRows;
-      const Left rows{weight + first * depth_, depth_ * int64_t(sizeof *weight), sizeof *weight, true};
+      const type* from = static_cast<const type*>(weight) + first * depth_;
+      const Buffer<uint32_t> copy(copies ? count * units_ : 0);
+      if (copies) copy_units<Unit>(from, depth_, count, depth_, copy.data);
+      const Left rows{copies ? static_cast<const void*>(copy.data) : from, units_ * 4, 4, true};
       for (int64_t lane = 0; lane < rows_; lane += kPanel) {
-        multiply<UnitF32>(rows, count, packed_.data + lane * depth_, depth_, z, lanes(lane), lanes(lane), false);
+        multiply<Unit>(rows, count, packed_.data + lane * units_, units_, z, lanes(lane), lanes(lane), false);
         store(z, count, lane, bias ? bias + first : nullptr, y + lane * width + first, width, add);
       }
     });
@@ -40,6 +56,13 @@ class FewRows {
  private:
   // Of the weight: a multiple of kBlockRows and kWidth. Their outputs, 12 KB, stay in L1 beside packed rows of x.
   static constexpr int64_t kTileRows = 48;
+
+  void pack(const type* x) const {
+    for (int64_t lane = 0; lane < rows_; lane += kPanel) {
+      const int64_t panel = lanes(lane), filled = rows_ - lane < panel ? rows_ - lane : panel;
+      pack_rows<Unit>(x + lane * depth_, depth_, filled, depth_, panel, packed_.data + lane * units_);
+    }
+  }
 
   int64_t lanes(int64_t first) const {  // of the panel that begins there
     const int64_t left = whole_vectors(rows_) - first;
@@ -70,7 +93,7 @@ class FewRows {
     }
   }
 
-  const int64_t rows_, depth_;
+  const int64_t rows_, depth_, units_;
   const int threads_;
   const Buffer<uint32_t> packed_;
 };

@@ -51,19 +51,6 @@ struct Problem {
   const type* weight_tile(int64_t tile) const { return weight + tile * height() * weight_stride; }
 };
 
-// Rows of the weight in whole units, where memory does not have them so: widened, or of an odd number of bfloat16.
-template <class Unit>
-void copy_units(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t width, uint32_t* out) {
-  const int64_t depth = units<Unit>(width);
-  for (int64_t v = 0; v < rows; ++v, x += stride, out += depth) {
-    if constexpr (Unit::kAsItLies) {
-      std::memcpy(out, x, width * sizeof *x);  // what is beyond stays 0
-    } else {
-      load_units<Unit>(x, width, out);
-    }
-  }
-}
-
 // z of a panel of lanes, with bias (null: none) and softcap (0: none).
 void finish_logits(float* z, int64_t stride, int64_t rows, int64_t lanes, const float* bias, double softcap) {
   const vf cap = splat(float(softcap));
@@ -313,13 +300,6 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
   }
 }
 
-void round_to_bfloat16(const float* x, int64_t count, uint16_t* out) {  // to nearest even
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t u = bits<uint32_t>(x[i]), rounded = u + 0x7fffu + (u >> 16 & 1);
-    out[i] = uint16_t(((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);  // a NaN stays one
-  }
-}
-
 template <class Unit>
 void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, double temperature, float* logits,
               const float* saved, const float* entropy, const float* grad_logprobs, const float* grad_entropy,
@@ -406,16 +386,6 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
                  {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
     }
   }
-}
-
-// f(Unit{}) for the dtypes of ops.h that have one.
-template <class F>
-void with_unit(int dtype, F f) {
-  if (dtype == kFloat32) return f(UnitF32{});
-#if defined(__AVX512F__)
-  if (__builtin_cpu_supports("avx512bf16")) return f(UnitBF16{});
-#endif
-  f(UnitWidened{});
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../ops.h"
 #include "simd.h"
 
 namespace rlhf::RLHF_ISA {
@@ -55,6 +56,16 @@ struct UnitBF16 {  // CPUs with avx512_bf16; by name, so that no other code here
   }
 };
 #endif
+
+// f(Unit{}) for the dtypes of ops.h that have one.
+template <class F>
+void with_unit(int dtype, F f) {
+  if (dtype == kFloat32) return f(UnitF32{});
+#if defined(__AVX512F__)
+  if (__builtin_cpu_supports("avx512bf16")) return f(UnitBF16{});
+#endif
+  f(UnitWidened{});
+}
 
 template <class Unit>
 constexpr int64_t units(int64_t elements) {
@@ -242,6 +253,26 @@ void pack_columns(const typename Unit::type* x, int64_t stride, int64_t rows, in
       for (int64_t j = vectors; j < lanes; ++j) b[j] = low[j] | (both ? uint32_t(high[j]) << 16 : 0);
     }
     for (int64_t j = lanes; j < padded; ++j) b[j] = 0;
+  }
+}
+
+// Rows of the weight in whole units, where memory does not have them so: widened, or of an odd number of bfloat16.
+template <class Unit>
+void copy_units(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t width, uint32_t* out) {
+  const int64_t depth = units<Unit>(width);
+  for (int64_t v = 0; v < rows; ++v, x += stride, out += depth) {
+    if constexpr (Unit::kAsItLies) {
+      std::memcpy(out, x, width * sizeof *x);  // what is beyond stays 0
+    } else {
+      load_units<Unit>(x, width, out);
+    }
+  }
+}
+
+inline void round_to_bfloat16(const float* x, int64_t count, uint16_t* out) {  // to nearest even
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t u = bits<uint32_t>(x[i]), rounded = u + 0x7fffu + (u >> 16 & 1);
+    out[i] = uint16_t(((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : rounded) >> 16);  // a NaN stays one
   }
 }
 

@@ -34,6 +34,8 @@ def read_dataset(source) -> list[dict]:
         raise ConfigError(f"dataset file {str(source)!r} does not exist")
     if json_like:
         return _read_json(path)
+    if path.suffix == ".py":  # datasets 3 would ask on the terminal, and leave an alarm that goes off later
+        raise ConfigError(f"dataset {str(source)!r} is a script, which is not run; give the files that it reads")
     import datasets  # takes a second to import, and lists do not need it
 
     # A split begins with a letter or digit, so that hf://... and C:\... have none.
@@ -49,7 +51,7 @@ def read_dataset(source) -> list[dict]:
             return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        # Not there, a script (which datasets 4 no longer runs), or malformed.
+        # Not there, or malformed.
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 
 

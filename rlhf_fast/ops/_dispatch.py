@@ -32,7 +32,7 @@ try:
 except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
     _C, _C_MISSING = None, str(error)
 else:
-    if getattr(_C, "interface", 1) != 5:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 6:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the one that is there is of another version than the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

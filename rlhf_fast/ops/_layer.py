@@ -25,6 +25,11 @@ def runs_on(x: Tensor) -> bool:
     return built and not is_forced() and not autocast and x.is_cpu and x.dtype == torch.float32
 
 
+def multiplies(weight: Tensor) -> bool:
+    """Whether decode_layer and few_rows_linear take it: contiguous float32, or a matrix in bfloat16."""
+    return weight.is_contiguous() and (runs_on(weight) or runs_on(weight[:0].float()))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(N, D) contiguous, (D,) -> (N, D)."""
     return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)

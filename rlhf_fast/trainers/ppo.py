@@ -193,6 +193,7 @@ class PPOTrainer:
             return generate(
                 self.policy, self.tokenizer, prompts, max_new_tokens=self.config.response_length,
                 temperature=self.config.temperature, batch_size=self.config.generation_batch_size, generator=generator,
+                bf16=self.config.bf16,
             )  # fmt: skip
 
     def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:

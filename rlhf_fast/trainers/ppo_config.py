@@ -50,7 +50,7 @@ class PPOConfig:
     micro_batch_size: int | None = None  # responses per forward and backward, None: all; changes memory, not the result
     micro_batch_tokens: int | None = None  # the same, in tokens of prompt and response with padding; None: no limit
     num_ppo_epochs: int = 4
-    bf16: bool = False  # scoring and update multiply in bfloat16; weights and sampling stay in float32
+    bf16: bool = False  # sampling, scoring and update multiply in bfloat16; weights stay in float32
     learning_rate: float = 3e-6
     value_learning_rate: float | None = None  # of a separate value model; None: learning_rate
     lr_scheduler_type: str = "linear"  # to 0 over the iterations; or "cosine", or "constant"

@@ -320,7 +320,7 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
     (tmp_path / "script.py").touch()
-    with pytest.raises(ConfigError, match=r"'script\.py' cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"'script\.py' is a script"):
         read_dataset("script.py")
 
 
