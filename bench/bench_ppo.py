@@ -174,7 +174,10 @@ def memory(options) -> dict:
 
 
 def rollout(options) -> dict:
-    """Seconds of CPU for the same prompts; medians over rounds, and of the ratio within a round."""
+    """Seconds of CPU for the same prompts; medians over rounds, and of the ratio within a round. In bfloat16 transformers
+    gets a model whose weights are that: under autocast, as a trainer calls it, it rounds them again for every token."""
+    import copy
+
     import torch
     from ppo_worker import make_model, make_prompts
     from transformers import GenerationConfig
@@ -184,17 +187,21 @@ def rollout(options) -> dict:
 
     torch.set_num_threads(1)
     rows = []
-    for hidden, vocab, batch in ((128, 8192, 64), (128, 8192, 8), (256, 32_768, 32)):
+    shapes = [(128, 8192, 64, False), (128, 8192, 8, False), (256, 32_768, 32, False), (512, 32_768, 128, False)]
+    if torch.cpu._is_avx512_bf16_supported():
+        shapes += [(hidden, vocab, batch, True) for hidden, vocab, batch, _ in shapes]
+    for hidden, vocab, batch, bf16 in shapes:
         run = Run(hidden=hidden, vocab=vocab)
         model, prompts = make_model(run).eval(), make_prompts(run)[:batch]
+        alone = copy.deepcopy(model).bfloat16() if bf16 else model
         ids, mask = pad(prompts, 0, left=True)
         sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
         config = GenerationConfig(max_new_tokens=run.response_length, eos_token_id=1, pad_token_id=0, **sampling)
 
-        def ours(model=model, prompts=prompts, run=run):
-            generate_tokens(model, prompts, max_new_tokens=run.response_length, eos_token_id=1)
+        def ours(model=model, prompts=prompts, run=run, bf16=bf16):
+            generate_tokens(model, prompts, max_new_tokens=run.response_length, eos_token_id=1, bf16=bf16)
 
-        def theirs(model=model, ids=ids, mask=mask, config=config, **more):
+        def theirs(model=alone, ids=ids, mask=mask, config=config, **more):
             with torch.no_grad():
                 return model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config, **more)
 
@@ -209,7 +216,7 @@ def rollout(options) -> dict:
                 function()
                 if i:
                     samples[name].append(time.process_time() - start)
-        row = {"hidden": hidden, "vocab": vocab, "batch": batch, "response_length": run.response_length}
+        row = {"hidden": hidden, "vocab": vocab, "batch": batch, "bf16": bf16, "response_length": run.response_length}
         row["cpu_seconds"] = {name: statistics.median(values) for name, values in samples.items()}
         row["over_ours"] = {
             name: statistics.median(t / o for t, o in zip(values, samples["ours"], strict=True))

@@ -70,12 +70,13 @@ def memory(part: dict) -> str:
 def rollout(part: dict) -> str:
     rows = [
         [
-            f"{row['hidden']}", f"{row['vocab']}", f"{row['batch']}", f"{row['cpu_seconds']['ours']:.2f}",
+            f"{row['hidden']}", f"{row['vocab']}", f"{row['batch']}", "bfloat16" if row.get("bf16") else "float32",
+            f"{row['cpu_seconds']['ours']:.2f}",
             *(f"{row['over_ours'][name]:.2f}x" for name in ("generate", "TRL's call of generate")),
         ]
         for row in part["rows"]
     ]  # fmt: skip
-    head = ["width", "vocabulary", "batch", "ours, CPU-seconds", "`generate`", "TRL's call, which keeps the logits"]
+    head = ["width", "vocabulary", "batch", "", "ours, CPU-seconds", "`generate`", "TRL's call, which keeps the logits"]
     return lines(head, rows) + "\n" + source(part)
 
 

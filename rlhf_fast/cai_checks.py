@@ -285,5 +285,5 @@ def _check_room(job, configs: dict, tokenizer, policy, prompts: list[dict], of_p
         check_lengths(policy, tokenizer, min(length, config.max_length), advice)
     length = longest(prompt.prompt for prompt in of_ppo) + configs["ppo"].response_length
     check_lengths(policy, tokenizer, length, "lower ppo's response_length or max_prompt_length")
-    for config in configs.values():
-        check_bf16(config, policy.device)
+    for wanted in (job.bf16, *(config.bf16 for config in configs.values())):
+        check_bf16(wanted, policy.device)

@@ -37,6 +37,7 @@ from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import in_words, read_jsonl, write_quickstart_report
 from .trainers.checkpoints import latest_checkpoint
+from .trainers.common import check_bf16
 from .trainers.constitutional import (
     TextGenerator,
     check_drop,
@@ -80,7 +81,8 @@ def load_writer(writer: WriterJob):
         server = _server(writer.model, writer.server_model, writer.server)
         return HTTPGenerator(server, writer.max_new_tokens, writer.temperature, writer.top_p)
     policy, tokenizer = load_policy(writer.model), load_tokenizer(writer.model)
-    return TextGenerator(policy, tokenizer, writer.max_new_tokens, writer.temperature, writer.top_p)
+    check_bf16(writer.bf16, policy.device)
+    return TextGenerator(policy, tokenizer, writer.max_new_tokens, writer.temperature, writer.top_p, bf16=writer.bf16)
 
 
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
@@ -245,7 +247,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     options = {"seed": job.seed, "batch_size": 128}
 
     def generator(model: str) -> TextGenerator:
-        return TextGenerator(load_policy(model), run.tokenizer, job.max_new_tokens, job.temperature)
+        return TextGenerator(load_policy(model), run.tokenizer, job.max_new_tokens, job.temperature, bf16=job.bf16)
 
     def part(name: str, make: Callable) -> dict:
         return _train_part(root / name, run.configs[name], make, resume)
@@ -343,7 +345,7 @@ class _StageTable:
     def _check_answers(self, name: str, model: str) -> dict:
         replies = generate_text(
             load_policy(model), self.tokenizer, self.prompts, max_new_tokens=self.job.max_new_tokens,
-            temperature=self.job.temperature, seed=self.job.seed,
+            temperature=self.job.temperature, seed=self.job.seed, bf16=self.job.bf16,
         )  # fmt: skip
         items = read_items(self.prompts)
         asked = [Reply(item["prompt"], r, self.principles) for item, r in zip(items, replies, strict=True)]

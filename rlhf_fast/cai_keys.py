@@ -38,6 +38,7 @@ class WriterJob:
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+    bf16: bool = False  # of a model here: products in bfloat16, weights in float32; refused where the hardware lacks it
 
     def __post_init__(self):
         check_config(self, positive=("max_new_tokens", "top_p"), non_negative=("temperature",), unit=("top_p",))
@@ -128,6 +129,7 @@ class TrainJob:
     max_prompt_length: int = 512  # tokens; longer prompts of hh-rlhf are left out, and named
     max_new_tokens: int = 64
     temperature: float = 1.0
+    bf16: bool = False  # of the model that answers and revises; sft, reward and ppo have a key of their own
     schedule: str | None = None  # of the revisions; null is check-all where a principle has a check, else paper
     max_revisions: int = 4
     principles_per_pair: int | None = None  # the paper draws 1; null takes all

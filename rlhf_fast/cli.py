@@ -223,7 +223,7 @@ def _generate(argv: list[str]) -> None:
     from .jobs import answer, answer_records, quiet
 
     quiet()
-    sampling = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    sampling = {name: getattr(job, name) for name in ("max_new_tokens", "temperature", "top_p", "bf16", "seed")}
     if job.input is not None:
         with _output(job.output, "generate") as file:
             _write_rows(answer_records(job.model, job.input, **sampling), file, job.output)

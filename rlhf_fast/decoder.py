@@ -158,8 +158,8 @@ def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
     if not all(map(_is_plain, products)) or sum(product.weight.numel() for product in products) > MOST_COPIED:
         return lambda x: torch.cat([product(x) for product in products], -1)
     weight, bias = torch.cat([product.weight for product in products]), None
-    if any(product.bias is not None for product in products):
-        none = partial(torch.zeros, dtype=torch.float32, device=weight.device)
+    if given := [product.bias for product in products if product.bias is not None]:
+        none = given[0].new_zeros
         bias = torch.cat([none(len(p.weight)) if p.bias is None else p.bias for p in products])
     if type(products[0]) is _BF16Linear:
         return _BF16Linear(weight, bias)

@@ -327,13 +327,14 @@ def _answer_batch_by_transformers(
 def generate_text(
     model, tokenizer, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 1.0,
     top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] = 0, bf16: bool = False,
 ) -> list[str]:  # fmt: skip
     """One answer a prompt (text or messages), decoded without special tokens.
 
     seed: one for all prompts, or one for each; then an answer depends on its own prompt and seed only. Of the model's
     generation_config only the tokens that end an answer are used. The arguments take the place of its sampling
     settings, and a warning, once a model, names penalties and the like, which are ignored.
+    bf16: the model multiplies in bfloat16, which pays where the hardware does too.
     """
     prompts = _checked_prompts(prompts)
     one = isinstance(seed, int)
@@ -341,7 +342,7 @@ def generate_text(
     encoded, stops = [encode_prompt(tokenizer, prompt) for prompt in prompts], stop_ids(model, tokenizer)
     responses = generate_tokens(
         model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stops, temperature=temperature,
-        top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator,
+        top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator, bf16=bf16,
     )  # fmt: skip
     return decode_responses(tokenizer, prompts, encoded, responses, stops)
 

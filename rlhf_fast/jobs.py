@@ -30,6 +30,7 @@ from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
 from .rewards import RewardModelReward
 from .rollout_server import RolloutServer
+from .trainers.common import check_bf16
 from .trainers.configs import config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
@@ -323,6 +324,7 @@ def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
         sampling["max_new_tokens"] = room
     policy = load_policy(model)
     check_lengths(policy, tokenizer, longest, "shorten the prompt")
+    check_bf16(sampling["bf16"], policy.device)
     temperature = sampling.pop("temperature")
     return generate_text(
         policy, tokenizer, prompts, do_sample=temperature != 0, temperature=temperature or 1.0, **sampling

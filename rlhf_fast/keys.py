@@ -103,6 +103,7 @@ class GenerateJob:
     max_new_tokens: int = 128
     temperature: float = 0.7  # 0 takes the most likely token
     top_p: float = 1.0
+    bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
     seed: int = 0
 
     def __post_init__(self):

@@ -14,11 +14,13 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf_fast.cai_keys import CAI
+from rlhf_fast.cai_jobs import load_writer
+from rlhf_fast.cai_keys import CAI, WriterJob
 from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_sections
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
 from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
+from rlhf_fast.decoder import Decoder
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import _write_job, resolve_reward, score
 from rlhf_fast.keys import LOOK, STAGES, SFTJob
@@ -516,6 +518,7 @@ def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_pa
     (("--max_new_tokens", "200"), "positions: lower max_new_tokens, or sft's max_length"),
     (("--ppo", "{response_length: 200}"), "positions: lower ppo's response_length"),
     (("--ppo", "{bf16: true}"), "bf16: "),
+    (("--bf16", "true"), "bf16: "),
     (("--drop", "[truncatd]"), "drop = ['truncatd'] must be a list of flags: truncated"),
     (("--num_prompts", "-1"), "cai: num_prompts = -1 must be greater than 0"),
     (("--max_revisions", "0"), "cai: max_revisions = 0 must be greater than 0"),
@@ -612,6 +615,28 @@ def test_generate_answers_each_prompt(sft, capsys):
     argv = ["generate", "--model", str(sft / "sft"), "--max_new_tokens", "4", "--temperature", "0"]
     assert main([*argv, "--prompt", "Name 1 and 2.", "--prompt", "Name 3 and 4."]) == 0
     assert capsys.readouterr().out.count("> Name") == 2
+
+
+def test_bf16_of_what_writes_is_heard_and_refused_without_the_hardware(sft, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rlhf_fast.generation.Decoder", lambda *args: seen.append(args[-1]) or Decoder(*args))
+    model = str(sft / "sft")
+    argv = ["generate", "--model", model, "--max_new_tokens", "4", "--prompt", "Name 1 and 2."]
+    for supported, code in ((True, 0), (False, 2)):
+        monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device, supported=supported: supported)
+        assert main([*argv, "--bf16", "true"]) == code
+    assert "bf16: cpu has no bfloat16 instructions" in capsys.readouterr().err
+    assert main(argv) == 0 and seen == [True, False]
+    with pytest.raises(ConfigError, match="bf16: "):
+        load_writer(WriterJob(model, bf16=True))
+    monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: True)
+    writer = load_writer(WriterJob(model, max_new_tokens=4, bf16=True))
+    writer(["Name 1 and 2."], [0])
+    assert (
+        seen == [True, False, True]
+        and writer.describe()["bf16"]
+        and "bf16" not in load_writer(WriterJob(model)).describe()
+    )
 
 
 def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):

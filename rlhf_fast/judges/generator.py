@@ -29,7 +29,8 @@ class Cut(str):
 
 @dataclass
 class TextGenerator:
-    """A causal language model of `transformers` as a generator. temperature 0 takes the most likely token."""
+    """A causal language model of `transformers` as a generator. temperature 0 takes the most likely token. bf16: it
+    multiplies in bfloat16."""
 
     model: object
     tokenizer: object
@@ -37,6 +38,7 @@ class TextGenerator:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 128
+    bf16: bool = False
 
     def __call__(self, prompts: Sequence[str | Messages], seeds: Sequence[int]) -> list[str]:
         stops = stop_ids(self.model, self.tokenizer)
@@ -44,7 +46,7 @@ class TextGenerator:
         responses = generate_tokens(
             self.model, encoded, eos_token_id=stops, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
             temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size,
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            generator=[torch.Generator().manual_seed(s) for s in seeds], bf16=self.bf16,
         )  # fmt: skip
         texts = decode_responses(self.tokenizer, prompts, encoded, responses, stops)
         return [text if ids[-1] in stops else Cut(text) for text, ids in zip(texts, responses, strict=True)]
@@ -64,7 +66,7 @@ class TextGenerator:
     def describe(self) -> dict:
         """JSON-ready provenance, stored in run.json."""
         sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p")}
-        return {**describe_model(self.model), **sampling}
+        return {**describe_model(self.model), **sampling, **({"bf16": True} if self.bf16 else {})}
 
 
 def describe_model(model) -> dict:

@@ -210,7 +210,7 @@ def prepare(model, config, given):
     model = with_adapters(model, config, given)
     if config.gradient_checkpointing:
         models.checkpoint_activations(model)
-    check_bf16(config, model.device)
+    check_bf16(config.bf16, model.device)
     check_learns(model, "the model")
     return model
 
@@ -245,8 +245,8 @@ def bf16_supported(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def check_bf16(config, device: torch.device) -> None:
-    if config.bf16 and not bf16_supported(device):
+def check_bf16(wanted: bool, device: torch.device) -> None:
+    if wanted and not bf16_supported(device):
         raise ConfigError(f"bf16: {device.type} has no bfloat16 instructions here, so it would only be slower")
 
 

@@ -556,7 +556,7 @@ class PPOTrainer:
             if self.reference is not None:
                 check_lm_head(self.reference)
         stop_at_eos(self.policy, self.tokenizer)
-        common.check_bf16(config, self.policy.device)
+        common.check_bf16(config.bf16, self.policy.device)
 
     def _networks(self) -> list[nn.Module]:
         """The models that read prompt and response in the policy's tokens."""

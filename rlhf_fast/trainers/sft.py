@@ -184,7 +184,7 @@ class SFTTrainer:
         with self.gathered():
             responses = generate_text(
                 self.model, self.tokenizer, self.sample_prompts,
-                max_new_tokens=self.config.sample_max_new_tokens, do_sample=False,
+                max_new_tokens=self.config.sample_max_new_tokens, do_sample=False, bf16=self.config.bf16,
             )  # fmt: skip
         return [{"prompt": p, "response": r} for p, r in zip(self.sample_prompts, responses, strict=True)]
 
