@@ -174,8 +174,8 @@ def memory(options) -> dict:
 
 
 def rollout(options) -> dict:
-    """Seconds of CPU for the same prompts; medians over rounds, and of the ratio within a round. In bfloat16 transformers
-    gets a model whose weights are that: under autocast, as a trainer calls it, it rounds them again for every token."""
+    """Seconds of CPU for the same prompts; medians over rounds, and of the ratio within a round. In bfloat16
+    transformers gets a model of that dtype: under autocast it would round the weights again for every token."""
     import copy
 
     import torch

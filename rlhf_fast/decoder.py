@@ -154,14 +154,19 @@ def _product(module: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function that gives x to these products and concatenates what they return. Small plain ones become one."""
-    if not all(map(_is_plain, products)) or sum(product.weight.numel() for product in products) > MOST_COPIED:
+    """The function that gives x to these products and concatenates what they return. Small plain ones become one, and
+    those whose weights are copies anyway, which then are parts of one."""
+    copies = all(type(product) is _BF16Linear for product in products)
+    small = all(map(_is_plain, products)) and sum(product.weight.numel() for product in products) <= MOST_COPIED
+    if not (copies or small):
         return lambda x: torch.cat([product(x) for product in products], -1)
     weight, bias = torch.cat([product.weight for product in products]), None
     if given := [product.bias for product in products if product.bias is not None]:
         none = given[0].new_zeros
         bias = torch.cat([none(len(p.weight)) if p.bias is None else p.bias for p in products])
-    if type(products[0]) is _BF16Linear:
+    if copies:
+        for product, part in zip(products, weight.split([len(p.weight) for p in products]), strict=True):
+            product.weight = part
         return _BF16Linear(weight, bias)
     return partial(nn.functional.linear, weight=weight, bias=bias)
 
