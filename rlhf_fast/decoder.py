@@ -35,9 +35,7 @@ SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
 ATTENTION = (  # modules whose attention functions compute causal softmax(q k^T) v, as the architecture itself does
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
 )  # fmt: skip
-FEW = range(
-    1, 129
-)  # rows for which our products are faster than the library's, by 1.3 to 3.5x (EPYC 9004, 1 and 2 threads)
+FEW = range(1, 129)  # rows for which our products are faster than the library's: 1.2 to 3.5x on EPYC 9004
 SILU = nn.SiLU, type(ACT2FN["silu"])
 MOST_COPIED = 1 << 20  # weights; for more, joining products saves little time, and the copy takes memory
 
@@ -188,7 +186,7 @@ def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor |
         output.weight, output.bias, norms[1].weight, *(product.weight for product in gated),
     )  # fmt: skip
     given = [weight for weight in weights if weight is not None]
-    return weights if all(map(_layer.multiplies, given)) else None
+    return weights if all(weight.is_contiguous() and _layer.takes(weight) for weight in given) else None
 
 
 def _rms_norm(module: nn.Module):
@@ -299,7 +297,8 @@ class _GPT2:
 class Decoder:
     """Answers B prompts of up to P tokens, padded on the left: start(), then step() for each token, at most `room`.
 
-    It checks nothing: ask why_not(model) first, and put the model in eval mode. bf16: products are in bfloat16.
+    It checks nothing: ask why_not(model) first, and put the model in eval mode.
+    bf16: products of a float32 model are in bfloat16.
     On the CPU attention reads the filled part of the buffers. On CUDA it reads all of them under a mask: shapes and
     addresses are then the same at every step, so that a CUDA graph of step() can be replayed (generation.py does).
     """
@@ -310,8 +309,9 @@ class Decoder:
         self.fixed = ids.is_cuda
         self.ids, self.prompt_mask, self.filled = ids, mask, 0
         self.capacity = ids.shape[1] + room
+        bf16 = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # others are in half precision
         self.network = family(model.base_model, self.capacity, bf16)
-        self.lm_head, self.bf16 = _product(model.get_output_embeddings(), bf16), bf16
+        self.lm_head = _product(model.get_output_embeddings(), bf16)
         self.keys: list[Tensor] = []  # of each layer, (B, heads, capacity, d)
         self.values: list[Tensor] = []
         self.positions = mask.sum(1, keepdim=True)  # (B, 1): of the next token
@@ -360,7 +360,6 @@ class Decoder:
     def _forward(self, ids: Tensor, positions: Tensor, read) -> Tensor:
         network = self.network
         x = network.embed(ids, positions)
-        x = x.float() if self.bf16 else x
         few = read == self._read_buffers and not self.fixed and len(x) in FEW
         few = few and _layer.runs_on(x) and not torch.is_grad_enabled()
         for i, layer in enumerate(network.layers):
@@ -373,7 +372,7 @@ class Decoder:
             attended = read(i, q, k, v, layer["scaling"])
             x = network.finish(layer, x, attended.transpose(1, 2).reshape(len(x), -1))
         x, head = network.norm(x.view(*ids.shape, -1)[:, -1]), self.lm_head
-        if few and _is_plain(head) and _layer.multiplies(head.weight):
+        if few and _is_plain(head) and head.weight.is_contiguous() and _layer.takes(head.weight):
             return _layer.few_rows_linear(x, head.weight, head.bias)
         return head(x)
 

@@ -277,6 +277,21 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_bf16_of_a_model_in_bfloat16(name, prompts):
+    """Its norms and biases are bfloat16 too, which the native layer does not take: it runs as it is."""
+    model = with_opinions(name)
+    rounded = copy.deepcopy(model).bfloat16()
+    options = {"max_new_tokens": 8, "eos_token_id": EOS, "generator": torch.rand(len(prompts), 8, dtype=torch.float64)}
+    for bf16 in (False, True):
+        answers, logprobs = generate_with_logprobs(rounded, prompts, bf16=bf16, **options)
+        with torch.no_grad():
+            for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+                assert (torch.tensor(logprob) - expected).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
 @torch.no_grad()
 def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     """The whole buffer under a mask, and what products return left in bfloat16, as on CUDA."""

@@ -25,9 +25,9 @@ def runs_on(x: Tensor) -> bool:
     return built and not is_forced() and not autocast and x.is_cpu and x.dtype == torch.float32
 
 
-def multiplies(weight: Tensor) -> bool:
-    """Whether decode_layer and few_rows_linear take it: contiguous float32, or a matrix in bfloat16."""
-    return weight.is_contiguous() and (runs_on(weight) or runs_on(weight[:0].float()))
+def takes(weight: Tensor) -> bool:
+    """Whether decode_layer and few_rows_linear do: runs_on(), or a matrix in bfloat16."""
+    return runs_on(weight) or (weight.dtype == torch.bfloat16 and weight.ndim == 2 and runs_on(weight[:0].float()))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
