@@ -286,8 +286,10 @@ def _module(path: Path, changed: int):
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
         raise
     return module
 

@@ -333,6 +333,11 @@ def prompts(
         if "prompt" not in record:
             raise wrong_columns(record, name, i, '{"prompt": ...}')
         prompt = text_or_messages(record, "prompt", name, i)
+        if is_conversation(prompt) and prompt[-1]["role"] == "assistant":
+            raise ConfigError(
+                f"{name} record {i}: its prompt ends in a turn of the assistant, which is what answers it: leave that "
+                "turn out"
+            )
         chat.check_tokenizer(tokenizer, is_conversation(prompt))
         with placed(name, i):
             tokens = chat.encode_prompt(tokenizer, prompt)

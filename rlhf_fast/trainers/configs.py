@@ -50,6 +50,12 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
             )
 
 
+def check_lora(config) -> None:
+    if config.lora_target_modules is not None and not config.lora_r:
+        name = type(config).__name__
+        raise ConfigError(f"{name}: lora_target_modules says where adapters go, and lora_r = 0 makes none: set lora_r")
+
+
 def config_from_dict(cls, values: dict):
     """cls(**values), where an unknown key is a ConfigError that proposes the nearest field.
 

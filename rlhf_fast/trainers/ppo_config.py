@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..data.chat import ConfigError
 from ..monitors import LIMITS
-from .configs import LR_SCHEDULES, check_config
+from .configs import LR_SCHEDULES, check_config, check_lora
 
 
 @dataclass
@@ -112,6 +112,7 @@ class PPOConfig:
                 ),
             },
         )  # fmt: skip
+        check_lora(self)
         critic = self.advantage_estimator == "gae"
         low_high = (0, 1) if self.reward_clip_range is None else self.reward_clip_range
         off = [name for name in self.stop_on if self.monitors.get(name, 0) is None]

@@ -9,6 +9,7 @@ import math
 import os
 from pathlib import Path
 
+from ..data.chat import ConfigError
 from ..monitors import Alarm
 from ..report import whole_lines
 
@@ -75,9 +76,16 @@ class JsonLines:
     def __init__(self, path: Path, step: int):
         self.kept: list[dict] = []
         size = 0
-        for line in whole_lines(path) if path.exists() else ():
-            row = json.loads(line)
-            if row["step"] > step:
+        for number, line in enumerate(whole_lines(path) if path.exists() else (), 1):
+            try:
+                row = json.loads(line)
+                later = row["step"] > step
+            except (ValueError, TypeError, KeyError):
+                raise ConfigError(
+                    f"{path}: line {number} is not a JSON object with a step, so it was damaged: delete that line to "
+                    "resume"
+                ) from None
+            if later:
                 break
             self.kept.append(row)
             size += len(line) + 1

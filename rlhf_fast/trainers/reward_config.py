@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..data.chat import ConfigError
-from .configs import LR_SCHEDULES, check_config
+from .configs import LR_SCHEDULES, check_config, check_lora
 
 
 @dataclass
@@ -61,5 +61,6 @@ class RewardConfig:
             unit=("warmup_ratio", "lora_dropout"),
             choices={"lr_scheduler_type": LR_SCHEDULES, "on_overlong": ("error", "skip", "keep_end")},
         )  # fmt: skip
+        check_lora(self)
         if self.freeze_trunk + bool(self.train_last_layers) + bool(self.lora_r) > 1:
             raise ConfigError("RewardConfig: choose one of freeze_trunk, train_last_layers and lora_r")

@@ -16,7 +16,10 @@ RUN_CONFIG = "run_config.json"
 def changed_settings(run_dir, settings: dict) -> list[str]:
     """The names of settings that the run in this directory had at another value, or not at all."""
     path = Path(run_dir, RUN_CONFIG)
-    before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
+    try:
+        before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path} is damaged: delete it to resume, with no look at what the settings were") from None
     now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file
     return [name for name, value in now.items() if before.get(name) != value and name != "output_dir"]
 

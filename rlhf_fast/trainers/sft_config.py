@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import LR_SCHEDULES, check_config
+from .configs import LR_SCHEDULES, check_config, check_lora
 
 
 @dataclass
@@ -60,3 +60,4 @@ class SFTConfig:
                 "lr_scheduler_type": LR_SCHEDULES, "on_overlong": ("error", "skip", "keep_start", "keep_end"),
             },
         )  # fmt: skip
+        check_lora(self)

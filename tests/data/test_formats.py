@@ -324,6 +324,12 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
         read_dataset("script.py")
 
 
+def test_a_prompt_that_is_answered_already_is_refused():
+    """Generation would put a second turn of the assistant behind the first."""
+    with pytest.raises(ConfigError, match="train_dataset record 1: its prompt ends in a turn of the assistant"):
+        prompts([{"prompt": CHAT[:1]}, {"prompt": CHAT}], TOKENIZER, max_length=64)
+
+
 def test_a_cut_pair_still_answers_the_same(tmp_path):
     """Both responses lose the same beginning; where they differ there, the pair is left out."""
     long = {"prompt": "0 1 2 3 4 5 6 7 8 9 ", "chosen": "the cat sat on", "rejected": "no"}

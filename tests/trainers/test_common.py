@@ -18,8 +18,8 @@ from rlhf_fast.monitors import Alarm
 from rlhf_fast.trainers import checkpoints, common, records, run, run_dir
 from rlhf_fast.trainers.common import ConfigError
 from rlhf_fast.trainers.configs import check_config, config_from_dict
-from rlhf_fast.trainers.ppo import PPOTrainer
-from rlhf_fast.trainers.reward import RewardTrainer
+from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
+from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 
@@ -688,6 +688,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
     assert checkpoints.damage(broken / "checkpoint-6") is None  # saved again on the way
 
 
+@pytest.mark.parametrize(("name", "damage", "message"), [
+    ("train_log.jsonl", "not JSON", r"train_log\.jsonl: line 2 .* was damaged: delete that line to resume"),
+    ("train_log.jsonl", "[]", r"train_log\.jsonl: line 2 "),
+    ("samples.jsonl", "{}", r"samples\.jsonl: line 2 "),
+    ("run_config.json", "", r"run_config\.json is damaged: delete it to resume"),
+])  # fmt: skip
+def test_a_record_that_was_damaged_is_named(tmp_path, name, damage, message):
+    config = Config(str(tmp_path), save_steps=3, eval_steps=1)
+    with pytest.raises(RuntimeError, match="crash"):
+        Walk(config, at_step={8: _crash}).train()
+    file = tmp_path / name
+    whole = file.read_text()
+    lines = whole.splitlines()
+    file.write_text("\n".join([*lines[:1], damage, *lines[2:], ""]))
+    with pytest.raises(ConfigError, match=message):
+        Walk(config).train(resume=True)
+    file.write_text(whole)
+    assert Walk(config).train(resume=True).step == 10
+
+
 def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path):
     config = Config(str(tmp_path), save_steps=3)
     with pytest.raises(RuntimeError, match="crash"):
@@ -735,3 +755,10 @@ def test_updates_that_are_skipped_are_counted_and_too_many_in_a_row_end_the_run(
     with pytest.warns(RuntimeWarning), pytest.raises(common.NonFiniteError, match="in 3 updates in a row"):
         guard.check(False, "the gradient", batch)
     assert torch.load(tmp_path / "run/non_finite_batch.pt") == {"texts": ["a"]}
+
+
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig])
+def test_where_adapters_go_means_nothing_without_any(config):
+    with pytest.raises(ConfigError, match="lora_target_modules says where adapters go"):
+        config("run", lora_target_modules=["q_proj"])
+    config("run", lora_target_modules=["q_proj"], lora_r=2)
