@@ -69,14 +69,14 @@ int64_t attend(const float* q, int64_t row_stride, const float* keys, const floa
 int64_t few_rows_product(const float* x, Matrix weight, const float* bias, int64_t rows, int64_t depth, int64_t width,
                          float* y, int threads) {
   with_unit(weight.dtype, [&](auto unit) {
-    FewRows<decltype(unit)>(x, rows, depth, threads).times(weight.data, bias, width, y, false);
+    FewRows<decltype(unit)>(x, rows, depth, threads).times({{weight.data, bias, width, y}}, false);
   });
   return -1;
 }
 
 namespace {
 
-// decode_layer of some rows. Threads share the outputs of each product, and wait for the others after it.
+// decode_layer of some rows. Threads share the outputs of a product, and wait for each other after it.
 template <class Unit>
 void decode_rows(const LayerWeights& w, float* x, const float* cos, const float* sin, float* keys, float* values,
                  const float* bias, int64_t rows, int64_t width, int64_t intermediate, int64_t heads, int64_t key_heads,
@@ -92,9 +92,9 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
 
   rms_norm(x, w.norm, rows, width, eps, normed.data, nullptr, threads);
   const FewRows<Unit> input(normed.data, rows, width, threads);
-  input.times(w.q.data, w.q_bias, queries, q.data, false);
-  input.times(w.k.data, w.k_bias, kept, k.data, false);
-  input.times(w.v.data, w.v_bias, kept, v.data, false);
+  input.times(
+      {{w.q.data, w.q_bias, queries, q.data}, {w.k.data, w.k_bias, kept, k.data}, {w.v.data, w.v_bias, kept, v.data}},
+      false);
   if (w.q_norm) {
     rms_norm(q.data, w.q_norm, rows * heads, dim, eps, q.data, nullptr, threads);
     rms_norm(k.data, w.k_norm, rows * key_heads, dim, eps, k.data, nullptr, threads);
@@ -105,14 +105,13 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
   rotary(q.data, queries, cos, sin, rows, rows, heads, dim, 1, turned.data, threads);
   attend(turned.data, queries, keys, values, bias, rows, heads, key_heads, dim, capacity, filled, scale, q.data,
          threads);
-  FewRows<Unit>(q.data, rows, queries, threads).times(w.output.data, w.output_bias, width, x, true);
+  FewRows<Unit>(q.data, rows, queries, threads).times({{w.output.data, w.output_bias, width, x}}, true);
 
   rms_norm(x, w.mlp_norm, rows, width, eps, normed.data, nullptr, threads);
   const FewRows<Unit> hidden(normed.data, rows, width, threads);
-  hidden.times(w.gate.data, nullptr, intermediate, gate.data, false);
-  hidden.times(w.up.data, nullptr, intermediate, up.data, false);
+  hidden.times({{w.gate.data, nullptr, intermediate, gate.data}, {w.up.data, nullptr, intermediate, up.data}}, false);
   swiglu(gate.data, up.data, intermediate, rows, intermediate, gate.data, threads);
-  FewRows<Unit>(gate.data, rows, intermediate, threads).times(w.down.data, nullptr, width, x, true);
+  FewRows<Unit>(gate.data, rows, intermediate, threads).times({{w.down.data, nullptr, width, x}}, true);
 }
 
 }  // namespace

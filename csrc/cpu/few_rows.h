@@ -35,27 +35,45 @@ class FewRows {
     }
   }
 
-  // y (rows, width) = or += x weight^T (width, depth) + bias (may be null)
-  void times(const void* weight, const float* bias, int64_t width, float* y, bool add) const {
-    const int64_t tiles = (width + kTileRows - 1) / kTileRows;
-    const bool copies = !Unit::kAsItLies || depth_ % Unit::kSize != 0;
-    for_each(tiles, threads_for_products(threads_, rows_ * width * depth_), [&](int64_t tile) {
-      alignas(64) float z[kTileRows * kPanel];
-      const int64_t first = tile * kTileRows, count = width - first < kTileRows ? width - first : kTileRows;
-      const type* from = static_cast<const type*>(weight) + first * depth_;
-      const Buffer<uint32_t> copy(copies ? count * units_ : 0);
-      if (copies) copy_units<Unit>(from, depth_, count, depth_, copy.data);
-      const Left rows{copies ? static_cast<const void*>(copy.data) : from, units_ * 4, 4, true};
-      for (int64_t lane = 0; lane < rows_; lane += kPanel) {
-        multiply<Unit>(rows, count, packed_.data + lane * units_, units_, z, lanes(lane), lanes(lane), false);
-        store(z, count, lane, bias ? bias + first : nullptr, y + lane * width + first, width, add);
-      }
+  struct Product {
+    const void* weight;  // (width, depth)
+    const float* bias;   // may be null
+    int64_t width;
+    float* y;  // (rows, width)
+  };
+
+  // y = or += x weight^T + bias of all of them, shared out between the threads together.
+  template <int kCount>
+  void times(const Product (&products)[kCount], bool add) const {
+    int64_t tiles = 0, outputs = 0;
+    for (const Product& p : products) tiles += tiles_of(p.width), outputs += p.width;
+    for_each(tiles, threads_for_products(threads_, rows_ * outputs * depth_), [&](int64_t tile) {
+      const Product* p = products;
+      for (; tile >= tiles_of(p->width); ++p) tile -= tiles_of(p->width);
+      times(*p, tile * kTileRows, add);
     });
   }
 
  private:
   // Of the weight: a multiple of kBlockRows and kWidth. Their outputs, 12 KB, stay in L1 beside packed rows of x.
   static constexpr int64_t kTileRows = 48;
+
+  static int64_t tiles_of(int64_t width) { return (width + kTileRows - 1) / kTileRows; }
+
+  // The outputs of one tile.
+  void times(const Product& p, int64_t first, bool add) const {
+    const bool copies = !Unit::kAsItLies || depth_ % Unit::kSize != 0;
+    const int64_t count = p.width - first < kTileRows ? p.width - first : kTileRows;
+    const type* from = static_cast<const type*>(p.weight) + first * depth_;
+    const Buffer<uint32_t> copy(copies ? count * units_ : 0);
+    if (copies) copy_units<Unit>(from, depth_, count, depth_, copy.data);
+    const Left rows{copies ? static_cast<const void*>(copy.data) : from, units_ * 4, 4, true};
+    alignas(64) float z[kTileRows * kPanel];
+    for (int64_t lane = 0; lane < rows_; lane += kPanel) {
+      multiply<Unit>(rows, count, packed_.data + lane * units_, units_, z, lanes(lane), lanes(lane), false);
+      store(z, count, lane, p.bias ? p.bias + first : nullptr, p.y + lane * p.width + first, p.width, add);
+    }
+  }
 
   void pack(const type* x) const {
     for (int64_t lane = 0; lane < rows_; lane += kPanel) {
