@@ -241,10 +241,11 @@ class _Rotary:
         self.cos, self.sin = cos[0].contiguous(), sin.contiguous()  # (length, d)
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        self.rotation = self.cos[positions.flatten()], self.sin[positions.flatten()]  # (B * T, d)
-        return self.embed_tokens(ids.flatten())
+        self.rotation = self.cos[positions], self.sin[positions]  # (N, d)
+        return self.embed_tokens(ids)
 
-    def project(self, layer: dict, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, layer: dict, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, D) -> queries, keys and values, (N, heads, d)."""
         heads = layer["qkv"](layer["norm"](x)).view(len(x), -1, self.head_dim)
         qk, v = heads.split([self.queries + self.keys, self.keys], 1)
         if self.bf16:
@@ -257,8 +258,7 @@ class _Rotary:
             qk = _layer.rotary(qk, cos, sin)
         else:
             qk = torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None])
-        q, k = qk.to(v.dtype).view(*shape, -1, self.head_dim).transpose(1, 2).split([self.queries, self.keys], 1)
-        return q, k, v.view(*shape, self.keys, self.head_dim).transpose(1, 2)
+        return *qk.to(v.dtype).split([self.queries, self.keys], 1), v
 
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer["output"](attended)
@@ -283,11 +283,10 @@ class _GPT2:
         return scaling / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scaling
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.trunk.wte(ids.flatten()) + self.trunk.wpe(positions.flatten())
+        return self.trunk.wte(ids) + self.trunk.wpe(positions)
 
-    def project(self, layer: dict, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = layer["qkv"](layer["block"].ln_1(x))
-        return qkv.view(*shape, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, layer: dict, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return layer["qkv"](layer["block"].ln_1(x)).view(len(x), 3, -1, self.head_dim).unbind(1)
 
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
         x, block = x + layer["output"](attended), layer["block"]
@@ -314,12 +313,14 @@ class Decoder:
         self.lm_head = _product(model.get_output_embeddings(), bf16)
         self.keys: list[Tensor] = []  # of each layer, (B, heads, capacity, d)
         self.values: list[Tensor] = []
-        self.positions = mask.sum(1, keepdim=True)  # (B, 1): of the next token
+        self.positions = mask.sum(1)  # (B,): of the next token
+        self.last = self.positions.cumsum(0) - 1  # (B,): of each prompt, among the tokens of all
         self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # filled, where a CUDA graph can read it
         self.bias: Tensor | None = None  # (B, 1, 1, capacity), added to q k^T: -inf on what must not be read
 
     def start(self) -> Tensor:
-        """Reads the prompts -> (B, V) logits of the first answer token."""
+        """Reads the prompts -> (B, V) logits of the first answer token. Padding takes part in attention only, and of
+        the last layer only the last tokens go on."""
         ids, mask = self.ids, self.prompt_mask
         width = ids.shape[1]
         padded = not bool(mask.all())
@@ -327,7 +328,10 @@ class Decoder:
         attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
         if padded:  # padding attends to itself, because a softmax over nothing is NaN, which would spread
             attend |= torch.eye(width, dtype=torch.bool, device=ids.device)
-        logits = self._forward(ids, (mask.cumsum(1) - 1).clamp_(min=0), partial(self._read_prompt, attend=attend))
+        positions = mask.cumsum(1) - 1
+        present = mask.flatten().nonzero().squeeze(1) if padded else None
+        read = partial(self._read_prompt, attend=attend, present=present)
+        logits = self._forward(ids[mask], positions[mask], read)
         if padded or self.fixed:
             hidden = mask.new_ones(len(ids), self.capacity)
             hidden[:, :width] = mask
@@ -342,7 +346,7 @@ class Decoder:
         self.filled += 1
         if self.fixed:
             self.bias.index_fill_(3, self.slot, 0.0)
-        logits = self._forward(tokens[:, None], self.positions, self._read_buffers)
+        logits = self._forward(tokens, self.positions, self._read_buffers)
         self.positions += 1
         self.slot += 1
         return logits
@@ -368,38 +372,52 @@ class Decoder:
                 sizes = self.filled, layer["scaling"], layer["eps"]
                 _layer.decode_layer(layer["weights"], x, *network.rotation, *buffers, *sizes)
                 continue
-            q, k, v = network.project(layer, x, ids.shape)
-            attended = read(i, q, k, v, layer["scaling"])
-            x = network.finish(layer, x, attended.transpose(1, 2).reshape(len(x), -1))
-        x, head = network.norm(x.view(*ids.shape, -1)[:, -1]), self.lm_head
+            attended = read(i, *network.project(layer, x), layer["scaling"])
+            x = network.finish(layer, x if len(attended) == len(x) else x[self.last], attended)
+        x, head = network.norm(x), self.lm_head
         if few and _is_plain(head) and head.weight.is_contiguous() and _layer.takes(head.weight):
             return _layer.few_rows_linear(x, head.weight, head.bias)
         return head(x)
 
-    def _read_prompt(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None) -> Tensor:
+    def _read_prompt(
+        self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None, present: Tensor | None
+    ) -> Tensor:
+        shape = self.ids.shape
+
+        def placed(x: Tensor) -> Tensor:  # (N, heads, d) -> (B, heads, T, d), 0 where there is padding
+            if present is not None:
+                x = x.new_zeros(shape.numel(), *x.shape[1:]).index_copy_(0, present, x)
+            return x.view(*shape, *x.shape[1:]).transpose(1, 2)
+
+        q, k, v = map(placed, (q, k, v))
         for buffers, new in ((self.keys, k), (self.values, v)):
             # Where the whole buffer is read, its unfilled part is multiplied by 0, which would leave a NaN in it NaN.
             make = new.new_zeros if self.fixed else new.new_empty
             buffers.append(make(*new.shape[:2], self.capacity, new.shape[3]))
             buffers[i][:, :, : self.filled] = new
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v, attend, is_causal=attend is None, scale=scale)
+        causal = attend is None
+        if i + 1 == len(self.network.layers):  # the last tokens see all that there is
+            q, attend, causal, present = q[:, :, -1:], None if causal else attend[:, :, -1:], False, None
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, scale=scale)
+        attended = attended.transpose(1, 2).flatten(0, 1)
+        return (attended if present is None else attended[present]).flatten(1)
 
     def _read_buffers(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         keys, values, bias = self.keys[i], self.values[i], self.bias
         if self.fixed:
-            keys.index_copy_(2, self.slot, k)
-            values.index_copy_(2, self.slot, v)
+            keys.index_copy_(2, self.slot, k[:, :, None])
+            values.index_copy_(2, self.slot, v[:, :, None])
         else:
-            keys[:, :, self.filled - 1 : self.filled] = k
-            values[:, :, self.filled - 1 : self.filled] = v
+            keys[:, :, self.filled - 1] = k
+            values[:, :, self.filled - 1] = v
             if _layer.runs_on(q):
                 rows = None if bias is None else bias[:, 0, 0]
-                return _layer.attend(q[:, :, 0], keys, values, rows, self.filled, scale)[:, :, None]
+                return _layer.attend(q, keys, values, rows, self.filled, scale).flatten(1)
             keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
             bias = None if bias is None else bias[..., : self.filled]
         # The query heads that share a key head are laid out as if they were tokens of one query, so that keys and
         # values need not be repeated.
-        grouped = q.view(q.shape[0], keys.shape[1], -1, q.shape[3])
+        grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])
         attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, bias, scale=scale)
-        return attended.reshape(q.shape)
+        return attended.flatten(1)

@@ -424,7 +424,7 @@ def test_what_a_chat_template_refuses_is_named_by_its_record_with_the_way_on(wri
         (sft_examples, {"messages": CHAT}, {"messages": [CHAT[0], call]}),
         (responses_to_score, {"messages": CHAT}, {"messages": [CHAT[0], call]}),
         (comparisons, {"chosen": CHAT, "rejected": CHAT}, {"chosen": CHAT, "rejected": [CHAT[0], call]}),
-        (prompts, {"prompt": CHAT}, {"prompt": [CHAT[0], call, CHAT[0]]}),
+        (prompts, {"prompt": CHAT[:1]}, {"prompt": [CHAT[0], call, CHAT[0]]}),
     ):
         with pytest.raises(ConfigError, match=told):
             encode([good, bad], tokenizer, max_length=64)

@@ -692,7 +692,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
     ("train_log.jsonl", "not JSON", r"train_log\.jsonl: line 2 .* was damaged: delete that line to resume"),
     ("train_log.jsonl", "[]", r"train_log\.jsonl: line 2 "),
     ("samples.jsonl", "{}", r"samples\.jsonl: line 2 "),
-    ("run_config.json", "", r"run_config\.json is damaged: delete it to resume"),
+    ("run_config.json", "{", r"run_config\.json is damaged: delete it to resume"),
 ])  # fmt: skip
 def test_a_record_that_was_damaged_is_named(tmp_path, name, damage, message):
     config = Config(str(tmp_path), save_steps=3, eval_steps=1)
