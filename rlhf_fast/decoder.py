@@ -10,8 +10,8 @@ The weights are the model's own. A module that is more than a plain linear layer
 hook, say) is called as it is. What is saved is what transformers does anew for every token in every layer: masks, cache
 objects, rotary tables, output records. Small projections of the same input become one product, from a copy of their
 weights. On the CPU a whole layer of plain modules is one native call where the rows are few (csrc/cpu/decode.cpp). With
-bf16 products are in bfloat16, as under autocast, which would round every weight again for every token: here plain
-modules have a rounded copy.
+bf16 products are in bfloat16, as under autocast, which around each forward would round every weight for every token:
+plain modules have a rounded copy.
 Specification: the model's own forward, token for token.
 """
 
