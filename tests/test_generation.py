@@ -243,8 +243,9 @@ def log_probability_errors(model, prompts, **options):
     for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
         found = []
         for enabled in (False, True):
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+            text = torch.tensor([prompt + answer], device=model.device)
+            with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
+                logits = model(input_ids=text).logits[0, len(prompt) - 1 : -1].double().cpu()
             found.append(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0])
         ours.append(torch.tensor(logprob) - found[0])
         theirs.append(found[1] - found[0])

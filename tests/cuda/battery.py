@@ -166,6 +166,14 @@ def generates_as_transformers(architecture: str, device: str) -> None:
     assert generate_tokens(model, prompts, **options) == want and len({len(row) for row in want}) > 2
 
 
+def bf16_generates_as_exactly_as_autocast(architecture: str, device: str) -> None:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, test_generation.VOCAB) for _ in range(rng.randint(1, 12))] for _ in range(23)]
+    model = test_generation.with_opinions(architecture).to(device)
+    ours, theirs = test_generation.log_probability_errors(model, prompts, bf16=True)
+    assert 1e-4 < ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt()
+
+
 def ppo_iterations(device: str, folder: Path, tolerance: float, **options) -> None:
     """The rollout's log-probabilities, those that scoring finds and those of the first update are the same numbers, as
     far as the products' precision goes; and the policy and its critic learn."""

@@ -43,6 +43,7 @@ def test_of_many_elements(op):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_generation(architecture):
     battery.generates_as_transformers(architecture, "cpu")
+    battery.bf16_generates_as_exactly_as_autocast(architecture, "cpu")
 
 
 @pytest.mark.parametrize("share_trunk", [False, True])

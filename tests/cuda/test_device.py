@@ -543,6 +543,11 @@ def test_generation_replays_graphs_and_equals_transformers(architecture, monkeyp
     assert len(set(map(id, replays))) == graphs and len(replays) == battery.STEPS.get(architecture, 39) - graphs
 
 
+@pytest.mark.parametrize("architecture", battery.GRAPHS)
+def test_generation_in_bfloat16(architecture):
+    battery.bf16_generates_as_exactly_as_autocast(architecture, "cuda")
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("share_trunk", [False, True])
 def test_iterations_of_ppo(share_trunk, bf16, tmp_path):
