@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, partial
 
 import torch
@@ -310,8 +311,10 @@ def _answer_batch_by_transformers(
     # generate() fills what `config` does not set from the model's own generation_config, such as a penalty, which would
     # change the logits that we choose from.
     habits, owner.generation_config = owner.generation_config, GenerationConfig()
+    rounds = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # others are in half precision
     try:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        # Not autocast(enabled=False), which would end an autocast that the caller is in.
+        with torch.autocast(model.device.type, torch.bfloat16) if rounds else nullcontext():
             out = model.generate(
                 input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
             )

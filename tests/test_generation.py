@@ -277,19 +277,31 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
     assert not torch.equal(plain, ours)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
-def test_bf16_of_a_model_in_bfloat16(name, prompts):
-    """Its norms and biases are bfloat16 too, which the native layer does not take: it runs as it is."""
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral"])
+def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
+    """Its norms and biases are too, which the native layer does not take: it runs as it is."""
     model = with_opinions(name)
-    rounded = copy.deepcopy(model).bfloat16()
+    rounded = copy.deepcopy(model).to(dtype)
     options = {"max_new_tokens": 8, "eos_token_id": EOS, "generator": torch.rand(len(prompts), 8, dtype=torch.float64)}
-    for bf16 in (False, True):
-        answers, logprobs = generate_with_logprobs(rounded, prompts, bf16=bf16, **options)
-        with torch.no_grad():
-            for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
-                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-                expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-                assert (torch.tensor(logprob) - expected).abs().max() < 0.5
+    answers, logprobs = generate_with_logprobs(rounded, prompts, bf16=True, **options)
+    assert (answers, logprobs) == generate_with_logprobs(rounded, prompts, **options)
+    with torch.no_grad():
+        for prompt, answer, logprob in zip(prompts, answers, logprobs, strict=True):
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert (torch.tensor(logprob) - expected).abs().max() < 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_an_autocast_of_the_caller_counts(name, prompts):
+    """Also where generate() of transformers answers."""
+    model, options = with_opinions(name), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": EOS}
+    exact = generate_with_logprobs(model, prompts, **options)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate_with_logprobs(model, prompts, **options)[1] != exact
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])

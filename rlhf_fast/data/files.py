@@ -34,13 +34,14 @@ def read_dataset(source) -> list[dict]:
         raise ConfigError(f"dataset file {str(source)!r} does not exist")
     if json_like:
         return _read_json(path)
-    if path.suffix == ".py":  # datasets 3 would ask on the terminal, and leave an alarm that goes off later
-        raise ConfigError(f"dataset {str(source)!r} is a script, which is not run; give the files that it reads")
-    import datasets  # takes a second to import, and lists do not need it
 
     # A split begins with a letter or digit, so that hf://... and C:\... have none.
     named = None if path.exists() else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))
     name, split = named.groups() if named else (str(source), "train")
+    if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that goes off later
+        raise ConfigError(f"dataset {str(source)!r} is a script, which is not run; give the files that it reads")
+    import datasets  # takes a second to import, and lists do not need it
+
     try:
         if path.suffix in _FILES:
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")

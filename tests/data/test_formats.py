@@ -320,8 +320,9 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
     (tmp_path / "script.py").touch()
-    with pytest.raises(ConfigError, match=r"'script\.py' is a script"):
-        read_dataset("script.py")
+    for source in ("script.py", "script.py:test"):
+        with pytest.raises(ConfigError, match=rf"'{source}' is a script"):
+            read_dataset(source)
 
 
 def test_a_prompt_that_is_answered_already_is_refused():
