@@ -311,13 +311,13 @@ class Exp {
     const vf shifted = fma(d, factor_, splat(kShift));  // leaves 8 n in the low bits
     const vf r = fma(d, factor_, kShift - shifted);
     const vf fraction = _mm256_permutevar8x32_ps(load_vector<vf>(kPowers), bits<__m256i>(shifted));
-    return polynomial(r) * bits<vf>((bits<vi>(shifted) << 20) + bits<vi>(fraction));
+    return polynomial(r) * bits<vf>((bits<vu>(shifted) << 20) + bits<vu>(fraction));
 #else
     const vf y = d * factor_;
     const vf shifted = (y - 0.5f) + kShift;  // leaves the integer in the low bits
     const vf p = polynomial(y - (shifted - kShift));
     const vi normal = ~(y <= -126.0f);  // below lies 0; NaN compares false and stays
-    return bits<vf>((bits<vi>(p) + (bits<vi>(shifted) << 23)) & normal);
+    return bits<vf>((bits<vu>(p) + (bits<vu>(shifted) << 23)) & bits<vu>(normal));
 #endif
   }
 

@@ -323,7 +323,7 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
             f"nothing to resume: {newest.name} is past the {trainer.total_steps} steps of the config as it is now "
             f"({', '.join(changed)}): resume with the run's own settings, or start anew in another output_dir"
         )
-    if changed:
+    if changed or not config_path.exists():
         beside = config_path.with_suffix(".tmp")
         beside.write_text(json.dumps(written, indent=2, default=str) + "\n")
         os.replace(beside, config_path)  # a kill leaves the old one or the new one

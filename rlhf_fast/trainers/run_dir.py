@@ -14,10 +14,13 @@ RUN_CONFIG = "run_config.json"
 
 
 def changed_settings(run_dir, settings: dict) -> list[str]:
-    """The names of settings that the run in this directory had at another value, or not at all."""
+    """The names of settings that the run in this directory had at another value, or not at all. None where it has no
+    file of them."""
     path = Path(run_dir, RUN_CONFIG)
+    if not path.exists():
+        return []
     try:
-        before = {"num_processes": 1} | (json.loads(path.read_text()) if path.exists() else {})
+        before = {"num_processes": 1} | json.loads(path.read_text())
     except (ValueError, TypeError):
         raise ConfigError(f"{path} is damaged: delete it to resume, with no look at what the settings were") from None
     now = json.loads(json.dumps(settings, default=str))  # tuples become lists, as in the file

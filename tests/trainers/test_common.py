@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -704,6 +705,13 @@ def test_a_record_that_was_damaged_is_named(tmp_path, name, damage, message):
     file.write_text("\n".join([*lines[:1], damage, *lines[2:], ""]))
     with pytest.raises(ConfigError, match=message):
         Walk(config).train(resume=True)
+    if name == "run_config.json":  # as the message says
+        file.unlink()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert Walk(config).train(resume=True).step == 10
+        assert file.read_text() == whole
+        return
     file.write_text(whole)
     assert Walk(config).train(resume=True).step == 10
 
