@@ -186,7 +186,7 @@ def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor |
         output.weight, output.bias, norms[1].weight, *(product.weight for product in gated),
     )  # fmt: skip
     given = [weight for weight in weights if weight is not None]
-    return weights if all(weight.is_contiguous() and _layer.takes(weight) for weight in given) else None
+    return weights if all(map(_layer.takes, given)) else None
 
 
 def _rms_norm(module: nn.Module):
@@ -375,7 +375,7 @@ class Decoder:
             attended = read(i, *network.project(layer, x), layer["scaling"])
             x = network.finish(layer, x if len(attended) == len(x) else x[self.last], attended)
         x, head = network.norm(x), self.lm_head
-        if few and _is_plain(head) and head.weight.is_contiguous() and _layer.takes(head.weight):
+        if few and _is_plain(head) and _layer.takes(head.weight):
             return _layer.few_rows_linear(x, head.weight, head.bias)
         return head(x)
 

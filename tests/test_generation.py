@@ -313,7 +313,7 @@ def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     exact = Decoder(model, ids, mask, 8)
     expected = [exact.start(), *(exact.step(ids[:, -1]) for _ in range(5))]
     monkeypatch.setattr("rlhf_fast.decoder._widened", lambda x: x)
-    monkeypatch.setattr(_layer, "runs_on", lambda x: False)
+    monkeypatch.setattr(_layer, "runs_on", lambda *_: False)
     fixed = Decoder(model, ids, mask, 8, bf16=True)
     fixed.fixed = True
     got = [fixed.start(), *(fixed.step(ids[:, -1]) for _ in range(5))]

@@ -66,7 +66,9 @@ class TextGenerator:
     def describe(self) -> dict:
         """JSON-ready provenance, stored in run.json."""
         sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p")}
-        return {**describe_model(self.model), **sampling, **({"bf16": True} if self.bf16 else {})}
+        if self.bf16:  # absent otherwise, as in the records of runs from before there was this choice
+            sampling["bf16"] = True
+        return {**describe_model(self.model), **sampling}
 
 
 def describe_model(model) -> dict:

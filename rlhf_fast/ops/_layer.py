@@ -19,15 +19,16 @@ from torch.autograd.function import once_differentiable
 from ._dispatch import _C, is_forced
 
 
-def runs_on(x: Tensor) -> bool:
+def runs_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     built = hasattr(_C, "decode_layer")  # a source tree may have no build, or an older one
     autocast = torch.is_autocast_enabled("cpu")  # its products are bfloat16
-    return built and not is_forced() and not autocast and x.is_cpu and x.dtype == torch.float32
+    return built and not is_forced() and not autocast and x.is_cpu and x.dtype in dtypes
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether decode_layer and few_rows_linear do: runs_on(), or a matrix in bfloat16."""
-    return runs_on(weight) or (weight.dtype == torch.bfloat16 and weight.ndim == 2 and runs_on(weight[:0].float()))
+    """Whether decode_layer and few_rows_linear do: contiguous float32, a matrix in bfloat16 too."""
+    dtypes = (torch.float32, torch.bfloat16) if weight.ndim == 2 else (torch.float32,)
+    return weight.is_contiguous() and runs_on(weight, dtypes)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -156,20 +156,22 @@ GRAPHS = {"llama": 2, "llama3 rope": 1, "qwen2": 1, "qwen3": 2, "gpt2": 3}  # th
 STEPS = {"gpt2": 23}
 
 
-def generates_as_transformers(architecture: str, device: str) -> None:
-    """Greedy, prompts padded on the left; answers end at different times, so a GPU captures its graph several times."""
+def _model_and_prompts(architecture: str, device: str):
     rng = random.Random(0)
     prompts = [[rng.randrange(3, test_generation.VOCAB) for _ in range(rng.randint(1, 12))] for _ in range(23)]
-    model = test_generation.with_opinions(architecture).to(device)
+    return test_generation.with_opinions(architecture).to(device), prompts
+
+
+def generates_as_transformers(architecture: str, device: str) -> None:
+    """Greedy, prompts padded on the left; answers end at different times, so a GPU captures its graph several times."""
+    model, prompts = _model_and_prompts(architecture, device)
     want = test_generation.by_transformers(model, prompts, 40)
     options = {"max_new_tokens": 40, "eos_token_id": test_generation.EOS, "do_sample": False}
     assert generate_tokens(model, prompts, **options) == want and len({len(row) for row in want}) > 2
 
 
 def bf16_generates_as_exactly_as_autocast(architecture: str, device: str) -> None:
-    rng = random.Random(0)
-    prompts = [[rng.randrange(3, test_generation.VOCAB) for _ in range(rng.randint(1, 12))] for _ in range(23)]
-    model = test_generation.with_opinions(architecture).to(device)
+    model, prompts = _model_and_prompts(architecture, device)
     ours, theirs = test_generation.log_probability_errors(model, prompts, bf16=True)
     assert 1e-4 < ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt()
 
