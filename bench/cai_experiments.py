@@ -27,10 +27,10 @@ from pathlib import Path
 import torch
 
 from rlhf_fast.bench.harness import provenance
+from rlhf_fast.disk import write_atomic
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import quiet
 from rlhf_fast.judges import Constitution, Principle, RuleCheck, RuleJudge
-from rlhf_fast.judges.stages import write_atomic
 from rlhf_fast.models import load_policy, load_tokenizer
 from rlhf_fast.quickstart import rules, task
 from rlhf_fast.quickstart.pipeline import CONSTITUTION, MAX_NEW_TOKENS, Quickstart, Sizes

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cai_keys import TrainJob
-from .data.chat import ConfigError, as_messages, encode_prompt, encode_to_score, is_conversation, make_directory
+from .data.chat import as_messages, encode_prompt, encode_to_score, is_conversation
 from .data.checks import responses_of
 from .data.formats import Prompt, comparisons
 from .data.formats import prompts as read_prompts
 from .data.sources import read_rows
+from .disk import make_directory, read_json, write_atomic
+from .errors import ConfigError
 from .jobs import read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge
 from .judges.calibration import Calibration
 from .judges.generator import describe_model
 from .judges.labels import usable_principles
 from .judges.rule_judge import with_rules
-from .judges.stages import read_json, write_atomic
 from .judges.trust import trusted
 from .models import check_lengths, load_policy, load_tokenizer, with_own_pad
 from .rewards import check_room, check_signature, make_reward

@@ -11,9 +11,10 @@ from pathlib import Path
 from .cai_checks import check_phase_1, known_schedule, prepare
 from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
 from .commands import known
-from .data.chat import ConfigError
 from .data.files import read_dataset
 from .data.sources import read_rows
+from .disk import write_atomic
+from .errors import ConfigError
 from .generation import generate_text
 from .jobs import run_trainer
 from .judges import (
@@ -337,7 +338,7 @@ class _StageTable:
         self.stages.append(stage)
         summary = {"seed": self.job.seed, "stages": self.stages, "samples": self.samples}
         self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_atomic(self.root / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
         print(f"{name}: {shown}; {write_quickstart_report(self.root)}")
         self.clock = time.perf_counter()

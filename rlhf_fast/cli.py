@@ -21,8 +21,8 @@ from ._version import __version__
 from .cai_keys import CAI
 from .cai_keys import __doc__ as CAI_HELP
 from .commands import Command, Parser, unknown
-from .data.chat import ConfigError
 from .data.files import UniqueKeys
+from .errors import ConfigError
 from .keys import LOOK, STAGES
 from .monitors import RunStopped
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from .data.chat import ConfigError, check_writable
+from .disk import check_writable
+from .errors import ConfigError
 from .trainers.configs import check_config, config_from_dict
 
 REQUIRED = "REQUIRED"  # in place of a default

@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from . import parallel
-from .data.chat import ConfigError, Text, decode_responses, encode_prompt, is_conversation
+from .data.chat import Text, decode_responses, encode_prompt, is_conversation
 from .data.collate import pad
 from .decoder import Decoder, why_not
+from .errors import ConfigError
 from .models import answer_room, evaluating, learned_positions, stop_ids, unwrapped
 from .ops import _layer
 

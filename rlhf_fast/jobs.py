@@ -15,14 +15,15 @@ from transformers.utils import logging as transformers_logging
 from . import parallel
 from .commands import known
 from .data import hh_rlhf
-from .data.chat import ConfigError, encode_prompt, encode_to_score, make_directory
+from .data.chat import encode_prompt, encode_to_score
 from .data.checks import placed, responses_of
 from .data.files import as_records
 from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
+from .disk import make_directory, write_atomic
+from .errors import ConfigError
 from .generation import generate_text
-from .judges.stages import write_atomic
 from .keys import PPOJob, RewardJob, Scratch, SFTJob
 from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer
 from .monitors import RunStopped
@@ -75,7 +76,7 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
             **{f"floor: {name}": round(value, 4) for name, value in judged["floors"].items()},
             "expected calibration error": None if ece is None else round(ece, 4),
         }
-        Path(config.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_atomic(Path(config.output_dir, "summary.json"), json.dumps(summary, indent=2) + "\n")
         print("\n".join(f"  {name}: {value}" for name, value in summary.items()))
 
 

@@ -7,7 +7,7 @@ config. jobs.py has what is done with them.
 from dataclasses import dataclass, field
 
 from .commands import Checked, Command
-from .data.chat import ConfigError
+from .errors import ConfigError
 from .trainers.configs import check_config, config_from_dict
 from .trainers.ppo_config import PPOConfig
 from .trainers.reward_config import RewardConfig

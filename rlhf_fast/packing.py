@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from .data.chat import ConfigError
 from .data.collate import Packed
 from .decoder import attends_in_its_own_way
+from .errors import ConfigError
 from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .trunk import llama, runs_here
 

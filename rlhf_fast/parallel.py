@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .data.chat import ConfigError
+from .errors import ConfigError
 
 BUCKET = 25 * 2**20  # bytes of gradients that are summed at once, as in torch's DistributedDataParallel
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data.chat import ConfigError, Said, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.chat import Said, Text, check_tokenizer, encode_to_score, is_conversation
 from .data.collate import pad
 from .data.formats import warn_of_unwritten
+from .errors import ConfigError
 from .generation import batches
 from .models import (
     check_lengths,

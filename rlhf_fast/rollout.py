@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .data.chat import ConfigError, Text, decode_responses
+from .data.chat import Text, decode_responses
 from .data.collate import pad
 from .data.formats import Prompt
+from .errors import ConfigError
 from .generation import draw_uniforms, generate_with_logprobs
 from .models import stop_ids
 from .ops import masked_mean

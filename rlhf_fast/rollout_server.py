@@ -36,7 +36,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .data.chat import ConfigError, Text, encode_prompt
+from .data.chat import Text, encode_prompt
+from .errors import ConfigError
 from .judges.ledger import Answer, Usage
 from .judges.server import Server, Unreadable
 from .judges.stages import seed_for

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from . import parallel
-from .data.chat import ConfigError
+from .errors import ConfigError
 from .models import has_adapters, rows_like, trunk_layers, trunk_stack, unwrapped, whole
 
 

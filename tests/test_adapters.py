@@ -8,7 +8,7 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, models
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.rewards import RewardModelReward
 
 peft = pytest.importorskip("peft")

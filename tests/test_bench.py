@@ -12,7 +12,7 @@ import torch
 from rlhf_fast import bench
 from rlhf_fast.bench import baselines, harness, rows
 from rlhf_fast.cli import _bench
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import report

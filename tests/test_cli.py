@@ -18,9 +18,9 @@ from rlhf_fast.cai_jobs import load_writer
 from rlhf_fast.cai_keys import CAI, WriterJob
 from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_sections
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
-from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.decoder import Decoder
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import _write_job, resolve_reward, score
 from rlhf_fast.keys import LOOK, STAGES, SFTJob
@@ -270,7 +270,7 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
     ],
 )
 def test_a_key_that_nothing_has_is_refused_with_the_nearest(text, message, tmp_path, capsys):
-    from rlhf_fast.data.chat import ConfigError
+    from rlhf_fast.errors import ConfigError
 
     with pytest.raises(ConfigError) as error:
         read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS)

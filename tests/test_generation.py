@@ -26,9 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
-from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.collate import pad
 from rlhf_fast.decoder import Decoder, why_not
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
 from rlhf_fast.ops import _layer
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from rlhf_fast import linear_token_logprobs, models
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.rewards import RewardModelReward, make_reward
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}

@@ -30,10 +30,11 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_fast import SFTConfig, SFTTrainer, models
-from rlhf_fast.data.chat import ConfigError, Encoded
+from rlhf_fast.data.chat import Encoded
 from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
 from rlhf_fast.data.formats import Comparison
 from rlhf_fast.decoder import why_not
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.ops import linear_cross_entropy
 from rlhf_fast.packing import packed_attention, packed_hidden_states, packing, why_not_packed
 

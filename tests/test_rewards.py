@@ -9,7 +9,7 @@ from helpers import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import add_lora, load_reward_model, set_reward_scale
 from rlhf_fast.rewards import RewardModelReward, WeightedReward, compute_scores, make_reward, score_components
 

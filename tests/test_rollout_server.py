@@ -15,7 +15,7 @@ import torch
 from fake_engine import serving
 from helpers import tiny_model, tiny_tokenizer, word_tokenizer
 
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_with_logprobs
 from rlhf_fast.jobs import run_ppo
 from rlhf_fast.keys import PPOJob

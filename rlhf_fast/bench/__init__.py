@@ -12,7 +12,7 @@ from argparse import Namespace
 import torch
 
 from ..commands import unknown
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from . import device as on_device
 from .baselines import Absent
 from .harness import OURS, interleaved, provenance, summarize

@@ -15,54 +15,18 @@ white space after it (ChatML's newline) is dropped. Masks say which tokens count
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
+
+from ..errors import ConfigError
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 Text = str | Messages
 Said = list[tuple[str, str]]  # (key of a message, the text there or a part of it)
-
-
-class ConfigError(ValueError):
-    """A config, dataset or tokenizer refused before training; the message says what to do."""
-
-
-def make_directory(output_dir: str | Path) -> Path:
-    """The directory, made if it is not there. ConfigError where that fails, or where nothing can be written in it."""
-    check_writable(output_dir)
-    with _refused(output_dir):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    return Path(output_dir)
-
-
-def check_writable(output_dir: str | Path) -> None:
-    """ConfigError where the directory cannot be made or nothing can be written in it. It leaves nothing behind."""
-    if output_dir == "":  # a shell's unset variable; it would be the directory that one stands in
-        raise ConfigError("output_dir is empty: name a directory")
-    if str(output_dir).startswith("~"):  # rm -rf on the directory of this name would take one's home
-        raise ConfigError(f"output_dir {str(output_dir)!r}: only a shell knows what ~ stands for; write it in full")
-    path = Path(output_dir).absolute()
-    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk
-        pass
-
-
-@contextmanager
-def _refused(output_dir: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {str(output_dir)!r} cannot be written ({error.strerror}): choose another output_dir"
-        ) from None
 
 
 @dataclass

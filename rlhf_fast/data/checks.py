@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from .chat import ConfigError, Text, as_messages, is_conversation
+from ..errors import ConfigError
+from .chat import Text, as_messages, is_conversation
 
 SFT_FORMATS = '{"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}'
 PREFERENCE_FORMATS = (

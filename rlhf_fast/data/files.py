@@ -12,7 +12,7 @@ from typing import TextIO
 import numpy as np
 import yaml
 
-from .chat import ConfigError
+from ..errors import ConfigError
 
 _FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> builder of datasets
 

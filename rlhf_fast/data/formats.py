@@ -21,8 +21,9 @@ from itertools import chain, combinations, takewhile
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..errors import ConfigError
 from . import chat
-from .chat import ConfigError, Encoded, as_messages, is_conversation
+from .chat import Encoded, as_messages, is_conversation
 from .checks import (
     PREFERENCE_FORMATS,
     SFT_FORMATS,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 from .. import parallel
+from ..errors import ConfigError
 from . import hh_rlhf
-from .chat import ConfigError, is_conversation
+from .chat import is_conversation
 from .files import as_records, open_text, read_dataset
 
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.chat import ConfigError
+from ..disk import write_atomic
+from ..errors import ConfigError
 from .calibration import Calibration, fit_bias, fit_slope
 from .cards import write_card
 from .constitution import Constitution
@@ -33,7 +34,7 @@ from .hygiene import declines
 from .labels import judge_pairs, verdict_of
 from .ledger import Ledger
 from .protocol import Judge, Vote
-from .stages import read_items, seed_for, write_atomic
+from .stages import read_items, seed_for
 
 NEUTRAL = "a harmless sentence"
 INJECTIONS = {  # name -> in each language of a constitution

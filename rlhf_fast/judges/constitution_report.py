@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..disk import write_atomic
 from .calibration import UNCALIBRATED, Calibration
 from .cards import write_constitution_report
 from .labels import label_settings, read_judgements, settings_of, verdict_of
 from .protocol import Verdict, sigmoid
-from .stages import write_atomic
 
 REDUNDANT, CONTRADICTORY, OPPOSED = 0.9, -0.3, 2 / 3  # independent votes oppose each other on half of the pairs
 _LEAST_VOTES = 10  # in common, for a correlation

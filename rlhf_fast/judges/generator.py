@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.chat import ConfigError, decode_responses, encode_prompt
+from ..data.chat import decode_responses, encode_prompt
+from ..errors import ConfigError
 from ..generation import generate_tokens
 from ..models import answer_room, learned_positions, stop_ids
 from .constitution import Constitution, Principle

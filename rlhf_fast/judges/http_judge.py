@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .constitution import Constitution
 from .layouts import COMPARE_LABELS, WORDS, Words, text_prompt
 from .ledger import Answer, Call, Ledger, Tries

@@ -21,14 +21,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 
-from ..data.chat import ConfigError, make_directory
 from ..data.files import as_records, as_rows, read_dataset
+from ..disk import make_directory, read_json
+from ..errors import ConfigError
 from .calibration import UNCALIBRATED, Calibration
 from .constitution import Constitution, Principle
 from .ledger import Ledger
 from .principles import weight_field
 from .protocol import UNDECIDED, Judge, Missing, Pair, Verdict, Vote, decide, sigmoid
-from .stages import Stage, claim, finish_stage, read_items, read_json, run_stage, seed_for
+from .stages import Stage, claim, finish_stage, read_items, run_stage, seed_for
 
 COMBINE = ("logit", "prob", "sum")
 COT_CLAMP = (0.4, 0.6)

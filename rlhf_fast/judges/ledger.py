@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..data.chat import ConfigError, make_directory
+from ..disk import make_directory
+from ..errors import ConfigError
 
 ANSWERS = ("ok", "refused", "unparsed", "too_long")
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 
 
 class ConstitutionError(ConfigError):

@@ -12,8 +12,8 @@ Anthropic's scaffold ("CritiqueRequest:" and so on) and the text in it are separ
 import re
 from pathlib import Path
 
-from ..data.chat import ConfigError
 from ..data.files import as_records, read_dataset
+from ..errors import ConfigError
 from .layouts import messages_of, parse_turns
 from .principles import ConstitutionError, Principle, text_field, weight_field
 

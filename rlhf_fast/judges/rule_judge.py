@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .constitution import Principle, RuleCheck
 from .ledger import Ledger
 from .protocol import Check, Messages, Missing, Pair, Reply, Verdict, Vote, decide

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .ledger import Answer, Call, Tries
 
 _STOP = {401, 403, 404, 405}

@@ -10,7 +10,6 @@ Seeds belong to items, so the bytes at the end do not depend on whether, or wher
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.chat import ConfigError, make_directory
 from ..data.files import as_rows
+from ..disk import json_line, make_directory, read_json, write_atomic
+from ..errors import ConfigError
 from .ledger import Ledger
 
 
@@ -163,28 +163,6 @@ def finish_stage(
     manifest = read_json(output_dir / "run.json") | {"counts": counts}
     write_atomic(output_dir / "run.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return Stage(records, rows, rejected, counts, output_dir)
-
-
-def json_line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """After a crash the path holds the old content or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict:
-    """What write_atomic left there. ConfigError where something else has cut or changed it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not as it was written ({error}): restore it, or delete its directory") from None
 
 
 def claim(run_json: Path, manifest: dict) -> None:

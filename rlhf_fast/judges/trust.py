@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..data.chat import ConfigError
+from ..disk import read_json
+from ..errors import ConfigError
 from .calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
 from .constitution import Constitution
 from .labels import read_judgements, verdict_of
 from .protocol import Judge
-from .stages import read_json
 
 
 def trusted(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 
 
 def import_peft():

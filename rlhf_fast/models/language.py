@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .adapters import adapters_off, check_no_prompt, has_adapters, unwrapped
 
 

@@ -30,7 +30,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .adapters import check_lm_head_is_plain, has_adapters, import_peft, merge_adapters, unwrapped
 from .language import let_pad_learn
 from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .adapters import merge_adapters, unwrapped
 from .language import hidden_states, let_pad_learn
 

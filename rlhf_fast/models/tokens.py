@@ -7,7 +7,7 @@ import copy
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .adapters import unwrapped
 
 

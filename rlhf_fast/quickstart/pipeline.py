@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..data.chat import ConfigError, make_directory
+from ..disk import make_directory, write_atomic
+from ..errors import ConfigError
 from ..generation import generate_text
 from ..judges import Constitution, RuleJudge
-from ..judges.stages import write_atomic
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
 from ..trainers.checkpoints import latest_checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import parallel
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from ..models import save_quietly
 from .common import preserved_rng, rng_state, set_rng_state
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import models, parallel, sharding
-from ..data.chat import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..packing import why_not_packed
 
 
@@ -396,10 +396,6 @@ def load_state(trainer, state: dict) -> None:
     trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]
     models.load_trained_state(trainer.model, state["model"])
     load_optimizer(trainer.optimizer, trainer.scheduler, state["optimizer"], state["scheduler"])
-
-
-class NonFiniteError(RuntimeError):
-    """max_skipped_steps updates in a row were skipped for a NaN or inf: the run would go on without learning."""
 
 
 class NonFiniteGuard:

@@ -10,7 +10,7 @@ import os
 import types
 import typing
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 
 LR_SCHEDULES = ("linear", "cosine", "constant")  # see common.make_scheduler
 DROP = ("empty", "truncated", "scaffold_leak")  # of constitutional.py: flags of replies that no model should learn from

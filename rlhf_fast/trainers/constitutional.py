@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..data.chat import ConfigError
 from ..data.files import as_rows
+from ..disk import write_atomic
+from ..errors import ConfigError
 from ..judges.calibration import UNCALIBRATED, Calibration
 from ..judges.constitution import Constitution, Principle
 from ..judges.generator import Cut, Generate, TextGenerator, Writer
@@ -27,7 +28,7 @@ from ..judges.hygiene import FLAGS, flags_of, hygiene
 from ..judges.labels import derive, judge_pairs, label_settings
 from ..judges.ledger import Ledger
 from ..judges.protocol import Check, Judge, Messages, Reply
-from ..judges.stages import Stage, finish_stage, read_items, run_stage, seed_for, write_atomic
+from ..judges.stages import Stage, finish_stage, read_items, run_stage, seed_for
 from .configs import DROP
 
 __all__ = [

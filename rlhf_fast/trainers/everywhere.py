@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import models, parallel
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .checkpoints import load_checkpoint
 from .common import preserved_rng, rng_state, set_rng_state
 

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
-from ..data.chat import ConfigError
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
+from ..errors import ConfigError
 from ..models import (
     ValueModel,
     adapters_off,

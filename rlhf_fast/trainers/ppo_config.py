@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from ..monitors import LIMITS
 from .configs import LR_SCHEDULES, check_config, check_lora
 

@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from ..monitors import Alarm
 from ..report import whole_lines
 

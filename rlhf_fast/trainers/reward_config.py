@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .configs import LR_SCHEDULES, check_config, check_lora
 
 

@@ -33,7 +33,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -47,7 +46,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .. import parallel
-from ..data.chat import ConfigError, make_directory
+from ..disk import make_directory, write_atomic
+from ..errors import ConfigError
 from ..models import save_quietly
 from ..monitors import Alarm
 from ..report import write_report
@@ -324,9 +324,7 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
             f"({', '.join(changed)}): resume with the run's own settings, or start anew in another output_dir"
         )
     if changed or not config_path.exists():
-        beside = config_path.with_suffix(".tmp")
-        beside.write_text(json.dumps(written, indent=2, default=str) + "\n")
-        os.replace(beside, config_path)  # a kill leaves the old one or the new one
+        write_atomic(config_path, json.dumps(written, indent=2, default=str) + "\n")
     return trainer.step, unlogged
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..data.chat import ConfigError
+from ..errors import ConfigError
 from .checkpoints import latest_checkpoint
 
 RUN_CONFIG = "run_config.json"

@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
 
-from rlhf_fast.data.chat import ConfigError
 from rlhf_fast.data.files import as_records, read_dataset
 from rlhf_fast.data.formats import as_pairs, comparisons, prompts, responses_to_score, sft_examples
+from rlhf_fast.errors import ConfigError
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.quickstart import pipeline
 from rlhf_fast.quickstart.pipeline import Quickstart, Sizes
 from rlhf_fast.quickstart.rules import RULES

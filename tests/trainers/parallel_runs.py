@@ -14,9 +14,9 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import OPTConfig, OPTForCausalLM
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel, sharding
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.rollout import generate
 from rlhf_fast.trainers import common
-from rlhf_fast.trainers.common import ConfigError
 
 PROMPTS = [f"say {'the cat ' * (i % 5)}{i}: " for i in range(12)]
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "eval_steps": 2, "save_steps": 2}

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.monitors import Alarm
 from rlhf_fast.trainers import checkpoints, common, records, run, run_dir
-from rlhf_fast.trainers.common import ConfigError
 from rlhf_fast.trainers.configs import check_config, config_from_dict
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer

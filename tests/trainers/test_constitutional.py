@@ -16,7 +16,8 @@ from planted import PlantedJudge
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_fast.data.chat import ConfigError, encode_prompt
+from rlhf_fast.data.chat import encode_prompt
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.judges import Constitution, Pair, Principle, RuleCheck, RuleJudge, Verdict, Vote
 from rlhf_fast.judges.generator import Cut
 from rlhf_fast.judges.ledger import Answer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
-from rlhf_fast.trainers.common import NonFiniteError
+from rlhf_fast.errors import NonFiniteError
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from rlhf_fast import parallel
 from rlhf_fast.cli import main
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
 
 RUNS = Path(__file__).with_name("parallel_runs.py")

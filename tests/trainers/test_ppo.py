@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast.data.formats import Prompt
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import load_reward_model
 from rlhf_fast.ops import ppo_loss
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.rollout import Rollout, generate, minibatches, repetition, rollout_metrics, squeeze
 from rlhf_fast.trainers import common
-from rlhf_fast.trainers.common import ConfigError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 WORDS = [

@@ -14,10 +14,10 @@ from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import kl_penalty
 from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, shaped_scores
+from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
 from rlhf_fast.ops.reference import AGGREGATIONS
 from rlhf_fast.rollout import make_rollout, minibatches, squeeze
-from rlhf_fast.trainers.common import ConfigError, NonFiniteError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [

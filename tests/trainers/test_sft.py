@@ -15,7 +15,8 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast import SFTConfig, SFTTrainer
-from rlhf_fast.data.chat import ConfigError, encode_prompt
+from rlhf_fast.data.chat import encode_prompt
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
 

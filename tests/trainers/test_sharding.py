@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_parallel import close, names, run, states
 
 from rlhf_fast import SFTConfig, SFTTrainer, sharding
-from rlhf_fast.data.chat import ConfigError
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import add_lora
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
 

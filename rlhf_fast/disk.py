@@ -1,0 +1,65 @@
+"""Output directories, checked before the work begins, and small files that are whole even after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ConfigError
+
+
+def make_directory(output_dir: str | Path) -> Path:
+    """The directory, made if it is not there. ConfigError where that fails, or where nothing can be written in it."""
+    check_writable(output_dir)
+    with _refused(output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    return Path(output_dir)
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """ConfigError where the directory cannot be made or nothing can be written in it. It leaves nothing behind."""
+    if output_dir == "":  # a shell's unset variable; it would be the directory that one stands in
+        raise ConfigError("output_dir is empty: name a directory")
+    if str(output_dir).startswith("~"):  # rm -rf on the directory of this name would take one's home
+        raise ConfigError(f"output_dir {str(output_dir)!r}: only a shell knows what ~ stands for; write it in full")
+    path = Path(output_dir).absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk
+        pass
+
+
+@contextmanager
+def _refused(output_dir: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {str(output_dir)!r} cannot be written ({error.strerror}): choose another output_dir"
+        ) from None
+
+
+def json_line(record: dict) -> str:
+    """A line of JSONL."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """After a crash the path holds the old content or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """What write_atomic left there. ConfigError where something else has cut or changed it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not as it was written ({error}): restore it, or delete its directory") from None
