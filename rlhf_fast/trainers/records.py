@@ -17,13 +17,13 @@ from ..report import whole_lines
 class Records:
     """train_log.jsonl, samples.jsonl, alarms.jsonl where there are monitors, and tensorboard/ where it is installed.
 
-    start: the step from which the run goes on; on resume what the files have beyond it is cut off. at_the_end: the
+    start: the step from which the run continues; what the files have beyond it is cut off. at_the_end: the
     metrics of that step, if its checkpoint was saved before they were logged. If the log still lacks them, they are in
     `unlogged`, and the step's samples are cut off too: the step is going to be evaluated and logged again.
     """
 
-    def __init__(self, run_dir: Path, start: int, resume: bool, at_the_end: dict | None, monitors, total_steps: int):
-        kept = start if resume else -1  # -1: also samples of step 0 go, which a run that failed at once has left
+    def __init__(self, run_dir: Path, start: int, at_the_end: dict | None, monitors, total_steps: int):
+        kept = start or -1  # -1: also samples of step 0 go, which a run that failed at once has left
         self.log = JsonLines(run_dir / "train_log.jsonl", kept)
         logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
         self.unlogged = [at_the_end] if at_the_end and not logged else []

@@ -54,7 +54,7 @@ from ..report import write_report
 from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint
 from .everywhere import Everywhere
 from .records import Records, as_numbers
-from .run_dir import RUN_CONFIG, changed_settings, check_is_new, model_card
+from .run_dir import RUN_CONFIG, begins_again, changed_settings, check_is_new, has_ended, model_card
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     evaluations count whose checkpoint is still there and undamaged; if the best one's is not, a warning says so.
 
     Raises ConfigError where output_dir already holds a run or a model and resume is False, or holds no checkpoint and
-    it is True.
+    it is True. A run that was killed before its first checkpoint starts again from its first step where resume is True.
     """
     if not isinstance(resume, bool):
         raise ConfigError(f"train(resume=True) goes on from the newest checkpoint in output_dir; got {resume!r}")
@@ -118,7 +118,7 @@ class _Lead:
         self.start, at_the_end = _open_run(trainer, self.run_dir, resume, everywhere)
         self.spare = self.start if at_the_end else None  # the step of a checkpoint that goes when the model is saved
         monitors = getattr(trainer, "monitors", None)
-        self.records = Records(self.run_dir, self.start, resume, at_the_end, monitors, trainer.total_steps)
+        self.records = Records(self.run_dir, self.start, at_the_end, monitors, trainer.total_steps)
         log = self.records.log.kept
         self.best = _Best(trainer.config, log, self.run_dir)
         self.metrics = dict(log[-1]) if log else {}  # the result of a run that has no step left to do
@@ -283,32 +283,47 @@ class _Best:
 
 
 def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> tuple[int, dict | None]:
-    """Prepares the directory and, on resume, the trainer -> the step from which the run goes on, and the metrics of
-    that step where its checkpoint was saved before they were logged."""
+    """Prepares the directory and, on resume, the trainer -> the step from which the run continues, and the metrics of
+    that step if its checkpoint was saved before they were logged."""
     make_directory(trainer.config.output_dir)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
     written = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
     written["num_processes"] = parallel.size()
-    config_path = run_dir / RUN_CONFIG
-    if not resume:
-        networks = (getattr(trainer, name, None) for name in ("model", "policy"))
-        check_is_new(run_dir, filter(None, (getattr(network, "name_or_path", None) for network in networks)))
-        for report in getattr(trainer, "reports", ()):
-            if report.overlong or report.truncated:
-                print(report)
-        (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(r) for r in getattr(trainer, "reports", ())]))
-        config_path.write_text(json.dumps(written, indent=2, default=str) + "\n")
-        return trainer.step, None
-    newest = newest_whole_checkpoint(run_dir)
-    if newest is None:
-        log = run_dir / "train_log.jsonl"
-        ran = log.exists() and log.stat().st_size
-        way_on = "choose another output_dir, or delete it" if ran else "run without resume"
-        raise ConfigError(
-            f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
-            f"on Ctrl-C; a run that ended needs none): {way_on}"
-        )
+    newest = newest_whole_checkpoint(run_dir) if resume else None
+    if newest is not None:
+        return _continue(trainer, newest, written, everywhere)
+    if resume:
+        trained = trainer.step > 0 or not getattr(trainer, "whole", True)  # by an earlier train() that failed
+        if trained or not begins_again(run_dir):
+            way_on = "choose another output_dir, or delete it" if has_ended(run_dir) else "run without resume"
+            way_on = "make the trainer anew" if trained else way_on
+            raise ConfigError(
+                f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
+                f"on Ctrl-C; a run that ended needs none): {way_on}"
+            )
+        print(f"{run_dir} holds no checkpoint yet: the run starts again from its first step")
+        for name in ("train_log.jsonl", "samples.jsonl", "alarms.jsonl"):
+            (run_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+    _begin(trainer, run_dir, written)
+    return trainer.step, None
+
+
+def _begin(trainer, run_dir: Path, written: dict) -> None:
+    networks = (getattr(trainer, name, None) for name in ("model", "policy"))
+    check_is_new(run_dir, filter(None, (getattr(network, "name_or_path", None) for network in networks)))
+    reports = getattr(trainer, "reports", ())
+    for report in reports:
+        if report.overlong or report.truncated:
+            print(report)
+    (run_dir / "data.json").write_text(json.dumps([dataclasses.asdict(report) for report in reports]))
+    write_atomic(run_dir / RUN_CONFIG, json.dumps(written, indent=2, default=str) + "\n")
+
+
+def _continue(trainer, checkpoint: Path, written: dict, everywhere: Everywhere) -> tuple[int, dict | None]:
+    """Loads the checkpoint in all processes, and warns about settings that have changed since. Returns as _open_run."""
+    run_dir = checkpoint.parent
     changed = changed_settings(run_dir, written)
     if changed:
         sizes = {"per_device_train_batch_size", "gradient_accumulation_steps", "batch_size", "num_generations"}
@@ -316,15 +331,15 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
         place = "; a checkpoint's place in the data is a number of steps: if they have another size now, some is read "
         place += "twice or not at all"
         differs = f"resuming with a config that differs in {', '.join(changed)}"
-        warnings.warn(differs + (place if moved else ""), stacklevel=4)
-    unlogged = everywhere("load", newest)
+        warnings.warn(differs + (place if moved else ""), stacklevel=5)
+    unlogged = everywhere("load", checkpoint)
     if trainer.step > trainer.total_steps:
         raise ConfigError(
-            f"nothing to resume: {newest.name} is past the {trainer.total_steps} steps of the config as it is now "
+            f"nothing to resume: {checkpoint.name} is past the {trainer.total_steps} steps of the config as it is now "
             f"({', '.join(changed)}): resume with the run's own settings, or start anew in another output_dir"
         )
-    if changed or not config_path.exists():
-        write_atomic(config_path, json.dumps(written, indent=2, default=str) + "\n")
+    if changed or not (run_dir / RUN_CONFIG).exists():
+        write_atomic(run_dir / RUN_CONFIG, json.dumps(written, indent=2, default=str) + "\n")
     return trainer.step, unlogged
 
 

@@ -37,11 +37,11 @@ def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
         )
     log, newest = Path(run_dir) / "train_log.jsonl", latest_checkpoint(run_dir)
     if newest is not None or (log.exists() and log.stat().st_size):
-        way_on = "" if newest is None else "continue it with resume=True (--resume), "
+        way_on = "continue it with resume=True (--resume), " if newest or begins_again(run_dir) else ""
         raise ConfigError(
             f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
         )
-    if (Path(run_dir) / RUN_CONFIG).exists() and not has_ended(run_dir):  # a run of ours that was killed begins again
+    if begins_again(run_dir):
         return
     for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json"):
         if found := next(Path(run_dir).glob(pattern), None):
@@ -49,6 +49,12 @@ def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
                 f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
                 "output_dir"
             )
+
+
+def begins_again(run_dir) -> bool:
+    """Whether a run was started here and ended before its first checkpoint, so that resuming it starts it anew."""
+    started = (Path(run_dir) / RUN_CONFIG).exists()
+    return started and not has_ended(run_dir) and latest_checkpoint(run_dir) is None
 
 
 def model_card(trainer, metrics: dict) -> str:

@@ -77,11 +77,16 @@ def small_disk(*_):
 
 
 def arm(trainer, point: str) -> None:
-    """Every moment lies in the second iteration or in what follows it, so that checkpoint-1 is there."""
+    """Moments before the first checkpoint, and in the second iteration or what follows it, when checkpoint-1 exists."""
     late = lambda *_: (root / "checkpoint-1").exists()  # noqa: E731
     saving = lambda *_: trainer.step == 2  # noqa: E731
     calls, root = [], Path(trainer.config.output_dir)
     {
+        "in the first rollout": lambda: when(trainer, "_rollout", lambda *_: True),
+        "in the first update": lambda: when(
+            trainer, "_accumulate_gradient", lambda *_: calls.append(1) or len(calls) == 3
+        ),
+        "before checkpoint-1": lambda: when(checkpoints.os, "rename", lambda *_: trainer.step == 1),
         "in the rollout": lambda: when(trainer, "_rollout", late),
         "in the reward": lambda: when(trainer, "reward", late),
         "in scoring": lambda: when(trainer, "_score_tokens", late),
@@ -103,10 +108,11 @@ def arm(trainer, point: str) -> None:
     }[point]()  # fmt: skip
 
 
+BEFORE_THE_FIRST_CHECKPOINT = ["in the first rollout", "in the first update", "before checkpoint-1"]
 POINTS = [
-    "in the rollout", "in the reward", "in scoring", "in the update", "in evaluation", "in a log line", "before saving",
-    "after the model is saved", "in state.pt", "before the rename", "after the rename", "in pruning",
-    "in the final model", "disk full",
+    *BEFORE_THE_FIRST_CHECKPOINT, "in the rollout", "in the reward", "in scoring", "in the update", "in evaluation",
+    "in a log line", "before saving", "after the model is saved", "in state.pt", "before the rename",
+    "after the rename", "in pruning", "in the final model", "disk full",
 ]  # fmt: skip
 
 

@@ -517,6 +517,27 @@ def test_what_would_lose_a_run_is_refused(tmp_path):
         Walk(Config(str(tmp_path / "short"))).train(resume=True)
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, capsys):
+    def fail():
+        raise RuntimeError("killed")
+
+    Walk(Config(str(tmp_path / "whole"), eval_steps=2), total_steps=6).train()
+    config = Config(str(tmp_path / "killed"), save_steps=5, eval_steps=2)
+    failed = Walk(config, total_steps=6, at_step={3: fail})
+    with pytest.raises(RuntimeError, match="killed"):
+        failed.train()
+    with pytest.raises(ConfigError, match="already holds a run: continue it with resume=True"):
+        Walk(config, total_steps=6).train()
+    with pytest.raises(ConfigError, match=r"nothing to resume.*make the trainer anew"):
+        failed.train(resume=True)
+    capsys.readouterr()
+    Walk(config, total_steps=6).train(resume=True)
+    assert "starts again from its first step" in capsys.readouterr().out
+    for name in ("train_log.jsonl", "samples.jsonl"):
+        whole, killed = (without_time(rows(tmp_path / run / name)) for run in ("whole", "killed"))
+        assert whole == killed
+
+
 def test_resuming_with_another_config_says_so(tmp_path):
     Walk(Config(str(tmp_path), save_steps=5)).train()
     with pytest.warns(UserWarning, match="differs in learning_rate"):

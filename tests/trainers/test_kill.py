@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -40,9 +39,7 @@ def make(stage, path):
 
 def work(stage, path, seconds_a_step):
     torch.set_num_threads(1)
-    resume = latest_checkpoint(path) is not None
-    if not resume:
-        shutil.rmtree(path, ignore_errors=True)
+    resume = Path(path, "run_config.json").exists()
     trainer = make(stage, path)
     step = trainer._train_step
     trainer._train_step = lambda batch: (time.sleep(seconds_a_step), step(batch))[1]
