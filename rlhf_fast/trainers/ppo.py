@@ -11,7 +11,8 @@ a GPU but for the rounding of a row too long for one pass of its kernel. For tha
 before scoring, and scoring computes the old log-probabilities on the micro-batches of the first epoch with the
 function that trains: on other shapes matrix products would round differently.
 
-_iteration is one iteration from top to bottom: _rollout, _score, _score_tokens, _advantages, _update.
+_iteration is one iteration from top to bottom: _rollout, _score, _shape, _minibatches, _score_tokens, _advantages,
+_update.
 """
 
 from __future__ import annotations
@@ -33,34 +34,28 @@ from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
 from ..errors import ConfigError
 from ..models import (
-    ValueModel,
     adapters_off,
     check_lengths,
-    check_lm_head,
     check_positions,
-    disable_dropout,
     has_adapters,
     load_config,
     load_policy,
     load_tokenizer,
     load_trained_state,
-    make_reference,
     save_model,
     scalar_head_on,
-    starts_as_its_base,
-    stop_at_eos,
     stop_ids,
     trained_state,
-    unwrapped,
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
-from ..rewards import check_room, check_signature, make_reward, score_components
+from ..rewards import make_reward, score_components
 from ..rollout import Rollout, check_engine, generate, make_rollout, minibatches, rollout_metrics, squeeze, text_metrics
 from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common
 from .ppo_config import PPOConfig, check_eval_rewards
+from .ppo_networks import check_rewards, choose_critic, choose_reference, prepare_networks
 from .run import RunResult, run_training
 
 
@@ -108,10 +103,10 @@ class PPOTrainer:
         self.policy = common.with_adapters(load_policy(model), config, model)
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
-        self.reference = self._make_reference(ref_model)
-        self.value_model = self._make_critic(value_model)
-        self._check_rewards(longest)
-        self._prepare_networks(most, advice)
+        self.reference = choose_reference(self.policy, ref_model)
+        self.value_model = choose_critic(self.policy, value_model, config)
+        check_rewards(self, longest)
+        prepare_networks(self, self._networks(), most, advice)
         common.share_out(self._networks(), config, self.data, self.eval_prompts)
 
         self.step, self.whole = 0, True
@@ -126,7 +121,7 @@ class PPOTrainer:
         self.score_scale = RunningStd()
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         self.monitors = Monitors(config.monitors, config.stop_on)
-        self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # see _look_at_held_out
+        self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # of _held_out_rollout
 
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
@@ -259,7 +254,7 @@ class PPOTrainer:
         with self.gathered(), parallel.in_all():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = squeeze(rollout, rows)
-                hidden, values = self._look(rollout, rows, inputs)
+                hidden, values = self._forward(rollout, rows, inputs)
                 rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
                 if values is not None:
                     rollout.values[rows] = values
@@ -267,7 +262,7 @@ class PPOTrainer:
         for name in filled:
             parallel.total(getattr(rollout, name))  # each row is 0 in all processes but one
 
-    def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, inputs = squeeze(rollout, rows) -> the policy's (N, D) hidden states that
         predict the N response tokens, and (b, R) values, 0 outside the mask.
 
@@ -379,21 +374,10 @@ class PPOTrainer:
         parts = [(rows, True) for rows in self._share(rollout, minibatch)]
         # The op sums entropy up as it does the loss. The log has nats per token (seq-mean-token-mean: of a sequence).
         per_token = 1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
-        weights = rollout.importance_weights
         for rows, counts in as_many(parts, (minibatch[-1][-1:], False)) if config.fsdp else parts:
             mask = rollout.response_mask[rows] & counts
-            hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
-            weight, bias, softcap = common.lm_head(self.policy, config.bf16)
-            loss, p = linear_ppo_loss(
-                rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
-                rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
-                cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
-                ref_logprobs=rollout.ref_logprobs[rows],
-                kl_coef=self.kl_controller.kl_coef if config.kl_in_loss else 0.0, kl_estimator=config.kl_estimator,
-                entropy_coef=config.entropy_coef,
-                importance_weights=None if weights is None else weights[rows], loss_agg_mode=config.loss_agg_mode,
-                normalizer=normalizer,
-            )  # fmt: skip
+            hidden, values = self._forward(rollout, rows, squeeze(rollout, rows))
+            loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
             share = p["num_tokens"] / num_tokens
             stats = _policy_statistics(p, share, per_token)
             if values is not None:
@@ -411,9 +395,24 @@ class PPOTrainer:
             seen.append(stats)
         return seen
 
+    def _policy_loss(self, rollout: Rollout, rows: Tensor, hidden: Tensor, mask: Tensor, normalizer):
+        config, weights = self.config, rollout.importance_weights
+        weight, bias, softcap = common.lm_head(self.policy, config.bf16)
+        return linear_ppo_loss(
+            rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
+            rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
+            cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
+            ref_logprobs=rollout.ref_logprobs[rows],
+            kl_coef=self.kl_controller.kl_coef if config.kl_in_loss else 0.0, kl_estimator=config.kl_estimator,
+            entropy_coef=config.entropy_coef, importance_weights=None if weights is None else weights[rows],
+            loss_agg_mode=config.loss_agg_mode, normalizer=normalizer,
+        )  # fmt: skip
+
     # --- the run: see run.py ---
 
     def train(self, resume: bool = False) -> RunResult:
+        """Trains to the end and writes config.output_dir (run.run_training says what). resume=True continues from its
+        newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
         return run_training(self, resume=resume)
 
     def evaluate(self) -> dict:
@@ -423,7 +422,7 @@ class PPOTrainer:
         """
         if not self.eval_prompts:
             return {}
-        rollout, scores = self._look_at_held_out()
+        rollout, scores = self._held_out_rollout()
         self._score_tokens(rollout, self._minibatches(rollout))
         errors = {f"{name}_stderr": _std(x) / (len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
@@ -431,15 +430,16 @@ class PPOTrainer:
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def samples(self) -> list[dict]:
+        """The first num_samples of those answers, each with its prompt and scores."""
         if not self.config.num_samples:  # without an eval_dataset this also saves the sampling
             return []
-        rollout, scores = self._look_at_held_out()
+        rollout, scores = self._held_out_rollout()
         numbers = {name: values.tolist() for name, values in scores.items()}
         columns = {"prompt": rollout.prompts, "response": rollout.responses, **numbers}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         return rows[: self.config.num_samples]
 
-    def _look_at_held_out(self) -> tuple[Rollout, dict[str, Tensor]]:
+    def _held_out_rollout(self) -> tuple[Rollout, dict[str, Tensor]]:
         """Answers of this step's policy to eval_dataset (or a few training prompts), always on one seed, and scores."""
         if self._held_out is None or self._held_out[0] != self.step:
             prompts = self.eval_prompts or self.prompts[: self.config.num_samples]
@@ -504,59 +504,6 @@ class PPOTrainer:
             load_trained_state(self._own_critic, state["value_model"])
         for learner in zip(self.optimizers, self.schedulers, state["optimizers"], state["schedulers"], strict=True):
             common.load_optimizer(*learner)
-
-    # --- models and rewards at the start ---
-
-    def _make_reference(self, ref_model) -> nn.Module | None:
-        """None where the policy is its own reference, with its adapters off."""
-        if ref_model is self.policy:
-            raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy")
-        if ref_model is None:
-            return None if starts_as_its_base(self.policy) else make_reference(self.policy)
-        return load_policy(ref_model).eval().requires_grad_(False)
-
-    def _make_critic(self, value_model) -> ValueModel | None:
-        estimator, shared = self.config.advantage_estimator, self.config.share_trunk
-        if value_model is not None:
-            if shared:
-                raise ConfigError("PPOTrainer: share_trunk puts the value head on the policy; give no value_model")
-            if estimator != "gae":
-                raise ConfigError(f"PPOTrainer: advantage_estimator {estimator!r} has no critic; give no value_model")
-            return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
-        if estimator != "gae":
-            return None
-        critic = ValueModel.from_policy(self.policy)
-        if shared:
-            setattr(critic.model, critic.model.base_model_prefix, unwrapped(self.policy).base_model)
-        return critic
-
-    def _check_rewards(self, longest: Prompt) -> None:
-        """ConfigError where a reward cannot take what it will be called with."""
-        rewards = [self.reward, *self.eval_rewards.values()]
-        if self.rollout_func is None:  # which may bring further columns
-            check_signature(self.reward, self.prompts[0].columns)
-            for reward in rewards if self.eval_prompts else ():
-                check_signature(reward, self.eval_prompts[0].columns)
-        for reward in rewards:
-            check_room(reward, self.tokenizer, longest.prompt, self.config.response_length)
-
-    def _prepare_networks(self, longest: int, advice: str) -> None:
-        """Turns dropout off. ConfigError where one cannot learn, or read `longest` tokens; advice: what to do then."""
-        config = self.config
-        common.check_learns(self.policy, "PPOTrainer: the policy")
-        if self.value_model:
-            common.check_learns(self.value_model, "PPOTrainer: the value model")
-        for network in self._networks():
-            if any(p.dtype == torch.float64 for p in network.parameters()):
-                raise ConfigError("PPOTrainer: a model is in float64, and PPO computes in float32: call its float()")
-            check_lengths(network, self.tokenizer, longest, advice)
-            disable_dropout(network)  # under dropout the first ratios would be noise around 1
-        with common.autocast(self.policy, config.bf16):
-            check_lm_head(self.policy)
-            if self.reference is not None:
-                check_lm_head(self.reference)
-        stop_at_eos(self.policy, self.tokenizer)
-        common.check_bf16(config.bf16, self.policy.device)
 
     def _networks(self) -> list[nn.Module]:
         """The models that read prompt and response in the policy's tokens."""

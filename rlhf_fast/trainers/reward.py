@@ -278,6 +278,8 @@ class RewardTrainer:
         return rows
 
     def train(self, resume: bool = False) -> RunResult:
+        """Trains to the end and writes config.output_dir (run.run_training says what). resume=True continues from its
+        newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
         return run_training(self, resume=resume)
 
     def gathered(self):

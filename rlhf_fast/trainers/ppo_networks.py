@@ -1,0 +1,84 @@
+"""What PPO trains with, checked before the first step: the reference, the critic, and the policy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..data.formats import Prompt
+from ..errors import ConfigError
+from ..models import (
+    ValueModel,
+    check_lengths,
+    check_lm_head,
+    disable_dropout,
+    load_policy,
+    make_reference,
+    starts_as_its_base,
+    stop_at_eos,
+    unwrapped,
+)
+from ..rewards import check_room, check_signature
+from . import common
+from .ppo_config import PPOConfig
+
+
+def choose_reference(policy: nn.Module, ref_model) -> nn.Module | None:
+    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if the policy is
+    its own reference, with its adapters switched off."""
+    if ref_model is policy:
+        raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy")
+    if ref_model is None:
+        return None if starts_as_its_base(policy) else make_reference(policy)
+    return load_policy(ref_model).eval().requires_grad_(False)
+
+
+def choose_critic(policy: nn.Module, value_model, config: PPOConfig) -> ValueModel | None:
+    """value_model (a ValueModel, or a reward model to start from), or the policy's trunk with a head of zeros; None if
+    the advantage estimator needs no critic."""
+    estimator, shared = config.advantage_estimator, config.share_trunk
+    if value_model is not None:
+        if shared:
+            raise ConfigError("PPOTrainer: share_trunk puts the value head on the policy; give no value_model")
+        if estimator != "gae":
+            raise ConfigError(f"PPOTrainer: advantage_estimator {estimator!r} has no critic; give no value_model")
+        return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
+    if estimator != "gae":
+        return None
+    critic = ValueModel.from_policy(policy)
+    if shared:
+        setattr(critic.model, critic.model.base_model_prefix, unwrapped(policy).base_model)
+    return critic
+
+
+def check_rewards(trainer, longest: Prompt) -> None:
+    """ConfigError if a reward cannot take the arguments or the lengths that it will be called with."""
+    rewards = [trainer.reward, *trainer.eval_rewards.values()]
+    if trainer.rollout_func is None:  # which may bring further columns
+        check_signature(trainer.reward, trainer.prompts[0].columns)
+        for reward in rewards if trainer.eval_prompts else ():
+            check_signature(reward, trainer.eval_prompts[0].columns)
+    for reward in rewards:
+        check_room(reward, trainer.tokenizer, longest.prompt, trainer.config.response_length)
+
+
+def prepare_networks(trainer, networks: Iterable[nn.Module], longest: int, advice: str) -> None:
+    """Turns dropout off in all networks of the trainer. ConfigError if one cannot learn, or cannot read `longest`
+    tokens; advice says what to do about the latter."""
+    config, policy, reference = trainer.config, trainer.policy, trainer.reference
+    common.check_learns(policy, "PPOTrainer: the policy")
+    if trainer.value_model:
+        common.check_learns(trainer.value_model, "PPOTrainer: the value model")
+    for network in networks:
+        if any(p.dtype == torch.float64 for p in network.parameters()):
+            raise ConfigError("PPOTrainer: a model is in float64, and PPO computes in float32: call its float()")
+        check_lengths(network, trainer.tokenizer, longest, advice)
+        disable_dropout(network)  # under dropout the first ratios would be noise around 1
+    with common.autocast(policy, config.bf16):
+        check_lm_head(policy)
+        if reference is not None:
+            check_lm_head(reference)
+    stop_at_eos(policy, trainer.tokenizer)
+    common.check_bf16(config.bf16, policy.device)
