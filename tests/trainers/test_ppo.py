@@ -580,9 +580,9 @@ def test_held_out_prompts_are_read_by_rewards_that_are_not_trained_on(tmp_path):
 def test_every_look_at_the_held_out_prompts_draws_alike(tmp_path):
     """So what changes from look to look is the policy."""
     trainer = make_trainer(tmp_path, eval_dataset=PROMPTS[:3])
-    before, _ = trainer._look_at_held_out()
+    before, _ = trainer._held_out_rollout()
     trainer.step = 1
-    after, _ = trainer._look_at_held_out()
+    after, _ = trainer._held_out_rollout()
     assert after is not before and after.responses == before.responses
 
 
