@@ -137,6 +137,7 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.attr("compiler") = RLHF_COMPILER;
+  m.attr("cuda_choice") = RLHF_CUDA_CHOICE;  // "yes: nvcc", or "no: why not"
   m.attr("version") = RLHF_VERSION;
 #ifdef RLHF_CUDA
   m.attr("cuda_version") = RLHF_CUDA;  // of the nvcc that built this module

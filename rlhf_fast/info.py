@@ -47,6 +47,7 @@ def collect() -> dict:
             "instruction_sets": dict(_C.isas()),
             "instruction_set_in_use": _C.isa(),
             "cuda": _C.cuda_version,
+            "cuda_choice": _C.cuda_choice,
             "cuda_architectures": getattr(_C, "cuda_architectures", None),
         }
     usable = torch.cuda.is_available()
@@ -80,7 +81,8 @@ def render(info: dict) -> str:
         lines.append("build no native module: run pip install . in the source tree")
     else:
         sets = ", ".join(name if ok else f"{name} (not on this CPU)" for name, ok in build["instruction_sets"].items())
-        cuda = f"{build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "not built in"
+        built_for = f"{build['cuda']} for {build['cuda_architectures']}"
+        cuda = built_for if build["cuda"] else f"not built in ({build['cuda_choice'].removeprefix('no: ')})"
         lines.append(f"build {build['compiler']}; {sets}; in use: {build['instruction_set_in_use']}; CUDA {cuda}")
     cuda = info["cuda"]
     devices = ", ".join(cuda["devices"]) or "no device usable"

@@ -63,6 +63,29 @@ esac
 """
 
 
+GCC_TOO_NEW = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  *-ccbin*) exec {nvcc} "$@" ;;
+  *probe.cu*) printf 'In file included from x:\\n#error -- "unsupported GNU version! gcc 16"\\n' >&2; exit 1 ;;
+  *) exec {nvcc} "$@" ;;
+esac
+"""
+
+
+def configure(nvcc: Path, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess:
+    """CMake's first step with this nvcc, and a stand-in for pybind11, which need not be installed."""
+    nvcc.chmod(0o755)
+    (tmp_path / "pybind11Config.cmake").write_text(
+        "function(pybind11_add_module name)\n  list(REMOVE_ITEM ARGN NO_EXTRAS)\n  add_library(${name} ${ARGN})\n"
+        "endfunction()\n"
+    )
+    command = ["cmake", "-S", Path(__file__).parents[2], "-B", tmp_path / "build", "-G", "Ninja",
+               f"-Dpybind11_DIR={tmp_path}", f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA", "RLHF_FAST_CUDA"))}
+    return subprocess.run(command, env=environment | variables, capture_output=True, text=True)
+
+
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
 @pytest.mark.parametrize(
     ("variable", "asked", "built"),
@@ -72,17 +95,24 @@ def test_an_nvcc_that_does_not_know_sm_100_is_found_and_not_asked_for_it(variabl
     (tmp_path / "bin").mkdir()
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text(CUDA_12_4.format(nvcc=resources.NVCC))
-    nvcc.chmod(0o755)
-    (tmp_path / "pybind11Config.cmake").write_text(
-        "function(pybind11_add_module name)\n  list(REMOVE_ITEM ARGN NO_EXTRAS)\n  add_library(${name} ${ARGN})\n"
-        "endfunction()\n"
-    )
-    configure = ["cmake", "-S", Path(__file__).parents[2], "-B", tmp_path / "build", "-G", "Ninja",
-                 f"-Dpybind11_DIR={tmp_path}", f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
-    found = {"CUDACXX": str(nvcc), "CUDA_HOME": str(tmp_path)}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA")}
-    environment |= {variable: found[variable], "RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": asked}
-    done = subprocess.run(configure, env=environment, capture_output=True, text=True)
+    found = {"CUDACXX": str(nvcc), "CUDA_HOME": str(tmp_path)}[variable]
+    done = configure(nvcc, tmp_path, **{variable: found, "RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": asked})
     assert done.returncode == 0 and f"CUDA kernels: yes: {nvcc}\n" in done.stdout, done.stdout + done.stderr
     commands = (tmp_path / "build" / "build.ninja").read_text()
     assert set(re.findall(r"code=\[?sm_(\d+)", commands)) == built
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="needs cmake and ninja")
+def test_an_nvcc_that_refuses_the_compiler_is_left_out_unless_it_was_asked_for(tmp_path):
+    """A distribution's gcc is often newer than the toolkit allows: `pip install .` then still gives the CPU kernels."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(GCC_TOO_NEW.format(nvcc=resources.NVCC))
+    why = f"{nvcc} of CUDA 13.0 does not work with the C++ compiler (unsupported GNU version! gcc 16)"
+    done = configure(nvcc, tmp_path, CUDACXX=str(nvcc))
+    assert done.returncode == 0 and f"CUDA kernels: no: {why}: name an older one in CUDAHOSTCXX\n" in done.stdout, (
+        done.stdout
+    )
+    insisted = configure(nvcc, tmp_path, CUDACXX=str(nvcc), RLHF_FAST_CUDA="1")
+    assert insisted.returncode != 0 and why in " ".join(insisted.stderr.split())
+    allowed = configure(nvcc, tmp_path, CUDACXX=str(nvcc), CUDAHOSTCXX=shutil.which("c++"), RLHF_FAST_CUDA="1")
+    assert allowed.returncode == 0 and f"CUDA kernels: yes: {nvcc}\n" in allowed.stdout, allowed.stdout + allowed.stderr
