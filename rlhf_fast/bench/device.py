@@ -12,12 +12,17 @@ from collections.abc import Callable
 
 import torch
 
+import rlhf_fast as rf
+
 from .baselines import Absent
 from .harness import OURS, probe, synchronize
 from .rows import Row
 
 FLUSH_BYTES = 256 << 20  # several L2s: an H200 has 50 MB
 GRAPH_CALLS = 20  # of a small op in one captured graph
+# Ops that have Triton kernels too: which of the two ours should run is a row's to tell.
+IN_TRITON = ("token_logprobs", "token_logprobs_and_entropy", "kl_divergence", "kl_penalty", "gae", "pairwise_loss",
+             "dpo_loss", "ppo_loss")  # fmt: skip
 SMALL_SECONDS = 2e-4  # shorter calls are small ops: what Python costs is told apart from what the device does
 
 
@@ -142,6 +147,8 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     absent = [name for name, function in functions.items() if isinstance(function, Absent)]
     for name in absent:
         del functions[name]
+    if device.type == "cuda" and row.op in IN_TRITON:
+        functions[f"{OURS} triton"] = _in_triton(functions[OURS])
     for name in list(functions):
         try:
             functions[name]()  # compiles, loads, allocates
@@ -206,6 +213,14 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
         "failed": failed,
         "absent": absent,
     }
+
+
+def _in_triton(function: Callable) -> Callable:
+    def call():
+        with rf.use_backend("triton"):
+            return function()
+
+    return call
 
 
 def line(result: dict) -> str:

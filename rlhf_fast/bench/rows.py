@@ -25,6 +25,7 @@ SMALL_LOGITS_SHAPES = ((64, 50257),)
 # because each implementation's compilation counts against ten minutes.
 LOGITS_SHAPES_CUDA = ((8192, 50257), (8192, 151936))
 PEAKED = (8192, 151936)
+FEW_ROWS = (64, 151936)  # a block a row: fewer rows than the device has multiprocessors
 HEAD = dict(rows=2048, vocab=50257, widths=(256, 896))
 SMALL_HEAD = dict(rows=64, vocab=5003, widths=(64,))
 HEADS_CUDA = ((8192, 4096, 128256), (8192, 896, 151936))  # Llama 3 8B; Qwen 0.5B
@@ -57,6 +58,12 @@ def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None)
     if cuda:
         yield from _rows_of_logits(SMALL_LOGITS_SHAPES[0] if small else PEAKED, torch.bfloat16, device, True, cuda)
         yield from _rows_in_place(device, small)
+        if not small:
+            size, build = (
+                2 * math.prod(FEW_ROWS),
+                _logits("token_logprobs", FEW_ROWS, DTYPES[1], FORWARD, device, False),
+            )
+            yield Row("token_logprobs", "x".join(map(str, FEW_ROWS)), DTYPES[1], FORWARD, build, size)
     shape = SMALL_LOGITS_SHAPES[0] if small else LOGITS_SHAPES[0]
     pairs_of_logits = [(shape, dtype) for dtype in DTYPES]
     if cuda and not small:
