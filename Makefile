@@ -21,8 +21,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-# Ours beside PyTorch, torch.compile and TRL, into bench/results and README. Minutes, and only true on an idle machine.
-# A second machine: make bench RESULTS=bench/results/cpu_amd.json; docs/ops.md then shows both.
+# Ours, PyTorch, torch.compile and TRL, into bench/results, README and docs/benchmarks.md. This takes minutes, and its
+# figures are only true on an idle machine.
+# A second machine: make bench RESULTS=bench/results/cpu_amd.json; docs/benchmarks.md then shows both.
 RESULTS ?= bench/results/cpu.json
 bench: $(VENV)/.bench
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/rlhf-fast bench --device cpu --json $(RESULTS)
@@ -31,7 +32,8 @@ bench: $(VENV)/.bench
 # On a machine with an NVIDIA GPU: build with nvcc, run every test that needs one, measure every op, and PPO whole.
 # PART="build test" takes some parts, of ten minutes at most each (bench/gpu.py); WITHIN=560 ends all of them in time,
 # KEEP=folder has the results there too. Where $(PYTHON)'s torch sees the GPU nothing is installed but the peers, into
-# build/peers-gpu; PEERS=folder names another. README gets what was measured, whatever failed.
+# build/peers-gpu; PEERS=folder names another. docs/benchmarks.md gets what was
+# measured, whatever failed.
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
 	else $(MAKE) $(VENV)/.bench && python=$(BIN)/python; fi && \

@@ -205,7 +205,7 @@ def gpu_profile(part: dict) -> str:
 
 
 def gpu_summary(parts: list[dict]) -> str:
-    """For the README: what PPO on a GPU is to reach beside TRL 1.12.0, and what was measured where anything was."""
+    """For docs/benchmarks.md: what PPO on a GPU should reach over TRL 1.12.0, and what was measured."""
     rows = []
     for name in ("shared", "separate"):
         cells = []

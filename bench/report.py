@@ -17,9 +17,10 @@ END = "<!-- end -->"
 OURS, BARE = "rlhf_fast", "bare autograd.Function"
 ALONE = ("loss",)  # "loss alone (eager)", "loss alone (compile)": without the statistics that all others give
 NO_PEERS = ("floor", BARE, "bare, as many tensors", "without entropy", "statistics read")
-ON_FIRST_SCREEN = (
-    "token_logprobs", "token_logprobs_and_entropy", "linear_cross_entropy", "linear_ppo_loss", "ppo_loss", "kl_penalty",
-    "pairwise_loss", "gae",
+IN_ORDER = (  # of the README's table; every op that is measured has a line there, whoever wins
+    "token_logprobs", "token_logprobs_and_entropy", "kl_divergence", "linear_cross_entropy", "linear_ppo_loss",
+    "linear_token_logprobs", "ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss", "gae",
+    "masked_mean", "masked_whiten",
 )  # fmt: skip
 GROUPS = {"eager": ("eager",), "torch.compile": ("compile",), "TRL": ("TRL",)}  # column -> prefixes; the best counts
 
@@ -53,26 +54,27 @@ def span(ratios: list[float | None]) -> str:
     return f"{least}x" if least == most else f"{least}-{most}x"
 
 
-def summary(result: dict) -> str:
-    """One result file for the README: a line for each op, dtype and direction, with the range over its shapes.
+def summary(results: list[dict]) -> str:
+    """The README's table: a line for each op and direction, with the ranges over its shapes, dtypes and allocators.
 
-    Tiny shapes, which measure the call and not the kernel, are left to docs/ops.md.
+    Tiny shapes, which measure the call and not the kernel, are left to docs/benchmarks.md.
     """
     groups: dict[tuple, list[dict]] = {}
-    for row in result["rows"]:
-        if row["op"] in ON_FIRST_SCREEN and BARE not in row["implementations"]:
-            groups.setdefault((row["op"], row["dtype"], row["direction"]), []).append(row)
-    columns = dict(GROUPS)
-    if any(best(row, ALONE) for rows in groups.values() for row in rows):
-        columns["the loss alone, without statistics"] = ALONE
-    head = ["op", "shapes", "dtype", "", *columns, "our time over the floor"]
+    for row in (row for result in results for row in result["rows"]):
+        if BARE not in row["implementations"]:
+            groups.setdefault((row["op"], row["direction"]), []).append(row)
+    columns = GROUPS | {"loss alone": ALONE}
+    head = ["op", "shapes", "dtypes", "", *columns, "our time over the floor"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for (op, dtype, direction), rows in groups.items():
-        shapes = ", ".join(row["shape"] for row in rows)
+    for op, direction in sorted(groups, key=lambda group: (*IN_ORDER, group[0]).index(group[0])):
+        rows = groups[op, direction]
+        shapes, dtypes = (", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("shape", "dtype"))
         others = [span([best(row, prefixes) for row in rows]) for prefixes in columns.values()]
         floors = span([1 / row["implementations"]["floor"]["over_ours"] for row in rows])
-        lines.append("| " + " | ".join([f"`{op}`", shapes, dtype, direction, *others, floors]) + " |")
-    return "\n".join([*lines, source(result)])
+        lines.append("| " + " | ".join([f"`{op}`", shapes, dtypes, direction, *others, floors]) + " |")
+    settings = dict.fromkeys(map(setting, results))
+    commits = dict.fromkeys(measured_at(result) for result in results)
+    return "\n".join([*lines, f"\n{'; '.join(settings)}, commit {' and '.join(commits)}\n"])
 
 
 def newest(results: list[dict]) -> list[dict]:
@@ -87,15 +89,20 @@ def newest(results: list[dict]) -> list[dict]:
     return [r | {"rows": [row for row in r["rows"] if latest[key(r, row)] == r["date"]]} for r in results]
 
 
+def setting(result: dict) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
+    waiting = f"OMP_WAIT_POLICY={result['OMP_WAIT_POLICY'] or 'unset'}"
+    return f"{result['machine']}, {result['threads']} threads, {waiting}, {versions}"
+
+
+def measured_at(result: dict) -> str:
+    return f"{short_commit(result['commit'], 'of an installed package')}, {result['date'][:10]}"
+
+
 def source(result: dict) -> str:
     """Where the figures of a result file come from."""
-    commit = short_commit(result["commit"], "of an installed package")
-    versions = ", ".join(f"{name} {v}" for name, v in result["packages"].items() if v)
-    return (
-        f"\n{result['machine']}, {result['threads']} threads, OMP_WAIT_POLICY={result['OMP_WAIT_POLICY'] or 'unset'}, "
-        f"{result['allocator'] + ', ' if result.get('allocator') else ''}"
-        f"{versions}, commit {commit}, {result['date'][:10]}: `{result['command']}`\n"
-    )
+    allocator = f", {result['allocator']}" if result.get("allocator") else ""
+    return f"\n{setting(result)}{allocator}, commit {measured_at(result)}: `{result['command']}`\n"
 
 
 def table(result: dict, ops: set[str] | None = None) -> str:
@@ -163,7 +170,7 @@ REACH = (
 
 
 def gpu_summary(results: list[dict]) -> str:
-    """For the README: what an H200 is meant to take, and what was measured where anything was."""
+    """For docs/benchmarks.md: what an H200 should take, and what was measured where anything was."""
     head = ["op", "shape", "", "to reach on an H200", "measured", "of the copy or cuBLAS rate", "fastest peer"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rows = [(result, row) for result in results for row in result["rows"]]
@@ -401,7 +408,7 @@ def trainers(result: dict) -> str:
 
 def stages(trained: list[dict], ppo: dict | None) -> str:
     """The README's table of whole trainers beside TRL's, from bench_trainers.py's and bench_ppo.py's results."""
-    columns = ["stage", "TRL as it comes", "TRL's fastest setting here", "our peak memory over theirs"]
+    columns = ["stage", "TRL's defaults", "TRL's fastest setting here", "our peak memory over TRL's"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for result in trained:
         default, *others = result["rows"][1:]
@@ -421,7 +428,7 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
 def parallel(result: dict) -> str:
     """What a second process buys (bench/bench_parallel.py)."""
     rows = {row["stage"]: row for row in result["rows"]}
-    lines = ["| | a step of SFT | a step of PPO | memory, bytes a parameter |", "| --- | --- | --- | --- |"]
+    lines = ["| | a step of SFT | a step of PPO | memory, bytes per parameter |", "| --- | --- | --- | --- |"]
     for way, memory in rows["memory"]["bytes_a_parameter"].items():
         faster = (times(rows[stage]["over_1_process_1_thread"][way]) for stage in ("sft", "ppo"))
         lines.append(f"| {way} | {' | '.join(faster)} | {memory:.1f} |")
@@ -575,13 +582,12 @@ def main() -> None:
         sections["trainers"] = "\n".join(map(trainers, trained))
     sections["stages"] = stages(trained, ppo)
     if results:
-        last = max(results, key=lambda result: result["date"])["machine"]  # docs/ops.md has them all
+        last = max(results, key=lambda result: result["date"])["machine"]  # docs/benchmarks.md has them all
         shown = [result for result in results if result["machine"] == last and result["rows"]]
-        sections["bench"] = "\n".join(summary(result) for result in shown)
+        sections["bench"] = summary(shown)
         drawn = [result for result in shown if any(row["op"] == "token_logprobs" for row in result["rows"])]
         if drawn:
             picture(drawn[0], ROOT / "docs" / "bench.svg")
-            sections["bench"] += "\n![token_logprobs beside the others](docs/bench.svg)\n"
         for op in {row["op"] for result in results for row in result["rows"]}:
             sections[f"bench:{op}"] = "\n".join(filter(None, (table(result, {op}) for result in results)))
     if (folder / "parallel.json").exists():

@@ -87,7 +87,7 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- bench -->\nold\n{report.END}\nafter\n")
-    page = tmp_path / "docs" / "ops.md"
+    page = tmp_path / "docs" / "benchmarks.md"
     page.parent.mkdir()
     page.write_text(
         f"formula\n<!-- bench:token_logprobs -->\nold\n{report.END}\n<!-- bench:gae -->\n{report.END}\nend\n"
@@ -96,7 +96,7 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     report.main()
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| `token_logprobs` | 64x50257 | float32 | forward |" in text and result["machine"] in text
+    assert "| `token_logprobs` | 64x50257 | float32, bfloat16 | forward |" in text and result["machine"] in text
     assert (tmp_path / "docs" / "bench.svg").stat().st_size > 1000
     assert page.read_text().startswith("formula\n") and page.read_text().endswith(
         f"<!-- bench:gae -->\n{report.END}\nend\n"
@@ -127,7 +127,7 @@ def test_the_pages_say_what_the_result_files_do(tmp_path, monkeypatch):
 
 
 def test_the_sentences_beside_the_tables_name_their_ratios():
-    """Those of the README that change with every measurement; CONTRIBUTING asks to read the others again."""
+    """Those that change with every measurement; CONTRIBUTING asks to read the others again."""
 
     def between(file, op, direction, peer, digits=1):
         rows = json.loads((report.ROOT / "bench" / "results" / file).read_text())["rows"]
@@ -135,18 +135,19 @@ def test_the_sentences_beside_the_tables_name_their_ratios():
         ratios = [report.best(row, (peer,)) for row in rows if report.BARE not in row["implementations"]]
         return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
 
-    readme, ops = (" ".join((report.ROOT / page).read_text().split()) for page in ("README.md", "docs/ops.md"))
+    readme, page = (" ".join((report.ROOT / page).read_text().split()) for page in ("README.md", "docs/benchmarks.md"))
     malloc, linear, both = "cpu_amd_malloc.json", "cpu_amd.json", "forward+backward"
     eager = [between(malloc, "token_logprobs", direction, "eager") for direction in ("forward", both)]
     compiled = [between(malloc, "token_logprobs token_logprobs_and_entropy", "forward", "compile"),
                 between(malloc, "token_logprobs", both, "compile")]  # fmt: skip
-    assert f"Eager then takes {eager[0]} times our time forward and {eager[1]} times forward and backward" in readme
-    assert f"`torch.compile` {compiled[0]} and {compiled[1]}." in readme
-    assert f"{eager[0]}x forward, {eager[1]}x with backward" in ops
+    assert f"Eager then takes {eager[0]} times our time forward and {eager[1]} times forward and backward" in page
+    assert f"`torch.compile` {compiled[0]} and {compiled[1]}." in page
+    assert f"{eager[0]}x forward, {eager[1]}x with backward" in page
     losses = between(linear, "linear_cross_entropy linear_ppo_loss", both, "compile")
     logprobs = between(linear, "linear_token_logprobs", both, "compile", 2)
     told = f"`torch.compile` takes {losses} times our time on the losses, and {logprobs} on `linear_token_logprobs`"
-    assert told in readme
+    assert told in page
+    assert f"At a width of 896 `torch.compile` takes {logprobs} times our time on `linear_token_logprobs`" in readme
 
 
 def test_an_op_measured_again_takes_the_place_of_its_older_rows():
@@ -159,6 +160,26 @@ def test_an_op_measured_again_takes_the_place_of_its_older_rows():
     assert report.newest([old, *others, new]) == [file("a", 2, "2026-01-01", "16"), *others, new]
     kept = new | {"allocator": "MALLOC_MMAP_MAX_=0"}  # another question, not a later answer
     assert report.newest([old, kept]) == [old, kept]
+
+
+def test_the_readme_has_the_range_of_every_op_also_where_another_is_faster():
+    def file(commit, *rows):
+        return {"machine": "m", "threads": 1, "OMP_WAIT_POLICY": "", "packages": {"torch": "2"}, "commit": commit,
+                "date": "2026-01-01", "rows": list(rows)}  # fmt: skip
+
+    def row(op, shape, dtype, **over):
+        over = {report.OURS: 1.0, "floor": 0.5} | over
+        named = {name.replace("_", " "): {"over_ours": ratio} for name, ratio in over.items()}
+        return {"op": op, "shape": shape, "dtype": dtype, "direction": "forward", "implementations": named}
+
+    files = [
+        file("a", row("new", "1", "float32", eager=2.0), row("gae", "8", "float32", eager=9.0, eager_loop=0.84)),
+        file("b", row("gae", "8", "bfloat16", eager=3.0, compile=1.5), row("gae", "16", "bfloat16", eager=7.0)),
+    ]
+    *_, gae, new, _, about = report.summary(files).splitlines()
+    assert gae == "| `gae` | 8, 16 | float32, bfloat16 | forward | 0.8-7.0x | 1.5x |  |  | 2.0x |"
+    assert new == "| `new` | 1 | float32 | forward | 2.0x |  |  |  | 2.0x |"
+    assert about == "m, 1 threads, OMP_WAIT_POLICY=unset, torch 2, commit a, 2026-01-01 and b, 2026-01-01"
 
 
 def test_a_malloc_that_keeps_its_memory_is_told(monkeypatch):
@@ -186,7 +207,7 @@ def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypa
     }
     bare = {report.BARE, "bare, as many tensors"}
     assert [set(row["implementations"]) - usual for row in measured] == [set(), bare | {"statistics read"}, bare]
-    lines = report.summary({**harness.provenance(CPU, []), "rows": measured}).splitlines()
+    lines = report.summary([{**harness.provenance(CPU, []), "rows": measured}]).splitlines()
     assert [line.split(" | ")[1] for line in lines if line.startswith("| `")] == ["512"]
 
 

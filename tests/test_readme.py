@@ -101,13 +101,29 @@ def test_targets_exist():
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/hh_rlhf.md"])
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
+def anchors(page):
+    """The headings of a page, as GitHub links to them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_a_heading_is_linked_to_as_on_github(tmp_path):
+    (tmp_path / "page.md").write_text("# A_b, c's\n```\n# a comment\n```\n## Weights: fsdp\n#no\n")
+    assert anchors(tmp_path / "page.md") == {"a_b-cs", "weights-fsdp"}
+
+
+@pytest.mark.parametrize("document", PAGES)
 def test_files_it_names_exist(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:rlhf_fast|csrc|tests|docs|bench|examples)/[\w./-]+)`", text)
     assert not [path for path in paths if not (ROOT / path).exists()]
-    links = re.findall(r"\]\((?!http)([^)#]+)", text)  # from where the document lies
-    assert not [path for path in links if not (ROOT / document).parent.joinpath(path).exists()]
+    for path, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!http)([^)]+)\)", text)):
+        page = (ROOT / document).parent / path if path else ROOT / document  # from where the document lies
+        assert page.exists() and (not anchor or anchor in anchors(page)), f"{path}#{anchor}"
 
 
 def test_the_sdist_holds_the_tree_whose_files_it_names(tmp_path):

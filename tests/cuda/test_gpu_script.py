@@ -290,7 +290,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
 
 
 def test_the_rows_of_the_card_are_the_ones_to_reach():
-    """Each figure of the README has a row that measures it; on a GPU, where building one allocates."""
+    """Each figure of docs/benchmarks.md has a row that measures it; on a GPU, where building one allocates."""
     there = {(row.op, row.shape, row.direction) for row in rows.all_rows(CPU, gpu=True)}
     assert {entry[:3] for entry in report.REACH} <= there
 
