@@ -112,10 +112,25 @@ def test_peers_come_into_a_folder_of_their_own(a_card, monkeypatch, capsys, tmp_
     assert folders == [Path(), Path("trl-1.12.0"), Path(), Path()]  # two modules of one name
     (tmp_path / "peers" / "trl-1.12.0" / "trl").mkdir(parents=True)
     assert gpu.main(["--fetch-peers", "--for-python", "3.12"]) == 1
-    assert "without datasets, liger_kernel, quack" in capsys.readouterr().out
+    # What this Python has of its own does not count for another one.
+    assert "without accelerate, datasets, trl, liger_kernel, cut_cross_entropy, quack" in capsys.readouterr().out
     assert all(c[c.index("--python-version") + 1] == "3.12" and "--only-binary=:all:" in c for c in commands[4:])
     (tmp_path / "peers" / "some_dsl" / "dsl_packages").mkdir(parents=True)
     assert gpu.peer_folders() == [str(tmp_path / "peers"), str(tmp_path / "peers" / "some_dsl" / "dsl_packages")]
+
+
+def test_peers_of_another_python_are_not_used(a_card, monkeypatch, capsys, tmp_path):
+    """Their compiled modules cannot be imported, and hide those that can."""
+    monkeypatch.setattr(gpu, "run", lambda *command, **env: 0)
+    monkeypatch.setattr(gpu, "PEERS", tmp_path / "peers")
+    (tmp_path / "peers" / "xxhash").mkdir(parents=True)
+    (tmp_path / "peers" / "xxhash" / f"_xxhash.{sys.implementation.cache_tag}-x86_64-linux-gnu.so").touch()
+    assert gpu.peer_folders() == [str(tmp_path / "peers")]
+    other = tmp_path / "peers" / "xxhash" / "_xxhash.cpython-27-x86_64-linux-gnu.so"
+    other.touch()
+    assert gpu.peer_folders() == []
+    assert gpu.main(["--part", "peers"]) == 0
+    assert "was filled for another Python" in capsys.readouterr().out and not other.exists()
 
 
 def test_peers_travel_in_pieces(a_card, monkeypatch, capsys, tmp_path):
