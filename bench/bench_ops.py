@@ -1,8 +1,8 @@
-"""The rows of `rlhf-fast bench` as pytest-benchmark cases: to follow our own times from commit to commit.
+"""The rows of `rlhf-fast bench` as pytest-benchmark cases, to track our own times from commit to commit.
 
     pytest bench/bench_ops.py -k gae --benchmark-autosave --benchmark-compare
 
-Comparisons with others belong to `rlhf-fast bench`, where the implementations take turns.
+For comparisons with other implementations use `rlhf-fast bench`, where they take turns.
 """
 
 import pytest

@@ -1,12 +1,14 @@
-"""What a second process buys: seconds a step of SFT and of PPO, and memory, in one process and in two.
+"""What a second process gains: seconds per step of SFT and PPO, and memory, with one process and with two.
 
     python bench/bench_parallel.py [--json bench/results/parallel.json]
 
-One process with one thread, one with two, and two with one each (torchrun, gloo; without fsdp and with it), in turns:
-the same steps, of a Llama of 4 layers and width 256 with random weights on random words, so that there is nothing to
-load; wall-clock seconds, median of the steps after the second. Only true on an otherwise idle machine of two cores or
-more. Memory: how much the resident memory of a process grows at most, in bytes a parameter, from before the model to
-the end of three steps of SFT with one of 16 layers and width 512, whose weights are most of it.
+One process with one thread, one with two threads, and two with one thread each (torchrun, gloo; without and with fsdp)
+take turns at the same steps. The model is a Llama of 4 layers and width 256 with random weights on random words, so
+nothing has to be loaded. Times are wall-clock seconds, the median of the steps after the second. The figures are only
+valid on an otherwise idle machine with two or more cores.
+
+Memory is the largest growth of a process's resident memory, in bytes per parameter, from before the model is made to
+the end of three steps of SFT. That model has 16 layers and width 512, so its weights make up most of the growth.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-WAYS = {  # processes, threads of each, fsdp
+WAYS = {  # number of processes, threads per process, fsdp
     "1 process, 1 thread": (1, 1, False),
     "1 process, 2 threads": (1, 2, False),
     "2 processes, 1 thread each": (2, 1, False),
     "2 processes, 1 thread each, fsdp": (2, 1, True),
 }
-STAGES = ("sft", "ppo", "memory")  # the latter in bytes a parameter, the others in seconds a step
+STAGES = ("sft", "ppo", "memory")  # sft and ppo in seconds per step, memory in bytes per parameter
 STEPS = 6
 
 
@@ -74,7 +76,7 @@ def child(stage: str, folder: str, fsdp: bool) -> None:
             config, model, reward=lambda prompts, responses, **columns: [float(len(set(r))) for r in responses],
             train_dataset=[{"prompt": text} for text in texts], tokenizer=tokenizer,
         )  # fmt: skip
-    parameters = sum(p.numel() for p in model.parameters())  # of a sharded one, those of all processes
+    parameters = sum(p.numel() for p in model.parameters())  # if the model is sharded, the parameters of all processes
     seconds, start = [], time.perf_counter()
     for _ in trainer:
         seconds.append(time.perf_counter() - start)
@@ -85,7 +87,7 @@ def child(stage: str, folder: str, fsdp: bool) -> None:
 
 
 def peak() -> int:
-    """Bytes of resident memory that this process has had at most."""
+    """The peak resident memory of this process, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -93,7 +95,7 @@ def measured(stage: str, processes: int, threads: int, fsdp: bool) -> float:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     if stage == "memory":
-        settings["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)  # what is larger goes back to the system when it is freed
+        settings["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)  # larger blocks go back to the system when they are freed
     with tempfile.TemporaryDirectory() as folder:
         told = ["--child", stage, folder, *(["fsdp"] if fsdp else [])]
         done = subprocess.run(

@@ -1,19 +1,20 @@
-"""PPO end to end beside TRL 1.12.0: the same Llama, prompts, reward and settings, one process for each run, in turns.
+"""PPO end to end, ours against TRL 1.12.0: same Llama, prompts, reward and settings; runs take turns, each a process.
 
     python bench/bench_ppo.py [--part speed|memory|rollout|race] ... [--device cuda] [--small]
 
 speed    response tokens per CPU-second of whole iterations: shared trunk, separate critic, TRL (its best micro-batch)
-memory   peak resident memory of such a process at two vocabularies, and what everything takes before the first step
-rollout  our generation beside transformers' generate(), in one process in turns
-race     reward over CPU-seconds, and over KL, from the same start; five seeds; each with the best learning rate of one
-         grid, chosen on a seed that does not count
+memory   peak resident memory of such a process at two vocabularies, and the memory it takes before the first step
+rollout  our generation against transformers' generate(), taking turns in one process
+race     reward over CPU-seconds, and over KL, from the same start; five seeds; each system with the best learning rate
+         of the same grid, chosen on a seed that does not count
 gpu      (alone, with --device cuda) a 0.5B Qwen2-shaped model: tokens per second of rollout, of scoring and update, and
-         of whole iterations, and peak memory, each at its best micro-batch; a profile of ours. Wall-clock seconds
+         of whole iterations (wall clock), and peak memory, each system at its best micro-batch; a profile of ours
 
-TRL is installed from PyPI into a folder of its own and is on the path of its processes only. CPU-seconds are those of
-the process, all threads together; OMP_WAIT_POLICY=PASSIVE, so that no thread is paid for waiting, on either side.
-Results: bench/results/ppo.json, a part at a time, and of the part gpu <card>-ppo.json; bench/report.py makes the tables
-and the picture. `make gpu PART=bench-ppo` runs the part gpu.
+TRL is installed from PyPI into a folder of its own, which is only on the path of TRL's processes. CPU-seconds are those
+of the process, over all threads. OMP_WAIT_POLICY=PASSIVE keeps waiting threads from using CPU time, on either side.
+
+Results go to bench/results/ppo.json, one part at a time, and those of the part gpu to <card>-ppo.json. bench/report.py
+makes the tables and the picture. `make gpu PART=bench-ppo` runs the part gpu.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TRL = "trl==1.12.0"
 SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
 GPU_MICRO_BATCHES = (8, 16, 32)
-GPU_SECONDS = 400  # (--seconds) after which the part gpu tries no other micro-batch: all of it is to fit ten minutes
+GPU_SECONDS = 400  # (--seconds) after these the part gpu starts no new micro-batch, so that all fits in ten minutes
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RACE = Run(
     vocab=64, hidden=32, layers=1, batch_size=32, minibatch_size=32, micro_batch_size=32, prompt_length=(8, 8),
@@ -65,11 +66,11 @@ def install_trl(folder: Path) -> Path:
 
 
 def environment(system: str, trl: Path, bf16: bool = False) -> dict[str, str]:
-    """Of a process of one system: TRL 1.12.0 comes before any other TRL that may lie on the path."""
+    """The environment of a process of one system. TRL 1.12.0 comes before any other TRL on the path."""
     path = [ROOT, *([trl] if system == "trl" else []), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # TRL 1.12.0 leaves the precision to accelerate, which since transformers 5 no longer hears of PPOConfig(bf16=True).
+    # TRL 1.12.0 leaves the precision to accelerate, which since transformers 5 is not told of PPOConfig(bf16=True).
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if bf16 else "no"}
-    # A second profiler beside CUDA graphs may crash in CUPTI when it was torn down (pytorch/pytorch#112507).
+    # With CUDA graphs a second profiler may crash if CUPTI was torn down after the first (pytorch/pytorch#112507).
     profiler = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     return {
         **os.environ, **precision, **profiler, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
@@ -86,7 +87,7 @@ def gpu_here() -> str:
 
 
 def check_gpu(trl: Path) -> None:
-    """Ends here, and not after minutes, what the part gpu would end with."""
+    """Exits now for what would otherwise end the part gpu after minutes."""
     import rlhf_fast
 
     if (backend := rlhf_fast.backends()["linear_ppo_loss"]["cuda"]["backend"]) != "native":
@@ -107,13 +108,13 @@ def last_line(text: str) -> str:
 
 
 def execute(run: Run, trl: Path) -> dict:
-    """The run in a process of its own -> {"rows": [...], "peak_rss": bytes}."""
+    """Executes the run in its own process -> {"rows": [...], "peak_rss": bytes}."""
     result = execute_all([run], trl)
     return result | {"rows": result["runs"][0]}
 
 
 def execute_all(runs: list[Run], trl: Path) -> dict:
-    """Runs of one system after another in one process."""
+    """Executes several runs of one system in one process, one after another."""
     with tempfile.TemporaryDirectory() as folder:
         order, result = Path(folder) / "runs.json", Path(folder) / "result.json"
         order.write_text(json.dumps([asdict(run) for run in runs]))
@@ -126,7 +127,7 @@ def execute_all(runs: list[Run], trl: Path) -> dict:
 
 
 def steady(result: dict) -> tuple[int, float]:
-    """Response tokens and CPU-seconds of all iterations but the first, which also sets everything up."""
+    """Response tokens and CPU-seconds of all iterations except the first, which includes the setup."""
     rows = result["rows"]
     return sum(row["tokens"] for row in rows[1:]), rows[-1]["cpu_seconds"] - rows[0]["cpu_seconds"]
 
@@ -137,7 +138,7 @@ def rate(result: dict) -> float:
 
 
 def speed(options) -> dict:
-    """Rounds in which all take turns; medians, and the ratio to TRL within each round."""
+    """Rounds in which all systems take turns -> medians of the rates, and of the ratios to TRL within a round."""
     base = Run(hidden=128, iterations=options.iterations)
     if options.small:
         base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
@@ -161,8 +162,8 @@ def speed(options) -> dict:
 
 
 def memory(options) -> dict:
-    """Peak resident memory of a process that ran an iteration of two epochs (in the second one there is an optimizer
-    state, as in all later ones), and of one of each system that only set up the trainer: TRL's imports are larger."""
+    """Peak resident memory of a process that ran one iteration of two epochs (the optimizer state exists from the
+    second one on), and of a process that only set up the trainer, for each system: TRL's imports are larger."""
     base = Run(hidden=128, iterations=1, num_ppo_epochs=2)
     before = {name: execute(replace(base, system=name, iterations=0), options.trl)["peak_rss"] for name in SYSTEMS}
     rows = []
@@ -174,7 +175,7 @@ def memory(options) -> dict:
 
 
 def rollout(options) -> dict:
-    """Seconds of CPU for the same prompts; medians over rounds, and of the ratio within a round. In bfloat16
+    """CPU-seconds for the same prompts: medians over rounds, and medians of the ratios within a round. In bfloat16
     transformers gets a model of that dtype, which is faster than autocast."""
     import copy
 
@@ -205,7 +206,7 @@ def rollout(options) -> dict:
             with torch.no_grad():
                 return model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config, **more)
 
-        def trls(theirs=theirs):  # as TRL calls it, for every token's logits
+        def trls(theirs=theirs):  # as TRL calls it, keeping the logits of every token
             torch.stack(theirs(return_dict_in_generate=True, output_scores=True).scores, 1)
 
         functions = {"ours": ours, "generate": theirs, "TRL's call of generate": trls}
@@ -228,16 +229,16 @@ def rollout(options) -> dict:
 
 
 def race(options) -> dict:
-    """Curves of (CPU-seconds, reward, KL) for each seed. Two systems run at the same time, a core for each.
+    """Curves of (CPU-seconds, reward, KL) for each seed. Two systems run at the same time, one core each.
 
-    There are two questions, reward at equal CPU-seconds and at equal KL, and for each a system has the learning rate
-    that answers it best on a seed that does not count, in about the same time.
+    There are two questions: reward at equal CPU-seconds, and reward at equal KL. For each question a system uses the
+    learning rate that does best on a seed that does not count, in about the same time.
     """
     base = replace(RACE, iterations=3) if options.small else RACE
     tuning, rates, curves = {}, {axis: {} for axis in QUESTIONS}, {axis: {} for axis in QUESTIONS}
 
     def compete(name: str) -> None:
-        # Ours is given iterations for about TRL's time; only what both have time for is compared.
+        # Ours gets enough iterations to take about as long as TRL; only the time that both reach is compared.
         iterations = base.iterations * (1 if name == "trl" else options.longer)
         mine = replace(base, system=name, iterations=iterations)
         if options.learning_rate is None:
@@ -269,24 +270,24 @@ def race(options) -> dict:
 
 
 def late(rows: list[dict]) -> float:
-    """The mean reward of the last quarter."""
+    """The mean reward of the last quarter of the iterations."""
     return statistics.fmean(row["reward"] for row in rows[-max(1, len(rows) // 4) :])
 
 
 def at_kl(rows: list[dict]) -> float:
-    """The reward at KL_OF_TUNING nats; 0 where the run does not get there."""
+    """The reward at KL_OF_TUNING nats; 0 if the run does not get there."""
     if max(row["kl"] for row in rows) < KL_OF_TUNING:
         return 0.0
     return float(at(rows, "kl", [KL_OF_TUNING])[0])
 
 
 QUESTIONS = {"cpu_seconds": late, "kl": at_kl}
-KL_OF_TUNING = 15.0  # nats a response; about where a third of it is right
+KL_OF_TUNING = 15.0  # nats per response; about where a third of a response is right
 
 
 def gpu(options) -> dict:
     """A 0.5B Qwen2-shaped model with random weights: 64 prompts of 128 tokens, 256 tokens of answer, bfloat16 products
-    in training on both sides. Every system at every micro-batch that it has memory and time for."""
+    in training on both sides. Runs each system at every micro-batch that memory and time allow."""
     base = Run(
         shape="qwen2-0.5b", vocab=151_936, prompt_length=(128, 128), response_length=256, batch_size=64,
         minibatch_size=64, iterations=3, learning_rate=3e-6, device=options.device, bf16=True,
@@ -303,14 +304,14 @@ def gpu(options) -> dict:
         spent = time.perf_counter() - start
         row = {"system": name, "micro_batch_size": size}
         if any("failed" in r for r in runs if r["system"] == name):
-            continue  # it needs more memory yet
+            continue  # a larger micro-batch needs even more memory
         if name in took and spent + took[name] > options.seconds:
             row["failed"] = f"not tried: {options.seconds} s were over"
         else:
             row |= attempt(replace(base, system=name, micro_batch_size=size), options.trl)
             took[name] = time.perf_counter() - start - spent
         runs.append(row)
-        options.save(result)  # whatever ends the part, these are there
+        options.save(result)  # saved now, whatever ends the part later
         print(gpu_rates(row), flush=True)
     broken = [f"{r['system']}: {r['failed']}" for r in runs if not r.get("failed", "not").startswith(EXPECTED)]
     if ours := best_of(runs, "shared"):
@@ -326,11 +327,11 @@ def gpu(options) -> dict:
     return result
 
 
-EXPECTED = ("not", "out of memory")  # reasons why a row has no figures, after which the part has done what it could
+EXPECTED = ("not", "out of memory")  # how reasons for a row without figures begin that do not make the part fail
 
 
 def attempt(run: Run, trl: Path) -> dict:
-    """What one process measured, medians over its iterations but the first; {"failed": why} where it did not end."""
+    """What one process measured: medians over its iterations except the first. {"failed": why} if the run failed."""
     try:
         result = execute(run, trl)
     except RuntimeError as error:
@@ -340,7 +341,7 @@ def attempt(run: Run, trl: Path) -> dict:
     rates = {"rollout_tokens_per_second": [], "update_tokens_per_second": [], "tokens_per_second": []}
     for before, row in pairwise(rows):
         seconds, rollout = row["seconds"] - before["seconds"], row["generate_seconds"]
-        for name, part in zip(rates, (rollout, seconds - rollout, seconds), strict=True):  # update: and scoring
+        for name, part in zip(rates, (rollout, seconds - rollout, seconds), strict=True):  # update includes scoring
             rates[name].append(row["tokens"] / part)
     peaks = {name: result.get(name) for name in ("peak_allocated", "peak_reserved", "peak_rss")}
     return {name: statistics.median(values) for name, values in rates.items()} | peaks | {"iterations": rates}
@@ -350,7 +351,7 @@ PARTS = {"speed": speed, "memory": memory, "rollout": rollout, "race": race, "gp
 
 
 def saver(part: str, options) -> Callable[[dict], None]:
-    """save(result) writes what a part has found, with where it comes from, beside the other parts of the file."""
+    """Returns save(result), which writes a part and its provenance, and keeps the other parts of the file."""
     import torch
 
     from rlhf_fast.bench.harness import provenance
@@ -377,7 +378,7 @@ def saver(part: str, options) -> Callable[[dict], None]:
 
 
 def same_run(a: dict, b: dict) -> bool:
-    """A file may be older than some of Run's fields."""
+    """Equal settings. A file may be older than some of Run's fields, which then have their defaults."""
     whole = lambda run: json.loads(json.dumps(asdict(Run(**run))))  # noqa: E731
     return whole(a) == whole(b)
 
@@ -388,13 +389,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the part gpu, alone")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "peers" / "trl-1.12.0", help="where TRL goes")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=3, help="of a speed run; the first does not count")
-    parser.add_argument("--system", action="append", choices=SYSTEMS, help="in the race; others keep their results")
-    parser.add_argument("--learning-rate", type=float, help="in the race, instead of the better one of the grid")
-    parser.add_argument("--longer", type=int, default=5, help="iterations of ours for one of TRL in the race")
-    parser.add_argument("--seconds", type=int, default=GPU_SECONDS, help="of the part gpu, before its profile")
-    parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
-    parser.add_argument("--json", type=Path, help="the results (default: bench/results/ppo.json or <card>-ppo.json)")
+    parser.add_argument("--iterations", type=int, default=3, help="per speed run; the first one does not count")
+    parser.add_argument(
+        "--system", action="append", choices=SYSTEMS, help="only this one in the race; the others keep their results"
+    )
+    parser.add_argument("--learning-rate", type=float, help="in the race, instead of the best one of the grid")
+    parser.add_argument("--longer", type=int, default=5, help="iterations of ours per iteration of TRL in the race")
+    parser.add_argument("--seconds", type=int, default=GPU_SECONDS, help="limit of the part gpu, without profile")
+    parser.add_argument("--small", action="store_true", help="small shapes: a trial run, not a measurement")
+    parser.add_argument("--json", type=Path, help="result file (default: bench/results/ppo.json or <card>-ppo.json)")
     options = parser.parse_args()
     options.micro = TRL_MICRO_BATCHES[:1] if options.small else TRL_MICRO_BATCHES
     if options.device == "cuda" and options.part not in (None, ["gpu"]):

@@ -1,24 +1,29 @@
-"""SFT and reward model beside TRL's trainers: the same model, data, batches, optimizer and precision, on the CPU.
+"""SFT and reward model against TRL's trainers: the same model, data, batches, optimizer and precision, on the CPU.
 
     python bench/bench_trainers.py sft    --data data/hh-rlhf --json bench/results/sft.json
     python bench/bench_trainers.py reward --data data/hh-rlhf --json bench/results/reward.json
 
-Every run is a process of its own (peak memory is a process's), and the implementations take turns. What counts is the
-CPU time of training alone: loading, tokenization and evaluation are outside. All see the same token ids: ours encodes
-them, TRL gets them as it documents (input_ids with completion_mask; chosen_ids and rejected_ids). A real token is one
-that is no padding; of a pair, both sequences count in full for everybody, although ours reads a shared prompt once.
+Every run has its own process, because peak memory is measured per process, and the implementations take turns. Only
+the CPU time of training counts, without loading, tokenization and evaluation. All see the same token ids: ours encodes
+them, TRL gets them in the form it documents (input_ids with completion_mask; chosen_ids and rejected_ids). Real tokens
+are all tokens that are not padding. Both sequences of a pair count in full for every implementation, although ours
+reads a shared prompt once.
 
-A round is one pass over steps x batch records, others in each round, so that all learn from the same tokens, and the
-held-out loss is compared at equal tokens. TRL runs as it comes (gradient checkpointing; batches at random: here in the
-order that ours draws, so that every step learns the same), and set for this machine: without checkpointing, batches
-grouped by length (over the whole round: its own sampler would sort pools of a quarter of so few records, and pad more
-than it does in a long run). Its SFT loss is its own chunked one in both, which is made for a GPU and on a CPU scores
-prompts and padding too: so SFT also runs with the loss that transformers' model computes from its logits, by a subclass
-with another compute_loss, as TRL tells those to do who want another loss. Its padding-free batches and packing need
-flash attention, which a CPU does not have.
+A round is one pass over steps x batch records, different ones in each round. So all learn from the same tokens, and the
+held-out loss is compared at equal tokens. TRL runs in two settings:
 
-A round takes minutes; a file that is there already goes on from the rounds that it has, if they are of the same
-settings, data, machine, packages and commit.
+- its defaults (gradient checkpointing; batches at random, here in the order that ours draws, so that every step learns
+  from the same records)
+- tuned for this machine: no checkpointing, and batches grouped by length over the whole round. (Its own sampler would
+  sort pools of a quarter of so few records, and pad more than it does in a long run.)
+
+In both, SFT uses TRL's own chunked loss, which is made for a GPU and on a CPU scores prompts and padding too. So SFT
+also runs with the loss that transformers' model computes from its logits, in a subclass with another compute_loss, as
+TRL recommends for custom losses. TRL's padding-free batches and packing need flash attention, which a CPU does not
+have.
+
+A round takes minutes. An existing result file is continued from the rounds it has, if they have the same settings,
+data, machine, packages and commit.
 """
 
 from __future__ import annotations
@@ -48,11 +53,11 @@ VARIANTS = {
 
 
 def variants(stage: str) -> list[str]:
-    """A reward model's loss in TRL is plain already."""
+    """MODELS_LOSS is for SFT only: TRL's reward loss is not chunked."""
     return [who for who in VARIANTS if stage == "sft" or who != MODELS_LOSS]
 
 
-# -- one run, in a process of its own ----------------------------------------------------------------------------------
+# -- one run, in its own process ---------------------------------------------------------------------------------------
 
 
 def resident(field: str) -> int:
@@ -61,10 +66,10 @@ def resident(field: str) -> int:
 
 
 class Measured:
-    """CPU seconds, wall seconds and peak memory of what runs inside."""
+    """A context manager that measures CPU seconds, wall seconds and peak memory."""
 
     def __enter__(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         self.before = resident("VmRSS")
         self.cpu, self.wall = self._cpu(), time.perf_counter()
         return self
@@ -84,8 +89,8 @@ class Measured:
 
 
 def drawn(folder: Path, options: dict, seed: int) -> tuple[list[int], list[int]]:
-    """The records of a round; and the same in the order in which TRL gets them: as our trainer, given them, learns from
-    them, or in batches of neighbours in length, the batches at random."""
+    """The records of a round, and the same records in the order that TRL gets: the order in which our trainer learns
+    from them, or batches of records of similar length, with the batches shuffled."""
     from rlhf_fast.trainers.common import epoch_batches
 
     rows, wanted = json.loads((folder / "train.json").read_text()), options["steps"] * options["batch"]
@@ -136,7 +141,7 @@ def run_trl(folder: Path, options: dict, seed: int) -> tuple:
         per_device_train_batch_size=options["batch"], learning_rate=options["learning_rate"],
         max_length=options["max_length"], lr_scheduler_type="linear", use_cpu=True, bf16=False, report_to=[],
         save_strategy="no", logging_steps=10, disable_tqdm=True, dataloader_pin_memory=False,
-        # TRL sees no prompts in token ids, and would learn all; of pairs it would drop the lengths to group by.
+        # Given token ids, TRL would learn the prompts too; for pairs it would drop the lengths that it groups by.
         **({"completion_only_loss": True} if sft else {"remove_unused_columns": False}),
         **VARIANTS[options["who"]],
     )  # fmt: skip
@@ -162,7 +167,7 @@ def run_trl(folder: Path, options: dict, seed: int) -> tuple:
 
 
 def held_out(model, stage: str, rows: list[dict]) -> dict:
-    """Loss on the held-out rows by plain transformers, one sequence at a time; of pairs also the accuracy."""
+    """Loss on the held-out rows, by plain transformers, one sequence at a time; for pairs also the accuracy."""
     import torch
     from torch.nn import functional
 
@@ -194,11 +199,11 @@ def child(folder: Path, options: dict, seed: int) -> None:
     print("RESULT " + json.dumps(figures))
 
 
-# -- what they all get -------------------------------------------------------------------------------------------------
+# -- inputs of all implementations -------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path, options: dict, data: Path) -> dict:
-    """records.json for us; train.json and eval.json, the same as token ids, for TRL and for measuring; model/."""
+    """Writes records.json for ours, train.json and eval.json (token ids) for TRL and evaluation, and model/."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -228,7 +233,7 @@ def prepare(folder: Path, options: dict, data: Path) -> dict:
     for name in ("train", "eval"):
         rows = [{"prompt": r["prompt"], "completion": r["chosen"]} if sft else r for r in pairs[name]]
         kept, tokens = [], []
-        for row in rows:  # one by one, to know which are too long
+        for row in rows:  # one by one, to find those that are too long
             try:
                 (item,), _ = (sft_examples if sft else comparisons)([row], tokenizer, **limit)
             except ValueError:
@@ -260,7 +265,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=32_000, help="of the model, as Llama 2; the tokenizer has fewer")
+    parser.add_argument("--vocab", type=int, default=32_000, help="of the model, like Llama 2; the tokenizer has fewer")
     parser.add_argument("--tokenizer_vocab", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -297,7 +302,7 @@ def main() -> None:
 
 
 def finished(path: Path | None, same: dict, names: list[str]) -> dict[str, list[dict]]:
-    """The rounds in a result file, if it says the same of them; how a changed tree ("+") was then nobody knows."""
+    """The rounds of a result file if it matches `same`; none for a modified tree ("+"), whose state is unknown."""
     before = json.loads(path.read_text()) if path and path.exists() else {}
     changed = (same["commit"] or "+").endswith("+")
     if changed or any(before.get(key) != value for key, value in same.items()):
@@ -314,7 +319,7 @@ def in_a_process(stage: str, run: dict, environment: dict) -> dict:
 
 
 def summarized(runs: dict[str, list[dict]]) -> dict:
-    """Medians over the rounds; ratios to ours within a round first, then their median."""
+    """Medians over the rounds. Ratios to ours are taken within each round, then their median."""
     rows = []
     for who, rounds in runs.items():
         row = {"who": who, **{k: statistics.median(r[k] for r in rounds) for k in rounds[0]}}

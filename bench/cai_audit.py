@@ -1,10 +1,10 @@
-"""The card of a tiny judge on real prompts, and the report on a constitution: what both look like, at honest quality.
+"""The card of a tiny judge on real prompts, and the report on a constitution, to show what both look like.
 
     python bench/cai_audit.py --data DIR --work DIR
 
-DIR holds hh-rlhf/train.jsonl.gz and constitutional-ai/hhh_eval.jsonl (Anthropic's; not part of this repository). The
-judge is a Llama of a million weights that learns the comparison format from a few hundred pairs of hh-rlhf, each under
-a principle drawn at random and in both orders. Nobody should label with it, and its card says so.
+DIR holds hh-rlhf/train.jsonl.gz and constitutional-ai/hhh_eval.jsonl (by Anthropic; not part of this repository). The
+judge is a Llama of a million weights. It learns the comparison format from a few hundred pairs of hh-rlhf, each with a
+principle drawn at random and in both orders. It is too weak to label with, and its card says so.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 RESULT = Path(__file__).parent / "results" / "cai_audit.json"
-LONGEST = 1024  # tokens of a question; longer ones are answers of their own ("too_long")
+LONGEST = 1024  # tokens per question; longer questions are recorded as "too_long"
 
 
 def train_judge(pairs: list[dict], constitution: Constitution, path: Path, seed: int = 0) -> None:
-    """Learns to continue a comparison with the label that people chose; the better reply is (A) in half of them."""
+    """Trains the judge to continue a comparison with the label that people chose. Each pair is shown in both orders."""
     question, prompt = COMPARE_LAYOUTS[constitution.compare_layout]
     rng, rows = random.Random(seed), []
     asked = [p.compare for p in constitution.principles if p.compare]
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=300, help="of hh-rlhf, that the judge learns from")
+    parser.add_argument("--pairs", type=int, default=300, help="number of hh-rlhf pairs that the judge learns from")
     options = parser.parse_args()
     quiet()
     constitution = Constitution.load("safe-en")

@@ -1,17 +1,18 @@
 """Does the constitution steer? Experiments on the quickstart's task, where principles are rules and the truth is known.
 
     house      the quickstart's five principles, through both phases of Constitutional AI
-    negated    the same five, each turned round, from the same SFT model: a pipeline that steers by itself would not
-               notice; one that follows the constitution moves the other way
-    plus-one   the five and "thank the user for the question": what is named changes, the other five do not
-    shuffled   a reward model on labels whose sides were drawn by coin is at chance on held-out pairs
-    noisy      a judge that errs, and knows how often: a reward model on its probabilities beats one on its choices
+    negated    the same five, each reversed, from the same SFT model: a pipeline that ignores its constitution would not
+               change; one that follows it moves the other way
+    plus-one   the five plus "thank the user for the question": this changes, the other five do not
+    shuffled   a reward model trained on labels drawn by coin is at chance on held-out pairs
+    noisy      a judge that errs, and knows how often: a reward model trained on its probabilities beats one trained on
+               its choices
 
-    python bench/cai_experiments.py --seeds 0 1 2 --work /tmp/cai-experiments
+    python bench/cai_experiments.py --seeds 0 1 2 --work runs/cai-experiments
 
-An arm goes over all seeds before the next begins, and bench/results/cai.json is written after each: where a run is
-stopped, what is done stands there, and a second call does only what is missing. What counts as a success is written
-down in MARGINS and was before the first run.
+Each arm runs on all seeds before the next arm begins, and bench/results/cai.json is written after every seed. If a run
+is stopped, the finished results are there, and a second call does only what is missing. The criteria for success are in
+MARGINS; they were written before the first run.
 """
 
 import argparse
@@ -39,11 +40,11 @@ from rlhf_fast.trainers.constitutional import label, revise
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 
 RESULT = Path(__file__).parent / "results" / "cai.json"
-SIZES = Sizes(  # about half of the quickstart's, for three constitutions of three seeds
+SIZES = Sizes(  # about half of the quickstart's, because three constitutions run on three seeds
     layers=2, demonstrations=5_000, criticisms=4_000, judged_pairs=5_000, held_out_pairs=400, ppo_iterations=24,
-    held_out_prompts=1_500,  # two means of violations then differ by chance by 0.016, one standard error, or less
+    held_out_prompts=1_500,  # then the standard error of the difference between two mean violations is at most 0.016
 )  # fmt: skip
-WRITTEN_PAIRS = {"train": 1_500, "held_out": 1_000}  # for the reward models
+WRITTEN_PAIRS = {"train": 1_500, "held_out": 1_000}  # train and evaluate the reward models
 MARGINS = {
     "house": "violations per reply fall by 0.30 or more in phase 1 and by 0.03 or more in phase 2, in every seed",
     "negated": "violations per reply rise by 0.30 or more in phase 1 and by 0.10 or more in phase 2, in every seed",
@@ -62,12 +63,12 @@ NOT = {
 }
 THANKS = {"en": "Thank you for asking.", "ja": "ご質問ありがとうございます。"}
 THANK = "Revise: thank the user for the question."
-SURE = (0.55, 0.65, 0.8, 0.95)  # how often the noisy judge is right, and how sure it says it is
-DRAWS = 8  # of its errors, for each seed: one moves the accuracy by a point, which is about what is asked
+SURE = (0.55, 0.65, 0.8, 0.95)  # the noisy judge's accuracies, which are also the probabilities it gives
+DRAWS = 8  # of its errors, for each seed: a single draw moves the accuracy by a point, about the size of the effect
 
 
 def thanks(prompt, reply) -> bool | None:
-    """Does the reply thank for the question? A request for harm is none."""
+    """Whether the reply thanks the user for the question; None for a harmful request, which is not a question."""
     asked = rules.understand(prompt)
     return None if asked.kind == "harm" else THANKS[asked.language.name] in reply
 
@@ -91,7 +92,7 @@ ARMS = {"house": HOUSE, "negated": NEGATED, "plus-one": PLUS_ONE}
 
 
 def revisions_to_order(seed: int, count: int) -> list[dict]:
-    """Rows that teach the model the requests of NEGATED and PLUS_ONE: without them no constitution could make any."""
+    """Rows that teach the model to follow the requests of NEGATED and PLUS_ONE, which it has not seen otherwise."""
     rng = random.Random(f"revisions to order {seed}")
     rows = []
     for prompt, asked in task.draw_questions(rng, count, held_out=False):
@@ -115,12 +116,12 @@ def revisions_to_order(seed: int, count: int) -> list[dict]:
 
 
 class Arm(Quickstart):
-    """The quickstart's Constitutional AI stages under another constitution, from an SFT model that arms share."""
+    """The quickstart's Constitutional AI stages under another constitution, from an SFT model that all arms share."""
 
     def __init__(self, root: Path, seed: int, constitution: Constitution, sft: Path):
         super().__init__(root, seed, SIZES)
         self.constitution, self.look_at = constitution, self.held_out
-        self.held_out = self.held_out[:32]  # what PPO evaluates on while it trains
+        self.held_out = self.held_out[:32]  # the prompts that PPO evaluates on during training
         if not (root / "sft").exists():
             (root / "sft").symlink_to(sft.resolve(), target_is_directory=True)
 
@@ -149,7 +150,7 @@ class Arm(Quickstart):
 
 
 def look(path: str, held_out: list[str], seed: int) -> dict:
-    """Held-out replies, sampled as in training: how many keep each rule, and the mean number of rules broken."""
+    """Samples held-out replies as in training -> the share that keeps each rule, and the mean of broken rules."""
     replies = generate_text(
         load_policy(path), load_tokenizer(path), [[task.user(p)] for p in held_out],
         max_new_tokens=MAX_NEW_TOKENS, batch_size=256, seed=seed,
@@ -165,7 +166,7 @@ def look(path: str, held_out: list[str], seed: int) -> dict:
 
 
 def train_sft(root: Path, seed: int) -> Path:
-    """The quickstart's SFT stage with the rows of `revisions_to_order` added."""
+    """Runs the quickstart's SFT stage with the rows of `revisions_to_order` added -> its directory."""
     path = root / "sft"
     if not (path / "config.json").exists():
         extra = revisions_to_order(seed, 3_000)
@@ -179,7 +180,7 @@ def train_sft(root: Path, seed: int) -> Path:
 
 
 def reward_model(root: Path, sft: Path, train: list[dict], held_out: list[dict], seed: int) -> dict:
-    """Held-out accuracy and loss (the truth's negative log-likelihood, nats) of a reward model on `train`."""
+    """Trains a reward model on `train` -> held-out accuracy and loss (negative log-likelihood of the truth, nats)."""
     config = RewardConfig(
         output_dir=str(root), seed=seed, learning_rate=1e-3, num_train_epochs=2, per_device_train_batch_size=32,
         per_device_eval_batch_size=128, max_length=256, num_samples=0,
@@ -191,7 +192,7 @@ def reward_model(root: Path, sft: Path, train: list[dict], held_out: list[dict],
 
 
 def labels(root: Path, seed: int) -> tuple[list[dict], list[dict]]:
-    """Comparisons of written replies under HOUSE; the held-out ones with the truth, not a probability."""
+    """Comparisons of written replies under HOUSE; the held-out ones have the truth instead of a probability."""
     sets = []
     for name, count in WRITTEN_PAIRS.items():
         pairs = task.candidates(seed, count, held_out=name == "held_out")
@@ -244,7 +245,7 @@ def run_arm(root: Path, seed: int, name: str) -> dict:
 
 
 def run_seed(root: Path, seed: int, part: str, result: dict) -> dict:
-    """The result of a seed with one part more: an arm, or the reward models."""
+    """Adds one part to the result of a seed: an arm, or the reward models."""
     root.mkdir(parents=True, exist_ok=True)
     if "sft" not in result:
         held_out = task.prompts(seed, SIZES.held_out_prompts, held_out=True)
@@ -259,7 +260,7 @@ def run_seed(root: Path, seed: int, part: str, result: dict) -> dict:
 
 
 def verdicts(runs: list[dict]) -> dict[str, bool | None]:
-    """MARGINS, as they are written there, over the seeds that have what a margin is about; None where none has."""
+    """Whether each of MARGINS is met, over the seeds that have the runs it needs; None if no seed has them."""
     needed = {"plus-one": ("house", "plus-one"), "shuffled": ("as-judged", "shuffled", "shuffled-turned"),
               "noisy": ("noisy-soft", "noisy-hard")}  # fmt: skip
     held = {}
@@ -304,7 +305,7 @@ def _held(name: str, runs: list[dict]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, required=True, help="where the runs go; a second call goes on there")
+    parser.add_argument("--work", type=Path, required=True, help="where the runs go; a second call continues there")
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args()
     quiet()

@@ -1,16 +1,16 @@
 """`make gpu`: on a machine with an NVIDIA GPU, build with nvcc, run every test that needs one, and measure every op.
 
     make gpu                                   all parts, one after the other
-    make gpu PART="build bench-logprobs"       some; each is stopped after ten minutes and stands alone once built
-    python bench/gpu.py --dry-run /tmp/dry     the bench parts' logic on a CPU, small and by the clock; no measurement
+    make gpu PART="build bench-logprobs"       some parts; each is stopped after ten minutes and runs alone once built
+    python bench/gpu.py --dry-run FOLDER       the logic of the bench parts on a CPU, at small sizes; no measurement
 
-Results: bench/results/<card>-<op>.json and <card>-ppo.json, <card> as h100 or h200. A Python whose torch sees the GPU
-stays as it is: the part "peers" puts those that it lacks into build/peers-gpu, without their dependencies, and there
-into a folder of its own TRL 1.12.0, the last with PPO, without which "bench-ppo" is refused. Where there is no network,
-carry that folder along (`python bench/gpu.py --fetch-peers [--for-python 3.12]` fills it), or name another:
-PEERS=folder make gpu. A row says which peers it had to do without.
+Results go to bench/results/<card>-<op>.json and <card>-ppo.json, where <card> is h100 or h200, for example. A Python
+whose torch sees the GPU is left unchanged: the part "peers" installs missing peers into build/peers-gpu, without their
+dependencies. TRL 1.12.0, the last release with PPO, gets a folder of its own in there; without it "bench-ppo" is
+skipped. On a machine without a network, copy build/peers-gpu there (`python bench/gpu.py --fetch-peers
+[--for-python 3.12]` fills it), or name another folder: PEERS=folder make gpu. Each row says which peers were missing.
 
-On a machine that is lent for minutes, takes 64 MiB at a time, and gives back a few files of what it is asked to run:
+On a machine that is lent for minutes, accepts 64 MiB at a time, and returns only a few files:
     python bench/gpu.py --fetch-peers --for-python 3.12 --pack     build/peers-gpu*.tar.xz.1of1 ..., for "peers" there
     make gpu PART="build peers test" WITHIN=560 KEEP=folder        ends by itself, with the results in one archive
     python bench/gpu.py --unpack folder/results.tar.gz             at home
@@ -38,35 +38,35 @@ ROOT = Path(__file__).parents[1]
 BENCHES = {
     "bench-logprobs": ("token_logprobs", "ppo_from_logits"),
     "bench-entropy": ("token_logprobs_and_entropy", "kl_divergence"),
-    # Last, what quack's tuning takes minutes of: it compiles a product for each of its configurations.
+    # linear_cross_entropy is last: quack's tuning takes minutes, as it compiles a product per configuration.
     "bench-linear": ("linear_ppo_loss", "linear_token_logprobs", "linear_cross_entropy"),
     "bench-losses": (
         "ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss", "gae", "masked_mean",
         "masked_whiten",
     ),
 }  # fmt: skip
-CUDA_ONLY = ("ppo_from_logits",)  # no kernel of another device does it in place
-TESTS = {  # in parts: compiling takes minutes, and 2^31 elements take the memory of one process at a time
+CUDA_ONLY = ("ppo_from_logits",)  # only CUDA has a kernel that does it in place
+TESTS = {  # several parts, as compiling takes minutes, and 2^31 elements leave memory for only one process at a time
     "test": ("not compiles_to_one_graph and not 2_to_the_31", 10),
     "test-compile": ("compiles_to_one_graph", 10),
     "test-large": ("2_to_the_31", 0),
 }
-PPO = "bench-ppo"  # bench_ppo.py, whole iterations beside TRL 1.12.0
+PPO = "bench-ppo"  # bench_ppo.py, whole iterations against TRL 1.12.0
 PARTS = ("build", "peers", *TESTS, "sanitizer", *BENCHES, PPO)
-LIMIT = 600  # seconds a part may take
-GRACE = 15  # seconds between being asked to end and being killed
+LIMIT = 600  # seconds per part
+GRACE = 15  # seconds between asking a process to end and killing it
 PEERS = Path(os.environ.get("PEERS") or ROOT / "build" / "peers-gpu")
-PIECE = 48 << 20  # bytes of an archive that travel at a time
-LARGE_PEERS = ("nvidia_cutlass_dsl", "cuda")  # nine tenths of all, which quack alone needs: an archive of their own
-TRL_WITH_PPO = "trl-1.12.0"  # the folder in PEERS for it, because its module is called trl as the newer one's is
-PEER_MODULES = {  # module (or that folder): what pip installs for it beside torch, Triton and transformers
+PIECE = 48 << 20  # bytes per piece of an archive
+LARGE_PEERS = ("nvidia_cutlass_dsl", "cuda")  # nine tenths of the bytes, for quack only: an archive of its own
+TRL_WITH_PPO = "trl-1.12.0"  # its own folder in PEERS, because its module is called trl like the newer one
+PEER_MODULES = {  # module (or that folder): what pip installs for it in addition to torch, Triton and transformers
     "accelerate": ("accelerate",),
-    "datasets": ("datasets", "dill", "multiprocess", "xxhash"),  # what it imports and few have; all of TRL needs it
+    "datasets": ("datasets", "dill", "multiprocess", "xxhash"),  # imports that few have installed; all of TRL needs it
     "trl": ("trl>=1.16",),
     TRL_WITH_PPO: ("trl==1.12.0",),
     "liger_kernel": ("liger-kernel",),
     "cut_cross_entropy": ("cut-cross-entropy",),
-    "quack": (  # the DSL that this one asks for; beside 4.7 and 4.8 the linear part of 0.6.5 cannot be imported
+    "quack": (  # with the DSL version it requires; with 4.7 and 4.8 the linear part of 0.6.5 cannot be imported
         "quack-kernels==0.6.0", "nvidia-cutlass-dsl==4.6.0", "nvidia-cutlass-dsl-libs-base==4.6.0",
         "nvidia-cutlass-dsl-libs-core==4.6.0", "nvidia-cutlass-dsl-libs-cu{cuda}==4.6.0", "cuda-bindings",
         "cuda-pathfinder", "apache-tvm-ffi<0.2", "torch-c-dlpack-ext", "einops",
@@ -75,17 +75,17 @@ PEER_MODULES = {  # module (or that folder): what pip installs for it beside tor
 
 
 class Skipped(str):
-    """Why a part, or some of it, was not done."""
+    """The reason why a part, or some of it, was not done."""
 
 
 class OverTime(Exception):
     pass
 
 
-_deadline = float("inf")  # of the part that runs
+_deadline = float("inf")  # of the current part
 _end = float("inf")  # of all parts
-_keep: Path | None = None  # where results are kept too, in one archive
-_prefix = "*"  # of the result files: the card
+_keep: Path | None = None  # a folder that also gets the results, in one archive
+_prefix = "*"  # of the result files' names: the card
 
 
 def peer_folders() -> list[str]:
@@ -102,16 +102,16 @@ def _pythons(folder: Path) -> set[str]:
 
 
 def run(*command: str, **environment: str) -> int:
-    """A command in the root, with the peers in reach; what it started goes with it when the part's time is up."""
+    """Runs a command in the root, with the peers on its path; when the part's time is up, kills all it has started."""
     print("$", " ".join(command), flush=True)
     modules = os.pathsep.join(filter(None, (str(ROOT), *peer_folders(), os.environ.get("PYTHONPATH"))))
-    tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # its ninja and cmake
+    tools = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # for ninja and cmake
     environment = {**os.environ, "PYTHONPATH": modules, "PATH": tools, **environment}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         return wait(process)
-    except BaseException:  # over time, or interrupted
-        with suppress(ProcessLookupError):  # what it started may outlive it
+    except BaseException:  # out of time, or interrupted
+        with suppress(ProcessLookupError):  # its children may outlive it
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
@@ -120,7 +120,7 @@ def run(*command: str, **environment: str) -> int:
 
 
 def wait(process: subprocess.Popen) -> int:
-    """Until it ends, or the part's time: then a pytest still says what has failed so far."""
+    """Waits until the process or the part's time ends; on SIGINT a pytest still reports what has failed so far."""
     while (left := _deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(min(left, 5))
@@ -132,7 +132,7 @@ def wait(process: subprocess.Popen) -> int:
 
 
 def keep_results() -> None:
-    """All result files in one archive, whole at any time: whatever ends the run, it is there."""
+    """Writes all result files into one archive. It is complete at any time, whatever ends the run."""
     if _keep is None:
         return
     _keep.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def keep_results() -> None:
 
 
 def unpack_results(archive: Path) -> int:
-    """At home: the files into bench/results, and the tables anew."""
+    """Extracts the files into bench/results and rebuilds the tables, on the machine with the repository."""
     with tarfile.open(archive) as files:
         files.extractall(ROOT / "bench" / "results", filter="data")
         print("\n".join(files.getnames()))
@@ -176,7 +176,7 @@ def missing_peers() -> list[str]:
 
 
 def fetch_peers(folder: Path, modules: list[str], python: str | None = None) -> int | Skipped:
-    """Into a folder of their own, each by itself, and without dependencies: torch stays the one that is there."""
+    """Installs modules into `folder` one by one, without dependencies, so that the installed torch is kept."""
     import torch
 
     other = ("--python-version", python, "--only-binary=:all:") if python else ()
@@ -190,7 +190,7 @@ def fetch_peers(folder: Path, modules: list[str], python: str | None = None) -> 
 
 
 def pack_peers() -> list[Path]:
-    """PEERS in archives, in pieces that travel one at a time: the small peers, and what quack alone needs. Minutes."""
+    """Packs PEERS into two archives, split into pieces: the small peers, and what only quack needs. Takes minutes."""
     pieces = []
     for name, large in ((PEERS.name, False), (f"{PEERS.name}-large", True)):
         with tempfile.TemporaryFile() as whole:
@@ -209,7 +209,7 @@ def pack_peers() -> list[Path]:
 
 
 def unpack_peers() -> None:
-    """What pack_peers made elsewhere, where all pieces of an archive have arrived."""
+    """Unpacks the archives that pack_peers made elsewhere and whose pieces are all here."""
     for first in sorted(PEERS.parent.glob(f"{PEERS.name}*.tar.xz.1of*")):
         stem, count = first.name.rsplit(".1of", 1)
         pieces = [first.with_name(f"{stem}.{i}of{count}") for i in range(1, int(count) + 1)]
@@ -226,7 +226,7 @@ def test(part: str) -> int:
     chosen, processes = TESTS[part]
     command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-m", "gpu", "-k", chosen]
     command += ["-p", "no:cacheprovider"]
-    if find_spec("pytest_timeout"):  # a kernel that hangs takes its test's process with it, and no more
+    if find_spec("pytest_timeout"):  # a kernel that hangs ends only the process of its test
         command += ["--timeout", "240", "--timeout-method", "thread"]
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
@@ -234,7 +234,7 @@ def test(part: str) -> int:
 
 
 def sanitize() -> int | Skipped:
-    """Every op on small shapes under compute-sanitizer: memory it must not touch, races in shared memory."""
+    """Runs every op on small shapes under compute-sanitizer: invalid memory accesses, races in shared memory."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         return Skipped("compute-sanitizer not found")
@@ -266,7 +266,7 @@ def bench_ppo(folder: Path, prefix: str, *options: str) -> int | Skipped:
             f"--fetch-peers on a machine that has one, and carry its {PEERS.name} here (PEERS=folder for another place)"
         )
     output = str(folder / f"{prefix}-ppo.json")
-    if (left := _deadline - time.monotonic()) < LIMIT - 5:  # its profile comes last, and takes two minutes at most
+    if (left := _deadline - time.monotonic()) < LIMIT - 5:  # the profile comes last and takes at most two minutes
         options += ("--seconds", str(max(0, int(left) - 150)))
     return run(sys.executable, "bench/bench_ppo.py", "--folder", str(trl), "--json", output, *options)
 
@@ -294,11 +294,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument("--fetch-peers", action="store_true", help=f"only fill {PEERS.name}, with or without a GPU")
-    parser.add_argument("--for-python", metavar="3.12", help="of the machine that the peers are fetched for")
-    parser.add_argument("--pack", action="store_true", help="with --fetch-peers: archives to carry, in pieces")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="the results there too, as results.tar.gz")
-    parser.add_argument("--within", type=float, metavar="SECONDS", help="all parts; what does not fit is not begun")
-    parser.add_argument("--unpack", type=Path, metavar="ARCHIVE", help="only bring a results.tar.gz home")
+    parser.add_argument("--for-python", metavar="3.12", help="Python version of the machine that will use the peers")
+    parser.add_argument("--pack", action="store_true", help="with --fetch-peers: pack them into archives, in pieces")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also write the results there, as results.tar.gz")
+    parser.add_argument("--within", type=float, metavar="SECONDS", help="for all parts; what does not fit is not begun")
+    parser.add_argument("--unpack", type=Path, metavar="ARCHIVE", help="only unpack a results.tar.gz into place")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="the bench parts on a CPU, results in FOLDER")
     options = parser.parse_args(argv)
     if options.unpack:
@@ -334,18 +334,18 @@ def main(argv: list[str] | None = None) -> int:
     _end = time.monotonic() + (options.within or float("inf"))
     _keep, _prefix = options.keep and options.keep.resolve(), card(name)
     outcomes = {}
-    for part in options.part:  # a part that fails does not take the others' minutes
+    for part in options.part:  # a part that fails does not stop the others
         outcomes[part] = outcome = timed(part, name)
         print(f"== {part}: {outcome}", flush=True)
         if part == "build" and outcome.failed:
             break
     print("\n".join(f"{part:16} {outcome}" for part, outcome in outcomes.items()))
-    # A peer that cannot be had here is said in every row; a check that was not made is no success.
+    # Every row says which peers were missing, so a skipped "peers" is no failure; any other skipped part is.
     return int(any(o.failed or (o.skipped and part != "peers") for part, o in outcomes.items()))
 
 
 class Outcome(NamedTuple):
-    failed: str  # "" where it did not
+    failed: str  # "" if it did not fail
     skipped: str
     seconds: float
 
@@ -355,7 +355,7 @@ class Outcome(NamedTuple):
 
 
 def timed(part: str, name: str) -> Outcome:
-    """A part, for as long as it may take."""
+    """Runs a part within its time limit."""
     global _deadline
     start = time.monotonic()
     until = _end - GRACE - 5

@@ -1,17 +1,21 @@
-"""Held-out accuracy of a tiny reward model from random weights, over every pair of hh-rlhf that is at hand.
+"""Held-out accuracy of a tiny reward model from random weights, over every available pair of hh-rlhf.
 
     python bench/hh_reward.py --data data/hh-rlhf --json bench/results/hh_reward.json
 
-Twenty folds; dialogues with the same first turn share one, so no question is both learned from and measured on. For
-each fold a tokenizer and a reward model, neither of which has seen it, learn from the others (no SFT: see docs). Every
-one of CANDIDATES is run on every fold under every one of SEEDS; a fold counts with the candidate whose accuracy, a mean
-over the seeds, was highest on the others, and with that candidate's mean over the seeds. So a fold's own pairs do
-not choose among the candidates, no seed is picked, no models are combined, and all pairs count. The candidates were
-written down after looks at the folds EXPLORED; `confirmed` is the candidate that is best on these, on the rest.
-A pair is left out only where a transcript is malformed, and is counted; what is over max_length tokens loses the
+There are twenty folds. Dialogues with the same first turn share a fold, so no question is used both for training and
+for measuring. For each fold, a tokenizer and a reward model are trained on the other folds (no SFT: see
+docs/hh_rlhf.md).
+
+Every one of CANDIDATES runs on every fold with every one of SEEDS. The candidate for a fold is the one with the highest
+accuracy on the other folds, as a mean over the seeds; the fold's result is that candidate's mean over the seeds. So a
+fold's own pairs do not influence the choice of the candidate, no seed is picked, no models are combined, and all pairs
+count. The candidates were written down after looking at the folds EXPLORED; `confirmed` is the result, on the
+remaining folds, of the candidate that is best on EXPLORED.
+
+A pair is left out, and counted, only if a transcript is malformed. A text longer than max_length tokens loses the
 beginning of its prompt. --runs keeps each run's directory with its report.html.
 
-A run that is in the result file already (of the same settings) is not made again.
+A run that is already in the result file with the same settings is not repeated.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ from pathlib import Path
 import numpy as np
 
 FOLDS, SEEDS = 20, (50, 51, 52)
-EXPLORED = tuple(fold for fold in range(FOLDS) if fold % 5 < 2)  # they were folds 0 and 1 of five
+EXPLORED = tuple(fold for fold in range(FOLDS) if fold % 5 < 2)  # these were folds 0 and 1 when there were five
 MODEL = {"max_length": 1024, "hidden": 64, "vocab_size": 4096, "epochs": 2}
 BASE = {"turns": 0, "layers": 1, "batch_size": 64, "learning_rate": 1e-3}
-CANDIDATES = [  # turns: how many of the prompt's last messages the model reads; None: all of them
+CANDIDATES = [  # turns: the number of last messages of the prompt that the model reads; None: all
     BASE,
     {**BASE, "layers": 2},
     {**BASE, "learning_rate": 7e-4},
@@ -46,7 +50,7 @@ CANDIDATES = [  # turns: how many of the prompt's last messages the model reads;
 
 
 def folds_of(pairs: list[dict]) -> np.ndarray:
-    """(N,) the fold of each pair, decided by its first turn."""
+    """(N,) the fold of each pair, which depends on its first turn."""
     first = sorted({pair["prompt"][0]["content"] for pair in pairs})
     np.random.default_rng(0).shuffle(first)
     fold = {text: i % FOLDS for i, text in enumerate(first)}
@@ -54,13 +58,13 @@ def folds_of(pairs: list[dict]) -> np.ndarray:
 
 
 def last_turns(pair: dict, turns: int | None) -> dict:
-    """The pair with the last turns of its prompt alone; with none of it, two replies to nothing."""
+    """The pair with only the last turns of its prompt; turns = 0 leaves two replies without a prompt."""
     prompt = pair["prompt"] if turns is None else pair["prompt"][max(0, len(pair["prompt"]) - turns) :]
     return {**({"prompt": prompt} if prompt else {}), "chosen": pair["chosen"], "rejected": pair["rejected"]}
 
 
 def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: int, directory: Path) -> dict:
-    """Trains on the other folds -> what RewardTrainer measures on this one, with the floors."""
+    """Trains on the other folds -> what RewardTrainer measures on this one, including the floors."""
     import torch
 
     from rlhf_fast import RewardConfig, RewardTrainer
@@ -99,9 +103,9 @@ def run(pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: 
 
 
 def pooled(rows: list[dict]) -> dict:
-    """Means over the pairs of some folds and over the seeds, and Wilson's interval of the accuracy at 95 %.
+    """Means over the pairs of some folds and over the seeds, and Wilson's 95 % interval of the accuracy.
 
-    It is that of so many pairs, each counted once: more seeds do not narrow it.
+    The interval counts each pair once, so more seeds do not narrow it.
     """
     from rlhf_fast.data.baselines import wilson_interval
 
@@ -123,7 +127,7 @@ def pooled(rows: list[dict]) -> dict:
 
 
 def summary(rows: list[dict]) -> dict:
-    """Each candidate, each fold by the candidate that was best on the others, and all of these together."""
+    """Results of each candidate, of each fold with the candidate that was best on the others, and of all folds."""
     table = [[row for row in rows if all(row[k] == v for k, v in c.items())] for c in CANDIDATES]
     if any(len(found) < FOLDS * len(SEEDS) for found in table):
         return {}
@@ -146,14 +150,14 @@ def summary(rows: list[dict]) -> dict:
 
 
 def run_in(runs: Path | None, pairs: list[dict], folds: np.ndarray, fold: int, candidate: dict, seed: int) -> dict:
-    """run, in a directory of runs, or in one that goes afterwards."""
+    """Calls run in a subdirectory of `runs`, or in a temporary directory."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = (runs or Path(temporary)) / "-".join(map(str, [fold, seed, *candidate.values()]))
         return run(pairs, folds, fold, candidate, seed, directory)
 
 
 def command(options: argparse.Namespace, runs: str = "runs/hh") -> str:
-    """As it was called, without where this machine has the data and keeps the run directories."""
+    """The command line, without this machine's paths of the data and the run directories."""
     called = " ".join(["python", *sys.argv]).replace(str(options.data), "data/hh-rlhf")
     return called.replace(str(options.runs), runs) if options.runs else called
 
@@ -167,8 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/hh-rlhf"), help="with train.jsonl.gz and eval.jsonl.gz")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--runs", type=Path, help="where the run directories are kept")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--runs", type=Path, help="keep the run directories here")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes, with one thread each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     loaded = [load_pairs(options.data / f"{name}.jsonl.gz") for name in ("train", "eval")]

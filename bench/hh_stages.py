@@ -1,11 +1,11 @@
-"""The four stages of examples/hh_rlhf.yaml by the commands that it names, and what their run directories say.
+"""Runs the four stages of examples/hh_rlhf.yaml with its commands, and collects figures from their run directories.
 
     python bench/hh_stages.py --data data/hh-rlhf --json bench/results/hh_stages.json
 
-Every figure is read from a file that a stage leaves behind: its evaluations from train_log.jsonl, a reward model's
-from preferences.json, the pairs that it leaves out from left_out.jsonl, Constitutional AI's from summary.json and the
-run.json of its parts. CPU seconds are those of the whole command, imports and report included. --runs keeps the
-directory that the commands run in.
+Every figure is read from a file that a stage leaves behind: its evaluations from train_log.jsonl, those of a reward
+model from preferences.json, the pairs it leaves out from left_out.jsonl, those of Constitutional AI from summary.json
+and the run.json of its parts. CPU seconds are those of the whole command, including imports and report. --runs keeps
+the directory in which the commands run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGES = ("sft", "reward", "ppo", "cai")
 
 
 def run_stages(where: Path, data: Path) -> dict[str, float]:
-    """Runs all four in `where`, which gets links to what their paths name -> CPU seconds of each."""
+    """Runs all four in `where`, after linking the paths that the config names -> CPU seconds of each."""
     (where / "data").mkdir(parents=True, exist_ok=True)
     for link, target in ((where / "data" / "hh-rlhf", data), (where / "examples", ROOT / "examples")):
         link.symlink_to(target.resolve(), target_is_directory=True)
@@ -43,7 +43,7 @@ def run_stages(where: Path, data: Path) -> dict[str, float]:
 
 
 def read_stage(directory: Path) -> dict:
-    """The evaluations of one trainer, the mean loss of its last tenth of steps, and its reward model's judgement."""
+    """One trainer's evaluations, the mean loss of its last tenth of steps, and a reward model's preferences.json."""
     rows = [json.loads(line) for line in (directory / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [
         {"step": row["step"], **{k: v for k, v in row.items() if k.startswith("eval_")}}
@@ -62,7 +62,7 @@ def read_stage(directory: Path) -> dict:
 
 
 def read_data(directory: Path) -> dict:
-    """Of each file: the records that a stage learns from or measures on, and those it leaves out, by kind."""
+    """For each data file: how many records a stage uses, and how many it leaves out, by kind."""
     left_out = [json.loads(line) for line in (directory / "left_out.jsonl").read_text().splitlines()]
     reports = json.loads((directory / "data.json").read_text())
     return {

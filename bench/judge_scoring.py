@@ -1,15 +1,15 @@
-"""What it costs a local judge to ask all principles in both orders: prefixes shared, against every question on its own.
+"""What asking all principles in both orders costs a local judge, with shared prefixes and without.
 
     python bench/judge_scoring.py --data DIR [--out bench/results/cai/judge_scoring.json]
 
 DIR holds Anthropic's constitutional-ai files (not part of this repository): 16 principles, 5 few-shots, the evaluation
-pairs. The model has random weights: time and equality do not depend on them. CPU seconds of the process, one thread;
-ways take turns, the median of the rounds counts.
+pairs. The model has random weights, because neither time nor equality depends on them. Times are CPU seconds of the
+process with one thread; the methods take turns, and the median of the rounds counts.
 
     naive      one sequence at a time, each through the whole model: what a loop over prompts does
-    batched    the same sequences by length in batches of at most 8192 tokens, padded on the right
-    shared     judges/scoring.py: what sequences have in common goes through the model once
-    one judgement    one principle in both orders, naive: what the paper asks for a label
+    batched    the same sequences, sorted by length, in batches of at most 8192 tokens, padded on the right
+    shared     judges/scoring.py: common prefixes go through the model once
+    one judgement    one principle in both orders, naive: the questions that the paper asks per label
 """
 
 import argparse
@@ -30,11 +30,12 @@ from rlhf_fast.judges.scoring import label_logprobs
 from rlhf_fast.quickstart.model import tiny_llama, train_tokenizer
 
 BUDGET = 8192
-LABELS = (" (A", " (B")  # they part at their last token, so that naive scoring needs one sequence a question, not two
+# The labels differ only in their last token, so naive scoring needs one sequence per question, not two.
+LABELS = (" (A", " (B")
 
 
 def questions_of(judge: LocalJudge, pairs: list[Pair]) -> list[list[list[int]]]:
-    """The token sequences, one a label, of every question that the judge would ask."""
+    """The token sequences, one per label, of every question that the judge would ask."""
     asked = []
     score = judge.backend._scores
     judge.backend._scores = lambda requests: asked.extend(requests) or score(requests)
@@ -45,7 +46,7 @@ def questions_of(judge: LocalJudge, pairs: list[Pair]) -> list[list[list[int]]]:
 
 @torch.no_grad()
 def naive(model, questions, batched: bool):
-    """The log-probability of each label; labels of one token share their row, as in the way that is measured."""
+    """The log-probability of each label. Labels that differ only in their last token share a sequence."""
     rows = []  # (question, label, ids, where the label starts)
     for q, sequences in enumerate(questions):
         start = next(i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1)
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cai" / "judge_scoring.json")
-    parser.add_argument("--pairs", type=int, default=2, help="a batch of the judge")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs per batch of the judge")
     parser.add_argument("--hidden", type=int, default=256, help="width of the model; it has four layers")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

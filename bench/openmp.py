@@ -1,9 +1,10 @@
-"""Do our kernels and torch's fight over threads? A native op between torch ops, against each of them alone.
+"""Do our kernels and torch's compete for threads? Alternates a native op with a torch op, against each one alone.
 
     python bench/openmp.py        prints time(alternating) / (time(torch alone) + time(native alone)), 1 and 2 threads
 
-1.0 is peace. Two OpenMP runtimes whose idle threads spin would show as a ratio far above 1 on two threads. The runtimes
-that the process has loaded are listed; with torch's wheels there is one, because both link libgomp by its plain name.
+A ratio of 1.0 means no conflict. Two OpenMP runtimes whose idle threads spin would show as a ratio far above 1 with two
+threads. The script lists the runtimes that the process has loaded. With torch's wheels there is only one, because both
+link libgomp by its plain name.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def seconds(*functions) -> float:
 
 
 def main() -> None:
-    """Two sizes of op, so that both the hand-over between runtimes and the work itself are seen."""
+    """Measures two sizes: the small one shows the hand-over between runtimes, the large one the work itself."""
     maps = Path("/proc/self/maps")
     loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "omp" in line} if maps.exists() else set()
     print("OpenMP runtimes:", ", ".join(sorted(Path(name).name for name in loaded)))

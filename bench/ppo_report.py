@@ -1,4 +1,4 @@
-"""The tables and the picture of bench_ppo.py's result file; bench/report.py puts them into the pages."""
+"""Makes the tables and the picture of bench_ppo.py's result file; bench/report.py puts them into the pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = {"shared": "rlhf_fast, shared trunk", "separate": "rlhf_fast, separate c
 
 
 def short_commit(commit: str | None, unknown: str = "unknown") -> str:
-    """Its first digits, and "+" where the tree was changed: then the commit is not what was measured."""
+    """The first 12 digits, and "+" if the tree was modified, so that the commit is not what was measured."""
     return commit[:12] + ("+" if commit.endswith("+") else "") if commit else unknown
 
 
@@ -54,7 +54,7 @@ def memory(part: dict) -> str:
         for name in ("shared", "separate", "trl"):
             share = "" if name == "trl" else f" ({row[name] / row['trl']:.2f}x)"
             cells.append(f"{row[name] / 1e6:.0f}{share}")
-        if not isinstance(before, dict):  # a file from when it was not measured of each system
+        if not isinstance(before, dict):  # an old file, from before this was measured for each system
             rows.append([*cells, "not yet measured"])
             continue
         added = {name: row[name] - before[name] for name in before}
@@ -81,13 +81,13 @@ def rollout(part: dict) -> str:
 
 
 def at(rows: list[dict], axis: str, where: np.ndarray) -> np.ndarray:
-    """Reward of one run, linear between iterations, at points of an axis that only grows (KL: its largest so far)."""
+    """Reward of one run at points of an axis, linear between iterations. For KL the axis is the largest KL so far."""
     x = np.maximum.accumulate([row[axis] for row in rows])
     return np.interp(where, x, [row["reward"] for row in rows])
 
 
 def together(part: dict, axis: str, points: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Points that every run reaches, and the reward there: name -> (seeds, points)."""
+    """Points that every run reaches, and the rewards there: name -> (seeds, points)."""
     curves = part["curves"][axis]
     least = min(max(row[axis] for row in rows) for runs in curves.values() for rows in runs)
     first = max(rows[0][axis] for runs in curves.values() for rows in runs)
@@ -96,7 +96,7 @@ def together(part: dict, axis: str, points: int) -> tuple[np.ndarray, dict[str, 
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(seeds, points) -> mean and half width of its 95 % interval."""
+    """(seeds, points) -> mean and half the width of its 95 % interval."""
     n = len(values)
     return values.mean(0), T_95[n] * values.std(0, ddof=1) / n**0.5
 
@@ -130,7 +130,7 @@ def race(part: dict) -> str:
 
 
 def picture(part: dict, path: Path) -> None:
-    """Reward over CPU-seconds and over KL: every seed, and the mean with its interval."""
+    """Draws reward over CPU-seconds and over KL: every seed, and the mean with its interval."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -157,7 +157,7 @@ def picture(part: dict, path: Path) -> None:
     plt.close(figure)
 
 
-GPU_REACH = {  # column: the key of a run of the part gpu; both systems at their fastest micro-batch
+GPU_REACH = {  # column: key of a run of the part gpu, for both systems at their fastest micro-batch
     "rollout, tokens/s (>= 4x)": "rollout_tokens_per_second",
     "scoring and update, tokens/s (>= 4x)": "update_tokens_per_second",
     "whole iterations (>= 4x)": "tokens_per_second",
@@ -166,13 +166,13 @@ GPU_REACH = {  # column: the key of a run of the part gpu; both systems at their
 
 
 def best_of(runs: list[dict], system: str) -> dict | None:
-    """The fastest micro-batch of a system; None where it has no figures."""
+    """The run of a system at its fastest micro-batch; None if none has figures."""
     measured = [row for row in runs if row["system"] == system and "failed" not in row]
     return max(measured, key=lambda row: row["tokens_per_second"], default=None)
 
 
 def gpu_rates(row: dict) -> str:
-    """One run of the part gpu in a line."""
+    """One line for a run of the part gpu."""
     if "failed" in row:
         return f"{row['system']}, micro-batch {row['micro_batch_size']}: {row['failed']}"
     memory = "" if row["peak_allocated"] is None else f", {row['peak_allocated'] / 2**30:.1f} GiB"
@@ -184,7 +184,7 @@ def gpu_rates(row: dict) -> str:
 
 
 def gpu_profile(part: dict) -> str:
-    """Where the time of our fastest run is: kernels, and what they leave of the time without a profiler to the host."""
+    """Where our fastest run spends its time: kernels, and how long the device waits for the host without a profiler."""
     profile, ours = part["profile"], best_of(part["runs"], "shared")
     tokens = part["run"]["batch_size"] * part["run"]["response_length"]
     text = ""
@@ -205,7 +205,7 @@ def gpu_profile(part: dict) -> str:
 
 
 def gpu_summary(parts: list[dict]) -> str:
-    """For docs/benchmarks.md: what PPO on a GPU should reach over TRL 1.12.0, and what was measured."""
+    """For docs/benchmarks.md: the goals for PPO on a GPU relative to TRL 1.12.0, and what was measured, if anything."""
     rows = []
     for name in ("shared", "separate"):
         cells = []
@@ -223,7 +223,7 @@ def gpu_summary(parts: list[dict]) -> str:
 
 
 def gpu(parts: list[dict]) -> str:
-    """For the page: every run, and the profile."""
+    """For docs/ppo_speed.md: every run, and the profile."""
     return gpu_summary(parts) + "".join(map(gpu_table, parts))
 
 
@@ -252,7 +252,7 @@ def gpu_table(part: dict) -> str:
 
 
 def sections(result: dict, folder: Path) -> dict[str, str]:
-    """Section name -> text, for the parts that were measured; draws folder/ppo_race.svg."""
+    """Section name -> text, for the measured parts; also draws folder/ppo_race.svg."""
     made = {
         f"ppo:{name}": make(result["parts"][name])
         for name, make in (("speed", speed), ("memory", memory), ("rollout", rollout), ("race", race))

@@ -1,9 +1,10 @@
-"""PPO runs in a process of their own, ours or TRL's, for bench_ppo.py: python bench/ppo_worker.py runs.json result.json
+"""Runs PPO, ours or TRL's, in a process for bench_ppo.py: python bench/ppo_worker.py runs.json result.json
 
-Both get the same model from the same seed, the same prompts and the same reward, and write one row an iteration:
+Both get the same model from the same seed, the same prompts and the same reward, and write one row per iteration:
 CPU-seconds used so far (all threads), response tokens, reward and KL to the reference.
 
-The task: a response scores the share of its tokens that lie in a fixed tenth of the vocabulary; prompts have none.
+The score of a response is the share of its tokens that lie in a fixed tenth of the vocabulary. Prompts contain no such
+tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-PAD, EOS, FIRST = 0, 1, 2  # FIRST: the first ordinary token
-QWEN2 = {  # a Run's shape: the sizes of a Qwen2 beside its vocabulary
+PAD, EOS, FIRST = 0, 1, 2  # FIRST: the first token that is not special
+QWEN2 = {  # a Run's shape: the sizes of a Qwen2, without its vocabulary
     "qwen2-0.5b": {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
         "num_key_value_heads": 2,
@@ -33,7 +34,7 @@ QWEN2 = {  # a Run's shape: the sizes of a Qwen2 beside its vocabulary
 
 @dataclass
 class Run:
-    """What both trainers are told. One optimizer step takes minibatch_size responses, in micro-batches."""
+    """The settings of both trainers. One optimizer step takes minibatch_size responses, in micro-batches."""
 
     system: str = "shared"  # or "separate", or "trl"
     vocab: int = 8192
@@ -51,20 +52,20 @@ class Run:
     kl_coef: float = 0.05
     temperature: float = 1.0
     seed: int = 0
-    endless: bool = False  # the model never says eos or pad, so that all responses have their full length
-    shape: str = "llama"  # or one of QWEN2, whose sizes replace hidden and layers
+    endless: bool = False  # the model never says eos or pad, so all responses have full length
+    shape: str = "llama"  # or a key of QWEN2, whose sizes replace hidden and layers
     device: str = "cpu"
-    bf16: bool = False  # products of the training forward in bfloat16 (ours: of scoring, too), weights in float32
-    profile: bool = False  # ours: one iteration more, under torch's profiler
+    bf16: bool = False  # training products in bfloat16 (in ours also sampling and scoring), weights in float32
+    profile: bool = False  # ours only: one more iteration, under torch's profiler
 
     @property
     def good(self) -> range:
-        """The tokens that score."""
+        """The tokens that are rewarded."""
         return range(FIRST, FIRST + self.vocab // 10)
 
 
 def make_tokenizer(vocab: int):
-    """Token i is the word t<i>, but for the two special ones."""
+    """Token i is the word t<i>, except for the two special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -119,7 +120,7 @@ def synchronize(device: str) -> None:
 
 
 class Clock:
-    """Rows of (CPU-seconds and seconds since the start of training, what else is known)."""
+    """Collects rows of CPU-seconds and wall-clock seconds since the start of training, and other values."""
 
     def __init__(self, device: str):
         self.rows: list[dict] = []
@@ -154,7 +155,7 @@ def run_ours(run: Run) -> list[dict]:
         config, make_model(run), reward=reward, tokenizer=make_tokenizer(run.vocab),
         train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
     )  # fmt: skip
-    if reason := why_not(trainer.policy):  # it would generate through transformers, and only warn
+    if reason := why_not(trainer.policy):  # the trainer would only warn, and generate through transformers
         raise RuntimeError(f"our decoder, which is to be measured, does not run this model: {reason}")
     clock, iterations = Clock(run.device), iter(trainer)
     for _ in range(run.iterations):
@@ -163,7 +164,7 @@ def run_ours(run: Run) -> list[dict]:
             tokens=int(metrics["response_length/mean"] * run.batch_size + 0.5),
             reward=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]),
             entropy=float(metrics["policy/entropy_avg"]),
-            generate_seconds=metrics["timing_s/generate"],  # it ends with the tokens on the CPU
+            generate_seconds=metrics["timing_s/generate"],  # no synchronize(): it ends with the tokens on the CPU
         )  # fmt: skip
     if run.profile:
         clock.rows[-1]["profile"] = profile(trainer, iterations, run.device)
@@ -171,7 +172,7 @@ def run_ours(run: Run) -> list[dict]:
 
 
 def profile(trainer, iterations, device: str) -> dict[str, dict]:
-    """One iteration under torch's profiler, in two parts -> what each consists of."""
+    """Profiles one iteration in two parts -> the shares of each part."""
     rollout, parts, running = trainer._rollout, {}, Profiler(device)
 
     def then_the_rest(*arguments, **options):
@@ -202,8 +203,11 @@ class Profiler:
 
 
 def shares(events, most: int = 12) -> dict:
-    """Seconds of all kernels, the largest of them, and on what the host spends most of its own time (under the
-    profiler, which slows it down: for how long it holds the device up, compare kernel_seconds with a run without)."""
+    """Seconds of all kernels, the largest kernels, and the operations on which the host spends most of its own time.
+
+    The profiler slows the host down. To see how long the device waits for it, compare kernel_seconds with a run
+    without a profiler.
+    """
     from torch.autograd import DeviceType
 
     kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
@@ -221,8 +225,8 @@ def shares(events, most: int = 12) -> dict:
 
 
 class ShareOfGood(torch.nn.Module):
-    """The reward as the only thing that TRL takes: a module with a backbone whose "hidden state" a head turns into
-    rewards at every token. The backbone counts."""
+    """The reward in the only form that TRL takes: a module with a backbone, whose "hidden states" a head turns into a
+    reward at every token. Here the backbone counts tokens."""
 
     base_model_prefix = "backbone"
 
@@ -272,7 +276,7 @@ def run_trl(run: Run) -> list[dict]:
     config = type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1})
     value_model = AutoModelForSequenceClassification.from_config(config).to(run.device, policy.dtype)
     value_model.model.load_state_dict(policy.model.state_dict())
-    torch.nn.init.zeros_(value_model.score.weight)  # as ours starts
+    torch.nn.init.zeros_(value_model.score.weight)  # as in ours
     if run.batch_size != run.minibatch_size:
         raise ValueError("TRL 1.12.0 ignores num_mini_batches: it takes one optimizer step for the whole batch")
     accumulate = run.minibatch_size // run.micro_batch_size
@@ -298,7 +302,7 @@ def run_trl(run: Run) -> list[dict]:
 
 
 def main() -> None:
-    """Reads a list of runs, all of one system, and writes {"runs": [rows of each], "peak_rss": bytes}."""
+    """Reads a list of runs of one system and writes {"runs": [rows of each], "peak_rss": bytes}."""
     torch.set_num_threads(1)
     runs = [Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
     result = {"runs": [(run_trl if run.system == "trl" else run_ours)(run) for run in runs]}

@@ -1,6 +1,6 @@
-"""The ops in somebody else's loop: REINFORCE with a leave-one-out baseline (RLOO), no trainer of ours.
+"""The ops in your own training loop: REINFORCE with a leave-one-out baseline (RLOO), without our trainers.
 
-A model of random weights learns to say one of five words. Run it: python examples/own_loop.py
+A model with random weights learns to say only five of its 64 words. Run it: python examples/own_loop.py
 """
 
 import torch
@@ -8,12 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlhf_fast as rf
 
-WANTED = torch.arange(10, 15)  # token ids that are rewarded
-NUM_STEPS, K, T = 40, 32, 6  # K responses of T tokens to the one prompt
+WANTED = torch.arange(10, 15)  # the rewarded token ids
+NUM_STEPS, K, T = 40, 32, 6  # K responses of T tokens to a single prompt
 
 
 def main():
-    """Prints the mean reward every ten steps and returns the last one: the share of tokens that are wanted."""
+    """Prints the mean reward, which is the share of wanted tokens, every ten steps, and returns the last one."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

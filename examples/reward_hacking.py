@@ -1,8 +1,8 @@
-"""A reward that is hacked, and the monitors that notice: `python examples/reward_hacking.py`, half a minute on a CPU.
+"""A reward that gets hacked, and the monitors that notice: `python examples/reward_hacking.py`, half a minute on a CPU.
 
-What is wanted: two kind words, in few words. What is rewarded: kind words, counted. PPO finds out that more of them is
-more reward. The held-out reward is what is wanted; the policy never trains on it, and where it falls while the count
-rises the run ends, with a checkpoint, and report.html says why.
+We want short answers with two kind words, but we reward the number of kind words. PPO finds out that more kind words
+give more reward. The held-out reward measures what we want, and the policy never trains on it. When it falls while the
+trained reward rises, the run ends with a checkpoint, and report.html says why.
 """
 
 import shutil
@@ -23,7 +23,7 @@ def kind_words(prompts, responses, **columns):
 
 
 def kind_and_short(prompts, responses, **columns):
-    """1 for two kind words or more among at most six, 1/2 for one of them, 0 for none; the less the longer it is."""
+    """1 for two or more kind words, 1/2 for one, 0 for none; above six words it shrinks with the length."""
     kind = [min(count, 2.0) / 2 for count in kind_words(prompts, responses)]
     return [k * min(1.0, 6 / max(1, len(response.split()))) for k, response in zip(kind, responses, strict=True)]
 
