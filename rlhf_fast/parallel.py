@@ -115,10 +115,10 @@ def block(count: int, multiple: int) -> slice:
 
 
 @contextmanager
-def ending_all():
+def exit_all():
     """What fails inside in one process ends it, and so torchrun the others: they may wait for it in a layer, where
     nothing can be told to them. For what gathers sharded layers (sharding.py)."""
-    with in_all():  # here they meet one that has failed before
+    with raise_in_all():  # here they meet one that has failed before
         pass
     try:
         yield
@@ -128,7 +128,7 @@ def ending_all():
 
 
 @contextmanager
-def in_all(stop: list | None = None):
+def raise_in_all(stop: list | None = None):
     """What fails inside in one process raises in every one, where otherwise they would wait for it.
 
     One may stand within another: what the inner one has told to all passes the outer one. And a process that fails
@@ -140,7 +140,7 @@ def in_all(stop: list | None = None):
     try:
         yield
     except Exception as error:
-        if size() == 1 or getattr(error, "_in_all", False):
+        if size() == 1 or getattr(error, "_raised_in_all", False):
             raise
         failure = error
     if size() == 1:
@@ -160,11 +160,11 @@ def in_all(stop: list | None = None):
     else:
         process, (is_config, message) = next((i, what) for i, what in enumerate(said) if what)
         failure = (ConfigError if is_config else RuntimeError)(f"process {process} of {size()} failed: {message}")
-    failure._in_all = True
+    failure._raised_in_all = True
     raise failure
 
 
-def gather(value) -> list:
+def all_gather(value) -> list:
     """The value of every process, in the order of the processes; tensors on the CPU."""
     if size() == 1:
         return [value]
@@ -173,17 +173,17 @@ def gather(value) -> list:
     return everyone
 
 
-def spread(work: Callable[[Sequence], Sequence], items: Sequence) -> list:
+def map_shares(work: Callable[[Sequence], Sequence], items: Sequence) -> list:
     """work(share of the items) gives a result an item -> those of all items, in their order."""
-    with in_all():
+    with raise_in_all():
         mine = list(work(share(items))) if share(items) else []
     whole = [None] * len(items)
-    for process, results in enumerate(gather(mine)):
+    for process, results in enumerate(all_gather(mine)):
         whole[process :: size()] = results
     return whole
 
 
-def first(value):
+def broadcast(value):
     """The value that the first process has."""
     if size() == 1:
         return value
@@ -192,16 +192,16 @@ def first(value):
     return held[0]
 
 
-def by_first(work: Callable):
+def on_first(work: Callable):
     """work() is done by the first process, for all; there it may call what is shared out elsewhere."""
     if size() == 1:
         return work()
-    with in_all():
+    with raise_in_all():
         done = None
         if rank() == 0:
             with _alone():
                 done = pickle.dumps(work())  # here, since what cannot be sent fails too
-    return pickle.loads(first(done))
+    return pickle.loads(broadcast(done))
 
 
 @contextmanager
@@ -215,14 +215,14 @@ def _alone():
         _joined = True
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """x, which becomes the sum over the processes."""
     if size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def largest(x: Tensor) -> Tensor:
+def all_reduce_max(x: Tensor) -> Tensor:
     """x, which becomes the maximum over the processes."""
     if size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
@@ -236,7 +236,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(there, dist.ReduceOp.MAX)
     learned = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
-    with in_all():  # there may be no room
+    with raise_in_all():  # there may be no room
         flat = [_flat_gradients(bucket) for bucket in _buckets(learned)]
     for work in [dist.all_reduce(x, async_op=True) for x in flat]:
         work.wait()
@@ -263,14 +263,14 @@ def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
-def own(parameters: Sequence[nn.Parameter]) -> list[int]:
+def owned(parameters: Sequence[nn.Parameter]) -> list[int]:
     """The places of those that this process steps."""
     return share(range(len(parameters)), [p.numel() for p in parameters])
 
 
 def leave_to_others(parameters: Sequence[nn.Parameter]) -> None:
     """Only this process's own keep their gradient; AdamW passes over the rest, and makes no state for them."""
-    for i in set(range(len(parameters))).difference(own(parameters)):
+    for i in set(range(len(parameters))).difference(owned(parameters)):
         parameters[i].grad = None
 
 
@@ -288,14 +288,14 @@ def send_weights(parameters: Sequence[nn.Parameter]) -> None:
                 p.copy_(row.view(p.shape))
 
 
-def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+def gather_states(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
     """What each process has of {place: {name: tensor}} -> in the first one all of it, the others' part on the CPU;
     elsewhere its own part. Tensor by tensor, so that the others need no room for what is not theirs."""
     if size() == 1:
         return states
     mine = {(place, name): t for place, state in states.items() for name, t in state.items()}
-    theirs = gather({key: t.to("meta") for key, t in mine.items()} if rank() else {})
-    with in_all():  # there may be no room
+    theirs = all_gather({key: t.to("meta") for key, t in mine.items()} if rank() else {})
+    with raise_in_all():  # there may be no room
         if rank():
             mine = {key: t.cpu() for key, t in mine.items()}
         else:
@@ -317,15 +317,15 @@ def begin_equal(modules: Iterable[nn.Module], **read) -> None:
     which weights there are and learn is not the same in all, or a model is on another GPU than the process's own."""
     if size() == 1:
         return
-    for name, values in ((name, gather(value)) for name, value in read.items()):
+    for name, values in ((name, all_gather(value)) for name, value in read.items()):
         if any(value != values[0] for value in values):
             raise ConfigError(f"the {size()} processes read different {name}: each must be given all, and in one order")
     named = [x for m in modules for x in (*m.named_parameters(), *m.named_buffers())]
-    models = gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
+    models = all_gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
     if any(model != models[0] for model in models):
         raise ConfigError(f"the {size()} processes hold different models, or not the same weights of them learn")
     tensors = [t for _, t in named]
-    with in_all():
+    with raise_in_all():
         for device in {t.device for t in tensors if t.is_cuda}:
             if device.index != (own := torch.cuda.current_device()):
                 raise ConfigError(f"a model is on {device}, and this process's GPU is cuda:{own}: give the path of it")

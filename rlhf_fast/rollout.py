@@ -110,7 +110,7 @@ def generate(
         )  # fmt: skip
         return list(zip(*answers, strict=True))
 
-    answers = parallel.spread(answer, range(len(prompts)))
+    answers = parallel.map_shares(answer, range(len(prompts)))
     responses, logprobs = ([row[k] for row in answers] for k in (0, 1))
     return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
 

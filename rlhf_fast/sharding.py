@@ -80,9 +80,9 @@ def gathered(*models: nn.Module) -> Iterator[None]:
     """Inside, every process has the whole layers, as plain tensors that must not change, nor be shared with numpy,
     which would keep them from being freed. All enter together."""
     layers = [layer for model in models for layer in trunk_layers(unwrapped(model)) if is_sharded(layer)]
-    if layers and parallel.size() == 1:  # within parallel.by_first
+    if layers and parallel.size() == 1:  # within parallel.on_first
         raise ConfigError("fsdp: one process alone cannot gather layers; in a rollout_func the policy's are whole")
-    with parallel.ending_all() if layers else nullcontext():
+    with parallel.exit_all() if layers else nullcontext():
         for layer in layers:
             layer.set_reshard_after_forward(False)
             layer.unshard()
@@ -139,10 +139,10 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def norm_of_rows(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm of the gradients of those that are Rows, over all processes."""
     norm = torch.nn.utils.get_total_norm(gradients([p for p in parameters if isinstance(p, Rows)]))
-    return parallel.total(norm.square()).sqrt() if any(isinstance(p, Rows) for p in parameters) else norm
+    return parallel.all_reduce_sum(norm.square()).sqrt() if any(isinstance(p, Rows) for p in parameters) else norm
 
 
 def as_many(parts: list, spare) -> list:
     """The parts, and then the spare one, until there are as many as in any other process."""
-    most = int(parallel.largest(torch.tensor(len(parts))))
+    most = int(parallel.all_reduce_max(torch.tensor(len(parts))))
     return parts + [spare] * (most - len(parts))

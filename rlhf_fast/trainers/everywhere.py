@@ -22,8 +22,8 @@ class Everywhere:
         self.stop: list[str] = []  # the signals that this process has got, or another
 
     def __call__(self, part: str, *arguments):
-        parallel.first((part, arguments))
-        with parallel.in_all(self.stop):
+        parallel.broadcast((part, arguments))
+        with parallel.raise_in_all(self.stop):
             return getattr(self, part)(*arguments)
 
     def follow(self):
@@ -33,11 +33,11 @@ class Everywhere:
         """
         failure = None
         while True:
-            part, arguments = parallel.first(None)
+            part, arguments = parallel.broadcast(None)
             if part == "leave":
                 raise failure or arguments[0]
             try:
-                with parallel.in_all(self.stop):
+                with parallel.raise_in_all(self.stop):
                     result = getattr(self, part)(*arguments)
             except Exception as error:
                 failure = error
@@ -50,7 +50,7 @@ class Everywhere:
         if not isinstance(error, ConfigError):  # another may not bear to be sent
             error = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
         with suppress(Exception):
-            parallel.first(("leave", (error,)))
+            parallel.broadcast(("leave", (error,)))
 
     def step(self) -> dict | None:
         """The metrics of the next step, None after the last. One that fails has drawn, and will draw again."""
@@ -77,7 +77,7 @@ class Everywhere:
 
     def state(self) -> dict:
         """What a checkpoint holds of the trainer, and of the generators of every process; whole in the first one."""
-        return {"trainer": self.trainer.state_dict(), "rng": parallel.gather(rng_state())}
+        return {"trainer": self.trainer.state_dict(), "rng": parallel.all_gather(rng_state())}
 
     def load(self, checkpoint: Path) -> dict | None:
         return load_checkpoint(self.trainer, checkpoint)

@@ -200,7 +200,7 @@ class PPOTrainer:
         """What rollout_func returns. ConfigError where the models cannot read it, before anything has changed."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
         with gathered(self.policy):
-            lists = parallel.by_first(lambda: self.rollout_func(texts, self))
+            lists = parallel.on_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
         check_engine(lists, len(texts), embedded, with_logprobs=self.config.importance_cap is not None)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
@@ -220,11 +220,11 @@ class PPOTrainer:
     def _ask(self, reward, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """rewards.score_components of all answers; several processes ask for whole groups of num_generations each."""
         rows, scored = parallel.block(len(rollout.prompts), self.config.num_generations), None
-        with parallel.in_all():
+        with parallel.raise_in_all():
             if rows.start < rows.stop:
                 columns = {name: values[rows] for name, values in rollout.columns.items()}
                 scored = score_components(reward, rollout.prompts[rows], rollout.responses[rows], columns)
-        scores, parts = zip(*filter(None, parallel.gather(scored)), strict=True)
+        scores, parts = zip(*filter(None, parallel.all_gather(scored)), strict=True)
         return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _shape(self, rollout: Rollout) -> Tensor:
@@ -256,7 +256,7 @@ class PPOTrainer:
         filled = ["logprobs", "ref_logprobs", *(["values"] if self.value_model else [])]
         for name in filled:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
-        with self.gathered(), parallel.in_all():
+        with self.gathered(), parallel.raise_in_all():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = squeeze(rollout, rows)
                 hidden, values = self._look(rollout, rows, inputs)
@@ -265,7 +265,7 @@ class PPOTrainer:
                     rollout.values[rows] = values
                 rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
         for name in filled:
-            parallel.total(getattr(rollout, name))  # each row is 0 in all processes but one
+            parallel.all_reduce_sum(getattr(rollout, name))  # each row is 0 in all processes but one
 
     def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, inputs = squeeze(rollout, rows) -> the policy's (N, D) hidden states that
@@ -362,8 +362,8 @@ class PPOTrainer:
         """
         with common.learning_together(self.config):
             parts = self._backward(rollout, minibatch)
-        largest = parallel.largest(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
-        sums = parallel.total(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))
+        largest = parallel.all_reduce_max(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
+        sums = parallel.all_reduce_sum(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))
         stats = dict(zip(parts[0], sums, strict=True)) | {"max_abs_log_ratio": largest}
         stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
         return stats
