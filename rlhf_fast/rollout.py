@@ -115,7 +115,7 @@ def generate(
     return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
 
 
-def check_engine(returned, rows: int, embedded: int, with_logprobs: bool) -> None:
+def check_rollout_lists(returned, rows: int, embedded: int, with_logprobs: bool) -> None:
     """ConfigError unless a rollout_func returned lists for make_rollout, of `rows` rows, with tokens that the models
     embed, and log-probabilities where these are needed. It is called before the iteration has changed anything."""
     if not isinstance(returned, Mapping) or returned.get("completion_ids") is None:
@@ -208,7 +208,7 @@ def make_rollout(
     return rollout
 
 
-def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def right_padded(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """b rows, their padding moved to the right -> input_ids (b, T), positions (N,), labels (N,).
 
     As nothing is padded on the left, a causal model needs no mask and no position ids. labels are the N response tokens

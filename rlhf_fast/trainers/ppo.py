@@ -56,7 +56,16 @@ from ..models import (
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import check_room, check_signature, make_reward, score_components
-from ..rollout import Rollout, check_engine, generate, make_rollout, minibatches, rollout_metrics, squeeze, text_metrics
+from ..rollout import (
+    Rollout,
+    check_rollout_lists,
+    generate,
+    make_rollout,
+    minibatches,
+    right_padded,
+    rollout_metrics,
+    text_metrics,
+)
 from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common
@@ -202,7 +211,7 @@ class PPOTrainer:
         with gathered(self.policy):
             lists = parallel.on_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
-        check_engine(lists, len(texts), embedded, with_logprobs=self.config.importance_cap is not None)
+        check_rollout_lists(lists, len(texts), embedded, with_logprobs=self.config.importance_cap is not None)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
         stops = stop_ids(self.policy, self.tokenizer)
         rollout = make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
@@ -258,7 +267,7 @@ class PPOTrainer:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
         with self.gathered(), parallel.raise_in_all():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
-                inputs = squeeze(rollout, rows)
+                inputs = right_padded(rollout, rows)
                 hidden, values = self._look(rollout, rows, inputs)
                 rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
                 if values is not None:
@@ -268,7 +277,7 @@ class PPOTrainer:
             parallel.all_reduce_sum(getattr(rollout, name))  # each row is 0 in all processes but one
 
     def _look(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
-        """Policy and critic on b rows, inputs = squeeze(rollout, rows) -> the policy's (N, D) hidden states that
+        """Policy and critic on b rows, inputs = right_padded(rollout, rows) -> the policy's (N, D) hidden states that
         predict the N response tokens, and (b, R) values, 0 outside the mask.
 
         Scoring and training both run this, so that their numbers are equal. Only those N reach the two heads.
@@ -382,7 +391,7 @@ class PPOTrainer:
         weights = rollout.importance_weights
         for rows, counts in as_many(parts, (minibatch[-1][-1:], False)) if config.fsdp else parts:
             mask = rollout.response_mask[rows] & counts
-            hidden, values = self._look(rollout, rows, squeeze(rollout, rows))
+            hidden, values = self._look(rollout, rows, right_padded(rollout, rows))
             weight, bias, softcap = common.lm_head(self.policy, config.bf16)
             loss, p = linear_ppo_loss(
                 rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],

@@ -17,7 +17,7 @@ from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, sha
 from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
 from rlhf_fast.ops.reference import AGGREGATIONS
-from rlhf_fast.rollout import make_rollout, minibatches, squeeze
+from rlhf_fast.rollout import make_rollout, minibatches, right_padded
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [
@@ -206,7 +206,7 @@ def test_kl_in_the_loss_and_not_in_the_rewards(tmp_path):
 
     added = gradient(0.3) - gradient(0.0)
     rows = minibatch[0]
-    inputs = squeeze(rollout, rows)
+    inputs = right_padded(rollout, rows)
     hidden, _ = trainer._look(rollout, rows, inputs)
     logprobs = rollout.scatter(rows, trainer._logprobs(trainer.policy, hidden, inputs[-1]))
     kl = kl_penalty(logprobs, rollout.ref_logprobs[rows], estimator="k2")
@@ -467,7 +467,7 @@ def test_what_a_tool_says_is_read_and_never_learned(tmp_path):
         last = int(mask.nonzero()[-1])
         assert rollout.rewards[i, last] > rollout.rewards[i].abs().sum() - rollout.rewards[i, last].abs() - 1e-3
     # Another tool output is another context, but no gradient ever asks for the probability of its tokens.
-    ids, positions, labels = squeeze(rollout, torch.arange(16))
+    ids, positions, labels = right_padded(rollout, torch.arange(16))
     assert len(labels) == int(rollout.response_mask.sum()) == len(positions)
     assert float(metrics["sampling/sampling_logp_difference/mean"]) > 0
 
