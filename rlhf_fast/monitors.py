@@ -160,7 +160,7 @@ def _mean(points: list[tuple[int, float]]) -> float:
 # -- in the report -----------------------------------------------------------------------------------------------------
 
 
-def on_page(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
+def report_section(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
     """HTML: the alarms (rows of alarms.jsonl), and a chart of each monitor with its bounds.
 
     limits draw the bounds. The alarms were raised in the run, where a resume may have changed the limits in between.

@@ -35,7 +35,7 @@ class Pairs:
 
 
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
-    """Everything that section() shows, as JSON.
+    """Everything that report_section() shows, as JSON.
 
     The interval of a share is Wilson's at 95 %. Its number of trials is that of prompts, because several pairs of one
     prompt are not independent: (sum W)^2 / sum W^2, W the weight of a prompt's pairs (Kish 1965). A margin that is not
@@ -121,7 +121,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 # -- the section of the report -----------------------------------------------------------------------------------------
 
 
-def section(evaluation: dict) -> str:
+def report_section(evaluation: dict) -> str:
     """HTML of what evaluate_pairs returned: accuracy beside the floors, margins, calibration, length, sources."""
     correlation, calibration = evaluation["length_correlation"], evaluation["calibration"]
     lead = (

@@ -76,7 +76,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _preferences(run_dir: Path) -> str:
     path = run_dir / "preferences.json"
-    return preferences.section(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
+    return preferences.report_section(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
 
 
 def write_quickstart_report(root: str | Path) -> Path:
@@ -138,7 +138,7 @@ def _monitors(run_dir: Path, log: list[dict]) -> str:
     path = run_dir / "run_config.json"
     limits = json.loads(path.read_text(encoding="utf-8")).get("monitors") if path.exists() else None
     alarms = read_jsonl(run_dir / "alarms.jsonl", missing_ok=True)
-    return "" if limits is None else monitors.on_page(log, limits, alarms)
+    return "" if limits is None else monitors.report_section(log, limits, alarms)
 
 
 def _other_figures(log: list[dict]) -> str:

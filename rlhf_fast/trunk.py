@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .decoder import is_silu, why_not
+from .decoder import is_silu, why_no_decoder
 from .models import hidden_states, unwrapped
 from .ops import _layer
 
@@ -43,7 +43,7 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
 
 def runs_here(model) -> bool:
     """Whether llama() can run the model as it is now."""
-    if why_not(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
+    if why_no_decoder(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
         return False
     model = unwrapped(model)
     if model.config.model_type not in ("llama", "qwen2", "qwen3"):

@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.data.collate import pad
-from rlhf_fast.decoder import Decoder, why_not
+from rlhf_fast.decoder import Decoder, why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
 from rlhf_fast.ops import _layer
@@ -105,7 +105,7 @@ def sampled(*arguments, **options):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_transformers(name, prompts):
     model = with_opinions(name)
-    assert (why_not(model) is None) == (name != "mistral")
+    assert (why_no_decoder(model) is None) == (name != "mistral")
     expected = by_transformers(model, prompts, 24)
     assert len({len(row) for row in expected}) > 2  # rows end at different times, so compaction is at work
     for batch_size in (5, 64):
@@ -135,7 +135,7 @@ def test_a_model_with_adapters_is_decoded_with_them(prompts):
     plain = generate_tokens(model, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    assert why_not(adapted) is None
+    assert why_no_decoder(adapted) is None
     answers = generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
     assert answers == by_transformers(adapted, prompts, 8) != plain
     with adapted.disable_adapter():
@@ -208,14 +208,14 @@ def test_hooks_that_only_record_leave_it_to_us(prompts):
     model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 hooks its layers for it
     for layer in model.model.layers:
         layer.forward = layer.forward  # as transformers 4 puts it back there
-    assert why_not(model) is None
+    assert why_no_decoder(model) is None
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_what_transformers_ships_for_the_same_attention_leaves_it_to_us(name):
     model = with_opinions("llama")
     model.config._attn_implementation_internal = name  # the setter asks for flash attention to be installed
-    assert why_not(model) is None
+    assert why_no_decoder(model) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -269,7 +269,7 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(with_opinions("llama").to(dtype), config, autocast_adapter_dtype=True).eval()
-    assert why_not(model) is None
+    assert why_no_decoder(model) is None
     ours, theirs = log_probability_errors(model, prompts, bf16=True)
     assert ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt() + 0.02 * (dtype == torch.bfloat16)
     with model.disable_adapter():
@@ -335,7 +335,7 @@ def test_falling_back_is_said_once_with_its_reason(prompts):
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
     ours, logprobs = both(model, prompts, top_p=0.9)
-    monkeypatch.setattr(generation, "why_not", lambda model: "a test asks for it")
+    monkeypatch.setattr(generation, "why_no_decoder", lambda model: "a test asks for it")
     first = ours[0][0]
     habits = {"no_repeat_ngram_size": 1, "suppress_tokens": [first], "repetition_penalty": 3.0, "min_new_tokens": 8}
     monkeypatch.setattr(model, "generation_config", config := GenerationConfig(**habits))
@@ -357,7 +357,9 @@ def test_ignored_habits_are_named_once(model, prompts, monkeypatch):
         habits = {"repetition_penalty": 1.1, "suppress_tokens": [5], "min_new_tokens": 1}
         monkeypatch.setattr(model, "generation_config", GenerationConfig(**replaced, **habits))
         generate_with_logprobs(model, prompts[:1], **options)  # PPO's rollouts
-    with pytest.warns(UserWarning, match="answers without repetition_penalty, min_new_tokens, suppress_tokens of its"):
+    with pytest.warns(
+        UserWarning, match="repetition_penalty, min_new_tokens, suppress_tokens in the generation_config"
+    ):
         generate_tokens(model, prompts[:1], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -397,7 +399,7 @@ def test_eos_is_the_last_token_and_appears_once(model, prompts):
 
 @pytest.mark.parametrize("eos", [[], (), None, [None], torch.tensor(EOS)])
 def test_without_an_eos_it_is_refused(model, prompts, eos):
-    with pytest.raises(generation.ConfigError, match="eos_token_id an int or several"):
+    with pytest.raises(generation.ConfigError, match="eos_token_id an int or a list of int"):
         sampled(model, prompts, eos_token_id=eos)
 
 
@@ -508,7 +510,7 @@ def test_wrong_options_are_refused(model, prompts, wrong):
 def test_an_empty_prompt_is_named(model):
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         sampled(model, [[5], []])
-    with pytest.raises(ConfigError, match=rf"have the token {VOCAB}, and LlamaForCausalLM embeds {VOCAB}"):
+    with pytest.raises(ConfigError, match=rf"contain token {VOCAB}, but LlamaForCausalLM embeds only {VOCAB} tokens"):
         sampled(model, [[5], [VOCAB]])
 
 
@@ -518,7 +520,7 @@ def test_prompts_are_a_list_of_texts_or_messages():
     answer = partial(generation.generate_text, model, tokenizer, max_new_tokens=2, do_sample=False)
     assert answer(iter(["hello", [turn]])) == answer(["hello"]) + answer([[turn]])
     for one in ("hello", [turn], {"prompt": "hello"}):  # its characters, turns or keys were answered
-        with pytest.raises(ConfigError, match="prompts must be a list, got one"):
+        with pytest.raises(ConfigError, match="prompts must be a list, got a single prompt"):
             answer(one)
     for strange in (None, {"prompt": "hello"}, [], [5]):
         with pytest.raises(ConfigError, match="prompt 1 must be text or a list"):

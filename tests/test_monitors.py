@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from rlhf_fast.monitors import BANDS, LIMITS, Monitors, on_page
+from rlhf_fast.monitors import BANDS, LIMITS, Monitors, report_section
 from rlhf_fast.report import write_report
 
 START = {
@@ -103,10 +103,10 @@ def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():
 def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
     log = a_log(**{"response_length/mean": 90.0})
     log_of_both = log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0])
-    page = on_page(log_of_both, {}, [asdict(alarm) for alarm in alarms_of(log_of_both)])
+    page = report_section(log_of_both, {}, [asdict(alarm) for alarm in alarms_of(log_of_both)])
     assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # two of overoptimization
     assert "response_length/mean is" in page and "eval_pass_rate fell" in page
-    assert "No alarm from kl, entropy" in on_page(a_log(), {}, [])
+    assert "No alarm from kl, entropy" in report_section(a_log(), {}, [])
     (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     assert "Monitors" not in write_report(tmp_path).read_text()  # a run that nothing watched
     (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))

@@ -33,7 +33,7 @@ from rlhf_fast import SFTConfig, SFTTrainer, models
 from rlhf_fast.data.chat import Encoded
 from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
 from rlhf_fast.data.formats import Comparison
-from rlhf_fast.decoder import why_not
+from rlhf_fast.decoder import why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.ops import linear_cross_entropy
 from rlhf_fast.packing import packed_attention, packed_hidden_states, packing, why_not_packed
@@ -352,7 +352,7 @@ def test_positions_that_the_longest_sequence_rescales_are_packed_only_below_that
         for together in (packed, padded):  # what the warning says, of both
             assert (together(short, long) - alone).abs().max() > 0.01 * alone.abs().max()
     assert "beyond 16 tokens LlamaForCausalLM scales its rotary positions" in why_not_packed(model, 57)
-    assert why_not(model) is not None
+    assert why_no_decoder(model) is not None
 
 
 def test_a_trainer_packs_such_a_model_by_the_lengths_of_its_data(tmp_path):
