@@ -323,7 +323,7 @@ def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
 
 
 def test_falling_back_is_said_once_with_its_reason(prompts):
-    generation._say_once.cache_clear()
+    generation._warn_once.cache_clear()
     model = with_opinions("mistral")
     with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*architecture is mistral"):
         sampled(model, prompts[:2])
@@ -345,8 +345,8 @@ def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_ignored_habits_are_named_once(model, prompts, monkeypatch):
-    generation._say_once.cache_clear()
+def test_ignored_settings_are_named_once(model, prompts, monkeypatch):
+    generation._warn_once.cache_clear()
     options = {"max_new_tokens": 2, "eos_token_id": EOS}
     replaced = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "max_length": 9, "eos_token_id": 7}
     idle = {"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": [], "min_new_tokens": 0}
