@@ -124,14 +124,14 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     def make(**config):
         SFTTrainer(SFTConfig(str(tmp_path), **config), tiny_model(tokenizer), train_dataset=data, tokenizer=tokenizer)
 
-    with pytest.raises(ConfigError, match="this is one: start it with torchrun"):
+    with pytest.raises(ConfigError, match="there is only one: start it with torchrun"):
         make(fsdp=True)
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
-    with pytest.raises(ConfigError, match=r"adapters \(lora_r\) are few"):
+    with pytest.raises(ConfigError, match=r"adapters \(lora_r\) have few of them"):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
     skips = tiny_model(tokenizer)
     skips.config.layerdrop = 0.1
-    with pytest.raises(ConfigError, match="layerdrop of the model skips some"):
+    with pytest.raises(ConfigError, match="the model's layerdrop skips some"):
         sharding.shard(skips)
     with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
         older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
