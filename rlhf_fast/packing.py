@@ -101,7 +101,7 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
         where = {"packed": packed}
     else:  # flash attention
         if any(shared for _, shared in packed.prefixes):
-            raise NotImplementedError("flash attention does not support shared prefixes: pack without them")
+            raise NotImplementedError("flash attention runs whole sequences only: pack without shared prefixes")
         ends = torch.tensor([0, *packed.lengths]).cumsum(0).to(packed.input_ids.device, torch.int32)
         longest = max(packed.lengths)
         where = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

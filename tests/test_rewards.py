@@ -290,7 +290,7 @@ def test_a_reward_that_returns_no_numbers_is_named(returned):
 
 
 def test_a_reward_beyond_every_float_is_named():
-    with pytest.raises(ConfigError, match="reward 'huge' returned a number beyond those of a float"):
+    with pytest.raises(ConfigError, match="reward 'huge' returned a number too large for a float"):
         compute_scores(make_huge(10**5000), ["p"], ["a"], {})
     assert compute_scores(make_huge(10**300), ["p"], ["a"], {}).isinf().all()  # the run skips it
 

@@ -365,7 +365,7 @@ def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_pat
         (lambda prompts, responses: [0.0] * len(responses), "unexpected keyword argument 'word'"),
         (lambda prompts, responses, answer, **columns: [0.0] * len(responses), "argument: 'answer'"),
         (lambda completions, **columns: [0.0] * len(completions), "too many positional arguments"),
-        (lambda completions, prompts, **columns: [0.0] * len(prompts), "prompts come first, then responses"),
+        (lambda completions, prompts, **columns: [0.0] * len(prompts), "prompts must come first, then responses"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_trainer(tmp_path, reward=[(reward, 1.0)])
