@@ -19,8 +19,8 @@ def a_log(steps=20, **changed):
     return [{"step": i, **START, **(changed if i > steps // 2 else {})} for i in range(1, steps + 1)]
 
 
-def alarms_of(log, **options):
-    monitors = Monitors(**options)
+def alarms_of(log, limits=None):
+    monitors = Monitors(limits or {})
     return [alarm for row in log for alarm in monitors(row)]
 
 
@@ -122,7 +122,7 @@ def test_the_report_shows_the_alarms_that_were_raised_whatever_the_limits_are_no
     (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm | {"step": 4, "ended_run_of": 9}) + "\n")
     text = write_report(tmp_path).read_text()
     assert "<b>kl</b>, step 4: objective/kl is 25 over steps 1 to 2, above 20." in text
-    assert "This ended the run after step 4 of the 9 that were planned.</b>" in text
+    assert "This ended the run after step 4 of 9 planned steps.</b>" in text
     with (tmp_path / "train_log.jsonl").open("a") as file:
         file.write('{"step": 5, "objective/kl": 25.0}\n')
     assert "of the 9 that were planned; it was resumed.</b>" in write_report(tmp_path).read_text()

@@ -74,7 +74,7 @@ def test_sources_and_floors_are_beside_it():
     found = evaluate_pairs(pairs([1, -1, 1], source=["a", "a", None]), {"shorter response wins": 0.9})
     assert found["by_source"]["a"]["accuracy"] == 0.5 and found["by_source"]["a"]["pairs"] == 2
     page = report_section(found)
-    assert "66.7%</b> of 3 held-out pairs" in page and "shorter response wins" in page and "not told apart" in page
+    assert "66.7%</b> of 3 held-out pairs" in page and "shorter response wins" in page and "inside the interval" in page
 
 
 def test_pairs_without_spread_are_no_error():

@@ -308,7 +308,7 @@ def test_a_reward_may_be_an_array_that_was_turned_around():
 
 
 def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"a list of rewards is \[\(reward, weight\), ...\]"):
+    with pytest.raises(ConfigError, match=r"a list of rewards must be \[\(reward, weight\), ...\]"):
         make_reward([(length, "heavy")], tokenizer)
     for spec in ([], [length, length]):
         with pytest.raises(ConfigError, match="a list of rewards"):

@@ -537,7 +537,7 @@ def test_a_cap_needs_what_it_weights_by(tmp_path):
     trainer = make_trainer(
         tmp_path, rollout_func=lambda *args: with_a_tool(*args) | {"logprobs": None}, importance_cap=1.5
     )
-    with pytest.raises(ConfigError, match='rollout_func gave no "logprobs": return them'):
+    with pytest.raises(ConfigError, match='rollout_func returned no "logprobs": return them'):
         next(iter(trainer))
 
 
@@ -569,7 +569,7 @@ def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
         ({"completion_ids": [[5]] * 16, "prompts": ["x"] * 16}, "may not return 'prompts'"),
         ({"completion_ids": [[5]] * 3}, "completion_ids has 3 rows for 16"),
         ({"completion_ids": [[5] * 300] * 16}, "256 positions: let rollout_func return fewer tokens"),
-        ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, and the models embed"),
+        ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, but the models embed only"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[-1]]}, "the token -1 in prompt_ids"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[]]}, r"\[\] in prompt_ids, row 15"),
         ({"completion_ids": [[5]] * 16, "logprobs": [[-1.0, -1.0]] * 16}, "one number for each token"),
@@ -790,7 +790,7 @@ def test_a_monitor_ends_the_run_with_a_checkpoint_and_resume_overrides_it(tmp_pa
     assert alarms[-1]["monitor"] == "length" and alarms[-1]["step"] == result.step
     assert alarms[-1]["ended_run_of"] == 10 and result.stopped_by == f"length: {alarms[-1]['message']}"
     page = (tmp_path / "report.html").read_text()
-    assert f"This ended the run after step {result.step} of the 10 that were planned.</b>" in page
+    assert f"This ended the run after step {result.step} of 10 planned steps.</b>" in page
     out = capsys.readouterr().out
     assert f"Stopped by monitor length after step {result.step} of 10" in out
     resumed = make_trainer(tmp_path, **options | {"stop_on": [], "monitors": {"length": 9.0}}).train(resume=True)
