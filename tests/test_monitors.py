@@ -125,4 +125,4 @@ def test_the_report_shows_the_alarms_that_were_raised_whatever_the_limits_are_no
     assert "This ended the run after step 4 of 9 planned steps.</b>" in text
     with (tmp_path / "train_log.jsonl").open("a") as file:
         file.write('{"step": 5, "objective/kl": 25.0}\n')
-    assert "of the 9 that were planned; it was resumed.</b>" in write_report(tmp_path).read_text()
+    assert "of 9 planned steps; it was resumed.</b>" in write_report(tmp_path).read_text()

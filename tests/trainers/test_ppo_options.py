@@ -796,6 +796,6 @@ def test_a_monitor_ends_the_run_with_a_checkpoint_and_resume_overrides_it(tmp_pa
     resumed = make_trainer(tmp_path, **options | {"stop_on": [], "monitors": {"length": 9.0}}).train(resume=True)
     assert not resumed.interrupted and resumed.stopped_by is None
     page = (tmp_path / "report.html").read_text()
-    assert alarms[-1]["message"] in page and "planned; it was resumed.</b>" in page
+    assert alarms[-1]["message"] in page and "planned steps; it was resumed.</b>" in page
     again = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
     assert again[: len(alarms)] == alarms
