@@ -1,4 +1,4 @@
-"""The figures of a reward model's report, by hand."""
+"""The numbers of a reward model's report, by hand."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def test_pairs_without_spread_are_no_error():
 
 @pytest.mark.parametrize("size", [0.3, 3e4, 1e30])
 def test_margins_that_differ_in_their_last_bit_are_no_error(size):
-    """As of one record that is repeated, in batches of two sizes."""
+    """As from a single record, repeated in batches of two sizes."""
     rewards = np.zeros((17, 2), np.float32)
     rewards[:, 0] = size
     rewards[16, 0] = np.nextafter(np.float32(size), np.float32(np.inf))
@@ -108,7 +108,7 @@ def test_a_margin_that_is_not_finite_is_wrong_and_counted(bad):
 
 
 def test_the_interval_is_that_of_the_weight():
-    """A thousand pairs, of which four have weight; one prompt that outweighs another; no weight at all."""
+    """A thousand pairs with weight on only four; one prompt that outweighs another; no weight at all."""
     found = evaluate_pairs(pairs([1] * 1000, weight=[1.0] * 4 + [0.0] * 996), {})
     assert (found["low"], found["high"]) == wilson_interval(1.0, 4)
     found = evaluate_pairs(pairs([1, 1, 1, -1], weight=[1, 1, 1, 1], prompt=[0, 0, 0, 1]), {})

@@ -1,4 +1,4 @@
-"""PPO whose answers come from a server: token for token, of the policy as it is at each step, or refused."""
+"""PPO with answers from a server: every token is of the current policy, or the server is refused."""
 
 import copy
 import os
@@ -35,7 +35,7 @@ def variety(prompts, responses, **columns):
 
 
 def sharp_model(tokenizer):
-    """Not near uniform, so that a temperature shows."""
+    """A model far from uniform, so that temperatures differ."""
     model = tiny_model(tokenizer)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
@@ -65,7 +65,7 @@ def engine(request):
         yield server
 
 
-# --- what is asked and what comes back -------------------------------------------------------------------------------
+# --- requests and answers --------------------------------------------------------------------------------------------
 
 
 def test_tokens_and_log_probabilities_are_those_of_the_model_that_sampled(tmp_path, engine):
@@ -102,11 +102,11 @@ def test_every_step_samples_from_its_own_weights(tmp_path, engine):
         "sglang": ["/update_weights_from_disk"],
     }[engine.engine]
     assert [path for path, _ in engine.calls] == update * 3 and not engine.broken
-    assert len(list((tmp_path / "run/rollout_weights").iterdir())) == 1  # not a model a step
+    assert len(list((tmp_path / "run/rollout_weights").iterdir())) == 1  # not one model per step
 
 
 def test_a_server_that_keeps_its_old_weights_shows_in_the_log(tmp_path, engine):
-    """The proof that the test above would see it."""
+    """Proof that the test above would notice it."""
     engine.deaf = True
     differences = [
         metrics["sampling/sampling_logp_difference/max"] for metrics, _ in iterate(make_trainer(tmp_path, engine))
@@ -132,7 +132,7 @@ def test_evaluation_asks_the_same_weights_for_other_answers(tmp_path, engine):
     trainer.evaluate()
     loads = len(engine.calls)
     next(iter(trainer))
-    assert len(engine.calls) == loads  # what evaluation gave it is the policy of the step that follows
+    assert len(engine.calls) == loads  # the next step uses the weights that evaluation sent
     seeds = [body["seed"] for body in engine.asked if body["max_tokens"] == 7]
     assert len(seeds) == len(set(seeds)) == 16 + 3 + 16
 
@@ -159,7 +159,7 @@ def test_it_learns_with_a_server(tmp_path):
 
 
 def test_weights_are_given_again_after_a_failure(tmp_path, engine):
-    """The server may have been started anew, with its first weights, or an update may have failed halfway."""
+    """The server may have been restarted with its first weights, or an update may have failed halfway."""
     trainer = make_trainer(tmp_path, engine)
     trainer.rollout_func._server.backoff = 0.01
     next(iter(trainer))
@@ -215,7 +215,7 @@ def test_only_directories_of_weights_are_deleted_and_one_stays(tmp_path, engine)
         folder.mkdir(parents=True)
     weights = {"server_options": {"weights_dir": str(tmp_path / "shared")}}
     routes, engine.routes = engine.routes, ()
-    for _ in range(3):  # a job that is started again and again
+    for _ in range(3):  # a job that is restarted repeatedly
         with pytest.raises(ConfigError, match="did not load the policy's weights"):
             next(iter(make_trainer(tmp_path, engine, **weights)))
     engine.routes = routes
@@ -415,7 +415,7 @@ def config_of(root):
 
 
 def started(root, engine, **environment):
-    """run_ppo on the model in root, in a process of its own."""
+    """run_ppo on the model in root, in another process."""
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests), str(tests.parent)])
     return subprocess.Popen(
@@ -437,7 +437,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_weights_given_again(tmp_path,
             _, said = run.communicate(timeout=300)
             assert run.returncode == -signal.SIGKILL, said[-2000:]
             assert (root / "run/checkpoint-2").exists()
-            engine.base, engine.asked = engine.first, []  # it has been started anew
+            engine.base, engine.asked = engine.first, []  # it has been restarted
         run_ppo(job_of(root, rollout_server=engine.url), config_of(root), name == "killed")
         bodies[name] = sorted((body["seed"], body["prompt"]) for body in engine.asked if body["max_tokens"] == 7)
         assert len(list((root / "run/rollout_weights").iterdir())) == 1
