@@ -242,7 +242,7 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16)
     # Finished rows leave only once they are a large share of the batch, because removing them costs about a step: the
     # buffers are moved, and on CUDA a graph is captured for the new batch size. On CUDA even counting the finished rows
     # makes the host wait, so this happens at every eighth step only.
-    least_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
+    min_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
     logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
     alive = torch.arange(len(prompts), device=ids.device)  # (rows in the batch,): the prompt that each row answers
@@ -259,7 +259,7 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16)
             finished = int(done.sum())
             if finished == len(alive):
                 break
-            if finished >= least_share * len(alive):
+            if finished >= min_share * len(alive):
                 kept = (~done).nonzero().squeeze(1)
                 decoder.keep(kept)
                 alive, done, token = alive[kept], done[kept], token[kept]

@@ -150,5 +150,5 @@ def norm_of_rows(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 def as_many(parts: list, spare) -> list:
     """The parts, followed by copies of `spare` until there are as many as in the process that has the most."""
-    most = int(parallel.all_reduce_max(torch.tensor(len(parts))))
-    return parts + [spare] * (most - len(parts))
+    count = int(parallel.all_reduce_max(torch.tensor(len(parts))))
+    return parts + [spare] * (count - len(parts))
