@@ -29,8 +29,8 @@ class Pairs:
     lengths: np.ndarray  # (M, 2), tokens
     target: np.ndarray  # (M,): the probability that the first response is better
     weight: np.ndarray  # (M,)
-    source: list[str | None]  # M: the data set that the pair comes from
-    prompt: np.ndarray  # (M,): a number for the prompt that the pair answers
+    source: list[str | None]  # M: where the pair comes from
+    prompt: np.ndarray  # (M,): identifies the prompt that the pair answers
 
 
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:

@@ -51,7 +51,7 @@ def runs_here(model) -> bool:
         return False
     layer = model.base_model.layers[0]
     return not (
-        isinstance(layer, FSDPModule)  # its forward gathers it; without gradients too, so that the bits are the same
+        isinstance(layer, FSDPModule)  # its own forward gathers it, and runs without gradients too, for the same bits
         or model.config.hidden_act != "silu"
         or not all(is_silu(layer.mlp.act_fn) for layer in model.base_model.layers)
         or getattr(layer, "gradient_checkpointing", False)
