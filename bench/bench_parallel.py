@@ -81,7 +81,7 @@ def child(stage: str, folder: str, fsdp: bool) -> None:
     for _ in trainer:
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
-    grown = max(parallel.gather(peak() - before)) / parameters
+    grown = max(parallel.all_gather(peak() - before)) / parameters
     if parallel.rank() == 0:
         print("RESULT", grown if stage == "memory" else statistics.median(seconds[2:]))
 

@@ -137,7 +137,7 @@ class Clock:
 
 
 def run_ours(run: Run) -> list[dict]:
-    from rlhf_fast.decoder import why_not
+    from rlhf_fast.decoder import why_no_decoder
     from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
     def reward(prompts, responses, **columns):
@@ -155,7 +155,7 @@ def run_ours(run: Run) -> list[dict]:
         config, make_model(run), reward=reward, tokenizer=make_tokenizer(run.vocab),
         train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
     )  # fmt: skip
-    if reason := why_not(trainer.policy):  # the trainer would only warn, and generate through transformers
+    if reason := why_no_decoder(trainer.policy):  # it would generate through transformers, and only warn
         raise RuntimeError(f"our decoder, which is to be measured, does not run this model: {reason}")
     clock, iterations = Clock(run.device), iter(trainer)
     for _ in range(run.iterations):

@@ -1,10 +1,10 @@
 """From scores to the advantages that weight the policy gradient. B sequences, T response tokens; sums over t skip
 padding.
 
-scores           what the reward says: scaled, clipped, less penalties for an answer that is cut or long
-against drift    rewards_t = -kl_coef KL_t, plus the score on the last token (Ziegler et al. 2019, eq. 2)
+scores           the reward's, scaled, clipped, minus penalties for answers that are cut or long
+rewards          rewards_t = -kl_coef KL_t, plus the score on the last token (Ziegler et al. 2019, eq. 2)
 REINFORCE        grad = E[ sum_t grad log pi(a_t | s_t) A ],  R = sum_t rewards_t
-baselines        A = R - b, b the mean of the batch, of the other answers to the prompt (RLOO), or of all of them
+baselines        A = R - b, b the mean of the batch, of the other answers to the prompt (RLOO), or of all answers to it
 GAE              rlhf_fast.gae, with V(s_t) as the baseline
 """
 
@@ -19,14 +19,14 @@ from .ops import kl_penalty
 
 
 def shaped_scores(
-    scores: Tensor, lengths: Tensor, ended: Tensor, *, clip_range: tuple[float, float] | None = None,
-    missing_eos_penalty: float | None = None, length_penalty: float = 0.0, length_budget: int = 0,
+    scores: Tensor, lengths: Tensor, ended: Tensor, *, clip_range: tuple[float, float] | None,
+    missing_eos_penalty: float | None, length_penalty: float, length_budget: int,
 ) -> Tensor:  # fmt: skip
-    """(B,) scores, lengths in tokens, whether a response ended with eos -> (B,) scores to train on.
+    """(B,) scores, lengths in tokens, and whether the response ends with eos -> (B,) scores to train on.
 
-    The penalties come after the clip, so that they also lower a score at its limit. length_penalty is per token beyond
-    length_budget. For responses of at most R tokens, length_budget R - b and length_penalty p / b are DAPO's soft
-    punishment of overlong answers (Yu et al. 2025, eq. 13).
+    The penalties are subtracted after clipping, so they also lower a score at the limit. length_penalty is per token
+    beyond length_budget. For responses of at most R tokens, length_budget R - b with length_penalty p / b is DAPO's
+    soft overlong punishment (Yu et al. 2025, eq. 13).
     """
     if clip_range is not None:
         scores = scores.clamp(*clip_range)
@@ -39,10 +39,10 @@ class RunningStd:
     """The standard deviation of all scores so far, to divide scores by (Engstrom et al. 2020). Chan's update."""
 
     def __init__(self, count: float = 0.0, mean: float = 0.0, squares: float = 0.0):
-        self.count, self.mean, self.squares = count, mean, squares  # squares: sum of squared distances to the mean
+        self.count, self.mean, self.squares = count, mean, squares  # squares: sum of squared deviations
 
     def update(self, scores: Tensor) -> float:
-        """Adds (B,) scores -> the standard deviation of all so far, or 1 as long as they are all equal."""
+        """Adds (B,) scores -> the standard deviation of all scores so far; 1 while they are all equal."""
         scores = scores.double()
         count, mean = len(scores), float(scores.mean())
         total, shift = self.count + count, mean - self.mean
@@ -56,8 +56,8 @@ def kl_shaped_rewards(
 ) -> tuple[Tensor, Tensor]:
     """(B,) scores, the rest (B, T) -> per-token rewards and KL estimate in nats, both (B, T), 0 outside the mask.
 
-    The score is added to the last token in the mask: eos, or the token where the response was cut. The mask may have
-    gaps (the output of a tool, say); a row without tokens gets no score.
+    The score is added to the last token in the mask: eos, or the token at which the response was cut. The mask may have
+    gaps (for example the output of a tool). A row without tokens gets no score.
     """
     mask = mask.bool()
     kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator).masked_fill(~mask, 0.0)
@@ -68,13 +68,16 @@ def kl_shaped_rewards(
 def sequence_advantages(
     rewards: Tensor, mask: Tensor, baseline: str, group_size: int = 1, *, scale: str = "none"
 ) -> Tensor:
-    """(B, T) per-token rewards -> (B, T) advantages without a critic: R - b on every token of the response, R its sum.
+    """(B, T) per-token rewards -> (B, T) advantages without a critic: R - b on every token of the response, where R is
+    the sum of its rewards.
 
-    The response is one action (Ahmadian et al. 2024). baseline: a key of BASELINES. scale divides by the standard
-    deviation of R, over the "batch" or within the "group" (GRPO), plus TRL's 1e-4; "none" leaves the gradient unbiased.
+    The response is one action (Ahmadian et al. 2024).
+    baseline: a key of BASELINES.
+    scale: divide by the standard deviation of R, over the "batch" or within the "group" (GRPO), plus TRL's 1e-4. "none"
+    leaves the gradient unbiased.
     """
-    # In float64 the mean of equal float32 numbers is exactly that number. A float32 mean may differ by a rounding step,
-    # and that step divided by a standard deviation of nearly 0 would be an advantage of normal size.
+    # In float64 the mean of equal float32 numbers is exactly that number. A float32 mean may be off by a rounding
+    # error, which would become a full-sized advantage when it is divided by a standard deviation near 0.
     returns = rewards.double().sum(1)
     advantages = returns - BASELINES[baseline](returns, group_size)
     if scale != "none":
@@ -85,23 +88,23 @@ def sequence_advantages(
 
 
 def batch_mean_baseline(scores: Tensor, group_size: int = 1) -> Tensor:
-    """(B,) scores -> (B,) the same mean everywhere, whatever the groups."""
+    """(B,) scores -> (B,) the mean of all of them, whatever the groups."""
     return scores.mean().expand_as(scores)
 
 
 def group_mean_baseline(scores: Tensor, group_size: int) -> Tensor:
-    """(B,) scores, the group_size answers to a prompt side by side -> (B,) their mean (GRPO, Shao et al. 2024)."""
+    """(B,) scores, the group_size answers to a prompt adjacent -> (B,) mean of the group (GRPO, Shao et al. 2024)."""
     return _grouped(scores, group_size).mean(1, keepdim=True).expand(-1, group_size).reshape(-1)
 
 
 def leave_one_out_baseline(scores: Tensor, group_size: int) -> Tensor:
     """(B,) scores -> (B,) mean of the other answers to the same prompt (RLOO, Ahmadian et al. 2024).
 
-    Unlike the mean of the whole group it does not depend on the answer itself, so the gradient stays unbiased.
-    ValueError for a group_size below 2.
+    Unlike the mean of the whole group, it does not depend on the answer itself, so the gradient stays unbiased.
+    ValueError if group_size is below 2.
     """
     if group_size < 2:
-        raise ValueError(f"leave_one_out_baseline: needs at least 2 answers a prompt, got group_size {group_size}")
+        raise ValueError(f"leave_one_out_baseline: needs at least 2 answers per prompt, got group_size {group_size}")
     groups = _grouped(scores, group_size)
     return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).reshape(-1)
 
@@ -119,11 +122,11 @@ def _grouped(scores: Tensor, group_size: int) -> Tensor:
 
 @dataclass
 class KLController:
-    """kl_coef, fixed where target is None, else moved toward a target KL (Ziegler et al. 2019, section 2.2).
+    """kl_coef: fixed if target is None, else adapted to reach a target KL (Ziegler et al. 2019, section 2.2).
 
-    The unit of target is objective/kl: nats per sequence, summed over its tokens (6.0 is customary for 24-token
-    responses; verl and OpenRLHF give the mean per token, so divide by the response length to compare).
-    horizon is the number of sequences over which a 20 % error changes kl_coef by 20 %.
+    target: in the unit of objective/kl, nats per sequence, summed over its tokens. (6.0 is customary for 24-token
+    responses. verl and OpenRLHF use the mean per token, so divide by the response length to compare.)
+    horizon: the number of sequences over which a 20 % error changes kl_coef by 20 %.
     """
 
     kl_coef: float
@@ -131,6 +134,7 @@ class KLController:
     horizon: float = 10_000
 
     def update(self, kl: float, num_sequences: int) -> None:
-        if self.target is not None and math.isfinite(kl):  # one bad batch must not spoil the coefficient
+        """Adapts kl_coef to the measured KL of num_sequences sequences."""
+        if self.target is not None and math.isfinite(kl):  # a NaN or inf of one batch must not reach the coefficient
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + error * num_sequences / self.horizon

@@ -1,28 +1,28 @@
-"""Charts as inline SVG: text in the reader's own fonts, sharp at any size, a few kB each, nothing to install."""
+"""Charts as inline SVG: text in the reader's own fonts, sharp at any size, a few kB each, no dependency."""
 
 import math
 from dataclasses import dataclass
 from html import escape
 
-# Okabe and Ito (2008): colours that the colour-blind can tell apart too, and differ in lightness in print.
+# Okabe and Ito (2008): colours that colour-blind readers can tell apart, and that differ in lightness in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-WIDTH, HEIGHT = 340, 200  # px; drawn one to one in a column of a phone
+WIDTH, HEIGHT = 340, 200  # px; the width of a phone's column
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
 STRONG = ' stroke-width="1.7"'
-DENSE = ' stroke-width="1.1" stroke-opacity="0.7"'  # a noisy line must not hide the one that is measured less often
-MAX_POINTS = 240  # more than the plot has pixels for; beyond it neighbours are averaged
+DENSE = ' stroke-width="1.1" stroke-opacity="0.7"'  # a noisy line must not hide one with fewer points
+MAX_POINTS = 240  # about what the plot's pixels can show; with more points neighbours are averaged
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name and points (x, y). Points that are not finite are left out."""
+    """One line of a chart: its name and its points (x, y). Points with a y that is not finite are left out."""
 
     label: str
     points: list[tuple[float, float]]
 
 
 def bar_chart(title: str, bars: list[tuple[float, float, float]], *, x_label: str) -> str:
-    """A <figure> with bars (left, right, height), as of a histogram, and a line at x = 0 where it lies within."""
+    """A <figure> with bars (left, right, height), as in a histogram, and a line at x = 0 if the bars span it."""
     x0, x1 = min(left for left, _, _ in bars), max(right for _, right, _ in bars)
     ticks = nice_ticks(0, max(height for _, _, height in bars) or 1, 4)
 
@@ -67,10 +67,11 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     x_label: str = "step",
 ) -> str:
-    """A <figure> with the lines on common axes; x spans `x_range`, or the points.
+    """A <figure> with the lines on common axes; "" if no point is finite.
 
-    percent: y goes from 0 to 100 %, if all points do (a user's own metric may have the name of a share without being
-    one). "" where there is no finite point.
+    percent: y goes from 0 to 100 %, provided that all points are in this range. (A user's own metric may have the name
+    of a share without being one.)
+    x_range: at least this range of x is shown.
     """
     series = [Series(s.label, _thinned([p for p in s.points if math.isfinite(p[1])])) for s in series]
     series = [s for s in series if s.points]
@@ -102,23 +103,19 @@ def line_chart(
         path = " ".join(f"{x},{y}" for x, y in placed)
         few = len(placed) <= 24
         parts.append(f'<polyline points="{path}" stroke="{colour}"{STRONG if few else DENSE}/>')
-        if few:  # dots show what was measured; the line between them is only drawn
+        if few:  # dots mark the measured points
             parts += [f'<circle cx="{x}" cy="{y}" r="2.4" fill="{colour}"/>' for x, y in placed]
     return _figure(title, series, "".join([*parts, "</svg>"]), x_label)
 
 
-def interval_chart(
-    title: str, rows: list[tuple[str, float, float, float]], *, reference: float | None = None, percent: bool = False
-) -> str:
-    """A <figure> with one line a row (label, value, low, high): a dot with its interval, on a common axis.
-
-    reference: where a vertical line stands. "" where there are no rows.
-    """
+def interval_chart(title: str, rows: list[tuple[str, float, float, float]], *, reference: float, percent: bool) -> str:
+    """A <figure> with a dot and its interval for each row (label, value, low, high), on a common axis, and a vertical
+    line at `reference`. "" if there are no rows."""
     if not rows:
         return ""
     left, line = 128, 22
     height = TOP + line * len(rows) + BOTTOM
-    values = [x for _, *numbers in rows for x in numbers] + ([] if reference is None else [reference])
+    values = [reference, *(x for _, *numbers in rows for x in numbers)]
     ticks = nice_ticks(min(values), max(values), 4)
     x0, x1 = ticks[0], ticks[-1]
 
@@ -131,9 +128,8 @@ def interval_chart(
         label = f"{tick:.0%}" if percent else short(tick)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}"/>')
         parts.append(f'<text x="{x}" y="{height - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    if reference is not None:
-        x = across(reference)
-        parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}" stroke="{COLOURS[1]}"/>')
+    x = across(reference)
+    parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}" stroke="{COLOURS[1]}"/>')
     for i, (label, value, low, high) in enumerate(rows):
         y = TOP + line * (i + 0.5)
         parts.append(f'<text x="{left - 8}" y="{y + 3.5}" text-anchor="end">{escape(label)}</text>')
@@ -144,7 +140,7 @@ def interval_chart(
 
 
 def heat_table(labels: list[str], matrix: list[list[float | None]]) -> str:
-    """A table of numbers from -1 to 1, blue above 0 and orange below, the deeper the further; None is left empty."""
+    """A table of numbers from -1 to 1: blue above 0, orange below, stronger away from 0. None is an empty cell."""
     head = "".join(f'<th><span class="up">{escape(label)}</span></th>' for label in labels)
     body = []
     for label, row in zip(labels, matrix, strict=True):
@@ -159,7 +155,7 @@ def heat_table(labels: list[str], matrix: list[list[float | None]]) -> str:
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart), about `about` of them, that enclose [low, high]."""
+    """About `about` round numbers that enclose [low, high]; their distance is 1, 2 or 5 times a power of ten."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -171,7 +167,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _labels(ticks: list[float]) -> list[str]:
-    """The labels of the ticks: short(), or with more digits where two of them would be the same."""
+    """The labels of the ticks: short(), or more digits if two labels would be equal."""
     texts = [short(tick) for tick in ticks]
     return texts if len(set(texts)) == len(ticks) else [f"{tick:.7g}" for tick in ticks]
 

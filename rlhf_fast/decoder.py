@@ -1,17 +1,17 @@
-"""The forward pass of generation for decoder-only models: one new token a row, over keys and values in one buffer.
+"""The forward pass of generation for decoder-only models: one new token per row, with keys and values in one buffer.
 
     x = embed(token)                                                    (B, T, D), T = 1 after the prompt
-    for every layer:   q, k, v = project(norm(x))                       k, v go into the buffers at the row's position
+    for every layer:   q, k, v = project(norm(x))                       k, v are written to the buffers
                        x += output(softmax(q k^T / sqrt(d)) v)
                        x += mlp(norm(x))
     logits = lm_head(norm(x))                                           of the last token only
 
-The weights are the model's own. A module that is more than a plain linear layer or RMSNorm (it has a LoRA adapter or a
-hook, say) is called as it is. What is saved is what transformers does anew for every token in every layer: masks, cache
-objects, rotary tables, output records. Small projections of the same input become one product, from a copy of their
-weights. On the CPU a whole layer of plain modules is one native call where the rows are few (csrc/cpu/decode.cpp). With
-bf16 products are in bfloat16, as under autocast, which around each forward would round every weight for every token:
-plain modules have a rounded copy.
+It uses the model's own weights. A module that is more than a plain linear layer or RMSNorm (for example one with a LoRA
+adapter or a hook) is called unchanged. The time saved is what transformers spends again for every token in every layer:
+masks, cache objects, rotary tables, output objects. Small projections of the same input become one product with a copy
+of their weights. On the CPU, if there are few rows, a whole layer of plain modules is one native call
+(csrc/cpu/decode.cpp). With bf16, products are in bfloat16, as under autocast. Autocast around each forward would round
+every weight again for every token, so plain modules get a rounded copy instead.
 Specification: the model's own forward, token for token.
 """
 
@@ -32,48 +32,48 @@ from .models import learns_a_prompt, rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
-ATTENTION = (  # modules whose attention functions compute causal softmax(q k^T) v, as the architecture itself does
+ATTENTION = (  # modules whose attention functions compute the architecture's own causal softmax(q k^T) v
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
 )  # fmt: skip
-FEW = range(1, 129)  # rows for which our products are faster than the library's: 1.2 to 3.5x on EPYC 9004
+FEW = range(1, 129)  # numbers of rows at which our products are faster than the library's: 1.2 to 3.5x on EPYC 9004
 SILU = nn.SiLU, type(ACT2FN["silu"])
-MOST_COPIED = 1 << 20  # weights; for more, joining products saves little time, and the copy takes memory
+MAX_COPIED = 1 << 20  # weights; above this, joining products saves little time and the copy takes memory
 
 
-def why_not(model) -> str | None:
-    """Why Decoder cannot run this model; None where it can."""
+def why_no_decoder(model) -> str | None:
+    """The reason why Decoder cannot run this model; None if it can."""
     if learns_a_prompt(model):
-        return "its adapter adds tokens of its own to the prompt"
+        return "its adapter adds virtual tokens to the prompt"
     model = unwrapped(model)
     config = model.config
     layers = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))
     if config.model_type not in SUPPORTED or layers is None:
         return f"its architecture is {config.model_type}, not one of {', '.join(SUPPORTED)}"
     if len(layers) > config.num_hidden_layers:
-        return f"its config runs {config.num_hidden_layers} of its {len(layers)} layers"
+        return f"its config runs only {config.num_hidden_layers} of its {len(layers)} layers"
     if attends_in_its_own_way(model):
         return f"its attention is {config._attn_implementation}, which may be any function"
     if rotary_limit(model) is not None:
         return "it rescales its rotary positions as the text grows"
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "some of its layers attend to a window only"
+        return "some of its layers have sliding-window attention"
     if any(isinstance(p, DTensor) for p in layers.parameters()):
-        return "its layers are sharded, and whole within sharding.gathered only"
+        return "its layers are sharded (sharding.gathered makes them whole)"
     for part in _computed(model.base_model, layers):
         kind = type(part).__bases__[1] if isinstance(part, FSDPModule) else type(part)
         if not kind.__module__.startswith("transformers.models."):
-            return f"its layers have a {kind.__name__}, which is not transformers' own class"
+            return f"its layers contain a {kind.__name__}, which is not a class of transformers"
         if _is_altered(part):
-            return f"a hook or a forward of its own may change what a {type(part).__name__} of it computes"
+            return f"one {type(part).__name__} has a hook or a replaced forward, which may change what it computes"
     if getattr(config, "reorder_and_upcast_attn", False) or getattr(config, "add_cross_attention", False):
-        return "its attention is not the usual one (reorder_and_upcast_attn or add_cross_attention)"
+        return "it sets reorder_and_upcast_attn or add_cross_attention, which changes its attention"
     if len({p.device for p in model.parameters()}) > 1:
         return "its weights lie on several devices"
     return None
 
 
 def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """The modules whose forward is not called, because what it does is written out here; each before its children."""
+    """The modules whose forward is not called, because this file computes the same; each before its children."""
     yield trunk
     for layer in layers:
         yield layer
@@ -87,9 +87,11 @@ def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _is_altered(module: nn.Module) -> bool:
-    """Whether a hook, or a forward of its own, may make it compute something else than its class does. The hooks of
-    transformers 5 only record, transformers 4 leaves the class's own forward where it has recorded, and the hooks of
-    FSDP gather what stays the same."""
+    """Whether a hook or a replaced forward may make it compute something else than its class does.
+
+    Three cases are harmless. The hooks of transformers 5 only record. transformers 4 records too, and afterwards leaves
+    the class's own forward on the module. The hooks of FSDP gather weights without changing them.
+    """
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     makers = (getattr(hook, "__module__", None) or "" for kind in hooks for hook in kind.values())
     harmless = "transformers.", "torch.distributed.fsdp."
@@ -98,10 +100,10 @@ def _is_altered(module: nn.Module) -> bool:
 
 
 def attends_in_its_own_way(model: nn.Module) -> bool:
-    """Whether its attention may be something else than causal softmax(q k^T) v: a function that was registered with
-    AttentionInterface, say, or a sparse kernel from the hub. (Flash attention from the hub is called by transformers'
-    own function.)"""
-    attend = ALL_ATTENTION_FUNCTIONS.get(unwrapped(model).config._attn_implementation)  # None is the model's eager one
+    """Whether its attention may be something else than causal softmax(q k^T) v, for example a function registered with
+    AttentionInterface or a sparse kernel from the hub. (Flash attention from the hub goes through transformers' own
+    function, and is allowed.)"""
+    attend = ALL_ATTENTION_FUNCTIONS.get(unwrapped(model).config._attn_implementation)  # None: the model's eager one
     return attend is not None and attend.__module__ not in ATTENTION
 
 
@@ -111,7 +113,7 @@ def is_silu(activation: nn.Module) -> bool:
 
 def _is_plain(module) -> bool:
     """Whether it is a linear layer that only multiplies by its weight and adds its bias, both of them plain tensors (a
-    quantized weight is not)."""
+    quantized weight is not plain)."""
     if type(module) is _BF16Linear:
         return True
     if type(module) is not nn.Linear or _is_altered(module):
@@ -120,8 +122,8 @@ def _is_plain(module) -> bool:
 
 
 class _BF16Linear:
-    """x weight^T + bias, multiplied in bfloat16. On the CPU, where the steps between products are our own, what comes
-    out is float32 again."""
+    """x weight^T + bias, multiplied in bfloat16. On the CPU, where our own kernels run between the products, the result
+    is converted back to float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight.bfloat16(), bias
@@ -136,7 +138,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _product(module: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
-    """The module, or what computes it in bfloat16."""
+    """The module, or with bf16 a function that computes it in bfloat16."""
     if not bf16:
         return module
     if _is_plain(module):
@@ -152,10 +154,10 @@ def _product(module: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function that gives x to these products and concatenates what they return. Small plain ones become one, and
-    those whose weights are copies anyway, which then are parts of one."""
+    """The function that concatenates these products of the same x. Small plain products are joined into one. So are
+    those in bfloat16: their weights are copies already, and become views of the joined copy."""
     copies = all(type(product) is _BF16Linear for product in products)
-    small = all(map(_is_plain, products)) and sum(product.weight.numel() for product in products) <= MOST_COPIED
+    small = all(map(_is_plain, products)) and sum(product.weight.numel() for product in products) <= MAX_COPIED
     if not (copies or small):
         return lambda x: torch.cat([product(x) for product in products], -1)
     weight, bias = torch.cat([product.weight for product in products]), None
@@ -170,7 +172,7 @@ def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 
 
 def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor | None, ...] | None:
-    """The weights of a layer in the order of _layer.decode_layer; None where one of its modules is not plain."""
+    """The weights of a layer in the order of _layer.decode_layer; None if one of its modules is not plain."""
     attention, norms = layer.self_attn, [layer.input_layernorm, layer.post_attention_layernorm]
     q, k, v, output, *gated = products
     query_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
@@ -190,7 +192,8 @@ def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor |
 
 
 def _rms_norm(module: nn.Module):
-    """transformers' RMSNorm in one call instead of seven. In half precision it rounds in between, and is called."""
+    """transformers' RMSNorm in one call instead of seven. In half precision the module itself is called, because it
+    rounds between its steps."""
     weight = module.weight
     if weight.dtype != torch.float32:
         return module
@@ -206,7 +209,7 @@ def _rms_norm(module: nn.Module):
 
 
 class _Rotary:
-    """llama, qwen2, qwen3: rotary positions, RMSNorm, gated MLP."""
+    """The layers of llama, qwen2 and qwen3: rotary positions, RMSNorm, gated MLP."""
 
     def __init__(self, trunk, length: int, bf16: bool):
         self.embed_tokens, self.layers, self.norm, self.bf16 = trunk.embed_tokens, [], _rms_norm(trunk.norm), bf16
@@ -236,7 +239,7 @@ class _Rotary:
         cos, sin = trunk.rotary_emb(weight[:1], position_ids=torch.arange(length, device=weight.device)[None])
         half = self.head_dim // 2
         self.in_one_pass = _layer.runs_on(weight)
-        # rotate_half(x) = (-x2, x1): the minus goes into the sine, and roll swaps the halves.
+        # rotate_half(x) = (-x2, x1): the sine takes the minus, and roll swaps the halves.
         sin = sin[0] if self.in_one_pass else torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
         self.cos, self.sin = cos[0].contiguous(), sin.contiguous()  # (length, d)
 
@@ -245,7 +248,7 @@ class _Rotary:
         return self.embed_tokens(ids)
 
     def project(self, layer: dict, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, D) -> queries, keys and values, (N, heads, d)."""
+        """(N, D) -> queries, keys and values, each (N, heads, d)."""
         heads = layer["qkv"](layer["norm"](x)).view(len(x), -1, self.head_dim)
         qk, v = heads.split([self.queries + self.keys, self.keys], 1)
         if self.bf16:
@@ -269,7 +272,7 @@ class _Rotary:
 
 
 class _GPT2:
-    """gpt2: learned positions, LayerNorm, one projection to q, k and v."""
+    """The layers of gpt2: learned positions, LayerNorm, one projection to q, k and v."""
 
     def __init__(self, trunk, length: int, bf16: bool):
         self.trunk, self.norm, self.head_dim, self.layers = trunk, trunk.ln_f, trunk.h[0].attn.head_dim, []
@@ -278,7 +281,7 @@ class _GPT2:
             products = dict(zip(("qkv", "output", "up", "down"), (_product(x, bf16) for x in modules), strict=True))
             self.layers.append({"block": block, "scaling": self._scaling(trunk.config, i), **products})
 
-    def _scaling(self, config, layer: int) -> float:  # transformers 5 has it as attn.scaling, 4 has not
+    def _scaling(self, config, layer: int) -> float:  # attn.scaling in transformers 5; version 4 lacks it
         scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         return scaling / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scaling
 
@@ -294,12 +297,12 @@ class _GPT2:
 
 
 class Decoder:
-    """Answers B prompts of up to P tokens, padded on the left: start(), then step() for each token, at most `room`.
+    """Answers B prompts of up to P tokens, padded on the left: start(), then up to `room` calls of step().
 
-    It checks nothing: ask why_not(model) first, and put the model in eval mode.
-    bf16: products of a float32 model are in bfloat16.
-    On the CPU attention reads the filled part of the buffers. On CUDA it reads all of them under a mask: shapes and
-    addresses are then the same at every step, so that a CUDA graph of step() can be replayed (generation.py does).
+    It checks nothing: call why_no_decoder(model) first, and put the model in eval mode.
+    bf16: compute the products of a float32 model in bfloat16.
+    On the CPU attention reads only the filled part of the buffers. On CUDA it reads all of them, with a mask: shapes
+    and addresses are then the same at every step, so generation.py can replay step() as a CUDA graph.
     """
 
     def __init__(self, model, ids: Tensor, mask: Tensor, room: int, bf16: bool = False):
@@ -308,25 +311,25 @@ class Decoder:
         self.fixed = ids.is_cuda
         self.ids, self.prompt_mask, self.filled = ids, mask, 0
         self.capacity = ids.shape[1] + room
-        bf16 = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # others are in half precision
+        bf16 = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # else it is in half precision
         self.network = family(model.base_model, self.capacity, bf16)
         self.lm_head = _product(model.get_output_embeddings(), bf16)
-        self.keys: list[Tensor] = []  # of each layer, (B, heads, capacity, d)
+        self.keys: list[Tensor] = []  # per layer, (B, heads, capacity, d)
         self.values: list[Tensor] = []
-        self.positions = mask.sum(1)  # (B,): of the next token
-        self.last = self.positions.cumsum(0) - 1  # (B,): of each prompt, among the tokens of all
-        self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # filled, where a CUDA graph can read it
-        self.bias: Tensor | None = None  # (B, 1, 1, capacity), added to q k^T: -inf on what must not be read
+        self.positions = mask.sum(1)  # (B,): position of the next token
+        self.last = self.positions.cumsum(0) - 1  # (B,): each prompt's last token, among those of all prompts
+        self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # `filled` as a tensor, for a CUDA graph
+        self.bias: Tensor | None = None  # (B, 1, 1, capacity), added to q k^T: -inf hides a column
 
     def start(self) -> Tensor:
-        """Reads the prompts -> (B, V) logits of the first answer token. Padding takes part in attention only, and of
-        the last layer only the last tokens go on."""
+        """Reads the prompts -> (B, V) logits of the first answer token. Padding is computed in attention only. In the
+        last layer, from attention on, only the last token of each prompt is computed."""
         ids, mask = self.ids, self.prompt_mask
         width = ids.shape[1]
         padded = not bool(mask.all())
         self.filled = width
         attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
-        if padded:  # padding attends to itself, because a softmax over nothing is NaN, which would spread
+        if padded:  # padding attends to itself: a softmax over nothing is NaN, which would spread
             attend |= torch.eye(width, dtype=torch.bool, device=ids.device)
         positions = mask.cumsum(1) - 1
         present = mask.flatten().nonzero().squeeze(1) if padded else None
@@ -352,7 +355,7 @@ class Decoder:
         return logits
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all other rows. The buffers stay where they are: these rows move to their front."""
+        """Drops all other rows. The buffers stay in place, and these rows move to the front of them."""
         filled = slice(self.capacity if self.fixed else self.filled)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
@@ -384,20 +387,20 @@ class Decoder:
     ) -> Tensor:
         shape = self.ids.shape
 
-        def placed(x: Tensor) -> Tensor:  # (N, heads, d) -> (B, heads, T, d), 0 where there is padding
+        def placed(x: Tensor) -> Tensor:  # (N, heads, d) -> (B, heads, T, d), 0 in padding
             if present is not None:
                 x = x.new_zeros(shape.numel(), *x.shape[1:]).index_copy_(0, present, x)
             return x.view(*shape, *x.shape[1:]).transpose(1, 2)
 
         q, k, v = map(placed, (q, k, v))
         for buffers, new in ((self.keys, k), (self.values, v)):
-            # Where the whole buffer is read, its unfilled part is multiplied by 0, which would leave a NaN in it NaN.
+            # If the whole buffer is read (fixed), its unfilled part is multiplied by 0, so it must not hold NaN.
             make = new.new_zeros if self.fixed else new.new_empty
             buffers.append(make(*new.shape[:2], self.capacity, new.shape[3]))
             buffers[i][:, :, : self.filled] = new
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         causal = attend is None
-        if i + 1 == len(self.network.layers):  # the last tokens see all that there is
+        if i + 1 == len(self.network.layers):  # only the last tokens, which see everything
             q, attend, causal, present = q[:, :, -1:], None if causal else attend[:, :, -1:], False, None
         attended = nn.functional.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, scale=scale)
         attended = attended.transpose(1, 2).flatten(0, 1)
@@ -416,8 +419,7 @@ class Decoder:
                 return _layer.attend(q, keys, values, rows, self.filled, scale).flatten(1)
             keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
             bias = None if bias is None else bias[..., : self.filled]
-        # The query heads that share a key head are laid out as if they were tokens of one query, so that keys and
-        # values need not be repeated.
+        # Query heads that share a key head are laid out as tokens of one query, so keys and values are not repeated.
         grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])
         attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, bias, scale=scale)
         return attended.flatten(1)

@@ -1,11 +1,11 @@
-"""Sampling from a causal language model: prompts in, answers and the log-probability of each of their tokens out.
+"""Sampling from a causal language model: prompts in, answers and the log-probability of every answer token out.
 
 Tokens are drawn by inverse transform: u[i, t] is a uniform number for row i at step t, and the token is the first whose
-cumulative probability exceeds it. All u are drawn before the first step. So an answer does not depend on the batch size
-or on when other rows finish (up to the rounding of the matrix products).
+cumulative probability exceeds it. All u are drawn before the first step, so an answer depends neither on the batch size
+nor on when other rows finish (up to the rounding of the matrix products).
 
-Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, qwen2, qwen3 and gpt2 models;
-any other goes through transformers' generate() with the same sampling, and a warning says so once.
+Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, qwen2, qwen3 and gpt2 models.
+Other models go through transformers' generate() with the same sampling, and a warning says so once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from transformers import GenerationConfig
 from . import parallel
 from .data.chat import Text, decode_responses, encode_prompt, is_conversation
 from .data.collate import pad
-from .decoder import Decoder, why_not
+from .decoder import Decoder, why_no_decoder
 from .errors import ConfigError
 from .models import answer_room, evaluating, learned_positions, stop_ids, unwrapped
 from .ops import _layer
 
-BLOCK = 128  # tokens of the vocabulary; the block of a token is found first, then the token in it
-HABITS = {  # settings of a generation_config that we have no option for, at the values that change nothing
+BLOCK = 128  # tokens of the vocabulary per block; sample() finds the block first, then the token in it
+IGNORED_SETTINGS = {  # of a generation_config: those that we have no option for, at the values that change nothing
     "repetition_penalty": 1.0, "typical_p": 1.0, "guidance_scale": 1.0, "num_beams": 1, "no_repeat_ngram_size": 0,
     "min_length": 0, "min_new_tokens": 0, "min_p": 0.0, "top_h": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "penalty_alpha": 0.0, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
@@ -48,9 +48,9 @@ def sample(
     """(B, V) logits, (B,) uniforms in [0, 1) -> (B,) tokens and their (B,) log-probabilities under
     softmax(logits / temperature).
 
-    top_k keeps the k most likely tokens (and ties with the last of them). Of these top_p keeps the fewest whose
-    probabilities add up to top_p (Holtzman et al. 2020). The log-probabilities are those of the whole distribution,
-    before anything is left out.
+    top_k keeps the k most likely tokens, and any that tie with the last of them. From these top_p keeps the smallest
+    set whose probabilities add up to top_p (Holtzman et al. 2020). The log-probabilities are those of the whole
+    distribution, before top_k and top_p.
     """
     rows, vocab = logits.shape
     if top_k is None and top_p == 1.0 and _layer.runs_on(logits):
@@ -59,7 +59,7 @@ def sample(
     largest = z.amax(-1, keepdim=True)
     weights = z.new_empty(rows, -(-vocab // BLOCK) * BLOCK)
     weights[:, vocab:] = 0.0
-    # Subtract before dividing: z / t - largest / t would round both, and lose digits where they are close.
+    # Subtract before dividing: z / t - largest / t would round both terms, and lose digits when they are close.
     torch.sub(z, largest, out=weights[:, :vocab]).div_(temperature).exp_()
     blocks = weights.view(rows, -1, BLOCK)
     sums = blocks.sum(-1).double()
@@ -68,19 +68,19 @@ def sample(
         _truncate(weights, top_k, top_p)
         sums = blocks.sum(-1).double()
 
-    # First the block, then the token in it: a cumulative sum over the whole vocabulary would cost more than the logits.
+    # First the block, then the token: a cumulative sum over the whole vocabulary would cost more than the logits.
     cdf = sums.cumsum(-1)
     target = uniforms.double().clamp(max=1 - 1e-12)[:, None] * cdf[:, -1:]
     block = torch.searchsorted(cdf, target, right=True)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    # The share of the block that lies below the target; kept below 1, or the token could be one of probability 0.
+    # The fraction of the block below the target. It stays below 1, or a token of probability 0 could be chosen.
     share = (1 - (cdf.gather(1, block) - target) / sums.gather(1, block)).clamp_(0.0, 1 - 1e-9)
     token = block * BLOCK + torch.searchsorted(inside, share * inside[:, -1:], right=True)
     return token.squeeze(1), ((z.gather(1, token) - largest).squeeze(1) / temperature - total.log()).float()
 
 
 def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
-    """Sets to 0 the weights that top_k and top_p leave out."""
+    """Sets the weights that top_k and top_p exclude to 0."""
     if top_k is not None and top_k < weights.shape[1]:
         weights.masked_fill_(weights < weights.topk(top_k).values[:, -1:], 0.0)
     if top_p < 1.0:
@@ -90,8 +90,8 @@ def _truncate(weights: Tensor, top_k: int | None, top_p: float) -> None:
         weights.scatter_(1, order, ordered.masked_fill_(out, 0.0))
 
 
-def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """sample() without chance: the token of the largest logit, the first of them where several are equal."""
+def most_likely(logits: Tensor, _, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """sample() made greedy: the token with the largest logit, the first one if several are equal."""
     z = logits.float()
     return logits.argmax(-1), -((z - z.amax(-1, keepdim=True)) / temperature).logsumexp(-1)
 
@@ -100,8 +100,8 @@ def most_likely(logits: Tensor, _, *, temperature: float = 1.0) -> tuple[Tensor,
 
 
 def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
-    """The rows in batches; what takes more than some seconds shows how far it is, in a bar that goes with it."""
-    silent = True if parallel.rank() else None  # None: where nobody looks
+    """The rows in batches. A loop of more than 5 seconds shows a progress bar, which disappears at the end."""
+    silent = True if parallel.rank() else None  # None: silent only if stderr is not a terminal
     for start in tqdm(range(0, len(rows), batch_size), what, delay=5, leave=False, unit="batch", disable=silent):
         yield rows[start : start + batch_size]
 
@@ -113,42 +113,44 @@ def generate_with_logprobs(
     batch_size: int = 128, generator: torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
     bf16: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
-    """N prompts as token ids -> N responses of at most max_new_tokens ids, ending in eos unless they were cut, and the
-    log-probability of each of their ids under softmax(logits / temperature).
+    """N prompts as token ids -> N responses of at most max_new_tokens ids, which end with eos unless they were cut, and
+    the log-probability of every response token under softmax(logits / temperature).
 
-    eos_token_id: one, or several of which any ends an answer (models.stop_ids).
-    max_new_tokens: ConfigError where a model with a table of positions (gpt2) has too few of them (models.answer_room).
-    top_k and top_p count only with do_sample; otherwise the most likely token is taken. The model's generation_config
-    is not read: no sampling settings, no penalties. PPO needs the log-probabilities of the model itself.
-    Where logits are NaN the log-probability is NaN, and its token means nothing.
-    generator: one, or one a prompt; then an answer does not depend on which other prompts are asked. Nor does it with
-    a Tensor (N, max_new_tokens), the uniform numbers themselves.
-    bf16: the model multiplies in bfloat16, as under autocast; it takes 2 bytes a weight more meanwhile.
+    eos_token_id: one id, or several; any of them ends an answer (models.stop_ids).
+    max_new_tokens: ConfigError if a model with learned positions (gpt2) has too few of them (models.answer_room).
+    top_k, top_p: used only with do_sample; without it the most likely token is taken.
+    generator: one generator, one per prompt, or a Tensor (N, max_new_tokens) of the uniform numbers themselves. With
+    the last two an answer does not depend on the other prompts of the call.
+    bf16: multiply in bfloat16, as under autocast. During the call this takes 2 more bytes per weight.
+
+    The model's generation_config is not read (no sampling settings, no penalties), because PPO needs the
+    log-probabilities of the model itself. If logits are NaN the log-probability is NaN, and the token is arbitrary.
     """
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one (a bos token, say)")
+            raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one, for example bos")
     stops = _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k)
     embedded = model.get_input_embeddings().weight.shape[0]
     if (largest := max((int(max(prompt)) for prompt in prompts), default=0)) >= embedded:
         raise ConfigError(
-            f"generate: the prompts have the token {largest}, and {type(model).__name__} embeds {embedded}: use the "
-            "model's own tokenizer"
+            f"generate: the prompts contain token {largest}, but {type(model).__name__} embeds only {embedded} tokens: "
+            "use the model's own tokenizer"
         )
     longest = max(map(len, prompts), default=0)
     if max_new_tokens > answer_room(model, longest):
         raise ConfigError(
             f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
-            f"than the {learned_positions(model)} positions of {type(model).__name__}: shorten the one or lower the "
-            "other"
+            f"than the {learned_positions(model)} positions of {type(model).__name__}: shorten the prompt or lower "
+            "max_new_tokens"
         )
     drawn, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:
         drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
-    answer, reason = _answer_batch, why_not(model)
+    answer, reason = _answer_batch, why_no_decoder(model)
     if reason is not None:
-        _say_once(f"{type(model).__name__} generates through transformers' generate(), which is slower: {reason}")
+        name = type(model).__name__
+        _warn_once(f"{name} generates through transformers' generate(), which is slower, because {reason}")
         answer = _answer_batch_by_transformers
     responses, logprobs = ([[] for _ in prompts] for _ in range(2))
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -158,7 +160,7 @@ def generate_with_logprobs(
                 model, [prompts[i] for i in rows], max_new_tokens, stops, choose,
                 None if drawn is None else drawn[rows].to(model.device), bf16,
             )  # fmt: skip
-            # Up to and with the first stop; a row without one gets its width + 1, which a slice allows.
+            # Up to and including the first stop. A row without one gets its width + 1, which a slice allows.
             lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
                 responses[i], logprobs[i] = row[:length], logp[:length]
@@ -166,10 +168,10 @@ def generate_with_logprobs(
 
 
 def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k) -> list[int]:
-    """eos_token_id as a list. ConfigError where it is empty, or a number is out of its range."""
+    """eos_token_id as a list. ConfigError if it is empty, or if a number is out of range."""
     try:
         stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    except TypeError:  # None, or a tensor without an axis
+    except TypeError:  # None, or a tensor of no dimensions
         stops = []
     if (
         max_new_tokens < 1 or batch_size < 1 or not temperature > 0 or not 0 < top_p <= 1
@@ -177,7 +179,7 @@ def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p,
     ):  # fmt: skip
         raise ConfigError(
             "generate: needs max_new_tokens >= 1, batch_size >= 1, temperature > 0 (greedy is do_sample=False), "
-            "0 < top_p <= 1, top_k >= 1 or None and eos_token_id an int or several, "
+            "0 < top_p <= 1, top_k >= 1 or None, and eos_token_id an int or a list of int; "
             f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
         )
     return stops
@@ -192,7 +194,7 @@ def _ends(tokens: Tensor, stops: list[int]) -> Tensor:
 
 
 def draw_uniforms(rows: int, columns: int, generator) -> Tensor:
-    """A number in [0, 1) for every token that may be sampled."""
+    """(rows, columns) numbers in [0, 1), one for every token that may be sampled."""
     if isinstance(generator, Tensor):
         return generator
     if not isinstance(generator, Sequence):
@@ -202,48 +204,48 @@ def draw_uniforms(rows: int, columns: int, generator) -> Tensor:
 
 
 def generate_tokens(model, prompts: Sequence[Sequence[int]], **options) -> list[list[int]]:
-    """The responses of generate_with_logprobs. A warning, once a model, names the HABITS that it would have had in
-    transformers. ConfigError where logits are NaN."""
-    _say_habits(model)
+    """The responses of generate_with_logprobs. Warns once per model about the settings of its generation_config that
+    transformers would apply and we ignore. ConfigError if logits are NaN."""
+    _warn_of_ignored_settings(model)
     responses, logprobs = generate_with_logprobs(model, prompts, **options)
     for i, logps in enumerate(logprobs):
         if any(map(math.isnan, logps)):
             raise ConfigError(
-                f"generate: the logits of {type(model).__name__} are NaN for prompt {i} (of {len(prompts[i])} tokens): "
-                "are its weights finite, and its activations in this dtype?"
+                f"generate: the logits of {type(model).__name__} are NaN for prompt {i} ({len(prompts[i])} tokens): "
+                "check that its weights are finite, and that its activations do not overflow in this dtype"
             )
     return responses
 
 
-def _say_habits(model) -> None:
+def _warn_of_ignored_settings(model) -> None:
     owner = unwrapped(model)
     config = getattr(owner, "generation_config", None)
-    given = {name: getattr(config, name, None) for name in HABITS}
-    ignored = [name for name, value in given.items() if value and value != HABITS[name]]
+    given = {name: getattr(config, name, None) for name in IGNORED_SETTINGS}
+    ignored = [name for name, value in given.items() if value and value != IGNORED_SETTINGS[name]]
     if ignored:
-        _say_once(
-            f"{type(owner).__name__} {owner.config.name_or_path!r} answers without {', '.join(ignored)} of its "
-            "generation_config: answers are drawn from the model itself"
+        _warn_once(
+            f"{', '.join(ignored)} in the generation_config of {type(owner).__name__} {owner.config.name_or_path!r} "
+            "will be ignored: answers are sampled from the model's own distribution"
         )
 
 
 @lru_cache(None)
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16) -> tuple[Tensor, Tensor]:
-    """-> (B, max_new_tokens) tokens and their log-probabilities. Behind its first stop token a row holds stops[0]."""
+    """-> (B, max_new_tokens) tokens and their log-probabilities. After its first stop token a row holds stops[0]."""
     ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     decoder = Decoder(model, ids, mask, max_new_tokens, bf16)
     step = _Graph(decoder) if ids.is_cuda else decoder.step
-    # Finished rows leave only when they are a large share of the batch, because that costs about a step: the buffers
-    # are moved, and on CUDA a graph is captured for the new batch size. On CUDA even asking who has finished makes the
-    # host wait, so it is asked at every eighth step.
-    least_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
+    # Finished rows leave only once they are a large share of the batch, because removing them costs about a step: the
+    # buffers are moved, and on CUDA a graph is captured for the new batch size. On CUDA even counting the finished rows
+    # makes the host wait, so this happens at every eighth step only.
+    min_share, every = (0.5, 8) if ids.is_cuda else (0.125, 1)
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
     logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
-    alive = torch.arange(len(prompts), device=ids.device)  # (rows in the batch,): which prompt each row answers
+    alive = torch.arange(len(prompts), device=ids.device)  # (rows in the batch,): the prompt that each row answers
     done = torch.zeros_like(alive, dtype=torch.bool)
     logits = decoder.start()
     for t in range(max_new_tokens):
@@ -257,7 +259,7 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16)
             finished = int(done.sum())
             if finished == len(alive):
                 break
-            if finished >= least_share * len(alive):
+            if finished >= min_share * len(alive):
                 kept = (~done).nonzero().squeeze(1)
                 decoder.keep(kept)
                 alive, done, token = alive[kept], done[kept], token[kept]
@@ -267,10 +269,10 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16)
 
 
 class _Graph:
-    """Decoder.step as a CUDA graph: one launch a token in place of some twenty for each layer.
+    """Decoder.step as a CUDA graph: one launch per token instead of about twenty per layer.
 
-    The first call runs without a graph, which also initialises the libraries that it uses. The second call captures
-    the graph, and every later one replays it. decoder.keep() changes shapes, so it takes a new _Graph.
+    The first call runs without a graph, and so initialises the libraries. The second call captures the graph, and later
+    calls replay it. decoder.keep() changes shapes, so a new _Graph is needed after it.
     """
 
     def __init__(self, decoder: Decoder):
@@ -290,7 +292,7 @@ class _Graph:
 
 
 class _Chooser:
-    """Our choice of a token as a logits processor for generate(): it makes every other token impossible."""
+    """A logits processor for generate() that chooses the token our way and makes every other token impossible."""
 
     def __init__(self, choose, uniforms: Tensor | None):
         self.choose, self.uniforms, self.logprobs = choose, uniforms, []
@@ -309,18 +311,18 @@ def _answer_batch_by_transformers(
     ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
     chooser, owner = _Chooser(choose, uniforms), unwrapped(model)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0])
-    # generate() fills what `config` does not set from the model's own generation_config, such as a penalty, which would
-    # change the logits that we choose from.
-    habits, owner.generation_config = owner.generation_config, GenerationConfig()
-    rounds = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # others are in half precision
+    # generate() takes whatever `config` does not set, such as a penalty, from the model's own generation_config, and
+    # that would change the logits that we choose from.
+    settings, owner.generation_config = owner.generation_config, GenerationConfig()
+    rounds = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # else it is in half precision
     try:
-        # Not autocast(enabled=False), which would end an autocast that the caller is in.
+        # Not autocast(enabled=bf16): False would disable an autocast of the caller.
         with torch.autocast(model.device.type, torch.bfloat16) if rounds else nullcontext():
             out = model.generate(
                 input_ids=ids, attention_mask=mask.long(), generation_config=config, logits_processor=[chooser]
             )
     finally:
-        owner.generation_config = habits
+        owner.generation_config = settings
     tokens = torch.full((len(prompts), max_new_tokens), stops[0], device=ids.device)
     logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=ids.device)
     steps = len(chooser.logprobs)
@@ -333,12 +335,13 @@ def generate_text(
     top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True, batch_size: int = 128,
     seed: int | Sequence[int] = 0, bf16: bool = False,
 ) -> list[str]:  # fmt: skip
-    """One answer a prompt (text or messages), decoded without special tokens.
+    """One answer per prompt (text or messages), decoded without special tokens.
 
-    seed: one for all prompts, or one for each; then an answer depends on its own prompt and seed only. Of the model's
-    generation_config only the tokens that end an answer are used. The arguments take the place of its sampling
-    settings, and a warning, once a model, names penalties and the like, which are ignored.
-    bf16: the model multiplies in bfloat16, which pays where the hardware does too.
+    seed: one for all prompts, or one per prompt; then an answer depends only on its own prompt and seed.
+    bf16: multiply in bfloat16, which is faster if the hardware supports it.
+
+    From the model's generation_config only the tokens that end an answer are used. The arguments replace its sampling
+    settings. Penalties and similar settings are ignored, and a warning names them once per model.
     """
     prompts = _checked_prompts(prompts)
     one = isinstance(seed, int)
@@ -352,10 +355,10 @@ def generate_text(
 
 
 def _checked_prompts(prompts) -> list[Text]:
-    """The prompts in a list. ConfigError where they are only one, whose characters or turns would be answered one by
-    one, or where some are neither text nor messages."""
+    """The prompts as a list. ConfigError for one that is neither text nor messages, and for a single prompt instead of
+    a list: its characters or turns would be answered one by one."""
     if isinstance(prompts, (str, Mapping)) or (is_conversation(prompts) and len(prompts)):
-        raise ConfigError(f"generate: prompts must be a list, got one: {prompts!r:.80}; give [prompt]")
+        raise ConfigError(f"generate: prompts must be a list, got a single prompt: {prompts!r:.80}; pass [prompt]")
     prompts = list(prompts)
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str) and not (is_conversation(prompt) and len(prompt)):

@@ -1,17 +1,17 @@
-"""Watches the metrics of a PPO run and raises an alarm, with the numbers, when the reward may be hacked.
+"""Watches the metrics of a PPO run and raises an alarm, with the numbers, if the policy may be hacking the reward.
 
     name              metric                                 alarm, by default
-    kl                objective/kl                           above 20 nats a response
-    entropy           policy/entropy_avg                     below 0.1 of where it began
-    length            response_length/mean                   beyond a factor of 2 from where it began
-    repetition        response/repetition                    0.2 above where it began
-    score_length      objective/score_length_correlation     beyond +-0.6: the score has become a matter of length
-    overoptimization  eval_<name> of a held-out reward       3 standard errors below its best while eval_scores is above
-                                                             what it was there (Gao et al. 2023)
+    kl                objective/kl                           above 20 nats per response
+    entropy           policy/entropy_avg                     below 0.1 of its start
+    length            response_length/mean                   more than a factor of 2 from its start
+    repetition        response/repetition                    0.2 above its start
+    score_length      objective/score_length_correlation     beyond +-0.6: the score mostly follows the length
+    overoptimization  eval_<name> of a held-out reward       3 standard errors below its best, while eval_scores is
+                                                             higher than at that best (Gao et al. 2023)
 
-A band compares the mean of the newest WINDOW log lines with the mean of the first WINDOW ("where it began"), so it
-speaks from line WINDOW + 1 on. kl and score_length compare with fixed numbers, and speak from the second and the fifth
-line on. Alarms are a function of the log alone: a resumed run raises those of an uninterrupted one.
+A band compares the mean of the newest WINDOW log lines with the mean of the first WINDOW lines (its start), so it can
+raise an alarm from line WINDOW + 1 on. kl and score_length compare with fixed numbers, from the second and the fifth
+line on. Alarms depend on the log alone: a resumed run raises the same ones as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ WINDOW = 5
 
 @dataclass(frozen=True)
 class _Band:
-    """A metric that should stay between bounds(start, limit) -> (low, high), where start is its mean at the beginning.
+    """A metric that should stay within bounds(start, limit) -> (low, high); start is its mean in the first lines.
 
-    lines: how many log lines it needs before it speaks.
+    lines: the number of log lines before it can raise an alarm.
     """
 
     metric: str
@@ -43,18 +43,18 @@ class _Band:
 
 BANDS = {
     "kl": _Band(
-        "objective/kl", "KL to the reference, nats a response", 20.0, lambda start, limit: (None, limit), lines=2
+        "objective/kl", "KL to the reference, nats per response", 20.0, lambda start, limit: (None, limit), lines=2
     ),
-    "entropy": _Band("policy/entropy_avg", "Entropy, nats a token", 0.1, lambda start, limit: (limit * start, None)),
+    "entropy": _Band("policy/entropy_avg", "Entropy, nats per token", 0.1, lambda start, limit: (limit * start, None)),
     "length": _Band(
         "response_length/mean", "Response length, tokens", 2.0, lambda start, limit: (start / limit, start * limit)
     ),
     "repetition": _Band(
-        "response/repetition", "Pairs of tokens seen before", 0.2, lambda start, limit: (None, start + limit)
+        "response/repetition", "Repeated pairs of tokens", 0.2, lambda start, limit: (None, start + limit)
     ),
     "score_length": _Band(
         "objective/score_length_correlation", "Correlation of score and length", 0.6,
-        lambda start, limit: (-limit, limit), lines=WINDOW,  # fewer are noise: for two responses it is always +-1
+        lambda start, limit: (-limit, limit), lines=WINDOW,  # fewer are noise: of two responses it is always +-1
     ),
 }  # fmt: skip
 LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimization": 3.0}
@@ -62,7 +62,7 @@ LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimizatio
 
 @dataclass(frozen=True)
 class Alarm:
-    """A monitor that went out of its bounds: at which step, what it says, and the numbers behind that."""
+    """A metric out of its bounds: the step, the monitor, its message, and the numbers behind the message."""
 
     step: int
     monitor: str
@@ -71,18 +71,18 @@ class Alarm:
 
 
 class RunStopped(Exception):
-    """A monitor of stop_on has ended the run of a command. The message says which, why, and how to go on."""
+    """A monitor of stop_on has ended a command's run. The message says which one, why, and how to continue."""
 
 
 class Monitors:
-    """Call it with one log line after the other; it returns the new alarms. An alarm that lasts is raised once.
+    """Call it with each log line in turn; it returns the new alarms. An alarm that persists is raised once.
 
-    limits: {name: limit, or None to switch that monitor off} over LIMITS. stop_on: names whose alarm is to end the run.
+    limits: {name: limit, or None to switch the monitor off}, which override LIMITS.
+    stop_on: the monitors whose alarm ends the run.
     """
 
-    def __init__(self, limits: dict[str, float | None] | None = None, stop_on: Iterable[str] = ()):
-        limits = LIMITS | (limits or {})
-        self.limits = {name: limit for name, limit in limits.items() if limit is not None}
+    def __init__(self, limits: dict[str, float | None], stop_on: Iterable[str] = ()):
+        self.limits = {name: limit for name, limit in (LIMITS | limits).items() if limit is not None}
         self.stop_on = set(stop_on)
         self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self._lasting: set[str] = set()
@@ -121,26 +121,26 @@ class Monitors:
             f"{band.metric} is {short(now)} over steps {points[-WINDOW:][0][0]} to {step}, "
             f"{'below' if below else 'above'} {short(bound)}"
         )
-        if len(points) > WINDOW:  # until then the beginning and the present are the same lines
-            message += f"; it began at {short(start)}"
+        if len(points) > WINDOW:  # before that, the first and the newest lines overlap entirely
+            message += f"; it started at {short(start)}"
         return Alarm(step, name, message, {"now": now, "bound": bound, "start": start})
 
     def _fallen(self, row: dict, name: str) -> Alarm | None:
         best_step, best = max(self.history[name], key=lambda point: point[1])
         proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
-        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # a score that was not finite is not there
+        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # a score that was not finite is absent
             return None
         if best_step not in errors or row["step"] not in errors:  # a single prompt has no standard error
             return None
         spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
         if best - row[name] <= self.limits["overoptimization"] * spread:
             return None
-        # A spread of 0: at both steps every prompt had the same value.
+        # The spread is 0 if all prompts had the same value at both steps.
         measure = {"standard_errors": (best - row[name]) / spread} if spread else {}
         by = f"{short(measure['standard_errors'])} standard errors" if measure else "on every prompt alike"
         message = (
             f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {by}, "
-            f"while the reward that is optimised rose from {short(proxy[best_step])} to {short(row['eval_scores'])}: "
+            f"while the optimised reward rose from {short(proxy[best_step])} to {short(row['eval_scores'])}: "
             f"step {best_step} is the better policy"
         )
         evidence = {"best_step": best_step, "best": best, "now": row[name], **measure}
@@ -148,7 +148,7 @@ class Monitors:
 
 
 def held_out_rewards(row: dict) -> list[str]:
-    """The eval_<name> of a log line that have a standard error beside them, but for the reward that is optimised."""
+    """The eval_<name> of a log line that have an eval_<name>_stderr, except for the optimised reward."""
     names = [key.removesuffix("_stderr") for key in row if key.startswith("eval_") and key.endswith("_stderr")]
     return [name for name in names if name != "eval_scores" and isinstance(row.get(name), int | float)]
 
@@ -160,24 +160,24 @@ def _mean(points: list[tuple[int, float]]) -> float:
 # -- in the report -----------------------------------------------------------------------------------------------------
 
 
-def on_page(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
-    """HTML: the alarms (rows of alarms.jsonl), and a chart of each monitor with its bounds.
+def report_section(log: list[dict], limits: dict[str, float | None], alarms: list[dict]) -> str:
+    """HTML of the alarms (rows of alarms.jsonl) and of a chart per monitor with its bounds.
 
-    limits draw the bounds. The alarms were raised in the run, where a resume may have changed the limits in between.
+    limits: for the bounds in the charts. The alarms come from the run, in which a resume may have changed the limits.
     """
     monitors = Monitors(limits)
     for row in log:
         monitors(row)
-    said = "".join(_paragraph(alarm, log) for alarm in alarms)
-    said = said or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
-    return said + grid(_charts(log, monitors))
+    text = "".join(_paragraph(alarm, log) for alarm in alarms)
+    text = text or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
+    return text + grid(_charts(log, monitors))
 
 
 def _paragraph(alarm: dict, log: list[dict]) -> str:
     end = ""
     if planned := alarm.get("ended_run_of"):
-        went_on = "; it was resumed" if log and log[-1]["step"] > alarm["step"] else ""
-        end = f" <b>This ended the run after step {alarm['step']} of the {planned} that were planned{went_on}.</b>"
+        resumed = "; it was resumed" if log and log[-1]["step"] > alarm["step"] else ""
+        end = f" <b>This ended the run after step {alarm['step']} of {planned} planned steps{resumed}.</b>"
     return f"<p><b>{escape(alarm['monitor'])}</b>, step {alarm['step']}: {escape(alarm['message'])}.{end}</p>"
 
 
@@ -191,5 +191,5 @@ def _charts(log: list[dict], monitors: Monitors) -> Iterator[str]:
             yield line_chart(f"{name}: {BANDS[name].title}", [Series("run", points), *lines])
     names = dict.fromkeys(name for row in log for name in held_out_rewards(row))
     for name in ["eval_scores", *names] if names and "overoptimization" in monitors.limits else ():
-        what = "what is optimised" if name == "eval_scores" else f"{name.removeprefix('eval_')}, never trained on"
+        what = "the optimised reward" if name == "eval_scores" else f"{name.removeprefix('eval_')}, never trained on"
         yield line_chart(f"overoptimization: {what}", [Series("held-out", monitors.history[name])])

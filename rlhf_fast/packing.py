@@ -1,17 +1,17 @@
-"""Sequences end to end in one row, without padding; attention keeps them apart.
+"""Packing: sequences end to end in one row, without padding; attention keeps them apart.
 
     tokens      a0 a1 a2 a3 | b2 b3 b4 | c0 c1        (1, N)
     positions    0  1  2  3 |  2  3  4 |  0  1
     attention   a causal    | b: a0 a1 and itself | c causal
 
-Everything but attention works token by token, so only attention has to know where a sequence ends. It runs on one
-sequence after the other, and no N x N mask exists. A sequence may continue the first tokens of another (b continues
-a0 a1), so that the responses to one prompt share its computation. That changes no result: under causal attention a
-token does not depend on what follows it. For a model with flash attention, that library's own kernel for sequences of
-different lengths runs instead (and knows no shared prefixes).
+Everything except attention works token by token, so only attention needs to know where a sequence ends. It runs on one
+sequence after another, and there is no N x N mask. A sequence may continue the first tokens of another (b continues
+a0 a1), so the responses to one prompt share its computation. This changes no result, because under causal attention a
+token does not depend on the tokens after it. For a model with flash attention, that library's own kernel for sequences
+of different lengths runs instead; it does not support shared prefixes.
 
-After the last attention no token depends on another. So where only some hidden states are read (a reward at the last
-token, a loss at the response's), the feed-forward part of the last layer runs for these alone.
+After the last attention no token depends on another. So if only some hidden states are read (for a reward the last
+token's, for a loss the response's), the feed-forward part of the last layer runs only for these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .errors import ConfigError
 from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .trunk import llama, runs_here
 
-NAME = "rlhf_fast_packed"  # under which transformers finds packed_attention while a packing() is open
+NAME = "rlhf_fast_packed"  # the name of packed_attention in transformers, within packing()
 FLASH = ("flash_attention_2", "flash_attention_3")
 
 
@@ -40,14 +40,14 @@ def packed_attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed: Packed, scaling: float | None = None,
     dropout: float = 0.0, sliding_window: int | None = None, read: Tensor | None = None, **others,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); the signature is that of transformers.
+    """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); transformers defines the signature.
 
-    read: (M,) places in the row, in rising order. The queries are then (1, H, M, d), of the tokens at these places
-    only, and the result (1, M, H, d).
+    read: (M,) positions in the row, in ascending order. Then the queries are those of these tokens only, (1, H, M, d),
+    and the result is (1, M, H, d).
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
-            raise NotImplementedError(f"packed attention knows no {name}")
+            raise NotImplementedError(f"packed attention does not support {name}")
     asked = packed.lengths if read is None else _counts(packed, read)
     keys, values = (x.split(packed.lengths, dim=2) for x in (key, value))
     places = packed.position_ids[0] if read is None else packed.position_ids[0].index_select(0, read)
@@ -65,25 +65,25 @@ def packed_attention(
 
 
 def _counts(packed: Packed, read: Tensor) -> list[int]:
-    """For each sequence, how many of the places (M,) in the row lie in it."""
+    """How many of the positions `read` (M,) lie in each sequence."""
     ends = torch.tensor(packed.lengths, device=read.device).cumsum(0)
     before = torch.searchsorted(read, ends)
     return before.diff(prepend=before.new_zeros(1)).tolist()
 
 
 def _mask(at: Tensor, keys: int, window: int | None) -> Tensor:
-    """(Q, K) bool, for queries at these positions: causal, and no further back than window."""
+    """(Q, K) bool mask for queries at these positions: causal, and at most `window` tokens back."""
     distance = at[:, None] - torch.arange(keys, device=at.device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 @contextmanager
 def packing(model) -> Iterator[None]:
-    """Forward and backward of packed_hidden_states belong inside. (The backward too, because activation checkpointing
-    runs the layers again there.)"""
+    """Put both the forward and the backward of packed_hidden_states inside. (The backward too, because activation
+    checkpointing runs the layers again there.)"""
     config = unwrapped(model).config
     before = config._attn_implementation
-    AttentionInterface.register(NAME, packed_attention)  # no model uses it unless its config has this name
+    AttentionInterface.register(NAME, packed_attention)  # only a model whose config has this name uses it
     try:
         config._attn_implementation = before if before in FLASH else NAME
         yield
@@ -92,7 +92,7 @@ def packing(model) -> Iterator[None]:
 
 
 def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
-    """(M, D): the trunk's last hidden states at the places `read` (M,) of the row. Call it within packing(model)."""
+    """(M, D): the trunk's last hidden states at the positions `read` (M,) of the row. Call it within packing(model)."""
     trunk = unwrapped(model).base_model
     if trunk.config._attn_implementation == NAME:
         if runs_here(model):
@@ -101,7 +101,7 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
         where = {"packed": packed}
     else:  # flash attention
         if any(shared for _, shared in packed.prefixes):
-            raise NotImplementedError("flash attention runs whole sequences: pack without shared prefixes")
+            raise NotImplementedError("flash attention runs whole sequences only: pack without shared prefixes")
         ends = torch.tensor([0, *packed.lengths]).cumsum(0).to(packed.input_ids.device, torch.int32)
         longest = max(packed.lengths)
         where = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
@@ -111,19 +111,19 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
 
 
 def _attend(packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """packed_attention for (N, heads, d) tensors, as trunk.llama has them."""
+    """packed_attention for (N, heads, d) tensors, the layout of trunk.llama."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return packed_attention(None, q, k, v, None, packed=packed, scaling=scale, read=read)[0]
 
 
 @contextmanager
 def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
-    """Inside, the mlp of the last layer runs only for the tokens at the places `read` (M,), and gives 0 for others."""
+    """Inside, the mlp of the last layer runs only for the tokens at positions `read` (M,); for others it returns 0."""
     layers = trunk_layers(model)
     mlp = getattr(layers[-1], "mlp", None) if len(layers) else None
-    # Bloom's mlp takes the residual as a second argument, and adds it itself.
+    # Bloom's mlp takes the residual as a second argument and adds it itself.
     takes_x_only = mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1
-    # Under checkpointing the layer runs again in the backward, when the hooks below are gone.
+    # With activation checkpointing the layer runs again in the backward, when the hooks below have been removed.
     runs_again = any(getattr(m, "gradient_checkpointing", False) for m in (model.base_model, *layers[-1:]))
     if not takes_x_only or runs_again:
         yield
@@ -146,40 +146,40 @@ def _last_mlp_for(model, read: Tensor, tokens: int) -> Iterator[None]:
 
 
 def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
-    """Why sequences of at most `longest` tokens cannot be packed for this model; None where each gets the hidden states
-    that it gets alone, which is tried out on three short sequences.
+    """Why sequences of at most `longest` tokens cannot be packed for this model; None if they can.
 
-    bf16: the model will run under autocast. (Flash attention refuses a float32 model without it.) ConfigError where the
+    Packing must give each sequence the hidden states that it gets alone, which is tested on three short sequences.
+    bf16: the model will run under autocast. (Flash attention refuses a float32 model without it.) ConfigError if the
     hidden states are not finite.
     """
     name, limit = type(unwrapped(model)).__name__, rotary_limit(model)
     if limit is not None and longest > limit:
         return (
-            f"beyond {limit} tokens {name} scales its rotary positions by the longest sequence that it sees at once, "
-            f"here {longest}; padding changes nothing in that, only batches of one do"
+            f"beyond {limit} tokens {name} scales its rotary positions by the longest sequence in the batch, here "
+            f"{longest}; padding does not avoid this, but batch sizes of 1 do"
         )
     attention = unwrapped(model).config._attn_implementation
     if attention not in FLASH and attends_in_its_own_way(model):
-        return f"{name} attends by {attention}, and packed rows by packed_attention"
+        return f"{name} uses {attention} as its attention, which packed_attention would replace"
     narrow = attention in FLASH and bf16
     try:
         together, alone = _packed_and_alone(model, narrow)
-    except Exception as error:  # whatever an architecture raises that was not made for this
-        return f"{name} does not run on sequences in one row ({str(error) or repr(error)})"
+    except Exception as error:  # an architecture that was not made for this may raise anything
+        return f"{name} does not run on several sequences in one row ({str(error) or repr(error)})"
     if not alone.isfinite().all():
         raise ConfigError(
             f"the outputs of {name} are not finite (NaN or inf): its weights are broken, or too large for their dtype"
         )
     tolerance = 1e-4 if alone.dtype == torch.float32 and not narrow else 5e-2
     if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
-        return f"{name} lets one sequence of a row see another"
+        return f"{name} lets one sequence in a row attend to another"
     return None
 
 
 @torch.no_grad()
 def _packed_and_alone(model, bf16: bool) -> tuple[Tensor, Tensor]:
-    """(M, D) hidden states of three short sequences, from one row and from a pass for each. The third sequence begins
-    as the second does, and shares that beginning in the row unless flash attention runs it."""
+    """(M, D) hidden states of three short sequences, computed in one row and computed one by one. The third sequence
+    begins like the second one and, except with flash attention, shares that beginning in the row."""
     trunk = unwrapped(model).base_model
     shared = 0 if trunk.config._attn_implementation in FLASH else 3
     rising = torch.arange(8, device=model.device) % unwrapped(model).get_input_embeddings().weight.shape[0]

@@ -1,18 +1,18 @@
-"""Data parallelism: several processes train one model, each on a device of its own.
+"""Data parallelism: several processes train one model, each on its own device.
 
     torchrun --nproc-per-node 2 -m rlhf_fast sft --config run.yaml
 
 Every process reads all the data, holds the whole model, and decides by itself what a step consists of. The decisions
-agree, because they follow from the config, the seed and values that all processes have. What is shared out is the work:
-micro-batches, prompts to answer, answers to judge. Results are then gathered and gradients summed; as a loss is divided
-by what counts in the whole step, the sum is the gradient that one process would have computed.
+agree, because they follow from the config, the seed and values that all processes have. Only the work is divided:
+micro-batches, prompts to answer, answers to judge. Afterwards the results are gathered and the gradients summed. A loss
+is divided by the totals of the whole step, so the sum is the gradient that a single process would have computed.
 
-The optimizer is shared out too, by whole parameters (stage 1 of ZeRO, Rajbhandari et al. 2020): a process steps its own
-ones, which it alone keeps AdamW's state of, and sends the new weights to all. So the models stay equal to the last bit.
-In float32, N processes need 8 + 8/N bytes a parameter each, where one needs 16.
+The optimizer is divided too, by whole parameters (stage 1 of ZeRO, Rajbhandari et al. 2020). Each process keeps AdamW's
+state only for the parameters that it owns; it steps these and sends the new weights to all. So the models stay equal to
+the last bit. In float32 each of N processes needs 8 + 8/N bytes per parameter, where a single process needs 16.
 
-Only the first process writes files (trainers/run.py). Without torchrun all of this is one process, and the
-functions below return what they are given.
+Only the first process writes files (trainers/run.py). Without torchrun there is a single process, and the functions
+below return what they are given.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 
-BUCKET = 25 * 2**20  # bytes of gradients that are summed at once, as in torch's DistributedDataParallel
-WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take its time
-_joined = False  # whether this process shares its work with others; a group of the user's own says nothing of that
+BUCKET = 25 * 2**20  # bytes of gradients summed in one call, as in torch's DistributedDataParallel
+WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take long
+_joined = False  # whether this process shares work with others; not implied by a process group that the user has made
 
 
 def start(fsdp: bool | None = None) -> None:
-    """Joins the processes that torchrun has started, and takes this one's GPU as the current device.
+    """Joins the processes that torchrun has started, and makes this process's GPU the current device.
 
-    fsdp: the config's; None where it is not known yet.
+    fsdp: as in the config; None if it is not known yet.
     """
     global _joined
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     if fsdp and not several:
-        raise ConfigError("fsdp shards a model over several processes, and this is one: start it with torchrun")
+        raise ConfigError("fsdp shards a model over several processes, but there is only one: start it with torchrun")
     if several and fsdp is False and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # of accelerate launch
         raise ConfigError("accelerate's configuration asks for FSDP: set fsdp: true in the run's own config")
     if _joined or not several:
@@ -61,21 +61,27 @@ def start(fsdp: bool | None = None) -> None:
     if on_gpu:
         gpu = int(os.environ.get("LOCAL_RANK") or 0)
         if gpu >= torch.cuda.device_count():
-            raise ConfigError(f"process {gpu} of this machine has no GPU: there are {torch.cuda.device_count()}")
+            raise ConfigError(
+                f"process {gpu} of this machine has no GPU, because there are only {torch.cuda.device_count()}: start "
+                "one process per GPU at most"
+            )
         torch.cuda.set_device(gpu)
     backends = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if not dist.is_initialized():
         dist.init_process_group(backends, timeout=WAIT)
         atexit.register(_leave)
     elif "cpu:" not in (theirs := dist.get_backend_config()):
-        raise ConfigError(f"the process group ({theirs}) joins no CPUs: make it with {backends!r}, or not at all")
+        raise ConfigError(
+            f"the existing process group ({theirs}) has no CPU backend: create it with {backends!r}, or let the "
+            "trainer create it"
+        )
     _joined = True
 
 
 def _leave() -> None:
-    """Gloo's threads abort a process that ends before them."""
+    """Ends gloo's threads, which would abort a process that ends before them."""
     if dist.is_initialized():
-        time.sleep(0.1)  # torch 2.6 ends them with the GIL held, which one that still frees a tensor waits for
+        time.sleep(0.1)  # torch 2.6 joins them while it holds the GIL, and one may need it to free a tensor
         dist.destroy_process_group()
 
 
@@ -84,41 +90,41 @@ def size() -> int:
 
 
 def rank() -> int:
-    """0 in the first process, which is the one that writes and talks."""
+    """0 in the first process, the one that writes files and prints."""
     return dist.get_rank() if _joined else 0
 
 
 def share(items: Sequence, loads: Sequence[int] | None = None) -> list:
-    """What of the items is this process's to work on, in their order; never more than an equal part, rounded up.
+    """This process's share of the items, in their order; never more than an equal part, rounded up.
 
-    loads: how much work each is (tokens), by default the same. The largest go first, each to the process that has the
-    least to do, so that all are done at about the same time.
+    loads: the work per item (tokens), by default equal. The largest items are assigned first, each to the process with
+    the least work so far, so that all processes finish at about the same time.
     """
     return [items[i] for i in _shares(loads or [1] * len(items))[rank()]]
 
 
 def _shares(loads: Sequence[int]) -> list[list[int]]:
-    """Of every process the places of what is its."""
+    """For every process, the indices of its items."""
     shares, work = [[] for _ in range(size())], [0] * size()
     for i in sorted(range(len(loads)), key=lambda i: -loads[i]):
         process = min((r for r in range(size()) if len(shares[r]) * size() < len(loads)), key=work.__getitem__)
         shares[process].append(i)
         work[process] += loads[i]
-    return [sorted(places) for places in shares]
+    return [sorted(indices) for indices in shares]
 
 
 def block(count: int, multiple: int) -> slice:
-    """This process's part of count things side by side, no group of `multiple` cut in two."""
+    """This process's contiguous part of `count` items, without splitting a group of `multiple` items."""
     groups = -(-count // multiple)
     start, stop = (min(count, multiple * (groups * r // size())) for r in (rank(), rank() + 1))
     return slice(start, stop)
 
 
 @contextmanager
-def ending_all():
-    """What fails inside in one process ends it, and so torchrun the others: they may wait for it in a layer, where
-    nothing can be told to them. For what gathers sharded layers (sharding.py)."""
-    with in_all():  # here they meet one that has failed before
+def exit_all():
+    """An exception inside ends this process, and torchrun then ends the others. For code that gathers sharded layers
+    (sharding.py): the other processes may be waiting for this one in a layer, where an exception cannot reach them."""
+    with raise_in_all():  # for an exception that a process has raised before it came here
         pass
     try:
         yield
@@ -128,19 +134,19 @@ def ending_all():
 
 
 @contextmanager
-def in_all(stop: list | None = None):
-    """What fails inside in one process raises in every one, where otherwise they would wait for it.
+def raise_in_all(stop: list | None = None):
+    """An exception inside in one process is raised in every process; otherwise the others would wait for ever.
 
-    One may stand within another: what the inner one has told to all passes the outer one. And a process that fails
-    outside the inner one meets the others there, as this is the first thing that they wait for.
+    These can be nested. An exception that the inner one has raised in all passes through the outer one unchanged. If a
+    process fails before the inner one, the others learn of it there, because it holds their next collective call.
 
-    stop: why this process is to stop. Where one has a reason at the end, afterwards each has one.
+    stop: the reasons why this process has to stop. If any process has one at the end, every process has one afterwards.
     """
     failure = None
     try:
         yield
     except Exception as error:
-        if size() == 1 or getattr(error, "_in_all", False):
+        if size() == 1 or getattr(error, "_raised_in_all", False):
             raise
         failure = error
     if size() == 1:
@@ -155,17 +161,17 @@ def in_all(stop: list | None = None):
     said = [None] * size()
     dist.all_gather_object(said, failure and (isinstance(failure, ConfigError), f"{type(failure).__name__}: {failure}"))
     if failure is not None:
-        if rank():  # the first one's reaches the user
+        if rank():  # the first process's exception reaches the user anyway
             traceback.print_exception(failure, file=sys.stderr)
     else:
         process, (is_config, message) = next((i, what) for i, what in enumerate(said) if what)
         failure = (ConfigError if is_config else RuntimeError)(f"process {process} of {size()} failed: {message}")
-    failure._in_all = True
+    failure._raised_in_all = True
     raise failure
 
 
-def gather(value) -> list:
-    """The value of every process, in the order of the processes; tensors on the CPU."""
+def all_gather(value) -> list:
+    """[the value of each process], in the order of their ranks; tensors must be on the CPU."""
     if size() == 1:
         return [value]
     everyone = [None] * size()
@@ -173,18 +179,18 @@ def gather(value) -> list:
     return everyone
 
 
-def spread(work: Callable[[Sequence], Sequence], items: Sequence) -> list:
-    """work(share of the items) gives a result an item -> those of all items, in their order."""
-    with in_all():
+def map_shares(work: Callable[[Sequence], Sequence], items: Sequence) -> list:
+    """work(this process's share of the items), one result per item -> the results of all items, in their order."""
+    with raise_in_all():
         mine = list(work(share(items))) if share(items) else []
     whole = [None] * len(items)
-    for process, results in enumerate(gather(mine)):
+    for process, results in enumerate(all_gather(mine)):
         whole[process :: size()] = results
     return whole
 
 
-def first(value):
-    """The value that the first process has."""
+def broadcast(value):
+    """The value of the first process, in every process."""
     if size() == 1:
         return value
     held = [value]
@@ -192,21 +198,22 @@ def first(value):
     return held[0]
 
 
-def by_first(work: Callable):
-    """work() is done by the first process, for all; there it may call what is shared out elsewhere."""
+def on_first(work: Callable):
+    """Runs work() in the first process only -> its result, in every process. Inside, functions that would divide their
+    work run in the first process alone."""
     if size() == 1:
         return work()
-    with in_all():
+    with raise_in_all():
         done = None
         if rank() == 0:
             with _alone():
-                done = pickle.dumps(work())  # here, since what cannot be sent fails too
-    return pickle.loads(first(done))
+                done = pickle.dumps(work())  # inside raise_in_all, because a result may fail to pickle
+    return pickle.loads(broadcast(done))
 
 
 @contextmanager
 def _alone():
-    """Inside, this process (each thread of it) shares nothing out and waits for nobody, as if it were the only one."""
+    """Inside, this process (all its threads) neither shares work nor waits, as if there were no other process."""
     global _joined
     _joined = False
     try:
@@ -215,47 +222,48 @@ def _alone():
         _joined = True
 
 
-def total(x: Tensor) -> Tensor:
-    """x, which becomes the sum over the processes."""
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sums x over the processes, in place -> x."""
     if size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def largest(x: Tensor) -> Tensor:
-    """x, which becomes the maximum over the processes."""
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Takes the maximum of x over the processes, in place -> x."""
     if size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Every gradient becomes the sum over the processes; one that no process has stays None."""
+    """Sums every gradient over the processes. One that is None in every process stays None."""
     if size() == 1:
         return
     there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
     dist.all_reduce(there, dist.ReduceOp.MAX)
     learned = [p for p, somewhere in zip(parameters, there.tolist(), strict=True) if somewhere]
-    with in_all():  # there may be no room
+    with raise_in_all():  # memory may run out
         flat = [_flat_gradients(bucket) for bucket in _buckets(learned)]
     for work in [dist.all_reduce(x, async_op=True) for x in flat]:
         work.wait()
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters in order, in groups of at most BUCKET bytes, of one dtype, on one device; a larger one alone."""
-    buckets, held, of = [], 0, None
+    """The parameters in order, in groups of at most BUCKET bytes with one dtype and one device. A larger parameter is a
+    group of its own."""
+    buckets, held, kind = [], 0, None
     for p in parameters:
-        if not buckets or held + p.nbytes > BUCKET or of != (p.dtype, p.device):
+        if not buckets or held + p.nbytes > BUCKET or kind != (p.dtype, p.device):
             buckets.append([])
-            held, of = 0, (p.dtype, p.device)
+            held, kind = 0, (p.dtype, p.device)
         buckets[-1].append(p)
         held += p.nbytes
     return buckets
 
 
 def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Their gradients end to end, each row by row; from now on these are views of it. 0 where there is none."""
+    """Their gradients flattened into one tensor, 0 for a missing gradient. The gradients become views of it."""
     rows = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
     flat = torch.cat(rows) if len(rows) > 1 else rows[0]
     for p, row in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -263,24 +271,25 @@ def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     return flat
 
 
-def own(parameters: Sequence[nn.Parameter]) -> list[int]:
-    """The places of those that this process steps."""
+def owned(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """The indices of the parameters that this process steps."""
     return share(range(len(parameters)), [p.numel() for p in parameters])
 
 
 def leave_to_others(parameters: Sequence[nn.Parameter]) -> None:
-    """Only this process's own keep their gradient; AdamW passes over the rest, and makes no state for them."""
-    for i in set(range(len(parameters))).difference(own(parameters)):
+    """Removes the gradients of parameters that other processes own, so that AdamW skips these and makes no state for
+    them."""
+    for i in set(range(len(parameters))).difference(owned(parameters)):
         parameters[i].grad = None
 
 
 @torch.no_grad()
 def send_weights(parameters: Sequence[nn.Parameter]) -> None:
-    """Each parameter becomes what it is in the process that steps it."""
+    """Copies each parameter from the process that steps it to all others."""
     if size() == 1:
         return
-    for process, places in enumerate(_shares([p.numel() for p in parameters])):
-        for bucket in _buckets(parameters[i] for i in places):
+    for process, indices in enumerate(_shares([p.numel() for p in parameters])):
+        for bucket in _buckets(parameters[i] for i in indices):
             rows = [p.flatten() for p in bucket]
             flat = torch.cat(rows) if len(rows) > 1 else rows[0]
             dist.broadcast(flat, src=process)
@@ -288,14 +297,15 @@ def send_weights(parameters: Sequence[nn.Parameter]) -> None:
                 p.copy_(row.view(p.shape))
 
 
-def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """What each process has of {place: {name: tensor}} -> in the first one all of it, the others' part on the CPU;
-    elsewhere its own part. Tensor by tensor, so that the others need no room for what is not theirs."""
+def gather_states(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """{index of a parameter: {name: tensor}} of the parameters that this process owns -> in the first process those of
+    all parameters, with the other processes' tensors on the CPU; in the others their own. The tensors are sent one by
+    one, so that no other process needs memory for them."""
     if size() == 1:
         return states
-    mine = {(place, name): t for place, state in states.items() for name, t in state.items()}
-    theirs = gather({key: t.to("meta") for key, t in mine.items()} if rank() else {})
-    with in_all():  # there may be no room
+    mine = {(index, name): t for index, state in states.items() for name, t in state.items()}
+    theirs = all_gather({key: t.to("meta") for key, t in mine.items()} if rank() else {})
+    with raise_in_all():  # memory may run out
         if rank():
             mine = {key: t.cpu() for key, t in mine.items()}
         else:
@@ -307,28 +317,40 @@ def to_first(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor
             elif rank() == 0:
                 dist.recv(mine[key], src=process)
     whole = {}
-    for (place, name), t in sorted(mine.items(), key=lambda item: item[0][0]):
-        whole.setdefault(place, {})[name] = t
+    for (index, name), t in sorted(mine.items(), key=lambda item: item[0][0]):
+        whole.setdefault(index, {})[name] = t
     return whole
 
 
 def begin_equal(modules: Iterable[nn.Module], **read) -> None:
-    """Gives every process the first one's weights and buffers. ConfigError where what they have read, by its name, or
-    which weights there are and learn is not the same in all, or a model is on another GPU than the process's own."""
+    """Copies the first process's weights and buffers to all processes.
+
+    read: {name: value} of what each process has read. ConfigError if such a value, the names, shapes and dtypes of the
+    weights, or which of them are trainable differ between processes, or if a model is on another GPU than the process's
+    own.
+    """
     if size() == 1:
         return
-    for name, values in ((name, gather(value)) for name, value in read.items()):
+    for name, values in ((name, all_gather(value)) for name, value in read.items()):
         if any(value != values[0] for value in values):
-            raise ConfigError(f"the {size()} processes read different {name}: each must be given all, and in one order")
+            raise ConfigError(
+                f"the {size()} processes read different {name}: give every process all of it, in the same order"
+            )
     named = [x for m in modules for x in (*m.named_parameters(), *m.named_buffers())]
-    models = gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
+    models = all_gather([(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in named])
     if any(model != models[0] for model in models):
-        raise ConfigError(f"the {size()} processes hold different models, or not the same weights of them learn")
+        raise ConfigError(
+            f"the {size()} processes hold different models, or different weights of them are trainable: give every "
+            "process the same model"
+        )
     tensors = [t for _, t in named]
-    with in_all():
+    with raise_in_all():
         for device in {t.device for t in tensors if t.is_cuda}:
             if device.index != (own := torch.cuda.current_device()):
-                raise ConfigError(f"a model is on {device}, and this process's GPU is cuda:{own}: give the path of it")
-    for tensor in tensors:  # row by row from now on, as their gradients: fused AdamW pairs them as they lie in memory
+                raise ConfigError(
+                    f"a model is on {device}, but this process's GPU is cuda:{own}: give the model by its path, or "
+                    "move it to that GPU"
+                )
+    for tensor in tensors:  # contiguous like their gradients, because fused AdamW pairs elements by their memory order
         tensor.data = tensor.data.contiguous()
         dist.broadcast(tensor.data, src=0)

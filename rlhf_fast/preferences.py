@@ -1,12 +1,12 @@
 """How far a reward model can be trusted, from its rewards on held-out comparisons: numbers, and the report's section.
 
-    d = r(chosen) - r(rejected)        a pair agrees where d > 0; a tie is half an agreement
-    P(chosen is better) = sigma(d)     calibrated if a share c agrees of the pairs with sigma(|d|) near c
-    ECE = sum over bins of (pairs in it / all) |mean sigma(|d|) - share that agrees|         (Guo et al. 2017)
+    d = r(chosen) - r(rejected)        a pair agrees if d > 0; a tie is half an agreement
+    P(chosen is better) = sigma(d)     calibrated if a share c of the pairs with sigma(|d|) near c agrees
+    ECE = sum over bins of (pairs in the bin / all pairs) |mean sigma(|d|) - share that agrees|  (Guo et al. 2017)
 
-Where a label is a probability p, accuracy takes the likelier side as the better one (p = 1/2 is a tie), and calibration
-counts p of an agreement where d > 0, 1 - p where d < 0. A reward model has to beat the floors of data/baselines.py. The
-split by length shows where it follows length instead of the labels.
+If a label is a probability p, accuracy takes the likelier side as the better one (p = 1/2 is a tie), and calibration
+counts p of an agreement if d > 0 and 1 - p if d < 0. A reward model has to beat the floors of data/baselines.py. The
+split by length shows whether it follows length instead of the labels.
 """
 
 from __future__ import annotations
@@ -23,26 +23,25 @@ from .page import Html, grid, table
 
 @dataclass
 class Pairs:
-    """M ordered pairs, in each the better response first. rewards, lengths in tokens: (M, 2). target (M,): the
-    probability that the first is better. source, prompt (M,): where a pair comes from, and which prompt it answers."""
+    """M pairs of responses, each with the better response first."""
 
-    rewards: np.ndarray
-    lengths: np.ndarray
-    target: np.ndarray
-    weight: np.ndarray
-    source: list[str | None]
-    prompt: np.ndarray
+    rewards: np.ndarray  # (M, 2)
+    lengths: np.ndarray  # (M, 2), tokens
+    target: np.ndarray  # (M,): the probability that the first response is better
+    weight: np.ndarray  # (M,)
+    source: list[str | None]  # M: where the pair comes from
+    prompt: np.ndarray  # (M,): identifies the prompt that the pair answers
 
 
 def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
-    """Everything that section() shows, as JSON.
+    """Everything that report_section() shows, as JSON.
 
-    The interval of a share is Wilson's at 95 %. Its number of trials is that of prompts, because several pairs of one
-    prompt are not independent: (sum W)^2 / sum W^2, W the weight of a prompt's pairs (Kish 1965). A margin that is not
-    finite counts as wrong whatever the label, and not_finite says how many there are; margin, calibration and
-    correlations leave them out. margin is null where no pair is left, ece where none of them has weight.
+    The interval of a share is Wilson's at 95 %. Its number of trials counts prompts, because several pairs of one
+    prompt are not independent: (sum W)^2 / sum W^2, where W is the weight of a prompt's pairs (Kish 1965). A margin
+    that is not finite counts as wrong whatever the label, and not_finite is the number of these; margin, calibration
+    and correlations leave them out. margin is null if no pair remains, ece if no remaining pair has weight.
     """
-    rewards = pairs.rewards.astype(np.float64)  # in float32 a histogram of nearly equal margins has too few edges
+    rewards = pairs.rewards.astype(np.float64)  # float32 has too few values between nearly equal margins
     with np.errstate(invalid="ignore"):  # inf - inf
         margin = rewards[:, 0] - rewards[:, 1]
     finite = np.isfinite(margin)
@@ -79,7 +78,7 @@ def evaluate_pairs(pairs: Pairs, floors: dict[str, float]) -> dict:
 def _spread(margin: np.ndarray) -> dict:
     """Mean, standard deviation, quantiles and histogram."""
     low, high = float(margin.min()), float(margin.max())
-    least = 1e-6 * max(1.0, abs(low), abs(high))  # a span in which the 25 edges are different numbers
+    least = 1e-6 * max(1.0, abs(low), abs(high))  # the smallest span with 25 distinct edges
     span = (low, high) if high - low > least else (low - least, high + least)
     counts, edges = np.histogram(margin, bins=24, range=span)
     return {
@@ -90,7 +89,7 @@ def _spread(margin: np.ndarray) -> dict:
 
 
 def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray) -> dict:
-    """ECE (null without weight), and its 10 bins, which are of equal width in the confidence sigma(|d|), 0.5 to 1."""
+    """ECE (null without weight) and its 10 bins of equal width in the confidence sigma(|d|), from 0.5 to 1."""
     bins = 10
     confidence = 1 / (1 + np.exp(-np.abs(margin)))
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
@@ -105,14 +104,14 @@ def _calibration(margin: np.ndarray, agrees: np.ndarray, weight: np.ndarray) -> 
 
 
 def _fifths(values: np.ndarray) -> list[np.ndarray]:
-    """Masks that sort the values into at most five groups of about the same size; equal values are in one group."""
+    """Masks of at most five groups of values of about equal size; equal values are in the same group."""
     edges = np.unique(np.quantile(values, (0.2, 0.4, 0.6, 0.8), method="nearest"))
     place = np.searchsorted(edges, values, side="left")
     return [place == k for k in np.unique(place)]
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation; 0 where one of the two does not vary."""
+    """Pearson's correlation; 0 if one of the two is constant."""
     if len(x) < 2 or not x.std() or not y.std():
         return 0.0
     return float(np.corrcoef(x, y)[0, 1])
@@ -121,22 +120,22 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 # -- the section of the report -----------------------------------------------------------------------------------------
 
 
-def section(evaluation: dict) -> str:
-    """HTML of what evaluate_pairs returned: accuracy beside the floors, margins, calibration, length, sources."""
+def report_section(evaluation: dict) -> str:
+    """evaluate_pairs' result as HTML: accuracy next to the floors, margins, calibration, length, sources."""
     correlation, calibration = evaluation["length_correlation"], evaluation["calibration"]
     lead = (
-        f"It prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of {evaluation['pairs']} held-out "
-        f"pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']} ties count half)."
+        f"The reward model prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of {evaluation['pairs']} "
+        f"held-out pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']} ties count half)."
     )
-    if broken := evaluation.get("not_finite"):  # not in the files of earlier versions
-        lead += f" <b>The margin of {broken} is not finite</b>, and they count as wrong."
+    if broken := evaluation.get("not_finite"):  # absent in files of earlier versions
+        lead += f" <b>The margin of {broken} is not finite</b>; these count as wrong."
     figures = [_reliability(calibration), _by_length(evaluation["by_length_difference"])]
     if evaluation["margin"]:
         figures.insert(0, _histogram(evaluation["margin"]))
     ece = "unknown" if calibration["ece"] is None else f"{calibration['ece']:.3f}"
     notes = (
-        f"Expected calibration error {ece}: how far the probability it gives to its preference is, "
-        "on average, from how often that preference is right. Correlation of the reward with the response's length "
+        f"Expected calibration error {ece}: the average distance between the probability that the model gives to its "
+        "preferences and the share of them that is right. Correlation of the reward with the response's length "
         f"{correlation['reward_with_length']:+.2f}, of the margin with the difference of lengths "
         f"{correlation['margin_with_length_difference']:+.2f}."
     )
@@ -151,7 +150,7 @@ def _beside_floors(evaluation: dict) -> str:
     rows.append(["this reward model", f"{evaluation['accuracy']:.1%}", _interval(evaluation)])
     for name, value in evaluation["floors"].items():
         reached = evaluation["low"] > value
-        note = "below the interval" if reached else "not told apart" if value <= evaluation["high"] else "better"
+        note = "below the interval" if reached else "inside the interval" if value <= evaluation["high"] else "better"
         mark = Html(f'<span class="{"ok" if reached else "bad"}">{note}</span>')
         rows.append([f"without a model: {name}", f"{value:.1%}", mark])
     return table(rows)
@@ -163,7 +162,7 @@ def _interval(share: dict) -> str:
 
 def _histogram(margin: dict) -> str:
     bars = list(zip(margin["edges"], margin["edges"][1:], margin["counts"], strict=False))
-    return bar_chart("Pairs by margin", bars, x_label="r(chosen) - r(rejected); left of 0 it is wrong")
+    return bar_chart("Pairs by margin", bars, x_label="r(chosen) - r(rejected); wrong below 0")
 
 
 def _reliability(calibration: dict) -> str:
@@ -171,7 +170,7 @@ def _reliability(calibration: dict) -> str:
     ideal = Series("calibrated", [(0.5, 0.5), (1.0, 1.0)])
     return line_chart(
         "Reliability", [ideal, Series("share that agrees", points)], percent=True, x_range=(0.5, 1.0),
-        x_label="probability it gives to its preference",
+        x_label="probability that it gives to its preference",
     )  # fmt: skip
 
 
@@ -180,7 +179,7 @@ def _by_length(rows: list[dict]) -> str:
     lines = {"agreement": "accuracy", "95 % interval, low": "low", "high": "high"}
     series = [Series(label, list(zip(middle, [row[key] for row in rows], strict=True))) for label, key in lines.items()]
     return line_chart(
-        "Agreement by length difference", series, percent=True, x_label="tokens that the better response has more"
+        "Agreement by length difference", series, percent=True, x_label="tokens by which the better response is longer"
     )
 
 

@@ -1,15 +1,15 @@
-"""report.html of a run: one file that needs nothing else, readable on a phone.
+"""report.html of a run: one self-contained file, readable on a phone.
 
-    write_report(run_dir)          reads train_log.jsonl, samples.jsonl, run_config.json, and if any summary.json,
-                                   preferences.json (preferences.py), alarms.jsonl, job.json
+    write_report(run_dir)          reads train_log.jsonl and, if they exist, samples.jsonl, run_config.json,
+                                   summary.json, preferences.json (preferences.py), alarms.jsonl, job.json
     write_quickstart_report(root)  reads summary.json and the run directory of every stage
 
-summary.json of several stages, where a value may be missing or null:
+summary.json of several stages (values may be missing or null):
 
     {"seed": 0, "stages": [{"name": "sft", "run": "sft",         # the run directory below root
-                            "pass_rate": 0.4,                    # held-out, by rules the policy never trains on
+                            "pass_rate": 0.4,                    # held-out, by rules that are never trained on
                             "pass_rate_per_principle": {"polite": 0.8},
-                            "proxy_reward": 0.1, "kl": 0.0,      # what PPO optimises; nats a sequence, to the reference
+                            "proxy_reward": 0.1, "kl": 0.0,      # PPO's reward; KL to the reference, nats per sequence
                             "rm_accuracy": null, "seconds": 30.0}],
      "samples": [{"prompt": "...", "responses": [{"stage": "sft", "text": "...", "violates": ["polite"]}]}]}
 """
@@ -23,10 +23,10 @@ from . import monitors, preferences
 from .charts import Series, line_chart, short
 from .page import bar, details, grid, section, table, write_page
 
-MAX_SAMPLES = 12  # on the page; samples.jsonl has them all
+MAX_SAMPLES = 12  # on the page; samples.jsonl has all
 
-# Charts a reader looks for first, in the order of the story. A chart appears where the log has one of its metrics.
-# Each is (title, percent?, metrics with their label).
+# The most important charts, in reading order: (title, percent?, {metric: label}). A chart appears if the log has one of
+# its metrics.
 CHARTS = [
     ("Loss", False, {"loss": "training", "eval_loss": "held-out"}),
     ("Token accuracy", True, {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out"}),
@@ -55,15 +55,16 @@ CHARTS = [
 def write_report(run_dir: str | Path) -> Path:
     """Writes `run_dir`/report.html from the logs of one trainer and returns its path.
 
-    Raises FileNotFoundError where the directory has no train_log.jsonl.
+    Raises FileNotFoundError if the directory has no train_log.jsonl.
     """
     run_dir = Path(run_dir)
     log = read_jsonl(run_dir / "train_log.jsonl")
+    evaluation = read_mapping(run_dir / "preferences.json")
     body = [
         f"<p>{len(log)} log lines, to step {short(max((row.get('step', 0) for row in log), default=0))}.</p>",
         section("Result", _mapping_table("", run_dir / "summary.json")),
         section("Monitors", _monitors(run_dir, log)),
-        section("Held-out preferences", _preferences(run_dir)),
+        section("Held-out preferences", preferences.report_section(evaluation) if evaluation else ""),
         section("Curves", _figures(log)),
         section("Samples", _first_and_last(read_jsonl(run_dir / "samples.jsonl", missing_ok=True))),
         details("Every other metric", _other_figures(log)),
@@ -74,15 +75,10 @@ def write_report(run_dir: str | Path) -> Path:
     return write_page(run_dir / "report.html", f"Run {run_dir.resolve().name}", body)
 
 
-def _preferences(run_dir: Path) -> str:
-    path = run_dir / "preferences.json"
-    return preferences.section(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""
-
-
 def write_quickstart_report(root: str | Path) -> Path:
     """Writes `root`/report.html over all stages of summary.json and returns its path.
 
-    Raises FileNotFoundError where there is no summary.json, ValueError where it lists no stages.
+    Raises FileNotFoundError if there is no summary.json, ValueError if it lists no stages.
     """
     root = Path(root)
     summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
@@ -104,17 +100,17 @@ def write_quickstart_report(root: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
-    """The rows of a .jsonl file, without a torn last one. missing_ok: [] where there is no such file."""
+    """The rows of a .jsonl file, without a torn last row. missing_ok: return [] if there is no such file."""
     if missing_ok and not path.exists():
         return []
     return [json.loads(line) for line in whole_lines(path) if line.strip()]
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file, without "\\n". A last line that lacks its "\\n" is left out: its writing was interrupted, or
-    is going on.
+    """The lines of a file, without "\\n". A last line without "\\n" is left out: writing it was interrupted, or has not
+    finished.
 
-    Bytes, because a crash may cut a character in two, and because str.splitlines would also cut at a U+2028 in a text.
+    Bytes, because a crash may cut a character in two, and because str.splitlines would also split at a U+2028.
     """
     return path.read_bytes().split(b"\n")[:-1]
 
@@ -135,10 +131,9 @@ def _figures(log: list[dict]) -> str:
 
 def _monitors(run_dir: Path, log: list[dict]) -> str:
     """The alarms and charts of the monitors (monitors.py); "" for a run whose config has none."""
-    path = run_dir / "run_config.json"
-    limits = json.loads(path.read_text(encoding="utf-8")).get("monitors") if path.exists() else None
+    limits = (read_mapping(run_dir / "run_config.json") or {}).get("monitors")
     alarms = read_jsonl(run_dir / "alarms.jsonl", missing_ok=True)
-    return "" if limits is None else monitors.on_page(log, limits, alarms)
+    return "" if limits is None else monitors.report_section(log, limits, alarms)
 
 
 def _other_figures(log: list[dict]) -> str:
@@ -148,7 +143,7 @@ def _other_figures(log: list[dict]) -> str:
 
 
 def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
-    """For every stage that has both: the curve of the reward that the policy optimises, and that of the pass rate."""
+    """For every stage that has both: the curves of the reward that the policy optimises and of the pass rate."""
     cells = []
     for stage in stages:
         name, log = stage["name"], logs[stage["name"]]
@@ -157,14 +152,14 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
         principles = [Series(p, _points(log, f"eval_{p}")) for p in stage.get("pass_rate_per_principle") or {}]
         if proxy and true:
             steps = [step for step, _ in (*proxy, *true)]
-            axis = (min(steps), max(steps))  # the same for all three charts, so that they can be compared
+            axis = (min(steps), max(steps))  # shared by the three charts, for comparison
             scores = [Series("training", proxy), Series("held-out", _points(log, "eval_scores"))]
             cells += [
                 line_chart(f"{name}: proxy reward", scores, x_range=axis),
                 line_chart(f"{name}: pass rate", [Series("all", true), *principles], percent=True, x_range=axis),
                 line_chart(f"{name}: KL to the reference", [Series("nats", kl)], x_range=axis),
             ]
-    note = "<p>The policy sees only the proxy. Where it rises and the pass rate falls, the reward is being hacked.</p>"
+    note = "<p>The policy sees only the proxy. If it rises while the pass rate falls, the reward is being hacked.</p>"
     return note + grid(cells) if cells else ""
 
 
@@ -174,10 +169,10 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
 def _headline(summary: dict) -> str:
     rated = [stage for stage in summary["stages"] if stage.get("pass_rate") is not None]
     seconds = sum(stage.get("seconds") or 0 for stage in summary["stages"])
-    text = f"Seed {summary.get('seed', 'not recorded')}, {seconds:.0f} s of work."
+    text = f"Seed {summary.get('seed', 'not recorded')}, {seconds:.0f} s in total."
     if rated:
         rates = ", ".join(f"{stage['pass_rate']:.0%} after {escape(stage['name'])}" for stage in rated)
-        text += f" Answers to held-out prompts that keep every rule: {rates}."
+        text += f" Share of answers to held-out prompts that keep every rule: {rates}."
     return f'<p class="lead">{text}</p>'
 
 
@@ -199,12 +194,12 @@ def _stage_table(stages: list[dict]) -> str:
 
 
 def _counts_table(stages: list[dict]) -> str:
-    """What became of the records of each stage that counts them, as a whole or by part."""
+    """The counts of records, by what became of them, of each stage that has them: in total, or by part."""
     rows = []
     for stage in stages:
         counts = stage.get("counts", {})
-        parts = {f" ({part})": of for part, of in counts.items() if isinstance(of, dict)} or {"": counts}
-        rows += [[stage["name"] + part, in_words(of)] for part, of in parts.items() if of]
+        parts = {f" ({part})": n for part, n in counts.items() if isinstance(n, dict)} or {"": counts}
+        rows += [[stage["name"] + part, in_words(n)] for part, n in parts.items() if n]
     return table([["Stage", "Records"], *rows]) if rows else ""
 
 
@@ -232,7 +227,7 @@ def _last_values(log: list[dict]) -> str:
 
 
 def read_mapping(path: Path) -> dict | None:
-    """None where there is no such file, or a torn one, which is worth no run."""
+    """The mapping in a JSON file; None if the file is missing, torn, or holds something else."""
     try:
         mapping = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -257,9 +252,9 @@ def _plain(value) -> str:
 def _first_and_last(samples: list[dict]) -> str:
     """The responses to each prompt at the first and at the last evaluation, side by side.
 
-    A record with several responses at a time (chosen and rejected) is shown at the last evaluation only. Two records
-    may have the same prompt, or none. Their index tells them apart; samples without one are told apart by their order,
-    which is the same at every evaluation.
+    A record with several responses per evaluation (chosen and rejected) is shown at the last evaluation only. Two
+    records may have the same prompt, or none. They are distinguished by their index, or if they have none by their
+    order, which is the same at every evaluation.
     """
     by_record: dict[tuple, list[dict]] = {}
     times: Counter[tuple] = Counter()
@@ -294,7 +289,7 @@ def _sample_cards(samples: list[dict]) -> str:
 
 
 def _dialogue(prompt) -> str:
-    """A prompt, a string or messages, as escaped HTML."""
+    """A prompt (a string or messages) as escaped HTML."""
     if isinstance(prompt, str):
         return escape(prompt)
     return "<br>".join(f"<i>{escape(str(m['role']))}</i> {escape(str(m['content']))}" for m in prompt)

@@ -1,9 +1,10 @@
-"""Rewards: one number for an answer to a prompt, from a reward model, a Python function, or a weighted sum of them.
+"""Rewards: one number per response, from a reward model, a Python function, or a weighted sum of these.
 
-    reward(prompts, responses, **columns) -> B floats, or a Tensor (B,); `async def` is welcome
+    reward(prompts, responses, **columns) -> B floats, or a Tensor (B,); may be an `async def`
 
-prompts are text or messages, responses text without special tokens, columns the other columns of the dataset (lists of
-B). Text is the interface, so a reward model brings its own tokenizer and chat template; they need not be the policy's.
+prompts are text or messages, responses are text without special tokens, and columns are the other columns of the
+dataset (lists of B). The interface is text, so a reward model may have another tokenizer and chat template than the
+policy.
 """
 
 from __future__ import annotations
@@ -48,28 +49,29 @@ Reward = Callable[..., "Sequence[float] | Tensor"]
 class RewardModelReward:
     """The score of a reward model (a scalar head at the last token) on prompt + response + eos.
 
-    A model that RewardTrainer gave a scale (models.set_reward_scale) scores (raw - mean) / standard deviation.
+    If RewardTrainer has given the model a scale (models.set_reward_scale), the score is (raw - mean) / standard
+    deviation.
 
-    A reward model from elsewhere reads a conversation exactly as its chat template writes it, even where that ends
-    without eos or with a line break after it: TRL trains reward models on such texts, and their model cards score them.
+    A reward model from elsewhere reads a conversation exactly as its chat template renders it, even if that has no eos
+    at the end or a line break after it: TRL trains reward models on such texts, and their model cards score them.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, batch_size: int = 64):
         if tokenizer.eos_token is None:
             raise ConfigError(
-                "RewardModelReward: the reward model's tokenizer needs an eos token, where the score is read"
+                "RewardModelReward: the reward model's tokenizer has no eos token, at which the score is read: set one"
             )
         if batch_size < 1:
             raise ConfigError(f"RewardModelReward: batch_size = {batch_size} must be 1 or more")
         _check_trained(model, type(model).__name__)
         check_score(model)
-        check_lengths(model, tokenizer, 0)  # a tokenizer of another model would read past the embedding
+        check_lengths(model, tokenizer, 0)  # the tokenizer of another model may have tokens beyond the embedding
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
-        self._told: set[str] = set()  # keys of a message that the template leaves out, of which a warning has told
+        self._told: set[str] = set()  # message keys that the template leaves out and a warning has named
 
     @classmethod
     def load(cls, path: str | Path, **options) -> RewardModelReward:
-        """A checkpoint folder (or hub name) with the reward model and the tokenizer it was trained with."""
+        """path: a folder (or hub name) with the reward model and the tokenizer that it was trained with."""
         _check_trained(path, repr(str(path)))
         tokenizer = load_tokenizer(str(path))
         reward = cls(merge_adapters(load_reward_model(str(path), with_own_pad(tokenizer))), tokenizer, **options)
@@ -86,7 +88,7 @@ class RewardModelReward:
 
     @torch.no_grad()
     def score(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """(B,) scores of what encode() returned."""
+        """B rows of tokens from encode() -> (B,) scores."""
         longest = max(map(len, tokens), default=0)
         check_lengths(self.model, self.tokenizer, longest, "score shorter responses")
         scores = torch.empty(len(tokens), dtype=torch.float32)
@@ -101,7 +103,7 @@ class RewardModelReward:
     def encode(self, prompt: Text | None, response: Text, unwritten: Said | None = None) -> list[int]:
         """The tokens to score: the conversation in the reward model's own template, or plain text.
 
-        unwritten: a list; what the template leaves out of the response is appended to it.
+        unwritten: a list, to which the parts of the response that the template leaves out are appended.
         """
         check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
         end = is_trained_here(self.model)
@@ -109,16 +111,16 @@ class RewardModelReward:
 
 
 def _check_trained(model, name: str) -> None:
-    """ConfigError for a model without a scalar head: loading one would add a head of random weights."""
+    """ConfigError for a model without a scalar head: loading it would add a head with random weights."""
     if not has_scalar_head(model):
         raise ConfigError(
-            f"a reward must be a trained reward model, and {name} has no scalar head (`score`, as decoders have it in "
+            f"a reward must be a trained reward model, but {name} has no scalar head (`score`, as decoders have it in "
             "AutoModelForSequenceClassification): train it first, or give a function of prompts and responses"
         )
 
 
 class WeightedReward:
-    """The weighted sum of [(reward, weight), ...]. Each part is logged under a name of its own, also at weight 0."""
+    """The weighted sum of [(reward, weight), ...]. Each part is logged under its own name, even at weight 0."""
 
     def __init__(self, rewards: Sequence[tuple[Reward, float]]):
         if not rewards:
@@ -134,16 +136,16 @@ class WeightedReward:
 
 
 def reward_name(reward: Reward) -> str:
-    """What the log calls it: a function's name, a reward model's folder, a class."""
+    """Its name in the log: that of the function, of the reward model's folder, or of the class."""
     return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
 
 
 def make_reward(spec, tokenizer) -> Reward:
-    """A Reward, from any of:
+    """A Reward from any of:
 
-    - a reward model, also with LoRA adapters. It reads with `tokenizer`, the policy's; for a model that needs another
-      one give RewardModelReward(model, its_tokenizer)
-    - the path of a reward model that is saved with its tokenizer
+    - a reward model, with or without LoRA adapters. It uses `tokenizer`, the policy's. For a model that needs another
+      one pass RewardModelReward(model, its_tokenizer)
+    - the path of a reward model that was saved with its tokenizer
     - a Python function, async or not
     - a list of (any of these, weight)
     """
@@ -155,28 +157,28 @@ def make_reward(spec, tokenizer) -> Reward:
         try:
             weights = [float(weight) for _, weight in spec]
         except (TypeError, ValueError):
-            raise ConfigError(f"a list of rewards is [(reward, weight), ...], got {spec!r}") from None
+            raise ConfigError(f"a list of rewards must be [(reward, weight), ...], got {spec!r}") from None
         return WeightedReward([(make_reward(part, tokenizer), w) for (part, _), w in zip(spec, weights, strict=True)])
     if callable(spec):
         return spec
     raise ConfigError(
-        f"a reward is a reward model, a path to one, a function reward(prompts, responses, **columns), or a list of "
-        f"(reward, weight); got {type(spec).__name__}"
+        f"a reward must be a reward model, a path to one, a function reward(prompts, responses, **columns), or a list "
+        f"of (reward, weight); got {type(spec).__name__}"
     )
 
 
 def compute_scores(reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict) -> Tensor:
-    """Calls a reward -> (B,) float32 on the CPU, which may hold NaN or inf. ConfigError names a reward that returns
-    anything else."""
+    """Calls a reward -> (B,) float32 on the CPU, possibly with NaN or inf. ConfigError, which names the reward, if it
+    returns anything else."""
     return score_components(reward, prompts, responses, columns)[0]
 
 
 def score_components(
     reward: Reward, prompts: Sequence[Text], responses: Sequence[str], columns: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """compute_scores, and the scores of each part by its name, without its weight. Async parts run concurrently.
+    """compute_scores, and {name: unweighted scores} of each part. Async parts run concurrently.
 
-    A part of weight 0 is only logged. It is left out of the sum, because 0 times its NaN would be NaN.
+    A part of weight 0 is only logged. It is left out of the sum, because 0 times NaN would be NaN.
     """
     parts = _parts(reward)
     returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
@@ -193,8 +195,8 @@ def _parts(reward: Reward) -> dict[str, tuple[Reward, float]]:
 
 
 def check_signature(reward: Reward, columns: Iterable[str]) -> None:
-    """ConfigError for a function that cannot be called with prompts, responses and these columns, or that has the
-    first two in the other order, as functions for TRL may: it names them in its calls."""
+    """ConfigError for a function that cannot be called as (prompts, responses, **columns), or whose first two
+    parameters are in the other order. (Functions for TRL may have that, because TRL passes them by keyword.)"""
     for name, (part, _) in _parts(reward).items():
         try:
             signature = inspect.signature(part)
@@ -204,20 +206,20 @@ def check_signature(reward: Reward, columns: Iterable[str]) -> None:
             bound = signature.bind("prompts", "responses", **dict.fromkeys(columns)).arguments
             swapped = [name for name in ("responses", "completions") if bound.get(name) == "prompts"]
             if bound.get("prompts") == "responses" or swapped:
-                raise TypeError("prompts come first, then responses")
+                raise TypeError("prompts must come first, then responses")
         except TypeError as error:
             call = ", ".join(["prompts", "responses", *(f"{column}=..." for column in columns)])
             raise ConfigError(
-                f"reward {name!r} takes {signature} and is called with ({call}): {error}. Let it take prompts, "
-                "responses, the columns it needs, and **columns for the others"
+                f"reward {name!r} has the signature {signature} but is called with ({call}): {error}. Let it take "
+                "prompts, responses, the columns it needs, and **columns for the others"
             ) from None
 
 
 def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) -> None:
-    """ConfigError for a reward model that has too few positions for this prompt and a response of response_length
-    tokens of `tokenizer`, the policy's.
+    """ConfigError for a reward model with too few positions for this prompt and a response of response_length tokens.
 
-    With another vocabulary nobody knows how many tokens the response will be, and only the prompt is checked.
+    tokenizer: the policy's. If the reward model has another vocabulary, the response's length in its tokens is unknown,
+    and only the prompt is checked.
     """
     for part, _ in _parts(reward).values():
         if isinstance(part, RewardModelReward):
@@ -228,25 +230,26 @@ def check_room(reward: Reward, tokenizer, prompt: Text, response_length: int) ->
 
 
 class _LoopThread(threading.Thread):
-    """An event loop that runs as long as the process does."""
+    """A thread with an event loop that runs until the process ends."""
 
     def __init__(self):
         super().__init__(name="rlhf_fast async rewards", daemon=True)
         self.loop = asyncio.new_event_loop()
 
     def run(self) -> None:
-        while True:  # a reward that raises one of these ends run_forever(), and would leave its caller waiting
+        while True:  # one of these from a reward ends run_forever(), and would leave its caller waiting
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
 
 
 @functools.cache
 def _loop_thread(process: int, caller: _LoopThread | None) -> _LoopThread:
-    """The loop in which rewards are awaited, the same in every call: a reward's HTTP client or semaphore belongs to the
-    loop that first used it.
+    """The thread whose loop awaits rewards. It is the same in every call, because a reward's HTTP client or semaphore
+    belongs to the loop that first used it.
 
-    process: the id of this process, for a fork inherits the loop but not the thread. caller: the loop thread of a
-    reward that calls other rewards; it blocks its own loop while it waits, so theirs is another.
+    process: the id of this process, because a fork inherits the loop but not the thread.
+    caller: the loop thread of a reward that calls other rewards. While it waits it blocks its loop, so these get
+    another.
     """
     thread = _LoopThread()
     thread.start()
@@ -254,14 +257,14 @@ def _loop_thread(process: int, caller: _LoopThread | None) -> _LoopThread:
 
 
 def _wait_for(awaitables: list) -> list:
-    """Their results. They run in a thread of their own, because in a notebook this one has a running loop already."""
+    """Their results. They run in another thread, because in a notebook this one already has a running loop."""
 
     async def together():
         tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
         try:
             return await asyncio.gather(*tasks)
         finally:
-            for task in tasks:  # one of them failed, and nobody waits for the others any more
+            for task in tasks:  # if one has failed, nobody waits for the others
                 task.cancel()
 
     here = threading.current_thread()
@@ -270,21 +273,21 @@ def _wait_for(awaitables: list) -> list:
     try:
         return future.result()
     finally:
-        future.cancel()  # Ctrl-C may have ended the wait
+        future.cancel()  # after Ctrl-C during the wait
 
 
 def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
     if isinstance(returned, np.ndarray):
-        returned = returned.copy()  # torch does not read negative strides, as of x[::-1]
+        returned = returned.copy()  # torch does not accept negative strides, which x[::-1] has
     try:
         scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
-    except OverflowError as error:  # the number is not shown: Python refuses to print very long ones
-        raise ConfigError(f"reward {name!r} returned a number beyond those of a float ({error})") from error
+    except OverflowError as error:  # without the number: Python refuses to print very long ones
+        raise ConfigError(f"reward {name!r} returned a number too large for a float ({error})") from error
     except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for None, text or ragged lists
         raise ConfigError(f"reward {name!r} must return one number for each response, got {returned!r}") from error
     if scores.shape != (len(responses),):
         raise ConfigError(
             f"reward {name!r} returned shape {tuple(scores.shape)} for {len(responses)} responses; it must return one "
-            "number for each"
+            "number for each response"
         )
     return scores

@@ -1,6 +1,6 @@
-"""The Rollout that PPO learns from: answers to prompts, and what the models say about them.
+"""The Rollout that PPO learns from: answers to prompts, with the log-probabilities, values and scores of the models.
 
-How the answers are sampled is in generation.py.
+generation.py samples the answers.
 """
 
 from __future__ import annotations
@@ -23,64 +23,64 @@ from .ops import masked_mean
 
 @dataclass
 class Rollout:
-    """B answers and what the models say about each of their tokens. P prompt columns, R response columns.
+    """B answers and what the models compute for each of their tokens. P prompt columns, R response columns.
 
     tokens         p0 p1 p2 | r0 r1 r2 e  .      prompt_ids padded on the left, response_ids on the right; e = eos
     logprobs                | l0 l1 l2 l3 .      l[i] = log p(r[i] given everything before it), at the temperature
     values                  | v0 v1 v2 v3 .      v[i] = value of the state in which r[i] is chosen
     rewards                 | k0 k1 k2 k3+s .    k = -kl_coef * KL, s = score
-    response_mask           |  1  1  1  1  0     eos counts, padding never does, also where pad is the same token as eos
+    response_mask           |  1  1  1  1  0     eos counts, padding never does, even if pad and eos are the same token
 
-    With a tool in between, the model reads the tool's tokens t and does not learn them:
+    If a tool writes into the response, the model reads the tool's tokens t but is not trained on them:
 
     tokens         p0 p1 p2 | r0 t0 t1 r1 e
     response_mask           |  1  0  0  1  1
-    present                 |  1  1  1  1  1     None where it is the same as response_mask
+    present                 |  1  1  1  1  1     None if it equals response_mask
 
-    What lies outside response_mask is 0 in every float tensor and never counts in any statistic.
+    Outside response_mask every float tensor is 0, and no statistic counts it.
     """
 
     prompt_ids: Tensor  # (B, P) int64
     prompt_mask: Tensor  # (B, P) bool
     response_ids: Tensor  # (B, R) int64
     response_mask: Tensor  # (B, R) bool
-    ended: Tensor  # (B,) bool: the response ended with eos and was not cut off
+    ended: Tensor  # (B,) bool: the response ends with eos and was not cut off
     prompts: list[Text]
     responses: list[str]  # decoded without special tokens
-    columns: dict[str, list] = field(default_factory=dict)  # the other columns of the prompt rows, for reward functions
-    present: Tensor | None = None  # (B, R) bool: what the model reads of the response, see above
-    rollout_logprobs: Tensor | None = None  # (B, R) from the engine that sampled, where it gave them
-    logprobs: Tensor | None = None  # (B, R) float32, as are all that follow unless they say otherwise
+    columns: dict[str, list] = field(default_factory=dict)  # other columns of the prompt rows, for reward functions
+    present: Tensor | None = None  # (B, R) bool: the response tokens that the model reads, see above
+    rollout_logprobs: Tensor | None = None  # (B, R) of the engine that sampled, if it returned them
+    logprobs: Tensor | None = None  # (B, R) float32, like all that follow unless noted
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
-    raw_scores: Tensor | None = None  # (B,) what the reward says
-    scores: Tensor | None = None  # (B,) scaled, clipped and less penalties: what is trained on
-    kl: Tensor | None = None  # (B, R) to the reference, nats
+    raw_scores: Tensor | None = None  # (B,) as the reward returned them
+    scores: Tensor | None = None  # (B,) used for training: raw_scores scaled, clipped, minus penalties
+    kl: Tensor | None = None  # (B, R) KL to the reference, nats
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
-    value_error: Tensor | None = None  # () mean of (returns - values)^2, where the advantages were whitened
+    value_error: Tensor | None = None  # () mean of (returns - values)^2, if the advantages were whitened
     importance_weights: Tensor | None = None  # (B, R) exp(logprobs - rollout_logprobs), capped, with importance_cap
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) tokens of prompt and response together."""
+        """(B,) numbers of tokens, prompt plus response."""
         return self.prompt_mask.sum(1) + self.read_mask.sum(1)
 
     @property
     def read_mask(self) -> Tensor:
-        """(B, R) bool: all tokens of the response that the model reads, a tool's too."""
+        """(B, R) bool: all response tokens that the model reads, including a tool's."""
         return self.response_mask if self.present is None else self.present
 
     def scatter(self, rows: Tensor, x: Tensor) -> Tensor:
-        """(N, ...), one entry for each response token of b rows -> (b, R, ...), 0 outside response_mask."""
+        """(N, ...), one entry per response token of b rows -> (b, R, ...), 0 outside response_mask."""
         mask = self.response_mask[rows]
         if bool(mask.all()):
             return x.view(*mask.shape, *x.shape[1:])
         return x.new_zeros(*mask.shape, *x.shape[1:]).index_put((mask,), x)
 
     def texts_and_tokens(self, rows: Tensor | None = None) -> dict:
-        """Of a batch that made a NaN, or of some of its rows: to be saved, looked at and run again."""
+        """Texts, tokens and scores of some rows (default: all), to save a batch that produced a NaN for inspection."""
         scores = self.raw_scores if self.scores is None else self.scores
         rows = torch.arange(len(scores)) if rows is None else rows.cpu()
         return {
@@ -95,10 +95,11 @@ def generate(
     model, tokenizer, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float = 1.0,
     batch_size: int = 128, generator: torch.Generator | None = None, bf16: bool = False,
 ) -> Rollout:  # fmt: skip
-    """Sample one response a prompt for PPO (a data.formats.Prompt). The models have not looked at them yet. Each of
-    several processes (parallel.py) answers its share, and all get all answers.
+    """Samples one response per prompt (a data.formats.Prompt) -> a Rollout with rollout_logprobs, but without the
+    log-probabilities, values and scores that the models compute later. With several processes (parallel.py) each
+    answers its share, and every process gets all answers.
 
-    There is no top_p here: log-probabilities of a truncated distribution are not the policy's.
+    There is no top_p: the log-probabilities of a truncated distribution are not the policy's.
     """
     stops = stop_ids(model, tokenizer)
     drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
@@ -110,31 +111,29 @@ def generate(
         )  # fmt: skip
         return list(zip(*answers, strict=True))
 
-    answers = parallel.spread(answer, range(len(prompts)))
+    answers = parallel.map_shares(answer, range(len(prompts)))
     responses, logprobs = ([row[k] for row in answers] for k in (0, 1))
     return make_rollout(tokenizer, prompts, responses, logprobs=logprobs, stop_token_ids=stops, device=model.device)
 
 
-def check_engine(returned, rows: int, embedded: int, with_logprobs: bool) -> None:
-    """ConfigError unless a rollout_func returned lists for make_rollout, of `rows` rows, with tokens that the models
-    embed, and log-probabilities where these are needed. It is called before the iteration has changed anything."""
+def check_rollout_lists(returned, rows: int, embedded: int, with_logprobs: bool) -> None:
+    """Checks what a rollout_func returned, before the iteration has changed anything. ConfigError unless it has lists
+    for make_rollout with `rows` rows each, tokens that the models embed, and log-probabilities if with_logprobs."""
     if not isinstance(returned, Mapping) or returned.get("completion_ids") is None:
         got = f"keys {', '.join(map(repr, returned))}" if isinstance(returned, Mapping) else type(returned).__name__
         raise ConfigError(
-            'PPOTrainer: rollout_func must return {"completion_ids": [[token, ...], ...], ...}, a list of tokens '
-            f"for each prompt, got {got}"
+            'PPOTrainer: rollout_func must return {"completion_ids": [[token, ...], ...], ...}, one list of tokens '
+            f"per prompt, got {got}"
         )
     if taken := {"tokenizer", "prompts", "responses", "stop_token_ids", "device"}.intersection(returned):
         raise ConfigError(
-            f"PPOTrainer: rollout_func may not return {min(taken)!r}, which the trainer gives itself; rename it"
+            f"PPOTrainer: rollout_func may not return {min(taken)!r}, because the trainer sets it itself; rename it"
         )
     needs = {"completion_ids": "tokens", "prompt_ids": "tokens", "logprobs": "finite numbers", "env_mask": "0 and 1"}
     for name, values in returned.items():
         if values is None and name in needs:
             continue
-        count = len(values) if isinstance(values, Sized) and getattr(values, "ndim", 1) else "no"
-        if count != rows:
-            raise ConfigError(f"rollout_func: {name} has {count} rows for {rows} prompts")
+        _check_rows(name, values, rows)
         for i, row in enumerate(values if name in needs else ()):
             x = _row(row, whole=needs[name] == "tokens")
             if x is None or (name == "prompt_ids" and not len(x)):
@@ -144,18 +143,24 @@ def check_engine(returned, rows: int, embedded: int, with_logprobs: bool) -> Non
                 )
             if needs[name] == "tokens" and (strange := [token for token in x.tolist() if not 0 <= token < embedded]):
                 raise ConfigError(
-                    f"PPOTrainer: rollout_func returned the token {strange[0]} in {name}, and the models embed "
-                    f"{embedded}: does the engine read another tokenizer?"
+                    f"PPOTrainer: rollout_func returned the token {strange[0]} in {name}, but the models embed only "
+                    f"{embedded} tokens: use the policy's tokenizer in the engine"
                 )
     if with_logprobs and returned.get("logprobs") is None:
         raise ConfigError(
-            "PPOTrainer: importance_cap weights by the engine's log-probabilities, and rollout_func gave no "
+            "PPOTrainer: importance_cap needs the engine's log-probabilities, but rollout_func returned no "
             '"logprobs": return them, or leave importance_cap out'
         )
 
 
+def _check_rows(name: str, values, rows: int) -> None:
+    count = len(values) if isinstance(values, Sized) and getattr(values, "ndim", 1) else "no"
+    if count != rows:
+        raise ConfigError(f"rollout_func: {name} has {count} rows for {rows} prompts")
+
+
 def _row(row, whole: bool) -> Tensor | None:
-    """(T,) the finite numbers of a row; None where it holds anything else. whole: they are tokens."""
+    """The row as a tensor (T,); None if it is not a list of finite numbers. whole: they must be integers (tokens)."""
     try:
         x = torch.as_tensor(row)
     except (OverflowError, RuntimeError, TypeError, ValueError):  # what torch raises for text, None or ragged lists
@@ -170,28 +175,32 @@ def make_rollout(
     env_mask: Sequence[Sequence[int]] | None = None, stop_token_ids: Sequence[int] | None = None, device=None,
     **columns,
 ) -> Rollout:  # fmt: skip
-    """A Rollout from lists, with the argument names of the rollout_func of TRL's GRPOTrainer.
+    """A Rollout from lists. The arguments have the names of TRL's GRPOTrainer.rollout_func.
 
-    completion_ids: all tokens after the prompt, a tool's too. env_mask: 1 on those that the model sampled, default all.
-    logprobs: what the engine says, one for each token of completion_ids. prompt_ids: the prompts as the engine read
-    them, by default as `prompts` has them. stop_token_ids: the tokens that end a response (models.stop_ids), by default
-    the tokenizer's eos; a response that does not end with one was cut off. columns: lists of B for the reward
-    functions, beside the dataset's columns or in their place.
+    completion_ids: all tokens after the prompt, including a tool's.
+    env_mask: 1 on the tokens that the model sampled; default all.
+    logprobs: the engine's log-probabilities, one per token of completion_ids.
+    prompt_ids: the prompts as the engine read them; default those of `prompts`.
+    stop_token_ids: the tokens that end a response (models.stop_ids); default the tokenizer's eos. A response that does
+    not end with one was cut off.
+    columns: lists of B for the reward functions, added to the dataset's columns or replacing them.
     """
     eos = tokenizer.eos_token_id
     stops = [eos] if stop_token_ids is None else stop_token_ids
     prompt_ids = [prompt.tokens for prompt in prompts] if prompt_ids is None else prompt_ids
     for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids), *columns.items()):
-        if len(rows) != len(prompts):
-            raise ConfigError(f"rollout: {name} has {len(rows)} rows for {len(prompts)} prompts")
+        _check_rows(name, rows, len(prompts))
     for name, rows in (("logprobs", logprobs), ("env_mask", env_mask)):
         if rows is not None and [len(row) for row in rows] != [len(row) for row in completion_ids]:
-            raise ConfigError(f"rollout: {name} must have one number for each token of completion_ids")
+            raise ConfigError(f"rollout_func: {name} must have one number for each token of completion_ids")
     response_ids, present = pad(completion_ids, eos)
     response_mask = present if env_mask is None else present & pad(env_mask, 0)[0].bool()
     if not bool(response_mask.any(1).all()):
         row = int((~response_mask.any(1)).nonzero()[0])
-        raise ConfigError(f"rollout: response {row} has no token that the model sampled")
+        raise ConfigError(
+            f"rollout_func: response {row} has no token that the model sampled: return at least one, with 1 in its "
+            "env_mask"
+        )
     ended = torch.tensor([row[-1] in stops for row in completion_ids], dtype=torch.bool)
     tensors = (*pad(prompt_ids, eos, left=True), response_ids, response_mask, ended)
     rollout = Rollout(
@@ -208,11 +217,11 @@ def make_rollout(
     return rollout
 
 
-def squeeze(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """b rows, their padding moved to the right -> input_ids (b, T), positions (N,), labels (N,).
+def right_padded(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """b rows with all padding moved to the right -> input_ids (b, T), positions (N,), labels (N,).
 
-    As nothing is padded on the left, a causal model needs no mask and no position ids. labels are the N response tokens
-    in the order of response_mask[rows]; positions say which of the b * T hidden states predict them.
+    Without padding on the left, a causal model needs neither a mask nor position ids. labels are the N response tokens
+    in the order of response_mask[rows]. positions are the indices of the hidden states, among b * T, that predict them.
     """
     mask = torch.cat([rollout.prompt_mask[rows], rollout.read_mask[rows]], 1)
     ids = torch.cat([rollout.prompt_ids[rows], rollout.response_ids[rows]], 1)
@@ -227,10 +236,10 @@ def minibatches(
     lengths: Tensor, minibatch_size: int, micro_batch_size: int | None = None, *, micro_batch_tokens: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
-    """(B,) lengths -> [minibatch][micro-batch] -> row numbers; each row once, shuffled where there is a generator.
+    """(B,) lengths -> [minibatch][micro-batch] -> row numbers. Every row occurs once; a generator shuffles them.
 
-    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding. One
-    holds micro_batch_size rows at most, and micro_batch_tokens tokens, padding included, but always one row.
+    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding. A
+    micro-batch has at most micro_batch_size rows and micro_batch_tokens tokens with padding, but at least one row.
     """
     order = torch.arange(len(lengths)) if generator is None else torch.randperm(len(lengths), generator=generator)
     plan = []
@@ -239,31 +248,31 @@ def minibatches(
         sizes, start = [], 0
         widths = lengths[rows].tolist()
         while start < len(rows):
-            most = micro_batch_size or len(rows)
+            max_rows = micro_batch_size or len(rows)
             if micro_batch_tokens is not None:
-                most = min(most, max(1, micro_batch_tokens // widths[start]))
-            sizes.append(min(most, len(rows) - start))
+                max_rows = min(max_rows, max(1, micro_batch_tokens // widths[start]))
+            sizes.append(min(max_rows, len(rows) - start))
             start += sizes[-1]
         plan.append(list(rows.split(sizes)))
     return plan
 
 
 def repetition(ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) tokens -> (B,) the share of adjacent pairs of tokens that occurred before in the same row."""
+    """(B, T) tokens -> (B,) the share of pairs of adjacent tokens that occur earlier in the same row."""
     if ids.shape[1] < 2:
         return torch.zeros(len(ids), device=ids.device)
     real = mask[:, 1:] & mask[:, :-1]
     pairs = (ids[:, :-1] << 32) + ids[:, 1:]
-    padding = -1 - torch.arange(pairs.shape[1], device=ids.device)  # all different, and below every pair of tokens
+    padding = -1 - torch.arange(pairs.shape[1], device=ids.device)  # all different, and smaller than any pair
     pairs = torch.where(real, pairs, padding).sort(1).values
     return (pairs[:, 1:] == pairs[:, :-1]).sum(1) / real.sum(1).clamp(min=1)
 
 
 def rollout_metrics(rollout: Rollout, kl_coef: float, *, shaped: bool = False) -> dict:
-    """What the log says of a rollout: sums over the tokens of a response, averaged over responses.
+    """The log's metrics of a rollout: sums over the tokens of a response, averaged over responses.
 
-    shaped: the scores are not the numbers that the reward gave (PPOConfig.shapes_scores); the mean of these is then
-    logged too, as objective/raw_scores.
+    shaped: the scores differ from what the reward returned (PPOConfig.shapes_scores). Then the mean of the raw scores
+    is logged too, as objective/raw_scores.
     """
     mask, kl, metrics = rollout.response_mask, rollout.kl.sum(1).mean(), {}
     if rollout.values is not None:
@@ -293,8 +302,8 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, *, shaped: bool = False) -
 
 
 def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """() 1 - Var[returns - values] / Var[returns]; NaN, which is null in the log, where all returns are equal up to
-    rounding and so there is nothing to explain."""
+    """() 1 - Var[returns - values] / Var[returns]. NaN (null in the log) if all returns are equal up to rounding, so
+    that there is nothing to explain."""
 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
@@ -304,13 +313,13 @@ def _explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two (B,); 0 where one of them does not vary."""
+    """Pearson's correlation of two (B,) tensors; 0 if one of them is constant."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt().clamp(min=1e-12)
 
 
 def text_metrics(rollout: Rollout) -> dict:
-    """Monitors of reward hacking that need no model: length, endings, repetition within and across responses."""
+    """Signs of reward hacking that need no model: length, endings, repetition within and across responses."""
     lengths = rollout.response_mask.sum(1)
     return {
         "response_length/mean": lengths.float().mean(),

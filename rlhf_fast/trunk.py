@@ -1,13 +1,14 @@
 """The trunk's forward pass in training: hidden states of chosen tokens only.
 
-    x = embed(tokens)                                        (N, D), in any layout: only attend has to know which
+    x = embed(tokens)                                        (N, D), in any layout; only attend depends on it
     for every layer:   x += output(attend(norm(x)))
-                       x += mlp(norm(x))                     in the last layer of the chosen tokens only
+                       x += mlp(norm(x))                     in the last layer for the chosen tokens only
     norm(x)                                                  (M, D)
 
-On the CPU llama, qwen2 and qwen3 in float32 run here. Matrix products are those of the model's own modules, with LoRA
-adapters if it has them; each step between them is one pass over memory (ops/_layer.py). Everything else goes through
-transformers. Two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to end (packing.py).
+llama, qwen2 and qwen3 in float32 on the CPU run here; all other models go through transformers. The model's own modules
+do the matrix products, with LoRA adapters if it has them. Every step between the products is one pass over memory
+(ops/_layer.py). There are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to end
+(packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
 
@@ -19,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .decoder import is_silu, why_not
+from .decoder import is_silu, why_no_decoder
 from .models import hidden_states, unwrapped
 from .ops import _layer
 
 
 def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """(B, T) tokens padded on the right, (M,) indices into the B * T of them -> (M, D), the trunk's last hidden states
-    there, after its final norm."""
+    """(B, T) tokens padded on the right, (M,) indices into the B * T tokens -> (M, D), the trunk's last hidden states
+    at these tokens, after its final norm."""
     if not runs_here(model):
         return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
     batch, width = input_ids.shape
@@ -35,22 +36,22 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
         q, k, v = (x.view(batch, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        # Padding is on the right, where being causal hides it.
+        # Padding is on the right, so the causal mask hides it.
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
     return llama(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
 
 
 def runs_here(model) -> bool:
-    """Whether llama() can run the model as it is now."""
-    if why_not(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
+    """Whether llama() can run the model in its present state."""
+    if why_no_decoder(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
         return False
     model = unwrapped(model)
     if model.config.model_type not in ("llama", "qwen2", "qwen3"):
         return False
     layer = model.base_model.layers[0]
     return not (
-        isinstance(layer, FSDPModule)  # gathered by its own forward; without gradients the same runs, to the same bits
+        isinstance(layer, FSDPModule)  # its own forward gathers it, and runs without gradients too, for the same bits
         or model.config.hidden_act != "silu"
         or not all(is_silu(layer.mlp.act_fn) for layer in model.base_model.layers)
         or getattr(layer, "gradient_checkpointing", False)
@@ -61,11 +62,13 @@ def runs_here(model) -> bool:
 def llama(
     trunk, input_ids: Tensor, position_ids: Tensor, read: Tensor, attend: Callable, attend_read: Callable | None = None
 ) -> Tensor:
-    """(N,) tokens, (T,) positions, (M,) places in the tokens -> (M, D) hidden states at these places.
+    """(N,) tokens, (T,) positions, (M,) indices `read` into the tokens -> (M, D) hidden states at these tokens.
 
-    position_ids: where T is less than N, the tokens are rows of T and all have these positions.
-    attend(q, k, v, scale): (N, heads, d) each -> N * heads * d values in the same order. It decides who sees whom.
-    attend_read: attend for the queries at the M places only, which are all that the last layer needs; T is N then.
+    position_ids: if T is less than N, the tokens are rows of T, and every row has these positions.
+    attend(q, k, v, scale): (N, heads, d) each -> N * heads * d values in the same order. It decides which tokens attend
+    to which.
+    attend_read: attend with the queries of the M tokens only, the only ones that the last layer needs. It requires
+    T = N.
     """
     x = trunk.embed_tokens(input_ids)
     cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])
@@ -73,7 +76,7 @@ def llama(
     for layer in trunk.layers:
         attention, h, is_last = layer.self_attn, _norm(layer.input_layernorm, x), layer is trunk.layers[-1]
         queries, turn = h, (cos, sin)
-        if is_last:  # only keys and values of the other tokens are still needed
+        if is_last:  # the other tokens are needed only for their keys and values
             x = x.index_select(0, read)
             if attend_read is not None:
                 queries, *turn = (y.index_select(0, read) for y in (h, cos, sin))

@@ -27,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.data.collate import pad
-from rlhf_fast.decoder import Decoder, why_not
+from rlhf_fast.decoder import Decoder, why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
 from rlhf_fast.ops import _layer
@@ -51,8 +51,8 @@ ARCHITECTURES = {
 
 
 def with_opinions(name):
-    """A random model far from uniform, with biases and norms that are not what they start as."""
-    torch.manual_seed(5)  # rows of all of them end at different times
+    """A random model far from uniform, with biases and norms that differ from their initial values."""
+    torch.manual_seed(5)  # with it, rows of all models end at different times
     tokens = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS}
     model = ARCHITECTURES[name](tokens).eval()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def model():
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        model.model.norm.weight.mul_(20)  # a random model is nearly uniform; this one has opinions
+        model.model.norm.weight.mul_(20)  # a random model is nearly uniform; this one is not
     return model
 
 
@@ -105,9 +105,9 @@ def sampled(*arguments, **options):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_transformers(name, prompts):
     model = with_opinions(name)
-    assert (why_not(model) is None) == (name != "mistral")
+    assert (why_no_decoder(model) is None) == (name != "mistral")
     expected = by_transformers(model, prompts, 24)
-    assert len({len(row) for row in expected}) > 2  # rows end at different times, so compaction is at work
+    assert len({len(row) for row in expected}) > 2  # rows end at different times, so some leave the batch
     for batch_size in (5, 64):
         assert generate_tokens(
             model, prompts, max_new_tokens=24, eos_token_id=EOS, do_sample=False, batch_size=batch_size
@@ -135,7 +135,7 @@ def test_a_model_with_adapters_is_decoded_with_them(prompts):
     plain = generate_tokens(model, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    assert why_not(adapted) is None
+    assert why_no_decoder(adapted) is None
     answers = generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
     assert answers == by_transformers(adapted, prompts, 8) != plain
     with adapted.disable_adapter():
@@ -205,22 +205,22 @@ def test_what_alters_a_module_is_heard(name, prompts):
 
 def test_hooks_that_only_record_leave_it_to_us(prompts):
     model = with_opinions("llama")
-    model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 hooks its layers for it
+    model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 adds hooks to the layers
     for layer in model.model.layers:
-        layer.forward = layer.forward  # as transformers 4 puts it back there
-    assert why_not(model) is None
+        layer.forward = layer.forward  # transformers 4 restores it like this
+    assert why_no_decoder(model) is None
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_what_transformers_ships_for_the_same_attention_leaves_it_to_us(name):
     model = with_opinions("llama")
-    model.config._attn_implementation_internal = name  # the setter asks for flash attention to be installed
-    assert why_not(model) is None
+    model.config._attn_implementation_internal = name  # the setter requires flash attention to be installed
+    assert why_no_decoder(model) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_under_autocast(name, prompts):
-    """Its products are bfloat16, which our float32 kernels must not be given."""
+    """Its products return bfloat16, which must not reach our float32 kernels."""
     model = with_opinions(name)
     ids, mask = pad(prompts[:6], EOS, left=True)
     exact = Decoder(model, ids, mask, 4)
@@ -234,8 +234,8 @@ def test_under_autocast(name, prompts):
 
 
 def log_probability_errors(model, prompts, **options):
-    """Of sampled tokens: what generation says of them, and what the model says under autocast on the whole text, both
-    less what it says in float32."""
+    """Errors of log-probabilities of sampled tokens against the model in float32: those of generation, and those of the
+    model under autocast on the whole text."""
     answers, logprobs = generate_with_logprobs(
         model, prompts, max_new_tokens=12, eos_token_id=EOS, generator=torch.Generator().manual_seed(0), **options
     )
@@ -253,7 +253,7 @@ def log_probability_errors(model, prompts, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("batch_size", [64, 200])  # few rows, and more than few
+@pytest.mark.parametrize("batch_size", [64, 200])  # few rows (FEW), and more
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bf16_is_no_less_exact_than_autocast(name, batch_size, prompts):
     model = with_opinions(name)
@@ -269,7 +269,7 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(with_opinions("llama").to(dtype), config, autocast_adapter_dtype=True).eval()
-    assert why_not(model) is None
+    assert why_no_decoder(model) is None
     ours, theirs = log_probability_errors(model, prompts, bf16=True)
     assert ours.square().mean().sqrt() < 1.5 * theirs.square().mean().sqrt() + 0.02 * (dtype == torch.bfloat16)
     with model.disable_adapter():
@@ -281,7 +281,7 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral"])
 def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
-    """Its norms and biases are too, which the native layer does not take: it runs as it is."""
+    """Its norms and biases are in bfloat16 too, which the native layer does not take: the modules run unchanged."""
     model = with_opinions(name)
     rounded = copy.deepcopy(model).to(dtype)
     options = {"max_new_tokens": 8, "eos_token_id": EOS, "generator": torch.rand(len(prompts), 8, dtype=torch.float64)}
@@ -297,7 +297,7 @@ def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_an_autocast_of_the_caller_counts(name, prompts):
-    """Also where generate() of transformers answers."""
+    """Also for models that go through transformers' generate()."""
     model, options = with_opinions(name), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": EOS}
     exact = generate_with_logprobs(model, prompts, **options)[1]
     with torch.autocast("cpu", torch.bfloat16):
@@ -307,7 +307,7 @@ def test_an_autocast_of_the_caller_counts(name, prompts):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
 @torch.no_grad()
 def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
-    """The whole buffer under a mask, and what products return left in bfloat16, as on CUDA."""
+    """As on CUDA: attention reads the whole buffer under a mask, and products return bfloat16."""
     model = with_opinions(name)
     ids, mask = pad(prompts[:6], EOS, left=True)
     exact = Decoder(model, ids, mask, 8)
@@ -323,7 +323,7 @@ def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
 
 
 def test_falling_back_is_said_once_with_its_reason(prompts):
-    generation._say_once.cache_clear()
+    generation._warn_once.cache_clear()
     model = with_opinions("mistral")
     with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*architecture is mistral"):
         sampled(model, prompts[:2])
@@ -335,7 +335,7 @@ def test_falling_back_is_said_once_with_its_reason(prompts):
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
     ours, logprobs = both(model, prompts, top_p=0.9)
-    monkeypatch.setattr(generation, "why_not", lambda model: "a test asks for it")
+    monkeypatch.setattr(generation, "why_no_decoder", lambda model: "a test asks for it")
     first = ours[0][0]
     habits = {"no_repeat_ngram_size": 1, "suppress_tokens": [first], "repetition_penalty": 3.0, "min_new_tokens": 8}
     monkeypatch.setattr(model, "generation_config", config := GenerationConfig(**habits))
@@ -345,8 +345,8 @@ def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_ignored_habits_are_named_once(model, prompts, monkeypatch):
-    generation._say_once.cache_clear()
+def test_ignored_settings_are_named_once(model, prompts, monkeypatch):
+    generation._warn_once.cache_clear()
     options = {"max_new_tokens": 2, "eos_token_id": EOS}
     replaced = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8, "max_length": 9, "eos_token_id": 7}
     idle = {"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": [], "min_new_tokens": 0}
@@ -357,7 +357,9 @@ def test_ignored_habits_are_named_once(model, prompts, monkeypatch):
         habits = {"repetition_penalty": 1.1, "suppress_tokens": [5], "min_new_tokens": 1}
         monkeypatch.setattr(model, "generation_config", GenerationConfig(**replaced, **habits))
         generate_with_logprobs(model, prompts[:1], **options)  # PPO's rollouts
-    with pytest.warns(UserWarning, match="answers without repetition_penalty, min_new_tokens, suppress_tokens of its"):
+    with pytest.warns(
+        UserWarning, match="repetition_penalty, min_new_tokens, suppress_tokens in the generation_config"
+    ):
         generate_tokens(model, prompts[:1], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -365,7 +367,7 @@ def test_ignored_habits_are_named_once(model, prompts, monkeypatch):
 
 
 def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
-    """The form that CUDA graphs replay, on the CPU: the same shapes at every step, and rows that leave."""
+    """The form that CUDA graphs replay, on the CPU: constant shapes at every step, and rows that leave the batch."""
     model = with_opinions("qwen2")
     ids, mask = pad(prompts[:6], EOS, left=True)
     decoders = [Decoder(model, ids, mask, 8) for _ in range(2)]
@@ -383,7 +385,7 @@ def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
 
 def test_an_answer_does_not_depend_on_its_batch(model, prompts):
     together = sampled(model, prompts)
-    assert len({len(row) for row in together}) > 1  # some rows left the batch early, so compaction was at work
+    assert len({len(row) for row in together}) > 1  # some rows left the batch early
     assert together == sampled(model, prompts, batch_size=4)
     assert together[:9] == sampled(model, prompts[:9])
     assert together != sampled(model, prompts, seed=1)
@@ -397,7 +399,7 @@ def test_eos_is_the_last_token_and_appears_once(model, prompts):
 
 @pytest.mark.parametrize("eos", [[], (), None, [None], torch.tensor(EOS)])
 def test_without_an_eos_it_is_refused(model, prompts, eos):
-    with pytest.raises(generation.ConfigError, match="eos_token_id an int or several"):
+    with pytest.raises(generation.ConfigError, match="eos_token_id an int or a list of int"):
         sampled(model, prompts, eos_token_id=eos)
 
 
@@ -465,7 +467,7 @@ def test_logits_that_are_nan_are_refused(model, prompts, do_sample):
         broken.lm_head.weight[17] = torch.nan
     with pytest.raises(ConfigError, match="the logits of LlamaForCausalLM are NaN for prompt"):
         generate_tokens(broken, prompts, max_new_tokens=4, eos_token_id=EOS, do_sample=do_sample)
-    answers, logprobs = both(broken, prompts, do_sample=do_sample)  # PPO counts what is not finite
+    answers, logprobs = both(broken, prompts, do_sample=do_sample)  # PPO counts non-finite values
     assert all(all(map(math.isnan, logps)) for logps in logprobs) and len(answers) == len(prompts)
 
 
@@ -508,7 +510,7 @@ def test_wrong_options_are_refused(model, prompts, wrong):
 def test_an_empty_prompt_is_named(model):
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         sampled(model, [[5], []])
-    with pytest.raises(ConfigError, match=rf"have the token {VOCAB}, and LlamaForCausalLM embeds {VOCAB}"):
+    with pytest.raises(ConfigError, match=rf"contain token {VOCAB}, but LlamaForCausalLM embeds only {VOCAB} tokens"):
         sampled(model, [[5], [VOCAB]])
 
 
@@ -517,8 +519,8 @@ def test_prompts_are_a_list_of_texts_or_messages():
     turn = {"role": "user", "content": "hello"}
     answer = partial(generation.generate_text, model, tokenizer, max_new_tokens=2, do_sample=False)
     assert answer(iter(["hello", [turn]])) == answer(["hello"]) + answer([[turn]])
-    for one in ("hello", [turn], {"prompt": "hello"}):  # its characters, turns or keys were answered
-        with pytest.raises(ConfigError, match="prompts must be a list, got one"):
+    for one in ("hello", [turn], {"prompt": "hello"}):  # else its characters, turns or keys would be answered
+        with pytest.raises(ConfigError, match="prompts must be a list, got a single prompt"):
             answer(one)
     for strange in (None, {"prompt": "hello"}, [], [5]):
         with pytest.raises(ConfigError, match="prompt 1 must be text or a list"):
@@ -530,7 +532,7 @@ def test_prompts_are_a_list_of_texts_or_messages():
 @pytest.mark.parametrize("bf16", [False, True])
 @torch.no_grad()
 def test_few_rows_go_through_a_layer_in_one_call(family, rows, bf16, monkeypatch):
-    """And get the same logits there, also after some of them have left."""
+    """And get the same logits on it, also after some rows have left."""
     model, calls = with_opinions(family), []
     if family == "llama":
         model.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(
@@ -578,4 +580,4 @@ def test_long_work_goes_in_batches_under_a_bar_that_counts_them(monkeypatch):
     assert list(generation.batches([7, 5, 3, 2, 1], 2, "scoring")) == [[7, 5], [3, 2], [1]] and seen["steps"] == 3
     assert list(generation.batches([], 2, "scoring")) == []
     assert seen["what"] == "scoring" and seen["delay"] > 0  # a short call shows nothing
-    assert seen["leave"] is False and seen["disable"] is None  # and where nobody looks, nothing does
+    assert seen["leave"] is False and seen["disable"] is None  # without a terminal there is no bar

@@ -1,11 +1,11 @@
-"""Monitors on logs made up by hand: silent on a good run, and each raises its alarm, once, with the numbers."""
+"""Monitors on made-up logs: silent on a good run, and each raises its alarm once, with the numbers."""
 
 import json
 from dataclasses import asdict
 
 import pytest
 
-from rlhf_fast.monitors import BANDS, LIMITS, Monitors, on_page
+from rlhf_fast.monitors import BANDS, LIMITS, Monitors, report_section
 from rlhf_fast.report import write_report
 
 START = {
@@ -19,8 +19,8 @@ def a_log(steps=20, **changed):
     return [{"step": i, **START, **(changed if i > steps // 2 else {})} for i in range(1, steps + 1)]
 
 
-def alarms_of(log, **options):
-    monitors = Monitors(**options)
+def alarms_of(log, limits=None):
+    monitors = Monitors(limits or {})
     return [alarm for row in log for alarm in monitors(row)]
 
 
@@ -58,7 +58,7 @@ def test_limits_are_those_asked_for():
 
 
 def test_what_needs_no_beginning_is_seen_in_a_short_run():
-    """A run of five steps, of which one line says nothing yet."""
+    """A run of five steps; a single line raises no alarm yet."""
     log = [{"step": i, "objective/kl": kl} for i, kl in enumerate([0.0, 90.0, 114.0, 114.0, 114.0], 1)]
     (alarm,) = alarms_of(log)
     assert (alarm.monitor, alarm.step) == ("kl", 2)
@@ -93,7 +93,7 @@ def test_reward_up_while_the_held_out_reward_falls():
 
 
 def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():
-    """No spread then and none now, and so no standard error to count in."""
+    """No spread at either step, and so no standard error to divide by."""
     (alarm,) = alarms_of(evaluations([1.0, 0.0], [0.1, 0.9], error=0.0))
     assert "fell from 1 at step 0 to 0, on every prompt alike" in alarm.message
     assert alarm.evidence == {"best_step": 0, "best": 1.0, "now": 0.0}
@@ -103,12 +103,12 @@ def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():
 def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
     log = a_log(**{"response_length/mean": 90.0})
     log_of_both = log + evaluations([0.5, 0.7, 0.3], [1.0, 2.0, 3.0])
-    page = on_page(log_of_both, {}, [asdict(alarm) for alarm in alarms_of(log_of_both)])
-    assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # two of overoptimization
+    page = report_section(log_of_both, {}, [asdict(alarm) for alarm in alarms_of(log_of_both)])
+    assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # overoptimization has two
     assert "response_length/mean is" in page and "eval_pass_rate fell" in page
-    assert "No alarm from kl, entropy" in on_page(a_log(), {}, [])
+    assert "No alarm from kl, entropy" in report_section(a_log(), {}, [])
     (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    assert "Monitors" not in write_report(tmp_path).read_text()  # a run that nothing watched
+    assert "Monitors" not in write_report(tmp_path).read_text()  # a run without monitors
     (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))
     text = write_report(tmp_path).read_text()
     assert "<h2>Monitors</h2>" in text and "No alarm" in text
@@ -122,7 +122,7 @@ def test_the_report_shows_the_alarms_that_were_raised_whatever_the_limits_are_no
     (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm | {"step": 4, "ended_run_of": 9}) + "\n")
     text = write_report(tmp_path).read_text()
     assert "<b>kl</b>, step 4: objective/kl is 25 over steps 1 to 2, above 20." in text
-    assert "This ended the run after step 4 of the 9 that were planned.</b>" in text
+    assert "This ended the run after step 4 of 9 planned steps.</b>" in text
     with (tmp_path / "train_log.jsonl").open("a") as file:
         file.write('{"step": 5, "objective/kl": 25.0}\n')
-    assert "of the 9 that were planned; it was resumed.</b>" in write_report(tmp_path).read_text()
+    assert "of 9 planned steps; it was resumed.</b>" in write_report(tmp_path).read_text()

@@ -1,4 +1,4 @@
-"""A row of sequences is its sequences alone: same hidden states, loss and gradients, for every kind of attention."""
+"""A packed row gives the hidden states, loss and gradients of its sequences alone, for every kind of attention."""
 
 import math
 import re
@@ -33,7 +33,7 @@ from rlhf_fast import SFTConfig, SFTTrainer, models
 from rlhf_fast.data.chat import Encoded
 from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
 from rlhf_fast.data.formats import Comparison
-from rlhf_fast.decoder import why_not
+from rlhf_fast.decoder import why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.ops import linear_cross_entropy
 from rlhf_fast.packing import packed_attention, packed_hidden_states, packing, why_not_packed
@@ -66,7 +66,7 @@ def build(architecture, **options):
     special = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": None}
     model = architecture(**special, **options).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # larger than transformers draws them, so that attention is sharp
+        for weight in model.parameters():  # larger than transformers' initial weights, so that attention is sharp
             weight.mul_(4) if weight.ndim > 1 else None
     return model
 
@@ -87,7 +87,7 @@ def together(model, packed):
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                            softmax_scale=None, causal=False, window_size=(-1, -1)):  # fmt: skip
-    """flash_attn's own kernel by its definition: (tokens, heads, d), each sequence alone."""
+    """flash_attn's kernel for several lengths, by its definition: (tokens, heads, d), each sequence alone."""
     assert causal and dropout_p == 0 and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
     rows = []
@@ -103,7 +103,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 
 @pytest.fixture
 def use_flash(monkeypatch):
-    """A model calls transformers' own path to flash attention, with the function above at its end for the kernel."""
+    """A model on transformers' own path to flash attention, with the function above in place of the kernel."""
     if not hasattr(flash_utils, "_loaded_implementation"):
         pytest.skip("transformers 4 looks for flash attention in another way")
     called = []
@@ -113,11 +113,11 @@ def use_flash(monkeypatch):
         return flash_attn_varlen_func(*arguments, **options)
 
     def use(model):
-        model.config._attn_implementation_internal = "flash_attention_2"  # the setter asks for the package
+        model.config._attn_implementation_internal = "flash_attention_2"  # the setter requires the package
         return called
 
     monkeypatch.setattr(flash_utils, "_loaded_implementation", "flash_attention_2")
-    monkeypatch.setattr(flash_utils, "_flash_fn", None)  # whole rows are never asked for
+    monkeypatch.setattr(flash_utils, "_flash_fn", None)  # the kernel for whole rows is never called
     monkeypatch.setattr(flash_utils, "_flash_varlen_fn", kernel)
     process = flash_utils._lazy_define_process_function(flash_attn_varlen_func)
     monkeypatch.setattr(flash_utils, "_process_flash_kwargs_fn", process)
@@ -180,8 +180,8 @@ def test_the_last_mlp_runs_only_for_what_is_read(architecture):
 
 @pytest.mark.parametrize("architecture", [llama, qwen2])
 def test_what_is_read_may_lie_anywhere(architecture):
-    """In the own forward the last layer asks for what is read alone: nowhere in a sequence, all of it, after a shared
-    beginning; hidden states and gradients are those of the whole row, of which these are taken."""
+    """In our forward the last layer computes only what is read: nothing of a sequence, all of it, or the part after a
+    shared beginning. Hidden states and gradients are those of the whole row, indexed."""
     model = build(architecture)
     a, b, c, d = sequences(20, 7, 5, 9)
     packed = Packed.of([a, torch.cat([a[:13], b]), c, torch.cat([a[:13], d])], [(0, 0), (0, 13), (0, 0), (0, 13)])
@@ -213,7 +213,7 @@ def gradients(model, loss):
 def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architecture, checkpointing, flash, use_flash):
     model = build(architecture)
     if flash:
-        model.double()  # of float32 transformers' path asks nn.Linear for a dtype, which gpt2 has not
+        model.double()  # in float32 transformers looks for an nn.Linear to get a dtype, and gpt2 has none
     generator = np.random.default_rng(0)
     examples = [Encoded(row.numpy().astype(np.int32), generator.random(len(row)) < 0.5) for row in sequences(9, 2, 17)]
     total, expected = sum(e.num_labels for e in examples), 0.0
@@ -223,7 +223,7 @@ def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architect
         expected += torch.nn.functional.cross_entropy(logits[mask[1:]], ids[1:][mask[1:]], reduction="sum") / total
     wanted = gradients(model, expected)
     if checkpointing:
-        model.train()  # no dropout in these, and recomputation happens in train mode alone
+        model.train()  # these have no dropout, and only train mode recomputes
         models.checkpoint_activations(model)
         for module in model.modules():
             module.p = 0.0
@@ -234,7 +234,7 @@ def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architect
         hidden = packed_hidden_states(model, packed, batch["positions"])
         loss = linear_cross_entropy(hidden, weight, batch["labels"], bias=bias, normalizer=total)
         found = gradients(model, loss)
-    assert len(called) == (2 + 2 * checkpointing) * flash  # layers, once more where they are computed again
+    assert len(called) == (2 + 2 * checkpointing) * flash  # layers, twice if they are recomputed
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert max(g.abs().max() for g in wanted.values()) > 0.1
     for name, gradient in wanted.items():
@@ -257,7 +257,7 @@ def test_flash_attention_sees_each_sequence_alone(architecture, use_flash):
 
 
 def test_the_look_at_flash_attention_is_as_narrow_as_the_training(monkeypatch):
-    """A model in float32 under bf16 autocast: transformers then hands the kernel 16 bits, and it takes nothing else."""
+    """A float32 model under bf16 autocast: transformers passes 16 bits to the kernel, which accepts nothing else."""
 
     def only_16_bits(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
         assert torch.is_autocast_enabled("cpu"), "FlashAttention only supports fp16 and bf16"
@@ -278,9 +278,11 @@ def test_models_that_cannot_be_packed_say_why():
     torch.manual_seed(0)
     bloom = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4))
     gemma2 = Gemma2ForCausalLM(Gemma2Config(vocab_size=V, hidden_size=32, head_dim=8, pad_token_id=0, **SIZES))
-    # transformers 4 has no room for our keywords in Bloom, and MPT heeds no positions there
-    assert re.search("lets one sequence of a row see another|does not run on .* unexpected", why_not_packed(bloom, 64))
-    assert "no softcap" in why_not_packed(gemma2, 64)
+    # In transformers 4 Bloom does not pass our keywords on, and MPT ignores positions
+    assert re.search(
+        "lets one sequence in a row attend to another|does not run on .* unexpected", why_not_packed(bloom, 64)
+    )
+    assert "does not support softcap" in why_not_packed(gemma2, 64)
     mpt = MptForCausalLM(MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64))
     assert re.match("MptForCausalLM (does not run on .*'NoneType'|lets one sequence)", why_not_packed(mpt, 64))
     assert bloom.training and bloom.config._attn_implementation == "eager"
@@ -288,7 +290,7 @@ def test_models_that_cannot_be_packed_say_why():
 
 def test_an_error_without_a_message_is_told_by_its_type(monkeypatch):
     def silent(*args, **options):
-        raise StopIteration  # as transformers does in the attention of a float32 gpt2 before the kernel
+        raise StopIteration  # as transformers does before the kernel in a float32 gpt2
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", silent)
     model = build(llama)
@@ -304,7 +306,7 @@ def test_a_model_that_is_nan_is_refused_in_words():
 
 
 def test_an_attention_from_elsewhere_is_not_replaced(monkeypatch):
-    """Nor trusted where it looks the same: this one would differ beyond the few tokens of the look."""
+    """Nor trusted if the test sequences show no difference: this one differs only beyond their length."""
 
     def within_nine(module, query, key, value, attention_mask, *, scaling, **options):
         distance = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
@@ -316,7 +318,7 @@ def test_an_attention_from_elsewhere_is_not_replaced(monkeypatch):
     model = build(llama)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "within_nine", within_nine)
     model.config._attn_implementation_internal = "within_nine"
-    assert "LlamaForCausalLM attends by within_nine" in why_not_packed(model, 64)
+    assert "LlamaForCausalLM uses within_nine as its attention" in why_not_packed(model, 64)
 
 
 ROPES = {
@@ -334,7 +336,7 @@ ROPES = {
 def test_positions_that_the_longest_sequence_rescales_are_packed_only_below_that_length(kind, tmp_path):
     most = 16 if kind == "dynamic" else 64
     model = build(llama, max_position_embeddings=most, rope_scaling={"rope_type": kind, **ROPES[kind]})
-    if "original_max_position_embeddings" in ROPES[kind]:  # transformers 4 looks for it here, as Phi-3 has it
+    if "original_max_position_embeddings" in ROPES[kind]:  # transformers 4 looks for it here, as in Phi-3
         model.config.original_max_position_embeddings = ROPES[kind]["original_max_position_embeddings"]
     short, other, long = (torch.arange(3, 3 + n) for n in (12, 16, 57))
 
@@ -349,10 +351,10 @@ def test_positions_that_the_longest_sequence_rescales_are_packed_only_below_that
     with torch.no_grad():
         alone = padded(short)
         torch.testing.assert_close(packed(short, other), alone, rtol=1e-5, atol=1e-5)
-        for together in (packed, padded):  # what the warning says, of both
+        for together in (packed, padded):  # both are as the warning says
             assert (together(short, long) - alone).abs().max() > 0.01 * alone.abs().max()
     assert "beyond 16 tokens LlamaForCausalLM scales its rotary positions" in why_not_packed(model, 57)
-    assert why_not(model) is not None
+    assert why_no_decoder(model) is not None
 
 
 def test_a_trainer_packs_such_a_model_by_the_lengths_of_its_data(tmp_path):
@@ -360,7 +362,7 @@ def test_a_trainer_packs_such_a_model_by_the_lengths_of_its_data(tmp_path):
     for n, packs in ((1, True), (20, False)):
         rope = {"rope_type": "longrope", **ROPES["longrope"]}
         model, data = tiny_model(tokenizer, rope_scaling=rope), [{"prompt": "a", "completion": "b" * n}]
-        with nullcontext() if packs else pytest.warns(UserWarning, match="beyond 16 tokens .* only batches of one do"):
+        with nullcontext() if packs else pytest.warns(UserWarning, match="beyond 16 tokens .* but batch sizes of 1 do"):
             sft = SFTTrainer(SFTConfig(str(tmp_path / "run")), model, train_dataset=data, tokenizer=tokenizer)
         assert sft.packed is packs
 
@@ -380,7 +382,7 @@ def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
     items = [
         Comparison([np.r_[prompt, 50, 51], np.r_[prompt, 60]], [0, 1]),
         Comparison([prompt[:5], np.r_[prompt[:5], 7]], [0, 1]),  # too little to share
-        Comparison([prompt, np.r_[prompt, 7], np.r_[prompt, 8]], [0, 1, 2]),  # the first is a beginning of the others
+        Comparison([prompt, np.r_[prompt, 7], np.r_[prompt, 8]], [0, 1, 2]),  # the first is a prefix of the others
     ]
     packed, batch = pack_comparisons(items, width=3)
     assert packed.lengths == [22, 1, 5, 6, 20, 2, 2]
@@ -392,7 +394,7 @@ def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
 
 
 def test_a_trainer_fills_its_rows_and_learns_the_same(tmp_path):
-    """All examples in one step, as rows of several or one by one: the same loss and the same new weights."""
+    """All examples in one step, packed or one by one: the same loss and the same new weights."""
     tokenizer = tiny_tokenizer()
     data = [{"prompt": f"say {'the cat ' * (i % 5)}", "completion": f"{i} sat"} for i in range(12)]
     seen = []

@@ -1,4 +1,4 @@
-"""The figures of a reward model's report, by hand."""
+"""The numbers of a reward model's report, by hand."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_fast.data.baselines import wilson_interval
-from rlhf_fast.preferences import Pairs, evaluate_pairs, section
+from rlhf_fast.preferences import Pairs, evaluate_pairs, report_section
 
 
 def pairs(margins, lengths=None, target=None, weight=None, source=None, prompt=None):
@@ -73,26 +73,26 @@ def test_a_model_that_follows_length_is_found_out():
 def test_sources_and_floors_are_beside_it():
     found = evaluate_pairs(pairs([1, -1, 1], source=["a", "a", None]), {"shorter response wins": 0.9})
     assert found["by_source"]["a"]["accuracy"] == 0.5 and found["by_source"]["a"]["pairs"] == 2
-    page = section(found)
-    assert "66.7%</b> of 3 held-out pairs" in page and "shorter response wins" in page and "not told apart" in page
+    page = report_section(found)
+    assert "66.7%</b> of 3 held-out pairs" in page and "shorter response wins" in page and "inside the interval" in page
 
 
 def test_pairs_without_spread_are_no_error():
     found = evaluate_pairs(pairs([0, 0]), {})
     assert found["accuracy"] == 0.5 and found["length_correlation"]["reward_with_length"] == 0
-    assert "50.0%" in section(found)
+    assert "50.0%" in report_section(found)
 
 
 @pytest.mark.parametrize("size", [0.3, 3e4, 1e30])
 def test_margins_that_differ_in_their_last_bit_are_no_error(size):
-    """As of one record that is repeated, in batches of two sizes."""
+    """As from a single record, repeated in batches of two sizes."""
     rewards = np.zeros((17, 2), np.float32)
     rewards[:, 0] = size
     rewards[16, 0] = np.nextafter(np.float32(size), np.float32(np.inf))
     like = pairs([1] * 17)
     found = evaluate_pairs(Pairs(rewards, like.lengths, like.target, like.weight, like.source, like.prompt), {})
     assert sum(found["margin"]["counts"]) == 17 and found["accuracy"] == 1
-    assert "100.0%" in section(found)
+    assert "100.0%" in report_section(found)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -104,15 +104,15 @@ def test_a_margin_that_is_not_finite_is_wrong_and_counted(bad):
     nothing = evaluate_pairs(pairs([bad, bad]), {"shorter response wins": 0.5})
     assert nothing["accuracy"] == 0 and nothing["margin"] is None and nothing["calibration"]["ece"] is None
     json.dumps([found, nothing], allow_nan=False)
-    assert "The margin of 2 is not finite" in section(found) and "error unknown" in section(nothing)
+    assert "The margin of 2 is not finite" in report_section(found) and "error unknown" in report_section(nothing)
 
 
 def test_the_interval_is_that_of_the_weight():
-    """A thousand pairs, of which four have weight; one prompt that outweighs another; no weight at all."""
+    """A thousand pairs with weight on only four; one prompt that outweighs another; no weight at all."""
     found = evaluate_pairs(pairs([1] * 1000, weight=[1.0] * 4 + [0.0] * 996), {})
     assert (found["low"], found["high"]) == wilson_interval(1.0, 4)
     found = evaluate_pairs(pairs([1, 1, 1, -1], weight=[1, 1, 1, 1], prompt=[0, 0, 0, 1]), {})
     assert (found["low"], found["high"]) == wilson_interval(0.75, 4**2 / (3**2 + 1))
     nothing = evaluate_pairs(pairs([1, -1], weight=[0, 0]), {"shorter response wins": 0.5})
     assert (nothing["accuracy"], nothing["low"], nothing["high"]) == (0.5, 0, 1)
-    assert nothing["calibration"] == {"ece": None, "bins": []} and "error unknown" in section(nothing)
+    assert nothing["calibration"] == {"ece": None, "bins": []} and "error unknown" in report_section(nothing)

@@ -1,4 +1,4 @@
-"""The report: self-contained, safe with any text a model writes, and complete where logs are not."""
+"""The report: self-contained, safe with any text that a model writes, and complete even if logs are not."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def test_line_chart_places_points_in_proportion():
 
 
 def test_what_is_no_share_gets_a_plain_axis():
-    """A held-out reward of the user's may be called pass_rate and count points."""
+    """A user's own held-out reward may be called pass_rate and count points."""
     chart = line_chart("t", [Series("a", [(0, -3.0), (5, 7.0)]), Series("b", [(0, 0.5)])], percent=True)
     (first, last), _ = points(chart)
     assert "%" not in re.findall(r">([^<]*)</text>", chart)[0] and 10 <= last[1] < first[1] <= 174  # within the plot
@@ -88,7 +88,7 @@ def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
 
 
 def test_held_out_rows_with_the_same_prompt_have_a_card_each(tmp_path):
-    """They differ in a column that a reward reads; each shows its first answer beside its last."""
+    """They differ in a column that a reward reads; each shows its first answer next to its last."""
     write_jsonl(tmp_path / "train_log.jsonl", [{"step": 0}])
     rows = [{"step": s, "prompt": "same", "response": f"answer {x} of step {s}"} for s in range(3) for x in "AB"]
     write_jsonl(tmp_path / "samples.jsonl", rows)
@@ -98,7 +98,7 @@ def test_held_out_rows_with_the_same_prompt_have_a_card_each(tmp_path):
 
 
 def test_a_line_that_is_torn_is_left_out(tmp_path):
-    """The log of a run that was killed in a write, or that goes on."""
+    """The log of a run that was killed during a write, or that is still running."""
     write_jsonl(tmp_path / "train_log.jsonl", [{"step": i, "loss": 9.0 - i} for i in range(1, 3)])
     write_jsonl(tmp_path / "samples.jsonl", [{"step": 1, "prompt": "p", "response": "whole"}])
     for name, torn in (("train_log", b'{"step": 3, "lo'), ("samples", '{"step": 3, "prompt": "日'.encode()[:-1])):

@@ -30,7 +30,7 @@ def reward_model(tokenizer):
 
 @pytest.fixture
 def word_tokenizer():
-    """Whole words where the policy's tokenizer has byte pairs: other ids, lengths, template and eos."""
+    """Whole words instead of the byte pairs of the policy's: other ids, lengths, template and eos."""
     vocabulary = {
         word: i for i, word in enumerate(["[end]", "[unk]", "[pad]", "U", "A", "hello", "there", "fine", "no"])
     }
@@ -69,7 +69,7 @@ def test_a_reward_model_from_elsewhere_reads_what_its_template_writes(word_token
     ids = word_tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
     assert word_tokenizer.convert_ids_to_tokens(ids[0]) == ["U", "hello", "there", "A", "fine"]
     torch.testing.assert_close(reward([CHAT], ["fine"])[0], model(input_ids=ids).logits[0, 0])
-    assert reward.encode("hello ", "fine") == [5, 7, 0]  # text has no other end
+    assert reward.encode("hello ", "fine") == [5, 7, 0]  # eos alone ends text
     set_reward_scale(model, 0.0, 1.0)
     assert reward.encode(CHAT, "fine") == [*ids[0].tolist(), 0]
     word_tokenizer.chat_template = None
@@ -161,7 +161,7 @@ def test_async_rewards_run_beside_each_other_and_every_part_is_told_apart():
 
     async def beside_another():
         begun.append(1)
-        while len(begun) < 2:  # one after the other, the first would wait for ever
+        while len(begun) < 2:  # if they ran in turn, the first would wait for ever
             await asyncio.sleep(0.001)
 
     async def async_length(prompts, responses, **columns):
@@ -179,24 +179,24 @@ def test_async_rewards_run_beside_each_other_and_every_part_is_told_apart():
         "async_length": [1.0, 3.0], "constant": [1.0, 1.0], "length": [1.0, 3.0], "length_4": [1.0, 3.0],
     }  # fmt: skip
 
-    async def notebook():  # an event loop runs already
+    async def notebook():  # an event loop is running already
         return compute_scores(constant, ["p"], ["a"], {})
 
     assert asyncio.run(notebook()).tolist() == [1.0]
 
 
 def test_what_belongs_to_an_event_loop_lives_from_one_call_to_the_next():
-    gate = asyncio.Semaphore(1)  # as a limit of requests does, or an HTTP client
+    gate = asyncio.Semaphore(1)  # like a limit on requests, or an HTTP client
 
     async def limited(prompts, responses, **columns):
         async with gate:
             await asyncio.sleep(0.01)
         return [1.0] * len(responses)
 
-    both = make_reward([(limited, 1.0), (limited, 1.0)], None)  # one of them has to wait, which binds it to the loop
+    both = make_reward([(limited, 1.0), (limited, 1.0)], None)  # one has to wait, which binds the semaphore to the loop
 
     async def outer(prompts, responses, **columns):
-        return compute_scores(_slow_length, prompts, responses, {})  # would wait for the loop that it holds up
+        return compute_scores(_slow_length, prompts, responses, {})  # would wait for the loop that it blocks
 
     async def notebook():
         return compute_scores(both, ["p"], ["a"], {}).tolist()
@@ -290,7 +290,7 @@ def test_a_reward_that_returns_no_numbers_is_named(returned):
 
 
 def test_a_reward_beyond_every_float_is_named():
-    with pytest.raises(ConfigError, match="reward 'huge' returned a number beyond those of a float"):
+    with pytest.raises(ConfigError, match="reward 'huge' returned a number too large for a float"):
         compute_scores(make_huge(10**5000), ["p"], ["a"], {})
     assert compute_scores(make_huge(10**300), ["p"], ["a"], {}).isinf().all()  # the run skips it
 
@@ -308,7 +308,7 @@ def test_a_reward_may_be_an_array_that_was_turned_around():
 
 
 def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"a list of rewards is \[\(reward, weight\), ...\]"):
+    with pytest.raises(ConfigError, match=r"a list of rewards must be \[\(reward, weight\), ...\]"):
         make_reward([(length, "heavy")], tokenizer)
     for spec in ([], [length, length]):
         with pytest.raises(ConfigError, match="a list of rewards"):

@@ -1,4 +1,4 @@
-"""PPO whose answers come from a server: token for token, of the policy as it is at each step, or refused."""
+"""PPO with answers from a server: every token is of the current policy, or the server is refused."""
 
 import copy
 import os
@@ -35,7 +35,7 @@ def variety(prompts, responses, **columns):
 
 
 def sharp_model(tokenizer):
-    """Not near uniform, so that a temperature shows."""
+    """A model far from uniform, so that temperatures differ."""
     model = tiny_model(tokenizer)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
@@ -65,7 +65,7 @@ def engine(request):
         yield server
 
 
-# --- what is asked and what comes back -------------------------------------------------------------------------------
+# --- requests and answers --------------------------------------------------------------------------------------------
 
 
 def test_tokens_and_log_probabilities_are_those_of_the_model_that_sampled(tmp_path, engine):
@@ -102,11 +102,11 @@ def test_every_step_samples_from_its_own_weights(tmp_path, engine):
         "sglang": ["/update_weights_from_disk"],
     }[engine.engine]
     assert [path for path, _ in engine.calls] == update * 3 and not engine.broken
-    assert len(list((tmp_path / "run/rollout_weights").iterdir())) == 1  # not a model a step
+    assert len(list((tmp_path / "run/rollout_weights").iterdir())) == 1  # not one model per step
 
 
 def test_a_server_that_keeps_its_old_weights_shows_in_the_log(tmp_path, engine):
-    """The proof that the test above would see it."""
+    """Proof that the test above would notice it."""
     engine.deaf = True
     differences = [
         metrics["sampling/sampling_logp_difference/max"] for metrics, _ in iterate(make_trainer(tmp_path, engine))
@@ -132,7 +132,7 @@ def test_evaluation_asks_the_same_weights_for_other_answers(tmp_path, engine):
     trainer.evaluate()
     loads = len(engine.calls)
     next(iter(trainer))
-    assert len(engine.calls) == loads  # what evaluation gave it is the policy of the step that follows
+    assert len(engine.calls) == loads  # the next step uses the weights that evaluation sent
     seeds = [body["seed"] for body in engine.asked if body["max_tokens"] == 7]
     assert len(seeds) == len(set(seeds)) == 16 + 3 + 16
 
@@ -159,7 +159,7 @@ def test_it_learns_with_a_server(tmp_path):
 
 
 def test_weights_are_given_again_after_a_failure(tmp_path, engine):
-    """The server may have been started anew, with its first weights, or an update may have failed halfway."""
+    """The server may have been restarted with its first weights, or an update may have failed halfway."""
     trainer = make_trainer(tmp_path, engine)
     trainer.rollout_func._server.backoff = 0.01
     next(iter(trainer))
@@ -215,8 +215,8 @@ def test_only_directories_of_weights_are_deleted_and_one_stays(tmp_path, engine)
         folder.mkdir(parents=True)
     weights = {"server_options": {"weights_dir": str(tmp_path / "shared")}}
     routes, engine.routes = engine.routes, ()
-    for _ in range(3):  # a job that is started again and again
-        with pytest.raises(ConfigError, match="were not taken over"):
+    for _ in range(3):  # a job that is restarted repeatedly
+        with pytest.raises(ConfigError, match="did not load the policy's weights"):
             next(iter(make_trainer(tmp_path, engine, **weights)))
     engine.routes = routes
     next(iter(make_trainer(tmp_path, engine, **weights)))
@@ -232,11 +232,11 @@ def without(*names):
 
 @pytest.mark.parametrize(("setting", "message"), [
     ({"mend": without("token_ids", "logprobs")}, "no token ids and log-probabilities.*0.10.2.*start it as VLLM_SER"),
-    ({"mend": without("token_ids")}, "the answer has no token ids; return_token_ids takes vLLM"),
+    ({"mend": without("token_ids")}, "the answer has no token ids; return_token_ids needs vLLM"),
     ({"mend": without("logprobs")}, "the answer has no log-probabilities"),
-    ({"raw": True}, "at temperature 1, and PPO needs those at 0.8: start it as .*--logprobs-mode processed_logprobs"),
-    ({"engine": "llamacpp"}, "calls itself 'llamacpp', and only a server of vLLM or SGLang can be given new weights"),
-    ({"routes": ()}, "weights in .*policy-.* were not taken over: .*/pause.*HTTP 404.*start.*VLLM_SERVER_DEV_MODE=1"),
+    ({"raw": True}, "at temperature 1, but PPO needs those at 0.8: start it as .*--logprobs-mode processed_logprobs"),
+    ({"engine": "llamacpp"}, "calls itself 'llamacpp', but only a vLLM or SGLang server can load new weights"),
+    ({"routes": ()}, "did not load .* in .*policy-.*: .*/pause.*HTTP 404.*start.*VLLM_SERVER_DEV_MODE=1"),
 ])  # fmt: skip
 def test_a_server_that_will_not_do_is_refused_before_it_samples(tmp_path, setting, message):
     with serving(sharp_model(tiny_tokenizer())) as server:
@@ -248,9 +248,7 @@ def test_a_server_that_will_not_do_is_refused_before_it_samples(tmp_path, settin
 
 def test_a_directory_that_the_server_cannot_read_is_named(tmp_path, engine, monkeypatch):
     monkeypatch.setattr("rlhf_fast.rollout_server.save_model", lambda *args: None)
-    with pytest.raises(
-        ConfigError, match=r"rollout_weights/policy-\w+-0 were not taken.*must read that path \(weights"
-    ):
+    with pytest.raises(ConfigError, match=r"did not load .*rollout_weights/policy-\w+-0: .*read that path \(weights"):
         next(iter(make_trainer(tmp_path, engine)))
     assert not [body for body in engine.asked if body["max_tokens"] == 7]
 
@@ -266,11 +264,11 @@ def on(choice):
 
 @pytest.mark.parametrize(("faults", "message"), [
     (["500"] * 99, "questions in a row failed .HTTP 500: .*oops.*; no step is done yet: start the run again"),
-    (["time-out"] * 3, "answers failed, the first that of prompt .*: no answer within 0.5 s; no step is done yet"),
+    (["time-out"] * 3, "answers failed, the first one for prompt .*: no answer within 0.5 s; no step is done yet"),
     (["400"], "maximum context length is 16.*--max-model-len"),
     ([cut], "cut after 2 of 7 tokens: start the server with a longer context"),
-    ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at the token .*ends no answer .*\(\[1\]\)"),
-    ([on], "goes on after the token 1, one of stop_token_ids"),
+    ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at .*ends no answer .*\(only \[1\] do\)"),
+    ([on], "continues after the token 1, one of stop_token_ids"),
     ([lambda choice: choice | {"token_ids": choice["token_ids"][1:]}], r"\d tokens and \d log-probabilities"),
     ([lambda choice: choice | {"finish_reason": "abort"}] * 2 * 16, "broken off .abort"),
     ([lambda choice: cut(choice) | {"token_ids": [70_000, 1], "finish_reason": "stop"}], "the token 70000"),
@@ -304,7 +302,7 @@ def test_a_server_that_a_killed_run_left_paused_answers_again(tmp_path, engine):
 
 
 def test_a_server_that_an_earlier_run_left_with_half_its_weights_gets_all_of_them_first(tmp_path, engine, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="were not taken over"):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="did not load the policy's"):
         patch.setattr("rlhf_fast.rollout_server.save_model", lambda *args: None)
         next(iter(make_trainer(tmp_path, engine)))
     assert next(iter(make_trainer(tmp_path, engine)))["sampling/sampling_logp_difference/max"] < 1e-4
@@ -314,7 +312,7 @@ def test_a_server_that_an_earlier_run_left_with_half_its_weights_gets_all_of_the
 def test_a_prefix_cache_that_stays_is_no_new_policy(tmp_path):
     with serving(sharp_model(tiny_tokenizer())) as server:
         server.busy = True
-        with pytest.raises(ConfigError, match=r'were not taken over: .*/reset_prefix_cache: {"success":false}'):
+        with pytest.raises(ConfigError, match=r'did not load the policy.*/reset_prefix_cache: {"success":false}'):
             next(iter(make_trainer(tmp_path, server)))
         assert server.paused and not server.asked
 
@@ -327,7 +325,7 @@ def test_a_model_that_is_sure_of_its_next_token_shows_its_temperature(tmp_path, 
     engine.raw = raw
     trainer = make_trainer(tmp_path, engine, model)
     if raw:
-        with pytest.raises(ConfigError, match="gives log-probabilities at temperature 1"):
+        with pytest.raises(ConfigError, match="returns log-probabilities at temperature 1"):
             next(iter(trainer))
         return
     next(iter(trainer))
@@ -351,16 +349,16 @@ def test_a_server_that_is_not_there_and_one_that_goes(tmp_path, engine):
     trainer = make_trainer(tmp_path, engine)
     next(iter(trainer))
     engine.gone = True
-    with pytest.raises(ConfigError, match=r"were not taken over: .*cannot be reached.*--resume goes on"):
+    with pytest.raises(ConfigError, match=r"did not load the policy.*cannot be reached.*--resume continues"):
         next(iter(trainer))
-    with pytest.raises(ConfigError, match=r"127.0.0.1:\d+/v1 is no server of vLLM or SGLang: .*cannot be reached"):
+    with pytest.raises(ConfigError, match=r"127.0.0.1:\d+/v1 is not a vLLM or SGLang server: .*cannot be reached"):
         next(iter(make_trainer(tmp_path, engine)))
 
 
 def test_an_address_without_v1_is_named(tmp_path, engine):
     trainer = make_trainer(tmp_path, engine)
     trainer.rollout_func = RolloutServer(engine.url.removesuffix("/v1"))
-    with pytest.raises(ConfigError, match=r"is no server of vLLM or SGLang: .*HTTP 404.*the address of either ends in"):
+    with pytest.raises(ConfigError, match=r"is not a vLLM or SGLang server: .*HTTP 404.*the address of both ends in"):
         next(iter(trainer))
 
 
@@ -417,7 +415,7 @@ def config_of(root):
 
 
 def started(root, engine, **environment):
-    """run_ppo on the model in root, in a process of its own."""
+    """run_ppo on the model in root, in another process."""
     tests = Path(__file__).parent
     paths = os.pathsep.join([str(tests), str(tests.parent)])
     return subprocess.Popen(
@@ -439,7 +437,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_weights_given_again(tmp_path,
             _, said = run.communicate(timeout=300)
             assert run.returncode == -signal.SIGKILL, said[-2000:]
             assert (root / "run/checkpoint-2").exists()
-            engine.base, engine.asked = engine.first, []  # it has been started anew
+            engine.base, engine.asked = engine.first, []  # it has been restarted
         run_ppo(job_of(root, rollout_server=engine.url), config_of(root), name == "killed")
         bodies[name] = sorted((body["seed"], body["prompt"]) for body in engine.asked if body["max_tokens"] == 7)
         assert len(list((root / "run/rollout_weights").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""The trunk's own forward against transformers', and the parts of a layer against their formulas in float64."""
+"""Our forward of the trunk against transformers', and the parts of a layer against their formulas in float64."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
     theirs, their_gradients = outputs_and_gradients(model, through_transformers)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for parameter, gradient in their_gradients.items():
-        if gradient is None:  # the lm_head, of which neither has one
+        if gradient is None:  # the lm_head has none in either
             assert our_gradients[parameter] is None
             continue
         scale = float(gradient.abs().max()) or 1.0
@@ -115,7 +115,7 @@ def test_a_part_and_its_gradient_are_their_formula(name, isa):
     exact = [x.detach().double().requires_grad_() for x in inputs]
     tables = [ANGLES.cos(), ANGLES.sin()] if name == "rotary" else []
     y, z = ours(*inputs, *tables), formula(*exact, *(t.double() for t in tables))
-    with torch.no_grad():  # the way of generation
+    with torch.no_grad():  # as in generation
         assert torch.equal(ours(*inputs, *tables), y)
     grad = torch.randn(y.shape, generator=generator)
     y.backward(grad)
@@ -128,9 +128,9 @@ def test_a_part_and_its_gradient_are_their_formula(name, isa):
 def test_attention_of_one_query_is_its_formula(padded, isa):
     rows, heads, key_heads, dim, capacity, filled = 3, 6, 2, 10, 41, 37
     generator = torch.Generator().manual_seed(4)
-    q = 2 * torch.randn(rows, heads + 1, dim, generator=generator)[:, :heads]  # rows lie apart
+    q = 2 * torch.randn(rows, heads + 1, dim, generator=generator)[:, :heads]  # strided rows
     keys, values = torch.randn(2, rows, key_heads, capacity, dim, generator=generator)
-    keys[:, :, filled:] = values[:, :, filled:] = torch.nan  # not there yet
+    keys[:, :, filled:] = values[:, :, filled:] = torch.nan  # not filled yet
     bias = torch.zeros(rows, capacity)
     bias[1, :20] = -torch.inf
     y = _layer.attend(q, keys, values, bias if padded else None, filled, 0.3)
@@ -144,7 +144,7 @@ def test_attention_of_one_query_is_its_formula(padded, isa):
 @pytest.mark.parametrize("rows, depth, width", [(1, 1, 1), (5, 37, 50), (16, 64, 48), (33, 130, 97), (70, 20, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_of_few_rows_is_a_product(rows, depth, width, dtype, isa):
-    """With a weight in bfloat16 that of x rounded to it, which other instructions compute on a CPU that has them."""
+    """With a weight in bfloat16, x is rounded to bfloat16 too; CPUs with bfloat16 instructions use those."""
     generator = torch.Generator().manual_seed(6)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in [(rows, depth), (width, depth), (width,)])
     weight = weight.to(dtype)
@@ -159,7 +159,7 @@ def test_a_product_of_few_rows_is_a_product(rows, depth, width, dtype, isa):
         finally:
             torch.set_num_threads(before)
         alone = torch.cat([_layer.few_rows_linear(row[None], weight, given) for row in x])
-        assert torch.equal(alone, y)  # whatever the other rows
+        assert torch.equal(alone, y)  # independent of the other rows
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, dtype, isa):
     weights = (norm, q, k, v, *biases[:3], *norms, output, biases[3], mlp_norm, gate, up, down)
     _layer.decode_layer(weights, x, cos, sin, keys, values, mask, filled, 0.3, 1e-5)
     for got, exact in ((x, expected), (keys[:, :, filled - 1], new_key), (values[:, :, filled - 1], new_value)):
-        # With weights in bfloat16 what they are multiplied by is rounded too, to 8 bits.
+        # With weights in bfloat16 the other factor is rounded too, to 8 bits.
         error = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(got.double(), exact, **error)
     assert keys[:, :, filled:].isnan().all()  # not touched
@@ -241,7 +241,7 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, dtype, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, width, dim, intermediate", [(40, 96, 24, 300), (40, 192, 48, 900), (9, 384, 96, 1100)])
 def test_a_row_goes_through_a_layer_alone(rows, width, dim, intermediate, dtype, isa):
-    """With any number of threads, which share the rows or, where these are few, the outputs; and beside any others."""
+    """With any number of threads (they share the rows or, if these are few, the outputs), and with any other rows."""
     heads, capacity = 4, 60
     generator = torch.Generator().manual_seed(8)
 
@@ -285,7 +285,7 @@ def test_a_sampled_token_is_where_the_cumulative_probability_passes_the_uniform(
     below = torch.cat([torch.zeros(500, 1, dtype=torch.float64), cdf], 1).gather(1, tokens[:, None])[:, 0]
     assert (below <= uniforms + 1e-6).all()
     torch.testing.assert_close(logprobs.double(), exact.gather(1, tokens[:, None])[:, 0], rtol=1e-6, atol=2e-6)
-    assert logprobs.isfinite().all()  # so no token that cannot happen
+    assert logprobs.isfinite().all()  # so no token of probability 0
 
 
 def test_sigmoid_at_its_ends():

@@ -202,7 +202,7 @@ def share_out(networks: list, config, data: str, held_out: list) -> None:
 
 def learning_together(config):
     """Around the micro-batches of a step, where all processes fail if one does."""
-    return parallel.ending_all() if config.fsdp else parallel.in_all()
+    return parallel.exit_all() if config.fsdp else parallel.raise_in_all()
 
 
 def prepare(model, config, given):
@@ -318,7 +318,7 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     kept_whole = [p for p in parameters if not isinstance(p, sharding.Rows)]
     parallel.sum_gradients(kept_whole)
     norm_of_rows = sharding.norm_of_rows(parameters)
-    with parallel.in_all():  # Adam's state may not fit
+    with parallel.raise_in_all():  # Adam's state may not fit
         norm = torch.hypot(torch.nn.utils.get_total_norm(sharding.gradients(kept_whole)), norm_of_rows)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, norm)
         if torch.isfinite(norm):
@@ -340,7 +340,7 @@ def optimizer_state(optimizer) -> dict:
     """Its state_dict(), which several processes call at once: in the first one with what the others keep of it."""
     state, parameters = optimizer.state_dict(), _parameters(optimizer)
     rows = {i: x for i, x in state["state"].items() if isinstance(parameters[i], sharding.Rows)}
-    states = parallel.to_first({i: x for i, x in state["state"].items() if i not in rows})
+    states = parallel.gather_states({i: x for i, x in state["state"].items() if i not in rows})
     states |= {i: {name: parameters[i].join(x) for name, x in held.items()} for i, held in rows.items()}
     return state | {"state": dict(sorted(states.items()))}
 
@@ -359,7 +359,7 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
     rates = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
     parameters = _parameters(optimizer)
     kept_whole = [i for i, p in enumerate(parameters) if not isinstance(p, sharding.Rows)]
-    others = set(kept_whole).difference(kept_whole[i] for i in parallel.own([parameters[i] for i in kept_whole]))
+    others = set(kept_whole).difference(kept_whole[i] for i in parallel.owned([parameters[i] for i in kept_whole]))
     mine = {}
     for i, state in saved_optimizer["state"].items():
         if i not in others:

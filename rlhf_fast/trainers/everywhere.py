@@ -1,7 +1,8 @@
-"""A run in several processes (parallel.py): the first process leads, and the others follow it."""
+"""A run in several processes (parallel.py): the first process leads, and the others follow its calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -14,50 +15,57 @@ from .common import preserved_rng, rng_state, set_rng_state
 
 
 class Everywhere:
-    """The parts of a run that every process takes part in: the first calls one by name, and the others do the same.
-    One that fails in any of them fails in all, and after it a signal to one has become known to all."""
+    """The parts of a run that every process takes part in.
+
+    In the first process everywhere(Everywhere.step) runs that method in every process: the call is broadcast, and
+    follow() makes it in the others. If it fails in one process it raises in all, and afterwards all processes know of
+    a signal that one of them has received.
+    """
 
     def __init__(self, trainer):
-        self.trainer, self.going = trainer, None
-        self.stop: list[str] = []  # the signals that this process has got, or another
+        self.trainer, self.steps = trainer, None
+        self.stop: list[str] = []  # the signals that this or another process has received
 
-    def __call__(self, part: str, *arguments):
-        parallel.first((part, arguments))
-        with parallel.in_all(self.stop):
-            return getattr(self, part)(*arguments)
+    def __call__(self, part: Callable, *arguments):
+        parallel.broadcast((part, arguments))
+        with parallel.raise_in_all(self.stop):
+            return part(self, *arguments)
 
     def follow(self):
-        """What the processes after the first do until the run ends -> the RunResult of the first one.
+        """The loop of every process but the first, until the run ends -> the RunResult of the first process.
 
-        What fails is the first one's to deal with, before it leaves; where it is gone, waiting for its word raises.
+        A failure is handled by the first process, before it calls leave(). If the first process is gone, the broadcast
+        raises.
         """
         failure = None
         while True:
-            part, arguments = parallel.first(None)
-            if part == "leave":
+            part, arguments = parallel.broadcast(None)
+            if part is Everywhere.leave:
                 raise failure or arguments[0]
             try:
-                with parallel.in_all(self.stop):
-                    result = getattr(self, part)(*arguments)
+                with parallel.raise_in_all(self.stop):
+                    result = part(self, *arguments)
             except Exception as error:
                 failure = error
             else:
-                if part == "end":
+                if part is Everywhere.end:
                     return result
 
     def leave(self, error: Exception) -> None:
-        """The first process will raise the error, and so are the others to; those that are left of them."""
-        if not isinstance(error, ConfigError):  # another may not bear to be sent
+        """Called by the first process, which is about to raise the error: makes those of the others that are still
+        alive raise it too."""
+        if not isinstance(error, ConfigError):  # other errors may not survive pickling
             error = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
         with suppress(Exception):
-            parallel.first(("leave", (error,)))
+            parallel.broadcast((Everywhere.leave, (error,)))
 
     def step(self) -> dict | None:
-        """The metrics of the next step, None after the last. One that fails has drawn, and will draw again."""
-        self.going = self.going or iter(self.trainer)
+        """The metrics of the next step; None after the last. If a step fails before it has changed the trainer, the
+        random state is restored, because the step will be repeated."""
+        self.steps = self.steps or iter(self.trainer)
         rng = rng_state()
         try:
-            return next(self.going, None)
+            return next(self.steps, None)
         except Exception:
             if getattr(self.trainer, "whole", False):
                 set_rng_state(rng)
@@ -76,8 +84,9 @@ class Everywhere:
             self.trainer.finish(run_dir)
 
     def state(self) -> dict:
-        """What a checkpoint holds of the trainer, and of the generators of every process; whole in the first one."""
-        return {"trainer": self.trainer.state_dict(), "rng": parallel.gather(rng_state())}
+        """What a checkpoint holds: the trainer's state, complete in the first process only, and the random state of
+        every process."""
+        return {"trainer": self.trainer.state_dict(), "rng": parallel.all_gather(rng_state())}
 
     def load(self, checkpoint: Path) -> dict | None:
         return load_checkpoint(self.trainer, checkpoint)
@@ -88,12 +97,12 @@ class Everywhere:
 
     @contextmanager
     def gathered(self):
-        """Inside, the first process can save the model, of which the layers may be sharded."""
-        self("gather")
+        """Inside, the first process can save the model even if its layers are sharded."""
+        self(Everywhere.gather)
         try:
             yield
         finally:
-            self("scatter")
+            self(Everywhere.scatter)
 
     def gather(self) -> None:
         self.gathering = getattr(self.trainer, "gathered", nullcontext)()

@@ -50,7 +50,16 @@ from ..models import (
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
 from ..rewards import make_reward, score_components
-from ..rollout import Rollout, check_engine, generate, make_rollout, minibatches, rollout_metrics, squeeze, text_metrics
+from ..rollout import (
+    Rollout,
+    check_rollout_lists,
+    generate,
+    make_rollout,
+    minibatches,
+    right_padded,
+    rollout_metrics,
+    text_metrics,
+)
 from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common
@@ -195,9 +204,9 @@ class PPOTrainer:
         """What rollout_func returns. ConfigError where the models cannot read it, before anything has changed."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
         with gathered(self.policy):
-            lists = parallel.by_first(lambda: self.rollout_func(texts, self))
+            lists = parallel.on_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())
-        check_engine(lists, len(texts), embedded, with_logprobs=self.config.importance_cap is not None)
+        check_rollout_lists(lists, len(texts), embedded, with_logprobs=self.config.importance_cap is not None)
         lists = {name: None if rows is None else rows[::copies] for name, rows in lists.items()}
         stops = stop_ids(self.policy, self.tokenizer)
         rollout = make_rollout(self.tokenizer, prompts, stop_token_ids=stops, **lists, device=self.policy.device)
@@ -215,11 +224,11 @@ class PPOTrainer:
     def _ask(self, reward, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """rewards.score_components of all answers; several processes ask for whole groups of num_generations each."""
         rows, scored = parallel.block(len(rollout.prompts), self.config.num_generations), None
-        with parallel.in_all():
+        with parallel.raise_in_all():
             if rows.start < rows.stop:
                 columns = {name: values[rows] for name, values in rollout.columns.items()}
                 scored = score_components(reward, rollout.prompts[rows], rollout.responses[rows], columns)
-        scores, parts = zip(*filter(None, parallel.gather(scored)), strict=True)
+        scores, parts = zip(*filter(None, parallel.all_gather(scored)), strict=True)
         return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _shape(self, rollout: Rollout) -> Tensor:
@@ -251,19 +260,19 @@ class PPOTrainer:
         filled = ["logprobs", "ref_logprobs", *(["values"] if self.value_model else [])]
         for name in filled:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
-        with self.gathered(), parallel.in_all():
+        with self.gathered(), parallel.raise_in_all():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
-                inputs = squeeze(rollout, rows)
+                inputs = right_padded(rollout, rows)
                 hidden, values = self._forward(rollout, rows, inputs)
                 rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
                 if values is not None:
                     rollout.values[rows] = values
                 rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
         for name in filled:
-            parallel.total(getattr(rollout, name))  # each row is 0 in all processes but one
+            parallel.all_reduce_sum(getattr(rollout, name))  # each row is 0 in all processes but one
 
     def _forward(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
-        """Policy and critic on b rows, inputs = squeeze(rollout, rows) -> the policy's (N, D) hidden states that
+        """Policy and critic on b rows, inputs = right_padded(rollout, rows) -> the policy's (N, D) hidden states that
         predict the N response tokens, and (b, R) values, 0 outside the mask.
 
         Scoring and training both run this, so that their numbers are equal. Only those N reach the two heads.
@@ -357,8 +366,8 @@ class PPOTrainer:
         """
         with common.learning_together(self.config):
             parts = self._backward(rollout, minibatch)
-        largest = parallel.largest(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
-        sums = parallel.total(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))
+        largest = parallel.all_reduce_max(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
+        sums = parallel.all_reduce_sum(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))
         stats = dict(zip(parts[0], sums, strict=True)) | {"max_abs_log_ratio": largest}
         stats["val/ratio_var"] -= (stats["val/ratio"] - 1).square()  # of the whole minibatch
         return stats
@@ -376,7 +385,7 @@ class PPOTrainer:
         per_token = 1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
         for rows, counts in as_many(parts, (minibatch[-1][-1:], False)) if config.fsdp else parts:
             mask = rollout.response_mask[rows] & counts
-            hidden, values = self._forward(rollout, rows, squeeze(rollout, rows))
+            hidden, values = self._forward(rollout, rows, right_padded(rollout, rows))
             loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
             share = p["num_tokens"] / num_tokens
             stats = _policy_statistics(p, share, per_token)

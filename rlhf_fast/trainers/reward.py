@@ -157,7 +157,7 @@ class RewardTrainer:
         self.step += 1
         self.num_tokens += sum(len(response) for item in items for response in item.responses)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
-        metrics = self._metrics(list(chain(*parallel.gather(_on_cpu(seen))))) | metrics
+        metrics = self._metrics(list(chain(*parallel.all_gather(_on_cpu(seen))))) | metrics
         self.whole = True
         return metrics
 
@@ -211,7 +211,7 @@ class RewardTrainer:
         order = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
         batches = [[self.eval_items[i] for i in indices] for indices in order]
         with self.gathered(), evaluating(self.model), self._packing():
-            seen = parallel.spread(lambda share: _on_cpu([self._rewards(items) for items in share]), batches)
+            seen = parallel.map_shares(lambda share: _on_cpu([self._rewards(items) for items in share]), batches)
         rewards = torch.cat([r for r, _ in seen])
         self.evaluation = _pairs(list(chain(*batches)), rewards.numpy())
         judged = evaluate_pairs(self.evaluation, {})

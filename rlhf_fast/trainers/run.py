@@ -104,7 +104,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     try:
         lead = _Lead(trainer, resume, everywhere)
         lead.take_steps()
-        return everywhere("end", lead.end())
+        return everywhere(Everywhere.end, lead.end())
     except Exception as error:
         everywhere.leave(error)
         raise
@@ -175,7 +175,7 @@ class _Lead:
     def steps(self) -> Iterator[dict]:
         while True:
             try:
-                metrics = self.everywhere("step")
+                metrics = self.everywhere(Everywhere.step)
             except Exception:
                 if getattr(self.trainer, "whole", False):
                     self.keep()
@@ -185,8 +185,8 @@ class _Lead:
             yield metrics
 
     def look(self, step: int) -> dict:
-        self.records.sample(step, self.everywhere("samples"))
-        return as_numbers(self.everywhere("evaluate"))
+        self.records.sample(step, self.everywhere(Everywhere.samples))
+        return as_numbers(self.everywhere(Everywhere.evaluate))
 
     def due(self, step: int) -> bool:
         every = self.trainer.config.save_steps
@@ -195,7 +195,7 @@ class _Lead:
     def checkpoint(self, metrics: dict | None = None) -> None:
         self.records.sync()
         with self.everywhere.gathered():
-            save_checkpoint(self.trainer, self.run_dir, metrics, partial(self.everywhere, "state"))
+            save_checkpoint(self.trainer, self.run_dir, metrics, partial(self.everywhere, Everywhere.state))
 
     def keep(self, metrics: dict | None = None) -> None:
         """Saves a checkpoint before a failure is raised, if this run has done a step that none holds yet."""
@@ -214,11 +214,11 @@ class _Lead:
         interrupted = trainer.step < trainer.total_steps
         if not interrupted and best.step is not None:
             if best.step != trainer.step:  # that one may have no checkpoint, and is the model as it is
-                everywhere("load_model", run_dir / f"checkpoint-{best.step}")
+                everywhere(Everywhere.load_model, run_dir / f"checkpoint-{best.step}")
             print(f"The model of step {best.step} is kept: {best.name} {best.value:.4g}")
-            self.metrics |= {"best_step": best.step, **as_numbers(everywhere("evaluate"))}
+            self.metrics |= {"best_step": best.step, **as_numbers(everywhere(Everywhere.evaluate))}
         if not interrupted and hasattr(trainer, "finish"):
-            everywhere("finish", run_dir)
+            everywhere(Everywhere.finish, run_dir)
         write_report(run_dir)
         if interrupted:
             print(
@@ -332,7 +332,7 @@ def _continue(trainer, checkpoint: Path, written: dict, everywhere: Everywhere) 
         place += "twice or not at all"
         differs = f"resuming with a config that differs in {', '.join(changed)}"
         warnings.warn(differs + (place if moved else ""), stacklevel=5)
-    unlogged = everywhere("load", checkpoint)
+    unlogged = everywhere(Everywhere.load, checkpoint)
     if trainer.step > trainer.total_steps:
         raise ConfigError(
             f"nothing to resume: {checkpoint.name} is past the {trainer.total_steps} steps of the config as it is now "

@@ -117,10 +117,10 @@ class SFTTrainer:
         self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(e) for row in rows for e in row])
         self.step += 1
         self.num_tokens += sum(len(e) for row in rows for e in row)
-        loss = parallel.total(loss)
+        loss = parallel.all_reduce_sum(loss)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
         if with_statistics:
-            _, correct, entropy = parallel.total(statistics) / num_labels
+            _, correct, entropy = parallel.all_reduce_sum(statistics) / num_labels
             metrics |= {"mean_token_accuracy": correct, "entropy": entropy}
         self.whole = True
         return metrics
@@ -134,12 +134,12 @@ class SFTTrainer:
             return {}
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
         batches = common.epoch_batches(list(map(len, self.eval_examples)), self.config.per_device_eval_batch_size)
-        with self.gathered(), parallel.in_all(), evaluating(self.model), self._packing():
+        with self.gathered(), parallel.raise_in_all(), evaluating(self.model), self._packing():
             for indices in parallel.share(batches):
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
                 head = common.lm_head(self.model, self.config.bf16)
                 statistics += token_statistics(hidden, *head, labels)
-        loss, correct, entropy = parallel.total(statistics) / num_labels
+        loss, correct, entropy = parallel.all_reduce_sum(statistics) / num_labels
         return {
             "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,
             "eval_entropy": entropy,

@@ -1,4 +1,4 @@
-"""Two processes (torchrun, gloo) that train one model: what one would have done, from the gradient to the files.
+"""Two processes (torchrun, gloo) that train one model do what one process does, from the gradient to the files.
 
 The parts that both run are in parallel_runs.py; each process leaves found-<rank>.json.
 """
@@ -29,7 +29,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(path, *part, processes=2):
-    """A run of parallel_runs.py in a session of its own."""
+    """A run of parallel_runs.py in its own session."""
     path.mkdir(exist_ok=True)
     paths = [str(RUNS.parents[2]), str(RUNS.parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
@@ -40,19 +40,19 @@ def start(path, *part, processes=2):
 
 
 def run(path, *part, processes=2, fails=False):
-    """-> what it printed, and what each process found."""
+    """-> its output, and the content of each process's found-<rank>.json."""
     process = start(path, *part, processes=processes)
     try:
         said, _ = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # of which some wait for others
+        os.killpg(process.pid, signal.SIGKILL)  # some processes may wait for others
         raise
     assert bool(process.returncode) == fails, said
     return said, [json.loads(file.read_text()) for file in sorted(path.glob("found-*.json"))]
 
 
 def close(one, two, tolerance=1e-4):
-    """Metrics of one process and of two, whose sums round differently; a time is nobody's but the process's."""
+    """Compares metrics of one process and of two, whose sums round differently. Times are not compared."""
     assert one.keys() == two.keys()
     for name in one:
         if not name.startswith(("timing_s/", "perf/")):
@@ -65,7 +65,7 @@ def names(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What one process finds in parallel_runs.everything, what each of two does, what these said, and the folder."""
+    """parallel_runs.everything: what one process finds, what each of two finds, their output, and the folder."""
     path = tmp_path_factory.mktemp("parallel")
     _, (one,) = run(path / "one", "everything", processes=1)
     said, (first, second) = run(path / "two", "everything")
@@ -83,7 +83,7 @@ def test_two_processes_learn_what_one_does(runs, stage):
         assert b.get("policy/first_minibatch_max_abs_log_ratio", 0.0) == 0.0
     close(one["evaluation"], first["evaluation"])
     weights = zip(*(torch.load(runs[4] / n / f"{stage}.pt") for n in ("one", "two")), strict=True)
-    # Adam divides by the size of a gradient: where that is rounding alone, a weight may go either way.
+    # Adam divides by the size of a gradient: if that is rounding error only, a weight may move either way.
     apart = torch.cat([(a - b).abs().flatten() for a, b in weights])
     assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2
 
@@ -114,12 +114,12 @@ def test_every_process_is_told_what_is_refused(runs):
 
 
 def test_a_gradient_that_one_process_has_is_that_of_all(runs):
-    """Also where the parameter does not lie in memory row by row."""
+    """Also if the parameter is not contiguous in memory."""
     assert [found["gradients"] for found in runs[:3]] == [[[[0, 1, 2], [3, 4, 5]], [1, 1, 1], False, [1, 1]]] * 3
 
 
 def states(path):
-    """Of the optimizer's state in checkpoint-2, as {place: {name: tensor}}."""
+    """The optimizer's state in checkpoint-2, as {index: {name: tensor}}."""
     return torch.load(path / "checkpoint-2/state.pt", weights_only=True)["trainer"]["optimizer"]["state"]
 
 
@@ -133,7 +133,7 @@ def test_the_optimizer_is_shared_out_and_steps_to_the_same_bits(runs):
 
 
 def test_a_process_without_a_parameter_of_its_own_learns_the_same(runs):
-    """And a parameter may lie in memory column by column."""
+    """And a parameter may be column-major in memory."""
     one, first, second = (found["found"]["one matrix"] for found in runs[:3])
     moments = ("exp_avg", "exp_avg_sq", "step")
     assert first["digest"] == second["digest"] and second["state"] == [0] and first["state"] == one["state"] > [0]
@@ -177,7 +177,7 @@ def test_dropout_is_drawn_apart(runs):
 
 
 def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
-    """Each has dropout masks of its own, so the generators of both have to come back."""
+    """Each process has its own dropout masks, so both random states must be restored."""
     _, whole = run(tmp_path / "whole", "with_dropout")
     run(tmp_path / "killed", "killed", fails=True)
     assert latest_checkpoint(tmp_path / "killed/run").name == "checkpoint-3"
@@ -191,7 +191,7 @@ def test_processes_that_are_killed_resume_to_the_last_bit(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
     with pytest.warns(UserWarning, match="differs in gradient_accumulation_steps, num_processes; a checkpoint's place"):
-        parallel_runs.with_dropout(tmp_path / "alone", "resume")  # goes on, from other masks
+        parallel_runs.with_dropout(tmp_path / "alone", "resume")  # continues, with other masks
 
 
 def test_a_process_that_is_killed_alone_ends_all_and_the_last_checkpoint_is_whole(tmp_path):
@@ -229,7 +229,7 @@ def test_a_signal_to_one_or_all_ends_the_run_after_its_step_with_a_checkpoint(tm
             time.sleep(0.05)
 
     is_in_steps_of("one")
-    os.kill(int((tmp_path / "process-1").read_text()), signal.SIGTERM)  # as on a machine of several that goes down
+    os.kill(int((tmp_path / "process-1").read_text()), signal.SIGTERM)  # as if one of several machines shuts down
     is_in_steps_of("all")
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal: torchrun and both processes
     said, _ = process.communicate(timeout=100)
@@ -250,7 +250,7 @@ def test_an_engine_that_accelerate_is_to_use_is_refused(engine, monkeypatch):
 
 
 def test_the_command_line_in_two_processes(tmp_path):
-    """Of the data one pair is left out."""
+    """One pair of the data is left out."""
     data, said = tmp_path / "train.jsonl", "\n\nHuman: {}\n\nAssistant: {}"
     pairs = [{"chosen": said.format(i, "the cat"), "rejected": said.format(i, "mat")} for i in range(8)]
     data.write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, pairs[0] | {"rejected": "mat"}]))

@@ -14,7 +14,7 @@ from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import load_reward_model
 from rlhf_fast.ops import ppo_loss
 from rlhf_fast.rewards import RewardModelReward
-from rlhf_fast.rollout import Rollout, generate, minibatches, repetition, rollout_metrics, squeeze
+from rlhf_fast.rollout import Rollout, generate, minibatches, repetition, right_padded, rollout_metrics
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -198,7 +198,7 @@ def test_statistics_are_those_of_the_minibatch(tmp_path, mode):
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
     assert found[0]["max_abs_log_ratio"] == pytest.approx(float((0.3 * noise)[rollout.response_mask].abs().max()), 1e-3)
     rows = torch.arange(len(rollout.prompts))
-    hidden, _ = trainer._forward(rollout, rows, squeeze(rollout, rows))
+    hidden, _ = trainer._forward(rollout, rows, right_padded(rollout, rows))
     logits = trainer.policy.lm_head(hidden) / trainer.config.temperature
     entropy = rollout.scatter(rows, torch.distributions.Categorical(logits=logits).entropy())
     lengths = rollout.response_mask.sum(1)
@@ -245,7 +245,7 @@ def test_eos_counts_and_padding_does_not_also_where_they_are_one_token(pad):
     assert rollout.columns == {"word": WORDS}
 
 
-def test_squeeze_takes_the_padding_out_of_the_middle():
+def test_right_padded_takes_the_padding_out_of_the_middle():
     rollout = Rollout(
         prompt_ids=torch.tensor([[0, 0, 11], [12, 13, 14], [0, 15, 16]]),
         prompt_mask=torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]]).bool(),
@@ -253,7 +253,7 @@ def test_squeeze_takes_the_padding_out_of_the_middle():
         response_mask=torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool(),
         ended=torch.ones(3).bool(), prompts=[], responses=[],
     )  # fmt: skip
-    ids, positions, labels = squeeze(rollout, torch.tensor([2, 0]))
+    ids, positions, labels = right_padded(rollout, torch.tensor([2, 0]))
     assert ids.shape == (2, 4) and ids[0].tolist() == [15, 16, 25, 26] and ids[1].tolist() == [11, 21, 22, 23]
     assert labels.tolist() == [25, 26, 21, 22, 23]
     assert ids.flatten()[positions].tolist() == [16, 25, 11, 21, 22]  # what stands before each label

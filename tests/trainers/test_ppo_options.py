@@ -17,7 +17,7 @@ from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, sha
 from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
 from rlhf_fast.ops.reference import AGGREGATIONS
-from rlhf_fast.rollout import make_rollout, minibatches, squeeze
+from rlhf_fast.rollout import make_rollout, minibatches, right_padded
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [
@@ -206,7 +206,7 @@ def test_kl_in_the_loss_and_not_in_the_rewards(tmp_path):
 
     added = gradient(0.3) - gradient(0.0)
     rows = minibatch[0]
-    inputs = squeeze(rollout, rows)
+    inputs = right_padded(rollout, rows)
     hidden, _ = trainer._forward(rollout, rows, inputs)
     logprobs = rollout.scatter(rows, trainer._logprobs(trainer.policy, hidden, inputs[-1]))
     kl = kl_penalty(logprobs, rollout.ref_logprobs[rows], estimator="k2")
@@ -365,7 +365,7 @@ def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_pat
         (lambda prompts, responses: [0.0] * len(responses), "unexpected keyword argument 'word'"),
         (lambda prompts, responses, answer, **columns: [0.0] * len(responses), "argument: 'answer'"),
         (lambda completions, **columns: [0.0] * len(completions), "too many positional arguments"),
-        (lambda completions, prompts, **columns: [0.0] * len(prompts), "prompts come first, then responses"),
+        (lambda completions, prompts, **columns: [0.0] * len(prompts), "prompts must come first, then responses"),
     ):
         with pytest.raises(ConfigError, match=message):
             make_trainer(tmp_path, reward=[(reward, 1.0)])
@@ -467,7 +467,7 @@ def test_what_a_tool_says_is_read_and_never_learned(tmp_path):
         last = int(mask.nonzero()[-1])
         assert rollout.rewards[i, last] > rollout.rewards[i].abs().sum() - rollout.rewards[i, last].abs() - 1e-3
     # Another tool output is another context, but no gradient ever asks for the probability of its tokens.
-    ids, positions, labels = squeeze(rollout, torch.arange(16))
+    ids, positions, labels = right_padded(rollout, torch.arange(16))
     assert len(labels) == int(rollout.response_mask.sum()) == len(positions)
     assert float(metrics["sampling/sampling_logp_difference/mean"]) > 0
 
@@ -537,7 +537,7 @@ def test_a_cap_needs_what_it_weights_by(tmp_path):
     trainer = make_trainer(
         tmp_path, rollout_func=lambda *args: with_a_tool(*args) | {"logprobs": None}, importance_cap=1.5
     )
-    with pytest.raises(ConfigError, match='rollout_func gave no "logprobs": return them'):
+    with pytest.raises(ConfigError, match='rollout_func returned no "logprobs": return them'):
         next(iter(trainer))
 
 
@@ -569,7 +569,7 @@ def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
         ({"completion_ids": [[5]] * 16, "prompts": ["x"] * 16}, "may not return 'prompts'"),
         ({"completion_ids": [[5]] * 3}, "completion_ids has 3 rows for 16"),
         ({"completion_ids": [[5] * 300] * 16}, "256 positions: let rollout_func return fewer tokens"),
-        ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, and the models embed"),
+        ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, but the models embed only"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[-1]]}, "the token -1 in prompt_ids"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[]]}, r"\[\] in prompt_ids, row 15"),
         ({"completion_ids": [[5]] * 16, "logprobs": [[-1.0, -1.0]] * 16}, "one number for each token"),
@@ -790,12 +790,12 @@ def test_a_monitor_ends_the_run_with_a_checkpoint_and_resume_overrides_it(tmp_pa
     assert alarms[-1]["monitor"] == "length" and alarms[-1]["step"] == result.step
     assert alarms[-1]["ended_run_of"] == 10 and result.stopped_by == f"length: {alarms[-1]['message']}"
     page = (tmp_path / "report.html").read_text()
-    assert f"This ended the run after step {result.step} of the 10 that were planned.</b>" in page
+    assert f"This ended the run after step {result.step} of 10 planned steps.</b>" in page
     out = capsys.readouterr().out
     assert f"Stopped by monitor length after step {result.step} of 10" in out
     resumed = make_trainer(tmp_path, **options | {"stop_on": [], "monitors": {"length": 9.0}}).train(resume=True)
     assert not resumed.interrupted and resumed.stopped_by is None
     page = (tmp_path / "report.html").read_text()
-    assert alarms[-1]["message"] in page and "planned; it was resumed.</b>" in page
+    assert alarms[-1]["message"] in page and "planned steps; it was resumed.</b>" in page
     again = [json.loads(line) for line in (tmp_path / "alarms.jsonl").read_text().splitlines()]
     assert again[: len(alarms)] == alarms

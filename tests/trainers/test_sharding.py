@@ -1,4 +1,4 @@
-"""Two processes (torchrun, gloo) that share the layers of one model: what one process learns, in half of the memory.
+"""Two processes (torchrun, gloo) that shard one model's layers learn what one process does, in half of the memory.
 
 The parts that both run are in parallel_runs.py.
 """
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What one process finds in parallel_runs.sharded, what each of two does with fsdp, and the folder."""
+    """parallel_runs.sharded: the findings of one process, those of each of two with fsdp, and the folder."""
     path = tmp_path_factory.mktemp("sharding")
     _, (one,) = run(path / "one", "sharded", processes=1)
     _, (first, second) = run(path / "two", "sharded", "fsdp")
@@ -38,7 +38,7 @@ def weights(folder):
 
 
 def assert_same(one, two):
-    """Adam divides by the size of a gradient: where that is rounding alone, a weight may go either way."""
+    """Adam divides by the size of a gradient: if that is rounding error only, a weight may move either way."""
     assert one.keys() == two.keys()
     apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
     assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2
@@ -124,14 +124,14 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     def make(**config):
         SFTTrainer(SFTConfig(str(tmp_path), **config), tiny_model(tokenizer), train_dataset=data, tokenizer=tokenizer)
 
-    with pytest.raises(ConfigError, match="this is one: start it with torchrun"):
+    with pytest.raises(ConfigError, match="there is only one: start it with torchrun"):
         make(fsdp=True)
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
-    with pytest.raises(ConfigError, match=r"adapters \(lora_r\) are few"):
+    with pytest.raises(ConfigError, match=r"adapters \(lora_r\) have few of them"):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
     skips = tiny_model(tokenizer)
     skips.config.layerdrop = 0.1
-    with pytest.raises(ConfigError, match="layerdrop of the model skips some"):
+    with pytest.raises(ConfigError, match="the model's layerdrop skips some"):
         sharding.shard(skips)
     with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
         older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
