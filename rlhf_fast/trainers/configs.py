@@ -12,7 +12,7 @@ import typing
 
 from ..errors import ConfigError
 
-LR_SCHEDULES = ("linear", "cosine", "constant")  # see common.make_scheduler
+LR_SCHEDULES = ("linear", "cosine", "constant")  # see optimizers.make_scheduler
 DROP = ("empty", "truncated", "scaffold_leak")  # of constitutional.py: flags of replies that no model should learn from
 
 

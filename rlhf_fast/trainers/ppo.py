@@ -62,7 +62,7 @@ from ..rollout import (
 )
 from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
-from . import common
+from . import common, optimizers
 from .ppo_config import PPOConfig, check_eval_rewards
 from .ppo_networks import check_rewards, choose_critic, choose_reference, prepare_networks
 from .run import RunResult, run_training
@@ -124,7 +124,7 @@ class PPOTrainer:
         learning = [(together, config.learning_rate)]
         if self.value_model and not config.share_trunk:
             learning.append(([self.value_model], config.value_learning_rate or config.learning_rate))
-        learners = [common.make_learner(models, rate, config, self.total_steps) for models, rate in learning]
+        learners = [optimizers.make_learner(models, rate, config, self.total_steps) for models, rate in learning]
         self.optimizers, self.schedulers = map(list, zip(*learners, strict=True))
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_scale = RunningStd()
@@ -346,7 +346,7 @@ class PPOTrainer:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 break
-            norms = [common.optimizer_step(o, max_grad_norm=config.max_grad_norm) for o in self.optimizers]
+            norms = [optimizers.optimizer_step(o, max_grad_norm=config.max_grad_norm) for o in self.optimizers]
             finite = all(bool(norm.isfinite()) for norm in norms)
             self.guard.check(finite, "the gradient", partial(rollout.texts_and_tokens, torch.cat(minibatch)))
             steps.append({**stats, **dict(zip(("policy/grad_norm", "critic/grad_norm"), norms, strict=False))})
@@ -492,7 +492,7 @@ class PPOTrainer:
             "data": self.data,
             "policy": trained_state(self.policy),
             "value_model": trained_state(self._own_critic) if self.value_model else None,
-            "optimizers": [common.optimizer_state(optimizer) for optimizer in self.optimizers],
+            "optimizers": [optimizers.optimizer_state(optimizer) for optimizer in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
         }
 
@@ -512,7 +512,7 @@ class PPOTrainer:
         if self.value_model:
             load_trained_state(self._own_critic, state["value_model"])
         for learner in zip(self.optimizers, self.schedulers, state["optimizers"], state["schedulers"], strict=True):
-            common.load_optimizer(*learner)
+            optimizers.load_optimizer(*learner)
 
     def _networks(self) -> list[nn.Module]:
         """The models that read prompt and response in the policy's tokens."""

@@ -48,7 +48,7 @@ from ..packing import FLASH, packed_hidden_states, packing
 from ..preferences import Pairs, evaluate_pairs
 from ..rewards import RewardModelReward
 from ..sharding import gathered
-from . import common
+from . import common, optimizers
 from .reward_config import RewardConfig
 from .run import RunResult, run_training
 
@@ -109,7 +109,9 @@ class RewardTrainer:
         self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(len(self.items), config)
         common.share_out([self.model], config, self.data, self.eval_items)
-        self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
+        self.optimizer, self.scheduler = optimizers.make_learner(
+            self.model, config.learning_rate, config, self.total_steps
+        )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)  # of lora_dropout
@@ -152,7 +154,7 @@ class RewardTrainer:
 
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
-        grad_norm = common.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
+        grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
         self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(x) for x in items])
         self.step += 1
         self.num_tokens += sum(len(response) for item in items for response in item.responses)

@@ -34,7 +34,7 @@ from ..models import (
 from ..ops import linear_cross_entropy, token_logprobs_and_entropy
 from ..packing import packed_hidden_states, packing
 from ..sharding import gathered
-from . import common
+from . import common, optimizers
 from .run import RunResult, run_training
 from .sft_config import SFTConfig
 
@@ -72,7 +72,9 @@ class SFTTrainer:
         self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(len(self.rows), config)
         common.share_out([self.model], config, self.data, self.eval_examples)
-        self.optimizer, self.scheduler = common.make_learner(self.model, config.learning_rate, config, self.total_steps)
+        self.optimizer, self.scheduler = optimizers.make_learner(
+            self.model, config.learning_rate, config, self.total_steps
+        )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)
@@ -113,7 +115,7 @@ class SFTTrainer:
 
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
-        grad_norm = common.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
+        grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
         self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(e) for row in rows for e in row])
         self.step += 1
         self.num_tokens += sum(len(e) for row in rows for e in row)

@@ -16,7 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, parallel, sharding
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.rollout import generate
-from rlhf_fast.trainers import common
+from rlhf_fast.trainers import common, optimizers
 
 PROMPTS = [f"say {'the cat ' * (i % 5)}{i}: " for i in range(12)]
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "eval_steps": 2, "save_steps": 2}
@@ -127,7 +127,7 @@ def resumed(path, fsdp=""):
 def sharded(path, fsdp=""):
     """A run of each trainer, and of SFT with each layer computed again in the backward. There a step has a single
     example, and PPO's minibatches have three micro-batches, so that the processes have different numbers of them."""
-    on, found, step = {"fsdp": bool(fsdp)}, {}, common.optimizer_step
+    on, found, step = {"fsdp": bool(fsdp)}, {}, optimizers.optimizer_step
 
     def measured(optimizer, *arguments, **named):
         """Of the layers: bytes of their weights, gradients and state."""
@@ -148,7 +148,7 @@ def sharded(path, fsdp=""):
         "shared": lambda path: ppo(path, share_trunk=True, critic_warmup_steps=1, **on),
     }.items():
         trainer, kept = make(path / name), []
-        with mock.patch.object(common, "optimizer_step", measured):
+        with mock.patch.object(optimizers, "optimizer_step", measured):
             result = trainer.train()
         found[name] = {"digest": digest(trainer), "kept": kept[-1], **dataclasses.asdict(result)}
     leave(path, found=found)

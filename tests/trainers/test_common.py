@@ -17,7 +17,7 @@ import torch
 
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.monitors import Alarm
-from rlhf_fast.trainers import checkpoints, common, records, run, run_dir
+from rlhf_fast.trainers import checkpoints, common, optimizers, records, run, run_dir
 from rlhf_fast.trainers.configs import check_config, config_from_dict
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
@@ -188,7 +188,7 @@ def test_steps_of_a_run():
 def test_only_matrices_decay_and_each_parameter_is_there_once():
     layer = torch.nn.Linear(2, 2)
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    groups = common.make_optimizer([layer, layer, frozen], 0.1, weight_decay=0.5).param_groups
+    groups = optimizers.make_optimizer([layer, layer, frozen], 0.1, weight_decay=0.5).param_groups
     assert [(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups] == [
         (0.5, [id(layer.weight)]),
         (0.0, [id(layer.bias)]),
@@ -205,7 +205,7 @@ def test_only_matrices_decay_and_each_parameter_is_there_once():
 )
 def test_schedules_by_hand(schedule, expected):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = common.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.25)
+    scheduler = optimizers.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.25)
     rates = []
     for _ in range(4):
         rates.append(scheduler.get_last_lr()[0] / 2.0)
@@ -218,22 +218,22 @@ def test_clipping_by_hand():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.grad = torch.tensor([3.0, 4.0])
-    assert common.optimizer_step(optimizer, max_grad_norm=1.0).item() == 5.0
+    assert optimizers.optimizer_step(optimizer, max_grad_norm=1.0).item() == 5.0
     assert weight.tolist() == pytest.approx([-0.6, -0.8], rel=1e-5) and weight.grad is None
     weight.grad = torch.tensor([3.0, 4.0])
-    common.optimizer_step(optimizer, max_grad_norm=0)
+    optimizers.optimizer_step(optimizer, max_grad_norm=0)
     assert weight.tolist() == pytest.approx([-3.6, -4.8], rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = common.make_optimizer(torch.nn.ParameterList([weight]), 0.1)
+    optimizer = optimizers.make_optimizer(torch.nn.ParameterList([weight]), 0.1)
     weight.grad = torch.tensor([1.0, bad])
-    norm = common.optimizer_step(optimizer)
+    norm = optimizers.optimizer_step(optimizer)
     assert not torch.isfinite(norm) and weight.tolist() == [1.0, 1.0] and weight.grad is None
     weight.grad = torch.ones(2)
-    common.optimizer_step(optimizer)
+    optimizers.optimizer_step(optimizer)
     assert weight.tolist() == pytest.approx([0.9, 0.9])
 
 
@@ -242,14 +242,14 @@ def test_a_state_is_laid_out_in_memory_as_the_weight_is():
 
     def steps(weight, gradients, saved=None):
         parameter = torch.nn.Parameter(weight)
-        optimizer = common.make_optimizer(torch.nn.ParameterList([parameter]), 0.1)
-        scheduler = common.make_scheduler(optimizer, "constant", 9)
+        optimizer = optimizers.make_optimizer(torch.nn.ParameterList([parameter]), 0.1)
+        scheduler = optimizers.make_scheduler(optimizer, "constant", 9)
         if saved:
-            common.load_optimizer(optimizer, scheduler, *saved)
+            optimizers.load_optimizer(optimizer, scheduler, *saved)
         for gradient in gradients:
             parameter.grad = torch.empty_like(parameter).copy_(gradient)
-            common.optimizer_step(optimizer, scheduler)
-        return parameter.detach(), (common.optimizer_state(optimizer), scheduler.state_dict())
+            optimizers.optimizer_step(optimizer, scheduler)
+        return parameter.detach(), (optimizers.optimizer_state(optimizer), scheduler.state_dict())
 
     gradients = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
     whole, _ = steps(torch.zeros(2, 3), gradients)
