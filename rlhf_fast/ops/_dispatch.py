@@ -37,7 +37,7 @@ else:
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
-HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
+HOW_TO_BUILD = "with nvcc on PATH run pip install . in the source tree (RLHF_FAST_CUDA=1 makes a missing nvcc an error)"
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 _NO_CUDA_GRAPH = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # torch 2.6: none
@@ -81,7 +81,7 @@ class Op:
         statistics=None, in_c=None, in_backward=False, waits=False,
     ):  # fmt: skip
         self.name, self._statistics = schema.split("(")[0], statistics
-        self.public = self.name.removesuffix("_forward")  # for messages
+        self.public = self.name.removesuffix("_forward").removesuffix("_backward")  # the name in messages
         self.kernels: dict[str, dict[str, Callable]] = {}
         for (device, backend), kernel in kernels.items():
             self.kernels.setdefault(device, {})[backend] = kernel
@@ -163,7 +163,7 @@ class Op:
         self._apply = super(torch.autograd.Function, self.function).apply
 
     def _refuse_gradient(self, ctx, *grads):
-        raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
+        raise RuntimeError(f"{self.public} is differentiable once only; use_backend('reference') has no such limit")
 
     def _refuse_tangents(self, args):
         """Without this, a forward-mode derivative would be silently zero."""
@@ -252,12 +252,12 @@ class Op:
     def backend_on(self, device: str) -> str:
         if (forced := _forced) is not None:  # once: another thread may end use_backend meanwhile
             if forced != "reference" and forced not in self.kernels.get(device, ()):
-                raise RuntimeError(f"{self.name}: use_backend({forced!r}) has no kernel for it on {device}")
+                raise RuntimeError(f"{self.public}: use_backend({forced!r}) has no kernel for it on {device}")
             return forced
         if device not in self._chosen:
             self._chosen[device], why = self._choose(device)
             if self._chosen[device] == "reference" and torch.cuda.is_available() and not is_compiling():
-                warnings.warn(f"{self.name} runs in plain PyTorch on {device}: {why}", stacklevel=4)
+                warnings.warn(f"{self.public} runs in plain PyTorch on {device}: {why}", stacklevel=4)
         return self._chosen[device]
 
     def _choose(self, device: str) -> tuple[str, str | None]:
@@ -269,13 +269,13 @@ class Op:
                 return backend, "; ".join(reasons) or None
             reasons.append(f"{backend}: {reason}")
         if device == "cpu" and reasons:
-            raise RuntimeError(f"{self.name}: {reasons[0]}. Plain PyTorch: with rlhf_fast.use_backend('reference')")
+            raise RuntimeError(f"{self.public}: {reasons[0]}. Plain PyTorch: with rlhf_fast.use_backend('reference')")
         if reasons and device == "cuda" and torch.cuda.is_available():
             if "triton" not in self.kernels[device] and _unavailable(device, "triton") is None:
                 # What is large runs in Triton on this machine, and PPO should not end for the sake of a small op.
                 return "reference", f"{reasons[0]}; triton: no kernel for it is written"
             raise RuntimeError(
-                f"{self.name} got a CUDA tensor, and {'; '.join(reasons)}. Plain PyTorch: with "
+                f"{self.public} got a CUDA tensor, and {'; '.join(reasons)}. Plain PyTorch: with "
                 "rlhf_fast.use_backend('reference')"
             )
         return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
@@ -373,12 +373,8 @@ def _in_full(outputs):
 
 def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
     """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
-    return is_direct(ctx) and not is_compiling() and _consume(grad, *saved) != _SHARED
-
-
-def is_direct(ctx) -> bool:
-    """Whether ctx is of Op.function, not of torch.library, where all outputs are visible and an absent one is empty."""
-    return getattr(ctx, "direct", False)
+    # A ctx of torch.library, and not of Op.function, is not direct: there all outputs are visible.
+    return getattr(ctx, "direct", False) and not is_compiling() and _consume(grad, *saved) != _SHARED
 
 
 def _once(grads: tuple) -> tuple:
@@ -517,17 +513,9 @@ def check_tensors(op: str, *, optional: tuple[str, ...] = (), **arguments) -> No
     """optional: the names of those that may be None."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor) and (x is not None or name not in optional):
-            raise TypeError(f"{op}: {name} is {_kind(x)}; needs a tensor")
+            raise TypeError(f"{op}: {name} is {'None' if x is None else f'of type {type(x).__name__}'}; needs a tensor")
         if x is not None and (x.layout is not torch.strided or x.is_nested):
-            raise TypeError(f"{op}: {name} is {_layout(x)}; needs a dense tensor")
-
-
-def _kind(x) -> str:
-    return "None" if x is None else f"of type {type(x).__name__}"
-
-
-def _layout(x: Tensor) -> str:
-    return "nested" if x.is_nested else str(x.layout)
+            raise TypeError(f"{op}: {name} is {'nested' if x.is_nested else x.layout}; needs a dense tensor")
 
 
 def check_vocabulary(op: str, size: int, like: Tensor) -> None:

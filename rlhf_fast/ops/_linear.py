@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import _C, DTYPE_CODES, accumulation_dtype, check_tensors, check_vocabulary, empties
-from ._inputs import check_limit
+from ._inputs import INTEGERS, check_positive, device_error, dtype_error, label_error
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
@@ -100,10 +100,7 @@ def compact(
     wrong = (labels < 0) | (labels >= weight.shape[0])
     if wrong.any():
         at = wrong.nonzero()[0, 0]
-        raise IndexError(
-            f"{op}: label {labels[at]} at row {at if index is None else index[at]} is outside the vocabulary of "
-            f"{weight.shape[0]}; a label that does not count needs mask=False (or ignore_index) there"
-        )
+        raise label_error(op, labels[at], at if index is None else index[at], weight.shape[0])
     return inputs._replace(hidden=inputs.take(hidden), labels=labels)
 
 
@@ -259,16 +256,16 @@ def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
     return z
 
 
-def turn(
+def known_chunk_gradient(
     buffer: Tensor | None, inputs: Inputs, part: slice, temperature: float, weights: Tensor, ppo: PpoTokens | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's gradient of its logits in the buffer, and logprobs and entropy of its rows; IN_DTYPE and native."""
+    """A chunk's logits turned into their gradient, in the buffer, and the logprobs and entropies of its rows."""
     z = write_logits(buffer, inputs, part)
     return z, *known_gradient(z, inputs.labels[part], None, temperature, weights, ppo)
 
 
-def turns(inputs: Inputs) -> bool:
-    """Whether `turn` computes the chunks of a loss whose gradient is known."""
+def takes_known_gradient(inputs: Inputs) -> bool:
+    """Whether known_chunk_gradient is the way for these chunks, in an op that knows its gradient in the forward."""
     return inputs.way == IN_DTYPE and row_forward.backend_on(inputs.hidden.device.type) == "native"
 
 
@@ -424,10 +421,6 @@ def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:
     )
 
 
-def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
-    return tuple(t is not None and torch.is_grad_enabled() and t.requires_grad for t in tensors)
-
-
 def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
     """What the three ops refuse, as ValueError or TypeError in the name of the op."""
     check_tensors(
@@ -442,14 +435,14 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
         raise ValueError(f"{op}: bias {tuple(bias.shape)} must be (V,) = ({weight.shape[0]},)")
     if mask is not None and mask.shape != labels.shape:
         raise ValueError(f"{op}: mask {tuple(mask.shape)} must have the shape of labels {tuple(labels.shape)}")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
+    if labels.dtype not in INTEGERS:
+        raise dtype_error(op, "labels", labels, "integer token ids")
     for name, t in (("weight", weight), ("labels", labels), ("bias", bias), ("mask", mask)):
         if t is not None and t.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, hidden on {hidden.device}; move them to one device")
-    for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 has scales beside it
+            raise device_error(op, name, t, "hidden", hidden)
+    for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 would need its scales too
         if t is not None and t.dtype not in DTYPE_CODES:
-            raise TypeError(f"{op}: {name} is {t.dtype}; needs float32, bfloat16, float16 or float64")
+            raise dtype_error(op, name, t)
     if softcap is not None:
-        check_limit(op, "softcap", softcap)  # inf tanh(0) is NaN
+        check_positive(op, "softcap", softcap)  # finite, because inf tanh(0) is NaN
     check_vocabulary(op, weight.shape[0], hidden)

@@ -35,12 +35,12 @@ def dpo_loss(
         chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
     )  # fmt: skip
     try:
-        beta = float(beta)
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
+        beta, outside = float(beta), not 0.0 <= label_smoothing <= 1.0
     except NO_NUMBER:
         refuse_no_number("dpo_loss", beta=beta, label_smoothing=label_smoothing)
         raise
+    if outside:
+        raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
     if pairwise_op.backend(chosen_logprobs) == "reference":
         return reference.dpo_loss(
             chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,

@@ -24,7 +24,7 @@ from ._dispatch import (
     empties,
     native,
 )
-from ._inputs import wants_gradient
+from ._inputs import device_error, dtype_error, wants_gradient
 
 NAME = "kl_divergence"
 
@@ -117,11 +117,10 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         raise ValueError(f"{NAME}: mask {tuple(mask.shape)} must be logits {tuple(logits.shape)} without the last axis")
     for name, x in (("ref_logits", ref_logits), ("mask", mask)):
         if x is not None and x.device != logits.device:
-            raise ValueError(f"{NAME}: {name} is on {x.device}, logits on {logits.device}; move them to one device")
-    if logits.dtype not in DTYPE_CODES or ref_logits.dtype not in DTYPE_CODES:
-        raise TypeError(
-            f"{NAME}: got {logits.dtype} and {ref_logits.dtype}; needs float32, bfloat16, float16 or float64"
-        )
+            raise device_error(NAME, name, x, "logits", logits)
+    for name, x in (("logits", logits), ("ref_logits", ref_logits)):
+        if x.dtype not in DTYPE_CODES:
+            raise dtype_error(NAME, name, x)
     check_vocabulary(NAME, logits.shape[-1], logits)
     if _forward.backend(logits) == "reference":
         return reference.kl_divergence(logits, ref_logits, mask)

@@ -72,13 +72,14 @@ def kl_penalty(
     one_subtraction = code == 0 and input_clamp is None and output_clamp is None
     if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):
         return logprobs - ref_logprobs  # a kernel of ours has nothing to fuse
-    try:
-        for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
-            if limit is not None and not limit >= 0:
-                raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
-    except NO_NUMBER:
-        refuse_no_number("kl_penalty", **{name: limit})
-        raise
+    for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
+        try:
+            outside = limit is not None and not limit >= 0
+        except NO_NUMBER:
+            refuse_no_number("kl_penalty", **{name: limit})
+            raise
+        if outside:
+            raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
     if _op.backend(logprobs) == "reference":
         return reference.kl_penalty(
             logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype
-from ._inputs import index_of_no_label, normalizer_tensor
+from ._inputs import index_of_no_label, normalizer_tensor, wants_gradient
 from ._linear import (
     Gradients,
     beside_autograd,
@@ -20,10 +20,9 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    known_chunk_gradient,
     logits_buffer,
-    turn,
-    turns,
-    wanted_gradients,
+    takes_known_gradient,
 )
 
 
@@ -36,8 +35,8 @@ def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     logprobs = hidden.new_empty(rows, dtype=accumulation_dtype(hidden))
     grad_logprobs = (-1 / normalizer).to(logprobs.dtype).expand(rows).contiguous()
     for part in inputs.parts:
-        if any(wanted) and turns(inputs):
-            z, logprobs[part], _ = turn(buffer, inputs, part, 1.0, -grad_logprobs[part], None)
+        if any(wanted) and takes_known_gradient(inputs):
+            z, logprobs[part], _ = known_chunk_gradient(buffer, inputs, part, 1.0, -grad_logprobs[part], None)
             gradients.multiply(z, part)
             continue
         z, logprobs[part], _, saved = chunk_statistics(buffer, inputs, part, 1.0, False)
@@ -93,5 +92,6 @@ def linear_cross_entropy(
     count = mask.sum().clamp(min=1) if normalizer is None else normalizer
     return _op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, mask,
-        normalizer_tensor("linear_cross_entropy", count, hidden), softcap, *wanted_gradients(hidden, weight, bias),
+        normalizer_tensor("linear_cross_entropy", count, hidden), softcap,
+        *map(wants_gradient, (hidden, weight, bias)),
     )[0]  # fmt: skip

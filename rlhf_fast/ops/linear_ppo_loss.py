@@ -23,6 +23,7 @@ from ._inputs import (
     estimator_code,
     needed_mask,
     normalizer_tensor,
+    wants_gradient,
 )
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
@@ -33,10 +34,9 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    known_chunk_gradient,
     logits_buffer,
-    turn,
-    turns,
-    wanted_gradients,
+    takes_known_gradient,
 )
 from .ppo_loss import _op as ppo_op
 from .reference import PPO_STATS
@@ -68,10 +68,10 @@ def _forward(
         tokens = [None if t is None else inputs.take(t.reshape(-1)).contiguous()[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
     for part in inputs.parts:
-        if any(wanted) and turns(inputs):
+        if any(wanted) and takes_known_gradient(inputs):
             old, advantage, ref, importance, w = (None if t is None else t[0, part].to(logprobs.dtype) for t in tokens)
             ppo_tokens = PpoTokens(old, advantage, ref, importance, options)
-            z, logprobs[part], entropy[part] = turn(buffer, inputs, part, temperature, w, ppo_tokens)
+            z, logprobs[part], entropy[part] = known_chunk_gradient(buffer, inputs, part, temperature, w, ppo_tokens)
             gradients.multiply(z, part)
             continue
         z, logprobs[part], entropy[part], saved = chunk_statistics(buffer, inputs, part, temperature, True)
@@ -164,5 +164,5 @@ def linear_ppo_loss(
         float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
         math.inf if dual_clip is None else dual_clip, math.inf if log_ratio_clamp is None else log_ratio_clamp,
         kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
-        aggregation_code(NAME, loss_agg_mode), *wanted_gradients(hidden, weight, bias),
+        aggregation_code(NAME, loss_agg_mode), *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip

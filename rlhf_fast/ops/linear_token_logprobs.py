@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype, byte_mask, check_unchanged, may_consume
-from ._inputs import check_temperature
+from ._inputs import check_temperature, wants_gradient
 from ._linear import (
     Gradients,
     check,
@@ -26,7 +26,6 @@ from ._linear import (
     logits_dtype,
     logits_shape,
     most_rows,
-    wanted_gradients,
     way_of,
 )
 
@@ -185,7 +184,7 @@ def linear_token_logprobs(
     logprobs, entropy, _, _ = _forward(
         hidden, weight, bias, labels.reshape(-1).long(),
         None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap,
-        fused, with_entropy, *wanted_gradients(hidden, weight, bias),
+        fused, with_entropy, *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op, as_bool, check_tensors, check_unchanged, empties, native
+from ._inputs import device_error, dtype_error
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:
@@ -127,7 +128,7 @@ def _axes(dim) -> tuple[int, ...]:
 
 def as_float(op: str, values: Tensor) -> Tensor:
     if values.is_complex():
-        raise TypeError(f"{op}: values is {values.dtype}; needs real numbers")
+        raise dtype_error(op, "values", values, "real numbers")
     return values.float()
 
 
@@ -138,7 +139,7 @@ def fitting_mask(op: str, values: Tensor, mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     if mask.device != values.device:
-        raise ValueError(f"{op}: mask is on {mask.device}, values on {values.device}; move them to one device")
+        raise device_error(op, "mask", mask, "values", values)
     try:
         mask = as_bool(mask)
         return mask if mask.shape == values.shape else mask.expand(values.shape)

@@ -79,11 +79,12 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: boo
     Raises ValueError where the mask does not fit or eps is not positive.
     """
     try:
-        if not eps > 0:
-            raise ValueError(f"masked_whiten: eps {eps} must be > 0")
+        outside = not eps > 0
     except NO_NUMBER:
         refuse_no_number("masked_whiten", eps=eps)
         raise
+    if outside:
+        raise ValueError(f"masked_whiten: eps {eps} must be > 0")
     mask = fitting_mask("masked_whiten", values, mask)
     if values.dtype not in DTYPE_CODES:
         values = as_float("masked_whiten", values)

@@ -7,12 +7,11 @@ Specification: reference.ranking_loss. Kernels: csrc/cpu/pairwise_loss.cpp, csrc
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, check_tensors
-from ._inputs import check, loss_outputs, native_loss
+from ._inputs import INTEGERS, check, dtype_error, loss_outputs, native_loss
 from .reference import RANKING_STATS, ranks_of_counts
 
 
@@ -45,8 +44,8 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
             f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "
             f"{tuple(rewards.shape)} on {rewards.device}, or be counts, one for each row of it"
         )
-    if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
-        raise TypeError(f"ranking_loss: ranks are {ranks.dtype}; needs integers")
+    if ranks.dtype not in INTEGERS:
+        raise dtype_error("ranking_loss", "ranks", ranks, "integers")
     ranks = ranks.long()
     if ranks.ndim == 1:
         ranks = ranks_of_counts(ranks, rewards.shape[1])

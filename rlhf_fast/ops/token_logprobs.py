@@ -27,7 +27,7 @@ from ._dispatch import (
     plain_in_backward,
     strided_rows,
 )
-from ._inputs import check_temperature
+from ._inputs import INTEGERS, check_temperature, device_error, dtype_error, label_error
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -91,10 +91,7 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
 def _check_label(row: int, logits: Tensor, labels: Tensor, op: str) -> None:
     """row: the first that a kernel refused; -1: none."""
     if row >= 0:
-        raise IndexError(
-            f"{op}: label {labels.reshape(-1)[row]} at row {row} is outside the vocabulary of {logits.shape[-1]}; a "
-            "label that does not count needs mask=False (or ignore_index) there"
-        )
+        raise label_error(op, labels.reshape(-1)[row], row, logits.shape[-1])
 
 
 def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
@@ -210,12 +207,12 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
     if mask is not None and mask.shape != labels.shape:
         raise ValueError(f"{op}: mask {tuple(mask.shape)} must have the shape of labels {tuple(labels.shape)}")
     if logits.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: logits are {logits.dtype}; needs float32, bfloat16, float16 or float64")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
+        raise dtype_error(op, "logits", logits)
+    if labels.dtype not in INTEGERS:
+        raise dtype_error(op, "labels", labels, "integer token ids")
     for name, x in (("labels", labels), ("mask", mask)):
         if x is not None and x.device != logits.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, logits on {logits.device}; move them to one device")
+            raise device_error(op, name, x, "logits", logits)
     if logits.shape[-1] == 0 and labels.numel():
         raise ValueError(f"{op}: logits {tuple(logits.shape)} have an empty vocabulary")
     check_vocabulary(op, logits.shape[-1], logits)

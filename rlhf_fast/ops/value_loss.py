@@ -63,11 +63,12 @@ def value_loss(
     check("value_loss", 2, mask, "values old_values returns", values, old_values, returns)
     mask = needed_mask("value_loss", mask)
     try:
-        if cliprange_value is not None and not cliprange_value >= 0:
-            raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
+        outside = cliprange_value is not None and not cliprange_value >= 0
     except NO_NUMBER:
         refuse_no_number("value_loss", cliprange_value=cliprange_value)
         raise
+    if outside:
+        raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
     aggregation = aggregation_code("value_loss", loss_agg_mode)
     if _op.backend(values) == "reference":
         return reference.value_loss(
