@@ -360,7 +360,7 @@ def test_bypass_mode_of_nothing_is_0(level, shape):
         ({"rollout_is": "batch"}, "rollout_is"),
         ({"rollout_is": "token", "rollout_is_threshold": "3_2"}, "rollout_is_threshold"),
         (rejecting("token_k4", 1), "token_k4"),
-        (rejecting("token_k1,token_k2,token_k3", "1,2"), "one each"),
+        (rejecting("token_k1,token_k2,token_k3", "1,2"), "one for each"),
         (rejecting("token_k1", None), "rollout_rs_threshold"),
         (rejecting("token_k1", 0.5), "1 or more"),
         (rejecting("token_k2", "1_2"), "one number"),
