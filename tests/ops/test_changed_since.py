@@ -14,7 +14,7 @@ N, V, D = 6, 5, 4
 FLOAT = torch.float32
 # Some CPUs' are whole vectors of rows (_linear.py).
 KEPT_LOGITS = _linear.logits_shape(N, V, _linear.way_of(torch.ones(N, D), torch.ones(V, D), None, None))
-REFUSED = "what its backward needs has another shape or dtype than in the forward"
+REFUSED = "a tensor that its backward needs has another shape or dtype than in the forward"
 
 
 def backward(outputs):

@@ -365,7 +365,7 @@ with rf.use_backend("reference"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (
-        "rlhf_fast._C is not built (the one that is there is of another version than the source tree); run pip"
+        "rlhf_fast._C is not built (the existing one was built from another version of the source tree); run pip"
         in done.stdout
     )
     assert done.stdout.endswith("0.0 0\n")
