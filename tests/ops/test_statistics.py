@@ -29,7 +29,7 @@ class Output:
 
 def statistics() -> dict:
     stats = rf.pairwise_loss(CHOSEN, REJECTED)[1]
-    assert isinstance(stats, _statistics.Statistics) and stats._uncut is not None  # nobody has looked yet
+    assert isinstance(stats, _statistics.Statistics) and stats._unsplit is not None  # nobody has looked yet
     return stats
 
 
