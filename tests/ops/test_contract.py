@@ -120,6 +120,13 @@ def test_is_as_close_to_float64_as_eager_is(case, dtype):
     property()
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.large], ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_as_close_to_float64_as_eager_is_with_a_large_vocabulary(case, dtype, isa):
+    for seed in range(2):
+        assert_as_close_as_eager(case, case.large(Sampler(random.Random(seed))), dtype)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.wrt], ids=lambda case: case.name)
 def test_the_battery_notices_a_gradient_that_is_wrong_by_a_thousandth(case):
     def wrong(**inputs):
