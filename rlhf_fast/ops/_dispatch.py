@@ -53,7 +53,7 @@ def _unavailable(device: str, backend: str) -> str | None:
         if backend == "native" and _C is None:
             return f"rlhf_fast._C is not built ({_C_MISSING}); run pip install . in the source tree"
         if backend == "triton":
-            return "Triton runs on the CPU only under its interpreter, which use_backend('triton') asks for"
+            return "Triton runs on the CPU only in its interpreter, which use_backend('triton') asks for"
     elif backend == "native":
         if _C is None or _C.cuda_version is None:
             return f"this build has no CUDA kernels; {HOW_TO_BUILD}"
