@@ -1,4 +1,4 @@
-"""`rlhf-fast info` tells what runs where."""
+"""`rlhf-fast info` says what runs on which device."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def test_json_is_the_same_report(capsys):
 
 @pytest.mark.parametrize("op", sorted(rf.backends()))
 def test_a_cuda_tensor_without_cuda_kernels_is_refused_with_how_to_build_them(op, monkeypatch):
-    """What every kernel's dispatch says of a CUDA tensor in a build without nvcc, on a machine without Triton."""
+    """The error of every op for a CUDA tensor, in a build without nvcc, on a machine without Triton."""
     unavailable = {"native": _dispatch.HOW_TO_BUILD, "triton": "triton is not installed"}
     monkeypatch.setattr(_dispatch, "_unavailable", lambda device, backend: unavailable[backend])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -67,9 +67,9 @@ class Case(NamedTuple):
     reference: Callable  # the same in plain PyTorch
     inputs: Callable[[Sampler], dict]
     wrt: tuple[str, ...]  # the differentiable arguments
-    masked: tuple[str, ...] = ()  # arguments of which mask=False hides values, NaN included
-    rowwise: tuple[str, ...] = ()  # arguments with a leading batch axis, where results per row depend on that row only
-    size: float = 1e-3  # of the terms that a result is summed from: where they cancel, their rounding stays
+    masked: tuple[str, ...] = ()  # arguments whose values do not count where mask is False, even NaN
+    rowwise: tuple[str, ...] = ()  # arguments with a batch axis, of an op whose result for a row depends on it only
+    size: float = 1e-3  # size of the terms of a sum: if they cancel, their rounding errors remain
     large: Callable[[Sampler], dict] | None = None  # inputs with GPT-2's vocabulary and few rows
 
 

@@ -1,4 +1,4 @@
-"""What the ops refuse, and that the message names the op, the argument and what was wrong with it.
+"""What the ops refuse. The message must name the op, the argument and what is wrong with it.
 
 A row is (op, what replaces its valid arguments, exception, words of the message in order). Every op has rows.
 """
@@ -227,7 +227,7 @@ ROWS = [
     ("linear_ppo_loss", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
 ]
 
-# What is no number where one belongs, None too, is said to be none: a YAML's 1e-5 arrives as a string.
+# The error says which option is not a number. For example a YAML's 1e-5 arrives as a string.
 NUMBERS = {
     "token_logprobs": ("temperature",),
     "token_logprobs_and_entropy": ("temperature",),
@@ -262,7 +262,7 @@ ROWS += [
     ("kl_penalty", {"estimator": ["k1"]}, ValueError, "estimator ['k1'] must be one of"),
     ("masked_mean", {"dim": "rows"}, TypeError, "dim 'rows' must be an axis, a tuple of axes or None"),
     ("masked_mean", {"dim": (0.5,)}, TypeError, "dim (0.5,) must be an axis, a tuple of axes or None"),
-    # Complex numbers lose a half of them on the way to real ones.
+    # Converting complex numbers to real ones would lose half of them.
     ("masked_mean", {"values": token * 1j}, TypeError, "values is torch.complex64; needs real numbers"),
     ("masked_whiten", {"values": token * 1j}, TypeError, "values is torch.complex64; needs real numbers"),
     ("pairwise_loss", {"margin": pair * 1j}, TypeError, f"margin is torch.complex64; {FLOATS}"),
@@ -290,7 +290,7 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in VALID for name in VALID[op] if name != "mask"])
 def test_none_for_an_argument_that_is_needed(op, name):
-    """A kernel takes what is not given for address 0."""
+    """Without the check a kernel would get address 0."""
     with pytest.raises(TypeError, match=f"^{op}: {name} is None; needs a tensor"):
         getattr(rf, op)(**(VALID[op] | {name: None}))
 
@@ -322,7 +322,7 @@ OF_LABELS = {
 
 @pytest.mark.parametrize("op", OF_LABELS)
 def test_labels_that_are_overwritten_before_the_backward_are_not_read_beyond_the_row(op):
-    """A loader that fills its arrays again, say: numpy changes a tensor's memory and not its version."""
+    """A loader may refill its arrays: numpy changes the memory of a tensor without changing its version."""
     x, y = torch.randn(3, 4, 7, requires_grad=True), torch.ones(3, 4, dtype=torch.int64)
     loss = OF_LABELS[op](x, y)
     y.numpy()[1] = 10**9
@@ -338,7 +338,7 @@ def test_a_refusal_has_the_name_of_the_function_and_not_of_its_kernel():
 
 
 def test_a_first_call_that_is_compiled_warns_of_nothing():
-    """Dynamo traces how the kernel is chosen, and warns of a cached function in it."""
+    """Dynamo traces the choice of the kernel, and would warn about a cached function in it."""
     code = """
 import torch, rlhf_fast as rf
 labels = torch.tensor([1, 0])
