@@ -1,4 +1,5 @@
-// A loss, which makes its gradients with it, in one call; and what autograd then asks for, without a line of Python.
+// A loss whose kernel also computes its gradients, in one call, and the forward and backward of its autograd.Function,
+// all without Python code.
 #pragma once
 #include <array>
 
@@ -7,8 +8,8 @@
 namespace rlhf {
 
 // (*arguments of the kernel up to its dtype, number of statistics, *whether each gradient is wanted, threads) ->
-// (loss, statistics, *gradients or None). None: Python has to make the outputs. kernel takes what the op in CpuOps
-// does.
+// (loss, statistics, *gradients or None). None: Python must allocate the outputs. kernel takes the arguments of the op
+// in CpuOps.
 template <size_t kGradients, size_t kArguments, class Kernel>
 PyObject* made_loss(PyObject* const* given, Py_ssize_t count, Kernel kernel) {
   constexpr size_t kOutputs = 2 + kGradients, kBefore = kArguments - kOutputs - 2;  // without dtype and threads
@@ -34,7 +35,7 @@ PyObject* made_loss(PyObject* const* given, Py_ssize_t count, Kernel kernel) {
   return outputs.release().ptr();
 }
 
-// forward of its autograd.Function: (ctx, *n inputs, outputs, of which the last n are the gradients) -> the loss.
+// The forward of its autograd.Function: (ctx, *n inputs, outputs) -> the loss. The last n outputs are the gradients.
 inline PyObject* keep_gradients(PyObject* const* given, Py_ssize_t count) {
   if (count < 3 || !PyTuple_Check(given[count - 1])) throw py::type_error("needs ctx, inputs and outputs");
   PyObject *const ctx = given[0], *const outputs = given[count - 1];
@@ -48,9 +49,9 @@ inline PyObject* keep_gradients(PyObject* const* given, Py_ssize_t count) {
   return loss;
 }
 
-// Its backward: (ctx, the loss's gradient) -> (*gradients, None). As they are where it is 1 and they are nobody else's,
-// as from loss.backward(); else what the Function's own backward says (_dispatch.py), which is told
-// what is saved, because a checkpoint shows it once.
+// Its backward: (ctx, gradient of the loss) -> (*gradients, None). They are returned unchanged if the gradient of the
+// loss is 1 and nothing else holds them, as in loss.backward(). Otherwise this calls the backward that is written in
+// Python (_dispatch.py) and passes it the saved tensors, because a checkpoint lets them be read only once.
 inline PyObject* give_gradients(PyObject* const* given, Py_ssize_t count) {
   if (count != 2) throw py::type_error("needs ctx and one gradient");
   const py::object saved = checked(PyObject_GetAttr(given[0], torch().saved_tensors));

@@ -1,11 +1,15 @@
-// The contract of every native op. csrc/ sees pointers, never tensors: Python checks shapes and dtypes, allocates,
-// keeps the tensors alive, and passes
-//   tensors       as themselves, or None: bindings.cpp turns them into pointers and Grids
+// The contract of every native op. The kernels in csrc/cpu and csrc/cuda see pointers, never tensors, and nothing in
+// csrc/ includes a header of torch. The bindings read the tensors that Python passes, by DLPack (tensor.h). Python
+// checks shapes and dtypes (the usual case by `alike` and `labelled` of tensor.h), allocates the outputs, and keeps the
+// tensors alive. Only for token_logprobs (rows.h) and the losses (loss.h) on the CPU do the bindings also check the
+// layout and allocate the outputs (memory.h), because in Python that takes longer than the kernel on tiny tensors.
+// Python passes
+//   tensors       as they are, or None; the bindings turn them into pointers and Grids
 //   strides       in elements
-//   dtype         a DType code: what the void pointers point at
-//   threads       how many OpenMP threads to use, torch.get_num_threads()
-// Adding an op: a member with its meaning here, its name in the list below, a definition in csrc/cpu/<op>.cpp or
-// csrc/cuda/<op>.cu. The bindings and the tables follow from the list.
+//   dtype         a DType code: the type that the void pointers point at
+//   threads       the number of OpenMP threads to use, torch.get_num_threads()
+// To add an op: declare a member here and document it, add its name to the list below, and define it in
+// csrc/cpu/<op>.cpp or csrc/cuda/<op>.cu. The bindings and the tables follow from the list.
 #pragma once
 
 #include <cstdint>
@@ -79,8 +83,8 @@ struct CpuOps {
                              float* grad_hidden, void* grad_weight, int grad_weight_dtype, float* grad_bias, int add,
                              int threads);
 
-  // out (count) bfloat16 = x, rounded to nearest even. x is lost: where it is large, its pages go back to the system
-  // while those of out come, so that the two never stand side by side.
+  // out (count) bfloat16 = x, rounded to nearest even. x is lost: if it is large, its pages are returned to the system
+  // while out is written, so that both are never in memory as a whole.
   int64_t (*linear_narrow)(float* x, int64_t count, void* out, int threads);
 
   // reference.ppo_loss with its gradients. mask is kBool; ref_logprobs, entropy, importance_weights may be absent.
@@ -114,8 +118,9 @@ struct CpuOps {
   int64_t (*kl_penalty)(Grid logprobs, Grid ref_logprobs, int64_t rows, int64_t cols, int estimator, double input_clamp,
                         double output_clamp, int dtype, void* kl, void* slope, int threads);
 
-  // reference.pairwise_loss of one row of pairs; of scale * (chosen - ref_chosen) and scale * (rejected - ref_rejected)
-  // where those are given. margin_value and prob_value hold where margin and target_prob are absent.
+  // reference.pairwise_loss of one row of pairs. If ref_chosen and ref_rejected are given, the rewards are
+  // scale * (chosen - ref_chosen) and scale * (rejected - ref_rejected). margin_value and prob_value replace an absent
+  // margin and target_prob.
   int64_t (*pairwise_loss)(Grid chosen, Grid rejected, Grid ref_chosen, Grid ref_rejected, Grid margin,
                            Grid target_prob, Grid weights, int64_t pairs, double scale, double margin_value,
                            double prob_value, double center_coef, int dtype, void* loss, void* stats, void* grad_chosen,
@@ -148,13 +153,14 @@ struct CpuOps {
   int64_t (*rms_norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, int64_t rows,
                                int64_t width, float* grad_x, float* grad_weight, int threads);
 
-  // x (rows, heads, dim; row_stride apart) turned by the angles of its row's position, row % positions, of which cos
-  // and sin (positions, dim) have each twice -> y, contiguous. direction 1, or -1 for the gradient.
+  // y, contiguous = x (rows, heads, dim; rows row_stride apart) rotated by the angles of its position, row % positions.
+  // cos and sin are (positions, dim), with each angle twice. direction is 1, or -1 for the gradient.
   int64_t (*rotary)(const float* x, int64_t row_stride, const float* cos, const float* sin, int64_t rows,
                     int64_t positions, int64_t heads, int64_t dim, double direction, float* y, int threads);
 
-  // Of one query a row: y (rows, heads, dim) = softmax(scale q k^T + bias) v over the first filled of capacity keys
-  // (rows, key_heads, capacity, dim). heads is a multiple of key_heads; bias (rows, capacity) may be null.
+  // Attention of one query per row: y (rows, heads, dim) = softmax(scale q k^T + bias) v over the first `filled` of the
+  // keys and values (rows, key_heads, capacity, dim). heads is a multiple of key_heads; bias (rows, capacity) may be
+  // null.
   int64_t (*attend)(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
                     int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
                     double scale, float* y, int threads);
@@ -164,8 +170,9 @@ struct CpuOps {
   int64_t (*few_rows_product)(const float* x, Matrix weight, const float* bias, int64_t rows, int64_t depth,
                               int64_t width, float* y, int threads);
 
-  // One token a row through a whole layer: x (rows, width) is replaced, and the token's key and value become the last
-  // of the filled ones. cos and sin (rows, dim), of its position; norms add eps; the rest as in attend.
+  // A whole layer for one token per row: x (rows, width) is replaced by the output, and the token's key and value are
+  // written to column filled - 1. cos and sin (rows, dim) are those of its position; norms add eps; the rest is as in
+  // attend.
   int64_t (*decode_layer)(LayerWeights weights, float* x, const float* cos, const float* sin, float* keys,
                           float* values, const float* bias, int64_t rows, int64_t width, int64_t intermediate,
                           int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled, double scale,
@@ -222,8 +229,8 @@ bool use_cpu_isa(const char* name);  // false where it is not compiled in or not
 
 // CUDA ops. Each launches on stream, which belongs to the current device, and returns the cudaError_t of the launch
 // (0 is success); nothing synchronises. A label out of range prints its row and stops the kernel, as a device-side
-// assert of PyTorch does. The small ops are those of CpuOps, with scratch in place of threads: kCudaScratch + rows
-// doubles (rows of the op, 0 without), in any state, of this call alone.
+// assert of PyTorch does. The small ops are those of CpuOps, with scratch instead of threads: kCudaScratch + rows
+// uninitialised doubles (rows: those of the op, or 0) that only this call uses.
 constexpr int64_t kCudaScratch = 1 << 15;
 
 struct CudaOps {
@@ -236,9 +243,9 @@ struct CudaOps {
                                  const void* grad_entropy, void* grad_logits, int64_t grad_outer_stride,
                                  int64_t grad_inner_stride, void* stream);
 
-  // Each row of logits becomes, in place, the gradient of weights[i] times its loss: ppo_loss's of one token, of
-  // logprob and entropy, or -logprob where old_logprobs is null. ref_logprobs and importance_weights may be null too.
-  // All of them, and the row's logprob and entropy that it writes, are accum (rows).
+  // Replaces each row of logits by the gradient of weights[i] * loss. The loss is that of ppo_loss for one token, given
+  // its logprob and entropy, or -logprob if old_logprobs is null. ref_logprobs and importance_weights may be null too.
+  // These inputs, and the outputs logprobs and entropy, are accum (rows).
   int (*known_gradient)(void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner, int64_t outer_stride,
                         int64_t inner_stride, const int64_t* labels, const uint8_t* mask, double temperature,
                         const void* weights, const void* old_logprobs, const void* advantages, const void* ref_logprobs,
@@ -246,8 +253,8 @@ struct CudaOps {
                         double log_ratio_clamp, double kl_coef, int kl_estimator, double entropy_coef, void* logprobs,
                         void* entropy, void* stream);
 
-  // x (count contiguous, on a boundary of 16 bytes) *= factor, a float32 or float64 number; nothing moves where it
-  // is 1.
+  // x (count contiguous elements, aligned to 16 bytes) *= factor, one float32 or float64 number. If it is 1, x is
+  // neither read nor written.
   int (*scale)(void* x, int dtype, int64_t count, const void* factor, int factor_dtype, void* stream);
 
   int (*ppo_loss)(Grid logprobs, Grid old_logprobs, Grid advantages, Grid mask, Grid ref_logprobs, Grid entropy,

@@ -1,5 +1,5 @@
-// token_logprobs in one call: outputs and kernel; and its backward in one. On tiny tensors, arranging both in Python
-// takes longer than they do.
+// token_logprobs and its backward, each in one call that allocates the outputs and runs the kernel. On tiny tensors,
+// doing this in Python takes longer than the kernel.
 #pragma once
 #include <functional>
 #include <numeric>
@@ -22,7 +22,7 @@ inline int64_t elements(const DLTensor& t) {
   return std::accumulate(t.shape, t.shape + t.ndim, int64_t{1}, std::multiplies<>());
 }
 
-// What both directions read. bool(): whether all of it is contiguous and on a CPU.
+// The inputs of both directions. readable: whether all of them are contiguous and on a CPU.
 struct LabelledRows {
   DLTensor logits, labels, mask;
   bool readable, masked;
@@ -49,7 +49,7 @@ constexpr Py_ssize_t kSaved = 5;  // logits, labels, mask, entropy, saved
 inline int threads() { return from_python<int>(checked(PyObject_CallNoArgs(torch().threads)).ptr()); }
 
 // (logits, labels, mask, temperature, with_entropy) -> (logprobs, entropy or None, saved) of
-// CpuOps::token_logprobs_forward, or the row that it refuses. None: Python has to arrange the arguments.
+// CpuOps::token_logprobs_forward, or the number of the row that it refuses. None: Python must prepare the arguments.
 inline PyObject* token_logprobs(PyObject* const* given, Py_ssize_t count) {
   if (count != 5) throw py::type_error("needs 5 arguments");
   const LabelledRows in(given[0], given[1], given[2]);
@@ -72,8 +72,8 @@ inline PyObject* token_logprobs(PyObject* const* given, Py_ssize_t count) {
   return PyTuple_Pack(3, logprobs.ptr(), entropy.ptr(), saved.ptr());
 }
 
-// forward of its autograd.Function: (ctx, logits, labels, mask, (*arguments of the op)) -> (logprobs, entropy,
-// (saved,)). Where Python has to arrange the arguments, or to refuse a label, what the Function's own forward says.
+// The forward of its autograd.Function: (ctx, logits, labels, mask, (*arguments of the op)) -> (logprobs, entropy,
+// (saved,)). If Python must prepare the arguments or refuse a label, this calls the forward that is written in Python.
 inline PyObject* token_logprobs_and_save(PyObject* const* given, Py_ssize_t count) {
   constexpr Py_ssize_t kArguments = 6;
   if (count != 5 || !PyTuple_Check(given[4]) || PyTuple_GET_SIZE(given[4]) != kArguments) {
@@ -88,7 +88,7 @@ inline PyObject* token_logprobs_and_save(PyObject* const* given, Py_ssize_t coun
                                       given[4], nullptr);
   }
   PyObject* const* const made = PySequence_Fast_ITEMS(outputs.ptr());  // logprobs, entropy, saved
-  // A copy: users may change what they get, by a mask say.
+  // A copy, because users may change the result in place.
   const py::object entropy = made[1] == Py_None ? py::none() : checked(PyObject_CallMethodNoArgs(made[1], names.clone));
   const py::object to_save = checked(PyTuple_Pack(kSaved, given[1], given[2], given[3], entropy.ptr(), made[2]));
   set(ctx, names.to_save, to_save.ptr());
@@ -100,8 +100,8 @@ inline PyObject* token_logprobs_and_save(PyObject* const* given, Py_ssize_t coun
   return PyTuple_Pack(3, made[0], made[1], hidden.ptr());
 }
 
-// (logits, labels, mask, entropy, saved, gradient of logprobs, of entropy) -> that of the logits, by
-// CpuOps::token_logprobs_backward; null where Python has to arrange the arguments, or to refuse something.
+// (logits, labels, mask, entropy, saved, gradient of logprobs, gradient of entropy) -> gradient of the logits, by
+// CpuOps::token_logprobs_backward; null if Python must prepare the arguments or refuse something.
 inline py::object gradient_of(PyObject* const* given, double temperature) {
   const LabelledRows in(given[0], given[1], given[2]);
   if (!in.readable) return {};
@@ -129,9 +129,10 @@ inline py::object gradient_of(PyObject* const* given, double temperature) {
   return refused < 0 ? grad : py::object();
 }
 
-// backward of its autograd.Function: (ctx, gradients of logprobs and entropy, None) -> (that of logits, *None). Where
-// it is wanted in place, or to be differentiated (create_graph), or somebody watches, what the Function's own backward
-// says (token_logprobs.py), which is told what is saved, because a checkpoint shows it once.
+// The backward of its autograd.Function: (ctx, gradients of logprobs and entropy, None) -> (gradient of logits, *None).
+// If the gradient is to be written in place or to be differentiated (create_graph), or a mode is active, this calls the
+// backward that is written in Python (token_logprobs.py) and passes it the saved tensors, because a checkpoint lets
+// them be read only once.
 inline PyObject* token_logprobs_gradient(PyObject* const* given, Py_ssize_t count) {
   if (count != 4) throw py::type_error("needs ctx and three gradients");
   const Torch& names = torch();

@@ -1,7 +1,7 @@
 // How the bindings read a torch tensor without torch's headers: one build then serves every torch.
 //
-// torch 2.10 and later hand out DLPack's table of C functions, which tells pointer, shape, strides, dtype and device in
-// some 20 ns; before, the Python attributes tell them, each in 50.
+// torch 2.10 and later provide DLPack's table of C functions, which returns pointer, shape, strides, dtype and device
+// in about 20 ns. With older versions they are read from Python attributes, 50 ns each.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -285,9 +285,9 @@ T from_python(PyObject* x) {
 
 inline PyObject* as_bool(bool x) { return PyBool_FromLong(x); }
 
-// (ndim, needed, mask, *tensors): whether the first `needed` tensors are there (not None), and all that are there are
-// plain tensors of one shape and device, of ndim axes (-1: any number), all but the mask of a floating dtype. False may
-// also mean that this cannot be told here.
+// (ndim, needed, mask, *tensors): whether the first `needed` tensors are not None, and all that are not None are plain
+// tensors of one shape and device, with ndim axes (-1: any number) and, except for the mask, a floating dtype. False
+// may also mean that this function cannot tell.
 inline PyObject* alike(PyObject* const* given, Py_ssize_t count) {
   if (count < 3) throw py::type_error("needs ndim, needed, mask and tensors");
   const long ndim = PyLong_AsLong(given[0]), needed = PyLong_AsLong(given[1]);
@@ -307,8 +307,8 @@ inline PyObject* alike(PyObject* const* given, Py_ssize_t count) {
                  std::all_of(tensors, end, [&](PyObject* x) { return fits(x, true); }) && fits(mask, false));
 }
 
-// (logits, labels, mask): whether logits (..., V) are floating, labels (...) int64, and the mask, if any, (...) too:
-// plain tensors on one device, 0 < V <= 2^30. False may also mean that this cannot be told here.
+// (logits, labels, mask): whether these are plain tensors on one device: floating logits (..., V) with 0 < V <= 2^30,
+// int64 labels (...), and a mask (...) or None. False may also mean that this function cannot tell.
 inline PyObject* labelled(PyObject* const* given, Py_ssize_t count) {
   if (count != 3) throw py::type_error("needs logits, labels and mask");
   PyObject *const logits = given[0], *const labels = given[1], *const mask = given[2];

@@ -1,4 +1,4 @@
-"""`rlhf-fast info`: what is installed, what was built, and which kernel runs each op where, with the reason."""
+"""`rlhf-fast info`: what is installed, how the package was built, and which kernel runs each op, and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def _version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """As the system says it; a name without a number, as virtual machines give ("AMD EPYC"), with family and model."""
+    """The system's name for the CPU. Virtual machines may give one without a number ("AMD EPYC"): then also family and
+    model."""
     cpuinfo = Path("/proc/cpuinfo")
     first = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
@@ -70,7 +71,7 @@ def collect() -> dict:
 
 
 def render(info: dict) -> str:
-    """The same for a person."""
+    """The facts of collect() as text."""
     build = info["build"]
     lines = [
         f"rlhf_fast {info['rlhf_fast']}, Python {info['python']}, {info['platform']}",
@@ -88,7 +89,7 @@ def render(info: dict) -> str:
     devices = ", ".join(cuda["devices"]) or "no device usable"
     lines.append(f"CUDA  torch was built {'for ' + cuda['torch'] if cuda['torch'] else 'without CUDA'}; {devices}")
     if cuda["torch"] and not cuda["products_sum_in_float32"]:
-        lines.append("      PyTorch before 2.10: the linear ops add up the weight's gradient in passes of their own")
+        lines.append("      PyTorch before 2.10: the linear ops add up the weight's gradient in separate passes")
     width = max(len(name) for name in info["backends"])
     lines.append(f"\n{'op':{width}}  cpu        cuda")
     reasons: dict[str, list[str]] = {}
@@ -103,6 +104,6 @@ def render(info: dict) -> str:
 
 
 def main(as_json: bool = False) -> None:
-    """Print it."""
+    """Prints the report."""
     info = collect()
     print(json.dumps(info, indent=2) if as_json else render(info))

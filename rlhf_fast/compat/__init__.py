@@ -1,5 +1,6 @@
-"""The peers' functions under their own names, argument order and conventions, over our ops: trl, verl, openrlhf.
+"""The functions of TRL, verl and OpenRLHF, with their names, argument order and conventions, computed by our ops.
 
-Changing an import line swaps the kernel in; importing a module here patches nothing. Where a peer is wrong (NaN on
-empty masks, log-probs in bf16, overflows, lost gradients) ours is right, and the docstring says how it differs.
+To use our kernels in a training loop written for one of them, change its import line. Importing these modules patches
+nothing. Where the original is wrong (NaN for empty masks, log-probs in bf16, overflows, lost gradients) ours is right,
+and the docstring says what differs.
 """

@@ -1,10 +1,10 @@
-"""verl's bypass mode, public under compat.verl: the rollout engine's log-probs are the old ones.
+"""verl's bypass mode, public under compat.verl: the log-probs of the rollout engine are used as the old log-probs.
 
-    log w = log_prob - rollout_log_prob per token, limited to +-20; KL estimates of the rollout against the policy:
+    log w = log_prob - rollout_log_prob per token, clamped to +-20; KL estimates of the rollout against the policy:
     k1 = -log w,  k2 = (log w)^2 / 2,  k3 = w - 1 - log w
 
-A token or sequence whose estimate leaves its threshold is rejected, which takes it out of the mask. What is left goes
-through compute_policy_loss_vanilla, whose ratio is w already, or compute_policy_loss_reinforce, times truncated w.
+A token or sequence whose estimate exceeds its threshold is rejected: it is removed from the mask. The loss of the
+others is compute_policy_loss_vanilla, whose ratio already is w, or compute_policy_loss_reinforce times truncated w.
 """
 
 from __future__ import annotations
@@ -38,15 +38,20 @@ def compute_policy_loss_bypass_mode(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """PPO or REINFORCE against the rollout engine's log-probs, which old_log_prob is; rollout_is_weights is not read.
+    """PPO or REINFORCE against the log-probs of the rollout engine, which are passed as old_log_prob.
 
-    config.policy_loss.rollout_correction says how, by verl's names: loss_type ("ppo_clip" or "reinforce"); rollout_is
-    ("token", "sequence" or None), rollout_is_threshold ("low_high" drops weights outside, a number limits them),
-    rollout_is_batch_normalize; rollout_rs, names like "token_k1" and "seq_mean_k3" by commas, and rollout_rs_threshold,
-    one for all or one each ("low_high", or a number u for 1/u to u, in ratios for k1; the largest estimate for k2, k3).
-    Metrics: those of the loss, and of verl's under rollout_corr/ the off-policy measures of tokens (kl, k3_kl,
-    chi2_token), the weights' mean, extremes and effective sample size, and the rejected shares; not the breakdowns by
-    option and sequence. An empty mask gives 0 (verl raises).
+    rollout_is_weights is ignored. The options are in config.policy_loss.rollout_correction, under verl's names:
+
+    loss_type: "ppo_clip" or "reinforce".
+    rollout_is: "token", "sequence" or None. rollout_is_threshold: "low_high" drops the weights outside, one number
+    clamps them. rollout_is_batch_normalize divides the weights by their mean.
+    rollout_rs: names such as "token_k1" and "seq_mean_k3", separated by commas. rollout_rs_threshold: one for all names
+    or one for each. For k1 it is "low_high" or a number u that means 1/u to u, both as ratios; for k2 and k3 it is the
+    largest estimate allowed.
+
+    The metrics are those of the loss and, under rollout_corr/ as in verl, the off-policy measures of the tokens (kl,
+    k3_kl, chi2_token), the mean, extremes and effective sample size of the weights, and the rejected shares; verl's
+    breakdowns by option and by sequence are missing. An empty mask gives 0 (verl raises).
     """
     _need_config("compute_policy_loss_bypass_mode", config)
     options = config.policy_loss.get("rollout_correction", None)
@@ -61,7 +66,7 @@ def compute_policy_loss_bypass_mode(
     metrics = {
         "kl": ops.masked_mean(-log_ratio, mask),
         "k3_kl": ops.masked_mean(log_ratio.expm1() - log_ratio, mask),
-        "chi2_token": ops.masked_mean((2 * _limited(log_ratio)).expm1(), mask),
+        "chi2_token": ops.masked_mean((2 * _clamped(log_ratio)).expm1(), mask),
     }
     weights, threshold = None, options.get("rollout_is_threshold", 2.0)
     if options.get("rollout_is", None) is not None and threshold is not None:
@@ -84,12 +89,12 @@ def compute_policy_loss_bypass_mode(
     return loss, of_loss | {name.replace("actor/", "rollout_corr/"): value for name, value in measured.items()}
 
 
-def _limited(log_ratio: Tensor) -> Tensor:
+def _clamped(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
 
 
 def _numbers(name: str, text: str) -> list[float]:
-    """ "0.5_2" or "2", as positive numbers that rise."""
+    """The numbers in "0.5_2" or "2": one or two, positive, in ascending order."""
     try:
         values = [float(part) for part in text.strip().split("_")]
     except ValueError:
@@ -100,10 +105,13 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _weights(log_ratio: Tensor, mask: Tensor, level: str, threshold: str | float) -> Tensor:
-    """(B, T) weights of tokens or of their sequences, limited, or dropped outside "low_high"; 0 outside the mask."""
+    """(B, T) weights of tokens or of their sequences, 0 outside the mask.
+
+    A threshold of one number clamps them; "low_high" sets those outside to 0.
+    """
     if level not in ("token", "sequence"):
         raise ValueError(f"compute_policy_loss_bypass_mode: rollout_is {level!r} must be 'token', 'sequence' or None")
-    weights = _limited(_by_level(log_ratio, level)).exp() * mask
+    weights = _clamped(_by_level(log_ratio, level)).exp() * mask
     *low, high = _numbers("rollout_is_threshold", str(threshold))
     if not low:
         return weights.clamp(max=high)
@@ -115,7 +123,7 @@ def _by_level(log_ratio: Tensor, level: str) -> Tensor:
 
 
 def _weight_metrics(weights: Tensor, log_ratio: Tensor, mask: Tensor, level: str) -> dict[str, Tensor]:
-    """verl takes the extremes of "token" from the limited weights, of "sequence" from the raw ones."""
+    """As in verl, the extremes are those of the clamped weights for "token", and of the raw weights for "sequence"."""
     mean = ops.masked_mean(weights, mask)
     if weights.numel() == 0:
         least = most = mean
@@ -134,7 +142,7 @@ def _weight_metrics(weights: Tensor, log_ratio: Tensor, mask: Tensor, level: str
 
 
 def _batch_mean(weights: Tensor, mask: Tensor, level: str) -> Tensor:
-    """The mean weight over the tokens or sequences of all ranks; 1 where all weights are 0."""
+    """The mean weight over the tokens or sequences of all ranks; 1 if all weights are 0."""
     if level == "sequence":
         weights, mask = ops.masked_mean(weights, mask, -1), mask.any(-1)
     totals = torch.stack([(weights * mask).sum(), mask.sum().to(weights.dtype)])
@@ -145,21 +153,21 @@ def _batch_mean(weights: Tensor, mask: Tensor, level: str) -> Tensor:
 
 
 def _within(log_ratio: Tensor, mask: Tensor, names: str, thresholds: str | float | None) -> Tensor:
-    """(B, T) bool: whether every estimate named lies within its threshold, for a sequence's in all its tokens."""
+    """(B, T) bool: whether every named estimate of the token, or of its sequence, lies within its threshold."""
     names = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     parts = [] if thresholds is None else [part for part in str(thresholds).split(",") if part.strip()]
     if not names or len(parts) not in (1, len(names)):
         raise ValueError(
             f"compute_policy_loss_bypass_mode: rollout_rs_threshold {thresholds!r} must be one number for all of "
-            f"rollout_rs {names}, or one each, by commas"
+            f"rollout_rs {names}, or one for each, separated by commas"
         )
-    x = _limited(log_ratio)
+    x = _clamped(log_ratio)
     estimates = {"1": -x, "2": x.square() / 2, "3": x.expm1() - x}
     kept = torch.ones_like(mask)
     for name, part in zip(names, parts * (len(names) // len(parts)), strict=True):
         if name not in _REJECTIONS:
             raise ValueError(
-                f"compute_policy_loss_bypass_mode: rollout_rs {name!r} must be of {', '.join(_REJECTIONS)}"
+                f"compute_policy_loss_bypass_mode: rollout_rs {name!r} must be one of {', '.join(_REJECTIONS)}"
             )
         values = _numbers("rollout_rs_threshold", part)
         estimate = torch.where(mask, estimates[name[-1]], 0.0)
@@ -167,7 +175,7 @@ def _within(log_ratio: Tensor, mask: Tensor, names: str, thresholds: str | float
             estimate = estimate.sum(-1, keepdim=True)
         elif name.startswith("seq_mean"):
             estimate = ops.masked_mean(estimate, mask, -1)[:, None]
-        elif name.startswith("seq_max") and estimate.numel():  # k2 and k3 are never below the 0 outside the mask
+        elif name.startswith("seq_max") and estimate.numel():  # k2 and k3 are >= 0, the value outside the mask
             estimate = estimate.amax(-1, keepdim=True)
         if name.endswith("k1"):
             low, high = values if len(values) == 2 else (1 / values[0], values[0])

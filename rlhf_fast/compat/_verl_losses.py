@@ -1,9 +1,9 @@
-"""verl's aggregation and its policy losses, public under compat.verl.
+"""verl's aggregation and policy losses, public under compat.verl.
 
-Shapes: everything is (B, T); advantages and rollout_is_weights may be (B, 1), one a response. A policy loss takes
+Shapes: all tensors are (B, T); advantages and rollout_is_weights may be (B, 1), one per response. A policy loss takes
 (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights), the old log-probs first,
-and returns (scalar loss, metrics as floats). config is verl's ActorConfig or anything with its fields.
-rollout_is_weights multiply the losses per token and are data.
+and returns (scalar loss, metrics as floats). config is verl's ActorConfig or any object with its fields.
+rollout_is_weights multiply the losses of the tokens and receive no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import aggregate, as_accumulator
-from ._inputs import fitted
+from ._shared import _fitted
 
 _LOG_RATIO_CLAMP = 20.0
 
@@ -45,16 +45,16 @@ def agg_loss(
 ) -> Tensor:
     """(B, T) losses -> scalar. An empty mask gives 0 (verl: NaN); sequences without a token do not count.
 
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", and "seq-mean-token-sum-norm", which divides
-    the mean of the sums by loss_scale_factor (T by default). batch_num_tokens and global_batch_size are the numbers of
-    the global batch and are needed where dp_size > 1.
+    loss_agg_mode is "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean" or
+    "seq-mean-token-sum-norm", which divides the mean of the sums by loss_scale_factor (T by default). batch_num_tokens
+    and global_batch_size count the tokens and sequences of the global batch and are needed if dp_size > 1.
     """
     options = _aggregation(loss_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     return aggregate(as_accumulator(loss_mat), loss_mask, options["loss_agg_mode"], options["normalizer"])
 
 
 def _inside(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The tensors in float32 and 0 outside the mask, so that what is there reaches no gradient."""
+    """The tensors in float32, with 0 outside the mask, so that the values there reach no gradient."""
     return [torch.where(mask.bool(), as_accumulator(x), 0.0) for x in tensors]
 
 
@@ -70,7 +70,7 @@ def _need_config(name: str, config) -> None:
 
 
 def _metrics(**tensors: Tensor | float) -> dict[str, float]:
-    """As floats, as verl's metrics are, with one synchronisation for all."""
+    """The metrics as floats, as in verl, with one synchronisation for all of them."""
     values = torch.stack([torch.as_tensor(x).detach().float().cpu() for x in tensors.values()])
     return {f"actor/{name}": value for name, value in zip(tensors, values.tolist(), strict=True)}
 
@@ -95,14 +95,14 @@ def compute_policy_loss(
     """PPO with the log-ratio clamped to +-20 and a dual clip -> (pg_loss, pg_clipfrac, ppo_kl, pg_clipfrac_lower).
 
     The old log-probs come first (OpenRLHF and rlhf_fast.ppo_loss: second). An empty mask gives 0 (verl: NaN).
-    ppo_kl is the mean of old - new log-probs; verl takes it after the clamp, ours before.
+    ppo_kl is the mean of old - new log-probs; verl computes it after the clamp, we compute it before.
     """
     low = cliprange if cliprange_low is None else cliprange_low
     high = cliprange if cliprange_high is None else cliprange_high
     if low is None or high is None:
         raise ValueError("compute_policy_loss: needs cliprange, or both cliprange_low and cliprange_high")
     loss, stats = ops.ppo_loss(
-        log_prob, old_log_prob, fitted(advantages, log_prob), response_mask, cliprange=low, cliprange_high=high,
+        log_prob, old_log_prob, _fitted(advantages, log_prob), response_mask, cliprange=low, cliprange_high=high,
         dual_clip=clip_ratio_c, log_ratio_clamp=_LOG_RATIO_CLAMP, **_aggregation(response_mask, loss_agg_mode),
     )  # fmt: skip
     return loss, stats["clipfrac_high"] + stats["clipfrac_low"], stats["approx_kl_k1"], stats["dual_clipfrac"]
@@ -117,12 +117,12 @@ def compute_policy_loss_vanilla(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """compute_policy_loss, old log-probs first, with config's clip_ratio, clip_ratio_low, _high and clip_ratio_c."""
+    """compute_policy_loss with the options from config: clip_ratio, clip_ratio_low, clip_ratio_high, clip_ratio_c."""
     _need_config("compute_policy_loss_vanilla", config)
     loss, stats = ops.ppo_loss(
-        log_prob, old_log_prob, fitted(advantages, log_prob), response_mask, **_clip_range(config),
+        log_prob, old_log_prob, _fitted(advantages, log_prob), response_mask, **_clip_range(config),
         dual_clip=config.get("clip_ratio_c", 3.0), log_ratio_clamp=_LOG_RATIO_CLAMP,
-        importance_weights=fitted(rollout_is_weights, log_prob),
+        importance_weights=_fitted(rollout_is_weights, log_prob),
         **_aggregation(response_mask, loss_agg_mode, **config.global_batch_info),
     )  # fmt: skip
     return loss, _metrics(
@@ -141,14 +141,14 @@ def compute_policy_loss_gspo(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """GSPO (arXiv 2507.18071): the ratio is the sequence's geometric mean, the gradient each token's own."""
+    """GSPO (arXiv 2507.18071): the ratio is the geometric mean over the sequence, the gradient that of each token."""
     _need_config("compute_policy_loss_gspo", config)
     log_prob, old_log_prob = _inside(response_mask, log_prob, old_log_prob)
     mean = ops.masked_mean((log_prob - old_log_prob).detach(), response_mask, -1)[:, None]
     log_ratio = (log_prob - log_prob.detach() + mean).clamp(max=10.0)
     loss, stats = ops.ppo_loss(
-        log_ratio, torch.zeros_like(log_ratio), fitted(advantages, log_ratio), response_mask, **_clip_range(config),
-        importance_weights=fitted(rollout_is_weights, log_prob),
+        log_ratio, torch.zeros_like(log_ratio), _fitted(advantages, log_ratio), response_mask, **_clip_range(config),
+        importance_weights=_fitted(rollout_is_weights, log_prob),
         **_aggregation(response_mask, loss_agg_mode, **config.global_batch_info),
     )  # fmt: skip
     return loss, _metrics(
@@ -167,9 +167,10 @@ def compute_policy_loss_sapo(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """SAPO (arXiv 2511.20347): a soft gate 4/tau sigma(tau (ratio - 1)) for the clip, tau = config.tau_pos or tau_neg.
+    """SAPO (arXiv 2511.20347): a soft gate 4/tau sigma(tau (ratio - 1)) instead of the clip.
 
-    Aggregated as "seq-mean-token-mean" whatever loss_agg_mode says, as in verl.
+    tau is config.tau_pos for positive advantages and config.tau_neg otherwise. The loss is aggregated as
+    "seq-mean-token-mean" whatever loss_agg_mode says, as in verl.
     """
     _need_config("compute_policy_loss_sapo", config)
     log_prob, old_log_prob, a = _inside(response_mask, log_prob, old_log_prob, advantages)
@@ -211,10 +212,11 @@ def compute_policy_loss_clip_cov(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clip-Cov (arXiv 2505.22617): PPO without a share clip_cov_ratio of tokens, drawn among those whose covariance of
-    advantage and log-prob lies between clip_cov_lb and clip_cov_ub and that the clip leaves alone (config.policy_loss).
+    """Clip-Cov (arXiv 2505.22617): PPO that drops a share clip_cov_ratio of the tokens.
 
-    The draw is torch.randperm's, as in verl: the same seed drops the same tokens.
+    They are drawn from the tokens that are not clipped and whose covariance of advantage and log-prob lies between
+    clip_cov_lb and clip_cov_ub. These options are fields of config.policy_loss. torch.randperm draws, as in verl, so
+    the same seed drops the same tokens.
     """
     _need_config("compute_policy_loss_clip_cov", config)
     options, clip = config.policy_loss, _clip_range(config)
@@ -247,8 +249,11 @@ def compute_policy_loss_kl_cov(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """KL-Cov (arXiv 2505.22617): -ratio A without a clip, plus ppo_kl_coef |log-ratio| on the share kl_cov_ratio of
-    tokens with the largest covariance of advantage and log-prob (config.policy_loss)."""
+    """KL-Cov (arXiv 2505.22617): -ratio A without a clip, plus a penalty ppo_kl_coef |log-ratio| on some tokens.
+
+    The penalty applies to the share kl_cov_ratio of tokens with the largest covariance of advantage and log-prob. Both
+    options are fields of config.policy_loss.
+    """
     _need_config("compute_policy_loss_kl_cov", config)
     options = config.policy_loss
     share = 0.0002 if options.kl_cov_ratio is None else options.kl_cov_ratio
@@ -273,9 +278,10 @@ def compute_policy_loss_geo_mean(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """GMPO (arXiv 2507.20673): -A exp(mean over the sequence of the log-ratio, each clipped), averaged over B.
+    """GMPO (arXiv 2507.20673): -A exp(mean over the sequence of the clipped log-ratios), averaged over B.
 
-    loss_agg_mode and config.global_batch_info are not read, as in verl; rollout_is_weights enter by geometric mean.
+    loss_agg_mode and config.global_batch_info are ignored, as in verl. Each sequence's loss is multiplied by the
+    geometric mean of its rollout_is_weights.
     """
     _need_config("compute_policy_loss_geo_mean", config)
     clip = _clip_range(config)
@@ -286,7 +292,7 @@ def compute_policy_loss_geo_mean(
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * limited)
     losses = -ops.masked_mean(a, response_mask, -1) * ops.masked_mean(pessimistic, response_mask, -1).exp()
     if rollout_is_weights is not None:
-        weights = (as_accumulator(fitted(rollout_is_weights.detach(), a)) + 1e-10).log()
+        weights = (as_accumulator(_fitted(rollout_is_weights.detach(), a)) + 1e-10).log()
         losses = losses * ops.masked_mean(weights, response_mask, -1).exp()
     clipped = log_ratio != limited
     return ops.masked_mean(losses), _metrics(
@@ -305,7 +311,7 @@ def compute_policy_loss_cispo(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """CISPO (arXiv 2506.13585): -clip(ratio).detach() A log pi, so a clipped token still learns."""
+    """CISPO (arXiv 2506.13585): -clip(ratio).detach() A log pi, so a clipped token still has a gradient."""
     _need_config("compute_policy_loss_cispo", config)
     clip = _clip_range(config)
     log_prob, old_log_prob, a = _inside(response_mask, log_prob, old_log_prob, advantages)
@@ -329,7 +335,7 @@ def compute_policy_loss_reinforce(
     config=None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """REINFORCE: -A log pi, times rollout_is_weights; rollout_log_prob serves the metric alone."""
+    """REINFORCE: -A log pi, times rollout_is_weights. rollout_log_prob is only used for the metric."""
     _need_config("compute_policy_loss_reinforce", config)
     log_prob, rollout, a = _inside(response_mask, log_prob, rollout_log_prob, advantages)
     loss = _aggregated(-a * log_prob, response_mask, rollout_is_weights, loss_agg_mode, config)

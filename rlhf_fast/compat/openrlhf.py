@@ -1,13 +1,15 @@
-"""OpenRLHF's losses over our ops: `openrlhf.models.loss`, `openrlhf.models.utils`, the adaptive KL controller.
+"""OpenRLHF's losses, computed by our ops: `openrlhf.models.loss`, `openrlhf.models.utils`, the adaptive KL controller.
 
-Signatures and results are those of release 0.11.0. Release 0.11.2 renamed PolicyLoss's rollout-correction options,
-added a fifth result to it and put log_probs_old third in compute_approx_kl; everything else fits both.
-For all of them: results are float32 whatever the input dtype; -inf logits give finite entropies (OpenRLHF: NaN); an
-empty mask gives 0 (OpenRLHF: NaN); NaN outside a mask reaches neither a loss nor a gradient; an empty batch gives empty
-results (OpenRLHF's log_probs_from_logits raises for bf16); no input is changed.
+Signatures and results are those of release 0.11.0. Release 0.11.2 renamed the rollout-correction options of PolicyLoss,
+added a fifth result to it, and made log_probs_old the third argument of compute_approx_kl; everything else matches
+both releases.
 
-Left out: ring attention in GPTLMLoss (it needs a process group, and OpenRLHF averages the means of ranks with unequal
-numbers of labels), packing and model helpers (no arithmetic in them to replace).
+All functions differ from OpenRLHF as follows. Results are float32 whatever the input dtype. -inf logits give finite
+entropies (OpenRLHF: NaN). An empty mask gives 0 (OpenRLHF: NaN). NaN outside a mask reaches neither a loss nor a
+gradient. An empty batch gives empty results (OpenRLHF's log_probs_from_logits raises for bf16). No input is changed.
+
+Left out: ring attention in GPTLMLoss, which needs a process group (and OpenRLHF averages the means of ranks that have
+different numbers of labels); helpers for packing and models, which contain no arithmetic to replace.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.reference import aggregate, as_accumulator
-from ._inputs import fitted
+from ._shared import _adapted, _fitted
 
 _CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
 
@@ -27,7 +29,7 @@ def _mask(like: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _aggregation(token_level_loss, dp_size, batch_num_tokens, global_batch_size) -> dict:
-    """OpenRLHF's arguments as ours: loss_agg_mode and normalizer. dp_size counts only beside a global number."""
+    """OpenRLHF's arguments as ours: loss_agg_mode and normalizer. dp_size is used only with a global number."""
     mode, total = ("token-mean", batch_num_tokens) if token_level_loss else ("seq-mean-token-mean", global_batch_size)
     return {"loss_agg_mode": mode, "normalizer": None if total is None else total / dp_size}
 
@@ -42,15 +44,18 @@ def aggregate_loss(
 ) -> Tensor:
     """(B, T) losses -> scalar: the mean over tokens, or over the token means of sequences that have a token.
 
-    batch_num_tokens or global_batch_size replaces the local number; dp_size then undoes the averaging of gradients.
+    batch_num_tokens or global_batch_size replaces the local number. dp_size then undoes the averaging of gradients over
+    the ranks.
     """
     options = _aggregation(token_level_loss, dp_size, batch_num_tokens, global_batch_size)
     return aggregate(as_accumulator(loss), _mask(loss, loss_mask), options["loss_agg_mode"], options["normalizer"])
 
 
 class GPTLMLoss(nn.Module):
-    """Cross-entropy of the next token; labels (B, T) are shifted here and -100 does not count. No label: 0 (OpenRLHF:
-    NaN)."""
+    """Cross-entropy of the next token. The labels (B, T) are shifted here, and -100 does not count.
+
+    If no label counts, the loss is 0 (OpenRLHF: NaN).
+    """
 
     def __init__(self, ring_attn_group=None):
         super().__init__()
@@ -85,12 +90,14 @@ class SFTLoss(nn.Module):
 
 
 class PolicyLoss(nn.Module):
-    """PPO's clipped surrogate, log-ratio clamped to +-20; or GSPO (arXiv 2507.18071), which clips one ratio a sequence.
+    """PPO's clipped surrogate, with the log-ratio clamped to +-20, or GSPO (arXiv 2507.18071), with one ratio per
+    sequence.
 
-    enable_vllm_is_correction multiplies the PPO loss by exp(old_log_probs - rollout_log_probs): clamped to
-    vllm_is_truncated_threshold = [low, high] ("tis"), dropped per token outside it ("icepop"), or dropped per sequence
-    by its geometric mean ("seq-mask-tis"). For the last, OpenRLHF's comment promises the clamp of "tis" and its code
-    does not clamp; ours does as the code: kept sequences have their exact weights.
+    enable_vllm_is_correction multiplies the PPO loss by the weights exp(old_log_probs - rollout_log_probs).
+    vllm_is_correction_type says what happens to weights outside vllm_is_truncated_threshold = [low, high]: "tis" clamps
+    them, "icepop" drops the tokens, "seq-mask-tis" drops the sequences whose geometric mean lies outside. For the last,
+    OpenRLHF's comment promises the clamp of "tis" but its code does not clamp. Ours follows the code: sequences that
+    are kept have their exact weights.
     """
 
     def __init__(
@@ -135,8 +142,8 @@ class PolicyLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All (B, T), the new log-probs first (verl: second) -> (loss, clip_ratio, ppo_kl, vllm_kl or None), scalars.
 
-        advantages may be (B, 1), one a response. An empty mask gives 0 (OpenRLHF: NaN).
-        clip_ratio is the share of tokens on which the clip holds, ppo_kl the mean of old - new log-probs.
+        advantages may be (B, 1), one per response. An empty mask gives 0 (OpenRLHF: NaN).
+        clip_ratio is the share of tokens that the clip changes, ppo_kl the mean of old - new log-probs.
         """
         mask = _mask(log_probs, action_mask)
         new, old, weights, vllm_kl, clamp = log_probs, old_log_probs, None, None, 20.0
@@ -149,7 +156,7 @@ class PolicyLoss(nn.Module):
             weights = self._correction(old_log_probs, rollout_log_probs, mask)
             vllm_kl = ops.masked_mean(as_accumulator(rollout_log_probs) - old_log_probs, mask)
         loss, stats = ops.ppo_loss(
-            new, old, fitted(advantages, new), mask, cliprange=self.clip_eps_low, cliprange_high=self.clip_eps_high,
+            new, old, _fitted(advantages, new), mask, cliprange=self.clip_eps_low, cliprange_high=self.clip_eps_high,
             dual_clip=self.dual_clip, log_ratio_clamp=clamp, importance_weights=weights,
             **_aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
         )  # fmt: skip
@@ -160,7 +167,7 @@ class PolicyLoss(nn.Module):
 
     @torch.no_grad()
     def _correction(self, old_log_probs, rollout_log_probs, mask) -> Tensor:
-        """(B, T) weights exp(old - rollout), truncated or filtered."""
+        """(B, T) weights exp(old - rollout), clamped or set to 0 where they are dropped."""
         low, high = self.vllm_is_truncated_threshold
         log_ratio = as_accumulator(old_log_probs) - as_accumulator(rollout_log_probs)
         ratio = log_ratio.exp()
@@ -173,7 +180,7 @@ class PolicyLoss(nn.Module):
 
 
 class ValueLoss(nn.Module):
-    """0.5 max of the clipped and the plain squared error; clip_eps=None does not clip."""
+    """0.5 times the larger of the clipped and the plain squared error; clip_eps=None does not clip."""
 
     def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
         super().__init__()
@@ -190,10 +197,13 @@ class ValueLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> Tensor:
-        """New values, old values, returns (verl: returns second), all (B, T) -> scalar; of an empty mask 0, not NaN."""
+        """New values, old values, returns (verl: returns second), all (B, T) -> scalar.
+
+        An empty mask gives 0 (OpenRLHF: NaN).
+        """
         options = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         mask = _mask(values, action_mask)
-        old_values, returns = fitted(old_values, values), fitted(returns, values)
+        old_values, returns = _fitted(old_values, values), _fitted(returns, values)
         return ops.value_loss(values, old_values, returns, mask, cliprange_value=self.clip_eps, **options)[0]
 
 
@@ -201,19 +211,24 @@ class PairWiseLoss(nn.Module):
     """Bradley-Terry: the mean of -log sigma(chosen - rejected - margin)."""
 
     def forward(self, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Tensor:
-        """(B,) or (B, 1) rewards, a margin like them or a number -> scalar; an empty batch gives 0 (OpenRLHF: NaN)."""
+        """(B,) or (B, 1) rewards, and a margin of the same shape or a number -> scalar.
+
+        An empty batch gives 0 (OpenRLHF: NaN).
+        """
         chosen, rejected = chosen_reward.flatten(), reject_reward.flatten()
-        margin = fitted(margin.flatten(), chosen) if isinstance(margin, Tensor) else margin
+        margin = _fitted(margin.flatten(), chosen) if isinstance(margin, Tensor) else margin
         return ops.pairwise_loss(chosen, rejected, margin=margin)[0]
 
 
 class LogExpLoss(PairWiseLoss):
-    """log(1 + exp(rejected - chosen)), which is PairWiseLoss. OpenRLHF's overflows at a difference of 89 and ignores
-    the margin; ours is finite and subtracts it."""
+    """log(1 + exp(rejected - chosen)), which is the same as PairWiseLoss.
+
+    OpenRLHF's overflows at a difference of 89 and ignores the margin. Ours stays finite and subtracts the margin.
+    """
 
 
 class DPOLoss(nn.Module):
-    """DPO, with label smoothing (the probability of a flipped preference), or IPO (arXiv 2310.12036, eq. 17)."""
+    """DPO, or IPO (arXiv 2310.12036, eq. 17). label_smoothing is the probability that a preference is flipped."""
 
     def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
         super().__init__()
@@ -228,8 +243,10 @@ class DPOLoss(nn.Module):
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed log-probs (B,) or (B, 1) -> (loss, chosen_rewards, rejected_rewards), the rewards in their shape and
-        without gradient."""
+        """Summed log-probs (B,) or (B, 1) -> (loss, chosen_rewards, rejected_rewards).
+
+        The rewards have the shape of the log-probs and no gradient.
+        """
         given = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
         shape, given = policy_chosen_logps.shape, [x.flatten() for x in given]
         chosen, rejected = (as_accumulator(given[i]) - given[i + 2] for i in (0, 1))
@@ -241,14 +258,14 @@ class DPOLoss(nn.Module):
 
 
 def compute_approx_kl(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
-    """Per-token k1, k2 or k3 of log_probs against log_probs_base, in float32, limited to +-10 as OpenRLHF does.
+    """Per-token k1, k2 or k3 of log_probs against log_probs_base, in float32, clamped to +-10 as in OpenRLHF.
 
-    The limit biases the estimate and stops its gradient; rlhf_fast.kl_penalty has none unless asked for.
-    Where exp overflows k3 is 10 with zero gradient (OpenRLHF: NaN gradient).
+    The clamp biases the estimate and stops its gradient; rlhf_fast.kl_penalty does not clamp by default.
+    If exp overflows, k3 is 10 with zero gradient (OpenRLHF: NaN gradient).
     """
     if kl_estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"compute_approx_kl: kl_estimator {kl_estimator!r} must be 'k1', 'k2' or 'k3'")
-    log_probs, log_probs_base = fitted(log_probs, log_probs_base), fitted(log_probs_base, log_probs)
+    log_probs, log_probs_base = _fitted(log_probs, log_probs_base), _fitted(log_probs_base, log_probs)
     return ops.kl_penalty(log_probs, log_probs_base, estimator=kl_estimator, output_clamp=10.0)
 
 
@@ -259,10 +276,10 @@ def compute_reward(
     action_mask: Tensor | None = None,
     reward_clip_range: tuple[float, float] | None = None,
 ) -> Tensor:
-    """(B,) scores r and (B, T) kl -> (B, T) rewards: -kl_coef kl per token, plus r at each row's last action.
+    """(B,) scores r and (B, T) kl -> (B, T) rewards: -kl_coef kl per token, plus r at the last action of each row.
 
-    r is limited to reward_clip_range first; kl_coef < 0 counts as 0. Outside the mask the result is 0 (OpenRLHF leaves
-    -kl_coef kl there, and gives a row without any action its score in the last column).
+    r is first clamped to reward_clip_range. A negative kl_coef is treated as 0. Outside the mask the result is 0
+    (OpenRLHF leaves -kl_coef kl there, and puts the score of a row without any action into the last column).
     """
     mask = _mask(kl, action_mask)
     r = as_accumulator(torch.as_tensor(r, device=kl.device)).expand(kl.shape[0])
@@ -274,14 +291,18 @@ def compute_reward(
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """(..., V) logits, (...) labels -> float32 log-probs (OpenRLHF: bf16 of bf16). It divides the logits in place; ours
-    stay."""
+    """(..., V) logits, (...) labels -> float32 log-probs (OpenRLHF: bf16 for bf16 logits).
+
+    OpenRLHF divides the logits in place; ours leaves them unchanged.
+    """
     return ops.token_logprobs(logits, labels, temperature=temperature)
 
 
 def masked_mean(tensor: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Mean of tensor where mask is True, over dim (default: all); mask None means everywhere; 0 where there is none
-    (OpenRLHF: NaN)."""
+    """Mean of tensor where mask is True (None: everywhere), over dim (default: all axes).
+
+    If the mask is empty, the mean is 0 (OpenRLHF: NaN).
+    """
     return ops.masked_mean(tensor, mask, dim)
 
 
@@ -294,16 +315,19 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """(..., V) logits -> (...) entropies in nats, of the logits as they are: divide by the temperature first.
+    """(..., V) logits -> (...) entropies in nats.
 
-    -inf logits count 0 (OpenRLHF: NaN).
+    The caller divides the logits by the temperature. -inf logits contribute 0 (OpenRLHF: NaN).
     """
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ops.token_logprobs_and_entropy(logits, labels)[1]
 
 
 class AdaptiveKLController:
-    """Moves the KL coefficient to a target KL (arXiv 1909.08593): value *= 1 + clip(current/target - 1, +-0.2) n/h."""
+    """Moves the KL coefficient `value` towards a target KL (arXiv 1909.08593).
+
+    update: value *= 1 + clip(current / target - 1, +-0.2) * n_steps / horizon
+    """
 
     def __init__(self, init_kl_coef: float, target: float, horizon: int):
         self.value = init_kl_coef
@@ -312,5 +336,4 @@ class AdaptiveKLController:
 
     def update(self, current: float, n_steps: int) -> None:
         """current: the measured KL, in the unit of target; n_steps: episodes since the last update."""
-        error = min(max(current / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n_steps / self.horizon
+        self.value = _adapted(self.value, current, self.target, n_steps, self.horizon)

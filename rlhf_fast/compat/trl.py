@@ -1,11 +1,14 @@
-"""TRL's tensor functions over our ops: `trl.trainer.utils`, `trl.kernels` (1.16) and `trl.experimental.ppo` (1.12).
+"""TRL's tensor functions, computed by our ops.
 
-For all of them: results are float32 whatever the input dtype (TRL's eager path returns bf16 log-probs for bf16 logits);
--inf logits give finite entropies (TRL: NaN); an empty mask gives 0 (TRL: NaN, or an error in masked_var); NaN outside a
-mask reaches nothing; an empty batch gives empty results (TRL's selective_log_softmax raises).
+They are those of `trl.trainer.utils` and `trl.kernels` (release 1.16) and of `trl.experimental.ppo` (1.12).
 
-Left out, because there is no arithmetic in them to replace: pad, flush_left, truncate_response (layout of tokens),
-get_reward (runs a model), create_reference_model (copies one).
+All functions differ from TRL as follows. Results are float32 whatever the input dtype (TRL's eager path returns bf16
+log-probs for bf16 logits). -inf logits give finite entropies (TRL: NaN). An empty mask gives 0 (TRL: NaN, or an error
+in masked_var). NaN outside a mask reaches no result. An empty batch gives empty results (TRL's selective_log_softmax
+raises).
+
+Left out, because they contain no arithmetic to replace: pad, flush_left, truncate_response (they rearrange tokens),
+get_reward (runs a model), create_reference_model (copies a model).
 """
 
 from __future__ import annotations
@@ -15,22 +18,24 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.reference import as_accumulator, linear_logits
+from ._shared import _masked_var
 
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_STATISTICS_ELEMENTS = 1 << 24  # float32 logits held at once by the statistics of ChunkedLogProbFunction: 64 MiB
+_STATISTICS_ELEMENTS = 1 << 24  # logits in memory at a time for ChunkedLogProbFunction's statistics: 64 MiB of float32
 
 
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
-    """(..., V) logits, index (...) or (..., K) -> log-probabilities of shape index, float32 (TRL: bf16 of bf16).
+    """(..., V) logits, index (...) or (..., K) -> log-probabilities of index's shape, float32 (TRL: bf16 for bf16).
 
-    row_mask has index's shape; where it is 0 the result is 0, its gradient too, and a row without any 1 is not read.
+    row_mask has index's shape. Where it is 0 the result and its gradient are 0, and a row without any 1 is not read.
     """
     if index.ndim == logits.ndim - 1:
         return ops.token_logprobs(logits, index, temperature=temperature, mask=row_mask)
     rows = None if row_mask is None else row_mask.bool().any(-1)
-    # K labels of one row differ by their logits; the best token's log-probability is finite, so it carries the rest.
+    # The log-probabilities of K labels in a row differ by their logits. That of the best token is finite, so the others
+    # can be computed from it.
     best = logits.detach().argmax(-1)
     anchor = ops.token_logprobs(logits, best, temperature=temperature, mask=rows)
     if row_mask is not None:
@@ -41,9 +46,9 @@ def selective_log_softmax(
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """(..., V) logits -> (...) entropies in nats, differentiable; -inf logits count 0 (TRL: NaN).
+    """(..., V) logits -> (...) entropies in nats, differentiable. -inf logits contribute 0 (TRL: NaN).
 
-    chunk_size is accepted and not needed: one pass.
+    chunk_size is accepted and ignored: the op needs one pass and no chunks.
     """
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ops.token_logprobs_and_entropy(logits, labels)[1]
@@ -58,8 +63,8 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(..., V) logits, index (...) or (..., K) -> log-probabilities of index's shape and (...) entropies, float32.
 
-    An index (...) is one read of the logits. Where row_mask, of index's shape, is 0 the log-probability is 0, and so is
-    the entropy of a row without any 1. -inf logits count 0 in the entropy (TRL: NaN).
+    With an index (...) the logits are read once. row_mask has index's shape. Where it is 0 the log-probability is 0,
+    and the entropy of a row without any 1 is 0. -inf logits contribute 0 to the entropy (TRL: NaN).
     """
     if index.ndim == logits.ndim:
         logprobs = selective_log_softmax(logits, index, temperature, row_mask)
@@ -71,7 +76,7 @@ def selective_log_softmax_and_entropy(
 
 
 class ChunkedLogProbFunction:
-    """TRL 1.16's log-probabilities of hidden @ weight.T without the logits; call its `apply`."""
+    """TRL 1.16's log-probabilities from hidden states, which never materialise the logits; call its `apply`."""
 
     @staticmethod
     def apply(
@@ -87,14 +92,14 @@ class ChunkedLogProbFunction:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """(N, D) hidden, (V, D) weight, (N,) targets -> logprobs and the four OPTIONAL_OUTPUTS, each (N,).
 
-        What outputs does not name is None; the last three carry no gradient and cost a second product over the
-        vocabulary, so name only what is used. chunk_size is accepted and not needed: chunks are sized by bytes.
-        Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's where bf16 logits tie.
-        Raises IndexError for a target outside the vocabulary, -100 too (TRL: minus the row's logsumexp).
+        An output that `outputs` does not name is None. The last three have no gradient and cost a second product over
+        the vocabulary, so name only those you use. chunk_size is accepted and ignored: chunks are sized by bytes.
+        Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's if bf16 logits tie.
+        Raises IndexError for a target outside the vocabulary, including -100 (TRL returns minus the row's logsumexp).
         """
         if not logit_scale > 0:
             raise ValueError(f"ChunkedLogProbFunction: logit_scale {logit_scale} must be > 0")
-        # cap tanh(scale x / cap) / T is (cap / scale) tanh(x / (cap / scale)) / (T / scale): no scaled copy of hidden.
+        # cap tanh(scale x / cap) / T = (cap / scale) tanh(x / (cap / scale)) / (T / scale): hidden need not be scaled.
         softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
         scaled = {"bias": bias, "softcap": softcap, "temperature": temperature / logit_scale}
         with_entropy = "entropy" in outputs
@@ -107,7 +112,10 @@ class ChunkedLogProbFunction:
 
 
 class _ChunkedLogProbFunction:
-    """TRL 1.12's form of the same. TRL drops the gradient of the entropy there; ours is right."""
+    """TRL 1.12's form of ChunkedLogProbFunction, under TRL's private name.
+
+    TRL's backward drops the gradient of the entropy; ours includes it.
+    """
 
     @staticmethod
     def apply(
@@ -128,7 +136,7 @@ class _ChunkedLogProbFunction:
 
 @torch.no_grad()
 def _logit_statistics(hidden, weight, targets, bias, softcap, temperature) -> dict[str, Tensor]:
-    """log sum_v p_v^2, the mean logit, and whether the target is the first of the largest logits; each (N,)."""
+    """log sum_v p_v^2, the mean logit, and whether the target is the first of the largest logits; (N,) each."""
     rows = max(1, _STATISTICS_ELEMENTS // max(1, weight.shape[0]))
     parts = []
     for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -141,65 +149,66 @@ def _logit_statistics(hidden, weight, targets, bias, softcap, temperature) -> di
 def dft_loss(outputs, labels: Tensor, num_items_in_batch: Tensor | float | None = None) -> Tensor:
     """Dynamic fine-tuning (arXiv 2508.05629): -p.detach() log p of the next token, averaged over the labels.
 
-    outputs.logits (B, T, V), labels (B, T), which are shifted here; -100 does not count. num_items_in_batch replaces
-    the number of labels as the divisor.
+    outputs.logits is (B, T, V). The labels (B, T) are shifted here, and -100 does not count. num_items_in_batch
+    replaces the number of labels as the divisor.
     """
     targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
     mask = targets != -100
     logprobs = ops.token_logprobs(outputs.logits, targets, mask=mask)
-    losses = -logprobs.exp().detach() * logprobs  # outside the mask the log-probability is 0
+    losses = -logprobs.exp().detach() * logprobs  # 0 outside the mask, because the log-probability is 0 there
     return losses.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of values where mask is True, over axis (default: all); 0 where there is none (TRL: NaN)."""
+    """Mean of values where mask is True, over axis (default: all axes). An empty mask gives 0 (TRL: NaN)."""
     return ops.masked_mean(values, mask, axis)
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """Variance of values over the mask, with Bessel's correction unless unbiased=False.
 
-    One value or none has variance 0 (TRL raises on an empty mask, and gives NaN for a single value).
+    If one value or none counts, the variance is 0 (TRL raises for an empty mask, and gives NaN for a single value).
     """
-    mask = mask.bool().expand_as(values)
-    centered = torch.where(mask, as_accumulator(values) - ops.masked_mean(values, mask), 0.0)
-    return centered.square().sum() / (mask.sum() - int(unbiased)).clamp(min=1)
+    return _masked_var(values, mask, unbiased)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """(values - mean) / sqrt(var + 1e-8) over the mask; shift_mean=False adds the mean back.
 
-    Outside the mask the result is 0; TRL whitens the padding too, and its trainer then overwrites it with 0.
+    Outside the mask the result is 0. TRL whitens the padding too, and its trainer then overwrites it with 0.
     """
     return ops.masked_whiten(values, mask, shift_mean=shift_mean)
 
 
 def first_true_indices(bools: Tensor, dtype: torch.dtype = torch.long) -> Tensor:
-    """(..., T) bool -> (...) index of the first True, or T where there is none."""
+    """(..., T) bool -> (...) index of the first True, or T if there is none."""
     first = bools.to(torch.uint8).argmax(-1)
     return torch.where(bools.any(-1), first, bools.shape[-1]).to(dtype)
 
 
 def nanstd(tensor: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
-    """Unbiased standard deviation of what is not NaN; NaN where there are fewer than two values, inf where one is
-    infinite among finite ones, as in TRL. Its gradient is finite beside NaN (TRL's is not)."""
+    """Unbiased standard deviation of the values that are not NaN.
+
+    As in TRL it is NaN for fewer than two values, and inf if one value is infinite and the others are finite. The
+    gradient stays finite if some values are NaN (TRL's does not).
+    """
     axes = tuple(range(tensor.ndim)) if dim is None else dim
     real = ~tensor.isnan()
     count = real.sum(axes, keepdim=True)
     mean = tensor.nansum(axes, keepdim=True) / count
-    # What is infinite minus an infinite mean is NaN too.
+    # An infinite value minus an infinite mean is NaN and does not count either.
     variance = torch.where(real, tensor - mean, torch.nan).square().nanmean(axes, keepdim=True)
     std = (variance * count / torch.where(count > 1, count - 1, torch.nan)).sqrt()
     return std if keepdim else std.squeeze(axes)
 
 
 def nanmin(tensor: Tensor) -> Tensor:
-    """Smallest value that is not NaN; NaN where there is none. An empty tensor gives NaN (TRL 1.16 does too)."""
+    """Smallest value that is not NaN; NaN if there is none. An empty tensor gives NaN, as in TRL 1.16."""
     return -nanmax(-tensor)
 
 
 def nanmax(tensor: Tensor) -> Tensor:
-    """Largest value that is not NaN; NaN where there is none."""
+    """Largest value that is not NaN; NaN if there is none."""
     real = ~tensor.isnan()
     if tensor.numel() == 0:
         return tensor.new_tensor(torch.nan)

@@ -1,16 +1,18 @@
-"""verl's tensor functions over our ops: core_algos, utils.torch_functional, linear cross-entropy, apply_kl_penalty.
+"""verl's tensor functions, computed by our ops: core_algos, torch_functional, linear cross-entropy, apply_kl_penalty.
 
-Signatures are those of release 0.9.1, which only adds trailing options to 0.8. Ours are not in verl's registries; put
-one there with `core_algos.register_policy_loss("vanilla")(compute_policy_loss_vanilla)`.
-For all of them: results are float32 whatever the input dtype (verl: bf16 log-probs for bf16 logits); -inf logits give
-finite entropies (verl: NaN); an empty mask gives 0 (verl: NaN, or an error in masked_var and what whitens); NaN outside
-a mask reaches neither a loss, an advantage nor a gradient; an empty batch gives empty results (verl's
-logprobs_from_logits raises). Masks are bool or 0/1. The outcome advantages add up all rewards of a response, as verl's
-do, those outside the mask too; of them NaN and infinities count 0 (verl: NaN for the whole group).
+Signatures are those of release 0.9.1, which only adds trailing options to 0.8. Our functions are not in verl's
+registries; add one with `core_algos.register_policy_loss("vanilla")(compute_policy_loss_vanilla)`.
+
+All functions differ from verl as follows. Results are float32 whatever the input dtype (verl: bf16 log-probs for bf16
+logits). -inf logits give finite entropies (verl: NaN). An empty mask gives 0 (verl: NaN, or an error in masked_var and
+the functions that whiten). NaN outside a mask reaches neither a loss, an advantage nor a gradient. An empty batch gives
+empty results (verl's logprobs_from_logits raises). Masks are bool or 0/1. The outcome advantages add up all rewards of
+a response, including those outside the mask, as verl's do; NaN and infinities outside the mask count as 0 (verl: NaN
+for the whole group).
 
 Left out: gdpo and the optimal token baselines (they read verl's batch object or loop over trajectories), the rmpad
-log-probs (flash-attn's padding), dppo and dro (newer than the list this module is held to), the vocabulary-parallel
-linear_cross_entropy (needs a process group).
+log-probs (they use flash-attn's padding), dppo and dro (newer than the functions this module covers), the
+vocabulary-parallel linear_cross_entropy (needs a process group).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.reference import as_accumulator
-from ._inputs import fitted
+from ._shared import _adapted, _fitted, _masked_var
 from ._verl_advantages import (  # noqa: F401 - public here
     compute_gae_advantage_return,
     compute_gpg_outcome_advantage,
@@ -54,24 +56,24 @@ from ._verl_losses import (  # noqa: F401 - public here
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """(..., V) logits, (...) labels -> (...) float32 log-probs (verl's naive and v2: bf16 for bf16 logits).
 
-    inplace_backward (on by default, as in verl) lets the backward write the gradient over the logits; autograd then
-    raises on any other use of them in the backward. verl does so only with flash-attn, and silently.
+    inplace_backward (on by default, as in verl) lets the backward write the gradient over the logits. Autograd then
+    raises if anything else uses them in the backward. verl overwrites them only with flash-attn, and without an error.
     """
     return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward)
 
 
 def logprobs_from_logits_flash_attn(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """logprobs_from_logits; flash-attn is not needed."""
+    """The same as logprobs_from_logits; flash-attn is not needed."""
     return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward)
 
 
 def logprobs_from_logits_naive(logits: Tensor, labels: Tensor) -> Tensor:
-    """logprobs_from_logits that leaves the logits alone."""
+    """logprobs_from_logits with inplace_backward=False."""
     return ops.token_logprobs(logits, labels)
 
 
 def logprobs_from_logits_v2(logits: Tensor, labels: Tensor) -> Tensor:
-    """logprobs_from_logits that leaves the logits alone."""
+    """logprobs_from_logits with inplace_backward=False."""
     return ops.token_logprobs(logits, labels)
 
 
@@ -81,39 +83,40 @@ def log_probs_from_logits_response(input_ids: Tensor, logits: Tensor, response_l
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """(..., V) logits -> (...) entropies in nats; -inf logits count 0 (verl: NaN)."""
+    """(..., V) logits -> (...) entropies in nats. -inf logits contribute 0 (verl: NaN)."""
     labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return ops.token_logprobs_and_entropy(logits, labels)[1]
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    """entropy_from_logits; chunk_size is accepted and not needed: nothing of the logits' size is allocated."""
+    """The same as entropy_from_logits. chunk_size is ignored: nothing of the size of the logits is allocated."""
     return entropy_from_logits(logits)
 
 
 def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
     """(..., V) logits -> (...) sum over the vocabulary of the squared probabilities."""
     best = logits.detach().argmax(-1)
-    # log p at temperature 1/2 is 2 z - lse(2 z); twice log p at 1 is 2 z - 2 lse(z).
+    # log p at temperature 1/2 is 2 z - lse(2 z); twice log p at temperature 1 is 2 z - 2 lse(z).
     return (2 * ops.token_logprobs(logits, best) - ops.token_logprobs(logits, best, temperature=0.5)).exp()
 
 
 def masked_sum(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
-    """Sum of values where mask is True, over axis (default: all)."""
+    """Sum of values where mask is True, over axis (default: all axes)."""
     axes = tuple(range(values.ndim)) if axis is None else axis
     return torch.where(mask.bool(), as_accumulator(values), 0.0).sum(axes)
 
 
 def masked_mean(values: Tensor, mask: Tensor, axis: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of values where mask is True, over axis (default: all); 0 where there is none."""
+    """Mean of values where mask is True, over axis (default: all axes). An empty mask gives 0."""
     return ops.masked_mean(values, mask, axis)
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """Variance over the mask, with Bessel's correction unless unbiased=False. One value or none: 0 (verl raises)."""
-    mask = mask.bool().expand_as(values)
-    centered = torch.where(mask, as_accumulator(values) - ops.masked_mean(values, mask), 0.0)
-    return centered.square().sum() / (mask.sum() - int(unbiased)).clamp(min=1)
+    """Variance of values over the mask, with Bessel's correction unless unbiased=False.
+
+    If one value or none counts, the variance is 0 (verl raises).
+    """
+    return _masked_var(values, mask, unbiased)
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
@@ -122,12 +125,15 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def clip_by_value(x: Tensor, tensor_min: Tensor, tensor_max: Tensor) -> Tensor:
-    """x limited to [tensor_min, tensor_max], which are tensors."""
+    """x clamped to [tensor_min, tensor_max], which are tensors."""
     return torch.clamp(x, tensor_min, tensor_max)
 
 
 class AdaptiveKLController:
-    """Moves the KL coefficient towards a target KL (arXiv 1909.08593): value *= 1 + clip(kl/target - 1, +-0.2) n/h."""
+    """Moves the KL coefficient `value` towards a target KL (arXiv 1909.08593).
+
+    update: value *= 1 + clip(current_kl / target_kl - 1, +-0.2) * n_steps / horizon
+    """
 
     def __init__(self, init_kl_coef: float, target_kl: float, horizon: int):
         self.value = init_kl_coef
@@ -136,8 +142,7 @@ class AdaptiveKLController:
 
     def update(self, current_kl: float, n_steps: int) -> None:
         """current_kl: the measured KL, in the unit of target_kl; n_steps: episodes since the last update."""
-        error = min(max(current_kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n_steps / self.horizon
+        self.value = _adapted(self.value, current_kl, self.target, n_steps, self.horizon)
 
 
 def compute_rewards(token_level_scores: Tensor, old_log_prob: Tensor, ref_log_prob: Tensor, kl_ratio: float) -> Tensor:
@@ -148,9 +153,9 @@ def compute_rewards(token_level_scores: Tensor, old_log_prob: Tensor, ref_log_pr
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """Per-token KL estimate: "kl"/"k1", "abs", "mse"/"k2", "low_var_kl"/"k3" (input within +-20, result within +-10).
 
-    These limits of k3 are verl's: they bias it and stop its gradient. rlhf_fast.kl_penalty has none unless asked for.
-    A trailing "+" keeps the value and takes the gradient of k2, which is unbiased (older verl raises for all but k2).
-    "full" is the exact KL of (..., V) logits over the vocabulary, which verl documents and does not implement.
+    The limits of k3 are verl's. They bias the estimate and stop its gradient; rlhf_fast.kl_penalty has no limits by
+    default. A trailing "+" keeps the value and takes the gradient of k2, which is unbiased (older verl raises for all
+    but k2). "full" is the exact KL of (..., V) logits over the vocabulary, which verl documents but does not implement.
     """
     if kl_penalty == "full":
         return ops.kl_divergence(logprob, ref_logprob)
@@ -160,16 +165,16 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     if name == kl_penalty:
         return value
     unbiased = ops.kl_penalty(logprob, ref_logprob, estimator="k2")
-    # The difference of two equal numbers is exactly 0 where it is finite.
+    # unbiased - unbiased.detach() is exactly 0 if it is finite, and carries the gradient of k2.
     return value.detach() + torch.where(unbiased.isfinite(), unbiased - unbiased.detach(), 0.0)
 
 
 def apply_kl_penalty(data, kl_ctrl, kl_penalty: str = "kl"):
-    """Writes data.batch["token_level_rewards"] = token_level_scores - kl_ctrl.value KL, and updates kl_ctrl.
+    """Writes data.batch["token_level_rewards"] = token_level_scores - kl_ctrl.value * KL, and updates kl_ctrl.
 
-    data is verl's DataProto or anything with a mapping `batch` of (B, T) tensors: response_mask, token_level_scores,
-    old_log_probs, ref_log_prob. Returns (data, metrics); the KL of the controller is the batch mean of token means, and
-    0 of an empty batch (verl: NaN, also in kl_ctrl from then on).
+    data is verl's DataProto or any object with a mapping `batch` of (B, T) tensors: response_mask, token_level_scores,
+    old_log_probs, ref_log_prob. Returns (data, metrics). The controller gets the mean over the batch of each response's
+    mean KL per token. For an empty batch that is 0 (verl: NaN, and kl_ctrl stays NaN from then on).
     """
     mask, beta = data.batch["response_mask"].bool(), kl_ctrl.value
     kl = _kl_penalty(data.batch["old_log_probs"], data.batch["ref_log_prob"], kl_penalty)
@@ -180,11 +185,14 @@ def apply_kl_penalty(data, kl_ctrl, kl_penalty: str = "kl"):
     return data, {"actor/reward_kl_penalty": current, "actor/reward_kl_penalty_coeff": beta}
 
 
-_kl_penalty = kl_penalty  # apply_kl_penalty has an argument of that name
+_kl_penalty = kl_penalty  # in apply_kl_penalty an argument hides the function
 
 
 def compute_entropy_loss(logits: Tensor, response_mask: Tensor, loss_agg_mode: str = "token-mean") -> Tensor:
-    """(B, T, V) logits -> aggregated entropy; rows outside the mask are not read, -inf logits count 0 (verl: NaN)."""
+    """(B, T, V) logits -> aggregated entropy. Rows outside the mask are not read.
+
+    -inf logits contribute 0 (verl: NaN).
+    """
     labels = torch.zeros_like(response_mask, dtype=torch.long)
     entropy = ops.token_logprobs_and_entropy(logits, labels, mask=response_mask)[1]
     return agg_loss(entropy, response_mask, loss_agg_mode)
@@ -202,11 +210,14 @@ def compute_value_loss(
     global_batch_size: int | None = None,
     loss_scale_factor: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """New values, returns, old values (in this order), all (B, T) -> (0.5 max of clipped and plain error, clipfrac)."""
+    """New values, returns, old values (in this order), all (B, T) -> (loss, clipfrac).
+
+    The loss is 0.5 times the larger of the clipped and the plain squared error.
+    """
     options = _aggregation(
         response_mask, loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
-    values, returns = fitted(values, vpreds), fitted(returns, vpreds)
+    values, returns = _fitted(values, vpreds), _fitted(returns, vpreds)
     loss, stats = ops.value_loss(vpreds, values, returns, response_mask, cliprange_value=cliprange_value, **options)
     return loss, stats["clipfrac"]
 
@@ -219,7 +230,7 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group=None,
 ) -> tuple[Tensor, Tensor]:
-    """(..., D) hidden, (V, D) weight -> (N,) log-probs (or their sum or mean), (N,) entropies."""
+    """(..., D) hidden, (V, D) weight, (...) labels -> (N,) log-probs (or their sum or mean) and (N,) entropies."""
     if dist_process_group is not None:
         raise ValueError("linear_cross_entropy: dist_process_group must be None; the vocabulary is not split here")
     if reduction not in ("none", "sum", "mean"):
@@ -234,10 +245,10 @@ def linear_cross_entropy(
 
 
 class FusedLinearForPPO(nn.Module):
-    """Log-probs and entropies of hidden_states @ vocab_weights.T / temperature, without the logits.
+    """Log-probs and entropies from hidden_states @ vocab_weights.T / temperature, without materialising these logits.
 
     Both are float32, and gradients accumulate in float32 (verl rounds the logits, the entropies and the gradient of the
-    weights to bf16). chunk_size and impl_backend are accepted and not needed.
+    weights to bf16). chunk_size and impl_backend are accepted and ignored.
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):

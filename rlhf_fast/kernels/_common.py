@@ -1,4 +1,4 @@
-"""What the Triton kernels share: formulas of csrc/common, launches, and where Triton may run."""
+"""What the Triton kernels share: the formulas of csrc/common, sizes of launches, and where Triton may run."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-# Where x - max is a factor of its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0.
+# If x - max is multiplied by its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0.
 FLOOR = tl.constexpr(-1e30)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite -inf: the maximum of nothing
-BLOCK = 1024  # tokens of a program of the small ops
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no values, finite so that differences are not NaN
+BLOCK = 1024  # tokens per program in the small ops
 
 
 @triton.jit
 def number(x, ACCUM: tl.constexpr):
-    """A run-time argument, which Triton passes as float64 where it is declared so, as a scalar of the accumulator."""
+    """A run-time argument, which Triton passes as float64 if it is declared so, as a scalar of the accumulator."""
     return tl.full([], x, ACCUM)
 
 
 @triton.jit
 def load(pointer, index, counts, ACCUM: tl.constexpr):
-    """Of any dtype; 0 where it does not count, so that no NaN from behind a mask enters a formula."""
+    """Loads values of any dtype, and 0 where they do not count, so that no NaN outside a mask enters a formula."""
     return tl.load(pointer + index, mask=counts, other=0.0).to(ACCUM)
 
 
 @triton.jit
 def exp(x):
-    """In float64: compiled, the exponential of a float32 x is off by 6e-8 |x|, a digit and more of a large ratio."""
+    """exp(x) by way of float64. Compiled for float32 it is off by 6e-8 |x|, a digit or more of a large ratio."""
     return tl.exp(x.to(tl.float64)).to(x.dtype)
 
 
 @triton.jit
 def exp_minus_1_minus(x):
-    """exp(x) - 1 - x without the cancellation at small x: its series up to x^20 / 20! below 1."""
+    """exp(x) - 1 - x without cancellation for small x: for |x| < 1 its series up to x^20 / 20!."""
     square = x * x
     term = square * 0.5
     series = term
@@ -47,7 +47,7 @@ def exp_minus_1_minus(x):
 
 @triton.jit
 def kl_token(d, ESTIMATOR: tl.constexpr):
-    """The estimate of a token and its derivative by d. ESTIMATOR is KlEstimator of csrc/common/policy.h."""
+    """The estimate for a token and its derivative by d. ESTIMATOR is KlEstimator of csrc/common/policy.h."""
     if ESTIMATOR == 0:
         return d, d * 0.0 + 1.0
     elif ESTIMATOR == 1:
@@ -63,7 +63,7 @@ def accumulator(dtype: torch.dtype):
 
 
 def tiles(size: int, most: int = BLOCK) -> int:
-    """A power of two, of a warp at least."""
+    """The smallest power of two that holds size, at least a warp and at most `most`."""
     return max(32, min(triton.next_power_of_2(max(size, 1)), most))
 
 
@@ -74,5 +74,5 @@ def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 def refuse_cpu(op: str, x: torch.Tensor) -> None:
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
-            f"{op}: Triton runs on CPU tensors only under its interpreter; set TRITON_INTERPRET=1 before it is imported"
+            f"{op}: Triton runs on CPU tensors only in its interpreter; set TRITON_INTERPRET=1 before importing triton"
         )

@@ -1,7 +1,7 @@
-"""gae in Triton: a program per row, and the recurrence as a reverse scan of linear steps (csrc/cuda/gae.cu).
+"""gae in Triton: one program per row computes the recurrence as a reverse scan of linear steps (csrc/cuda/gae.cu).
 
-u_t = gamma (V_{t+1} + lam A_{t+1}) carries everything: A_t = r_t - V_t + u_t, and u_{t-1} = add_t + keep_t u_t. Column
-t scans the step of column t + 1, so that it receives u_t.
+The scanned value is u_t = gamma (V_{t+1} + lam A_{t+1}): A_t = r_t - V_t + u_t, and u_{t-1} = add_t + keep_t u_t.
+Column t scans the step of column t + 1, so that its result is u_t.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ._common import accumulator, contiguous, load, number, refuse_cpu, tiles
 
 @triton.jit
 def _compose(later_add, later_keep, add, keep):
-    """The step (add, keep) after one of a later column, which a reverse scan hands over first."""
+    """The step of a later column followed by (add, keep); a reverse scan passes the later one first."""
     return add + keep * later_add, keep * later_keep
 
 
@@ -49,7 +49,7 @@ def _kernel(
 
 
 def gae(rewards, values, mask, rows, cols, gamma, lam, carry, dtype, advantages, returns):
-    """That of csrc/ops.h, with tensors in place of pointers."""
+    """The op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("gae", rewards)
     if rows * cols:
         _kernel[(rows,)](

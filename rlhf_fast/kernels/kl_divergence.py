@@ -1,6 +1,7 @@
-"""kl_divergence in Triton: a program per row reads both rows once forward and once backward.
+"""kl_divergence in Triton: the forward and the backward each read both rows once.
 
-Formulas: csrc/cuda/kl_divergence.cu. As in token_logprobs, each column of a (DEPTH, WIDTH) tile keeps its own state.
+Forward: one program per row. As in token_logprobs, each column of a (DEPTH, WIDTH) tile keeps its own state.
+Backward: one program per row and block. Formulas: csrc/cuda/kl_divergence.cu.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TO_POWER_OF_2 = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _moved(gap, sum_p, by_p, by_q):
-    """The gap under other references; an infinite one stays: q = 0 where p is not."""
+    """The gap after the maxima that it refers to have changed. An infinite gap (q = 0 where p > 0) stays infinite."""
     factor = tl.exp2(by_p * TO_POWER_OF_2)
     return tl.where(gap == float("inf"), gap, factor * (gap + (by_p - by_q) * sum_p)), factor * sum_p
 
@@ -88,7 +89,7 @@ def _backward_kernel(
 
 
 def kl_divergence_forward(logits, ref_logits, dtype, rows, vocab, mask, kl, saved):
-    """The forward of csrc/ops.h, with tensors in place of pointers."""
+    """The forward op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("kl_divergence", logits)
     if rows:
         _forward_kernel[(rows,)](
@@ -100,7 +101,7 @@ def kl_divergence_forward(logits, ref_logits, dtype, rows, vocab, mask, kl, save
 def kl_divergence_backward(
     logits, ref_logits, dtype, rows, vocab, mask, kl, saved, grad_kl, grad_logits, grad_ref_logits
 ):
-    """The backward of csrc/ops.h, with tensors in place of pointers."""
+    """The backward op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("kl_divergence", logits)
     block = 256 * 16 // logits.dtype.itemsize
     if rows:

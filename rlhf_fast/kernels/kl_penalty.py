@@ -1,4 +1,4 @@
-"""kl_penalty in Triton: the estimate at each token, and its derivative where a backward will follow."""
+"""kl_penalty in Triton: the estimate for each token, and its derivative if a backward will follow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _kernel(
 
 
 def kl_penalty(logprobs, ref_logprobs, rows, cols, estimator, input_clamp, output_clamp, dtype, kl, slope):
-    """That of csrc/ops.h, with tensors in place of pointers."""
+    """The op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("kl_penalty", logprobs)
     if rows * cols:
         _kernel[(triton.cdiv(rows * cols, BLOCK),)](

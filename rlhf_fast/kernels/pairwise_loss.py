@@ -1,6 +1,7 @@
-"""pairwise_loss in Triton: one program reads the pairs twice, for what the gradient divides by and for the rest.
+"""pairwise_loss in Triton: one program reads the pairs twice, first for the sum of the weights and the mean reward.
 
-A reward model's batch is a few thousand pairs, which one program reads in microseconds. Formulas: csrc/common/math.h.
+A batch of a reward model is a few thousand pairs, which one program reads in microseconds.
+Formulas: csrc/common/math.h.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _kernel(
         log1p = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
         minor, major = e / one, 1.0 / one
         positive, negative = tl.where(d < 0, minor, major), tl.where(d < 0, major, minor)
-        wrong = tl.where(d < 0, p, 1.0 - p)  # 0 of an infinite d is nothing
+        wrong = tl.where(d < 0, p, 1.0 - p)  # if it is 0, an infinite d must add nothing
         pair_loss = log1p + tl.where(wrong == 0, 0.0, wrong * tl.abs(d))
         slope = (1.0 - p) * positive - p * negative
         pull = tl.where(coef != 0, coef * (c + r), 0.0)
@@ -104,7 +105,7 @@ def pairwise_loss(
     chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, pairs, scale, margin_value, prob_value,
     center_coef, dtype, loss, stats, grad_chosen, grad_rejected,
 ):  # fmt: skip
-    """That of csrc/ops.h, with tensors in place of pointers."""
+    """The op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("pairwise_loss", chosen)
     _kernel[(1,)](
         *contiguous(chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights), pairs, scale,

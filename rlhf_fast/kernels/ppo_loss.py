@@ -1,7 +1,7 @@
 """ppo_loss in Triton. Formulas: csrc/common/policy.h.
 
-The divisor is known first (PyTorch counts the mask), then each program takes a block of tokens, writes their gradients
-and leaves its sums; one program adds these in the order of the blocks. Nothing waits for the device.
+PyTorch counts the mask, which gives the divisor. Then each program writes the gradients and the sums of a block of
+tokens, and one program adds up these sums in the order of the blocks. Nothing synchronises with the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._common import BLOCK, accumulator, contiguous, exp, exp_minus_1_minus, kl_token, load, number, refuse_cpu
 
-FIELDS = tl.constexpr(16)  # of a block: 12 sums over its tokens, then two maxima
+FIELDS = tl.constexpr(16)  # results of a block: 12 sums over its tokens, then two maxima (and two unused)
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     counts = tl.load(mask + at, mask=inside, other=0) != 0
-    share = tl.zeros([BLOCK], tl.float64) + 1.0  # of a token in its row
+    share = tl.zeros([BLOCK], tl.float64) + 1.0  # the weight of a token in its row
     if of_row is not None:
         share /= tl.maximum(tl.load(of_row + at // cols, mask=inside, other=1), 1).to(tl.float64)
     weight = (share / tl.load(norm)).to(ACCUM)
@@ -53,7 +53,7 @@ def _kernel(
     if ref_logprobs is not None:
         kl, kl_slope = kl_token(logprob - load(ref_logprobs, at, counts, ACCUM), ESTIMATOR)
         coef = number(kl_coef, ACCUM)
-        slope += tl.where(coef != 0, coef * kl_slope, 0.0)  # a statistic alone must not give 0 * inf
+        slope += tl.where(coef != 0, coef * kl_slope, 0.0)  # if the KL is only a statistic, 0 * inf must not count
         kl_sum = tl.sum(tl.where(counts, share * kl, 0.0), 0)
     if entropy is not None:
         entropy_sum = tl.sum(share * load(entropy, at, counts, ACCUM), 0)
@@ -114,7 +114,7 @@ def _finish(
     tl.store(loss, (value - tl.where(entropy_coef != 0, entropy_coef * entropy, 0.0)).to(ACCUM))
 
     squares = _field(total, 4)
-    lost = squares != squares  # maxima step over a NaN, statistics must not
+    lost = squares != squares  # a maximum ignores NaN, but the statistics must show it
     minus_min = tl.where(lost, squares, _field(tl.where(some, top, 0.0), 12))
     maximum = tl.where(lost, squares, _field(tl.where(some, top, 0.0), 13))
     clamp = number(log_ratio_clamp, ACCUM)
@@ -139,7 +139,8 @@ def _finish(
 
 
 def _divisors(mask, cols: int, aggregation: int, normalizer) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Tokens of each row where they weigh, and what the sum is divided by (Aggregation of csrc/ops.h)."""
+    """(number of tokens of each row, or None if tokens are not weighted by it; the divisor), see Aggregation in
+    csrc/ops.h."""
     token_mean, seq_mean_token_mean, sum_norm = aggregation == 0, aggregation == 2, aggregation == 3
     of_row = None if token_mean or sum_norm else mask.sum(1)
     if normalizer is None:
@@ -154,7 +155,7 @@ def ppo_loss(
     clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer, dtype, loss,
     stats, grad_logprobs, grad_entropy,
 ):  # fmt: skip
-    """That of csrc/ops.h, with tensors in place of pointers."""
+    """The op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("ppo_loss", logprobs)
     of_row, norm = _divisors(mask, cols, aggregation, normalizer)
     accum, blocks = accumulator(loss.dtype), triton.cdiv(rows * cols, BLOCK)

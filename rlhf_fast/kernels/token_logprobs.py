@@ -1,7 +1,7 @@
 """token_logprobs in Triton, for CUDA devices without the CUDA build. Formulas: csrc/cuda/token_logprobs.cu.
 
-Forward: one program per row reads it once. A block of it is a (DEPTH, WIDTH) tile, and every one of the WIDTH columns
-keeps its own (max, sum, weighted), so that nothing crosses a thread before the row ends.
+Forward: one program per row, which reads it once in (DEPTH, WIDTH) tiles. Each of the WIDTH columns keeps its own
+(max, sum, weighted), so that threads exchange nothing before the end of the row.
 Backward: one program per row and block.
 """
 
@@ -105,7 +105,7 @@ def _backward_kernel(
 def token_logprobs_forward(
     logits, dtype, rows, vocab, inner, outer_stride, inner_stride, labels, mask, temperature, logprobs, entropy, saved
 ):
-    """The forward of csrc/ops.h, with tensors in place of pointers."""
+    """The forward op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("token_logprobs", logits)
     if rows:
         _forward_kernel[(rows,)](
@@ -118,7 +118,7 @@ def token_logprobs_backward(
     logits, dtype, rows, vocab, inner, outer_stride, inner_stride, labels, mask, temperature, saved, entropy,
     grad_logprobs, grad_entropy, grad_logits, grad_outer_stride, grad_inner_stride,
 ):  # fmt: skip
-    """The backward of csrc/ops.h, with tensors in place of pointers."""
+    """The backward op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("token_logprobs", logits)
     if rows:
         tiles = backward_tiles(logits.dtype)
@@ -140,7 +140,7 @@ def forward_tiles(dtype: torch.dtype) -> dict:
 
 
 def backward_tiles(dtype: torch.dtype) -> dict:
-    """Two, which leaves the registers for twice the blocks."""
+    """Two loads of 16 bytes per thread, which leaves enough registers for twice as many blocks."""
     return {
         "ACCUM": accumulator(dtype),
         "BLOCK": 2 * 256 * 16 // dtype.itemsize,

@@ -1,4 +1,4 @@
-"""The ops: what `import rlhf_fast` offers to other people's training loops. One file, one op."""
+"""The ops, the functions that `import rlhf_fast` offers to any training loop. Each op has a file of its own."""
 
 from ._dispatch import backends, empty_cache, use_backend
 from .cross_entropy import cross_entropy

@@ -1,12 +1,13 @@
-"""Which kernel runs an op: the table (op, device) -> backend, and the two ways into a native op.
+"""Which kernel runs an op: the table (op, device) -> backend, and the two ways to call a native op.
 
-A public function asks `op.backend(tensor)`. "reference" is ops/reference.py, ordinary PyTorch under ordinary autograd.
-Any other backend is a native kernel, which `op(...)` enters
-    directly, on plain tensors in eager mode: one autograd.Function, or no wrapper at all when nothing requires grad;
-    through torch.library everywhere else (torch.compile, fake tensors, functorch, tensor subclasses).
+A public function asks `op.backend(tensor)`. The backend "reference" is ops/reference.py: plain PyTorch with PyTorch's
+autograd. Any other backend is a native kernel, and `op(...)` calls it in one of two ways:
+    directly, for plain tensors in eager mode: one autograd.Function, or no wrapper at all if nothing requires grad;
+    through torch.library in all other cases (torch.compile, fake tensors, functorch, tensor subclasses).
 
-The order of a device's kernels is the table's choice. On a CPU it is measured (bench/results/cpu.json: native beside
-eager and torch.compile). On a GPU, native before triton is predicted (bench/notes.md) and not yet measured.
+The kernels of a device are listed in order of preference. On a CPU the order is measured (bench/results/cpu.json
+compares native with eager and torch.compile). On a GPU, native before triton is predicted (bench/notes.md) and not yet
+measured.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from ._statistics import Statistics
 
 try:
     from .. import _C
-except ImportError as error:  # a source tree without its build; backends() and the CPU error say so
+except ImportError as error:  # a source tree that is not built; backends() and the errors on the CPU say so
     _C, _C_MISSING = None, str(error)
 else:
     if getattr(_C, "interface", 1) != 6:  # csrc/bindings.cpp
-        _C, _C_MISSING = None, "the one that is there is of another version than the source tree"
+        _C, _C_MISSING = None, "the existing one was built from another version of the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
-HOW_TO_BUILD = "pip install rlhf-fast where nvcc is on PATH, with RLHF_FAST_CUDA=1 to insist"
+HOW_TO_BUILD = "with nvcc on PATH run pip install . in the source tree (RLHF_FAST_CUDA=1 makes a missing nvcc an error)"
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 _NO_CUDA_GRAPH = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # torch 2.6: none
-_HAS_TRITON = find_spec("triton") is not None  # here, as not every torch.compile can trace the question
+_HAS_TRITON = find_spec("triton") is not None  # asked at import, because not every torch.compile can trace find_spec
 _OPS: dict[str, Op] = {}
-_forced: str | None = None  # use_backend
+_forced: str | None = None  # the backend of use_backend
 
 
 def _unavailable(device: str, backend: str) -> str | None:
@@ -52,7 +53,7 @@ def _unavailable(device: str, backend: str) -> str | None:
         if backend == "native" and _C is None:
             return f"rlhf_fast._C is not built ({_C_MISSING}); run pip install . in the source tree"
         if backend == "triton":
-            return "Triton runs on the CPU only under its interpreter, which use_backend('triton') asks for"
+            return "Triton runs on the CPU only in its interpreter, which use_backend('triton') asks for"
     elif backend == "native":
         if _C is None or _C.cuda_version is None:
             return f"this build has no CUDA kernels; {HOW_TO_BUILD}"
@@ -64,16 +65,20 @@ def _unavailable(device: str, backend: str) -> str | None:
 
 
 class Op:
-    """One native op: a schema of torch.library, its kernels by device and backend (best first), fake and autograd.
+    """One native op: its schema for torch.library, its kernels by device and backend (best first), fake and derivative.
 
-    A kernel (and fake) may return None for an output that nobody asked for. Autograd sees the first `differentiable`
-    outputs only. The derivative is either setup_context and backward, as of torch.library.register_autograd, or
-    `gradients`: {input: output}, the last ones, of a loss whose kernel computes its gradients too, so that the backward
-    scales them. On plain tensors such a kernel runs beside autograd, which is then shown the loss and given the rest.
-    With `statistics`, the names of what the second output holds, a call gives the first output and these by name.
-    in_c: forward and backward of Op.function for the CPU's native kernel without a line of Python (csrc/rows.h).
-    in_backward: another op's backward calls this one too (one without a derivative of its own is nothing but that).
-    waits: on a GPU it may wait for the device, so that torch.compile must leave it out of its CUDA graphs.
+    A kernel (and fake) may return None for an output that is not wanted. Autograd sees only the first `differentiable`
+    outputs. The derivative is given in one of two forms:
+        backward and setup_context, as for torch.library.register_autograd;
+        gradients, {input: output}, for a loss whose kernel also computes its gradients. They are the last outputs, and
+        the backward scales them. For plain tensors autograd does not see the kernel's inputs and outputs: the kernel
+        runs first, and then an autograd.Function receives its loss and keeps its gradients.
+    An op without a derivative is a backward op, or its inputs are detached (gae).
+
+    statistics: names of the elements of the second output. A call then returns the first output and a dict of these.
+    in_c: forward and backward of Op.function in C, for the CPU's native kernel (csrc/rows.h).
+    in_backward: another op's backward also calls this one. Implied for an op without a derivative.
+    waits: on a GPU the op may synchronise with the device, so torch.compile must leave it out of its CUDA graphs.
     """
 
     def __init__(
@@ -81,13 +86,13 @@ class Op:
         statistics=None, in_c=None, in_backward=False, waits=False,
     ):  # fmt: skip
         self.name, self._statistics = schema.split("(")[0], statistics
-        self.public = self.name.removesuffix("_forward")  # for messages
+        self.public = self.name.removesuffix("_forward").removesuffix("_backward")  # the name in messages
         self.kernels: dict[str, dict[str, Callable]] = {}
         for (device, backend), kernel in kernels.items():
             self.kernels.setdefault(device, {})[backend] = kernel
         self._chosen: dict[str, str] = {}  # device -> backend, filled on first use
-        self._ready: dict[str, Callable] = {}  # device -> kernel, until another backend is forced
-        # The arguments that autograd is shown, those that may have a gradient: it takes its time over each.
+        self._ready: dict[str, Callable] = {}  # device -> kernel, emptied when another backend is forced
+        # The arguments that autograd sees: only those that may have a gradient, because each one costs time.
         tensors = schema.split(" -> ")[0].count("Tensor")
         shown = tuple(range(tensors) if gradients is None else gradients)
         self._shown = _several(shown)
@@ -108,7 +113,7 @@ class Op:
             self._make_function(*self._directly(backward, once, setup_context, differentiable, len(shown)))
             self._in_c = in_c
             self.follow(None)
-        else:  # a backward op: without this, a second derivative would be silently zero
+        else:  # a backward op; without this a second derivative would silently be zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
         self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
         _OPS[self.name] = self
@@ -116,7 +121,7 @@ class Op:
     def _differentiate(
         self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int
     ) -> Callable:
-        """Tells torch.library the derivative -> backward, whose gradients refuse to be differentiated."""
+        """Registers the derivative with torch.library -> a backward whose gradients refuse a second derivative."""
 
         def setup(ctx, inputs, output):
             ctx.mark_non_differentiable(*output[differentiable:])
@@ -135,15 +140,18 @@ class Op:
     def _directly(
         self, backward: Callable, backward_once: Callable, setup_context: Callable, differentiable: int, shown: int
     ) -> tuple[Callable, Callable, Callable]:
-        """What _make_function asks for. All arguments come as one tuple, into which autograd does not look, after those
-        that it is shown."""
+        """forward, backward and apply for _make_function.
 
-        def forward(ctx, *given):  # a setup_context of its own would make apply() inspect signatures, 25 us a call
+        The Function is called with the arguments that autograd sees, followed by one tuple of all arguments, which
+        autograd does not look into.
+        """
+
+        def forward(ctx, *given):  # with a separate setup_context apply() would inspect signatures, 25 us per call
             args = given[-1]
             outputs = self.run(*args)
             ctx.set_materialize_grads(False)
             setup_context(ctx, args, outputs)
-            return *outputs[:differentiable], outputs[differentiable:]  # the latter a tuple, which autograd ignores
+            return *outputs[:differentiable], outputs[differentiable:]  # the last is a tuple, which autograd ignores
 
         def backward_of_inputs(ctx, *grads):
             once = backward_once if torch.is_grad_enabled() else backward
@@ -152,28 +160,31 @@ class Op:
         return forward, backward_of_inputs, backward_of_inputs
 
     def _make_function(self, forward: Callable, backward: Callable, apply: Callable) -> None:
-        """apply: what the engine calls, of the same results as backward; without Function's own search for that, 1 us a
-        call."""
+        """Makes the autograd.Function of this op.
+
+        apply: called by the engine, with the same results as backward. It saves the engine Function's own search for
+        the backward, 1 us per call.
+        """
         methods = {"forward": forward, "forward_in_python": forward, "backward": backward}
         methods = {name: staticmethod(method) for name, method in methods.items()}
         self.function = type(self.name, (torch.autograd.Function,), methods)
-        self.function._backward_cls.direct = True  # on ctx: outputs that the public function hides may be overwritten
+        self.function._backward_cls.direct = True  # seen as ctx.direct, see may_consume
         self.function._backward_cls.apply = apply
-        # Without Function.apply's own look at each argument for functorch, which route() has ruled out.
+        # Not Function.apply, which would look at each argument for functorch; route() has ruled that out.
         self._apply = super(torch.autograd.Function, self.function).apply
 
     def _refuse_gradient(self, ctx, *grads):
-        raise RuntimeError(f"{self.name} is differentiable once only; use_backend('reference') has no such limit")
+        raise RuntimeError(f"{self.public} is differentiable once only; use_backend('reference') has no such limit")
 
     def _refuse_tangents(self, args):
-        """Without this, a forward-mode derivative would be silently zero."""
+        """Without this a forward-mode derivative would silently be zero."""
         if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
             raise NotImplementedError(
                 f"{self.public} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
             )
 
     def _refuse_functorch_gradients(self, args):
-        """torch's own error speaks of an autograd.Function that the user has never seen."""
+        """torch's own error would mention an autograd.Function that the user has never seen."""
         if any(isinstance(x, Tensor) and x.requires_grad and functorch.is_gradtrackingtensor(x) for x in args):
             raise NotImplementedError(
                 f"{self.public} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
@@ -181,13 +192,13 @@ class Op:
             )
 
     def _refuse_sharded(self, args):
-        """torch's own error asks for the other arguments to be DTensors too, for which there is no kernel either."""
+        """torch's own error would ask for all arguments to be DTensors, for which there is no kernel either."""
         for x, argument in zip(args, self.library_op._schema.arguments, strict=False):
             if type(x).__name__ == "DTensor":
                 raise TypeError(
-                    f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. What "
-                    "fully_shard has split is whole inside the forward of the module that it was given: call the loss "
-                    "there, and split the lm_head with that module, not by itself"
+                    f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. Parameters that fully_shard "
+                    "has sharded are whole inside the forward of the module that it was called on: call the loss "
+                    "there, and shard the lm_head together with that module, not by itself"
                 )
 
     def __call__(self, *args):
@@ -224,44 +235,44 @@ class Op:
             return _on_resolved(kernel, *args)
 
     def follow(self, forced: str | None) -> None:
-        """Another backend is forced, or none any more."""
+        """Adapts to the backend that use_backend forces from now on, or to none."""
         self._ready = {}
         if self._in_c is not None:
             python = self.function.forward_in_python, self.function.backward
-            native = forced in (None, "native", "reference")  # the last: since the forward, which was native
+            native = forced in (None, "native", "reference")  # reference: for a backward whose forward was native
             forward, self.function._backward_cls.apply = self._in_c if native else python
             self.function.forward = staticmethod(forward)
 
     def kernel_on(self, device: str) -> Callable:
-        ready = self._ready  # taken first: what another thread forces meanwhile puts an empty one in its place
+        ready = self._ready  # read first: if another thread forces a backend meanwhile, it replaces this dict
         backend = self.backend_on(device)
-        if backend == "reference":  # forced since the forward, which was native
+        if backend == "reference":  # forced after the forward, which was native
             backend, _ = self._choose(device)
         kernel = self.kernels[device][backend]
-        # Triton reads addresses by itself.
+        # Triton reads the addresses of tensors itself and does not raise _NEGATED.
         ready[device] = kernel = partial(_on_resolved, kernel) if backend == "triton" else kernel
         return kernel
 
     def backend(self, tensor: Tensor) -> str:
         """The backend that runs this op on the device of tensor."""
         device = device_type(tensor)
-        if is_compiling() and _forced is None:  # what the first call keeps would be a guard that fails in the second
+        if is_compiling() and _forced is None:  # _chosen, filled by the first call, would be a guard that then fails
             return self._choose(device)[0]
         return (self._chosen.get(device) if _forced is None else None) or self.backend_on(device)
 
     def backend_on(self, device: str) -> str:
-        if (forced := _forced) is not None:  # once: another thread may end use_backend meanwhile
+        if (forced := _forced) is not None:  # read once, because another thread may end use_backend meanwhile
             if forced != "reference" and forced not in self.kernels.get(device, ()):
-                raise RuntimeError(f"{self.name}: use_backend({forced!r}) has no kernel for it on {device}")
+                raise RuntimeError(f"{self.public}: has no kernel for use_backend({forced!r}) on {device}")
             return forced
         if device not in self._chosen:
             self._chosen[device], why = self._choose(device)
             if self._chosen[device] == "reference" and torch.cuda.is_available() and not is_compiling():
-                warnings.warn(f"{self.name} runs in plain PyTorch on {device}: {why}", stacklevel=4)
+                warnings.warn(f"{self.public} runs in plain PyTorch on {device}: {why}", stacklevel=4)
         return self._chosen[device]
 
     def _choose(self, device: str) -> tuple[str, str | None]:
-        """The first available backend, and why the better ones are not."""
+        """The first available backend, and why the better ones are not available."""
         reasons = []
         for backend in self.kernels.get(device, ()):
             reason = _unavailable(device, backend)
@@ -269,33 +280,35 @@ class Op:
                 return backend, "; ".join(reasons) or None
             reasons.append(f"{backend}: {reason}")
         if device == "cpu" and reasons:
-            raise RuntimeError(f"{self.name}: {reasons[0]}. Plain PyTorch: with rlhf_fast.use_backend('reference')")
+            raise RuntimeError(f"{self.public}: {reasons[0]}. For plain PyTorch: rlhf_fast.use_backend('reference')")
         if reasons and device == "cuda" and torch.cuda.is_available():
             if "triton" not in self.kernels[device] and _unavailable(device, "triton") is None:
-                # What is large runs in Triton on this machine, and PPO should not end for the sake of a small op.
-                return "reference", f"{reasons[0]}; triton: no kernel for it is written"
+                # The expensive ops have Triton kernels, and PPO should not fail because of a small op that has none.
+                return "reference", f"{reasons[0]}; triton: this op has no kernel"
             raise RuntimeError(
-                f"{self.name} got a CUDA tensor, and {'; '.join(reasons)}. Plain PyTorch: with "
+                f"{self.public} got a CUDA tensor, and {'; '.join(reasons)}. For plain PyTorch: "
                 "rlhf_fast.use_backend('reference')"
             )
-        return "reference", "; ".join(reasons) or f"no kernel for {device} is written yet"
+        return "reference", "; ".join(reasons) or f"there is no kernel for {device} yet"
 
 
-# What route says of a call, and consume of saved outputs (csrc/tensor.h). Without the native module all calls go
-# through torch.library.
+# Return values of route (the way of a call) and of consume (who else holds the saved outputs), see csrc/tensor.h.
+# Without the native module all calls go through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
 _SHARED = 0
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
 _route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
 _consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
-_NEGATED = () if _C is None else _C.Negated  # raised for a tensor marked as the negative of its memory: z.conj().imag
+_NEGATED = () if _C is None else _C.Negated  # raised for a tensor with torch's negative bit set, such as z.conj().imag
 _keep_gradients = None if _C is None else _C.keep_gradients
 _give_gradients = None if _C is None else _C.give_gradients
 
 
 def _scale_gradients(ctx, factor: Tensor | None, saved: tuple | None = None) -> tuple[Tensor | None, ...]:
-    """The backward of a loss that has kept its gradients -> these times the factor, and None for the tuple of outputs.
-    csrc/loss.h calls it, with what it has read of ctx, where they are not to go back as they are."""
+    """The backward of a loss that has kept its gradients -> the gradients times the factor, and None for the outputs.
+
+    csrc/loss.h calls it, with the saved tensors that it has read from ctx, unless it can return them unchanged.
+    """
     saved = ctx.saved_tensors if saved is None else saved
     if factor is None:
         return (None,) * (len(saved) + 1)
@@ -306,7 +319,7 @@ def _scale_gradients(ctx, factor: Tensor | None, saved: tuple | None = None) -> 
 
 
 def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
-    """An itemgetter that gives a tuple of one, too."""
+    """An itemgetter that returns a tuple even for one place."""
     return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
@@ -315,24 +328,26 @@ def _on_resolved(kernel: Callable, *args, **options):
 
 
 def check_unchanged(op: str, unchanged: bool) -> None:
-    """Autograd notices what is written in place, not x.data = y; kernels would read past the end of a smaller one."""
+    """Autograd notices writes in place, but not x.data = y. If y is smaller, a kernel would read past its end."""
     if not unchanged:
         raise RuntimeError(
-            f"{op}: what its backward needs has another shape or dtype than in the forward; a tensor's .data was "
-            "replaced, or a hook on saved tensors gave back something else"
+            f"{op}: a tensor that its backward needs has another shape or dtype than in the forward; its .data was "
+            "replaced, or a hook on saved tensors returned another tensor"
         )
 
 
 def plain_in_backward(*arguments) -> bool:
-    """Whether a backward may call kernels directly: real tensors, and nobody (compile, functorch, modes) watches."""
+    """Whether a backward may call kernels directly: plain tensors, and neither a compiler, functorch nor a mode."""
     return not is_compiling() and _route_in_backward(*arguments) != _LIBRARY_OP
 
 
 def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | None, ...]:
-    """Uninitialised contiguous tensors on the device of like. A shape is that of a tensor, a number or a tuple of both;
-    None gives None. No dtype: the one in which like's values are accumulated. On a CPU they are ours, which takes a
-    third of the time, and large ones lie in memory that a step before has left (csrc/memory.h); these cannot grow, by
-    resize_ or as an out= of another shape.
+    """Uninitialised contiguous tensors on the device of like, one for each shape.
+
+    A shape is a tensor (whose shape is meant), a number, or a tuple of these; None gives None. dtype None is the dtype
+    in which like's values are accumulated. On a CPU the native module allocates, in a third of PyTorch's time, and
+    large tensors reuse the memory of a previous step (csrc/memory.h). Tensors from there cannot grow, neither by
+    resize_ nor as an out= of another shape.
     """
     made = _empties(like, -1 if dtype is None else DTYPE_CODES[dtype], *shapes)
     if made is not None:
@@ -355,16 +370,16 @@ def _sizes(shape) -> tuple[int, ...]:
 
 
 def empty_cache() -> int:
-    """Gives the memory that is kept for large CPU gradients back to the system -> bytes."""
-    return _C.empty_cache() if hasattr(_C, "empty_cache") else 0  # an emulation of the GPU has none
+    """Returns the memory that is kept for large CPU gradients to the system -> its size in bytes."""
+    return _C.empty_cache() if hasattr(_C, "empty_cache") else 0  # the tests' emulation of a GPU has none
 
 
 def device_type(x: Tensor) -> str:
-    return "cpu" if x.is_cpu else x.device.type  # a device is an object; is_cpu takes a fifth of its time
+    return "cpu" if x.is_cpu else x.device.type  # is_cpu takes a fifth of the time of x.device, which makes an object
 
 
 def _in_full(outputs):
-    """torch.library knows no absent outputs: an empty tensor stands there."""
+    """The outputs with an empty tensor for None, which torch.library does not allow."""
     if isinstance(outputs, Tensor):
         return outputs
     some = next(o for o in outputs if o is not None)
@@ -372,18 +387,17 @@ def _in_full(outputs):
 
 
 def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
-    """In a backward: whether saved outputs may be overwritten, because nobody else sees them or runs this again."""
-    return is_direct(ctx) and not is_compiling() and _consume(grad, *saved) != _SHARED
-
-
-def is_direct(ctx) -> bool:
-    """Whether ctx is of Op.function, not of torch.library, where all outputs are visible and an absent one is empty."""
-    return getattr(ctx, "direct", False)
+    """In a backward: whether saved outputs may be overwritten, because nothing else uses them and it runs only once."""
+    # ctx.direct is set in Op.function. torch.library, whose ctx does not have it, makes all outputs visible.
+    return getattr(ctx, "direct", False) and not is_compiling() and _consume(grad, *saved) != _SHARED
 
 
 def _once(grads: tuple) -> tuple:
-    """grads, which refuse to be differentiated. once_differentiable leaves those of a plain loss.backward() as numbers:
-    what depends on them, such as a penalty on a gradient's norm, would silently have no derivative."""
+    """grads that raise an error when they are differentiated.
+
+    PyTorch's once_differentiable does not do this after a plain loss.backward(): a penalty on the norm of a gradient,
+    say, would silently have no derivative.
+    """
     words = "trying to differentiate twice a function of rlhf_fast; use_backend('reference') has no such limit"
     refuse = torch._C._functions.DelayedError(words, len(grads))
     refusing = refuse(*(None if g is None else g.detach().requires_grad_() for g in grads))
@@ -391,7 +405,8 @@ def _once(grads: tuple) -> tuple:
 
 
 def _times(g: Tensor, factor: Tensor) -> Tensor:
-    """g *= factor. On a GPU a kernel sees whether the factor is 1, and then leaves a large g alone; nobody waits."""
+    """g *= factor. On a GPU the kernel for a large g finds out whether the factor is 1, and then leaves g alone; this
+    needs no synchronisation."""
     large = g.is_cuda and g.numel() >= 1 << 20 and g.is_contiguous() and g.data_ptr() % 16 == 0
     if large and factor.dtype in (torch.float32, torch.float64) and _unavailable("cuda", "native") is None:
         launch("scale", (g, DTYPE_CODES[g.dtype], g.numel(), factor, DTYPE_CODES[factor.dtype]))
@@ -400,7 +415,7 @@ def _times(g: Tensor, factor: Tensor) -> Tensor:
 
 
 def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
-    """backward and setup_context of a loss: output gradients[i], where it is wanted, is its gradient by input i."""
+    """backward and setup_context of a loss: output gradients[i], if it is wanted, is the gradient by input i."""
 
     def backward(ctx, factor, *_):
         grads = [None] * len(ctx.needs_input_grad)
@@ -421,7 +436,7 @@ def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
 
 @contextmanager
 def use_backend(name: str):
-    """Run every op on one backend inside the block: "reference", "native" or "triton". Not thread-local."""
+    """Runs every op on one backend inside the block: "reference", "native" or "triton". Applies to all threads."""
     if name not in ("reference", "native", "triton"):
         raise ValueError(f"use_backend: {name!r} must be 'reference', 'native' or 'triton'")
     before = _forced
@@ -440,15 +455,15 @@ def _force(name: str | None) -> None:
 
 
 def is_forced() -> bool:
-    """Whether use_backend is in force."""
+    """Whether use_backend is active."""
     return _forced is not None
 
 
 def backends() -> dict[str, dict[str, dict[str, str | None]]]:
-    """{op: {device: {"backend": what runs, "why": why no better one does}}} for "cpu" and "cuda"."""
+    """{op: {device: {"backend": which one runs, "why": why no better one does}}} for the devices "cpu" and "cuda"."""
     table = {}
     for kernel, op in sorted(_OPS.items()):
-        if kernel.endswith("_backward"):  # runs where its forward does
+        if kernel.endswith("_backward"):  # runs on the backend of its forward
             continue
         name = op.public
         table[name] = {}
@@ -462,9 +477,9 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
 
 
 def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
-    """Queues a CUDA op of csrc/ops.h on the current stream of its first tensor's device."""
+    """Queues a CUDA op of csrc/ops.h on the current stream of the device of its first tensor."""
     device = arguments[0].device
-    if scratch_rows is not None:  # in use until the kernel has run, which is before anything later on this stream
+    if scratch_rows is not None:  # freed before the kernel has run, but only later work on this stream can reuse it
         size = _C.cuda.scratch_doubles + scratch_rows
         arguments = (*arguments, torch.empty(size, dtype=torch.float64, device=device))
     with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
@@ -474,19 +489,19 @@ def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
 
 
 def _meaning(error: int) -> str:
-    if error >= 700 and error != 701:  # the card tells whoever asks next that a kernel has stopped
-        return ", which a kernel before this one has left; CUDA_LAUNCH_BLOCKING=1 finds out which"
+    if error >= 700 and error != 701:  # CUDA reports that a kernel has failed in the next call, whichever it is
+        return ", from a kernel that ran before this one; CUDA_LAUNCH_BLOCKING=1 finds out which"
     if error == 209:
-        return f": this build has code for {_C.cuda_architectures} alone (RLHF_FAST_CUDA_ARCHITECTURES)"
+        return f": this build has code only for {_C.cuda_architectures} (RLHF_FAST_CUDA_ARCHITECTURES)"
     return f": the driver is older than CUDA {_C.cuda_version}, which built the kernels" if error == 35 else ""
 
 
 def native(
     op: str, arguments: Callable, *, scratch: bool, triton: str | None = None
 ) -> dict[tuple[str, str], Callable]:
-    """The kernels of an op: arguments(*args) gives what csrc/ops.h asks of all, and the outputs.
+    """The kernels of an op. arguments(*args) returns the arguments that csrc/ops.h lists for it, and its outputs.
 
-    triton: the module of rlhf_fast.kernels that has a function of this name, where there is one.
+    scratch: the CUDA kernel needs scratch memory. triton: the module of rlhf_fast.kernels that has a function named op.
     """
 
     kernel = getattr(_C, op, None)
@@ -514,26 +529,18 @@ def native(
 
 
 def check_tensors(op: str, *, optional: tuple[str, ...] = (), **arguments) -> None:
-    """optional: the names of those that may be None."""
+    """Checks that all arguments are dense tensors. optional: the names of those that may be None."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor) and (x is not None or name not in optional):
-            raise TypeError(f"{op}: {name} is {_kind(x)}; needs a tensor")
+            raise TypeError(f"{op}: {name} is {'None' if x is None else f'of type {type(x).__name__}'}; needs a tensor")
         if x is not None and (x.layout is not torch.strided or x.is_nested):
-            raise TypeError(f"{op}: {name} is {_layout(x)}; needs a dense tensor")
-
-
-def _kind(x) -> str:
-    return "None" if x is None else f"of type {type(x).__name__}"
-
-
-def _layout(x: Tensor) -> str:
-    return "nested" if x.is_nested else str(x.layout)
+            raise TypeError(f"{op}: {name} is {'nested' if x.is_nested else x.layout}; needs a dense tensor")
 
 
 def check_vocabulary(op: str, size: int, like: Tensor) -> None:
-    """What the kernels of a GPU count in."""
+    """Checks the limit of the GPU's kernels."""
     if size > MOST_VOCABULARY and not like.is_cpu:
-        raise ValueError(f"{op}: a vocabulary of {size} is more than the kernels' {MOST_VOCABULARY}")
+        raise ValueError(f"{op}: a vocabulary of {size} is more than the kernels' limit of {MOST_VOCABULARY}")
 
 
 def as_bool(mask: Tensor) -> Tensor:
@@ -541,13 +548,13 @@ def as_bool(mask: Tensor) -> Tensor:
 
 
 def byte_mask(mask: Tensor | None) -> Tensor | None:
-    """A contiguous bool tensor for the kernels, from bool or 0/1 numbers."""
+    """The mask, bool or 0/1, as a contiguous bool tensor."""
     return None if mask is None else as_bool(mask).contiguous()
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether two indices may share memory (an expanded tensor, windows): writing it in place would lose values."""
-    span = 1  # elements from the first to the last of the axes so far
+    """Whether two indices may share memory (expanded tensors, windows), so that x must not be written in place."""
+    span = 1  # elements from the first to the last index of the axes so far
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride < span:
             return True
@@ -556,7 +563,7 @@ def overlaps_itself(x: Tensor) -> bool:
 
 
 def strided_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(..., V) -> x, inner, outer_stride, inner_stride: the layout of ops.h, copying only what it cannot express.
+    """(..., V) -> (x, inner, outer_stride, inner_stride), the layout of csrc/ops.h. Copies x if it has another one.
 
     Row i of the flattened leading axes starts at (i // inner) * outer_stride + (i % inner) * inner_stride.
     """
@@ -564,7 +571,7 @@ def strided_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
         return x, 1, x.shape[-1], 0
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         x = x.contiguous()
-    axes = []  # (size, stride) of the leading axes, neighbours merged where memory allows
+    axes = []  # (size, stride) of the leading axes, with neighbours merged if their strides allow it
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
             continue

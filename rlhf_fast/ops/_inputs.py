@@ -1,4 +1,9 @@
-"""What the ops over (B, T) tokens and (B,) pairs share: checks of their inputs, and where their results go."""
+"""What several ops share: the checks of their inputs with the error messages, and the outputs of the losses.
+
+A check that passes must cost next to nothing: on tiny tensors an op takes a few microseconds. So the usual call is
+accepted by one native check (csrc/tensor.h) or one comparison, and the code that finds out which argument is wrong runs
+only after that.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +19,37 @@ from . import reference
 from ._dispatch import _C, DTYPE_CODES, as_bool, check_tensors, empties, native
 
 _alike = (lambda ndim, needed, mask, *tensors: False) if _C is None else _C.alike
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+
+
+def dtype_error(op: str, name: str, x: Tensor, needed: str = "float32, bfloat16, float16 or float64") -> TypeError:
+    return TypeError(f"{op}: {name} is {x.dtype}; needs {needed}")
+
+
+def device_error(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> ValueError:
+    return ValueError(f"{op}: {name} is on {x.device}, {like_name} on {like.device}; move them to one device")
+
+
+def label_error(op: str, label: Tensor, row: int | Tensor, vocab: int) -> IndexError:
+    return IndexError(
+        f"{op}: label {label} at row {row} is outside the vocabulary of {vocab}; a label that does not count needs "
+        "mask=False (or ignore_index) there"
+    )
 
 
 def check(
     op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: Tensor | None, optional: int = 0
 ) -> None:  # fmt: skip
-    """All tensors, whose names are the words of names, have the first one's shape and device, and a floating dtype;
-    ndim is the number of axes it needs. The last `optional` of them may be None, and so may the mask."""
+    """Checks that all tensors and the mask have one shape and device, and the tensors a floating dtype.
+
+    names: the names of the tensors, separated by spaces. ndim: the number of axes that they need (None: any). The mask
+    may be None, and so may the last `optional` tensors.
+    """
     needed = len(tensors) - optional
     if not is_compiling() and _alike(-1 if ndim is None else ndim, needed, mask, *tensors):
-        return  # the usual case, for a tenth of the time of what follows
+        return  # the usual case, in a tenth of the time that the checks below take
     named = dict(zip(names.split(), tensors, strict=True))
     check_tensors(op, optional=(*list(named)[needed:], "mask"), **named, mask=mask)
     first_name, first = next(iter(named.items()))
@@ -32,39 +58,44 @@ def check(
         need = {1: "(B,)", 2: "(B, T)"}[ndim]
         raise ValueError(f"{op}: {first_name} is {tuple(shape)}; needs {need}")
     for name, x in named.items():
-        if x is not None and (x.shape != shape or x.dtype not in DTYPE_CODES or x.device != device):
-            _refuse(op, name, x, first_name, first)
+        if x is None:
+            continue
+        if x.dtype not in DTYPE_CODES:
+            raise dtype_error(op, name, x)
+        if x.shape != shape or x.device != device:
+            raise _mismatch(op, name, x, first_name, first)
     if mask is not None and (mask.shape != shape or mask.device != device):
-        _refuse(op, "mask", mask, first_name, first)
+        raise _mismatch(op, "mask", mask, first_name, first)
 
 
-def _refuse(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
-    if name != "mask" and x.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: {name} is {x.dtype}; needs float32, bfloat16, float16 or float64")
-    if x.shape != first.shape:
-        raise ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(first.shape)}")
-    raise ValueError(f"{op}: {name} is on {x.device}, {first_name} on {first.device}; move them to one device")
+def _mismatch(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> ValueError:
+    if x.shape == first.shape:
+        return device_error(op, name, x, first_name, first)
+    return ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(first.shape)}")
 
 
 def needed_mask(op: str, mask: Tensor | None) -> Tensor:
-    """As bool."""
+    """The mask as bool."""
     if mask is None:
-        raise ValueError(f"{op}: needs a mask (B, T); one that is True everywhere counts all")
+        raise ValueError(f"{op}: needs a mask (B, T); one that is True everywhere counts every token")
     return as_bool(mask)
 
 
-# What float(), a comparison or torch.full raises of what is no number. Around these, and not a check before them: the
-# usual call pays nothing for a try.
+# What float(), a comparison or torch.full raises if it is given something that is not a number. Options are used inside
+# `try ... except NO_NUMBER` instead of being checked first, because a try costs the usual call nothing.
 NO_NUMBER = (TypeError, ValueError, RuntimeError, OverflowError)
 
 
 def refuse_no_number(op: str, *, optional: tuple[str, ...] = (), **given) -> None:
-    """Where NO_NUMBER was caught: a TypeError that names the first which is no number; None for the optional ones."""
+    """Call it after catching NO_NUMBER: a TypeError names the first argument that is not a number.
+
+    The optional ones may be None. Returns if all are numbers: the error then had another cause.
+    """
     for name, x in given.items():
         if x is None and name in optional:
             continue
         try:
-            if not isinstance(x, str):  # float("1e-5") is one, and nothing else here takes it
+            if not isinstance(x, str):  # float("1e-5") works, but no op takes a string
                 float(x)
                 continue
         except NO_NUMBER:
@@ -76,44 +107,50 @@ def refuse_no_number(op: str, *, optional: tuple[str, ...] = (), **given) -> Non
 def check_policy(
     op: str, cliprange: float, cliprange_high: float | None, dual_clip: float | None, log_ratio_clamp: float | None
 ) -> None:
-    """What PPO's losses refuse of their options."""
+    """Checks the options of PPO's losses."""
     try:
-        if not cliprange >= 0:
-            raise ValueError(f"{op}: cliprange {cliprange} must be >= 0")
-        if cliprange_high is not None and not cliprange_high >= 0:
-            raise ValueError(f"{op}: cliprange_high {cliprange_high} must be >= 0")
-        if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"{op}: dual_clip {dual_clip} must be > 1")
-        if log_ratio_clamp is not None and not log_ratio_clamp >= 0:
-            raise ValueError(f"{op}: log_ratio_clamp {log_ratio_clamp} must be >= 0")
+        if (
+            cliprange >= 0
+            and (cliprange_high is None or cliprange_high >= 0)
+            and (dual_clip is None or dual_clip > 1)
+            and (log_ratio_clamp is None or log_ratio_clamp >= 0)
+        ):
+            return
     except NO_NUMBER:
         refuse_no_number(
             op, optional=("cliprange_high", "dual_clip", "log_ratio_clamp"), cliprange=cliprange,
             cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
         )  # fmt: skip
         raise
+    limits = {"cliprange": cliprange, "cliprange_high": cliprange_high, "log_ratio_clamp": log_ratio_clamp}
+    for name, value in limits.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{op}: {name} {value} must be >= 0")
+    raise ValueError(f"{op}: dual_clip {dual_clip} must be > 1")
 
 
 def check_temperature(op: str, temperature: float) -> None:
     if isinstance(temperature, Tensor) and temperature.numel() != 1:
         raise ValueError(
-            f"{op}: temperature is {tuple(temperature.shape)}; needs one number. For one of each row divide the logits "
-            "(or the hidden states, where there is no bias and no softcap) by it"
+            f"{op}: temperature is {tuple(temperature.shape)}; needs one number. For one temperature per row divide "
+            "the logits by them (or the hidden states, if there is no bias and no softcap)"
         )
-    check_limit(op, "temperature", temperature)
+    check_positive(op, "temperature", temperature)
 
 
-def check_limit(op: str, name: str, value: float) -> None:
+def check_positive(op: str, name: str, value: float) -> None:
     try:
-        if not 0 < value < math.inf:
-            raise ValueError(f"{op}: {name} {value} must be > 0 and finite")
+        outside = not 0 < value < math.inf
     except NO_NUMBER:
         refuse_no_number(op, **{name: value})
         raise
+    if outside:
+        raise ValueError(f"{op}: {name} {value} must be > 0 and finite")
 
 
 def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> float:
-    """The coefficient of a term; one whose tensor is missing would be left out without a word."""
+    """The coefficient of a term as a float. ValueError if it is not 0 and the tensor of the term is missing: the term
+    would silently be left out."""
     try:
         number = float(value)
     except NO_NUMBER:
@@ -131,7 +168,7 @@ _ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, for
 def aggregation_code(op: str, mode: str) -> int:
     try:
         code = _AGGREGATION_CODES.get(mode)
-    except TypeError:  # of a list
+    except TypeError:  # not hashable, such as a list
         code = None
     if code is None:
         raise ValueError(f"{op}: loss_agg_mode {mode!r} must be one of {', '.join(reference.AGGREGATIONS)}")
@@ -141,7 +178,7 @@ def aggregation_code(op: str, mode: str) -> int:
 def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
     try:
         code = _ESTIMATOR_CODES.get(estimator)
-    except TypeError:  # of a list
+    except TypeError:  # not hashable, such as a list
         code = None
     if code is None:
         raise ValueError(f"{op}: {name} {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
@@ -149,7 +186,7 @@ def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
 
 
 def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """As a float64 scalar tensor, which a kernel reads where it lies: no synchronisation."""
+    """The normalizer as a float64 scalar tensor on like's device. A kernel reads it there, without synchronisation."""
     if normalizer is None:
         return None
     if not isinstance(normalizer, Tensor):
@@ -172,23 +209,25 @@ def check_normalizer(op: str, normalizer: Tensor | float, like: Tensor) -> None:
 
 
 def index_of_no_label(op: str, ignore_index: int) -> int:
-    """labels != None is True, of no shape."""
+    """ignore_index as an int. None is refused, because `labels != None` is the bool True and not a mask."""
     try:
         return operator.index(ignore_index)
     except TypeError:
         raise TypeError(
-            f"{op}: ignore_index {ignore_index!r} must be an integer; one that no label has lets all count"
+            f"{op}: ignore_index {ignore_index!r} must be an integer; to count every label, give one that no label has"
         ) from None
 
 
 def loss_outputs(like: Tensor, names: tuple[str, ...], *with_grads: bool) -> tuple[Tensor | None, ...]:
-    """Where a loss writes its scalar, its statistics, and the gradients that it knows already; None where unwanted."""
+    """Uninitialised outputs of a loss: the scalar, its statistics, and each gradient (None if it is not wanted)."""
     return empties(like, None, (), len(names), *[like if wanted else None for wanted in with_grads])
 
 
 def native_loss(op: str, arguments: Callable, names: tuple[str, ...], triton: str | None = None) -> dict:
-    """The kernels (_dispatch.native) of a loss with statistics of these names. arguments(*args) gives what csrc/ops.h
-    asks before the dtype, and which gradients are wanted."""
+    """The kernels (see _dispatch.native) of a loss with statistics of these names.
+
+    arguments(*args) returns the native op's arguments up to the dtype (csrc/ops.h), and which gradients are wanted.
+    """
 
     def with_outputs(*args):
         given, wanted = arguments(*args)

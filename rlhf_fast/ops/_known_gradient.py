@@ -1,8 +1,9 @@
-"""Logits that become the gradient of their loss, in place, in the one kernel that reads them (csrc/cuda only).
+"""Turns logits into the gradient of their loss, in place, in one kernel (csrc/cuda only).
 
     loss = sum_i weights_i f(logprob_i, entropy_i),  f = PPO's loss of a token, or -logprob
 
-Two kernels move three times the bytes of the logits (a forward, then a backward that reads them again), this one twice.
+It moves the bytes of the logits twice. Two kernels, a forward and a backward that reads the logits again, would move
+them three times.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ._dispatch import DTYPE_CODES, launch, strided_rows
 
 
 class PpoTokens(NamedTuple):
-    """(N,) each, contiguous, in the accumulation dtype, and the options of ppo_loss's native op."""
+    """Inputs of PPO's loss, (N,) each, contiguous and in the accumulation dtype, and ppo_loss's options."""
 
     old_logprobs: Tensor
     advantages: Tensor
@@ -32,10 +33,12 @@ _NO_TOKENS = (None, None, None, None, 0.0, math.inf, math.inf, math.inf, 0.0, 0,
 def known_gradient(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, weights: Tensor, ppo: PpoTokens | None
 ) -> tuple[Tensor, Tensor]:
-    """(N, V) logits, overwritten -> (N,) log-probs and entropies. Cross entropy without PPO's tokens."""
+    """(N, V) logits, which are overwritten -> (N,) log-probs and entropies. ppo None: the loss is cross-entropy."""
     rows, *strides = strided_rows(logits)
     if rows is not logits:
-        raise ValueError(f"known_gradient: logits {tuple(logits.shape)} with strides {logits.stride()} are no rows")
+        raise ValueError(
+            f"known_gradient: logits {tuple(logits.shape)} with strides {logits.stride()} cannot be read row by row"
+        )
     logprobs, entropy = torch.empty(2, labels.shape[0], dtype=weights.dtype, device=logits.device)
     launch(
         "known_gradient",

@@ -1,13 +1,14 @@
-"""What a llama layer computes between its matrix products, each in one pass (csrc/cpu/layer.cpp, decode.cpp).
+"""The parts of a llama layer between its matrix products, each in one pass (csrc/cpu/layer.cpp, decode.cpp).
 
     rms_norm(x, w) = w x / sqrt(mean(x^2) + eps)
-    rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of a head
+    rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the halves of a head
     swiglu(g, u)   = silu(g) u
-    attend(q, ...) = softmax(scale q k^T + bias) v, of one query a row
-    decode_layer   = all of them and the products between, of one token a row; few_rows_linear, such a product
+    attend(q, ...) = softmax(scale q k^T + bias) v, with one query per row
+    decode_layer   = all of these and the matrix products of a layer, for one token per row
+    few_rows_linear = one such matrix product
 
-float32 on the CPU; ask runs_on() first. Not public ops: they make our own forwards fast, and equal what transformers'
-modules compute up to rounding. The first three are differentiable once.
+float32 on the CPU; ask runs_on() first. These are not public ops: they make our own forwards fast, and they equal the
+modules of transformers up to rounding. The first three are differentiable once.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from ._dispatch import _C, is_forced
 
 
 def runs_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    built = hasattr(_C, "decode_layer")  # a source tree may have no build, or an older one
-    autocast = torch.is_autocast_enabled("cpu")  # its products are bfloat16
+    """Whether the functions of this file may be used for x, whose dtype must be one of dtypes."""
+    built = hasattr(_C, "decode_layer")  # the source tree may not be built, or have an older build
+    autocast = torch.is_autocast_enabled("cpu")  # would compute the products in bfloat16
     return built and not is_forced() and not autocast and x.is_cpu and x.dtype in dtypes
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether decode_layer and few_rows_linear do: contiguous float32, a matrix in bfloat16 too."""
+    """Whether decode_layer and few_rows_linear take this weight: contiguous float32, or for a matrix also bfloat16."""
     dtypes = (torch.float32, torch.bfloat16) if weight.ndim == 2 else (torch.float32,)
     return weight.is_contiguous() and runs_on(weight, dtypes)
 
@@ -61,8 +63,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(N, heads, d), contiguous within a row, (T, d) tables whose halves are equal -> (N, heads, d), row i at position
-    i % T."""
+    """x (N, heads, d), contiguous within a row; cos and sin (T, d), whose halves are equal -> (N, heads, d).
+
+    Row i has position i % T.
+    """
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin, 1.0)
 
 
@@ -86,7 +90,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """(N, I) both -> (N, I); without a gradient they may be halves of one product."""
+    """Both (N, I) -> (N, I). If no gradient is needed, they may be the halves of one product."""
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
 
 
@@ -112,8 +116,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled: int, scale: float) -> Tensor:
-    """(B, H, d), contiguous within a row, buffers (B, Hk, capacity, d) of which filled are read, (B, capacity) or None
-    -> (B, H, d)."""
+    """q (B, H, d), contiguous within a row; buffers (B, Hk, capacity, d); bias (B, capacity) or None -> (B, H, d).
+
+    Only the first `filled` columns of the buffers are read.
+    """
     y = q.new_empty(q.shape)
     sizes = (*q.shape[:2], keys.shape[1], q.shape[2], keys.shape[2])
     _C.attend(q, q.stride(0), keys, values, bias, *sizes, filled, scale, y, torch.get_num_threads())
@@ -121,8 +127,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled:
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, D), (V, D), (V,) or None, contiguous -> (B, V) x weight^T + bias, of few rows: a library packs the weight,
-    which for them costs as much as the product."""
+    """x (B, D), weight (V, D), bias (V,) or None, all contiguous -> (B, V) x weight^T + bias, for a few rows.
+
+    A library would pack the weight first, which for a few rows costs as much as the product.
+    """
     y = x.new_empty(len(x), len(weight))
     _C.few_rows_product(x, weight, bias, *x.shape, len(weight), y, torch.get_num_threads())
     return y
@@ -132,11 +140,12 @@ def decode_layer(
     weights: tuple[Tensor | None, ...], x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
     bias: Tensor | None, filled: int, scale: float, eps: float,
 ) -> None:  # fmt: skip
-    """x (B, D), one token a row, becomes what the layer makes of it; its key and value go into the buffers' column
-    filled - 1.
+    """Replaces x (B, D), one token per row, by the output of the layer. The keys and values of these tokens are written
+    into column filled - 1 of the buffers.
 
-    weights: norm, q, k, v, their biases, the norms of queries and keys, output, its bias, mlp_norm, gate, up, down, as
-    LayerWeights in csrc/ops.h has them; cos, sin: (B, d) of the positions; the rest as in attend. All contiguous.
+    weights: norm, q, k, v, their biases, the norms of queries and keys, output, its bias, mlp_norm, gate, up, down, in
+    the order of LayerWeights in csrc/ops.h. cos and sin (B, d) are those of the tokens' positions; the other arguments
+    are as in attend. All tensors are contiguous.
     """
     kept, capacity, dim = keys.shape[1:]
     sizes = (*x.shape, len(weights[-2]), len(weights[1]) // dim, kept, dim, capacity)

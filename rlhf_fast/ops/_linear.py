@@ -1,22 +1,22 @@
-"""What the ops from hidden states share: rows that count, in chunks; logits of a chunk; gradients of a chunk.
+"""What the ops from hidden states share: the rows that count, split into chunks; the logits and gradients of a chunk.
 
-    z = softcap(hidden @ weight.T + bias)      only ever (chunk, V), in float32 (float64 for float64 inputs)
+    z = softcap(hidden @ weight.T + bias)      only one chunk at a time: (chunk, V)
     dhidden = dz @ weight,  dweight = dz.T @ hidden,  dbias = sum of dz over rows
 
-Rows outside the mask are dropped first, so time is proportional to the rows that count. The gradient of the logits is
-written over the logits, and the weight gradient is accumulated in float32 over the chunks. Memory beside the results:
-one chunk (two with a softcap, unless FUSED) and, for half-precision weights, one tile of the weight. On a GPU, PyTorch
-before 2.10 cannot add to a float32 sum inside its product: a tile at a time is multiplied, rounded to half precision,
-and added.
+Rows outside the mask are dropped first, so the time is proportional to the rows that count. The gradient of the logits
+is written over the logits, and the gradient of the weight is accumulated over the chunks in float32 (float64 for
+float64 inputs). In addition to the results the memory is one chunk (two with a softcap, unless FUSED) and, for
+half-precision weights, one tile of the weight. On a GPU, PyTorch before 2.10 cannot add half-precision products to a
+float32 sum: one tile at a time is multiplied, rounded to half precision, and added.
 
-A chunk goes one of three ways (way_of).
-FUSED     two native ops do it all, softmax between the products (csrc/cpu/linear.cpp);
-IN_DTYPE  on a GPU, PyTorch multiplies and the logits have the dtype of hidden and weight, as those of any lm_head do:
-          the products are the tensor cores', and a chunk moves 2 bytes a logit where float32 would move 4. Where the
-          gradient is known in the forward one kernel turns them into it (_known_gradient.py), 4 bytes a logit;
-WIDE      elsewhere PyTorch multiplies, the logits are in the accumulation dtype, and the kernels of token_logprobs take
-          the rows.
-On a GPU nothing here waits for the device but `compact`, which reads how many rows count where there is a mask.
+A chunk is computed in one of three ways (way_of):
+FUSED     two native ops compute everything, with the softmax between the products (csrc/cpu/linear.cpp);
+IN_DTYPE  on a GPU, PyTorch multiplies, and the logits have the dtype of hidden and weight, as with any lm_head. The
+          products run on tensor cores, and a chunk moves 2 bytes per logit instead of 4 with float32. If the gradient
+          is known in the forward, one kernel turns the logits into it (_known_gradient.py) and moves 4 bytes per logit;
+WIDE      otherwise PyTorch multiplies, the logits have the accumulation dtype (float32, or float64 for float64 inputs),
+          and the kernels of token_logprobs process the rows.
+On a GPU only `compact` synchronises with the device: if there is a mask, it reads how many rows count.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ import torch
 from torch import Tensor
 
 from ._dispatch import _C, DTYPE_CODES, accumulation_dtype, check_tensors, check_vocabulary, empties
-from ._inputs import check_limit
+from ._inputs import INTEGERS, check_positive, device_error, dtype_error, label_error
 from ._known_gradient import PpoTokens, known_gradient
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
 
-# 64 MiB are 333 rows at V = 50257: the weight-gradient product is within 5 % of its speed at 512 rows, and a step
-# stays below a tenth of the memory of eager PyTorch at 2048 rows. Every chunk reads the weight twice and its gradient
-# once more, so beside a large weight chunks are larger: of half its bytes, but for that of no more than MOST_ROWS.
+# 64 MiB are 333 rows at V = 50257. The weight-gradient product is then within 5 % of its speed at 512 rows, and a step
+# needs less than a tenth of the memory of eager PyTorch at 2048 rows. Each chunk reads the weight twice and its
+# gradient once, so for a large weight the chunks are larger: half the bytes of the weight, but at most MOST_ROWS.
 CHUNK_BYTES, MOST_ROWS = 64 << 20, 512
-LEAST_ROWS = 128  # below, the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
-# On an H200 the products reach their rate at 1024 rows, and each chunk reads and writes the float32 weight gradient
-# once more (1 ms at 128256 x 4096): few chunks, within half a GiB. Whole tiles of cuBLAS.
+LEAST_ROWS = 128  # with fewer the products slow down (EPYC 9004, MKL float32: 64 rows run at 0.8 of the speed of 256)
+# On an H200 the products reach full speed at 1024 rows, and each chunk reads and writes the float32 weight gradient
+# once more (1 ms at 128256 x 4096). Hence few chunks, each within half a GiB, in multiples of a cuBLAS tile.
 GPU_CHUNK_BYTES, GPU_LEAST_ROWS, GPU_ROWS = 512 << 20, 1024, 128
-GPU_LINE = 64  # a row of logits starts on a boundary of so many elements: cuBLAS and 16-byte loads want it
-LANES = 16  # fused logits are transposed, (V, rows padded to a multiple of this)
-TILE = 4096  # rows of a half-precision weight that are upcast at a time
+GPU_LINE = 64  # rows of logits start at multiples of this many elements, for cuBLAS and for 16-byte loads
+LANES = 16  # the logits of FUSED are transposed: (V, rows padded to a multiple of this)
+TILE = 4096  # rows of a half-precision weight that are converted to float32 at a time
 FUSED, IN_DTYPE, WIDE = "fused", "in dtype", "wide"
-# addmm of half-precision factors onto a float32 matrix: in 2.8 and 2.9 its out= wants the factors' dtype (PyTorch's
-# issue 154086, mended by its pull request 167931).
+# addmm of half-precision factors onto a float32 matrix. In 2.8 and 2.9 its out= must have the dtype of the factors
+# (PyTorch issue 154086, fixed by pull request 167931).
 SUMS_IN_FLOAT32_SINCE = (2, 10)
 
 
 class Inputs(NamedTuple):
-    """The rows that count: (n, D) hidden and (n,) labels; index says which of the N rows they are (None: all)."""
+    """The rows that count: (n, D) hidden and (n,) labels. index (n,) says which of the N rows they are (None: all)."""
 
     hidden: Tensor
     weight: Tensor
@@ -78,7 +78,7 @@ class Inputs(NamedTuple):
         return x if self.index is None else x.index_select(0, self.index)
 
     def put(self, x: Tensor) -> Tensor:
-        """(n, ...) -> (N, ...), 0 outside the mask."""
+        """(n, ...) -> (N, ...), 0 in the rows that do not count."""
         if self.index is None:
             return x
         return x.new_zeros(self.rows, *x.shape[1:]).index_copy_(0, self.index, x)
@@ -88,22 +88,19 @@ def compact(
     op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap,
     fused: bool | None = None,
 ) -> Inputs:  # fmt: skip
-    """(N, D) hidden, (N,) labels and mask -> the rows that count; an IndexError for a label outside the vocabulary."""
+    """(N, D) hidden, (N,) labels and mask -> the rows that count. IndexError for a label outside the vocabulary."""
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
     way = way_of(hidden, weight, bias, softcap, fused)
     inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap, way)
     labels = inputs.take(labels).contiguous()
-    if on_gpu(hidden):  # the kernel stops at a wrong label; looking for one here would wait for the device
+    if on_gpu(hidden):  # the kernel stops at a wrong label; a check here would synchronise with the device
         return inputs._replace(hidden=inputs.take(hidden), labels=labels)
     wrong = (labels < 0) | (labels >= weight.shape[0])
     if wrong.any():
         at = wrong.nonzero()[0, 0]
-        raise IndexError(
-            f"{op}: label {labels[at]} at row {at if index is None else index[at]} is outside the vocabulary of "
-            f"{weight.shape[0]}; a label that does not count needs mask=False (or ignore_index) there"
-        )
+        raise label_error(op, labels[at], at if index is None else index[at], weight.shape[0])
     return inputs._replace(hidden=inputs.take(hidden), labels=labels)
 
 
@@ -114,9 +111,9 @@ def on_gpu(x: Tensor) -> bool:
 def way_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, fused: bool | None = None
 ) -> str:
-    """FUSED, IN_DTYPE or WIDE. float16 cannot hold a gradient divided by the number of tokens, and is WIDE.
+    """FUSED, IN_DTYPE or WIDE. float16 is WIDE, because it cannot hold a gradient divided by the number of tokens.
 
-    fused is what is_fused said in the forward, whose logits a backward finds in the layout of its way; None: ask now.
+    fused: what is_fused returned in the forward, so that a backward reads its logits in the same layout; None: ask now.
     """
     if is_fused(hidden, weight, bias) if fused is None else fused:
         return FUSED
@@ -125,7 +122,7 @@ def way_of(
 
 
 def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
-    """The chunks of so many rows, equal shares but for the last."""
+    """The chunks of this many rows, all of one size except the last."""
     most, multiple = most_rows(weight, way), _multiple(weight, way)
     step = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     step = math.ceil(step / multiple) * multiple
@@ -133,8 +130,12 @@ def chunks_of(rows: int, weight: Tensor, way: str) -> list[slice]:
 
 
 def most_rows(weight: Tensor, way: str, kept: bool = False) -> int:
-    """Rows of a chunk at most: by bytes of its logits, in whole multiples of what the way computes at a time, and no
-    fewer than pay. kept: of logits that stay after the call, on the CPU never more than CHUNK_BYTES."""
+    """The largest number of rows of a chunk.
+
+    The bytes of its logits limit it; it is a multiple of the rows that the way computes at a time, and at least
+    LEAST_ROWS or GPU_LEAST_ROWS. kept: the logits stay in memory after the call, and on the CPU may not exceed
+    CHUNK_BYTES.
+    """
     if on_gpu(weight):
         size, budget, least = weight.element_size() if way == IN_DTYPE else 4, GPU_CHUNK_BYTES, GPU_LEAST_ROWS
     else:
@@ -150,10 +151,11 @@ def _multiple(weight: Tensor, way: str) -> int:
 
 
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether csrc/cpu/linear.cpp computes the chunks, where a row's bits depend on neither threads nor other rows.
+    """Whether csrc/cpu/linear.cpp computes the chunks.
 
-    A library's do; so float32 and bfloat16 are fused wherever that costs little or nothing (ours_are_fast), and
-    everywhere after torch.use_deterministic_algorithms(True).
+    There the bits of a row depend neither on the number of threads nor on the other rows; with a library's products
+    they do. So float32 and bfloat16 are fused on all CPUs on which that costs little or nothing (ours_are_fast), and
+    on all others after torch.use_deterministic_algorithms(True).
     """
     computable = (
         hidden.device.type == "cpu"
@@ -168,23 +170,25 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def ours_are_fast(dtype: torch.dtype) -> bool:
-    """Whether bits that hold cost at most a tenth on this CPU, over PyTorch's products with our softmax between them.
+    """Whether the fused way takes at most a tenth longer on this CPU than PyTorch's products with our softmax between.
 
-    Fused over PyTorch's way, time of a step, by kernels 3 to 8 % slower than today's: float32 with AVX-512 on Intel's,
-    where MKL multiplies, 0.95 to 1.05 at 2048 x 256 x 50257, 1.0 to 1.12 at 2048 x 896 x 50257 (the more, the busier
-    the host) and for 256 rows of a vocabulary of 2048; 0.4 to 0.9 on AMD's, where MKL uses AVX2. bfloat16 with AVX-512
-    0.77 to 0.97 of float32 products of converted factors; with avx512_bf16 as fast as PyTorch's, which use it too. AVX2
-    0.93 to 1.06. Code for no instruction set in particular is slower than a library, and CPUs with AMX, which this has
-    not run on, keep PyTorch's bfloat16.
+    Measured, as time of a step, fused divided by PyTorch's, with kernels 3 to 8 % slower than today's:
+    float32 with AVX-512 on Intel CPUs, where MKL multiplies: 0.95 to 1.05 at 2048 x 256 x 50257; 1.0 to 1.12 at
+        2048 x 896 x 50257 (more on a busier host) and for 256 rows of a vocabulary of 2048.
+    float32 with AVX-512 on AMD CPUs, where MKL uses AVX2: 0.4 to 0.9.
+    bfloat16 with AVX-512: 0.77 to 0.97 of float32 products of converted factors. With avx512_bf16 as fast as PyTorch's
+        products, which use it too.
+    AVX2: 0.93 to 1.06.
+    Portable code is slower than a library. On CPUs with AMX, on which this has not been run, bfloat16 stays PyTorch's.
     """
     return _C.isa() != "portable" and not (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
 
 
-ours_are_fast._dynamo_marked_constant = True  # torch.compiler.assume_constant_result does it too, and imports Dynamo
+ours_are_fast._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which would import Dynamo
 
 
 def logits_shape(rows: int, vocab: int, way: str) -> tuple[int, int]:
-    """Of the memory of a chunk's logits."""
+    """The shape of the memory for the logits of a chunk."""
     if way == IN_DTYPE:
         return rows, math.ceil(vocab / GPU_LINE) * GPU_LINE
     return (math.ceil(rows / LANES) * LANES if way == FUSED else rows), vocab
@@ -195,7 +199,7 @@ def logits_dtype(hidden: Tensor, way: str) -> torch.dtype:
 
 
 def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
-    """Room for the logits of the largest chunk; None where only the statistics are wanted and that takes none."""
+    """Memory for the logits of the largest chunk. None if FUSED computes only statistics, which needs no logits."""
     if inputs.fused and not needed:
         return None
     most = max((p.stop - p.start for p in inputs.parts), default=0)
@@ -204,14 +208,15 @@ def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
 
 
 def gradient_dtype(x: Tensor) -> torch.dtype:
-    """Of the gradient by x. float16 waits for the factor of the backward, a loss scale; autograd rounds the product."""
+    """The dtype of the gradient by x: float32 for float16, until the backward has multiplied by its factor (a loss
+    scale). Autograd then rounds the product."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def chunk_statistics(
     buffer: Tensor | None, inputs: Inputs, part: slice, temperature: float, with_entropy: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """A chunk's logits z in the buffer, and of its rows logprobs, entropy, and what the gradient needs."""
+    """The logits z of a chunk, in the buffer, and logprobs, entropy and saved of its rows (as in token_logprobs)."""
     if not inputs.fused:
         z = write_logits(buffer, inputs, part)
         return z, *row_forward.kernel_on(z.device.type)(z, inputs.labels[part], None, temperature, with_entropy, False)
@@ -226,27 +231,27 @@ def chunk_statistics(
 
 
 def product_arguments(inputs: Inputs, part: slice) -> tuple:
-    """What both native ops begin with (csrc/ops.h)."""
+    """The first arguments of both native ops (csrc/ops.h)."""
     hidden, weight = inputs.hidden[part].contiguous(), inputs.weight
-    if weight.stride(1) != 1:  # where one of a batch of weights (vmap) lies otherwise than is_fused saw it
+    if weight.stride(1) != 1:  # under vmap one weight of a batch may have other strides than is_fused saw
         weight = weight.contiguous()
     code = DTYPE_CODES[hidden.dtype]
     return hidden, hidden.stride(0), weight, weight.stride(0), code, hidden.shape[0], *weight.shape
 
 
 def chunk_logits(buffer: Tensor, inputs: Inputs, part: slice, temperature: float) -> Tensor:
-    """The first of chunk_statistics alone."""
+    """The logits of a chunk, in the buffer: the first result of chunk_statistics."""
     if inputs.fused:
         return chunk_statistics(buffer, inputs, part, temperature, False)[0]
     return write_logits(buffer, inputs, part)
 
 
 def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
-    """z (rows of part, V) = the logits, in the dtype of z."""
+    """Writes the logits of a chunk into z, in the dtype of z -> z (rows of part, V)."""
     weight = inputs.weight
     z, x = z[: part.stop - part.start, : weight.shape[0]], inputs.hidden[part].to(z.dtype)
     if inputs.way == IN_DTYPE and inputs.bias is not None:
-        return torch.addmm(inputs.bias, x, weight.T, out=z)  # rounded once
+        return torch.addmm(inputs.bias, x, weight.T, out=z)  # one rounding for product and bias
     if weight.dtype == z.dtype:
         torch.mm(x, weight.T, out=z)
     else:
@@ -259,46 +264,47 @@ def write_logits(z: Tensor, inputs: Inputs, part: slice) -> Tensor:
     return z
 
 
-def turn(
+def known_chunk_gradient(
     buffer: Tensor | None, inputs: Inputs, part: slice, temperature: float, weights: Tensor, ppo: PpoTokens | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's gradient of its logits in the buffer, and logprobs and entropy of its rows; IN_DTYPE and native."""
+    """A chunk's logits turned into their gradient, in the buffer, and the logprobs and entropies of its rows."""
     z = write_logits(buffer, inputs, part)
     return z, *known_gradient(z, inputs.labels[part], None, temperature, weights, ppo)
 
 
-def turns(inputs: Inputs) -> bool:
-    """Whether `turn` computes the chunks of a loss whose gradient is known."""
+def takes_known_gradient(inputs: Inputs) -> bool:
+    """Whether known_chunk_gradient is the way for these chunks, in an op that knows its gradient in the forward."""
     return inputs.way == IN_DTYPE and row_forward.backend_on(inputs.hidden.device.type) == "native"
 
 
 class Gradients:
-    """Sums the gradients of hidden, weight and bias over chunks; `wanted` says which of them anybody asked for."""
+    """Sums the gradients of hidden, weight and bias over the chunks. `wanted` says which of them are needed."""
 
     def __init__(self, inputs: Inputs, wanted: tuple[bool, bool, bool]):
         self.inputs, self.wanted = inputs, wanted
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         dtype = accumulation_dtype(hidden)
         self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=gradient_dtype(hidden), device=hidden.device)
-        # What only one chunk adds to is rounded by its product, in place of a float32 copy of the weight.
+        # If there is only one chunk, its product writes the gradient in the weight's dtype, without a float32 sum.
         once = inputs.way != WIDE and len(inputs.parts) <= 1
         total = weight.dtype if once else dtype
         shape = weight.shape if wanted[1] else (0,)
         if total == weight.dtype:
             (self.weight,) = empties(weight, total, tuple(shape))
-        else:  # a total that is narrowed gives its pages back as it goes
+        else:  # not from empties: `narrowed` returns the pages of this sum to the system while it converts it
             self.weight = torch.empty(shape, dtype=total, device=hidden.device)
         self.bias = torch.zeros(bias.shape if wanted[2] else 0, dtype=dtype, device=hidden.device)
-        self.beta = 0  # the first chunk overwrites
+        self.beta = 0  # the first chunk overwrites the sums, the others add to them
 
     def add(self, z, part, temperature, saved, entropy, grad_logprobs, grad_entropy) -> None:
-        """Consumes z: the gradient of the chunk's logits is written over them."""
+        """Adds the gradients of a chunk with the logits z, which are overwritten with their gradient."""
         if self.inputs.fused:
             self._add_fused(z, part, temperature, saved, entropy, grad_logprobs, grad_entropy)
             self.beta = 1
             return
         inputs, labels = self.inputs, self.inputs.labels[part]
-        slope = None if inputs.softcap is None else 1 - (z / inputs.softcap).square_()  # of cap tanh(z / cap)
+        # The derivative of cap tanh(x / cap), by its value z.
+        slope = None if inputs.softcap is None else 1 - (z / inputs.softcap).square_()
         row_backward.kernel_on(z.device.type)(
             z, labels, None, temperature, saved, entropy, grad_logprobs, grad_entropy, out=z
         )
@@ -307,7 +313,7 @@ class Gradients:
         self.multiply(z, part)
 
     def multiply(self, z: Tensor, part: slice) -> None:
-        """Adds what follows from z, the gradient of the chunk's logits, and not fused."""
+        """Adds the gradients of a chunk, given z, the gradient of its logits. Not for FUSED."""
         inputs = self.inputs
         if self.wanted[2]:
             self.bias += z.sum(0, dtype=self.bias.dtype)
@@ -352,9 +358,9 @@ class Gradients:
                 tile.copy_(update)
 
     def results(self) -> tuple[Tensor | None, ...]:
-        """Of hidden, weight and bias; None for what nobody asked for."""
+        """The gradients of hidden, weight and bias; None for those that are not wanted."""
         inputs = self.inputs
-        if self.beta == 0:  # no row counted
+        if self.beta == 0:  # there was no chunk
             self.weight.zero_()
         return (
             inputs.put(self.hidden) if self.wanted[0] else None,
@@ -365,15 +371,15 @@ class Gradients:
 
 @lru_cache(None)
 def sums_in_float32() -> bool:
-    """Whether this PyTorch's product on a GPU adds half-precision factors onto a float32 sum.
+    """Whether this PyTorch, on a GPU, can add a product of half-precision factors to a float32 sum.
 
-    An older one's tile of a chunk's product is rounded to half precision before it is added, in a pass of its own.
+    With older versions each tile of the product is rounded to half precision and then added in a separate pass.
     """
     return tuple(map(int, torch.__version__.split(".")[:2])) >= SUMS_IN_FLOAT32_SINCE
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in dtype. x is lost: of a large one, one kind of number goes as the other comes."""
+    """x converted to dtype. x is lost: for a large x its memory is freed while the result is written."""
     if (x.dtype, dtype) != (torch.float32, torch.bfloat16) or x.device.type != "cpu" or _C is None:
         return x.to(dtype)
     out = x.new_empty(x.shape, dtype=dtype)
@@ -382,9 +388,9 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product(dz: Tensor, weight: Tensor) -> Tensor:
-    """dz @ weight, upcasting the weight by tiles where the dtypes differ."""
+    """dz @ weight. If the dtypes differ, the weight is converted tile by tile."""
     if dz.dtype == weight.dtype:
-        return torch.mm(dz, weight, out=dz.new_empty(dz.shape[0], weight.shape[1]))  # out=: autocast keeps away
+        return torch.mm(dz, weight, out=dz.new_empty(dz.shape[0], weight.shape[1]))  # autocast ignores mm with out=
     total = dz.new_zeros(dz.shape[0], weight.shape[1])
     for v in range(0, weight.shape[0], TILE):
         total.addmm_(dz[:, v : v + TILE], weight[v : v + TILE].to(dz.dtype))
@@ -392,10 +398,11 @@ def product(dz: Tensor, weight: Tensor) -> Tensor:
 
 
 def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the two gradient products run in bfloat16, with dz rounded to it, rather than in float32.
+    """Whether the two gradient products run in bfloat16, with dz rounded to it, instead of float32.
 
-    True on a GPU, and where the CPU multiplies bfloat16 itself: 187 against 85 GFLOP/s a core with avx512_bf16 (EPYC
-    9004); without it, 20 against 80. A CPU's logits are always float32, because log-probabilities are float32 results.
+    True on a GPU, and on a CPU that has instructions for bfloat16: 187 against 85 GFLOP/s per core with avx512_bf16
+    (EPYC 9004), but 20 against 80 without. On a CPU the logits are always float32, because log-probabilities are
+    float32 results.
     """
     if hidden.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return False
@@ -403,7 +410,8 @@ def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def beside_autograd(name: str) -> Callable:
-    """For the kernel of a loss that knows its gradients, beside autograd.Function: no graph, its name in a profile."""
+    """Decorates the kernel of a loss that computes its gradients itself: it records no graph, and a profile shows it
+    under this name."""
 
     def decorate(kernel: Callable) -> Callable:
         @wraps(kernel)
@@ -417,19 +425,15 @@ def beside_autograd(name: str) -> Callable:
 
 
 def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:
-    """What Gradients.results returns, for fake tensors."""
+    """Empty tensors like the results of Gradients.results, for fake kernels."""
     return tuple(
         x.new_empty(x.shape, dtype=gradient_dtype(x)) if want else None
         for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )
 
 
-def wanted_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
-    return tuple(t is not None and torch.is_grad_enabled() and t.requires_grad for t in tensors)
-
-
 def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
-    """What the three ops refuse, as ValueError or TypeError in the name of the op."""
+    """Checks the inputs that the three ops from hidden states have in common."""
     check_tensors(
         op, optional=("bias", "mask"), hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask
     )  # fmt: skip
@@ -442,14 +446,14 @@ def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
         raise ValueError(f"{op}: bias {tuple(bias.shape)} must be (V,) = ({weight.shape[0]},)")
     if mask is not None and mask.shape != labels.shape:
         raise ValueError(f"{op}: mask {tuple(mask.shape)} must have the shape of labels {tuple(labels.shape)}")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
+    if labels.dtype not in INTEGERS:
+        raise dtype_error(op, "labels", labels, "integer token ids")
     for name, t in (("weight", weight), ("labels", labels), ("bias", bias), ("mask", mask)):
         if t is not None and t.device != hidden.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, hidden on {hidden.device}; move them to one device")
-    for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 has scales beside it
+            raise device_error(op, name, t, "hidden", hidden)
+    for name, t in (("hidden", hidden), ("weight", weight), ("bias", bias)):  # float8 would need its scales too
         if t is not None and t.dtype not in DTYPE_CODES:
-            raise TypeError(f"{op}: {name} is {t.dtype}; needs float32, bfloat16, float16 or float64")
+            raise dtype_error(op, name, t)
     if softcap is not None:
-        check_limit(op, "softcap", softcap)  # inf tanh(0) is NaN
+        check_positive(op, "softcap", softcap)  # finite, because inf tanh(0) is NaN
     check_vocabulary(op, weight.shape[0], hidden)

@@ -1,4 +1,4 @@
-"""The statistics of a loss: a dict of scalar tensors, all from one vector that its kernel has filled."""
+"""The statistics of a loss: a dict of scalar tensors, made from the one vector that the kernel has filled."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from collections import OrderedDict
 from torch import Tensor
 from torch.utils import _pytree
 
-_set, _UNCUT = dict.__setitem__, object()
+_set, _UNSPLIT = dict.__setitem__, object()
 
 
 class Statistics(dict):
-    """{name: scalar tensor}, cut out of one vector when it is first touched: the cuts take as long as a small loss.
+    """{name: scalar tensor}. The vector is split on first use of the dict, because that takes as long as a small loss.
 
-    Made of anything else it is that dict: accelerate, transformers and dataclasses make a copy by type(d)(items).
+    Without a vector it is an ordinary dict of its first argument: accelerate, transformers and dataclasses copy a dict
+    d by type(d)(items).
     """
 
-    _uncut: tuple[tuple[str, ...], Tensor] | None = None
+    _unsplit: tuple[tuple[str, ...], Tensor] | None = None
 
     def __init__(self, names=(), vector: Tensor | None = None):
         if vector is None:
             dict.update(self, names)
         else:
-            _set(self, names[0], _UNCUT)  # of a dict without an entry json, in C, asks no more
-            self._uncut = names, vector
+            _set(self, names[0], _UNSPLIT)  # json's C code calls no method of a dict that has no entry
+            self._unsplit = names, vector
 
-    def cut(self) -> None:
-        if self._uncut is not None:
-            names, vector = self._uncut
+    def split(self) -> None:
+        if self._unsplit is not None:
+            names, vector = self._unsplit
             dict.update(self, zip(names, vector.unbind(), strict=True))
-            self._uncut = None
+            self._unsplit = None
 
-    def __reduce__(self):  # of copies and pickles; the one subclass of dict that torch.load takes by default
+    # Copies and pickles are OrderedDicts, the one subclass of dict that torch.load takes by default.
+    def __reduce__(self):
         return OrderedDict, (), None, None, iter(self.items())
 
 
-def _cutting(method):
+def _splitting(method):
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
-        self.cut()
+        self.split()
         return method(self, *args, **kwargs)
 
     return wrapper
@@ -47,7 +49,7 @@ def _cutting(method):
 
 for _name in vars(dict).keys() - {"__new__", "__init__", "__getattribute__", "__class_getitem__", "fromkeys"}:
     if callable(getattr(dict, _name)):
-        setattr(Statistics, _name, _cutting(getattr(dict, _name)))
+        setattr(Statistics, _name, _splitting(getattr(dict, _name)))
 _pytree.register_pytree_node(
     Statistics, lambda d: (list(d.values()), list(d)), lambda values, names: dict(zip(names, values, strict=True))
 )

@@ -2,7 +2,7 @@
 
     reward = beta (log pi(y | x) - log pi_ref(y | x));  loss = -log sigma(reward of chosen - reward of rejected)
 
-Specification: reference.dpo_loss. Kernel: that of pairwise_loss, which forms the rewards while it reads.
+Specification: reference.dpo_loss. Kernel: pairwise_loss's, which computes the rewards while it reads the log-probs.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def dpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) log-probs of whole responses (sums over their tokens) -> scalar loss and statistics (PAIRWISE_STATS).
 
-    The statistics are of the implicit rewards. The policy's log-probs receive gradients, the reference's are data.
+    The statistics describe the implicit rewards. The policy's log-probs receive gradients; the reference's do not.
     label_smoothing is the probability that a preference is flipped (conservative DPO, Mitchell 2023).
-    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64). An empty batch gives 0.
-    Raises ValueError or TypeError for shapes, dtypes, devices and label_smoothing.
+    Inputs are float32, bfloat16, float16 or float64; the loss is float32 (float64 for float64 inputs). An empty batch
+    gives 0. Raises ValueError or TypeError if a shape, dtype, device or label_smoothing does not fit.
     """
     check(
         "dpo_loss", 1, None, "chosen_logprobs rejected_logprobs ref_chosen_logprobs ref_rejected_logprobs",
         chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs,
     )  # fmt: skip
     try:
-        beta = float(beta)
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
+        beta, outside = float(beta), not 0.0 <= label_smoothing <= 1.0
     except NO_NUMBER:
         refuse_no_number("dpo_loss", beta=beta, label_smoothing=label_smoothing)
         raise
+    if outside:
+        raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
     if pairwise_op.backend(chosen_logprobs) == "reference":
         return reference.dpo_loss(
             chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,

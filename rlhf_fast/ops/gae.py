@@ -39,11 +39,12 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """(B, T) per-token rewards, values V(s_t) and mask -> (advantages, returns), both (B, T) and 0 outside the mask.
 
-    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64 rewards). After the last token of the
-    mask V and A are 0 (the episode ends there). gap_mode says what a masked token inside a sequence does, such as an
-    observation in a dialogue: "carry" passes over it, t + 1 is the next token of the mask (verl); "zero" steps over it
-    with r = V = 0, so that A decays by gamma lam each time (OpenRLHF). The results are targets and carry no gradient.
-    Raises ValueError or TypeError for shapes, dtypes, devices and gap_mode.
+    Inputs are float32, bfloat16, float16 or float64; results are float32 (float64 for float64 rewards) and, being
+    targets, carry no gradient. After the last token of the mask V and A are 0, because the episode ends there.
+    gap_mode decides how a masked token inside a sequence is treated, such as an observation in a dialogue. "carry"
+    skips it: t + 1 is the next token of the mask (as in verl). "zero" counts it as a step with r = V = 0, so that A
+    decays by gamma lam at each one (as in OpenRLHF).
+    Raises ValueError or TypeError if a shape, dtype, device or gap_mode does not fit.
     """
     check("gae", 2, mask, "rewards values", rewards, values)
     mask = needed_mask("gae", mask)

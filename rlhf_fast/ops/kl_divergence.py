@@ -1,10 +1,10 @@
-"""The exact KL(policy || reference) of each token's distribution, from one read of both logits.
+"""The exact KL(policy || reference) of the distribution at each token, from one read of both logits.
 
     KL = sum_v p_v (log p_v - log q_v),  p = softmax(logits), q = softmax(ref_logits)
     dKL/dlogits_v = p_v (log p_v - log q_v - KL),  dKL/dref_logits_v = q_v - p_v
 
-kl_penalty estimates it from the sampled token alone. Specification: reference.kl_divergence. Kernels: csrc/cpu,
-csrc/cuda, kernels (Triton).
+kl_penalty estimates the same KL from the sampled tokens only. Specification: reference.kl_divergence. Kernels:
+csrc/cpu, csrc/cuda, kernels (Triton).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._dispatch import (
     empties,
     native,
 )
-from ._inputs import wants_gradient
+from ._inputs import device_error, dtype_error, wants_gradient
 
 NAME = "kl_divergence"
 
@@ -48,7 +48,7 @@ def _gradients(logits, ref_logits, with_grads):
 
 
 def _backward_arguments(logits, ref_logits, mask, kl, saved, grad_kl, *with_grads):
-    # What was saved too: a hook may have given it back in another layout.
+    # Saved tensors too, because a hook may return them in another layout.
     logits, ref_logits, kl, saved, grad_kl = (x.contiguous() for x in (logits, ref_logits, kl, saved, grad_kl))
     mask = byte_mask(mask)
     check_unchanged(
@@ -79,7 +79,7 @@ def _save(ctx, inputs, output):
     *tensors, with_grad, with_ref_grad = inputs
     ctx.with_grads = (with_grad, with_ref_grad)
     kl, saved = output
-    ctx.save_for_backward(*tensors, kl.clone(), saved)  # a copy: users may change what they get, by a mask say
+    ctx.save_for_backward(*tensors, kl.clone(), saved)  # a copy, because users may change the result in place
 
 
 def _grad(ctx, grad_kl, _):
@@ -101,12 +101,13 @@ _forward = Op(
 
 
 def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(..., V) both -> (...) exact KL(softmax(logits) || softmax(ref_logits)) in nats, float32 (float64 for float64).
+    """(..., V) logits and ref_logits -> (...) exact KL(softmax(logits) || softmax(ref_logits)) in nats.
 
-    Both receive gradients, once. Logits are float32, bfloat16, float16 or float64; two dtypes meet in the wider one.
-    A token that p forbids (-inf) adds nothing; one that only q forbids makes the divergence infinite. mask (...) bool
-    or 0/1: where it is False the rows are not read, the result is 0 and so is the gradient.
-    Raises ValueError for shapes and devices, TypeError for dtypes.
+    Logits are float32, bfloat16, float16 or float64; if the dtypes differ, both are converted to the wider one. The
+    result is float32 (float64 for float64). Both inputs receive gradients, and the op is differentiable once.
+    A token that p forbids (-inf) adds nothing; one that only q forbids makes the divergence infinite. mask (...) is
+    bool or 0/1: where it is False the rows are not read, and the result and its gradient are 0.
+    Raises ValueError if a shape or device does not fit, TypeError if a dtype does not.
     """
     check_tensors(NAME, optional=("mask",), logits=logits, ref_logits=ref_logits, mask=mask)
     if logits.shape != ref_logits.shape or logits.ndim == 0 or logits.shape[-1] == 0:
@@ -117,11 +118,10 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         raise ValueError(f"{NAME}: mask {tuple(mask.shape)} must be logits {tuple(logits.shape)} without the last axis")
     for name, x in (("ref_logits", ref_logits), ("mask", mask)):
         if x is not None and x.device != logits.device:
-            raise ValueError(f"{NAME}: {name} is on {x.device}, logits on {logits.device}; move them to one device")
-    if logits.dtype not in DTYPE_CODES or ref_logits.dtype not in DTYPE_CODES:
-        raise TypeError(
-            f"{NAME}: got {logits.dtype} and {ref_logits.dtype}; needs float32, bfloat16, float16 or float64"
-        )
+            raise device_error(NAME, name, x, "logits", logits)
+    for name, x in (("logits", logits), ("ref_logits", ref_logits)):
+        if x.dtype not in DTYPE_CODES:
+            raise dtype_error(NAME, name, x)
     check_vocabulary(NAME, logits.shape[-1], logits)
     if _forward.backend(logits) == "reference":
         return reference.kl_divergence(logits, ref_logits, mask)

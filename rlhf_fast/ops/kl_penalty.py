@@ -1,4 +1,4 @@
-"""Estimates of KL(policy || reference) from the log-probs of tokens that the policy sampled (Schulman 2020).
+"""Estimates of KL(policy || reference) from log-probs of tokens that the policy sampled (Schulman 2020).
 
     d = logprobs - ref_logprobs;  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d,  abs = |d|
 
@@ -58,27 +58,28 @@ def kl_penalty(
     input_clamp: float | None = None,
     output_clamp: float | None = None,
 ) -> Tensor:
-    """Log-probs of the same tokens under two models, (...) both -> (...) estimates in nats; both receive gradients.
+    """Log-probs of the same tokens under two models, both (...) -> (...) estimates in nats; both receive gradients.
 
-    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64 logprobs).
-    estimator: "k1" ("kl"), "k2" ("mse"), "k3" ("low_var_kl") or "abs". k1 is unbiased and may be negative, k3 is
-    unbiased and never negative, k2 has the gradient of the true KL.
-    input_clamp limits d to +-input_clamp, output_clamp the result; both bias the estimate, so neither is on unless
-    asked for, and the gradient is 0 where one holds.
-    Raises ValueError or TypeError for shapes, dtypes, devices and estimator.
+    Inputs are float32, bfloat16, float16 or float64; the result is float32 (float64 for float64 logprobs).
+    estimator: "k1" ("kl"), "k2" ("mse"), "k3" ("low_var_kl") or "abs". k1 is unbiased and may be negative; k3 is
+    unbiased and never negative; the gradient of k2 is that of the true KL.
+    input_clamp limits d to +-input_clamp, output_clamp limits the result. Both bias the estimate, so both are off by
+    default. Where a clamp changes the value, the gradient is 0.
+    Raises ValueError or TypeError if a shape, dtype, device or estimator does not fit.
     """
     check("kl_penalty", None, None, "logprobs ref_logprobs", logprobs, ref_logprobs)
     code = estimator_code("kl_penalty", estimator)
     one_subtraction = code == 0 and input_clamp is None and output_clamp is None
     if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):
-        return logprobs - ref_logprobs  # a kernel of ours has nothing to fuse
-    try:
-        for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
-            if limit is not None and not limit >= 0:
-                raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
-    except NO_NUMBER:
-        refuse_no_number("kl_penalty", **{name: limit})
-        raise
+        return logprobs - ref_logprobs  # one subtraction: there is nothing to fuse
+    for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
+        try:
+            outside = limit is not None and not limit >= 0
+        except NO_NUMBER:
+            refuse_no_number("kl_penalty", **{name: limit})
+            raise
+        if outside:
+            raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
     if _op.backend(logprobs) == "reference":
         return reference.kl_penalty(
             logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp

@@ -1,9 +1,11 @@
-"""SFT's loss from hidden states: cross entropy of hidden @ weight.T, whose logits never exist as a whole.
+"""SFT's loss from hidden states: cross-entropy of the logits hidden @ weight.T, which are computed in chunks and never
+exist as a whole.
 
     loss = sum over labels that are not ignore_index of -log p(label) / normalizer
 
-The gradient of the loss with respect to the logits is known as soon as they are, so the forward takes three matrix
-products in all and the backward only scales. Specification: reference.linear_cross_entropy; _linear.py has the chunks.
+The gradient of the loss with respect to a chunk of logits is known as soon as the chunk is. So the forward computes all
+gradients, with three matrix products in total, and the backward only scales them.
+Specification: reference.linear_cross_entropy. The chunks are in _linear.py.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype
-from ._inputs import index_of_no_label, normalizer_tensor
+from ._inputs import index_of_no_label, normalizer_tensor, wants_gradient
 from ._linear import (
     Gradients,
     beside_autograd,
@@ -20,10 +22,9 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    known_chunk_gradient,
     logits_buffer,
-    turn,
-    turns,
-    wanted_gradients,
+    takes_known_gradient,
 )
 
 
@@ -36,15 +37,15 @@ def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     logprobs = hidden.new_empty(rows, dtype=accumulation_dtype(hidden))
     grad_logprobs = (-1 / normalizer).to(logprobs.dtype).expand(rows).contiguous()
     for part in inputs.parts:
-        if any(wanted) and turns(inputs):
-            z, logprobs[part], _ = turn(buffer, inputs, part, 1.0, -grad_logprobs[part], None)
+        if any(wanted) and takes_known_gradient(inputs):
+            z, logprobs[part], _ = known_chunk_gradient(buffer, inputs, part, 1.0, -grad_logprobs[part], None)
             gradients.multiply(z, part)
             continue
         z, logprobs[part], _, saved = chunk_statistics(buffer, inputs, part, 1.0, False)
         if any(wanted):
             gradients.add(z, part, 1.0, saved, None, grad_logprobs[part], None)
     nll = -logprobs.sum()
-    # No label gives 0 even for a normalizer of 0.
+    # If no label counts the loss is 0, even for a normalizer of 0.
     return (nll / normalizer).to(nll.dtype) if rows else nll, *gradients.results()
 
 
@@ -72,14 +73,17 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
 ) -> Tensor:
-    """(..., D) hidden, (V, D) weight, (...) labels -> scalar: the sum of -log p(label) over its number of labels.
+    """(..., D) hidden, (V, D) weight, (...) labels -> scalar: the mean of -log p(label) over the labels that count.
 
-    Labels equal to ignore_index do not count; their rows are dropped before anything is computed. normalizer replaces
-    the number of labels: give the global one under gradient accumulation and data parallelism. bias (V,); softcap c
-    makes the logits c tanh(logits / c) (Gemma 2). No label gives 0. hidden, weight and bias are float32, bfloat16,
-    float16 or float64 and receive gradients, once; a weight that needs none costs no product. The loss is float32.
-    On a GPU the logits of two bfloat16 inputs are bfloat16, as an lm_head's are; to drop the rows it waits once for it.
-    Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
+    The logits are hidden @ weight.T + bias with an optional bias (V,). softcap c changes them to c tanh(logits / c)
+    (Gemma 2). Labels equal to ignore_index do not count; their rows are dropped before anything is computed. If no
+    label counts, the loss is 0. normalizer replaces the number of labels as the divisor: under gradient accumulation or
+    data parallelism pass the global number.
+    hidden, weight and bias are float32, bfloat16, float16 or float64 and receive gradients; the op is differentiable
+    once. A weight that needs no gradient costs no product for it. The loss is float32 (float64 for float64 hidden).
+    On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head; dropping the ignored rows
+    synchronises with the device once.
+    Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary.
     """
     check("linear_cross_entropy", hidden, weight, labels, bias, None, softcap)
     if not isinstance(ignore_index, int):
@@ -93,5 +97,6 @@ def linear_cross_entropy(
     count = mask.sum().clamp(min=1) if normalizer is None else normalizer
     return _op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, mask,
-        normalizer_tensor("linear_cross_entropy", count, hidden), softcap, *wanted_gradients(hidden, weight, bias),
+        normalizer_tensor("linear_cross_entropy", count, hidden), softcap,
+        *map(wants_gradient, (hidden, weight, bias)),
     )[0]  # fmt: skip

@@ -1,9 +1,9 @@
-"""PPO's loss from hidden states: ppo_loss of linear_token_logprobs, in three matrix products with its backward.
+"""PPO's loss from hidden states: ppo_loss of linear_token_logprobs, with three matrix products including the backward.
 
-Beside the log-probs everything in the loss is known before it is computed, the divisor included, so each chunk of
-logits turns into its gradient at once:  dL/dlogprob_i = w_i f'(logprob_i), with f the token's loss and w_i its weight
-in the aggregation. Both come from the ppo_loss kernel: f' on the chunk's tokens, w on a batch whose ratios are all 1.
-Specification: reference.linear_ppo_loss; _linear.py has the chunks.
+Everything in the loss except the log-probs is known in advance, even the divisor. So each chunk of logits is turned
+into its gradient at once:  dL/dlogprob_i = w_i f'(logprob_i), where f is the loss of a token and w_i its weight in the
+aggregation. The ppo_loss kernel computes both: f' from the chunk's tokens, w from a batch whose ratios are all 1.
+Specification: reference.linear_ppo_loss. The chunks are in _linear.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ._inputs import (
     estimator_code,
     needed_mask,
     normalizer_tensor,
+    wants_gradient,
 )
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
@@ -33,16 +34,15 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    known_chunk_gradient,
     logits_buffer,
-    turn,
-    turns,
-    wanted_gradients,
+    takes_known_gradient,
 )
 from .ppo_loss import _op as ppo_op
 from .reference import PPO_STATS
 
 NAME = "linear_ppo_loss"
-_UNCLIPPED = (0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)  # of the options below, up to aggregation
+_UNCLIPPED = (0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)  # the `options` of _forward for a loss without a clip
 _TOKEN_MEAN = 0
 
 
@@ -68,10 +68,10 @@ def _forward(
         tokens = [None if t is None else inputs.take(t.reshape(-1)).contiguous()[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
     for part in inputs.parts:
-        if any(wanted) and turns(inputs):
+        if any(wanted) and takes_known_gradient(inputs):
             old, advantage, ref, importance, w = (None if t is None else t[0, part].to(logprobs.dtype) for t in tokens)
             ppo_tokens = PpoTokens(old, advantage, ref, importance, options)
-            z, logprobs[part], entropy[part] = turn(buffer, inputs, part, temperature, w, ppo_tokens)
+            z, logprobs[part], entropy[part] = known_chunk_gradient(buffer, inputs, part, temperature, w, ppo_tokens)
             gradients.multiply(z, part)
             continue
         z, logprobs[part], entropy[part], saved = chunk_statistics(buffer, inputs, part, temperature, True)
@@ -135,11 +135,13 @@ def linear_ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, T, D) hidden, (V, D) weight, the rest (B, T) -> scalar loss to minimise, and statistics (PPO_STATS).
 
-    Equals ppo_loss(linear_token_logprobs(hidden, weight, labels, ...), ...), whose docstrings describe the options; the
-    entropy is always computed. Rows outside the mask are dropped first and may hold anything. hidden, weight and bias
-    receive gradients, once; everything else is data. Memory beside the results is one chunk of logits. On a GPU the
-    logits of two bfloat16 inputs are bfloat16, as an lm_head's are, and to drop the rows it waits once for the device.
-    Raises ValueError or TypeError for shapes, dtypes and options, IndexError for a label outside the vocabulary.
+    Equals ppo_loss(linear_token_logprobs(hidden, weight, labels, ...), ...); the docstrings of these two describe the
+    options. The entropy is always computed. Rows outside the mask are dropped first and may hold anything. hidden,
+    weight and bias receive gradients, and the op is differentiable once; all other inputs receive none. In addition to
+    the results it needs memory for one chunk of logits. On a GPU, if hidden and weight are bfloat16 the logits are too,
+    as with any lm_head; dropping the rows outside the mask synchronises with the device once.
+    Raises ValueError or TypeError if a shape, dtype or option does not fit, IndexError for a label outside the
+    vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_tokens(
@@ -148,7 +150,7 @@ def linear_ppo_loss(
     )  # fmt: skip
     check_policy(NAME, cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     kl_coef = check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
-    entropy_coef = check_term(NAME, "entropy_coef", entropy_coef, "entropy", hidden)  # always there
+    entropy_coef = check_term(NAME, "entropy_coef", entropy_coef, "entropy", hidden)  # the entropy is always computed
     mask = needed_mask(NAME, mask)
     check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
@@ -164,5 +166,5 @@ def linear_ppo_loss(
         float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
         math.inf if dual_clip is None else dual_clip, math.inf if log_ratio_clamp is None else log_ratio_clamp,
         kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
-        aggregation_code(NAME, loss_agg_mode), *wanted_gradients(hidden, weight, bias),
+        aggregation_code(NAME, loss_agg_mode), *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip

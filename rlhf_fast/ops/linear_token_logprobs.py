@@ -1,9 +1,10 @@
-"""token_logprobs from hidden states: the logits hidden @ weight.T never exist as a whole.
+"""token_logprobs from hidden states: the logits hidden @ weight.T are computed in chunks and never exist as a whole.
 
-Here the gradient of the log-probs is not known in the forward (any loss may follow: GSPO, DPO, a sequence's sum), so
-the backward needs the logits of each chunk again. They are kept where all of them fit into one chunk (CHUNK_BYTES,
-three matrix products in all), and computed again where they do not (four). Where the loss is PPO's or SFT's, use
-linear_ppo_loss or linear_cross_entropy, which always take three. Specification: reference.linear_token_logprobs.
+Any loss may follow (GSPO, DPO, the sum over a sequence), so the gradient of the log-probs is not known in the forward,
+and the backward needs the logits of each chunk again. If all logits fit into one chunk (CHUNK_BYTES) they are kept,
+which makes three matrix products in total; otherwise they are computed again, which makes four. linear_ppo_loss and
+linear_cross_entropy always need three: use them for the losses of PPO and SFT.
+Specification: reference.linear_token_logprobs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, accumulation_dtype, byte_mask, check_unchanged, may_consume
-from ._inputs import check_temperature
+from ._inputs import check_temperature, wants_gradient
 from ._linear import (
     Gradients,
     check,
@@ -26,7 +27,6 @@ from ._linear import (
     logits_dtype,
     logits_shape,
     most_rows,
-    wanted_gradients,
     way_of,
 )
 
@@ -34,7 +34,10 @@ NAME = "linear_token_logprobs"
 
 
 def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, ...]:
-    """logprobs (N,), entropy (N,) or empty; by rows that count: saved (N, 2), logits (N, V) in some layout or empty."""
+    """logprobs (N,), entropy (N,) or empty, saved (N, 2), and logits: (N, V) in the layout of the way, or empty.
+
+    saved and logits have the rows that count first.
+    """
     rows, accum = labels.shape[0], accumulation_dtype(hidden)
     kept = logits_shape(rows, weight.shape[0], way)
     if not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
@@ -57,7 +60,7 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused
         _, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
         if with_entropy:
             entropy[part] = h
-    # Outputs of the library op have to be reproducible, their unused ends too.
+    # torch.library's ops must be reproducible in all of their outputs, including the unused parts.
     logits[:, weight.shape[0] :] = 0
     if inputs.index is not None:
         saved[rows:], logits[logits_shape(rows, weight.shape[0], inputs.way)[0] :] = 0, 0
@@ -83,7 +86,7 @@ def _backward_any(
         and (bias is None or bias.shape == weight.shape[:1])
         and (not fused or hidden.dtype == weight.dtype),
     )
-    saved, logits = saved.contiguous(), logits.contiguous()  # a hook may have given them back in another layout
+    saved, logits = saved.contiguous(), logits.contiguous()  # a hook may return them in another layout
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0
@@ -108,7 +111,7 @@ _backward = Op(
     "Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
-    waits=True,  # where there is a mask: compact, in _linear.py
+    waits=True,  # if there is a mask: `compact` in _linear.py
 )
 
 
@@ -116,7 +119,7 @@ def _save(ctx, inputs, output):
     hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:9]
     ctx.wanted = inputs[9:]
     _, entropy, *kept = output
-    # A copy: users may change what they get, by a mask say.
+    # A copy of the entropy, because users may change the result in place.
     ctx.save_for_backward(hidden, weight, bias, labels, mask, entropy.clone(), *kept)
 
 
@@ -164,13 +167,14 @@ def linear_token_logprobs(
     """(..., D) hidden, (V, D) weight, (...) labels -> (...) log-probs; with_entropy adds (...) entropies in nats.
 
     The logits are softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, bias (V,) and softcap optional.
-    mask (...) bool or 0/1: where it is False the row is dropped before anything is computed, the label may be anything,
-    both results are 0 and so is the gradient. hidden, weight and bias are float32, bfloat16, float16 or float64 and
-    receive gradients, once; results are float32 (float64 for float64 hidden). On the CPU a row's bits in float32 and
-    bfloat16 depend neither on the other rows nor on the number of threads; in other dtypes, and where PyTorch is left
-    to multiply (is_fused in _linear.py), the last bits may. On a GPU the logits of two bfloat16 inputs are bfloat16, as
-    an lm_head's are (8 bits: 0.06 at a logit of 20), and only a mask makes it wait.
-    Raises ValueError or TypeError for shapes and dtypes, IndexError for a label outside the vocabulary.
+    mask (...) is bool or 0/1: where it is False the row is dropped before anything is computed, the label may be
+    anything, and both results and the gradient are 0. hidden, weight and bias are float32, bfloat16, float16 or float64
+    and receive gradients; the op is differentiable once. Results are float32 (float64 for float64 hidden).
+    On the CPU, in float32 and bfloat16, the result of a row is bit-identical whatever the other rows and the number of
+    threads; in other dtypes, and if PyTorch computes the products (is_fused in _linear.py), the last bits may differ.
+    On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head (8 bits: 0.06 at a logit of 20),
+    and the op synchronises with the device only if there is a mask.
+    Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary.
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_temperature(NAME, temperature)
@@ -180,12 +184,13 @@ def linear_token_logprobs(
             with_entropy=with_entropy,
         )  # fmt: skip
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    # An argument, because shapes of outputs follow from it and Inductor's cache on disk knows a graph by its arguments.
+    # An argument of the op, because it determines the shapes of the outputs, and the key of Inductor's cache on disk
+    # consists of the arguments.
     fused = is_fused(hidden, weight, bias)
     logprobs, entropy, _, _ = _forward(
         hidden, weight, bias, labels.reshape(-1).long(),
         None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap,
-        fused, with_entropy, *wanted_gradients(hidden, weight, bias),
+        fused, with_entropy, *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs

@@ -1,4 +1,4 @@
-"""The mean over a mask, 0 where it is empty: sum(values * mask) / max(sum(mask), 1), with NaN outside the mask ignored.
+"""The mean over a mask, 0 if it is empty: sum(values * mask) / max(sum(mask), 1). NaN outside the mask is ignored.
 
 Specification: reference.masked_mean. Kernels: csrc/cpu/masked.cpp, csrc/cuda/masked.cu.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import _C, DTYPE_CODES, Op, as_bool, check_tensors, check_unchanged, empties, native
+from ._inputs import device_error, dtype_error
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:
@@ -30,13 +31,13 @@ def _arguments(values, mask, whole=False):
 
 
 def one_row(x: Tensor) -> Tensor:
-    """x, or a copy, whose numbers a kernel may read as those of one row: it knows the last stride and no shape."""
+    """x, or a copy of it, which a kernel can read as one row: the kernel knows only the last stride, not the shape."""
     return x if x.is_contiguous() and x.stride(-1) == 1 else x.reshape(1, -1)
 
 
 def _backward_cpu(grad_means, counts, mask, whole):
     check_unchanged("masked_mean", whole or mask.shape[:1] == counts.shape)
-    counts = counts.contiguous()  # a hook may have given it back in another layout
+    counts = counts.contiguous()  # a hook may return it in another layout
     grad_means, rows = grad_means.contiguous(), 1 if whole else mask.shape[0]
     (grad,) = empties(counts, counts.dtype, mask)
     _C.masked_mean_backward(
@@ -51,7 +52,7 @@ def _backward_cuda(grad_means, counts, mask, whole):
 
 
 def _share(grad_means: Tensor, counts: Tensor, shape: torch.Size, whole: bool) -> Tensor:
-    """What each counted value receives."""
+    """The gradient of each value that counts, expanded to the shape of the values."""
     each = grad_means / counts
     return (each if whole else each[:, None]).expand(shape)
 
@@ -78,22 +79,23 @@ def _grad(ctx, grad_means, _):
     return _backward(grad_means, counts, mask, ctx.whole), None, None
 
 
-_op = Op(  # torch.library drops an argument that has its default
+_op = Op(  # torch.library does not pass on arguments that have their default, so _outputs and _arguments repeat it
     "masked_mean(Tensor values, Tensor? mask, bool whole=False) -> (Tensor means, Tensor counts)",
     kernels=native("masked_mean", _arguments, scratch=True),
     fake=_outputs,
     backward=_grad,
     setup_context=_save,
-    in_backward=True,  # of masked_whiten
+    in_backward=True,  # masked_whiten's
 )
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Mean of values (any shape) where mask is True, over the axes dim (None and (): all of them), without these axes.
+    """Mean of values (any shape) where mask is True, over the axes dim (None or (): all axes), which are removed.
 
-    mask is bool or 0/1, of the shape of values or broadcastable to it; None counts everything. 0 where the mask is
-    empty. Floating values of any precision or numbers, float32 out (float64 for float64); values receives the gradient.
-    Raises ValueError where the mask does not fit, IndexError for an axis that values does not have.
+    mask is bool or 0/1 and must be broadcastable to values; None counts everything. The mean over an empty mask is 0.
+    values may have any real dtype (integers and bool are converted). The result is float32 (float64 for float64), and
+    values receives the gradient.
+    Raises ValueError if the mask does not fit, IndexError for an axis that values does not have.
     """
     mask = fitting_mask("masked_mean", values, mask)
     if values.dtype not in DTYPE_CODES:
@@ -107,10 +109,10 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
         return _op(values, mask, True)[0]
     if not all(-values.ndim <= axis < values.ndim for axis in axes):
         raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")
-    # Compared with constants, because torch.compile makes a number that changes between calls a symbol.
+    # Axes are only compared with constants, because torch.compile makes a symbol of a dim that changes between calls.
     reduced = tuple(i for i in range(values.ndim) if any(axis in (i, i - values.ndim) for axis in axes))
     kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
-    if kept == (0,) and values.ndim == 2:  # the usual case: nothing to lay out
+    if kept == (0,) and values.ndim == 2:  # the usual case: the values already are rows
         return _op(values, mask, False)[0]
     shape = [values.shape[axis] for axis in kept]
     rows, columns = math.prod(shape), math.prod([values.shape[axis] for axis in reduced])
@@ -127,18 +129,18 @@ def _axes(dim) -> tuple[int, ...]:
 
 def as_float(op: str, values: Tensor) -> Tensor:
     if values.is_complex():
-        raise TypeError(f"{op}: values is {values.dtype}; needs real numbers")
+        raise dtype_error(op, "values", values, "real numbers")
     return values.float()
 
 
 def fitting_mask(op: str, values: Tensor, mask: Tensor | None) -> Tensor | None:
-    """As bool of the shape of values. TypeError where one of them is no tensor."""
+    """The mask as bool, expanded to the shape of values."""
     if not (isinstance(values, Tensor) and (mask is None or isinstance(mask, Tensor))):
         check_tensors(op, optional=("mask",), values=values, mask=mask)
     if mask is None:
         return None
     if mask.device != values.device:
-        raise ValueError(f"{op}: mask is on {mask.device}, values on {values.device}; move them to one device")
+        raise device_error(op, "mask", mask, "values", values)
     try:
         mask = as_bool(mask)
         return mask if mask.shape == values.shape else mask.expand(values.shape)

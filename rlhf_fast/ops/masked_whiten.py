@@ -1,4 +1,4 @@
-"""Values to mean 0 and variance 1 over a mask, as PPO does with advantages.
+"""Shifts and scales values to mean 0 and variance 1 over a mask, as PPO does with advantages.
 
     (values - mean) / sqrt(var + eps), var with Bessel's correction; 0 outside the mask
 
@@ -37,22 +37,23 @@ def _save(ctx, inputs, output):
 def _grad(ctx, grad, _):
     if grad is None:
         return (None,) * 4
-    values, mask, saved = ctx.saved_tensors  # once: a checkpoint gives them once
+    values, mask, saved = ctx.saved_tensors  # read once, because a checkpoint allows only one read
     shapes_hold = values.shape == grad.shape and (mask is None or mask.shape == grad.shape) and saved.shape == (3,)
     check_unchanged("masked_whiten", shapes_hold and (mask is None or mask.dtype == torch.bool))
     count = saved[2]
-    # In float64 from the values on: of few values the three terms below cancel to what a float32 mean has lost.
+    # In float64 from here on: for few values the three terms below nearly cancel, and what remains is smaller than the
+    # rounding error of a float32 mean.
     x, g = values.double(), grad.double()
     if mask is not None:
         x, g = torch.where(mask, x, 0.0), torch.where(mask, g, 0.0)
 
-    def mean(y):  # masked_mean, and not sum(), whose order of addition depends on the number of threads
+    def mean(y):  # not y.sum(), whose order of addition depends on the number of threads
         return _mean(y.reshape(1, -1), None if mask is None else mask.reshape(1, -1))[0]
 
     x = x - mean(x)
     share = count.double() / (count - 1).clamp(min=1)  # of Bessel's correction
     scale = torch.rsqrt(mean(x * x) * share + ctx.eps)
-    # d/dx of (x - mean) scale, where mean and scale depend on x too.
+    # d/dx of (x - mean) * scale; mean and scale depend on x too.
     grad_mean, grad_scale = mean(g), mean(g * x) * scale
     grad_values = scale * (g - grad_mean - x * (scale * grad_scale * share))
     if not ctx.shift_mean:
@@ -71,19 +72,20 @@ _op = Op(
 
 
 def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Values (any shape) whitened over all positions where mask is True -> the same shape, 0 outside the mask.
+    """Whitens values (any shape) over all positions where mask is True -> the same shape, 0 outside the mask.
 
-    mask is bool or 0/1, of the shape of values or broadcastable to it. shift_mean=False adds the mean back: the scale
-    changes, the centre stays (TRL's whitening of rewards). One value has no variance and becomes 0 (or its mean), none
-    gives zeros. float32 out (float64 for float64); values receives the gradient.
-    Raises ValueError where the mask does not fit or eps is not positive.
+    mask is bool or 0/1 and must be broadcastable to values. shift_mean=False adds the mean back, so that only the scale
+    changes (as TRL whitens rewards). A single value has no variance and becomes 0 (or its mean); an empty mask gives
+    zeros. The result is float32 (float64 for float64), and values receives the gradient.
+    Raises ValueError if the mask does not fit or eps is not positive.
     """
     try:
-        if not eps > 0:
-            raise ValueError(f"masked_whiten: eps {eps} must be > 0")
+        outside = not eps > 0
     except NO_NUMBER:
         refuse_no_number("masked_whiten", eps=eps)
         raise
+    if outside:
+        raise ValueError(f"masked_whiten: eps {eps} must be > 0")
     mask = fitting_mask("masked_whiten", values, mask)
     if values.dtype not in DTYPE_CODES:
         values = as_float("masked_whiten", values)

@@ -1,9 +1,10 @@
-"""The Bradley-Terry loss of a reward model, with soft labels: one pass gives loss, gradients and statistics.
+"""The Bradley-Terry loss of a reward model, with soft labels. One pass computes loss, gradients and statistics.
 
     d = chosen - rejected - margin;  loss = -p log sigma(d) - (1 - p) log sigma(-d) + center_coef (chosen + rejected)^2
 
-p = 1 is the loss of Ouyang et al. 2022, p from a judge that of RLAIF (Bai et al. 2022b), the last term centres rewards
-(Eisenstein et al. 2023). Specification: reference.pairwise_loss. Kernels: csrc/cpu, csrc/cuda, kernels (Triton).
+With p = 1 this is the loss of Ouyang et al. 2022; with a judge's probability p it is that of RLAIF (Bai et al. 2022b).
+The last term centres the rewards around 0 (Eisenstein et al. 2023).
+Specification: reference.pairwise_loss. Kernels: csrc/cpu, csrc/cuda, kernels (Triton).
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ def pairwise_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B,) rewards of the preferred and of the other response -> scalar loss and statistics (PAIRWISE_STATS).
 
-    float32, bfloat16, float16 or float64 in, float32 out (float64 for float64 rewards); both receive gradients.
-    margin: (B,) or a number, how much better chosen must be. target_prob: (B,) or a number in [0, 1], the probability
-    that chosen is the better one; 1 by default. weights: (B,) >= 0, the loss is the weighted mean.
-    accuracy counts chosen > rejected, a tie as one half; reward_mean and reward_std are over both responses.
-    An empty batch, or one of weight 0, gives 0. Raises ValueError or TypeError for shapes, dtypes and devices.
+    Inputs are float32, bfloat16, float16 or float64; the loss is float32 (float64 for float64 rewards). Both rewards
+    receive gradients.
+    margin: (B,) or a number, by how much chosen must be better. target_prob: (B,) or a number in [0, 1], the
+    probability that chosen is better; 1 by default. weights: (B,) >= 0; the loss is the weighted mean over the pairs.
+    In the statistics, accuracy counts chosen > rejected, and a tie as one half; reward_mean and reward_std are over
+    both responses. An empty batch, or one whose weights are all 0, gives 0.
+    Raises ValueError or TypeError if a shape, dtype or device does not fit.
     """
     margins = _per_pair(margin, chosen) if isinstance(margin, Tensor) else None
     probs = _per_pair(target_prob, chosen) if isinstance(target_prob, Tensor) else None
@@ -84,12 +87,12 @@ def pairwise_loss(
 
 
 def _floating(x: Tensor) -> Tensor:
-    """Margins and labels of a data set are often integers."""
+    """x as a floating tensor: margins and labels of a data set are often integers."""
     return x if x.is_floating_point() or x.is_complex() else x.float()
 
 
 def _per_pair(x: Tensor, chosen: Tensor) -> Tensor:
-    """A tensor of one number without an axis is that of all pairs."""
+    """x as a floating (B,) tensor; a tensor without an axis holds the one number of all pairs."""
     return _floating(x.expand(chosen.shape) if x.ndim == 0 and isinstance(chosen, Tensor) else x)
 
 

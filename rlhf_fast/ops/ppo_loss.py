@@ -1,9 +1,10 @@
-"""PPO's clipped surrogate loss (Schulman et al. 2017, eq. 7) with its gradient and its statistics from one pass.
+"""PPO's clipped surrogate loss (Schulman et al. 2017, eq. 7), its gradient and its statistics from one pass.
 
     r = exp(logprobs - old_logprobs);  loss = mean over the mask of -min(r A, clip(r, 1 - cliprange, 1 + cliprange) A)
 
-Everything but the log-probs is known when the loss is computed, so the forward writes the gradient too and the backward
-only scales it. Specification: reference.ppo_loss. Kernels: csrc/cpu, csrc/cuda, kernels (Triton), the formula in
+Everything except the log-probs is known in advance. So the forward also computes the gradient, and the backward only
+scales it.
+Specification: reference.ppo_loss. Kernels: csrc/cpu, csrc/cuda, kernels (Triton); the formula is in
 csrc/common/policy.h.
 """
 
@@ -74,19 +75,23 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, T) log-probs, advantages and mask -> scalar loss to minimise, and statistics (PPO_STATS) as scalar tensors.
 
-    Floating inputs are float32, bfloat16, float16 or float64, any strides; the loss is float32 (float64 for float64
-    logprobs). mask is bool or 0/1; what it hides may be NaN. logprobs and entropy receive gradients, the rest is data.
+    Floating inputs are float32, bfloat16, float16 or float64, with any strides; the loss is float32 (float64 for
+    float64 logprobs). mask is bool or 0/1; values outside it may be NaN. logprobs and entropy receive gradients, the
+    other inputs do not.
 
     cliprange, cliprange_high: the ratio is clipped to [1 - cliprange, 1 + cliprange_high] (default: symmetric).
     dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al. 2020). Off by default; verl uses 3.
-    log_ratio_clamp: limits |logprobs - old_logprobs| before exp; no gradient beyond it. verl and OpenRLHF use 20.
-    ref_logprobs, kl_coef, kl_estimator: adds kl_coef * kl_penalty(logprobs, ref_logprobs) per token.
-    entropy, entropy_coef: subtracts entropy_coef * entropy per token. A coefficient of 0 leaves only the statistic.
-    importance_weights: (B, T), truncated already, multiplies the surrogate (rollouts from another engine).
+    log_ratio_clamp: clamps logprobs - old_logprobs to +-log_ratio_clamp before exp. A token that it changes has no
+        gradient. Off by default; verl and OpenRLHF use 20.
+    ref_logprobs, kl_coef, kl_estimator: add kl_coef * kl_penalty(logprobs, ref_logprobs) per token.
+    entropy, entropy_coef: subtract entropy_coef * entropy per token. If kl_coef or entropy_coef is 0, its term is only
+        a statistic.
+    importance_weights: (B, T), already truncated; multiply the surrogate (for rollouts from another engine).
     loss_agg_mode: "token-mean", "seq-mean-token-sum", "seq-mean-token-mean" or "seq-mean-token-sum-norm".
-    normalizer: replaces the divisor (number of tokens; of sequences; of sequences; T), so that micro-batches and ranks
-    that all divide by the global number add up to the gradient of the full batch.
-    An empty mask gives 0 and zero gradients. Raises ValueError or TypeError for shapes, dtypes, devices and options.
+    normalizer: replaces the divisor of that mode (number of tokens; of sequences; of sequences; T). If all
+        micro-batches and ranks divide by the global number, their gradients add up to that of the full batch.
+    An empty mask gives a loss of 0 and zero gradients.
+    Raises ValueError or TypeError if a shape, dtype, device or option does not fit.
     """
     check(
         "ppo_loss", 2, mask, "logprobs old_logprobs advantages ref_logprobs entropy importance_weights",

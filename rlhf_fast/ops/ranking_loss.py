@@ -1,4 +1,4 @@
-"""The reward model's loss over K ranked responses (Ouyang et al. 2022, eq. 1): every pair that the ranking orders.
+"""The loss of a reward model over K ranked responses (Ouyang et al. 2022, eq. 1), over all pairs with unequal ranks.
 
     loss = mean over prompts of the mean over pairs with rank_i < rank_j of -log sigma(r_i - r_j)
 
@@ -7,12 +7,11 @@ Specification: reference.ranking_loss. Kernels: csrc/cpu/pairwise_loss.cpp, csrc
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, check_tensors
-from ._inputs import check, loss_outputs, native_loss
+from ._inputs import INTEGERS, check, dtype_error, loss_outputs, native_loss
 from .reference import RANKING_STATS, ranks_of_counts
 
 
@@ -32,21 +31,23 @@ _op = Op(
 def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, K) rewards and integer ranks -> scalar loss and statistics over all pairs (RANKING_STATS).
 
-    ranks (B, K): 0 is the best; equal ones are ties and make no pair; a negative one is padding, its reward may be NaN.
-    Or (B,), counts: the responses of each prompt stand best first, so many of them, and padding after the last.
-    A prompt counts once, whatever the number of its pairs; one without a pair does not count, a batch of such gives 0.
-    float32, bfloat16, float16 or float64 rewards, float32 out (float64 for float64); rewards receives the gradient.
-    Raises ValueError or TypeError for shapes, dtypes and devices.
+    ranks (B, K): rank 0 is the best. Equal ranks are ties and make no pair. A negative rank marks padding, whose reward
+    may be NaN. Or ranks (B,): the number of responses to each prompt, which are then ordered best first, followed by
+    padding.
+    Each prompt has the same weight, whatever the number of its pairs. A prompt without a pair does not count; if no
+    prompt has one, the loss is 0.
+    rewards are float32, bfloat16, float16 or float64 and receive the gradient; the loss is float32 (float64 for
+    float64). Raises ValueError or TypeError if a shape, dtype or device does not fit.
     """
     check("ranking_loss", 2, None, "rewards", rewards)
     check_tensors("ranking_loss", ranks=ranks)
     if ranks.shape not in (rewards.shape, rewards.shape[:1]) or ranks.device != rewards.device:
         raise ValueError(
             f"ranking_loss: ranks {tuple(ranks.shape)} on {ranks.device} must have the shape and device of rewards "
-            f"{tuple(rewards.shape)} on {rewards.device}, or be counts, one for each row of it"
+            f"{tuple(rewards.shape)} on {rewards.device}, or be (B,) counts"
         )
-    if ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
-        raise TypeError(f"ranking_loss: ranks are {ranks.dtype}; needs integers")
+    if ranks.dtype not in INTEGERS:
+        raise dtype_error("ranking_loss", "ranks", ranks, "integers")
     ranks = ranks.long()
     if ranks.ndim == 1:
         ranks = ranks_of_counts(ranks, rewards.shape[1])

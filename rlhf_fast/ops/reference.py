@@ -1,9 +1,9 @@
 """Every op in plain PyTorch: the specification, the oracle of the tests, and the last-resort backend.
 
-Written for reading, not for speed. Shapes: B sequences or pairs, T tokens, V vocabulary, D hidden, K ranked
-responses, `...` any leading axes. Outputs are float32 whatever the input dtype; float64 stays float64. A mask is bool
-(or 0/1 numbers) and True counts; what lies outside it, NaN included, never reaches a result or a gradient. What is data
-and not prediction (old log-probs, advantages, returns, margins, weights, normalizers) receives no gradient.
+Written to be read, not to be fast. Shapes: B sequences or pairs, T tokens, V vocabulary, D hidden, K ranked
+responses, `...` any leading axes. Outputs are float32 whatever the input dtype, except that float64 stays float64. A
+mask is bool (or 0/1) and True counts; values outside it, including NaN, never reach a result or a gradient. Inputs that
+are data and not predictions (old log-probs, advantages, returns, margins, weights, normalizers) receive no gradient.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PPO_STATS = (
     "policy_loss",  # the clipped surrogate alone, aggregated like the loss
     "kl",  # the KL term before kl_coef, aggregated like the loss
     "entropy",  # the entropy term before entropy_coef, aggregated like the loss
-    "approx_kl_k1",  # means over the mask of -d, d^2/2 and exp(d) - 1 - d, where d = logprobs - old_logprobs
+    "approx_kl_k1",  # k1, k2, k3: means over the mask of -d, d^2/2, exp(d) - 1 - d, with d = logprobs - old_logprobs
     "approx_kl_k2",
     "approx_kl_k3",
     "clipfrac_high",  # share of tokens clipped because the ratio is too high (A > 0) or too low (A < 0)
     "clipfrac_low",
-    "dual_clipfrac",  # share of tokens on which the dual clip holds
+    "dual_clipfrac",  # share of tokens that the dual clip changes
     "ratio_mean",
     "ratio_var",  # population variance
     "ratio_min",
@@ -54,8 +54,10 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _limited(x: Tensor, most: float) -> Tensor:
-    """x within +-most. The gradient is 0 where that changes x; that of clamp at the bound itself is 1 up to torch 2.13
-    and then 0."""
+    """x clamped to +-most, with gradient 0 where that changes x.
+
+    Not torch.clamp, whose gradient at the bound itself is 1 up to torch 2.13, and 0 after that.
+    """
     return torch.where(x.abs() <= most, x, x.detach().clamp(-most, most))
 
 
@@ -73,7 +75,7 @@ def token_logprobs_and_entropy(
         labels = labels.masked_fill(~mask.bool(), 0)
     logp = z.log_softmax(-1)
     logprobs = logp.gather(-1, labels[..., None]).squeeze(-1)
-    # 0 * (-inf) is 0 here: an impossible token carries no entropy. The inner where keeps the gradient finite too.
+    # An impossible token has no entropy: 0 * (-inf) must be 0. The inner where keeps the gradient finite too.
     finite = torch.where(logp == -torch.inf, torch.zeros((), dtype=logp.dtype, device=logp.device), logp)
     entropy = -(finite.exp() * finite).masked_fill(logp == -torch.inf, 0.0).sum(-1)
     return _masked(logprobs, mask), _masked(entropy, mask)
@@ -109,8 +111,11 @@ def linear_token_logprobs(
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, normalizer: Tensor | float | None = None
 ) -> Tensor:
-    """Sum of -log p(label) over labels that are not ignore_index, over their number (or over normalizer). Empty: 0."""
-    labels = labels.long()  # an unsigned 156 would equal -100
+    """The sum of -log p(label) over labels that are not ignore_index, divided by their number (or normalizer).
+
+    0 if there are none.
+    """
+    labels = labels.long()  # a uint8 label of 156 would equal -100
     mask = labels != ignore_index
     nll = -token_logprobs(logits, labels, mask=mask).sum()
     return nll / mask.sum().clamp(min=1) if normalizer is None else over(nll, normalizer, mask)
@@ -146,12 +151,12 @@ def _statistics(names: tuple[str, ...], values: tuple[Tensor, ...], dtype: torch
 
 
 def aggregate(loss: Tensor, mask: Tensor, mode: str = "token-mean", normalizer: Tensor | float | None = None) -> Tensor:
-    """(B, T) per-token losses -> scalar, under one of AGGREGATIONS. Empty masks give 0.
+    """(B, T) per-token losses -> scalar, by one of AGGREGATIONS. An empty mask gives 0.
 
     token-mean: sum over tokens / number of tokens. seq-mean-token-sum: mean over sequences of token sums.
     seq-mean-token-mean: mean over sequences of token means. seq-mean-token-sum-norm: sum / T.
-    Sequences without a token do not count. A normalizer replaces the last division (the number of tokens, of
-    sequences, of sequences, and T): give the global one under gradient accumulation and data parallelism.
+    Sequences without a token do not count. normalizer replaces the last divisor (the number of tokens; of sequences; of
+    sequences; T): under gradient accumulation or data parallelism pass the global number.
     """
     mask = mask.bool()
     loss = _masked(loss, mask)
@@ -169,14 +174,14 @@ def aggregate(loss: Tensor, mask: Tensor, mode: str = "token-mean", normalizer: 
 
 
 def over(total: Tensor, normalizer: Tensor | float, mask: Tensor) -> Tensor:
-    """total / normalizer, one number in the dtype of total; an empty mask gives 0 even for a normalizer of 0."""
+    """total / normalizer, in the dtype of total. An empty mask gives 0, even for a normalizer of 0."""
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.detach().reshape(()).to(total.dtype)
     return torch.where(mask.any(), total / normalizer, 0.0)
 
 
 def _exp_minus_1_minus(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x, which is infinite at both ends; torch.expm1(inf) - inf would be NaN."""
+    """exp(x) - 1 - x, which is infinite for x = +-inf. torch.expm1(x) - x would be NaN for x = inf."""
     return torch.where(x == torch.inf, torch.inf, torch.expm1(x) - x)
 
 
@@ -184,11 +189,12 @@ def kl_penalty(
     logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1", input_clamp: float | None = None,
     output_clamp: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Per-token estimate of KL(policy || reference) from log-probs of sampled tokens.
+    """Per-token estimates of KL(policy || reference) from the log-probs of sampled tokens.
 
     With d = logprobs - ref_logprobs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (Schulman 2020, "Approximating KL
     Divergence"), abs = |d|.
-    input_clamp limits d, output_clamp the result, both symmetric; the gradient is 0 where a clamp holds.
+    input_clamp limits d, output_clamp limits the result, both symmetrically. The gradient is 0 where a clamp changes
+    the value.
     """
     kind = KL_ESTIMATORS.get(estimator)
     if kind is None:
@@ -205,7 +211,7 @@ def kl_penalty(
     if output_clamp is None:
         return formula(d)
     limited = formula(d.detach()).clamp(-output_clamp, output_clamp)
-    held = limited != formula(d.detach())  # no gradient passes there, not even 0 * inf
+    held = limited != formula(d.detach())  # no gradient there, not even 0 * inf
     return torch.where(held, limited, formula(torch.where(held, 0.0, d)))
 
 
@@ -220,8 +226,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
 def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """(values - mean) / sqrt(var + eps) over the mask, var with Bessel's correction; 0 outside the mask. eps > 0.
 
-    shift_mean=False adds the mean back (TRL's convention: the scale changes, the centre stays). One token or none has
-    no variance and counts as var = 0.
+    shift_mean=False adds the mean back, so that only the scale changes (as in TRL). One token or none has no variance:
+    var = 0.
     """
     values = as_accumulator(values)
     mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool().expand_as(values)
@@ -243,9 +249,9 @@ def ppo_loss(
 
     r = exp(clamp(logprobs - old_logprobs, +-log_ratio_clamp));
     loss = -min(r A, clip(r, 1 - cliprange, 1 + cliprange_high) A);
-    a dual_clip c > 1 bounds it by -c A where A < 0 (Ye et al. 2020); times importance_weights (truncated already);
+    a dual_clip c > 1 bounds it by -c A where A < 0 (Ye et al. 2020); times importance_weights (already truncated);
     plus kl_coef * kl_penalty(logprobs, ref_logprobs) minus entropy_coef * entropy, aggregated by `aggregate`.
-    A term whose coefficient is 0 is only a statistic. logprobs and entropy receive gradients, the rest is data.
+    A term whose coefficient is 0 is only a statistic. logprobs and entropy receive gradients, the other inputs do not.
     """
     mask = mask.bool()
     logp = _masked(as_accumulator(logprobs), mask)
@@ -256,8 +262,8 @@ def ppo_loss(
     low, high = 1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)
     clip_high, clip_low = (a > 0) & (ratio > high), (a < 0) & (ratio < low)
     dual = (a < 0) & (ratio > dual_clip) if dual_clip is not None else torch.zeros_like(mask)
-    # A held ratio is a constant: selecting it before exp keeps 0 * inf (A = 0, or an overflow that is clipped) out of
-    # the loss and out of its gradient.
+    # A held ratio is a constant. Selecting it before exp keeps 0 * inf (from A = 0, or from an overflow that is
+    # clipped) out of the loss and its gradient.
     held = clip_high | clip_low | dual | (a == 0)
     bound = ratio.clamp(low, high)
     if dual_clip is not None:
@@ -317,7 +323,7 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """0.5 max((v - R)^2, (clip(v, v_old +- cliprange_value) - R)^2): all (B, T) -> (scalar loss, VALUE_STATS).
 
-    cliprange_value=None does not clip. values receives the gradient, old_values and returns are data.
+    cliprange_value=None does not clip. values receives the gradient, old_values and returns do not.
     """
     mask = mask.bool()
     v, old, target = _masked(as_accumulator(values), mask), _data(old_values, mask), _data(returns, mask)
@@ -349,9 +355,9 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): all (B, T) -> (advantages, returns).
 
     delta_t = r_t + gamma V_{t+1} - V_t; A_t = delta_t + gamma lam A_{t+1}; returns = A + V. Past the end V and A are 0.
-    Masked positions inside a sequence: "carry" skips them (t+1 is the next token of the mask, as in verl); "zero" steps
-    over them with r = V = 0 (as in OpenRLHF), so A decays by gamma lam per gap. Both results are 0 outside the mask
-    and carry no gradient: they are targets.
+    Masked positions inside a sequence: "carry" skips them (t + 1 is the next token of the mask, as in verl); "zero"
+    counts them as steps with r = V = 0 (as in OpenRLHF), so A decays by gamma lam at each one. Both results are 0
+    outside the mask and, being targets, carry no gradient.
     """
     if gap_mode not in ("carry", "zero"):
         raise ValueError(f"gae: gap_mode {gap_mode!r} must be 'carry' or 'zero'")
@@ -376,9 +382,9 @@ def pairwise_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Bradley-Terry loss of (B,) rewards -> (scalar loss, statistics: PAIRWISE_STATS). An empty batch gives 0.
 
-    d = chosen - rejected - margin; loss = -p log sigma(d) - (1 - p) log sigma(-d), p = target_prob (1 by default; RLAIF
-    gives the judge's probability), plus center_coef (chosen + rejected)^2 (Eisenstein et al. 2023), averaged with
-    weights. accuracy counts chosen > rejected, a tie as one half.
+    d = chosen - rejected - margin; loss = -p log sigma(d) - (1 - p) log sigma(-d), where p = target_prob (1 by default;
+    in RLAIF the judge's probability), plus center_coef (chosen + rejected)^2 (Eisenstein et al. 2023). The result is
+    the weighted mean over the pairs. accuracy counts chosen > rejected, and a tie as one half.
     """
     c, r = as_accumulator(chosen), as_accumulator(rejected)
     d = c - r
@@ -409,7 +415,7 @@ def pairwise_loss(
 
 
 def ranks_of_counts(counts: Tensor, k: int) -> Tensor:
-    """(B,) numbers of responses, which stand best first -> their (B, k) ranks, -1 after the last."""
+    """(B,) numbers of responses, which are ordered best first -> (B, k) ranks, -1 after the last response."""
     places = torch.arange(k, device=counts.device)
     return torch.where(places < counts[:, None], places, -1)
 
@@ -417,9 +423,9 @@ def ranks_of_counts(counts: Tensor, k: int) -> Tensor:
 def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """All pairs of K ranked responses (Ouyang et al. 2022, eq. 1): (B, K) rewards and ranks -> (loss, RANKING_STATS).
 
-    Rank 0 is best, equal ranks are ties (no pair), a negative rank is padding. Each prompt's loss is the mean of
-    -log sigma(r_i - r_j) over its pairs with rank_i < rank_j; prompts without a pair do not count. (B,) ranks are
-    counts (see ranks_of_counts).
+    Rank 0 is the best; equal ranks are ties (no pair); a negative rank marks padding. The loss of a prompt is the mean
+    of -log sigma(r_i - r_j) over its pairs with rank_i < rank_j. The result is the mean over the prompts that have a
+    pair. (B,) ranks are counts (see ranks_of_counts).
     """
     ranks = ranks_of_counts(ranks, rewards.shape[1]) if ranks.ndim == 1 else ranks
     real = ranks >= 0
@@ -439,7 +445,7 @@ def dpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """DPO (Rafailov et al. 2023, eq. 7): pairwise_loss of the implicit rewards beta (log pi - log pi_ref).
 
-    All (B,): sums of log-probs over the response tokens. The reference's are data and receive no gradient.
+    All inputs are (B,): sums of log-probs over the response tokens. Those of the reference receive no gradient.
     label_smoothing is the probability that a preference is flipped (conservative DPO).
     """
     if not 0.0 <= label_smoothing <= 1.0:

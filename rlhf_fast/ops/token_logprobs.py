@@ -1,4 +1,4 @@
-"""The log-probability a model gives each label, and the entropy of its distribution, in one read of the logits.
+"""The log-probability of each label, and the entropy of each distribution, from one read of the logits.
 
     z = logits / temperature;  logprobs = z[label] - logsumexp(z);  entropy = logsumexp(z) - sum_v softmax(z)_v z_v
 
@@ -27,7 +27,7 @@ from ._dispatch import (
     plain_in_backward,
     strided_rows,
 )
-from ._inputs import check_temperature
+from ._inputs import INTEGERS, check_temperature, device_error, dtype_error, label_error
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -35,7 +35,7 @@ def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor
 
 
 def _forward_arguments(logits, labels, mask, temperature, with_entropy):
-    """What csrc/ops.h asks of a forward kernel, up to its last argument, and the tensors that it fills."""
+    """The arguments of a forward kernel of csrc/ops.h, except the last one, and its outputs."""
     logits, inner, outer_stride, inner_stride = strided_rows(logits)
     labels, mask = labels.contiguous(), byte_mask(mask)
     outputs = logprobs, entropy, saved = _outputs(logits, labels, with_entropy)
@@ -47,7 +47,10 @@ def _forward_arguments(logits, labels, mask, temperature, with_entropy):
 
 
 def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out):
-    """The same of a backward kernel: its arguments, and the gradient that it fills (out: over the logits)."""
+    """The arguments of a backward kernel, except the last one, and the gradient that it writes.
+
+    out: the logits, to write the gradient over them; None: a new tensor.
+    """
     rows, inner, outer_stride, inner_stride = strided_rows(logits)
     labels, mask = labels.contiguous(), byte_mask(mask)
     by_row = entropy, grad_logprobs, grad_entropy
@@ -60,13 +63,13 @@ def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_
         and labels.dtype == torch.int64
         and all(x is None or x.shape == labels.shape for x in (mask, *by_row)),
     )
-    # What was saved too: a hook may have given it back in another layout.
+    # Saved tensors too, because a hook may return them in another layout.
     saved = saved.contiguous()
     entropy, grad_logprobs, grad_entropy = (None if x is None else x.contiguous() for x in by_row)
     if out is None:
         (out,) = empties(logits, logits.dtype, logits)
         grad_outer_stride, grad_inner_stride = inner * logits.shape[-1], logits.shape[-1]
-    else:  # over the logits, or over the copy that their strides made necessary
+    else:  # over the logits, or over the copy that strided_rows had to make
         out, grad_outer_stride, grad_inner_stride = rows, outer_stride, inner_stride
     arguments = (
         rows, DTYPE_CODES[logits.dtype], labels.numel(), logits.shape[-1], inner, outer_stride, inner_stride,
@@ -81,7 +84,7 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
     if type(made) is tuple:
         return made
     refused = made
-    if made is None:  # not contiguous, say
+    if made is None:  # a layout that csrc/rows.h does not take
         arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
         refused = _C.token_logprobs_forward(*arguments, torch.get_num_threads())
     _check_label(refused, logits, labels, "token_logprobs_and_entropy" if with_entropy else "token_logprobs")
@@ -89,12 +92,9 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
 
 
 def _check_label(row: int, logits: Tensor, labels: Tensor, op: str) -> None:
-    """row: the first that a kernel refused; -1: none."""
+    """row: the first row whose label is out of range, as the kernel reports it; -1: none."""
     if row >= 0:
-        raise IndexError(
-            f"{op}: label {labels.reshape(-1)[row]} at row {row} is outside the vocabulary of {logits.shape[-1]}; a "
-            "label that does not count needs mask=False (or ignore_index) there"
-        )
+        raise label_error(op, labels.reshape(-1)[row], row, logits.shape[-1])
 
 
 def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
@@ -155,12 +155,13 @@ _backward = Op(
 def _save(ctx, inputs, output):
     logits, labels, mask, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
     _, entropy, saved = output
-    # A copy: users may change what they get, by a mask say.
+    # A copy of the entropy, because users may change the result in place.
     ctx.save_for_backward(logits, labels, mask, None if entropy is None else entropy.clone(), saved)
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, read):
-    """read: what csrc/rows.h has of ctx already, where this has to go on; autograd has no gradient to give there."""
+    """read: the saved tensors, if csrc/rows.h has read them already and left the backward to this function. Autograd
+    calls with one gradient per output, so read is None: the third output receives no gradient."""
     logits, labels, mask, entropy, saved = ctx.saved_tensors if read is None else read
     entropy, grad_entropy = (entropy, grad_entropy) if ctx.with_entropy else (None, None)
     if ctx.inplace or torch.is_grad_enabled():
@@ -169,7 +170,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, read):
     if plain_in_backward(*args):
         out = None
         if ctx.inplace and not overlaps_itself(logits):
-            torch.autograd.graph.increment_version(logits)  # autograd then refuses any other use of the lost logits
+            torch.autograd.graph.increment_version(logits)  # autograd then refuses any later use of the logits
             out = logits
         grad = _backward.run(*args, out)
     else:
@@ -198,10 +199,10 @@ _labelled = (lambda logits, labels, mask: False) if _C is None else _C.labelled
 
 
 def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float = 1.0) -> None:
-    """What the ops that read logits refuse, as ValueError or TypeError in the name of the op."""
+    """Checks the inputs of an op that reads logits."""
     check_temperature(op, temperature)
     if not is_compiling() and _labelled(logits, labels, mask):
-        return  # the usual case, for a fifth of the time of what follows
+        return  # the usual case, in a fifth of the time that the checks below take
     check_tensors(op, optional=("mask",), logits=logits, labels=labels, mask=mask)
     if labels.shape != logits.shape[:-1] or logits.ndim == 0:
         raise ValueError(
@@ -210,12 +211,12 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
     if mask is not None and mask.shape != labels.shape:
         raise ValueError(f"{op}: mask {tuple(mask.shape)} must have the shape of labels {tuple(labels.shape)}")
     if logits.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: logits are {logits.dtype}; needs float32, bfloat16, float16 or float64")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"{op}: labels are {labels.dtype}; needs integer token ids")
+        raise dtype_error(op, "logits", logits)
+    if labels.dtype not in INTEGERS:
+        raise dtype_error(op, "labels", labels, "integer token ids")
     for name, x in (("labels", labels), ("mask", mask)):
         if x is not None and x.device != logits.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, logits on {logits.device}; move them to one device")
+            raise device_error(op, name, x, "logits", logits)
     if logits.shape[-1] == 0 and labels.numel():
         raise ValueError(f"{op}: logits {tuple(logits.shape)} have an empty vocabulary")
     check_vocabulary(op, logits.shape[-1], logits)
@@ -231,11 +232,12 @@ def token_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label and entropy (nats) of each distribution, from one read of the logits.
 
-    logits (..., V) float32, bfloat16, float16 or float64, any strides; labels (...) integer ids; mask (...) bool or
-    0/1: where it is False the row is not read, the label may be anything, both results are 0 and so is the gradient.
+    logits (..., V) are float32, bfloat16, float16 or float64, with any strides; labels (...) are integer ids. The
+    logits are divided by temperature. mask (...) is bool or 0/1: where it is False the row is not read, the label may
+    be anything, and both results and the gradient are 0.
     Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
-    inplace_backward lets the backward write the gradient over the logits, which saves their size in memory; autograd
-    then raises on any other use of them in backward. torch.compile plans memory itself and ignores it.
+    inplace_backward=True lets the backward write the gradient over the logits, which saves memory of their size.
+    Autograd then raises if anything else uses them in the backward. torch.compile plans memory itself and ignores it.
     Raises IndexError for a label outside [0, V) where the mask is True.
     """
     check_logits("token_logprobs_and_entropy", logits, labels, mask, temperature)
@@ -253,9 +255,10 @@ def token_logprobs(
     mask: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """(..., V) logits and (...) labels -> (...) log-probabilities; token_logprobs_and_entropy without the entropy.
+    """(..., V) logits and (...) labels -> (...) log-probabilities.
 
-    Equals (logits / temperature).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1), in float32.
+    Equals (logits / temperature).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1), in float32. The options are
+    those of token_logprobs_and_entropy, which also returns the entropy.
     """
     check_logits("token_logprobs", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":

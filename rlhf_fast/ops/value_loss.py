@@ -2,8 +2,8 @@
 
     loss = mean over the mask of 0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
-Specification: reference.value_loss. Kernels: csrc/cpu, csrc/cuda. The forward writes the gradient, the backward
-scales it.
+The forward also computes the gradient, and the backward only scales it.
+Specification: reference.value_loss. Kernels: csrc/cpu, csrc/cuda.
 """
 
 from __future__ import annotations
@@ -54,20 +54,22 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(B, T) values, values of the rollout, returns and mask -> scalar loss and statistics (VALUE_STATS).
 
-    Floating inputs are float32, bfloat16, float16 or float64, any strides; the loss is float32 (float64 for float64
-    values). mask is bool or 0/1; what it hides may be NaN. values receives the gradient, old_values and returns are
-    data. cliprange_value=None does not clip. loss_agg_mode and normalizer as in ppo_loss; an empty mask gives 0.
-    The statistics' variances are population variances, error is returns - values, so that the explained variance is
-    1 - error_var / returns_var. Raises ValueError or TypeError for shapes, dtypes, devices and options.
+    Floating inputs are float32, bfloat16, float16 or float64, with any strides; the loss is float32 (float64 for
+    float64 values). mask is bool or 0/1; values outside it may be NaN. values receives the gradient, old_values and
+    returns do not. cliprange_value=None does not clip. loss_agg_mode and normalizer are those of ppo_loss. An empty
+    mask gives 0. In the statistics, variances are population variances and error is returns - values, so the explained
+    variance is 1 - error_var / returns_var.
+    Raises ValueError or TypeError if a shape, dtype, device or option does not fit.
     """
     check("value_loss", 2, mask, "values old_values returns", values, old_values, returns)
     mask = needed_mask("value_loss", mask)
     try:
-        if cliprange_value is not None and not cliprange_value >= 0:
-            raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
+        outside = cliprange_value is not None and not cliprange_value >= 0
     except NO_NUMBER:
         refuse_no_number("value_loss", cliprange_value=cliprange_value)
         raise
+    if outside:
+        raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
     aggregation = aggregation_code("value_loss", loss_agg_mode)
     if _op.backend(values) == "reference":
         return reference.value_loss(

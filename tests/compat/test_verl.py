@@ -298,7 +298,7 @@ def rejecting(names, thresholds):
 @pytest.mark.parametrize(
     "options, weights",  # 0: rejected
     [
-        ({"rollout_is": "token"}, [2, 2, 1, 0.25, 1]),  # 2 is the limit unless another is asked for
+        ({"rollout_is": "token"}, [2, 2, 1, 0.25, 1]),  # the default limit is 2
         ({"rollout_is": "token", "rollout_is_threshold": 3}, [2, 3, 1, 0.25, 1]),
         ({"rollout_is": "sequence", "rollout_is_threshold": 5.0}, [5, 5, 5, 0.25, 0.25]),
         ({"rollout_is": "token", "rollout_is_batch_normalize": True}, [1.6, 1.6, 0.8, 0.2, 0.8]),
@@ -340,7 +340,7 @@ def test_bypass_mode_is_ppo_against_the_rollout_unless_asked():
     plain, of_loss = v.compute_policy_loss_vanilla(ROLLOUT, *args, config=Config())
     assert (
         loss.item() == plain.item() == pytest.approx(-(1.2 + 1.2 + 1 + 0.25 + 1) / 5)
-    )  # the weights would count twice
+    )  # without the weights, which would count twice
     assert of_loss.items() <= metrics.items()
 
 
@@ -360,7 +360,7 @@ def test_bypass_mode_of_nothing_is_0(level, shape):
         ({"rollout_is": "batch"}, "rollout_is"),
         ({"rollout_is": "token", "rollout_is_threshold": "3_2"}, "rollout_is_threshold"),
         (rejecting("token_k4", 1), "token_k4"),
-        (rejecting("token_k1,token_k2,token_k3", "1,2"), "one each"),
+        (rejecting("token_k1,token_k2,token_k3", "1,2"), "one for each"),
         (rejecting("token_k1", None), "rollout_rs_threshold"),
         (rejecting("token_k1", 0.5), "1 or more"),
         (rejecting("token_k2", "1_2"), "one number"),

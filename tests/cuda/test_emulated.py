@@ -58,7 +58,8 @@ def test_the_order_of_threads_and_blocks_does_not_matter(case, on_emulator):
 
 
 @pytest.mark.parametrize("error, says", [
-    (1, "cudaError_t 1$"), (719, "719, which a kernel before"), (701, "701$"), (209, "code for 80-real"), (35, "driver")
+    (1, "cudaError_t 1$"), (719, "719, from a kernel that ran before"), (701, "701$"), (209, "code only for 80-real"),
+    (35, "driver"),
 ])  # fmt: skip
 def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
     kernels = SimpleNamespace(gae=lambda *arguments: error)

@@ -67,9 +67,10 @@ class Case(NamedTuple):
     reference: Callable  # the same in plain PyTorch
     inputs: Callable[[Sampler], dict]
     wrt: tuple[str, ...]  # the differentiable arguments
-    masked: tuple[str, ...] = ()  # arguments of which mask=False hides values, NaN included
-    rowwise: tuple[str, ...] = ()  # arguments with a leading batch axis, where results per row depend on that row only
-    size: float = 1e-3  # of the terms that a result is summed from: where they cancel, their rounding stays
+    masked: tuple[str, ...] = ()  # arguments whose values do not count where mask is False, even NaN
+    rowwise: tuple[str, ...] = ()  # arguments with a batch axis, of an op whose result for a row depends on it only
+    size: float = 1e-3  # size of the terms of a sum: if they cancel, their rounding errors remain
+    large: Callable[[Sampler], dict] | None = None  # inputs with GPT-2's vocabulary and few rows
 
 
 def token_logprobs_inputs(s: Sampler) -> dict:
@@ -164,6 +165,35 @@ def kl_divergence_inputs(s: Sampler) -> dict:
     ref_logits = s.normal(*shape, scale=s.choice(0.1, 3.0), mean=s.choice(0.0, 100.0))
     inputs = {"logits": logits, "ref_logits": ref_logits.masked_fill(logits == -torch.inf, -torch.inf)}
     return inputs | ({"mask": s.mask(*shape[:-1])} if s.flag() else {})
+
+
+GPT2_VOCAB = 50257
+
+
+def large_kl_divergence_inputs(s: Sampler) -> dict:
+    return {name: s.normal(3, GPT2_VOCAB, scale=3.0) for name in ("logits", "ref_logits")}
+
+
+def large_linear_inputs(s: Sampler, *shape: int) -> dict:
+    return {
+        "hidden": s.normal(*shape, 12),
+        "weight": s.normal(GPT2_VOCAB, 12),
+        "labels": s.labels(*shape, vocab=GPT2_VOCAB),
+        "bias": s.normal(GPT2_VOCAB),
+    }
+
+
+def large_linear_ppo_loss_inputs(s: Sampler) -> dict:
+    linear = large_linear_inputs(s, 2, 4)
+    logprobs = reference.linear_token_logprobs(**linear)
+    return linear | {
+        "old_logprobs": logprobs + s.normal(2, 4, scale=0.3),
+        "advantages": s.normal(2, 4),
+        "mask": s.uniform(2, 4) < 0.8,
+        "ref_logprobs": logprobs + s.normal(2, 4, scale=0.3),
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+    }
 
 
 def value_loss_inputs(s: Sampler) -> dict:
@@ -270,6 +300,7 @@ CASES = [
     Case(
         "kl_divergence", rf.kl_divergence, reference.kl_divergence, kl_divergence_inputs, wrt=("logits", "ref_logits"),
         masked=("logits", "ref_logits"), rowwise=("logits", "ref_logits", "mask"), size=1.0,
+        large=large_kl_divergence_inputs,
     ),
     Case(
         "cross_entropy", rf.cross_entropy, reference.cross_entropy, cross_entropy_inputs, wrt=("logits",),
@@ -283,11 +314,13 @@ CASES = [
     Case(
         "linear_cross_entropy", rf.linear_cross_entropy, reference.linear_cross_entropy,
         lambda s: with_ignored_labels(s, linear_inputs(s, *some_shape(s))), wrt=("hidden", "weight", "bias"), size=1.0,
+        large=lambda s: with_ignored_labels(s, large_linear_inputs(s, 8)),
     ),
     Case(
         "linear_ppo_loss", rf.linear_ppo_loss, reference.linear_ppo_loss, linear_ppo_loss_inputs,
         wrt=("hidden", "weight", "bias"),
         masked=("hidden", "old_logprobs", "advantages", "ref_logprobs", "importance_weights"), size=1.0,
+        large=large_linear_ppo_loss_inputs,
     ),
     Case(
         "value_loss", rf.value_loss, reference.value_loss, value_loss_inputs, wrt=("values",),

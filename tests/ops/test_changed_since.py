@@ -1,6 +1,6 @@
-"""What autograd does not notice between forward and backward: memory that is replaced or freed behind its back, as by
-.data, a hook on saved tensors or FSDP. A backward that reads it by address refuses it, and never reads past its end.
-Labels that were overwritten: test_errors.py."""
+"""Changes between forward and backward that autograd does not notice: memory that was replaced or freed, for example
+by .data, by a hook on saved tensors, or by FSDP. A backward that reads it by address refuses it, and never reads past
+its end. test_errors.py has the labels that were overwritten."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rlhf_fast.ops import _linear
 
 N, V, D = 6, 5, 4
 FLOAT = torch.float32
-# Some CPUs' are whole vectors of rows (_linear.py).
+# On some CPUs the rows are padded to whole vectors (_linear.py).
 KEPT_LOGITS = _linear.logits_shape(N, V, _linear.way_of(torch.ones(N, D), torch.ones(V, D), None, None))
-REFUSED = "what its backward needs has another shape or dtype than in the forward"
+REFUSED = "a tensor that its backward needs has another shape or dtype than in the forward"
 
 
 def backward(outputs):
-    """Of a gradient that lies as N numbers. That of .sum() is one, expanded, and goes another way."""
+    """With a gradient of N numbers in memory. That of .sum() is one number, expanded, and takes another path."""
     outputs.backward(torch.rand(N))
 
 
@@ -105,7 +105,7 @@ def linear_entropy(x, labels, mask):
 @pytest.mark.parametrize(
     ("op", "dtype", "shape"),
     [
-        (lambda x, y, m: rf.token_logprobs(x, y), FLOAT, (N, 2)),  # what the forward keeps of each row
+        (lambda x, y, m: rf.token_logprobs(x, y), FLOAT, (N, 2)),  # what the forward saves for each row
         (lambda x, y, m: rf.token_logprobs_and_entropy(x, y)[1], FLOAT, (N, 2)),
         (lambda x, y, m: rf.token_logprobs_and_entropy(x, y)[1], FLOAT, (N,)),
         (linear_entropy, FLOAT, (N, D)),
@@ -187,7 +187,7 @@ def test_a_storage_that_was_freed():
         lambda: rf.ppo_loss(tokens, tokens, freed(2, 3), mask),
         lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D), labels),
         lambda: rf.kl_divergence(torch.zeros(2, V), freed(2, V)),
-        # FSDP's parameters are parts of one that it frees: their addresses are not 0.
+        # FSDP's parameters are parts of one tensor, which it frees: their addresses are not 0.
         lambda: rf.token_logprobs(freed(2, V, after=1), labels),
         lambda: rf.ppo_loss(tokens, tokens, freed(2, 3, after=2), mask),
         lambda: rf.linear_cross_entropy(torch.zeros(2, D), freed(V, D, after=V), labels),

@@ -76,7 +76,7 @@ def run(function, case, inputs: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def error(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest absolute error; infinities and NaN must agree in place and sign."""
+    """Largest absolute error. Infinities and NaN must be at the same places and have the same sign."""
     got, truth = got.double(), truth.double()
     special = ~truth.isfinite()
     assert torch.equal(got[special].nan_to_num(nan=7.0), truth[special].nan_to_num(nan=7.0)), (got, truth)
@@ -98,11 +98,11 @@ def assert_as_close_as_eager(case, inputs, dtype, layout="contiguous"):
         assert ours[name].dtype == eager[name].dtype, name
         assert ours[name].shape == want.shape, name
         finite = want[want.isfinite()].abs()
-        # Gradients by their own size: one of 1 / N tokens must not hide behind roundings of 1.
+        # Gradients are compared at their own size: one of 1 / N must not hide behind the rounding of numbers near 1.
         least = 1e-6 if name.startswith("grad_") else case.size
         size = max(finite.max().item() if finite.numel() else 0.0, least)
-        # A few roundings of the result. In float64 eager is its own truth, so there only a fixed bound is left.
-        # ratio_var squares the ratio, and so doubles the rounding of its log-probs: 2^-21 each where they are below -8.
+        # A few roundings of the result. In float64 eager itself is the truth, so only a fixed bound remains.
+        # ratio_var squares the ratio, which doubles the rounding of its log-probs: 2^-21 each if they are below -8.
         roundings = 8 if name.endswith("ratio_var") else 4
         fixed = roundings * torch.finfo(eager[name].dtype).eps * size
         slack = 1e-12 * max(size, 1.0) if dtype == torch.float64 else fixed
@@ -118,6 +118,13 @@ def test_is_as_close_to_float64_as_eager_is(case, dtype):
         assert_as_close_as_eager(case, case.inputs(Sampler(rng)), dtype, layout)
 
     property()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.large], ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_as_close_to_float64_as_eager_is_with_a_large_vocabulary(case, dtype, isa):
+    for seed in range(2):
+        assert_as_close_as_eager(case, case.large(Sampler(random.Random(seed))), dtype)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.wrt], ids=lambda case: case.name)
@@ -229,7 +236,7 @@ def sizes(inputs) -> list[int]:
 
 
 def batch_of(case) -> tuple[dict, int]:
-    """A draw whose batch has a size that no other axis has, and that size: torch.compile takes equal sizes for one."""
+    """A draw with a batch size that no other axis has, and that size: torch.compile makes one symbol of equal sizes."""
     for seed in range(200):
         inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
         n = inputs[(case.wrt or tuple(inputs))[0]].shape[:1].numel()
@@ -263,7 +270,7 @@ def test_a_graph_serves_the_next_call_and_batches_of_any_size(case, monkeypatch)
 
 
 def test_masked_mean_compiles_over_one_axis_after_another():
-    """torch.compile makes a symbol of a number that has changed."""
+    """torch.compile makes a symbol of a number that changes between calls."""
     torch._dynamo.reset()
     compiled, values, mask = (
         torch.compile(rf.masked_mean, fullgraph=True),
@@ -276,7 +283,7 @@ def test_masked_mean_compiles_over_one_axis_after_another():
 
 @pytest.mark.parametrize("kind", [int, lambda n: torch.tensor(float(n))], ids=["int", "tensor"])
 def test_a_normalizer_of_any_value_serves_one_graph(kind):
-    """Of floats torch makes constants, and raises at the ninth."""
+    """torch.compile makes each float a constant, and raises at the ninth value."""
     if kind is int and torch.__version__ < "2.7":
         pytest.skip("torch 2.6 makes a constant of an int, too")
     torch._dynamo.reset()
@@ -413,7 +420,7 @@ def test_what_an_op_returns_may_be_changed_in_place(case):
 @pytest.mark.parametrize("plain", [True, False])
 @every_case
 def test_a_second_derivative_is_refused(case, plain):
-    """Also where the total itself is what is differentiated, as in a penalty on its gradient's norm."""
+    """Also if the total itself is differentiated, as in a penalty on the norm of its gradient."""
     if not case.wrt:
         pytest.skip("not differentiable")
     refused = 0
@@ -435,7 +442,7 @@ def function_of_one_input(case):
         pytest.skip("not differentiable")
     inputs = cast(case.inputs(Sampler(random.Random(5))), torch.float32)
     name = case.wrt[0]
-    if case.name == "kl_penalty":  # whose k1 is a subtraction of PyTorch's
+    if case.name == "kl_penalty":  # its k1 is PyTorch's subtraction
         inputs["estimator"] = "k3"
 
     def of(x):
@@ -446,13 +453,13 @@ def function_of_one_input(case):
 
 @every_case
 def test_a_forward_mode_derivative_is_refused(case):
-    """It would be silently zero. The reference has it."""
+    """It would silently be zero. The reference has one."""
     of, x = function_of_one_input(case)
     direction = torch.ones_like(x)
     with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* use_backend\('reference'\) has one"):
         torch.func.jvp(of, (x,), (direction,))
     with torch.autograd.forward_ad.dual_level():
-        of(x)  # nothing is asked of what has no tangent
+        of(x)  # an input without a tangent is accepted
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             of(torch.autograd.forward_ad.make_dual(x, direction))
     with rf.use_backend("reference"):
@@ -481,7 +488,7 @@ def test_targets_stay_data_under_torch_func():
 
 @every_case
 def test_batched_gradients_are_those_of_a_loop(case):
-    """By PyTorch's older vmap, whose tensors look plain and have no memory."""
+    """is_grads_batched uses PyTorch's older vmap, whose tensors look plain but have no memory."""
     if not case.wrt:
         pytest.skip("not differentiable")
     inputs = cast(case.inputs(Sampler(random.Random(3))), torch.float64)
@@ -496,8 +503,8 @@ def test_batched_gradients_are_those_of_a_loop(case):
 
 
 def imaginary(x):
-    """x as the imaginary part of a conjugate, which torch has marked as the negative of what lies in memory."""
-    halves = torch.zeros(2 * x.numel() + 1, dtype=x.dtype)[1:]  # complex numbers that lie apart from boundaries
+    """x as the imaginary part of a conjugate, which torch marks as the negative of what is in memory."""
+    halves = torch.zeros(2 * x.numel() + 1, dtype=x.dtype)[1:]  # complex numbers that are not aligned
     halves[1::2] = -x.detach().flatten()
     part = torch.from_numpy(halves.numpy().view("complex64")).reshape(x.shape).conj().imag
     assert part.is_neg()
@@ -517,7 +524,7 @@ def test_the_imaginary_part_of_a_conjugate_has_its_sign(case):
         if not case.wrt:
             continue
         x = floats[case.wrt[0]].clone().requires_grad_()
-        for factor in (1.0, -1.0):  # 1 in memory has a way of its own through a loss's backward
+        for factor in (1.0, -1.0):  # a 1 in memory takes a path of its own through the backward of a loss
             out = next(t for t in tensors_of(case.op(**inputs | {case.wrt[0]: x})).values() if t.requires_grad)
             coming = torch.full_like(out, factor)
             (plain,) = torch.autograd.grad(out, x, coming, retain_graph=True)
@@ -535,7 +542,7 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:], "-k", tests]))
 
 
 def test_an_older_torch_s_backward_sees_what_no_kernel_may_have():
-    """Before 2.10 there is no exchange table of DLPack's, and what looks plain is asked for what it is."""
+    """torch before 2.10 has no DLPack exchange table, so the bindings read Python attributes."""
     trunk = Path(__file__).parents[1] / "test_trunk.py"
     command = [sys.executable, "-c", WITHOUT_TABLE, __file__, str(trunk)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -544,7 +551,7 @@ def test_an_older_torch_s_backward_sees_what_no_kernel_may_have():
 
 @every_case
 def test_the_gradient_under_a_checkpoint_is_the_same(case):
-    """A checkpoint lets a backward see what it has saved once, and computes it again for that."""
+    """A checkpoint recomputes the saved tensors and lets a backward read them only once."""
     if not case.wrt:
         pytest.skip("not differentiable")
     for seed in range(3):
@@ -561,7 +568,7 @@ def test_the_gradient_under_a_checkpoint_is_the_same(case):
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_default_device_does_not_matter(case, dtype):
-    """torch.set_default_device: a kernel's outputs lie where its inputs do; else it would write to other addresses."""
+    """Outputs must be on the device of the inputs, or a kernel would write to addresses of another device."""
     for seed in range(4):
         inputs = cast(case.inputs(Sampler(random.Random(seed))), dtype)
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What the ops refuse, and that the message names the op, the argument and what was wrong with it.
+"""What the ops refuse. The message must name the op, the argument and what is wrong with it.
 
 A row is (op, what replaces its valid arguments, exception, words of the message in order). Every op has rows.
 """
@@ -141,8 +141,8 @@ ROWS = [
         "ranks (1, 3) on cpu must have the shape and device",
     ),
     ("ranking_loss", {"ranks": meta.long()}, ValueError, "ranks (2, 3) on meta must have the shape and device of"),
-    ("ranking_loss", {"ranks": token}, TypeError, "ranks are torch.float32; needs integers"),
-    ("ranking_loss", {"ranks": mask}, TypeError, "ranks are torch.bool; needs integers"),
+    ("ranking_loss", {"ranks": token}, TypeError, "ranks is torch.float32; needs integers"),
+    ("ranking_loss", {"ranks": mask}, TypeError, "ranks is torch.bool; needs integers"),
     # Masked reductions.
     ("masked_mean", {"mask": wide}, ValueError, "mask (2, 4) cannot be broadcast to values (2, 3)"),
     ("masked_mean", {"dim": 2}, IndexError, "masked_mean: dim 2 is not among the 2 axes of values (2, 3)"),
@@ -154,21 +154,21 @@ ROWS = [
     ("kl_divergence", {"ref_logits": logits[..., 1:]}, ValueError, "logits (2, 3, 5) and ref_logits (2, 3, 4) must be"),
     ("kl_divergence", {"mask": wide}, ValueError, "mask (2, 4) must be logits (2, 3, 5) without the last axis"),
     ("kl_divergence", {"ref_logits": logits.to("meta")}, ValueError, "ref_logits is on meta, logits on cpu"),
-    ("kl_divergence", {"ref_logits": logits.long()}, TypeError, f"torch.float32 and torch.int64; {FLOATS}"),
+    ("kl_divergence", {"ref_logits": logits.long()}, TypeError, f"ref_logits is torch.int64; {FLOATS}"),
     *(
         (op, bad, error, words)
         for op in ("token_logprobs", "token_logprobs_and_entropy")
         for bad, error, words in (
             ({"labels": labels[:1]}, ValueError, "labels (1, 3) must be logits (2, 3, 5) without the vocabulary axis"),
             ({"mask": wide}, ValueError, "mask (2, 4) must have the shape of labels (2, 3)"),
-            ({"logits": logits.long()}, TypeError, f"logits are torch.int64; {FLOATS}"),
-            ({"labels": token}, TypeError, "labels are torch.float32; needs integer token ids"),
-            ({"labels": mask}, TypeError, "labels are torch.bool; needs integer token ids"),
+            ({"logits": logits.long()}, TypeError, f"logits is torch.int64; {FLOATS}"),
+            ({"labels": token}, TypeError, "labels is torch.float32; needs integer token ids"),
+            ({"labels": mask}, TypeError, "labels is torch.bool; needs integer token ids"),
             ({"labels": meta.long()}, ValueError, "labels is on meta, logits on cpu"),
             ({"mask": meta.bool()}, ValueError, "mask is on meta, logits on cpu"),
             ({"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0 and finite"),
             ({"temperature": math.inf}, ValueError, "temperature inf must be > 0 and finite"),
-            ({"temperature": pair}, ValueError, "temperature is (2,); needs one number. For one of each row divide"),
+            ({"temperature": pair}, ValueError, "temperature is (2,); needs one number. For one temperature per row"),
             ({"logits": logits[..., :0]}, ValueError, "logits (2, 3, 0) have an empty vocabulary"),
             ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5; a label that does"),
             ({"labels": labels - 1}, IndexError, "label -1 at row 0 is outside the vocabulary of 5"),
@@ -193,7 +193,7 @@ ROWS = [
             ),
             ({"labels": labels[:1]}, ValueError, "labels (1, 3) (...)"),
             ({"bias": pair}, ValueError, "bias (2,) must be (V,) = (5,)"),
-            ({"labels": token}, TypeError, "labels are torch.float32; needs integer token ids"),
+            ({"labels": token}, TypeError, "labels is torch.float32; needs integer token ids"),
             ({"weight": weight.to("meta")}, ValueError, "weight is on meta, hidden on cpu"),
             ({"weight": weight.long()}, TypeError, f"weight is torch.int64; {FLOATS}"),
             ({"weight": weight.to(torch.float8_e4m3fn)}, TypeError, f"weight is torch.float8_e4m3fn; {FLOATS}"),
@@ -227,7 +227,7 @@ ROWS = [
     ("linear_ppo_loss", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
 ]
 
-# What is no number where one belongs, None too, is said to be none: a YAML's 1e-5 arrives as a string.
+# The error says which option is not a number. For example a YAML's 1e-5 arrives as a string.
 NUMBERS = {
     "token_logprobs": ("temperature",),
     "token_logprobs_and_entropy": ("temperature",),
@@ -256,17 +256,17 @@ ROWS += [
     ("ppo_loss", {"cliprange": pair}, TypeError, "cliprange is (2,) on cpu; needs one number"),
     ("dpo_loss", {"beta": pair}, TypeError, "beta is (2,) on cpu; needs one number"),
     ("cross_entropy", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
-    ("cross_entropy", {"ignore_index": None}, TypeError, "ignore_index None must be an integer; one that no label has"),
+    ("cross_entropy", {"ignore_index": None}, TypeError, "ignore_index None must be an integer; to count every label"),
     ("linear_cross_entropy", {"ignore_index": -100.0}, TypeError, "ignore_index -100.0 must be an integer"),
     ("ppo_loss", {"loss_agg_mode": ["token-mean"]}, ValueError, "loss_agg_mode ['token-mean'] must be one of"),
     ("kl_penalty", {"estimator": ["k1"]}, ValueError, "estimator ['k1'] must be one of"),
     ("masked_mean", {"dim": "rows"}, TypeError, "dim 'rows' must be an axis, a tuple of axes or None"),
     ("masked_mean", {"dim": (0.5,)}, TypeError, "dim (0.5,) must be an axis, a tuple of axes or None"),
-    # Complex numbers lose a half of them on the way to real ones.
+    # Converting complex numbers to real ones would lose half of them.
     ("masked_mean", {"values": token * 1j}, TypeError, "values is torch.complex64; needs real numbers"),
     ("masked_whiten", {"values": token * 1j}, TypeError, "values is torch.complex64; needs real numbers"),
     ("pairwise_loss", {"margin": pair * 1j}, TypeError, f"margin is torch.complex64; {FLOATS}"),
-    ("ranking_loss", {"ranks": token * 1j}, TypeError, "ranks are torch.complex64; needs integers"),
+    ("ranking_loss", {"ranks": token * 1j}, TypeError, "ranks is torch.complex64; needs integers"),
     ("token_logprobs", {"logits": logits.to_sparse()}, TypeError, "logits is torch.sparse_coo; needs a dense tensor"),
     ("ppo_loss", {"advantages": token.to_sparse()}, TypeError, "advantages is torch.sparse_coo; needs a dense tensor"),
     ("linear_ppo_loss", {"weight": weight.to_sparse()}, TypeError, "weight is torch.sparse_coo; needs a dense"),
@@ -290,7 +290,7 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in VALID for name in VALID[op] if name != "mask"])
 def test_none_for_an_argument_that_is_needed(op, name):
-    """A kernel takes what is not given for address 0."""
+    """Without the check a kernel would get address 0."""
     with pytest.raises(TypeError, match=f"^{op}: {name} is None; needs a tensor"):
         getattr(rf, op)(**(VALID[op] | {name: None}))
 
@@ -322,7 +322,7 @@ OF_LABELS = {
 
 @pytest.mark.parametrize("op", OF_LABELS)
 def test_labels_that_are_overwritten_before_the_backward_are_not_read_beyond_the_row(op):
-    """A loader that fills its arrays again, say: numpy changes a tensor's memory and not its version."""
+    """A loader may refill its arrays: numpy changes the memory of a tensor without changing its version."""
     x, y = torch.randn(3, 4, 7, requires_grad=True), torch.ones(3, 4, dtype=torch.int64)
     loss = OF_LABELS[op](x, y)
     y.numpy()[1] = 10**9
@@ -338,7 +338,7 @@ def test_a_refusal_has_the_name_of_the_function_and_not_of_its_kernel():
 
 
 def test_a_first_call_that_is_compiled_warns_of_nothing():
-    """Dynamo traces how the kernel is chosen, and warns of a cached function in it."""
+    """Dynamo traces the choice of the kernel, and would warn about a cached function in it."""
     code = """
 import torch, rlhf_fast as rf
 labels = torch.tensor([1, 0])
@@ -365,7 +365,7 @@ with rf.use_backend("reference"):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (
-        "rlhf_fast._C is not built (the one that is there is of another version than the source tree); run pip"
+        "rlhf_fast._C is not built (the existing one was built from another version of the source tree); run pip"
         in done.stdout
     )
     assert done.stdout.endswith("0.0 0\n")

@@ -274,7 +274,7 @@ def head(rows, vocab, width, dtype):
 
 
 def assert_is_the_gradient(loss, got, hidden, weight, labels, bias=None, softcap=None):
-    """Of float64; half-precision logits' gradients are rounded once, and so are the results."""
+    """Compared with float64. Half-precision gradients of the logits are rounded once, and so are the results."""
     given = [t for t in (hidden, weight, bias) if t is not None]
     leaves = [t.detach().double().requires_grad_() for t in given]
     truth = loss(reference, *leaves[:2], labels, *leaves[2:], softcap=softcap)
@@ -299,7 +299,7 @@ def test_fused_shapes(fused, loss, dtype, rows, vocab, width):
 @HALF_OR_NOT
 @pytest.mark.parametrize("size, softcap", [(1.0, None), (0.0, 0.8), (2.0, 3.0), (300.0, 50.0), (300.0, None)])
 def test_fused_bias_and_softcap(fused, loss, dtype, size, softcap, monkeypatch):
-    """Also where the bias alone decides: its logits are e^300 times likelier than the others."""
+    """Also if the bias alone decides, because its logits are e^300 times likelier than the others."""
     data = head(75, 333, 30, dtype)
     bias = None if size == 0 else size * torch.randn(333).to(dtype)
     whole = fused(loss, *data, bias, softcap)
@@ -315,7 +315,7 @@ def test_fused_bias_and_softcap(fused, loss, dtype, size, softcap, monkeypatch):
 @HALF_OR_NOT
 @pytest.mark.parametrize("softcap", [None, 41.0])  # 41 * float32(1 / 41) is not 1
 def test_fused_impossible_tokens(fused, loss, dtype, softcap):
-    """Of logit -inf, by their bias or their weight: probability 0, and so is every gradient of theirs."""
+    """Tokens with logit -inf, from their bias or their weight, have probability 0, and all their gradients are 0."""
     hidden, weight, labels = head(75, 333, 30, dtype)
     hidden, impossible = hidden.abs() + 0.1, torch.tensor([5, 300])
     labels[(labels == 5) | (labels == 300)] = 6
@@ -331,7 +331,7 @@ def test_fused_impossible_tokens(fused, loss, dtype, softcap):
 
 @HALF_OR_NOT
 def test_fused_impossible_label(fused, dtype):
-    """Its loss is infinite, the gradient is not."""
+    """The loss of an impossible label is infinite, but its gradient is finite."""
     hidden, weight, labels = head(20, 130, 9, dtype)
     labels[7] = 125
     bias = torch.randn(130).to(dtype).index_fill(0, labels[7], -torch.inf)
@@ -342,7 +342,7 @@ def test_fused_impossible_label(fused, dtype):
 
 @pytest.mark.parametrize("softcap", [8.0, 16.0])
 def test_fused_near_the_cap(fused, softcap):
-    """Where 1 - tanh^2 keeps few digits they are as good as eager's."""
+    """Near the cap 1 - tanh^2 keeps few digits, but as many as eager's."""
     hidden, weight, labels = head(75, 333, 30, torch.float32)
     bias = 3000 * torch.randn(333)
     got = fused(fused_logprobs, hidden, weight, labels, bias, softcap)[1:]
@@ -355,7 +355,7 @@ def test_fused_near_the_cap(fused, softcap):
 
 
 def test_fused_bias_of_many_rows(fused):
-    """All the same, so that roundings do not cancel."""
+    """All rows are equal, so that rounding errors do not cancel."""
     data = torch.zeros(30_000, 1), torch.zeros(5, 1), torch.zeros(30_000, dtype=torch.long), 0.1 * torch.arange(5.0)
     bias = fused(fused_logprobs, *data)[3].double()
     probs = (data[3].double() / 0.7).softmax(0)
@@ -429,7 +429,7 @@ def test_fused_threads_change_nothing(fused, loss, dtype, vocab):
 
 @HALF_OR_NOT
 def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
-    """So that neither threads nor other rows change a bit, also where a library multiplies faster."""
+    """Even if a library multiplies faster, so that neither the number of threads nor other rows change a bit."""
     monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: False)
     hidden, weight, labels = head(210, 700, 300, dtype)
     before = torch.get_num_threads()
@@ -454,7 +454,7 @@ def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
 
 @pytest.mark.parametrize("before, after", [(False, True), (True, False)])
 def test_a_backward_goes_the_way_of_its_forward(before, after, monkeypatch):
-    """The kept logits have the layout of one of the two, whatever has been asked for since."""
+    """The kept logits have the layout of the forward, even if the setting has changed since."""
     monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: False)
     hidden, weight, labels = head(9, 20, 8, torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
@@ -472,7 +472,7 @@ def test_a_backward_goes_the_way_of_its_forward(before, after, monkeypatch):
 
 @pytest.mark.parametrize("scale", [2.0**24, 2.0**-24])
 def test_a_loss_scale_saves_what_float16_cannot_hold(scale):
-    """Gradients below 6e-8 or above 65504, which the factor of the backward brings back."""
+    """Gradients below 6e-8 or above 65504 must not be rounded to float16 before the factor of the backward."""
     hidden, weight, bias, labels, mask = inputs()
     tokens = torch.zeros(B, T)
 
@@ -489,7 +489,7 @@ def test_a_loss_scale_saves_what_float16_cannot_hold(scale):
 
 
 def test_inductors_cache_tells_the_ways_apart(tmp_path, monkeypatch):
-    """It lies on disk, where another CPU or a later release may find what was compiled for the other way."""
+    """The cache is on disk, where another CPU or a later release may find code that was compiled for the other way."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     hidden, weight, labels = head(9, 20, 8, torch.float32)
     hidden.requires_grad_()
@@ -542,7 +542,7 @@ def test_fused_special_values_stay_in_their_rows(fused, dtype):
     assert linear_token_logprobs(hidden, weight, labels).isnan().all()
 
 
-@pytest.mark.parametrize("offset, count", [(0, 0), (1, 1000), (3, 9_000_001)])  # the last in pieces that are given back
+@pytest.mark.parametrize("offset, count", [(0, 0), (1, 1000), (3, 9_000_001)])  # the last is freed piece by piece
 def test_a_total_is_narrowed_as_pytorch_does_it(offset, count):
     x = torch.randint(-(2**31), 2**31, (offset + count,), dtype=torch.int32).view(torch.float32)[offset:]
     want = x.bfloat16()
@@ -590,7 +590,7 @@ def test_one_graph_serves_any_number_of_rows():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16_gradients_are_as_exact_as_those_of_an_lm_head(seed):
-    """Which multiplies in bfloat16; 100 rows, because 1 / N is then rounded. The reference multiplies in float32."""
+    """An lm_head multiplies in bfloat16, our reference in float32. 100 rows, so that 1 / N is rounded."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(100, 64, generator=generator), torch.randn(1000, 64, generator=generator) / 8
     labels = torch.randint(1000, (100,), generator=generator)

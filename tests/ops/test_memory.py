@@ -1,4 +1,4 @@
-"""Large CPU gradients come in memory that the step before has left (csrc/memory.h), and nobody sees the difference."""
+"""Large CPU gradients reuse the memory of the previous step (csrc/memory.h), without a visible difference."""
 
 import gc
 import io
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def small_is_large():
-    before = _dispatch._C.keep_from(1024)  # less than any gradient below, more than what goes with it
+    before = _dispatch._C.keep_from(1024)  # bytes: less than any gradient below, more than the other outputs
     gc.collect()
     _dispatch.empty_cache()
     yield
@@ -161,7 +161,7 @@ def test_what_has_more_axes_than_ours_is_torch_s():
 
 @pytest.mark.parametrize("shape", [(2**31, 2**31), (2**30, 2**31), 2**62, (2**20, 2**30), 2**70, -1])
 def test_what_no_memory_holds_is_torch_s_error(shape):
-    """Sizes whose bytes overflow among them: torch's C function lets its C++ exception through there."""
+    """For sizes whose number of bytes overflows, torch's C function lets its C++ exception through."""
     with pytest.raises((RuntimeError, OverflowError, TypeError)) as ours:
         _dispatch.empties(torch.empty(0), torch.float32, shape)
     with pytest.raises(ours.type) as theirs:

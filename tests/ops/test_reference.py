@@ -1,4 +1,4 @@
-"""Tables worked by hand, held by the specification and by the public functions alike."""
+"""Tables worked by hand, checked for the specification and for the public functions."""
 
 import math
 
@@ -31,12 +31,13 @@ def gradient(loss, *inputs):
 
 @pytest.mark.parametrize("d, passes", [(1.0, 1.0), (-1.0, 1.0), (1.5, 0.0)])
 def test_the_gradient_passes_at_a_bound_and_not_beyond(ops, d, passes):
-    """torch.clamp's does at the bound up to torch 2.13, and not after; differences of bfloat16 numbers lie on it."""
+    """torch.clamp passes it at the bound up to torch 2.13, but not later. Differences of bfloat16 numbers may lie
+    exactly on a bound."""
     logprobs, zero, all_of_it = row(d).requires_grad_(), row(0.0), tokens(True)
     kl = ops.kl_penalty(logprobs, zero, estimator="k2", input_clamp=1.0).sum()
     assert gradient(kl, logprobs)[0].item() == d * passes
     loss, _ = ops.ppo_loss(logprobs, zero, row(-math.copysign(1.0, d)), all_of_it, cliprange=0.1, log_ratio_clamp=1.0)
-    grad = math.copysign(math.exp(math.copysign(1.0, d)), d) * passes  # of a ratio that the clip does not hold
+    grad = math.copysign(math.exp(math.copysign(1.0, d)), d) * passes  # the ratio is not clipped
     assert gradient(loss, logprobs)[0].item() == pytest.approx(grad)
 
 
@@ -55,7 +56,7 @@ def test_the_gradient_passes_at_a_bound_and_not_beyond(ops, d, passes):
         (-INF, 1.0, 0.0, 0.0),
         (-INF, -1.0, 0.8, 0.0),
         (50.0, 1.0, -1.2, 0.0),
-        (100.0, 1.0, -1.2, 0.0),  # exp(100) overflows float32; what is clipped does not depend on it
+        (100.0, 1.0, -1.2, 0.0),  # exp(100) overflows float32, but the clipped loss does not depend on it
         (100.0, 0.0, 0.0, 0.0),
         (INF, 1.0, -1.2, 0.0),
     ],
@@ -216,7 +217,7 @@ def test_a_cross_entropy_without_a_label_is_0(ops, normalizer):
 
 @pytest.mark.parametrize("normalizer", [torch.tensor([4.0]), torch.tensor([[4]]), torch.tensor(4.0).double()])
 def test_a_normalizer_is_one_number_and_data_whatever_its_shape_and_dtype(ops, normalizer):
-    """As all_reduce and NumPy leave it."""
+    """all_reduce and NumPy return such tensors."""
     normalizer = normalizer.requires_grad_(normalizer.is_floating_point())
     logits = torch.zeros(2, 3, requires_grad=True)
     losses = cross_entropies(ops, logits, torch.tensor([0, 2]), normalizer=normalizer)
@@ -257,7 +258,7 @@ def test_an_empty_mask_costs_nothing_and_moves_nothing(ops, mode, normalizer):
 
 
 def test_nan_outside_the_mask_reaches_nothing(ops):
-    """Every masked op gives, with NaN behind the mask, bitwise what it gives with zeros there."""
+    """With NaN outside the mask every masked op gives bitwise the same result as with zeros there."""
     torch.manual_seed(1)
     mask = torch.rand(3, 7) > 0.5
     clean = [torch.where(mask, torch.randn(3, 7), 0.0) for _ in range(6)]
@@ -343,7 +344,7 @@ def test_kl_estimators_by_hand(ops, estimator, d, kl, grad):
 
 @pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min, -INF])
 def test_what_p_forbids_adds_nothing_to_the_divergence_whatever_q_says(ops, lowest):
-    """A vocabulary's padding as models write it, longer than the block that a kernel reads at once."""
+    """Models write the padding of a vocabulary like this. It is longer than the block that a kernel reads at once."""
     padding = torch.arange(9001) < 9000
     logits = torch.where(padding, lowest, 0.0).requires_grad_()
     kl = ops.kl_divergence(logits, torch.where(padding, -INF, 0.0))
@@ -544,7 +545,7 @@ def test_no_axis_in_particular_is_all_of_them(ops):
 
 
 def test_a_bool_counts_once_whatever_its_byte(ops):
-    """As numpy's mask.view(bool) of 0 and 255 has it."""
+    """numpy's mask.view(bool) of 0 and 255 makes such bytes."""
     mask = torch.tensor([[255, 0, 3]], dtype=torch.uint8).view(torch.bool)
     x = torch.tensor([[1.0, 5.0, 3.0]], requires_grad=True)
     assert ops.masked_mean(x, mask).item() == 2.0

@@ -1,4 +1,4 @@
-"""The statistics of a loss are a dict of scalar tensors, made when somebody looks at them."""
+"""The statistics of a loss are a dict of scalar tensors, which are made on first use."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ class Output:
 
 def statistics() -> dict:
     stats = rf.pairwise_loss(CHOSEN, REJECTED)[1]
-    assert isinstance(stats, _statistics.Statistics) and stats._uncut is not None  # nobody has looked yet
+    assert isinstance(stats, _statistics.Statistics) and stats._unsplit is not None  # not used yet
     return stats
 
 

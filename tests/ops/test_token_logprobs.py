@@ -79,7 +79,7 @@ def test_a_row_is_bitwise_the_same_alone_in_a_batch_and_at_any_alignment(dtype):
     logits, labels = (3 * torch.randn(33, 5001)).to(dtype), torch.randint(5001, (33,))
     weights = torch.randn(2, 33, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     whole = results(token_logprobs_and_entropy, logits, labels, *weights)
-    for i in (0, 7, 32):  # a row of an odd number of columns begins elsewhere within a vector than its copy does
+    for i in (0, 7, 32):  # with an odd number of columns, a row and its copy have different alignments
         row = slice(i, i + 1)
         alone = results(token_logprobs_and_entropy, logits[row].clone(), labels[row], *weights[:, row])
         assert all(torch.equal(a, b[row]) for a, b in zip(alone, whole, strict=True))
@@ -139,7 +139,7 @@ def test_a_tangent_of_the_gradient_that_comes_in_is_refused(inplace):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_lie_apart_give_the_same_bits(dtype, masked):
-    """Contiguous ones take one native call, in which the results are made too."""
+    """Contiguous rows take another path: one native call, which also allocates the results."""
     torch.manual_seed(0)
     logits, labels = torch.randn(4, 5, 33).to(dtype), torch.randint(33, (4, 5))
     mask = torch.rand(4, 5) < 0.7 if masked else None
@@ -159,7 +159,7 @@ def test_rows_that_lie_apart_give_the_same_bits(dtype, masked):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_backward_that_python_finishes_under_a_checkpoint(apart, inplace):
-    """A checkpoint shows what is saved once; csrc/rows.h has then looked already."""
+    """A checkpoint lets the saved tensors be read only once, and csrc/rows.h has already read them."""
     leaf, labels = torch.randn(3, 20, requires_grad=True), torch.tensor([0, 4, 2])
 
     def of(x):
@@ -183,7 +183,7 @@ def test_a_gradient_of_logits_that_were_detached_since_is_not_differentiable_twi
 
 @pytest.mark.skipif(_dispatch._C is None, reason="needs the native build")
 def test_the_engine_calls_what_the_forced_backend_is():
-    """Native forward and backward have no look at the table of kernels."""
+    """The native forward and backward do not look at the table of kernels."""
     function = _dispatch._OPS["token_logprobs_forward"].function
 
     def called():
@@ -193,12 +193,12 @@ def test_the_engine_calls_what_the_forced_backend_is():
     assert called() == native
     with rlhf_fast.use_backend("triton"):
         assert called() == (function.forward_in_python, function.backward)
-    with rlhf_fast.use_backend("reference"):  # a backward of what was native before
+    with rlhf_fast.use_backend("reference"):  # for a backward whose forward was native
         assert called() == native
 
 
 def test_a_gradient_of_another_dtype_is_refused():
-    """It would be read as what it is not."""
+    """A kernel would read its bytes as another dtype."""
     logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
     _, _, saved = torch.ops.rlhf_fast.token_logprobs_forward(logits, labels, None, 1.0, False, False)
     with pytest.raises(TypeError, match="gradients of the outputs' dtype"):
@@ -265,7 +265,8 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["token_logprobs", "kl_divergence"])
 def test_a_gradient_too_large_for_the_caches_has_the_bits_of_a_small_one(op, dtype, isa):
-    # From 32 MiB on it is written past them, from where its rows are aligned: here they begin everywhere.
+    # From 32 MiB on it is written past the caches, starting at the first aligned element of each row. Here the rows
+    # start at every alignment.
     vocab = 5003
     rows = (32 << 20) // (vocab * dtype.itemsize) + 1
     generator = torch.Generator().manual_seed(2)
