@@ -33,7 +33,7 @@ try:
 except ImportError as error:  # a source tree that is not built; backends() and the errors on the CPU say so
     _C, _C_MISSING = None, str(error)
 else:
-    if getattr(_C, "interface", 1) != 6:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 7:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the existing one was built from another version of the source tree"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
