@@ -20,7 +20,7 @@ from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_secti
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.decoder import Decoder
-from rlhf_fast.errors import ConfigError
+from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import _write_job, resolve_reward, score
 from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_NAMES, SFTJob
@@ -327,8 +327,6 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
     ],
 )
 def test_a_key_that_nothing_has_is_refused_with_the_nearest(text, message, tmp_path, capsys):
-    from rlhf_fast.errors import ConfigError
-
     with pytest.raises(ConfigError) as error:
         read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS)
     assert message in str(error.value)
@@ -907,6 +905,23 @@ def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_pa
     ended = len(log_of(tmp_path))
     assert stage(reward, "ppo", *flags, "--stop_on", "[kl]", "--resume") == 0
     assert len(log_of(tmp_path)) > ended
+
+
+def test_a_run_that_no_longer_learns_exits_3_with_one_line_and_a_report(sft, tmp_path, capsys, monkeypatch):
+    limits = ["--max_skipped_steps", "2", "--warmup_ratio", "0", "--num_samples", "0", "--max_steps", "9"]
+    with pytest.warns(RuntimeWarning, match="is not finite: this update is skipped"):
+        assert stage(sft, "sft", "--output_dir", str(tmp_path / "a"), "--learning_rate", "1e30", *limits) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("rlhf-fast: stopped: ") and "was not finite in 2 updates in a row" in last
+    assert f"{tmp_path}/a/report.html shows the run so far; --resume continues from the newest checkpoint" in last
+    assert log_of(tmp_path / "a") and "Loss" in (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+
+    def at_once(*_):
+        raise NonFiniteError("the loss was not finite")
+
+    monkeypatch.setattr("rlhf_fast.trainers.common.NonFiniteGuard.check", at_once)
+    assert stage(sft, "sft", "--output_dir", str(tmp_path / "b"), *limits) == 3  # with nothing in the log
+    assert not log_of(tmp_path / "b") and (tmp_path / "b" / "report.html").is_file()
 
 
 def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monkeypatch):
