@@ -351,7 +351,7 @@ def _bench(argv: list[str]) -> None:
     about = "Our ops compared with PyTorch, torch.compile, the installed peers and the floor, on this machine."
     parser = Parser(prog="rlhf-fast bench", description=about)
     parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
     parser.add_argument("--small", action="store_true", help="small shapes: a trial, not a measurement")
     parser.add_argument(

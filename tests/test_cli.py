@@ -118,7 +118,7 @@ def test_help_all_explains_what_help_names(flags, capsys):
 
 
 def check_no_torch(commands, code):
-    """Each of the commands (argv) ends with the code, and none has loaded torch or transformers by then."""
+    """Each of the commands (argv) ends with this code, without having loaded torch or transformers."""
     out = run_python(f"""
 import sys
 from rlhf_fast.cli import main
@@ -220,7 +220,7 @@ def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_pat
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
-    """reward: {...} is the section of a stage, reward: a path or a list is what ppo is trained on."""
+    """A mapping is the section of the stage `reward`; a path or a list is ppo's key `reward`."""
     keys = {"reward": ["seed"], "ppo": ["seed", "reward"]}
     for value in ("rewards.py:short", [["runs/reward", 1.0]]):
         path = write_yaml(tmp_path / "c.yaml", json.dumps({"seed": 3, "reward": value}))
@@ -246,7 +246,7 @@ def test_a_shared_key_that_the_command_does_not_have_needs_a_section_that_can_us
 
 
 def test_a_ppo_config_of_trl_is_refused_and_told_the_names(tmp_path, capsys):
-    """It would train with another batch size and length than it says."""
+    """Otherwise the run would ignore the batch size and the length that the config asks for."""
     own = f"model: m\ntrain_data: d\nreward: r\noutput_dir: {tmp_path / 'run'}\n"
     of_trl = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 3, "max_steps": 7}
     for name, value in of_trl.items():
@@ -702,7 +702,7 @@ def test_bf16_of_what_writes_is_heard_and_refused_without_the_hardware(sft, caps
 
 
 def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):
-    """Text as it is, as PPO asks it, and messages through the chat template."""
+    """As in PPO, text does not go through the chat template, and messages do."""
     chat = [{"role": "user", "content": "Name 3 and 4."}]
     rows = [{"prompt": "Name 1 and 2.", "n": 1}, {"prompt": chat, "n": 3, "messages": [*chat, chat[0]]}]
     file, answers = write_rows(tmp_path, rows), str(tmp_path / "answers.jsonl")
@@ -721,7 +721,7 @@ def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, 
 
 
 def test_generate_and_score_take_their_keys_from_a_file(reward, tmp_path, capsys):
-    """Their own section over the shared keys, and flags over both; the other commands take the file too."""
+    """Their section overrides the shared keys, and flags override both. The other commands accept the same file."""
     file = write_rows(tmp_path, [{"prompt": "Name 1 and 2.", "response": "They are."}])
     config = write_yaml(
         tmp_path / "c.yaml",

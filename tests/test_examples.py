@@ -1,4 +1,4 @@
-"""The examples run as they are, and their configs name only keys that exist."""
+"""The examples run, and their configs name only keys that the commands have."""
 
 import importlib.util
 import json
@@ -60,7 +60,7 @@ def test_yaml_files_are_accepted(path):
 
 @pytest.fixture
 def start(model, tokenizer, tmp_path, monkeypatch):
-    """The flags with which a run starts from a tiny model, on a few prompts; examples/ is where a config expects it."""
+    """The flags for a tiny model and a few prompts; the configs find examples/ in the working directory."""
     monkeypatch.chdir(EXAMPLES.parent)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
