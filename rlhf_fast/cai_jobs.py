@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .cai_checks import check_phase_1, known_schedule, prepare
 from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
-from .commands import known
+from .commands import checked_options
 from .data.files import read_dataset
 from .data.sources import read_rows
 from .disk import write_atomic
@@ -65,9 +65,9 @@ def load_judge(who: JudgeJob, seed: int):
     """(constitution, judge)"""
     constitution = load_constitution(who.constitution, who.allow_code)
     if who.judge == "rules":
-        return constitution, RuleJudge(**known(RuleJudge, who.judge_options, "judge_options"))
+        return constitution, RuleJudge(**checked_options(RuleJudge, who.judge_options, "judge_options"))
     kind = HTTPJudge if _is_server(who.judge) else LocalJudge
-    options = {"seed": seed, **known(kind, who.judge_options, "judge_options")}
+    options = {"seed": seed, **checked_options(kind, who.judge_options, "judge_options")}
     if kind is HTTPJudge:
         server = _server(who.judge, who.judge_model, who.judge_server, "judge_")
         judge = HTTPJudge(server, constitution, **options)
@@ -89,7 +89,7 @@ def load_writer(writer: WriterJob):
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
     if not model:
         raise ConfigError(f"{url} is a server: give the model's name there as {prefix or 'server_'}model")
-    return Server(url, model, **known(Server, options, f"{prefix}server"))
+    return Server(url, model, **checked_options(Server, options, f"{prefix}server"))
 
 
 def load_constitution(files: str | list, allow_code: bool) -> Constitution:
@@ -102,7 +102,7 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
+def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob) -> None:
     known_schedule(job.schedule)
     check_drop(job.drop)
     constitution, judge = load_judge(who, job.seed)
@@ -133,7 +133,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
     return stage
 
 
-def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
+def run_pairs(writer: WriterJob, job: PairsJob) -> None:
     if not writer.temperature:
         raise ConfigError("pairs: temperature = 0 writes the same answer twice, which nobody can compare")
     constitution = load_constitution(job.constitution, job.allow_code)
@@ -142,7 +142,7 @@ def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
     _tell("pairs", stage, "pairs.jsonl")
 
 
-def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
+def run_audit(who: JudgeJob, job: AuditJob) -> None:
     constitution, judge = load_judge(who, job.seed)
     rows = _compared(job.data)[: job.num_pairs]
     card = audit(rows, constitution, judge, output_dir=job.output_dir, principles_per_pair=job.principles_per_pair,
@@ -176,7 +176,7 @@ def _only_text(reply, where: str) -> str:
     return text
 
 
-def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
+def run_label(who: JudgeJob, job: LabelJob) -> None:
     """rlhf-fast cai label: labels, if the judge's card allows it, and the report on the constitution."""
     constitution, judge = load_judge(who, job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
@@ -190,7 +190,7 @@ def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
     _tell("label", stage, "comparisons.jsonl", "constitution.html")
 
 
-def run_derive(job: DeriveJob, resume: bool) -> None:
+def run_derive(job: DeriveJob) -> None:
     made_with = settings_of(job.judgements)
     before = label_settings(made_with["judge"], made_with)
     weights, combine = other_weights(made_with, job.weights), job.combine or before["combine"]

@@ -1,10 +1,18 @@
-"""The command rlhf-fast: one word for each stage, settings from a YAML file, flags of the same names over them.
+"""The command rlhf-fast: one word for each stage, with settings from a YAML file and from flags of the same names.
 
     shared keys of the file  <  its section for the command (sft:, reward:, ppo:, cai:, ...)  <  flags
 
-Exit codes: 0 done; 1 failed, with a traceback, because it is a bug of ours or a fault of the machine; 2 refused, with
-one line that says what to change; 3 stopped by a monitor that stop_on names; 130 interrupted. After 3 and 130 the run
-can be resumed. They are two codes so that a script can resume interrupted runs and leave the others to a person.
+Exit codes:
+
+    0    done
+    1    failed, with a traceback: a bug in this package, or a fault of the machine
+    2    refused, with one line that says what to change
+    3    stopped, with one line that says why: by a monitor in stop_on, or because max_skipped_steps updates in a row
+         were not finite
+    130  interrupted
+
+After 3 and 130 the run can be resumed from its newest checkpoint. They are two codes so that a script can resume
+interrupted runs, and leave the others to a person.
 """
 
 import json
@@ -22,8 +30,8 @@ from .cai_keys import CAI
 from .cai_keys import __doc__ as CAI_HELP
 from .commands import Command, Parser, unknown
 from .data.files import UniqueKeys
-from .errors import ConfigError
-from .keys import LOOK, STAGES
+from .errors import ConfigError, NonFiniteError
+from .keys import READ_COMMANDS, STAGES
 from .monitors import RunStopped
 
 HELP = """\
@@ -39,17 +47,17 @@ Train
 
 Look
   generate    answer prompts with a model
-  score       records with responses in, with a reward model's scores out
+  score       add a reward model's scores to records with responses
   report      write report.html for a run directory
-  quickstart  all stages on a small task made on the spot, in minutes on a CPU
-  bench       measure the ops on this machine beside PyTorch and others
+  quickstart  all stages on a small generated task, in minutes on a CPU
+  bench       measure the ops on this machine against PyTorch and others
   info        versions, build, and the kernel each op runs
 
-A YAML file has the flags as keys, shared or in a section named as the command.
+A YAML file has a key per flag, shared or in a section named as the command.
 torchrun -m rlhf_fast sft ... (or reward, ppo) trains in several processes.
 Exit codes: 0 done, 1 failed, 2 refused (the message says what to change),
-3 stopped by a monitor (stop_on), 130 interrupted; after these two --resume
-goes on from the newest checkpoint."""
+3 stopped by a monitor (stop_on) or by max_skipped_steps, 130 interrupted;
+after 3 and 130 --resume continues from the newest checkpoint."""
 
 TRAINERS = ("sft", "reward", "ppo")
 COMMANDS = (*TRAINERS, "cai", "generate", "score", "report", "quickstart", "bench", "info")
@@ -82,19 +90,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunStopped as stop:
         print(f"rlhf-fast: stopped by {stop}", file=sys.stderr)
         return 3
+    except NonFiniteError as error:
+        print(f"rlhf-fast: stopped: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
         return 130
 
 
 def _run(command: str, argv: list[str]) -> None:
-    """Each command imports what it needs: torch and transformers take seconds, and --help or a refusal should not."""
+    """Each command imports what it needs: torch and transformers take seconds, which --help and a refusal should not
+    wait for."""
     others = {
         "cai": _cai, "generate": _generate, "score": _score, "report": _report, "quickstart": _quickstart,
         "bench": _bench, "info": _info,
     }  # fmt: skip
     if command in TRAINERS:
-        _train(STAGES[command], command, argv)
+        _train(STAGES[command], argv)
     else:
         others[command](argv)
 
@@ -113,43 +125,49 @@ def _cai(argv: list[str]) -> None:
     if word not in CAI_WORDS:
         raise ConfigError(f"cai: {unknown('word', word, CAI_WORDS)} (rlhf-fast cai --help names them)")
     if word == "validate":
-        parser = Parser(prog="rlhf-fast cai validate", description="Reads a constitution and says what is in it.")
+        parser = Parser(prog="rlhf-fast cai validate", description="Reads a constitution and lists what is in it.")
         parser.add_argument("files", nargs="+", metavar="FILE", help="several files make one constitution")
         parser.add_argument(
             "--allow_code", type=str.lower, choices=("true", "false"), default="false",
-            help="rules by import path, which runs code",
+            help="whether rules may be named by import path, which runs code",
         )  # fmt: skip
         options = parser.parse_args(rest)
         from .cai_jobs import validate
 
         print(validate(options.files, options.allow_code == "true"))
     else:
-        _train(CAI["cai" if word == "train" else word], f"cai {word}", rest)
+        _train(CAI["cai" if word == "train" else word], rest)
 
 
-def _train(spec: Command, shown: str, argv: list[str]) -> None:
-    going_on = {"action": "store_true", "help": "go on from the newest checkpoint in output_dir"}
-    values, flags = _read(spec, shown, argv, "[--resume]", resume=going_on)
+def _train(spec: Command, argv: list[str]) -> None:
+    resume = {"action": "store_true", "help": "continue from the newest checkpoint in output_dir"}
+    values, flags = _read(spec, argv, "[--resume]", resume=resume) if spec.resumes else _read(spec, argv)
     configs = spec.make(values)
     from .jobs import quiet
 
     quiet()
-    spec.run(configs, flags["resume"])
+    spec.run(configs, flags.get("resume", False))
 
 
 # -- flags and YAML files ----------------------------------------------------------------------------------------------
 
 
-WITH_KEYS = STAGES | CAI | LOOK  # and so each has a section in a YAML file
+WITH_KEYS = STAGES | CAI | READ_COMMANDS  # the commands that have keys, and so a section in a YAML file
 
 
-def _read(spec: Command, shown: str, argv: list[str], usage: str = "", **flags: dict) -> tuple[dict, dict]:
-    """(values of the command's keys, those of flags): what argv says, over what its --config file does.
+def _typed(name: str) -> str:
+    """The words of the command line that run the command with this name."""
+    return f"cai {'train' if name == 'cai' else name}" if name in CAI else name
 
-    flags: {name: options of add_argument} of what makes sense on a command line only, and usage what they look like.
+
+def _read(spec: Command, argv: list[str], usage: str = "", **flags: dict) -> tuple[dict, dict]:
+    """-> (values of the command's keys, values of `flags`). What argv says overrides its --config file.
+
+    flags: {name: options of add_argument} for what makes sense on a command line only; usage: how --help shows them.
     """
-    usage = " ".join([f"rlhf-fast {shown} [--config FILE]", *filter(None, [usage]), "[--KEY VALUE ...]"])
-    parser = Parser(prog=f"rlhf-fast {shown}", usage=usage, description=spec.summary)
+    prog = f"rlhf-fast {_typed(spec.name)}"
+    usage = " ".join([f"{prog} [--config FILE]", *filter(None, [usage]), "[--KEY VALUE ...]"])
+    parser = Parser(prog=prog, usage=usage, description=spec.summary)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below")
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **options)
@@ -159,18 +177,20 @@ def _read(spec: Command, shown: str, argv: list[str], usage: str = "", **flags: 
     values = {name: keys[name].parse(text) for name, text in given.items()}
     if file:
         every = {name: list(command.keys()) for name, command in WITH_KEYS.items()}
-        # A file that trains is also given to generate and score, which are to use next to nothing of it.
-        values = read_sections(file, every, None if spec.name in LOOK else spec.name)[spec.name] | values
+        values = read_sections(file, every, spec.name)[spec.name] | values
     return values, own
 
 
-def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = None) -> dict[str, dict]:
-    """{stage: its values} in a YAML file: the shared keys that the stage has, and over them those of its section.
+def read_sections(path: str, keys: dict[str, list[str]], command: str | None = None) -> dict[str, dict]:
+    """{command: its values} from a YAML file: the shared keys that the command has, overridden by its section.
 
-    keys: {stage: names of its keys}. stage: the one that is going to train, if any. Standard error names what it will
-    not read: shared keys that it does not have, and for cai the sections sft, reward and ppo at the top of the file,
-    where they belong to other commands (cai has keys of these names). ConfigError for a file that cannot be read or is
-    no mapping, and for a key that no stage has.
+    keys: {command: names of its keys}. command: the one that is going to run, if any.
+
+    ConfigError for a file that cannot be read or is not a mapping, and for a key that nothing can use: in a section,
+    one that its command does not have; at the top, one that neither `command` nor a command with a section in the file
+    has. The commands that only read models ignore what is shared by those that train, as they need next to nothing of
+    it. Standard error says that cai does not read the sections sft, reward and ppo at the top of the file, which belong
+    to other commands: cai has keys of these names.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
@@ -181,25 +201,28 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} must be a mapping of keys to values, got {type(content).__name__}")
     everywhere = {key for names in keys.values() for key in names}
-    # "reward" may be the section of a stage, a mapping, or the key of ppo, a path or a list.
+    # "reward" may be a command's section, which is a mapping, or a key of ppo, which is a path or a list.
     as_keys = {name for name in keys if name in everywhere and isinstance(content.get(name), str | list)}
-    sections = {name: {} if name in as_keys else content.pop(name, None) or {} for name in keys}
+    has_section = [name for name in keys if name in content and name not in as_keys]
+    sections = {name: content.pop(name) or {} if name in has_section else {} for name in keys}
+    if command is None or command in READ_COMMANDS:
+        usable = everywhere
+    else:
+        usable = {key for name in (command, *has_section) for key in keys[name]}
     for key in content:
-        if key not in everywhere:
-            raise ConfigError(f"{path}: {unknown('key', key, [*everywhere, *keys])}")
-    if stage and (others := [key for key in content if key not in keys[stage]]):
-        print(f"{path}: {stage} has no {', '.join(others)}: left to the stages that do", file=sys.stderr)
+        if key not in usable:
+            raise ConfigError(f"{path}: {_unknown_key(key, keys, command)}")
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{path}: section {name}: must be a mapping of keys to values")
         for key in section:
             if key not in keys[name]:
-                raise ConfigError(f"{path}: section {name}: {unknown('key', key, keys[name])}")
-    if stage == "cai":  # its keys sft, reward and ppo are mappings too, and easily written at the top by mistake
+                raise ConfigError(f"{path}: section {name}: {_unknown_key(key, keys, name, in_section=True)}")
+    if command == "cai":  # its keys sft, reward and ppo are mappings too, and easily written at the top by mistake
         others = [name for name in keys["cai"] if sections.get(name) and name not in sections["cai"]]
         if others:
             print(
-                f"{path}: {', '.join(others)} at the top are sections of other commands, and set nothing here; cai has "
+                f"{path}: {', '.join(others)} at the top are sections of other commands and set nothing here. cai has "
                 "keys of these names too: write them inside cai:",
                 file=sys.stderr,
             )
@@ -209,17 +232,32 @@ def read_sections(path: str, keys: dict[str, list[str]], stage: str | None = Non
     }
 
 
+def _unknown_key(key: object, keys: dict[str, list[str]], command: str | None, in_section: bool = False) -> str:
+    """The message about a key that the command does not have. in_section: the key is in the command's section;
+    otherwise it is at the top of the file, and may be meant for another command."""
+    if command is None:
+        return unknown("key", key, [*{name for names in keys.values() for name in names}, *keys])
+    otherwise = f"rlhf-fast {_typed(command)} --help-all explains every key"
+    hint = WITH_KEYS[command].hints.get(str(key)) if command in WITH_KEYS else None
+    if in_section:
+        return unknown("key", key, keys[command], otherwise, hint)
+    message = unknown(f"key of {command}:", key, [*keys[command], *keys], otherwise, hint)
+    others = ", ".join(name for name in keys if key in keys[name])
+    return f"{message}. If it is meant for {others}, write it in a section of that name" if others else message
+
+
 # -- the other commands ------------------------------------------------------------------------------------------------
 
 
 def _generate(argv: list[str]) -> None:
-    asked = {"action": "append", "metavar": "TEXT", "help": "may be repeated; without it, one prompt a line of stdin"}
-    values, flags = _read(LOOK["generate"], "generate", argv, "[--prompt TEXT]", prompt=asked)
-    (job,) = LOOK["generate"].make(values)
+    spec = READ_COMMANDS["generate"]
+    prompt = {"action": "append", "metavar": "TEXT", "help": "may be repeated; without it, each line of stdin is one"}
+    values, flags = _read(spec, argv, "[--prompt TEXT]", prompt=prompt)
+    (job,) = spec.make(values)
     if job.input is None and job.output != "-":
         raise ConfigError("generate: --output needs --input")
     if job.input is not None and (flags["prompt"] or job.system):
-        raise ConfigError("generate: --input has the prompts: give neither --prompt nor --system")
+        raise ConfigError("generate: --input has the prompts: give neither --prompt nor --system with it")
     from .jobs import answer, answer_records, quiet
 
     quiet()
@@ -234,7 +272,8 @@ def _generate(argv: list[str]) -> None:
 
 
 def _score(argv: list[str]) -> None:
-    (job,) = LOOK["score"].make(_read(LOOK["score"], "score", argv)[0])
+    spec = READ_COMMANDS["score"]
+    (job,) = spec.make(_read(spec, argv)[0])
     from .data.files import parse_jsonl, read_dataset
     from .jobs import quiet, score
 
@@ -245,24 +284,24 @@ def _score(argv: list[str]) -> None:
 
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
-    """Over what the file holds, which may be what they were made of."""
+    """Replaces what the file holds, which may be the input that the rows were made from."""
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
-    if path != "-" and Path(path).is_file():  # a pipe or /dev/null has no length
+    if path != "-" and Path(path).is_file():  # a pipe and /dev/null cannot be truncated
         file.truncate(0)
     file.write(text)
 
 
 @contextmanager
 def _output(path: str, command: str) -> Iterator[TextIO]:
-    """The file, opened for appending. It is opened before there is anything to write, so that a path that cannot be
-    written is refused at once. _write_rows cuts off what the file held (it may be the input). If the caller fails, a
-    file that was not there before is removed. "-" is standard output."""
+    """The file, opened for appending; "-" is standard output. It is opened before there is anything to write, so that a
+    path that cannot be written is refused at once. What it held, which may be the input, stays until _write_rows
+    replaces it. If the caller fails, a file that did not exist before is removed."""
     if path == "-":
         yield sys.stdout
         return
     new = not os.path.lexists(path)
     try:
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (an OSError inside the with is none of --output)
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (an OSError inside the with has nothing to do with --output)
     except OSError as error:
         raise ConfigError(f"{command}: --output {path}: {error.strerror}") from None
     try:
@@ -275,8 +314,10 @@ def _output(path: str, command: str) -> Iterator[TextIO]:
 
 
 def _report(argv: list[str]) -> None:
-    parser = Parser(prog="rlhf-fast report", description="Writes report.html for a run, or for a quickstart's root.")
-    parser.add_argument("directory", metavar="DIR", help="with train_log.jsonl, or with a summary.json of all stages")
+    parser = Parser(prog="rlhf-fast report", description="Writes report.html for a run, or for a whole quickstart.")
+    parser.add_argument(
+        "directory", metavar="DIR", help="the output_dir of a run (with train_log.jsonl) or quickstart (summary.json)"
+    )
     directory = Path(parser.parse_args(argv).directory)
     from .report import write_quickstart_report, write_report
 
@@ -285,19 +326,21 @@ def _report(argv: list[str]) -> None:
     elif (directory / "summary.json").is_file():
         print(write_quickstart_report(directory))
     else:
-        raise ConfigError(f"report: {directory} holds neither train_log.jsonl nor summary.json")
+        raise ConfigError(
+            f"report: {directory} holds neither train_log.jsonl nor summary.json: give the output_dir of a run"
+        )
 
 
 def _quickstart(argv: list[str]) -> None:
-    about = "All four stages on a task made on the spot; a second call goes on where the first ended."
+    about = "All four stages on a small generated task. A second call continues where the first one ended."
     parser = Parser(prog="rlhf-fast quickstart", description=about)
     output_dir = "runs/quickstart"
-    parser.add_argument("--output_dir", default=output_dir, metavar=output_dir, help="a directory for each stage")
+    parser.add_argument("--output_dir", default=output_dir, metavar=output_dir, help="with a directory for each stage")
     parser.add_argument("--seed", type=int, default=0, metavar="0", help="of the task, the models and the sampling")
-    parser.add_argument("--smoke", action="store_true", help="everything in under a minute, no promises on quality")
+    parser.add_argument("--smoke", action="store_true", help="run everything in under a minute, whatever the quality")
     options = parser.parse_args(argv)
     from .jobs import quiet
-    from .quickstart import run_quickstart
+    from .quickstart.pipeline import run_quickstart
 
     quiet()
     run_quickstart(**vars(options))
@@ -305,14 +348,14 @@ def _quickstart(argv: list[str]) -> None:
 
 
 def _bench(argv: list[str]) -> None:
-    about = "Our ops beside PyTorch, torch.compile and the installed peers, on this machine, with the floor."
+    about = "Our ops compared with PyTorch, torch.compile, the installed peers and the floor, on this machine."
     parser = Parser(prog="rlhf-fast bench", description=about)
     parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
-    parser.add_argument("--small", action="store_true", help="small shapes: a look, not a measurement")
+    parser.add_argument("--small", action="store_true", help="small shapes: a trial, not a measurement")
     parser.add_argument(
-        "--as-gpu", action="store_true", help="a GPU's rows and its way to measure, by the clock where there is none"
+        "--as-gpu", action="store_true", help="measure a GPU's rows in a GPU's way; without a GPU, with the CPU's clock"
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args(argv)

@@ -1,4 +1,7 @@
-"""What a run refuses or ends with."""
+"""What a run refuses or ends with, and the name that a misspelt one is nearest to."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
@@ -7,3 +10,10 @@ class ConfigError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """max_skipped_steps updates in a row were skipped for a NaN or inf: the run would go on without learning."""
+
+
+def did_you_mean(name: object, names: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown name: the nearest of the names, or if none is near, `otherwise`."""
+    near = difflib.get_close_matches(str(name), names, 1)  # str: YAML keys may be numbers, and "on" is read as True
+    hint = f"did you mean {near[0]!r}?" if near else otherwise
+    return hint and f"; {hint}"

@@ -1,4 +1,4 @@
-"""What the commands do around a trainer: read data and models, then run it. keys.py has the jobs."""
+"""What the commands do around a trainer: read models and data, then run it. keys.py defines the jobs."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from . import parallel
-from .commands import known
+from .commands import checked_options
 from .data import hh_rlhf
 from .data.chat import encode_prompt, encode_to_score
 from .data.checks import placed, responses_of
@@ -22,7 +22,7 @@ from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
 from .data.sources import print_left_out, read_rows, rows_for
 from .disk import make_directory, write_atomic
-from .errors import ConfigError
+from .errors import ConfigError, NonFiniteError
 from .generation import generate_text
 from .keys import PPOJob, RewardJob, Scratch, SFTJob
 from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer
@@ -47,8 +47,7 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
-    """A new Llama, and a tokenizer that is trained on the texts of train_data. Both follow from the data and the
-    seed."""
+    """A new Llama, and a tokenizer trained on the texts of train_data. Both are determined by the data and the seed."""
     options = vars(config_from_dict(Scratch, job.scratch))
     rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
@@ -81,10 +80,9 @@ def run_reward(job: RewardJob, config: RewardConfig, resume: bool) -> None:
 
 
 def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
-    """rlhf-fast score: each record with its "score", or where it has several responses its "scores", in their order.
+    """rlhf-fast score: each record with its "score", or, if it has several responses, their "scores" in order.
 
-    Pairs of hh-rlhf are scored as the conversations they are. One that is malformed is left out, and named on standard
-    error.
+    Pairs of hh-rlhf transcripts are scored as conversations. Malformed pairs are left out, and named on standard error.
     """
     records = as_records(records, "input")
     reward, asked, tokens = RewardModelReward.load(model, batch_size=batch_size), [], []
@@ -128,21 +126,23 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
 
 def _rollout_func(job: PPOJob) -> Callable | None:
     if job.rollout_func and job.rollout_server:
-        raise ConfigError("ppo: give rollout_server or rollout_func, either samples alone")
+        raise ConfigError("ppo: rollout_server and rollout_func both sample all responses: give only one of them")
     if job.rollout_server:
-        return RolloutServer(job.rollout_server, **known(RolloutServer, job.rollout_options, "rollout_options"))
+        return RolloutServer(
+            job.rollout_server, **checked_options(RolloutServer, job.rollout_options, "rollout_options")
+        )
     if job.rollout_options:
-        raise ConfigError("ppo: rollout_options are those of a rollout_server: give its URL")
+        raise ConfigError("ppo: rollout_options are for a rollout_server: give its URL as rollout_server")
     return resolve_reward(job.rollout_func) if job.rollout_func else None
 
 
 def _value_model(path: str, tokenizer):
-    """A reward model to start the values from. ConfigError where its tokenizer reads other tokens than the policy's."""
+    """The reward model that the values start from. ConfigError if its tokenizer has other tokens than the policy's."""
     trained = RewardModelReward.load(path)
     if not tokenizer.get_vocab().items() <= trained.tokenizer.get_vocab().items():
         raise ConfigError(
             f"ppo: value_model {path!r} was trained with another tokenizer than the policy's, so its values would mean "
-            "nothing; leave value_model out (as `reward` it is welcome)"
+            "nothing: leave value_model out (you can still use it as `reward`)"
         )
     return trained.model
 
@@ -151,34 +151,51 @@ def _value_model(path: str, tokenizer):
 
 
 def run_trainer(trainer, resume: bool, job=None):
-    """job: whose models, data and rewards `output_dir`/job.json and the report name, and against which a run that
-    resumes is held."""
+    """trainer.train(resume) -> its RunResult, with what a command adds: job.json, and an exception for a run that ended
+    early (RunStopped for a monitor, KeyboardInterrupt for a signal, NonFiniteError).
+
+    job: names the models, data and rewards, for `output_dir`/job.json and the report. A run that resumes with another
+    job than it began with gets a warning.
+    """
     path = Path(trainer.config.output_dir, "job.json")
     if job is not None and resume and (before := read_mapping(path)) is not None:
         now = json.loads(_as_json(job))
-        # An earlier version did not have every key, and {} is what one that is not set has.
+        # job.json of an earlier version may lack keys; a key that is not set counts as missing, {} too.
         differ = (name for name in now if (now[name] or None) != (before.get(name) or None))
         changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in differ]
         if changed:
             warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
     elif job is not None and not resume:
         _write_job(job, path)
-    result = trainer.train(resume)
-    if job is not None and resume and parallel.rank() == 0:  # not before: train may refuse to resume
+    report = f"{trainer.config.output_dir}/report.html"
+    try:
+        result = trainer.train(resume)
+    except NonFiniteError as error:
+        if parallel.rank() == 0:
+            write_report(path.parent)
+        raise NonFiniteError(
+            f"{error}. {report} shows the run so far; --resume continues from the newest checkpoint, if there is one"
+        ) from error
+    if job is not None and resume and parallel.rank() == 0:  # not earlier, because train may refuse to resume
         try:
             _write_job(job, path)
             write_report(path.parent)
-        except OSError as error:  # a full disk: what was trained is saved
-            warnings.warn(f"{path} and the report are of the run before it was resumed: {error}", stacklevel=2)
+        except OSError as error:  # a full disk; what was trained is saved by now
+            warnings.warn(
+                f"{path} and the report could not be updated and still describe the run before it was resumed: {error}",
+                stacklevel=2,
+            )
     if result.stopped_by:
-        where = f"{result.output_dir}/report.html shows it, --resume goes on all the same"
-        raise RunStopped(f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {where}")
+        raise RunStopped(
+            f"monitor {result.stopped_by} (step {result.step} of {trainer.total_steps}); {report} shows it, --resume "
+            "continues the run all the same"
+        )
     if result.interrupted:
         raise KeyboardInterrupt
     if parallel.rank():
         return result
     shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)
-    print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {result.output_dir}/report.html")
+    print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {report}")
     return result
 
 
@@ -194,12 +211,12 @@ def _as_json(job) -> str:
 
 
 def read_data(job, stage: str, config, tokenizer, resume: bool) -> list[list[dict] | None]:
-    """The rows of job.train_data and of job.eval_data (None where there is none), in the form that the stage takes.
+    """The rows of job.train_data and of job.eval_data (None if there is none), in the form that the stage takes.
 
-    Pairs that are left out are printed with their lines, and listed in `output_dir`/left_out.jsonl.
+    Prints which pairs are left out, with their lines, and lists them in `output_dir`/left_out.jsonl.
     """
     if not resume:
-        check_is_new(config.output_dir, _models_of(job))  # before a file of the run that it holds is written over
+        check_is_new(config.output_dir, _models_of(job))  # before any file of an earlier run is overwritten
     sources, left_out = read_sources(job, stage, **_limit(stage, tokenizer, config))
     if parallel.rank() == 0:
         write_left_out(config.output_dir, left_out)
@@ -207,8 +224,10 @@ def read_data(job, stage: str, config, tokenizer, resume: bool) -> list[list[dic
 
 
 def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], list[dict]]:
-    """read_data's rows, and the rows of left_out.jsonl; writes nothing. limit: max_length and length of
-    hh_rlhf.load_pairs (the trainer applies its own limit to all other data)."""
+    """The rows that read_data returns, and those of left_out.jsonl. Writes no file.
+
+    limit: max_length and length of hh_rlhf.load_pairs; the trainer applies its own limit to all other data.
+    """
     sources, named = [], []
     for path in (job.train_data, job.eval_data):
         rows, left_out = (None, []) if path is None else rows_for(stage, path, **limit)
@@ -224,14 +243,14 @@ def write_left_out(output_dir: str | Path, left_out: list[dict]) -> None:
 
 
 def _models_of(job) -> list[str]:
-    """The models that a job reads, as it names them."""
+    """The models that a job reads, by the names that it gives them."""
     rewards = [job.reward, job.value_model, *job.eval_rewards.values()] if isinstance(job, PPOJob) else []
     return _texts([job.model, *rewards])
 
 
 def _limit(stage: str, tokenizer, config) -> dict:
-    """max_length and length for hh_rlhf.load_pairs, so that it leaves out what the trainer would; it knows the lines.
-    {} where the trainer would refuse, or cut, and not leave out."""
+    """max_length and length for hh_rlhf.load_pairs, so that it leaves out what the trainer would; unlike the trainer,
+    load_pairs knows the line numbers. {} if the trainer would refuse or cut long rows instead of leaving them out."""
     if config.on_overlong != "skip":
         return {}
     if stage == "ppo":
@@ -240,12 +259,12 @@ def _limit(stage: str, tokenizer, config) -> dict:
 
 
 def quiet() -> None:
-    """Turns off the progress bars of transformers; ours tell how far a stage is."""
+    """Turns off the progress bars of transformers; ours show how far a stage is."""
     transformers_logging.disable_progress_bar()
 
 
 def _texts(value) -> list[str]:
-    """Every text in a string, a message, or a list of these. Anything else has none; the trainer will refuse it."""
+    """All texts in a string, a message, or a list of these. Anything else has none, and the trainer will refuse it."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -254,13 +273,13 @@ def _texts(value) -> list[str]:
 
 
 def resolve_reward(spec: str | list):
-    """A reward as PPOTrainer takes it, from what a config has: the directory of a reward model, file.py:function, or
-    [[either, weight], ...]."""
+    """A reward in a config -> the reward that PPOTrainer takes. In a config it is the directory of a reward model,
+    file.py:function, or [[either, weight], ...]."""
     if isinstance(spec, list):
         if not all(isinstance(part, list) and len(part) == 2 for part in spec):
             raise ConfigError(f"a list of rewards is [[reward, weight], ...], got {spec!r}")
         return [(resolve_reward(reward), weight) for reward, weight in spec]
-    if not isinstance(spec, str):  # YAML reads {short:rewards.py:short} as a key without a value, as no space follows
+    if not isinstance(spec, str):  # YAML reads {short:rewards.py:short}, without a space, as a key that has no value
         raise ConfigError(f"a reward is a reward model's directory, file.py:function, or a list of both, got {spec!r}")
     if spec.endswith(".py"):
         raise ConfigError(f"reward {spec!r} is a file of functions: give file.py:function")
@@ -277,12 +296,15 @@ def resolve_reward(spec: str | list):
 
 @functools.cache
 def _module(path: Path, changed: int):
-    """The file as a module, which can import what lies beside it, as a script can. It is executed once however often a
-    config names it, so that its functions can share state (a judge, say); a file that has changed since is executed
-    again."""
+    """The file as a module. Like a script it can import modules from its own directory. It is executed once, however
+    often a config names it, so that its functions can share state (a judge, for example), and again if the file has
+    changed since.
+
+    changed: the file's modification time, for the cache.
+    """
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    name = str(path)  # no other module has this name; dataclasses look their module up by name
+    name = str(path)  # unique among modules, and in sys.modules because dataclasses look their module up there
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
@@ -296,24 +318,26 @@ def _module(path: Path, changed: int):
 
 
 def answer(model: str, prompt: list[str], system: str | None, **sampling) -> list[str]:
-    """rlhf-fast generate: one answer a prompt. Prompts go through the chat template if the tokenizer has one."""
+    """rlhf-fast generate: one answer per prompt. Prompts go through the chat template if the tokenizer has one."""
     tokenizer = load_tokenizer(model)
     prompts: list = prompt
     if tokenizer.chat_template:
         before = [{"role": "system", "content": system}] if system else []
         prompts = [[*before, {"role": "user", "content": text}] for text in prompt]
     elif system:
-        raise ConfigError(f"generate: the tokenizer of {model!r} has no chat template, so --system has no place")
+        raise ConfigError(
+            f"generate: the tokenizer of {model!r} has no chat template, which --system needs: leave it out"
+        )
     return _answers(model, tokenizer, prompts, **sampling)
 
 
 def answer_records(model: str, path: str, **sampling) -> list[dict]:
-    """rlhf-fast generate --input: each record with the "response" to its prompt, as PPO and rlhf-fast score read them:
-    messages go through the chat template, and text as it is."""
+    """rlhf-fast generate --input: each record with the "response" to its prompt, in the form that score reads. As in
+    PPO, prompts that are messages go through the chat template, and prompts that are text do not."""
     tokenizer, rows = load_tokenizer(model), read_rows(path, "ppo")
-    encode_prompts(rows, tokenizer, max_length=sys.maxsize, name="input")  # what PPO would refuse
+    encode_prompts(rows, tokenizer, max_length=sys.maxsize, name="input")  # refuses what PPO would refuse
     responses = _answers(model, tokenizer, [row["prompt"] for row in rows], **sampling)
-    whole = ("messages", "response")  # what score would read in place of this response
+    whole = ("messages", "response")  # columns that score would read in place of this response
     rows = [{k: v for k, v in row.items() if k not in whole} for row in rows]
     return [{**row, "response": response} for row, response in zip(rows, responses, strict=True)]
 
@@ -321,9 +345,9 @@ def answer_records(model: str, path: str, **sampling) -> list[dict]:
 def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
     longest, config = max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0), load_config(model)
     check_positions(config, longest, "shorten the prompt")
-    room = getattr(config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never read
+    room = getattr(config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never an input
     if sampling["max_new_tokens"] > room:
-        print(f"answers have at most {room} tokens, for which the model has positions", file=sys.stderr)
+        print(f"answers have at most {room} tokens, because the model has no positions for more", file=sys.stderr)
         sampling["max_new_tokens"] = room
     policy = load_policy(model)
     check_lengths(policy, tokenizer, longest, "shorten the prompt")

@@ -1,7 +1,7 @@
-"""The commands that have keys, but for those of cai (cai_keys.py). Imports no torch.
+"""The commands that have keys, except those of cai (cai_keys.py). This module does not import torch.
 
-The keys of a training command are the fields of two dataclasses: its job (which models, which data) and the trainer's
-config. jobs.py has what is done with them.
+The keys of a training command are the fields of two dataclasses: its job (which models and data) and the trainer's
+config. jobs.py holds the functions that take them.
 """
 
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from .trainers.sft_config import SFTConfig
 
 @dataclass
 class Scratch:
-    """The keys of `scratch`."""
+    """The options in `scratch`: the size of a new Llama."""
 
-    vocab_size: int = 4096  # of a byte-level BPE that learns train_data
+    vocab_size: int = 4096  # of a byte-level BPE, trained on train_data
     hidden: int = 128
     layers: int = 4
     initializer_range: float | None = 0.02  # null: 1 / sqrt(hidden)
@@ -33,8 +33,10 @@ class Scratch:
 
 @dataclass
 class SFTJob(Checked):
-    train_data: str  # a file in a TRL format, hh-rlhf transcripts, or a dataset's name, "name:split" for a split
-    eval_data: str | None = None  # held out, in the same forms
+    """Which model and data `rlhf-fast sft` trains on."""
+
+    train_data: str  # a file in a TRL format, hh-rlhf transcripts, or a dataset's name, with a split: "name:split"
+    eval_data: str | None = None  # held-out data, in the same forms
     model: str | None = None  # directory or name; without it, a new model from `scratch`
     scratch: dict = field(default_factory=dict)  # vocab_size, hidden, layers, initializer_range of a new Llama
 
@@ -50,23 +52,55 @@ class SFTJob(Checked):
 
 @dataclass
 class RewardJob(Checked):
-    model: str  # the SFT model (its trunk gets a new head), or a reward model to go on from
+    """Which model and data `rlhf-fast reward` trains on."""
+
+    model: str  # the SFT model (its trunk gets a new head), or a reward model to train further
     train_data: str  # preferences: a file in a TRL format, hh-rlhf transcripts, or a dataset's name ("name:split")
-    eval_data: str | None = None  # held out, in the same forms
-    reference_data: str | None = None  # responses whose rewards get mean 0 and deviation 1 where the model is used
+    eval_data: str | None = None  # held-out preferences, in the same forms
+    reference_data: str | None = None  # responses whose rewards get mean 0 and deviation 1 when the model is used
 
 
 @dataclass
 class PPOJob(Checked):
-    model: str  # the policy to start from; a frozen copy is the reference
+    """Which models, rewards and prompts `rlhf-fast ppo` trains with."""
+
+    model: str  # the initial policy; a frozen copy is the reference
     train_data: str  # rows with a prompt
-    reward: str | list  # reward model directory, file.py:function, or a list of [either, weight]
+    reward: str | list  # a reward model's directory, file.py:function, or a list of [either, weight]
     eval_data: str | None = None  # prompts that the policy never trains on
-    eval_rewards: dict = field(default_factory=dict)  # name: reward that the policy never trains on
-    value_model: str | None = None  # reward model to start the values from; without it, the policy's trunk
-    rollout_func: str | None = None  # file.py:function(prompts, trainer), another engine in place of our sampling
+    eval_rewards: dict = field(default_factory=dict)  # {name: reward} that the policy never trains on
+    value_model: str | None = None  # reward model whose trunk the values start from; null: the policy's trunk
+    rollout_func: str | None = None  # file.py:function(prompts, trainer) that samples in place of our own sampling
     rollout_server: str | None = None  # or the URL of a vLLM or SGLang server (http://.../v1) that samples
     rollout_options: dict = field(default_factory=dict)  # of RolloutServer: weights_dir, concurrency, timeout, ...
+
+
+# Settings of TRL's PPO and GRPO that have another name here, from the tables in docs/ppo.md.
+TRL_NAMES = {
+    "per_device_train_batch_size": "batch_size (responses per iteration; micro_batch_size only bounds memory)",
+    "gradient_accumulation_steps": "batch_size (responses per iteration)",
+    "num_mini_batches": "minibatch_size = batch_size / num_mini_batches",
+    "local_rollout_forward_batch_size": "generation_batch_size",
+    "num_train_epochs": "total_episodes (null is one epoch)",
+    "max_steps": "total_episodes (responses in all)",
+    "gradient_checkpointing": "micro_batch_size or micro_batch_tokens, which bound memory",
+    "stop_token": "left out, because the tokenizer's eos always ends a response",
+    "stop_token_id": "left out, because the tokenizer's eos always ends a response",
+    "sft_model_path": "model",
+    "reward_model_path": "reward",
+    "beta": "kl_coef",
+    "epsilon": "cliprange",
+    "epsilon_high": "cliprange_high",
+    "delta": "dual_clip",
+    "num_iterations": "num_ppo_epochs",
+    "max_completion_length": "response_length",
+    "reward_funcs": "reward",
+    "reward_weights": "reward",
+    "scale_rewards": "scale_advantages",
+    "loss_type": "loss_agg_mode",
+    "use_vllm": "rollout_server",
+    "vllm_server_base_url": "rollout_server",
+}
 
 
 STAGES = {
@@ -74,16 +108,21 @@ STAGES = {
     for command in (
         Command(
             "sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), "jobs.run_sft",
+            resumes=True,
             usual=("eval_data", "model", "output_dir", "num_train_epochs", "per_device_train_batch_size",
                    "learning_rate", "max_length"),
         ),
         Command(
             "reward", "A reward model from preferences.", (RewardJob, RewardConfig), "jobs.run_reward",
+            resumes=True,
             usual=("eval_data", "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate",
                    "max_length"),
         ),
         Command(
             "ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), "jobs.run_ppo",
+            resumes=True,
+            hints={name: f"TRL's {name} is here {ours}: see \"Coming from TRL's PPO\" in docs/ppo.md"
+                   for name, ours in TRL_NAMES.items()},
             usual=("eval_data", "output_dir", "total_episodes", "batch_size", "response_length", "kl_coef",
                    "minibatch_size", "learning_rate"),
         ),
@@ -91,20 +130,22 @@ STAGES = {
 }  # fmt: skip
 
 
-# -- looking -----------------------------------------------------------------------------------------------------------
+# -- reading a model ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class GenerateJob:
+    """What `rlhf-fast generate` answers, and how."""
+
     model: str  # run directory, or any transformers causal language model
     system: str | None = None  # system message, for a tokenizer with a chat template
-    input: str | None = None  # records with a prompt, as PPO reads them; each gets a response
-    output: str = "-"  # of input, for rlhf-fast score; - writes to standard output
-    max_new_tokens: int = 128
+    input: str | None = None  # file of records with a prompt, as for PPO; each gets a response
+    output: str = "-"  # file for the answers to --input, readable by rlhf-fast score; - is standard output
+    max_new_tokens: int = 128  # of an answer
     temperature: float = 0.7  # 0 takes the most likely token
-    top_p: float = 1.0
-    bf16: bool = False  # products in bfloat16, weights in float32; refused where the hardware lacks it
-    seed: int = 0
+    top_p: float = 1.0  # sample from the fewest tokens whose probabilities add up to this
+    bf16: bool = False  # products in bfloat16, weights in float32; refused if the hardware lacks it
+    seed: int = 0  # of the sampling
 
     def __post_init__(self):
         check_config(self, positive=("max_new_tokens", "top_p"), non_negative=("temperature",), unit=("top_p",))
@@ -112,19 +153,21 @@ class GenerateJob:
 
 @dataclass
 class ScoreJob:
+    """What `rlhf-fast score` scores, and with which reward model."""
+
     model: str  # run directory of rlhf-fast reward, or any reward model
-    input: str = "-"  # records with a prompt and a response, or pairs; - reads stdin
-    output: str = "-"  # - writes to standard output
-    batch_size: int = 64
+    input: str = "-"  # file of records with a prompt and a response, or of pairs; - is standard input
+    output: str = "-"  # file for the scored records; - is standard output
+    batch_size: int = 64  # responses in one forward pass
 
     def __post_init__(self):
         check_config(self, positive=("batch_size",))
 
 
-LOOK = {
+READ_COMMANDS = {
     command.name: command
     for command in (
         Command("generate", "Answers prompts with a model, on standard output.", (GenerateJob,)),
-        Command("score", "The records of a JSONL file, each with the score of a reward model.", (ScoreJob,)),
+        Command("score", "Adds the score of a reward model to each record of a JSONL file.", (ScoreJob,)),
     )
 }

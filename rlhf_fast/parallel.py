@@ -38,12 +38,21 @@ WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may ta
 _joined = False  # whether this process shares work with others; not implied by a process group that the user has made
 
 
-def start(fsdp: bool | None = None) -> None:
+def start(config=None) -> None:
     """Joins the processes that torchrun has started, and makes this process's GPU the current device.
 
-    fsdp: as in the config; None if it is not known yet.
+    config: the trainer's; None if it is not known yet. ConfigError if accelerate's configuration asks for FSDP or a
+    precision that the config does not ask for, and that would be ignored.
     """
     global _joined
+    fsdp, bf16 = (None if config is None else getattr(config, name, False) for name in ("fsdp", "bf16"))
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate launch
+    if config is not None and precision != "no" and not (bf16 and precision == "bf16"):
+        ours = "set bf16: true in the run's own config" if precision == "bf16" else "these trainers have only bf16"
+        raise ConfigError(
+            f"accelerate's configuration asks for mixed precision in {precision}: {ours}, or start with accelerate "
+            "launch --mixed_precision no"
+        )
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     if fsdp and not several:
         raise ConfigError("fsdp shards a model over several processes, but there is only one: start it with torchrun")

@@ -20,10 +20,10 @@ from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_secti
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.decoder import Decoder
-from rlhf_fast.errors import ConfigError
+from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import _write_job, resolve_reward, score
-from rlhf_fast.keys import LOOK, STAGES, SFTJob
+from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_NAMES, SFTJob
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -61,11 +61,21 @@ def test_the_package_runs_as_a_module():
     assert subprocess.run([*asked, "rewards"], capture_output=True, cwd=ROOT, timeout=120).returncode == 2
 
 
-def test_every_comment_behind_a_key_is_in_the_help():
+def test_every_key_has_a_comment_and_every_comment_behind_a_key_is_in_the_help():
     for spec in WITH_KEYS.values():
         for cls in spec.configs:
             written = re.findall(r"^    (?:\w+: |\)).*  # (.*)$", inspect.getsource(cls), re.MULTILINE)
-            assert written and set(written) == {key.comment for key in keys_of(cls).values()} - {""}
+            assert written and set(written) == {key.comment for key in keys_of(cls).values()}
+        assert not [name for name, key in spec.keys().items() if not key.comment], spec.name
+
+
+def test_defaults_are_shown_as_a_yaml_file_has_them():
+    shown = {name: key.shown for name, key in STAGES["ppo"].keys().items()}
+    assert (shown["bf16"], shown["kl_target"], shown["learning_rate"]) == ("false", "null", "3e-06")
+    for spec in WITH_KEYS.values():
+        for key in spec.keys().values():
+            assert not re.search(r"\b(None|True|False)\b", key.shown + key.comment), key
+            assert key.shown == REQUIRED or key.parse(key.shown) is not Ellipsis
 
 
 def help_of(spec, in_full):
@@ -108,7 +118,7 @@ def test_help_all_explains_what_help_names(flags, capsys):
 
 
 def check_no_torch(commands, code):
-    """Each of the commands (argv) ends with the code, and none has loaded torch or transformers by then."""
+    """Each of the commands (argv) ends with this code, without having loaded torch or transformers."""
     out = run_python(f"""
 import sys
 from rlhf_fast.cli import main
@@ -131,7 +141,7 @@ def test_no_help_loads_torch():
 
 def test_no_refusal_of_a_key_or_a_value_loads_torch(tmp_path):
     wrong = write_yaml(tmp_path / "wrong.yaml", "lerning_rate: 1")
-    named = [*STAGES, *LOOK, *(f"cai {word}" for word in CAI_WORDS if word != "validate")]
+    named = [*STAGES, *READ_COMMANDS, *(f"cai {word}" for word in CAI_WORDS if word != "validate")]
     commands = [[*name.split(), *flags] for name in named for flags in (["--sed", "1"], ["--config", wrong], [])]
     values = [
         "sft --train_data x", 'sft --train_data x --scratch {"layers":-1}', 'sft --train_data x --scratch {"layer":2}',
@@ -176,7 +186,7 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["ppo", "--train_data", "x", "--model", "y", "--reward", "z", "--batch_size", "7"], "t: ppo: batch_size = 7"),
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
-        (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json"),
+        (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json: give the output_dir of a run"),
         (["generate", "--prompt", "hi"], "generate needs model: as flags, or as keys of a --config file"),
         (["generate", "--promt", "hi"], "unknown argument '--promt'; did you mean '--prompt'?"),
         (["generate", "--model", "x", "--top_p", "high"], "rlhf-fast: generate: top_p = 'high' must be a number"),
@@ -210,7 +220,7 @@ def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_pat
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
-    """reward: {...} is the section of a stage, reward: a path or a list is what ppo is trained on."""
+    """A mapping is the section of the stage `reward`; a path or a list is ppo's key `reward`."""
     keys = {"reward": ["seed"], "ppo": ["seed", "reward"]}
     for value in ("rewards.py:short", [["runs/reward", 1.0]]):
         path = write_yaml(tmp_path / "c.yaml", json.dumps({"seed": 3, "reward": value}))
@@ -219,16 +229,63 @@ def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path)
     assert read_sections(path, keys) == {"reward": {"seed": 4}, "ppo": {"seed": 3}}
 
 
-def test_a_shared_key_that_the_stage_does_not_have_is_named(tmp_path, capsys):
+def test_a_shared_key_that_the_command_does_not_have_needs_a_section_that_can_use_it(tmp_path):
+    keys = KEYS | {"generate": ["seed", "model"]}
     path = write_yaml(tmp_path / "c.yaml", "seed: 3\nmax_steps: 9\nppo: {kl_coef: 0.1}\n")
-    assert read_sections(path, KEYS, "ppo")["ppo"] == {"seed": 3, "kl_coef": 0.1}
-    assert capsys.readouterr().err == f"{path}: ppo has no max_steps: left to the stages that do\n"
-    read_sections(path, KEYS, "sft")
-    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError) as error:
+        read_sections(path, keys, "ppo")
+    hint = "TRL's max_steps is here total_episodes (responses in all): see \"Coming from TRL's PPO\" in docs/ppo.md"
+    told = (
+        f"{path}: unknown key of ppo: 'max_steps'; {hint}. If it is meant for sft, write it in a section of that name"
+    )
+    assert str(error.value) == told
+    assert read_sections(path, keys, "sft")["sft"] == read_sections(path, keys, "generate")["sft"]
+    for section in ("sft: {seed: 1}", "sft: {}", "sft:"):
+        path = write_yaml(tmp_path / "c.yaml", f"seed: 3\nmax_steps: 9\nppo: {{kl_coef: 0.1}}\n{section}\n")
+        assert read_sections(path, keys, "ppo")["ppo"] == {"seed": 3, "kl_coef": 0.1}
+
+
+def test_a_ppo_config_of_trl_is_refused_and_told_the_names(tmp_path, capsys):
+    """Otherwise the run would ignore the batch size and the length that the config asks for."""
+    own = f"model: m\ntrain_data: d\nreward: r\noutput_dir: {tmp_path / 'run'}\n"
+    of_trl = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 3, "max_steps": 7}
+    for name, value in of_trl.items():
+        for text in (f"{own}{name}: {value}\n", f"{own}ppo: {{{name}: {value}}}\n"):
+            assert main(["ppo", "--config", write_yaml(tmp_path / "c.yaml", text)]) == 2
+            assert f"{name!r}; TRL's {name} is here {TRL_NAMES[name]}: see" in capsys.readouterr().err
+        assert main(["ppo", f"--{name}", str(value)]) == 2
+        assert f"unknown argument '--{name}'; TRL's {name} is here {TRL_NAMES[name]}: see" in capsys.readouterr().err
+    keys = STAGES["ppo"].keys()
+    for name, here in TRL_NAMES.items():
+        assert name not in keys and (here.split()[0] in keys or here.startswith("left out")), name
+    assert "## Coming from TRL's PPO" in (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+
+
+def test_a_name_that_is_near_nothing_points_to_the_help(tmp_path, capsys):
+    for argv, told in (
+        (["ppo", "--xyzzy", "1"], "ppo: unknown argument '--xyzzy'; rlhf-fast ppo --help-all explains all of them"),
+        (["cai", "--xyzzy", "1"], "cai train: unknown argument '--xyzzy'; rlhf-fast cai train --help-all explains all"),
+        (["info", "--xyzzy", "1"], "info: unknown argument '--xyzzy'; rlhf-fast info --help explains all of them"),
+    ):
+        assert main(argv) == 2 and told in capsys.readouterr().err
+    for command, section in (("sft", "sft"), ("cai revise", "revise"), ("cai", "cai"), ("generate", "generate")):
+        typed = "cai train" if command == "cai" else command
+        for text in (f"{section}: {{xyzzy: 1}}", "xyzzy: 1"):
+            assert main([*command.split(), "--config", write_yaml(tmp_path / "c.yaml", text)]) == 2
+            error = capsys.readouterr().err
+            assert "'xyzzy'" in error and f"; rlhf-fast {typed} --help-all explains every key\n" in error
+
+
+def test_only_what_resumes_from_checkpoints_takes_resume(capsys):
+    for name, spec in WITH_KEYS.items():
+        argv = [*(["cai"] if name in CAI and name != "cai" else []), name, "--help"]
+        with pytest.raises(SystemExit):
+            main(argv if name != "cai" else ["cai", "train", "--help"])
+        assert ("--resume" in capsys.readouterr().out) == (name in ("sft", "reward", "ppo", "cai")) == spec.resumes
 
 
 def test_a_section_of_another_command_is_not_taken_for_a_key_of_cai_in_silence(tmp_path, capsys):
-    keys = {"sft": ["max_steps"], "ppo": ["kl_coef"], "cai": ["model", "sft", "ppo"]}
+    keys = {"sft": ["model", "max_steps"], "ppo": ["kl_coef"], "cai": ["model", "sft", "ppo"]}
 
     def told(text):
         path = write_yaml(tmp_path / "c.yaml", text)
@@ -270,8 +327,6 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
     ],
 )
 def test_a_key_that_nothing_has_is_refused_with_the_nearest(text, message, tmp_path, capsys):
-    from rlhf_fast.errors import ConfigError
-
     with pytest.raises(ConfigError) as error:
         read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS)
     assert message in str(error.value)
@@ -647,7 +702,7 @@ def test_bf16_of_what_writes_is_heard_and_refused_without_the_hardware(sft, caps
 
 
 def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):
-    """Text as it is, as PPO asks it, and messages through the chat template."""
+    """As in PPO, text does not go through the chat template, and messages do."""
     chat = [{"role": "user", "content": "Name 3 and 4."}]
     rows = [{"prompt": "Name 1 and 2.", "n": 1}, {"prompt": chat, "n": 3, "messages": [*chat, chat[0]]}]
     file, answers = write_rows(tmp_path, rows), str(tmp_path / "answers.jsonl")
@@ -666,7 +721,7 @@ def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, 
 
 
 def test_generate_and_score_take_their_keys_from_a_file(reward, tmp_path, capsys):
-    """Their own section over the shared keys, and flags over both; the other commands take the file too."""
+    """Their section overrides the shared keys, and flags override both. The other commands accept the same file."""
     file = write_rows(tmp_path, [{"prompt": "Name 1 and 2.", "response": "They are."}])
     config = write_yaml(
         tmp_path / "c.yaml",
@@ -846,10 +901,27 @@ def test_a_run_that_a_monitor_ended_exits_3_and_says_how_to_go_on(reward, tmp_pa
     assert stage(reward, "ppo", *flags, "--stop_on", "[kl]") == 3
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("rlhf-fast: stopped by monitor kl: objective/kl is ") and "above 1e-09" in last
-    assert last.endswith(f"{tmp_path}/report.html shows it, --resume goes on all the same")
+    assert last.endswith(f"{tmp_path}/report.html shows it, --resume continues the run all the same")
     ended = len(log_of(tmp_path))
     assert stage(reward, "ppo", *flags, "--stop_on", "[kl]", "--resume") == 0
     assert len(log_of(tmp_path)) > ended
+
+
+def test_a_run_that_no_longer_learns_exits_3_with_one_line_and_a_report(sft, tmp_path, capsys, monkeypatch):
+    limits = ["--max_skipped_steps", "2", "--warmup_ratio", "0", "--num_samples", "0", "--max_steps", "9"]
+    with pytest.warns(RuntimeWarning, match="is not finite: this update is skipped"):
+        assert stage(sft, "sft", "--output_dir", str(tmp_path / "a"), "--learning_rate", "1e30", *limits) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("rlhf-fast: stopped: ") and "was not finite in 2 updates in a row" in last
+    assert f"{tmp_path}/a/report.html shows the run so far; --resume continues from the newest checkpoint" in last
+    assert log_of(tmp_path / "a") and "Loss" in (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+
+    def at_once(*_):
+        raise NonFiniteError("the loss was not finite")
+
+    monkeypatch.setattr("rlhf_fast.trainers.common.NonFiniteGuard.check", at_once)
+    assert stage(sft, "sft", "--output_dir", str(tmp_path / "b"), *limits) == 3  # with nothing in the log
+    assert not log_of(tmp_path / "b") and (tmp_path / "b" / "report.html").is_file()
 
 
 def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monkeypatch):

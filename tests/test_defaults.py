@@ -1,4 +1,4 @@
-"""Defaults are part of the interface: a run, or a loop that swapped an import, changes with them and says nothing."""
+"""Defaults are part of the interface: if they change, a run or a loop that swapped an import changes without a word."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ openrlhf.masked_normalize dim=1, eps=1e-08
 
 
 def rows(table: str) -> list[tuple[str, dict[str, str]]]:
-    """(name, {argument: default}) of a line; one that is indented goes on with the line before."""
+    """(name, {argument: default}) of each line; an indented line continues the one before."""
     lines = table.replace("\n    ", " ").strip().splitlines()
     names = (line.split(" ", 1) for line in lines)
     return [(name, dict(default.split("=") for default in defaults.split(", "))) for name, defaults in names]

@@ -1,4 +1,4 @@
-"""The examples run as they are, and their configs name only keys that exist."""
+"""The examples run, and their configs name only keys that the commands have."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rlhf_fast.cai_keys import CAI
-from rlhf_fast.cli import read_sections
+from rlhf_fast.cli import main, read_sections
 from rlhf_fast.jobs import resolve_reward
 from rlhf_fast.judges import Constitution
 from rlhf_fast.keys import STAGES
@@ -50,10 +50,47 @@ def test_yaml_files_are_accepted(path):
         assert Constitution.load(path).principles
         return
     stages = STAGES | CAI
-    sections = read_sections(str(path), {name: list(s.keys()) for name, s in stages.items()})
     named = yaml.safe_load(path.read_text()).keys() & stages.keys()
     assert named
     for name in named:
-        values = sections[name]
+        values = read_sections(str(path), {stage: list(s.keys()) for stage, s in stages.items()}, name)[name]
         for cls in stages[name].configs:
             config_from_dict(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__})
+
+
+@pytest.fixture
+def start(model, tokenizer, tmp_path, monkeypatch):
+    """The flags for a tiny model and a few prompts; the configs find examples/ in the working directory."""
+    monkeypatch.chdir(EXAMPLES.parent)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": f"say {word} ", "chosen": f"{word}.", "rejected": "no"} for word in ("cat", "mat", "two", "four")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    return ["--model", str(tmp_path / "model"), "--train_data", str(tmp_path / "rows.jsonl")]
+
+
+def run(command, name, output_dir, *flags):
+    argv = [command, "--config", f"examples/{name}", "--output_dir", str(output_dir), *flags]
+    assert main([*argv, "--num_samples", "0"]) == 0
+    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+
+
+PPO_SIZES = ["--batch_size", "16", "--minibatch_size", "8", "--response_length", "6"]
+
+
+def test_grpo_runs(start, tmp_path):
+    log = run("ppo", "grpo.yaml", tmp_path / "run", *start, *PPO_SIZES, "--total_episodes", "32")
+    assert len(log) == 2 and "critic/vf_explained_var" not in log[0]
+    assert {"rewards/finished/mean", "rewards/no_repetition/mean", "objective/kl"} <= log[0].keys()
+    config = json.loads((tmp_path / "run" / "run_config.json").read_text())
+    assert config["num_generations"] == 8 and config["cliprange_high"] == 0.28 and config["kl_in_loss"]
+
+
+def test_lora_runs_from_the_reward_model_to_ppo(start, tmp_path):
+    assert len(run("reward", "lora.yaml", tmp_path / "reward", *start)) == 2
+    sizes = [*PPO_SIZES, "--total_episodes", "32", "--critic_warmup_steps", "1"]
+    log = run("ppo", "lora.yaml", tmp_path / "ppo", *start, "--reward", str(tmp_path / "reward"), *sizes)
+    assert log[0]["objective/kl"] == 0 and "critic/vf_explained_var" in log[1]
+    assert (tmp_path / "ppo" / "adapter_config.json").is_file()

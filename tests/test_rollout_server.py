@@ -368,8 +368,8 @@ def test_without_a_cap_there_is_a_warning(tmp_path, engine):
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"rollout_server": "http://x/v1", "rollout_func": "a.py:f"}, "give rollout_server or rollout_func"),
-    ({"rollout_options": {"timeout": 3}}, "rollout_options are those of a rollout_server"),
+    ({"rollout_server": "http://x/v1", "rollout_func": "a.py:f"}, "rollout_server and rollout_func both sample"),
+    ({"rollout_options": {"timeout": 3}}, "rollout_options are for a rollout_server: give its URL"),
     ({"rollout_server": "http://x/v1", "rollout_options": {"concurency": 3}}, "did you mean 'concurrency'"),
 ])  # fmt: skip
 def test_keys_that_contradict_each_other(tmp_path, keys, message):

@@ -33,7 +33,6 @@ A text may be missing; the principle is then used only where it has one. Files o
 `Constitution.load("safe-en")` and "safe-ja" are the ones that come with this package.
 """
 
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -46,6 +45,7 @@ from pathlib import Path
 import yaml
 
 from ..data.files import UniqueKeys, once
+from ..errors import did_you_mean
 from . import rules
 from .layouts import COMPARE_LAYOUTS, CRITIQUE_LAYOUTS, WORDS, Turn
 from .principles import ConstitutionError, ModelCheck, Principle, RuleCheck, text_field, weight_field
@@ -224,8 +224,7 @@ def _find_rule(name: str, where: str, allow_code: bool) -> Callable:
     if name in rules.RULES:
         return rules.RULES[name]
     if ":" not in name:
-        nearest = difflib.get_close_matches(name, rules.RULES, 1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; registered are {', '.join(sorted(rules.RULES))}"
+        hint = did_you_mean(name, rules.RULES, f"registered are {', '.join(sorted(rules.RULES))}")
         raise ConstitutionError(f"{where} field 'check.rule': no rule {name!r}{hint}")
     if not allow_code:
         raise ConstitutionError(f"{where} field 'check.rule': {name!r} is an import path, which needs allow_code=True")
@@ -239,6 +238,5 @@ def _find_rule(name: str, where: str, allow_code: bool) -> Callable:
 def _known(entry: dict, names, where: str) -> None:
     for key in entry:
         if key not in names:
-            nearest = difflib.get_close_matches(str(key), names, 1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(sorted(names))}"
-            raise ConstitutionError(f"{where} unknown field {key!r}; {hint}")
+            hint = did_you_mean(key, names, f"known are {', '.join(sorted(names))}")
+            raise ConstitutionError(f"{where} unknown field {key!r}{hint}")

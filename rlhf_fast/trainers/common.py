@@ -27,7 +27,7 @@ def start(config, cls: type) -> None:
     """The first line of every trainer: one of several processes joins the others, and the generators are seeded.
     ConfigError for a first argument that is not the trainer's config, for TRL's trainers take the model first, and for
     a config that was changed to what it would refuse."""
-    parallel.start(getattr(config, "fsdp", False))
+    parallel.start(config)
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")

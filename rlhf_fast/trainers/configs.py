@@ -1,39 +1,50 @@
-"""What the settings of all trainers share: the check of their types and ranges, and how they are made from a file.
+"""What the settings of all trainers share: how their types and ranges are checked, and how a file's values are read.
 
-Like the modules that hold them (*_config.py) this imports no torch: --help, and a value that is refused, wait for none.
+Neither this module nor those of the settings (*_config.py) import torch, so that --help and a refusal come at once.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import types
 import typing
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 LR_SCHEDULES = ("linear", "cosine", "constant")  # see optimizers.make_scheduler
-DROP = ("empty", "truncated", "scaffold_leak")  # of constitutional.py: flags of replies that no model should learn from
+DROP = ("empty", "truncated", "scaffold_leak")  # flags (judges/hygiene.py) of replies that no model should learn from
+
+
+def kinds_of(hint) -> tuple[type, ...]:
+    """The classes that an annotation allows: `list[str] | None` -> (list, NoneType)."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return tuple(typing.get_origin(kind) or kind for kind in (typing.get_args(hint) if union else (hint,)))
+
+
+def as_annotated(name: str, value, hint):
+    """The value of an option with this annotation: a path becomes text, and an int becomes a float where a float is
+    due. ConfigError for a value of any other type."""
+    kinds = kinds_of(hint)
+    if str in kinds and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    is_bool = isinstance(value, bool)
+    if float in kinds and isinstance(value, int) and not is_bool:
+        return float(value)
+    if not isinstance(value, kinds) or (is_bool and bool not in kinds):
+        wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{name} = {value!r} must be {wanted}")
+    return value
 
 
 def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None) -> None:
     """Raises ConfigError unless every field has its annotated type and lies in its range.
 
-    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None passes. A path is
-    converted to text, and an int in a float field to float.
+    positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None always passes. Paths are
+    converted to text, and ints to floats in fields that hold a float.
     """
     name = type(config).__name__
-    for field, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, field)
-        union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-        kinds = tuple(typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,)))
-        if str in kinds and isinstance(value, os.PathLike):
-            setattr(config, field, os.fspath(value))
-        elif float in kinds and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, field, float(value))
-        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
-            raise ConfigError(f"{name}.{field} = {value!r} must be {names}")
+    for field, hint in typing.get_type_hints(type(config)).items():
+        setattr(config, field, as_annotated(f"{name}.{field}", getattr(config, field), hint))
     for fields, ok, what in (
         (positive, lambda v: v > 0, "greater than 0"),
         (non_negative, lambda v: v >= 0, "0 or more"),
@@ -53,22 +64,21 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
 def check_lora(config) -> None:
     if config.lora_target_modules is not None and not config.lora_r:
         name = type(config).__name__
-        raise ConfigError(f"{name}: lora_target_modules says where adapters go, and lora_r = 0 makes none: set lora_r")
+        raise ConfigError(f"{name}: lora_target_modules says where adapters go, but lora_r = 0 makes none: set lora_r")
 
 
 def config_from_dict(cls, values: dict):
-    """cls(**values), where an unknown key is a ConfigError that proposes the nearest field.
+    """cls(**values). An unknown key is a ConfigError that proposes the nearest field.
 
-    Numbers written as text are converted: YAML 1.1 reads 1e-5 as a string.
+    Text in a field that holds a float is converted, because YAML 1.1 reads 1e-5 as a string.
     """
     hints = typing.get_type_hints(cls)
     converted = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(hints))}"
+            hint = did_you_mean(key, hints, f"it has {', '.join(sorted(hints))}")
             raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
-        kinds = typing.get_args(hints[key]) or (hints[key],)
+        kinds = kinds_of(hints[key])
         if isinstance(value, str) and float in kinds and str not in kinds:
             try:
                 value = float(value)

@@ -102,7 +102,7 @@ def without_time(log):
         ({"save_steps": 1.5}, "Config.save_steps = 1.5 must be int"),
         ({"save_steps": True}, "Config.save_steps = True must be int"),
         ({"kind": "square"}, "Config.kind = 'square' must be one of 'linear', 'cosine'"),
-        ({"names": "a"}, "Config.names = 'a' must be list or None"),
+        ({"names": "a"}, "Config.names = 'a' must be list or null"),
         ({"limit": 0}, "Config.limit = 0 must be greater than 0"),
         ({"output_dir": None}, "Config.output_dir = None must be str"),
     ],

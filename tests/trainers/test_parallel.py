@@ -3,6 +3,7 @@
 The parts that both run are in parallel_runs.py; each process leaves found-<rank>.json.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from rlhf_fast import parallel
 from rlhf_fast.cli import main
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
+from rlhf_fast.trainers.sft_config import SFTConfig
 
 RUNS = Path(__file__).with_name("parallel_runs.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -247,6 +249,46 @@ def test_an_engine_that_accelerate_is_to_use_is_refused(engine, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(ConfigError, match=f"asks for {engine}, which these trainers do not use"):
         parallel.start()
+
+
+@pytest.mark.parametrize(
+    ("asked", "bf16", "told"),
+    [
+        ("bf16", False, "bf16: set bf16: true in"),
+        ("fp16", True, "fp16: these trainers"),
+        ("fp8", False, "only bf16, or"),
+    ],
+)
+def test_a_precision_of_accelerate_that_the_config_does_not_ask_for_is_refused(asked, bf16, told, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    with pytest.raises(ConfigError, match=f"asks for mixed precision in .*{told}"):
+        parallel.start(SFTConfig(bf16=bf16))
+    parallel.start()  # the config is not known yet
+    for asked, bf16 in (("no", False), ("no", True), ("bf16", True)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        parallel.start(SFTConfig(bf16=bf16))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate's launcher")
+def test_accelerate_launch_trains_in_two_processes_but_not_in_a_precision_that_is_ignored(tmp_path):
+    """Both in one launch: with its precision, then as with --mixed_precision no. Without mpirun, accelerate starts
+    several processes only with --multi_gpu, which does not look for GPUs."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a ", "completion": "b"}\n' * 8)
+    argv = ["sft", "--train_data", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "run"),
+            "--scratch", "{vocab_size: 300, hidden: 32}", "--max_steps", "1", "--num_samples", "0"]  # fmt: skip
+    (tmp_path / "both.py").write_text(
+        "import os, sys; from rlhf_fast.cli import main\n"
+        f"assert main({argv}) == 2\n"
+        "os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
+        f"sys.exit(main({argv}))\n"
+    )
+    two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    command = ["-m", "accelerate.commands.launch", *two, "--mixed_precision", "bf16", str(tmp_path / "both.py")]
+    environment = {**os.environ, "PYTHONPATH": str(RUNS.parents[2]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("asks for mixed precision in bf16: set bf16: true in the run's own config") == 2
+    assert json.loads((tmp_path / "run" / "run_config.json").read_text())["num_processes"] == 2
 
 
 def test_the_command_line_in_two_processes(tmp_path):
