@@ -15,6 +15,8 @@ from rlhf_fast.cli import _bench
 from rlhf_fast.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import op_report
+import ppo_report
 import report
 
 CPU = torch.device("cpu")
@@ -108,7 +110,7 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
 
 def test_a_commit_with_changes_is_shown_with_them():
     commit = 3 * "0123456789abcdef"
-    assert report.short_commit(commit) == commit[:12] and report.short_commit(commit + "+") == commit[:12] + "+"
+    assert ppo_report.short_commit(commit) == commit[:12] and ppo_report.short_commit(commit + "+") == commit[:12] + "+"
 
 
 def test_the_pages_say_what_the_result_files_do(tmp_path, monkeypatch):
@@ -132,7 +134,7 @@ def test_the_sentences_beside_the_tables_name_their_ratios():
     def between(file, op, direction, peer, digits=1):
         rows = json.loads((report.ROOT / "bench" / "results" / file).read_text())["rows"]
         rows = [row for row in rows if row["op"] in op.split() and row["direction"] == direction]
-        ratios = [report.best(row, (peer,)) for row in rows if report.BARE not in row["implementations"]]
+        ratios = [op_report.best(row, (peer,)) for row in rows if op_report.BARE not in row["implementations"]]
         return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
 
     readme, page = (" ".join((report.ROOT / page).read_text().split()) for page in ("README.md", "docs/benchmarks.md"))
@@ -157,9 +159,9 @@ def test_an_op_measured_again_takes_the_place_of_its_older_rows():
 
     others = [file("b", 2, "2025-01-01", "8"), file("a", 1, "2025-01-01", "8")]
     old, new = file("a", 2, "2026-01-01", "8", "16"), file("a", 2, "2026-01-02", "8")
-    assert report.newest([old, *others, new]) == [file("a", 2, "2026-01-01", "16"), *others, new]
+    assert op_report.newest([old, *others, new]) == [file("a", 2, "2026-01-01", "16"), *others, new]
     kept = new | {"allocator": "MALLOC_MMAP_MAX_=0"}  # another question, not a later answer
-    assert report.newest([old, kept]) == [old, kept]
+    assert op_report.newest([old, kept]) == [old, kept]
 
 
 def test_the_readme_has_the_range_of_every_op_also_where_another_is_faster():
@@ -168,7 +170,7 @@ def test_the_readme_has_the_range_of_every_op_also_where_another_is_faster():
                 "date": "2026-01-01", "rows": list(rows)}  # fmt: skip
 
     def row(op, shape, dtype, **over):
-        over = {report.OURS: 1.0, "floor": 0.5} | over
+        over = {op_report.OURS: 1.0, "floor": 0.5} | over
         named = {name.replace("_", " "): {"over_ours": ratio} for name, ratio in over.items()}
         return {"op": op, "shape": shape, "dtype": dtype, "direction": "forward", "implementations": named}
 
@@ -176,7 +178,7 @@ def test_the_readme_has_the_range_of_every_op_also_where_another_is_faster():
         file("a", row("new", "1", "float32", eager=2.0), row("gae", "8", "float32", eager=9.0, eager_loop=0.84)),
         file("b", row("gae", "8", "bfloat16", eager=3.0, compile=1.5), row("gae", "16", "bfloat16", eager=7.0)),
     ]
-    *_, gae, new, _, about = report.summary(files).splitlines()
+    *_, gae, new, _, about = op_report.summary(files).splitlines()
     assert gae == "| `gae` | 8, 16 | float32, bfloat16 | forward | 0.8-7.0x | 1.5x |  |  | 2.0x |"
     assert new == "| `new` | 1 | float32 | forward | 2.0x |  |  |  | 2.0x |"
     assert about == "m, 1 threads, OMP_WAIT_POLICY=unset, torch 2, commit a, 2026-01-01 and b, 2026-01-01"
@@ -185,9 +187,9 @@ def test_the_readme_has_the_range_of_every_op_also_where_another_is_faster():
 def test_a_malloc_that_keeps_its_memory_is_told(monkeypatch):
     monkeypatch.setattr(harness, "ALLOCATOR", ("MALLOC_MMAP_MAX_",))
     monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
-    assert "MALLOC" not in report.source(harness.provenance(CPU, []))
+    assert "MALLOC" not in op_report.source(harness.provenance(CPU, []))
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
-    assert "MALLOC_MMAP_MAX_=0, " in report.source(harness.provenance(CPU, []))
+    assert "MALLOC_MMAP_MAX_=0, " in op_report.source(harness.provenance(CPU, []))
 
 
 def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypatch):
@@ -205,9 +207,9 @@ def test_a_tiny_row_stands_beside_a_bare_function_and_not_in_the_readme(monkeypa
         "loss alone (compile)",
         f"{harness.OURS} in place",
     }
-    bare = {report.BARE, "bare, as many tensors"}
+    bare = {op_report.BARE, "bare, as many tensors"}
     assert [set(row["implementations"]) - usual for row in measured] == [set(), bare | {"statistics read"}, bare]
-    lines = report.summary([{**harness.provenance(CPU, []), "rows": measured}]).splitlines()
+    lines = op_report.summary([{**harness.provenance(CPU, []), "rows": measured}]).splitlines()
     assert [line.split(" | ")[1] for line in lines if line.startswith("| `")] == ["512"]
 
 

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import hh_reward
 import hh_stages
-import report
+import run_report
 
 
 @pytest.fixture
@@ -64,5 +64,5 @@ def test_stages_are_read_from_what_they_leave(tmp_path):
     (tmp_path / "left_out.jsonl").write_text(
         "".join(json.dumps({"file": f"data/hh-rlhf/{name}.jsonl.gz", "kind": kind}) + "\n" for name, kind in left_out)
     )
-    table = report.hh_data({"data": hh_stages.read_data(tmp_path)}).splitlines()
+    table = run_report.hh_data({"data": hh_stages.read_data(tmp_path)}).splitlines()
     assert table[2:] == ["| train | 10 | 7 | 1 | 0 | 0 | 2 |", "| eval | 4 | 3 | 1 | 0 | 0 | 0 |"]

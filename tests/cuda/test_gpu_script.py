@@ -20,6 +20,7 @@ from rlhf_fast.cli import _bench
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu  # noqa: E402
+import op_report  # noqa: E402
 import report  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -275,7 +276,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
     readme.write_text(f"<!-- gpu -->\nold\n{report.END}\n<!-- gpu:ppo -->\nold\n{report.END}\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(
-        report,
+        op_report,
         "REACH",
         (
             ("gae", "4x64", "forward", 2.5, None),
@@ -297,7 +298,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
     assert "x, with backward |" in text
     assert "\n| shared trunk |" + 4 * " not yet measured |" + "\n" in text
     monkeypatch.setattr(report, "find_spec", lambda module: None)  # where there is torch and little else
-    monkeypatch.setattr(report, "picture", None)
+    monkeypatch.setattr(op_report, "picture", None)
     (folder / "cpu.json").write_text(json.dumps({k: v for k, v in results["gae"].items() if k != "ceilings"}))
     readme.write_text(f"<!-- gpu -->\nold\n{report.END}\n<!-- bench -->\nkept\n{report.END}\n")
     report.main()
@@ -307,7 +308,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
 def test_the_rows_of_the_card_are_the_ones_to_reach():
     """Each figure of docs/benchmarks.md has a row that measures it; on a GPU, where building one allocates."""
     there = {(row.op, row.shape, row.direction) for row in rows.all_rows(CPU, gpu=True)}
-    assert {entry[:3] for entry in report.REACH} <= there
+    assert {entry[:3] for entry in op_report.REACH} <= there
 
 
 def test_what_the_sanitizer_runs(on_emulator):
@@ -317,7 +318,7 @@ def test_what_the_sanitizer_runs(on_emulator):
 
 def test_a_peer_that_overwrites_the_logits_is_compared_with_ours_that_does():
     ratios = {OURS: 1.0, f"{OURS} in place": 0.5, "floor": 0.4, "eager": 3.0, "P": 1.2, "P in place": 0.8}
-    assert report.peer({"implementations": {name: {"over_ours": r} for name, r in ratios.items()}}) == "P 1.20x"
+    assert op_report.peer({"implementations": {name: {"over_ours": r} for name, r in ratios.items()}}) == "P 1.20x"
 
 
 def test_a_call_is_timed_in_batches(monkeypatch):
