@@ -32,8 +32,8 @@ from .models import (
     check_lengths,
     check_score,
     evaluating,
+    has_reward_scale,
     has_scalar_head,
-    is_trained_here,
     load_reward_model,
     load_tokenizer,
     merge_adapters,
@@ -104,7 +104,7 @@ class RewardModelReward:
         unwritten: a list; what the template leaves out of the response is appended to it.
         """
         check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
-        end = is_trained_here(self.model)
+        end = has_reward_scale(self.model)
         return encode_to_score(self.tokenizer, prompt, response, end=end, unwritten=unwritten).tolist()
 
 
