@@ -103,7 +103,7 @@ def pooled(rows: list[dict]) -> dict:
 
     It is that of so many pairs, each counted once: more seeds do not narrow it.
     """
-    from rlhf_fast.data.baselines import wilson_interval
+    from rlhf_fast.data.floors import wilson_interval
 
     def mean(value, rows=rows) -> float:
         return sum(row["pairs"] * value(row) for row in rows) / sum(row["pairs"] for row in rows)

@@ -240,7 +240,7 @@ def test_what_is_no_transformers_model_is_refused_in_words(tokenizer):
     wrapped = torch.nn.Sequential()
     wrapped.module = tiny_model(tokenizer)
     for load in (models.load_policy, models.load_reward_model, models.load_tokenizer):
-        with pytest.raises(ConfigError, match=r"Sequential is not a transformers model.*: give what it wraps, its .mod"):
+        with pytest.raises(ConfigError, match=r"Sequential is not a transformers model.*: give what it wraps, its .mo"):
             load(wrapped)
         with pytest.raises(ConfigError, match=r"Linear is not a transformers model.*: give a model.*, as object, name"):
             load(torch.nn.Linear(2, 2))
