@@ -297,7 +297,7 @@ def _quickstart(argv: list[str]) -> None:
     parser.add_argument("--smoke", action="store_true", help="everything in under a minute, no promises on quality")
     options = parser.parse_args(argv)
     from .jobs import quiet
-    from .quickstart import run_quickstart
+    from .quickstart.pipeline import run_quickstart
 
     quiet()
     run_quickstart(**vars(options))

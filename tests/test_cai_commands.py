@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from fake_server import serving
@@ -12,7 +13,7 @@ from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
 from rlhf_fast import cai_jobs
-from rlhf_fast.cai_jobs import _StageTable
+from rlhf_fast.cai_jobs import rate_held_out
 from rlhf_fast.cai_keys import TrainJob
 from rlhf_fast.cli import main
 from rlhf_fast.data.chat import encode_prompt
@@ -21,6 +22,7 @@ from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.models import load_tokenizer
 from rlhf_fast.trainers.constitutional import label
+from rlhf_fast.trainers.pipeline import StageTable
 
 HOUSE = """\
 format: rlhf_fast/constitution@1
@@ -312,8 +314,9 @@ def stage_table(house, root, judge):
     """Of four held-out prompts, with one stage in it."""
     job = TrainJob(str(house / "model"), "unread", max_new_tokens=4)
     held_out = [{"prompt": f"say {n}"} for n in range(4)]
-    table = _StageTable(root, job, ASKING, judge, load_tokenizer(job.model), held_out)
-    table.add("start", job.model)
+    run = SimpleNamespace(constitution=ASKING, judge=judge, tokenizer=load_tokenizer(job.model), held_out=held_out)
+    table = StageTable(root, {"stages": [], "samples": [{**row, "responses": []} for row in held_out]})
+    table.add("start", **rate_held_out(table, "start", job.model, job, run))
     return json.loads((root / "summary.json").read_text())
 
 
@@ -330,7 +333,10 @@ def test_a_check_without_an_answer_is_in_no_pass_rate(house, tmp_path, capsys):
     (stage,) = summary["stages"]
     assert stage["pass_rate"] == 2 / 3 and stage["pass_rate_per_principle"] == {"polite": 1 / 2}
     assert [s["responses"][0]["violates"] for s in summary["samples"]] == [[], None, ["polite"], []]
-    assert "start: 1 of 4 replies are in no pass rate, a check had no answer (no answer)" in capsys.readouterr().out
+    assert (
+        "start: 1 of 4 replies are in no pass rate, because a check had no answer (no answer)"
+        in capsys.readouterr().out
+    )
     summary = stage_table(house, tmp_path / "none", Scripted(*[("unparsed", None)] * 4))
     assert summary["stages"][0]["pass_rate"] is None and "4 of 4 replies" in capsys.readouterr().out
 
