@@ -127,7 +127,7 @@ def test_a_judge_at_the_floor_does_not_label_unless_told_to(house, audited, tmp_
     assert cai("label", **{**audited, "judge_options": "{}"}, card=house / "card", output_dir=out) == 2
     assert "is of another judge" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", principles_per_pair=1, output_dir=out) == 2
-    assert "is of another principles_per_pair: None, now 1" in capsys.readouterr().err
+    assert "was made with another principles_per_pair: None there, 1 now" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", allow_weak_judge="true", output_dir=out) == 0
     card, run = (json.loads((p).read_text()) for p in (house / "card" / "audit.json", out / "run.json"))
     assert run["settings"]["calibration"] == card["calibration"] and run["counts"]["inputs"] == 8
@@ -510,7 +510,7 @@ def test_a_constitution_that_a_later_part_has_no_use_for_is_refused(all_of_it, t
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a cut emoji \ud83d"}, "half a character ('\\ud83d', of a surrogate pair) behind"),
+        ({"prompt": "a cut emoji \ud83d"}, "half a character ('\\ud83d', of a surrogate pair) after"),
         ({"prompt": "say", "kind": ["benign"]}, "kind = ['benign'] must be a text"),
     ],
 )
