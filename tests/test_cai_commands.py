@@ -125,7 +125,7 @@ def test_a_judge_at_the_floor_does_not_label_unless_told_to(house, audited, tmp_
     assert cai("label", **audited, card=house / "card", output_dir=out) == 2
     assert "the judge is at the floor" in capsys.readouterr().err and not out.exists()
     assert cai("label", **{**audited, "judge_options": "{}"}, card=house / "card", output_dir=out) == 2
-    assert "is of another judge" in capsys.readouterr().err
+    assert "was made with another judge" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", principles_per_pair=1, output_dir=out) == 2
     assert "was made with another principles_per_pair: None there, 1 now" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", allow_weak_judge="true", output_dir=out) == 0
@@ -156,7 +156,7 @@ def test_pairs_of_the_released_form_are_read_as_other_files_are(house, tmp_path,
         (b"\xff" + json.dumps(rows[0]).encode(), "rows.jsonl is not UTF-8"),
         (json.dumps({"text_correct": rows[0]["text_correct"]}), "rows.jsonl record 0: KeyError('text_incorrect')"),
         (json.dumps({**rows[0], "text_incorrect": "x"}), 'rows.jsonl record 0: ValueError("a transcript begins'),
-        (json.dumps(dict.fromkeys(rows[0], "\n\nHuman:")), "rows.jsonl record 0: a dialogue without a reply"),
+        (json.dumps(dict.fromkeys(rows[0], "\n\nHuman:")), "rows.jsonl record 0: a dialogue has no reply"),
     ):
         (tmp_path / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
         assert cai("audit", **common, data=tmp_path / "rows.jsonl") == 2
@@ -242,7 +242,7 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     assert settings("p again", weights="{q: 0}", card=card)["calibration"] == vars(again) != before["calibration"]
     assert "fitted" not in capsys.readouterr().out
     for wrong, words in (
-        ({"card": tmp_path / "two"}, "is of another judge"),
+        ({"card": tmp_path / "two"}, "was made with another judge"),
         ({"card": tmp_path}, "audit.json is not there"),
         ({"weights": "{p: -1}"}, "'p': field 'weight': got -1, needs a number, 0 or more"),
         ({"weights": "{p: two}"}, "'p': field 'weight': got 'two'"),
