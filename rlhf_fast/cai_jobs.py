@@ -1,4 +1,4 @@
-"""What the commands `rlhf-fast cai WORD` do; cai_keys.py says what each reads and writes, and has its keys."""
+"""The commands `rlhf-fast cai WORD`. cai_keys.py has their keys, and lists what each reads and writes."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .cai_checks import Run, check_phase_1, known_schedule, prepare
+from .cai_checks import Run, check_phase_1, check_schedule, prepare
 from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
 from .commands import known
 from .data.files import read_dataset
@@ -53,7 +53,7 @@ from .trainers.sft import SFTTrainer
 
 SAMPLES = 8  # held-out prompts whose replies summary.json shows
 
-# -- who judges, who writes --------------------------------------------------------------------------------------------
+# -- the judge and the writer ------------------------------------------------------------------------------------------
 
 
 def _is_server(name: str) -> bool:
@@ -87,7 +87,7 @@ def load_writer(writer: WriterJob):
 
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
     if not model:
-        raise ConfigError(f"{url} is a server: give the model's name there as {prefix or 'server_'}model")
+        raise ConfigError(f"{url} is a server: give the name of its model as {prefix or 'server_'}model")
     return Server(url, model, **known(Server, options, f"{prefix}server"))
 
 
@@ -102,7 +102,7 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
 
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -> None:
-    known_schedule(job.schedule)
+    check_schedule(job.schedule)
     check_drop(job.drop)
     constitution, judge = load_judge(who, job.seed)
     check_phase_1(job.schedule, constitution, judge)
@@ -111,7 +111,7 @@ def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob, resume: bool) -
 
 
 def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: int, max_steps: int | None, **options):
-    """Phase 1 under either schedule, and what it came to on the terminal."""
+    """Phase 1 under either schedule, with a summary on the terminal."""
     if schedule == "check-all":
         stage = revise(prompts, generate, constitution, judge, max_steps=max_steps, **options)
     else:
@@ -120,8 +120,8 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
     cut = sum(r["status"] == "flagged" and "truncated" in r["reason"] for r in stage.rejected)
     if cut:
         print(
-            f"revise: {cut} of {stage.counts['inputs']} prompts have no reply that was not cut off at max_new_tokens = "
-            f"{max_new_tokens}. Such replies are dropped; a larger max_new_tokens keeps them, or another `drop`"
+            f"revise: all replies to {cut} of {stage.counts['inputs']} prompts were cut off at max_new_tokens = "
+            f"{max_new_tokens} and dropped. To keep them, set a larger max_new_tokens, or another `drop`"
         )
     kinds = json.loads((stage.output_dir / "hygiene.json").read_text(encoding="utf-8"))["kinds"]
     if set(kinds) - {"unspecified"}:
@@ -134,7 +134,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
 
 def run_pairs(writer: WriterJob, job: PairsJob, resume: bool) -> None:
     if not writer.temperature:
-        raise ConfigError("pairs: temperature = 0 writes the same answer twice, which nobody can compare")
+        raise ConfigError("pairs: temperature = 0 writes the same answer twice: set it above 0")
     constitution = load_constitution(job.constitution, job.allow_code)
     stage = sample_pairs(_prompts(job), load_writer(writer), constitution, output_dir=job.output_dir,
                          batch_size=job.batch_size, seed=job.seed)  # fmt: skip
@@ -151,13 +151,13 @@ def run_audit(who: JudgeJob, job: AuditJob, resume: bool) -> None:
     floor = "AT THE FLOOR: `label` refuses this judge" if card["at_floor"] else "above the floor"
     print(f"audit: {card['pairs']} pairs, {shown} over {card['best_floor']!r}: {floor}; {job.output_dir}/audit.html")
     if gone := ", ".join(f"{n} {status}" for status, n in card["statuses"].items() if status in UNDECIDED):
-        print(f"audit: no answer counts one half: {gone}; the reasons are in {job.output_dir}/judgements.jsonl")
+        print(f"audit: pairs without an answer count one half: {gone}; see {job.output_dir}/judgements.jsonl for why")
 
 
 def _compared(path: str) -> list[dict]:
-    """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file of any of AuditJob's forms."""
+    """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file in any of AuditJob's forms."""
     rows = read_rows(path)
-    if rows and "text_correct" in rows[0]:  # none are left where every pair of hh-rlhf was left out
+    if rows and "text_correct" in rows[0]:  # there are no rows if every pair of hh-rlhf was left out
         return read_released_comparisons(path)
     for i, row in enumerate(rows):
         for name, column in (("better", "chosen"), ("worse", "rejected")):
@@ -171,12 +171,12 @@ def _only_text(reply, where: str) -> str:
     if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], dict):
         text = reply[0].get("content")
     if not isinstance(text, str):
-        raise ConfigError(f"{where} must be text or one message, and what comes before it the prompt; got {reply!r}")
+        raise ConfigError(f"{where} must be text or a single message, with the rest in 'prompt'; got {reply!r}")
     return text
 
 
 def run_label(who: JudgeJob, job: LabelJob, resume: bool) -> None:
-    """rlhf-fast cai label: labels, if the judge's card allows it, and the report on the constitution."""
+    """rlhf-fast cai label: makes labels, if the judge's card allows it, and the report on the constitution."""
     constitution, judge = load_judge(who, job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           combine=job.combine, allow_weak_judge=job.allow_weak_judge)  # fmt: skip
@@ -201,14 +201,14 @@ def run_derive(job: DeriveJob, resume: bool) -> None:
     slope, same = before["calibration"]["slope"], (weights, combine) == (made_with["weights"], before["combine"])
     if not (job.card or same or slope == UNCALIBRATED.slope):
         print(
-            f"derive: the slope {slope:.3g} was fitted under other weights or another combine; with the judge's card "
-            "it is fitted under these"
+            f"derive: the slope {slope:.3g} was fitted under other weights or another combine; give the judge's card "
+            "to fit it again under these"
         )
     _tell("derive", stage, "comparisons.jsonl")
 
 
 def validate(files: list[str], allow_code: bool) -> str:
-    """What the files hold together, a line for each principle. ConstitutionError says what is wrong, and where."""
+    """A description of the constitution in the files, with a line per principle. ConstitutionError if it is wrong."""
     constitution = Constitution.load(*files, allow_code=allow_code)
     lines = []
     for p in constitution.principles:
@@ -234,7 +234,7 @@ def _tell(name: str, stage, *files: str) -> None:
     print(f"{name}: {in_words(stage.counts)}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
     why = next((record["reason"] for record in stage.rejected if record.get("reason")), None)
     if why:
-        print(f"{name}: why they were left out is in {stage.output_dir}/rejected.jsonl; the first: {why[:200]}")
+        print(f"{name}: {stage.output_dir}/rejected.jsonl says why the others were left out; the first: {why[:200]}")
 
 
 # -- from end to end ---------------------------------------------------------------------------------------------------
@@ -266,14 +266,15 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     sft = str(root / "sft")
     stages.add("sft", counts=revised.counts, **rate_held_out(stages, "sft", sft, job, run))
 
-    # Phase 2, on the other half; PPO sees all of them.
+    # Phase 2, on the other half. PPO uses all prompts.
     pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
     labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=run.calibration,
                      principles_per_pair=job.principles_per_pair, **options)  # fmt: skip
     _tell("label", labelled, "comparisons.jsonl")
     if not labelled.rows:
         raise ConfigError(
-            "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
+            "cai: the judge preferred neither answer in any pair, so a reward model has nothing to learn; "
+            f"{root}/label/rejected.jsonl says why"
         )
     compared = _mixed(job, {"ai": labelled.rows, **run.people})
     part("reward", lambda config: RewardTrainer(config, sft, **compared))

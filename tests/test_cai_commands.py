@@ -89,7 +89,7 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     out = capsys.readouterr().out
     cut = sum("truncated" in row["reason"] for row in read(tmp_path / "revise" / "rejected.jsonl"))
     assert "revise: 6 inputs" in out and cut > 0  # a random model does not end by itself
-    assert f"{cut} of 6 prompts have no reply that was not cut off at max_new_tokens = 8" in out
+    assert f"all replies to {cut} of 6 prompts were cut off at max_new_tokens = 8" in out
     assert "replies that decline, originals -> demonstrations: benign 0 of 3 -> 0 of " in out and "red-team" in out
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
     assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
@@ -140,7 +140,7 @@ def test_a_compared_reply_is_one_text(house, tmp_path, capsys, chosen):
                                     {"prompt": "q", "chosen": chosen, "rejected": "y"}])  # fmt: skip
     common = {"constitution": house / "house.yaml", "data": tmp_path / "rows.jsonl"}
     assert cai("audit", **common, output_dir=tmp_path / "card") == 2
-    assert "rows.jsonl: row 1: 'chosen' must be text or one message" in capsys.readouterr().err
+    assert "rows.jsonl: row 1: 'chosen' must be text or a single message" in capsys.readouterr().err
 
 
 def test_pairs_of_the_released_form_are_read_as_other_files_are(house, tmp_path, capsys):
@@ -176,8 +176,8 @@ def test_a_judge_that_answers_nothing_says_so_on_its_card(house, tmp_path, capsy
     card = tmp_path / "card"
     common = {"constitution": house / "house.yaml", "judge": house / "model", "judge_options": "{min_label_mass: 1}"}
     assert cai("audit", **common, data=house / "people.jsonl", output_dir=card, probe_pairs=0) == 0
-    assert "no answer counts one half: 20 unparsed" in capsys.readouterr().out
-    assert "one half for each of the 20 on which it gave no answer" in (card / "audit.html").read_text()
+    assert "pairs without an answer count one half: 20 unparsed" in capsys.readouterr().out
+    assert "Each of the 20 on which it gave no answer counts one half" in (card / "audit.html").read_text()
 
 
 def test_derive_gives_other_labels_without_the_judge(house, audited, tmp_path, capsys):
@@ -243,7 +243,7 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     assert "fitted" not in capsys.readouterr().out
     for wrong, words in (
         ({"card": tmp_path / "two"}, "was made with another judge"),
-        ({"card": tmp_path}, "audit.json is not there"),
+        ({"card": tmp_path}, f"there is no {tmp_path / 'audit.json'}"),
         ({"weights": "{p: -1}"}, "'p': field 'weight': got -1, needs a number, 0 or more"),
         ({"weights": "{p: two}"}, "'p': field 'weight': got 'two'"),
         ({"clamp": "[0.6]"}, "clamp = [0.6] must be (1 - p, p)"),
@@ -296,7 +296,8 @@ def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):
         assert cai("pairs", constitution=house / "house.yaml", output_dir=tmp_path / "pairs", model=fake.url,
                    server_model="m", train_data=house / "prompts.jsonl", num_prompts=3) == 0  # fmt: skip
     said = capsys.readouterr().out
-    assert "pairs: 3 inputs, 2 ok, 1 failed" in said and "pairs/rejected.jsonl; the first: b: refused: HTTP 400" in said
+    assert "pairs: 3 inputs, 2 ok, 1 failed" in said and "pairs/rejected.jsonl says why" in said
+    assert "; the first: b: refused: HTTP 400" in said
     pairs, (lost,) = read(tmp_path / "pairs" / "pairs.jsonl"), read(tmp_path / "pairs" / "rejected.jsonl")
     assert lost["prompt"] == [{"role": "user", "content": "say 1"}] and "b: refused: HTTP 400" in lost["reason"]
     write(tmp_path / "mixed.jsonl", [*pairs, lost])
@@ -488,7 +489,7 @@ def test_a_part_that_was_deleted_is_made_from_what_is_given_now(all_of_it, train
     run, _ = trained
     shutil.rmtree(run / "reward")
     assert resumed(all_of_it, run, eval_share=0.5) == 2
-    assert f"reward is not there any more, and would not be the one that {run}/ppo came" in capsys.readouterr().err
+    assert f"reward is gone, and a new one would not be the one from which {run}/ppo came" in capsys.readouterr().err
     shutil.rmtree(run / "ppo")
     assert resumed(all_of_it, run, eval_share=0.5) == 0
     assert json.loads((run / "reward" / "preferences.json").read_text())["pairs"] >= 10  # of people alone
@@ -510,8 +511,8 @@ def test_a_constitution_that_a_later_part_has_no_use_for_is_refused(all_of_it, t
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a cut emoji \ud83d"}, "half a character ('\\ud83d', of a surrogate pair) after"),
-        ({"prompt": "say", "kind": ["benign"]}, "kind = ['benign'] must be a text"),
+        ({"prompt": "a cut emoji \ud83d"}, " has half a character ('\\ud83d', of a surrogate pair) after"),
+        ({"prompt": "say", "kind": ["benign"]}, ": kind = ['benign'] must be a text"),
     ],
 )
 def test_rows_that_no_stage_can_write_down_are_refused(house, all_of_it, tmp_path, capsys, row, message):
@@ -519,7 +520,7 @@ def test_rows_that_no_stage_can_write_down_are_refused(house, all_of_it, tmp_pat
     keys = {"constitution": house / "house.yaml", "model": house / "model", "train_data": tmp_path / "rows.jsonl"}
     for word, given in (("revise", keys), ("train", all_of_it | keys)):
         assert cai(word, **given, output_dir=tmp_path / "run") == 2
-        assert f"row 1: {message}" in capsys.readouterr().err and not (tmp_path / "run").exists()
+        assert f"row 1{message}" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_one_prompt_is_not_enough_for_two_phases(all_of_it, tmp_path, capsys):
