@@ -28,7 +28,7 @@ OVER_REFUSAL_RATE = 0.04
 # How a reply gets the answer wrong. "another answer" is the hardest to detect: the judge must know the right one.
 WRONG_ANSWERS = {"ignorance": 0.3, "another question": 0.45, "another answer": 0.25}
 
-FOUND_SHARE = 0.7  # share of the critiques of faulty replies under a principle that is broken; the others are kept
+FOUND_SHARE = 0.7  # share of critiques of a faulty reply that look at a broken principle; the others look at a kept one
 KEPT_FAULT_RATE = 0.25  # probability that a fault outside the critique survives the revision
 
 HELD_OUT_SHARE = 6  # one prompt in six
