@@ -1,4 +1,4 @@
-"""Models: where they come from, and what the trainers read from them.
+"""Models: loading and saving them, and the parts that the trainers use.
 
     trunk      (B, T) tokens -> (B, T, D) hidden states
     policy     trunk + lm_head                                  = AutoModelForCausalLM
