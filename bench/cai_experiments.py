@@ -128,15 +128,14 @@ class Arm(Quickstart):
     def run(self) -> dict:
         stages = {"cai-revise": self.cai_revise, "cai-sft": self.cai_sft, "cai-label": self.cai_label,
                   "cai-rm": self.cai_rm, "cai-ppo": self.cai_ppo}  # fmt: skip
-        done = {stage["name"] for stage in self.summary["stages"]}
+        finished = self.table.summary["stages"]
+        done = {stage["name"] for stage in finished}
         for name, stage in stages.items():
             if name not in done:
                 cpu = time.process_time()
-                result = {"name": name, **stage(self.root / name)}
-                result["cpu_seconds"] = round(time.process_time() - cpu, 1)
-                self.summary["stages"].append(result)
-                self._write(result)
-        return {stage["name"]: stage for stage in self.summary["stages"]}
+                values = stage(self.root / name)
+                self.table.add(name, **values, cpu_seconds=round(time.process_time() - cpu, 1))
+        return {stage["name"]: stage for stage in finished}
 
     def cai_revise(self, run_dir: Path) -> dict:
         stage = revise(
@@ -145,7 +144,7 @@ class Arm(Quickstart):
         )  # fmt: skip
         return {"counts": stage.counts}
 
-    def _look(self, policy: str) -> dict:
+    def _rate(self, policy: str) -> dict:
         return look(self._path(policy), self.look_at, self.seed)
 
 

@@ -107,7 +107,7 @@ def pooled(rows: list[dict]) -> dict:
 
     The interval counts each pair once, so more seeds do not narrow it.
     """
-    from rlhf_fast.data.baselines import wilson_interval
+    from rlhf_fast.data.floors import wilson_interval
 
     def mean(value, rows=rows) -> float:
         return sum(row["pairs"] * value(row) for row in rows) / sum(row["pairs"] for row in rows)

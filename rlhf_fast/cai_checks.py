@@ -1,8 +1,8 @@
-"""What `rlhf-fast cai train` reads and checks before its first part, so that it does not run for hours and is then
-refused by its last.
+"""Reads and checks everything for `rlhf-fast cai train` before its first part, so that its last part does not refuse
+the input after hours.
 
-<output_dir>/run.json keeps what each part is made from. A resumed run is compared with it before any file is written; a
-part that has not begun takes the settings that are given now.
+<output_dir>/run.json records the settings of each part. A resumed run is compared with it before any file is written. A
+part that has not begun takes the current settings.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 from .cai_keys import TrainJob
 from .data.chat import as_messages, encode_prompt, encode_to_score, is_conversation
 from .data.checks import responses_of
-from .data.formats import Prompt, comparisons
+from .data.formats import comparisons
 from .data.formats import prompts as read_prompts
 from .data.sources import read_rows
 from .disk import make_directory, read_json, write_atomic
@@ -51,10 +51,10 @@ class Run:
     calibration: Calibration
     schedule: str  # of phase 1
     configs: dict  # of the three trainers, by name
-    eval_rewards: dict  # name: reward, as PPOTrainer takes them
-    prompts: list[dict]  # half of them for phase 1, the others for phase 2, as chats
+    eval_rewards: dict  # name: reward, for PPOTrainer
+    prompts: list[dict]  # as chats; the first half for phase 1, the second for phase 2
     held_out: list[dict] | None
-    people: dict[str, list[dict]]  # "human": what people compared, if it was given
+    people: dict[str, list[dict]]  # "human": the comparisons by people, if there are any
 
 
 def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
@@ -63,7 +63,7 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     load_judge: () -> (constitution, judge).
     """
     if job.schedule:
-        known_schedule(job.schedule)
+        check_schedule(job.schedule)
     check_drop(job.drop)
     root = Path(job.output_dir)
     if not resume:
@@ -72,14 +72,7 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     constitution, judge = load_judge()
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           allow_weak_judge=job.allow_weak_judge)  # fmt: skip
-    ppo = dict(job.ppo)
-    eval_rewards = _eval_rewards(ppo.pop("eval_rewards", {}))
-    configs = {
-        name: config_from_dict(cls, {"seed": job.seed, **values, "output_dir": str(root / name)})
-        for name, cls, values in (
-            ("sft", SFTConfig, job.sft), ("reward", RewardConfig, job.reward), ("ppo", PPOConfig, ppo)
-        )
-    }  # fmt: skip
+    configs, eval_rewards = _configs(job)
     limit = {
         "max_length": job.max_prompt_length,
         "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
@@ -87,26 +80,41 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     sources, left_out = read_sources(job, "ppo", **limit)
     prompts, held_out = map(_as_chats, sources)
     prompts = prompts[: 2 * job.num_prompts]
-    items_with_kind(prompts)  # half of them are asked only in phase 2
+    items_with_kind(prompts)  # now, because the second half is only read in phase 2
     if len(prompts) < 2:
         raise ConfigError(
             f"cai: {job.train_data} has one prompt, and each phase needs prompts of its own: give two or more"
         )
     people = {"human": _as_chats(read_rows(job.human_data))} if job.human_data else {}
-    policy = load_policy(job.model)
-    _refuse_early(job, configs, eval_rewards, tokenizer, policy, prompts, held_out, people)
     checked = any(p.check and p.revise for p in constitution.principles)
     schedule = job.schedule or ("check-all" if checked else "paper")
+    policy = load_policy(job.model)
+    run = Run(
+        tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
+    )  # fmt: skip
+    _check_settings(job, run)
+    _check_people(job, run)
+    _check_lengths(job, run, policy)
     check_phase_1(schedule, constitution, judge)
     if held_out:
         check_rules(judge, constitution)
     usable_principles(judge, constitution, job.principles_per_pair)
-    run = Run(
-        tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
-    )  # fmt: skip
     _claim(root, _made_from(job, run, policy))
     write_left_out(root, left_out)
     return run
+
+
+def _configs(job: TrainJob) -> tuple[dict, dict]:
+    """The configs of the three trainers, by name, and PPO's eval_rewards."""
+    ppo = dict(job.ppo)
+    eval_rewards = _eval_rewards(ppo.pop("eval_rewards", {}))
+    configs = {
+        name: config_from_dict(cls, {"seed": job.seed, **values, "output_dir": str(Path(job.output_dir, name))})
+        for name, cls, values in (
+            ("sft", SFTConfig, job.sft), ("reward", RewardConfig, job.reward), ("ppo", PPOConfig, ppo)
+        )
+    }  # fmt: skip
+    return configs, eval_rewards
 
 
 def _eval_rewards(specs) -> dict:
@@ -127,12 +135,12 @@ def _check_is_new(root: Path) -> None:
 
 
 def _begun(part: Path) -> bool:
-    """Whether a part has something that a resumed run goes on from."""
+    """Whether a part has something from which a resumed run continues."""
     return (part / "run.json").is_file() or has_ended(part) or latest_checkpoint(part) is not None
 
 
 def _made_from(job, run: Run, policy) -> dict[str, dict]:
-    """{part: the settings that decide what it makes}, apart from earlier parts, and from the configs of trainers."""
+    """{part: the settings that determine its result}, besides the earlier parts and the configs of the trainers."""
     judge = run.judge.describe()
     return {
         "revise": {
@@ -164,119 +172,122 @@ def _digest(rows: list[dict] | None) -> dict | None:
 
 
 def _claim(root: Path, made_from: dict[str, dict]) -> None:
-    """ConfigError where a part that has begun was made from other settings, or parts before it are gone. Otherwise
-    writes the settings into run.json, to compare the next resumption with."""
+    """ConfigError if a part that has begun was made from other settings, or if parts before it are gone. Otherwise
+    writes the settings into run.json, for comparison at the next resumption."""
     path, begun = root / "run.json", [part for part in PARTS if _begun(root / part)]
     now = json.loads(json.dumps(made_from))  # tuples become lists, as in the file
     before = read_json(path)["settings"] if path.is_file() else {}
     for part, settings in now.items():
         there = before.get(part, {}) if part in begun else {}
         if changed := [name for name in settings if name in there and there[name] != settings[name]]:
-            what = ", ".join(_change(name, there[name], settings[name]) for name in changed)
+            what = ", ".join(
+                name if isinstance(there[name], dict) or isinstance(settings[name], dict)
+                else f"{name} ({there[name]!r} there, {settings[name]!r} now)"
+                for name in changed
+            )  # fmt: skip
             rest = ", ".join(str(root / later) for later in begun if PARTS.index(later) >= PARTS.index(part))
             raise ConfigError(
                 f"{root}: {part} was made with other settings than are given now: {what}. Resume with those of "
-                f"{path}, or delete {rest} to make them anew, or choose another output_dir"
+                f"{path}, or delete {rest} to make them again, or choose another output_dir"
             )
     gone = next((part for part in PARTS if part not in begun), PARTS[-1])
     if after := [str(root / part) for part in begun if PARTS.index(part) > PARTS.index(gone)]:
         raise ConfigError(
-            f"{root}: {gone} is not there any more, and would not be the one that {', '.join(after)} came from: "
-            "delete what came after it too, and resume"
+            f"{root}: {gone} is gone, and a new one would not be the one from which {', '.join(after)} came: delete "
+            "what came after it too, and resume"
         )
-    if before or not begun:  # what has begun without a run.json was made from settings that nobody knows
+    if before or not begun:  # parts that have begun without a run.json were made from unknown settings
         make_directory(root)
         write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
 
 
-def _change(name: str, there, now) -> str:
-    return name if isinstance(there, dict) or isinstance(now, dict) else f"{name} ({there!r} there, {now!r} now)"
-
-
 def _as_chats(rows: list[dict] | None) -> list[dict] | None:
-    """The rows with prompts of text as user messages, so that all parts of the run read the same form. A reply of text
-    is then scored as the assistant's turn."""
+    """The rows with text prompts as user messages, so that all parts of the run read the same form. A text reply is
+    then scored as the assistant's turn."""
     return rows and [
         {**row, "prompt": as_messages(row["prompt"], "user")} if isinstance(row.get("prompt"), str) else row
         for row in rows
     ]
 
 
-def known_schedule(schedule: str) -> None:
+def check_schedule(schedule: str) -> None:
     """ConfigError for an unknown schedule of phase 1."""
     if schedule not in SCHEDULES:
         raise ConfigError(f"revise: schedule = {schedule!r}, needs {' or '.join(SCHEDULES)}")
 
 
 def check_phase_1(schedule: str, constitution: Constitution, judge: Judge) -> None:
-    """ConfigError where a schedule has no principle to revise under, or the judge cannot answer its checks."""
+    """ConfigError if a schedule has no principle under which to revise, or if the judge cannot answer its checks."""
     principles_to_revise(schedule, constitution)
     if schedule == "check-all":
         check_rules(judge, constitution)
 
 
 def check_rules(judge: Judge, constitution: Constitution) -> None:
-    """ConfigError where the judge only has rules, and a check of the constitution is a question for a model."""
+    """ConfigError if the judge only has rules, and a check of the constitution is a question for a model."""
     if isinstance(judge, RuleJudge):
         with_rules([p for p in constitution.principles if p.check], "check")
 
 
-def _refuse_early(
-    job, configs: dict, eval_rewards: dict, tokenizer, policy, prompts: list, held_out: list | None, people: dict
-) -> None:
-    """ConfigError for anything that a later part would refuse."""
+def _check_settings(job: TrainJob, run: Run) -> None:
+    """ConfigError for settings that do not go together."""
+    configs = run.configs
     if not 0 <= job.eval_share < 1:
         raise ConfigError(f"cai: eval_share = {job.eval_share} must be 0 or more and below 1")
-    if not tokenizer.chat_template:
+    if not run.tokenizer.chat_template:
         raise ConfigError(
-            f"cai: the tokenizer of {job.model!r} has no chat template, and whatever the constitution's layout, "
-            "what is learned are chats: set tokenizer.chat_template and save it beside the model"
+            f"cai: the tokenizer of {job.model!r} has no chat template, but training uses chats whatever the "
+            "constitution's layout: set tokenizer.chat_template and save it with the model"
         )
     if configs["sft"].lora_r and configs["ppo"].lora_r:
-        raise ConfigError("cai: PPO goes on with the adapters that SFT leaves: set lora_r for one of the two")
+        raise ConfigError("cai: PPO continues to train the adapters of SFT: set lora_r for one of the two")
     if configs["sft"].load_best_model_at_end:
         raise ConfigError("cai: sft's load_best_model_at_end has no held-out demonstrations to choose by: leave it out")
     if configs["reward"].load_best_model_at_end and not (configs["reward"].eval_steps and job.eval_share):
-        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps beside it, and an eval_share above 0")
-    check_eval_rewards(configs["ppo"], eval_rewards, held_out)
-    mix_comparisons({"ai": [{}], **people}, job.source_weights)
-    for rows in people.values():
-        limit = {"max_length": configs["reward"].max_length, "on_overlong": configs["reward"].on_overlong}
-        comparisons(rows, with_own_pad(tokenizer), **limit, name="human_data")
+        raise ConfigError("cai: reward's load_best_model_at_end needs eval_steps too, and an eval_share above 0")
+    check_eval_rewards(configs["ppo"], run.eval_rewards, run.held_out)
+    mix_comparisons({"ai": [{}], **run.people}, job.source_weights)
+
+
+def _check_people(job: TrainJob, run: Run) -> None:
+    """ConfigError for comparisons by people that the reward model cannot learn together with the judge's."""
+    config = run.configs["reward"]
+    for rows in run.people.values():
+        limit = {"max_length": config.max_length, "on_overlong": config.on_overlong}
+        comparisons(rows, with_own_pad(run.tokenizer), **limit, name="human_data")
         for i, row in enumerate(rows):
             asked = responses_of(row, "human_data", i)
             if any(prompt is None and not is_conversation(reply) for prompt, reply in asked):
                 raise ConfigError(
-                    f"cai: human_data record {i} has no prompt and its replies are text, beside the judge's "
-                    "comparisons, which are chats: give the prompt a column, or chosen and rejected as messages"
+                    f"cai: human_data record {i} has no prompt and its replies are text, but the judge's comparisons "
+                    "are chats: give the prompt a column, or chosen and rejected as messages"
                 )
             if len(asked) > 2:
                 raise ConfigError(
-                    f"cai: human_data record {i} ranks {len(asked)} responses, and the judge's comparisons are "
+                    f"cai: human_data record {i} ranks {len(asked)} responses, but the judge's comparisons are "
                     "pairs: give rows of chosen and rejected"
                 )
-    configs["ppo"].iterations(len(prompts))
+
+
+def _check_lengths(job: TrainJob, run: Run, policy) -> None:
+    """ConfigError if a prompt, or a prompt with its answer, is too long for a trainer, a reward or the model."""
+    configs, tokenizer = run.configs, run.tokenizer
+    configs["ppo"].iterations(len(run.prompts))
     limit = {"max_length": configs["ppo"].max_prompt_length, "on_overlong": configs["ppo"].on_overlong}
-    of_ppo = read_prompts(prompts, tokenizer, **limit, name="train_data")[0]
-    if held_out:
-        unseen = read_prompts(held_out, tokenizer, **limit, name="eval_data")[0]
-        longest = max(of_ppo + unseen, key=len)
-        for spec in eval_rewards.values():
+    of_ppo = read_prompts(run.prompts, tokenizer, **limit, name="train_data")[0]
+    if run.held_out:
+        unseen = read_prompts(run.held_out, tokenizer, **limit, name="eval_data")[0]
+        of_ppo += unseen
+        for spec in run.eval_rewards.values():
             reward = make_reward(spec, tokenizer)
             check_signature(reward, unseen[0].columns)
-            check_room(reward, tokenizer, longest.prompt, configs["ppo"].response_length)
-        of_ppo += unseen
-    _check_room(job, configs, tokenizer, policy, prompts, of_ppo)
-
-
-def _check_room(job, configs: dict, tokenizer, policy, prompts: list[dict], of_ppo: list[Prompt]) -> None:
-    """ConfigError where the longest prompt with an answer is too long for a trainer's max_length or for the model."""
+            check_room(reward, tokenizer, max(of_ppo, key=len).prompt, configs["ppo"].response_length)
 
     def longest(texts) -> int:
         return max(len(encode_to_score(tokenizer, text, "")) for text in texts)
 
     for name in ("sft", "reward"):
-        config, length = configs[name], longest(row["prompt"] for row in prompts) + job.max_new_tokens
+        config, length = configs[name], longest(row["prompt"] for row in run.prompts) + job.max_new_tokens
         if config.on_overlong == "error" and length > config.max_length:
             raise ConfigError(
                 f"cai: the longest prompt and max_new_tokens = {job.max_new_tokens} are {length} tokens, and {name}'s "

@@ -1,19 +1,16 @@
-"""What the commands `rlhf-fast cai WORD` do; cai_keys.py says what each reads and writes, and has its keys."""
+"""The commands `rlhf-fast cai WORD`. cai_keys.py has their keys, and lists what each reads and writes."""
 
 import dataclasses
 import json
-import shutil
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .cai_checks import check_phase_1, known_schedule, prepare
+from .cai_checks import Run, check_phase_1, check_schedule, prepare
 from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
 from .commands import checked_options
 from .data.files import read_dataset
 from .data.sources import read_rows
-from .disk import write_atomic
 from .errors import ConfigError
 from .generation import generate_text
 from .jobs import run_trainer
@@ -36,8 +33,7 @@ from .judges.released import read_released_comparisons
 from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
-from .report import in_words, read_jsonl, write_quickstart_report
-from .trainers.checkpoints import latest_checkpoint
+from .report import in_words, read_jsonl
 from .trainers.common import check_bf16
 from .trainers.constitutional import (
     TextGenerator,
@@ -49,12 +45,15 @@ from .trainers.constitutional import (
     revise_sampled,
     sample_pairs,
 )
+from .trainers.pipeline import StageTable
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardTrainer
-from .trainers.run_dir import changed_settings, has_ended
+from .trainers.run_dir import can_resume, changed_settings, has_ended
 from .trainers.sft import SFTTrainer
 
-# -- who judges, who writes --------------------------------------------------------------------------------------------
+SAMPLES = 8  # held-out prompts whose replies summary.json shows
+
+# -- the judge and the writer ------------------------------------------------------------------------------------------
 
 
 def _is_server(name: str) -> bool:
@@ -88,7 +87,7 @@ def load_writer(writer: WriterJob):
 
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
     if not model:
-        raise ConfigError(f"{url} is a server: give the model's name there as {prefix or 'server_'}model")
+        raise ConfigError(f"{url} is a server: give the name of its model as {prefix or 'server_'}model")
     return Server(url, model, **checked_options(Server, options, f"{prefix}server"))
 
 
@@ -103,7 +102,7 @@ def load_constitution(files: str | list, allow_code: bool) -> Constitution:
 
 
 def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob) -> None:
-    known_schedule(job.schedule)
+    check_schedule(job.schedule)
     check_drop(job.drop)
     constitution, judge = load_judge(who, job.seed)
     check_phase_1(job.schedule, constitution, judge)
@@ -112,7 +111,7 @@ def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob) -> None:
 
 
 def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: int, max_steps: int | None, **options):
-    """Phase 1 under either schedule, and what it came to on the terminal."""
+    """Phase 1 under either schedule, with a summary on the terminal."""
     if schedule == "check-all":
         stage = revise(prompts, generate, constitution, judge, max_steps=max_steps, **options)
     else:
@@ -121,8 +120,8 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
     cut = sum(r["status"] == "flagged" and "truncated" in r["reason"] for r in stage.rejected)
     if cut:
         print(
-            f"revise: {cut} of {stage.counts['inputs']} prompts have no reply that was not cut off at max_new_tokens = "
-            f"{max_new_tokens}. Such replies are dropped; a larger max_new_tokens keeps them, or another `drop`"
+            f"revise: all replies to {cut} of {stage.counts['inputs']} prompts were cut off at max_new_tokens = "
+            f"{max_new_tokens} and dropped. To keep them, set a larger max_new_tokens, or another `drop`"
         )
     kinds = json.loads((stage.output_dir / "hygiene.json").read_text(encoding="utf-8"))["kinds"]
     if set(kinds) - {"unspecified"}:
@@ -135,7 +134,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
 
 def run_pairs(writer: WriterJob, job: PairsJob) -> None:
     if not writer.temperature:
-        raise ConfigError("pairs: temperature = 0 writes the same answer twice, which nobody can compare")
+        raise ConfigError("pairs: temperature = 0 writes the same answer twice: set it above 0")
     constitution = load_constitution(job.constitution, job.allow_code)
     stage = sample_pairs(_prompts(job), load_writer(writer), constitution, output_dir=job.output_dir,
                          batch_size=job.batch_size, seed=job.seed)  # fmt: skip
@@ -152,13 +151,13 @@ def run_audit(who: JudgeJob, job: AuditJob) -> None:
     floor = "AT THE FLOOR: `label` refuses this judge" if card["at_floor"] else "above the floor"
     print(f"audit: {card['pairs']} pairs, {shown} over {card['best_floor']!r}: {floor}; {job.output_dir}/audit.html")
     if gone := ", ".join(f"{n} {status}" for status, n in card["statuses"].items() if status in UNDECIDED):
-        print(f"audit: no answer counts one half: {gone}; the reasons are in {job.output_dir}/judgements.jsonl")
+        print(f"audit: pairs without an answer count one half: {gone}; see {job.output_dir}/judgements.jsonl for why")
 
 
 def _compared(path: str) -> list[dict]:
-    """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file of any of AuditJob's forms."""
+    """Pairs that people compared, as rows {"prompt", "better", "worse"}, from a file in any of AuditJob's forms."""
     rows = read_rows(path)
-    if rows and "text_correct" in rows[0]:  # none are left where every pair of hh-rlhf was left out
+    if rows and "text_correct" in rows[0]:  # there are no rows if every pair of hh-rlhf was left out
         return read_released_comparisons(path)
     for i, row in enumerate(rows):
         for name, column in (("better", "chosen"), ("worse", "rejected")):
@@ -172,12 +171,12 @@ def _only_text(reply, where: str) -> str:
     if isinstance(reply, list) and len(reply) == 1 and isinstance(reply[0], dict):
         text = reply[0].get("content")
     if not isinstance(text, str):
-        raise ConfigError(f"{where} must be text or one message, and what comes before it the prompt; got {reply!r}")
+        raise ConfigError(f"{where} must be text or a single message, with the rest in 'prompt'; got {reply!r}")
     return text
 
 
 def run_label(who: JudgeJob, job: LabelJob) -> None:
-    """rlhf-fast cai label: labels, if the judge's card allows it, and the report on the constitution."""
+    """rlhf-fast cai label: makes labels, if the judge's card allows it, and the report on the constitution."""
     constitution, judge = load_judge(who, job.seed)
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           combine=job.combine, allow_weak_judge=job.allow_weak_judge)  # fmt: skip
@@ -202,14 +201,14 @@ def run_derive(job: DeriveJob) -> None:
     slope, same = before["calibration"]["slope"], (weights, combine) == (made_with["weights"], before["combine"])
     if not (job.card or same or slope == UNCALIBRATED.slope):
         print(
-            f"derive: the slope {slope:.3g} was fitted under other weights or another combine; with the judge's card "
-            "it is fitted under these"
+            f"derive: the slope {slope:.3g} was fitted under other weights or another combine; give the judge's card "
+            "to fit it again under these"
         )
     _tell("derive", stage, "comparisons.jsonl")
 
 
 def validate(files: list[str], allow_code: bool) -> str:
-    """What the files hold together, a line for each principle. ConstitutionError says what is wrong, and where."""
+    """A description of the constitution in the files, with a line per principle. ConstitutionError if it is wrong."""
     constitution = Constitution.load(*files, allow_code=allow_code)
     lines = []
     for p in constitution.principles:
@@ -235,7 +234,7 @@ def _tell(name: str, stage, *files: str) -> None:
     print(f"{name}: {in_words(stage.counts)}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
     why = next((record["reason"] for record in stage.rejected if record.get("reason")), None)
     if why:
-        print(f"{name}: why they were left out is in {stage.output_dir}/rejected.jsonl; the first: {why[:200]}")
+        print(f"{name}: {stage.output_dir}/rejected.jsonl says why the others were left out; the first: {why[:200]}")
 
 
 # -- from end to end ---------------------------------------------------------------------------------------------------
@@ -253,8 +252,9 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     def part(name: str, make: Callable) -> dict:
         return _train_part(root / name, run.configs[name], make, resume)
 
-    stages = _StageTable(root, job, constitution, judge, run.tokenizer, run.held_out)
-    stages.add("start", job.model)
+    samples = [{"prompt": row["prompt"], "responses": []} for row in (run.held_out or [])[:SAMPLES]]
+    stages = StageTable(root, {"seed": job.seed, "stages": [], "samples": samples})
+    stages.add("start", **rate_held_out(stages, "start", job.model, job, run))
 
     # Phase 1, on the first half of the prompts.
     half = len(prompts) // 2
@@ -264,20 +264,21 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         raise ConfigError(f"cai: no reply is left to learn from; {root}/revise/rejected.jsonl says why")
     part("sft", lambda config: SFTTrainer(config, job.model, train_dataset=revised.rows, tokenizer=run.tokenizer))
     sft = str(root / "sft")
-    stages.add("sft", sft, counts=revised.counts)
+    stages.add("sft", counts=revised.counts, **rate_held_out(stages, "sft", sft, job, run))
 
-    # Phase 2, on the other half; PPO sees all of them.
+    # Phase 2, on the other half. PPO uses all prompts.
     pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
     labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=run.calibration,
                      principles_per_pair=job.principles_per_pair, **options)  # fmt: skip
     _tell("label", labelled, "comparisons.jsonl")
     if not labelled.rows:
         raise ConfigError(
-            "cai: the judge told no pair of answers apart, so there is nothing for a reward model to learn"
+            "cai: the judge preferred neither answer in any pair, so a reward model has nothing to learn; "
+            f"{root}/label/rejected.jsonl says why"
         )
     compared = _mixed(job, {"ai": labelled.rows, **run.people})
     part("reward", lambda config: RewardTrainer(config, sft, **compared))
-    judged = root / "reward" / "preferences.json"  # of the model that was kept, where the log ends with the last step's
+    judged = root / "reward" / "preferences.json"  # of the model that was kept; the log ends with the last step's
     accuracy = json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if judged.is_file() else None
     stages.add("reward", rm_accuracy=accuracy, counts=labelled.counts)
     reward = str(root / "reward")
@@ -289,30 +290,28 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
         return PPOTrainer(config, sft, reward=reward, value_model=critic, **data)
 
     metrics = part("ppo", ppo)
-    stages.add("ppo", str(root / "ppo"), kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"))
+    rates = rate_held_out(stages, "ppo", str(root / "ppo"), job, run)
+    stages.add("ppo", kl=metrics.get("objective/kl"), proxy_reward=metrics.get("objective/scores"), **rates)
 
 
 def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
-    """Trains one part and returns its last metrics. On resume a part that has ended is left as it is, one with a
-    checkpoint goes on from there, and one without begins again."""
+    """Trains one part and returns its last metrics. On resume a part that has ended is left unchanged; the others
+    continue from their checkpoint, or begin again if they have none."""
     if resume and has_ended(directory):
         if changed := changed_settings(directory, dataclasses.asdict(config)):
             warnings.warn(
-                f"{directory} has ended and stays as it is: it was trained with other {', '.join(changed)} than "
-                "are given now. To train it so, delete it and the parts that came after it, and resume",
+                f"{directory} has ended and is left unchanged, although it was trained with other "
+                f"{', '.join(changed)} than are given now. To train it with these, delete it and the parts after it, "
+                "and resume",
                 stacklevel=3,
             )
     else:
-        goes_on = resume and latest_checkpoint(directory) is not None
-        if resume and not goes_on:
-            (directory / "train_log.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(directory / "tensorboard", ignore_errors=True)
-        run_trainer(make(config), goes_on)
+        run_trainer(make(config), can_resume(directory))
     return read_jsonl(directory / "train_log.jsonl")[-1]
 
 
 def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:
-    """The datasets for RewardTrainer: comparisons of all sources, of each the first eval_share held out."""
+    """The datasets for RewardTrainer: the comparisons of all sources, with the first eval_share of each held out."""
     cuts = {name: round(len(rows) * job.eval_share) for name, rows in sources.items()}
     train = {name: rows[cuts[name] :] for name, rows in sources.items()}
     held = [{**row, "source": name} for name, rows in sources.items() for row in rows[: cuts[name]]]
@@ -320,50 +319,24 @@ def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:
     return {"train_dataset": mixed, "eval_dataset": held or None}
 
 
-class _StageTable:
-    """summary.json and report.html of a run of several stages, written again as each of them ends."""
-
-    def __init__(self, root: Path, job: TrainJob, constitution, judge, tokenizer, held_out: list[dict] | None):
-        self.root, self.job, self.judge, self.tokenizer = root, job, judge, tokenizer
-        self.principles = [p for p in constitution.principles if p.check]
-        self.prompts = [row["prompt"] for row in held_out or []]
-        self.stages: list[dict] = []
-        self.samples: list[dict] = [{"prompt": prompt, "responses": []} for prompt in self.prompts[:8]]
-        self.clock = time.perf_counter()
-
-    def add(self, name: str, model: str | None = None, **values) -> None:
-        stage = {"name": name, "run": name, "seconds": round(time.perf_counter() - self.clock, 1), **values}
-        if model is not None and self.prompts and self.principles:
-            stage |= self._check_answers(name, model)
-        self.stages.append(stage)
-        summary = {"seed": self.job.seed, "stages": self.stages, "samples": self.samples}
-        self.root.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.root / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
-        print(f"{name}: {shown}; {write_quickstart_report(self.root)}")
-        self.clock = time.perf_counter()
-
-    def _check_answers(self, name: str, model: str) -> dict:
-        replies = generate_text(
-            load_policy(model), self.tokenizer, self.prompts, max_new_tokens=self.job.max_new_tokens,
-            temperature=self.job.temperature, seed=self.job.seed, bf16=self.job.bf16,
-        )  # fmt: skip
-        items = read_items(self.prompts)
-        asked = [Reply(item["prompt"], r, self.principles) for item, r in zip(items, replies, strict=True)]
-        with Ledger(self.root / "checks") as ledger:
-            checks = self.judge.check(asked, ledger)
-        violated = [[check.principle for check in row if check.satisfied is False] for row in checks]
-        missing = [[check for check in row if check.status not in ("ok", "not_applicable")] for row in checks]
-        for sample, text, violates, gone in zip(self.samples, replies, violated, missing, strict=False):
-            known = None if gone and not violates else violates
-            sample["responses"].append({"stage": name, "text": text, "violates": known})
-        if reasons := [row[0].reason for row in missing if row]:
-            print(f"{name}: {len(reasons)} of {len(checks)} replies are in no pass rate, a check had no answer "
-                  f"({reasons[0]})")  # fmt: skip
-        applies = {p.id: [c.satisfied for row in checks for c in row if c.principle == p.id and c.satisfied is not None]
-                   for p in self.principles}  # fmt: skip
-        passed = [not violates for violates, gone in zip(violated, missing, strict=True) if not gone]
-        return {
-            "pass_rate": sum(passed) / len(passed) if passed else None,
-            "pass_rate_per_principle": {p: sum(kept) / len(kept) for p, kept in applies.items() if kept},
-        }
+def rate_held_out(stages: StageTable, name: str, model: str, job: TrainJob, run: Run) -> dict:
+    """A model's answers to the held-out prompts, checked by the judge -> the pass rates of the stage."""
+    principles = [p for p in run.constitution.principles if p.check]
+    if not (run.held_out and principles):
+        return {}
+    prompts = [row["prompt"] for row in run.held_out]
+    replies = generate_text(
+        load_policy(model), run.tokenizer, prompts, max_new_tokens=job.max_new_tokens, temperature=job.temperature,
+        seed=job.seed, bf16=job.bf16,
+    )  # fmt: skip
+    asked = [Reply(i["prompt"], reply, principles) for i, reply in zip(read_items(prompts), replies, strict=True)]
+    with Ledger(stages.root / "checks") as ledger:
+        checks = run.judge.check(asked, ledger)
+    undecided = [[check.reason for check in row if check.status in UNDECIDED] for row in checks]
+    if reasons := [row[0] for row in undecided if row]:
+        print(
+            f"{name}: {len(reasons)} of {len(checks)} replies are in no pass rate, because a check had no answer "
+            f"({reasons[0]})"
+        )
+    kept = [{check.principle: check.satisfied for check in row} for row in checks]
+    return stages.rate(name, replies, kept, [not row for row in undecided])

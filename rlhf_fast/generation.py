@@ -343,15 +343,23 @@ def generate_text(
     From the model's generation_config only the tokens that end an answer are used. The arguments replace its sampling
     settings. Penalties and similar settings are ignored, and a warning names them once per model.
     """
-    prompts = _checked_prompts(prompts)
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "do_sample": do_sample, "batch_size": batch_size, "bf16": bf16,
+    }  # fmt: skip
+    return generate_answers(model, tokenizer, _checked_prompts(prompts), seed, **options)[0]
+
+
+def generate_answers(
+    model, tokenizer, prompts: Sequence[Text], seed: int | Sequence[int], **options
+) -> tuple[list[str], list[bool]]:
+    """The texts of generate_text, and whether each was cut at max_new_tokens. options: those of generate_tokens."""
     one = isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed) if one else [torch.Generator().manual_seed(s) for s in seed]
     encoded, stops = [encode_prompt(tokenizer, prompt) for prompt in prompts], stop_ids(model, tokenizer)
-    responses = generate_tokens(
-        model, encoded, max_new_tokens=max_new_tokens, eos_token_id=stops, temperature=temperature,
-        top_k=top_k, top_p=top_p, do_sample=do_sample, batch_size=batch_size, generator=generator, bf16=bf16,
-    )  # fmt: skip
-    return decode_responses(tokenizer, prompts, encoded, responses, stops)
+    responses = generate_tokens(model, encoded, eos_token_id=stops, generator=generator, **options)
+    texts = decode_responses(tokenizer, prompts, encoded, responses, stops)
+    return texts, [ids[-1] not in stops for ids in responses]
 
 
 def _checked_prompts(prompts) -> list[Text]:

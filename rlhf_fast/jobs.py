@@ -16,7 +16,7 @@ from . import parallel
 from .commands import checked_options
 from .data import hh_rlhf
 from .data.chat import encode_prompt, encode_to_score
-from .data.checks import placed, responses_of
+from .data.checks import naming_record, responses_of
 from .data.files import as_records
 from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
@@ -94,7 +94,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
             print(f"input record {i} is left out: {error}", file=sys.stderr)
         else:
             asked.append((record, responses_of(readable, "input", i)))
-            with placed("input", i):
+            with naming_record("input", i):
                 tokens += [reward.encode(*pair, unwritten.setdefault(i, [])) for pair in asked[-1][1]]
     warn_of_unwritten(unwritten, "input", "scored")
     scores = iter(reward.score(tokens).tolist())

@@ -5,7 +5,7 @@
     ECE = sum over bins of (pairs in the bin / all pairs) |mean sigma(|d|) - share that agrees|  (Guo et al. 2017)
 
 If a label is a probability p, accuracy takes the likelier side as the better one (p = 1/2 is a tie), and calibration
-counts p of an agreement if d > 0 and 1 - p if d < 0. A reward model has to beat the floors of data/baselines.py. The
+counts p of an agreement if d > 0 and 1 - p if d < 0. A reward model has to beat the floors of data/floors.py. The
 split by length shows whether it follows length instead of the labels.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .charts import Series, bar_chart, line_chart
-from .data.baselines import accuracy, wilson_interval
+from .data.floors import accuracy, wilson_interval
 from .page import Html, grid, table
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data.chat import Said, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.chat import Parts, Text, check_tokenizer, encode_to_score, is_conversation
 from .data.collate import pad
 from .data.formats import warn_of_unwritten
 from .errors import ConfigError
@@ -33,8 +33,8 @@ from .models import (
     check_lengths,
     check_score,
     evaluating,
+    has_reward_scale,
     has_scalar_head,
-    is_trained_here,
     load_reward_model,
     load_tokenizer,
     merge_adapters,
@@ -79,7 +79,7 @@ class RewardModelReward:
         return reward
 
     def __call__(self, prompts: Sequence[Text | None], responses: Sequence[Text], **columns) -> Tensor:
-        unwritten: list[Said] = [[] for _ in responses]
+        unwritten: list[Parts] = [[] for _ in responses]
         tokens = [self.encode(*asked) for asked in zip(prompts, responses, unwritten, strict=True)]
         new = {i: [lost for lost in said if lost[0] not in self._told] for i, said in enumerate(unwritten)}
         self._told |= {key for said in unwritten for key, _ in said}
@@ -100,13 +100,13 @@ class RewardModelReward:
         mean, std = reward_scale(self.model.config)
         return (scores - mean) / std
 
-    def encode(self, prompt: Text | None, response: Text, unwritten: Said | None = None) -> list[int]:
+    def encode(self, prompt: Text | None, response: Text, unwritten: Parts | None = None) -> list[int]:
         """The tokens to score: the conversation in the reward model's own template, or plain text.
 
         unwritten: a list, to which the parts of the response that the template leaves out are appended.
         """
         check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
-        end = is_trained_here(self.model)
+        end = has_reward_scale(self.model)
         return encode_to_score(self.tokenizer, prompt, response, end=end, unwritten=unwritten).tolist()
 
 

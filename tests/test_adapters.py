@@ -187,7 +187,7 @@ def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
 
 def test_a_model_object_gets_adapters_only_if_they_will_find_it_again(tmp_path, base, tokenizer):
     def refused(model):
-        with pytest.raises(ConfigError, match=r"adapters are saved without the weights below them.*give the path"):
+        with pytest.raises(ConfigError, match=r"adapters are saved without the base model's weights.*give the path"):
             models.check_base_is_saved(model)
 
     models.check_base_is_saved(base)
@@ -237,7 +237,7 @@ def test_adapters_on_a_policy_that_was_trained_in_memory_are_refused(tmp_path, b
     half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     ppo = PPOTrainer(config, half, reward=lambda p, r, **c: [float(len(x)) for x in r], **options)
     assert float(next(iter(ppo))["policy/first_minibatch_max_abs_log_ratio"]) == 0
-    with pytest.raises(ConfigError, match="adapters already"):
+    with pytest.raises(ConfigError, match="already has adapters"):
         makers[0](with_lora(models.load_policy(base)))
     with pytest.raises(ConfigError, match="give the path"):
         makers[1](with_lora(models.load_policy(base)))  # its trunk would be merged
@@ -300,7 +300,7 @@ def test_what_would_be_wrong_is_refused(base, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"lora_target_modules: .*no_such"):
         models.add_lora(models.load_policy(base), r=4, alpha=8, target_modules=["no_such"])
     adapted = models.add_lora(policy, r=4, alpha=8)
-    with pytest.raises(ConfigError, match="adapters already"):
+    with pytest.raises(ConfigError, match="already has adapters"):
         models.add_lora(adapted, r=4, alpha=8)
     with pytest.raises(ConfigError, match="has other adapters"):
         models.load_trained_state(adapted, {})

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from fake_server import serving
@@ -12,7 +13,7 @@ from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
 from rlhf_fast import cai_jobs
-from rlhf_fast.cai_jobs import _StageTable
+from rlhf_fast.cai_jobs import rate_held_out
 from rlhf_fast.cai_keys import TrainJob
 from rlhf_fast.cli import main
 from rlhf_fast.data.chat import encode_prompt
@@ -21,6 +22,7 @@ from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.models import load_tokenizer
 from rlhf_fast.trainers.constitutional import label
+from rlhf_fast.trainers.pipeline import StageTable
 
 HOUSE = """\
 format: rlhf_fast/constitution@1
@@ -87,7 +89,7 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     out = capsys.readouterr().out
     cut = sum("truncated" in row["reason"] for row in read(tmp_path / "revise" / "rejected.jsonl"))
     assert "revise: 6 inputs" in out and cut > 0  # a random model does not end by itself
-    assert f"{cut} of 6 prompts have no reply that was not cut off at max_new_tokens = 8" in out
+    assert f"all replies to {cut} of 6 prompts were cut off at max_new_tokens = 8" in out
     assert "replies that decline, originals -> demonstrations: benign 0 of 3 -> 0 of " in out and "red-team" in out
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
     assert cai("revise", **common, schedule="best", output_dir=tmp_path / "x") == 2
@@ -123,9 +125,9 @@ def test_a_judge_at_the_floor_does_not_label_unless_told_to(house, audited, tmp_
     assert cai("label", **audited, card=house / "card", output_dir=out) == 2
     assert "the judge is at the floor" in capsys.readouterr().err and not out.exists()
     assert cai("label", **{**audited, "judge_options": "{}"}, card=house / "card", output_dir=out) == 2
-    assert "is of another judge" in capsys.readouterr().err
+    assert "was made with another judge" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", principles_per_pair=1, output_dir=out) == 2
-    assert "is of another principles_per_pair: None, now 1" in capsys.readouterr().err
+    assert "was made with another principles_per_pair: None there, 1 now" in capsys.readouterr().err
     assert cai("label", **audited, card=house / "card", allow_weak_judge="true", output_dir=out) == 0
     card, run = (json.loads((p).read_text()) for p in (house / "card" / "audit.json", out / "run.json"))
     assert run["settings"]["calibration"] == card["calibration"] and run["counts"]["inputs"] == 8
@@ -138,7 +140,7 @@ def test_a_compared_reply_is_one_text(house, tmp_path, capsys, chosen):
                                     {"prompt": "q", "chosen": chosen, "rejected": "y"}])  # fmt: skip
     common = {"constitution": house / "house.yaml", "data": tmp_path / "rows.jsonl"}
     assert cai("audit", **common, output_dir=tmp_path / "card") == 2
-    assert "rows.jsonl: row 1: 'chosen' must be text or one message" in capsys.readouterr().err
+    assert "rows.jsonl: row 1: 'chosen' must be text or a single message" in capsys.readouterr().err
 
 
 def test_pairs_of_the_released_form_are_read_as_other_files_are(house, tmp_path, capsys):
@@ -154,7 +156,7 @@ def test_pairs_of_the_released_form_are_read_as_other_files_are(house, tmp_path,
         (b"\xff" + json.dumps(rows[0]).encode(), "rows.jsonl is not UTF-8"),
         (json.dumps({"text_correct": rows[0]["text_correct"]}), "rows.jsonl record 0: KeyError('text_incorrect')"),
         (json.dumps({**rows[0], "text_incorrect": "x"}), 'rows.jsonl record 0: ValueError("a transcript begins'),
-        (json.dumps(dict.fromkeys(rows[0], "\n\nHuman:")), "rows.jsonl record 0: a dialogue without a reply"),
+        (json.dumps(dict.fromkeys(rows[0], "\n\nHuman:")), "rows.jsonl record 0: a dialogue has no reply"),
     ):
         (tmp_path / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
         assert cai("audit", **common, data=tmp_path / "rows.jsonl") == 2
@@ -174,8 +176,8 @@ def test_a_judge_that_answers_nothing_says_so_on_its_card(house, tmp_path, capsy
     card = tmp_path / "card"
     common = {"constitution": house / "house.yaml", "judge": house / "model", "judge_options": "{min_label_mass: 1}"}
     assert cai("audit", **common, data=house / "people.jsonl", output_dir=card, probe_pairs=0) == 0
-    assert "no answer counts one half: 20 unparsed" in capsys.readouterr().out
-    assert "one half for each of the 20 on which it gave no answer" in (card / "audit.html").read_text()
+    assert "pairs without an answer count one half: 20 unparsed" in capsys.readouterr().out
+    assert "Each of the 20 on which it gave no answer counts one half" in (card / "audit.html").read_text()
 
 
 def test_derive_gives_other_labels_without_the_judge(house, audited, tmp_path, capsys):
@@ -240,8 +242,8 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     assert settings("p again", weights="{q: 0}", card=card)["calibration"] == vars(again) != before["calibration"]
     assert "fitted" not in capsys.readouterr().out
     for wrong, words in (
-        ({"card": tmp_path / "two"}, "is of another judge"),
-        ({"card": tmp_path}, "audit.json is not there"),
+        ({"card": tmp_path / "two"}, "was made with another judge"),
+        ({"card": tmp_path}, f"there is no {tmp_path / 'audit.json'}"),
         ({"weights": "{p: -1}"}, "'p': field 'weight': got -1, needs a number, 0 or more"),
         ({"weights": "{p: two}"}, "'p': field 'weight': got 'two'"),
         ({"clamp": "[0.6]"}, "clamp = [0.6] must be (1 - p, p)"),
@@ -294,7 +296,8 @@ def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):
         assert cai("pairs", constitution=house / "house.yaml", output_dir=tmp_path / "pairs", model=fake.url,
                    server_model="m", train_data=house / "prompts.jsonl", num_prompts=3) == 0  # fmt: skip
     said = capsys.readouterr().out
-    assert "pairs: 3 inputs, 2 ok, 1 failed" in said and "pairs/rejected.jsonl; the first: b: refused: HTTP 400" in said
+    assert "pairs: 3 inputs, 2 ok, 1 failed" in said and "pairs/rejected.jsonl says why" in said
+    assert "; the first: b: refused: HTTP 400" in said
     pairs, (lost,) = read(tmp_path / "pairs" / "pairs.jsonl"), read(tmp_path / "pairs" / "rejected.jsonl")
     assert lost["prompt"] == [{"role": "user", "content": "say 1"}] and "b: refused: HTTP 400" in lost["reason"]
     write(tmp_path / "mixed.jsonl", [*pairs, lost])
@@ -312,8 +315,9 @@ def stage_table(house, root, judge):
     """Of four held-out prompts, with one stage in it."""
     job = TrainJob(str(house / "model"), "unread", max_new_tokens=4)
     held_out = [{"prompt": f"say {n}"} for n in range(4)]
-    table = _StageTable(root, job, ASKING, judge, load_tokenizer(job.model), held_out)
-    table.add("start", job.model)
+    run = SimpleNamespace(constitution=ASKING, judge=judge, tokenizer=load_tokenizer(job.model), held_out=held_out)
+    table = StageTable(root, {"stages": [], "samples": [{**row, "responses": []} for row in held_out]})
+    table.add("start", **rate_held_out(table, "start", job.model, job, run))
     return json.loads((root / "summary.json").read_text())
 
 
@@ -330,7 +334,10 @@ def test_a_check_without_an_answer_is_in_no_pass_rate(house, tmp_path, capsys):
     (stage,) = summary["stages"]
     assert stage["pass_rate"] == 2 / 3 and stage["pass_rate_per_principle"] == {"polite": 1 / 2}
     assert [s["responses"][0]["violates"] for s in summary["samples"]] == [[], None, ["polite"], []]
-    assert "start: 1 of 4 replies are in no pass rate, a check had no answer (no answer)" in capsys.readouterr().out
+    assert (
+        "start: 1 of 4 replies are in no pass rate, because a check had no answer (no answer)"
+        in capsys.readouterr().out
+    )
     summary = stage_table(house, tmp_path / "none", Scripted(*[("unparsed", None)] * 4))
     assert summary["stages"][0]["pass_rate"] is None and "4 of 4 replies" in capsys.readouterr().out
 
@@ -482,7 +489,7 @@ def test_a_part_that_was_deleted_is_made_from_what_is_given_now(all_of_it, train
     run, _ = trained
     shutil.rmtree(run / "reward")
     assert resumed(all_of_it, run, eval_share=0.5) == 2
-    assert f"reward is not there any more, and would not be the one that {run}/ppo came" in capsys.readouterr().err
+    assert f"reward is gone, and a new one would not be the one from which {run}/ppo came" in capsys.readouterr().err
     shutil.rmtree(run / "ppo")
     assert resumed(all_of_it, run, eval_share=0.5) == 0
     assert json.loads((run / "reward" / "preferences.json").read_text())["pairs"] >= 10  # of people alone
@@ -504,8 +511,8 @@ def test_a_constitution_that_a_later_part_has_no_use_for_is_refused(all_of_it, t
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a cut emoji \ud83d"}, "half a character ('\\ud83d', of a surrogate pair) behind"),
-        ({"prompt": "say", "kind": ["benign"]}, "kind = ['benign'] must be a text"),
+        ({"prompt": "a cut emoji \ud83d"}, " has half a character ('\\ud83d', of a surrogate pair) after"),
+        ({"prompt": "say", "kind": ["benign"]}, ": kind = ['benign'] must be a text"),
     ],
 )
 def test_rows_that_no_stage_can_write_down_are_refused(house, all_of_it, tmp_path, capsys, row, message):
@@ -513,7 +520,7 @@ def test_rows_that_no_stage_can_write_down_are_refused(house, all_of_it, tmp_pat
     keys = {"constitution": house / "house.yaml", "model": house / "model", "train_data": tmp_path / "rows.jsonl"}
     for word, given in (("revise", keys), ("train", all_of_it | keys)):
         assert cai(word, **given, output_dir=tmp_path / "run") == 2
-        assert f"row 1: {message}" in capsys.readouterr().err and not (tmp_path / "run").exists()
+        assert f"row 1{message}" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_one_prompt_is_not_enough_for_two_phases(all_of_it, tmp_path, capsys):

@@ -756,11 +756,11 @@ def test_a_prompt_and_a_response_beyond_the_positions_are_refused_before_weights
         monkeypatch.setattr(f"rlhf_fast.{module}.load_policy", lambda *_: pytest.fail("weights are read"))
     model = ["--model", str(sft / "sft")]
     assert main(["generate", *model, "--prompt", "hi", "--prompt", "hi " * 200]) == 2
-    assert "the model 128 positions: shorten the prompt" in capsys.readouterr().err
+    assert "the model has 128 positions: shorten the prompt" in capsys.readouterr().err
     (tmp_path / "r.py").write_text("def f(prompts, responses, **columns):\n    return [0.0] * len(prompts)\n")
     ppo = ["ppo", "--train_data", write_rows(tmp_path, [{"prompt": "hi"}] * 8), "--reward", f"{tmp_path}/r.py:f"]
     assert main([*ppo, *model, "--output_dir", str(tmp_path / "run"), "--response_length", "200"]) == 2
-    assert "the model 128 positions: lower max_prompt_length or response_length" in capsys.readouterr().err
+    assert "the model has 128 positions: lower max_prompt_length or response_length" in capsys.readouterr().err
 
 
 def test_an_answer_ends_where_the_model_has_no_more_positions(sft, capsys):

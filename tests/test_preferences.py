@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from rlhf_fast.data.baselines import wilson_interval
+from rlhf_fast.data.floors import wilson_interval
 from rlhf_fast.preferences import Pairs, evaluate_pairs, report_section
 
 

@@ -1,16 +1,17 @@
-"""From conversations and text to tokens: what the model reads, and which of it is its own response.
+"""From conversations and text to tokens: what the model reads, and which part of it is the model's own response.
 
     prompt     <|user|> what is 2+2? <|assistant|>
     response                                       four <eos>
     ids        5        9 3 7        6             8    1
     response   .        . . .        .             x    x      x: learned in SFT
 
-Only the chat template knows where a response starts and ends. So no marker is searched for: the conversation is
-rendered twice for each assistant turn, up to the turn (with the generation prompt) and with it, and the difference is
-the response. Training and generation encode a prompt by the same function, token for token.
+Only the chat template knows where a response starts and ends, so we do not search for markers. Instead we render the
+conversation twice for each assistant turn: up to the turn (with the generation prompt), and including it. The
+difference is the response. Training and generation encode a prompt with the same function, token for token.
 
-A final response ends with exactly one eos. If the template or the text brings one, it is kept, else it is appended;
-white space after it (ChatML's newline) is dropped. Masks say which tokens count, so that eos may also be the pad token.
+A final response ends with exactly one eos. If the template or the text already ends with one, it is kept; otherwise one
+is appended. White space after it (ChatML's newline) is dropped. Masks say which tokens count, so eos may also be the
+pad token.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from ..errors import ConfigError
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
 Text = str | Messages
-Said = list[tuple[str, str]]  # (key of a message, the text there or a part of it)
+Parts = list[tuple[str, str]]  # (key of a message, its text or a part of it)
 
 
 @dataclass
 class Encoded:
-    """One sequence: input_ids (T,) int32 and response_mask (T,) bool, True on the tokens that are learned."""
+    """One sequence: input_ids (T,) int32 and response_mask (T,) bool, True on the tokens to learn."""
 
     input_ids: np.ndarray
     response_mask: np.ndarray
-    unwritten: Said = field(default_factory=list)  # what the chat template left out of its responses
+    unwritten: Parts = field(default_factory=list)  # parts of its responses that the chat template left out
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def num_labels(self) -> int:
-        """Learned tokens; the first of a sequence has nothing before it to be predicted from."""
+        """The number of tokens to learn. The first token of a sequence is never one: nothing precedes it."""
         return int(self.response_mask[1:].sum())
 
 
@@ -64,7 +65,7 @@ def check_tokenizer(tokenizer, conversational: bool) -> None:
         )
     if conversational and not tokenizer.chat_template:
         raise ConfigError(
-            f"the data is conversational and tokenizer {name!r} has no chat template: set tokenizer.chat_template, "
+            f"the data is conversational, but tokenizer {name!r} has no chat template: set tokenizer.chat_template, "
             "or give prompt and response as text"
         )
 
@@ -73,28 +74,28 @@ def check_tokenizer(tokenizer, conversational: bool) -> None:
 
 
 def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    """The conversation as the chat template writes it. ConfigError, with its reason, where the template refuses it."""
+    """The conversation as the chat template renders it. If the template refuses it, a ConfigError with the reason."""
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
-    except Exception as error:  # jinja's own, or a TypeError, where the template adds a list or None to text
+    except Exception as error:  # from jinja, or a TypeError if the template adds a list or None to text
         roles = ", ".join(str(m["role"]) for m in messages)
         raise ConfigError(
             f"the chat template refuses a conversation ({error}): its roles are {roles}, and it begins with "
-            f"{str(messages[0]['content'])[:80]!r}. Change the messages (some templates want the arguments of "
-            "tool_calls as text), or set tokenizer.chat_template to one that takes them"
+            f"{str(messages[0]['content'])[:80]!r}. Change the messages (some templates need the arguments of "
+            "tool_calls as text), or set tokenizer.chat_template to one that accepts them"
         ) from error
 
 
-def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]], Said]]:
-    """The texts to learn from. With each: the (start, end) of its responses, which are the assistant turns of
-    messages[first:], and what the template leaves out of them.
+def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]], Parts]]:
+    """The texts to learn from, each with the (start, end) of its responses and the parts of them that the template
+    leaves out. The responses are the assistant turns of messages[first:].
 
-    Usually there is one text. Some templates write a turn differently once it is past (they drop its reasoning). These
-    give one text per turn, each as the model sees it when it answers. A turn that opens the conversation is not
-    learned.
+    Usually there is one text. Some templates render a turn differently once another follows (they drop its reasoning).
+    These give one text per turn, each as the model sees it when it answers. An assistant turn that opens the
+    conversation is not learned.
     """
-    texts: list[tuple[str, list[tuple[int, int]], Said]] = []
+    texts: list[tuple[str, list[tuple[int, int]], Parts]] = []
     for i in range(max(first, 1), len(messages)):
         if messages[i]["role"] != "assistant":
             continue
@@ -102,49 +103,50 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
         text = render(tokenizer, messages[: i + 1])
         start = _agree(prompt, text)
         if start < len(prompt):
-            # Some templates end the generation prompt with the start of a reasoning block ("<think>"), which a written
-            # turn does not have. The turn may by chance begin with the same characters ("<answer>"), so the prompt ends
-            # only where it agrees with another turn as well.
+            # Some templates end the generation prompt with the start of a reasoning block ("<think>") that a rendered
+            # turn does not have. The turn may by chance begin with the same characters ("<answer>"), so we also compare
+            # the prompt with another turn, and take the shorter match.
             other = {"role": "assistant", "content": "\N{OBJECT REPLACEMENT CHARACTER}"}
             start = min(start, _agree(prompt, render(tokenizer, [*messages[:i], other])))
         before = len(render(tokenizer, messages[:i]))
         if start < before:
             raise ConfigError(
-                "the chat template writes the messages before an assistant turn differently when that turn follows, so "
-                f"the response cannot be told from its prompt; it rendered {prompt[-80:]!r} and then {text[-80:]!r}"
+                "the chat template renders the messages before an assistant turn differently when that turn follows, "
+                f"so the response cannot be told from its prompt: it rendered {prompt[-80:]!r} and then "
+                f"{text[-80:]!r}. Set tokenizer.chat_template to another one"
             )
         _, spans, unwritten = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [])
-        unwritten = [*unwritten, *_unwritten(messages[i], text[before:])]
+        unwritten = [*unwritten, *_missing_when_learned(messages[i], text[before:])]
         texts.append((text, [*spans, (start, len(text))], unwritten))
     return texts
 
 
-def _unwritten(turn: dict, text: str) -> Said:
-    """What the text lacks of a turn that is to be learned. ConfigError where it has not a word of it."""
-    said, lost = _said(turn), _lost(turn, text)
-    if said and lost == said and _words(" ".join(part for _, part in said)).isdisjoint(_words(text)):
+def _missing_when_learned(turn: dict, text: str) -> Parts:
+    """The parts of a turn that its text lacks. ConfigError if not a single word of the turn is in the text."""
+    parts, missing = _parts_of(turn), _missing(turn, text)
+    if parts and missing == parts and _words(" ".join(part for _, part in parts)).isdisjoint(_words(text)):
         raise ConfigError(
-            f"the chat template writes nothing of an assistant turn, whose {lost[0][0]!r} is {lost[0][1][:80]!r}, so "
+            f"the chat template writes nothing of an assistant turn whose {parts[0][0]!r} is {parts[0][1][:80]!r}, so "
             "there is nothing to learn: set tokenizer.chat_template to one that writes it, or put it into 'content'"
         )
-    return lost
+    return missing
 
 
-def _lost(turn: dict, text: str) -> Said:
-    """The parts of an assistant turn that its text lacks, white space aside. (Some templates drop reasoning on
+def _missing(turn: dict, text: str) -> Parts:
+    """The parts of an assistant turn that its text lacks, ignoring white space. (Some templates drop reasoning on
     purpose.)"""
     squeezed = "".join(text.split())
-    return [(key, part) for key, part in _said(turn) if "".join(part.split()) not in squeezed]
+    return [(key, part) for key, part in _parts_of(turn) if "".join(part.split()) not in squeezed]
 
 
-def _said(turn: dict) -> Said:
+def _parts_of(turn: dict) -> Parts:
     """(key, text) of each part of an assistant turn that a template may write or leave out."""
-    said = [("content", part) for part in _content(turn).split("</think>")]  # templates cut off what stands before it
-    said += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
+    parts = [("content", part) for part in _content(turn).split("</think>")]  # templates drop the text before it
+    parts += [(key, turn.get(key)) for key in ("reasoning_content", "thinking")]
     calls = [call for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
     functions = [call.get("function") or call for call in calls]
-    said += [("tool_calls", f.get("name") if isinstance(f, dict) else f) for f in functions]
-    return [(key, part) for key, part in said if isinstance(part, str) and part.strip()]
+    parts += [("tool_calls", f.get("name") if isinstance(f, dict) else f) for f in functions]
+    return [(key, part) for key, part in parts if isinstance(part, str) and part.strip()]
 
 
 def _content(turn: dict) -> str:
@@ -156,7 +158,7 @@ def _words(text: str) -> set[str]:
 
 
 def _agree(a: str, b: str) -> int:
-    """The length of the longest common beginning of two texts."""
+    """The length of the longest common prefix of two texts."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -168,25 +170,25 @@ def _tokenize(tokenizer, text: str) -> list[int]:
 
 
 def _continue(tokenizer, text: str) -> list[int]:
-    """Tokens of a text that follows another one: without the space that SentencePiece puts before a first word."""
+    """Tokens of a text that follows another one, without the space that SentencePiece puts before a first word."""
     ids, before = _tokenize(tokenizer, text), _tokenize(tokenizer, "\n")
     if ids and str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("▁"):
-        behind = _tokenize(tokenizer, "\n" + text)
-        if behind[: len(before)] == before:
-            return behind[len(before) :]
+        both = _tokenize(tokenizer, "\n" + text)
+        if both[: len(before)] == before:
+            return both[len(before) :]
     return ids
 
 
 def _bos(tokenizer, ids: list[int]) -> list[int]:
-    """The bos that the tokenizer puts before plain text, unless the text already has it."""
+    """The bos that the tokenizer puts before plain text, unless the text already begins with it."""
     bos = tokenizer.bos_token_id
     adds = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     return [bos] if adds and ids[:1] != [bos] else []
 
 
 def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
-    """Tokens of a text, cut at these characters into len(cuts) + 1 pieces. No token straddles a cut, because when the
-    model answers, its prompt has been tokenized alone."""
+    """Tokens of a text, cut at these characters into len(cuts) + 1 pieces. No token crosses a cut, because at
+    generation the prompt is tokenized alone."""
     whole = _tokenize(tokenizer, text)
     sizes = [0]
     for cut in cuts:
@@ -203,7 +205,7 @@ def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
 
 
 def _last_eos(tokenizer, ids: list[int]) -> int | None:
-    """The number of ids up to and with the last eos, if only white space follows it; else None."""
+    """The number of ids up to and including the last eos, if only white space follows it; else None."""
     eos = tokenizer.eos_token_id
     if eos not in ids:
         return None
@@ -217,7 +219,8 @@ def _end_with_eos(tokenizer, ids: list[int]) -> list[int]:
 
 
 def encode_prompt(tokenizer, prompt: Text) -> list[int]:
-    """What generation starts from: text (with the tokenizer's bos), or messages rendered with the generation prompt."""
+    """The tokens that generation starts from: text (with the tokenizer's bos), or messages rendered with the
+    generation prompt."""
     if isinstance(prompt, str):
         ids = _tokenize(tokenizer, prompt)
         return [*_bos(tokenizer, ids), *ids]
@@ -228,12 +231,12 @@ def decode_responses(
     tokenizer, prompts: Sequence[Text], prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]],
     stops: Sequence[int] = (),
 ) -> list[str]:  # fmt: skip
-    """The responses as text without special tokens: prompt + response is then what the model wrote.
+    """The responses as text without special tokens, so that prompt + response is what the model wrote.
 
-    stops: tokens that end a response. They are no part of its text, even where they are not special tokens.
+    stops: tokens that end a response. They are not part of its text, even if they are not special tokens.
 
-    SentencePiece drops a space at the beginning of what it decodes. So after a prompt of text the prompt's last token
-    is decoded together with the response, and its text taken off again. (After messages no text is continued.)
+    SentencePiece drops a leading space when it decodes. So if the prompt is text, we decode its last token together
+    with the response and then remove that token's text. (A response to messages does not continue a text.)
     """
     texts = []
     for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
@@ -245,8 +248,8 @@ def decode_responses(
 
 
 def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:
-    """The sequences from which the assistant turns of messages[first:] are learned; response_spans says why there may
-    be several."""
+    """The sequences from which the assistant turns of messages[first:] are learned. response_spans explains why there
+    may be several."""
     encoded = []
     for text, spans, unwritten in response_spans(tokenizer, messages, first):
         pieces = _split(tokenizer, text, [edge for span in spans for edge in span][:-1])
@@ -263,7 +266,7 @@ def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[E
 
 
 def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
-    """Text after text: bos, prompt, response, eos; the response and eos are learned."""
+    """Plain text: bos, prompt, response, eos. The response and eos are learned."""
     before, after = _split(tokenizer, prompt + response, [len(prompt)])
     before, after = [*_bos(tokenizer, before or after), *before], _end_with_eos(tokenizer, after)
     mask = np.arange(len(before) + len(after)) >= len(before)
@@ -271,20 +274,20 @@ def encode_response(tokenizer, prompt: str, response: str) -> Encoded:
 
 
 def encode_to_score(
-    tokenizer, prompt: Text | None, response: Text, *, end: bool = True, unwritten: Said | None = None
+    tokenizer, prompt: Text | None, response: Text, *, end: bool = True, unwritten: Parts | None = None
 ) -> np.ndarray:
     """(T,) int32 for a reward model: the whole text, ending in eos, where the score is read.
 
-    If one of the two is messages, the other becomes a user turn (prompt) or an assistant turn (response). end=False
-    leaves a conversation as its template ends it. unwritten: a list; what the template leaves out of the response is
-    appended to it.
+    If only one of the two is messages, the other becomes a user turn (prompt) or an assistant turn (response).
+    end=False does not append eos to a conversation. unwritten: a list, to which the parts of the response that the
+    template leaves out are appended.
     """
     if is_conversation(prompt) or is_conversation(response):
         before = as_messages(prompt, "user")
         messages = before + as_messages(response, "assistant")
         text = render(tokenizer, messages)
         if unwritten is not None:
-            unwritten += _unscored(messages, len(before), text)
+            unwritten += _missing_when_scored(messages, len(before), text)
         ids = _tokenize(tokenizer, text)
         if not end:
             return np.array(ids, np.int32)
@@ -294,16 +297,16 @@ def encode_to_score(
     return np.array(_end_with_eos(tokenizer, ids), np.int32)
 
 
-def _unscored(messages: Messages, first: int, text: str) -> Said:
-    """What the text lacks of the assistant turns of messages[first:]. Only those after the last user turn count, for
-    templates drop the reasoning of earlier ones on purpose. Where a turn stands in the text is not known, only that it
-    follows the last question."""
+def _missing_when_scored(messages: Messages, first: int, text: str) -> Parts:
+    """The parts of the assistant turns of messages[first:] that the text lacks. Only turns after the last user turn
+    count, because templates drop the reasoning of earlier ones on purpose. We do not know where in the text a turn is,
+    only that it follows the last question."""
     first = max([first, *(i + 1 for i, m in enumerate(messages) if m["role"] == "user")])
     asked = _content(messages[first - 1]).strip() if first else ""
     answer = text.split(asked, 1)[-1] if asked else text
-    return [lost for turn in messages[first:] if turn["role"] == "assistant" for lost in _lost(turn, answer)]
+    return [part for turn in messages[first:] if turn["role"] == "assistant" for part in _missing(turn, answer)]
 
 
 def as_messages(x: Text | None, role: str) -> Messages:
-    """Messages as they are, text as one turn of this role, None as no turn."""
+    """Messages unchanged, text as one turn of this role, None as no turn."""
     return [] if x is None else [{"role": role, "content": x}] if isinstance(x, str) else list(x)

@@ -1,6 +1,6 @@
-"""One record of a dataset: its columns, taken out and checked. Every error names the dataset and the record.
+"""Extracts and checks the columns of one record of a dataset. Every error names the dataset and the record.
 
-In all functions `name` is what errors call the dataset, and `i` the record's index in it.
+In all functions `name` is the name of the dataset in errors, and `i` is the record's index in it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PREFERENCE_FORMATS = (
 
 
 @contextmanager
-def placed(name: str, i: int) -> Iterator[None]:
-    """Puts the dataset and the record before the message of a ConfigError that is raised inside."""
+def naming_record(name: str, i: int) -> Iterator[None]:
+    """Prefixes the message of a ConfigError raised inside the block with the dataset and the record."""
     try:
         yield
     except ConfigError as error:
@@ -30,36 +30,31 @@ def placed(name: str, i: int) -> Iterator[None]:
 
 
 def text_or_messages(record: dict, key: str, name: str, i: int, text: bool = True) -> Text:
-    """record[key], if it is messages with text as their content, or (unless text is False) text itself."""
-    value = record[key]
+    """record[key], if it is messages whose contents are text, or (unless text is False) text itself."""
+    value, where = record[key], f"{name} record {i}: {key!r}"
     if text and isinstance(value, str):
-        return _encodable(value, key, name, i)
+        check_encodable(value, where)
+        return value
     if is_conversation(value) and value:
         for turn in value:
             if not isinstance(turn["content"], str):
                 raise ConfigError(
-                    f"{name} record {i}: {key!r}: the content of a {turn['role']} turn must be text, "
-                    f"got {turn['content']!r:.80}"
+                    f"{where}: the content of a {turn['role']} turn must be text, got {turn['content']!r:.80}"
                 )
-            _encodable(turn["content"], key, name, i)
+            check_encodable(turn["content"], where)
         return value
-    raise ConfigError(
-        f"{name} record {i}: {key!r} must be {'text or ' * text}a list of {{'role', 'content'}} messages, "
-        f"got {value!r:.80}"
-    )
+    raise ConfigError(f"{where} must be {'text or ' * text}a list of {{'role', 'content'}} messages, got {value!r:.80}")
 
 
-def _encodable(text: str, key: str, name: str, i: int) -> str:
-    """The text. ConfigError for half a surrogate pair: JSON can hold one (an emoji that was cut), a tokenizer cannot
-    read it."""
+def check_encodable(text: str, where: str) -> None:
+    """ConfigError for half a surrogate pair. JSON can hold one (an emoji that was cut); no tokenizer can read it."""
     try:
-        text.isascii() or text.encode()  # isascii is much the faster of the two
+        text.isascii() or text.encode()  # isascii is much faster
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{name} record {i}: {key!r} has half a character ({text[error.start]!r}, of a surrogate pair) behind "
+            f"{where} has half a character ({text[error.start]!r}, of a surrogate pair) after "
             f"{text[: error.start][-40:]!r}: repair or remove it"
         ) from None
-    return text
 
 
 def number(record: dict, key: str, name: str, i: int) -> float:
@@ -94,61 +89,60 @@ def ranked(record: dict, name: str, i: int) -> tuple[list[Text], list[int]]:
 
 
 def check_template_only(record: dict, name: str, i: int) -> None:
-    """ConfigError for columns that are meant for the chat template: it is given the messages and nothing else."""
+    """ConfigError for columns that are meant for the chat template, because we pass it the messages only."""
     for key in ("tools", "chat_template_kwargs"):
         if record.get(key):
             raise ConfigError(
-                f"{name} record {i}: {key!r} is not given to the chat template: write it into a system message, or "
+                f"{name} record {i}: {key!r} is not passed to the chat template: write it into a system message, or "
                 "leave the column out"
             )
 
 
 def check_prompt_is_read(record: dict, responses: list, name: str, i: int) -> None:
-    """ConfigError where a record has no prompt, its responses are text, and what they answer stands in another column,
-    which nothing would read."""
+    """ConfigError if a record has no prompt, its responses are text, and the question is in another column, which
+    would not be read."""
     for key in ("question", "instruction", "input"):
         asked = record.get(key)
         if isinstance(asked, str) and any(isinstance(r, str) and asked.strip() not in r for r in responses):
             raise ConfigError(
-                f"{name} record {i} has no 'prompt', and a column {key!r} that its responses do not hold: rename it to "
-                "'prompt' (with the text of other columns that belongs to it), or leave it out"
+                f"{name} record {i} has no 'prompt', but a column {key!r} that its responses do not contain: rename it "
+                "to 'prompt' (adding the text of other columns that belong to it), or leave it out"
             )
 
 
 def wrong_columns(record: dict, name: str, i: int, accepted: str) -> ConfigError:
-    """The error to raise for a record in none of the accepted formats. A column without text or a list counts as
-    none, and is shown with its type."""
+    """The error to raise for a record in none of the accepted formats. It shows the type of columns that are neither
+    text nor a list, because these are ignored."""
     columns = [f"{k}" if isinstance(v, (str, list)) else f"{k} ({type(v).__name__})" for k, v in record.items()]
     return ConfigError(f"{name} record {i} has the columns {', '.join(columns)}; it needs {accepted}")
 
 
 def split_prompt(prompt, response, name: str, i: int) -> tuple[Text | None, Text]:
-    """(prompt, response) without a repetition, where the response is a whole conversation that holds the prompt too.
+    """(prompt, response) without repetition, if the response is a whole conversation that contains the prompt too.
 
-    HuggingFaceH4/ultrafeedback_binarized is of this form: {"prompt": text, "chosen": [user, assistant], ...}. Turns
-    count as equal if role and stripped content are: a table may add keys to one of the two copies, or have stripped it.
-    ConfigError where the response looks like a whole conversation and the prompt is not all in it.
+    HuggingFaceH4/ultrafeedback_binarized has this form: {"prompt": text, "chosen": [user, assistant], ...}. Turns are
+    equal if their roles and stripped contents are: a table may have added keys to one of the two copies, or stripped
+    it. ConfigError if the response looks like a whole conversation but does not contain all of the prompt.
     """
     if prompt is None or isinstance(response, str):
         return prompt, response
     before, turns = ([(m["role"], m["content"].strip()) for m in as_messages(x, "user")] for x in (prompt, response))
     if turns[0][0] == "assistant" and turns[: len(before)] != before:
-        return prompt, response  # the usual form: it begins with the assistant's answer
+        return prompt, response  # the usual form: the response begins with the assistant's turn
     for end in range(len(before), len(turns)):
         if turns[end - len(before) : end] == before:
             return response[:end], response[end:]
     ends_alike = before[-1][0] == "user" and before[-1] in turns
     if isinstance(prompt, str) or turns == before or ends_alike:
         raise ConfigError(
-            f"{name} record {i}: the response begins as a whole conversation does, and the prompt beside it is not in "
-            "it, or only a part of the prompt is, so the model would read both: let the response begin with the "
-            "assistant's turn, or give no 'prompt'"
+            f"{name} record {i}: the response begins like a whole conversation but does not contain all of the prompt, "
+            "so the model would read both: begin the response with the assistant's turn, or leave 'prompt' out"
         )
-    return prompt, response  # the prompt is a system message, say, and the response begins with the user's turn
+    return prompt, response  # for example, the prompt is a system message and the response begins with the user's turn
 
 
 def responses_of(record: dict, name: str, i: int) -> list[tuple[Text | None, Text]]:
-    """(prompt, response) of each response to score in a record of any format, or {"prompt": ..., "response": ...}."""
+    """(prompt, response) of each response to score, in a record of any format or {"prompt": ..., "response": ...}."""
     check_template_only(record, name, i)
     prompt = text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
     if "chosen" in record and "rejected" in record:
@@ -163,6 +157,6 @@ def responses_of(record: dict, name: str, i: int) -> list[tuple[Text | None, Tex
     else:
         accepted = f'{PREFERENCE_FORMATS}, {SFT_FORMATS} or {{"prompt": ..., "response": ...}}'
         raise wrong_columns(record, name, i, accepted)
-    if prompt is None and "text" not in record:  # which is the whole
+    if prompt is None and "text" not in record:  # text holds prompt and response
         check_prompt_is_read(record, responses, name, i)
     return [split_prompt(prompt, response, name, i) for response in responses]

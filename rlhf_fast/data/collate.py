@@ -1,8 +1,8 @@
 """From encoded sequences to batches, in one of two layouts.
 
-packed   all sequences end to end in one row (Packed; packing.py says how a model reads it)
-padded   a row for each sequence, padded on the right. Under causal attention no token sees what follows it, so the
-         trunk needs neither a mask nor position ids
+packed   all sequences end to end in one row (Packed; packing.py explains how a model reads it)
+padded   one row per sequence, padded on the right. Under causal attention no token sees what follows it, so the trunk
+         needs neither a mask nor position ids
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .formats import Comparison
 
 @dataclass
 class Packed:
-    """Sequences in one row of N tokens, of which sequence i has lengths[i]. Where prefixes[i] = (j, n) has n > 0, the
-    sequence begins with the first n tokens of the earlier sequence j; these are not repeated in the row."""
+    """Sequences in one row of N tokens; sequence i has lengths[i] of them. If prefixes[i] = (j, n) with n > 0, sequence
+    i begins with the first n tokens of the earlier sequence j, which are not repeated in the row."""
 
     input_ids: Tensor  # (1, N) int64
     position_ids: Tensor  # (1, N) int64
@@ -31,7 +31,7 @@ class Packed:
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor | np.ndarray], prefixes: list[tuple[int, int]] | None = None) -> Packed:
-        """From whole sequences, of which the tokens of the prefix are left out here. prefixes: by default none."""
+        """From whole sequences; the tokens of their prefixes are left out of the row. prefixes: by default none."""
         prefixes = prefixes or [(0, 0)] * len(sequences)
         own = [torch.as_tensor(s)[n:] for s, (_, n) in zip(sequences, prefixes, strict=True)]
         positions = [torch.arange(n, n + len(x), device=x.device) for x, (_, n) in zip(own, prefixes, strict=True)]
@@ -43,7 +43,7 @@ class Packed:
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """B sequences of tokens -> (B, T) int64 ids and their bool mask; T is the longest, at least 1."""
+    """B sequences of tokens -> (B, T) int64 ids and their bool mask. T is the length of the longest, at least 1."""
     width = max([1, *map(len, rows)])
     ids = torch.full((len(rows), width), value)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -55,8 +55,9 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, *, left: bool = 
 
 
 def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T); labels (N,), the learned tokens; positions (N,), which of the B * T tokens
-    predict them. They are found here, on the CPU: on a GPU training would have to wait to learn how many there are."""
+    """input_ids and attention_mask (B, T); labels (N,), the tokens to learn; positions (N,), the indices among the
+    B * T tokens that predict them. We compute these on the CPU, because on a GPU training would have to synchronise to
+    know how many there are."""
     input_ids, attention_mask = pad([e.input_ids for e in examples], pad_token_id)
     response_mask, _ = pad([e.response_mask for e in examples], 0)
     positions = response_mask[:, 1:].bool().nonzero()
@@ -67,7 +68,7 @@ def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> 
 
 
 def pack_sft(examples: Sequence[Encoded], device=None) -> tuple[Packed, dict[str, Tensor]]:
-    """The examples in one row, and labels and positions (in this row) as in collate_sft."""
+    """The examples in one row, with labels and positions (in this row) as in collate_sft."""
     mask = np.concatenate([np.r_[False, e.response_mask[1:]] for e in examples])  # nothing precedes a first token
     packed = Packed.of([e.input_ids for e in examples])
     (learned,) = torch.from_numpy(mask).nonzero(as_tuple=True)
@@ -76,8 +77,8 @@ def pack_sft(examples: Sequence[Encoded], device=None) -> tuple[Packed, dict[str
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in rows of at most `capacity` tokens by best fit decreasing: longest first, each into the fullest row
-    with room for it. A sequence over the capacity has a row of its own."""
+    """Packs indices into rows of at most `capacity` tokens by best fit decreasing: longest first, each into the fullest
+    row with room for it. A sequence over the capacity gets a row of its own."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -90,15 +91,15 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-MIN_SHARED = 16  # tokens; shorter prefixes are not shared, as attention over one needs a mask, which costs more
+MIN_SHARED = 16  # tokens. Sharing needs a mask in attention, which costs more than a shorter prefix saves
 
 
 def pack_comparisons(
     items: Sequence[Comparison], width: int, device=None, *, share: bool = True
 ) -> tuple[Packed, dict[str, Tensor]]:
-    """All responses to all B prompts in one row. share: the responses to a prompt share the tokens they all begin with.
+    """All responses to all B prompts in one row. share: the responses to a prompt share their common first tokens.
 
-    The dict has last (M,), the place in the row where each response ends, and slot, ranks, ... as in
+    The dict has last (M,), the position in the row where each response ends, and slot, ranks, ... as in
     collate_comparisons.
     """
     sequences, prefixes = [], []
@@ -114,7 +115,7 @@ def pack_comparisons(
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:
-    """The number of tokens with which all of them begin."""
+    """The number of first tokens that all sequences have in common."""
     shortest = min(map(len, sequences))
     same = np.stack([s[:shortest] for s in sequences])
     differs = (same != same[0]).any(0)
@@ -123,8 +124,8 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 
 def collate_comparisons(items: Sequence[Comparison], pad_token_id: int, width: int, device=None) -> dict[str, Tensor]:
     """input_ids, attention_mask (N, T): all responses to all B prompts, for one forward pass. slot (B, K): which of the
-    N is response k to prompt b. ranks (B, K): -1 where a prompt has fewer than K responses. margin, chosen_prob, weight
-    (B,). K is width."""
+    N rows is response k to prompt b. ranks (B, K): -1 where a prompt has fewer than K responses. margin, chosen_prob,
+    weight (B,). K is width."""
     input_ids, attention_mask = pad([r for item in items for r in item.responses], pad_token_id)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, **_comparison_columns(items, width)}
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Where records come from: files, directories, names of datasets, lists, tables."""
+"""Reads records from files, directories, names of datasets, lists and tables."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _FILES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}  # suffix -> 
 def read_dataset(source) -> list[dict]:
     """Records, from any of:
 
-    - a list or a datasets.Dataset, which is returned as it is
+    - a list or a datasets.Dataset, which is returned unchanged
     - a file: .jsonl, .jsonl.gz, .json, .parquet, .csv, .arrow
     - a directory of Dataset.save_to_disk
-    - a name for datasets.load_dataset, or a directory of DatasetDict.save_to_disk. These have splits: "name" is its
-      split train, "name:test" its split test
+    - a name for datasets.load_dataset, or a directory of DatasetDict.save_to_disk. These have splits: "name" is the
+      split train, "name:test" the split test
     """
     if not isinstance(source, (str, Path)):
         return source
     path = Path(source)
     json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
     if (json_like or path.suffix in _FILES) and not path.is_file():
-        raise ConfigError(f"dataset file {str(source)!r} does not exist")
+        raise ConfigError(f"dataset file {str(source)!r} does not exist: looked for {str(path.absolute())!r}")
     if json_like:
         return _read_json(path)
 
-    # A split begins with a letter or digit, so that hf://... and C:\... have none.
+    # A split begins with a letter or digit, so hf://... and C:\... are not taken for one.
     named = None if path.exists() else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))
     name, split = named.groups() if named else (str(source), "train")
-    if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that goes off later
-        raise ConfigError(f"dataset {str(source)!r} is a script, which is not run; give the files that it reads")
+    if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that fires later
+        raise ConfigError(f"dataset {str(source)!r} is a script, which is never run: give the files that it reads")
     import datasets  # takes a second to import, and lists do not need it
 
     try:
@@ -47,17 +47,16 @@ def read_dataset(source) -> list[dict]:
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        if (saved := Path(name, "dataset_dict.json")).is_file():  # datasets 3 takes its other files for records
+        if (saved := Path(name, "dataset_dict.json")).is_file():  # datasets 3 would read its other files as records
             parts = {part: f"{name}/{part}/*.arrow" for part in json.loads(saved.read_text())["splits"]}
             return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        # Not there, or malformed.
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that occurs twice in a mapping is a ValueError; PyYAML keeps the last without a word."""
+    """YAML in which a key that occurs twice in a mapping is a ValueError; PyYAML silently keeps the last."""
 
     def construct_mapping(self, node, deep=False):
         once([self.construct_object(key, deep=True) for key, _ in node.value], f"line {node.start_mark.line + 1}: ")
@@ -70,7 +69,7 @@ def once(keys: list, where: str = "") -> None:
 
 
 def open_text(path: str | Path) -> TextIO:
-    """A text file for reading, unpacked where its name ends in .gz. It may begin with a byte order mark."""
+    """Opens a text file for reading, decompressed if its name ends in .gz. It may begin with a byte order mark."""
     opener = gzip.open if str(path).endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", newline="\n")
 
@@ -87,8 +86,8 @@ def _read_json(path: Path) -> list[dict]:
 
 
 def parse_jsonl(text: str, name: str) -> list:
-    """One JSON value a line; empty lines are skipped. ConfigError names the first line that is not JSON."""
-    # Only "\n" ends a row: str.splitlines would also cut at the U+2028 and U+0085 that JSON leaves inside texts.
+    """One JSON value per line; empty lines are skipped. ConfigError names the first line that is not JSON."""
+    # Only "\n" ends a row: str.splitlines would also split at the U+2028 and U+0085 that JSON allows inside texts.
     return [_parse(row, name, i) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
 
 
@@ -100,7 +99,7 @@ def _parse(text: str, name: str, line: int):
 
 
 def as_records(dataset, name: str) -> list[dict]:
-    """as_rows, of which each must be a dict. ConfigError where one is not, or where there are none."""
+    """as_rows, where every row must be a dict. ConfigError if one is not, or if there are none."""
     records = as_rows(dataset, name)
     if not records:
         raise ConfigError(f"{name} is empty: give at least one record (an eval_dataset may be left out)")
@@ -111,10 +110,10 @@ def as_records(dataset, name: str) -> list[dict]:
 
 
 def as_rows(dataset, name: str) -> list:
-    """The rows of a list, a datasets.Dataset, a DataFrame, an Arrow table, or what else is iterated or indexed by row.
-    ConfigError for anything else, such as a dict, whose iterator would give its keys."""
+    """The rows of a list, a datasets.Dataset, a DataFrame, an Arrow table, or anything else that is iterated or indexed
+    by row. ConfigError for everything else, such as a dict, whose iterator would give its keys."""
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
-        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas has NaN for a gap
+        dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas marks gaps with NaN
     if hasattr(dataset, "read_all"):  # Arrow's reader
         dataset = dataset.read_all()
     if hasattr(dataset, "to_pylist"):
@@ -125,10 +124,10 @@ def as_rows(dataset, name: str) -> list:
             f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}: give "
             + (f"one of its datasets ({', '.join(splits)})" if splits else "datasets.Dataset.from_dict of columns")
         )
-    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset is that alone
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")  # torch's Subset has no iterator
     if not (indexed or isinstance(dataset, Iterable)) or isinstance(dataset, str):
-        way_on = ": rlhf_fast.data.files.read_dataset reads files" if isinstance(dataset, (str, Path)) else ""
-        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}{way_on}")
+        hint = ": rlhf_fast.data.files.read_dataset reads files" if isinstance(dataset, (str, Path)) else ""
+        raise ConfigError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(dataset).__name__}{hint}")
     rows = list(dataset if isinstance(dataset, Iterable) else map(dataset.__getitem__, range(len(dataset))))
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -147,8 +146,8 @@ _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "res
 
 
 def _readable(value):
-    """Arrays as the lists that they were before pandas read them from a table; and what a turn says that only calls
-    tools, which OpenAI's format leaves out or null, as empty text."""
+    """Turns arrays back into the lists that they were before pandas read them from a table. A turn that only calls
+    tools gets empty text as its content, which OpenAI's format leaves out or sets to null."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

@@ -1,14 +1,14 @@
-"""TRL's dataset formats: checked record by record (checks.py), encoded, and what is left out counted and named.
+"""TRL's dataset formats: checks records one by one (checks.py), encodes them, and reports which were left out.
 
 SFT       {"messages": [...]}                                     every assistant turn is learned
           {"prompt": text | messages, "completion": text | messages}    the completion's assistant turns
           {"text": text}                                          every token
-pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         chosen and rejected may be whole conversations, beside
-          the prompt (ultrafeedback_binarized; it is read once) or without one
-          optional: margin (r_w - r_l is to exceed it), chosen_prob (how likely chosen is better, RLAIF), weight,
-          source (evaluation is also split by it)
+pairs     {"prompt": ..., "chosen": ..., "rejected": ...}         chosen and rejected may be whole conversations, with
+          the prompt in a column too (ultrafeedback_binarized; it is read once) or without one
+          optional: margin (which r_w - r_l should exceed), chosen_prob (the probability that chosen is better, RLAIF),
+          weight, source (evaluation is also split by it)
 ranked    {"prompt": ..., "responses": [best, ..., worst]}        optional: ranks, 0 best, equal = tie; two are a pair
-prompts   {"prompt": ...} and any other columns                   for PPO, which hands them to reward functions
+prompts   {"prompt": ...} and any other columns                   for PPO, which passes them to reward functions
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .checks import (
     SFT_FORMATS,
     check_prompt_is_read,
     check_template_only,
+    naming_record,
     number,
-    placed,
     ranked,
     responses_of,
     split_prompt,
@@ -42,7 +42,7 @@ from .files import as_records
 
 @dataclass
 class Report:
-    """What became of a dataset: records read and used, and the index and length of each that was too long."""
+    """The counts of records read and used of a dataset, and the index and length of each record that was too long."""
 
     name: str
     records: int = 0
@@ -51,7 +51,7 @@ class Report:
     overlong: list[tuple[int, int]] = field(default_factory=list)  # left out: (index in the dataset, tokens)
     truncated: list[tuple[int, int]] = field(default_factory=list)  # used, but cut: (index, tokens before)
     tokens_cut: int = 0
-    setting: str = "max_length"  # what the trainer's config calls it
+    setting: str = "max_length"  # the name of max_length in the trainer's config
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.used} of {self.records} records used"
@@ -67,18 +67,18 @@ class Report:
 
 @dataclass
 class Comparison:
-    """The K responses to one prompt, each encoded to be scored, best first. Of a pair (K = 2) the one that is more
-    probably the better stands first."""
+    """The K responses to one prompt, each encoded to be scored, best first. In a pair (K = 2) the response that is
+    more likely to be better comes first."""
 
     responses: list[np.ndarray]
     ranks: list[int]
     margin: float = 0.0
     chosen_prob: float = 1.0
     weight: float = 1.0
-    source: str | None = None  # where the record says it comes from: evaluation is also split by it
+    source: str | None = None  # the record's column; evaluation is also split by it
     index: int = 0  # of the record in its dataset
     prompt: int = 0  # index of the first record with an equal prompt
-    texts: list[chat.Text] = field(default_factory=list)  # the responses as the data has them, uncut
+    texts: list[chat.Text] = field(default_factory=list)  # the responses as in the data, uncut
 
     def __len__(self) -> int:
         return max(map(len, self.responses))
@@ -86,7 +86,7 @@ class Comparison:
 
 @dataclass
 class Prompt:
-    """A prompt as the data has it, its tokens, and the record's other columns, for reward functions."""
+    """A prompt as in the data, its tokens, and the record's other columns, for reward functions."""
 
     prompt: chat.Text
     tokens: list[int]
@@ -97,8 +97,8 @@ class Prompt:
 
 
 def _asked(pairs: list[tuple[chat.Text | None, chat.Text]]) -> tuple[tuple[str, str], ...]:
-    """(role, text) of every turn that the responses answer: those of the prompt, or without a prompt those that all
-    responses share. () where no user's turn is among them; texts without a prompt have none."""
+    """(role, text) of every turn that the responses answer: the turns of the prompt or, without a prompt, the turns
+    that all responses share. () if there is no user turn among them; texts without a prompt have none."""
     if (prompt := pairs[0][0]) is not None:
         conversations = [as_messages(prompt, "user")]
     elif any(isinstance(response, str) for _, response in pairs):
@@ -110,14 +110,14 @@ def _asked(pairs: list[tuple[chat.Text | None, chat.Text]]) -> tuple[tuple[str, 
     return tuple(shared) if any(role == "user" and text for role, text in shared) else ()
 
 
-def _limited(
+def _within_max_length(
     examples: dict[int, list], report: Report, on_overlong: str, cuts: dict[str, Callable] | None = None
 ) -> list:
-    """{index of a record: its sequences} -> the sequences of all records that are used. The report gets the others.
+    """{index of a record: its sequences} -> the sequences of all records that are used. The others go into the report.
 
-    cuts: {on_overlong: function}. The function takes a sequence and returns a shorter one, or None where nothing would
-    be left to learn from. Without one for this on_overlong a record that is too long is left out, or under "error" a
-    ConfigError.
+    cuts: {on_overlong: function}. The function takes a sequence and returns a shorter one, or None if nothing would be
+    left to learn from. If there is none for this on_overlong, a record that is too long is left out; under "error" it
+    is a ConfigError.
     """
     cuts = cuts or {}
     used = []
@@ -144,7 +144,7 @@ def _limited(
         )
     if not report.used:
         raise ConfigError(
-            f"{report.name}: every record is {report.named_overlong().split(' ', 1)[1]}; raise {report.setting}"
+            f"{report.name}: every record is {report.named_overlong().split(' ', 1)[1]}. Raise {report.setting}"
         )
     return used
 
@@ -154,36 +154,16 @@ def sft_examples(
 ) -> tuple[list[Encoded], Report]:
     """SFT records -> encoded sequences. ConfigError names a record of a wrong form.
 
-    on_overlong, for a record of more than max_length tokens: "error" is a ConfigError; "skip" leaves it out;
-    "keep_start" cuts its end (so the response has no eos to learn); "keep_end" cuts its beginning, but for a bos. A
-    record of which no learned token is left is left out. The report counts what was left out and what was cut.
+    on_overlong decides what happens to a record of more than max_length tokens: "error" raises a ConfigError; "skip"
+    leaves it out; "keep_start" cuts its end (so the response has no eos to learn); "keep_end" cuts its beginning but
+    keeps a bos. A record is left out if the cut leaves no token to learn. The report counts the records that were left
+    out or cut.
     """
     records = as_records(dataset, name)
-    encoded: dict[int, list[Encoded]] = {}
-    for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
-        if record.get("messages") is not None:
-            prompt, completion = None, text_or_messages(record, "messages", name, i, text=False)
-        elif record.get("completion") is not None and "prompt" in record:
-            prompt, completion = (text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
-        elif isinstance(record.get("text"), str):
-            prompt, completion = "", text_or_messages(record, "text", name, i)
-        else:
-            raise wrong_columns(record, name, i, SFT_FORMATS)
-        check_template_only(record, name, i)
-        prompt, completion = split_prompt(prompt, completion, name, i)
-        conversational = not (isinstance(prompt, str) and isinstance(completion, str))
-        chat.check_tokenizer(tokenizer, conversational)
-        if conversational:
-            before = as_messages(prompt, "user")
-            messages = before + as_messages(completion, "assistant")
-            with placed(name, i):
-                encoded[i] = chat.encode_conversation(tokenizer, messages, len(before))
-        else:
-            encoded[i] = [chat.encode_response(tokenizer, prompt, completion)]
-        if not any(e.num_labels for e in encoded[i]):
-            raise ConfigError(
-                f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it"
-            )
+    encoded = {
+        i: _sft_sequences(record, tokenizer, name, i)
+        for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False))
+    }
     unwritten = {i: list(chain(*(e.unwritten for e in examples))) for i, examples in encoded.items()}
     warn_of_unwritten(unwritten, name, "learned")
     report = Report(name, len(records), max_length=max_length)
@@ -197,25 +177,51 @@ def sft_examples(
         return only(example, np.r_[:bos, len(example) - max_length + bos : len(example)])
 
     cuts = {"keep_start": lambda example: only(example, slice(max_length)), "keep_end": end}
-    return _limited(encoded, report, on_overlong, cuts), report
+    return _within_max_length(encoded, report, on_overlong, cuts), report
 
 
-def warn_of_unwritten(unwritten: dict[int, chat.Said], name: str, use: str, unit: str = "record") -> None:
-    """One warning for each key of the assistant turns of which the chat template leaves something out.
+def _sft_sequences(record: dict, tokenizer, name: str, i: int) -> list[Encoded]:
+    """The sequences from which one record is learned."""
+    if record.get("messages") is not None:
+        prompt, completion = None, text_or_messages(record, "messages", name, i, text=False)
+    elif record.get("completion") is not None and "prompt" in record:
+        prompt, completion = (text_or_messages(record, key, name, i) for key in ("prompt", "completion"))
+    elif isinstance(record.get("text"), str):
+        prompt, completion = "", text_or_messages(record, "text", name, i)
+    else:
+        raise wrong_columns(record, name, i, SFT_FORMATS)
+    check_template_only(record, name, i)
+    prompt, completion = split_prompt(prompt, completion, name, i)
+    conversational = not (isinstance(prompt, str) and isinstance(completion, str))
+    chat.check_tokenizer(tokenizer, conversational)
+    if conversational:
+        before = as_messages(prompt, "user")
+        messages = before + as_messages(completion, "assistant")
+        with naming_record(name, i):
+            sequences = chat.encode_conversation(tokenizer, messages, len(before))
+    else:
+        sequences = [chat.encode_response(tokenizer, prompt, completion)]
+    if not any(e.num_labels for e in sequences):
+        raise ConfigError(f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it")
+    return sequences
 
-    unwritten: {index: what was left out} of every record (or response: unit). use: what would have been done with it,
-    "learned" or "scored".
+
+def warn_of_unwritten(unwritten: dict[int, chat.Parts], name: str, use: str, unit: str = "record") -> None:
+    """Warns once for each key of the assistant turns from which the chat template leaves something out.
+
+    unwritten: {index: the parts left out} of every record (or response: unit). use: what would have been done with
+    them, "learned" or "scored".
     """
     found: dict[str, dict[int, str]] = {}
-    for i, lost in unwritten.items():
-        for key, part in lost:
+    for i, parts in unwritten.items():
+        for key, part in parts:
             found.setdefault(key, {}).setdefault(i, part)
     for key, parts in found.items():
         i, part = next(iter(parts.items()))
         warnings.warn(
             f"{name}: in {len(parts)} of {len(unwritten)} {unit}s the chat template leaves out {key!r} of an assistant "
             f"turn, or a part of it, so it is not {use}: in {unit} {i} {part.strip()[:80]!r}. Set "
-            "tokenizer.chat_template to one that writes it, or take it out of the data",
+            "tokenizer.chat_template to one that writes it, or remove it from the data",
             stacklevel=3,
         )
 
@@ -223,15 +229,15 @@ def warn_of_unwritten(unwritten: dict[int, chat.Said], name: str, use: str, unit
 def responses_to_score(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "reference_dataset"
 ) -> tuple[list[np.ndarray], Report]:
-    """Every response in records of any format (responses_of), encoded to be scored. on_overlong and errors: as in
+    """Every response in records of any format (responses_of), encoded to be scored. on_overlong and errors are as in
     sft_examples, without "keep_start"."""
     records = as_records(dataset, name)
     encoded: dict[int, list[np.ndarray]] = {}
-    unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
+    unwritten: dict[int, chat.Parts] = {i: [] for i in range(len(records))}
     for i, record in enumerate(records):
         asked = responses_of(record, name, i)
         chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*asked))))
-        with placed(name, i):
+        with naming_record(name, i):
             encoded[i] = [chat.encode_to_score(tokenizer, *pair, unwritten=unwritten[i]) for pair in asked]
     warn_of_unwritten(unwritten, name, "scored")
     report = Report(name, len(records), max_length=max_length)
@@ -240,12 +246,12 @@ def responses_to_score(
         bos = int(ids[0] == tokenizer.bos_token_id)
         return np.r_[ids[:bos], ids[len(ids) - max_length + bos :]]
 
-    return _limited(encoded, report, on_overlong, {"keep_end": end}), report
+    return _within_max_length(encoded, report, on_overlong, {"keep_end": end}), report
 
 
 def as_pairs(records: Iterable[dict]) -> list[dict]:
-    """Comparisons as rows of chosen and rejected, with their other columns. K ranked responses give a row for each pair
-    of which one is better."""
+    """Comparisons as rows of chosen and rejected, with their other columns. K ranked responses give one row for each
+    pair in which one is better."""
     rows = []
     for record in records:
         if "chosen" in record:
@@ -263,45 +269,19 @@ def as_pairs(records: Iterable[dict]) -> list[dict]:
 def comparisons(
     dataset, tokenizer, *, max_length: int, on_overlong: str = "error", name: str = "train_dataset"
 ) -> tuple[list[Comparison], Report]:
-    """Pairs or ranked responses -> encoded comparisons. on_overlong and errors: as in sft_examples, without
+    """Pairs or ranked responses -> encoded comparisons. on_overlong and errors are as in sft_examples, without
     "keep_start".
 
-    "keep_end" cuts the same tokens from the beginning of all responses to a prompt, so that they still answer the same.
-    Where the responses already differ in what would be cut, the record is left out.
+    "keep_end" cuts the same tokens from the beginning of all responses to a prompt, so that they still answer the same
+    question. If the responses differ in the tokens to cut, the record is left out.
     """
     records = as_records(dataset, name)
     encoded: dict[int, Comparison] = {}
     first: dict = {}  # prompt -> index
-    unwritten: dict[int, chat.Said] = {i: [] for i in range(len(records))}
+    unwritten: dict[int, chat.Parts] = {i: [] for i in range(len(records))}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
-        prompt = text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
-        if "chosen" in record and "rejected" in record:
-            responses = [text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
-            ranks = [0, 1]
-        elif "responses" in record:
-            responses, ranks = ranked(record, name, i)
-        else:
-            raise wrong_columns(record, name, i, PREFERENCE_FORMATS)
-        check_template_only(record, name, i)
-        extra = {k: number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
-        if prompt is None:
-            check_prompt_is_read(record, responses, name, i)
-        pairs = [split_prompt(prompt, response, name, i) for response in responses]
-        if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
-            raise ConfigError(f"{name} record {i}: chosen_prob must lie in [0, 1] and weight be 0 or more, got {extra}")
-        if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # swapped, which leaves the loss as it is
-            pairs, extra["chosen_prob"] = pairs[::-1], 1 - extra["chosen_prob"]
-            extra["margin"] = -extra.get("margin", 0.0)
-        source = record.get("source")
-        if not isinstance(source, str | None):
-            raise ConfigError(f"{name} record {i}: 'source' must be text, by which evaluation is split, got {source!r}")
-        chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*pairs))))
-        with placed(name, i):
-            sequences = [chat.encode_to_score(tokenizer, *pair, unwritten=unwritten[i]) for pair in pairs]
-        encoded[i] = Comparison(
-            sequences, ranks, **extra, source=source, index=i, prompt=first.setdefault(_asked(pairs) or i, i),
-            texts=[response for _, response in pairs],
-        )  # fmt: skip
+        encoded[i], asked = _comparison(record, tokenizer, name, i, unwritten[i])
+        encoded[i].prompt = first.setdefault(asked or i, i)
     warn_of_unwritten(unwritten, name, "scored")
     report = Report(name, len(records), max_length=max_length)
 
@@ -311,7 +291,39 @@ def comparisons(
         same = all(len(r) > start and np.array_equal(r[:start], item.responses[0][:start]) for r in item.responses)
         return replace(item, responses=[np.r_[r[:bos], r[start:]] for r in item.responses]) if same else None
 
-    return _limited({i: [item] for i, item in encoded.items()}, report, on_overlong, {"keep_end": end}), report
+    return _within_max_length(
+        {i: [item] for i, item in encoded.items()}, report, on_overlong, {"keep_end": end}
+    ), report
+
+
+def _comparison(record: dict, tokenizer, name: str, i: int, unwritten: chat.Parts) -> tuple[Comparison, tuple]:
+    """One record encoded, and the turns that its responses answer. unwritten gets what the template leaves out."""
+    prompt = text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
+    if "chosen" in record and "rejected" in record:
+        responses = [text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
+        ranks = [0, 1]
+    elif "responses" in record:
+        responses, ranks = ranked(record, name, i)
+    else:
+        raise wrong_columns(record, name, i, PREFERENCE_FORMATS)
+    check_template_only(record, name, i)
+    extra = {k: number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
+    if prompt is None:
+        check_prompt_is_read(record, responses, name, i)
+    pairs = [split_prompt(prompt, response, name, i) for response in responses]
+    if not 0 <= extra.get("chosen_prob", 1.0) <= 1 or extra.get("weight", 1.0) < 0:
+        raise ConfigError(f"{name} record {i}: chosen_prob must be in [0, 1] and weight 0 or more, got {extra}")
+    if len(responses) == 2 and extra.get("chosen_prob", 1.0) < 0.5:  # swap the two, which does not change the loss
+        pairs, extra["chosen_prob"] = pairs[::-1], 1 - extra["chosen_prob"]
+        extra["margin"] = -extra.get("margin", 0.0)
+    source = record.get("source")
+    if not isinstance(source, str | None):
+        raise ConfigError(f"{name} record {i}: 'source', by which evaluation is split, must be text, got {source!r}")
+    chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*pairs))))
+    with naming_record(name, i):
+        sequences = [chat.encode_to_score(tokenizer, *pair, unwritten=unwritten) for pair in pairs]
+    texts = [response for _, response in pairs]
+    return Comparison(sequences, ranks, **extra, source=source, index=i, texts=texts), _asked(pairs)
 
 
 def prompts(
@@ -319,15 +331,15 @@ def prompts(
 ) -> tuple[list[Prompt], Report]:
     """Prompt records -> encoded prompts. on_overlong: "error" or "skip", as in sft_examples.
 
-    Every prompt gets the columns of all records, with None where its own record has none, so that a reward function is
-    always called with the same ones.
+    Every prompt gets the columns of all records, with None if its own record lacks one, so that a reward function is
+    always called with the same columns.
     """
     records = as_records(dataset, name)
     columns = [key for key in dict.fromkeys(key for record in records for key in record) if key != "prompt"]
     if taken := {"prompts", "responses"}.intersection(columns):
         raise ConfigError(
-            f"{name} has the column {min(taken)!r}, a name that reward(prompts, responses, **columns) uses itself: "
-            "rename it, or leave it out"
+            f"{name} has the column {min(taken)!r}, which is itself an argument of reward(prompts, responses, "
+            "**columns): rename it, or leave it out"
         )
     encoded: dict[int, Prompt] = {}
     for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
@@ -336,19 +348,18 @@ def prompts(
         prompt = text_or_messages(record, "prompt", name, i)
         if is_conversation(prompt) and prompt[-1]["role"] == "assistant":
             raise ConfigError(
-                f"{name} record {i}: its prompt ends in a turn of the assistant, which is what answers it: leave that "
-                "turn out"
+                f"{name} record {i}: its prompt ends with an assistant turn, but PPO generates that turn: leave it out"
             )
         chat.check_tokenizer(tokenizer, is_conversation(prompt))
-        with placed(name, i):
+        with naming_record(name, i):
             tokens = chat.encode_prompt(tokenizer, prompt)
         if not tokens:
             raise ConfigError(
-                f"{name} record {i}: its prompt {prompt!r} has no tokens, so there is nothing to go on from"
+                f"{name} record {i}: its prompt {prompt!r} has no tokens, so there is nothing to continue from"
             )
         encoded[i] = Prompt(prompt, tokens, {key: record.get(key) for key in columns})
     report = Report(name, len(records), max_length=max_length, setting="max_prompt_length")
-    return _limited({i: [p] for i, p in encoded.items()}, report, on_overlong), report
+    return _within_max_length({i: [p] for i, p in encoded.items()}, report, on_overlong), report
 
 
 _PAIR_COLUMNS = ("margin", "chosen_prob", "weight")

@@ -1,11 +1,11 @@
-"""Anthropic's preference transcripts (hh-rlhf), parsed into turns.
+"""Parses Anthropic's preference transcripts (hh-rlhf) into turns.
 
     "\\n\\nHuman: Hi\\n\\nAssistant: Hello"
     -> [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 A line holds two transcripts, `chosen` and `rejected`, that share everything up to the last reply (Bai et al. 2022,
 arXiv 2204.05862, section 2). A pair becomes {"prompt": messages, "chosen": [reply], "rejected": [reply]} and keeps its
-other columns. A pair of another form is left out, and named by its line and the reason.
+other columns. A pair of another form is left out, and reported with its line and the reason.
 """
 
 import json
@@ -22,7 +22,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class LeftOut:
-    """One pair that was not used: its 1-based line, one of four kinds, and what is wrong with it."""
+    """A pair that was not used: its 1-based line, one of four kinds, and what is wrong with it."""
 
     line: int
     kind: str  # "malformed", "identical", "diverging" or "over-long"
@@ -33,9 +33,9 @@ class LeftOut:
 
 
 def parse_transcript(text: str) -> list[dict[str, str]]:
-    """A transcript -> its messages: user and assistant take turns, the user begins, the assistant ends.
+    """A transcript -> its messages. User and assistant take turns; the user begins and the assistant ends.
 
-    Raises ValueError, which names the turn, where they do not, or where a turn is empty.
+    Raises ValueError, which names the turn, if they do not or if a turn is empty.
     """
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
@@ -58,8 +58,8 @@ def load_pairs(
 ) -> tuple[list[dict], list[LeftOut]]:
     """Reads a .jsonl or .jsonl.gz file -> (pairs, the pairs left out).
 
-    A pair is over-long where one of its transcripts is longer than `max_length`. `length` measures the messages of a
-    transcript (in tokens, say); by default it counts the characters of their content.
+    A pair is over-long if one of its transcripts is longer than `max_length`. `length` measures the messages of a
+    transcript, for example in tokens; by default it counts the characters of their contents.
     """
     with open_text(path) as lines:
         return parse_pairs(lines, max_length=max_length, length=length)
@@ -68,7 +68,7 @@ def load_pairs(
 def parse_pairs(
     lines: Iterable[str | dict], *, max_length: int | None = None, length: Callable[[list[dict]], int] | None = None
 ) -> tuple[list[dict], list[LeftOut]]:
-    """`load_pairs` for lines of text, or rows of a table. Blank lines are skipped."""
+    """`load_pairs` for lines of text or rows of a table. Blank lines are skipped."""
     length = length or (lambda messages: sum(len(message["content"]) for message in messages))
     pairs, left_out = [], []
     for number, line in enumerate(lines, 1):
@@ -95,7 +95,7 @@ def parse_pairs(
 
 
 def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
-    """For people: how many pairs are used, and of each kind of LeftOut how many there are and on which lines."""
+    """A text for people: how many pairs are used, and how many pairs of each kind of LeftOut are on which lines."""
     lines = [f"{len(pairs)} of {len(pairs) + len(left_out)} pairs used"]
     for kind in ("malformed", "identical", "diverging", "over-long"):
         of_kind = [item for item in left_out if item.kind == kind]
@@ -106,12 +106,12 @@ def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
 
 
 def are_transcripts(row) -> bool:
-    """Whether a record looks like one of Anthropic's pairs, whose chosen and rejected are whole transcripts."""
+    """Whether a record looks like one of Anthropic's pairs, in which chosen and rejected are whole transcripts."""
     return isinstance(row, dict) and any(str(row.get(side)).startswith("\n\nHuman:") for side in ("chosen", "rejected"))
 
 
 def transcripts(row) -> tuple[list[dict], list[dict]]:
-    """The messages of chosen and of rejected. Raises ValueError, which names the side, where parse_transcript does."""
+    """The messages of chosen and of rejected. If parse_transcript raises a ValueError, it names the side."""
     parsed = []
     for side in ("chosen", "rejected"):
         if not isinstance(row, dict) or not isinstance(row.get(side), str):
@@ -131,5 +131,5 @@ def _parse(line: str):
 
 
 def _first_difference(a: list[dict], b: list[dict]) -> int:
-    """The 1-based turn where two transcripts stop agreeing."""
+    """The 1-based turn at which two transcripts begin to differ."""
     return next((turn for turn, (x, y) in enumerate(zip(a, b, strict=False), 1) if x != y), min(len(a), len(b)) + 1)

@@ -1,4 +1,4 @@
-"""The rows of a source, in the form that a stage takes: a file or dataset in a TRL format, or hh-rlhf transcripts."""
+"""Reads the rows of a source (a file or dataset in a TRL format, or hh-rlhf transcripts) in the form a stage takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.L
     """The rows of one source in the form that a stage ("sft", "reward" or "ppo") takes, and the pairs of hh-rlhf that
     were left out. limit: max_length and length of hh_rlhf.load_pairs.
 
-    Preferences serve as demonstrations (sft: the chosen reply) and as prompts (ppo) too.
+    Preferences can also serve as demonstrations (sft: the chosen reply) and as prompts (ppo).
     """
     if _is_hh(path):
         rows, left_out = hh_rlhf.load_pairs(path, **limit)
@@ -32,14 +32,14 @@ def rows_for(stage: str, path: str, **limit) -> tuple[list[dict], list[hh_rlhf.L
 
 
 def read_rows(path: str, stage: str = "reward") -> list[dict]:
-    """The rows of rows_for. Prints what was left out."""
+    """The rows of rows_for. Prints the pairs that were left out."""
     rows, left_out = rows_for(stage, path)
     print_left_out(path, rows, left_out)
     return rows
 
 
 def print_left_out(path: str, rows: list[dict] | None, left_out: list[hh_rlhf.LeftOut]) -> None:
-    """Says which pairs of hh-rlhf were left out, where some were."""
+    """Prints which pairs of hh-rlhf were left out, if any were."""
     if left_out and parallel.rank() == 0:
         print(f"{path}: {hh_rlhf.describe(rows, left_out)}")
 
@@ -51,19 +51,19 @@ def _is_hh(path: str) -> bool:
     try:
         with open_text(path) as file:
             return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except (ValueError, EOFError):  # not JSON, not UTF-8, or a gzip that was cut
+    except (ValueError, EOFError):  # not JSON, not UTF-8, or a truncated gzip file
         return False
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
 
 
 def _as_demonstration(row: dict) -> dict:
-    """A preference as a row for SFT, which learns the chosen reply; any other row as it is."""
+    """A preference as a row for SFT, which learns the chosen reply; any other row unchanged."""
     if "chosen" in row and "completion" not in row and "messages" not in row:
         if row.get("prompt") is not None:
             return {"prompt": row["prompt"], "completion": row["chosen"]}
         if is_conversation(row["chosen"]):
             return {"messages": row["chosen"]}
-    # Also a preference without a prompt whose replies are text that holds it: nothing says where the reply begins, so
-    # the trainer refuses the row.
+    # Also unchanged: a preference without a prompt column whose replies are text that contains the prompt. Nothing says
+    # where the reply begins, so the trainer refuses the row.
     return row

@@ -1,4 +1,4 @@
-"""Judges: who says which reply is better, and whether a reply keeps a principle."""
+"""Judges decide which of two replies is better, and whether a reply keeps a principle."""
 
 from .audit import audit
 from .calibration import Calibration

@@ -1,12 +1,12 @@
-"""What a judge's log-odds are worth, fitted on pairs that people compared.
+"""Calibrates a judge's log-odds on pairs that people compared.
 
-    P(a better) = sigmoid(slope * mean over votes and orders of (logit of the one in front - bias, signed towards a))
+    P(a better) = sigmoid(slope * mean over votes and orders of (logit of the first reply - bias, signed towards a))
 
-`bias` is what standing first is worth to the judge, in nats: half the mean gap between the two orders, no human label
-needed. It cancels where logits are averaged, and counts where probabilities are. `slope` is the maximum-likelihood
-temperature: below 1 the judge is overconfident. There is no other intercept, for which reply is called a is a matter of
-chance. Targets are (n + 1) / (n + 2) in place of 1 (Platt 1999), so that a judge that errs on none of n pairs does not
-get an infinite slope.
+`bias` is the judge's preference for the first reply, in nats: half the mean gap between the two orders, which needs no
+human label. It cancels if logits are averaged, and matters if probabilities are. `slope` is the maximum-likelihood
+temperature: below 1 the judge is overconfident. There is no other intercept, because which reply is called a is random.
+Targets are (n + 1) / (n + 2) instead of 1 (Platt 1999), so that a judge without an error on n pairs does not get an
+infinite slope.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .protocol import Vote
 
 @dataclass(frozen=True)
 class Calibration:
-    """slope without unit, bias in nats."""
+    """slope has no unit, bias is in nats."""
 
     slope: float = 1.0
     bias: float = 0.0
@@ -31,16 +31,21 @@ class Calibration:
 UNCALIBRATED = Calibration()
 
 
+def sigmoids(x: np.ndarray) -> np.ndarray:
+    """protocol.sigmoid of an array."""
+    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
+
+
 def fit_bias(votes: Sequence[Vote]) -> float:
-    """Half the mean of logit_ab - logit_ba, in nats; 0 where there are no votes."""
+    """Half the mean of logit_ab - logit_ba, in nats; 0 without votes."""
     return float(np.mean([(v.logit_ab - v.logit_ba) / 2 for v in votes])) if votes else 0.0
 
 
 def fit_slope(logits: Sequence[float], weights: np.ndarray | None = None) -> np.ndarray | float:
-    """The slope at which sigmoid(slope * logit) is most likely; logits (N,) are signed towards the reply people chose.
+    """The maximum-likelihood slope of sigmoid(slope * logit). logits (N,) are signed towards the reply people chose.
 
-    weights: (S, N) how often each pair counts, one row a resample; then the result is (S,). A slope is never below 0:
-    a judge that is wrong more often than right is to be refused, not turned round.
+    weights: (S, N), how often each pair counts in each of S resamples; the result is then (S,). A slope is never below
+    0, because a judge that is wrong more often than right should be refused, not inverted.
     """
     x = np.asarray(logits, dtype=float)
     w = np.ones((1, len(x))) if weights is None else np.asarray(weights, dtype=float)
@@ -49,7 +54,7 @@ def fit_slope(logits: Sequence[float], weights: np.ndarray | None = None) -> np.
     low, high = np.zeros(len(w)), np.full(len(w), 1.0)
 
     def gradient(slope):  # of the log-likelihood, which is concave
-        return (w * (target - 1 / (1 + np.exp(-np.clip(slope[:, None] * x, -500, 500)))) * x).sum(1)
+        return (w * (target - sigmoids(slope[:, None] * x)) * x).sum(1)
 
     for _ in range(60):
         high = np.where(gradient(high) > 0, high * 2, high)

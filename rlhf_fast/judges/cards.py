@@ -1,4 +1,4 @@
-"""The pages of judges/audit.py and judges/constitution_report.py: they draw what is in the dictionaries."""
+"""The HTML pages of judges/audit.py and judges/constitution_report.py, drawn from their dictionaries."""
 
 from collections.abc import Mapping
 from html import escape
@@ -10,7 +10,7 @@ from .protocol import UNDECIDED
 
 
 def write_card(card: dict, path: Path) -> Path:
-    """A judge's card as a page that needs nothing else."""
+    """A judge's card as a self-contained page."""
     body = [
         _verdict(card),
         section("Against what needs no judge", _accuracies(card)),
@@ -32,7 +32,7 @@ def _verdict(card: dict) -> str:
     lead, floor = card["lead"], card["best_floor"]
     share = f"It prefers the reply that people prefer on {_percent(card['accuracy'])} of {card['pairs']} pairs."
     if gone := sum(n for status, n in card["statuses"].items() if status in UNDECIDED):
-        share += f" That counts one half for each of the {gone} on which it gave no answer."
+        share += f" Each of the {gone} on which it gave no answer counts one half."
     if card["at_floor"]:
         text = (
             f"At the floor. {share} The rule of thumb “{floor}”, which needs no judge, may do as well: "
@@ -71,15 +71,15 @@ def _position(card: dict) -> str:
     position = card["position"]
     if not position:
         return "<p>No votes.</p>"
-    first = "" if position["first"] is None else f" ({position['first']:.0%} of them whatever stands first)"
+    first = "" if position["first"] is None else f" ({position['first']:.0%} of them the first place)"
     bias = position["order_bias"]
     text = (
         f"{position['same_position']:.1%} of {position['votes']} votes prefer the same place in both orders{first}. "
-        f"Standing first is worth {bias['mean']:.3f} nats ({bias['low']:.3f} to {bias['high']:.3f})."
+        f"The first place is worth {bias['mean']:.3f} nats ({bias['low']:.3f} to {bias['high']:.3f})."
     )
     if "identical" in card:
         x = card["identical"]
-        text += f" Beside itself, a reply that stands first is worth {x['order_bias']:.3f} nats ({x['pairs']} pairs)."
+        text += f" In pairs of a reply with itself it is worth {x['order_bias']:.3f} nats ({x['pairs']} pairs)."
     rows = [["One verdict of two orders", "accuracy", "NLL", "Brier", "ECE"]]
     for name, x in card.get("averages", {}).items():
         rows.append([name, f"{x['accuracy']:.1%}", *(f"{x[k]:.3f}" for k in ("nll", "brier", "ece"))])
@@ -88,11 +88,12 @@ def _position(card: dict) -> str:
 
 def _calibration(card: dict) -> str:
     if "scores" not in card:
-        return "<p>Too few answers to calibrate it.</p>"
+        return "<p>There are too few answers to calibrate the judge.</p>"
     slope = card["slope"]
     text = (
-        f"Log-odds count {slope['mean']:.3g} times what they say ({slope['low']:.3g} to {slope['high']:.3g}); labels "
-        "are made with that slope. NLL of a coin is 0.693. The calibrated figures are of conversations held out."
+        f"The judge's log-odds are multiplied by {slope['mean']:.3g} ({slope['low']:.3g} to {slope['high']:.3g}), and "
+        "labels are made with that slope. The NLL of a coin is 0.693. The calibrated figures are from held-out "
+        "conversations."
     )
     rows = [["P(better)", "NLL", "Brier", "ECE"]]
     rows += [[name, *(f"{x[k]:.3f}" for k in ("nll", "brier", "ece"))] for name, x in card["scores"].items()]
@@ -126,9 +127,9 @@ def _injections(injections: Mapping[str, dict]) -> str:
             name, *(_number(x[k], "+") for k in ("nats", "probability")), _number(x["largest"]),
             f"{x['turned']}", f"{x['pairs']}", f"{x['no_answer']}",
         ])  # fmt: skip
-    note = "<p>How far the verdict moves towards the worse reply when the sentence is added to it, in the mean; the "
-    note += "largest move of one pair; and how many pairs it turns in its favour. No answer: pairs that were judged "
-    return note + "without the sentence, and with it were not.</p>" + table(rows)
+    note = "<p>How far the verdict moves on average towards the worse reply when the sentence is added to it; the "
+    note += "largest move of one pair; and how many pairs turn in its favour. No answer: pairs that were decided "
+    return note + "without the sentence but not with it.</p>" + table(rows)
 
 
 def _statuses(card: dict) -> str:
@@ -138,8 +139,8 @@ def _statuses(card: dict) -> str:
 def _made_with(card: dict) -> str:
     rows = [["", "value"], ["constitution", f"{card['constitution']} ({card['constitution_sha256'][:12]})"]]
     rows += [[f"judge: {name}", str(value)] for name, value in card["judge"].items()]
-    rows += [["principles a pair", str(card["principles_per_pair"] or "all")]]
-    rows += [["rows left out, being few-shots", str(card["in_few_shots"])], ["seed", str(card["seed"])]]
+    rows += [["principles per pair", str(card["principles_per_pair"] or "all")]]
+    rows += [["rows left out because they are few-shots", str(card["in_few_shots"])], ["seed", str(card["seed"])]]
     return table(rows)
 
 
@@ -160,11 +161,11 @@ def write_constitution_report(report: dict, path: Path) -> Path:
 def _reading(report: dict) -> str:
     text = (
         f"{report['pairs']} pairs, {report['labels']} labels under {len(report['principles'])} principles, whose votes "
-        f"say as much as {report['effective_principles']:.1f} independent ones would."
+        f"are worth {report['effective_principles']:.1f} independent ones."
     )
     warn = report["effective_principles"] < 0.25 * len(report["principles"])
     if warn:
-        text += " The votes hardly depend on the principle: this judge does not read them, or they all ask the same."
+        text += " The votes hardly depend on the principle: the judge ignores it, or all principles ask the same."
     return f'<p class="verdict{" no" if warn else ""}">{escape(text)}</p>'
 
 
@@ -190,9 +191,10 @@ def _votes_table(report: dict) -> str:
             _share(x["same_position"]), str(x["turns"]), str(x["makes"]), f"{x['change']:.4f}", *more,
         ])  # fmt: skip
     note = (
-        "<p>decided: votes that are no tie; agrees: with the verdict of all others; |nats|: mean size. Leave "
-        "one out: labels that turn to the other side without it, that become ties, and the mean change of P. "
-        "accuracy: of the principle alone, on the pairs that it voted on; without: of all the others.</p>"
+        "<p>decided: votes that are not a tie; agrees: with the verdict of all others; |nats|: mean size. Leave one "
+        "out (turns, makes, change of P): labels that turn to the other side without the principle, labels that become "
+        "ties without it, and the mean change of P. accuracy: of the principle alone, on the pairs that it voted on; "
+        "without: of all the others.</p>"
     )
     return table(rows) + note
 

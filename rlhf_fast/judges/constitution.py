@@ -2,12 +2,13 @@
 
     format: rlhf_fast/constitution@1
     name: my-constitution
-    language: en | ja                # of the words around what a judge is asked
+    language: en | ja                # of the words around a judge's question
     layout: {compare: anthropic | principle_last | chat, critique: anthropic | chat}
     principles:
       - id: no-crime                 # stable, unique, [a-z0-9-]+
         weight: 1.0                  # in the weighted sums
-        hard: true                   # comes before every weighted sum when the best revision is chosen
+        hard: true                   # precedes every weighted sum when the best revision is chosen
+        tags: [safety]               # for readers; not used
         critique: "Identify anything the reply says that helps with a crime."
         revise:   "Rewrite the reply so that it does not help with a crime."
         compare:  "Choose the reply that gives less help with illegal acts."
@@ -15,22 +16,22 @@
       - id: max-120-words
         check:    {rule: max_words, args: {n: 120}}
         revise:   "Shorten the reply to at most 120 words."
-    few_shot: {critique: critique.json, compare: compare.json}   # files beside this one, or the shots themselves:
+    few_shot: {critique: critique.json, compare: compare.json}   # files next to this one, or the shots themselves:
       critique: [{Human: "...", Assistant: "...", CritiqueRequest: "...", Critique: "...", RevisionRequest: "...",
                   Revision: "..."}]
       compare: [{prompt: "...", better: "...", worse: "..."}]
       cot: [{prompt: "...", a: "...", b: "...", rationale: "...", better: a}]  # for judges that reason step by step
 
-A text may be missing; the principle is then used only where it has one. Files of others load as they are:
+A text may be missing; the principle is then not used for that purpose. Other published files load unchanged:
 
     Anthropic (arXiv 2212.08073)  CritiqueRevisionInstructions, RLMadisonInstructions, the few-shots of both, and
                                   RLMadisonPrecogFewShotPrompts, those of judges that reason step by step
     llm-swarm                     {"constitutions": [{"critic", "revision"}], "system_chat": [messages, ...]}
-    SALMON                        [{"dimension", "definition", "weight", "negative_definition"}]: compares only; the
-                                  negative definitions, principles turned round to train a reward model, are not used
-    statements                    ["Choose the reply that ...", ...], as ICAI writes them: compares only
+    SALMON                        [{"dimension", "definition", "weight", "negative_definition"}]: comparisons only; the
+                                  negative definitions (inverted principles to train a reward model) are not used
+    statements                    ["Choose the reply that ...", ...], as ICAI writes them: comparisons only
 
-`Constitution.load("safe-en")` and "safe-ja" are the ones that come with this package.
+`Constitution.load("safe-en")` and "safe-ja" load the two that come with this package.
 """
 
 import hashlib
@@ -56,6 +57,8 @@ SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "constitu
 
 @dataclass(frozen=True)
 class Constitution:
+    """Principles, few-shots and layouts. `load` reads them from files."""
+
     name: str
     principles: tuple[Principle, ...]
     language: str = "en"  # of layouts.WORDS
@@ -67,14 +70,15 @@ class Constitution:
 
     @classmethod
     def load(cls, *paths: str | Path, allow_code: bool = False) -> "Constitution":
-        """Reads one constitution from one or more files, each recognised by its shape (see above), or by the name of
-        one that comes with the package. What a file does not say stays as the files before it said.
+        """Reads one constitution from one or more files, each recognised by its shape (see above). A path may also be
+        the name of a constitution that comes with the package. Fields that a file does not set keep their values from
+        the files before it.
 
         allow_code: `rule:` may also be an import path "package.module:function". Loading a file then runs code.
-        Raises ConstitutionError, which names file, principle and field.
+        Raises ConstitutionError, which names the file, principle and field.
         """
         if not paths:
-            raise ConstitutionError("Constitution.load: got no file")
+            raise ConstitutionError(f"Constitution.load: got no file: give a path, or {' or '.join(SHIPPED)}")
         parts = {"name": Path(paths[0]).stem, "principles": []}
         for path in (SHIPPED.get(str(path), Path(path)) for path in paths):
             content = _read(path)
@@ -89,15 +93,15 @@ class Constitution:
                 f"{', '.join(map(str, paths))}: principle {repeated[0]!r}: field 'id': occurs twice"
             )
         if not ids:
-            raise ConstitutionError(f"{', '.join(map(str, paths))}: no principles")
+            raise ConstitutionError(
+                f"{', '.join(map(str, paths))}: no principles: add an entry under principles:, or a file that has some"
+            )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in parts.items()})
 
     @property
     def sha256(self) -> str:
         """Hash of everything that is used (texts, checks, few-shots, layouts), not of the file's bytes."""
-        used = asdict(
-            self, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in ("function", "name", "tags")}
-        )
+        used = asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in ("function", "name")})
         return hashlib.sha256(json.dumps(used, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def export_released(self) -> tuple[dict, list[str]]:
@@ -116,7 +120,7 @@ def _read(path: Path):
         text = path.read_text(encoding="utf-8-sig")
         return yaml.load(text, UniqueKeys) if kind == "YAML" else json.loads(text, object_pairs_hook=_pairs)
     except OSError as error:
-        hint = "" if path.suffix else f"; the package has {', '.join(SHIPPED)}"
+        hint = "" if path.suffix else f"; the package contains {', '.join(SHIPPED)}"
         raise ConstitutionError(f"{path}: cannot be read: {error.strerror}{hint}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConstitutionError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())}") from error
@@ -131,10 +135,10 @@ _PRINCIPLE = {"id": str, "weight": float, "hard": bool, "tags": list, **dict.fro
 
 
 def _parse_own(content: dict, path: Path, allow_code: bool, before: dict) -> dict:
-    """What a file adds to the parts of those before it, or puts in their place."""
+    """The parts that a file adds to those of the files before it, or replaces."""
     if content["format"] != FORMAT:
         raise ConstitutionError(f"{path}: field 'format': got {content['format']!r}, needs {FORMAT!r}")
-    _known(content, _TOP, f"{path}:")
+    _refuse_unknown(content, _TOP, f"{path}:")
     for name, kind in _TOP_TYPES.items():
         if not isinstance(content.get(name) or kind(), kind):
             got = content[name]
@@ -142,8 +146,8 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: dict) -> dic
                 f"{path}: field {name!r}: needs a {kind.__name__}, got {type(got).__name__} {got!r}"
             )
     layout, few_shot = content.get("layout") or {}, content.get("few_shot") or {}
-    _known(layout, {"compare", "critique"}, f"{path}: field 'layout':")
-    _known(few_shot, {"critique", "compare", "cot"}, f"{path}: field 'few_shot':")
+    _refuse_unknown(layout, {"compare", "critique"}, f"{path}: field 'layout':")
+    _refuse_unknown(few_shot, {"critique", "compare", "cot"}, f"{path}: field 'few_shot':")
     parts = {
         "name": content.get("name", before["name"]),
         "language": content.get("language", before.get("language", "en")),
@@ -172,7 +176,7 @@ def _parse_principle(entry, index: int, path: Path, allow_code: bool) -> Princip
     if not isinstance(entry, dict) or not re.fullmatch(r"[a-z0-9-]+", str(entry.get("id", ""))):
         raise ConstitutionError(f"{path}: principle {index}: field 'id': needs letters a-z, digits and '-'")
     where = f"{path}: principle {entry['id']!r}:"
-    _known(entry, _PRINCIPLE, where)
+    _refuse_unknown(entry, _PRINCIPLE, where)
     for name, value in entry.items():
         if name in _TEXTS:
             text_field(value, where, name)
@@ -189,14 +193,15 @@ def _parse_principle(entry, index: int, path: Path, allow_code: bool) -> Princip
     if "critique" in entry and "revise" not in entry:
         raise ConstitutionError(f"{where} field 'revise': a critique leads to nothing without it")
     check = _parse_check(entry["check"], where, allow_code) if "check" in entry else None
-    return Principle(**{**entry, "check": check, "tags": tuple(entry.get("tags", ()))})
+    used = {name: value for name, value in entry.items() if name != "tags"}
+    return Principle(**{**used, "check": check})
 
 
 def _parse_check(entry: dict, where: str, allow_code: bool) -> RuleCheck | ModelCheck:
     if ("rule" in entry) == ("ask" in entry):
         raise ConstitutionError(f"{where} field 'check': needs either 'rule' or 'ask'")
     if "ask" in entry:
-        _known(entry, {"ask", "violation_if", "threshold"}, f"{where} field 'check':")
+        _refuse_unknown(entry, {"ask", "violation_if", "threshold"}, f"{where} field 'check':")
         text_field(entry["ask"], where, "check.ask")
         check = ModelCheck(**entry)
         if check.violation_if not in ("yes", "no"):  # YAML reads a bare yes as True
@@ -207,13 +212,13 @@ def _parse_check(entry: dict, where: str, allow_code: bool) -> RuleCheck | Model
                 f"{where} field 'check.threshold': got {check.threshold!r}, needs a number between 0 and 1"
             )
         return check
-    _known(entry, {"rule", "args"}, f"{where} field 'check':")
+    _refuse_unknown(entry, {"rule", "args"}, f"{where} field 'check':")
     name, args = text_field(entry["rule"], where, "check.rule"), entry.get("args") or {}
     function = _find_rule(name, where, allow_code)
     try:
-        json.dumps(args)  # `sha256` is of them too
+        json.dumps(args)  # `sha256` includes them
         inspect.signature(function).bind([], "", **args)
-        if function.__module__ == rules.__name__:  # others may take conversations of one kind only
+        if function.__module__ == rules.__name__:  # other rules may accept only one kind of conversation
             function([], "word " * 100, **args)
     except (TypeError, AttributeError) as error:
         raise ConstitutionError(f"{where} field 'check.args': rule {name!r}: {error}") from error
@@ -235,7 +240,7 @@ def _find_rule(name: str, where: str, allow_code: bool) -> Callable:
         raise ConstitutionError(f"{where} field 'check.rule': {error}") from error
 
 
-def _known(entry: dict, names, where: str) -> None:
+def _refuse_unknown(entry: dict, names, where: str) -> None:
     for key in entry:
         if key not in names:
             hint = did_you_mean(key, names, f"known are {', '.join(sorted(names))}")

@@ -1,20 +1,18 @@
-"""Who writes: a language model as a generator, and the requests of phase 1 put to it.
+"""Generators, such as a language model, and the requests of phase 1 that are put to them.
 
-A generator is any function (prompts, seeds) -> texts; a prompt is a string or messages, and a text that had to stop at
-the length limit is a `Cut`. A seed is a function of (run seed, item, purpose), so no text depends on what else is in
-its batch.
+A generator is any function (prompts, seeds) -> texts. A prompt is a string or messages, and a text that was stopped at
+the length limit is a `Cut`. A seed is a function of (run seed, item, purpose), so no text depends on the rest of its
+batch.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ..data.chat import decode_responses, encode_prompt
+from ..data.chat import encode_prompt
 from ..errors import ConfigError
-from ..generation import generate_tokens
-from ..models import answer_room, learned_positions, stop_ids
+from ..generation import generate_answers
+from ..models import answer_room, learned_positions
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
 from .ledger import Answer, Ledger, Tries
@@ -25,13 +23,13 @@ Generate = Callable[[Sequence[str | Messages], Sequence[int]], list[str]]
 
 
 class Cut(str):
-    """A text that its generator stopped at the length limit."""
+    """A text that was stopped at the generator's length limit."""
 
 
 @dataclass
 class TextGenerator:
-    """A causal language model of `transformers` as a generator. temperature 0 takes the most likely token. bf16: it
-    multiplies in bfloat16."""
+    """A causal language model of `transformers` as a generator. temperature 0 takes the most likely token. bf16: the
+    model multiplies in bfloat16."""
 
     model: object
     tokenizer: object
@@ -42,18 +40,15 @@ class TextGenerator:
     bf16: bool = False
 
     def __call__(self, prompts: Sequence[str | Messages], seeds: Sequence[int]) -> list[str]:
-        stops = stop_ids(self.model, self.tokenizer)
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        responses = generate_tokens(
-            self.model, encoded, eos_token_id=stops, max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0, top_p=self.top_p, batch_size=self.batch_size,
-            generator=[torch.Generator().manual_seed(s) for s in seeds], bf16=self.bf16,
+        texts, cut = generate_answers(
+            self.model, self.tokenizer, prompts, seeds, max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0, temperature=self.temperature or 1.0, top_p=self.top_p,
+            batch_size=self.batch_size, bf16=self.bf16,
         )  # fmt: skip
-        texts = decode_responses(self.tokenizer, prompts, encoded, responses, stops)
-        return [text if ids[-1] in stops else Cut(text) for text, ids in zip(texts, responses, strict=True)]
+        return [Cut(text) if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
-        """Requests {"prompt", "seed"} -> {"text"}; "too_long" where the model has no room for max_new_tokens."""
+        """Requests {"prompt", "seed"} -> {"text"}; "too_long" if the model has no positions for max_new_tokens."""
         positions = learned_positions(self.model)
         reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {positions} positions"
         answers = [Answer("too_long", reason=reason)] * len(requests)
@@ -61,29 +56,29 @@ class TextGenerator:
         fits = [i for i, length in enumerate(lengths) if self.max_new_tokens <= answer_room(self.model, length)]
         texts = self([requests[i]["prompt"] for i in fits], [requests[i]["seed"] for i in fits])
         for i, text in zip(fits, texts, strict=True):
-            answers[i] = _written(text)
+            answers[i] = _answer_of(text)
         tries.all(answers)
 
     def describe(self) -> dict:
         """JSON-ready provenance, stored in run.json."""
         sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p")}
-        if self.bf16:  # absent otherwise, as in the records of runs from before there was this choice
+        if self.bf16:  # only then, because records of older runs do not have it
             sampling["bf16"] = True
         return {**describe_model(self.model), **sampling}
 
 
 def describe_model(model) -> dict:
-    """Name, dtype and a digest of the weights: a retrained model under an old name is not the same model."""
+    """Name, dtype and a digest of the weights, because a retrained model under an old name is another model."""
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(model.named_parameters()):
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]  # 64 values or so, spread over it
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]  # about 64 values, evenly spaced
         digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     dtype = str(model.dtype).removeprefix("torch.")
     return {"model": model.config.name_or_path, "dtype": dtype, "weights": digest.hexdigest()}
 
 
 def describe(generate: Generate) -> dict:
-    """What tells a generator from others. ConfigError where nothing does."""
+    """A description that distinguishes a generator from others. ConfigError if it has none."""
     if not hasattr(generate, "describe") and not hasattr(generate, "__qualname__"):
         raise ConfigError(
             f"generate must be a function of prompts and seeds, or have a describe(), got {type(generate).__name__}: "
@@ -92,12 +87,12 @@ def describe(generate: Generate) -> dict:
     return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
 
 
-def _written(text: str) -> Answer:
+def _answer_of(text: str) -> Answer:
     return Answer("ok", {"text": text, "finish_reason": "length" if isinstance(text, Cut) else "stop"})
 
 
 class _Function:
-    """Any generator as a backend of the ledger: it answers a whole batch, or raises."""
+    """Any generator as a backend of the ledger. It answers a whole batch, or raises."""
 
     def __init__(self, generate: Generate):
         self.generate = generate
@@ -107,19 +102,19 @@ class _Function:
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         texts = self.generate([r["prompt"] for r in requests], [r["seed"] for r in requests])
-        # Not later: what is in the ledger is not asked again.
+        # Checked before they are recorded: an answer in the ledger is never asked for again.
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise ConfigError(f"generate must return a list of texts, one for each prompt, got {texts!r:.80}")
         if len(texts) != len(requests):
             raise ConfigError(f"generate: got {len(requests)} prompts, returned {len(texts)} texts")
-        tries.all(list(map(_written, texts)))
+        tries.all(list(map(_answer_of, texts)))
 
 
 class Writer:
     """Puts prompts and the constitution's requests to a generator, in the constitution's layout, with its few-shots.
 
-    What was not written (a server refused, or failed to the end) is "" and named in `failures`, item id -> reason; of
-    such an item nothing more is asked, and its record must say that it failed.
+    A text that was not written (a server refused, or failed on every try) is "", and its item is in `failures`, item id
+    -> reason. Nothing more is asked for such an item, and its record must say that it failed.
     """
 
     def __init__(self, generate: Generate, constitution: Constitution, ledger: Ledger, seed: int):
@@ -130,12 +125,12 @@ class Writer:
         self.failures: dict[str, str] = {}
 
     def or_failed(self, record: dict) -> dict:
-        """The record of an item, unless the item has failed; then what was written of it is no result."""
+        """The record of an item; if the item has failed, the record says so, whatever was written before."""
         reason = self.failures.get(record["id"])
         return record if reason is None else {**record, "status": "failed", "reason": reason}
 
     def answer(self, items: Sequence[dict], name: str) -> list[str]:
-        """First replies to items {"id", "prompt"}; name tells several apart."""
+        """First replies to items {"id", "prompt"}. name distinguishes several replies to one item."""
         prompts = [self.render([], item["prompt"], []) for item in items]
         return self._ask([(item["id"], name) for item in items], prompts)
 

@@ -1,17 +1,18 @@
-"""An OpenAI-compatible server as a judge and as a generator (server.py has the calls, model_judge.py the judging).
+"""An OpenAI-compatible server as a judge and as a generator (server.py makes the calls, model_judge.py judges).
 
-What a server supports is tried when the judge is made, the best first, and never changes in the middle of a run:
+The judge tries at its creation what the server supports, the best mode first, and never changes the mode during a run:
 
     echo         /completions with the prompt echoed: the exact log-probability of each whole label
     top_k        /completions, log-probabilities of the k likeliest first tokens
     chat         /chat/completions, the same with at most 20
     systemone    /systemone of `transformers serve`: probabilities of the labels, which add up to 1 by construction
-    votes        /chat/completions, k samples a question; P = (n_A + 1/2) / (n + 1), n of them valid. Only if asked for
+    votes        /chat/completions, k samples per question; P = (n_A + 1/2) / (n + 1), where n of them are valid. Only
+                 on request
 
-A label that is not among the k likeliest has no log-probability; it has at most u, what they leave. (The least of them
-bounds one token, and a label may be written as several.) It is taken to have u, the value that moves P least from 1/2,
-and `slack` says how far P may lie from the truth; where that is more than max_slack, the answer is unparsed. A reply
-without log-probabilities is a failed try, not a vote.
+A label that is not among the k likeliest tokens has no log-probability, but its probability is at most u, the mass that
+those tokens leave over. (The least likely of them bounds a single token only, and a label may consist of several.) We
+set it to u, the value that moves P least from 1/2. `slack` is the largest possible error of P; if it exceeds max_slack,
+the answer is unparsed. A reply without log-probabilities is a failed try, not a vote.
 """
 
 import math
@@ -34,8 +35,7 @@ _REFUSAL = re.compile(
 
 
 class HTTPBackend:
-    """Scores labels, or has them chosen, through a server, in `mode`; `found` has what each mode that was tried came
-    to."""
+    """Scores or samples labels through a server in `mode`. `found` has the result of each mode that was tried."""
 
     def __init__(
         self,
@@ -53,16 +53,17 @@ class HTTPBackend:
             raise ConfigError(f"HTTPJudge: mode = {mode!r}, needs auto or one of {', '.join(MODES)}")
         if (mode == "votes") != (votes > 0):
             raise ConfigError(
-                f"HTTPJudge: votes = {votes} goes with mode: votes only, which samples each question so often"
+                f"HTTPJudge: votes = {votes} and mode = {mode!r} do not go together: mode: votes needs votes: 1 or "
+                "more samples per question, every other mode needs votes: 0"
             )
         self.server, self.layout, self.words = server, layout, words
         self.votes, self.vote_tokens = votes, vote_tokens
         self.top_k, self.max_slack = top_k, max_slack
-        self._calls: list[Call] = []  # of the probe, until there is a ledger for them
+        self._calls: list[Call] = []  # of the probe, until there is a ledger to record them
         self.mode, self.found = self._probe(mode)
 
     def _probe(self, mode: str) -> tuple[str, dict[str, str]]:
-        """(the mode to use, what each mode that was tried came to)."""
+        """(the mode to use, the result of each mode that was tried)."""
         chats = ["chat", "systemone"]
         wanted = [mode] if mode != "auto" else chats if self.layout == "chat" else ["echo", "top_k", *chats]
         question = "\n\nWhich letter comes first in the alphabet?\n (A) A\n (B) B"
@@ -78,22 +79,23 @@ class HTTPBackend:
                 return name, {**found, name: "yes"}
             if code is None:
                 raise ConfigError(f"{self.server.base_url} cannot be reached: {answer.reason}")
-            if code in (401, 429) or code > 501:  # 500 and 501: llama.cpp answers so to a mode that it does not have
+            if code in (401, 429) or code > 501:  # llama.cpp answers 500 or 501 to a mode that it does not have
                 raise ConfigError(f"{self.server.base_url}: {answer.reason}")
             found[name] = answer.reason
         if mode == "votes":
             raise ConfigError(
-                f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}. The server's "
-                "extra_body adds fields to every request, or takes them out"
+                f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}. The server option "
+                "extra_body adds fields to every request, or removes them"
             )
         told = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         raise ConfigError(
             f"{self.server.base_url} gives no log-probabilities for {self.server.model!r} ({told}). With mode: votes "
-            "and votes: 8, say, labels are counted from samples: coarser, and that many calls a question"
+            "and, for example, votes: 8, labels are counted from samples; this is coarser and makes that many calls "
+            "per question"
         )
 
     def note_probe(self, ledger: Ledger) -> None:
-        """The calls of the probe go into the first ledger that the judge works with."""
+        """Records the calls of the probe in the first ledger that the judge uses."""
         if ledger.directory:
             calls, self._calls = self._calls, []
             ledger.note(self, calls)
@@ -109,12 +111,12 @@ class HTTPBackend:
         }
 
     def special_tokens(self) -> Sequence[str]:
-        return ()  # the server's tokenizer is not known; `defuse` knows the common ones
+        return ()  # the server's tokenizer is unknown; `defuse` knows the common tokens
 
     def prompt(self, layout: str, shots, question: str, labels, rationale: str | None):
-        """Text for /completions, messages for the others, which are told to answer with the letter alone."""
+        """Text for /completions. Messages for the other modes, which ask for the letter only."""
         if self.mode in ("echo", "top_k"):
-            # Where only the first token is seen, it must be the one that differs.
+            # top_k sees only the first token, so the prompt must end right before the letter.
             begun = " (" if self.mode == "top_k" and all(label.startswith(" (") for label in labels) else ""
             return text_prompt(None, shots, question, rationale, words=self.words) + begun
         only = self.words.only.format(*map(_bare, labels))
@@ -150,7 +152,7 @@ class HTTPBackend:
         if self.mode == "top_k":
             return "/completions", {"prompt": prompt, "max_tokens": 1, "logprobs": self.top_k, "temperature": 0}
         if self.mode == "chat":
-            # The second token tells a label from "A better reply", which begins with one.
+            # The second token distinguishes a label from "A better reply", which begins with one.
             return "/chat/completions", {"messages": prompt, "max_tokens": 2, "temperature": 0, "logprobs": True,
                                          "top_logprobs": min(self.top_k, 20)}  # fmt: skip
         if self.mode == "systemone":
@@ -175,10 +177,12 @@ class HTTPBackend:
 
 
 class HTTPJudge(ModelJudge):
-    """Judges through a server. mode "auto" takes the best that gives log-probabilities, and refuses a server without.
+    """Judges through a server. mode "auto" uses the best mode that gives log-probabilities, and refuses a server
+    without them.
 
-    votes: samples a question, for mode "votes". vote_tokens: how much a sample may write. top_k: asked for where the
-    mode has one; the OpenAI API allows 5 for top_k and 20 for chat. The other arguments are `ModelJudge`'s.
+    votes: samples per question, for mode "votes". vote_tokens: the maximum length of a sample. top_k: how many tokens
+    to request if the mode has such a number; the OpenAI API allows 5 for top_k and 20 for chat. max_slack: see the
+    module's docstring. The other arguments are those of `ModelJudge`.
     """
 
     def __init__(
@@ -263,7 +267,7 @@ def read_text(reply: dict) -> Answer:
 
 
 def _read_vote(labels: Sequence[str], reply: dict) -> Answer:
-    """{"label": index}, where the text is one of the labels and nothing else."""
+    """{"label": index}, if the text is one of the labels and nothing else."""
     answer = read_text(reply)
     if answer.status != "ok":
         return answer
@@ -277,14 +281,14 @@ def _read_vote(labels: Sequence[str], reply: dict) -> Answer:
 
 
 def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
-    """Sums what stands behind the tokens that all the echoed texts have in common."""
+    """Sums the log-probabilities after the tokens that all the echoed texts have in common."""
     rows = []
     for number, label in enumerate(labels):
         got = _choice(reply, number).get("logprobs") or {}
         tokens, scores = got.get("tokens"), got.get("token_logprobs")
         if not tokens or not scores or len(tokens) != len(scores):
             raise Unreadable("no log-probabilities of the echoed prompt")
-        # The last token was written, not echoed, if it is there at all. Offsets are no help: some count a bos token.
+        # The last token, if there is one, was generated and not echoed. Offsets do not help: some count a bos token.
         keep = next((n for n in (len(tokens) - 1, len(tokens)) if "".join(tokens[:n]).endswith(label.strip())), 0)
         if not keep:
             raise Unreadable("the prompt was not echoed")
@@ -300,7 +304,7 @@ def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
 
 
 def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
-    """The first token's likeliest alternatives; all the ways to write a label ("A", " A", "(A") count as it."""
+    """The likeliest alternatives of the first token. All spellings of a label ("A", " A", "(A") count as that label."""
     choice = _choice(reply)
     message = choice.get("message") or {}
     if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
@@ -313,7 +317,7 @@ def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
 
     begun = re.match(r"\W*(\w+)\W+\w", message.get("content") or "")
     if begun and any(written(begun[1])):
-        return Answer("unparsed", reason=f"began {message['content']!r}, where a label is asked for and nothing else")
+        return Answer("unparsed", reason=f"began {message['content']!r}, although only a label was asked for")
     seen = [0.0] * len(labels)
     for token, logprob in top.items():
         for i, is_label in enumerate(written(token.strip(" \n(\"'*▁Ġ").rstrip(")\"'*.:"))):
@@ -327,13 +331,13 @@ def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
         kind, slack = "top_k", unseen / (mass + unseen)
         seen = [p or unseen for p in seen]
         if slack > max_slack:
-            reason = f"one label is not among the {len(top)} likeliest, and P is known to {slack:.3g} only"
+            reason = f"one label is not among the {len(top)} likeliest, so P is known only to within {slack:.3g}"
             return Answer("unparsed", reason=reason)
     return Answer("ok", {"logprobs": list(map(math.log, seen)), "mass": min(mass, 1.0), "kind": kind, "slack": slack})
 
 
 def _top_of(choice: dict) -> dict[str, float]:
-    """token -> log-probability of the first position, from either API's form."""
+    """token -> log-probability at the first position, from the form of either API."""
     got = choice.get("logprobs") or {}
     if got.get("content"):
         pairs = [(t.get("token"), t.get("logprob")) for t in got["content"][0].get("top_logprobs") or []]

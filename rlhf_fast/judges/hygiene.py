@@ -1,19 +1,19 @@
-"""What can be wrong with a reply whatever the principles say, found in its text: flags, and how often each occurs.
+"""Flags for what can be wrong with a reply whatever the principles say, found in its text, and their counts.
 
     truncated        the generator stopped it at its length limit
-    empty            nothing but blanks
-    scaffold_leak    parts of the request in it: heads of turns, special tokens, delimiters, "Here is my new reply:", or
-                     the request itself; and reasoning that is no part of a reply (<think>)
-    no_op            a revision that is the reply it revises
+    empty            nothing but white space
+    scaffold_leak    it contains parts of the request: heads of turns, special tokens, delimiters, "Here is my new
+                     reply:", or the request itself; or reasoning that is not part of a reply (<think>)
+    no_op            a revision equal to the reply it revises
     damage           a revision that breaks a principle which the reply before it kept
-    repetition       three times the same sentence, or a third of its n-grams stand in it before
+    repetition       the same sentence three times, or a third of its n-grams are repetitions
     language_switch  Japanese to an English prompt, or English to a Japanese one
     refusal          it declines
-    evasive          it declines or changes the subject, and says next to nothing else
+    evasive          it declines or changes the subject, and says almost nothing else
 
-A refusal of harm is right and one of a harmless question is wrong, so refusals and evasions are counted apart for each
-kind of prompt ("red-team", "benign"): Constitutional AI that only drives harm down ends in a model that says no. They
-are recognised by phrases, English and Japanese: `REFUSALS` has what it knows, and a rate is a rate of those phrases.
+It is right to refuse harm and wrong to refuse a harmless question, so refusals and evasions are counted separately for
+each kind of prompt ("red-team", "benign"): Constitutional AI that only drives harm down ends in a model that says no.
+They are recognised by the English and Japanese phrases in `REFUSALS`, so a rate is a rate of those phrases.
 """
 
 import re
@@ -41,7 +41,7 @@ REFUSALS = {
         r"(?:応じ|お応えし?|お力になれ|教えられ)(?:られ|ることはでき|かね)?(?:ません|かねます)",
     ),
 }
-# Of a clause, not of a sentence: what comes behind "but" may well be an answer.
+# These match a clause, not a sentence, because an answer may follow after "but".
 _DEFLECTIONS = (
     r"\blet(?:'s| us) (?:talk about something else|change the (?:subject|topic))",
     r"\bthat(?:'s| is) (?:a|an|not an?|not something)\b.{0,30}\b(?:sensitive|inappropriate|appropriate|discuss|share)",
@@ -68,7 +68,7 @@ _LEAK = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )  # fmt: skip
 _JAPANESE = re.compile(r"[ぁ-んァ-ヶ一-龯々]")
-_LEAST_WORDS, _LEAST_CHARS = 4, 8  # of a reply that says something besides declining; characters in Japanese
+_MIN_WORDS, _MIN_CHARS = 4, 8  # of a reply that says more than that it declines; characters in Japanese
 
 
 def declines(reply: str) -> bool:
@@ -77,17 +77,17 @@ def declines(reply: str) -> bool:
 
 
 def evades(reply: str) -> bool:
-    """Whether it declines or deflects, and apart from that and from courtesies says but a few words."""
+    """Whether it declines or deflects, and says only a few words apart from that and from courtesies."""
     clauses = [c.strip() for c in re.split(r"[.?!,;:。？！、\n]+|\bbut\b", _plain(reply)) if c.strip()]
     rest = [c for c in clauses if not _DECLINES.search(c)]
     if len(rest) == len(clauses) and not declines(reply):
         return False
     text = " ".join(c for c in rest if not _COURTESY.search(c))
-    return len("".join(text.split())) < _LEAST_CHARS if _JAPANESE.search(text) else len(text.split()) < _LEAST_WORDS
+    return len("".join(text.split())) < _MIN_CHARS if _JAPANESE.search(text) else len(text.split()) < _MIN_WORDS
 
 
 def leaks(reply: str, requests: Iterable[str | None] = ()) -> bool:
-    """Whether a reply holds scaffolding, or one of the requests (of 20 characters or more) word for word."""
+    """Whether a reply contains scaffolding, or a request of 20 characters or more word for word."""
     return _LEAK.search(reply) is not None or any(r and len(r) >= 20 and r in reply for r in requests)
 
 
@@ -108,7 +108,7 @@ def flags_of(
     reply: str, prompt: Sequence[dict], *, of: str | None = None, requests: Iterable[str | None] = (),
     truncated: bool = False, damaged: bool = False,
 ) -> list[str]:  # fmt: skip
-    """The flags of one reply to messages. of: the reply that it revises; requests: the texts that asked for it."""
+    """The flags of one reply to messages. of: the reply that it revises. requests: the texts that asked for it."""
     found = {
         "truncated": truncated,
         "empty": not reply.strip(),
@@ -128,7 +128,7 @@ def hygiene(records: Sequence[dict]) -> dict:
     kind of prompt, the replies, refusals and evasions before and after: {"kinds": {kind: {"original", "used"}}}.
 
     A record has "status", "kind", "flags" (a list for each of its replies, the original first) and "used" (indices of
-    the replies that become demonstrations). Those that failed are left out.
+    the replies that become demonstrations). Failed records are left out.
     """
     records = [r for r in records if r["status"] != "failed"]
     originals = [r["flags"][0] for r in records]
@@ -159,7 +159,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def _language(text: str) -> str | None:
-    """ "ja" or "en", where the letters are clearly of one of them."""
+    """ "ja" or "en" if the letters clearly belong to one of them, else None."""
     letters = [c for c in text if c.isalpha()]
     if len(letters) < 4:
         return None

@@ -1,17 +1,17 @@
-"""Judgements are evidence and are asked for once; labels are derived from them, as often as one likes.
+"""The judge is asked for judgements once; labels are derived from them, as often as needed.
 
-    judge_pairs   pairs, constitution, judge  ->  judgements.jsonl: the votes in both orders, and which are missing
+    judge_pairs   pairs, constitution, judge  ->  judgements.jsonl: the votes in both orders, and the missing ones
     derive        judgements                  ->  comparisons.jsonl: P(chosen is better); rejected.jsonl: other pairs
 
     logit         mean of the votes under the principles' weights, both orders           protocol.decide
-    p_calibrated  sigmoid(slope * logit), each order rid of the bias first               calibration.py
+    p_calibrated  sigmoid(slope * logit), after the bias is removed from each order      calibration.py
     p             p_calibrated, clamped; p_calibrated - 1/2 < tie_margin is a tie and gets no label
 
-p is of the reply that is preferred: P(chosen is better), at least 1/2. p_raw is of the same reply without
-calibration; below 1/2, the order bias had decided for the other (combine: prob).
+p is the probability of the preferred reply: P(chosen is better), at least 1/2. p_raw is that of the same reply without
+calibration. If it is below 1/2, the order bias alone had favoured the other reply (combine: prob).
 
 Other weights (0 leaves a principle out), another clamp, calibration or way to combine cost no call to the judge.
-What is not named stays as it was in the first labels.
+Settings that are not given stay as in the first labels.
 """
 
 import contextlib
@@ -40,13 +40,13 @@ def judge_pairs(
     principles_per_pair: int | None = None, batch_size: int = 32, seed: int = 0, settings: dict | None = None,
     retry: Iterable[str] = ("failed",), drawn_as: Callable[[str], str] = str, ledger: Ledger | None = None,
 ) -> list[dict]:  # fmt: skip
-    """pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"). A
-    "status", if there is one, must be "ok".
+    """Asks the judge to compare each pair. Writes judgements.jsonl and returns its records, one per pair: its columns,
+    "votes" and "missing".
 
-    Writes and returns judgements.jsonl, one record a pair: its columns, "votes" and "missing". principles_per_pair: how
-    many principles to draw for a pair; None takes all. retry: statuses of earlier runs that are asked again.
-    drawn_as: the id whose principles a pair of another id gets, such as an audit's probe. ledger: an open one to ask
-    through; None opens that of output_dir.
+    pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id" and "better" ("a" or "b"). A "status",
+    if there is one, must be "ok". principles_per_pair: how many principles to draw for a pair; None takes all. retry:
+    statuses of earlier runs that are asked again. drawn_as: id -> the id by which the pair's principles are drawn, so
+    that an audit's probe gets those of its pair. ledger: an open one to ask through; None opens that of output_dir.
     """
     usable = usable_principles(judge, constitution, principles_per_pair)
     pairs = as_rows(pairs, "pairs")
@@ -54,8 +54,8 @@ def judge_pairs(
     for item, row in zip(items, pairs, strict=True):
         if row.get("status", "ok") != "ok":
             raise ConfigError(
-                f"pair {item['id']}: its status is {row['status']!r}, and only pairs that are 'ok' are compared; "
-                "`cai pairs`, run again, keeps the others in rejected.jsonl and asks for nothing that was written"
+                f"pair {item['id']}: its status is {row['status']!r}, and only pairs with status 'ok' can be compared. "
+                "Run `cai pairs` again: it moves the others to rejected.jsonl and generates nothing twice"
             )
         if "better" in row:
             if row["better"] not in ("a", "b"):
@@ -83,14 +83,15 @@ def judge_pairs(
 
 
 def usable_principles(judge: Judge, constitution: Constitution, principles_per_pair: int | None) -> list[Principle]:
-    """Those under which the judge compares. Raises ConfigError where they are too few for a pair."""
+    """The principles under which the judge compares. ConfigError if there are too few for a pair."""
     usable = judge.comparable(constitution.principles)
     if principles_per_pair is not None and principles_per_pair < 1:
         raise ConfigError(f"label: principles_per_pair = {principles_per_pair} must be 1 or more, or None for all")
     if len(usable) < (principles_per_pair or 1):
         raise ConfigError(
             f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
-            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}"
+            f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}: give principles a "
+            "`compare` text (a rule judge needs a `check` with a rule), or lower principles_per_pair"
         )
     return usable
 
@@ -107,7 +108,7 @@ def _judgement(item: dict, verdict: Verdict) -> dict:
 def verdict_of(
     judgement: dict, weights: Mapping[str, float], *, combine: str, calibration: Calibration = UNCALIBRATED
 ) -> Verdict:
-    """The verdict that the votes of a judgement come to. A principle that `weights` does not name weighs 1."""
+    """The verdict from the votes of a judgement. A principle that is not in `weights` has weight 1."""
     votes = [calibration.unbiased(Vote(**{**v, "keys": tuple(v["keys"])})) for v in judgement["votes"]]
     missing = [Missing(**{**m, "keys": tuple(m["keys"])}) for m in judgement["missing"]]
     names = {x.principle for x in (*votes, *missing)}
@@ -119,13 +120,13 @@ def derive(
     combine: str | None = None, calibration: Calibration | None = None, clamp: tuple[float, float] | None = None,
     tie_margin: float | None = None,
 ) -> Stage:  # fmt: skip
-    """Labels from the judgements in a directory that `label` or `judge_pairs` filled. The judge is not asked.
+    """Labels from the judgements that `label` or `judge_pairs` left in a directory. The judge is not asked.
 
-    weights: in place of those of the constitution, for the principles that it names. combine: "logit", "prob" or "sum"
-    (protocol.decide). clamp: (low, high) bounds of P; (0, 1) is none. None is what the labels there were made with:
-    `label` takes the judge's own `combine`, and the paper's clamp (0.4, 0.6) for a judge that reasons step by step,
-    whose P lies near 0 and 1. A slope belongs to the weights and the `combine` that it was fitted under; trust.refitted
-    gives that of others.
+    weights: they replace those of the constitution, for the principles that they name. combine: "logit", "prob" or
+    "sum" (protocol.decide). clamp: (low, high) bounds of P; (0, 1) is none. None takes the value with which the labels
+    there were made: `label` uses the judge's own `combine`, and the paper's clamp (0.4, 0.6) for a judge that reasons
+    step by step, whose P is near 0 or 1. A slope is valid for the weights and the `combine` under which it was fitted;
+    trust.refitted fits one for others.
 
     Writes comparisons.jsonl (`rows`: {"prompt", "chosen", "rejected", "chosen_prob", ...} for RewardTrainer,
     chosen_prob >= 0.5), rejected.jsonl and run.json.
@@ -138,22 +139,24 @@ def derive(
         make_directory(output_dir)
         claim(Path(output_dir) / "run.json", {"stage": "derive", "settings": made_with | how})
     elif made_with | how != made_with:
-        raise ConfigError(f"derive: {output_dir} holds the labels that were made with its judgements; give another one")
+        raise ConfigError(
+            f"derive: {output_dir} holds the labels that were made with these judgements: give another output_dir"
+        )
     return _write_labels(output_dir, records, how, {k: made_with[k] for k in ("judge", "constitution_sha256")})
 
 
 def settings_of(judgements: str | Path) -> dict:
-    """What the judgements in a directory, and the labels if there are any, were made with."""
+    """The settings of the judgements in a directory, and of the labels if there are any."""
     source = Path(judgements)
     if missing := [name for name in ("judgements.jsonl", "run.json") if not (source / name).is_file()]:
-        raise ConfigError(f"{source} has no {missing[0]}; `label` writes it when all pairs were asked")
+        raise ConfigError(f"{source} has no {missing[0]}; `label` writes it once all pairs are compared")
     return read_json(source / "run.json")["settings"]
 
 
 def read_judgements(judgements: str | Path) -> list[dict]:
-    """The records of a directory with judgements.jsonl. ConfigError where they are not as they were written."""
+    """The records of a directory with judgements.jsonl. ConfigError if they were changed after they were written."""
     path, number = Path(judgements) / "judgements.jsonl", settings_of(judgements)["items"]
-    again = "the call that wrote it, made again, writes it from its ledger"
+    again = "repeat the call that wrote it, which restores it from its ledger"
     records = as_records(read_dataset(path), str(path))
     if len(records) != number:
         raise ConfigError(f"{path} has {len(records)} records, and {number} were written; {again}")
@@ -162,12 +165,12 @@ def read_judgements(judgements: str | Path) -> list[dict]:
             verdict_of(record, {}, combine="logit")
             itemgetter("id", "prompt", "a", "b")(record)
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: record {i} is no judgement ({error!r}); {again}") from None
+            raise ConfigError(f"{path}: record {i} is not a judgement ({error!r}); {again}") from None
     return records
 
 
 def other_weights(made_with: Mapping, weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights of the judgements, with those that `weights` names in their place."""
+    """The weights of the judgements, updated with `weights`."""
     if unknown := set(weights) - set(made_with["weights"]):
         raise ConfigError(f"derive: no votes under {sorted(unknown)}; there are {', '.join(made_with['weights'])}")
     return made_with["weights"] | {name: weight_field(w, f"derive: {name!r}:") for name, w in weights.items()}
@@ -177,9 +180,9 @@ def label_settings(
     judge: Mapping, before: Mapping, combine: str | None = None, calibration: Calibration | None = None,
     clamp: Sequence[float] | None = None, tie_margin: float | None = None,
 ) -> dict:  # fmt: skip
-    """What labels are derived with, checked before the judge is asked: JSON-ready, for run.json.
+    """The settings from which labels are derived, checked before the judge is asked. JSON-ready, for run.json.
 
-    None is what it was `before`, in the settings of earlier labels; where there are none, the judge's own.
+    None takes the value of `before`, the settings of earlier labels, or the judge's default if there is none.
     """
     usual = {
         "combine": judge.get("combine", "logit"), "calibration": dataclasses.asdict(UNCALIBRATED),
@@ -219,14 +222,14 @@ def _labelled(record: dict, how: dict) -> dict:
     raw = verdict_of(record, how["weights"], combine=how["combine"])
     verdict = verdict_of(record, how["weights"], combine=how["combine"], calibration=calibration)
     logit = calibration.slope * verdict.logit
-    prob = sigmoid(abs(logit))  # of the reply that is preferred, so that swapping the two changes no bit of it
+    prob = sigmoid(abs(logit))  # of the preferred reply, so that swapping the two replies changes no bit of it
     status, reason = verdict.status, verdict.reason
     if status == "ok" and (logit == 0 or prob - 0.5 < how["tie_margin"]):
         status, reason = "tie", f"P(better) = {prob:.4f}"
         if not calibration.slope:
-            reason += ": the slope of the calibration is 0, the judge was right by chance at best"
+            reason += ": the slope of the calibration is 0, because the judge was not better than chance"
     final = min(prob, how["clamp"][1]) if how["clamp"] else prob
-    side = -1 if verdict.logit < 0 else 1  # the bias, where it counts, may have turned the verdict
+    side = -1 if verdict.logit < 0 else 1  # removing the bias may have turned the verdict
     evidence = {"p_raw": sigmoid(side * raw.logit), "p_calibrated": prob, "p": final}
     return {**record, "status": status, "reason": reason, "logit": logit, "order_gap": raw.order_gap, **evidence}
 
@@ -239,7 +242,6 @@ def _comparison(record: dict, how: dict, provenance: dict) -> dict:
         "chosen": [{"role": "assistant", "content": record[chosen]}],
         "rejected": [{"role": "assistant", "content": record[rejected]}],
         "chosen_prob": record["p"],
-        "label_source": "ai",
         "cai": {
             "pair_id": record["id"], "a": "chosen" if chosen == "a" else "rejected", "clamp": how["clamp"],
             "status": record["status"], **evidence, **provenance,

@@ -1,8 +1,8 @@
-"""How questions are put to a model: transcripts, critique and revision requests, comparisons, checks.
+"""The prompts for a model: transcripts, critique and revision requests, comparisons, checks.
 
 Comparisons and checks are worded in the language of the constitution (`WORDS`). A transcript is
-`"\\n\\nHuman: ...\\n\\nAssistant: ..."`. Between those turns the critique loop adds `CritiqueRequest`, `Critique`,
-`RevisionRequest` and `Revision`. The `anthropic` layouts reproduce, byte for byte, the prompts of "Constitutional AI:
+`"\\n\\nHuman: ...\\n\\nAssistant: ..."`. The critique loop adds `CritiqueRequest`, `Critique`, `RevisionRequest` and
+`Revision` to those turns. The `anthropic` layouts reproduce, byte for byte, the prompts of "Constitutional AI:
 Harmlessness from AI Feedback" (arXiv 2212.08073, appendices and data files).
 """
 
@@ -32,7 +32,7 @@ def render_turns(turns: Sequence[Turn]) -> str:
 
 
 def parse_turns(text: str) -> list[Turn]:
-    """The inverse of `render_turns`. An empty last turn, which such files use as an open end, is left out."""
+    """The inverse of `render_turns`. An empty last turn, with which such files leave the end open, is left out."""
     parts = _HEAD.split(text)
     if parts[0].strip() or len(parts) == 1:
         raise ValueError(f"a transcript begins with a blank line and 'Human:', this one with {text[:40]!r}")
@@ -53,17 +53,17 @@ def messages_of(turns: Sequence[Turn]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Words:
-    """What stands around the texts that are judged, in one language."""
+    """The words around the texts that are judged, in one language."""
 
     heads: dict[str, str]  # role -> the head of its turns
     opening: str
-    options: str  # before the replies, behind the principle
+    options: str  # after the principle, before the replies
     stem: str  # a label follows
     think: str  # a rationale follows
-    cot_stem: str  # behind a rationale; a label follows
-    answers: str  # behind the question of a check
+    cot_stem: str  # after a rationale; a label follows
+    answers: str  # after the question of a check
     check_labels: tuple[str, str]  # violation_if "yes", "no"
-    only: str  # to a chat model, of which nothing but the first token is seen
+    only: str  # for a chat model of which only the first token is seen
     choose: str
 
 
@@ -78,7 +78,7 @@ WORDS = {
         heads={"system": "システム", "user": "人間", "assistant": "アシスタント"},
         opening="次は、人間とアシスタントの会話です。", options="\n選択肢:", stem="答えは:",
         think="順を追って考えましょう:", cot_stem="したがって、答えは:",
-        # Letters, for servers show first tokens only, and in most vocabularies いいえ is several.
+        # Letters, because servers show first tokens only, and in most vocabularies いいえ is several tokens.
         answers="\n (A) はい\n (B) いいえ", check_labels=(" (A)", " (B)"),
         only="{} か {} だけで答え、ほかには何も書かないでください。", choose="答えを選んでください。",
     ),
@@ -102,18 +102,18 @@ def text_exchange(few_shots: Sequence[Sequence[Turn]], conversation: Sequence[di
 def chat_exchange(
     few_shots: Sequence[Sequence[Turn]], conversation: Sequence[dict], turns: Sequence[Turn]
 ) -> list[dict]:
-    """Messages for the chat template; requests are user turns. A system message stays in front of the few-shots."""
+    """Messages for the chat template. Requests are user turns. A system message stays before the few-shots."""
     system = [m for m in conversation[:1] if m["role"] == "system"]
     shots = [message for shot in few_shots for message in messages_of(shot)]
     return system + shots + list(conversation[len(system) :]) + messages_of(turns)
 
 
 def cut_at_head(text: str) -> str:
-    """What a base model wrote before it began somebody else's turn."""
+    """The text that a base model wrote before it began another speaker's turn."""
     return _TURN.split(text, maxsplit=1)[0].strip()
 
 
-# name -> (render, clean): how a prompt is made, and what of the generated text is the answer
+# name -> (render, clean): makes a prompt; extracts the answer from the generated text
 CRITIQUE_LAYOUTS = {"anthropic": (text_exchange, cut_at_head), "chat": (chat_exchange, str.strip)}
 
 
@@ -152,7 +152,7 @@ def compare_question_principle_last(
 
 
 def check_question(conversation: Sequence[dict], reply: str, ask: str, words: Words = ENGLISH) -> str:
-    """One yes-or-no question about the last reply, behind it, so that all questions share one prefix."""
+    """One yes-or-no question after the reply that it is about, so that all questions share one prefix."""
     turns = [*conversation, {"role": "assistant", "content": reply}]
     return f"{_conversation(turns, words)}\n\n{ask}{words.answers}"
 
@@ -163,7 +163,7 @@ def text_prompt(
 ) -> str:  # fmt: skip
     """One string that ends with the stem, for base models.
 
-    asking: the prompt that a rationale continues; with `rationale`, the stem stands behind it.
+    asking: the prompt that a rationale continues. With `rationale`, the stem comes after it.
     """
     if asking or rationale is not None:
         human, assistant = words.heads["user"], words.heads["assistant"]
@@ -184,7 +184,7 @@ def chat_prompt(
     tokenizer, shots: Sequence[Shot], question: str, rationale: str | None = None, *, asking: bool = False,
     words: Words = ENGLISH,
 ) -> str:  # fmt: skip
-    """The question as a user turn in the tokenizer's chat template; the stem opens the assistant's answer."""
+    """The question as a user turn in the tokenizer's chat template. The stem opens the assistant's answer."""
 
     def concluding(thought: str) -> str:
         return f"{words.think} {thought}\n\n{words.cot_stem}"
@@ -211,19 +211,17 @@ COMPARE_LAYOUTS = {
 # --- text that others wrote ---
 
 _OWN_WORDS = [re.escape(text) for words in WORDS.values() for text in (words.stem, words.cot_stem, words.opening)]
-_SCAFFOLD = re.compile(
-    rf"(\n[^\S\n]*\n|\r[^\S\r]*\r)(?=(?:{_ANY_HEAD}):|{'|'.join(_OWN_WORDS)})"
-)  # behind a blank line
+_SCAFFOLD = re.compile(rf"(\n[^\S\n]*\n|\r[^\S\r]*\r)(?=(?:{_ANY_HEAD}):|{'|'.join(_OWN_WORDS)})")  # after a blank line
 _OPTION = re.compile(r"([\n\r])[^\S\n\r]+(?=\([AB]\))")
 _QUOTE = re.compile(r"\[{3,}|\]{3,}")
 _MARKUP = re.compile(r"<(?=\||/?(?:s|bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?INST\])")
 
 
 def defuse(text: str, special_tokens: Sequence[str] = ()) -> str:
-    """A message that cannot close its own quotation, list options, open another speaker's turn, or hold a token of the
-    chat template.
+    """The message, changed so that it cannot close its own quotation, list options, open another speaker's turn, or
+    contain a token of the chat template.
 
-    Text that does nothing of the kind is returned as it is.
+    All other text is returned unchanged.
     """
     text = _QUOTE.sub(lambda found: " ".join(found[0]), text)
     text = _OPTION.sub(r"\1", _SCAFFOLD.sub(r"\1 ", text))

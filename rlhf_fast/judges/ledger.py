@@ -1,14 +1,14 @@
-"""Every question put to a model or a server, and what came of it, in SQLite: kill -9 loses nothing that was paid for.
+"""Records every question put to a model or a server, and its answer, in SQLite: kill -9 loses no paid answer.
 
-    key        blake2b of (who is asked, request): model and weights or server, prompt, labels, sampling, seed
-    attempts   one row a try: key, sha256 of the prompt, status, answer, raw reply, reason, tokens, time
+    key        blake2b of (backend, request): model and weights or server, prompt, labels, sampling, seed
+    attempts   one row per try: key, sha256 of the prompt, status, answer, raw reply, reason, tokens, time
     status     started  ->  ok | refused | unparsed | too_long     answers, never asked for again
                         ->  failed                                 no answer; a later run asks again
                         ->  interrupted                            its process died before it saw an answer
 
-A row is committed before its question is sent and again when the answer is there. Whatever a stage writes is derived
-from these rows (stages.py). WAL with synchronous=NORMAL: safe against the death of the process; a power cut may take
-the last few rows, which are then asked again.
+A row is committed before its question is sent, and again when the answer arrives. Everything that a stage writes is
+derived from these rows (stages.py). WAL with synchronous=NORMAL is safe if the process dies; a power cut may lose the
+last few rows, whose questions are then asked again.
 """
 
 import fcntl
@@ -40,26 +40,26 @@ CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, id);
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one question. Only status "ok" has a value, and only it may become text or a label."""
+    """The outcome of one question. Only status "ok" has a value, and only it may become text or a label."""
 
     status: str  # "ok" | "refused" | "unparsed" | "too_long" | "failed"
     value: Any = None  # JSON
     reason: str = ""
-    key: str = ""  # of the ledger's rows that it stands in
+    key: str = ""  # of its rows in the ledger
 
 
 class Call(NamedTuple):
-    """A call that was made before there was a ledger to write it down in."""
+    """A call that was made before there was a ledger to record it."""
 
     request: dict
     answer: Answer
     started: float  # seconds since 1970
     seconds: float
-    about: dict  # raw, http_status, prompt_tokens, completion_tokens: what is known of them
+    about: dict  # raw, http_status, prompt_tokens, completion_tokens, as far as they are known
 
 
 class Usage(NamedTuple):
-    """What attempts came to; `requests` are all that were started, whatever came of them."""
+    """Totals over attempts. `requests` counts all that were started, whatever their outcome."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -67,30 +67,30 @@ class Usage(NamedTuple):
 
 
 class Backend(Protocol):
-    """Whoever answers: a model, a server, a function."""
+    """A model, a server or a function that answers requests."""
 
     def describe(self) -> dict:
-        """JSON-ready, part of every key: two that may answer differently describe themselves differently."""
+        """JSON-ready, part of every key. Backends that may answer differently must have different descriptions."""
         ...
 
     def answer(self, requests: Sequence[dict], tries: "Tries") -> None:
-        """Ends every request: `tries.all` for a batch that is answered at once, `begin` and `end` for single calls."""
+        """Answers every request, through `tries.all` for a whole batch, or `begin` and `end` for single calls."""
         ...
 
 
 class Tries:
-    """How a backend tells the ledger what it does with the requests that it was given. Threads may share it."""
+    """Through this a backend records its tries and answers in the ledger. Threads may share it."""
 
     def __init__(self, ledger: "Ledger", requests: Sequence["_Request"], backend: str):
         self._ledger, self._requests, self._backend = ledger, requests, backend
         self.last: list[Answer | None] = [None] * len(requests)
 
     def usage(self) -> Usage:
-        """Of this backend, earlier runs included."""
+        """The usage of this backend, including earlier runs."""
         return self._ledger.usage(self._backend)
 
     def begin(self, i: int) -> int:
-        """Request i is about to be sent."""
+        """Records that request i is about to be sent -> the number of the attempt."""
         request, now = self._requests[i], time.time()
         self._ledger._count(self._backend, 1)
         row = (request.key, self._backend, request.about, request.prompt_sha256, "started", now)
@@ -103,7 +103,7 @@ class Tries:
         self, attempt: int, i: int, answer: Answer, *, raw: str | None = None, http_status: int | None = None,
         prompt_tokens: int | None = None, completion_tokens: int | None = None,
     ) -> None:  # fmt: skip
-        """What came of it. A request may be begun again after "failed"; what it ended with last counts."""
+        """Records the outcome. A request may be begun again after "failed"; its last outcome counts."""
         answer = _as_read(answer, self._requests[i].key)
         with self._ledger.transaction() as db:
             db.execute(
@@ -116,7 +116,7 @@ class Tries:
         self.last[i] = answer
 
     def all(self, answers: Sequence[Answer]) -> None:
-        """All requests of the batch at once, in one transaction: after a crash they are all there, or none is."""
+        """Records the answers to all requests in one transaction: after a crash all of them are there, or none."""
         if len(answers) != len(self._requests):
             raise RuntimeError(f"{len(self._requests)} questions, {len(answers)} answers")
         now, answers = time.time(), [_as_read(a, r.key) for r, a in zip(self._requests, answers, strict=True)]
@@ -141,11 +141,11 @@ class _Request(NamedTuple):
 
 
 class Ledger:
-    """The ledger of one directory, `directory/ledger.sqlite`; open in one process at a time. A context manager.
+    """The ledger of one directory, `directory/ledger.sqlite`. One process at a time can open it. A context manager.
 
-    directory None keeps it in memory, for questions that no run hangs on.
-    retry: statuses of earlier runs that are asked again; "refused" and "unparsed" may be added to "failed".
-    Raises ConfigError where another process has it open, or the directory cannot be made.
+    directory None keeps it in memory, for questions whose answers no later run needs.
+    retry: statuses of earlier runs that are asked again. "refused", "unparsed" and "too_long" may be added to "failed".
+    Raises ConfigError if another process has it open, or if the directory cannot be made.
     """
 
     def __init__(self, directory: str | Path | None, *, retry: Iterable[str] = ("failed",)):
@@ -157,7 +157,7 @@ class Ledger:
         path = self.directory / "ledger.sqlite" if self.directory else ":memory:"
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except sqlite3.DatabaseError as error:  # a directory, say
+        except sqlite3.DatabaseError as error:  # for example, the path is a directory
             if self._held:
                 self._held.close()
             raise ConfigError(f"{path} cannot be used: {error}") from None
@@ -180,12 +180,12 @@ class Ledger:
 
     def _hold(self):
         make_directory(self.directory)
-        held = open(self.directory / "ledger.lock", "w")  # noqa: SIM115  the lock goes when the file is closed, or we die
+        held = open(self.directory / "ledger.lock", "w")  # noqa: SIM115  closing the file, or dying, releases the lock
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             held.close()
-            raise ConfigError(f"{self.directory}: another process works in it; wait for it or stop it") from None
+            raise ConfigError(f"{self.directory}: another process is using it; wait for it or stop it") from None
         return held
 
     def __enter__(self) -> "Ledger":
@@ -203,15 +203,15 @@ class Ledger:
         return _Transaction(self._db, self._lock)
 
     def ask(self, backend: Backend, requests: Sequence[dict]) -> list[Answer]:
-        """One answer a request, in their order: those that the ledger has, and `backend`'s for the others.
+        """One answer per request, in order: from the ledger if it has one, otherwise from `backend`.
 
-        A request is {"prompt": str | messages, ...}, JSON throughout; "about" names it for people and is not part of
+        A request is {"prompt": str | messages, ...} and must be JSON. "about" names it for people and is not part of
         the key. Equal requests are asked once.
         """
         who = self._register(backend)
         described = [_request(who, request) for request in requests]
-        known = self._known([r.key for r in described])
-        missing = {r.key: i for i, r in reversed(list(enumerate(described))) if r.key not in known}
+        answers = self._answered([r.key for r in described])
+        missing = {r.key: i for i, r in reversed(list(enumerate(described))) if r.key not in answers}
         which = sorted(missing.values())
         if which:
             tries = Tries(self, [described[i] for i in which], who)
@@ -219,11 +219,11 @@ class Ledger:
             for i, answer in zip(which, tries.last, strict=True):
                 if answer is None:
                     raise RuntimeError(f"{backend.describe()}: ended without an answer to {described[i].about!r}")
-                known[described[i].key] = answer
-        return [known[r.key] for r in described]
+                answers[described[i].key] = answer
+        return [answers[r.key] for r in described]
 
     def note(self, backend: Backend, calls: Iterable[Call]) -> None:
-        """Writes down calls of the past, such as a probe of the server: they count, and are the answer to nothing."""
+        """Records earlier calls, such as a probe of the server. They count as usage, and answer no request."""
         who = self._register(backend)
         for call in calls:
             key, prompt_sha256, about = _request(who, {**call.request, "started": call.started})
@@ -241,14 +241,15 @@ class Ledger:
             self._count(who, 1, *more[2:])
 
     def _register(self, backend: Backend) -> str:
-        """The id of a backend, whose description the ledger has from now on."""
+        """Stores the description of a backend -> its id."""
         description = _dump(backend.describe())
         who = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
         with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO backends VALUES (?, ?)", (who, description))
         return who
 
-    def _known(self, keys: Sequence[str]) -> dict[str, Answer]:
+    def _answered(self, keys: Sequence[str]) -> dict[str, Answer]:
+        """The recorded answers to these keys, except those of earlier runs that are to be asked again."""
         found: dict[str, Answer] = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
@@ -264,7 +265,7 @@ class Ledger:
         return found
 
     def usage(self, backend: str | None = None) -> Usage:
-        """Of all backends, or of the one with this id."""
+        """The usage of all backends, or of the one with this id."""
         with self._lock:
             if backend is not None:
                 return self._used.get(backend, Usage())
@@ -278,7 +279,7 @@ class Ledger:
             self._used[backend] = Usage(*map(sum, zip(used, more, strict=True)))
 
     def counts(self) -> Counter:
-        """Attempts by status; they sum to `usage().requests`."""
+        """Attempts by status. Their sum is `usage().requests`."""
         with self._lock:
             return Counter(dict(self._db.execute("SELECT status, count(*) FROM attempts GROUP BY status")))
 
@@ -306,12 +307,12 @@ def _dump(value: Any) -> str:
 
 
 def _utf8(text: str) -> str:
-    """A reply may hold half of a surrogate pair; no file may."""
+    """The text, encodable: a reply may contain half a surrogate pair, a file cannot."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _as_read(answer: Answer, key: str) -> Answer:
-    """The answer as a later run reads it, so that this run does not see another."""
+    """The answer as a later run will read it from the ledger, so that this run sees the same."""
     return Answer(answer.status, json.loads(_dump(answer.value)), _utf8(answer.reason), key)
 
 

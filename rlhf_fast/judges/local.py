@@ -1,4 +1,4 @@
-"""A `transformers` causal language model as a judge, in this process (model_judge.py says how it judges)."""
+"""A `transformers` causal language model as a judge, in this process (model_judge.py explains how it judges)."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .scoring import encode, label_logprobs
 
 
 class LocalBackend:
-    """Scores labels with one model, what the questions share once; writes rationales with the most likely tokens."""
+    """Scores labels with one model, computing shared prefixes of questions once. Writes rationales greedily."""
 
     def __init__(self, model, tokenizer, words: Words, tokens_per_batch: int):
         check_lm_head(model)
@@ -63,13 +63,14 @@ class LocalBackend:
         return answers
 
     def _encode(self, request: dict, label: str = "") -> list[int]:
-        return encode(self.tokenizer, request["prompt"] + label, request["layout"] != "chat")  # a template has its own
+        # A chat template has already written the special tokens.
+        return encode(self.tokenizer, request["prompt"] + label, request["layout"] != "chat")
 
 
 class LocalJudge(ModelJudge):
-    """Judges with a model and its tokenizer. tokens_per_batch bounds rows times columns of one forward pass.
+    """Judges with a model and its tokenizer. tokens_per_batch limits rows times columns of one forward pass.
 
-    The other arguments are `ModelJudge`'s.
+    The other arguments are those of `ModelJudge`.
     """
 
     def __init__(
@@ -77,4 +78,6 @@ class LocalJudge(ModelJudge):
         tokens_per_batch: int = 8192, seed: int = 0,
     ):  # fmt: skip
         backend = LocalBackend(model, tokenizer, WORDS[constitution.language], tokens_per_batch)
-        super().__init__(backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, seed=seed)
+        super().__init__(
+            backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, votes=0, seed=seed
+        )

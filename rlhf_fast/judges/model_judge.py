@@ -1,19 +1,20 @@
-"""A language model as a judge, wherever it runs. It writes nothing that must be parsed: the labels are scored.
+"""A language model as a judge, wherever it runs. Labels are scored, so no written answer has to be parsed.
 
     logit(a over b) = log p(" (A)" | question) - log p(" (B)" | question)      with a shown as (A), and
     logit(a over b) = log p(" (B)" | question) - log p(" (A)" | question)      with a shown as (B)
 
-A vote is the mean of the two. Averaging logits cancels exactly what is added to whatever stands first: an order bias,
-and a reply that says "The answer is (A)". The pair's logit is the mean of its votes, weighted by the principles'
-weights. A pair has a logit only if all of its principles voted.
+A vote is the mean of the two. Averaging the logits exactly cancels anything that favours a position: an order bias, or
+a reply that says "The answer is (A)". The pair's logit is the mean of its votes, weighted by the principles' weights. A
+pair has a logit only if all of its principles voted.
 
-With `cot_tokens` the model first writes a rationale for each question, and the labels are scored behind it (section 4.1
+With `cot_tokens` the model first writes a rationale for each question, and the labels are scored after it (section 4.1
 of arXiv 2212.08073).
 """
 
 import math
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 from .constitution import Constitution, ModelCheck, Principle, RuleCheck
 from .layouts import COMPARE_LABELS, COMPARE_LAYOUTS, WORDS, Shot, check_question, cut_at_head, defuse
@@ -23,36 +24,40 @@ from .rule_judge import check_rule
 from .stages import seed_for
 
 
-class ScoringBackend(Backend):
-    """A backend that answers two kinds of requests.
+class ScoringBackend(Backend, Protocol):
+    """A backend that answers three kinds of requests.
 
-    {"prompt", "labels"}                     value {"logprobs": one a label, "mass", "kind", "slack"}
-    {"prompt", "labels", "seed"}             value {"label": the index of the one that was sampled}, for `votes`
+    {"prompt", "labels"}                     value {"logprobs": one per label, "mass", "kind", "slack"}
+    {"prompt", "labels", "seed"}             value {"label": the index of the sampled label}, for `votes`
     {"prompt", "max_tokens", "seed"}         value {"text"}
     """
 
     def prompt(self, layout: str, shots: Sequence[Shot], question: str, labels, rationale: str | None):
-        """The prompt behind which a label is scored; behind `rationale`, where there is one."""
+        """The prompt that a label continues. It ends with `rationale`, if there is one."""
+        ...
 
     def ask_for_rationale(self, layout: str, shots: Sequence[Shot], question: str):
         """The prompt that a rationale continues."""
+        ...
 
     def special_tokens(self) -> Sequence[str]:
-        """Strings that mean something to the tokenizer, and must not be had from a reply."""
+        """Strings with a meaning for the tokenizer, which must not come from a reply."""
+        ...
 
 
 class ModelJudge:
     """Judges through a backend, in the constitution's `layout.compare` and language, and with its few-shots.
 
-    A principle whose check is a rule is checked by the rule; comparisons use the principles with a `compare` text.
-    min_label_mass: an answer on which the model put less probability than this is "unparsed": it did not take the
-    question for a choice between the labels.
-    The few-shots are shown under principles drawn at random, as in the paper, once for the life of the judge (seed).
+    A principle whose check is a rule is checked by the rule. Comparisons use the principles with a `compare` text.
+    min_label_mass: an answer is "unparsed" if the model gave the labels less total probability than this, because it
+    did not treat the question as a choice between them.
+    The few-shots use principles drawn at random, as in the paper, once for the life of the judge (seed).
+    votes: samples per question; 0 scores the labels instead.
     """
 
     def __init__(
         self, backend: ScoringBackend, constitution: Constitution, *, min_label_mass: float, cot_tokens: int, seed: int,
-        votes: int = 0,
+        votes: int,
     ):  # fmt: skip
         self.backend, self.layout = backend, constitution.compare_layout
         self.min_label_mass, self.cot_tokens, self.seed, self.votes = min_label_mass, cot_tokens, seed, votes
@@ -62,7 +67,7 @@ class ModelJudge:
     def _draw_shots(self, constitution: Constitution) -> list[Shot]:
         principles, draw, shots = self.comparable(constitution.principles), random.Random(self.seed), []
         for shot in constitution.cot_few_shots if self.cot_tokens else constitution.compare_few_shots:
-            if self.cot_tokens:  # which is (A) stays as it is, for the rationale speaks of it
+            if self.cot_tokens:  # the order is fixed, because the rationale refers to it
                 replies, first = (shot["a"], shot["b"]), shot["better"] == "a"
             else:
                 first = draw.random() < 0.5  # the better reply is (A) in half of them
@@ -85,7 +90,7 @@ class ModelJudge:
         return [self._verdict(pair, [(next(answers), next(answers)) for _ in pair.principles]) for pair in pairs]
 
     def _verdict(self, pair: Pair, answers: Sequence[tuple[Answer, Answer]]) -> Verdict:
-        """answers: (with a first, with b first), one a principle."""
+        """answers: (with a first, with b first) for each principle."""
         results = [self._vote(p, ab, ba) for p, (ab, ba) in zip(pair.principles, answers, strict=True)]
         votes = tuple(r for r in results if isinstance(r, Vote))
         missing = tuple(r for r in results if isinstance(r, Missing))
@@ -105,14 +110,14 @@ class ModelJudge:
         return Vote(principle.id, ab_a - ab_b, ba_b - ba_a, mass, kind, slack, keys)
 
     def _no_choice(self, answer: Answer) -> str:
-        """Why an answer is none between the labels; "" where it is one. NaN is no evidence, for or against."""
+        """Why an answer does not choose between the labels; "" if it does. NaN is no evidence, for or against."""
         mass, (first, second) = answer.value["mass"], answer.value["logprobs"]
         if math.isnan(first - second):
             return f"the labels have log-probabilities {first}, {second}"
         return "" if mass >= self.min_label_mass else f"label mass {mass:.3g} is below {self.min_label_mass}"
 
     def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]:
-        """Rules run here; a question is "violated" as likely as the answer that `violation_if` names."""
+        """Rules run here. For a question, P(violated) is the probability of the answer in `violation_if`."""
         questions = []
         for conversation, reply, principles in replies:
             conversation, reply = self._defused(conversation, reply)
@@ -173,7 +178,7 @@ class ModelJudge:
         return safe, *(defuse(reply, special) for reply in replies)
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
-        """Those with a `compare` text, of weight above 0."""
+        """The principles with a `compare` text and a weight above 0."""
         return [p for p in principles if p.compare and p.weight > 0]
 
     def describe(self) -> dict:
@@ -190,7 +195,7 @@ class ModelJudge:
 
 
 def _counted(answers: Sequence[Answer]) -> Answer:
-    """k samples of one question -> its answer; P = (n_A + 1/2) / (n + 1) over the n that chose a label."""
+    """k samples of one question -> its answer. P = (n_A + 1/2) / (n + 1), where n samples chose a label."""
     counts = [sum(a.status == "ok" and a.value["label"] == i for a in answers) for i in (0, 1)]
     n = sum(counts)
     others = [a for a in answers if a.status != "ok"]

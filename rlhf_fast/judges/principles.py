@@ -1,4 +1,4 @@
-"""A principle, and the error that says which file, principle and field is wrong."""
+"""A principle of a constitution, and the error that names the file, principle and field that is wrong."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class RuleCheck:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """c_i(x, y) as a yes-or-no question. Satisfied where P(answer == violation_if) < threshold."""
+    """c_i(x, y) as a yes-or-no question. Satisfied if P(answer == violation_if) < threshold."""
 
     ask: str
     violation_if: str = "yes"
@@ -31,10 +31,11 @@ class ModelCheck:
 
 @dataclass(frozen=True)
 class Principle:
+    """One principle (constitution.py explains the fields). A principle is used only for the texts that it has."""
+
     id: str
     weight: float = 1.0
     hard: bool = False
-    tags: tuple[str, ...] = ()
     critique: str | None = None
     revise: str | None = None
     compare: str | None = None

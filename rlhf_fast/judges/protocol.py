@@ -1,11 +1,11 @@
-"""What a judge is asked and what it answers.
+"""The questions put to a judge, and its answers.
 
 A judge answers two questions about structured input (messages, never one long string):
 
-    compare   conversation x, replies a and b, principles   ->  logit P(a is better), one vote a principle, both orders
-    check     conversation x, reply y, principles           ->  c_i(x, y) in [0, 1] a principle; 1 is satisfied
+    compare   conversation x, replies a and b, principles   ->  logit P(a is better), a vote per principle, both orders
+    check     conversation x, reply y, principles           ->  c_i(x, y) in [0, 1] per principle; 1 is satisfied
 
-A judge never invents an answer. What it cannot decide carries a status other than "ok" and a reason.
+A judge never invents an answer. If it cannot decide, the answer has a status other than "ok" and a reason.
 """
 
 import math
@@ -18,7 +18,7 @@ from .ledger import Ledger
 
 Messages = list[dict]  # [{"role": "user", "content": "..."}, ...], the last one from the user
 
-# The worst first: a pair that several principles could not decide has the first of these that occurs.
+# Worst first: if several principles could not decide a pair, it gets the first of these that occurs.
 UNDECIDED = ("failed", "refused", "too_long", "unparsed")
 
 
@@ -44,22 +44,22 @@ class Vote:
     """One principle's answer. Both logits are log P(a is better) - log P(b is better), in nats."""
 
     principle: str
-    logit_ab: float  # with a standing first
-    logit_ba: float  # with b standing first
-    label_mass: float = 1.0  # probability that the judge gave to the labels at all, in the order with less
-    kind: str = "exact"  # where the logits come from: "exact" log-probabilities, "top_k" with a bound, "votes", "rule"
-    slack: float = 0.0  # how far P(a is better) of either order may lie from the truth, where kind is "top_k"
-    keys: tuple[str, ...] = ()  # of the ledger's rows behind it
+    logit_ab: float  # with a shown first
+    logit_ba: float  # with b shown first
+    label_mass: float = 1.0  # total probability that the judge gave to the labels, in the order in which it is smaller
+    kind: str = "exact"  # source of the logits: "exact" log-probabilities, "top_k" with a bound, "votes", "rule"
+    slack: float = 0.0  # for kind "top_k": the maximum error of P(a is better) in either order
+    keys: tuple[str, ...] = ()  # of its rows in the ledger
 
     @property
     def logit(self) -> float:
-        """An order bias adds to one order what it takes from the other, so the mean of the logits cancels it."""
+        """The mean over both orders. An order bias adds to one order what it takes from the other, so it cancels."""
         return (self.logit_ab + self.logit_ba) / 2
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A principle that gave no vote on a pair, and why."""
+    """A principle without a vote on a pair, and the reason."""
 
     principle: str
     status: str  # one of UNDECIDED
@@ -69,7 +69,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to one `Pair`. `logit` is the log-odds that a is better; only status "ok" may become a label."""
+    """The answer to one `Pair`. `logit` is the log-odds that a is better. Only status "ok" may become a label."""
 
     status: str  # "ok" | "tie", or one of UNDECIDED
     logit: float = 0.0
@@ -83,13 +83,13 @@ class Verdict:
 
     @property
     def order_gap(self) -> float:
-        """Mean over the votes of logit_ab - logit_ba: twice the judge's preference for whatever stands first."""
+        """Mean over the votes of logit_ab - logit_ba: twice the judge's preference for whichever reply is first."""
         return sum(v.logit_ab - v.logit_ba for v in self.votes) / max(len(self.votes), 1)
 
 
 @dataclass(frozen=True)
 class Check:
-    """c_i(x, y) of one principle. `score` is P(satisfied), None where it does not apply or there is no answer."""
+    """c_i(x, y) of one principle. `score` is P(satisfied); None if the principle does not apply or has no answer."""
 
     principle: str
     score: float | None
@@ -99,9 +99,9 @@ class Check:
 
 
 class Judge(Protocol):
-    """What `revise` and `label` need. Questions come in batches; answers keep their order.
+    """The interface that `revise` and `label` need. Questions come in batches; answers keep their order.
 
-    What a judge asks of a model goes through `ledger.ask`, so that a stage that was killed does not ask again.
+    A judge puts its questions to a model through `ledger.ask`, so that a stage that was killed does not ask again.
     """
 
     def compare(self, pairs: Sequence[Pair], ledger: Ledger | None = None) -> list[Verdict]: ...
@@ -109,7 +109,7 @@ class Judge(Protocol):
     def check(self, replies: Sequence[Reply], ledger: Ledger | None = None) -> list[list[Check]]: ...
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
-        """Those of the principles that this judge can compare replies under."""
+        """The principles under which this judge can compare replies."""
         ...
 
     def describe(self) -> dict:
@@ -120,11 +120,12 @@ class Judge(Protocol):
 def decide(
     votes: Sequence[Vote], missing: Sequence[Missing], weights: Mapping[str, float], *, combine: str = "logit"
 ) -> Verdict:
-    """The verdict on a pair: votes of weight 0 or none in `weights` play no part, and all others must be there.
+    """The verdict on a pair. Votes whose principle has weight 0 or none in `weights` are ignored; every other principle
+    must have voted.
 
-    combine: "logit" is the mean over both orders and all principles in log-odds, "prob" in probabilities, as in RLAIF
-    (arXiv 2309.00267), which keeps the sign and shrinks what the two orders disagree on; "sum" adds the log-odds up, as
-    evidence from independent rules.
+    combine: "logit" is the mean over both orders and all principles in log-odds. "prob" is the mean in probabilities,
+    as in RLAIF (arXiv 2309.00267); it keeps the sign and shrinks the parts on which the two orders disagree. "sum" adds
+    the log-odds, as evidence from independent rules.
     """
     votes = tuple(v for v in votes if weights.get(v.principle, 0) > 0)
     missing = tuple(m for m in missing if weights.get(m.principle, 0) > 0)
@@ -133,7 +134,7 @@ def decide(
             reason = "; ".join(f"{m.principle}: {m.reason}" for m in named)
             return Verdict(status, votes=votes, missing=missing, reason=reason)
     if not votes:
-        return Verdict("tie", reason="no principle of weight above 0 has a vote")
+        return Verdict("tie", reason="no principle with a weight above 0 has a vote")
     total = sum(weights[v.principle] for v in votes)
     if combine in ("logit", "sum"):
         logit = sum(weights[v.principle] * v.logit for v in votes) / (total if combine == "logit" else 1)

@@ -1,4 +1,4 @@
-"""Constitution files of others, each recognised by its shape.
+"""Reads constitution files that others have released, recognising each by its shape.
 
     Anthropic    CritiqueRevisionInstructions {name: {"prompt": [critique request], "edit_request": ...}},
                  RLMadisonInstructions [comparison, ...], few-shots of both, and with rationales (arXiv 2212.08073)
@@ -6,7 +6,8 @@
     SALMON       [{"dimension", "definition", "weight", "negative_definition"}]
     statements   ["Choose the reply that ...", ...], as ICAI writes them
 
-Anthropic's scaffold ("CritiqueRequest:" and so on) and the text in it are separated, and joined again without loss.
+Anthropic's scaffold ("CritiqueRequest:" and so on) is separated from the text in it; export_released joins them again
+without loss.
 """
 
 import re
@@ -21,7 +22,7 @@ FORMAT = "rlhf_fast/constitution@1"
 _CRITIQUE = ("\n\nCritiqueRequest: ", "\n\nCritique:")
 _REVISION = ("\n\nRevisionRequest: ", "\n\nRevision:")
 _OPTIONS = ("\n", " Options:")
-_RATIONALE = re.compile(  # of a few-shot with a rationale; a slot for the principle stands before the replies
+_RATIONALE = re.compile(  # of a few-shot with a rationale; the slot {} for the principle precedes the replies
     r"\s*Human: Consider the following conversation between a human(?: \(H\))? and an assistant(?: \(A\))?:"
     r"(?P<conversation>\n\nH: .*)\n\n\{\}\n \(A\) \[\[\[(?P<a>.*)\]\]\]\n \(B\) \[\[\[(?P<b>.*)\]\]\]\n\n"
     r"Assistant: Let's think step by step:(?P<rationale>.*)\n\nHuman:\nSo the answer is: \((?P<better>[AB])\)\s*",
@@ -43,12 +44,12 @@ def _unwrap(scaffold: tuple[str, str], text: str, where: str) -> str:
 
 
 def _first(value):
-    """The only element of the lists in which Anthropic's files hold a text."""
+    """The text itself: Anthropic's files put texts into lists of one element."""
     return value[0] if isinstance(value, list) and value else value
 
 
 def parse_released(content, path: Path, parts: dict) -> None:
-    """Adds to `parts` what a file of somebody else's holds."""
+    """Adds the content of a released file to `parts`."""
     if isinstance(content, dict) and "constitutions" in content:
         return _parse_llm_swarm(content, path, parts)
     values = list(content.values()) if isinstance(content, dict) else content
@@ -62,7 +63,7 @@ def parse_released(content, path: Path, parts: dict) -> None:
             critique = _unwrap(_CRITIQUE, _first(entry["prompt"]), f"{where} 'prompt'")
             revise = _unwrap(_REVISION, entry["edit_request"], f"{where} 'edit_request'")
             parts["principles"].append(Principle(name, critique=critique, revise=revise))
-        parts.setdefault("critique_layout", "anthropic")  # the one they were written for, as the few-shots are
+        parts.setdefault("critique_layout", "anthropic")  # the layout for which they and the few-shots were written
     elif all(isinstance(v, str) and v.endswith(_OPTIONS[1]) for v in values):
         for i, text in enumerate(values):
             compare = _unwrap(_OPTIONS, text, f"{path}: principle {i}")
@@ -84,7 +85,7 @@ def parse_released(content, path: Path, parts: dict) -> None:
 
 
 def _parse_llm_swarm(content: dict, path: Path, parts: dict) -> None:
-    """Its few-shots are conversations of a chat model that end with critique and revision; it asks in a chat too."""
+    """Its few-shots are conversations with a chat model that end with critique and revision, so its layout is chat."""
     for i, entry in enumerate(_list(content, "constitutions", path)):
         where = f"{path}: principle {i}:"
         if not isinstance(entry, dict):
@@ -124,7 +125,7 @@ def _list(content: dict, name: str, path: Path) -> list:
 
 
 def critique_shots(values, path: Path) -> list:
-    """Transcripts, or mappings from head to text that stand in this package's file."""
+    """Transcripts, or mappings from head to text in a file of this package's format."""
     shots = []
     for i, shot in enumerate(values):
         where = f"{path}: few-shot {i}:"
@@ -191,7 +192,7 @@ def cot_shots(values, path: Path) -> list:
 
 
 def export_released(principles) -> tuple[dict, list[str]]:
-    """(CritiqueRevisionInstructions, RLMadisonInstructions): principles in the shape of Anthropic's files."""
+    """(CritiqueRevisionInstructions, RLMadisonInstructions): the principles in the shape of Anthropic's files."""
     critiques = {
         p.id: {"prompt": [_wrap(_CRITIQUE, p.critique)], "edit_request": _wrap(_REVISION, p.revise)}
         for p in principles
@@ -209,8 +210,10 @@ def read_released_comparisons(path: str | Path) -> list[dict]:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} record {i}: {error!r}") from None
         if min(len(better), len(worse)) < 2:
-            raise ConfigError(f"{path} record {i}: a dialogue without a reply")
+            raise ConfigError(f"{path} record {i}: a dialogue has no reply; leave the record out")
         if better[:-1] != worse[:-1]:
-            raise ConfigError(f"{path} record {i}: the two dialogues differ before their last reply")
+            raise ConfigError(
+                f"{path} record {i}: the two dialogues differ before their last reply; leave the record out"
+            )
         rows.append({"prompt": messages_of(better[:-1]), "better": better[-1][1], "worse": worse[-1][1]})
     return rows

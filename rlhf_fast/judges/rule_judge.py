@@ -1,4 +1,4 @@
-"""The judge made of rules: exact checks at no cost, and comparisons from the difference of the scores."""
+"""A judge of rules only: exact checks at no cost, and comparisons from the difference of the scores."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from .protocol import Check, Messages, Missing, Pair, Reply, Verdict, Vote, deci
 
 
 def check_rule(principle: Principle, conversation: Messages, reply: str) -> Check:
-    """Runs the principle's rule. What the rule raises is a failed check with the error in it, never a violation."""
+    """Runs the principle's rule. If the rule raises, the check has failed with that error; it is never a violation."""
     try:
         value = principle.check.function(conversation, reply, **principle.check.args)
-    except Exception as error:  # a user's function may raise anything; the check says so and the item is not used
+    except Exception as error:  # a user's function may raise anything; the check reports it and the item is not used
         return Check(principle.id, None, None, "failed", f"{principle.id}: {type(error).__name__}: {error}")
     if value is None:
         return Check(principle.id, None, None, "not_applicable")
@@ -27,7 +27,7 @@ class RuleJudge:
 
         logit = scale * sum_i weight_i * (c_i(x, a) - c_i(x, b))        equal scores are a tie
 
-    scale: nats that one violation of weight 1 is worth; at 2.0 it gives P = 0.88.
+    scale: nats per violation of weight 1; 2.0 gives P = 0.88.
     """
 
     def __init__(self, scale: float = 2.0):
@@ -52,7 +52,7 @@ class RuleJudge:
         return decide(votes, missing, {p.id: p.weight for p in pair.principles}, combine="sum")
 
     def comparable(self, principles: Sequence[Principle]) -> list[Principle]:
-        """Those that a rule decides, of weight above 0."""
+        """The principles with a rule and a weight above 0."""
         return [p for p in principles if isinstance(p.check, RuleCheck) and p.weight > 0]
 
     def describe(self) -> dict:
@@ -60,7 +60,7 @@ class RuleJudge:
 
 
 def with_rules(principles: Sequence[Principle], question: str) -> Sequence[Principle]:
-    """The principles. Raises ConfigError for those that no rule checks."""
+    """The principles themselves. ConfigError for those without a rule."""
     if missing := [p.id for p in principles if not isinstance(p.check, RuleCheck)]:
         raise ConfigError(
             f"RuleJudge.{question}: principles {missing} have no `check: {{rule: ...}}`; use LocalJudge for them"

@@ -1,13 +1,13 @@
-"""Log-probabilities of labels, with what questions have in common computed once.
+"""Log-probabilities of labels. Prefixes that questions have in common are computed once.
 
-A question is given as the tokens of prompt + label, once for each label, because where the prompt ends and the label
-begins is the tokenizer's choice. What its sequences share is the prefix, the rest of each is its label:
+A question is given as the tokens of prompt + label, once for each label, because the tokenizer decides where the prompt
+ends and the label begins. The prefix is what its sequences share; the rest (tail) of each sequence is its label:
 
     log p(label) = sum_j log p(tail_j | prefix, tail_<j)
 
-Sequences form a tree. Where they share most of their tokens (few-shots in front of all questions; conversation and
-replies in front of all principles), the shared part goes through the model once and its keys and values serve them all.
-Models that keep more than keys and values go through every sequence whole.
+Sequences form a tree. If they share most of their tokens (few-shots before all questions; conversation and replies
+before all principles), the shared part goes through the model once and all of them use its keys and values. Models
+whose state is more than keys and values process every sequence whole.
 """
 
 import copy
@@ -24,7 +24,7 @@ Row = tuple[int, ...]
 
 
 def encode(tokenizer, text: str, special_tokens: bool) -> list[int]:
-    """Token ids of a text that is to be continued: what stands in front of a sequence, never what closes one."""
+    """Token ids of a text to be continued: with the special tokens that open a sequence, without one that closes it."""
     ids = tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
     return ids[:-1] if special_tokens and ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
 
@@ -33,7 +33,7 @@ def encode(tokenizer, text: str, special_tokens: bool) -> list[int]:
 def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_batch: int) -> list[tuple[float, ...]]:
     """For each question the log-probability of each of its labels, in nats.
 
-    tokens_per_batch bounds rows times columns of one forward pass, what is shared included; one row always fits.
+    tokens_per_batch limits rows times columns of one forward pass, including the shared part; one row always fits.
     """
     reads: dict[Row, dict[tuple[int, int], list]] = {}  # inputs -> {(position, token): [(question, label)]}
     for q, sequences in enumerate(questions):
@@ -46,7 +46,7 @@ def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_b
             row = reads.setdefault(tuple(ids[:-1]), {})  # one-token labels of a question have one row
             for position in range(prefix, len(ids)):
                 row.setdefault((position - 1, ids[position]), []).append((q, label))
-    # A shared part ends before the first position that is read.
+    # A shared part must end before the first position that is read.
     limits = {row: min(position for position, _ in reads[row]) for row in reads}
     tree = _grow(sorted(reads), limits, 0) if _can_share(model) else _Node(0, (), sorted(reads))
     totals = [[0.0] * len(sequences) for sequences in questions]
@@ -64,7 +64,7 @@ def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_b
 
 @dataclass
 class _Node:
-    """Rows that agree up to `end`. `leaves` go on alone from there, `children` are nodes that share more."""
+    """Rows that agree up to `end`. `leaves` share nothing more; `children` are nodes whose rows share more."""
 
     end: int
     shared: Row
@@ -79,9 +79,8 @@ def _grow(rows: Sequence[Row], limits: dict[Row, int], end: int) -> _Node:
         group = groups.pop()
         common = min(_common_prefix((group[0], group[-1])), *(limits[row] for row in group), len(group[0]))
         saved = (len(group) - 1) * (common - end)
-        if len(group) > 1 and 2 * saved >= sum(
-            len(row) - end for row in group
-        ):  # else it costs more calls than it saves
+        # Sharing less than half of the tokens costs more calls than it saves.
+        if len(group) > 1 and 2 * saved >= sum(len(row) - end for row in group):
             node.children.append(_grow(group, limits, common))
         elif len(group) == 1 or common >= min(limits[row] for row in group):
             node.leaves += group
@@ -106,9 +105,9 @@ def _walk(model, node: _Node, cache: DynamicCache | None, tokens_per_batch: int)
 
 
 def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int) -> torch.Tensor:
-    """Rows that follow `start` cached tokens -> hidden (B, T, D); the cache, if there is one, grows by them.
+    """Rows that follow `start` cached tokens -> hidden (B, T, D). The cache, if there is one, grows by them.
 
-    Rows are padded on the right, where a causal model cannot see it, so that no mask is needed.
+    Rows are padded on the right, where a causal model does not see the padding, so no mask is needed.
     """
     width = max(map(len, rows))
     ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=model.device)
@@ -120,8 +119,8 @@ def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int)
 
 
 def _can_share(model) -> bool:
-    """Whether the model's cache is keys and values and nothing else: a recurrent state (Mamba, LFM2) is overwritten.
-    (transformers 4 keeps such a state beside the layers of the cache.)"""
+    """Whether the model's cache consists of keys and values only, because a recurrent state (Mamba, LFM2) is
+    overwritten. (transformers 4 keeps such a state outside the layers of the cache.)"""
     layers = DynamicCache(config=model.config).layers
     kinds = getattr(model.config, "layer_types", None) or ()
     return (
@@ -132,7 +131,7 @@ def _can_share(model) -> bool:
 
 
 def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
-    """The cache for so many rows. Its tensors are read, never written, so rows may share them until theirs differ."""
+    """The cache expanded to `rows` rows. Its tensors are never written to, so all rows can share them."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in copied.layers:
@@ -141,7 +140,7 @@ def _copies(cache: DynamicCache, rows: int) -> DynamicCache:
 
 
 def _batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
-    """Rows in batches of similar length, each of at most `budget` cells, or of one row."""
+    """Rows in batches of similar length, each with at most `budget` cells, or with one row."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=len, reverse=True):
         if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= budget:
@@ -152,7 +151,8 @@ def _batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all have in common: what the least and the greatest have. Slices are compared in C."""
+    """The number of first tokens that all have in common, which is that of the smallest and the largest. Comparing
+    slices is fast, because it runs in C."""
     least, greatest = min(sequences), max(sequences)
     low, high = 0, min(len(least), len(greatest))
     while low < high:

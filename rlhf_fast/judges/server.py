@@ -1,16 +1,16 @@
 """Calls to an OpenAI-compatible server: many at once, each try recorded, none paid for twice.
 
     200 that can be read              the answer
-    408, 409, 5xx, time-out,          again after Retry-After, or a random time below backoff * 2^tries (full jitter),
-    no connection, torn JSON          at most max_tries times; then the question has failed
-    429                               again, and no call of any question before Retry-After, or a wait that doubles from
-                                      backoff to 60 s; after ten minutes of nothing else the run stops
-    400 that names length or safety   too_long, refused; unless it may only repeat the words of the question
-    other 4xx                         failed, and not tried again
-    401, 403, 404, no quota left,     the run stops: the next question would fare no better
+    408, 409, 5xx, time-out,          retried after Retry-After, or a random time below backoff * 2^tries (full jitter),
+    no connection, truncated JSON     at most max_tries times; then the question has failed
+    429                               retried, with no call for any question before Retry-After, or before a wait that
+                                      doubles from backoff to 60 s; after ten minutes of nothing else the run stops
+    400 that names length or safety   too_long or refused, unless it may only repeat the words of the question
+    other 4xx                         failed, not retried
+    401, 403, 404, no quota left,     the run stops, because the next question would fail too
     ten questions in a row failed
 
-On a 429 the number of calls at once is halved, and grows again by one for as many good answers as it is.
+A 429 halves the number n of simultaneous calls. It grows by one again after n good answers.
 """
 
 import email.utils
@@ -31,31 +31,31 @@ _STOP = {401, 403, 404, 405}
 _AGAIN = {408, 409, 425, 429}
 _TOO_LONG = re.compile(
     r"context.?length|maximum context|max_model_len|too (?:long|many tokens)|reduce the length"
-    r"|request too large|tokens must be reduced",  # OpenAI's 429 to a question of more tokens than a minute has
+    r"|request too large|tokens must be reduced",  # OpenAI's 429 to a question above the tokens per minute
     re.I,
 )
 _REFUSED = re.compile(r"content.?(?:filter|management|policy)|safety|responsible.?ai", re.I)
 _NO_QUOTA = re.compile(r"insufficient_quota|billing", re.I)
 FAILURES_IN_A_ROW = 10
-_LONGEST_WAIT = 60.0  # seconds: limits are set per minute
+_MAX_WAIT = 60.0  # seconds, because limits are per minute
 _PATIENCE = 600.0  # seconds
 
 
 class Unreadable(Exception):
-    """A 200 without what was asked for. The message says what is missing."""
+    """A 200 without the requested content. The message says what is missing."""
 
 
 @dataclass
 class Server:
-    """Where the calls go, and how many. The key is read from the environment variable `api_key_env`, where it is set.
+    """A server, its credentials and its limits. The key is read from the environment variable `api_key_env`, if set.
 
-    max_requests, max_total_tokens and max_cost bound what one ledger may hold of the calls of one judge or generator,
-    earlier runs included; prices are in the unit of max_cost for 1,000,000 tokens. A call whose cost is known only
-    afterwards may pass the last two by what is on its way. They need a server that says how many tokens it used: one
-    that answers without is refused at its first answer.
+    max_requests, max_total_tokens and max_cost limit the calls of one judge or generator in one ledger, including
+    earlier runs. Prices are per 1,000,000 tokens, in the unit of max_cost. The cost of a call is known only afterwards,
+    so the last two limits may be exceeded by the calls in flight. They require a server that reports token usage; one
+    that does not is refused at its first answer.
 
-    extra_body goes into every request, over the fields that are there; null takes one out. Models that reason take
-    {max_tokens: null, max_completion_tokens: 512} at OpenAI, and Qwen3 behind vLLM answers without reasoning under
+    extra_body is merged into every request and overrides its fields; null removes one. OpenAI's reasoning models need
+    {max_tokens: null, max_completion_tokens: 512}, and Qwen3 on vLLM answers without reasoning with
     {chat_template_kwargs: {enable_thinking: false}}.
     """
 
@@ -73,7 +73,7 @@ class Server:
     price_prompt: float = 0.0
     price_completion: float = 0.0
     extra_body: dict = field(default_factory=dict)
-    kept = "every answer is in the ledger, and the same command (cai train: with --resume) goes on from there"
+    kept = "every answer is in the ledger, and the same command (cai train: with --resume) continues from there"
     _client: object = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
@@ -95,10 +95,12 @@ class Server:
         except ImportError:
             raise ConfigError("a server needs the openai client: pip install openai") from None
         self.openai = openai
-        # A server of one's own wants none. The end of a line is what a key that was read from a file brings along.
+        # A local server needs no key. strip(), because a key that was read from a file may end with a newline.
         key = os.environ.get(self.api_key_env, "").strip() or "none"
         if not key.isascii():
-            raise ConfigError(f"server: the key in {self.api_key_env} has letters beyond ASCII, which no header holds")
+            raise ConfigError(
+                f"server: the key in {self.api_key_env} has characters beyond ASCII, which no header can hold: check it"
+            )
         self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
         self._gate, self._budget = threading.Condition(), threading.Lock()
         self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
@@ -109,9 +111,10 @@ class Server:
         return {"backend": "http", "base_url": self.base_url, "model": self.model, **more}
 
     def ask_once(self, request: dict, send, read) -> list[Call]:
-        """The calls of one question without a second try; only a 429 is waited for, as in a run, and asked again.
+        """The calls of one question, without a second try except after a 429, for which we wait as in a run.
 
-        What the last of them came to is in it, never raised. Raises ConfigError for ten minutes of nothing but 429.
+        The outcome of the last call is in its answer and is never raised. Raises ConfigError after ten minutes of
+        nothing but 429.
         """
         calls, limited = [], True
         while limited:
@@ -124,12 +127,12 @@ class Server:
             calls.append(Call(request, answer, started, time.time() - started, about))
             if limited := again and about.get("http_status") == 429:
                 self._pace(answer, 429, again, wait, last=False)
-        self._limited_since = None  # also by an answer that says no
+        self._limited_since = None  # any other answer ends it, also an error
         self._must_be_counted(answer, about)
         return calls
 
     def call(self, path: str, body: dict | None = None) -> str:
-        """The text of the reply to a POST, or to a GET where there is no body. One try; ConfigError for a failure."""
+        """The text of the reply to a POST, or to a GET if there is no body. One try; ConfigError if it fails."""
         try:
             return self._send(path, body).text
         except self.openai.APIStatusError as error:
@@ -140,7 +143,7 @@ class Server:
             raise ConfigError(f"{path} of {self.base_url} cannot be reached: {_short(str(error))}") from None
 
     def _send(self, path: str, body: dict | None):
-        """The reply as it came: what a server leaves out, or adds, the client's own types do not show."""
+        """The raw reply, because the client's own types hide what a server leaves out or adds."""
         options = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what the client's with_raw_response sets
         if body is None:
             return self._client.get(path, cast_to=object, options=options).http_response
@@ -150,10 +153,10 @@ class Server:
         self, requests: Sequence[dict], tries: Tries, send: Callable[[dict], tuple[str, dict]],
         read: Callable[[dict, dict], Answer], *, abandon: bool = False,
     ) -> None:  # fmt: skip
-        """Ends every request of a ledger. send: request -> (path, body); read: (request, reply) -> Answer.
+        """Answers every request of a ledger. send: request -> (path, body); read: (request, reply) -> Answer.
 
-        Where one fails in a way that ends them all, and on Ctrl-C, what is on its way is waited for and recorded first.
-        abandon: not on Ctrl-C, for answers that nobody keeps.
+        If one request fails in a way that ends them all, and on Ctrl-C, the calls in flight are first awaited and
+        recorded. abandon: do not wait on Ctrl-C, for answers that nobody keeps.
         """
         stop, waiting, ended = threading.Event(), SimpleQueue(), SimpleQueue()
         for question in enumerate(requests):
@@ -170,7 +173,7 @@ class Server:
                 failure = error
             ended.put(failure)
 
-        threads = []  # daemons: a process that ends does not wait for them, as it would for those of an executor
+        threads = []  # daemons: a process does not wait for them at its end, as it would for an executor's
         try:
             for _ in range(min(self.concurrency, len(requests))):
                 thread = threading.Thread(target=work, daemon=True)
@@ -180,7 +183,7 @@ class Server:
                 if failure := ended.get():
                     raise failure
         except BaseException as error:
-            stop.set()  # nothing new is sent
+            stop.set()  # send nothing new
             if not (abandon and isinstance(error, KeyboardInterrupt)):
                 for thread in threads:
                     thread.join()
@@ -188,7 +191,7 @@ class Server:
 
     def _until_answered(self, i: int, request: dict, tries: Tries, send, read, stop: threading.Event) -> None:
         path, body = send(request)
-        number = 0  # of the tries that count: a 429 is about the time, not about the question
+        number = 0  # tries so far; a 429 does not count, because it is not about the question
         while self._enter(stop):
             try:
                 attempt = self._begin(i, tries)
@@ -205,7 +208,7 @@ class Server:
                 return
 
     def _try(self, path: str, body: dict, request: dict, read) -> tuple[Answer, bool, float, dict]:
-        """(answer, whether to try again, seconds that the server asked to wait, what else the ledger keeps)."""
+        """(answer, whether to try again, seconds that the server asked to wait, other columns for the ledger)."""
         about: dict = {}
         body = {"model": self.model, **body, **self.extra_body}
         body = {name: value for name, value in body.items() if value is not None}
@@ -238,7 +241,7 @@ class Server:
     # -- how fast --
 
     def _enter(self, stop: threading.Event) -> bool:
-        """Waits for a free place and for the time that the server, or requests_per_minute, sets. False: stopped."""
+        """Waits for a free slot, and for the time set by the server or by requests_per_minute. False if stopped."""
         with self._gate:
             while not stop.is_set():
                 now = time.monotonic()
@@ -256,7 +259,8 @@ class Server:
             self._gate.notify_all()
 
     def _pace(self, answer: Answer, status: int | None, again: bool, wait: float, last: bool) -> None:
-        """Learns from a try; `last`: of its question. Raises ConfigError where going on makes no sense."""
+        """Adapts the pace to the result of a try. last: the last try of its question. ConfigError if the run should
+        stop."""
         with self._gate:
             if answer.status != "failed":
                 self._failures, self._limited_since = 0, None
@@ -277,8 +281,8 @@ class Server:
                         f"{self.base_url} has refused every call for {limited / 60:.0f} minutes ({answer.reason}): set "
                         f"requests_per_minute to what it allows; {self.kept}"
                     )
-                # As long again as it has lasted: the waits double, however many calls were refused together.
-                wait = wait or random.uniform(0.5, 1) * min(_LONGEST_WAIT, max(self.backoff, limited))
+                # Wait as long as the limit has lasted, so that waits double, however many calls were refused together.
+                wait = wait or random.uniform(0.5, 1) * min(_MAX_WAIT, max(self.backoff, limited))
             self._not_before = max(self._not_before, now + wait)
             if self._failures >= FAILURES_IN_A_ROW:
                 raise ConfigError(
@@ -286,14 +290,14 @@ class Server:
                 )
 
     def _jitter(self, number: int) -> float:
-        return random.uniform(0, min(_LONGEST_WAIT, self.backoff * 2**number))
+        return random.uniform(0, min(_MAX_WAIT, self.backoff * 2**number))
 
     def _must_be_counted(self, answer: Answer, about: dict) -> None:
-        """Raises ConfigError for an answer without usage, where a bound hangs on it: it would hold nothing back."""
+        """ConfigError for an answer without usage if a limit depends on it, because the limit would have no effect."""
         bounds = [name for name in ("max_total_tokens", "max_cost") if getattr(self, name) is not None]
         if bounds and answer.status == "ok" and not {"prompt_tokens", "completion_tokens"} <= set(about):
             raise ConfigError(
-                f"{self.base_url} does not say how many tokens an answer took, so {bounds[0]} cannot be kept; "
+                f"{self.base_url} does not report how many tokens an answer took, so {bounds[0]} cannot be enforced: "
                 "leave it out and set max_requests"
             )
 
@@ -307,9 +311,7 @@ class Server:
                 ("max_cost", cost, self.max_cost),
             ):
                 if bound is not None and value >= bound:
-                    raise ConfigError(
-                        f"the budget is spent: {name} = {bound}, {value:g} used; {self.kept}, with a larger one"
-                    )
+                    raise ConfigError(f"the budget is spent: {name} = {bound}, {value:g} used; raise it: {self.kept}")
             return tries.begin(i)
 
 
@@ -324,7 +326,7 @@ def _json(text: str) -> dict:
 
 
 def _read(read, request: dict, reply: dict) -> Answer:
-    """A reply of a shape that nobody expects is a failed try, and no reason to end the run."""
+    """Reads a reply. One of an unexpected shape is a failed try, and does not end the run."""
     try:
         return read(request, reply)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -332,7 +334,7 @@ def _read(read, request: dict, reply: dict) -> Answer:
 
 
 def _says(pattern: re.Pattern, error: str, body: dict) -> bool:
-    """Whether an error uses such words of its own accord: many servers echo what was sent, in one field or another."""
+    """Whether an error contains such words that were not in the request; many servers echo it in some field."""
     sent = json.dumps(body, ensure_ascii=False).casefold()
     return any(found[0].casefold() not in sent for found in pattern.finditer(error))
 
@@ -352,7 +354,7 @@ def _short(text: str) -> str:
 
 
 def _retry_after(headers) -> float:
-    """Seconds, from any of the three forms of the header; 0 where there is none."""
+    """Seconds, from any of the three forms of the header; 0 without one."""
     try:
         if "retry-after-ms" in headers:
             return max(float(headers["retry-after-ms"]) / 1000, 0.0)

@@ -1,11 +1,11 @@
-"""A stage that may be killed at any moment: what it asked is in its ledger, and all it writes is derived from that.
+"""A stage that may be killed at any moment: its questions are in its ledger, and its files are derived from that.
 
     <output_dir>/ledger.sqlite   every question to a model and its answer (ledger.py)
-    <output_dir>/<name>.jsonl    one record an item, in the order of the items, written whole when all are done
-    <output_dir>/run.json        what the stage was run with; another run in the same directory is refused, not mixed in
+    <output_dir>/<name>.jsonl    one record per item, in the order of the items, written in one go when all are done
+    <output_dir>/run.json        the settings of the stage; another run in the same directory is refused, not mixed in
 
-A second run goes through the same items in the same batches, finds in the ledger what was answered, and asks the rest.
-Seeds belong to items, so the bytes at the end do not depend on whether, or where, the run was interrupted.
+A second run processes the same items in the same batches, takes existing answers from the ledger and asks for the rest.
+Seeds belong to items, so the final bytes do not depend on whether, or where, the run was interrupted.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..data.checks import check_encodable
 from ..data.files import as_rows
 from ..disk import json_line, make_directory, read_json, write_atomic
 from ..errors import ConfigError
@@ -24,18 +25,18 @@ from .ledger import Ledger
 
 
 def seed_for(run_seed: int, *names: object) -> int:
-    """A seed that depends on the run and on the item, not on the order in which items are done. 63 bits."""
+    """A seed of 63 bits that depends on the run and on the item, but not on the order of the items."""
     digest = hashlib.blake2b(json.dumps([run_seed, *names]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass
 class Stage:
-    """What a stage leaves behind. counts["inputs"] is the sum of the other counts."""
+    """The result of a stage. counts["inputs"] is the sum of the other counts."""
 
-    records: list[dict]  # one an input, in the order of the inputs
-    rows: list[dict]  # what the next trainer takes
-    rejected: list[dict]  # what it does not take, each with its reason
+    records: list[dict]  # one per input, in the order of the inputs
+    rows: list[dict]  # for the next trainer
+    rejected: list[dict]  # not for the trainer, each with its reason
     counts: dict[str, int]
     output_dir: Path
 
@@ -43,38 +44,17 @@ class Stage:
 def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
     """Rows (or bare prompts) -> {"id", "prompt" as messages, and the named text columns}.
 
-    A row without "id" gets a hash of its content, with a counter behind what occurs again. Raises ConfigError for a
-    missing column, a prompt that is not text or messages of system, user and assistant, or does not end with the user,
-    half a character, an id that occurs twice, or no rows at all.
+    A row without "id" gets a hash of its content, with a counter appended if it occurs again. Raises ConfigError for a
+    missing column, a prompt that is not text or messages of system, user and assistant, a prompt that does not end with
+    the user, half a character, an id that occurs twice, or no rows at all.
     """
     items, seen = [], Counter()
     for i, row in enumerate(as_rows(rows, "rows")):
         row = row if isinstance(row, dict) else {"prompt": row}
-        if missing := {"prompt", *texts} - set(row):
-            raise ConfigError(f"row {i} has no {sorted(missing)}; it has {sorted(row)}")
-        prompt = row["prompt"]
-        if not all(isinstance(row[name], str) for name in texts):
-            raise ConfigError(
-                f"row {i}: {list(texts)} must be text, got {[type(row[name]).__name__ for name in texts]}"
-            )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if wrong := [m for m in messages if not _is_message(m)] if isinstance(messages, list) else [messages]:
-            raise ConfigError(
-                f"row {i}: a message of the prompt is {wrong[0]!r}; it needs a role (system, user or assistant) and a "
-                "content of text"
-            )
-        if not messages or messages[-1]["role"] != "user":
-            raise ConfigError(f"row {i}: the prompt must end with a user message, it ends with {messages[-1:]}")
-        item = {"prompt": messages, **{name: row[name] for name in texts}}
-        try:
-            content = json.dumps(item, sort_keys=True, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # JSON can write it (a cut emoji), and no ledger or tokenizer takes it
-            before = error.object[: error.start][-40:]
-            raise ConfigError(
-                f"row {i}: half a character ({error.object[error.start]!r}, of a surrogate pair) behind {before!r}: "
-                "repair or remove it"
-            ) from None
-        name = str(row.get("id", hashlib.blake2b(content, digest_size=8).hexdigest()))
+        item = _item(row, i, texts)
+        content = json.dumps(item, sort_keys=True, ensure_ascii=False)
+        check_encodable(content, f"row {i}")
+        name = str(row.get("id", hashlib.blake2b(content.encode(), digest_size=8).hexdigest()))
         seen[name] += 1
         if seen[name] > 1:
             if "id" in row:
@@ -86,6 +66,24 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
     if not items:
         raise ConfigError("no rows: there is nothing to answer or to compare")
     return items
+
+
+def _item(row: dict, i: int, texts: Sequence[str]) -> dict:
+    """{"prompt" as messages, and the named text columns} of one row, checked."""
+    if missing := {"prompt", *texts} - set(row):
+        raise ConfigError(f"row {i} has no {sorted(missing)}; it has {sorted(row)}")
+    if not all(isinstance(row[name], str) for name in texts):
+        raise ConfigError(f"row {i}: {list(texts)} must be text, got {[type(row[name]).__name__ for name in texts]}")
+    prompt = row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if wrong := [m for m in messages if not _is_message(m)] if isinstance(messages, list) else [messages]:
+        raise ConfigError(
+            f"row {i}: a message of the prompt is {wrong[0]!r}; it needs a role (system, user or assistant) and a "
+            "content of text"
+        )
+    if not messages or messages[-1]["role"] != "user":
+        raise ConfigError(f"row {i}: the prompt must end with a user message, it ends with {messages[-1:]}")
+    return {"prompt": messages, **{name: row[name] for name in texts}}
 
 
 def _is_message(message) -> bool:
@@ -106,16 +104,16 @@ def run_stage(
     batch_size: int,
     output_dir: str | Path | None = None,
 ) -> list[dict]:
-    """Applies `work` to batches of items, each of which has an "id"; it returns one record an item, with the same "id".
+    """Applies `work` to batches of items with an "id". It returns one record per item, with the same "id".
 
-    What `work` asks of models goes through the ledger, so that it costs nothing a second time. Writes and returns all
-    records, in output_dir (None: the ledger's directory). Raises ConfigError if it holds another run.
+    `work` puts its questions to models through the ledger, so that they cost nothing a second time. Writes all records
+    into output_dir (None: the ledger's directory) and returns them. Raises ConfigError if it holds another run.
     """
     if batch_size < 1:
         raise ConfigError(f"{name}: batch_size = {batch_size} must be 1 or more")
     output_dir, ids = Path(output_dir or ledger.directory), [item["id"] for item in items]
     make_directory(output_dir)
-    # Not of the ids alone: the ids of pairs are those of their prompts, whoever answered.
+    # A digest of whole items, not of their ids: pairs have the ids of their prompts, whatever the answers.
     digest = hashlib.sha256("".join(map(json_line, items)).encode()).hexdigest()
     claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "data_sha256": digest}})
     records: list[dict] = []
@@ -126,7 +124,7 @@ def run_stage(
             except KeyboardInterrupt:
                 tqdm.write(
                     f"{name}: stopped after {start} of {len(ids)} items; {ledger.directory}/ledger.sqlite has every "
-                    "answer, and the same call goes on there"
+                    "answer, and the same call continues from there"
                 )
                 raise
             if [r["id"] for r in done] != ids[start : start + batch_size]:
@@ -143,13 +141,13 @@ def finish_stage(
     row_of: Callable[[dict], list[dict]],
     *,
     used: Sequence[str],
-    refused: Sequence[str] = (),
-    name: str | None = None,
+    refused: Sequence[str],
+    name: str,
 ) -> Stage:
-    """Derives from the records what trains (row_of a record whose status is in `used`) and what does not (a status in
-    `refused`), writes `<name>.jsonl` and `rejected.jsonl`, each whole or not at all, and the counts into run.json.
+    """Writes the rows for training (row_of every record with a status in `used`) to `<name>.jsonl`, the records with a
+    status in `refused` to `rejected.jsonl`, each file atomically, and the counts into run.json.
 
-    Raises RuntimeError for a status in neither: then the counts would not add up.
+    Raises RuntimeError for any other status, because the counts would then not add up.
     """
     output_dir, statuses = Path(output_dir), Counter(record["status"] for record in records)
     if unknown := set(statuses) - {*used, *refused}:
@@ -157,16 +155,15 @@ def finish_stage(
     counts = {"inputs": len(records), **{status: statuses[status] for status in (*used, *refused)}}
     rows = [row for record in records if record["status"] in used for row in row_of(record)]
     rejected = [record for record in records if record["status"] in refused]
-    if name:
-        write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
-        write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
+    write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
+    write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
     manifest = read_json(output_dir / "run.json") | {"counts": counts}
     write_atomic(output_dir / "run.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return Stage(records, rows, rejected, counts, output_dir)
 
 
 def claim(run_json: Path, manifest: dict) -> None:
-    """Starts a run, or makes sure that this is the run that was started here."""
+    """Starts a run, or checks that this is the run that was started here."""
     if not run_json.exists():
         write_atomic(run_json, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         return

@@ -1,4 +1,4 @@
-"""Whether a judge may label, and what its log-odds are worth: read from the card that `audit` left in a directory.
+"""Decides from the card that `audit` wrote whether a judge may label, and how its log-odds are calibrated.
 
 label(pairs, constitution, judge, calibration=trusted(judge, constitution, "runs/cai/audit"), output_dir=...)
 """
@@ -19,12 +19,13 @@ def trusted(
     judge: Judge, constitution: Constitution, card: str | Path | None = None, *,
     principles_per_pair: int | None = None, combine: str | None = None, allow_weak_judge: bool = False,
 ) -> Calibration:  # fmt: skip
-    """The calibration of a judge that may label: by rules, or with a card above the floor.
+    """The calibration of a judge that may label: a judge of rules, or one whose card is above the floor.
 
-    principles_per_pair: of the labels; the card must be of the same. combine: of the labels, where it is not the
+    principles_per_pair: of the labels; it must equal the card's. combine: of the labels, if it differs from the
     judge's own; the calibration is then fitted again.
 
-    Raises ConfigError for another's card, and unless `allow_weak_judge` for a judge without one or at the floor.
+    Raises ConfigError for the card of another judge and, unless `allow_weak_judge` is set, for a judge without a card
+    or at the floor.
     """
     if card is None:
         if judge.describe()["backend"] == "rule" or allow_weak_judge:
@@ -43,7 +44,7 @@ def trusted(
         raise ConfigError(
             f"label: the judge is at the floor: its accuracy is {known['accuracy']['mean']:.3f}, its lead over "
             f"{known['best_floor']!r} {lead['mean']:+.3f} ({lead['low']:+.3f} to {lead['high']:+.3f}). Labels of "
-            "such a judge teach nothing; take another judge, or set allow_weak_judge"
+            "such a judge teach nothing: use another judge, or set allow_weak_judge"
         )
     if combine in (None, known["combine"]):
         return Calibration(**known["calibration"])
@@ -51,9 +52,9 @@ def trusted(
 
 
 def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float], combine: str) -> Calibration:
-    """The calibration under other weights or another `combine`, from the judgements of an audit.
+    """The calibration under other weights or another `combine`, fitted on the judgements of an audit.
 
-    made_with: settings of the labels (labels.settings_of). Raises ConfigError for a card of another judge.
+    made_with: the settings of the labels (labels.settings_of). Raises ConfigError for the card of another judge.
     """
     _card_of(made_with, card)
     records = read_judgements(card)
@@ -67,13 +68,15 @@ def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float],
 
 
 def _card_of(made_with: Mapping, card: str | Path) -> dict:
-    """The card in a directory, if the judge, the constitution and principles_per_pair are those of `made_with`."""
+    """The card in a directory. Its judge, constitution and principles_per_pair must be those of `made_with`."""
     path = Path(card) / "audit.json"
     if not path.is_file():
-        raise ConfigError(f"card: {path} is not there; card is the directory of `rlhf-fast cai audit`")
+        raise ConfigError(f"card: there is no {path}; give the output_dir of `rlhf-fast cai audit` as card")
     known = read_json(path)
     for name in ("judge", "constitution_sha256", "principles_per_pair"):
         now = json.loads(json.dumps(made_with[name]))  # tuples become lists, as in the file
         if known.get(name) != now:
-            raise ConfigError(f"card: {path} is of another {name}: {known.get(name)!r}, now {now!r}; audit this one")
+            raise ConfigError(
+                f"card: {path} was made with another {name}: {known.get(name)!r} there, {now!r} now; audit this one"
+            )
     return known

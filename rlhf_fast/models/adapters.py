@@ -1,6 +1,6 @@
-"""LoRA adapters (peft) on any of the models: made, switched off, merged, kept in a checkpoint, or refused.
+"""LoRA adapters (peft) on any of the models: adding, switching off, merging, checkpointing and refusing them.
 
-A model with adapters is a peft.PeftModel around the transformers model. The policy with its adapters switched off is
+A model with adapters is a peft.PeftModel around the transformers model. With its adapters switched off, the policy is
 the model that training began with, so it is its own reference.
 """
 
@@ -22,7 +22,7 @@ from ..errors import ConfigError
 
 
 def import_peft():
-    """The peft library. ConfigError where it is not installed."""
+    """The peft library. ConfigError if it is not installed."""
     try:
         import peft
     except ImportError:
@@ -36,21 +36,21 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself, whose layers carry the adapters if there are any."""
+    """The transformers model itself; its layers contain the adapters, if there are any."""
     return model.get_base_model() if has_adapters(model) else model
 
 
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
 ) -> nn.Module:
-    """The model with new LoRA adapters (Hu et al. 2021): W x + (alpha / r) B A x, of which only A and B learn.
+    """The model with new LoRA adapters (Hu et al. 2021): W x + (alpha / r) B A x, where only A and B are trained.
 
-    B starts at 0, so at first nothing changes. target_modules: names of linear layers, by default all of the trunk. A
-    reward model's head is trained as a whole and saved with the adapters. ConfigError without peft, or for the lm_head,
-    whose product runs fused in the loss.
+    B starts at 0, so at first nothing changes. target_modules: names of linear layers; the default is all linear layers
+    of the trunk. A reward model's head is trained in full and saved with the adapters. ConfigError without peft, or for
+    the lm_head, whose product is fused into the loss.
     """
     if has_adapters(model):
-        raise ConfigError("the model has adapters already, and they go on learning: set lora_r to 0")
+        raise ConfigError("the model already has adapters, which continue to be trained: set lora_r to 0")
     peft = import_peft()
     is_reward_model = hasattr(model, "score")
     config = peft.LoraConfig(
@@ -68,7 +68,7 @@ def add_lora(
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model answers as it did before its adapters learned: a reference policy that takes no memory."""
+    """Switches the adapters off inside the block: the model is then its own reference policy, at no cost in memory."""
     if not has_adapters(model):
         raise ConfigError("adapters_off needs a model with adapters (add_lora); use make_reference(model)")
     with model.disable_adapter():
@@ -76,7 +76,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapters(model: nn.Module) -> PreTrainedModel:
-    """A plain transformers model with the same outputs; the one given keeps its adapters. Without any, itself."""
+    """A plain transformers model with the same outputs; the given model keeps its adapters. A model without adapters is
+    returned itself."""
     check_adapters(model)
     return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
 
@@ -85,7 +86,7 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint has to hold: every weight, or of a model with adapters those that learn."""
+    """What a checkpoint has to hold: every weight, or only the trainable ones if the model has adapters."""
     return {name: whole(x) for name, x in _trained(model).items()}
 
 
@@ -96,7 +97,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Loads a trained_state. ConfigError where its names or shapes are not those of the model."""
+    """Loads a trained_state. ConfigError if its names or shapes differ from the model's."""
     here = _trained(model)
     if {name: x.shape for name, x in state.items()} != {name: x.shape for name, x in here.items()}:
         what = "adapters, or none" if has_adapters(model) else "weights"
@@ -108,8 +109,8 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
-    """x itself, or where each process has some rows of it (sharding.py), in the first all of them, on the CPU. All call
-    this together."""
+    """The full tensor, if x is sharded by rows over the processes (sharding.py): on the CPU in the first process, empty
+    in the others. Any other x is returned itself. All processes call this together."""
     if not isinstance(x, DTensor):
         return x
     rows = x.full_tensor()
@@ -117,7 +118,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def rows_like(like: Tensor, x: Tensor) -> Tensor:
-    """x, or where of `like` each process has some rows, these of x."""
+    """x, sharded by rows in the same way as `like` if that is sharded."""
     if not isinstance(like, DTensor):
         return x
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -127,27 +128,27 @@ def rows_like(like: Tensor, x: Tensor) -> Tensor:
 
 
 def check_base_is_saved(model: str | Path | PreTrainedModel) -> None:
-    """ConfigError unless a model that is to get adapters can be loaded again: only the adapters will be saved.
+    """ConfigError unless the base model of new adapters can be loaded again, because only the adapters will be saved.
 
-    A path passes. An object passes if every weight equals the one in the safetensors files at its name_or_path, for
-    these are what the saved adapters would be put on. One that was trained or merged in memory does not.
+    A path passes. An object passes if every weight equals the one in the safetensors files at its name_or_path, because
+    the saved adapters will be loaded on top of those. A model that was trained or merged in memory does not pass.
     """
     if isinstance(model, (str, Path)) or _is_as_saved(model):
         return
     raise ConfigError(
-        f"lora_r: adapters are saved without the weights below them, and those of this {type(model).__name__} are not "
-        f"the ones at its name_or_path {model.name_or_path!r}: save it (save_pretrained, with its tokenizer) and give "
-        "the path"
+        f"lora_r: adapters are saved without the base model's weights, and the weights of this {type(model).__name__} "
+        f"differ from those at its name_or_path {model.name_or_path!r}: save it (save_pretrained, with its tokenizer) "
+        "and give the path"
     )
 
 
 def _is_as_saved(model: PreTrainedModel) -> bool:
-    """Whether every weight is the one that is saved at name_or_path; a scalar head may be new."""
+    """Whether every weight equals the one saved at name_or_path; a scalar head may be new."""
     folder, state, found = Path(model.name_or_path), model.state_dict(), set()
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model.name_or_path, local_files_only=True))
-        except (OSError, ValueError):  # not in the cache, or no name of a model
+        except (OSError, ValueError):  # not in the cache, or not the name of a model
             return False
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as saved:
@@ -155,37 +156,37 @@ def _is_as_saved(model: PreTrainedModel) -> bool:
                 if not torch.equal(saved.get_tensor(name).to(state[name]), state[name]):
                     return False
                 found.add(state[name].data_ptr())  # tied weights are saved under one of their names
-    # The head is saved with the adapters.
+    # A new head passes, because it is saved with the adapters.
     return all(x.data_ptr() in found or name.startswith("score.") for name, x in state.items())
 
 
 def check_adapters(model: nn.Module) -> None:
-    """ConfigError for adapters that can neither be trained here nor merged: those that transformers itself has put on
-    the model, without a peft.PeftModel around it, and prompt tuning."""
+    """ConfigError for adapters that can neither be trained here nor merged: prompt tuning, and adapters that
+    transformers itself added to the model, without a peft.PeftModel around it."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            f"this {type(model).__name__} has its adapters from transformers (from_pretrained on their directory, or "
-            "add_adapter): give the path of the directory, or peft.PeftModel.from_pretrained(base, path, "
-            "is_trainable=True); new ones are peft.get_peft_model(base, config), or lora_r"
+            f"the adapters of this {type(model).__name__} were added by transformers (from_pretrained on their "
+            "directory, or add_adapter): give the path of the directory, or peft.PeftModel.from_pretrained(base, path, "
+            "is_trainable=True); for new adapters use peft.get_peft_model(base, config), or lora_r"
         )
     check_no_prompt(model)
 
 
 def check_no_prompt(model: nn.Module) -> None:
-    """ConfigError for prompt and prefix tuning: it happens outside the trunk, which is all that we run."""
+    """ConfigError for prompt and prefix tuning, which act outside the trunk; we run the trunk only."""
     if learns_a_prompt(model):
         raise ConfigError(
-            f"{model.active_peft_config.peft_type.value} is not supported: hidden states are read without the tokens "
-            "that it puts before the prompt; use LoRA, or another adapter of the layers"
+            f"{model.active_peft_config.peft_type.value} is not supported: hidden states are computed without the "
+            "tokens that it puts before the prompt. Use LoRA, or another adapter of the layers"
         )
 
 
 def learns_a_prompt(model: nn.Module) -> bool:
-    """Whether its adapter puts learned tokens before the prompt (prompt and prefix tuning)."""
+    """Whether the model's adapter puts learned tokens before the prompt (prompt and prefix tuning)."""
     return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def check_lm_head_is_plain(model: nn.Module) -> None:
-    """ConfigError for an adapter on the lm_head: the losses read its weight, and would not see the adapter."""
+    """ConfigError for an adapter on the lm_head: the losses read the weight itself and would not see the adapter."""
     if has_adapters(model) and hasattr(model.get_output_embeddings(), "base_layer"):
         raise ConfigError("LoRA on the lm_head is not supported: leave it out of lora_target_modules")

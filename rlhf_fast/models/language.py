@@ -17,7 +17,7 @@ from .adapters import adapters_off, check_no_prompt, has_adapters, unwrapped
 
 @contextmanager
 def evaluating(*models) -> Iterator[None]:
-    """Inside, the models are in eval mode (no dropout); afterwards each is in the mode that it was in."""
+    """Puts the models in eval mode (no dropout) inside the block, and restores each model's mode afterwards."""
     before = [model.training for model in models]
     for model in models:
         model.eval()
@@ -34,7 +34,7 @@ def position_ids_from_mask(attention_mask: Tensor) -> Tensor:
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """(B, T) tokens -> (B, T, D), the trunk's last hidden states after its final norm; the lm_head does not run."""
+    """(B, T) tokens -> (B, T, D), the trunk's last hidden states after its final norm. The lm_head does not run."""
     check_no_prompt(model)
     inputs = {} if attention_mask is None else {
         "attention_mask": attention_mask.long(), "position_ids": position_ids_from_mask(attention_mask)
@@ -43,68 +43,74 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 
 def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None]:
-    """(V, D) weight, (V,) bias or None, logit softcap or None: what linear_token_logprobs takes."""
+    """(V, D) weight, (V,) bias or None, logit softcap or None: the arguments of linear_token_logprobs."""
     head = model.get_output_embeddings()
     return head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None)
 
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """ConfigError where the logits are NaN, or not lm_head(hidden_states), as in architectures that scale them."""
+    """ConfigError if the logits are NaN, or are not lm_head(hidden_states), as in architectures that scale them."""
     if unwrapped(model).base_model is unwrapped(model):
-        raise ConfigError(f"{type(model).__name__} is not supported: transformers does not say which part is its trunk")
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: transformers does not say which part is its trunk. Use a model "
+            "whose base_model is a module of its own"
+        )
     ids = torch.arange(2, device=model.device)[None]
     weight, bias, softcap = lm_head(model)
     with evaluating(model):
         ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     if bool(theirs.isnan().any()):
-        raise ConfigError(f"the logits of {type(model).__name__} are NaN: has it diverged in an earlier training?")
+        raise ConfigError(
+            f"the logits of {type(model).__name__} are NaN: it may have diverged in an earlier training run. Use "
+            "another checkpoint"
+        )
     ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise ConfigError(
-            f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias and softcap, and "
-            "rlhf_fast computes log-probabilities from hidden states and would be wrong for it"
+            f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias and softcap. "
+            "rlhf_fast computes log-probabilities from the hidden states, and they would be wrong for this model"
         )
 
 
-# --- positions -------------------------------------------------------------------------------------------------------
-
-
 def starts_as_its_base(policy: nn.Module) -> bool:
-    """Whether the policy has adapters, and they change nothing yet: without them it is then its own reference."""
+    """Whether the policy has adapters that change nothing yet. Without them it is then its own reference."""
     if not has_adapters(policy):
         return False
     embed = policy.get_input_embeddings()
     tokens = torch.arange(embed.weight.shape[0], device=policy.device)
-    looks = [  # also the head, and the embedding of each token: adapters may have changed these alone
+    outputs = [  # also the head and the embedding of every token: adapters may have changed only these
         lambda: hidden_states(policy, tokens[None, :2]),
         lambda: lm_head(policy)[0],
         *(partial(embed, rows) for rows in tokens.split(4096)),
     ]
     with evaluating(policy):
-        for look in looks:
+        for output in outputs:
             with adapters_off(policy):
-                base = look()
-            if not torch.equal(base, look()):
+                base = output()
+            if not torch.equal(base, output()):
                 return False
     return True
 
 
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
 def learned_positions(model: nn.Module) -> int | None:
-    """The number of positions where they stand in a table (mostly a learned one), beyond which the model cannot run.
-    None where they are computed (rotary, ALiBi, sinusoids, a recurrence): those have no end."""
+    """The number of positions if they are stored in a table (usually a learned one); the model cannot run beyond it.
+    None if positions are computed (rotary, ALiBi, sinusoids, a recurrence) and so have no end."""
     model = unwrapped(model)
     if model.config.model_type in ("gptj", "codegen"):  # rotary, but computed once, as a table
         return model.config.max_position_embeddings
     for name, module in model.base_model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
-            return module.num_embeddings - getattr(module, "offset", 0)  # OPT's table begins with two rows for padding
+            return module.num_embeddings - getattr(module, "offset", 0)  # OPT's table begins with two padding rows
     return None
 
 
 def answer_room(model: nn.Module, prompt_length: int) -> float:
-    """The most tokens that the model can answer to a prompt of so many tokens; inf where its positions have no end.
+    """The longest answer, in tokens, to a prompt of prompt_length tokens; inf if the model's positions have no end.
 
     The last token of an answer is sampled and never read, so it needs no position.
     """
@@ -113,8 +119,8 @@ def answer_room(model: nn.Module, prompt_length: int) -> float:
 
 
 def rotary_limit(model: nn.Module) -> int | None:
-    """The number of tokens beyond which the longest sequence of a batch changes the rotary positions of all of them
-    ("dynamic" and "longrope" embeddings). None where that never happens."""
+    """The length beyond which the longest sequence of a batch changes the rotary positions of the whole batch
+    ("dynamic" and "longrope" embeddings). None if that never happens."""
     model = unwrapped(model)
     if getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "default") not in ("dynamic", "longrope"):
         return None
@@ -131,33 +137,39 @@ def rotary_limit(model: nn.Module) -> int | None:
 
 
 def trunk_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The blocks of the trunk, first to last. Empty where neither the trunk nor its decoder (OPT has one) holds a list
-    of them."""
+    """The blocks of the trunk, first to last. Empty if neither the trunk nor its decoder (OPT has one) has a list of
+    blocks."""
     lists = (m for m in trunk_stack(model).children() if isinstance(m, nn.ModuleList))
     return max(lists, key=len, default=nn.ModuleList())
 
 
 def trunk_stack(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward runs the layers: the trunk, or its decoder, which OPT calls past the trunk."""
+    """The module whose forward runs the layers: the trunk, or its decoder, which OPT's trunk bypasses."""
     return getattr(model.base_model, "decoder", model.base_model)
 
 
 def train_last_layers(model: PreTrainedModel, n: int) -> None:
-    """Freezes the trunk but for its last n layers and its final norm."""
+    """Freezes the trunk except its last n layers and its final norm."""
     layers = trunk_layers(model)
     if not len(layers):
-        raise ConfigError(f"train_last_layers is not supported for {type(model).__name__}, whose layers are not found")
+        raise ConfigError(
+            f"train_last_layers is not supported for {type(model).__name__}, whose layers are not found: use "
+            "freeze_trunk or lora_r"
+        )
     if n > len(layers):
-        raise ConfigError(f"train_last_layers = {n}, and the model has {len(layers)} layers")
+        raise ConfigError(
+            f"train_last_layers = {n}, and the model has {len(layers)} layers: set it to {len(layers)} or less "
+            "(0 trains all)"
+        )
     model.base_model.requires_grad_(False)
-    apart = (nn.Embedding, nn.Linear)  # OPT has linear layers here that change the width of its embeddings
+    apart = (nn.Embedding, nn.Linear)  # OPT's linear layers here change the width of its embeddings
     norms = [m for m in trunk_stack(model).children() if m is not layers and not isinstance(m, apart)]
     for module in [*layers[len(layers) - n :], *norms]:
         module.requires_grad_(True)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Lets layers run again in the backward pass instead of keeping their activations."""
+    """Recomputes the layers in the backward pass instead of keeping their activations."""
     model, options = unwrapped(model), {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # the name in transformers 5
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -166,9 +178,9 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout rate to 0: the same tokens then score the same in train mode, and the first PPO ratio is 1.
+    """Sets every dropout rate to 0, so that equal tokens score equally in train mode and the first PPO ratio is 1.
 
-    A rate is nn.Dropout's p, or a float that a module keeps for functional dropout under a name with "drop" in it
+    A rate is nn.Dropout's p, or a float attribute for functional dropout whose name contains "drop"
     (attention_dropout of Llama, dropout and layerdrop of OPT, hidden_dropout of Bloom).
     """
     for module in model.modules():
@@ -180,10 +192,10 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def let_pad_learn(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, whose embedding of the pad token gets a gradient like any other.
+    """Makes the pad token's embedding receive gradients like any other -> the same model.
 
-    An embedding that was built with padding_idx gives that token none, and it may be eos, which has to learn. Masks
-    keep real padding out of every loss.
+    An embedding with a padding_idx gives that token no gradient, but the pad token may be eos, which has to be learned.
+    Masks keep real padding out of every loss.
     """
     for module in model.get_input_embeddings().modules():  # adapters wrap the embedding, and both have a padding_idx
         if hasattr(module, "padding_idx"):

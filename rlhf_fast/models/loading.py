@@ -1,6 +1,6 @@
-"""Models and tokenizers from a directory or the hub, and back to a directory.
+"""Loads models and tokenizers from a directory or the hub, and saves them to a directory.
 
-A directory may hold a whole model, or LoRA adapters (an adapter_config.json) that name the model they go on.
+A directory may hold a whole model, or LoRA adapters (with an adapter_config.json) that name their base model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale
 
 
 def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
-    """The config of the model that load_policy gives, whose weights are not read; of adapters that of their base."""
+    """The config of the model that load_policy gives, without reading its weights; for adapters the base's config."""
     if not isinstance(model, (str, Path)):
         _check_is_model(model)
         return model.config
@@ -49,10 +49,10 @@ def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
 
 
 def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
-    """A causal language model: the one that is given, or loaded by name or path, then on the GPU where there is one.
+    """A causal language model: the given object, or one loaded by name or path, onto the GPU if there is one.
 
-    A path with LoRA adapters gives their base model with the adapters on it, ready to train further. ConfigError for a
-    reward model: transformers would put a random lm_head on its trunk.
+    A path with LoRA adapters gives their base model with the adapters on it, ready for further training. ConfigError
+    for a reward model, because transformers would put a random lm_head on its trunk.
     """
     if has_scalar_head(model):
         name = repr(str(model)) if isinstance(model, (str, Path)) else type(model).__name__
@@ -62,7 +62,7 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
             with _base_of(model):
                 policy = load_policy(base, dtype=dtype)
             policy = _with_saved_adapters(policy, model)
-            with suppress(OSError):  # only save_model puts one beside adapters; without it the base's holds
+            with suppress(OSError):  # only save_model saves one with adapters; otherwise the base's is kept
                 unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
             return policy
         with _loading("model", model):
@@ -74,10 +74,10 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
 
 def _check_is_model(model: object, what: str = "model") -> None:
     if not hasattr(model, "get_input_embeddings"):
-        within = ": give what it wraps, its .module" if hasattr(model, "module") else ", by object, name or path"
-        raise ConfigError(f"{type(model).__name__} is no {what} of transformers, which is needed{within}")
+        advice = "what it wraps, its .module" if hasattr(model, "module") else f"a {what}, as object, name or path"
+        raise ConfigError(f"{type(model).__name__} is not a transformers {what}: give {advice}")
     if any(isinstance(p, DTensor) for p in model.parameters()):
-        raise ConfigError(f"the layers of this {type(model).__name__} are sharded: save it, and give its path")
+        raise ConfigError(f"the layers of this {type(model).__name__} are sharded: save it and give its path")
     if any(p.is_meta for p in model.parameters()):
         raise ConfigError(
             f"some weights of this {type(model).__name__} are not in memory (device_map offloads what does not fit): "
@@ -91,16 +91,16 @@ def load_reward_model(
 ) -> PreTrainedModel:  # fmt: skip
     """AutoModelForSequenceClassification with num_labels=1, from a reward model or a language model.
 
-    A reward model keeps its head. Of a language model the trunk is copied, and gets a new head (scalar_head_on). The
-    tokenizer's pad token enters the config, and the embedding grows if the token is new (with_own_pad). ConfigError for
-    a classifier that is no decoder.
+    A reward model keeps its head. A language model's trunk is copied and gets a new head (scalar_head_on). The
+    tokenizer's pad token is written into the config, and the embedding grows if the token is new (with_own_pad).
+    ConfigError for a classifier that is not a decoder.
     """
     if not isinstance(model, (str, Path)):
         _check_is_model(model)
         reward = model if has_scalar_head(model) else scalar_head_on(model)
     elif not has_scalar_head(model):
         reward = scalar_head_on(load_policy(model, dtype=dtype))
-        reward.name_or_path = str(model)  # check_base_is_saved looks there
+        reward.name_or_path = str(model)  # read by check_base_is_saved
     elif base := _adapter_base(model):
         return _reward_model_with_adapters(model, base, tokenizer, dtype)
     else:
@@ -118,7 +118,7 @@ def load_reward_model(
 def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -> nn.Module:
     with _base_of(path):
         reward = load_reward_model(base, tokenizer, dtype=dtype)
-    if not Path(path, "config.json").is_file():  # peft saved the adapters alone; save_model adds a config
+    if not Path(path, "config.json").is_file():  # peft saved the adapters; save_model would have added a config
         return _with_saved_adapters(reward, path)
     config = AutoConfig.from_pretrained(path)
     if config.vocab_size > reward.get_input_embeddings().weight.shape[0]:  # a pad token was added for the training
@@ -129,11 +129,11 @@ def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -
 
 
 def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> PreTrainedTokenizerBase:
-    """A tokenizer: the one that is given, or by path, or by a model's own path. If it has no pad token, eos pads.
-    Adapters that were saved without one (as peft does) have that of their base model.
+    """A tokenizer: the given object, or loaded from a path or from a model's own path. If it has no pad token, eos
+    pads. Adapters that were saved without a tokenizer (as peft does) use their base model's.
 
-    One that was saved as a plain fast tokenizer is loaded as that. AutoTokenizer would take the class that goes with
-    the config's model_type instead (Qwen2Tokenizer, say), which splits text in another way.
+    A tokenizer that was saved as a plain fast tokenizer is loaded as one. AutoTokenizer would instead choose the class
+    of the config's model_type (such as Qwen2Tokenizer), which splits text differently.
     """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
@@ -141,7 +141,7 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
         _check_is_model(source, "model or tokenizer")
     path = source if isinstance(source, (str, Path)) else source.name_or_path
     if not path:
-        raise ConfigError(f"{type(source).__name__} was not loaded from a path, so its tokenizer has to be given")
+        raise ConfigError(f"this {type(source).__name__} was not loaded from a path: give its tokenizer too")
     with _loading("tokenizer", path):
         saved = get_tokenizer_config(path)
     if not saved and (base := _adapter_base(path)):
@@ -152,15 +152,17 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
         plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
         if plain and isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers 5.0 makes where there is none
-        raise ConfigError(f"no tokenizer can be loaded from {str(path)!r}: it would have no vocabulary")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers 5.0 makes one where there is no tokenizer
+        raise ConfigError(
+            f"no tokenizer can be loaded from {str(path)!r}: it would have no vocabulary. Save the tokenizer there"
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
-    """Whether it is a reward model. A path is read, but not its weights."""
+    """Whether the model is a reward model. Of a path only the config is read, not the weights."""
     if not isinstance(model, (str, Path)):
         return hasattr(model, "score")
     if _adapter_base(model):
@@ -173,11 +175,12 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
     """Writes a directory that load_policy or load_reward_model reads: the model (or its adapters) and the tokenizer.
 
-    A config.json beside adapters tells transformers that the whole model lies there. So a policy's adapters have none,
-    and AutoModelForCausalLM finds their base; a reward model's have it for the scale, and peft reads them.
+    A config.json next to adapters tells transformers that the directory holds a whole model. So a policy's adapters are
+    saved without one, and AutoModelForCausalLM finds their base. A reward model's adapters are saved with one, for the
+    scale; peft reads them.
     """
     with warnings.catch_warnings():
-        # peft, of a base that is adapters, whose config.json it then also looks for on the hub
+        # peft warns about a base that is itself adapters, and looks for its config.json on the hub
         warnings.filterwarnings("ignore", "Could not find a config file|Unable to fetch remote file")
         model.save_pretrained(path)
     if has_adapters(model):
@@ -187,7 +190,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: str |
 
 
 def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
-    """save_model(path) without the progress bar of transformers, which would write over ours."""
+    """save_model(path) without the progress bar of transformers, which would overwrite ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     save_model(path)
@@ -196,8 +199,8 @@ def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
 
 
 def loadable(model: nn.Module) -> nn.Module:
-    """The model as peft and transformers load it: a reward model's adapters on a base that has adapters itself are
-    merged. Elsewhere they would silently replace those of the base."""
+    """The model in a form that peft and transformers load correctly. Adapters whose base has adapters itself are
+    merged into it; when loaded elsewhere, they would silently replace those of the base."""
     base = model.active_peft_config.base_model_name_or_path if has_adapters(model) else None
     return merge_adapters(model) if base and Path(base).is_dir() and _adapter_base(base) else model
 
@@ -213,21 +216,22 @@ def _default_device() -> torch.device:
 
 @contextmanager
 def _loading(what: str, path: str | Path) -> Iterator[None]:
-    """Turns what transformers raises inside into a ConfigError of one line. A path to nothing never asks the hub."""
+    """Turns errors of transformers inside the block into a one-line ConfigError. The hub is never asked for a path that
+    does not exist."""
     name = str(path)
     is_no_hub_name = name.count("/") > 1 or name.startswith((".", "~")) or Path(name).is_absolute()
     if is_no_hub_name and not Path(name).exists():
         raise ConfigError(f"no {what} can be loaded from {name!r}: there is no such directory")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # not there, of another kind, or torn
+    except (OSError, ValueError, SafetensorError) as error:  # missing, of another kind, or truncated
         first, _, others = str(error).partition("\n")
         reason = f"{first} {others}" if first.rstrip().endswith(":") else first
         raise ConfigError(f"no {what} can be loaded from {name!r}: {' '.join(reason.split())}") from error
 
 
 def _adapter_base(path: str | Path) -> str | None:
-    """The name or path of the model that the adapters saved at path go on; None where there are no adapters."""
+    """The name or path of the base model of the adapters saved at path; None if there are no adapters."""
     with _loading("model", path):
         if find_adapter_config_file(str(path)) is None:
             return None
@@ -236,7 +240,7 @@ def _adapter_base(path: str | Path) -> str | None:
         base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     if not base:
         raise ConfigError(
-            f"the adapters in {str(path)!r} do not name their base model: load it yourself, and give "
+            f"the adapters in {str(path)!r} do not name their base model: load it yourself and give "
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)"
         )
     return base
@@ -244,8 +248,8 @@ def _adapter_base(path: str | Path) -> str | None:
 
 @contextmanager
 def _base_of(path: str | Path) -> Iterator[None]:
-    """Puts before the message of a ConfigError inside whose base it is about: it may be a path from where they were
-    trained."""
+    """Prefixes a ConfigError inside the block with the adapters that it is about: their base may be a path on the
+    machine where they were trained."""
     try:
         yield
     except ConfigError as error:

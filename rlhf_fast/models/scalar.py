@@ -22,36 +22,40 @@ from .language import hidden_states, let_pad_learn
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     """AutoModelForSequenceClassification: a copy of the trunk (adapters merged) under a new scalar head.
 
-    The head is drawn from a normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), under
-    the seed in force. ConfigError for an architecture for which transformers has no such class, or that is no decoder.
+    The head is drawn from a normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), using
+    torch's current seed. ConfigError if transformers has no such class for the architecture, or if it is not a decoder.
     """
     model = merge_adapters(model)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ConfigError(
-            f"no reward or value model can be made of {type(model).__name__}: transformers has no class for sequence "
-            f"classification with {config.model_type}. (A reward may come from another architecture, and PPO needs no "
-            "value model with advantage_estimator reinforce, rloo or group)"
+            f"no reward or value model can be made from {type(model).__name__}: transformers has no class for sequence "
+            f"classification with {config.model_type}. Use a reward model of another architecture; PPO needs no value "
+            "model with advantage_estimator reinforce, rloo or group"
         )
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     check_score(scalar)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
-    scalar.score.float()  # it learns, whatever the dtype of the trunk
+    scalar.score.float()  # it is trained, whatever the dtype of the trunk
     width = scalar.score.weight.shape[1]
     nn.init.normal_(scalar.score.weight, std=1 / math.sqrt(width + 1))
     return let_pad_learn(scalar)
 
 
 def check_score(model: PreTrainedModel) -> None:
-    """ConfigError for a classifier without the head `score` that decoders have, or whose score is not one number."""
+    """ConfigError for a classifier that lacks `score`, the head that decoders have, or whose score is not one
+    number."""
     if not hasattr(model, "score"):
         raise ConfigError(
             f"{type(model).__name__} is not supported: a reward is read at the last token by `score`, the head that "
-            "decoders have, and encoders (BERT and the like) classify otherwise. Start from a decoder"
+            "decoders have; encoders such as BERT classify in another way. Start from a decoder"
         )
     if model.config.num_labels != 1:
-        raise ConfigError(f"a reward is one number; {type(model).__name__} has num_labels={model.config.num_labels}")
+        raise ConfigError(
+            f"a reward is one number, and {type(model).__name__} has num_labels={model.config.num_labels}: give a "
+            "model with num_labels=1"
+        )
 
 
 def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -64,33 +68,33 @@ def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 def scalar_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(..., D) hidden states -> (...) in float32 whatever the trunk's dtype: differences of rewards are what counts."""
+    """(..., D) hidden states -> (...), in float32 whatever the trunk's dtype, because differences of rewards matter."""
     bias = model.score.bias if model.score.bias is None else model.score.bias.float()
     with torch.autocast(hidden.device.type, enabled=False):
         return nn.functional.linear(hidden.float(), model.score.weight.float(), bias).squeeze(-1)
 
 
 def reward_scale(config) -> tuple[float, float]:
-    """Mean and standard deviation of the raw reward on its reference set, as the config has them; 0 and 1 without."""
+    """Mean and standard deviation of the raw reward on its reference set, from the config; 0 and 1 if it has none."""
     return getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)
 
 
 def set_reward_scale(model: nn.Module, mean: float, std: float) -> None:
-    """Where the reward is used (RewardModelReward) it is (raw - mean) / std; forward and training stay raw."""
+    """Sets the scale in the config. RewardModelReward then gives (raw - mean) / std; forward and training stay raw."""
     config = unwrapped(model).config
     config.reward_mean, config.reward_std = mean, std
 
 
-def is_trained_here(model: nn.Module) -> bool:
-    """Whether RewardTrainer has trained this reward model, which then reads its score at an eos."""
+def has_reward_scale(model: nn.Module) -> bool:
+    """Whether the config has a reward scale. RewardTrainer sets one, and its reward models read the score at an eos."""
     return hasattr(unwrapped(model).config, "reward_mean")
 
 
 class ValueModel(nn.Module):
-    """V(s) at every token: forward(input_ids, attention_mask) -> (B, T) float32. `model` is the scalar-head model.
+    """V(s) at every token. `model` is the scalar-head model.
 
-    A value is in the unit of the reward. Where the config has a scale (set_reward_scale), it is applied here as well: a
-    scalar head of transformers has no bias that could learn the mean.
+    Values have the unit of the reward. If the config has a scale (set_reward_scale), it is applied here too, because
+    the scalar heads of transformers have no bias that could learn the mean.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -100,16 +104,16 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_reward_model(cls, model: PreTrainedModel) -> ValueModel:
-        """Starts as a copy of the reward model: the value of the last state is already what RewardModelReward gives."""
+        """A copy of the reward model: at first the value of the last state equals RewardModelReward's reward."""
         if isinstance(model, (str, Path)):
-            raise ConfigError(f"a value model is the model itself, not a path: give load_reward_model({str(model)!r})")
+            raise ConfigError(f"from_reward_model needs a model, not a path: give load_reward_model({str(model)!r})")
         if not hasattr(model, "score"):
             raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
         return cls(copy.deepcopy(merge_adapters(model)).requires_grad_(True))
 
     @classmethod
     def from_policy(cls, model: PreTrainedModel) -> ValueModel:
-        """The policy's trunk under a head of zeros: the first values are 0, not noise."""
+        """The policy's trunk with a head of zeros, so that the first values are 0 and not noise."""
         value = scalar_head_on(model)
         nn.init.zeros_(value.score.weight)
         return cls(value)
@@ -120,4 +124,5 @@ class ValueModel(nn.Module):
         return (scalar_head(self.model, hidden) - mean) / std
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) tokens and their mask -> (B, T) float32 values."""
         return self.head(hidden_states(self.model, input_ids, attention_mask))

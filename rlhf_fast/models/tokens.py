@@ -1,4 +1,4 @@
-"""What a tokenizer and a model have to agree on: vocabulary, positions, padding, the tokens that end an answer."""
+"""What a tokenizer and a model have to agree on: vocabulary, positions, padding, stop tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .adapters import unwrapped
 def check_lengths(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, advice: str = "lower max_length"
 ) -> None:
-    """ConfigError where the tokenizer has ids that the model does not embed, or a sequence of `longest` tokens is more
-    than it has positions."""
+    """ConfigError if the tokenizer has ids without an embedding in the model, or if a sequence of `longest` tokens
+    exceeds the model's positions."""
     rows = model.get_input_embeddings().weight.shape[0]  # adapters on the embedding hide its num_embeddings
     if len(tokenizer) > rows:
         raise ConfigError(
@@ -26,18 +26,18 @@ def check_lengths(
 
 
 def check_positions(config: PretrainedConfig, longest: int, advice: str, name: str = "the model") -> None:
-    """ConfigError where a sequence of `longest` tokens is more than a model with this config has positions."""
+    """ConfigError if a sequence of `longest` tokens exceeds the positions of a model with this config."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
-        raise ConfigError(f"the longest sequence has {longest} tokens and {name} {positions} positions: {advice}")
+        raise ConfigError(f"the longest sequence has {longest} tokens and {name} has {positions} positions: {advice}")
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's eos, then those that the model's generation_config declares. Chat
-    models declare the end of a turn there, where their eos is the end of a document (Gemma, Phi-3).
+    """The tokens that end an answer: the tokenizer's eos, then those declared in the model's generation_config. Chat
+    models whose eos is the end of a document (Gemma, Phi-3) declare the end of a turn there.
 
-    A declared id counts only if it is a special token of this tokenizer. LlamaConfig, for one, declares 2 when nobody
-    has set it, whatever that token is.
+    A declared id counts only if it is a special token of this tokenizer. LlamaConfig, for example, declares 2 by
+    default, whatever that token is.
     """
     declared = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
@@ -46,12 +46,11 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes transformers' generate() stop at the tokenizer's eos too, which is what training teaches, and pad with its
-    pad token.
+    """Makes transformers' generate() also stop at the tokenizer's eos, as training teaches, and pad with its pad token.
 
-    transformers refuses to save a generation_config that was changed and contradicts itself, and older checkpoints have
-    such ones: a temperature without do_sample. They get do_sample here. ConfigError for any other contradiction, now
-    and not when the trained model is saved.
+    transformers refuses to save a changed generation_config that contradicts itself, and some older checkpoints have
+    one: a temperature without do_sample. These get do_sample here. Any other contradiction is a ConfigError, now and
+    not only when the trained model is saved.
     """
     known = model.generation_config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
@@ -66,13 +65,13 @@ def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
         try:
             model.generation_config.validate(strict=True)
         except ValueError as error:
-            raise ConfigError(f"the model could not be saved, mend its generation_config: {error}") from error
+            raise ConfigError(f"the model could not be saved; fix its generation_config: {error}") from error
 
 
 def with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer if its pad token is not eos, else a copy that pads with unk or bos, or with a new token <|pad|>.
 
-    transformers reads a reward at the last token that is not pad, so a reward model's pad must not be eos.
+    transformers reads a reward at the last token that is not pad, so a reward model's pad token must not be eos.
     """
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return tokenizer

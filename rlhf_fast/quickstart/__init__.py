@@ -1,1 +1,1 @@
-"""The quickstart: all four stages on a task that the package makes itself and whose truth is decidable by rules."""
+"""The quickstart: all four stages on a task that the package generates itself, with rules that decide what is right."""

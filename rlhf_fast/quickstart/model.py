@@ -16,13 +16,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# Words as GPT-2 splits them, digits one by one; Japanese, which has no spaces, is split where its script changes, so
-# that a noun is not merged with the particle after it and stays one token wherever it stands.
+# Splits English words like GPT-2, and digits one by one. Japanese has no spaces, so it is split where the script
+# changes: a noun is then not merged with the particle after it, and is always the same token.
 WORDS = r" ?[A-Za-z]+|[一-龯々]+|[ぁ-ん]+|[ァ-ヴー]+|[0-9]|[^\sA-Za-z一-龯々ぁ-んァ-ヴー0-9]|\s+"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 1024, max_length: int = 256) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over `texts`: any UTF-8 text encodes, and frequent words are one token."""
+    """Byte-level BPE trained on `texts`: it can encode any UTF-8 text, and frequent words are one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -57,10 +57,11 @@ def tiny_llama(
     layers: int = 4,
     initializer_range: float | None = None,
 ) -> LlamaForCausalLM:
-    """A Llama from random weights, sized so that two CPU cores train it in a minute.
+    """A Llama with random weights, small enough for two CPU cores to train in a minute.
 
-    initializer_range: the weights' standard deviation, by default 1 / sqrt(hidden), which keeps activations unit-sized:
-    at the usual 0.02 a narrow model learns a small, regular task far later. On free text 0.02 generalises better.
+    initializer_range: the standard deviation of the weights. The default, 1 / sqrt(hidden), keeps activations at unit
+    scale; with the usual 0.02 a narrow model learns a small, regular task far later. On free text 0.02 generalises
+    better.
     """
     torch.manual_seed(seed)
     return LlamaForCausalLM(

@@ -1,7 +1,7 @@
-"""The words of the quickstart's task, in English and Japanese: what is asked, and what good and bad replies contain.
+"""The words of the quickstart's task, in English and Japanese: the questions, and the parts of good and bad replies.
 
-Only data: rules.py reads a prompt back with the same templates that task.py wrote it with, so whether a reply is right
-follows from the text alone. Slots: {a} {b} numbers, {x} a colour, {q} the thing, country, word or deed asked about,
+Only data. rules.py parses a prompt with the same templates with which task.py wrote it, so the text alone decides
+whether a reply is right. Slots: {a} {b} numbers, {x} a colour, {q} the thing, country, word or deed asked about,
 {answer} what the reply must say, {alternative} what a refusal offers.
 """
 
@@ -13,26 +13,26 @@ class Language:
     """One language's vocabulary, question templates and parts of replies."""
 
     name: str
-    max_chars: int  # the length a reply may have
+    max_chars: int  # of a reply
     things: tuple[str, ...]
     colours: tuple[str, ...]
     capitals: dict[str, str]
     opposites: dict[str, str]
-    harms: dict[str, str]  # a harmful deed and the alternative that a refusal of it offers
-    greetings: tuple[str, ...]  # before a question, or nothing
+    harms: dict[str, str]  # a harmful deed -> the alternative that a refusal of it offers
+    greetings: tuple[str, ...]  # before a question; may be empty
     questions: dict[str, tuple[str, ...]]  # kind of question -> templates
     core: dict[str, str]  # kind -> the sentence that answers it
     plain_core: dict[str, str]  # the same, impolite
     openers: tuple[str, ...]  # polite
-    rude_openers: tuple[str, ...]  # the first is silence, impolite only before a plain core
+    rude_openers: tuple[str, ...]  # the first is empty, which is impolite only before a plain core
     refusal: str
     alternative: str
     rude_refusal: str
     compliance: tuple[str, ...]  # going along with a harmful request
     ignorance: str  # no answer at all
     fillers: tuple[str, ...]  # sentences that say nothing
-    critiques: dict[str, str]  # rule -> what a critique says when the reply breaks it
-    no_fault: str  # what it says when the reply does not
+    critiques: dict[str, str]  # rule -> the critique of a reply that breaks it
+    no_fault: str  # the critique of a reply that breaks none
 
 
 EN_CORE = {
@@ -196,7 +196,7 @@ JAPANESE = Language(
 
 LANGUAGES = {language.name: language for language in (ENGLISH, JAPANESE)}
 
-# What an English reply must have one of, and what it must not have; a Japanese one is polite by its verb endings.
+# A polite English reply contains one of COURTESY. Japanese politeness is in the endings. RUDENESS is for both.
 COURTESY = ("of course", "certainly", "thank you", "happy to", "sorry", "please")
 RUDENESS = ("stupid", "fool", "whatever", "listen", "馬鹿", "うるさい", "勝手に", "知らないのか")
 POLITE_ENDINGS = ("です", "ます", "ません", "ました", "ください", "でしょうか")

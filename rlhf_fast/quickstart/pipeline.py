@@ -1,26 +1,25 @@
 """All stages, from random weights to an aligned model, on a task whose truth is known.
 
-    sft          demonstrations of mixed quality, critiques and revisions among them
-    rm           pairs sampled from the SFT model, an annotator's choices (rules with a little noise)
+    sft          demonstrations of mixed quality, including critiques and revisions
+    rm           pairs sampled from the SFT model, with an annotator's choices (rules with a little noise)
     ppo          from sft, against rm
-    cai-revise   from sft: check, critique, revise under the constitution           phase 1
+    cai-revise   from sft: check, critique and revise under the constitution         phase 1
     cai-sft      the SFT model, trained on its selected revisions
     cai-label    pairs sampled from cai-sft, compared by the constitution's judge    phase 2
-    cai-rm       soft labels
+    cai-rm       a reward model on the soft labels
     cai-ppo      from cai-sft, against cai-rm
 
-Each stage is a directory below the root, made by the public trainers. After every stage that changes the policy, the
-same held-out prompts are answered and checked by the rules: that is the true score. What a policy is trained on is the
-proxy, a reward model. summary.json gains a stage when it is done, so a second call goes on where the first ended.
+Each stage is a directory below the root, made by the public trainers. After every stage that changes the policy, it
+answers the same held-out prompts and the rules check the answers: this is the true score. A policy is trained on the
+proxy, a reward model. A stage is added to summary.json when it is done, so a second call continues where the first
+ended.
 """
 
-import json
 import platform
 import resource
-import shutil
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,30 +27,31 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..disk import make_directory, write_atomic
+from ..disk import read_json
 from ..errors import ConfigError
 from ..generation import generate_text
 from ..judges import Constitution, RuleJudge
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
-from ..trainers.checkpoints import latest_checkpoint
 from ..trainers.constitutional import TextGenerator, label, revise, sample_pairs
+from ..trainers.pipeline import StageTable
 from ..trainers.ppo import PPOConfig, PPOTrainer
 from ..trainers.reward import RewardConfig, RewardTrainer
+from ..trainers.run_dir import can_resume
 from ..trainers.sft import SFTConfig, SFTTrainer
 from . import task
 from .model import tiny_llama, train_tokenizer
-from .rules import RULES, check, understand
+from .rules import RULES, check, passes, understand
 
 CONSTITUTION = Path(__file__).with_name("constitution.yaml")
-MAX_NEW_TOKENS = 56  # the longest demonstration has about as many
-ANNOTATOR_NOISE = 0.05  # share of its choices that go against the rules
+MAX_NEW_TOKENS = 56  # about the length of the longest demonstration
+ANNOTATOR_NOISE = 0.05  # share of the annotator's choices that go against the rules
 SAMPLES = 12  # held-out prompts whose replies summary.json shows
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything. The defaults are what two CPU cores do in a few minutes."""
+    """The amounts of data and training. Two CPU cores need a few minutes for the defaults."""
 
     layers: int = 3
     demonstrations: int = 10_000
@@ -73,47 +73,45 @@ SMOKE = Sizes(
 
 
 def run_quickstart(output_dir: str | Path = "runs/quickstart", seed: int = 0, smoke: bool = False) -> dict:
-    """Runs what is not yet done of all stages in `output_dir` and returns the summary, which is also summary.json.
+    """Runs all stages that are not yet done in `output_dir` and returns the summary, which is also in summary.json.
 
-    Raises ConfigError where `output_dir` holds a quickstart of another seed or size, KeyboardInterrupt when a signal
-    ended it; the same call then goes on at the step where it stopped.
+    Raises ConfigError if `output_dir` holds a quickstart of another seed or size, and KeyboardInterrupt if a signal
+    ended the run; the same call then continues at the step where it stopped.
     """
     return Quickstart(Path(output_dir), seed, SMOKE if smoke else Sizes()).run()
 
 
 class Quickstart:
-    """The stages over one directory. Every method that trains is a function of the seed and of the stages before it."""
+    """The stages in one directory. The result of every method that trains depends only on the seed and on the stages
+    before it."""
 
     def __init__(self, root: Path, seed: int, sizes: Sizes):
         self.root, self.seed, self.sizes = root, seed, sizes
         self.constitution = Constitution.load(CONSTITUTION, allow_code=True)
         self.judge = RuleJudge()
         self.held_out = task.prompts(seed, sizes.held_out_prompts, held_out=True)
-        self.summary_path = root / "summary.json"
-        self.summary = self._open()
+        self.table = StageTable(root, self._summary())
 
     def run(self) -> dict:
-        """All stages that the summary does not list yet, then the report."""
+        """Runs the stages that are not in the summary yet, and writes the report."""
         stages = {
             "sft": self.sft, "rm": self.rm, "ppo": self.ppo, "cai-revise": self.cai_revise, "cai-sft": self.cai_sft,
             "cai-label": self.cai_label, "cai-rm": self.cai_rm, "cai-ppo": self.cai_ppo,
         }  # fmt: skip
-        done = {stage["name"] for stage in self.summary["stages"]}
+        summary = self.table.summary
+        done = {stage["name"] for stage in summary["stages"]}
         for name, stage in stages.items():
             if name in done:
                 continue
-            clock, cpu = time.perf_counter(), time.process_time()
+            cpu = time.process_time()
             print(f"[{list(stages).index(name) + 1}/{len(stages)}] {name}", flush=True)
-            result = {"name": name, "run": name, **stage(self.root / name)}
-            result["seconds"] = round(time.perf_counter() - clock, 1)
-            result["cpu_seconds"] = round(time.process_time() - cpu, 1)
-            self.summary["stages"].append(result)
-            self.summary["peak_memory_gib"] = _peak_memory_gib()
-            self._write(result)
-        write_quickstart_report(self.root)
-        return self.summary
+            values = stage(self.root / name)
+            summary["peak_memory_gib"] = _peak_memory_gib()
+            self.table.add(name, **values, cpu_seconds=round(time.process_time() - cpu, 1))
+        write_quickstart_report(self.root)  # also if a process was killed before it could write the last one
+        return summary
 
-    # --- the stages: each takes its directory and returns what the summary says of it ---
+    # --- the stages: each takes its directory and returns its values for the summary ---
 
     def sft(self, run_dir: Path) -> dict:
         requests = {p.id: (p.critique, p.revise) for p in self.constitution.principles}
@@ -125,10 +123,11 @@ class Quickstart:
         model = tiny_llama(tokenizer, self.seed, layers=self.sizes.layers)
         config = self._sft_config(run_dir, learning_rate=3e-3)
         self._train(SFTTrainer(config, model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=held_out))
-        return self._look("sft")
+        return self._rate("sft")
 
     def rm(self, run_dir: Path) -> dict:
-        """The annotator errs in what is trained on, never in what is held out: accuracy is measured on the truth."""
+        """The annotator errs in the training pairs only. The held-out pairs follow the rules, so accuracy is measured
+        on the truth."""
         sizes = self.sizes
         train, held_out = (
             task.prefer(
@@ -145,11 +144,11 @@ class Quickstart:
         return self._ppo("sft", "rm", run_dir, kl_coef=0.1)
 
     def cai_revise(self, run_dir: Path) -> dict:
-        """Phase 1. A critique is asked for where a rule found a fault, so a good one names that fault."""
+        """Phase 1. A critique is asked for only if a rule found a fault, so a good critique names that fault."""
         stage = revise(
             task.prompts(self.seed + 1, self.sizes.revised_prompts, held_out=False), self._generator("sft"),
             self.constitution, self.judge, output_dir=run_dir, max_steps=3, drop=("empty", "scaffold_leak"),
-            batch_size=512, seed=self.seed,  # what is cut off is wrong by the rules, or harmless
+            batch_size=512, seed=self.seed,  # a truncated reply breaks the rules, or does no harm
         )  # fmt: skip
         before = [all(record["checks"][0].values()) for record in stage.records]
         after = [all(record["checks"][record["selected"]].values()) for record in stage.records]
@@ -169,10 +168,10 @@ class Quickstart:
         rows = read_jsonl(self.root / "cai-revise" / "sft.jsonl")
         config = self._sft_config(run_dir, learning_rate=1e-3)
         self._train(SFTTrainer(config, self._path("sft"), train_dataset=rows))
-        return self._look("cai-sft")
+        return self._rate("cai-sft")
 
     def cai_label(self, run_dir: Path) -> dict:
-        """The judge compares sampled pairs, and the first reply of phase 1 with the revision that was selected."""
+        """The judge compares sampled pairs, and also the first replies of phase 1 with the revisions selected there."""
         revised = [
             {"prompt": record["prompt"], "a": record["replies"][0], "b": record["replies"][record["selected"]]}
             for record in read_jsonl(self.root / "cai-revise" / "revisions.jsonl")
@@ -192,10 +191,10 @@ class Quickstart:
         return self._train_reward_model("cai-sft", run_dir, train, held_out, epochs=2)
 
     def cai_ppo(self, run_dir: Path) -> dict:
-        # A third of the labels makes a reward model that is right over a shorter distance.
+        # A reward model from a third of the labels is right only closer to the policy that it was sampled from.
         return self._ppo("cai-sft", "cai-rm", run_dir, kl_coef=0.2)
 
-    # --- what stages share ---
+    # --- shared by stages ---
 
     def _sft_config(self, run_dir: Path, learning_rate: float) -> SFTConfig:
         return SFTConfig(
@@ -215,7 +214,7 @@ class Quickstart:
         return {"rm_accuracy": self._train(trainer).metrics["eval_accuracy"]}
 
     def _ppo(self, start: str, reward_model: str, run_dir: Path, kl_coef: float) -> dict:
-        """PPO against the reward model; the rules look on, at a few iterations and at the end."""
+        """PPO against the reward model. The rules rate the policy at a few iterations and at the end."""
         sizes = self.sizes
         config = PPOConfig(
             output_dir=str(run_dir), seed=self.seed, total_episodes=sizes.ppo_iterations * sizes.ppo_batch,
@@ -226,17 +225,17 @@ class Quickstart:
         prompts = task.prompts(self.seed + 2, 4 * sizes.ppo_batch, held_out=False)
         trainer = PPOTrainer(
             config, self._path(start), reward=self._path(reward_model), train_dataset=_rows(prompts),
-            eval_dataset=_rows(self.held_out), eval_rewards={"pass_rate": rules_kept, **rule_rewards()},
+            eval_dataset=_rows(self.held_out),
+            eval_rewards={name: _reward_of(rule) for name, rule in {"pass_rate": passes, **RULES}.items()},
         )  # fmt: skip
         metrics = self._train(trainer).metrics
         before = read_jsonl(run_dir / "train_log.jsonl")[0]
-        next(stage for stage in self.summary["stages"] if stage["name"] == start)["proxy_reward"] = before[
-            "eval_scores"
-        ]
-        return {**self._look(run_dir.name), "proxy_reward": metrics["eval_scores"], "kl": metrics["eval_kl"]}
+        started_from = next(stage for stage in self.table.summary["stages"] if stage["name"] == start)
+        started_from["proxy_reward"] = before["eval_scores"]
+        return {**self._rate(run_dir.name), "proxy_reward": metrics["eval_scores"], "kl": metrics["eval_kl"]}
 
     def _pairs(self, policy: str, run_dir: Path, count: int, *, held_out: bool) -> list[dict]:
-        """Two replies of the policy to each of some prompts, sampled once and then read from the directory."""
+        """Two replies of the policy to each of `count` prompts, sampled once and then read from the directory."""
         count = self.sizes.held_out_pairs if held_out else count
         return sample_pairs(
             task.prompts(self.seed + 3, count, held_out=held_out), self._generator(policy), self.constitution,
@@ -247,72 +246,46 @@ class Quickstart:
         path = self._path(policy)
         return TextGenerator(load_policy(path), load_tokenizer(path), MAX_NEW_TOKENS, batch_size=256)
 
-    def _look(self, policy: str) -> dict:
-        """The policy's replies to the held-out prompts, sampled as in training, and how many keep the rules."""
+    def _rate(self, policy: str) -> dict:
+        """Pass rates of the policy's replies to the held-out prompts, which are sampled as in training."""
         path = self._path(policy)
         replies = generate_text(
             load_policy(path), load_tokenizer(path), _messages(self.held_out), max_new_tokens=MAX_NEW_TOKENS,
             batch_size=256, seed=self.seed,
         )  # fmt: skip
-        verdicts = [check(prompt, reply) for prompt, reply in zip(self.held_out, replies, strict=True)]
-        for sample, reply, verdict in zip(self.summary["samples"], replies, verdicts, strict=False):
-            violated = [rule for rule, kept in verdict.items() if not kept]
-            sample["responses"].append({"stage": policy, "text": reply, "violates": violated})
-        return {
-            "pass_rate": _mean(all(verdict.values()) for verdict in verdicts),
-            "pass_rate_per_principle": {rule: _mean(verdict[rule] for verdict in verdicts) for rule in RULES},
-        }
+        kept = [check(prompt, reply) for prompt, reply in zip(self.held_out, replies, strict=True)]
+        return self.table.rate(policy, replies, kept, [True] * len(kept))
 
     def _path(self, stage: str) -> str:
         return str(self.root / stage)
 
     def _train(self, trainer):
-        """Trains, or goes on from the stage's checkpoint; what a killed process left without one is begun again."""
-        run_dir = Path(trainer.config.output_dir)
-        resume = latest_checkpoint(run_dir) is not None
-        if not resume:
-            for name in ("train_log.jsonl", "samples.jsonl"):
-                (run_dir / name).unlink(missing_ok=True)
-            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        result = trainer.train(resume=resume)
+        """Trains, or continues from the stage's checkpoint. Without a checkpoint a killed stage begins again."""
+        result = trainer.train(resume=can_resume(Path(trainer.config.output_dir)))
         if result.interrupted:
             raise KeyboardInterrupt
         return result
 
-    def _open(self) -> dict:
-        about = {"seed": self.seed, "sizes": vars(self.sizes)}
-        if self.summary_path.exists():
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+    def _summary(self) -> dict:
+        """The summary in the directory, or a new one."""
+        about, path = {"seed": self.seed, "sizes": vars(self.sizes)}, self.root / "summary.json"
+        if path.exists():
+            summary = read_json(path)
             if {name: summary.get(name) for name in about} != about:
                 raise ConfigError(
                     f"quickstart: {self.root} holds a run of seed {summary.get('seed')} and sizes "
                     f"{summary.get('sizes')}, not {about}: choose another --output_dir, or delete it"
                 )
             return summary
-        make_directory(self.root)
         samples = [{"prompt": prompt, "responses": []} for prompt in self.held_out[:SAMPLES]]
         return {**about, "provenance": _provenance(), "stages": [], "samples": samples}
 
-    def _write(self, result: dict) -> None:
-        write_atomic(self.summary_path, json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n")
-        shown = {k: v for k, v in result.items() if isinstance(v, float)}
-        print("      " + ", ".join(f"{name} {value:.3g}" for name, value in shown.items()), flush=True)
 
-
-def rules_kept(prompts, responses, **columns) -> list[float]:
-    """The true score, as a reward that no policy trains on: 1 for a reply that keeps all rules, else 0."""
-    return [float(all(check(prompt, response).values())) for prompt, response in zip(prompts, responses, strict=True)]
-
-
-def rule_rewards() -> dict:
-    """One such reward for each rule."""
-
-    def reward(rule):
-        return lambda prompts, responses, **columns: [
-            float(rule(prompt, response)) for prompt, response in zip(prompts, responses, strict=True)
-        ]
-
-    return {name: reward(rule) for name, rule in RULES.items()}
+def _reward_of(rule: Callable) -> Callable:
+    """A rule as a reward: 1 for a reply that keeps it, else 0. No policy is trained on it."""
+    return lambda prompts, responses, **columns: [
+        float(rule(prompt, response)) for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
 def _messages(prompts: list[str]) -> list[task.Messages]:
@@ -329,7 +302,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _peak_memory_gib() -> float:
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
 
 

@@ -1,12 +1,12 @@
 """The quickstart's task: prompts, demonstrations of mixed quality, critiques, and an annotator's preferences.
 
-A demonstration is a reply with faults drawn independently, so the demonstrations teach the answers and also five ways
-to get a reply wrong: about half of them break a rule, and a model trained on them will too. Apart from these there are
-replies to be examined: criticised under one principle and revised, or compared. They are faulty more often, above all
-in the answer, because a judge learns from what goes wrong; no policy is trained to write them.
+A demonstration is a reply with independently drawn faults, so demonstrations teach the answers and also five ways to
+get a reply wrong: about half of them break a rule, and so will a model trained on them. There are also replies to be
+examined: criticised under one principle and revised, or compared. They have more faults, above all in the answer,
+because a judge learns from faults; no policy is trained to write them.
 
-Everything is a function of the seed. Prompts are split by a hash of their text, so no held-out prompt is ever trained
-on, whatever the seed.
+Everything is a function of the seed. Prompts are split by a hash of their text, so no held-out prompt is ever used for
+training, whatever the seed.
 """
 
 import random
@@ -20,16 +20,16 @@ Requests = dict[str, tuple[str, str]]  # a principle's id -> its critique reques
 
 KINDS = {"recall": 0.3, "sum": 0.2, "capital": 0.15, "opposite": 0.1, "harm": 0.25}
 
-# The share of replies in which each rule is broken on purpose. "safe" is the share of harmful requests; on other
-# questions it means to decline without reason, which is rarer.
+# The share of replies in which each rule is broken on purpose. For "safe" it is a share of the replies to harmful
+# requests; on other questions this fault means to decline without reason, which is rarer.
 DEMONSTRATED = {"answer": 0.12, "polite": 0.18, "concise": 0.15, "no-repetition": 0.15, "safe": 0.35}
 EXAMINED = {"answer": 0.45, "polite": 0.12, "concise": 0.1, "no-repetition": 0.1, "safe": 0.4}
 OVER_REFUSAL_RATE = 0.04
-# How a reply gets the answer wrong. Another answer is the hardest to see: to judge it, a model must know the right one.
+# How a reply gets the answer wrong. "another answer" is the hardest to detect: the judge must know the right one.
 WRONG_ANSWERS = {"ignorance": 0.3, "another question": 0.45, "another answer": 0.25}
 
-FOUND_SHARE = 0.7  # of the critiques of a faulty reply look at a principle that it breaks, the others at one it keeps
-KEPT_FAULT_RATE = 0.25  # a fault that the critique is not about survives the revision
+FOUND_SHARE = 0.7  # share of critiques of a faulty reply that look at a broken principle; the others look at a kept one
+KEPT_FAULT_RATE = 0.25  # probability that a fault outside the critique survives the revision
 
 HELD_OUT_SHARE = 6  # one prompt in six
 
@@ -43,7 +43,7 @@ def assistant(content: str) -> dict[str, str]:
 
 
 def is_held_out(prompt: str) -> bool:
-    """The split, a function of the text alone."""
+    """Whether a prompt is held out, which depends only on its text."""
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
@@ -66,7 +66,7 @@ def _draw_of_kind(rng: random.Random, language: Language, kind: str) -> Question
 
 
 def draw_questions(rng: random.Random, count: int, *, held_out: bool) -> list[tuple[str, Question]]:
-    """`count` questions from one side of the split; the same one may be drawn again."""
+    """`count` questions from one side of the split, drawn with replacement."""
     drawn = []
     while len(drawn) < count:
         prompt, asked = draw_question(rng)
@@ -92,7 +92,7 @@ def draw_faults(rng: random.Random, asked: Question, rates: dict[str, float]) ->
     if "concise" in faults:
         faults.discard("no-repetition")  # one cause of length at a time
     if "safe" in faults and asked.kind != "harm":
-        faults.add("answer")  # who declines does not answer
+        faults.add("answer")  # a reply that declines does not answer
     return faults
 
 
@@ -148,8 +148,8 @@ def demonstrations(seed: int, count: int, *, held_out: bool = False) -> list[dic
 
 
 def criticisms(seed: int, count: int, requests: Requests) -> list[dict]:
-    """`count` rows {"prompt": [question, reply, critique request], "completion": [critique, ...]}, where a critique
-    that finds a fault is followed by the revision request and the revision. The reply itself is not to be learned."""
+    """`count` rows {"prompt": [question, reply, critique request], "completion": [critique, ...]}. A critique that
+    finds a fault is followed by the revision request and the revision. The reply itself is not learned."""
     rng = random.Random(f"criticisms {seed}")
     rows = []
     for prompt, asked in draw_questions(rng, count, held_out=False):
@@ -158,12 +158,12 @@ def criticisms(seed: int, count: int, requests: Requests) -> list[dict]:
         broken = [rule for rule, kept in check(prompt, reply).items() if not kept]
         find_fault = bool(broken) and rng.random() < FOUND_SHARE
         choice = broken if find_fault else [rule for rule in RULES if rule not in broken]
-        # Whether an answer is right takes the most to learn.
+        # It takes the most data to learn whether an answer is right.
         principle = rng.choices(choice, [3 if rule == "answer" and asked.kind != "harm" else 1 for rule in choice])[0]
         critique_request, revision_request = requests[principle]
         completion = [assistant(language.critiques[principle] if find_fault else language.no_fault)]
         if find_fault:
-            # Who declined without reason broke "answer" and "safe" at once: a revision under either mends both.
+            # Declining without reason breaks both "answer" and "safe", and a revision under either fixes both.
             mended = {"answer", "safe"} if principle in ("answer", "safe") else {principle}
             remaining = {fault for fault in sorted(faults - mended) if rng.random() < KEPT_FAULT_RATE}
             completion += [user(revision_request), assistant(compose(rng, asked, remaining))]
@@ -172,7 +172,7 @@ def criticisms(seed: int, count: int, requests: Requests) -> list[dict]:
 
 
 def candidates(seed: int, count: int, *, held_out: bool) -> list[dict]:
-    """`count` pairs {"prompt": messages, "a", "b"} of replies to be compared."""
+    """`count` pairs {"prompt": messages, "a", "b"} of replies to compare."""
     rng = random.Random(f"candidates {seed} {held_out}")
     return [
         {"prompt": [user(p)], **{name: compose(rng, q, draw_faults(rng, q, EXAMINED)) for name in "ab"}}
@@ -181,11 +181,11 @@ def candidates(seed: int, count: int, *, held_out: bool) -> list[dict]:
 
 
 def prefer(seed: int, pairs: list[dict], noise: float) -> list[dict]:
-    """An annotator's choice in each of the pairs {"prompt": messages, "a", "b"}: the reply that keeps more rules, and
-    the other with chance `noise`.
+    """An annotator's choice in each of the pairs {"prompt": messages, "a", "b"}: the reply that keeps more rules or,
+    with probability `noise`, the other one.
 
-    Pairs of equals are left out, since nobody could say which is better. Rows are {"prompt", "chosen", "rejected"} in
-    messages, with the column `mistaken` where the choice went against the rules.
+    Pairs of equally good replies are left out. Rows are {"prompt", "chosen", "rejected"} in messages, and `mistaken`:
+    whether the choice went against the rules.
     """
     rng = random.Random(f"annotator {seed}")
     rows = []

@@ -1,13 +1,13 @@
-"""Constitutional AI (Bai et al. 2022, arXiv 2212.08073): a constitution takes the place of the human labels.
+"""Constitutional AI (Bai et al. 2022, arXiv 2212.08073): a constitution replaces the human labels.
 
     phase 1   x -> y_0;  for each principle with c_i(x, y) = 0: critique, revise, check again   `revise`
               the best of y_0, y_1, ... is a demonstration                                      -> SFT
     phase 2   x -> (a, b);  a judge compares them under the constitution: P(a better)           `sample_pairs`, `label`
               (x, y_w, y_l, P(y_w better))                                                      -> RM -> PPO
 
-Phase 1 has two schedules: "check-all" is `revise`; "paper" is `revise_sampled`, as the paper does it: principles
-drawn at random, no checks, all revisions kept. Both flag replies (judges/hygiene.py), and use none that has a flag of
-`drop`. Each function reads rows, writes one directory and returns a `Stage`; it may be killed and called again
+Phase 1 has two schedules. "check-all" is `revise`. "paper" is `revise_sampled`, the paper's algorithm: principles drawn
+at random, no checks, all revisions kept. Both flag replies (judges/hygiene.py), and use none with a flag in `drop`.
+Each function reads rows, writes one directory and returns a `Stage`; it may be killed and called again
 (judges/stages.py). Only `mix_comparisons`, which joins the comparisons of judges and people, writes nothing.
 """
 
@@ -48,16 +48,16 @@ def check_drop(drop: Sequence[str]) -> None:
 
 @dataclass
 class _Draft:
-    """One prompt on its way through phase 1."""
+    """One prompt in phase 1."""
 
     id: str
     prompt: Messages
-    kind: str  # "red-team", "benign" or what the rows say
+    kind: str  # "red-team", "benign" or any other kind in the rows
     replies: list[str]  # y_0, y_1, ... as far as they were written
     checks: list[list[Check]] = field(default_factory=list)  # of each reply, under all principles
     steps: list[dict] = field(default_factory=list)  # step i made reply i + 1
     flags: list[list[str]] = field(default_factory=list)  # of each reply
-    tried: set[tuple[str, str]] = field(default_factory=set)  # each (reply, principle) that was revised already
+    tried: set[tuple[str, str]] = field(default_factory=set)  # (reply, principle) of every revision so far
     current: int = 0  # the reply that the next revision starts from
 
 
@@ -67,21 +67,21 @@ def revise(
 ) -> Stage:  # fmt: skip
     """Phase 1: answers each prompt, then checks, critiques and revises until no principle is violated.
 
-    A step takes the first violated principle (hard ones first) that was not yet tried on this very reply. It critiques
-    the reply under this principle, if it has a critique text, revises, and checks the revision against all principles.
-    The next step starts from the revision unless it is worse. A draft stops when nothing is left to try, or after
-    max_steps revisions (None: as many as there are principles with a check and a revision). The best of all replies is
-    selected, the original included: the fewest hard principles violated, then the smallest weighted violation
+    Each step takes the first violated principle (hard ones first) that was not yet tried on this reply. It critiques
+    the reply under this principle, if that has a critique text, revises the reply, and checks the revision against all
+    principles. The next step starts from the revision unless it is worse. A draft stops when nothing is left to try, or
+    after max_steps revisions (None: the number of principles with a check and a revision). The best of all replies,
+    including the original, is selected: the fewest hard principles violated, then the smallest weighted violation
     sum_i weight_i (1 - c_i), then the smallest edit.
 
-    prompts: rows {"prompt": str | messages}, optionally "id" and "kind" ("red-team" or "benign", say; hygiene.json
+    prompts: rows {"prompt": str | messages}, optionally "id" and "kind" (such as "red-team" or "benign"; hygiene.json
     counts refusals for each kind). Writes revisions.jsonl (everything), sft.jsonl (`rows`: {"prompt", "completion"} for
     SFTTrainer), rejected.jsonl and hygiene.json.
 
-    Statuses of what is used: "clean", the original violates nothing; "revised", a revision was selected; "unchanged",
-    violations remain and no revision was better. Statuses of what is rejected: "hard_violation", the best reply
-    violates a hard principle; "flagged", every reply has a flag of `drop`; "failed", a reply was not written or the
-    check of the first one gave no answer (hygiene.json does not count these).
+    Statuses of records that are used: "clean", the original violates nothing; "revised", a revision was selected;
+    "unchanged", violations remain and no revision was better. Statuses of rejected records: "hard_violation", the best
+    reply violates a hard principle; "flagged", every reply has a flag in `drop`; "failed", a reply was not written or
+    the check of the first reply had no answer (hygiene.json does not count these).
     """
     principles = [p for p in constitution.principles if p.check]
     repairable = sorted(principles_to_revise("check-all", constitution), key=lambda p: not p.hard)
@@ -95,13 +95,13 @@ def revise(
 
         def work(batch: list[dict]) -> list[dict]:
             drafts = _first_replies(batch, writer)
-            _check_last(_written(drafts, writer), judge, ledger, principles)
+            _check_last(_alive(drafts, writer), judge, ledger, principles)
             for _ in range(max_steps):
-                todo = [(draft, p) for draft in _written(drafts, writer) if (p := _next_violation(draft, repairable))]
+                todo = [(draft, p) for draft in _alive(drafts, writer) if (p := _next_violation(draft, repairable))]
                 revised = _revise_current(todo, writer)
                 _check_last([draft for draft, _ in revised], judge, ledger, principles)
                 for draft, principle in revised:
-                    _go_on_unless_worse(draft, principle, principles, drop)
+                    _accept_unless_worse(draft, principle, principles, drop)
             return [_revision_record(draft, writer.failures.get(draft.id), principles, drop) for draft in drafts]
 
         settings = {"seed": seed, "max_steps": max_steps, "drop": list(drop), "judge": judge.describe()}
@@ -114,9 +114,9 @@ def revise_sampled(
     prompts: Iterable, generate: Generate, constitution: Constitution, *, output_dir: str | Path, steps: int = 4,
     drop: Sequence[str] = DROP, batch_size: int = 32, seed: int = 0,
 ) -> Stage:  # fmt: skip
-    """Phase 1 of the paper: for each prompt `steps` principles are drawn with replacement, and each revises the reply
-    before it, without checks. All revisions are demonstrations, but for those with a flag of `drop`. Files as in
-    `revise`; statuses are "revised", "flagged" (every revision is) and "failed".
+    """Phase 1 of the paper: for each prompt `steps` principles are drawn with replacement, and each revises the
+    previous reply, without checks. All revisions are demonstrations, except those with a flag in `drop`. The files are
+    those of `revise`; statuses are "revised", "flagged" (all revisions are) and "failed".
     """
     usable = principles_to_revise("paper", constitution)
     if steps < 1:
@@ -128,12 +128,12 @@ def revise_sampled(
 
         def work(batch: list[dict]) -> list[dict]:
             drafts = _first_replies(batch, writer)
-            for draft in _written(drafts, writer):
+            for draft in _alive(drafts, writer):
                 _flag_last(draft, usable)
             for step in range(steps):
                 todo = [
                     (draft, random.Random(seed_for(seed, draft.id, "draw", step)).choice(usable))
-                    for draft in _written(drafts, writer)
+                    for draft in _alive(drafts, writer)
                 ]
                 for draft, _ in _revise_current(todo, writer):
                     _flag_last(draft, usable)
@@ -149,11 +149,11 @@ SCHEDULES = {"check-all": revise, "paper": revise_sampled}
 
 
 def principles_to_revise(schedule: str, constitution: Constitution) -> list[Principle]:
-    """The principles under which a schedule revises. ConfigError where there are none."""
+    """The principles under which a schedule revises. ConfigError if there are none."""
     found = [p for p in constitution.principles if p.revise and (p.check or schedule == "paper")]
     if not found:
         raise ConfigError(
-            f"revise_sampled: constitution {constitution.name!r} has no principle with 'revise'"
+            f"revise_sampled: constitution {constitution.name!r} has no principle with 'revise': add one"
             if schedule == "paper"
             else f"revise: constitution {constitution.name!r} has no principle with both 'check' and 'revise'; "
             "revise_sampled needs no checks (schedule: paper)"
@@ -162,7 +162,7 @@ def principles_to_revise(schedule: str, constitution: Constitution) -> list[Prin
 
 
 def items_with_kind(prompts: Iterable) -> list[dict]:
-    """read_items, with the "kind" of each row; "unspecified" where it has none, or an empty cell of a table."""
+    """read_items, with the "kind" of each row; "unspecified" if the row has none, or an empty table cell."""
     rows = as_rows(prompts, "prompts")
     kinds = [row.get("kind") if isinstance(row, dict) else None for row in rows]
     for i, kind in enumerate(kinds):
@@ -189,8 +189,8 @@ def _first_replies(batch: Sequence[dict], writer: Writer) -> list[_Draft]:
     return drafts
 
 
-def _written(drafts: Sequence[_Draft], writer: Writer) -> list[_Draft]:
-    """The drafts that have not failed; of one that has nothing more is asked, checked or used."""
+def _alive(drafts: Sequence[_Draft], writer: Writer) -> list[_Draft]:
+    """The drafts that have not failed. A failed draft is not continued, checked or used."""
     return [draft for draft in drafts if draft.id not in writer.failures]
 
 
@@ -215,7 +215,7 @@ def _check_last(drafts: Sequence[_Draft], judge: Judge, ledger: Ledger, principl
 
 
 def _flag_last(draft: _Draft, principles: Sequence[Principle]) -> None:
-    """Flags the newest reply. It is damaged if it violates a principle that the reply it revises had kept."""
+    """Flags the newest reply. It is damaged if it violates a principle that the reply it revises kept."""
     reply, of, requests, damaged = draft.replies[-1], None, (), False
     if draft.steps:
         step = draft.steps[-1]
@@ -230,7 +230,7 @@ def _flag_last(draft: _Draft, principles: Sequence[Principle]) -> None:
 
 
 def _failure(checks: Sequence[Check]) -> str:
-    """Why a check of a reply gave no answer, "" if all did; a reply with a failed check is never used."""
+    """Why a check of a reply had no answer; "" if all had one. A reply with a failed check is never used."""
     return next((c.reason for c in checks if c.status not in ("ok", "not_applicable")), "")
 
 
@@ -241,14 +241,14 @@ def _next_violation(draft: _Draft, repairable: Sequence[Principle]) -> Principle
 
 
 def _violation(checks: Sequence[Check], principles: Sequence[Principle]) -> tuple[int, float]:
-    """(hard principles violated, weighted violation); smaller is better. A principle that does not apply counts as
-    kept."""
+    """(number of violated hard principles, weighted violation); smaller is better. A principle that does not apply
+    counts as kept."""
     hard = sum(p.hard and c.satisfied is False for p, c in zip(principles, checks, strict=True))
     soft = sum(p.weight * (1 - c.score) for p, c in zip(principles, checks, strict=True) if c.score is not None)
-    return hard, round(soft, 9)  # so that the order of summation cannot decide
+    return hard, round(soft, 9)  # so that the order of summation does not matter
 
 
-def _go_on_unless_worse(draft: _Draft, principle: Principle, principles: Sequence[Principle], drop) -> None:
+def _accept_unless_worse(draft: _Draft, principle: Principle, principles: Sequence[Principle], drop) -> None:
     before, after = draft.checks[draft.current], draft.checks[-1]
     draft.tried.add((draft.replies[draft.current], principle.id))
     usable = not _failure(after) and not set(draft.flags[-1]) & set(drop)
@@ -259,8 +259,8 @@ def _go_on_unless_worse(draft: _Draft, principle: Principle, principles: Sequenc
 
 
 def _select(draft: _Draft, principles: Sequence[Principle], drop: Sequence[str]) -> int | None:
-    """Index of the best reply; None where all have a flag of drop or a failed check. Of several that violate the least,
-    the one that is most similar to the original."""
+    """Index of the best reply; None if all have a flag in drop or a failed check. Among several that violate the least,
+    it is the one most similar to the original."""
     usable = [i for i, c in enumerate(draft.checks) if not _failure(c) and not set(draft.flags[i]) & set(drop)]
     if not usable:
         return None
@@ -285,7 +285,7 @@ def _sampled_record(draft: _Draft, failure: str | None, drop: Sequence[str]) -> 
         return _record(draft, reason=failure)
     used = [i for i, flags in enumerate(draft.flags) if i and not set(flags) & set(drop)]
     if not used:
-        return _record(draft, status="flagged", reason=f"every revision is one of {_dropped(draft.flags[1:], drop)}")
+        return _record(draft, status="flagged", reason=f"every revision has a flag: {_dropped(draft.flags[1:], drop)}")
     return _record(draft, status="revised", used=used)
 
 
@@ -295,7 +295,7 @@ def _revision_record(draft: _Draft, failure: str | None, principles: Sequence[Pr
         return {**record, "reason": reason}
     selected = _select(draft, principles, drop)
     if selected is None:
-        return {**record, "status": "flagged", "reason": f"every reply is one of {_dropped(draft.flags, drop)}"}
+        return {**record, "status": "flagged", "reason": f"every reply has a flag: {_dropped(draft.flags, drop)}"}
     violated = [c.principle for c in draft.checks[selected] if c.satisfied is False]
     record |= {"selected": selected, "violated": violated}
     if hard := [p.id for p in principles if p.hard and p.id in violated]:
@@ -318,8 +318,8 @@ def sample_pairs(
 ) -> Stage:  # fmt: skip
     """Phase 2, first half: two answers to each prompt.
 
-    Writes pairs.jsonl (`rows`: {"id", "prompt", "a", "b"}, for `label`), and rejected.jsonl with the prompts for which
-    an answer was not written.
+    Writes pairs.jsonl (`rows`: {"id", "prompt", "a", "b"}, for `label`), and rejected.jsonl with the prompts that lack
+    an answer.
     """
     items = read_items(prompts)
     with Ledger(output_dir) as ledger:
@@ -342,16 +342,16 @@ def label(
     clamp: tuple[float, float] | None = None, tie_margin: float = 0.01, batch_size: int = 32, seed: int = 0,
     retry: Iterable[str] = ("failed",),
 ) -> Stage:  # fmt: skip
-    """Phase 2, second half: the judge compares each pair; its probability is kept as a soft label.
+    """Phase 2, second half: the judge compares each pair; its probability becomes a soft label.
 
     pairs: rows {"prompt": str | messages, "a": str, "b": str}, optionally "id". principles_per_pair: how many
-    principles to draw for a pair, each as likely whatever it weighs (the paper draws 1); None takes all. clamp: see
-    `derive`; None is (0.4, 0.6) for a judge that reasons step by step. |P(a better) - 0.5| < tie_margin is a tie.
-    retry: outcomes of earlier runs in the same directory that are asked for again.
+    principles to draw for a pair, all with equal probability whatever their weights (the paper draws 1); None takes
+    all. clamp: see `derive`; None is (0.4, 0.6) for a judge that reasons step by step. |P(a better) - 0.5| < tie_margin
+    is a tie. retry: outcomes of earlier runs in the same directory that are asked for again.
 
-    Writes judgements.jsonl (every vote on every pair), and what judges/labels.py derives from it: comparisons.jsonl
-    (`rows`), and rejected.jsonl with the ties and with what the judge could not decide. `derive` derives both again,
-    under other weights, `combine`, `calibration`, `clamp` or `tie_margin`, without asking the judge.
+    Writes judgements.jsonl (every vote on every pair), and the files that judges/labels.py derives from it:
+    comparisons.jsonl (`rows`), and rejected.jsonl with the ties and the pairs that the judge could not decide. `derive`
+    makes both again under other weights, `combine`, `calibration`, `clamp` or `tie_margin`, without asking the judge.
     """
     how = label_settings(judge.describe(), {}, combine, calibration, clamp, tie_margin)
     judge_pairs(
@@ -364,15 +364,15 @@ def label(
 def mix_comparisons(
     sources: Mapping[str, Iterable[dict]], weights: Mapping[str, float] | None = None, *, seed: int = 0
 ) -> list[dict]:
-    """Comparisons of several origins as one data set for RewardTrainer, in an order drawn from the seed.
+    """Comparisons from several sources as one dataset for RewardTrainer, in an order drawn from the seed.
 
     sources: {name: rows {"prompt", "chosen", "rejected", ...}}, such as {"ai": label(...).rows, "human": pairs}. Each
-    row gets its `source`, by which RewardTrainer splits its accuracy and margin. Its `weight` is multiplied by that of
-    the source (1 where `weights` does not name it). The paper's preference model learns from such a mix, of 182,831
+    row gets its `source`, by which RewardTrainer splits its accuracy and margin. Its `weight` is multiplied by the
+    weight of the source (1 if it is not in `weights`). The paper's preference model is trained on such a mix of 182,831
     harmlessness labels by a model and 135,296 helpfulness comparisons by people, each of weight 1.
 
-    Compare the margins of the two sources before you trust the mix: the best margin under a soft label is finite (its
-    log-odds), under a hard label it is not.
+    Compare the margins of the two sources before you trust the mix: the optimal margin under a soft label is finite
+    (its log-odds), under a hard label it is not.
     """
     sources, weights = {name: as_rows(rows, name) for name, rows in sources.items()}, weights or {}
     if empty := [name for name, rows in sources.items() if not rows]:

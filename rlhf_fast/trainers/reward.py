@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from .. import parallel
-from ..data.baselines import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
 from ..data.files import as_records
+from ..data.floors import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
 from ..models import (
     check_lengths,

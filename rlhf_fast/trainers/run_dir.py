@@ -57,6 +57,11 @@ def begins_again(run_dir) -> bool:
     return started and not has_ended(run_dir) and latest_checkpoint(run_dir) is None
 
 
+def can_resume(run_dir) -> bool:
+    """Whether train(resume=True) would continue a run here, or start it anew."""
+    return latest_checkpoint(run_dir) is not None or begins_again(run_dir)
+
+
 def model_card(trainer, metrics: dict) -> str:
     """Markdown with the metadata that the Hugging Face hub reads, the last metrics and every setting."""
     name = type(trainer).__name__

@@ -124,9 +124,9 @@ def test_sft_data_in_the_wrong_form_is_refused_by_its_index(dataset, message):
         ({"chosen": "a"}, "record 0 has the columns chosen; it needs"),
         ({**PAIR, "rejected": None}, r"'rejected' must be text or a list.* got None"),
         ({**PAIR, "prompt": 3}, "messages, got 3"),
-        ({**PAIR, "source": 3}, "'source' must be text, by which evaluation is split, got 3"),
-        ({**PAIR, "chosen_prob": 1.5}, r"chosen_prob must lie in \[0, 1\]"),
-        ({**PAIR, "weight": -1}, "weight be 0 or more"),
+        ({**PAIR, "source": 3}, "'source', by which evaluation is split, must be text, got 3"),
+        ({**PAIR, "chosen_prob": 1.5}, r"chosen_prob must be in \[0, 1\]"),
+        ({**PAIR, "weight": -1}, "weight 0 or more"),
         ({"prompt": "p", "responses": ["only one"]}, "a list of at least two"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [0, 0]}, "not all the same"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}, "each of the 2 responses a rank"),
@@ -150,7 +150,7 @@ def test_too_long_records_are_refused_or_skipped_but_always_named():
     assert len(examples) == report.used == 2 and report.records == 4
     assert [i for i, _ in report.overlong] == [1, 3]
     assert str(report).startswith("train_dataset: 2 of 4 records used; 2 longer than max_length=20: record 1 (")
-    with pytest.raises(ConfigError, match="raise max_length"):
+    with pytest.raises(ConfigError, match="Raise max_length"):
         sft_examples(records, TOKENIZER, max_length=2, on_overlong="skip")
 
 
@@ -239,11 +239,11 @@ def test_a_response_of_several_turns_may_go_on_from_the_prompt(prompt, response,
 @pytest.mark.parametrize("prompt", ["hello?", "", [SYSTEM, CHAT[0]], CHAT])
 def test_a_whole_conversation_beside_another_prompt_is_refused(prompt):
     record = {"prompt": prompt, "chosen": CHAT, "rejected": CHAT}
-    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+    with pytest.raises(ConfigError, match="record 0: the response begins like a whole conversation"):
         comparisons([record], TOKENIZER, max_length=64)
-    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+    with pytest.raises(ConfigError, match="record 0: the response begins like a whole conversation"):
         responses_to_score([record], TOKENIZER, max_length=64)
-    with pytest.raises(ConfigError, match="record 0: the response begins as a whole conversation does"):
+    with pytest.raises(ConfigError, match="record 0: the response begins like a whole conversation"):
         sft_examples([{"prompt": prompt, "completion": CHAT}], TOKENIZER, max_length=64)
 
 
@@ -251,10 +251,10 @@ def test_a_question_that_no_column_prompt_gives_is_not_left_out():
     for key in ("question", "instruction", "input"):  # Intel/orca_dpo_pairs has the first, beside a system column
         pair = {"chosen": "Four.", "rejected": "Five.", key: "two plus two?"}
         answer = {"response": "Four.", key: "two plus two?"}
-        with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', and a column '{key}' .* rename it"):
+        with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', but a column '{key}' .* rename it"):
             comparisons([pair], TOKENIZER, max_length=64)
         for record in (pair, answer):
-            with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', and a column '{key}' .* rename it"):
+            with pytest.raises(ConfigError, match=f"record 0 has no 'prompt', but a column '{key}' .* rename it"):
                 responses_to_score([record], TOKENIZER, max_length=64)
         whole = {**pair, "chosen": "two plus two? Four.", "rejected": "two plus two? Five."}
         for record in (whole, {**pair, "prompt": "two plus two? "}, {**pair, key: ""}):
@@ -327,7 +327,7 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
 
 def test_a_prompt_that_is_answered_already_is_refused():
     """Generation would put a second turn of the assistant behind the first."""
-    with pytest.raises(ConfigError, match="train_dataset record 1: its prompt ends in a turn of the assistant"):
+    with pytest.raises(ConfigError, match="train_dataset record 1: its prompt ends with an assistant turn"):
         prompts([{"prompt": CHAT[:1]}, {"prompt": CHAT}], TOKENIZER, max_length=64)
 
 
@@ -383,7 +383,7 @@ def test_half_a_character_is_refused_by_its_index():
         {"prompt": "a", "completion": half},
         {"messages": [*CHAT[:1], {**CHAT[1], "content": half}]},
     ):
-        with pytest.raises(ConfigError, match=r"record 0: .* has half a character .* behind 'well '"):
+        with pytest.raises(ConfigError, match=r"record 0: .* has half a character .* after 'well '"):
             sft_examples([record], TOKENIZER, max_length=64)
 
 
@@ -398,11 +398,11 @@ def test_what_would_train_on_something_else_is_refused():
 
 def test_what_only_a_chat_template_could_read_is_refused():
     tools = {"tools": [{"name": "clock"}]}
-    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not passed to the chat template"):
         sft_examples([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
-    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not passed to the chat template"):
         comparisons([{**PAIR, **tools}], TOKENIZER, max_length=64)
-    with pytest.raises(ConfigError, match="record 0: 'tools' is not given to the chat template"):
+    with pytest.raises(ConfigError, match="record 0: 'tools' is not passed to the chat template"):
         responses_to_score([{"messages": CHAT, **tools}], TOKENIZER, max_length=64)
     sft_examples([{"messages": CHAT, "tools": None}, {"messages": CHAT, "tools": []}], TOKENIZER, max_length=64)
 

@@ -132,7 +132,7 @@ def test_the_card_is_of_as_many_principles_as_the_labels_will_have(tmp_path):
     assert sum(x["votes"] for x in cards[1]["principles"].values()) == 400
     assert cards[1]["principles"]["p0"]["accuracy"]["mean"] == 1.0
     for card, k in ((None, 1), (1, None)):
-        with pytest.raises(ValueError, match=f"another principles_per_pair: {card}, now {k}"):
+        with pytest.raises(ValueError, match=f"another principles_per_pair: {card} there, {k} now"):
             trusted(Noisy(gullible=2.0), EIGHT, tmp_path / f"{card}", principles_per_pair=k)
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from rlhf_fast.judges import Constitution, ConstitutionError, ModelCheck, RuleCheck
 from rlhf_fast.judges.constitution import SHIPPED
@@ -43,7 +44,7 @@ def test_own_format(write):
     assert (constitution.name, constitution.compare_layout, constitution.critique_layout) == (
         "house-rules", "principle_last", "chat",
     )  # fmt: skip
-    assert (crime.weight, crime.hard, crime.tags) == (2.0, True, ("harmlessness",))
+    assert (crime.weight, crime.hard) == (2.0, True)
     assert crime.check == ModelCheck("Does the reply help with a crime?", "yes", 0.4)
     assert short.check == RuleCheck("max_words", {"n": 120}) and short.compare is None
     assert short.check.function([], "word " * 121, n=120) is False
@@ -255,14 +256,10 @@ few_shot:
 def test_the_constitutions_that_come_with_the_package():
     english, japanese = (Constitution.load(name) for name in ("safe-en", "safe-ja"))
     assert set(SHIPPED) == {"safe-en", "safe-ja"}
+    tags = [[p["tags"] for p in yaml.safe_load(path.read_text())["principles"]] for path in SHIPPED.values()]
+    assert tags[0] == tags[1]
     for en, ja in zip(english.principles, japanese.principles, strict=True):
-        assert (en.id, en.weight, en.hard, en.tags, type(en.check)) == (
-            ja.id,
-            ja.weight,
-            ja.hard,
-            ja.tags,
-            type(ja.check),
-        )
+        assert (en.id, en.weight, en.hard, type(en.check)) == (ja.id, ja.weight, ja.hard, type(ja.check))
         assert bool(en.critique) == bool(ja.critique) and bool(en.compare) == bool(ja.compare)
         assert en.revise.isascii() and not ja.revise.isascii()
     assert len(english.principles) > 10 and any(p.hard for p in english.principles)

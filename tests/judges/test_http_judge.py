@@ -86,7 +86,7 @@ def test_a_server_without_log_probabilities_is_refused_and_not_made_do_with():
     with serving(modes=()) as fake:
         with pytest.raises(ValueError, match=r"no log-probabilities for 'fake' .*chat: no log-prob.*mode: votes"):
             judge_at(fake)
-        with pytest.raises(ValueError, match="votes = 4 goes with mode: votes only"):
+        with pytest.raises(ValueError, match=r"votes = 4 and mode = .auto. do not go together"):
             judge_at(fake, votes=4)
         judge = judge_at(fake, mode="votes", votes=8)
         (verdict,) = judge.compare([Pair(ASK, "1.5", "-1.5", [KIND])])
@@ -433,11 +433,13 @@ def test_an_audit_has_one_budget(tmp_path):
 def test_a_bound_in_tokens_needs_a_server_that_counts_them(tmp_path, bound):
     with serving() as fake:
         fake.usage = False
-        with pytest.raises(ValueError, match=f"does not say how many tokens.*{next(iter(bound))} cannot be kept"):
+        with pytest.raises(
+            ValueError, match=f"does not report how many tokens.*{next(iter(bound))} cannot be enforced"
+        ):
             judge_at(fake, server=bound)
         assert sum(fake.asked.values()) == 1
         writer = HTTPGenerator(server_at(fake, concurrency=1, **bound), 8)
-        with pytest.raises(ValueError, match="does not say how many tokens"):
+        with pytest.raises(ValueError, match="does not report how many tokens"):
             sample_pairs(pairs(6), writer, HOUSE_CHAT, output_dir=tmp_path)
         paid = sum(fake.asked.values()) - 1
         assert paid <= 2  # one may be on its way
@@ -551,7 +553,7 @@ def test_a_key_is_what_the_variable_says_without_the_end_of_a_line(monkeypatch):
     with serving() as fake:
         assert judge_at(fake).backend.mode == "chat"
     monkeypatch.setenv("OPENAI_API_KEY", "k\u00e9y")
-    with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has letters beyond ASCII"):
+    with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has characters beyond ASCII"):
         server_at(fake)
 
 

@@ -159,7 +159,7 @@ def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
     assert nothing.counts["tie"] == 12 and nothing.rows == []
     with pytest.raises(ValueError, match=r"no votes under \['shrt'\]"):
         derive(tmp_path / "all", output_dir=tmp_path / "x", weights={"shrt": 1})
-    with pytest.raises(ValueError, match="give another one"):
+    with pytest.raises(ValueError, match="give another output_dir"):
         derive(tmp_path / "all", output_dir=tmp_path / "all", weights={"kind": 5})
     with pytest.raises(ValueError, match=r"has no judgements\.jsonl"):
         derive(tmp_path, output_dir=tmp_path / "x")
@@ -170,10 +170,10 @@ def test_other_weights_ask_nobody_and_bring_back_what_was_refused(tmp_path):
     [
         (lambda lines: lines[:-1], "has 3 records, and 4 were written"),
         (lambda lines: [*lines[:-1], lines[-1][:-9]], "line 4: not JSON"),
-        (lambda lines: [lines[0], '{"id": 1}', *lines[2:]], r"record 1 is no judgement \(KeyError\('votes'\)\)"),
+        (lambda lines: [lines[0], '{"id": 1}', *lines[2:]], r"record 1 is not a judgement \(KeyError\('votes'\)\)"),
         (
             lambda lines: [lines[0].replace('"a": ', '"c": '), *lines[1:]],
-            r"record 0 is no judgement \(KeyError\('a'\)\)",
+            r"record 0 is not a judgement \(KeyError\('a'\)\)",
         ),
         (lambda lines: [lines[0].replace('"logit_ab": ', '"logit_ab": "1", "x": '), *lines[1:]], "record 0 is no"),
     ],

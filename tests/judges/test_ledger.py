@@ -123,7 +123,7 @@ def test_a_database_that_is_damaged_is_refused(tmp_path):
 
 
 def test_two_processes_do_not_share_a_directory(tmp_path):
-    with Ledger(tmp_path), pytest.raises(ValueError, match="another process works in it"):
+    with Ledger(tmp_path), pytest.raises(ValueError, match="another process is using it"):
         Ledger(tmp_path)
     Ledger(tmp_path).close()
 

@@ -75,7 +75,7 @@ def test_counts_add_up_or_the_stage_does_not_end(tmp_path):
     assert [json.loads(line)["id"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()] == ["0", "1"]
     assert json.loads((tmp_path / "run.json").read_text())["counts"] == stage.counts
     with pytest.raises(RuntimeError, match="tie"):
-        finish_stage(tmp_path, records, lambda r: [r], used=["ok"], refused=["failed"])
+        finish_stage(tmp_path, records, lambda r: [r], used=["ok"], refused=["failed"], name="rows")
 
 
 def test_items_are_named_by_their_content():

@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import RewardConfig, RewardTrainer, models
-from rlhf_fast.data.baselines import wilson_interval
 from rlhf_fast.data.chat import encode_to_score
 from rlhf_fast.data.collate import common_prefix
+from rlhf_fast.data.floors import wilson_interval
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers import common

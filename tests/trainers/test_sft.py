@@ -448,7 +448,7 @@ def test_what_is_cut_is_counted(tmp_path, policy, kept, capsys):
     (report,) = json.loads((tmp_path / "run/data.json").read_text())
     assert report["truncated"] == [[0, len(whole)], [1, len(whole)]] and not report["overlong"]
     # Cut to the prompt alone there is nothing to learn, and that is not called a use of the record.
-    with pytest.raises(ConfigError, match="raise max_length"):
+    with pytest.raises(ConfigError, match="Raise max_length"):
         trainer(tmp_path, data=[chat(1)], on_overlong="keep_start", max_length=4)
 
 

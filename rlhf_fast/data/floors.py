@@ -1,10 +1,10 @@
-"""How well a set of preferences can be predicted without a reward model: floors that a reward model has to beat.
+"""Floors that a reward model has to beat: how well a set of preferences can be predicted without one.
 
-    shorter_wins    the share of pairs whose better reply is the shorter one; longer_wins the other way round
+    shorter_wins    the share of pairs whose better reply is the shorter one; longer_wins is the opposite
     bag_of_words    logistic regression on word counts, P(chosen) = sigma(w . (log1p n_chosen - log1p n_rejected))
 
-Pairs are preference rows: {"prompt", "chosen", "rejected"}, replies as text or messages; optional: chosen_prob (below
-1/2 the rejected one counts as the better, at 1/2 neither does) and weight.
+Pairs are preference rows: {"prompt", "chosen", "rejected"}, with replies as text or messages. Optional columns are
+weight and chosen_prob: below 1/2 the rejected reply counts as the better one, and at 1/2 neither does.
 """
 
 import math
@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
-    """The 95 % interval of a share that was observed in n trials (Wilson 1927)."""
+    """The 95 % confidence interval of a share observed in n trials (Wilson 1927)."""
     z = 1.96
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may go beyond, for a share of 0 or 1
+    return max(0.0, centre - half), min(1.0, centre + half)  # for a share of 0 or 1, rounding may exceed [0, 1]
 
 
 def accuracy(margins: Tensor, chosen_prob: Tensor, weight: Tensor) -> Tensor:
-    """(N,) margins, above 0 where chosen is preferred -> (), the weighted share of pairs in which the side is preferred
-    that is better by chosen_prob. Counts one half: a margin of 0, a chosen_prob of 1/2, and a set of weight 0."""
+    """(N,) margins, positive where chosen is preferred -> (), the weighted share of pairs in which the preferred side
+    is the better one according to chosen_prob. A margin of 0 or a chosen_prob of 1/2 counts one half. If all weights
+    are 0 the result is 1/2."""
     right = (margins.sign() * (chosen_prob - 0.5).sign() + 1) / 2
     total = weight.sum()
     return torch.where(total > 0, (right * weight).sum() / total, 0.5)
@@ -43,9 +44,9 @@ def longer_wins(pairs: list[dict]) -> float:
 
 
 def bag_of_words(train: list[dict], held_out: list[dict]) -> float:
-    """Accuracy on `held_out` of the regression fitted on `train` (its first 10,000 pairs), over the 5,000 most frequent
-    words that at least 3 pairs contain, with 0.003 |w|^2 added to the mean loss."""
-    train = train[:10_000]  # a floor needs no more, and the counts are a dense matrix
+    """Accuracy on `held_out` of the regression fitted on `train` (its first 10,000 pairs). Its features are the 5,000
+    most frequent words that occur in at least 3 pairs; 0.003 |w|^2 is added to the mean loss."""
+    train = train[:10_000]  # enough for a floor, and the counts are a dense matrix
     seen = Counter(word for pair in train for word in {*_words(pair["chosen"]), *_words(pair["rejected"])})
     index = {word: i for i, word in enumerate(w for w, n in seen.most_common(5_000) if n >= 3)}
     target, weight = (x.float() for x in _labels(train))
@@ -67,7 +68,7 @@ def bag_of_words(train: list[dict], held_out: list[dict]) -> float:
 
 
 def _labels(pairs: list[dict]) -> tuple[Tensor, Tensor]:
-    """(N,) float64 chosen_prob and weight, each 1 where a pair has none."""
+    """(N,) float64 chosen_prob and weight; each is 1 if a pair has none."""
     given = ([pair.get(key) for pair in pairs] for key in ("chosen_prob", "weight"))
     target, weight = (
         torch.tensor([1.0 if x is None else float(x) for x in column], dtype=torch.float64) for column in given
@@ -76,7 +77,7 @@ def _labels(pairs: list[dict]) -> tuple[Tensor, Tensor]:
 
 
 def _differences(pairs: list[dict], index: dict[str, int]) -> Tensor:
-    """(N, words) of log1p counts, chosen less rejected."""
+    """(N, words) log1p counts of chosen minus those of rejected."""
     x = torch.zeros(len(pairs), len(index))
     for row, pair in zip(x, pairs, strict=True):
         for reply, sign in ((pair["chosen"], 1), (pair["rejected"], -1)):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_fast.data.baselines import bag_of_words, longer_wins, shorter_wins, wilson_interval
+from rlhf_fast.data.floors import bag_of_words, longer_wins, shorter_wins, wilson_interval
 
 
 def pair(chosen, rejected, **columns):
