@@ -104,6 +104,7 @@ def test_a_stage_killed_without_a_checkpoint_begins_again(finished, tmp_path):
     """A crash leaves a log and no checkpoint: nothing to resume, and nothing in the way either."""
     run_dir = tmp_path / "sft"
     run_dir.mkdir()
+    (run_dir / "run_config.json").write_text("{}")  # comes before the first line of the log
     (run_dir / "train_log.jsonl").write_text('{"step": 1}\n{"ste')
     run = Quickstart(tmp_path, 0, TINY)
     assert 0 <= run.sft(run_dir)["pass_rate"] <= 1
