@@ -228,7 +228,7 @@ def test_only_the_last_layers_learn(tmp_path):
     assert not {k for k in changed if "layers.0." in k or "embed" in k}
     with pytest.raises(ConfigError, match="train_last_layers = 3, and the model has 2 layers"):
         trainer(tmp_path, train_last_layers=3)
-    with pytest.raises(ConfigError, match="choose one of"):
+    with pytest.raises(ConfigError, match="set only one of"):
         trainer(tmp_path, train_last_layers=1, freeze_trunk=True)
 
 
