@@ -1,13 +1,13 @@
 """Calls to an OpenAI-compatible server: many at once, each try recorded, none paid for twice.
 
     200 that can be read              the answer
-    408, 409, 5xx, time-out,          retried after Retry-After, or a random time below backoff * 2^tries (full jitter),
+    408, 409, 425, 5xx, time-out,     retried after Retry-After, or a random time below backoff * 2^tries (full jitter),
     no connection, truncated JSON     at most max_tries times; then the question has failed
     429                               retried, with no call for any question before Retry-After, or before a wait that
                                       doubles from backoff to 60 s; after ten minutes of nothing else the run stops
     400 that names length or safety   too_long or refused, unless it may only repeat the words of the question
     other 4xx                         failed, not retried
-    401, 403, 404, no quota left,     the run stops, because the next question would fail too
+    401, 403, 404, 405, no quota,     the run stops, because the next question would fail too
     ten questions in a row failed
 
 A 429 halves the number n of simultaneous calls. It grows by one again after n good answers.
