@@ -101,6 +101,17 @@ def _pythons(folder: Path) -> set[str]:
     return {tag[0] for path in folder.rglob("*.so") if (tag := re.search(r"cpython-\d+", path.name))}
 
 
+def _cleared(python: str) -> Skipped | None:
+    """Empties build/peers-gpu if it was filled for another Python. A folder that the user has named is left alone."""
+    if not PEERS.is_dir() or not _pythons(PEERS) - {python}:
+        return None
+    if PEERS != ROOT / "build" / "peers-gpu":
+        return Skipped(f"{PEERS} was filled for another Python than {python}: name another folder with PEERS")
+    print(f"{PEERS} was filled for another Python, and is filled anew")
+    shutil.rmtree(PEERS)
+    return None
+
+
 def run(*command: str, **environment: str) -> int:
     """Runs a command in the root, with the peers on its path; when the part's time is up, kills all it has started."""
     print("$", " ".join(command), flush=True)
@@ -276,10 +287,7 @@ def run_part(part: str, name: str) -> int | Skipped:
         return build()
     if part == "peers":
         unpack_peers()
-        if _pythons(PEERS) - {sys.implementation.cache_tag}:
-            print(f"{PEERS} was filled for another Python, and is filled anew")
-            shutil.rmtree(PEERS)
-        return fetch_peers(PEERS, missing_peers())
+        return _cleared(sys.implementation.cache_tag) or fetch_peers(PEERS, missing_peers())
     if part in TESTS:
         return test(part)
     if part == "sanitizer":
@@ -316,9 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         return max(codes, default=0)
     if options.fetch_peers:
         wanted = "cpython-" + (options.for_python or "{}.{}".format(*sys.version_info)).replace(".", "")
-        if _pythons(PEERS) - {wanted}:
-            shutil.rmtree(PEERS)
-        outcome = fetch_peers(PEERS, list(PEER_MODULES), options.for_python)
+        outcome = _cleared(wanted) or fetch_peers(PEERS, list(PEER_MODULES), options.for_python)
         print(outcome or f"peers: all in {PEERS}")
         for piece in pack_peers() if options.pack else ():
             print(f"{piece} {piece.stat().st_size / 2**20:.1f} MiB")

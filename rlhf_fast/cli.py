@@ -91,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlhf-fast: stopped by {stop}", file=sys.stderr)
         return 3
     except NonFiniteError as error:
-        print(f"rlhf-fast: stopped: {error}", file=sys.stderr)
+        from .parallel import rank
+
+        if rank() == 0:
+            print(f"rlhf-fast: stopped: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
@@ -241,9 +244,12 @@ def _unknown_key(key: object, keys: dict[str, list[str]], command: str | None, i
     hint = WITH_KEYS[command].hints.get(str(key)) if command in WITH_KEYS else None
     if in_section:
         return unknown("key", key, keys[command], otherwise, hint)
-    message = unknown(f"key of {command}:", key, [*keys[command], *keys], otherwise, hint)
     others = ", ".join(name for name in keys if key in keys[name])
-    return f"{message}. If it is meant for {others}, write it in a section of that name" if others else message
+    if others:  # no nearest name, which would be the key itself where a command is called so
+        told = f"unknown key of {command}: {key!r}" + (f"; {hint}" if hint else "")
+        return f"{told}. If it is meant for {others}, write it in a section of that name"
+    names = {name for names in keys.values() for name in names} if command in READ_COMMANDS else keys[command]
+    return unknown(f"key of {command}:", key, [*names, *keys], otherwise, hint)
 
 
 # -- the other commands ------------------------------------------------------------------------------------------------

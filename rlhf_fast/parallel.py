@@ -23,6 +23,7 @@ import pickle
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, NonFiniteError
 
 BUCKET = 25 * 2**20  # bytes of gradients summed in one call, as in torch's DistributedDataParallel
 WAIT = timedelta(hours=2)  # for the slowest process: a judge behind HTTP may take long
@@ -46,14 +47,15 @@ def start(config=None) -> None:
     """
     global _joined
     fsdp, bf16 = (None if config is None else getattr(config, name, False) for name in ("fsdp", "bf16"))
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # of accelerate launch
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    precision = (os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()  # of accelerate launch
     if config is not None and precision != "no" and not (bf16 and precision == "bf16"):
         ours = "set bf16: true in the run's own config" if precision == "bf16" else "these trainers have only bf16"
-        raise ConfigError(
-            f"accelerate's configuration asks for mixed precision in {precision}: {ours}, or start with accelerate "
-            "launch --mixed_precision no"
-        )
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        message = f"accelerate (ACCELERATE_MIXED_PRECISION) asks for mixed precision in {precision}: {ours}"
+        if several:
+            raise ConfigError(f"{message}, or start with accelerate launch --mixed_precision no")
+        # TrainingArguments of transformers 4 set the variable too, in the process of a notebook or a script.
+        warnings.warn(f"{message}; this run multiplies in {'bfloat16' if bf16 else 'float32'}", stacklevel=5)
     if fsdp and not several:
         raise ConfigError("fsdp shards a model over several processes, but there is only one: start it with torchrun")
     if several and fsdp is False and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # of accelerate launch
@@ -170,7 +172,7 @@ def raise_in_all(stop: list | None = None):
     said = [None] * size()
     dist.all_gather_object(said, failure and (isinstance(failure, ConfigError), f"{type(failure).__name__}: {failure}"))
     if failure is not None:
-        if rank():  # the first process's exception reaches the user anyway
+        if rank() and not isinstance(failure, (ConfigError, NonFiniteError)):  # the first one's reaches the user anyway
             traceback.print_exception(failure, file=sys.stderr)
     else:
         process, (is_config, message) = next((i, what) for i, what in enumerate(said) if what)

@@ -240,6 +240,10 @@ def test_a_shared_key_that_the_command_does_not_have_needs_a_section_that_can_us
     )
     assert str(error.value) == told
     assert read_sections(path, keys, "sft")["sft"] == read_sections(path, keys, "generate")["sft"]
+    with pytest.raises(ConfigError, match=r"unknown key of sft: 'kl_coef'. If it is meant for ppo"):
+        read_sections(write_yaml(tmp_path / "c.yaml", "kl_coef: 0.1\n"), keys, "sft")
+    with pytest.raises(ConfigError, match=r"unknown key of generate: 'max_step'; did you mean 'max_steps'\?$"):
+        read_sections(write_yaml(tmp_path / "c.yaml", "max_step: 9\n"), keys, "generate")
     for section in ("sft: {seed: 1}", "sft: {}", "sft:"):
         path = write_yaml(tmp_path / "c.yaml", f"seed: 3\nmax_steps: 9\nppo: {{kl_coef: 0.1}}\n{section}\n")
         assert read_sections(path, keys, "ppo")["ppo"] == {"seed": 3, "kl_coef": 0.1}
@@ -540,7 +544,9 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     before = (cai / "ppo" / "train_log.jsonl").read_bytes()
     assert stage(sft, "cai", "--resume") == 0
     assert (cai / "ppo" / "train_log.jsonl").read_bytes() == before
-    (cai / "ppo" / "README.md").unlink()  # as if killed in PPO, before a checkpoint and with the log of a step
+    # As if killed in PPO, before a checkpoint and with the log of a step.
+    for left in (cai / "ppo" / "README.md", cai / "ppo" / "config.json", *(cai / "ppo").glob("*.safetensors")):
+        left.unlink()
     assert stage(sft, "cai", "--resume") == 0
     row, once = log_of(cai / "ppo")[-1], json.loads(before.splitlines()[-1])
     assert row["step"] == 1 and row["objective/scores"] == once["objective/scores"]

@@ -37,7 +37,7 @@ from ..trainers.constitutional import TextGenerator, label, revise, sample_pairs
 from ..trainers.pipeline import StageTable
 from ..trainers.ppo import PPOConfig, PPOTrainer
 from ..trainers.reward import RewardConfig, RewardTrainer
-from ..trainers.run_dir import can_resume
+from ..trainers.run_dir import can_resume, has_ended
 from ..trainers.sft import SFTConfig, SFTTrainer
 from . import task
 from .model import tiny_llama, train_tokenizer
@@ -211,7 +211,7 @@ class Quickstart:
             center_rewards_coefficient=0.01,
         )  # fmt: skip
         trainer = RewardTrainer(config, self._path(start), train_dataset=train, eval_dataset=held_out)
-        return {"rm_accuracy": self._train(trainer).metrics["eval_accuracy"]}
+        return {"rm_accuracy": self._train(trainer)["eval_accuracy"]}
 
     def _ppo(self, start: str, reward_model: str, run_dir: Path, kl_coef: float) -> dict:
         """PPO against the reward model. The rules rate the policy at a few iterations and at the end."""
@@ -228,7 +228,7 @@ class Quickstart:
             eval_dataset=_rows(self.held_out),
             eval_rewards={name: _reward_of(rule) for name, rule in {"pass_rate": passes, **RULES}.items()},
         )  # fmt: skip
-        metrics = self._train(trainer).metrics
+        metrics = self._train(trainer)
         before = read_jsonl(run_dir / "train_log.jsonl")[0]
         started_from = next(stage for stage in self.table.summary["stages"] if stage["name"] == start)
         started_from["proxy_reward"] = before["eval_scores"]
@@ -259,12 +259,16 @@ class Quickstart:
     def _path(self, stage: str) -> str:
         return str(self.root / stage)
 
-    def _train(self, trainer):
-        """Trains, or continues from the stage's checkpoint. Without a checkpoint a killed stage begins again."""
-        result = trainer.train(resume=can_resume(Path(trainer.config.output_dir)))
+    def _train(self, trainer) -> dict:
+        """Trains, or continues from the stage's checkpoint -> the last metrics. Without a checkpoint a killed stage
+        begins again; one that had ended before the kill stays as it is."""
+        run_dir = Path(trainer.config.output_dir)
+        if has_ended(run_dir):
+            return read_jsonl(run_dir / "train_log.jsonl")[-1]
+        result = trainer.train(resume=can_resume(run_dir))
         if result.interrupted:
             raise KeyboardInterrupt
-        return result
+        return result.metrics
 
     def _summary(self) -> dict:
         """The summary in the directory, or a new one."""

@@ -296,8 +296,8 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
     if resume:
         trained = trainer.step > 0 or not getattr(trainer, "whole", True)  # by an earlier train() that failed
         if trained or not begins_again(run_dir):
-            way_on = "choose another output_dir, or delete it" if has_ended(run_dir) else "run without resume"
-            way_on = "make the trainer anew" if trained else way_on
+            way_on = "make the trainer anew" if trained else "run without resume"
+            way_on = "choose another output_dir, or delete it" if has_ended(run_dir) else way_on
             raise ConfigError(
                 f"nothing to resume: output_dir {str(run_dir)!r} holds no checkpoint (saved every save_steps and "
                 f"on Ctrl-C; a run that ended needs none): {way_on}"

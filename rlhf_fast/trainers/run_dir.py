@@ -41,20 +41,29 @@ def check_is_new(run_dir, reads: Iterable[str | Path] = ()) -> None:
         raise ConfigError(
             f"output_dir {str(run_dir)!r} already holds a run: {way_on}choose another output_dir, or delete it"
         )
-    if begins_again(run_dir):
+    if (Path(run_dir) / RUN_CONFIG).exists() and not has_ended(run_dir):  # a run of ours that was killed at its start
         return
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json"):
-        if found := next(Path(run_dir).glob(pattern), None):
-            raise ConfigError(
-                f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
-                "output_dir"
-            )
+    if found := _model_in(run_dir):
+        raise ConfigError(
+            f"output_dir {str(run_dir)!r} holds a {found.name}, which the run would write over: choose another "
+            "output_dir"
+        )
+
+
+def _model_in(run_dir) -> Path | None:
+    """A file that belongs to a saved model."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json")
+    return next((path for pattern in patterns for path in Path(run_dir).glob(pattern)), None)
 
 
 def begins_again(run_dir) -> bool:
-    """Whether a run was started here and ended before its first checkpoint, so that resuming it starts it anew."""
+    """Whether a run was started here and ended before its first checkpoint, so that resuming it starts it anew.
+
+    Its model is saved while there is a checkpoint of the last step. So a directory with a model and no checkpoint holds
+    a run that has ended, whatever somebody has made of its model card since.
+    """
     started = (Path(run_dir) / RUN_CONFIG).exists()
-    return started and not has_ended(run_dir) and latest_checkpoint(run_dir) is None
+    return started and latest_checkpoint(run_dir) is None and _model_in(run_dir) is None and not has_ended(run_dir)
 
 
 def can_resume(run_dir) -> bool:

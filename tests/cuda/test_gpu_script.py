@@ -130,8 +130,13 @@ def test_peers_of_another_python_are_not_used(a_card, monkeypatch, capsys, tmp_p
     other = tmp_path / "peers" / "xxhash" / "_xxhash.cpython-27-x86_64-linux-gnu.so"
     other.touch()
     assert gpu.peer_folders() == []
+    assert gpu.main(["--part", "peers"]) == 0 and other.exists()  # somebody's folder
+    assert "name another folder with PEERS" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    monkeypatch.setattr(gpu, "PEERS", gpu.PEERS.rename(tmp_path / "build" / "peers-gpu"))
     assert gpu.main(["--part", "peers"]) == 0
-    assert "was filled for another Python" in capsys.readouterr().out and not other.exists()
+    assert "is filled anew" in capsys.readouterr().out and not gpu.PEERS.exists()
 
 
 def test_peers_travel_in_pieces(a_card, monkeypatch, capsys, tmp_path):

@@ -517,6 +517,20 @@ def test_what_would_lose_a_run_is_refused(tmp_path):
         Walk(Config(str(tmp_path / "short"))).train(resume=True)
 
 
+def test_a_run_that_has_ended_is_not_started_again_whatever_became_of_its_card(tmp_path):
+    """The card is made to be edited; a model without a checkpoint is what an ended run leaves."""
+    config = Config(str(tmp_path / "run"))
+    Walk(config).train()
+    (tmp_path / "run" / "model.safetensors").touch()
+    (tmp_path / "run" / "README.md").write_text("---\nlicense: mit\n---\n")
+    log = (tmp_path / "run" / "train_log.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        Walk(config).train(resume=True)
+    with pytest.raises(ConfigError, match="already holds a run: choose another output_dir"):
+        Walk(config).train()
+    assert (tmp_path / "run" / "train_log.jsonl").read_bytes() == log
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, capsys):
     def fail():
         raise RuntimeError("killed")
