@@ -190,6 +190,7 @@ def run_label(who: JudgeJob, job: LabelJob) -> None:
 
 
 def run_derive(job: DeriveJob) -> None:
+    """rlhf-fast cai derive: labels again from kept judgements, with other weights or thresholds; asks no model."""
     made_with = settings_of(job.judgements)
     before = label_settings(made_with["judge"], made_with)
     weights, combine = other_weights(made_with, job.weights), job.combine or before["combine"]

@@ -90,8 +90,8 @@ def batch_size(config) -> int:
 
 
 def micro_batches(batch: list, tokens: list[int], config) -> list[tuple[list, int]]:
-    """This process's share of a step, with about as many tokens as any other's, in (micro-batch, 1). With fsdp every
-    process has as many, some of them (micro-batch, 0): it runs as the others, and counts nothing."""
+    """This process's share of a step, balanced by tokens, as (micro-batch, 1) pairs. With fsdp all processes must run
+    equally many micro-batches, so shorter shares are filled up with (micro-batch, 0), which run but do not count."""
     mine, most = parallel.share(batch, tokens), config.per_device_train_batch_size
     parts = [(mine[k : k + most], 1) for k in range(0, len(mine), most)]
     return sharding.as_many(parts, (batch[-1:], 0)) if config.fsdp else parts

@@ -84,8 +84,8 @@ def run_training(trainer, resume: bool = False) -> RunResult:
     Checkpoints: every save_steps (0: never), when stopped, when an evaluation fails, and when a step fails that has not
     changed the trainer yet (in PPO a reward; in SFT and the reward model everything before the optimizer), unless a
     process is gone, and with it its part of the optimizer's state. The newest save_total_limit are kept. One more is
-    there from the last step until the model is saved, in case the evaluation or the end of the run fails; if that of
-    the last step cannot be saved, a warning says so and the run goes on to its end. resume=True goes on, bit for bit,
+    kept from the last step until the model is saved, in case the final evaluation or the saving fails. If that
+    checkpoint itself cannot be written, a warning says so and the run continues. resume=True continues, bit for bit,
     from the newest undamaged checkpoint.
 
     load_best_model_at_end (if the config has it): every evaluation that is the best so far by metric_for_best_model
