@@ -113,9 +113,7 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         raise
 
 
-_IN_PROGRESS_BAR = (
-    "loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate",
-)  # fmt: skip
+_IN_BAR = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
 
 
 class _Run:
@@ -170,7 +168,7 @@ class _Run:
                 if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
                     records.plot(step, metrics)
                 bar.update(1)
-                shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_PROGRESS_BAR and v is not None}
+                shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_BAR and v is not None}
                 bar.set_postfix(shown, refresh=False)
                 stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
                 if best.improved(step, metrics) or stopping or self.saves_at(step):
