@@ -717,7 +717,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
         assert checkpoints.latest_checkpoint(broken).name == "checkpoint-3"
         Walk(config).train(resume=True)
     else:
-        with pytest.warns(UserWarning, match="checkpoint-6 is damaged .*: going on from checkpoint-3"):
+        with pytest.warns(UserWarning, match="checkpoint-6 is damaged .*: resuming from checkpoint-3"):
             Walk(config).train(resume=True)
         assert (broken / "damaged-checkpoint-6").is_dir()
     assert without_time(rows(broken / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
