@@ -257,9 +257,9 @@ def packing_if_possible(model, longest: int, bf16: bool, required: bool = False)
 
 
 def share_out(networks: list, config, data: str, held_out: list) -> None:
-    """Called between the making of the models and of their optimizer. All processes get the first one's weights
+    """Called after the models are made and before their optimizer is. All processes get the first one's weights
     (ConfigError if they read different data). With fsdp each process then keeps only its rows of the layers."""
-    settings = vars(config) | {"output_dir": None}  # may differ (contain the time), only the first one writes
+    settings = vars(config) | {"output_dir": None}  # only the first process writes, so this may contain the time of day
     parallel.begin_equal(networks, config=settings, data=data, eval_dataset=len(held_out))
     if config.fsdp:
         sharding.shard(*networks)
