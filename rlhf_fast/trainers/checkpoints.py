@@ -1,4 +1,4 @@
-"""Checkpoints of a run: checkpoint-N/ is there whole or not at all, and damage to its files is noticed later."""
+"""Checkpoints of a run: checkpoint-N/ appears complete or not at all, and hashes show later damage to its files."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def save_checkpoint(
     trainer, run_dir: Path, metrics: dict | None = None, state: Callable[[], dict] | None = None
 ) -> Path:
-    """Writes checkpoint-N/ (state.pt and the model's files), either whole or not at all.
+    """Writes checkpoint-N/ (state.pt and the model's files), either completely or not at all.
 
-    metrics: those of step N, where they are not in the log yet. state: gives Everywhere.state() of a run.
+    metrics: those of step N, if they are not in the log yet.
+    state: returns Everywhere.state() of a run; by default the state of this process alone is saved.
 
-    The files are written beside it, hashed into manifest.json, forced to the disk, and appear under their name in one
-    rename. Raises OSError where that fails (a full disk, no room to gather the state); what was there before is
-    untouched then.
+    The files are written to a temporary directory, hashed into manifest.json, forced to the disk, and then renamed.
+    Raises OSError if that fails (a full disk, no memory to gather the state); earlier checkpoints are untouched then.
     """
     run_dir = Path(run_dir)
     target = run_dir / f"checkpoint-{trainer.step}"
     temporary, replaced = (target.with_name(f".tmp-{target.name}{suffix}") for suffix in ("", "-replaced"))
     temporary.mkdir(parents=True)
     try:
-        with preserved_rng():  # a trainer may build a model to save it, which draws random weights
+        with preserved_rng():  # a trainer may build a model in order to save it, and that draws random weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
         whole = state() if state else {"trainer": trainer.state_dict(), "rng": [rng_state()]}
         whole |= {"step": trainer.step, "metrics": metrics}
@@ -62,7 +62,7 @@ def save_checkpoint(
 
 
 def prune_checkpoints(run_dir: Path, keep: int, best: int | None) -> None:
-    """Removes all checkpoints but the newest `keep` and that of step `best`."""
+    """Deletes all checkpoints except the newest `keep` and that of step `best`."""
     for old in _checkpoints(run_dir)[:-keep]:
         if old.name != f"checkpoint-{best}":
             shutil.rmtree(old)
@@ -81,7 +81,7 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files (torn, changed or missing), or None."""
+    """The reason why a checkpoint is damaged (files are torn, changed or missing); None if it is not."""
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -92,16 +92,17 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def load_checkpoint(trainer, path: Path) -> dict | None:
-    """Puts the trainer and the random generators in the saved state -> the metrics that save_checkpoint was given."""
+    """Restores the trainer and the random generators -> the metrics that were given to save_checkpoint."""
     state = torch.load(Path(path) / "state.pt", map_location="cpu", weights_only=True)
     trainer.load_state_dict(state["trainer"])
     for name, value in state.get("guard", {}).items():
         setattr(trainer.guard, name, value)
     if trainer.step != state["step"]:
         raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
-    drawn = [state["rng"]] if isinstance(state["rng"], dict) else state["rng"]  # earlier versions: of one process
-    if parallel.rank() < len(drawn):  # else the run goes on with more processes than it had
-        set_rng_state(drawn[parallel.rank()])
+    # One state per process; earlier versions saved a single one.
+    rng_states = [state["rng"]] if isinstance(state["rng"], dict) else state["rng"]
+    if parallel.rank() < len(rng_states):  # else the run continues with more processes than it had
+        set_rng_state(rng_states[parallel.rank()])
     return state.get("metrics")
 
 
@@ -111,30 +112,31 @@ def latest_checkpoint(run_dir) -> Path | None:
 
 
 def newest_whole_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint to resume from; None where there are none. ConfigError where there are some and all are damaged.
+    """The checkpoint to resume from; None if there is none. ConfigError if all are damaged.
 
-    Newer ones that are damaged are named in a warning, and renamed to damaged-checkpoint-N.
+    Newer ones that are damaged are named in a warning and renamed to damaged-checkpoint-N.
     """
-    found, reasons = _checkpoints(run_dir)[::-1], {}
-    for checkpoint in found:
+    reasons = {}
+    for checkpoint in reversed(_checkpoints(run_dir)):
         if why := damage(checkpoint):
             reasons[checkpoint] = why
             continue
         for bad, why in reasons.items():
-            warnings.warn(f"{bad} is damaged ({why}): going on from {checkpoint.name}", stacklevel=5)
+            warnings.warn(f"{bad} is damaged ({why}): resuming from {checkpoint.name}", stacklevel=5)
             aside = bad.with_name(f"damaged-{bad.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(bad, aside)
         return checkpoint
     if reasons:
         listed = "; ".join(f"{bad.name}: {why}" for bad, why in reasons.items())
-        raise ConfigError(f"no checkpoint in {str(run_dir)!r} is whole ({listed}): start anew in another output_dir")
+        raise ConfigError(
+            f"no checkpoint in {str(run_dir)!r} is whole ({listed}): start a new run in another output_dir"
+        )
     return None
 
 
 def _checkpoints(run_dir) -> list[Path]:
-    """The checkpoints of a run, oldest first. A copy that the user has made under another name (checkpoint-best) does
-    not count."""
+    """The checkpoints of a run, oldest first. A user's copy under another name (checkpoint-best) does not count."""
     found = [p for p in Path(run_dir).glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / "state.pt").exists()]
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 

@@ -1,4 +1,4 @@
-"""What the trainers share: seeds, batches, the model in training, the state of a run.
+"""Functions that the trainers share: seeds, batches, the model in training, the state of a run.
 
 The run itself is in run.py, the optimizer in optimizers.py, the checks of settings in configs.py.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import typing
 import warnings
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,18 +24,18 @@ from . import optimizers
 
 
 def start(config, cls: type) -> None:
-    """The first line of every trainer: one of several processes joins the others, and the generators are seeded.
-    ConfigError for a first argument that is not the trainer's config, for TRL's trainers take the model first, and for
-    a config that was changed to what it would refuse."""
+    """The first line of every trainer: joins the other processes, if there are any, and seeds the random generators.
+    ConfigError if the first argument is not the trainer's config (TRL's trainers take the model first), or if the
+    config was changed after it was made and is not valid any more."""
     parallel.start(config)
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
-    config.__post_init__()  # it may have been changed since it was made
+    config.__post_init__()  # checks it again
     set_seed(config.seed)
 
 
-# --- seeds -----------------------------------------------------------------------------------------------------------
+# --- seeds ------------------------------------------------------------------------------------------------------------
 
 
 def set_seed(seed: int) -> None:
@@ -46,7 +46,7 @@ def set_seed(seed: int) -> None:
 
 
 def seed_apart(seed: int) -> None:
-    """Once every process has built the same model: the dropout masks of each but the first are others from here on."""
+    """Called once every process has built the same model: from here on each process draws its own dropout masks."""
     if parallel.rank():
         set_seed(seed + parallel.rank())
 
@@ -67,13 +67,13 @@ def set_rng_state(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
-        here = state["cuda"][: torch.cuda.device_count()]  # the run may have begun on a machine with more
-        torch.cuda.set_rng_state_all([s.cpu() for s in here])
+        states = state["cuda"][: torch.cuda.device_count()]  # the run may have begun on a machine with more GPUs
+        torch.cuda.set_rng_state_all([s.cpu() for s in states])
 
 
 @contextmanager
 def preserved_rng():
-    """Afterwards the random generators are as they were before, so that looking at a run does not change it."""
+    """Restores the random generators at the end, so that evaluations and samples do not change the run."""
     state = rng_state()
     try:
         yield
@@ -81,19 +81,19 @@ def preserved_rng():
         set_rng_state(state)
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 def batch_size(config) -> int:
-    """What one step learns from, all processes together."""
+    """The number of rows that one step learns from, over all processes."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * parallel.size()
 
 
 def micro_batches(batch: list, tokens: list[int], config) -> list[tuple[list, int]]:
     """This process's share of a step, balanced by tokens, as (micro-batch, 1) pairs. With fsdp all processes must run
     equally many micro-batches, so shorter shares are filled up with (micro-batch, 0), which run but do not count."""
-    mine, most = parallel.share(batch, tokens), config.per_device_train_batch_size
-    parts = [(mine[k : k + most], 1) for k in range(0, len(mine), most)]
+    mine, size = parallel.share(batch, tokens), config.per_device_train_batch_size
+    parts = [(mine[k : k + size], 1) for k in range(0, len(mine), size)]
     return sharding.as_many(parts, (batch[-1:], 0)) if config.fsdp else parts
 
 
@@ -102,29 +102,33 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Indices of one epoch in batches; one batch may be smaller, nothing is dropped.
 
-    A function of its arguments alone, so a checkpoint needs only the number of steps done. by_length: examples of
-    similar length share a batch. They are shuffled, sorted by length within each 50 batches, and then the batches are
-    shuffled. Without by_length (where nothing is padded) batches are drawn at random. seed None: sorted, not shuffled,
-    longest first.
+    The result depends only on the arguments, so a checkpoint needs only the number of steps done.
+    by_length: examples of similar length share a batch. They are shuffled, sorted by length within each 50 batches, and
+    then the batches are shuffled. Without by_length (if nothing is padded) batches are drawn at random.
+    seed None: sorted, not shuffled, longest first.
     """
-    lengths, order, batches = np.asarray(lengths), np.arange(len(lengths)), []
-    if seed is None:
-        order = np.argsort(-lengths, kind="stable")
+
+    def split(order: np.ndarray) -> list[list[int]]:
         return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+
+    lengths = np.asarray(lengths)
+    if seed is None:
+        return split(np.argsort(-lengths, kind="stable"))
     generator = np.random.default_rng([seed % 2**32, epoch])
+    order = np.arange(len(lengths))
     generator.shuffle(order)
     if not by_length:
-        return [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+        return split(order)
+    batches = []
     for start in range(0, len(order), 50 * batch_size):
         pool = order[start : start + 50 * batch_size]
-        pool = pool[np.argsort(-lengths[pool], kind="stable")]
-        batches += [pool[i : i + batch_size].tolist() for i in range(0, len(pool), batch_size)]
+        batches += split(pool[np.argsort(-lengths[pool], kind="stable")])
     generator.shuffle(batches)
     return batches
 
 
 def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, by_length: bool = True):
-    """Yields (epochs done after the step, indices) for the steps start to stop - 1, epoch after epoch."""
+    """Yields (epochs done after the step, indices) for the steps from start to stop - 1."""
     per_epoch = math.ceil(len(lengths) / batch_size)
     while start < stop:
         batches = epoch_batches(lengths, batch_size, seed=seed, epoch=start // per_epoch, by_length=by_length)
@@ -136,7 +140,8 @@ def run_batches(lengths, batch_size: int, *, seed: int, start: int, stop: int, b
 
 
 def read_datasets(read, train_dataset, eval_dataset, tokenizer, **options) -> tuple[list, list, list]:
-    """What read (of data/formats.py) makes of both -> examples, held-out ones ([] where none are), the Reports."""
+    """Reads both datasets with a function of data/formats.py -> the examples, the held-out examples ([] if there are
+    none) and the Reports."""
     examples, report = read(train_dataset, tokenizer, **options)
     if eval_dataset is None:
         return examples, [], [report]
@@ -144,45 +149,56 @@ def read_datasets(read, train_dataset, eval_dataset, tokenizer, **options) -> tu
     return examples, held_out, [report, second]
 
 
-def digest(arrays: typing.Iterable) -> str:
+def digest(arrays: Iterable) -> str:
     """A hash of the content of the arrays (tokens, masks, labels), in order."""
-    whole = hashlib.blake2b(digest_size=16)
+    content = hashlib.blake2b(digest_size=16)
     for array in arrays:
-        whole.update(np.ascontiguousarray(array))
-    return whole.hexdigest()
+        content.update(np.ascontiguousarray(array))
+    return content.hexdigest()
 
 
 def check_same_data(state: dict, lengths: list[int], data: str) -> None:
-    """Raises ConfigError where a checkpoint was made on other data: its lengths, or its digest, are not those of the
+    """Raises ConfigError if a checkpoint was trained on other data: its lengths or its digest differ from those of the
     data now. (Checkpoints of earlier versions have no digest.)"""
     before = state["lengths"].tolist()
     if before != lengths or state.get("data", data) != data:
         differs = "in content" if before == lengths else f"{len(before)} examples, now {len(lengths)}, or other lengths"
         raise ConfigError(
             f"the checkpoint was trained on other data ({differs}): resume with the same dataset, tokenizer and "
-            "max_length, or start anew from that model"
+            "max_length, or start a new run from that model"
         )
 
 
 def steps_in_run(num_examples: int, config) -> int:
-    """Optimizer steps of a run: max_steps where it is > 0, else num_train_epochs over the data, at least one."""
+    """Optimizer steps of a run: max_steps if it is > 0, else num_train_epochs over the data, at least one."""
     if config.max_steps > 0:
         return config.max_steps
-    return max(1, math.ceil(math.ceil(num_examples / batch_size(config)) * config.num_train_epochs))
+    per_epoch = math.ceil(num_examples / batch_size(config))
+    return max(1, math.ceil(per_epoch * config.num_train_epochs))
 
 
-# --- the model as it is trained ---------------------------------------------------------------------------------------
+# --- the model in training --------------------------------------------------------------------------------------------
 
 
 def check_best(config, eval_dataset) -> None:
-    """Raises ConfigError where load_best_model_at_end has nothing to choose by."""
+    """Raises ConfigError if load_best_model_at_end has no evaluations to compare."""
     if config.load_best_model_at_end and (eval_dataset is None or not config.eval_steps):
         raise ConfigError("load_best_model_at_end needs an eval_dataset (eval_data) and eval_steps")
 
 
+def prepare(model, config, given):
+    """The model with the adapters (lora_*) and gradient_checkpointing that the config asks for. Checks that it can be
+    trained, and that the device has bf16 if the config asks for it."""
+    model = with_adapters(model, config, given)
+    if config.gradient_checkpointing:
+        models.checkpoint_activations(model)
+    check_bf16(config.bf16, model.device)
+    check_learns(model, "the model")
+    return model
+
+
 def with_adapters(model, config, given):
-    """The model with the adapters that lora_* ask for. given: what the trainer was given, which `model` was loaded
-    from."""
+    """The model with the adapters that lora_* ask for. given: the trainer's argument that `model` was loaded from."""
     models.check_adapters(model)
     if not config.lora_r:
         return model
@@ -194,45 +210,21 @@ def with_adapters(model, config, given):
     )  # fmt: skip
 
 
-def share_out(networks: list, config, data: str, held_out: list) -> None:
-    """Once the models are made, and before their optimizer is: of several processes all begin with the first one's
-    weights (ConfigError where they read different data), and with fsdp each then keeps its rows of the layers."""
-    settings = vars(config) | {"output_dir": None}  # the first process writes, so this may be a time of day
-    parallel.begin_equal(networks, config=settings, data=data, eval_dataset=len(held_out))
-    if config.fsdp:
-        sharding.shard(*networks)
-
-
-def learning_together(config):
-    """Around the micro-batches of a step, where all processes fail if one does."""
-    return parallel.exit_all() if config.fsdp else parallel.raise_in_all()
-
-
-def prepare(model, config, given):
-    """The model with the adapters (lora_*) and gradient_checkpointing of a config. bf16 is only checked here."""
-    model = with_adapters(model, config, given)
-    if config.gradient_checkpointing:
-        models.checkpoint_activations(model)
-    check_bf16(config.bf16, model.device)
-    check_learns(model, "the model")
-    return model
-
-
 def check_learns(model, name: str) -> None:
-    """Raises ConfigError where no parameter would learn, or one would in 16 bits.
+    """Raises ConfigError if no parameter is trainable, or if one is in 16 bits.
 
     AdamW moves a weight by about the learning rate. A bfloat16 has 8 significant bits, so a step below 1/512 of the
     weight rounds to nothing, and at the usual rates most steps are smaller than that.
     """
     learning = {p.dtype for p in model.parameters() if p.requires_grad}
     if not learning:
-        way_on = "call its requires_grad_(True) (what peft's merge_and_unload gives, say, is frozen)"
+        advice = "call its requires_grad_(True) (for example, peft's merge_and_unload returns a frozen model)"
         if models.has_adapters(model):
-            way_on = (
+            advice = (
                 "load adapters that are to learn with peft.PeftModel.from_pretrained(base, path, is_trainable=True), "
                 "or give their path"
             )
-        raise ConfigError(f"{name} has nothing that requires grad: {way_on}")
+        raise ConfigError(f"{name} has nothing that requires grad: {advice}")
     if half := learning & {torch.bfloat16, torch.float16}:
         raise ConfigError(
             f"{name} would learn in {str(half.pop()).removeprefix('torch.')}, where most of AdamW's steps round to "
@@ -253,22 +245,9 @@ def check_bf16(wanted: bool, device: torch.device) -> None:
         raise ConfigError(f"bf16: {device.type} has no bfloat16 instructions here, so it would only be slower")
 
 
-def autocast(model, bf16: bool):
-    """Where bf16 is true, matrix products inside are in bfloat16; weights and sums stay in float32."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
-
-
-def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
-    """models.lm_head, in bfloat16 where bf16 is true, as the hidden states then are."""
-    weight, bias, softcap = models.lm_head(model)
-    if bf16:
-        weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-    return weight, bias, softcap
-
-
 def packing_if_possible(model, longest: int, bf16: bool, required: bool = False) -> bool:
-    """Whether the model can train on rows without padding (packing.py), of sequences of at most `longest` tokens. If it
-    cannot: a warning, or ConfigError where required."""
+    """Whether the model can train on rows without padding (packing.py), if no sequence has more than `longest` tokens.
+    If it cannot, this warns, or raises ConfigError if packing is required."""
     reason = why_not_packed(model, longest, bf16)
     if reason and required:
         raise ConfigError(f"packing: {reason}; set packing to false")
@@ -277,38 +256,44 @@ def packing_if_possible(model, longest: int, bf16: bool, required: bool = False)
     return not reason
 
 
-# --- the state of SFTTrainer and RewardTrainer ---------------------------------------------------------------------
+def share_out(networks: list, config, data: str, held_out: list) -> None:
+    """Called after the models are made and before their optimizer is. All processes get the first one's weights
+    (ConfigError if they read different data). With fsdp each process then keeps only its rows of the layers."""
+    settings = vars(config) | {"output_dir": None}  # only the first process writes, so this may contain the time of day
+    parallel.begin_equal(networks, config=settings, data=data, eval_dataset=len(held_out))
+    if config.fsdp:
+        sharding.shard(*networks)
 
 
-def state_of(trainer) -> dict:
-    """What a checkpoint holds of SFTTrainer or RewardTrainer, whose batches follow from seed and step."""
-    return {
-        "step": trainer.step,
-        "num_tokens": trainer.num_tokens,
-        "lengths": torch.tensor(trainer.lengths),
-        "data": trainer.data,
-        "model": models.trained_state(trainer.model),
-        "optimizer": optimizers.optimizer_state(trainer.optimizer),
-        "scheduler": trainer.scheduler.state_dict(),
-    }
+def learning_together(config):
+    """A context for the micro-batches of a step: if one process fails inside, all fail."""
+    return parallel.exit_all() if config.fsdp else parallel.raise_in_all()
 
 
-def load_state(trainer, state: dict) -> None:
-    """Puts it in a state of state_of."""
-    check_same_data(state, trainer.lengths, trainer.data)
-    trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]
-    models.load_trained_state(trainer.model, state["model"])
-    optimizers.load_optimizer(trainer.optimizer, trainer.scheduler, state["optimizer"], state["scheduler"])
+def autocast(model, bf16: bool):
+    """A context in which matrix products are in bfloat16 if bf16 is true; weights and sums stay in float32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+
+
+def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
+    """models.lm_head. If bf16 is true it is in bfloat16, like the hidden states."""
+    weight, bias, softcap = models.lm_head(model)
+    if bf16:
+        weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
+    return weight, bias, softcap
+
+
+# --- updates that are not finite --------------------------------------------------------------------------------------
 
 
 class NonFiniteGuard:
-    """Counts the updates that were skipped because something was not finite; after `limit` in a row it ends the run."""
+    """Counts the updates that are skipped because something is not finite, and ends the run after `limit` in a row."""
 
     def __init__(self, limit: int, output_dir: str):
         self.limit, self.output_dir, self.skipped, self.in_a_row = limit, output_dir, 0, 0
 
-    def check(self, finite: bool, what: str, batch: typing.Callable[[], object]) -> bool:
-        """Counts, and returns `finite`. Where it is False this warns, and at the limit it saves batch() and raises
+    def check(self, finite: bool, what: str, batch: Callable[[], object]) -> bool:
+        """Returns `finite`. If it is False: counts and warns, and at the limit saves batch() and raises
         NonFiniteError."""
         if finite:
             self.in_a_row = 0
@@ -322,16 +307,40 @@ class NonFiniteGuard:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(_with_tensors(batch()), path)
             raise NonFiniteError(
-                f"{what} was not finite in {self.in_a_row} updates in a row, so the run ends; its last batch is "
-                f"{str(path)!r} (torch.load). Look there first; then at the learning rate, and at the dtype"
+                f"{what} was not finite in {self.in_a_row} updates in a row, so the run ends; the last batch is in "
+                f"{str(path)!r} (torch.load). Check that first, then the learning rate and the dtype"
             )
         return False
 
 
 def _with_tensors(x):
-    """Nested lists and dicts, their numpy arrays as tensors: torch.load(weights_only=True) reads only these."""
+    """The same nested lists and dicts, with tensors instead of numpy arrays, for torch.load(weights_only=True)."""
     if isinstance(x, dict):
         return {key: _with_tensors(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [_with_tensors(value) for value in x]
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+# --- the state of SFTTrainer and RewardTrainer ------------------------------------------------------------------------
+
+
+def state_of(trainer) -> dict:
+    """What SFTTrainer and RewardTrainer save in a checkpoint. Their batches depend only on seed and step."""
+    return {
+        "step": trainer.step,
+        "num_tokens": trainer.num_tokens,
+        "lengths": torch.tensor(trainer.lengths),
+        "data": trainer.data,
+        "model": models.trained_state(trainer.model),
+        "optimizer": optimizers.optimizer_state(trainer.optimizer),
+        "scheduler": trainer.scheduler.state_dict(),
+    }
+
+
+def load_state(trainer, state: dict) -> None:
+    """Restores a state that state_of returned."""
+    check_same_data(state, trainer.lengths, trainer.data)
+    trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]
+    models.load_trained_state(trainer.model, state["model"])
+    optimizers.load_optimizer(trainer.optimizer, trainer.scheduler, state["optimizer"], state["scheduler"])

@@ -1,6 +1,6 @@
-"""What the settings of all trainers share: how their types and ranges are checked, and how a file's values are read.
+"""Functions that all config classes share: they check types and ranges, and convert the values of a YAML file.
 
-Neither this module nor those of the settings (*_config.py) import torch, so that --help and a refusal come at once.
+This module and the *_config.py modules do not import torch, so that --help and error messages come at once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def kinds_of(hint) -> tuple[type, ...]:
 
 
 def as_annotated(name: str, value, hint):
-    """The value of an option with this annotation: a path becomes text, and an int becomes a float where a float is
-    due. ConfigError for a value of any other type."""
+    """The value of an option with this annotation. A path becomes text, and an int becomes a float if the annotation
+    has float. ConfigError for a value of any other type."""
     kinds = kinds_of(hint)
     if str in kinds and isinstance(value, os.PathLike):
         return os.fspath(value)

@@ -18,8 +18,8 @@ class Everywhere:
     """The parts of a run that every process takes part in.
 
     In the first process everywhere(Everywhere.step) runs that method in every process: the call is broadcast, and
-    follow() makes it in the others. If it fails in one process it raises in all, and afterwards all processes know of
-    a signal that one of them has received.
+    follow() makes it in the others. If it fails in one process, it raises in all. If a process has received a signal,
+    all know it afterwards.
     """
 
     def __init__(self, trainer):
@@ -32,7 +32,7 @@ class Everywhere:
             return part(self, *arguments)
 
     def follow(self):
-        """The loop of every process but the first, until the run ends -> the RunResult of the first process.
+        """The loop of every process except the first, until the run ends -> the RunResult of the first process.
 
         A failure is handled by the first process, before it calls leave(). If the first process is gone, the broadcast
         raises.
@@ -52,8 +52,8 @@ class Everywhere:
                     return result
 
     def leave(self, error: Exception) -> None:
-        """Called by the first process, which is about to raise the error: makes those of the others that are still
-        alive raise it too."""
+        """Called by the first process before it raises the error: the other processes that are still alive raise it
+        too."""
         if not isinstance(error, ConfigError):  # other errors may not survive pickling
             error = RuntimeError(f"the first process failed: {type(error).__name__}: {error}")
         with suppress(Exception):
@@ -84,7 +84,7 @@ class Everywhere:
             self.trainer.finish(run_dir)
 
     def state(self) -> dict:
-        """What a checkpoint holds: the trainer's state, complete in the first process only, and the random state of
+        """The state for a checkpoint: that of the trainer (complete only in the first process) and the random state of
         every process."""
         return {"trainer": self.trainer.state_dict(), "rng": parallel.all_gather(rng_state())}
 

@@ -12,7 +12,8 @@ from ..errors import ConfigError
 
 
 def make_optimizer(modules, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW over the parameters that require grad, each once; only matrices decay (no norms, no biases)."""
+    """AdamW over the parameters that require grad, each once. Weight decay applies only to matrices, not to norms and
+    biases."""
     modules = modules if isinstance(modules, (list, tuple)) else [modules]
     unique = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     learning = [sharding.own_rows(p) for p in unique.values()]
@@ -42,36 +43,36 @@ def make_learner(modules, learning_rate: float, config, total_steps: int) -> tup
 
 
 def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0) -> Tensor:
-    """Sums the gradients over the processes, clips their global norm, steps, clears them; returns the norm before
-    clipping, a float32 scalar. Of several processes each steps its own parameters and sends them to all.
+    """Sums the gradients over the processes, clips their global norm, steps and clears them -> the norm before
+    clipping, a float32 scalar. Each process steps the parameters that it owns and sends them to all others.
 
-    A gradient that is not finite skips the update (the schedule still advances); the norm returned shows it, and
-    NonFiniteGuard counts it. max_grad_norm None or 0 does not clip.
+    If a gradient is not finite, the update is skipped, but the schedule advances. The returned norm is not finite then,
+    and NonFiniteGuard counts it. max_grad_norm None or 0: no clipping.
     """
     parameters = _parameters(optimizer)
-    kept_whole = [p for p in parameters if not isinstance(p, sharding.Rows)]
-    parallel.sum_gradients(kept_whole)
+    unsharded = [p for p in parameters if not isinstance(p, sharding.Rows)]
+    parallel.sum_gradients(unsharded)
     norm_of_rows = sharding.norm_of_rows(parameters)
-    with parallel.raise_in_all():  # Adam's state may not fit
-        norm = torch.hypot(torch.nn.utils.get_total_norm(sharding.gradients(kept_whole)), norm_of_rows)
+    with parallel.raise_in_all():  # memory may run out for Adam's state
+        norm = torch.hypot(torch.nn.utils.get_total_norm(sharding.gradients(unsharded)), norm_of_rows)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, norm)
         if torch.isfinite(norm):
-            parallel.leave_to_others(kept_whole)
+            parallel.leave_to_others(unsharded)
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    parallel.send_weights(kept_whole)
+    parallel.send_weights(unsharded)
     if scheduler is not None:
         scheduler.step()
     return norm.detach().float()
 
 
 def _parameters(optimizer) -> list[torch.nn.Parameter]:
-    """In the order of its state_dict()."""
+    """The parameters in the order of the optimizer's state_dict()."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def optimizer_state(optimizer) -> dict:
-    """Its state_dict(), which several processes call at once: in the first one with what the others keep of it."""
+    """The optimizer's state_dict(); all processes call this at once. Only the first one gets the complete state."""
     state, parameters = optimizer.state_dict(), _parameters(optimizer)
     rows = {i: x for i, x in state["state"].items() if isinstance(parameters[i], sharding.Rows)}
     states = parallel.gather_states({i: x for i, x in state["state"].items() if i not in rows})
@@ -80,9 +81,8 @@ def optimizer_state(optimizer) -> dict:
 
 
 def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler: dict) -> None:
-    """Loads the saved states; a process keeps those of the parameters that it steps. Learning rate and weight decay
-    stay those of the config, which may have changed since. ConfigError where the states are of another number of
-    parameters."""
+    """Loads the saved states; a process keeps only those of the parameters that it owns. Learning rate and weight decay
+    stay those of the config, which may have changed since. ConfigError if the number of parameters has changed."""
     both = (saved_optimizer["param_groups"], optimizer.param_groups)
     before, now = ([len(group["params"]) for group in groups] for groups in both)
     if before != now:
@@ -92,14 +92,15 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
         )
     rates = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
     parameters = _parameters(optimizer)
-    kept_whole = [i for i, p in enumerate(parameters) if not isinstance(p, sharding.Rows)]
-    others = set(kept_whole).difference(kept_whole[i] for i in parallel.owned([parameters[i] for i in kept_whole]))
+    unsharded = [i for i, p in enumerate(parameters) if not isinstance(p, sharding.Rows)]
+    owned = [unsharded[k] for k in parallel.owned([parameters[i] for i in unsharded])]
+    not_owned = set(unsharded).difference(owned)
     mine = {}
     for i, state in saved_optimizer["state"].items():
-        if i not in others:
+        if i not in not_owned:
             mine[i] = {name: sharding.rows_of(parameters[i], x) for name, x in state.items()}
     optimizer.load_state_dict(saved_optimizer | {"state": mine})
-    for p, state in optimizer.state.items():  # fused AdamW pairs them as they lie in memory; see parallel.begin_equal
+    for p, state in optimizer.state.items():  # fused AdamW pairs elements by their memory order (parallel.begin_equal)
         for name, x in state.items():
             if x.shape == p.shape and x.stride() != p.stride():
                 state[name] = torch.empty_like(p).copy_(x)
@@ -108,4 +109,4 @@ def load_optimizer(optimizer, scheduler, saved_optimizer: dict, saved_scheduler:
     for group, own, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
         group |= own | {"lr": own["initial_lr"] * factor(scheduler.last_epoch)}
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-    optimizer.zero_grad(set_to_none=True)  # of a step that failed, where the trainer is the one that failed
+    optimizer.zero_grad(set_to_none=True)  # a step of this trainer that failed may have left gradients

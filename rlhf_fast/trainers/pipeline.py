@@ -1,4 +1,4 @@
-"""What a run of several stages needs besides its trainers: the quickstart and `rlhf-fast cai train` share it."""
+"""The summary and report of a run of several stages, for the quickstart and `rlhf-fast cai train`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StageTable:
         """Pass rates of a stage's replies to the held-out prompts. The first replies are added to the samples.
 
         kept: for each reply {principle: whether the reply keeps it}, None if it does not apply or was not decided.
-        complete: whether all principles of the reply were decided. A reply without that is in no pass rate.
+        complete: for each reply, whether all its principles were decided. Other replies are not in pass_rate.
         """
         for sample, text, principles, whole in zip(self.summary["samples"], replies, kept, complete, strict=False):
             violated = [name for name, keeps in principles.items() if keeps is False]

@@ -1,18 +1,18 @@
-"""PPO on a language model, held near a reference by a per-token KL (Ziegler et al. 2019; Ouyang et al. 2022).
+"""PPO on a language model, kept near a reference by a per-token KL (Ziegler et al. 2019; Ouyang et al. 2022).
 
     rollout      sample num_generations responses to each prompt
     score        reward(prompt, response); logprobs, ref_logprobs and values of every response token
     rewards      -kl_coef KL_t, plus the score on the last token
-    advantages   GAE, or the whole reward less a baseline that needs no critic (REINFORCE, RLOO, GRPO's group mean)
+    advantages   GAE, or the whole reward minus a baseline that needs no critic (REINFORCE, RLOO, GRPO's group mean)
     update       num_ppo_epochs of shuffled minibatches: clipped surrogate + vf_coef * clipped value loss
 
-The ratio of the first minibatch is exactly 1 on the CPU (policy/first_minibatch_max_abs_log_ratio shows it), and on
-a GPU but for the rounding of a row too long for one pass of its kernel. For that the plan of minibatches is drawn
-before scoring, and scoring computes the old log-probabilities on the micro-batches of the first epoch with the
-function that trains: on other shapes matrix products would round differently.
+The ratio of the first minibatch is exactly 1 on the CPU, and on a GPU except for the rounding of rows that are too long
+for one pass of the kernel (logged as policy/first_minibatch_max_abs_log_ratio). For this, the minibatches are drawn
+before scoring, and scoring computes the old log-probabilities on the micro-batches of the first epoch, with the same
+function as training. On other shapes matrix products would round differently.
 
-_iteration is one iteration from top to bottom: _rollout, _score, _shape, _minibatches, _score_tokens, _advantages,
-_update.
+_iteration is one iteration from top to bottom: _next_prompts, _rollout, _score, _shape, _minibatches, _score_tokens,
+_advantages, _update.
 """
 
 from __future__ import annotations
@@ -69,20 +69,22 @@ from .run import RunResult, run_training
 
 
 class PPOTrainer:
-    """Iterate it for a dict of metrics per iteration, or call train() for the run with log, evaluation and checkpoints.
+    """Iterating over it yields a dict of metrics per iteration. train() does so with log, evaluation and checkpoints.
 
     model: the policy, a causal language model, or its name or path. tokenizer: by default the model's.
-    reward: reward model, its path, function(prompts, responses, **columns), sync or async, or list of (any of these,
-    weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
-    ref_model: by default a frozen copy of the policy as it is given. With new LoRA adapters (config.lora_r) it is the
-    policy itself, whose adapters are switched off for that.
-    value_model: a ValueModel, or a reward model to start one from; by default the policy's trunk under a head of zeros.
-    None with an advantage_estimator other than "gae".
-    eval_rewards: {name: reward that the policy never trains on}, logged for eval_dataset as eval_<name>: the true aim,
-    beside the reward that is optimised.
-    rollout_func: another engine or a loop with tools in place of our sampling, as TRL's GRPOTrainer takes it:
-    (prompts, trainer) -> {"completion_ids": ..., ...}, the arguments of rollout.make_rollout. Of several processes
-    (parallel.py) the first one calls it, for all; rewards are asked in each, for its share of the prompts.
+    reward: a reward model, its path, a function(prompts, responses, **columns), sync or async, or a list of (any of
+    these, weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
+    ref_model: by default a frozen copy of the given policy. With new LoRA adapters (config.lora_r) the reference is the
+    policy itself with its adapters switched off.
+    value_model: a ValueModel, or a reward model to start one from; by default the policy's trunk with a head of zeros.
+    An advantage_estimator other than "gae" has no value model.
+    eval_rewards: {name: reward that the policy never trains on}, logged for eval_dataset as eval_<name>. They measure
+    the true goal, beside the reward that is optimised.
+    rollout_func: replaces our sampling by another engine or a loop with tools, as in TRL's GRPOTrainer:
+    (prompts, trainer) -> {"completion_ids": ..., ...}, the arguments of rollout.make_rollout.
+
+    If there are several processes (parallel.py), the first one calls rollout_func for all, and each calls the rewards
+    for its share of the responses.
     """
 
     def __init__(
@@ -100,22 +102,23 @@ class PPOTrainer:
             )
         self.config, self.rollout_func = config, rollout_func
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
-        options = {"max_length": config.max_prompt_length, "on_overlong": config.on_overlong}
         self.prompts, self.eval_prompts, self.reports = common.read_datasets(
-            read_prompts, train_dataset, eval_dataset, self.tokenizer, **options
-        )
+            read_prompts, train_dataset, eval_dataset, self.tokenizer, max_length=config.max_prompt_length,
+            on_overlong=config.on_overlong,
+        )  # fmt: skip
         self.data = common.digest(prompt.tokens for prompt in self.prompts)
-        longest = max(self.prompts + self.eval_prompts, key=len)
-        most, advice = len(longest) + config.response_length, "lower max_prompt_length or response_length"
-        check_positions(load_config(model), most, advice)  # before weights are read
+        longest_prompt = max(self.prompts + self.eval_prompts, key=len)
+        longest = len(longest_prompt) + config.response_length
+        advice = "lower max_prompt_length or response_length"
+        check_positions(load_config(model), longest, advice)  # before weights are read
 
         self.policy = common.with_adapters(load_policy(model), config, model)
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
         self.reference = choose_reference(self.policy, ref_model)
         self.value_model = choose_critic(self.policy, value_model, config)
-        check_rewards(self, longest)
-        prepare_networks(self, self._networks(), most, advice)
+        check_rewards(self, longest_prompt)
+        prepare_networks(self, self._networks(), longest, advice)
         common.share_out(self._networks(), config, self.data, self.eval_prompts)
 
         self.step, self.whole = 0, True
@@ -130,7 +133,7 @@ class PPOTrainer:
         self.score_scale = RunningStd()
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         self.monitors = Monitors(config.monitors, config.stop_on)
-        self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # of _held_out_rollout
+        self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # cache of _held_out_rollout
 
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
@@ -154,7 +157,7 @@ class PPOTrainer:
 
             metrics = rollout_metrics(rollout, self.kl_controller.kl_coef, shaped=config.shapes_scores)
             metrics |= self._update(rollout, plan)
-            if not self._warming_up:  # until then the policy stands still, and its KL says nothing about kl_coef
+            if not self._warming_up:  # before that the policy does not move, and its KL says nothing about kl_coef
                 self.kl_controller.update(float(metrics["objective/kl"]), len(rollout.prompts))
         else:
             self.guard.check(False, "the reward", rollout.texts_and_tokens)
@@ -178,19 +181,20 @@ class PPOTrainer:
     # --- rollout and scores, without gradients ---
 
     def _next_prompts(self) -> list[Prompt]:
-        """The prompts of one iteration, each num_generations times, side by side.
+        """The prompts of one iteration, each num_generations times in a row.
 
-        An epoch passes once over all of them, in an order that depends on seed and epoch.
+        An epoch uses every prompt once, in an order that depends on seed and epoch.
         """
         size, count = self.config.batch_size // self.config.num_generations, len(self.prompts)
-        epochs = range(self.step * size // count, (self.step * size + size - 1) // count + 1)
+        first = self.step * size  # counted from the start of the run
+        epochs = range(first // count, (first + size - 1) // count + 1)
         orders = [np.random.default_rng([self.config.seed % 2**32, epoch]).permutation(count) for epoch in epochs]
-        chosen = np.concatenate(orders)[self.step * size % count :][:size]
+        chosen = np.concatenate(orders)[first % count :][:size]
         return [self.prompts[i] for i in np.repeat(chosen, self.config.num_generations)]
 
     def _rollout(self, prompts: list[Prompt], generator: torch.Generator, copies: int = 1) -> Rollout:
-        """One response to each prompt. copies: how often rollout_func is given each prompt, as in training (the first
-        response counts)."""
+        """One response to each prompt. copies: how many times rollout_func gets each prompt, as in training; only the
+        first response to it is used."""
         if self.rollout_func is not None:
             return self._rollout_of_engine(prompts, copies)
         with gathered(self.policy):
@@ -201,7 +205,7 @@ class PPOTrainer:
             )  # fmt: skip
 
     def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
-        """What rollout_func returns. ConfigError where the models cannot read it, before anything has changed."""
+        """The Rollout that rollout_func returns. ConfigError if the models cannot read it, before anything changes."""
         texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
         with gathered(self.policy):
             lists = parallel.on_first(lambda: self.rollout_func(texts, self))
@@ -215,14 +219,14 @@ class PPOTrainer:
         return rollout
 
     def _score(self, rollout: Rollout) -> dict:
-        """Fills raw_scores -> the mean and spread of each part of the reward, for the log."""
-        scores, parts = self._ask(self.reward, rollout)
+        """Sets raw_scores -> mean and standard deviation of each part of the reward, for the log."""
+        scores, parts = self._score_with(self.reward, rollout)
         rollout.raw_scores = scores.to(rollout.response_ids.device)
         means = {f"rewards/{name}/mean": values.mean() for name, values in parts.items()}
         return means | {f"rewards/{name}/std": _std(values) for name, values in parts.items()}
 
-    def _ask(self, reward, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-        """rewards.score_components of all answers; several processes ask for whole groups of num_generations each."""
+    def _score_with(self, reward, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """rewards.score_components of all answers. Each process scores its part, whole groups of num_generations."""
         rows, scored = parallel.block(len(rollout.prompts), self.config.num_generations), None
         with parallel.raise_in_all():
             if rows.start < rows.stop:
@@ -232,6 +236,7 @@ class PPOTrainer:
         return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _shape(self, rollout: Rollout) -> Tensor:
+        """The scores for training: raw_scores scaled, clipped, minus penalties."""
         config, scores = self.config, rollout.raw_scores
         if config.scale_scores:
             scores = scores / self.score_scale.update(scores)
@@ -242,21 +247,26 @@ class PPOTrainer:
         )  # fmt: skip
 
     def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
-        config, most = self.config, self.config.micro_batch_size
-        if parallel.size() > 1:  # every process has some of each minibatch, and about as many tokens as the others
+        config, micro_batch_size = self.config, self.config.micro_batch_size
+        if parallel.size() > 1:  # enough micro-batches for every process, to give all about equally many tokens
             share = config.minibatch_size // parallel.size()
-            most = min(most or share, share) if most or config.micro_batch_tokens else max(1, share // 4)
-        sizes = {"micro_batch_size": most, "micro_batch_tokens": config.micro_batch_tokens}
-        return minibatches(rollout.lengths, config.minibatch_size, **sizes, generator=generator)
+            if micro_batch_size or config.micro_batch_tokens:
+                micro_batch_size = min(micro_batch_size or share, share)
+            else:
+                micro_batch_size = max(1, share // 4)
+        return minibatches(
+            rollout.lengths, config.minibatch_size, micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
+            generator=generator,
+        )  # fmt: skip
 
     def _share(self, rollout: Rollout, minibatch: list[Tensor]) -> list[Tensor]:
-        """The micro-batches of this process: with padding, they have about as many tokens as any other's."""
+        """The micro-batches of this process. With padding, every process has about equally many tokens."""
         lengths = rollout.lengths.tolist()
         return parallel.share(minibatch, [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in minibatch])
 
     @torch.no_grad()
     def _score_tokens(self, rollout: Rollout, plan: list[list[Tensor]]) -> None:
-        """Fills logprobs, values and ref_logprobs, one micro-batch of the plan at a time."""
+        """Sets logprobs, values and ref_logprobs, one micro-batch of the plan at a time."""
         filled = ["logprobs", "ref_logprobs", *(["values"] if self.value_model else [])]
         for name in filled:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
@@ -275,7 +285,7 @@ class PPOTrainer:
         """Policy and critic on b rows, inputs = right_padded(rollout, rows) -> the policy's (N, D) hidden states that
         predict the N response tokens, and (b, R) values, 0 outside the mask.
 
-        Scoring and training both run this, so that their numbers are equal. Only those N reach the two heads.
+        Scoring and training both call this, so that their numbers are equal.
         """
         input_ids, positions, _ = inputs
         hidden = critic_hidden = self._hidden_states(self.policy, input_ids, positions)
@@ -304,7 +314,7 @@ class PPOTrainer:
         )
 
     def _advantages(self, rollout: Rollout) -> None:
-        """Fills kl, rewards, advantages, and what of returns, value_error and importance_weights the config needs."""
+        """Sets kl, rewards and advantages, and returns, value_error and importance_weights if the config needs them."""
         config, mask = self.config, rollout.response_mask
         rollout.rewards, rollout.kl = kl_shaped_rewards(
             rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask,
@@ -323,8 +333,8 @@ class PPOTrainer:
                 rollout.rewards, mask, config.advantage_estimator, config.num_generations, scale=config.scale_advantages
             )
         if config.importance_cap is not None:
-            # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution is a
-            # little off ours, and the weight corrects for it with bounded variance.
+            # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution differs
+            # slightly from ours, and the weight corrects for it with bounded variance.
             ratio = (rollout.logprobs - rollout.rollout_logprobs).exp()
             rollout.importance_weights = ratio.clamp(max=config.importance_cap)
 
@@ -335,13 +345,13 @@ class PPOTrainer:
         return self.step < self.config.critic_warmup_steps
 
     def _update(self, rollout: Rollout, plan: list[list[list[Tensor]]]) -> dict:
-        """One optimizer step per minibatch of the plan -> their mean statistics. Past target_kl the rest is dropped."""
+        """One optimizer step per minibatch of the plan -> their mean statistics. Stops if the KL exceeds target_kl."""
         config, steps = self.config, []
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
+            optimizer.zero_grad(set_to_none=True)  # an interrupted step may have left gradients
         for minibatch in chain.from_iterable(plan):
             stats = self._accumulate_gradient(rollout, minibatch)
-            # The first step is always taken: there the policy still is the old one.
+            # The first step is always taken, because before it the policy is still the old one.
             if steps and config.target_kl is not None and float(stats["policy/approxkl_k3_avg"]) > config.target_kl:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad(set_to_none=True)
@@ -361,8 +371,8 @@ class PPOTrainer:
     def _accumulate_gradient(self, rollout: Rollout, minibatch: list[Tensor]) -> dict:
         """Backward through the micro-batches of one minibatch -> statistics, means over its tokens.
 
-        The losses are divided by the tokens (or sequences) of the whole minibatch, so the split changes memory (and
-        with several processes time) and not the gradient.
+        The losses are divided by the number of tokens (or sequences) in the whole minibatch, so the split changes only
+        the memory (with several processes also the time), not the gradient.
         """
         with common.learning_together(self.config):
             parts = self._backward(rollout, minibatch)
@@ -373,17 +383,18 @@ class PPOTrainer:
         return stats
 
     def _backward(self, rollout: Rollout, minibatch: list[Tensor]) -> list[dict]:
-        """This process's share of the gradient -> what each of its micro-batches adds to the statistics."""
+        """Computes this process's part of the gradient -> the statistics of each of its micro-batches, to be summed."""
         config, seen = self.config, []
         every_row = torch.cat(minibatch)
-        num_tokens = rollout.response_mask[every_row].sum()
-        normalizer = {
-            "token-mean": num_tokens, "seq-mean-token-sum-norm": len(every_row) * config.response_length
-        }.get(config.loss_agg_mode, len(every_row))  # fmt: skip
-        parts = [(rows, True) for rows in self._share(rollout, minibatch)]
-        # The op sums entropy up as it does the loss. The log has nats per token (seq-mean-token-mean: of a sequence).
+        num_tokens, num_rows = rollout.response_mask[every_row].sum(), len(every_row)
+        normalizers = {"token-mean": num_tokens, "seq-mean-token-sum-norm": num_rows * config.response_length}
+        normalizer = normalizers.get(config.loss_agg_mode, num_rows)
+        # The op aggregates the entropy like the loss. The log has nats per token (seq-mean-token-mean: of a sequence).
         per_token = 1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
-        for rows, counts in as_many(parts, (minibatch[-1][-1:], False)) if config.fsdp else parts:
+        parts = [(rows, True) for rows in self._share(rollout, minibatch)]
+        if config.fsdp:  # all processes must run equally many micro-batches; those with False do not count
+            parts = as_many(parts, (minibatch[-1][-1:], False))
+        for rows, counts in parts:
             mask = rollout.response_mask[rows] & counts
             hidden, values = self._forward(rollout, rows, right_padded(rollout, rows))
             loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
@@ -395,8 +406,9 @@ class PPOTrainer:
                     cliprange_value=config.cliprange_value, normalizer=num_tokens,
                 )  # fmt: skip
                 if config.share_trunk and rollout.value_error is not None:
-                    # The gradients of both losses meet in one trunk. Whitening gave the policy's a scale that does not
-                    # depend on that of the rewards; the critic's gets the same, or it would drown under small rewards.
+                    # Both losses train the same trunk. Whitening has made the scale of the policy's gradient
+                    # independent of the scale of the rewards. Here the critic's becomes so too; otherwise it would be
+                    # too weak if the rewards are small.
                     critic_loss = critic_loss / rollout.value_error
                 loss = config.vf_coef * critic_loss + (0.0 if self._warming_up else loss)
                 stats |= {"loss/value_avg": v["value_loss"], "val/clipfrac_avg": v["clipfrac"] * share}
@@ -420,8 +432,8 @@ class PPOTrainer:
     # --- the run: see run.py ---
 
     def train(self, resume: bool = False) -> RunResult:
-        """Trains to the end and writes config.output_dir (run.run_training says what). resume=True continues from its
-        newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
+        """Trains to the end and writes config.output_dir (run.run_training lists the files). resume=True continues from
+        its newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
         return run_training(self, resume=resume)
 
     def evaluate(self) -> dict:
@@ -439,8 +451,8 @@ class PPOTrainer:
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def samples(self) -> list[dict]:
-        """The first num_samples of those answers, each with its prompt and scores."""
-        if not self.config.num_samples:  # without an eval_dataset this also saves the sampling
+        """The first num_samples answers of _held_out_rollout, each with its prompt and scores."""
+        if not self.config.num_samples:  # without an eval_dataset nothing has to be sampled then
             return []
         rollout, scores = self._held_out_rollout()
         numbers = {name: values.tolist() for name, values in scores.items()}
@@ -449,13 +461,14 @@ class PPOTrainer:
         return rows[: self.config.num_samples]
 
     def _held_out_rollout(self) -> tuple[Rollout, dict[str, Tensor]]:
-        """Answers of this step's policy to eval_dataset (or a few training prompts), always on one seed, and scores."""
+        """The current policy's answers to eval_dataset (or a few training prompts), always on one seed, and scores."""
         if self._held_out is None or self._held_out[0] != self.step:
             prompts = self.eval_prompts or self.prompts[: self.config.num_samples]
             generator = torch.Generator().manual_seed(self.config.seed)
             rollout = self._rollout(prompts, generator, copies=self.config.num_generations)
             rewards = {"scores": self.reward, **self.eval_rewards}
-            self._held_out = (self.step, rollout, {k: self._ask(r, rollout)[0] for k, r in rewards.items()})
+            scores = {name: self._score_with(reward, rollout)[0] for name, reward in rewards.items()}
+            self._held_out = (self.step, rollout, scores)
         return self._held_out[1:]
 
     def gathered(self):
@@ -465,25 +478,25 @@ class PPOTrainer:
         """The policy (AutoModelForCausalLM), and in value_model/ the critic (AutoModelForSequenceClassification)."""
         critic = self.value_model and self.value_model.model
         if self.config.share_trunk and has_adapters(self.policy):
-            critic = scalar_head_on(self.policy)  # a trunk of its own, with the adapters merged
+            critic = scalar_head_on(self.policy)  # with its own trunk, in which the adapters are merged
             critic.score.load_state_dict(self.value_model.model.score.state_dict())
         save_model(self.policy, self.tokenizer, path)
         if critic is not None:
             save_model(critic, self.tokenizer, Path(path) / "value_model")
 
     def save_in_checkpoint(self, path) -> None:
-        if self.config.share_trunk:  # the critic is the policy and the head in state.pt
+        if self.config.share_trunk:  # the critic is this policy with the head in state.pt
             save_model(self.policy, self.tokenizer, path)
         else:
             self.save_model(path)
 
     @property
     def _own_critic(self) -> nn.Module | None:
-        """The part of the critic that is not the policy: its head where the trunk is shared."""
+        """The part of the critic that is not the policy: only its head if the trunk is shared."""
         return self.value_model.model.score if self.config.share_trunk else self.value_model
 
     def state_dict(self) -> dict:
-        """Prompts and sampling follow from (seed, step), so of them only the step is kept."""
+        """Prompts and sampling depend only on seed and step, so the step is enough to repeat them."""
         return {
             "step": self.step,
             "kl_coef": self.kl_controller.kl_coef,
@@ -502,10 +515,10 @@ class PPOTrainer:
         if critic.keys() != (state["value_model"] or {}).keys():
             raise ConfigError(
                 "the checkpoint has another critic, or none: resume with the same advantage_estimator and share_trunk, "
-                "or start anew in another output_dir"
+                "or start a new run in another output_dir"
             )
         self.step = state["step"]
-        if self.config.kl_target is not None:  # else kl_coef is the config's, which may have changed since
+        if self.config.kl_target is not None:  # else kl_coef is that of the config, which may have changed
             self.kl_controller.kl_coef = state["kl_coef"]
         self.score_scale = RunningStd(**state["score_scale"])
         load_trained_state(self.policy, state["policy"])
@@ -521,8 +534,9 @@ class PPOTrainer:
 
 
 def _policy_statistics(p: dict[str, Tensor], share: Tensor, per_token: Tensor | float) -> dict[str, Tensor]:
-    """What a micro-batch adds to the statistics of its minibatch. p: those of linear_ppo_loss, of which the losses and
-    entropy are divided as the loss is, and the rest are means over the micro-batch, which has `share` of the tokens."""
+    """The terms that a micro-batch adds to the statistics of its minibatch. p: the statistics of linear_ppo_loss. Its
+    losses and entropy are divided by the normalizer. The rest are means over the micro-batch, with `share` of the
+    tokens."""
     return {
         "max_abs_log_ratio": p["max_abs_log_ratio"],
         "loss/policy_avg": p["policy_loss"],
@@ -538,5 +552,5 @@ def _policy_statistics(p: dict[str, Tensor], share: Tensor, per_token: Tensor | 
 
 
 def _std(scores: Tensor) -> Tensor:
-    """Of (B,) scores, in float64: so it is exactly 0 where they are equal, which with a float32 mean it may not be."""
+    """The standard deviation of (B,) scores. In float64 it is exactly 0 if all are equal; in float32 it may not be."""
     return scores.double().std(correction=0)

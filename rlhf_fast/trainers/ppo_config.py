@@ -21,7 +21,7 @@ class PPOConfig:
     # --- responses
     total_episodes: int | None = None  # responses sampled in all, rounded up to whole batches; null: one epoch
     batch_size: int = 512  # responses per iteration (rollout)
-    num_generations: int = 1  # responses to each prompt, side by side; divides batch_size
+    num_generations: int = 1  # responses to each prompt, in consecutive rows; divides batch_size
     generation_batch_size: int = 128  # responses sampled at once; bounds memory
     response_length: int = 53  # tokens at most, eos included
     max_prompt_length: int = 512  # tokens
@@ -31,7 +31,7 @@ class PPOConfig:
     # --- from scores to advantages
     scale_scores: bool = False  # divide scores by the running standard deviation of all scores so far
     reward_clip_range: list | tuple | None = None  # [low, high] for the score, before the penalties
-    missing_eos_penalty: float | None = None  # subtracted from the score of a response that was cut
+    missing_eos_penalty: float | None = None  # subtracted from the score of a response that was cut off
     length_penalty: float = 0.0  # subtracted from the score for each token beyond length_budget
     length_budget: int = 0  # tokens
     kl_coef: float = 0.05  # weight of the KL to the reference, token by token
@@ -80,7 +80,7 @@ class PPOConfig:
     # --- the run
     logging_steps: int = 1  # iterations between rows of TensorBoard (+ eval_*); train_log.jsonl has every iteration
     eval_steps: int = 0  # iterations between evaluations, with one before the first; 0: only at the end
-    save_steps: int = 50  # between checkpoints; 0: if interrupted, if a reward fails, and till the model is saved
+    save_steps: int = 50  # between checkpoints; 0: if interrupted, if a reward fails, and until the model is saved
     save_total_limit: int = 2  # the newest checkpoints are kept
     num_samples: int = 8  # answers written to samples.jsonl at every evaluation
     max_skipped_steps: int = 10  # the run ends after this many updates in a row were skipped for a NaN or inf
@@ -123,7 +123,7 @@ class PPOConfig:
             )
 
     def _refusal(self) -> str | None:
-        """What is wrong with settings that do not go together, in the order of the fields; None if nothing is."""
+        """Why the settings do not fit together (the first reason, in the order of the fields); None if they do."""
         has_critic = self.advantage_estimator == "gae"
         if self.batch_size % self.num_generations:
             return f"batch_size = {self.batch_size} must be a multiple of num_generations = {self.num_generations}"
@@ -177,7 +177,7 @@ class PPOConfig:
 
     @property
     def shapes_scores(self) -> bool:
-        """Whether the scores that PPO trains on differ from those that the reward gives."""
+        """Whether the scores that PPO trains on may differ from those that the reward returns."""
         return bool(self.scale_scores or self.reward_clip_range or self.missing_eos_penalty or self.length_penalty)
 
     def iterations(self, num_prompts: int) -> int:
@@ -192,8 +192,8 @@ class PPOConfig:
 
 
 def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_dataset) -> None:
-    """ConfigError for what is not a dict of rewards, for names that the log or samples.jsonl already uses, and for
-    rewards or a monitor that would never be read."""
+    """ConfigError if eval_rewards is not a dict, has names that the log or samples.jsonl already uses, or would never
+    be read, or if a monitor in stop_on would have nothing to read."""
     if not isinstance(eval_rewards, dict | None):
         raise ConfigError(f"PPOTrainer: eval_rewards must be {{name: reward, ...}}, got {type(eval_rewards).__name__}")
     if taken := {"scores", "kl", "prompt", "response"}.intersection(eval_rewards or ()):

@@ -1,4 +1,4 @@
-"""What PPO trains with, checked before the first step: the reference, the critic, and the policy itself."""
+"""Chooses the reference and the critic of PPO, and checks all models and rewards before the first step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .ppo_config import PPOConfig
 
 
 def choose_reference(policy: nn.Module, ref_model) -> nn.Module | None:
-    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if the policy is
-    its own reference, with its adapters switched off."""
+    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if the policy with
+    its adapters switched off is the reference."""
     if ref_model is policy:
-        raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; give none or a copy")
+        raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; leave it out or give a copy")
     if ref_model is None:
         return None if starts_as_its_base(policy) else make_reference(policy)
     return load_policy(ref_model).eval().requires_grad_(False)
@@ -56,7 +56,7 @@ def choose_critic(policy: nn.Module, value_model, config: PPOConfig) -> ValueMod
 def check_rewards(trainer, longest: Prompt) -> None:
     """ConfigError if a reward cannot take the arguments or the lengths that it will be called with."""
     rewards = [trainer.reward, *trainer.eval_rewards.values()]
-    if trainer.rollout_func is None:  # which may bring further columns
+    if trainer.rollout_func is None:  # else the function may add columns
         check_signature(trainer.reward, trainer.prompts[0].columns)
         for reward in rewards if trainer.eval_prompts else ():
             check_signature(reward, trainer.eval_prompts[0].columns)
@@ -65,8 +65,8 @@ def check_rewards(trainer, longest: Prompt) -> None:
 
 
 def prepare_networks(trainer, networks: Iterable[nn.Module], longest: int, advice: str) -> None:
-    """Turns dropout off in all networks of the trainer. ConfigError if one cannot learn, or cannot read `longest`
-    tokens; advice says what to do about the latter."""
+    """Turns dropout off in all networks of the trainer. ConfigError if one cannot be trained or cannot read `longest`
+    tokens; advice: how the user can lower that number."""
     config, policy, reference = trainer.config, trainer.policy, trainer.reference
     common.check_learns(policy, "PPOTrainer: the policy")
     if trainer.value_model:
@@ -75,7 +75,7 @@ def prepare_networks(trainer, networks: Iterable[nn.Module], longest: int, advic
         if any(p.dtype == torch.float64 for p in network.parameters()):
             raise ConfigError("PPOTrainer: a model is in float64, and PPO computes in float32: call its float()")
         check_lengths(network, trainer.tokenizer, longest, advice)
-        disable_dropout(network)  # under dropout the first ratios would be noise around 1
+        disable_dropout(network)  # with dropout the first ratios would be noise around 1
     with common.autocast(policy, config.bf16):
         check_lm_head(policy)
         if reference is not None:

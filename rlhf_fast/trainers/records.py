@@ -1,4 +1,4 @@
-"""What a run writes as it goes: a line per step, samples, alarms, TensorBoard. Read again on resume."""
+"""The files that a run writes at each step: log, samples, alarms, TensorBoard. A resumed run continues them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..report import whole_lines
 
 
 class Records:
-    """train_log.jsonl, samples.jsonl, alarms.jsonl where there are monitors, and tensorboard/ where it is installed.
+    """train_log.jsonl, samples.jsonl, alarms.jsonl (if there are monitors) and tensorboard/ (if it is installed).
 
-    start: the step from which the run continues; what the files have beyond it is cut off. at_the_end: the
-    metrics of that step, if its checkpoint was saved before they were logged. If the log still lacks them, they are in
-    `unlogged`, and the step's samples are cut off too: the step is going to be evaluated and logged again.
+    start: the step from which the run continues; later lines are cut off.
+    at_the_end: the metrics of that step, if its checkpoint was saved before they were logged. If the log lacks them,
+    `unlogged` has them, and the step's samples are cut off too, because the step will be evaluated and logged again.
     """
 
     def __init__(self, run_dir: Path, start: int, at_the_end: dict | None, monitors, total_steps: int):
-        kept = start or -1  # -1: also samples of step 0 go, which a run that failed at once has left
+        kept = start or -1  # -1: step 0 goes too, because a run that failed at once may have left its samples
         self.log = JsonLines(run_dir / "train_log.jsonl", kept)
         logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
         self.unlogged = [at_the_end] if at_the_end and not logged else []
@@ -34,13 +34,13 @@ class Records:
             self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
             self._files.append(self._alarms)
             for row in self.log.kept:
-                monitors(row)  # for their history; the alarms are in alarms.jsonl already
+                monitors(row)  # only for their history; alarms.jsonl has the alarms already
         self._board = _tensorboard(run_dir / "tensorboard", start)
 
     def write(self, row: dict, say) -> list[Alarm]:
-        """Logs a line and the alarms that it raises, and calls say(text) for each -> the alarms that end the run.
+        """Logs a line and the alarms that it raises, and calls say(text) for each alarm -> the alarms that end the run.
 
-        In alarms.jsonl an alarm that ends the run before its last step has `ended_run_of`, the steps of the whole run.
+        If an alarm ends the run before its last step, alarms.jsonl has `ended_run_of`: the steps of the whole run.
         """
         raised = self._monitors(row) if self._monitors else []
         ending = [alarm for alarm in raised if alarm.monitor in self._monitors.stop_on]
@@ -66,12 +66,14 @@ class Records:
             file.sync()
 
     def close(self) -> None:
-        for file in [*self._files, *([self._board] if self._board else [])]:
+        for file in self._files:
             file.close()
+        if self._board:
+            self._board.close()
 
 
 class JsonLines:
-    """A file of one JSON object a line, each flushed. Opening it cuts off rows beyond `step`; `kept` has the rest."""
+    """A file with one JSON object per line. Opening it cuts off the rows after `step`; `kept` has the others."""
 
     def __init__(self, path: Path, step: int):
         self.kept: list[dict] = []
@@ -118,6 +120,6 @@ def _say_what_is_missing() -> None:
 
 
 def as_numbers(metrics: dict) -> dict:
-    """The metrics with Python numbers for tensors and numpy scalars, and None (null in JSON) for NaN and inf."""
+    """Converts tensors and numpy scalars to Python numbers, and NaN and inf to None (null in JSON)."""
     numbers = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}

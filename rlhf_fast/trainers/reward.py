@@ -3,9 +3,9 @@
     pairs     loss = - p log sigma(r_w - r_l - margin) - (1 - p) log sigma(r_l - r_w + margin) + c (r_w + r_l)^2
     K ranked  loss = mean over the pairs i better than j of - log sigma(r_i - r_j)
 
-p is 1, or the judge's probability that the first is better (chosen_prob); c is center_rewards_coefficient. All
-responses of a micro-batch lie in one row without padding, and those of a prompt share its computation (packing.py). The
-head reads the hidden state at eos, the last real token. The checkpoint is a transformers
+p is 1, or the judge's probability that the first response is better (chosen_prob); c is center_rewards_coefficient. All
+responses of a micro-batch are in one row without padding, and the prompt is computed once for all its responses
+(packing.py). The head reads the hidden state at eos, the last real token. The saved model is a transformers
 AutoModelForSequenceClassification with num_labels=1.
 """
 
@@ -27,6 +27,7 @@ from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
 from ..data.files import as_records
 from ..data.floors import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
+from ..errors import ConfigError
 from ..models import (
     check_lengths,
     disable_dropout,
@@ -54,14 +55,16 @@ from .run import RunResult, run_training
 
 
 class RewardTrainer:
-    """Iterate it for a dict of metrics per step, or call train() for the run with log, evaluation and checkpoints.
+    """Iterating over it yields a dict of metrics per step. train() does so with log, evaluation and checkpoints.
 
     model: a language model, whose trunk is copied (models.load_reward_model), or a reward model to train further, or
-    the name or path of either. tokenizer: by default the model's; where it pads with eos, the reward model gets a pad
-    token of its own (with_own_pad). Datasets: data/formats.py; the loss is that of pairs if every prompt has two
-    responses, else that of all pairs of the K ranked ones. Dropout is off, so that the same network sees both responses
-    of a pair. reference_dataset: responses (demonstrations or comparisons). Wherever the trained model is used, rewards
-    are scaled so that these have mean 0 and standard deviation 1; the scale is measured at the end and saved with it.
+    the name or path of either.
+    tokenizer: by default the model's. If it pads with eos, the reward model gets its own pad token (with_own_pad).
+    Datasets: data/formats.py. If every prompt has two responses, the loss is that of pairs, else that of K ranked ones.
+    reference_dataset: responses (demonstrations or comparisons). The rewards of the trained model are scaled so that
+    these responses have mean 0 and standard deviation 1. The scale is measured at the end and saved with the model.
+
+    Dropout is off, so that the same network computes both rewards of a pair.
     """
 
     def __init__(
@@ -84,11 +87,11 @@ class RewardTrainer:
             self.reference, report = responses_to_score(reference_dataset, self.tokenizer, **options)
             self.reports.append(report)
             if (different := len({response.tobytes() for response in self.reference})) < 2:
-                raise common.ConfigError(
+                raise ConfigError(
                     f"{report}; a standard deviation needs two different responses, and there is {different}"
                 )
         self.model = load_reward_model(model, self.tokenizer)
-        set_reward_scale(self.model, 0.0, 1.0)  # of an earlier training
+        set_reward_scale(self.model, 0.0, 1.0)  # removes the scale of an earlier training
         longest = max(map(len, [*self.items, *self.eval_items, *self.reference]))
         check_lengths(self.model, self.tokenizer, longest)
         disable_dropout(self.model)
@@ -114,18 +117,21 @@ class RewardTrainer:
         )
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
-        common.seed_apart(config.seed)  # of lora_dropout
+        common.seed_apart(config.seed)  # for lora_dropout
 
     def _check_pairs(self) -> None:
-        plain = Comparison([], [])
-        items = self.items + self.eval_items
-        odd = [k for k in ("margin", "chosen_prob", "weight") for i in items if getattr(i, k) != getattr(plain, k)]
+        """ConfigError if the data ranks more than two responses and something is set that only pairs have."""
+        if self.width <= 2:
+            return
+        default, items = Comparison([], []), self.items + self.eval_items
+        names = ("margin", "chosen_prob", "weight")
+        used = [name for name in names if any(getattr(item, name) != getattr(default, name) for item in items)]
         if self.config.center_rewards_coefficient:
-            odd.append("center_rewards_coefficient")
-        if self.width > 2 and odd:
-            raise common.ConfigError(
-                f"{', '.join(dict.fromkeys(odd))} is defined for pairs, and the data ranks {self.width} responses: "
-                "leave it out, or give the data as pairs of chosen and rejected"
+            used.append("center_rewards_coefficient")
+        if used:
+            raise ConfigError(
+                f"{', '.join(used)} is defined for pairs, and the data ranks {self.width} responses: leave it out, or "
+                "give the data as pairs of chosen and rejected"
             )
 
     def __iter__(self):
@@ -139,7 +145,7 @@ class RewardTrainer:
     def _train_step(self, items: list[Comparison]) -> dict:
         total = sum(item.weight for item in items)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
+        self.optimizer.zero_grad(set_to_none=True)  # an interrupted step may have left gradients
         seen = []
 
         with common.learning_together(self.config), self._packing():
@@ -167,7 +173,7 @@ class RewardTrainer:
         return packing(self.model) if self.packed else nullcontext()
 
     def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, K) rewards in one forward pass, and the batch. Where its ranks are -1 there is no response."""
+        """(B, K) rewards in one forward pass, and the batch. A rank of -1 means that there is no response."""
         with common.autocast(self.model, self.config.bf16):
             if not self.packed:
                 batch = collate_comparisons(items, self.tokenizer.pad_token_id, self.width, self.model.device)
@@ -190,7 +196,7 @@ class RewardTrainer:
         rewards = torch.cat([r for r, _ in seen])
         batch = {name: torch.cat([b[name] for _, b in seen]) for name in _LABELS}
         loss, stats = self._loss(rewards, batch)
-        if self.width == 2:  # with soft labels; the op's counts chosen > rejected
+        if self.width == 2:  # the op's accuracy ignores soft labels
             stats["accuracy"] = accuracy(rewards[:, 0] - rewards[:, 1], batch["chosen_prob"], batch["weight"])
         real = rewards[batch["ranks"] >= 0]
         return {
@@ -218,7 +224,7 @@ class RewardTrainer:
         self.evaluation = _pairs(list(chain(*batches)), rewards.numpy())
         judged = evaluate_pairs(self.evaluation, {})
         if broken := judged["not_finite"]:
-            message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite, which count as wrong"
+            message = f"rewards of {broken} of {judged['pairs']} held-out pairs are not finite; these count as wrong"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         metrics = {f"eval_{k}": v for k, v in self._metrics(seen).items()}
         return metrics | {
@@ -230,14 +236,12 @@ class RewardTrainer:
         }
 
     def finish(self, run_dir: Path) -> None:
-        """After the last step: preferences.json (with the floors, for the report), and the scale of the reward."""
-        if self.eval_items and self.evaluation is None:  # resumed after it was logged
+        """After the last step: writes preferences.json (with the floors, for the report), sets the reward scale."""
+        if self.eval_items and self.evaluation is None:  # resumed after the last evaluation was logged
             self.evaluate()
         if self.evaluation is not None:
-            held_out, train = (
-                as_pairs(records[item.index] for item in items)
-                for records, items in ((self.eval_records, self.eval_items), (self.records, self.items))
-            )
+            held_out = as_pairs(self.eval_records[item.index] for item in self.eval_items)
+            train = as_pairs(self.records[item.index] for item in self.items)
             floors = {
                 "shorter response wins": shorter_wins(held_out),
                 "longer response wins": longer_wins(held_out),
@@ -250,7 +254,7 @@ class RewardTrainer:
             with self.gathered():
                 rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
             mean, std = float(rewards.mean()), float(rewards.std(correction=0))
-            if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding is near 1e-6 of it
+            if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding: about 1e-6
                 what = "do not differ" if math.isfinite(std) else "are not finite"
                 warnings.warn(
                     f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
@@ -258,12 +262,13 @@ class RewardTrainer:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                mean, std = mean if math.isfinite(mean) else 0.0, 1.0
+                mean = mean if math.isfinite(mean) else 0.0
+                std = 1.0
             set_reward_scale(self.model, mean, std)
 
     def samples(self) -> list[dict]:
-        """The first held-out prompts (training prompts where nothing is held out), each response with its reward, best
-        first. What on_overlong skipped is not shown, and what it cut is scored as it was cut."""
+        """The first held-out prompts (without an eval_dataset: training prompts), each response with its reward, best
+        first. Prompts that on_overlong skipped are missing; responses that it cut are scored as cut."""
         records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
         rows, reward = [], RewardModelReward(self.model, self.tokenizer)
         for item in items[: self.config.num_samples]:
@@ -271,7 +276,7 @@ class RewardTrainer:
             prompt = records[item.index].get("prompt")
             with self.gathered():
                 rewards = reward.score(item.responses).tolist()
-            if not prompt:  # what the responses hold of it, if they are messages
+            if not prompt:  # responses that are messages contain the prompt
                 prompt = "" if isinstance(item.texts[0], str) else item.texts[0][:-1]
             rows += [
                 {"record": item.index, "prompt": prompt, "response": x, "reward": r}
@@ -280,8 +285,8 @@ class RewardTrainer:
         return rows
 
     def train(self, resume: bool = False) -> RunResult:
-        """Trains to the end and writes config.output_dir (run.run_training says what). resume=True continues from its
-        newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
+        """Trains to the end and writes config.output_dir (run.run_training lists the files). resume=True continues from
+        its newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
         return run_training(self, resume=resume)
 
     def gathered(self):
@@ -304,13 +309,13 @@ _LABELS = ("ranks", "margin", "chosen_prob", "weight")
 
 
 def _on_cpu(seen: list[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Rewards and labels, to send to the other processes; tokens stay."""
+    """The rewards and labels on the CPU, without the tokens, to send them to the other processes."""
     return [(rewards.cpu(), {name: batch[name].cpu() for name in _LABELS}) for rewards, batch in seen]
 
 
 def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:
-    """Every ordered pair of every item; rewards (B, K) as _rewards returns them. A length is that of the response: its
-    tokens after those that all responses of the prompt share."""
+    """All pairs of responses to one prompt in which one is better; rewards (B, K) as _rewards returns them. The length
+    of a response counts the tokens after the prefix that all responses of the prompt share."""
     rows = []
     for item, row in zip(items, rewards, strict=True):
         prefix = common_prefix(item.responses)
@@ -319,5 +324,6 @@ def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:
             if item.ranks[i] < item.ranks[j]:
                 lengths = [len(item.responses[k]) - prefix for k in (i, j)]
                 rows.append((row[[i, j]], lengths, target, item.weight, item.source, item.prompt))
-    columns = list(zip(*rows, strict=True))
-    return Pairs(*(list(c) if k == 4 else np.array(c) for k, c in enumerate(columns)))
+    rewards, lengths, targets, weights, sources, prompts = zip(*rows, strict=True)
+    arrays = map(np.array, (rewards, lengths, targets, weights))
+    return Pairs(*arrays, list(sources), np.array(prompts))

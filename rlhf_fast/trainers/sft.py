@@ -1,11 +1,11 @@
 """Supervised fine-tuning: maximise log pi(y | x) over the response tokens (Ouyang et al. 2022, section 3.5).
 
-    loss = - sum over response tokens of log pi(token | what precedes it) / their number in the whole step
+    loss = - sum over the response tokens of log pi(token | all tokens before it) / N
 
-The number is that of all micro-batches of the step together, so gradient accumulation changes memory and nothing else,
-and several processes (parallel.py) change the time.
-A micro-batch is one row of sequences without padding (packing.py). The lm_head runs on the positions that predict a
-response token, and its logits never exist as a whole.
+N is the number of response tokens in all micro-batches of the step together. So gradient accumulation changes only the
+memory, and several processes (parallel.py) change only the time.
+A micro-batch is one row of sequences without padding (packing.py). The lm_head runs only on the positions that predict
+a response token, and its logits never exist as a whole.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from .sft_config import SFTConfig
 
 
 class SFTTrainer:
-    """Iterate it for a dict of metrics per step, or call train() for the run with log, evaluation and checkpoints.
+    """Iterating over it yields a dict of metrics per step. train() does so with log, evaluation and checkpoints.
 
     model: a causal language model, or its name or path. tokenizer: by default the model's. Datasets: data/formats.py.
-    It trains in train mode, with whatever dropout the model's config has; evaluation has none.
+    Training uses the dropout that the model's config has; evaluation uses none.
     """
 
     def __init__(self, config: SFTConfig, model, *, train_dataset, eval_dataset=None, tokenizer=None):
@@ -52,10 +52,10 @@ class SFTTrainer:
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         records = as_records(train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else as_records(eval_dataset, "eval_dataset")
-        options = {"max_length": config.max_length, "on_overlong": config.on_overlong}
         self.examples, self.eval_examples, self.reports = common.read_datasets(
-            sft_examples, records, held_out, self.tokenizer, **options
-        )
+            sft_examples, records, held_out, self.tokenizer, max_length=config.max_length,
+            on_overlong=config.on_overlong,
+        )  # fmt: skip
         common.check_best(config, eval_dataset)
         self.model = common.prepare(load_policy(model), config, model)
         longest = max(map(len, self.examples + self.eval_examples))
@@ -80,7 +80,7 @@ class SFTTrainer:
         common.seed_apart(config.seed)
 
     def __len__(self) -> int:
-        """Examples to learn from."""
+        """The number of examples to train on."""
         return len(self.examples)
 
     def __iter__(self):
@@ -94,7 +94,7 @@ class SFTTrainer:
     def _train_step(self, rows: list[list[Encoded]]) -> dict:
         config = self.config
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
+        self.optimizer.zero_grad(set_to_none=True)  # an interrupted step may have left gradients
         num_labels = max(1, sum(e.num_labels for row in rows for e in row))
         with_statistics = (self.step + 1) % config.logging_steps == 0
         loss = torch.zeros((), device=self.model.device)
@@ -151,7 +151,7 @@ class SFTTrainer:
         return packing(self.model) if self.packed else nullcontext()
 
     def _response_hidden(self, examples: list[Encoded]) -> tuple[Tensor, Tensor]:
-        """(N, D) hidden states that predict the N response tokens, and these (N,); no other reaches the lm_head."""
+        """(N, D) hidden states that predict the N response tokens, and these tokens (N,)."""
         with common.autocast(self.model, self.config.bf16):
             if self.packed:
                 packed, batch = pack_sft(examples, self.model.device)
@@ -162,25 +162,25 @@ class SFTTrainer:
         return hidden.bfloat16() if self.config.bf16 else hidden, batch["labels"]
 
     def _choose_prompts(self, records: list[dict]) -> list:
-        """The first num_samples prompts (what precedes a record's last response) that leave room for an answer."""
+        """The first num_samples prompts (all before a record's last response) that leave room for an answer."""
         room = getattr(self.model.config, "max_position_embeddings", float("inf")) - self.config.sample_max_new_tokens
         prompts = []
         for record in records:
             if len(prompts) == self.config.num_samples:
                 break
-            if record.get("messages") is not None:  # as in sft_examples, also where a prompt stands beside them
+            if record.get("messages") is not None:  # they come before a prompt, as in sft_examples
                 last = max(i for i, m in enumerate(record["messages"]) if m["role"] == "assistant")
                 prompt = record["messages"][:last]
             else:
                 prompt = record.get("prompt")
                 if prompt and not isinstance(record.get("completion"), str):
-                    prompt = as_messages(prompt, "user")  # as it is trained on, through the chat template
+                    prompt = as_messages(prompt, "user")  # training renders it with the chat template too
             if prompt and 0 < len(encode_prompt(self.tokenizer, prompt)) <= room:
                 prompts.append(prompt)
         return prompts
 
     def samples(self) -> list[dict]:
-        """Greedy answers to the first held-out prompts (training prompts where nothing is held out)."""
+        """Greedy answers to the first held-out prompts (without an eval_dataset: training prompts)."""
         if not self.sample_prompts:
             return []
         with self.gathered():
@@ -191,8 +191,8 @@ class SFTTrainer:
         return [{"prompt": p, "response": r} for p, r in zip(self.sample_prompts, responses, strict=True)]
 
     def train(self, resume: bool = False) -> RunResult:
-        """Trains to the end and writes config.output_dir (run.run_training says what). resume=True continues from its
-        newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
+        """Trains to the end and writes config.output_dir (run.run_training lists the files). resume=True continues from
+        its newest checkpoint. ConfigError if output_dir holds a run and resume is False."""
         return run_training(self, resume=resume)
 
     def gathered(self):
@@ -212,7 +212,7 @@ class SFTTrainer:
 def token_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, labels: Tensor
 ) -> Tensor:
-    """(3,) float64 sums over the N labels: -log p, 1 where the label is the likeliest token, entropy. At most 2^22
+    """(3,) float64 sums over the N labels: -log p, 1 if the label is the most likely token, entropy. At most 2^22
     logits exist at a time."""
     rows = max(1, 2**22 // weight.shape[0])
     total = torch.zeros(3, dtype=torch.float64, device=hidden.device)

@@ -428,7 +428,7 @@ def test_a_step_that_fails_loses_none_before_it_where_it_has_changed_nothing(tmp
 
 def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.warns(UserWarning, match="checkpoint-10 could not be saved .disk full.*goes on to its end without it"):
+    with pytest.warns(UserWarning, match="checkpoint-10 could not be saved .disk full.*continues to its end without"):
         assert Walk(Config(str(tmp_path))).train().step == 10
     assert (tmp_path / "model.txt").exists() and not list(tmp_path.glob("*checkpoint*"))
 
@@ -451,7 +451,7 @@ def test_the_model_is_saved_also_where_the_state_of_its_last_step_cannot_be_gath
 
     config = Config(str(tmp_path), save_steps=save_steps)
     vars(config).update(best)
-    told = r"checkpoint-10 could not be saved \(no room\).*The run goes on to its end without it"
+    told = r"checkpoint-10 could not be saved \(no room\).*The run continues to its end without it"
     with pytest.warns(UserWarning, match=told):
         assert Crowded(config).train().metrics["eval_loss"] == 0.0
     assert (tmp_path / "model.txt").exists()
@@ -542,7 +542,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, ca
         failed.train()
     with pytest.raises(ConfigError, match="already holds a run: continue it with resume=True"):
         Walk(config, total_steps=6).train()
-    with pytest.raises(ConfigError, match=r"nothing to resume.*make the trainer anew"):
+    with pytest.raises(ConfigError, match=r"nothing to resume.*create a new trainer"):
         failed.train(resume=True)
     capsys.readouterr()
     Walk(config, total_steps=6).train(resume=True)
@@ -717,7 +717,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
         assert checkpoints.latest_checkpoint(broken).name == "checkpoint-3"
         Walk(config).train(resume=True)
     else:
-        with pytest.warns(UserWarning, match="checkpoint-6 is damaged .*: going on from checkpoint-3"):
+        with pytest.warns(UserWarning, match="checkpoint-6 is damaged .*: resuming from checkpoint-3"):
             Walk(config).train(resume=True)
         assert (broken / "damaged-checkpoint-6").is_dir()
     assert without_time(rows(broken / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
