@@ -102,7 +102,7 @@ def linear_entropy(x, labels, mask):
 
 
 def linear_frozen(x, labels, mask):
-    return rf.linear_token_logprobs(x[:, :D], torch.ones(V, D, dtype=torch.float64), labels, mask=mask[:, 0])
+    return rf.linear_token_logprobs(x[:, :D].half(), torch.ones(V, D).half(), labels, mask=mask[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def linear_frozen(x, labels, mask):
         (linear_entropy, torch.int64, (N,)),
         (linear_entropy, torch.bool, (N,)),
         (linear_entropy, FLOAT, KEPT_LOGITS),
-        (linear_frozen, torch.float64, (N, D)),  # the slopes
+        (linear_frozen, FLOAT, (N, D)),  # the slopes
         (lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)), FLOAT, (N,)),
         (lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)), FLOAT, (N, 4)),
         (lambda x, y, m: rf.masked_mean(x, m, 1), FLOAT, (N,)),
