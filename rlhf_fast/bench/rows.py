@@ -17,6 +17,7 @@ from . import baselines
 from .harness import OURS
 
 FORWARD, BOTH = "forward", "forward+backward"
+FROZEN = "forward+backward, frozen head"  # only the hidden states get a gradient, as with LoRA
 # The call alone, of inputs that require a gradient: ours has computed it by then, PyTorch has recorded how to.
 WITH_GRADIENT = "forward with gradient"
 LOGITS_SHAPES = ((512, 50257), (2048, 32000), (1024, 151936))  # GPT-2, Llama 2, Qwen
@@ -117,9 +118,9 @@ def _rows_of_heads(device: torch.device, small: bool, cuda: bool) -> Iterator[Ro
             for op in ("linear_cross_entropy", "linear_ppo_loss", "linear_token_logprobs"):
                 build = _head(op, n, width, vocab, dtype, device)
                 yield Row(op, f"{n}x{width}x{vocab}", dtype, BOTH, build, flops=3 * product)
-            if cuda:
-                build = _head("linear_token_logprobs", n, width, vocab, dtype, device, FORWARD)
-                yield Row("linear_token_logprobs", f"{n}x{width}x{vocab}", dtype, FORWARD, build, flops=product)
+            for direction, flops in ((FROZEN, 2 * product), *([(FORWARD, product)] if cuda else [])):
+                build = _head("linear_token_logprobs", n, width, vocab, dtype, device, direction)
+                yield Row("linear_token_logprobs", f"{n}x{width}x{vocab}", dtype, direction, build, flops=flops)
 
 
 def _rows_in_place(device: torch.device, small: bool) -> Iterator[Row]:
@@ -148,7 +149,7 @@ def bind(functions: dict[str, Callable], inputs: tuple, wrt: tuple, direction: s
             outputs = (outputs,)
         torch.autograd.grad(outputs, wrt, tuple(torch.ones_like(o) for o in outputs))
 
-    run = {FORWARD: forward, WITH_GRADIENT: with_gradient, BOTH: both}[direction]
+    run = {FORWARD: forward, WITH_GRADIENT: with_gradient, BOTH: both, FROZEN: both}[direction]
     return {
         name: function if isinstance(function, baselines.Absent) else lambda function=function: run(function)
         for name, function in functions.items()
@@ -299,7 +300,8 @@ def _head(
     def build():
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(n, width, generator=generator).to(device, dtype).requires_grad_()
-        weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
+        weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device, dtype)
+        weight.requires_grad_(direction != FROZEN)
         inputs = [hidden, weight, torch.randint(vocab, (n,), generator=generator).to(device)]
         if op == "linear_ppo_loss":
             hidden, sequences = inputs[0], max(n // 512, 1)
@@ -310,16 +312,16 @@ def _head(
         functions = {OURS: getattr(rf, op), **getattr(baselines, op)(device)}
         if direction == FORWARD:
             functions = {name: partial(f, with_entropy=True) if name == OURS else f for name, f in functions.items()}
-        floor = _three_products(n, width, vocab, dtype, device, only_logits=direction == FORWARD)
-        return bind(functions, tuple(inputs), tuple(inputs[:2]), direction) | {"floor": floor}
+        floor = _products(n, width, vocab, dtype, device, count={FORWARD: 1, FROZEN: 2, BOTH: 3}[direction])
+        wrt = tuple(x for x in inputs[:2] if x.requires_grad)
+        return bind(functions, tuple(inputs), wrt, direction) | {"floor": floor}
 
     return build
 
 
-def _three_products(
-    n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device, only_logits: bool = False
-) -> Callable:
-    """hidden W^T, dz W and dz^T hidden, by PyTorch's own product: bfloat16 ones where the CPU multiplies it natively.
+def _products(n: int, width: int, vocab: int, dtype: torch.dtype, device: torch.device, count: int) -> Callable:
+    """The first `count` of hidden W^T, dz W and dz^T hidden, by PyTorch's own product: bfloat16 ones where the CPU
+    multiplies it natively.
 
     Not the least possible where PyTorch's product leaves a CPU half idle; linear.cpp's float32 ones take half of it.
     """
@@ -330,10 +332,10 @@ def _three_products(
 
     def products():
         torch.mm(hidden, weight.T, out=z)
-        if only_logits:
-            return
-        torch.mm(z, weight, out=dh)
-        torch.mm(z.T, hidden, out=dw)
+        if count > 1:
+            torch.mm(z, weight, out=dh)
+        if count > 2:
+            torch.mm(z.T, hidden, out=dw)
 
     return products
 

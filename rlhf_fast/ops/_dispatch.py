@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from hashlib import blake2b
 from importlib import import_module
 from importlib.util import find_spec
 from operator import itemgetter
@@ -85,7 +86,7 @@ class Op:
         self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1,
         statistics=None, in_c=None, in_backward=False, waits=False,
     ):  # fmt: skip
-        self.name, self._statistics = schema.split("(")[0], statistics
+        self.name, self._schema, self._statistics = schema.split("(")[0], schema, statistics
         self.public = self.name.removesuffix("_forward").removesuffix("_backward")  # the name in messages
         self.kernels: dict[str, dict[str, Callable]] = {}
         for (device, backend), kernel in kernels.items():
@@ -98,10 +99,12 @@ class Op:
         self._shown = _several(shown)
         self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
-        qualname = f"rlhf_fast::{self.name}"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *(_NO_CUDA_GRAPH if waits else ())))
+        overload = self._overload()
+        qualname = f"rlhf_fast::{self.name}.{overload}"
+        tags = (torch.Tag.pt2_compliant_tag, *(_NO_CUDA_GRAPH if waits else ()))
+        _LIBRARY.define(schema.replace("(", f".{overload}(", 1), tags=tags)
         for device in self.kernels:
-            _LIBRARY.impl(self.name, lambda *args: _in_full(self.run(*args)), device.upper())
+            _LIBRARY.impl(f"{self.name}.{overload}", lambda *args: _in_full(self.run(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
@@ -115,8 +118,17 @@ class Op:
             self.follow(None)
         else:  # a backward op; without this a second derivative would silently be zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
-        self.library_op = getattr(torch.ops.rlhf_fast, self.name).default
+        self.library_op = getattr(getattr(torch.ops.rlhf_fast, self.name), overload)
         _OPS[self.name] = self
+
+    def _overload(self) -> str:
+        """A digest of this schema and of that of its backward, which is defined before it.
+
+        Inductor's caches on disk outlive a version of this package. They know an op by its name, and a graph in them
+        also calls the backward: without the digest a graph of another version would call it with the arguments of then.
+        """
+        schemas = [op._schema for op in _OPS.values() if op.public == self.public] + [self._schema]
+        return "v" + blake2b("\n".join(schemas).encode(), digest_size=4).hexdigest()
 
     def _differentiate(
         self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int

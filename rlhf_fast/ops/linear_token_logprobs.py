@@ -4,6 +4,15 @@ Any loss may follow (GSPO, DPO, the sum over a sequence), so the gradient of the
 and the backward needs the logits of each chunk again. If all logits fit into one chunk (CHUNK_BYTES) they are kept,
 which makes three matrix products in total; otherwise they are computed again, which makes four. linear_ppo_loss and
 linear_cross_entropy always need three: use them for the losses of PPO and SFT.
+
+If only hidden gets a gradient (a frozen lm_head, as with LoRA), two products are enough. The derivative of a row's
+log-prob by its hidden state does not depend on the loss, so the forward computes it, and the backward multiplies:
+
+    slopes[i] = dlogprobs[i] / dhidden[i] = sum_v (1[v = labels[i]] - p[i, v]) weight[v] / temperature
+    dhidden[i] = grad_logprobs[i] slopes[i]
+
+The slopes take as much memory as the gradient. If the loss has a gradient by the entropies too, the backward takes two
+more products.
 Specification: reference.linear_token_logprobs.
 """
 
@@ -22,6 +31,7 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    gradient_dtype,
     is_fused,
     logits_buffer,
     logits_dtype,
@@ -31,15 +41,17 @@ from ._linear import (
 )
 
 NAME = "linear_token_logprobs"
+ONLY_HIDDEN = (True, False, False)  # of hidden, weight and bias, the first alone gets a gradient
 
 
-def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, ...]:
-    """logprobs (N,), entropy (N,) or empty, saved (N, 2), and logits: (N, V) in the layout of the way, or empty.
+def _outputs(hidden, weight, labels, with_entropy, wanted, way) -> tuple[Tensor, ...]:
+    """logprobs (N,), entropy (N,) or empty, saved (N, 2), logits (N, V) in the layout of the way or empty, and slopes
+    (N, D) or empty.
 
     saved and logits have the rows that count first.
     """
-    rows, accum = labels.shape[0], accumulation_dtype(hidden)
-    kept = logits_shape(rows, weight.shape[0], way)
+    rows, accum, slopes = labels.shape[0], accumulation_dtype(hidden), wanted == ONLY_HIDDEN
+    kept, keep = logits_shape(rows, weight.shape[0], way), any(wanted) and not slopes
     if not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
         kept = (0, kept[1])
     outputs = (
@@ -47,6 +59,7 @@ def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, .
         ((rows if with_entropy else 0,), accum),
         ((rows, 2), accum),
         (kept, logits_dtype(hidden, way)),
+        ((rows if slopes else 0, hidden.shape[1]), logits_dtype(hidden, way)),
     )
     return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
 
@@ -54,23 +67,28 @@ def _outputs(hidden, weight, labels, with_entropy, keep, way) -> tuple[Tensor, .
 def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused, with_entropy, *wanted):
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     rows = inputs.labels.shape[0]
-    logprobs, entropy, saved, logits = _outputs(hidden, weight, labels, with_entropy, any(wanted), inputs.way)
-    buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=False)
+    logprobs, entropy, saved, logits, slopes = _outputs(hidden, weight, labels, with_entropy, wanted, inputs.way)
+    only_hidden = wanted == ONLY_HIDDEN
+    buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=only_hidden)
+    gradients = Gradients(inputs, (only_hidden, False, False), slopes.dtype)  # of the sum of the log-probs
+    ones = torch.ones_like(logprobs)
     for part in inputs.parts:
-        _, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
+        z, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
         if with_entropy:
             entropy[part] = h
+        if only_hidden:
+            gradients.add(z, part, temperature, saved[part], None, ones[part], None)
     # torch.library's ops must be reproducible in all of their outputs, including the unused parts.
     logits[:, weight.shape[0] :] = 0
     if inputs.index is not None:
         saved[rows:], logits[logits_shape(rows, weight.shape[0], inputs.way)[0] :] = 0, 0
         logprobs = inputs.put(logprobs[:rows])
         entropy = inputs.put(entropy[:rows]) if with_entropy else entropy
-    return logprobs, entropy, saved, logits
+    return logprobs, entropy, saved, logits, inputs.put(gradients.hidden) if only_hidden else slopes
 
 
 def _backward_any(
-    hidden, weight, bias, labels, mask, temperature, softcap, fused, entropy, saved, logits, grad_logprobs,
+    hidden, weight, bias, labels, mask, temperature, softcap, fused, entropy, saved, logits, slopes, grad_logprobs,
     grad_entropy, *wanted, consume=False,
 ):  # fmt: skip
     kept_rows, kept_width = logits_shape(saved.shape[0], weight.shape[0], way_of(hidden, weight, bias, softcap, fused))
@@ -83,9 +101,14 @@ def _backward_any(
         and (grad_entropy is None or entropy.shape == saved.shape[:1])
         and logits.shape[0] in (0, kept_rows)
         and logits.shape[1] == kept_width
+        and slopes.shape == (saved.shape[0] if wanted == ONLY_HIDDEN else 0, weight.shape[1])
         and (bias is None or bias.shape == weight.shape[:1])
         and (not fused or hidden.dtype == weight.dtype),
     )
+    if wanted == ONLY_HIDDEN and grad_logprobs is not None and grad_entropy is None:
+        factors = grad_logprobs if mask is None else grad_logprobs.masked_fill(mask == 0, 0)  # it may be NaN there
+        grad_hidden = torch.mul(slopes, factors[:, None], out=slopes if consume else torch.empty_like(slopes))
+        return grad_hidden.to(gradient_dtype(hidden)), None, None
     saved, logits = saved.contiguous(), logits.contiguous()  # a hook may return them in another layout
     inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
     gradients = Gradients(inputs, wanted)
@@ -102,12 +125,12 @@ def _backward_any(
 
 def _fake(hidden, weight, bias, labels, mask, temperature, softcap, fused, with_entropy, *wanted):
     way = way_of(hidden, weight, bias, softcap, fused)
-    return _outputs(hidden, weight, labels, with_entropy, any(wanted), way)
+    return _outputs(hidden, weight, labels, with_entropy, wanted, way)
 
 
 _backward = Op(
     f"{NAME}_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, bool fused, Tensor entropy, Tensor saved, Tensor logits, Tensor? grad_logprobs, "
+    "float? softcap, bool fused, Tensor entropy, Tensor saved, Tensor logits, Tensor slopes, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
@@ -124,14 +147,14 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, *_):
-    hidden, weight, bias, labels, mask, entropy, saved, logits = ctx.saved_tensors
+    hidden, weight, bias, labels, mask, entropy, saved, logits, slopes = ctx.saved_tensors
     if not ctx.with_entropy:
         grad_entropy = None
     hidden, weight, entropy = hidden.detach(), weight.detach(), entropy.detach()
     bias = None if bias is None else bias.detach()
     args = (
-        hidden, weight, bias, labels, mask, *ctx.options, entropy, saved, logits, grad_logprobs, grad_entropy,
-        *ctx.wanted,
+        hidden, weight, bias, labels, mask, *ctx.options, entropy, saved, logits, slopes, grad_logprobs,
+        grad_entropy, *ctx.wanted,
     )  # fmt: skip
     if may_consume(ctx, *(t for t in args if isinstance(t, Tensor))):
         grads = _backward.kernel_on(hidden.device.type)(*args, consume=True)
@@ -143,7 +166,7 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
 _forward = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
     "float? softcap, bool fused, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits)",
+    "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits, Tensor slopes)",
     kernels={("cpu", "native"): _forward_any, ("cuda", "native"): _forward_any, ("cuda", "triton"): _forward_any},
     fake=_fake,
     backward=_grad,
@@ -187,7 +210,7 @@ def linear_token_logprobs(
     # An argument of the op, because it determines the shapes of the outputs, and the key of Inductor's cache on disk
     # consists of the arguments.
     fused = is_fused(hidden, weight, bias)
-    logprobs, entropy, _, _ = _forward(
+    logprobs, entropy, *_ = _forward(
         hidden, weight, bias, labels.reshape(-1).long(),
         None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap,
         fused, with_entropy, *map(wants_gradient, (hidden, weight, bias)),

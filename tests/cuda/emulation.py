@@ -26,6 +26,7 @@ EMULATOR = Path(__file__).parent / "emulator"
 ASCENDING, DESCENDING, SHUFFLED = ORDERS = (0, 1, 2)  # which thread, and which block, runs first
 USES = {  # an op: whose kernel it runs
     "token_logprobs_and_entropy": "token_logprobs", "dpo_loss": "pairwise_loss", "cross_entropy": "token_logprobs",
+    "linear_token_logprobs_frozen_head": "linear_token_logprobs",
 }  # fmt: skip
 TICKETS = 64  # of sums.cuh, few enough to use them up
 

@@ -275,7 +275,7 @@ def test_every_row_is_measured_written_and_reported(small, tmp_path, monkeypatch
     peaked = [row["shape"] for row in results["token_logprobs"]["rows"] if "peaked" in row["shape"]]
     assert len(peaked) == 2
     directions = [row["direction"] for row in results["linear_token_logprobs"]["rows"]]
-    assert directions == [rows.BOTH, rows.FORWARD]
+    assert directions == [rows.BOTH, rows.FROZEN, rows.FORWARD]
 
     readme = tmp_path / "README.md"
     readme.write_text(f"<!-- gpu -->\nold\n{report.END}\n<!-- gpu:ppo -->\nold\n{report.END}\n")

@@ -311,6 +311,11 @@ CASES = [
         linear_token_logprobs_inputs, wrt=("hidden", "weight", "bias"), masked=("hidden",),
         rowwise=("hidden", "labels", "mask"), size=1.0,
     ),
+    Case(  # the forward then computes what the backward multiplies
+        "linear_token_logprobs_frozen_head", rf.linear_token_logprobs, reference.linear_token_logprobs,
+        linear_token_logprobs_inputs, wrt=("hidden",), masked=("hidden",), rowwise=("hidden", "labels", "mask"),
+        size=1.0,
+    ),
     Case(
         "linear_cross_entropy", rf.linear_cross_entropy, reference.linear_cross_entropy,
         lambda s: with_ignored_labels(s, linear_inputs(s, *some_shape(s))), wrt=("hidden", "weight", "bias"), size=1.0,

@@ -97,9 +97,12 @@ def test_a_mask_of_more_or_fewer_rows():
 
 
 def linear_entropy(x, labels, mask):
-    return rf.linear_token_logprobs(
-        x[:, :D], torch.ones(V, D, dtype=x.dtype), labels, mask=mask[:, 0], with_entropy=True
-    )[1]
+    weight = torch.ones(V, D, dtype=x.dtype, requires_grad=True)
+    return rf.linear_token_logprobs(x[:, :D], weight, labels, mask=mask[:, 0], with_entropy=True)[1]
+
+
+def linear_frozen(x, labels, mask):
+    return rf.linear_token_logprobs(x[:, :D].half(), torch.ones(V, D).half(), labels, mask=mask[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,7 @@ def linear_entropy(x, labels, mask):
         (linear_entropy, torch.int64, (N,)),
         (linear_entropy, torch.bool, (N,)),
         (linear_entropy, FLOAT, KEPT_LOGITS),
+        (linear_frozen, FLOAT, (N, D)),  # the slopes
         (lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)), FLOAT, (N,)),
         (lambda x, y, m: rf.kl_divergence(x, torch.zeros(N, V)), FLOAT, (N, 4)),
         (lambda x, y, m: rf.masked_mean(x, m, 1), FLOAT, (N,)),

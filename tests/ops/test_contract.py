@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch._dynamo.testing import CompileCounter
 import rlhf_fast as rf
 from rlhf_fast.ops import _dispatch
 
+ROOT = Path(__file__).parents[2]
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 fuzz = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 randoms = st.randoms(use_true_random=False)
@@ -615,3 +617,30 @@ def test_a_kernel_chosen_while_another_thread_ends_use_backend_is_not_kept(monke
         patch.setattr(op, "backend_on", ends_meanwhile)
         op.kernel_on("cpu")
     assert torch.isfinite(rf.token_logprobs(logits, labels)).all() and forced == ["cpu"]
+
+
+VERSION = """
+import sys
+import torch
+from rlhf_fast.ops._dispatch import Op
+
+factors = [2.0] if sys.argv[1] == "with a factor" else []
+backward = Op(
+    "doubled_backward(Tensor grad" + ", float factor" * len(factors) + ") -> Tensor",
+    kernels={("cpu", "native"): lambda grad, factor=2.0: grad * factor}, fake=lambda grad, *_: torch.empty_like(grad),
+)
+doubled = Op(
+    "doubled(Tensor x) -> Tensor", kernels={("cpu", "native"): lambda x: 2 * x}, fake=torch.empty_like,
+    backward=lambda ctx, grad: (backward(grad, *factors),), setup_context=lambda *_: None,
+)
+x = torch.ones(3, requires_grad=True)
+torch.compile(lambda x: doubled(x).sum(), fullgraph=True)(x).backward()
+assert x.grad.tolist() == [2.0] * 3
+"""
+
+
+def test_a_graph_that_another_version_has_left_on_disk_is_not_taken(tmp_path):
+    """The forward's arguments are the same, so only the name of the op can tell Inductor's cache the two apart."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for version in ("without", "with a factor"):
+        subprocess.run([sys.executable, "-c", VERSION, version], check=True, env=environment, timeout=300)

@@ -316,7 +316,7 @@ OF_LABELS = {
     "a slice": lambda x, y: rf.token_logprobs(x[:, ::2], y[:, ::2]).sum(),
     "in place": lambda x, y: rf.token_logprobs(x.clone(), y, inplace_backward=True).sum(),
     "cross_entropy": lambda x, y: rf.cross_entropy(x, y),
-    "linear": lambda x, y: rf.linear_token_logprobs(x, torch.ones(7, x.shape[-1]), y).sum(),
+    "linear": lambda x, y: rf.linear_token_logprobs(x, torch.ones(7, x.shape[-1], requires_grad=True), y).sum(),
 }
 
 

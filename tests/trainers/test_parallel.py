@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -285,7 +286,9 @@ def test_accelerate_launch_trains_in_two_processes_but_not_in_a_precision_that_i
         "os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
         f"sys.exit(main({argv}))\n"
     )
-    two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    with socket.create_server(("127.0.0.1", 0)) as server:  # with port 0 accelerate 1.4 waits for ever
+        port = str(server.getsockname()[1])
+    two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port]
     command = ["-m", "accelerate.commands.launch", *two, "--mixed_precision", "bf16", str(tmp_path / "both.py")]
     environment = {**os.environ, "PYTHONPATH": str(RUNS.parents[2]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
