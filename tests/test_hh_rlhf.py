@@ -77,6 +77,8 @@ def test_every_line_is_either_a_pair_or_named_with_its_line():
     text = describe(pairs, left_out)
     assert text.startswith("1 of 8 pairs used") and "3 malformed, on line 3, 4, 9;" in text
     assert "2 diverging, on line 6, 7;" in text and "1 over-long, on line 8;" in text
+    many = [LeftOut(number, "over-long", "length 51 is over 20") for number in range(1, 5001)]
+    assert "  5000 over-long, on line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4990 more; line 1:" in describe(pairs, many)
 
 
 def test_the_other_columns_of_a_pair_stay_but_a_prompt_is_that_of_the_transcripts():

@@ -95,13 +95,15 @@ def parse_pairs(
 
 
 def describe(pairs: list[dict], left_out: list[LeftOut]) -> str:
-    """A text for people: how many pairs are used, and how many pairs of each kind of LeftOut are on which lines."""
+    """A text for people: how many pairs are used, and for each kind of LeftOut how many there are, the first ten lines
+    and the first reason."""
     lines = [f"{len(pairs)} of {len(pairs) + len(left_out)} pairs used"]
     for kind in ("malformed", "identical", "diverging", "over-long"):
         of_kind = [item for item in left_out if item.kind == kind]
         if of_kind:
-            numbers = ", ".join(str(item.line) for item in of_kind)
-            lines.append(f"  {len(of_kind)} {kind}, on line {numbers}; {of_kind[0]}")
+            numbers = ", ".join(str(item.line) for item in of_kind[:10])
+            more = f" and {len(of_kind) - 10} more" if len(of_kind) > 10 else ""
+            lines.append(f"  {len(of_kind)} {kind}, on line {numbers}{more}; {of_kind[0]}")
     return "\n".join(lines)
 
 
