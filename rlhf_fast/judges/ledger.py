@@ -18,7 +18,8 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -199,8 +200,12 @@ class Ledger:
         if self._held:
             self._held.close()
 
-    def transaction(self) -> "_Transaction":
-        return _Transaction(self._db, self._lock)
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Commits as a whole, or not at all; one at a time."""
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
 
     def ask(self, backend: Backend, requests: Sequence[dict]) -> list[Answer]:
         """One answer per request, in order: from the ledger if it has one, otherwise from `backend`.
@@ -282,24 +287,6 @@ class Ledger:
         """Attempts by status. Their sum is `usage().requests`."""
         with self._lock:
             return Counter(dict(self._db.execute("SELECT status, count(*) FROM attempts GROUP BY status")))
-
-
-class _Transaction:
-    """Commits as a whole, or not at all; one at a time."""
-
-    def __init__(self, db: sqlite3.Connection, lock: threading.RLock):
-        self._db, self._lock = db, lock
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._lock.acquire()
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            self._db.execute("ROLLBACK" if kind else "COMMIT")
-        finally:
-            self._lock.release()
 
 
 def _dump(value: Any) -> str:

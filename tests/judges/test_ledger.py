@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sqlite3
+import threading
 
 import pytest
 
@@ -126,6 +127,21 @@ def test_two_processes_do_not_share_a_directory(tmp_path):
     with Ledger(tmp_path), pytest.raises(ValueError, match="another process is using it"):
         Ledger(tmp_path)
     Ledger(tmp_path).close()
+
+
+def test_a_ledger_that_cannot_be_written_keeps_no_other_thread_waiting(tmp_path):
+    """Else the calls in flight would never end, and with them the run that could not record one of them."""
+    with Ledger(tmp_path) as ledger:
+        ledger._db.execute("PRAGMA busy_timeout=0")
+        other = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            ledger.ask(Echo(), [{"prompt": "a"}])
+        other.execute("ROLLBACK")
+        later = threading.Thread(target=ask, args=(ledger, Echo(), "a"), daemon=True)
+        later.start()
+        later.join(timeout=10)
+        assert not later.is_alive() and ledger.usage().requests == 1
 
 
 def test_a_backend_that_leaves_out_an_answer_is_a_bug(tmp_path):
