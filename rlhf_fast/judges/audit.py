@@ -32,9 +32,9 @@ from .calibration import Calibration, fit_bias, fit_slope, sigmoids
 from .cards import write_card
 from .constitution import Constitution
 from .hygiene import declines
-from .labels import judge_pairs, verdict_of
+from .labels import judge_pairs, verdict_of, votes_of
 from .ledger import Ledger
-from .protocol import Judge, Vote
+from .protocol import Judge
 from .stages import read_items, seed_for
 
 NEUTRAL = "a harmless sentence"
@@ -134,8 +134,8 @@ def judge_card(
     statuses = Counter(v.status for v in verdicts)
     card = {
         "pairs": len(pairs), "conversations": len(set(clusters)), "combine": combine,
-        "accuracy": _interval(drawn["accuracy"]), "floors": {name: _interval(drawn[name]) for name in floors},
-        "best_floor": best, "lead": _interval(drawn["lead"]), "at_floor": drawn["lead"][1] <= 0,
+        "accuracy": drawn["accuracy"], "floors": {name: drawn[name] for name in floors},
+        "best_floor": best, "lead": drawn["lead"], "at_floor": drawn["lead"]["low"] <= 0,
         "kappa": _kappa(towards, [_sign(r) for r in pairs]),
         "statuses": dict(sorted(statuses.items())), "length": _length(pairs, right),
         "position": _position(pairs, weights, clusters, samples, seed),
@@ -145,10 +145,10 @@ def judge_card(
     if "identical" in groups:
         card["identical"] = {
             "pairs": len(groups["identical"]),
-            "order_bias": fit_bias(_votes(groups["identical"], weights)),
+            "order_bias": fit_bias(votes_of(groups["identical"], weights)),
         }
     decided = [i for i, v in enumerate(verdicts) if v.status == "ok"]
-    card["calibration"] = dataclasses.asdict(Calibration(1.0, fit_bias(_votes(pairs, weights))))
+    card["calibration"] = dataclasses.asdict(Calibration(1.0, fit_bias(votes_of(pairs, weights))))
     if len(decided) >= 2 * FOLDS:
         card |= _calibrated(
             towards[decided], [clusters[i] for i in decided], card["calibration"]["bias"], samples, seed
@@ -170,11 +170,6 @@ def _floors(pairs: Sequence[dict]) -> dict[str, np.ndarray]:
 
     longer = column(len)
     return {"longer": longer, "shorter": 1 - longer, "does not decline": column(lambda text: -int(declines(text)))}
-
-
-def _interval(drawn: tuple[float, float, float]) -> dict[str, float]:
-    mean, low, high = drawn
-    return {"mean": mean, "low": low, "high": high}
 
 
 def _kappa(towards: np.ndarray, signs: Sequence[int]) -> float | None:
@@ -199,28 +194,19 @@ def _length(pairs: Sequence[dict], right: np.ndarray) -> dict:
     }
 
 
-def _votes(records: Sequence[dict], weights: Mapping[str, float]) -> list[Vote]:
-    return [
-        Vote(v["principle"], v["logit_ab"], v["logit_ba"], v["label_mass"])
-        for r in records
-        for v in r["votes"]
-        if weights.get(v["principle"], 1.0) > 0
-    ]
-
-
 def _position(pairs, weights, clusters, samples, seed) -> dict:
     """Figures of the votes. The interval of the bias is that of its mean over pairs."""
-    votes = _votes(pairs, weights)
+    votes = votes_of(pairs, weights)
     if not votes:
         return {}
     same = [v for v in votes if v.logit_ab * v.logit_ba < 0]
-    per_pair = [(_votes([r], weights), c) for r, c in zip(pairs, clusters, strict=True)]
+    per_pair = [(votes_of([r], weights), c) for r, c in zip(pairs, clusters, strict=True)]
     known = [(fit_bias(v), c) for v, c in per_pair if v]
     drawn = cluster_bootstrap({"bias": np.array([b for b, _ in known])}, [c for _, c in known], samples, seed)
     return {
         "votes": len(votes), "same_position": len(same) / len(votes),
         "first": sum(v.logit_ab > 0 for v in same) / len(same) if same else None,
-        "order_bias": _interval(drawn["bias"]), "label_mass": float(np.mean([v.label_mass for v in votes])),
+        "order_bias": drawn["bias"], "label_mass": float(np.mean([v.label_mass for v in votes])),
     }  # fmt: skip
 
 
@@ -231,7 +217,7 @@ def _principles(pairs, weights, clusters, samples, seed) -> dict:
     for name in weights:
         towards, asked, kept, missing = [], [], [], Counter()
         for record, cluster in zip(pairs, clusters, strict=True):
-            found = _votes([record], {**dict.fromkeys(weights, 0.0), name: 1.0})
+            found = votes_of([record], {**dict.fromkeys(weights, 0.0), name: 1.0})
             gone = [m["status"] for m in record["missing"] if m["principle"] == name]
             missing.update(gone)
             kept += found
@@ -243,7 +229,7 @@ def _principles(pairs, weights, clusters, samples, seed) -> dict:
         right = (np.sign(np.array(towards)) + 1) / 2
         drawn = cluster_bootstrap({"accuracy": right}, asked, samples, seed)
         table[name] = {
-            "accuracy": _interval(drawn["accuracy"]), "votes": len(kept), "missing": dict(missing),
+            "accuracy": drawn["accuracy"], "votes": len(kept), "missing": dict(missing),
             "order_bias": fit_bias(kept),
             "same_position": float(np.mean([v.logit_ab * v.logit_ba < 0 for v in kept])) if kept else None,
             "label_mass": float(np.mean([v.label_mass for v in kept])) if kept else None,
@@ -337,8 +323,8 @@ def reliability(towards: np.ndarray) -> list[list[float]]:
 
 def cluster_bootstrap(
     columns: dict[str, np.ndarray], clusters: Sequence, samples: int, seed: int
-) -> dict[str, tuple[float, float, float]]:
-    """(mean, 2.5 % and 97.5 % quantile of the mean) of each (N,) column, with clusters drawn with replacement."""
+) -> dict[str, dict[str, float]]:
+    """The mean of each (N,) column, with its 2.5 % and 97.5 % quantile over clusters drawn with replacement."""
     _, which = np.unique(clusters, return_inverse=True)
     sizes = np.bincount(which)
     draws = np.random.default_rng(seed).integers(0, len(sizes), (samples, len(sizes)))  # (samples, clusters)
@@ -347,5 +333,5 @@ def cluster_bootstrap(
         sums = np.bincount(which, weights=values)
         means = sums[draws].sum(1) / sizes[draws].sum(1)
         low, high = np.quantile(means, [0.025, 0.975])
-        results[name] = (float(np.mean(values)), float(low), float(high))
+        results[name] = {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
     return results

@@ -115,6 +115,11 @@ def verdict_of(
     return decide(votes, missing, {name: weights.get(name, 1.0) for name in names}, combine=combine)
 
 
+def votes_of(judgements: Iterable[dict], weights: Mapping[str, float]) -> list[Vote]:
+    """The votes of all judgements that count under these weights."""
+    return [vote for judgement in judgements for vote in verdict_of(judgement, weights, combine="logit").votes]
+
+
 def derive(
     judgements: str | Path, *, output_dir: str | Path, weights: Mapping[str, float] | None = None,
     combine: str | None = None, calibration: Calibration | None = None, clamp: tuple[float, float] | None = None,

@@ -198,10 +198,10 @@ def test_pairs_of_one_conversation_are_not_independent():
     """Ten copies of each answer: the naive standard error would be sqrt(10) too small."""
     draw = np.random.default_rng(0)
     once = draw.integers(0, 2, 100).astype(float)
-    (_, low, high) = cluster_bootstrap({"x": once}, range(100), 4000, 0)["x"]
-    (_, low10, high10) = cluster_bootstrap({"x": np.repeat(once, 10)}, np.repeat(np.arange(100), 10), 4000, 0)["x"]
-    assert high10 - low10 == pytest.approx(high - low, rel=0.05)
-    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.15)
+    one, ten = (cluster_bootstrap({"x": np.repeat(once, n)}, np.repeat(range(100), n), 4000, 0)["x"] for n in (1, 10))
+    width = one["high"] - one["low"]
+    assert ten["high"] - ten["low"] == pytest.approx(width, rel=0.05)
+    assert width == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.15)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -210,8 +210,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     for i in range(200):
         p = np.repeat(rng.beta(2, 1, 60), 3)  # mean 2/3, shared by the pairs of a conversation
         right = (rng.random(180) < p).astype(float)
-        _, low, high = cluster_bootstrap({"x": right}, np.repeat(np.arange(60), 3), 400, i)["x"]
-        misses += not low <= 2 / 3 <= high
+        x = cluster_bootstrap({"x": right}, np.repeat(np.arange(60), 3), 400, i)["x"]
+        misses += not x["low"] <= 2 / 3 <= x["high"]
     assert misses < 200 * 0.05 + 4 * math.sqrt(200 * 0.05 * 0.95)
 
 
