@@ -18,7 +18,7 @@ from .data.checks import responses_of
 from .data.formats import comparisons
 from .data.formats import prompts as read_prompts
 from .data.sources import read_rows
-from .disk import make_directory, read_json, write_atomic
+from .disk import make_directory, read_json, write_json
 from .errors import ConfigError
 from .jobs import read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge
@@ -198,7 +198,7 @@ def _claim(root: Path, made_from: dict[str, dict]) -> None:
         )
     if before or not begun:  # parts that have begun without a run.json were made from unknown settings
         make_directory(root)
-        write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, {"stage": "cai", "settings": now})
 
 
 def _as_chats(rows: list[dict] | None) -> list[dict] | None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk import write_atomic
+from ..disk import write_json
 from ..errors import ConfigError
 from .calibration import Calibration, fit_bias, fit_slope, sigmoids
 from .cards import write_card
@@ -88,7 +88,7 @@ def audit(
     }  # fmt: skip
     combine = described["judge"].get("combine", "logit")
     card = described | judge_card(records, asked, weights, combine=combine, samples=samples, seed=seed)
-    write_atomic(Path(output_dir) / "audit.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    write_json(Path(output_dir) / "audit.json", card, indent=1)
     write_card(card, Path(output_dir) / "audit.html")
     return card
 
