@@ -24,6 +24,7 @@ from .constitution import Constitution
 from .layouts import COMPARE_LABELS, WORDS, Words, text_prompt
 from .ledger import Answer, Call, Ledger, Tries
 from .model_judge import ModelJudge
+from .scoring import common_prefix
 from .server import Server, Unreadable
 
 MODES = ("echo", "top_k", "chat", "systemone", "votes")
@@ -38,17 +39,9 @@ class HTTPBackend:
     """Scores or samples labels through a server in `mode`. `found` has the result of each mode that was tried."""
 
     def __init__(
-        self,
-        server: Server,
-        layout: str,
-        words: Words,
-        *,
-        mode: str,
-        votes: int,
-        vote_tokens: int,
-        top_k: int,
+        self, server: Server, layout: str, words: Words, *, mode: str, votes: int, vote_tokens: int, top_k: int,
         max_slack: float,
-    ):
+    ):  # fmt: skip
         if mode not in ("auto", *MODES):
             raise ConfigError(f"HTTPJudge: mode = {mode!r}, needs auto or one of {', '.join(MODES)}")
         if (mode == "votes") != (votes > 0):
@@ -59,7 +52,7 @@ class HTTPBackend:
         self.server, self.layout, self.words = server, layout, words
         self.votes, self.vote_tokens = votes, vote_tokens
         self.top_k, self.max_slack = top_k, max_slack
-        self._calls: list[Call] = []  # of the probe, until there is a ledger to record them
+        self.calls: list[Call] = []  # of the probe, until there is a ledger to record them
         self.mode, self.found = self._probe(mode)
 
     def _probe(self, mode: str) -> tuple[str, dict[str, str]]:
@@ -73,8 +66,8 @@ class HTTPBackend:
             labels = list(COMPARE_LABELS)
             prompt = self.prompt(self.layout, [], question, labels, None)
             request = {"prompt": prompt, "labels": labels, "about": f"probe/{name}"}
-            self._calls += self.server.ask_once(request, self._send, self._read)
-            answer, code = self._calls[-1].answer, self._calls[-1].about.get("http_status")
+            self.calls += self.server.ask_once(request, self._send, self._read)
+            answer, code = self.calls[-1].answer, self.calls[-1].about.get("http_status")
             if answer.status == "ok" or (name == "votes" and code == 200 and answer.status != "failed"):
                 return name, {**found, name: "yes"}
             if code is None:
@@ -94,21 +87,9 @@ class HTTPBackend:
             "per question"
         )
 
-    def note_probe(self, ledger: Ledger) -> None:
-        """Records the calls of the probe in the first ledger that the judge uses."""
-        if ledger.directory:
-            calls, self._calls = self._calls, []
-            ledger.note(self, calls)
-
     def describe(self) -> dict:
         counted = {"votes": self.votes, "vote_tokens": self.vote_tokens} if self.votes else {}
-        return {
-            **self.server.describe(),
-            "mode": self.mode,
-            "top_k": self.top_k,
-            "max_slack": self.max_slack,
-            **counted,
-        }
+        return self.server.describe() | {"mode": self.mode, "top_k": self.top_k, "max_slack": self.max_slack} | counted
 
     def special_tokens(self) -> Sequence[str]:
         return ()  # the server's tokenizer is unknown; `defuse` knows the common tokens
@@ -199,7 +180,8 @@ class HTTPJudge(ModelJudge):
 
     def _answers(self, questions, shots, labels, cot_tokens: int, ledger: Ledger | None) -> list[Answer]:
         if ledger:
-            self.backend.note_probe(ledger)
+            ledger.note(self.backend, self.backend.calls)
+            self.backend.calls = []
         return super()._answers(questions, shots, labels, cot_tokens, ledger)
 
 
@@ -293,9 +275,7 @@ def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
         if not keep:
             raise Unreadable("the prompt was not echoed")
         rows.append((tokens[:keep], scores[:keep]))
-    same = 0
-    while len({tuple(tokens[same : same + 1]) for tokens, _ in rows}) == 1 and same < len(rows[0][0]):
-        same += 1
+    same = common_prefix([tokens for tokens, _ in rows])
     tails = [scores[same:] for _, scores in rows]
     if any(not tail or None in tail for tail in tails):
         raise Unreadable("the labels have no log-probabilities of their own")
