@@ -202,8 +202,8 @@ def test_examples_of_reasoning_are_turns_of_their_own():
     with serving() as fake:
         backend = judge_at(fake, house, cot_tokens=20).backend
         shots = judge_at(fake, house, cot_tokens=20)._shots
-    asking = backend.ask_for_rationale("chat", shots, "Which?")
-    scoring = backend.prompt("chat", shots, "Which?", [" (A)", " (B)"], "This one.")
+    asking = backend.ask_for_rationale(shots, "Which?")
+    scoring = backend.prompt(shots, "Which?", [" (A)", " (B)"], "This one.")
     assert [m["role"] for m in asking] == ["user", "assistant", "user", "assistant", "user"]
     assert [m["content"] for m in asking[1:4]] == ["Three is more.", "Answer with A or B and nothing else.", "A"]
     assert scoring[:5] == asking and [m["content"] for m in scoring[5:]] == [

@@ -74,9 +74,8 @@ def test_its_probabilities_are_the_model_s(served, tmp_path):
     assert sum(attempts(tmp_path).values()) == 2 + len(judge.backend.found)  # two orders, asked once, behind the probe
     assert one.votes[0].kind == "normalised"
     decide = pipelines.DecisionPipeline(model=model, tokenizer=tokenizer, device="cpu")
-    (prompt,) = judge.backend.prompt(
-        "chat", [], judge._question(ASK, "hello", "no", KIND.compare), (" (A)", " (B)"), None
-    )
+    question = judge._question(ASK, "hello", "no", KIND.compare)
+    (prompt,) = judge.backend.prompt([], question, (" (A)", " (B)"), None)
     criteria = {"A": "(A)", "B": "(B)"}
     question = {"type": "choice", "instructions": "Choose the answer.", "criteria": criteria}
     answer = decide({"state": prompt["content"], "questions": {"answer": question}})["answer"]["probabilities"]
