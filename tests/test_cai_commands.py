@@ -239,6 +239,8 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     assert settings("p", weights="{q: 0}")["calibration"] == before["calibration"]
     assert f"the slope {calibration.slope:.3g} was fitted under other weights" in capsys.readouterr().out
     again = refitted(card, before, {"p": 1.0, "q": 0.0}, "prob")
+    under_prob = trusted(one, house, card, combine="prob", allow_weak_judge=True)
+    assert under_prob == refitted(card, before, {"p": 1.0, "q": 1.0}, "prob") != calibration
     assert settings("p again", weights="{q: 0}", card=card)["calibration"] == vars(again) != before["calibration"]
     assert "fitted" not in capsys.readouterr().out
     for wrong, words in (

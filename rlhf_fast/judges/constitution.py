@@ -148,7 +148,7 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: dict) -> dic
     _refuse_unknown(layout, {"compare", "critique"}, f"{path}: field 'layout':")
     _refuse_unknown(few_shot, {"critique", "compare", "cot"}, f"{path}: field 'few_shot':")
     parts = {
-        "name": content.get("name", before["name"]),
+        "name": content.get("name") or before["name"],
         "language": content.get("language", before.get("language", "en")),
         "compare_layout": layout.get("compare", before.get("compare_layout", "anthropic")),
         "critique_layout": layout.get("critique", before.get("critique_layout", "chat")),
