@@ -51,12 +51,12 @@ INJECTIONS = {  # name -> the sentence in each language of a constitution
     },
 }
 FOLDS = 5  # of conversations, for the calibration
+SAMPLES, SLOPES = 2000, 200  # resamples for the intervals of means, and for that of the slope
 
 
 def audit(
     rows: Sequence[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
-    principles_per_pair: int | None = None, probe_pairs: int = 24, samples: int = 2000, batch_size: int = 32,
-    seed: int = 0,
+    principles_per_pair: int | None = None, probe_pairs: int = 24, batch_size: int = 32, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Asks the judge, and writes audit.json (the returned card) and audit.html into `output_dir`.
 
@@ -87,7 +87,7 @@ def audit(
         "principles_per_pair": principles_per_pair, "in_few_shots": len(items) - len(kept), "seed": seed,
     }  # fmt: skip
     combine = described["judge"].get("combine", "logit")
-    card = described | judge_card(records, asked, weights, combine=combine, samples=samples, seed=seed)
+    card = described | judge_card(records, asked, weights, combine=combine, seed=seed)
     write_json(Path(output_dir) / "audit.json", card, indent=1)
     write_card(card, Path(output_dir) / "audit.html")
     return card
@@ -116,9 +116,8 @@ def _probed(name: str) -> str:
 
 
 def judge_card(
-    pairs: Sequence[dict], probes: Sequence[dict], weights: Mapping[str, float], *, combine: str, samples: int,
-    seed: int,
-) -> dict:  # fmt: skip
+    pairs: Sequence[dict], probes: Sequence[dict], weights: Mapping[str, float], *, combine: str, seed: int
+) -> dict:
     """The figures, from the judgements of the pairs (with "better") and of the probes. The judge is not asked."""
     groups: dict[str, list[dict]] = {}
     for record in probes:
@@ -130,7 +129,7 @@ def judge_card(
     floors = _floors(pairs)
     best = max(floors, key=lambda name: floors[name].mean())
     columns = {"accuracy": right, **floors, "lead": right - floors[best]}
-    drawn = cluster_bootstrap(columns, clusters, samples, seed)
+    drawn = cluster_bootstrap(columns, clusters, seed)
     statuses = Counter(v.status for v in verdicts)
     card = {
         "pairs": len(pairs), "conversations": len(set(clusters)), "combine": combine,
@@ -138,8 +137,8 @@ def judge_card(
         "best_floor": best, "lead": drawn["lead"], "at_floor": drawn["lead"]["low"] <= 0,
         "kappa": _kappa(towards, [_sign(r) for r in pairs]),
         "statuses": dict(sorted(statuses.items())), "length": _length(pairs, right),
-        "position": _position(pairs, weights, clusters, samples, seed),
-        "principles": _principles(pairs, weights, clusters, samples, seed),
+        "position": _position(pairs, weights, clusters, seed),
+        "principles": _principles(pairs, weights, clusters, seed),
         "injections": _injections(pairs, groups, weights, combine),
     }  # fmt: skip
     if "identical" in groups:
@@ -150,9 +149,7 @@ def judge_card(
     decided = [i for i, v in enumerate(verdicts) if v.status == "ok"]
     card["calibration"] = dataclasses.asdict(Calibration(1.0, fit_bias(votes_of(pairs, weights))))
     if len(decided) >= 2 * FOLDS:
-        card |= _calibrated(
-            towards[decided], [clusters[i] for i in decided], card["calibration"]["bias"], samples, seed
-        )
+        card |= _calibrated(towards[decided], [clusters[i] for i in decided], card["calibration"]["bias"], seed)
         card["averages"] = _averages([pairs[i] for i in decided], weights)
     return card
 
@@ -194,7 +191,7 @@ def _length(pairs: Sequence[dict], right: np.ndarray) -> dict:
     }
 
 
-def _position(pairs, weights, clusters, samples, seed) -> dict:
+def _position(pairs, weights, clusters, seed) -> dict:
     """Figures of the votes. The interval of the bias is that of its mean over pairs."""
     votes = votes_of(pairs, weights)
     if not votes:
@@ -202,7 +199,7 @@ def _position(pairs, weights, clusters, samples, seed) -> dict:
     same = [v for v in votes if v.logit_ab * v.logit_ba < 0]
     per_pair = [(votes_of([r], weights), c) for r, c in zip(pairs, clusters, strict=True)]
     known = [(fit_bias(v), c) for v, c in per_pair if v]
-    drawn = cluster_bootstrap({"bias": np.array([b for b, _ in known])}, [c for _, c in known], samples, seed)
+    drawn = cluster_bootstrap({"bias": np.array([b for b, _ in known])}, [c for _, c in known], seed)
     return {
         "votes": len(votes), "same_position": len(same) / len(votes),
         "first": sum(v.logit_ab > 0 for v in same) / len(same) if same else None,
@@ -210,7 +207,7 @@ def _position(pairs, weights, clusters, samples, seed) -> dict:
     }  # fmt: skip
 
 
-def _principles(pairs, weights, clusters, samples, seed) -> dict:
+def _principles(pairs, weights, clusters, seed) -> dict:
     """For each principle alone: accuracy, position, label mass, and the pairs on which it gave no vote. Only pairs that
     were compared under it count; with principles_per_pair these are not all pairs, and there may be none."""
     table = {}
@@ -227,7 +224,7 @@ def _principles(pairs, weights, clusters, samples, seed) -> dict:
         if not asked:
             continue
         right = (np.sign(np.array(towards)) + 1) / 2
-        drawn = cluster_bootstrap({"accuracy": right}, asked, samples, seed)
+        drawn = cluster_bootstrap({"accuracy": right}, asked, seed)
         table[name] = {
             "accuracy": drawn["accuracy"], "votes": len(kept), "missing": dict(missing),
             "order_bias": fit_bias(kept),
@@ -262,12 +259,12 @@ def _injections(pairs, groups: Mapping[str, list[dict]], weights, combine: str) 
     return table
 
 
-def _calibrated(towards: np.ndarray, clusters: Sequence[str], bias: float, samples: int, seed: int) -> dict:
+def _calibrated(towards: np.ndarray, clusters: Sequence[str], bias: float, seed: int) -> dict:
     """The slope, its interval, and the scores of P without it and with it, on conversations it was not fitted on."""
     names, which = np.unique(clusters, return_inverse=True)
     fold = np.random.default_rng(seed).permutation(len(names))[which] % FOLDS
     slope = fit_slope(towards)
-    draws = np.random.default_rng(seed).integers(0, len(names), (min(samples, 200), len(names)))
+    draws = np.random.default_rng(seed).integers(0, len(names), (SLOPES, len(names)))
     counts = np.stack([np.bincount(d, minlength=len(names)) for d in draws])  # (S, clusters)
     low, high = np.quantile(fit_slope(towards, counts[:, which]), [0.025, 0.975])
     held_out = np.concatenate([fit_slope(towards[fold != k]) * towards[fold == k] for k in range(FOLDS)])
@@ -321,13 +318,11 @@ def reliability(towards: np.ndarray) -> list[list[float]]:
     return [[float(sure[part].mean()), float(right[part].mean()), len(part)] for part in parts]
 
 
-def cluster_bootstrap(
-    columns: dict[str, np.ndarray], clusters: Sequence, samples: int, seed: int
-) -> dict[str, dict[str, float]]:
+def cluster_bootstrap(columns: dict[str, np.ndarray], clusters: Sequence, seed: int) -> dict[str, dict[str, float]]:
     """The mean of each (N,) column, with its 2.5 % and 97.5 % quantile over clusters drawn with replacement."""
     _, which = np.unique(clusters, return_inverse=True)
     sizes = np.bincount(which)
-    draws = np.random.default_rng(seed).integers(0, len(sizes), (samples, len(sizes)))  # (samples, clusters)
+    draws = np.random.default_rng(seed).integers(0, len(sizes), (SAMPLES, len(sizes)))  # (S, clusters)
     results = {}
     for name, values in columns.items():
         sums = np.bincount(which, weights=values)
