@@ -18,7 +18,7 @@ from .data.checks import responses_of
 from .data.formats import comparisons
 from .data.formats import prompts as read_prompts
 from .data.sources import read_rows
-from .disk import make_directory, read_json, write_atomic
+from .disk import make_directory, read_json, write_json
 from .errors import ConfigError
 from .jobs import read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge
@@ -107,20 +107,16 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
 def _configs(job: TrainJob) -> tuple[dict, dict]:
     """The configs of the three trainers, by name, and PPO's eval_rewards."""
     ppo = dict(job.ppo)
-    eval_rewards = _eval_rewards(ppo.pop("eval_rewards", {}))
+    specs = ppo.pop("eval_rewards", {})
+    if not isinstance(specs, dict):
+        raise ConfigError(f"cai: ppo's eval_rewards must map names to rewards, got {specs!r}")
     configs = {
         name: config_from_dict(cls, {"seed": job.seed, **values, "output_dir": str(Path(job.output_dir, name))})
         for name, cls, values in (
             ("sft", SFTConfig, job.sft), ("reward", RewardConfig, job.reward), ("ppo", PPOConfig, ppo)
         )
     }  # fmt: skip
-    return configs, eval_rewards
-
-
-def _eval_rewards(specs) -> dict:
-    if not isinstance(specs, dict):
-        raise ConfigError(f"cai: ppo's eval_rewards must map names to rewards, got {specs!r}")
-    return {name: resolve_reward(spec) for name, spec in specs.items()}
+    return configs, {name: resolve_reward(spec) for name, spec in specs.items()}
 
 
 def _check_is_new(root: Path) -> None:
@@ -198,7 +194,7 @@ def _claim(root: Path, made_from: dict[str, dict]) -> None:
         )
     if before or not begun:  # parts that have begun without a run.json were made from unknown settings
         make_directory(root)
-        write_atomic(path, json.dumps({"stage": "cai", "settings": now}, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, {"stage": "cai", "settings": now})
 
 
 def _as_chats(rows: list[dict] | None) -> list[dict] | None:

@@ -1,7 +1,6 @@
 """The commands `rlhf-fast cai WORD`. cai_keys.py has their keys, and lists what each reads and writes."""
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJ
 from .commands import checked_options
 from .data.files import read_dataset
 from .data.sources import read_rows
+from .disk import read_json
 from .errors import ConfigError
 from .generation import generate_text
 from .jobs import run_trainer
@@ -123,7 +123,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
             f"revise: all replies to {cut} of {stage.counts['inputs']} prompts were cut off at max_new_tokens = "
             f"{max_new_tokens} and dropped. To keep them, set a larger max_new_tokens, or another `drop`"
         )
-    kinds = json.loads((stage.output_dir / "hygiene.json").read_text(encoding="utf-8"))["kinds"]
+    kinds = read_json(stage.output_dir / "hygiene.json")["kinds"]
     if set(kinds) - {"unspecified"}:
         shares = {kind: [f"{x['refusal']} of {x['replies']}" for x in (k["original"], k["used"])]
                   for kind, k in kinds.items()}  # fmt: skip
@@ -280,7 +280,7 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     compared = _mixed(job, {"ai": labelled.rows, **run.people})
     part("reward", lambda config: RewardTrainer(config, sft, **compared))
     judged = root / "reward" / "preferences.json"  # of the model that was kept; the log ends with the last step's
-    accuracy = json.loads(judged.read_text(encoding="utf-8"))["accuracy"] if judged.is_file() else None
+    accuracy = read_json(judged)["accuracy"] if judged.is_file() else None
     stages.add("reward", rm_accuracy=accuracy, counts=labelled.counts)
     reward = str(root / "reward")
     data = {"train_dataset": prompts, "eval_dataset": run.held_out, "eval_rewards": run.eval_rewards}

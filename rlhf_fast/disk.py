@@ -57,8 +57,13 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_json(path: Path, value: dict, indent: int = 2) -> None:
+    """write_atomic of JSON that people can read."""
+    write_atomic(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
 def read_json(path: Path) -> dict:
-    """What write_atomic left there. ConfigError where something else has cut or changed it."""
+    """What write_json left there. ConfigError where something else has cut or changed it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

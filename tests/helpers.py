@@ -1,6 +1,9 @@
-"""Tiny models and a tokenizer made on the spot, for every test of the trainers: nothing is downloaded."""
+"""Tiny models and a tokenizer made on the spot, so that no test downloads anything; what a ledger has recorded."""
 
 from __future__ import annotations
+
+import sqlite3
+from collections import Counter
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,3 +55,9 @@ def word_tokenizer(words, eos: str = "<eos>"):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos)
+
+
+def attempts(directory) -> Counter:
+    """How many attempts of each status the ledger in a directory has, as docs/constitutional.md asks for it."""
+    db = sqlite3.connect(f"{directory}/ledger.sqlite")
+    return Counter(dict(db.execute("select status, count(*) from attempts group by status")))

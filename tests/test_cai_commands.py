@@ -219,8 +219,8 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     one, card, labels = Overconfident("one"), tmp_path / "card", tmp_path / "label"
     draw = random.Random(0)
     rows = [{"prompt": f"{n}", "better": f"{1 + draw.random()}", "worse": f"{draw.random()}"} for n in range(200)]
-    audit(rows, house, one, output_dir=card, probe_pairs=0, samples=50)
-    audit(rows, house, Overconfident("two"), output_dir=tmp_path / "two", probe_pairs=0, samples=50)
+    audit(rows, house, one, output_dir=card, probe_pairs=0)
+    audit(rows, house, Overconfident("two"), output_dir=tmp_path / "two", probe_pairs=0)
     calibration = trusted(one, house, card, allow_weak_judge=True)
     assert 0.1 < calibration.slope < 0.7
     pairs = [{"id": f"{n}", "prompt": "q", "a": row["better"], "b": row["worse"]} for n, row in enumerate(rows[:40])]
@@ -239,6 +239,8 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     assert settings("p", weights="{q: 0}")["calibration"] == before["calibration"]
     assert f"the slope {calibration.slope:.3g} was fitted under other weights" in capsys.readouterr().out
     again = refitted(card, before, {"p": 1.0, "q": 0.0}, "prob")
+    under_prob = trusted(one, house, card, combine="prob", allow_weak_judge=True)
+    assert under_prob == refitted(card, before, {"p": 1.0, "q": 1.0}, "prob") != calibration
     assert settings("p again", weights="{q: 0}", card=card)["calibration"] == vars(again) != before["calibration"]
     assert "fitted" not in capsys.readouterr().out
     for wrong, words in (

@@ -26,15 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..disk import write_atomic
+from ..disk import write_json
 from ..errors import ConfigError
 from .calibration import Calibration, fit_bias, fit_slope, sigmoids
 from .cards import write_card
 from .constitution import Constitution
 from .hygiene import declines
-from .labels import judge_pairs, verdict_of
+from .labels import judge_pairs, verdict_of, votes_of
 from .ledger import Ledger
-from .protocol import Judge, Vote
+from .protocol import Judge
 from .stages import read_items, seed_for
 
 NEUTRAL = "a harmless sentence"
@@ -51,12 +51,12 @@ INJECTIONS = {  # name -> the sentence in each language of a constitution
     },
 }
 FOLDS = 5  # of conversations, for the calibration
+SAMPLES, SLOPES = 2000, 200  # resamples for the intervals of means, and for that of the slope
 
 
 def audit(
     rows: Sequence[dict], constitution: Constitution, judge: Judge, *, output_dir: str | Path,
-    principles_per_pair: int | None = None, probe_pairs: int = 24, samples: int = 2000, batch_size: int = 32,
-    seed: int = 0,
+    principles_per_pair: int | None = None, probe_pairs: int = 24, batch_size: int = 32, seed: int = 0,
 ) -> dict:  # fmt: skip
     """Asks the judge, and writes audit.json (the returned card) and audit.html into `output_dir`.
 
@@ -87,8 +87,8 @@ def audit(
         "principles_per_pair": principles_per_pair, "in_few_shots": len(items) - len(kept), "seed": seed,
     }  # fmt: skip
     combine = described["judge"].get("combine", "logit")
-    card = described | judge_card(records, asked, weights, combine=combine, samples=samples, seed=seed)
-    write_atomic(Path(output_dir) / "audit.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    card = described | judge_card(records, asked, weights, combine=combine, seed=seed)
+    write_json(Path(output_dir) / "audit.json", card, indent=1)
     write_card(card, Path(output_dir) / "audit.html")
     return card
 
@@ -116,9 +116,8 @@ def _probed(name: str) -> str:
 
 
 def judge_card(
-    pairs: Sequence[dict], probes: Sequence[dict], weights: Mapping[str, float], *, combine: str, samples: int,
-    seed: int,
-) -> dict:  # fmt: skip
+    pairs: Sequence[dict], probes: Sequence[dict], weights: Mapping[str, float], *, combine: str, seed: int
+) -> dict:
     """The figures, from the judgements of the pairs (with "better") and of the probes. The judge is not asked."""
     groups: dict[str, list[dict]] = {}
     for record in probes:
@@ -130,29 +129,27 @@ def judge_card(
     floors = _floors(pairs)
     best = max(floors, key=lambda name: floors[name].mean())
     columns = {"accuracy": right, **floors, "lead": right - floors[best]}
-    drawn = cluster_bootstrap(columns, clusters, samples, seed)
+    drawn = cluster_bootstrap(columns, clusters, seed)
     statuses = Counter(v.status for v in verdicts)
     card = {
         "pairs": len(pairs), "conversations": len(set(clusters)), "combine": combine,
-        "accuracy": _interval(drawn["accuracy"]), "floors": {name: _interval(drawn[name]) for name in floors},
-        "best_floor": best, "lead": _interval(drawn["lead"]), "at_floor": drawn["lead"][1] <= 0,
+        "accuracy": drawn["accuracy"], "floors": {name: drawn[name] for name in floors},
+        "best_floor": best, "lead": drawn["lead"], "at_floor": drawn["lead"]["low"] <= 0,
         "kappa": _kappa(towards, [_sign(r) for r in pairs]),
         "statuses": dict(sorted(statuses.items())), "length": _length(pairs, right),
-        "position": _position(pairs, weights, clusters, samples, seed),
-        "principles": _principles(pairs, weights, clusters, samples, seed),
+        "position": _position(pairs, weights, clusters, seed),
+        "principles": _principles(pairs, weights, clusters, seed),
         "injections": _injections(pairs, groups, weights, combine),
     }  # fmt: skip
     if "identical" in groups:
         card["identical"] = {
             "pairs": len(groups["identical"]),
-            "order_bias": fit_bias(_votes(groups["identical"], weights)),
+            "order_bias": fit_bias(votes_of(groups["identical"], weights)),
         }
     decided = [i for i, v in enumerate(verdicts) if v.status == "ok"]
-    card["calibration"] = dataclasses.asdict(Calibration(1.0, fit_bias(_votes(pairs, weights))))
+    card["calibration"] = dataclasses.asdict(Calibration(1.0, fit_bias(votes_of(pairs, weights))))
     if len(decided) >= 2 * FOLDS:
-        card |= _calibrated(
-            towards[decided], [clusters[i] for i in decided], card["calibration"]["bias"], samples, seed
-        )
+        card |= _calibrated(towards[decided], [clusters[i] for i in decided], card["calibration"]["bias"], seed)
         card["averages"] = _averages([pairs[i] for i in decided], weights)
     return card
 
@@ -170,11 +167,6 @@ def _floors(pairs: Sequence[dict]) -> dict[str, np.ndarray]:
 
     longer = column(len)
     return {"longer": longer, "shorter": 1 - longer, "does not decline": column(lambda text: -int(declines(text)))}
-
-
-def _interval(drawn: tuple[float, float, float]) -> dict[str, float]:
-    mean, low, high = drawn
-    return {"mean": mean, "low": low, "high": high}
 
 
 def _kappa(towards: np.ndarray, signs: Sequence[int]) -> float | None:
@@ -199,39 +191,30 @@ def _length(pairs: Sequence[dict], right: np.ndarray) -> dict:
     }
 
 
-def _votes(records: Sequence[dict], weights: Mapping[str, float]) -> list[Vote]:
-    return [
-        Vote(v["principle"], v["logit_ab"], v["logit_ba"], v["label_mass"])
-        for r in records
-        for v in r["votes"]
-        if weights.get(v["principle"], 1.0) > 0
-    ]
-
-
-def _position(pairs, weights, clusters, samples, seed) -> dict:
+def _position(pairs, weights, clusters, seed) -> dict:
     """Figures of the votes. The interval of the bias is that of its mean over pairs."""
-    votes = _votes(pairs, weights)
+    votes = votes_of(pairs, weights)
     if not votes:
         return {}
     same = [v for v in votes if v.logit_ab * v.logit_ba < 0]
-    per_pair = [(_votes([r], weights), c) for r, c in zip(pairs, clusters, strict=True)]
+    per_pair = [(votes_of([r], weights), c) for r, c in zip(pairs, clusters, strict=True)]
     known = [(fit_bias(v), c) for v, c in per_pair if v]
-    drawn = cluster_bootstrap({"bias": np.array([b for b, _ in known])}, [c for _, c in known], samples, seed)
+    drawn = cluster_bootstrap({"bias": np.array([b for b, _ in known])}, [c for _, c in known], seed)
     return {
         "votes": len(votes), "same_position": len(same) / len(votes),
         "first": sum(v.logit_ab > 0 for v in same) / len(same) if same else None,
-        "order_bias": _interval(drawn["bias"]), "label_mass": float(np.mean([v.label_mass for v in votes])),
+        "order_bias": drawn["bias"], "label_mass": float(np.mean([v.label_mass for v in votes])),
     }  # fmt: skip
 
 
-def _principles(pairs, weights, clusters, samples, seed) -> dict:
+def _principles(pairs, weights, clusters, seed) -> dict:
     """For each principle alone: accuracy, position, label mass, and the pairs on which it gave no vote. Only pairs that
     were compared under it count; with principles_per_pair these are not all pairs, and there may be none."""
     table = {}
     for name in weights:
         towards, asked, kept, missing = [], [], [], Counter()
         for record, cluster in zip(pairs, clusters, strict=True):
-            found = _votes([record], {**dict.fromkeys(weights, 0.0), name: 1.0})
+            found = votes_of([record], {**dict.fromkeys(weights, 0.0), name: 1.0})
             gone = [m["status"] for m in record["missing"] if m["principle"] == name]
             missing.update(gone)
             kept += found
@@ -241,9 +224,9 @@ def _principles(pairs, weights, clusters, samples, seed) -> dict:
         if not asked:
             continue
         right = (np.sign(np.array(towards)) + 1) / 2
-        drawn = cluster_bootstrap({"accuracy": right}, asked, samples, seed)
+        drawn = cluster_bootstrap({"accuracy": right}, asked, seed)
         table[name] = {
-            "accuracy": _interval(drawn["accuracy"]), "votes": len(kept), "missing": dict(missing),
+            "accuracy": drawn["accuracy"], "votes": len(kept), "missing": dict(missing),
             "order_bias": fit_bias(kept),
             "same_position": float(np.mean([v.logit_ab * v.logit_ba < 0 for v in kept])) if kept else None,
             "label_mass": float(np.mean([v.label_mass for v in kept])) if kept else None,
@@ -276,12 +259,12 @@ def _injections(pairs, groups: Mapping[str, list[dict]], weights, combine: str) 
     return table
 
 
-def _calibrated(towards: np.ndarray, clusters: Sequence[str], bias: float, samples: int, seed: int) -> dict:
+def _calibrated(towards: np.ndarray, clusters: Sequence[str], bias: float, seed: int) -> dict:
     """The slope, its interval, and the scores of P without it and with it, on conversations it was not fitted on."""
     names, which = np.unique(clusters, return_inverse=True)
     fold = np.random.default_rng(seed).permutation(len(names))[which] % FOLDS
     slope = fit_slope(towards)
-    draws = np.random.default_rng(seed).integers(0, len(names), (min(samples, 200), len(names)))
+    draws = np.random.default_rng(seed).integers(0, len(names), (SLOPES, len(names)))
     counts = np.stack([np.bincount(d, minlength=len(names)) for d in draws])  # (S, clusters)
     low, high = np.quantile(fit_slope(towards, counts[:, which]), [0.025, 0.975])
     held_out = np.concatenate([fit_slope(towards[fold != k]) * towards[fold == k] for k in range(FOLDS)])
@@ -335,17 +318,15 @@ def reliability(towards: np.ndarray) -> list[list[float]]:
     return [[float(sure[part].mean()), float(right[part].mean()), len(part)] for part in parts]
 
 
-def cluster_bootstrap(
-    columns: dict[str, np.ndarray], clusters: Sequence, samples: int, seed: int
-) -> dict[str, tuple[float, float, float]]:
-    """(mean, 2.5 % and 97.5 % quantile of the mean) of each (N,) column, with clusters drawn with replacement."""
+def cluster_bootstrap(columns: dict[str, np.ndarray], clusters: Sequence, seed: int) -> dict[str, dict[str, float]]:
+    """The mean of each (N,) column, with its 2.5 % and 97.5 % quantile over clusters drawn with replacement."""
     _, which = np.unique(clusters, return_inverse=True)
     sizes = np.bincount(which)
-    draws = np.random.default_rng(seed).integers(0, len(sizes), (samples, len(sizes)))  # (samples, clusters)
+    draws = np.random.default_rng(seed).integers(0, len(sizes), (SAMPLES, len(sizes)))  # (S, clusters)
     results = {}
     for name, values in columns.items():
         sums = np.bincount(which, weights=values)
         means = sums[draws].sum(1) / sizes[draws].sum(1)
         low, high = np.quantile(means, [0.025, 0.975])
-        results[name] = (float(np.mean(values)), float(low), float(high))
+        results[name] = {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
     return results

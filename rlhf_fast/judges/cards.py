@@ -18,7 +18,7 @@ def write_card(card: dict, path: Path) -> Path:
         section("Calibration", _calibration(card)),
         section("Principles", _principles(card["principles"])),
         section("Sentences added to the worse reply", _injections(card["injections"])),
-        section("Answers", _statuses(card)),
+        section("Answers", table([["Pairs", "number"], *([k, str(n)] for k, n in card["statuses"].items())])),
         section("Made with", _made_with(card)),
     ]
     return write_page(path, f"A judge's card: {_judge_name(card['judge'])}", body)
@@ -48,18 +48,15 @@ def _verdict(card: dict) -> str:
 
 
 def _accuracies(card: dict) -> str:
-    rows = [("judge", card["accuracy"]), *((f"{name}", x) for name, x in card["floors"].items())]
+    rows = [("judge", card["accuracy"]), *card["floors"].items()]
     drawn = interval_chart(
         "Share of pairs on which the better reply is chosen",
         [(name, x["mean"], x["low"], x["high"]) for name, x in rows], reference=0.5, percent=True,
     )  # fmt: skip
-    figures = [
-        ["", "pairs", "accuracy"],
-        *(
-            [name.replace("_", " "), str(x["pairs"]), "" if x["accuracy"] is None else f"{x['accuracy']:.1%}"]
-            for name, x in card["length"].items()
-        ),
-    ]
+    figures = [["", "pairs", "accuracy"]]
+    for name, x in card["length"].items():
+        accuracy = "" if x["accuracy"] is None else f"{x['accuracy']:.1%}"
+        figures.append([name.replace("_", " "), str(x["pairs"]), accuracy])
     note = (
         f"<p>{card['pairs']} pairs of {card['conversations']} conversations; intervals are 95 %, over conversations. "
         f"Cohen's kappa of judge and people: {_number(card['kappa'])}.</p>"
@@ -112,7 +109,7 @@ def _principles(principles: Mapping[str, dict]) -> str:
     rows = [["Principle", "accuracy", "same position", "order bias, nats", "label mass", "votes", "no vote"]]
     for name, x in principles.items():
         rows.append([
-            name, f"{x['accuracy']['mean']:.1%}", "" if x["same_position"] is None else f"{x['same_position']:.0%}",
+            name, f"{x['accuracy']['mean']:.1%}", _share(x["same_position"]),
             f"{x['order_bias']:.3f}", _number(x["label_mass"]), str(x["votes"]), _counts(x["missing"]),
         ])  # fmt: skip
     return grid([drawn]) + table(rows)
@@ -130,10 +127,6 @@ def _injections(injections: Mapping[str, dict]) -> str:
     note = "<p>How far the verdict moves on average towards the worse reply when the sentence is added to it; the "
     note += "largest move of one pair; and how many pairs turn in its favour. No answer: pairs that were decided "
     return note + "without the sentence but not with it.</p>" + table(rows)
-
-
-def _statuses(card: dict) -> str:
-    return table([["Pairs", "number"], *([name, str(n)] for name, n in card["statuses"].items())])
 
 
 def _made_with(card: dict) -> str:
@@ -171,19 +164,8 @@ def _reading(report: dict) -> str:
 
 def _votes_table(report: dict) -> str:
     truth = any(x["accuracy"] is not None for x in report["principles"].values())
-    head = [
-        "Principle",
-        "weight",
-        "votes",
-        "decided",
-        "agrees",
-        "|nats|",
-        "same place",
-        "turns",
-        "makes",
-        "change of P",
-    ]
-    rows = [[*head, *(["accuracy", "without"] if truth else [])]]
+    head = ["Principle", "weight", "votes", "decided", "agrees", "|nats|", "same place", "turns", "makes"]
+    rows = [[*head, "change of P", *(["accuracy", "without"] if truth else [])]]
     for name, x in report["principles"].items():
         more = [_share(x["accuracy"]), _share(x["accuracy_without"])] if truth else []
         rows.append([

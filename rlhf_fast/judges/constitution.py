@@ -128,7 +128,6 @@ def _read(path: Path):
 
 # --- this package's format ---
 
-_TOP = {"format", "name", "version", "language", "layout", "principles", "few_shot"}
 _TOP_TYPES = {"name": str, "language": str, "layout": dict, "few_shot": dict, "principles": list}
 _TEXTS = ("critique", "revise", "compare")
 _PRINCIPLE = {"id": str, "weight": float, "hard": bool, "tags": list, **dict.fromkeys(_TEXTS, str), "check": dict}
@@ -138,7 +137,7 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: dict) -> dic
     """The parts that a file adds to those of the files before it, or replaces."""
     if content["format"] != FORMAT:
         raise ConstitutionError(f"{path}: field 'format': got {content['format']!r}, needs {FORMAT!r}")
-    _refuse_unknown(content, _TOP, f"{path}:")
+    _refuse_unknown(content, {"format", "version", *_TOP_TYPES}, f"{path}:")
     for name, kind in _TOP_TYPES.items():
         if not isinstance(content.get(name) or kind(), kind):
             got = content[name]
@@ -149,7 +148,7 @@ def _parse_own(content: dict, path: Path, allow_code: bool, before: dict) -> dic
     _refuse_unknown(layout, {"compare", "critique"}, f"{path}: field 'layout':")
     _refuse_unknown(few_shot, {"critique", "compare", "cot"}, f"{path}: field 'few_shot':")
     parts = {
-        "name": content.get("name", before["name"]),
+        "name": content.get("name") or before["name"],
         "language": content.get("language", before.get("language", "en")),
         "compare_layout": layout.get("compare", before.get("compare_layout", "anthropic")),
         "critique_layout": layout.get("critique", before.get("critique_layout", "chat")),

@@ -14,13 +14,12 @@ The judge is not asked. Other weights give other labels from the same votes (lab
 principles deserve a weight.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..disk import write_atomic
+from ..disk import write_json
 from .calibration import UNCALIBRATED, Calibration, sigmoids
 from .cards import write_constitution_report
 from .labels import label_settings, read_judgements, settings_of, verdict_of
@@ -39,7 +38,7 @@ def report_on(judgements: str | Path, *, name: str = "", calibration: Calibratio
     records, calibration = read_judgements(source), Calibration(**how["calibration"])
     report = constitution_report(records, made_with["weights"], how["combine"], calibration, how["tie_margin"])
     report = {"constitution": name or made_with["constitution_sha256"][:12], **report}
-    write_atomic(source / "constitution.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(source / "constitution.json", report, indent=1)
     write_constitution_report(report, source / "constitution.html")
     return report
 

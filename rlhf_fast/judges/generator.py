@@ -77,28 +77,25 @@ def describe_model(model) -> dict:
     return {"model": model.config.name_or_path, "dtype": dtype, "weights": digest.hexdigest()}
 
 
-def describe(generate: Generate) -> dict:
-    """A description that distinguishes a generator from others. ConfigError if it has none."""
-    if not hasattr(generate, "describe") and not hasattr(generate, "__qualname__"):
-        raise ConfigError(
-            f"generate must be a function of prompts and seeds, or have a describe(), got {type(generate).__name__}: "
-            "wrap a model in TextGenerator, anything else in a def"
-        )
-    return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
-
-
 def _answer_of(text: str) -> Answer:
     return Answer("ok", {"text": text, "finish_reason": "length" if isinstance(text, Cut) else "stop"})
 
 
 class _Function:
-    """Any generator as a backend of the ledger. It answers a whole batch, or raises."""
+    """Any generator as a backend of the ledger. It answers a whole batch, or raises. ConfigError for a generator that
+    nothing distinguishes from others."""
 
     def __init__(self, generate: Generate):
+        if not hasattr(generate, "describe") and not hasattr(generate, "__qualname__"):
+            raise ConfigError(
+                "generate must be a function of prompts and seeds, or have a describe(), got "
+                f"{type(generate).__name__}: wrap a model in TextGenerator, anything else in a def"
+            )
         self.generate = generate
 
     def describe(self) -> dict:
-        return describe(self.generate)
+        generate = self.generate
+        return generate.describe() if hasattr(generate, "describe") else {"function": generate.__qualname__}
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         texts = self.generate([r["prompt"] for r in requests], [r["seed"] for r in requests])
@@ -121,7 +118,7 @@ class Writer:
         self.seed, self.few_shots, self.ledger = seed, constitution.critique_few_shots, ledger
         self.backend = generate if hasattr(generate, "answer") else _Function(generate)
         self.render, self.clean = CRITIQUE_LAYOUTS[constitution.critique_layout]
-        self.settings = {"constitution_sha256": constitution.sha256, "generator": describe(generate)}
+        self.settings = {"constitution_sha256": constitution.sha256, "generator": self.backend.describe()}
         self.failures: dict[str, str] = {}
 
     def or_failed(self, record: dict) -> dict:

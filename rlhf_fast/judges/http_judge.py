@@ -21,9 +21,10 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from .constitution import Constitution
-from .layouts import COMPARE_LABELS, WORDS, Words, text_prompt
+from .layouts import COMPARE_LABELS, WORDS, text_prompt
 from .ledger import Answer, Call, Ledger, Tries
 from .model_judge import ModelJudge
+from .scoring import common_prefix
 from .server import Server, Unreadable
 
 MODES = ("echo", "top_k", "chat", "systemone", "votes")
@@ -38,17 +39,9 @@ class HTTPBackend:
     """Scores or samples labels through a server in `mode`. `found` has the result of each mode that was tried."""
 
     def __init__(
-        self,
-        server: Server,
-        layout: str,
-        words: Words,
-        *,
-        mode: str,
-        votes: int,
-        vote_tokens: int,
-        top_k: int,
+        self, server: Server, constitution: Constitution, *, mode: str, votes: int, vote_tokens: int, top_k: int,
         max_slack: float,
-    ):
+    ):  # fmt: skip
         if mode not in ("auto", *MODES):
             raise ConfigError(f"HTTPJudge: mode = {mode!r}, needs auto or one of {', '.join(MODES)}")
         if (mode == "votes") != (votes > 0):
@@ -56,25 +49,24 @@ class HTTPBackend:
                 f"HTTPJudge: votes = {votes} and mode = {mode!r} do not go together: mode: votes needs votes: 1 or "
                 "more samples per question, every other mode needs votes: 0"
             )
-        self.server, self.layout, self.words = server, layout, words
+        self.server, self.words = server, WORDS[constitution.language]
         self.votes, self.vote_tokens = votes, vote_tokens
         self.top_k, self.max_slack = top_k, max_slack
-        self._calls: list[Call] = []  # of the probe, until there is a ledger to record them
-        self.mode, self.found = self._probe(mode)
+        self.calls: list[Call] = []  # of the probe, until there is a ledger to record them
+        texts = [] if constitution.compare_layout == "chat" else ["echo", "top_k"]
+        self.mode, self.found = self._probe([*texts, "chat", "systemone"] if mode == "auto" else [mode])
 
-    def _probe(self, mode: str) -> tuple[str, dict[str, str]]:
-        """(the mode to use, the result of each mode that was tried)."""
-        chats = ["chat", "systemone"]
-        wanted = [mode] if mode != "auto" else chats if self.layout == "chat" else ["echo", "top_k", *chats]
+    def _probe(self, wanted: Sequence[str]) -> tuple[str, dict[str, str]]:
+        """(the first mode that works, the result of each mode that was tried)."""
         question = "\n\nWhich letter comes first in the alphabet?\n (A) A\n (B) B"
         found = {}
         for name in wanted:
             self.mode = name
             labels = list(COMPARE_LABELS)
-            prompt = self.prompt(self.layout, [], question, labels, None)
+            prompt = self.prompt([], question, labels, None)
             request = {"prompt": prompt, "labels": labels, "about": f"probe/{name}"}
-            self._calls += self.server.ask_once(request, self._send, self._read)
-            answer, code = self._calls[-1].answer, self._calls[-1].about.get("http_status")
+            self.calls += self.server.ask_once(request, self._send, self._read)
+            answer, code = self.calls[-1].answer, self.calls[-1].about.get("http_status")
             if answer.status == "ok" or (name == "votes" and code == 200 and answer.status != "failed"):
                 return name, {**found, name: "yes"}
             if code is None:
@@ -82,10 +74,10 @@ class HTTPBackend:
             if code in (401, 429) or code > 501:  # llama.cpp answers 500 or 501 to a mode that it does not have
                 raise ConfigError(f"{self.server.base_url}: {answer.reason}")
             found[name] = answer.reason
-        if mode == "votes":
+        if self.mode == "votes":
             raise ConfigError(
-                f"{self.server.base_url} does not answer for {self.server.model!r}: {found[mode]}. The server option "
-                "extra_body adds fields to every request, or removes them"
+                f"{self.server.base_url} does not answer for {self.server.model!r}: {found['votes']}. The server "
+                "option extra_body adds fields to every request, or removes them"
             )
         told = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         raise ConfigError(
@@ -94,26 +86,14 @@ class HTTPBackend:
             "per question"
         )
 
-    def note_probe(self, ledger: Ledger) -> None:
-        """Records the calls of the probe in the first ledger that the judge uses."""
-        if ledger.directory:
-            calls, self._calls = self._calls, []
-            ledger.note(self, calls)
-
     def describe(self) -> dict:
         counted = {"votes": self.votes, "vote_tokens": self.vote_tokens} if self.votes else {}
-        return {
-            **self.server.describe(),
-            "mode": self.mode,
-            "top_k": self.top_k,
-            "max_slack": self.max_slack,
-            **counted,
-        }
+        return self.server.describe() | {"mode": self.mode, "top_k": self.top_k, "max_slack": self.max_slack} | counted
 
     def special_tokens(self) -> Sequence[str]:
         return ()  # the server's tokenizer is unknown; `defuse` knows the common tokens
 
-    def prompt(self, layout: str, shots, question: str, labels, rationale: str | None):
+    def prompt(self, shots, question: str, labels, rationale: str | None):
         """Text for /completions. Messages for the other modes, which ask for the letter only."""
         if self.mode in ("echo", "top_k"):
             # top_k sees only the first token, so the prompt must end right before the letter.
@@ -121,13 +101,13 @@ class HTTPBackend:
             return text_prompt(None, shots, question, rationale, words=self.words) + begun
         only = self.words.only.format(*map(_bare, labels))
         if rationale is not None:
-            return [*self.ask_for_rationale(layout, shots, question), _assistant(rationale), _user(only)]
+            return [*self.ask_for_rationale(shots, question), _assistant(rationale), _user(only)]
         messages = []
         for shot in shots:
             messages += [_user(f"{shot.question.strip()}\n\n{only}"), _assistant(_bare(shot.label))]
         return [*messages, _user(f"{question.strip()}\n\n{only}")]
 
-    def ask_for_rationale(self, layout: str, shots, question: str):
+    def ask_for_rationale(self, shots, question: str):
         if self.mode in ("echo", "top_k"):
             return text_prompt(None, shots, question, asking=True, words=self.words)
         messages = []
@@ -190,16 +170,16 @@ class HTTPJudge(ModelJudge):
         top_k: int = 20, max_slack: float = 0.05, min_label_mass: float = 0.1, cot_tokens: int = 0, seed: int = 0,
     ):  # fmt: skip
         backend = HTTPBackend(
-            server, constitution.compare_layout, WORDS[constitution.language], mode=mode, votes=votes,
-            vote_tokens=vote_tokens, top_k=top_k, max_slack=max_slack,
-        )  # fmt: skip
+            server, constitution, mode=mode, votes=votes, vote_tokens=vote_tokens, top_k=top_k, max_slack=max_slack
+        )
         super().__init__(
             backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, votes=votes, seed=seed
         )
 
     def _answers(self, questions, shots, labels, cot_tokens: int, ledger: Ledger | None) -> list[Answer]:
         if ledger:
-            self.backend.note_probe(ledger)
+            ledger.note(self.backend, self.backend.calls)
+            self.backend.calls = []
         return super()._answers(questions, shots, labels, cot_tokens, ledger)
 
 
@@ -293,9 +273,7 @@ def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
         if not keep:
             raise Unreadable("the prompt was not echoed")
         rows.append((tokens[:keep], scores[:keep]))
-    same = 0
-    while len({tuple(tokens[same : same + 1]) for tokens, _ in rows}) == 1 and same < len(rows[0][0]):
-        same += 1
+    same = common_prefix([tokens for tokens, _ in rows])
     tails = [scores[same:] for _, scores in rows]
     if any(not tail or None in tail for tail in tails):
         raise Unreadable("the labels have no log-probabilities of their own")

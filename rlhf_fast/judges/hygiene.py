@@ -92,8 +92,8 @@ def leaks(reply: str, requests: Iterable[str | None] = ()) -> bool:
 
 
 def repeats(reply: str) -> bool:
-    sentences = Counter(s for s in _sentences(reply) if len(s) > 3)
-    if sentences and max(sentences.values()) >= 3:
+    sentences = Counter(s for s in map(str.strip, re.split(r"(?<=[.?!。？！])\s*|\n+", reply)) if len(s) > 3)
+    if max(sentences.values(), default=0) >= 3:
         return True
     units, n = (list("".join(reply.split())), 8) if _JAPANESE.search(reply) else (reply.split(), 4)
     grams = [tuple(units[i : i + n]) for i in range(len(units) - n + 1)]
@@ -152,10 +152,6 @@ def _count(replies: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, 
 
 def _plain(text: str) -> str:
     return text.replace("’", "'")
-
-
-def _sentences(text: str) -> list[str]:
-    return [s.strip() for s in re.split(r"(?<=[.?!。？！])\s*|\n+", text) if s.strip()]
 
 
 def _language(text: str) -> str | None:

@@ -115,6 +115,11 @@ def verdict_of(
     return decide(votes, missing, {name: weights.get(name, 1.0) for name in names}, combine=combine)
 
 
+def votes_of(judgements: Iterable[dict], weights: Mapping[str, float]) -> list[Vote]:
+    """The votes of all judgements that count under these weights."""
+    return [vote for judgement in judgements for vote in verdict_of(judgement, weights, combine="logit").votes]
+
+
 def derive(
     judgements: str | Path, *, output_dir: str | Path, weights: Mapping[str, float] | None = None,
     combine: str | None = None, calibration: Calibration | None = None, clamp: tuple[float, float] | None = None,
@@ -142,7 +147,12 @@ def derive(
         raise ConfigError(
             f"derive: {output_dir} holds the labels that were made with these judgements: give another output_dir"
         )
-    return _write_labels(output_dir, records, how, {k: made_with[k] for k in ("judge", "constitution_sha256")})
+    provenance = {k: made_with[k] for k in ("judge", "constitution_sha256")}
+    return finish_stage(
+        output_dir, [_labelled(record, how) for record in records],
+        lambda record: [_comparison(record, how, provenance)], name="comparisons", used=("ok",),
+        refused=("tie", *UNDECIDED),
+    )  # fmt: skip
 
 
 def settings_of(judgements: str | Path) -> dict:
@@ -207,14 +217,6 @@ def label_settings(
                 f"label: clamp = {how['clamp']} must be (1 - p, p) with 0.5 < p <= 1: which reply is called a is chance"
             )
     return how
-
-
-def _write_labels(output_dir, records: Sequence[dict], how: dict, provenance: dict) -> Stage:
-    labelled = [_labelled(record, how) for record in records]
-    return finish_stage(
-        output_dir, labelled, lambda record: [_comparison(record, how, provenance)], name="comparisons", used=("ok",),
-        refused=("tie", *UNDECIDED),
-    )  # fmt: skip
 
 
 def _labelled(record: dict, how: dict) -> dict:

@@ -17,8 +17,8 @@ import json
 import sqlite3
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -109,29 +109,17 @@ class Tries:
             db.execute(
                 "UPDATE attempts SET status=?, value=?, reason=?, raw=?, http_status=?, prompt_tokens=?, "
                 "completion_tokens=?, seconds=?-started WHERE id=?",
-                (answer.status, _dump(answer.value), answer.reason, raw and _utf8(raw), http_status, prompt_tokens,
-                 completion_tokens, time.time(), attempt),
+                (*_columns(answer), raw and _utf8(raw), http_status, prompt_tokens, completion_tokens, time.time(),
+                 attempt),
             )  # fmt: skip
         self._ledger._count(self._backend, 0, prompt_tokens, completion_tokens)
         self.last[i] = answer
 
     def all(self, answers: Sequence[Answer]) -> None:
         """Records the answers to all requests in one transaction: after a crash all of them are there, or none."""
-        if len(answers) != len(self._requests):
-            raise RuntimeError(f"{len(self._requests)} questions, {len(answers)} answers")
-        now, answers = time.time(), [_as_read(a, r.key) for r, a in zip(self._requests, answers, strict=True)]
-        rows = [
-            (r.key, self._backend, r.about, r.prompt_sha256, a.status, _dump(a.value), a.reason, now, 0.0)
-            for r, a in zip(self._requests, answers, strict=True)
-        ]
-        with self._ledger.transaction() as db:
-            db.executemany(
-                "INSERT INTO attempts (key, backend, about, prompt_sha256, status, value, reason, started, seconds) "
-                "VALUES (?,?,?,?,?,?,?,?,?)",
-                rows,
-            )
-        self._ledger._count(self._backend, len(rows))
-        self.last = answers
+        now = time.time()
+        ended = [(r, a, now, 0.0, {}) for r, a in zip(self._requests, answers, strict=True)]
+        self.last = self._ledger._insert(self._backend, ended)
 
 
 class _Request(NamedTuple):
@@ -199,8 +187,12 @@ class Ledger:
         if self._held:
             self._held.close()
 
-    def transaction(self) -> "_Transaction":
-        return _Transaction(self._db, self._lock)
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Commits as a whole, or not at all; one at a time."""
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
 
     def ask(self, backend: Backend, requests: Sequence[dict]) -> list[Answer]:
         """One answer per request, in order: from the ledger if it has one, otherwise from `backend`.
@@ -225,20 +217,24 @@ class Ledger:
     def note(self, backend: Backend, calls: Iterable[Call]) -> None:
         """Records earlier calls, such as a probe of the server. They count as usage, and answer no request."""
         who = self._register(backend)
-        for call in calls:
-            key, prompt_sha256, about = _request(who, {**call.request, "started": call.started})
-            more = [call.about.get(name) for name in ("raw", "http_status", "prompt_tokens", "completion_tokens")]
-            answer = _as_read(call.answer, key)
-            row = (key, who, about, prompt_sha256, answer.status, _dump(answer.value), answer.reason,
-                   more[0] and _utf8(more[0]), *more[1:], call.started, call.seconds)  # fmt: skip
-            with self.transaction() as db:
-                db.execute(
-                    "INSERT INTO attempts (key, backend, about, prompt_sha256, status, value, reason, raw, "
-                    "http_status, prompt_tokens, completion_tokens, started, seconds) "
-                    "VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                    row,
-                )
-            self._count(who, 1, *more[2:])
+        self._insert(who, [(_request(who, {**c.request, "started": c.started}), *c[1:]) for c in calls])
+
+    def _insert(self, who: str, ended: Sequence[tuple["_Request", Answer, float, float, dict]]) -> list[Answer]:
+        """Records attempts that have ended, given as (request, answer, started, seconds, about) -> the answers."""
+        answers, rows = [], []
+        for request, answer, started, seconds, about in ended:
+            answers.append(_as_read(answer, request.key))
+            raw, *more = (about.get(name) for name in ("raw", "http_status", "prompt_tokens", "completion_tokens"))
+            rows.append((*request, who, *_columns(answers[-1]), raw and _utf8(raw), *more, started, seconds))
+        with self.transaction() as db:
+            db.executemany(
+                "INSERT INTO attempts (key, prompt_sha256, about, backend, status, value, reason, raw, http_status, "
+                "prompt_tokens, completion_tokens, started, seconds) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                rows,
+            )
+        for *_, about in ended:
+            self._count(who, 1, about.get("prompt_tokens"), about.get("completion_tokens"))
+        return answers
 
     def _register(self, backend: Backend) -> str:
         """Stores the description of a backend -> its id."""
@@ -264,12 +260,10 @@ class Ledger:
                     found[key] = Answer(status, None if value is None else json.loads(value), reason or "", key)
         return found
 
-    def usage(self, backend: str | None = None) -> Usage:
-        """The usage of all backends, or of the one with this id."""
+    def usage(self, backend: str) -> Usage:
+        """The usage of the backend with this id."""
         with self._lock:
-            if backend is not None:
-                return self._used.get(backend, Usage())
-            return Usage(*map(sum, zip(Usage(), *self._used.values(), strict=True)))
+            return self._used.get(backend, Usage())
 
     def _count(
         self, backend: str, requests: int, prompt_tokens: int | None = None, completion_tokens: int | None = None
@@ -277,29 +271,6 @@ class Ledger:
         with self._lock:
             more, used = (requests, prompt_tokens or 0, completion_tokens or 0), self._used.get(backend, Usage())
             self._used[backend] = Usage(*map(sum, zip(used, more, strict=True)))
-
-    def counts(self) -> Counter:
-        """Attempts by status. Their sum is `usage().requests`."""
-        with self._lock:
-            return Counter(dict(self._db.execute("SELECT status, count(*) FROM attempts GROUP BY status")))
-
-
-class _Transaction:
-    """Commits as a whole, or not at all; one at a time."""
-
-    def __init__(self, db: sqlite3.Connection, lock: threading.RLock):
-        self._db, self._lock = db, lock
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._lock.acquire()
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            self._db.execute("ROLLBACK" if kind else "COMMIT")
-        finally:
-            self._lock.release()
 
 
 def _dump(value: Any) -> str:
@@ -314,6 +285,10 @@ def _utf8(text: str) -> str:
 def _as_read(answer: Answer, key: str) -> Answer:
     """The answer as a later run will read it from the ledger, so that this run sees the same."""
     return Answer(answer.status, json.loads(_dump(answer.value)), _utf8(answer.reason), key)
+
+
+def _columns(answer: Answer) -> tuple[str, str, str]:
+    return answer.status, _dump(answer.value), answer.reason
 
 
 def _request(who: str, request: dict) -> _Request:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from ..generation import generate_tokens
 from ..models import check_lm_head, evaluating, stop_ids
 from .constitution import Constitution
 from .generator import describe_model
-from .layouts import COMPARE_LAYOUTS, WORDS, Words
+from .layouts import COMPARE_LAYOUTS, WORDS
 from .ledger import Answer, Tries
 from .model_judge import ModelJudge
 from .scoring import encode, label_logprobs
@@ -16,9 +17,11 @@ from .scoring import encode, label_logprobs
 class LocalBackend:
     """Scores labels with one model, computing shared prefixes of questions once. Writes rationales greedily."""
 
-    def __init__(self, model, tokenizer, words: Words, tokens_per_batch: int):
+    def __init__(self, model, tokenizer, constitution: Constitution, tokens_per_batch: int):
         check_lm_head(model)
-        self.model, self.tokenizer, self.words, self.tokens_per_batch = model, tokenizer, words, tokens_per_batch
+        self.model, self.tokenizer, self.tokens_per_batch = model, tokenizer, tokens_per_batch
+        render = COMPARE_LAYOUTS[constitution.compare_layout][1]
+        self._render = partial(render, tokenizer, words=WORDS[constitution.language])
         self.max_length = getattr(model.config, "max_position_embeddings", None) or math.inf
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._special = sorted({*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)})
@@ -29,11 +32,11 @@ class LocalBackend:
     def special_tokens(self) -> Sequence[str]:
         return self._special
 
-    def prompt(self, layout: str, shots, question: str, labels, rationale: str | None) -> str:
-        return COMPARE_LAYOUTS[layout][1](self.tokenizer, shots, question, rationale, words=self.words)
+    def prompt(self, shots, question: str, labels, rationale: str | None) -> str:
+        return self._render(shots, question, rationale)
 
-    def ask_for_rationale(self, layout: str, shots, question: str) -> str:
-        return COMPARE_LAYOUTS[layout][1](self.tokenizer, shots, question, asking=True, words=self.words)
+    def ask_for_rationale(self, shots, question: str) -> str:
+        return self._render(shots, question, asking=True)
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         tries.all(self._scores(requests) if "labels" in requests[0] else self._texts(requests))
@@ -77,7 +80,7 @@ class LocalJudge(ModelJudge):
         self, model, tokenizer, constitution: Constitution, *, min_label_mass: float = 0.1, cot_tokens: int = 0,
         tokens_per_batch: int = 8192, seed: int = 0,
     ):  # fmt: skip
-        backend = LocalBackend(model, tokenizer, WORDS[constitution.language], tokens_per_batch)
+        backend = LocalBackend(model, tokenizer, constitution, tokens_per_batch)
         super().__init__(
             backend, constitution, min_label_mass=min_label_mass, cot_tokens=cot_tokens, votes=0, seed=seed
         )

@@ -32,11 +32,11 @@ class ScoringBackend(Backend, Protocol):
     {"prompt", "max_tokens", "seed"}         value {"text"}
     """
 
-    def prompt(self, layout: str, shots: Sequence[Shot], question: str, labels, rationale: str | None):
+    def prompt(self, shots: Sequence[Shot], question: str, labels, rationale: str | None):
         """The prompt that a label continues. It ends with `rationale`, if there is one."""
         ...
 
-    def ask_for_rationale(self, layout: str, shots: Sequence[Shot], question: str):
+    def ask_for_rationale(self, shots: Sequence[Shot], question: str):
         """The prompt that a rationale continues."""
         ...
 
@@ -151,14 +151,14 @@ class ModelJudge:
         rationales: list[Answer | None] = [None] * len(questions)
         if cot_tokens:
             rationales = ledger.ask(self.backend, [
-                {"prompt": self.backend.ask_for_rationale(self.layout, shots, question), "max_tokens": cot_tokens,
+                {"prompt": self.backend.ask_for_rationale(shots, question), "max_tokens": cot_tokens,
                  "seed": seed_for(self.seed, question), "layout": self.layout, "about": f"rationale/{about}"}
                 for about, question in questions
             ])  # fmt: skip
         asked = [i for i, r in enumerate(rationales) if r is None or r.status == "ok"]
         texts = {i: cut_at_head(rationales[i].value["text"]) for i in asked if rationales[i]}
         requests = [
-            {"prompt": self.backend.prompt(self.layout, shots, questions[i][1], labels, texts.get(i)),
+            {"prompt": self.backend.prompt(shots, questions[i][1], labels, texts.get(i)),
              "labels": list(labels), "layout": self.layout, "about": questions[i][0]} for i in asked
         ]  # fmt: skip
         if self.votes:

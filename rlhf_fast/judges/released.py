@@ -92,7 +92,7 @@ def _parse_llm_swarm(content: dict, path: Path, parts: dict) -> None:
             raise ConstitutionError(f"{where} needs the fields 'critic' and 'revision', got {entry!r}")
         critique, revise = (text_field(entry.get(name), where, name) for name in ("critic", "revision"))
         parts["principles"].append(Principle(f"critic{i}", critique=critique, revise=revise))
-    shots, last = [], list(_ANSWERS)
+    shots = []
     for i, chat in enumerate(_list(content, "system_chat", path) if "system_chat" in content else []):
         roles = [m.get("role") if isinstance(m, dict) else None for m in chat] if isinstance(chat, list) else []
         if len(roles) < 6 or roles != ["user", "assistant"] * (len(roles) // 2):
@@ -100,7 +100,7 @@ def _parse_llm_swarm(content: dict, path: Path, parts: dict) -> None:
                 f"{path}: few-shot {i}: field 'system_chat': needs user and assistant in turn, six messages or more "
                 f"(prompt, reply, critique request, critique, revision request, revision), got {roles}"
             )
-        heads = ["Human", "Assistant"] * (len(roles) // 2 - 2) + last
+        heads = [*["Human", "Assistant"] * (len(roles) // 2 - 2), *_ANSWERS]
         texts = [text_field(m.get("content"), f"{path}: few-shot {i}:", "content") for m in chat]
         shots.append(tuple(zip(heads, texts, strict=True)))
     parts |= {"critique_few_shots": shots, "critique_layout": "chat"}
@@ -146,14 +146,11 @@ def compare_shots(values, path: Path) -> list:
     shots = []
     for i, shot in enumerate(values):
         where = f"{path}: few-shot {i}:"
-        if not isinstance(shot, dict) or not (
-            {"corrects", "incorrects"} <= set(shot) or {"better", "worse"} <= set(shot)
-        ):
+        released = isinstance(shot, dict) and {"corrects", "incorrects"} <= set(shot)
+        names = ("corrects", "incorrects") if released else ("better", "worse")
+        if not isinstance(shot, dict) or not {*names} <= set(shot):
             raise ConstitutionError(f"{where} needs the fields 'prompt', 'better' and 'worse', got {shot!r}")
-        released = "corrects" in shot
-        better, worse = (
-            (_first(shot[k]) for k in ("corrects", "incorrects")) if released else (shot["better"], shot["worse"])
-        )
+        better, worse = (_first(shot[name]) if released else shot[name] for name in names)
         prompt = text_field(shot.get("prompt"), where, "prompt")
         try:
             conversation = messages_of(parse_turns(prompt)) if released else [{"role": "user", "content": prompt}]

@@ -16,7 +16,7 @@ def check_rule(principle: Principle, conversation: Messages, reply: str) -> Chec
         return Check(principle.id, None, None, "failed", f"{principle.id}: {type(error).__name__}: {error}")
     if value is None:
         return Check(principle.id, None, None, "not_applicable")
-    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
         reason = f"{principle.id}: rule returned {value!r}, needs True, False, None or a number from 0 to 1"
         return Check(principle.id, None, None, "failed", reason)
     return Check(principle.id, float(value), value >= 0.5)

@@ -37,7 +37,7 @@ def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_b
     """
     reads: dict[Row, dict[tuple[int, int], list]] = {}  # inputs -> {(position, token): [(question, label)]}
     for q, sequences in enumerate(questions):
-        prefix = _common_prefix(sequences)
+        prefix = common_prefix(sequences)
         for label, ids in enumerate(sequences):
             if prefix == 0 or prefix == len(ids):
                 raise ValueError(
@@ -77,7 +77,7 @@ def _grow(rows: Sequence[Row], limits: dict[Row, int], end: int) -> _Node:
     node, groups = _Node(end, rows[0][:end] if rows else ()), [list(rows)] if rows else []
     while groups:
         group = groups.pop()
-        common = min(_common_prefix((group[0], group[-1])), *(limits[row] for row in group), len(group[0]))
+        common = min(common_prefix((group[0], group[-1])), *(limits[row] for row in group), len(group[0]))
         saved = (len(group) - 1) * (common - end)
         # Sharing less than half of the tokens costs more calls than it saves.
         if len(group) > 1 and 2 * saved >= sum(len(row) - end for row in group):
@@ -150,7 +150,7 @@ def _batches(rows: Sequence[Row], budget: int) -> list[list[Row]]:
     return batches
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """The number of first tokens that all have in common, which is that of the smallest and the largest. Comparing
     slices is fast, because it runs in C."""
     least, greatest = min(sequences), max(sequences)

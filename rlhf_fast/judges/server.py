@@ -1,4 +1,4 @@
-"""Calls to an OpenAI-compatible server: many at once, each try recorded, none paid for twice.
+"""Makes many calls to an OpenAI-compatible server at once, records each try, and never pays for an answer twice.
 
     200 that can be read              the answer
     408, 409, 425, 5xx, time-out,     retried after Retry-After, or a random time below backoff * 2^tries (full jitter),

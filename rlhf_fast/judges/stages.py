@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..data.checks import check_encodable
 from ..data.files import as_rows
-from ..disk import json_line, make_directory, read_json, write_atomic
+from ..disk import json_line, make_directory, read_json, write_atomic, write_json
 from ..errors import ConfigError
 from .ledger import Ledger
 
@@ -158,14 +158,14 @@ def finish_stage(
     write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
     write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
     manifest = read_json(output_dir / "run.json") | {"counts": counts}
-    write_atomic(output_dir / "run.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_json(output_dir / "run.json", manifest)
     return Stage(records, rows, rejected, counts, output_dir)
 
 
 def claim(run_json: Path, manifest: dict) -> None:
     """Starts a run, or checks that this is the run that was started here."""
     if not run_json.exists():
-        write_atomic(run_json, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_json(run_json, manifest)
         return
     old = read_json(run_json)
     wanted = json.loads(json.dumps(manifest))  # tuples become lists, as in the file

@@ -11,7 +11,7 @@ from ..disk import read_json
 from ..errors import ConfigError
 from .calibration import UNCALIBRATED, Calibration, fit_bias, fit_slope
 from .constitution import Constitution
-from .labels import read_judgements, verdict_of
+from .labels import read_judgements, verdict_of, votes_of
 from .protocol import Judge
 
 
@@ -58,9 +58,7 @@ def refitted(card: str | Path, made_with: Mapping, weights: Mapping[str, float],
     """
     _card_of(made_with, card)
     records = read_judgements(card)
-    unbiased = Calibration(1.0, fit_bias([
-        vote for r in records for vote in verdict_of(r, weights, combine=combine).votes
-    ]))  # fmt: skip
+    unbiased = Calibration(1.0, fit_bias(votes_of(records, weights)))
     verdicts = [verdict_of(r, weights, combine=combine, calibration=unbiased) for r in records]
     logits = [v.logit if r["better"] == "a" else -v.logit for r, v in zip(records, verdicts, strict=True)
               if v.status == "ok"]  # fmt: skip

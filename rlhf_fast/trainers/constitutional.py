@@ -11,7 +11,6 @@ Each function reads rows, writes one directory and returns a `Stage`; it may be 
 (judges/stages.py). Only `mix_comparisons`, which joins the comparisons of judges and people, writes nothing.
 """
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from ..data.files import as_rows
-from ..disk import write_atomic
+from ..disk import write_json
 from ..errors import ConfigError
 from ..judges.calibration import UNCALIBRATED, Calibration
 from ..judges.constitution import Constitution, Principle
@@ -177,7 +176,7 @@ def _finish_revisions(output_dir: str | Path, records: list[dict]) -> Stage:
         output_dir, records, lambda record: [_demonstration(record, i) for i in record["used"]], name="sft",
         used=("clean", "revised", "unchanged"), refused=("hard_violation", "flagged", "failed"),
     )  # fmt: skip
-    write_atomic(Path(output_dir) / "hygiene.json", json.dumps(hygiene(records), indent=1) + "\n")
+    write_json(Path(output_dir) / "hygiene.json", hygiene(records), indent=1)
     return stage
 
 

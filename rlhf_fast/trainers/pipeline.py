@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..disk import make_directory, write_atomic
+from ..disk import make_directory, write_json
 from ..report import write_quickstart_report
 
 
@@ -24,7 +23,7 @@ class StageTable:
         """Adds a stage that has just ended. The time since the previous one is its duration."""
         stage = {"name": name, "run": name, **values, "seconds": round(time.perf_counter() - self._clock, 1)}
         self.summary["stages"].append(stage)
-        write_atomic(self.root / "summary.json", json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.root / "summary.json", self.summary)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
         print(f"{name}: {shown}; {write_quickstart_report(self.root)}", flush=True)
         self._clock = time.perf_counter()

@@ -63,7 +63,7 @@ def test_a_planted_judge_is_recovered(tmp_path):
 
 def test_noise_costs_accuracy_and_the_slope_gives_the_odds_back(tmp_path):
     """Log-odds three times too large for what they know: 0.33 of them is what a calibrated judge would say."""
-    card = audit(rows(1600), ONE, Planted(noise=2.0, sure=3.0), output_dir=tmp_path, probe_pairs=0, samples=500)
+    card = audit(rows(1600), ONE, Planted(noise=2.0, sure=3.0), output_dir=tmp_path, probe_pairs=0)
     truth = 0.5 * (1 + math.erf(1 / 2 / math.sqrt(2)))  # P(1 + difference of two uniforms + N(0, 2) > 0), roughly
     assert card["accuracy"]["low"] < truth < card["accuracy"]["high"]
     # The noisy difference d of better and worse is about N(1, 4.17), the other way N(-1, 4.17): log-odds 2 d / 4.17.
@@ -113,7 +113,7 @@ def test_the_card_is_of_as_many_principles_as_the_labels_will_have(tmp_path):
     """The mean of eight principles is sure and right; one of them is neither, and has a slope of its own."""
     cards = {
         k: audit(rows(400), EIGHT, Noisy(gullible=2.0), output_dir=tmp_path / f"{k}", principles_per_pair=k,
-                 probe_pairs=8, samples=100) for k in (None, 1)
+                 probe_pairs=8) for k in (None, 1)
     }  # fmt: skip
     fresh = [{**row, "prompt": f"new {row['prompt']}"} for row in rows(800)]
     pairs = [{"id": f"{i}", "prompt": r["prompt"], "a": r["better"], "b": r["worse"]} for i, r in enumerate(fresh)]
@@ -198,10 +198,10 @@ def test_pairs_of_one_conversation_are_not_independent():
     """Ten copies of each answer: the naive standard error would be sqrt(10) too small."""
     draw = np.random.default_rng(0)
     once = draw.integers(0, 2, 100).astype(float)
-    (_, low, high) = cluster_bootstrap({"x": once}, range(100), 4000, 0)["x"]
-    (_, low10, high10) = cluster_bootstrap({"x": np.repeat(once, 10)}, np.repeat(np.arange(100), 10), 4000, 0)["x"]
-    assert high10 - low10 == pytest.approx(high - low, rel=0.05)
-    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.15)
+    one, ten = (cluster_bootstrap({"x": np.repeat(once, n)}, np.repeat(range(100), n), 0)["x"] for n in (1, 10))
+    width = one["high"] - one["low"]
+    assert ten["high"] - ten["low"] == pytest.approx(width, rel=0.05)
+    assert width == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.15)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -210,8 +210,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     for i in range(200):
         p = np.repeat(rng.beta(2, 1, 60), 3)  # mean 2/3, shared by the pairs of a conversation
         right = (rng.random(180) < p).astype(float)
-        _, low, high = cluster_bootstrap({"x": right}, np.repeat(np.arange(60), 3), 400, i)["x"]
-        misses += not low <= 2 / 3 <= high
+        x = cluster_bootstrap({"x": right}, np.repeat(np.arange(60), 3), i)["x"]
+        misses += not x["low"] <= 2 / 3 <= x["high"]
     assert misses < 200 * 0.05 + 4 * math.sqrt(200 * 0.05 * 0.95)
 
 

@@ -206,6 +206,7 @@ def test_what_a_file_does_not_say_stays_as_the_files_before_it_said(write):
     assert said(extra, write(OWN)) == ("house-rules", "en", "principle_last", "chat")
     assert said(theirs, extra) == ("theirs", "en", "anthropic", "anthropic")  # the layout that it was written for
     assert said(statements, extra) == ("statements", "en", "anthropic", "chat")
+    assert said(write(OWN.replace("house-rules", ""), "y.yaml"))[0] == "y"  # a name without a value is none
     assert said(write(OWN), theirs)[3] == "chat" and said(extra) == ("x", "en", "anthropic", "chat")
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 from fake_server import serving
+from helpers import attempts
 from tqdm import tqdm
 
 pytest.importorskip("openai")
@@ -20,7 +21,6 @@ from rlhf_fast.judges import (
     Constitution,
     HTTPGenerator,
     HTTPJudge,
-    Ledger,
     ModelCheck,
     Pair,
     Principle,
@@ -184,9 +184,7 @@ def test_the_probe_stands_in_the_ledger(tmp_path):
         label(pairs(2), house, judge, output_dir=tmp_path / "one")
         label(pairs(2), house, judge, output_dir=tmp_path / "two")
         label(pairs(2), house, judge_at(fake, house), output_dir=tmp_path / "one")
-        with Ledger(tmp_path / "one") as one, Ledger(tmp_path / "two") as two:
-            assert (one.usage().requests, two.usage().requests) == (3 + 4 + 3, 4)
-            assert sum(one.counts().values()) == 10
+        assert [sum(attempts(tmp_path / name).values()) for name in ("one", "two")] == [3 + 4 + 3, 4]
         assert sum(fake.asked.values()) == 14
     db = sqlite3.connect(tmp_path / "one" / "ledger.sqlite")
     rows = list(db.execute("SELECT about, status, http_status, raw, prompt_tokens, key FROM attempts ORDER BY id"))
@@ -204,8 +202,8 @@ def test_examples_of_reasoning_are_turns_of_their_own():
     with serving() as fake:
         backend = judge_at(fake, house, cot_tokens=20).backend
         shots = judge_at(fake, house, cot_tokens=20)._shots
-    asking = backend.ask_for_rationale("chat", shots, "Which?")
-    scoring = backend.prompt("chat", shots, "Which?", [" (A)", " (B)"], "This one.")
+    asking = backend.ask_for_rationale(shots, "Which?")
+    scoring = backend.prompt(shots, "Which?", [" (A)", " (B)"], "This one.")
     assert [m["role"] for m in asking] == ["user", "assistant", "user", "assistant", "user"]
     assert [m["content"] for m in asking[1:4]] == ["Three is more.", "Answer with A or B and nothing else.", "A"]
     assert scoring[:5] == asking and [m["content"] for m in scoring[5:]] == [
@@ -256,8 +254,7 @@ def test_every_fault_is_counted_and_none_becomes_a_label(tmp_path):
     for record in stage.rejected:
         assert record["status"] == expected_status(int(record["id"])) and record["reason"] and not record["votes"]
         assert {m["principle"] for m in record["missing"]} == {"kind", "short"}
-    with Ledger(tmp_path) as ledger:
-        assert ledger.usage().requests == calls == sum(ledger.counts().values())
+    assert sum(attempts(tmp_path).values()) == calls
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     reasons = " ".join(reason for (reason,) in db.execute("SELECT reason FROM attempts WHERE status='failed'"))
     for named in (
@@ -416,8 +413,6 @@ def test_a_budget_counts_the_calls_of_its_own_backend(tmp_path):
         assert sum(fake.asked.values()) == 33
         db = sqlite3.connect(tmp_path / "ledger.sqlite")
         assert sorted(n for (n,) in db.execute("SELECT count(*) FROM attempts GROUP BY backend")) == [16, 17]
-        with Ledger(tmp_path) as ledger:
-            assert ledger.usage().requests == 33
 
 
 def test_an_audit_has_one_budget(tmp_path):
@@ -443,8 +438,7 @@ def test_a_bound_in_tokens_needs_a_server_that_counts_them(tmp_path, bound):
             sample_pairs(pairs(6), writer, HOUSE_CHAT, output_dir=tmp_path)
         paid = sum(fake.asked.values()) - 1
         assert paid <= 2  # one may be on its way
-        with Ledger(tmp_path) as ledger:
-            assert ledger.counts() == {"ok": paid}
+        assert attempts(tmp_path) == {"ok": paid}
         assert judge_at(fake, server={"max_requests": 5}).backend.mode == "chat"
 
 
@@ -518,8 +512,7 @@ def test_a_429_to_the_probe_is_waited_for_and_paid_for(tmp_path, monkeypatch):
         clock.now += 3600  # which is not how long the limit has lasted
         fake.at_first = ["429"]
         label(pairs(1), asking, judge, output_dir=tmp_path)
-        with Ledger(tmp_path) as ledger:
-            assert ledger.usage().requests == sum(fake.asked.values()) == 3 + 3 + 1 + 2
+        assert sum(attempts(tmp_path).values()) == sum(fake.asked.values()) == 3 + 3 + 1 + 2
         fake.at_first, before = ["429 bare"] * 99, clock.now
         with pytest.raises(ValueError, match=r"refused every call for 1\d minutes \(HTTP 429"):
             HTTPJudge(server, asking)

@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import sqlite3
+import threading
 
 import pytest
+from helpers import attempts
 
 from rlhf_fast.judges.ledger import Answer, Ledger
 
@@ -14,13 +16,14 @@ class Echo:
     """Answers prompts with themselves, unless its script says otherwise; counts what it was asked."""
 
     def __init__(self, script=None, name="echo"):
-        self.script, self.name, self.asked = script or {}, name, []
+        self.script, self.name, self.asked, self.usage = script or {}, name, [], None
 
     def describe(self):
         return {"name": self.name}
 
     def answer(self, requests, tries):
         self.asked += [r["prompt"] for r in requests]
+        self.usage = tries.usage()  # before these
         tries.all([self.script.get(r["prompt"]) or Answer("ok", {"text": r["prompt"]}) for r in requests])
 
 
@@ -61,7 +64,7 @@ def test_failures_are_no_answers(tmp_path, retry, again):
     echo.asked, echo.script = [], {}
     with Ledger(tmp_path, retry=retry) as ledger:
         answers = ask(ledger, echo, *statuses)
-        assert sum(ledger.counts().values()) == ledger.usage().requests == 4 + len(again)
+    assert sum(attempts(tmp_path).values()) == 4 + len(again)
     assert echo.asked == again
     assert answers == [("ok", {"text": s}) if s in again else (s, None) for s in statuses]
 
@@ -84,10 +87,10 @@ def test_an_attempt_is_on_disk_before_it_is_sent(tmp_path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     echo = Echo()
     with Ledger(tmp_path) as ledger:
-        assert ledger.counts() == {"ok": 2, "interrupted": 1} and ledger.usage() == (3, 6, 2)
+        assert attempts(tmp_path) == {"ok": 2, "interrupted": 1}
         assert [text["text"] for _, text in ask(ledger, echo, *"abcd")] == ["x", "x", "c", "d"]
-        assert ledger.usage().requests == 5
-    assert echo.asked == ["c", "d"]
+        ask(ledger, echo, "e")
+    assert echo.asked == ["c", "d", "e"] and echo.usage == (5, 6, 2)  # interrupted and earlier attempts among them
 
 
 def test_rows_tell_the_whole_story(tmp_path):
@@ -126,6 +129,21 @@ def test_two_processes_do_not_share_a_directory(tmp_path):
     with Ledger(tmp_path), pytest.raises(ValueError, match="another process is using it"):
         Ledger(tmp_path)
     Ledger(tmp_path).close()
+
+
+def test_a_ledger_that_cannot_be_written_keeps_no_other_thread_waiting(tmp_path):
+    """Else the calls in flight would never end, and with them the run that could not record one of them."""
+    with Ledger(tmp_path) as ledger:
+        ledger._db.execute("PRAGMA busy_timeout=0")
+        other = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            ledger.ask(Echo(), [{"prompt": "a"}])
+        other.execute("ROLLBACK")
+        later = threading.Thread(target=ask, args=(ledger, Echo(), "a"), daemon=True)
+        later.start()
+        later.join(timeout=10)
+        assert not later.is_alive() and attempts(tmp_path) == {"ok": 1}
 
 
 def test_a_backend_that_leaves_out_an_answer_is_a_bug(tmp_path):

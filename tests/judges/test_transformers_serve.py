@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import tiny_model, tiny_tokenizer
+from helpers import attempts, tiny_model, tiny_tokenizer
 from transformers import pipelines
 
 from rlhf_fast.judges import Constitution, HTTPGenerator, HTTPJudge, Ledger, Pair, Principle, Server
@@ -70,14 +70,12 @@ def test_its_probabilities_are_the_model_s(served, tmp_path):
     judge = HTTPJudge(server, HOUSE)
     with Ledger(tmp_path) as ledger:
         one, two = judge.compare([Pair(ASK, "hello", "no", [KIND]), Pair(ASK, "no", "hello", [KIND])], ledger)
-        requests = ledger.usage().requests
     assert one.status == "ok" and one.logit == -two.logit != 0
-    assert requests == 2 + len(judge.backend.found)  # two orders, asked once, behind the probe
+    assert sum(attempts(tmp_path).values()) == 2 + len(judge.backend.found)  # two orders, asked once, behind the probe
     assert one.votes[0].kind == "normalised"
     decide = pipelines.DecisionPipeline(model=model, tokenizer=tokenizer, device="cpu")
-    (prompt,) = judge.backend.prompt(
-        "chat", [], judge._question(ASK, "hello", "no", KIND.compare), (" (A)", " (B)"), None
-    )
+    question = judge._question(ASK, "hello", "no", KIND.compare)
+    (prompt,) = judge.backend.prompt([], question, (" (A)", " (B)"), None)
     criteria = {"A": "(A)", "B": "(B)"}
     question = {"type": "choice", "instructions": "Choose the answer.", "criteria": criteria}
     answer = decide({"state": prompt["content"], "questions": {"answer": question}})["answer"]["probabilities"]
@@ -96,5 +94,5 @@ def test_it_writes_pairs_and_labels_them_without_a_second_call(served, tmp_path)
     before = (tmp_path / "label" / "comparisons.jsonl").read_bytes()
     label(pairs.rows, constitution, judge, output_dir=tmp_path / "label", tie_margin=0)
     assert (tmp_path / "label" / "comparisons.jsonl").read_bytes() == before
-    with Ledger(tmp_path / "label") as ledger:
-        assert ledger.usage().requests <= 2 + 8  # the probe; one principle, two orders, and equal replies need one
+    # The probe; then one principle in two orders for each pair, where equal replies need one.
+    assert sum(attempts(tmp_path / "label").values()) <= 2 + 8
