@@ -166,7 +166,14 @@ def _agree(a: str, b: str) -> int:
 
 
 def _tokenize(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    return _tokenize_all(tokenizer, [text])[0]
+
+
+def _tokenize_all(tokenizer, texts: list[str]) -> list[list[int]]:
+    """In one call, whose texts the tokenizer's threads share."""
+    filled = [text for text in texts if text]
+    ids = iter(tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"] if filled else ())
+    return [next(ids) if text else [] for text in texts]
 
 
 def _continue(tokenizer, text: str) -> list[int]:
@@ -189,19 +196,11 @@ def _bos(tokenizer, ids: list[int]) -> list[int]:
 def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
     """Tokens of a text, cut at these characters into len(cuts) + 1 pieces. No token crosses a cut, because at
     generation the prompt is tokenized alone."""
-    whole = _tokenize(tokenizer, text)
-    sizes = [0]
-    for cut in cuts:
-        before = _tokenize(tokenizer, text[:cut])
-        if before != whole[: len(before)]:
-            edges = [*cuts, len(text)]
-            return [
-                _tokenize(tokenizer, text[: cuts[0]]),
-                *(_continue(tokenizer, text[a:b]) for a, b in pairwise(edges)),
-            ]
-        sizes.append(len(before))
-    sizes.append(len(whole))
-    return [whole[a:b] for a, b in pairwise(sizes)]
+    whole, *befores = _tokenize_all(tokenizer, [text, *(text[:cut] for cut in cuts)])
+    if any(before != whole[: len(before)] for before in befores):
+        edges = [*cuts, len(text)]
+        return [befores[0], *(_continue(tokenizer, text[a:b]) for a, b in pairwise(edges))]
+    return [whole[a:b] for a, b in pairwise([0, *map(len, befores), len(whole)])]
 
 
 def _last_eos(tokenizer, ids: list[int]) -> int | None:
