@@ -131,14 +131,17 @@ def test_the_pages_say_what_the_result_files_do(tmp_path, monkeypatch):
 def test_the_sentences_beside_the_tables_name_their_ratios():
     """Those that change with every measurement; CONTRIBUTING asks to read the others again."""
 
-    def between(file, op, direction, peer, digits=1):
-        rows = json.loads((report.ROOT / "bench" / "results" / file).read_text())["rows"]
+    files = [json.loads(path.read_text()) for path in (report.ROOT / "bench" / "results").glob("cpu_amd*.json")]
+    newest = op_report.newest(files)
+
+    def between(rows, op, direction, peer, digits=1):
         rows = [row for row in rows if row["op"] in op.split() and row["direction"] == direction]
         ratios = [op_report.best(row, (peer,)) for row in rows if op_report.BARE not in row["implementations"]]
         return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
 
     readme, page = (" ".join((report.ROOT / page).read_text().split()) for page in ("README.md", "docs/benchmarks.md"))
-    malloc, linear, both = "cpu_amd_malloc.json", "cpu_amd.json", "forward+backward"
+    both, malloc = "forward+backward", [row for file in newest if file.get("allocator") for row in file["rows"]]
+    linear = [row for file in newest for row in file["rows"] if "x896x" in row["shape"]]
     eager = [between(malloc, "token_logprobs", direction, "eager") for direction in ("forward", both)]
     compiled = [between(malloc, "token_logprobs token_logprobs_and_entropy", "forward", "compile"),
                 between(malloc, "token_logprobs", both, "compile")]  # fmt: skip
