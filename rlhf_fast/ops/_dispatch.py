@@ -99,7 +99,8 @@ class Op:
         self._shown = _several(shown)
         self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
-        overload = self._overload()
+        self._in_backward, self._version = in_backward, self._overload()
+        overload = self._version
         qualname = f"rlhf_fast::{self.name}.{overload}"
         tags = (torch.Tag.pt2_compliant_tag, *(_NO_CUDA_GRAPH if waits else ()))
         _LIBRARY.define(schema.replace("(", f".{overload}(", 1), tags=tags)
@@ -122,13 +123,15 @@ class Op:
         _OPS[self.name] = self
 
     def _overload(self) -> str:
-        """A digest of this schema and of that of its backward, which is defined before it.
+        """A digest of this schema and of those that its backward may call, which are defined before it: that of its
+        backward, and the ops in_backward, with what theirs call.
 
         Inductor's caches on disk outlive a version of this package. They know an op by its name, and a graph in them
         also calls the backward: without the digest a graph of another version would call it with the arguments of then.
         """
-        schemas = [op._schema for op in _OPS.values() if op.public == self.public] + [self._schema]
-        return "v" + blake2b("\n".join(schemas).encode(), digest_size=4).hexdigest()
+        called = [op for op in _OPS.values() if op.public == self.public or op._in_backward]
+        known = [*(op._version + op._schema for op in called), self._schema]
+        return "v" + blake2b("\n".join(known).encode(), digest_size=4).hexdigest()
 
     def _differentiate(
         self, qualname: str, backward: Callable, setup_context: Callable, differentiable: int

@@ -625,9 +625,11 @@ import torch
 from rlhf_fast.ops._dispatch import Op
 
 factors = [2.0] if sys.argv[1] == "with a factor" else []
+name, in_backward = sys.argv[2], sys.argv[2] != "doubled_backward"
 backward = Op(
-    "doubled_backward(Tensor grad" + ", float factor" * len(factors) + ") -> Tensor",
+    name + "(Tensor grad" + ", float factor" * len(factors) + ") -> Tensor",
     kernels={("cpu", "native"): lambda grad, factor=2.0: grad * factor}, fake=lambda grad, *_: torch.empty_like(grad),
+    in_backward=in_backward,
 )
 doubled = Op(
     "doubled(Tensor x) -> Tensor", kernels={("cpu", "native"): lambda x: 2 * x}, fake=torch.empty_like,
@@ -639,8 +641,9 @@ assert x.grad.tolist() == [2.0] * 3
 """
 
 
-def test_a_graph_that_another_version_has_left_on_disk_is_not_taken(tmp_path):
+@pytest.mark.parametrize("backward", ["doubled_backward", "scaled"])
+def test_a_graph_that_another_version_has_left_on_disk_is_not_taken(tmp_path, backward):
     """The forward's arguments are the same, so only the name of the op can tell Inductor's cache the two apart."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     for version in ("without", "with a factor"):
-        subprocess.run([sys.executable, "-c", VERSION, version], check=True, env=environment, timeout=300)
+        subprocess.run([sys.executable, "-c", VERSION, version, backward], check=True, env=environment, timeout=300)
