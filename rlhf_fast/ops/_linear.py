@@ -278,15 +278,17 @@ def takes_known_gradient(inputs: Inputs) -> bool:
 
 
 class Gradients:
-    """Sums the gradients of hidden, weight and bias over the chunks. `wanted` says which of them are needed, and
-    hidden_dtype the dtype of the first (default gradient_dtype)."""
+    """Sums the gradients of hidden, weight and bias over the chunks. `wanted` says which of them are needed.
+    grad_hidden: the memory for the first; by default new memory, in gradient_dtype."""
 
-    def __init__(self, inputs: Inputs, wanted: tuple[bool, bool, bool], hidden_dtype: torch.dtype | None = None):
+    def __init__(self, inputs: Inputs, wanted: tuple[bool, bool, bool], grad_hidden: Tensor | None = None):
         self.inputs, self.wanted = inputs, wanted
         hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         dtype = accumulation_dtype(hidden)
-        hidden_dtype = gradient_dtype(hidden) if hidden_dtype is None else hidden_dtype
-        self.hidden = torch.empty(hidden.shape if wanted[0] else 0, dtype=hidden_dtype, device=hidden.device)
+        if grad_hidden is None:
+            shape = hidden.shape if wanted[0] else 0
+            grad_hidden = torch.empty(shape, dtype=gradient_dtype(hidden), device=hidden.device)
+        self.hidden = grad_hidden
         # If there is only one chunk, its product writes the gradient in the weight's dtype, without a float32 sum.
         once = inputs.way != WIDE and len(inputs.parts) <= 1
         total = weight.dtype if once else dtype

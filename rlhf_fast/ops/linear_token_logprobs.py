@@ -70,7 +70,7 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused
     logprobs, entropy, saved, logits, slopes = _outputs(hidden, weight, labels, with_entropy, wanted, inputs.way)
     only_hidden = wanted == ONLY_HIDDEN
     buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=only_hidden)
-    gradients = Gradients(inputs, (only_hidden, False, False), slopes.dtype)  # of the sum of the log-probs
+    gradients = Gradients(inputs, (only_hidden, False, False), slopes[:rows])  # of the sum of the log-probs
     ones = torch.ones_like(logprobs)
     for part in inputs.parts:
         z, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
@@ -84,7 +84,8 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused
         saved[rows:], logits[logits_shape(rows, weight.shape[0], inputs.way)[0] :] = 0, 0
         logprobs = inputs.put(logprobs[:rows])
         entropy = inputs.put(entropy[:rows]) if with_entropy else entropy
-    return logprobs, entropy, saved, logits, inputs.put(gradients.hidden) if only_hidden else slopes
+        slopes = inputs.put(slopes[:rows]) if only_hidden else slopes
+    return logprobs, entropy, saved, logits, slopes
 
 
 def _backward_any(
