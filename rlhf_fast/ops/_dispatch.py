@@ -99,13 +99,13 @@ class Op:
         self._shown = _several(shown)
         self._route = _route_in_backward if in_backward or backward is gradients is None else _route
 
-        self._in_backward, self._version = in_backward, self._overload()
-        overload = self._version
-        qualname = f"rlhf_fast::{self.name}.{overload}"
+        self._in_backward, self._overload = in_backward, self._digest()
+        overload = f"{self.name}.{self._overload}"
+        qualname = f"rlhf_fast::{overload}"
         tags = (torch.Tag.pt2_compliant_tag, *(_NO_CUDA_GRAPH if waits else ()))
-        _LIBRARY.define(schema.replace("(", f".{overload}(", 1), tags=tags)
+        _LIBRARY.define(schema.replace(self.name, overload, 1), tags=tags)
         for device in self.kernels:
-            _LIBRARY.impl(f"{self.name}.{overload}", lambda *args: _in_full(self.run(*args)), device.upper())
+            _LIBRARY.impl(overload, lambda *args: _in_full(self.run(*args)), device.upper())
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
@@ -119,10 +119,10 @@ class Op:
             self.follow(None)
         else:  # a backward op; without this a second derivative would silently be zero
             torch.library.register_autograd(qualname, self._refuse_gradient, lib=_LIBRARY)
-        self.library_op = getattr(getattr(torch.ops.rlhf_fast, self.name), overload)
+        self.library_op = getattr(getattr(torch.ops.rlhf_fast, self.name), self._overload)
         _OPS[self.name] = self
 
-    def _overload(self) -> str:
+    def _digest(self) -> str:
         """A digest of this schema and of those that its backward may call, which are defined before it: that of its
         backward, and the ops in_backward, with what theirs call.
 
@@ -130,7 +130,7 @@ class Op:
         also calls the backward: without the digest a graph of another version would call it with the arguments of then.
         """
         called = [op for op in _OPS.values() if op.public == self.public or op._in_backward]
-        known = [*(op._version + op._schema for op in called), self._schema]
+        known = [*(op._overload + op._schema for op in called), self._schema]
         return "v" + blake2b("\n".join(known).encode(), digest_size=4).hexdigest()
 
     def _differentiate(

@@ -70,8 +70,8 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused
     logprobs, entropy, saved, logits, slopes = _outputs(hidden, weight, labels, with_entropy, wanted, inputs.way)
     only_hidden = wanted == ONLY_HIDDEN
     buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=only_hidden)
-    gradients = Gradients(inputs, (only_hidden, False, False), slopes[:rows])  # of the sum of the log-probs
-    ones = torch.ones_like(logprobs)
+    if only_hidden:  # the slopes are the gradient of the sum of the log-probs
+        gradients, ones = Gradients(inputs, ONLY_HIDDEN, slopes[:rows]), torch.ones_like(logprobs)
     for part in inputs.parts:
         z, logprobs[part], h, saved[part] = chunk_statistics(buffer, inputs, part, temperature, with_entropy)
         if with_entropy:
