@@ -147,10 +147,13 @@ def judge_card(
             "order_bias": fit_bias(votes_of(groups["identical"], weights)),
         }
     decided = [i for i, v in enumerate(verdicts) if v.status == "ok"]
-    card["calibration"] = dataclasses.asdict(Calibration(1.0, fit_bias(votes_of(pairs, weights))))
+    unbiased = Calibration(1.0, fit_bias(votes_of(pairs, weights)))
+    card["calibration"] = dataclasses.asdict(unbiased)
     if len(decided) >= 2 * FOLDS:
-        card |= _calibrated(towards[decided], [clusters[i] for i in decided], card["calibration"]["bias"], seed)
-        card["averages"] = _averages([pairs[i] for i in decided], weights)
+        kept = [pairs[i] for i in decided]
+        moved = [_sign(r) * verdict_of(r, weights, combine=combine, calibration=unbiased).logit for r in kept]
+        card |= _calibrated(towards[decided], np.array(moved), [clusters[i] for i in decided], unbiased.bias, seed)
+        card["averages"] = _averages(kept, weights)
     return card
 
 
@@ -259,15 +262,16 @@ def _injections(pairs, groups: Mapping[str, list[dict]], weights, combine: str) 
     return table
 
 
-def _calibrated(towards: np.ndarray, clusters: Sequence[str], bias: float, seed: int) -> dict:
-    """The slope, its interval, and the scores of P without it and with it, on conversations it was not fitted on."""
+def _calibrated(towards: np.ndarray, unbiased: np.ndarray, clusters: Sequence[str], bias: float, seed: int) -> dict:
+    """The slope, its interval, and the scores of P before and after calibration with a slope that was fitted on other
+    conversations. Labels are calibrated after the bias is removed, so the slope is that of `unbiased`."""
     names, which = np.unique(clusters, return_inverse=True)
     fold = np.random.default_rng(seed).permutation(len(names))[which] % FOLDS
-    slope = fit_slope(towards)
+    slope = fit_slope(unbiased)
     draws = np.random.default_rng(seed).integers(0, len(names), (SLOPES, len(names)))
     counts = np.stack([np.bincount(d, minlength=len(names)) for d in draws])  # (S, clusters)
-    low, high = np.quantile(fit_slope(towards, counts[:, which]), [0.025, 0.975])
-    held_out = np.concatenate([fit_slope(towards[fold != k]) * towards[fold == k] for k in range(FOLDS)])
+    low, high = np.quantile(fit_slope(unbiased, counts[:, which]), [0.025, 0.975])
+    held_out = np.concatenate([fit_slope(unbiased[fold != k]) * unbiased[fold == k] for k in range(FOLDS)])
     return {
         "calibration": dataclasses.asdict(Calibration(slope, bias)),
         "slope": {"mean": slope, "low": float(low), "high": float(high)},

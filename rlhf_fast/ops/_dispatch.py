@@ -27,6 +27,7 @@ from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from ._layout import DTYPE_CODES, accumulation_dtype
 from ._statistics import Statistics
 
 try:
@@ -37,8 +38,6 @@ else:
     if getattr(_C, "interface", 1) != 7:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the existing one was built from another version of the source tree"
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
 HOW_TO_BUILD = "with nvcc on PATH run pip install . in the source tree (RLHF_FAST_CUDA=1 makes a missing nvcc an error)"
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
@@ -374,10 +373,6 @@ def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | 
 _empties = (lambda *given: None) if _C is None else _C.empties
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _sizes(shape) -> tuple[int, ...]:
     if isinstance(shape, Tensor):
         return tuple(shape.shape)
@@ -541,61 +536,3 @@ def native(
     if triton is not None:
         kernels |= {("cpu", "triton"): in_triton, ("cuda", "triton"): in_triton}
     return kernels
-
-
-def check_tensors(op: str, *, optional: tuple[str, ...] = (), **arguments) -> None:
-    """Checks that all arguments are dense tensors. optional: the names of those that may be None."""
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor) and (x is not None or name not in optional):
-            raise TypeError(f"{op}: {name} is {'None' if x is None else f'of type {type(x).__name__}'}; needs a tensor")
-        if x is not None and (x.layout is not torch.strided or x.is_nested):
-            raise TypeError(f"{op}: {name} is {'nested' if x.is_nested else x.layout}; needs a dense tensor")
-
-
-def check_vocabulary(op: str, size: int, like: Tensor) -> None:
-    """Checks the limit of the GPU's kernels."""
-    if size > MOST_VOCABULARY and not like.is_cpu:
-        raise ValueError(f"{op}: a vocabulary of {size} is more than the kernels' limit of {MOST_VOCABULARY}")
-
-
-def as_bool(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask.bool()
-
-
-def byte_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask, bool or 0/1, as a contiguous bool tensor."""
-    return None if mask is None else as_bool(mask).contiguous()
-
-
-def overlaps_itself(x: Tensor) -> bool:
-    """Whether two indices may share memory (expanded tensors, windows), so that x must not be written in place."""
-    span = 1  # elements from the first to the last index of the axes so far
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride < span:
-            return True
-        span += stride * (size - 1)
-    return False
-
-
-def strided_rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(..., V) -> (x, inner, outer_stride, inner_stride), the layout of csrc/ops.h. Copies x if it has another one.
-
-    Row i of the flattened leading axes starts at (i // inner) * outer_stride + (i % inner) * inner_stride.
-    """
-    if x.is_contiguous():
-        return x, 1, x.shape[-1], 0
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    axes = []  # (size, stride) of the leading axes, with neighbours merged if their strides allow it
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
-        else:
-            axes.append((size, stride))
-    if len(axes) > 2:
-        return x.contiguous(), 1, x.shape[-1], 0
-    if len(axes) == 2:
-        return x, axes[1][0], axes[0][1], axes[1][1]
-    return x, 1, axes[0][1] if axes else 0, 0

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, as_bool, check_tensors, empties, native
+from ._dispatch import _C, empties, native
+from ._layout import DTYPE_CODES, as_bool
 
 _alike = (lambda ndim, needed, mask, *tensors: False) if _C is None else _C.alike
+MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda
 INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
@@ -37,6 +39,21 @@ def label_error(op: str, label: Tensor, row: int | Tensor, vocab: int) -> IndexE
         f"{op}: label {label} at row {row} is outside the vocabulary of {vocab}; a label that does not count needs "
         "mask=False (or ignore_index) there"
     )
+
+
+def check_tensors(op: str, *, optional: tuple[str, ...] = (), **arguments) -> None:
+    """Checks that all arguments are dense tensors. optional: the names of those that may be None."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor) and (x is not None or name not in optional):
+            raise TypeError(f"{op}: {name} is {'None' if x is None else f'of type {type(x).__name__}'}; needs a tensor")
+        if x is not None and (x.layout is not torch.strided or x.is_nested):
+            raise TypeError(f"{op}: {name} is {'nested' if x.is_nested else x.layout}; needs a dense tensor")
+
+
+def check_vocabulary(op: str, size: int, like: Tensor) -> None:
+    """Checks the limit of the GPU's kernels."""
+    if size > MOST_VOCABULARY and not like.is_cpu:
+        raise ValueError(f"{op}: a vocabulary of {size} is more than the kernels' limit of {MOST_VOCABULARY}")
 
 
 def check(

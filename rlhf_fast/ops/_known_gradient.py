@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import DTYPE_CODES, launch, strided_rows
+from ._dispatch import launch
+from ._layout import DTYPE_CODES, strided_rows
 
 
 class PpoTokens(NamedTuple):

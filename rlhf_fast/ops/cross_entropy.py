@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._dispatch import check_tensors
-from ._inputs import check_normalizer, index_of_no_label
+from ._inputs import check_normalizer, check_tensors, index_of_no_label
 from .reference import over
 from .token_logprobs import check_logits, token_logprobs
 

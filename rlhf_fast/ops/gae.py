@@ -10,8 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, empties, native
+from ._dispatch import Op, empties, native
 from ._inputs import NO_NUMBER, check, needed_mask, refuse_no_number
+from ._layout import DTYPE_CODES
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import (
-    DTYPE_CODES,
-    Op,
-    accumulation_dtype,
-    byte_mask,
-    check_tensors,
-    check_unchanged,
-    check_vocabulary,
-    empties,
-    native,
-)
-from ._inputs import device_error, dtype_error, wants_gradient
+from ._dispatch import Op, check_unchanged, empties, native
+from ._inputs import check_tensors, check_vocabulary, device_error, dtype_error, wants_gradient
+from ._layout import DTYPE_CODES, accumulation_dtype, byte_mask
 
 NAME = "kl_divergence"
 

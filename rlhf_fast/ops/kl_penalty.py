@@ -12,8 +12,9 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import DTYPE_CODES, Op, accumulation_dtype, empties, is_forced, may_consume, native
+from ._dispatch import Op, empties, is_forced, may_consume, native
 from ._inputs import NO_NUMBER, as_rows, check, estimator_code, refuse_no_number, wants_gradient
+from ._layout import DTYPE_CODES, accumulation_dtype
 
 
 def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:

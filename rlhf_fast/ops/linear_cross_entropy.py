@@ -13,8 +13,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, accumulation_dtype
+from ._dispatch import Op
 from ._inputs import index_of_no_label, normalizer_tensor, wants_gradient
+from ._layout import accumulation_dtype
 from ._linear import (
     Gradients,
     beside_autograd,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, accumulation_dtype, byte_mask
+from ._dispatch import Op
 from ._inputs import (
     aggregation_code,
     check_policy,
@@ -27,6 +27,7 @@ from ._inputs import (
 )
 from ._inputs import check as check_tokens
 from ._known_gradient import PpoTokens
+from ._layout import accumulation_dtype, byte_mask
 from ._linear import (
     Gradients,
     beside_autograd,

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, accumulation_dtype, byte_mask, check_unchanged, may_consume
+from ._dispatch import Op, check_unchanged, may_consume
 from ._inputs import check_temperature, wants_gradient
+from ._layout import accumulation_dtype, byte_mask
 from ._linear import (
     Gradients,
     check,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, DTYPE_CODES, Op, as_bool, check_tensors, check_unchanged, empties, native
-from ._inputs import device_error, dtype_error
+from ._dispatch import _C, Op, check_unchanged, empties, native
+from ._inputs import check_tensors, device_error, dtype_error
+from ._layout import DTYPE_CODES, as_bool
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:

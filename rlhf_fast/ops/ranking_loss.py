@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, check_tensors
-from ._inputs import INTEGERS, check, dtype_error, loss_outputs, native_loss
+from ._dispatch import Op
+from ._inputs import INTEGERS, check, check_tensors, dtype_error, loss_outputs, native_loss
 from .reference import RANKING_STATS, ranks_of_counts
 
 

@@ -12,22 +12,17 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import (
-    _C,
-    DTYPE_CODES,
-    Op,
-    accumulation_dtype,
-    byte_mask,
+from ._dispatch import _C, Op, check_unchanged, empties, launch, plain_in_backward
+from ._inputs import (
+    INTEGERS,
+    check_temperature,
     check_tensors,
-    check_unchanged,
     check_vocabulary,
-    empties,
-    launch,
-    overlaps_itself,
-    plain_in_backward,
-    strided_rows,
+    device_error,
+    dtype_error,
+    label_error,
 )
-from ._inputs import INTEGERS, check_temperature, device_error, dtype_error, label_error
+from ._layout import DTYPE_CODES, accumulation_dtype, byte_mask, overlaps_itself, strided_rows
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -74,6 +74,21 @@ def test_noise_costs_accuracy_and_the_slope_gives_the_odds_back(tmp_path):
     assert card["injections"] == {} and "identical" not in card
 
 
+def test_the_slope_is_that_of_the_log_odds_which_labels_are_made_from(tmp_path):
+    """Labels lose the order bias before the two orders are combined, so it must not have flattened the slope either."""
+
+    class ByProbabilities(Planted):
+        def describe(self):
+            return {**super().describe(), "combine": "prob"}
+
+    data = rows(200)
+    biased = audit(data, ONE, ByProbabilities(bias=2.0, noise=1.0), output_dir=tmp_path / "biased", probe_pairs=0)
+    plain = audit(data, ONE, ByProbabilities(noise=1.0), output_dir=tmp_path / "plain", probe_pairs=0)
+    assert biased["slope"]["mean"] == pytest.approx(plain["slope"]["mean"], rel=1e-6)
+    assert biased["scores"]["calibrated"]["nll"] == pytest.approx(plain["scores"]["calibrated"]["nll"], rel=1e-6)
+    assert biased["scores"]["as it is"]["nll"] > plain["scores"]["as it is"]["nll"]  # shrunk, as the judge says it
+
+
 @pytest.mark.parametrize(("judge", "why"), [(Planted(by_length=True), "length"), (Planted(sure=0.0), "says nothing")])
 def test_a_judge_at_the_floor_is_named(tmp_path, judge, why):
     card = audit(rows(200), ONE, judge, output_dir=tmp_path)
