@@ -84,7 +84,8 @@ def linear_cross_entropy(
     once. A weight that needs no gradient costs no product for it. The loss is float32 (float64 for float64 hidden).
     On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head; dropping the ignored rows
     synchronises with the device once.
-    Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary.
+    Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary (on a
+    GPU the kernel stops at it).
     """
     check("linear_cross_entropy", hidden, weight, labels, bias, None, softcap)
     if not isinstance(ignore_index, int):

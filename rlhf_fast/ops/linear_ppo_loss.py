@@ -142,7 +142,7 @@ def linear_ppo_loss(
     the results it needs memory for one chunk of logits. On a GPU, if hidden and weight are bfloat16 the logits are too,
     as with any lm_head; dropping the rows outside the mask synchronises with the device once.
     Raises ValueError or TypeError if a shape, dtype or option does not fit, IndexError for a label outside the
-    vocabulary.
+    vocabulary (on a GPU the kernel stops at it).
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_tokens(

@@ -199,7 +199,8 @@ def linear_token_logprobs(
     threads; in other dtypes, and if PyTorch computes the products (is_fused in _linear.py), the last bits may differ.
     On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head (8 bits: 0.06 at a logit of 20),
     and the op synchronises with the device only if there is a mask.
-    Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary.
+    Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary (on a
+    GPU the kernel stops at it).
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_temperature(NAME, temperature)

@@ -233,7 +233,8 @@ def token_logprobs_and_entropy(
     Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
     inplace_backward=True lets the backward write the gradient over the logits, which saves memory of their size.
     Autograd then raises if anything else uses them in the backward. torch.compile plans memory itself and ignores it.
-    Raises IndexError for a label outside [0, V) where the mask is True.
+    Raises IndexError for a label outside [0, V) where the mask is True. On a GPU the kernel stops at such a label, like
+    a device-side assert.
     """
     check_logits("token_logprobs_and_entropy", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
