@@ -94,6 +94,14 @@ def test_ops_md_names_what_compat_has(module):
     assert set(re.findall(r"`(\w+)`", row)) == public
 
 
+@pytest.mark.parametrize("module", ["", ".judges", ".models"])
+def test_a_page_names_every_public_name(module):
+    pages = (ROOT / page for page in PAGES if page.startswith("docs") or page == "README.md")
+    code = re.findall(r"`[^`]+`|```.*?```", "\n".join(page.read_text(encoding="utf-8") for page in pages), re.DOTALL)
+    words = set(re.findall(r"\w+", " ".join(code)))
+    assert not {*importlib.import_module(f"rlhf_fast{module}").__all__} - words - {"__version__"}
+
+
 def test_targets_exist():
     typed = "\n".join(blocks(""))
     targets = re.findall(r"^make ([a-z]+)", typed, re.MULTILINE)
