@@ -238,6 +238,8 @@ def read_sections(path: str, keys: dict[str, list[str]], command: str | None = N
 def _unknown_key(key: object, keys: dict[str, list[str]], command: str | None, in_section: bool = False) -> str:
     """The message about a key that the command does not have. in_section: the key is in the command's section;
     otherwise it is at the top of the file, and may be meant for another command."""
+    if key == "resume":
+        return "unknown key 'resume': it is only a flag, --resume"
     if command is None:
         return unknown("key", key, [*{name for names in keys.values() for name in names}, *keys])
     otherwise = f"rlhf-fast {_typed(command)} --help-all explains every key"

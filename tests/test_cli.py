@@ -317,6 +317,7 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
     ("text", "message"),
     [
         ("sed: 3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("resume: true", "unknown key 'resume': it is only a flag, --resume"),
         ("sft: {max_step: 9}", "section sft: unknown key 'max_step'; did you mean 'max_steps'?"),
         ("ppo: {max_steps: 9}", "section ppo: unknown key 'max_steps'"),
         ("pp: {seed: 1}", "unknown key 'pp'; did you mean 'ppo'?"),

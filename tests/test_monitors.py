@@ -43,6 +43,7 @@ def test_each_monitor_raises_its_alarm_once_with_evidence(name, value, bound):
     assert alarm.monitor == name and 11 <= alarm.step <= 15  # within one window
     assert alarm.evidence["bound"] == pytest.approx(bound) and alarm.evidence["start"] == pytest.approx(START[metric])
     assert metric in alarm.message and f"over steps {alarm.step - 4} to {alarm.step}" in alarm.message
+    assert alarm.message.endswith(f"; it started at {START[metric]:g}")
     assert alarms_of(log, limits={name: None}) == []  # switched off
     recovered = [
         *log,
@@ -85,6 +86,10 @@ def test_reward_up_while_the_held_out_reward_falls():
     assert alarm.evidence["best_step"] == 2 and alarm.evidence["standard_errors"] == pytest.approx(0.13 / 0.01 / 2**0.5)
     assert "step 2 is the better policy" in alarm.message and "from 2 to 3" in alarm.message
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.71, 0.70], rising))  # within three standard errors
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.72, 0.688], rising))  # 2.97 of them
+    assert alarms_of(evaluations([0.5, 0.6, 0.73, 0.72, 0.687], rising))  # 3.04 of them
+    same = [1.0, 1.5, 2.0, 2.0, 2.0]
+    assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], same))  # the optimised reward gained nothing
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=0.05))  # noise
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising, error=None))  # one held-out prompt
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising[::-1]))  # both fall: no hacking

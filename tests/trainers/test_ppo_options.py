@@ -124,6 +124,8 @@ def test_advantages_without_a_critic_by_hand():
     torch.testing.assert_close(grouped, torch.tensor([1, -1, -2, 2]) / (torch.tensor([2, 2, 8, 8]).sqrt() + 1e-4))
     scaled = sequence_advantages(rewards, mask, "reinforce", scale="batch")[:, 0]
     torch.testing.assert_close(scaled, torch.tensor([-1.0, -3, 0, 4]) / ((26 / 3) ** 0.5 + 1e-4))
+    alone = sequence_advantages(rewards, mask, "group", 1, scale="group")
+    assert not alone.any()  # one answer to a prompt says nothing, and its standard deviation is not NaN
 
 
 @pytest.mark.parametrize("scale", ["none", "batch", "group"])
