@@ -269,6 +269,8 @@ def test_ranked_responses_are_ordered_best_first():
         f"p {x}<eos>" for x in ("good", "also good", "fine", "bad")
     ]
     assert item.ranks == [0, 0, 1, 2]
+    rows = as_pairs([{"prompt": "p", "responses": ["c", "a", "b"], "ranks": [1, 0, 0], "id": 7}])
+    assert [(row["chosen"], row["rejected"], row["id"]) for row in rows] == [("a", "c", 7), ("b", "c", 7)]  # no ties
 
 
 def test_files_are_read(tmp_path):
