@@ -66,7 +66,7 @@ def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
     native = SimpleNamespace(cuda=kernels, cuda_version="13.0", cuda_architectures="80-real")
     monkeypatch.setattr(_dispatch, "_C", native)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     with pytest.raises(RuntimeError, match=f"gae: the launch on cuda:0 failed with .*{says}"):
         _dispatch.launch("gae", (SimpleNamespace(device=torch.device("cuda:0")),))
 
