@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import battery
 import emulation
 import pytest
 import torch
@@ -318,6 +319,11 @@ def test_kl_divergence_is_infinite_where_the_reference_says_impossible(on_emulat
     ref_logits[1, 5] = -torch.inf
     logits[2, :8000] = ref_logits[2, :8000] = -torch.inf
     assert rf.kl_divergence(logits, ref_logits).tolist() == [0.0, torch.inf, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_least_number_is_an_impossible_token(dtype, on_emulator):
+    battery.least_numbers_are_impossible_tokens(dtype, "cpu")
 
 
 @pytest.mark.parametrize("vocab", [13, 1000, 2051])
