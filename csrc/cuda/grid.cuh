@@ -92,25 +92,25 @@ __device__ inline Quad<T> load_or(const Grid& x, Place at, T otherwise) {
   return {otherwise, otherwise, otherwise, otherwise};
 }
 
-struct Mask {  // of a quad: bit i is column i
-  unsigned bits;
-  __device__ bool operator[](int i) const { return bits >> i & 1; }
-  __device__ int count() const { return __popc(bits); }
+struct Mask {  // of a quad, as its bytes lie: bit 8 i is column i. Bare, so that nobody waits for it before it is used
+  uint32_t bytes;
+  __device__ bool operator[](int i) const { return bytes >> 8 * i & 1; }
+  __device__ int count() const { return __popc(bytes & 0x01010101u); }
 };
 
 // An absent mask counts every column.
 template <bool kPlain>
 __device__ inline Mask load_mask(const Grid& mask, Place at) {
-  if (mask.data == nullptr) return {(1u << at.count) - 1};
+  constexpr uint32_t kEvery = 0x01010101u;
   const auto* m = static_cast<const uint8_t*>(mask.data) + at.row * mask.row_stride + at.col * mask.col_stride;
   if constexpr (kPlain) {
-    const uint32_t bytes = *reinterpret_cast<const uint32_t*>(m) & 0x01010101u;
-    return {(bytes | bytes >> 7 | bytes >> 14 | bytes >> 21) & 15u};
+    return {mask.data == nullptr ? kEvery : *reinterpret_cast<const uint32_t*>(m)};
   } else {
-    unsigned bits = 0;
+    if (mask.data == nullptr) return {kEvery >> 8 * (kQuad - at.count)};
+    uint32_t bytes = 0;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) bits |= i < at.count && m[i * mask.col_stride] != 0 ? 1u << i : 0u;
-    return {bits};
+    for (int i = 0; i < kQuad; ++i) bytes |= i < at.count && m[i * mask.col_stride] != 0 ? 1u << 8 * i : 0u;
+    return {bytes};
   }
 }
 
@@ -122,12 +122,12 @@ __device__ inline Quad<T> keep(Quad<T> x, Mask mask) {
   return x;
 }
 
-// Into contiguous (rows, cols) memory.
+// Into contiguous (rows, cols) memory. __stcs, because the compiler splits plain assignments of 16 bytes into four.
 template <bool kPlain, class T>
 __device__ inline void store(T* out, int64_t cols, Place at, const Quad<T>& x) {
   T* to = out + at.row * cols + at.col;
   if constexpr (kPlain) {
-    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+    __stcs(reinterpret_cast<float4*>(to), make_float4(x[0], x[1], x[2], x[3]));
   } else {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {

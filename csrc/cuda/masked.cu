@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 4) moments_kernel(Grid values, Grid mask, Quads quads, double* partials) {
   Moments<1> moments;
+#pragma unroll 1  // registers: all of kMaxBlocks run at the same time
   for (int64_t quad = quads.first(); quad < quads.end(); quad += kThreads) {
     const Place at = quads.place(quad);
     const Mask counts = load_mask<kPlain>(mask, at);
@@ -129,7 +130,8 @@ template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 4)
     whiten_kernel(Grid values, Grid mask, Quads quads, bool shift_mean, double eps, const double* partials, T* whitened,
                   T* saved) {
-  const Spread<1> all = merge_moments<1>(partials, kMomentsFields<1>, gridDim.x);
+  const auto first = first_moments<1>(partials, kMomentsFields<1>, gridDim.x);
+  const Spread<1> all = merge_moments(first, partials, kMomentsFields<1>, gridDim.x);
   const T center = T(all.mean[0]), scale = T(1 / sqrt(all.deviations[0] / (all.n > 1 ? all.n - 1 : 1) + eps));
   const T back = shift_mean ? T(0) : center;
   for (int64_t quad = quads.first(); quad < quads.end(); quad += kThreads) {

@@ -103,17 +103,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x < kSums) mine[threadIdx.x] = block_sums[threadIdx.x];
   if (!is_last_block(ticket)) return;
 
-  for (double& sum : sums) sum = 0;
-  for (int block = threadIdx.x; block < gridDim.x; block += kThreads) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] += __ldcg(partials + int64_t(block) * kFields + i);
-  }
-  const Spread<1> all = merge_moments<1>(partials + kSums, kFields, gridDim.x);
-  block_sums = block_reduce<Sum>(sums);
+  const auto first = first_moments<1>(partials + kSums, kFields, gridDim.x);  // on its way with the sums
+  const double* all_sums = reduce_blocks<kSums>(partials, kFields);
+  const Spread<1> all = merge_moments(first, partials + kSums, kFields, gridDim.x);
   if (threadIdx.x != 0) return;
-  *loss = T(block_sums[kLoss] * share);
+  *loss = T(all_sums[kLoss] * share);
 #pragma unroll
-  for (int i = kAccuracy; i <= kRejected; ++i) *stats++ = T(block_sums[i] * share);
+  for (int i = kAccuracy; i <= kRejected; ++i) *stats++ = T(all_sums[i] * share);
   *stats++ = T(all.mean[0]);
   *stats++ = T(sqrt(all.variance(0)));
   *stats++ = T(pairs);

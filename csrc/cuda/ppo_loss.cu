@@ -144,19 +144,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 2)
   if (threadIdx.x < kExtremes) mine[kSums + threadIdx.x] = block_extremes[threadIdx.x];
   if (!is_last_block(ticket)) return;
 
-#pragma unroll
-  for (double& sum : sums) sum = 0;
-  extremes[kMinusMin] = extremes[kMaximum] = -INFINITY;
-  for (int block = threadIdx.x; block < gridDim.x; block += kThreads) {
-    const double* from = partials + int64_t(block) * kFields;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] += __ldcg(from + i);
-#pragma unroll
-    for (int i = 0; i < kExtremes; ++i) extremes[i] = fmax(extremes[i], __ldcg(from + kSums + i));
-  }
-  block_sums = block_reduce<Sum>(sums);
-  block_extremes = block_reduce<Max>(extremes);
-  if (threadIdx.x == 0) finish(in, weights.inverse_norm, block_sums, block_extremes, loss, stats);
+  const double* all = reduce_blocks<kSums, kExtremes>(partials, kFields);
+  if (threadIdx.x == 0) finish(in, weights.inverse_norm, all, all + kSums, loss, stats);
 }
 
 }  // namespace

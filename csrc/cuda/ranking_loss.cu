@@ -103,19 +103,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x < kSums) partials[int64_t(blockIdx.x) * kSums + threadIdx.x] = block_sums[threadIdx.x];
   if (!is_last_block(ticket)) return;
 
-#pragma unroll
-  for (double& sum : sums) sum = 0;
-  for (int block = threadIdx.x; block < gridDim.x; block += kThreads) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] += __ldcg(partials + int64_t(block) * kSums + i);
-  }
-  block_sums = block_reduce<Sum>(sums);
+  const double* all = reduce_blocks<kSums>(partials, kSums);
   if (threadIdx.x != 0) return;
-  const double pairs = block_sums[kPairs] > 0 ? block_sums[kPairs] : 1;
-  *loss = T(block_sums[kLoss] * each);
-  stats[0] = T(block_sums[kAccuracy] / pairs);
-  stats[1] = T(block_sums[kMargin] / pairs);
-  stats[2] = T(block_sums[kPairs]);
+  const double pairs = all[kPairs] > 0 ? all[kPairs] : 1;
+  *loss = T(all[kLoss] * each);
+  stats[0] = T(all[kAccuracy] / pairs);
+  stats[1] = T(all[kMargin] / pairs);
+  stats[2] = T(all[kPairs]);
 }
 
 }  // namespace

@@ -58,8 +58,8 @@ __device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double multiply(double a, double b) { return __dmul_rn(a, b); }
 
 // Where x - max is a factor of its own exponential, max(x - max, kFloor) turns 0 * (-inf), which an impossible token
-// would give, into 0.
-constexpr float kFloor = -1e30f;
+// would give, into 0. So it does where the sum of 2^30 tokens at the least number of their dtype would be infinite.
+constexpr float kFloor = -1e28f;
 
 constexpr double kLog2E = 1.4426950408889634;
 
@@ -76,7 +76,7 @@ struct SoftmaxState {
 
   __device__ void rescale(acc_t reference, acc_t scale) {
     const acc_t shift = max - reference, factor = fast_exp2(shift * scale);
-    weighted = multiply(factor, multiply_add(shift, sum, weighted));
+    weighted = multiply(factor, multiply_add(larger(shift, acc_t(kFloor)), sum, weighted));
     sum = multiply(sum, factor);
     max = reference;
   }

@@ -146,29 +146,56 @@ struct Spread {
   __device__ double variance(int k) const { return n > 0 ? deviations[k] / n : 0; }
 };
 
-// Of all blocks, from what each left at partials + block * stride; the same in every thread.
 template <int kCount>
-__device__ inline Spread<kCount> merge_moments(const double* partials, int stride, int blocks) {
+__device__ inline Moments<kCount> load_moments(const double* from) {
+  Moments<kCount> of_block;
+  of_block.n = __ldcg(from);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    of_block.around[k] = __ldcg(from + 1 + 3 * k);
+    of_block.sum[k] = __ldcg(from + 2 + 3 * k);
+    of_block.square[k] = __ldcg(from + 3 + 3 * k);
+  }
+  return of_block;
+}
+
+// Those of the first block that this thread merges.
+template <int kCount>
+__device__ inline Moments<kCount> first_moments(const double* partials, int stride, int blocks) {
+  return threadIdx.x < blocks ? load_moments<kCount>(partials + int64_t(threadIdx.x) * stride) : Moments<kCount>();
+}
+
+// Of all blocks, from what each left at partials + block * stride; the same in every thread. `first` stays in registers
+// for the second pass: up to kThreads blocks take one trip to L2.
+template <int kCount>
+__device__ inline Spread<kCount> merge_moments(const Moments<kCount>& first, const double* partials, int stride,
+                                               int blocks) {
   Spread<kCount> spread;
   double values[1 + kCount] = {};
-  for (int block = threadIdx.x; block < blocks; block += kThreads) {
-    const double *from = partials + int64_t(block) * stride, n = __ldcg(from);
-    values[0] += n;
+  const auto add = [&](const Moments<kCount>& of_block) {
+    values[0] += of_block.n;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) values[1 + k] += n * __ldcg(from + 1 + 3 * k) + __ldcg(from + 2 + 3 * k);
+    for (int k = 0; k < kCount; ++k) values[1 + k] += of_block.n * of_block.around[k] + of_block.sum[k];
+  };
+  add(first);
+  for (int block = threadIdx.x + kThreads; block < blocks; block += kThreads) {
+    add(load_moments<kCount>(partials + int64_t(block) * stride));
   }
   const double* all = block_reduce<Sum>(values);
   spread.n = all[0];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) spread.mean[k] = spread.n > 0 ? all[1 + k] / spread.n : 0;
   double squares[kCount] = {};
-  for (int block = threadIdx.x; block < blocks; block += kThreads) {
-    const double *from = partials + int64_t(block) * stride, n = __ldcg(from);
+  const auto add_squares = [&](const Moments<kCount>& of_block) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const double delta = n > 0 ? __ldcg(from + 1 + 3 * k) - spread.mean[k] : 0;
-      squares[k] += __ldcg(from + 3 + 3 * k) + delta * (2 * __ldcg(from + 2 + 3 * k) + n * delta);
+      const double delta = of_block.n > 0 ? of_block.around[k] - spread.mean[k] : 0;
+      squares[k] += of_block.square[k] + delta * (2 * of_block.sum[k] + of_block.n * delta);
     }
+  };
+  add_squares(first);
+  for (int block = threadIdx.x + kThreads; block < blocks; block += kThreads) {
+    add_squares(load_moments<kCount>(partials + int64_t(block) * stride));
   }
   all = block_reduce<Sum>(squares);
 #pragma unroll
@@ -222,16 +249,71 @@ inline cudaError_t take_ticket(void* stream, void* spare, Ticket* ticket) {
   return ticket->index < 0 ? cudaMemsetAsync(spare, 0, sizeof(unsigned), handle) : cudaSuccess;
 }
 
-// Whether this block finishes last; what the others wrote before they asked is then visible, past the L1 cache.
+// Whether this block finishes last; what the others wrote before they asked is then visible, past the L1 cache. One
+// thread fences for its block, between the barriers: it has seen what the block wrote, and its fence passes that on
+// with the number it draws. With fences outside of the barriers every warp would wait for them, twice.
 __device__ inline bool is_last_block(Ticket ticket) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (gridDim.x == 1) return true;
-  if (threadIdx.x == 0) last = atomicInc(ticket.counter(), gridDim.x - 1) == gridDim.x - 1;  // the last draw resets it
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(ticket.counter(), gridDim.x - 1) == gridDim.x - 1;  // the last draw resets it
+    __threadfence();
+  }
   __syncthreads();
-  __threadfence();
   return last;
+}
+
+// By the last block: sums and then maxima over all blocks of what each left at partials + block * stride, a warp for
+// each number; in shared memory until the next call.
+template <int kSums, int kMaxima = 0>
+__device__ inline const double* reduce_blocks(const double* partials, int stride) {
+  constexpr int kCount = kSums + kMaxima, kTurns = (kCount + kWarps - 1) / kWarps;
+  constexpr int kAtOnce = 2;  // blocks that a lane asks for: 64 take one trip to L2
+  __shared__ double of_all[kTurns * kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto is_sum = [&](int turn) {
+    return kMaxima == 0 || (turn + 1) * kWarps <= kSums || turn * kWarps + warp < kSums;
+  };
+  const auto join = [&](int turn, double& mine, double x) {
+    const double sum = Sum::of(mine, x), maximum = Max::of(mine, x);
+    mine = is_sum(turn) ? sum : maximum;
+  };
+  double mine[kTurns];
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) mine[turn] = is_sum(turn) ? Sum::kNothing : Max::kNothing;
+  for (int first = lane; first < gridDim.x; first += kAtOnce * kWarp) {
+    double x[kAtOnce][kTurns];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t block = first + u * kWarp;
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) {
+        x[u][turn] = is_sum(turn) ? Sum::kNothing : Max::kNothing;
+        const int i = min(turn * kWarps + warp, kCount - 1);  // a warp without a number reads the last one
+        if (block < gridDim.x) x[u][turn] = __ldcg(partials + block * stride + i);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn) join(turn, mine[turn], x[u][turn]);
+    }
+  }
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      join(turn, mine[turn], __shfl_xor_sync(kAllLanes, mine[turn], width));
+    }
+  }
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) {
+    if (lane == 0) of_all[turn * kWarps + warp] = mine[turn];
+  }
+  __syncthreads();
+  return of_all;
 }
 
 }  // namespace rlhf::cuda

@@ -74,17 +74,13 @@ __global__ void __launch_bounds__(kThreads, 2) value_loss_kernel(Inputs<T> in, Q
   if (threadIdx.x < kSums) mine[threadIdx.x] = block_sums[threadIdx.x];
   if (!is_last_block(ticket)) return;
 
-  for (double& sum : sums) sum = 0;
-  for (int block = threadIdx.x; block < gridDim.x; block += kThreads) {
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) sums[i] += __ldcg(partials + int64_t(block) * kFields + i);
-  }
-  const Spread<kVariables> all = merge_moments<kVariables>(partials + kSums, kFields, gridDim.x);
-  block_sums = block_reduce<Sum>(sums);
+  const auto first = first_moments<kVariables>(partials + kSums, kFields, gridDim.x);  // on its way with the sums
+  const double* all_sums = reduce_blocks<kSums>(partials, kFields);
+  const Spread<kVariables> all = merge_moments(first, partials + kSums, kFields, gridDim.x);
   if (threadIdx.x != 0) return;
-  const double total = all.n > 0 ? block_sums[kLoss] * weights.inverse_norm : 0;
+  const double total = all.n > 0 ? all_sums[kLoss] * weights.inverse_norm : 0;
   const double results[kStats] = {total,
-                                  block_sums[kClipped] / (all.n > 0 ? all.n : 1),
+                                  all_sums[kClipped] / (all.n > 0 ? all.n : 1),
                                   all.mean[kValue],
                                   all.mean[kReturn],
                                   all.variance(kReturn),

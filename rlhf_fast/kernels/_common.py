@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-# If x - max is multiplied by its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0.
-FLOOR = tl.constexpr(-1e30)
+# If x - max is multiplied by its own exponential, max(x - max, FLOOR) turns 0 * (-inf) into 0. So it does where the sum
+# of 2^30 tokens at the least number of their dtype would be infinite.
+FLOOR = tl.constexpr(-1e28)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no values, finite so that differences are not NaN
 BLOCK = 1024  # tokens per program in the small ops
 

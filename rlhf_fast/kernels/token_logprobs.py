@@ -46,7 +46,7 @@ def _forward_kernel(
         values = tl.load(x + start + tile, mask=start + tile < vocab, other=-float("inf")).to(ACCUM)
         top = tl.maximum(max_, tl.max(values, 0))
         factor = tl.exp2((max_ - top) * scale)
-        weighted = factor * (weighted + (max_ - top) * sum_)
+        weighted = factor * (weighted + tl.maximum(max_ - top, FLOOR) * sum_)
         sum_ *= factor
         max_ = top
         shift = values - top[None, :]
@@ -57,7 +57,7 @@ def _forward_kernel(
 
     top = tl.max(max_, 0)
     factor = tl.exp2((max_ - top) * scale)
-    weighted = tl.sum(factor * (weighted + (max_ - top) * sum_), 0)
+    weighted = tl.sum(factor * (weighted + tl.maximum(max_ - top, FLOOR) * sum_), 0)
     total = tl.sum(factor * sum_, 0)
     log_sum = tl.log(total)
     tl.store(logprobs + row, tl.where(counts, (x_label - top) * inverse_temperature - log_sum, 0.0))

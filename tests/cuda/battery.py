@@ -92,6 +92,25 @@ def rows_in_a_graph(op: str, device: str) -> None:
         assert torch.equal(results[name], value), name
 
 
+def least_numbers_are_impossible_tokens(dtype: torch.dtype, device: str) -> None:
+    """Logits masked by finfo.min, a whole leading block of them or each second one, give the bits that -inf gives."""
+    g = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 2, 5003, generator=g).to(device, dtype)
+    hidden = torch.zeros(2, 5003, dtype=torch.bool, device=device)
+    hidden[0, :4999], hidden[1, ::2] = True, True
+    labels = torch.tensor([5001, 1], device=device)
+
+    def results(impossible: float) -> list[torch.Tensor]:
+        x = logits.masked_fill(hidden, impossible).requires_grad_()
+        y = other.masked_fill(hidden, impossible)
+        outputs = *rf.token_logprobs_and_entropy(x, labels), rf.kl_divergence(x, y)
+        (grad,) = torch.autograd.grad(sum(o.sum() for o in outputs), x)
+        return [*(o.detach() for o in outputs), grad]
+
+    for got, want in zip(results(torch.finfo(dtype).min), results(-torch.inf), strict=True):
+        assert want.isfinite().all() and torch.equal(got, want)
+
+
 def far_rows(rows: int, vocab: int) -> tuple[int, ...]:
     """The first row, those about the 2^31st element, and the last."""
     at = min(2**31 // vocab, rows - 2)

@@ -32,6 +32,11 @@ def test_rows_in_a_graph(op):
     battery.rows_in_a_graph(op, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_least_number_is_an_impossible_token(dtype):
+    battery.least_numbers_are_impossible_tokens(dtype, "cpu")
+
+
 @pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_cross_entropy", "linear_ppo_loss"])
 def test_of_many_elements(op):
     torch.manual_seed(0)

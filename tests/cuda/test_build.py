@@ -54,6 +54,14 @@ def test_a_row_kernel_knows_which_memory_it_reads(file):
     assert not generic, "\n".join(generic)
 
 
+@pytest.mark.parametrize("file", ["gae", "kl_penalty"])
+def test_a_small_op_stores_sixteen_bytes_at_once(file):
+    """Its plain kernel (grid.cuh). An assignment of four floats becomes four stores, and four times L2's writes."""
+    (plain,) = [kernel for kernel in resources.ptx(file).split(".entry")[1:] if "IfLb1E" in kernel.split("(")[0]]
+    stores = re.findall(r"\bst\.global\S*", plain)
+    assert len(stores) == 2 and all(".v4." in store for store in stores), stores
+
+
 CUDA_12_4 = """#!/bin/sh
 case "$*" in
   *--version*) echo "Cuda compilation tools, release 12.4, V12.4.131" ;;

@@ -155,6 +155,13 @@ def test_a_row_op_inside_a_cuda_graph(op, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_least_number_is_an_impossible_token(dtype, backend):
+    with backend_of(backend):
+        battery.least_numbers_are_impossible_tokens(dtype, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_kl_divergence_of_more_than_2_to_the_31_elements(backend):
     needs_gib(24)
     with backend_of(backend):

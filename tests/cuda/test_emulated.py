@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import battery
 import emulation
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
     native = SimpleNamespace(cuda=kernels, cuda_version="13.0", cuda_architectures="80-real")
     monkeypatch.setattr(_dispatch, "_C", native)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     with pytest.raises(RuntimeError, match=f"gae: the launch on cuda:0 failed with .*{says}"):
         _dispatch.launch("gae", (SimpleNamespace(device=torch.device("cuda:0")),))
 
@@ -320,6 +321,11 @@ def test_kl_divergence_is_infinite_where_the_reference_says_impossible(on_emulat
     assert rf.kl_divergence(logits, ref_logits).tolist() == [0.0, torch.inf, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_least_number_is_an_impossible_token(dtype, on_emulator):
+    battery.least_numbers_are_impossible_tokens(dtype, "cpu")
+
+
 @pytest.mark.parametrize("vocab", [13, 1000, 2051])
 def test_in_place_gradient_and_its_neighbours(vocab, on_emulator):
     logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(2))
@@ -514,9 +520,9 @@ def test_a_spread_far_smaller_than_the_mean(on_emulator):
     torch.testing.assert_close(white.double(), reference.masked_whiten(x["values"].double()), rtol=0, atol=0.05)
 
 
-BARRIERS = {  # a file that waits at barriers: a source whose results show it
-    "reduce.cuh": "token_logprobs", "sums.cuh": "value_loss", "weights.cuh": "ppo_loss", "gae.cu": "gae",
-    "masked.cu": "masked", "known_gradient.cu": "known_gradient",
+BARRIERS = {  # a file that waits at barriers: sources whose results show it
+    "reduce.cuh": ["token_logprobs"], "sums.cuh": ["value_loss", "ppo_loss"], "weights.cuh": ["ppo_loss"],
+    "gae.cu": ["gae"], "masked.cu": ["masked"], "known_gradient.cu": ["known_gradient"],
 }  # fmt: skip
 
 
@@ -543,16 +549,14 @@ def results_of(op: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("file", BARRIERS)
 def test_without_a_barrier_the_result_depends_on_the_schedule(file, emulated, tmp_path, monkeypatch):
     """The emulator sees races: each barrier of the kernels, taken out, changes results or never ends."""
-    text, op = (emulation.CUDA / file).read_text(), BARRIERS[file]
+    text = (emulation.CUDA / file).read_text()
     parts = text.split("__syncthreads();")
     assert len(parts) > 1
     emulation.install(monkeypatch, emulated)
-    want = in_every_order(emulated, lambda: results_of(op))
-    for i in range(1, len(parts)):
-        if parts[i - 1].endswith("__threadfence();\n  "):
-            continue  # is_last_block: only blocks side by side, which the emulator does not run, would show it
-        edited = "__syncthreads();".join(parts[:i]) + ";" + "__syncthreads();".join(parts[i:])
-        broken = emulation.rebuild(emulated, tmp_path / str(i), op, {file: edited})
+    want = {op: in_every_order(emulated, lambda op=op: results_of(op)) for op in BARRIERS[file]}
+
+    def is_wrong(op: str, edited: str, folder: Path) -> bool:
+        broken = emulation.rebuild(emulated, folder, op, {file: edited})
         emulation.install(monkeypatch, broken)
         wrong = []
         for order in ORDERS:
@@ -560,6 +564,12 @@ def test_without_a_barrier_the_result_depends_on_the_schedule(file, emulated, tm
             try:
                 got = results_of(op)
             except RuntimeError:  # a thread waits for ever
-                got = {name: value + 1 for name, value in want.items()}
-            wrong.append(any(not torch.equal(got[name], value) for name, value in want.items()))
-        assert any(wrong), f"barrier {i} of {file}"
+                return True
+            wrong.append(any(not torch.equal(got[name], value) for name, value in want[op].items()))
+        return any(wrong)
+
+    for i in range(1, len(parts)):
+        if parts[i - 1].endswith("__shared__ bool last;\n  "):
+            continue  # is_last_block: only blocks side by side, which the emulator does not run, would show it
+        edited = "__syncthreads();".join(parts[:i]) + ";" + "__syncthreads();".join(parts[i:])
+        assert any(is_wrong(op, edited, tmp_path / f"{op} {i}") for op in BARRIERS[file]), f"barrier {i} of {file}"

@@ -15,6 +15,7 @@ from rlhf_fast.ops import _dispatch, _linear, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
+import battery
 import emulation
 from cases import CASES, Sampler
 from test_contract import LAYOUTS, assert_as_close_as_eager, cast, run, tensors_of
@@ -101,6 +102,13 @@ def test_two_runs_give_the_same_bits_and_a_row_those_of_its_own(case, monkeypatc
                 assert torch.equal(one[0].nan_to_num(nan=7.0), first[name][i].nan_to_num(nan=7.0)), name
                 compared += 1
     assert compared or not case.rowwise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_least_number_is_an_impossible_token(dtype, monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", on_triton_too(torch.autograd.grad))
+    with rf.use_backend("triton"):
+        battery.least_numbers_are_impossible_tokens(dtype, "cpu")
 
 
 def test_the_number_of_pairs_is_what_it_is_where_a_reward_is_not_finite():
