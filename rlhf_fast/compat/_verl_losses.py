@@ -175,7 +175,7 @@ def compute_policy_loss_sapo(
     _need_config("compute_policy_loss_sapo", config)
     log_prob, old_log_prob, a = _inside(response_mask, log_prob, old_log_prob, advantages)
     log_ratio = (log_prob - old_log_prob).clamp(-_LOG_RATIO_CLAMP, _LOG_RATIO_CLAMP)
-    tau = torch.where(a > 0, config.tau_pos, config.tau_neg)
+    tau = torch.where(a > 0, a.new_tensor(config.tau_pos), config.tau_neg)  # two numbers would get the default dtype
     gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * (4 / tau)
     loss = _aggregated(-gate * a, response_mask, rollout_is_weights, "seq-mean-token-mean", config)
     return loss, _metrics(pg_clipfrac=0.0, ppo_kl=ops.masked_mean(-log_ratio, response_mask), pg_clipfrac_lower=0.0)

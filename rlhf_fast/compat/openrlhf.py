@@ -282,7 +282,8 @@ def compute_reward(
     (OpenRLHF leaves -kl_coef kl there, and puts the score of a row without any action into the last column).
     """
     mask = _mask(kl, action_mask)
-    r = as_accumulator(torch.as_tensor(r, device=kl.device)).expand(kl.shape[0])
+    dtype = r.dtype if isinstance(r, Tensor) else as_accumulator(kl).dtype  # a number would get the default dtype
+    r = as_accumulator(torch.as_tensor(r, dtype=dtype, device=kl.device)).expand(kl.shape[0])
     if reward_clip_range:
         r = r.clamp(reward_clip_range[0], reward_clip_range[1])
     remaining = mask.flip(1).cumsum(1).flip(1)  # number of actions from here on: 1 at the last one

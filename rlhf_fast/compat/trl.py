@@ -94,7 +94,8 @@ class ChunkedLogProbFunction:
 
         An output that `outputs` does not name is None. The last three have no gradient and cost a second product over
         the vocabulary, so name only those you use. chunk_size is accepted and ignored: chunks are sized by bytes.
-        Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's if bf16 logits tie.
+        Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's if bf16 logits tie. Autocast
+        changes nothing (TRL multiplies in its dtype).
         Raises IndexError for a target outside the vocabulary, including -100 (TRL returns minus the row's logsumexp).
         """
         if not logit_scale > 0:

@@ -109,7 +109,7 @@ class Op:
         self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
         if gradients is not None:
-            self._differentiate(qualname, *_scaled(gradients), 1)
+            self._differentiate(qualname, *_scaled(self.public, gradients), 1)
             self._make_function(_keep_gradients, _scale_gradients, _give_gradients)
         elif backward is not None:
             once = self._differentiate(qualname, backward, setup_context, differentiable)
@@ -192,14 +192,18 @@ class Op:
 
     def _refuse_tangents(self, args):
         """Without this a forward-mode derivative would silently be zero."""
-        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
-            raise NotImplementedError(
-                f"{self.public} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
-            )
+        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(unbatched(x)).tangent is not None for x in args):
+            self._refuse_forward_mode()
+
+    def _refuse_forward_mode(self):
+        raise NotImplementedError(
+            f"{self.public} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
+        )
 
     def _refuse_functorch_gradients(self, args):
         """torch's own error would mention an autograd.Function that the user has never seen."""
-        if any(isinstance(x, Tensor) and x.requires_grad and functorch.is_gradtrackingtensor(x) for x in args):
+        tensors = [unbatched(x) for x in args if isinstance(x, Tensor)]
+        if any(x.requires_grad and functorch.is_gradtrackingtensor(x) for x in tensors):
             raise NotImplementedError(
                 f"{self.public} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
                 "torch.autograd.grad, or use_backend('reference'), which has one"
@@ -217,9 +221,11 @@ class Op:
 
     def __call__(self, *args):
         if is_compiling():
+            if forward_ad._current_level >= 0:
+                self._refuse_forward_mode()
             return self._through_library(args)
         way = self._route(*args)
-        if way == _LIBRARY_OP:
+        if way == _LIBRARY_OP or _jit_trace() is not None:
             self._refuse_tangents(args)
             self._refuse_functorch_gradients(args)
             self._refuse_sharded(args)
@@ -309,6 +315,7 @@ class Op:
 # Return values of route (the way of a call) and of consume (who else holds the saved outputs), see csrc/tensor.h.
 # Without the native module all calls go through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
+_jit_trace = torch._C._get_tracing_state  # torch.jit.trace would keep a kernel's results as constants
 _SHARED = 0
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
 _route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
@@ -348,6 +355,22 @@ def check_unchanged(op: str, unchanged: bool) -> None:
             f"{op}: a tensor that its backward needs has another shape or dtype than in the forward; its .data was "
             "replaced, or a hook on saved tensors returned another tensor"
         )
+
+
+def check_prepared(op: str, prepared: bool) -> None:
+    """For a backward that needs what its forward prepares only if an input requires a gradient there."""
+    if not prepared:
+        raise RuntimeError(
+            f"{op}: its gradient is not in this graph, because the input did not require one when the graph was made "
+            "(by torch.export, say); make it with inputs that require a gradient"
+        )
+
+
+def unbatched(x: Tensor) -> Tensor:
+    """x without vmap's wrappers, which show neither requires_grad nor a tangent."""
+    while functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
 
 
 def plain_in_backward(*arguments) -> bool:
@@ -424,14 +447,15 @@ def _times(g: Tensor, factor: Tensor) -> Tensor:
     return g.mul_(factor)
 
 
-def _scaled(gradients: dict[int, int]) -> tuple[Callable, Callable]:
+def _scaled(name: str, gradients: dict[int, int]) -> tuple[Callable, Callable]:
     """backward and setup_context of a loss: output gradients[i], if it is wanted, is the gradient by input i."""
 
     def backward(ctx, factor, *_):
         grads = [None] * len(ctx.needs_input_grad)
         if factor is not None:
             for i, g in zip(gradients, ctx.saved_tensors, strict=True):
-                if g is not None and ctx.needs_input_grad[i]:
+                if ctx.needs_input_grad[i]:
+                    check_prepared(name, g is not None)
                     grads[i] = g * factor
         return tuple(grads)
 

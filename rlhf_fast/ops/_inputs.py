@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.compiler import is_compiling
 
 from . import reference
@@ -165,6 +166,12 @@ def check_positive(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} {value} must be > 0 and finite")
 
 
+def float_or(value: float | None, default: float | None) -> float | None:
+    """An option, which may be a tensor, as the float that torch.library needs; the default if it is None."""
+    value = default if value is None else value
+    return None if value is None else float(value)
+
+
 def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Tensor | None) -> float:
     """The coefficient of a term as a float. ValueError if it is not 0 and the tensor of the term is missing: the term
     would silently be left out."""
@@ -211,7 +218,7 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
             return torch.full((), normalizer, dtype=torch.float64, device=like.device)
         except NO_NUMBER:
             refuse_no_number(op, normalizer=normalizer)
-            raise
+            return normalizer_tensor(op, float(normalizer), like)  # a numpy array of one number, say
     check_normalizer(op, normalizer, like)
     return normalizer.detach().double().reshape(())
 
@@ -262,7 +269,8 @@ def native_loss(op: str, arguments: Callable, names: tuple[str, ...], triton: st
 
 
 def wants_gradient(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
+    # vmap's wrapper does not tell whether what it wraps requires a gradient.
+    return x is not None and torch.is_grad_enabled() and (x.requires_grad or functorch.is_batchedtensor(x))
 
 
 def as_rows(x: Tensor) -> Tensor:

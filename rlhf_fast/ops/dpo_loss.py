@@ -48,5 +48,5 @@ def dpo_loss(
         )  # fmt: skip
     return pairwise_op(
         chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, beta,
-        0.0, 1.0 - label_smoothing, 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
+        0.0, 1.0 - float(label_smoothing), 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, check_unchanged, empties, native
-from ._inputs import check_tensors, check_vocabulary, device_error, dtype_error, wants_gradient
+from ._inputs import check_tensors, check_vocabulary, device_error, dtype_error
 from ._layout import DTYPE_CODES, accumulation_dtype, byte_mask
 
 NAME = "kl_divergence"
@@ -25,7 +25,7 @@ def _outputs(logits: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return empties(logits, None, rows, (rows, 4))
 
 
-def _forward_arguments(logits, ref_logits, mask, *with_grads):
+def _forward_arguments(logits, ref_logits, mask):
     logits, ref_logits, mask = logits.contiguous(), ref_logits.contiguous(), byte_mask(mask)
     kl, saved = _outputs(logits)
     arguments = logits, ref_logits, DTYPE_CODES[logits.dtype], kl.numel(), logits.shape[-1], mask, kl, saved
@@ -67,23 +67,21 @@ _backward = Op(
 
 
 def _save(ctx, inputs, output):
-    *tensors, with_grad, with_ref_grad = inputs
-    ctx.with_grads = (with_grad, with_ref_grad)
     kl, saved = output
-    ctx.save_for_backward(*tensors, kl.clone(), saved)  # a copy, because users may change the result in place
+    ctx.save_for_backward(*inputs, kl.clone(), saved)  # a copy, because users may change the result in place
 
 
 def _grad(ctx, grad_kl, _):
     if grad_kl is None:
-        return (None,) * 5
+        return (None,) * 3
     logits, ref_logits, mask, kl, saved = ctx.saved_tensors
-    grads = _backward(logits.detach(), ref_logits.detach(), mask, kl.detach(), saved, grad_kl, *ctx.with_grads)
-    return *(g if wanted else None for g, wanted in zip(grads, ctx.with_grads, strict=True)), None, None, None
+    wanted = ctx.needs_input_grad[:2]
+    grads = _backward(logits.detach(), ref_logits.detach(), mask, kl.detach(), saved, grad_kl, *wanted)
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
 
 
 _forward = Op(
-    f"{NAME}(Tensor logits, Tensor ref_logits, Tensor? mask, bool with_grad, bool with_ref_grad) "
-    "-> (Tensor kl, Tensor saved)",
+    f"{NAME}(Tensor logits, Tensor ref_logits, Tensor? mask) -> (Tensor kl, Tensor saved)",
     kernels=native(f"{NAME}_forward", _forward_arguments, scratch=False, triton=NAME),
     fake=_outputs,
     backward=_grad,
@@ -118,4 +116,4 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         return reference.kl_divergence(logits, ref_logits, mask)
     wider = torch.promote_types(logits.dtype, ref_logits.dtype)
     logits, ref_logits = logits.to(wider), ref_logits.to(wider)
-    return _forward(logits, ref_logits, mask, wants_gradient(logits), wants_gradient(ref_logits))[0]
+    return _forward(logits, ref_logits, mask)[0]

@@ -12,7 +12,7 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, empties, is_forced, may_consume, native
+from ._dispatch import Op, check_prepared, empties, is_forced, may_consume, native
 from ._inputs import NO_NUMBER, as_rows, check, estimator_code, refuse_no_number, wants_gradient
 from ._layout import DTYPE_CODES, accumulation_dtype
 
@@ -37,6 +37,7 @@ def _grad(ctx, grad_kl, _):
     if grad_kl is None:
         return (None,) * 6
     (slope,) = ctx.saved_tensors
+    check_prepared("kl_penalty", slope.shape == grad_kl.shape)
     grad = slope.mul_(grad_kl) if may_consume(ctx, grad_kl, slope) else slope * grad_kl
     return grad if ctx.needs_input_grad[0] else None, -grad if ctx.needs_input_grad[1] else None, *[None] * 4
 

@@ -21,6 +21,7 @@ from ._inputs import (
     check_temperature,
     check_term,
     estimator_code,
+    float_or,
     needed_mask,
     normalizer_tensor,
     wants_gradient,
@@ -164,8 +165,8 @@ def linear_ppo_loss(
     return _op(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.long().contiguous(), old_logprobs, advantages,
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
-        float(temperature), softcap, 1.0 - cliprange, 1.0 + (cliprange if cliprange_high is None else cliprange_high),
-        math.inf if dual_clip is None else dual_clip, math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        float(temperature), float_or(softcap, None), 1.0 - float(cliprange), 1.0 + float_or(cliprange_high, cliprange),
+        float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),
         kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
         aggregation_code(NAME, loss_agg_mode), *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, check_unchanged, may_consume
-from ._inputs import check_temperature, wants_gradient
+from ._dispatch import Op, check_prepared, check_unchanged, may_consume
+from ._inputs import check_temperature, float_or, wants_gradient
 from ._layout import accumulation_dtype, byte_mask
 from ._linear import (
     Gradients,
@@ -149,6 +149,7 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, *_):
+    check_prepared(NAME, all(w or not needed for w, needed in zip(ctx.wanted, ctx.needs_input_grad, strict=False)))
     hidden, weight, bias, labels, mask, entropy, saved, logits, slopes = ctx.saved_tensors
     if not ctx.with_entropy:
         grad_entropy = None
@@ -215,7 +216,7 @@ def linear_token_logprobs(
     fused = is_fused(hidden, weight, bias)
     logprobs, entropy, *_ = _forward(
         hidden, weight, bias, labels.reshape(-1).long(),
-        None if mask is None else byte_mask(mask).reshape(-1), float(temperature), softcap,
+        None if mask is None else byte_mask(mask).reshape(-1), float(temperature), float_or(softcap, None),
         fused, with_entropy, *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)

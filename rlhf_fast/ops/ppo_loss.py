@@ -22,6 +22,7 @@ from ._inputs import (
     check_policy,
     check_term,
     estimator_code,
+    float_or,
     loss_outputs,
     native_loss,
     needed_mask,
@@ -100,6 +101,8 @@ def ppo_loss(
     check_policy("ppo_loss", cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     kl_coef = check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     entropy_coef = check_term("ppo_loss", "entropy_coef", entropy_coef, "entropy", entropy)
+    if entropy is not None and entropy_coef == 0:  # only a statistic
+        entropy = entropy.detach()
     mask = needed_mask("ppo_loss", mask)
     estimator = estimator_code("ppo_loss", kl_estimator, "kl_estimator")
     aggregation = aggregation_code("ppo_loss", loss_agg_mode)
@@ -112,8 +115,8 @@ def ppo_loss(
         )  # fmt: skip
     return _op(
         logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance_weights,
-        normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - cliprange,
-        1.0 + (cliprange if cliprange_high is None else cliprange_high), math.inf if dual_clip is None else dual_clip,
-        math.inf if log_ratio_clamp is None else log_ratio_clamp, kl_coef, estimator, entropy_coef,
-        aggregation, wants_gradient(logprobs), entropy_coef != 0 and wants_gradient(entropy),
+        normalizer_tensor("ppo_loss", normalizer, logprobs), 1.0 - float(cliprange),
+        1.0 + float_or(cliprange_high, cliprange), float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),
+        kl_coef, estimator, entropy_coef,
+        aggregation, wants_gradient(logprobs), wants_gradient(entropy),
     )  # fmt: skip

@@ -8,6 +8,8 @@ are data and not predictions (old log-probs, advantages, returns, margins, weigh
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -90,7 +92,9 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, so
     """(..., D) hidden, (V, D) weight -> (..., V) logits, optionally softcap * tanh(logits / softcap) (Gemma 2)."""
     result = as_accumulator(hidden)
     dtype = torch.promote_types(result.dtype, as_accumulator(weight).dtype)
-    logits = (result.to(dtype) @ weight.to(dtype).T).to(result.dtype)
+    device = hidden.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        logits = (result.to(dtype) @ weight.to(dtype).T).to(result.dtype)
     if bias is not None:
         logits = logits + bias.to(result.dtype)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -151,7 +151,7 @@ def _save(ctx, inputs, output):
     logits, labels, mask, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
     _, entropy, saved = output
     # A copy of the entropy, because users may change the result in place.
-    ctx.save_for_backward(logits, labels, mask, None if entropy is None else entropy.clone(), saved)
+    ctx.save_for_backward(logits, labels, mask, entropy.clone() if ctx.with_entropy else None, saved)
 
 
 def _grad(ctx, grad_logprobs, grad_entropy, read):
@@ -217,6 +217,11 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
     check_vocabulary(op, logits.shape[-1], logits)
 
 
+def _in_place(wanted: bool) -> bool:
+    """Autograd does not look at the version of what a hook on saved tensors returns."""
+    return wanted and (is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None)
+
+
 def token_logprobs_and_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -232,14 +237,16 @@ def token_logprobs_and_entropy(
     be anything, and both results and the gradient are 0.
     Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
     inplace_backward=True lets the backward write the gradient over the logits, which saves memory of their size.
-    Autograd then raises if anything else uses them in the backward. torch.compile plans memory itself and ignores it.
+    Autograd then raises if anything else uses them in the backward. Under hooks on saved tensors (checkpoint,
+    save_on_cpu) it could not notice that, so the argument is ignored; torch.compile, which plans memory itself, ignores
+    it too.
     Raises IndexError for a label outside [0, V) where the mask is True. On a GPU the kernel stops at such a label, like
     a device-side assert.
     """
     check_logits("token_logprobs_and_entropy", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
         return reference.token_logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
-    logprobs, entropy, _ = _forward(logits, labels.long(), mask, float(temperature), True, inplace_backward)
+    logprobs, entropy, _ = _forward(logits, labels.long(), mask, float(temperature), True, _in_place(inplace_backward))
     return logprobs, entropy
 
 
@@ -259,4 +266,4 @@ def token_logprobs(
     check_logits("token_logprobs", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, mask=mask)
-    return _forward(logits, labels.long(), mask, float(temperature), False, inplace_backward)[0]
+    return _forward(logits, labels.long(), mask, float(temperature), False, _in_place(inplace_backward))[0]

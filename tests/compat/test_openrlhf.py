@@ -214,6 +214,7 @@ def test_the_score_lands_on_the_last_action():
     got = o.compute_reward(torch.tensor([5.0, 50.0, 7.0]), 0.1, kl, mask, (-10.0, 10.0))
     torch.testing.assert_close(got, torch.tensor([[-0.1, 4.9, 0.0], [-0.1, 0.0, 9.9], [0.0, 0.0, 0.0]]))
     assert o.compute_reward(1.0, -1.0, torch.ones(1, 2)).tolist() == [[0, 1]]
+    assert o.compute_reward(0.3, 0.0, torch.ones(1, 2, dtype=torch.float64)).tolist() == [[0, 0.3]]
 
 
 def test_temperature_leaves_the_logits_alone():

@@ -38,6 +38,15 @@ def test_arguments_are_trls_in_its_order(name):
     assert list(inspect.signature(function).parameters) == SIGNATURES[name].split()
 
 
+def test_autocast_changes_no_output_from_hidden_states():
+    torch.manual_seed(0)
+    args = torch.randn(9, 5), torch.randn(23, 5), torch.randn(23), torch.randint(0, 23, (9,)), 0.7, 8
+    plain = trl.ChunkedLogProbFunction.apply(*args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = trl.ChunkedLogProbFunction.apply(*args)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
 def test_log_softmax_of_a_two_way_choice():
     logits = torch.tensor([[0.0, math.log(3.0)]])  # 1/4 and 3/4
     torch.testing.assert_close(trl.selective_log_softmax(logits, torch.tensor([1])), torch.tensor([math.log(0.75)]))

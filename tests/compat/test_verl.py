@@ -287,6 +287,13 @@ def test_one_token_under_each_policy_loss_by_hand():
         assert loss.item() == pytest.approx(value), name
 
 
+def test_the_default_dtype_rounds_no_option_of_sapo():
+    old, tau = torch.zeros(1, 1, dtype=torch.float64), 1.05
+    new, advantages, config = old + math.log(1.5), old - 1, Config(tau_neg=tau)
+    loss, _ = v.compute_policy_loss_sapo(old, new, advantages, torch.ones(1, 1), config=config)
+    assert loss.item() == pytest.approx(4 / tau / (1 + math.exp(-0.5 * tau)), rel=1e-12)
+
+
 ROLLOUT = torch.tensor([[0.5, 0.25, 1.0], [4.0, 1.0, NAN]]).log()  # of log-probs 0 the ratios are 2, 4, 1 and 1/4, 1
 TURNS = torch.tensor([[1, 1, 1], [1, 1, 0]])
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from cases import CASES, Sampler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import rlhf_fast as rf
 from rlhf_fast.ops import _dispatch
@@ -464,6 +467,11 @@ def test_a_forward_mode_derivative_is_refused(case):
         of(x)  # an input without a tangent is accepted
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             of(torch.autograd.forward_ad.make_dual(x, direction))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda rows: torch.vmap(of)(rows).sum(), (x[None],), (direction[None],))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no forward-mode derivative"):
+        torch.compile(lambda x: torch.func.jvp(of, (x,), (direction,))[1], backend="eager")(x)
     with rf.use_backend("reference"):
         assert torch.func.jvp(of, (x,), (direction,))[1].shape == ()
 
@@ -473,6 +481,8 @@ def test_a_gradient_of_torch_func_is_refused(case):
     of, x = function_of_one_input(case)
     with pytest.raises(NotImplementedError, match=r"no derivative for torch.func .* use_backend\('reference'\)"):
         torch.func.grad(of)(x)
+    with pytest.raises(NotImplementedError, match=r"no derivative for torch\.func"):
+        torch.func.grad(lambda rows: torch.vmap(of)(rows).sum())(x[None])
     with rf.use_backend("reference"):
         assert torch.func.grad(of)(x).shape == x.shape
 
@@ -502,6 +512,80 @@ def test_batched_gradients_are_those_of_a_loop(case):
     for row, grad in zip(basis, batched, strict=True):
         (alone,) = torch.autograd.grad(out, x, row, retain_graph=True)
         torch.testing.assert_close(grad, alone, equal_nan=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@every_case
+def test_vmap_passes_the_gradient_on(case, compiled):
+    if compiled:
+        torch._dynamo.reset()
+
+    def batched(**arguments):
+        both = {k: torch.stack([v, v]) for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+
+        def function(both):
+            one = lambda tensors: tuple(tensors_of(case.op(**arguments | tensors)).values())  # noqa: E731
+            return torch.vmap(one)(both)
+
+        outputs = (torch.compile(function, backend="aot_eager") if compiled else function)(both)
+        return {name: out.mean(0) for name, out in zip(tensors_of(case.op(**arguments)), outputs, strict=True)}
+
+    for seed in range(1 if compiled else 3):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        ours = run(batched, case, inputs)
+        for name, value in run(case.op, case, inputs).items():
+            torch.testing.assert_close(ours[name], value, equal_nan=True)
+
+
+@pytest.mark.parametrize("trace", ["make_fx", "jit"])
+@every_case
+def test_a_graph_that_was_made_without_gradients_gives_the_gradient_or_says_that_it_has_none(case, trace):
+    """As torch.export makes it. The gradient of a loss is an output of its kernel, which may then be missing."""
+    if not case.wrt:
+        pytest.skip("not differentiable")
+    for seed in range(3):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        expected = run(case.op, case, inputs)
+        names = [name for name, x in inputs.items() if isinstance(x, torch.Tensor)]
+        results = [name for name in expected if not name.startswith("grad_")]
+
+        def of(*tensors):
+            return tuple(tensors_of(case.op(**inputs | dict(zip(names, tensors, strict=True)))).values())  # noqa: B023
+
+        examples = [torch.zeros_like(x) if x.is_floating_point() else x for x in (inputs[name] for name in names)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
+            graph = make_fx(of)(*examples) if trace == "make_fx" else torch.jit.trace(of, examples, check_trace=False)
+
+        def traced(**given):
+            return dict(zip(results, graph(*(given[name] for name in names)), strict=True))  # noqa: B023
+
+        try:
+            ours = run(traced, case, inputs)
+        except RuntimeError as error:
+            assert "its gradient is not in this graph" in str(error)
+            ours = {name: x.detach() for name, x in traced(**inputs).items()}
+            expected = {name: expected[name] for name in results}
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name], value, equal_nan=True)
+
+
+@every_case
+def test_a_checkpoint_that_only_the_forward_counts_the_operations_of(case):
+    """Under a dispatch mode a call takes the other way, through torch.library, and must save as many tensors."""
+    if not case.wrt:
+        pytest.skip("not differentiable")
+
+    def counted(**arguments):
+        with FlopCounterMode(display=False):
+            return torch.utils.checkpoint.checkpoint(lambda: case.op(**arguments), use_reentrant=False)
+
+    for seed in range(3):
+        inputs = cast(case.inputs(Sampler(random.Random(seed))), torch.float32)
+        ours = run(counted, case, inputs)
+        for name, value in run(case.op, case, inputs).items():
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def imaginary(x):

@@ -256,6 +256,7 @@ ROWS += [
     ("ppo_loss", {"cliprange": pair}, TypeError, "cliprange is (2,) on cpu; needs one number"),
     ("dpo_loss", {"beta": pair}, TypeError, "beta is (2,) on cpu; needs one number"),
     ("cross_entropy", {"normalizer": pair}, ValueError, "normalizer is (2,) on cpu; needs one number on cpu"),
+    ("value_loss", {"normalizer": pair.numpy()}, TypeError, "normalizer is array([0., 0.]"),
     ("cross_entropy", {"ignore_index": None}, TypeError, "ignore_index None must be an integer; to count every label"),
     ("linear_cross_entropy", {"ignore_index": -100.0}, TypeError, "ignore_index -100.0 must be an integer"),
     ("ppo_loss", {"loss_agg_mode": ["token-mean"]}, ValueError, "loss_agg_mode ['token-mean'] must be one of"),
@@ -286,6 +287,15 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
     with pytest.raises(error, match=f"^.*{re.escape(words)}") as caught:
         getattr(rf, op)(**(VALID[op] | bad))
     assert str(caught.value).startswith(f"{op}: ")
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in NUMBERS.items() for name in names])
+def test_a_tensor_is_read_as_a_number_also_in_a_compiled_graph(op, name):
+    torch._dynamo.reset()
+    value = 1.5 if name == "dual_clip" else 0.5
+    terms = {"kl_coef": {"ref_logprobs": token}, "entropy_coef": {"entropy": token} if op == "ppo_loss" else {}}
+    call = lambda number: getattr(rf, op)(**VALID[op] | terms.get(name, {}) | {name: number})  # noqa: E731
+    torch.testing.assert_close(torch.compile(call, backend="eager")(torch.tensor(value)), call(value))
 
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in VALID for name in VALID[op] if name != "mask"])

@@ -226,6 +226,14 @@ def test_memory_is_a_chunk_whatever_the_batch(function, dtype):
 
 
 @LOSSES
+def test_autocast_changes_no_forward_of_the_reference(loss):
+    data = inputs()
+    plain = loss(reference, *data)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(reference, *data), plain)
+
+
+@LOSSES
 def test_autocast_changes_nothing(loss):
     data = inputs()
     plain = gradients(loss, sys.modules["rlhf_fast.ops"], *data)

@@ -207,6 +207,30 @@ def test_a_gradient_of_another_dtype_is_refused():
         )
 
 
+@pytest.mark.parametrize("keep", ["checkpoint", "save_on_cpu"])
+def test_inplace_backward_leaves_the_logits_alone_where_autograd_would_not_see_it(keep):
+    """Autograd does not look at the version of what a hook on saved tensors returns."""
+    labels, weight = torch.tensor([0, 1, 2]), torch.randn(3, 5)
+
+    def gradient(inplace):
+        leaf = weight.clone().requires_grad_()
+
+        def loss():
+            logits = leaf * 1.0
+            square = logits.square().sum()  # its backward comes after that of the next line
+            return square + token_logprobs(logits, labels, inplace_backward=inplace).sum()
+
+        if keep == "checkpoint":
+            checkpoint(loss, use_reentrant=False).backward()
+        else:
+            with torch.autograd.graph.save_on_cpu():
+                total = loss()
+            total.backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
 def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
     logits = torch.randn(3, 5, requires_grad=True) * 1.0
     labels = torch.tensor([0, 1, 2])
