@@ -269,8 +269,10 @@ def native_loss(op: str, arguments: Callable, names: tuple[str, ...], triton: st
 
 
 def wants_gradient(x: Tensor | None) -> bool:
-    # vmap's wrapper does not tell whether what it wraps requires a gradient.
-    return x is not None and torch.is_grad_enabled() and (x.requires_grad or functorch.is_batchedtensor(x))
+    if x is None or not torch.is_grad_enabled():
+        return False
+    # vmap's wrapper does not tell whether what it wraps requires a gradient. (torch 2.6 compiles the first call only.)
+    return x.requires_grad or (torch._C._are_functorch_transforms_active() and functorch.is_batchedtensor(x))
 
 
 def as_rows(x: Tensor) -> Tensor:

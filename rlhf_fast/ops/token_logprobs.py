@@ -217,9 +217,13 @@ def check_logits(op: str, logits: Tensor, labels: Tensor, mask: Tensor | None, t
     check_vocabulary(op, logits.shape[-1], logits)
 
 
+# The hooks on saved tensors that are active; torch 2.6 does not tell.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None)
+
+
 def _in_place(wanted: bool) -> bool:
     """Autograd does not look at the version of what a hook on saved tensors returns."""
-    return wanted and (is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None)
+    return wanted and (is_compiling() or _saved_tensors_hooks(True) is None)
 
 
 def token_logprobs_and_entropy(
@@ -238,8 +242,8 @@ def token_logprobs_and_entropy(
     Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
     inplace_backward=True lets the backward write the gradient over the logits, which saves memory of their size.
     Autograd then raises if anything else uses them in the backward. Under hooks on saved tensors (checkpoint,
-    save_on_cpu) it could not notice that, so the argument is ignored; torch.compile, which plans memory itself, ignores
-    it too.
+    save_on_cpu) it could not notice that, so the argument is ignored (not by torch 2.6, which does not tell whether
+    there are any); torch.compile, which plans memory itself, ignores it too.
     Raises IndexError for a label outside [0, V) where the mask is True. On a GPU the kernel stops at such a label, like
     a device-side assert.
     """
