@@ -147,12 +147,12 @@ def judge_card(
             "order_bias": fit_bias(votes_of(groups["identical"], weights)),
         }
     decided = [i for i, v in enumerate(verdicts) if v.status == "ok"]
-    unbiased = Calibration(1.0, fit_bias(votes_of(pairs, weights)))
-    card["calibration"] = dataclasses.asdict(unbiased)
+    order_bias = Calibration(1.0, fit_bias(votes_of(pairs, weights)))
+    card["calibration"] = dataclasses.asdict(order_bias)
     if len(decided) >= 2 * FOLDS:
         kept = [pairs[i] for i in decided]
-        moved = [_sign(r) * verdict_of(r, weights, combine=combine, calibration=unbiased).logit for r in kept]
-        card |= _calibrated(towards[decided], np.array(moved), [clusters[i] for i in decided], unbiased.bias, seed)
+        unbiased = [_sign(r) * verdict_of(r, weights, combine=combine, calibration=order_bias).logit for r in kept]
+        card |= _calibrated(towards[decided], np.array(unbiased), [clusters[i] for i in decided], order_bias.bias, seed)
         card["averages"] = _averages(kept, weights)
     return card
 
