@@ -55,8 +55,8 @@ class FewRows {
   }
 
  private:
-  // Of the weight: a multiple of kBlockRows and kWidth. Their outputs, 12 KB, stay in L1 beside packed rows of x.
-  static constexpr int64_t kTileRows = 48;
+  // Of the weight: a multiple of Unit::kRows and kWidth. Their outputs, 8 or 12 KB, stay in L1 beside packed rows of x.
+  static constexpr int64_t kTileRows = Unit::kTiles ? 32 : 48;
 
   static int64_t tiles_of(int64_t width) { return (width + kTileRows - 1) / kTileRows; }
 

@@ -30,7 +30,6 @@ using vd = double __attribute__((vector_size(8 * kWidth)));
 constexpr int64_t kTileRows = 120, kTallTileRows = 300, kTallFrom = 2048;
 static_assert(kTileRows % kBlockRows == 0 && kTileRows % 2 == 0 && kTileRows <= kPieceDepth);
 static_assert(kTallTileRows % kBlockRows == 0 && kTallTileRows % 2 == 0 && kTallTileRows / 2 <= kPieceDepth);
-// In AMX tiles a block has 32 rows.
 constexpr int64_t kLanes = 16;  // the lanes are padded to a multiple
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -45,11 +44,12 @@ struct Problem {
   int64_t weight_stride, rows, vocab, width;
 
   int64_t lanes() const { return (rows + kLanes - 1) / kLanes * kLanes; }
-  // Of a whole tile. It must not depend on the lanes: what is summed tile by tile, is summed in its order.
+  // Of a whole tile, in whole blocks. It must not depend on the lanes: what is summed tile by tile, is summed in its
+  // order.
   int64_t height() const {
     const bool tall = Unit::kSize == 2 && vocab >= kTallFrom;
     const int64_t rows = tall ? kTallTileRows : kTileRows;
-    return Unit::kTiles ? (rows + Unit::kRows - 1) / Unit::kRows * Unit::kRows : rows;
+    return (rows + Unit::kRows - 1) / Unit::kRows * Unit::kRows;
   }
   int64_t tiles() const { return (vocab + height() - 1) / height(); }
   int64_t tile_rows(int64_t tile) const { return least(vocab - tile * height(), height()); }
@@ -323,8 +323,8 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
       const int64_t row = rows.begin + block * Unit::kRows, count = least(rows.end - row, Unit::kRows);
       ahead.fetch();
       pack(after, block * next_depth / blocks, (block + 1) * next_depth / blocks, next);
-      multiply<Unit>(packed_block<Unit>(dz, row, count, depth), count, now, depth, grad_hidden + row * p.width + step.column,
-                     p.width, step.panel, step.tile > 0);
+      multiply<Unit>(packed_block<Unit>(dz, row, count, depth), count, now, depth,
+                     grad_hidden + row * p.width + step.column, p.width, step.panel, step.tile > 0);
     }
   }
 }
@@ -397,7 +397,7 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
       }
       if (grad_hidden) {
         pack_blocks<Unit>(reinterpret_cast<uint32_t*>(dz.data), lanes, p.rows, units<Unit>(count),
-                    reinterpret_cast<uint32_t*>(z));
+                          reinterpret_cast<uint32_t*>(z));
       }
       if (!by_weight) continue;
       float* out = rounded_weight ? tile_weight.data : grad_weight + first * p.width;
@@ -411,9 +411,10 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
 #pragma omp for schedule(static, 1)
     for (int64_t share = 0; share < column_shares * row_shares; ++share) {
       const int64_t first = share % column_shares * share_panels * kPanel, row = share / column_shares;
-      add_hidden(p, logits,
-                 {row * blocks / row_shares * Unit::kRows, least((row + 1) * blocks / row_shares * Unit::kRows, p.rows)},
-                 {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
+      add_hidden(
+          p, logits,
+          {row * blocks / row_shares * Unit::kRows, least((row + 1) * blocks / row_shares * Unit::kRows, p.rows)},
+          {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
     }
   }
 }

@@ -58,8 +58,8 @@ struct Tiles {
 };
 #endif
 
-// The tiles' configuration of this thread, kept from one product for the next: a new one takes as long as 15 products of
-// tiles or more. Whoever multiplies holds a TilesInUse, so that nothing of it is left for the code after it.
+// The tiles' configuration of this thread, kept from one product for the next: a new one takes as long as 15 products
+// of tiles or more. Whoever multiplies holds a TilesInUse, so that nothing of it is left for the code after it.
 class TilesInUse {
  public:
   TilesInUse() = default;
