@@ -1,4 +1,12 @@
 // Chooses, once, the best instruction set that this CPU runs.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstring>
 
 #include "ops.h"
@@ -17,12 +25,35 @@ namespace portable {
 extern const CpuOps table;
 }
 
+#if defined(__x86_64__)
+namespace {
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Linux saves the tiles of a process that has asked it to. It refuses where a thread's stack for signals is too small.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kLeaf = 7, kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;  // of edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(kLeaf, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBFloat16Tiles) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#endif
+
 const CpuIsa* cpu_isas(int* count) {
   static const CpuIsa isas[] = {
 #if defined(__x86_64__)
-      {"avx512", avx512::table,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl")},
+      {"amx", avx512::table, has_avx512() && may_use_tiles(), true},
+      {"avx512", avx512::table, has_avx512()},
       // Every CPU with AVX2 and FMA has F16C.
       {"avx2", avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
 #endif

@@ -219,9 +219,10 @@ struct CpuOps {
 
 // The instruction sets compiled into this module, best first; cpu_isa() is the one in use.
 struct CpuIsa {
-  const char* name;  // "avx512", "avx2", "portable"
+  const char* name;  // "amx", "avx512", "avx2", "portable"
   CpuOps ops;
-  bool supported;  // by this CPU
+  bool supported;      // by this CPU
+  bool tiles = false;  // whether products of bfloat16 are AMX's
 };
 const CpuIsa* cpu_isas(int* count);
 const CpuIsa& cpu_isa();

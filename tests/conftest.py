@@ -19,7 +19,7 @@ def model(tokenizer):
     return tiny_model(tokenizer)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def isa(request):
     """Every instruction set of the CPU kernels that this machine runs."""
     native = _dispatch._C

@@ -55,8 +55,8 @@ class FewRows {
   }
 
  private:
-  // Of the weight: a multiple of kBlockRows and kWidth. Their outputs, 12 KB, stay in L1 beside packed rows of x.
-  static constexpr int64_t kTileRows = 48;
+  // Of the weight: a multiple of Unit::kRows and kWidth. Their outputs, 8 or 12 KB, stay in L1 beside packed rows of x.
+  static constexpr int64_t kTileRows = Unit::kTiles ? 32 : 48;
 
   static int64_t tiles_of(int64_t width) { return (width + kTileRows - 1) / kTileRows; }
 
@@ -69,6 +69,7 @@ class FewRows {
     if (copies) copy_units<Unit>(from, depth_, count, depth_, copy.data);
     const Left rows{copies ? static_cast<const void*>(copy.data) : from, units_ * 4, 4, true};
     alignas(64) float z[kTileRows * kPanel];
+    const InUse<Unit> in_use;
     for (int64_t lane = 0; lane < rows_; lane += kPanel) {
       multiply<Unit>(rows, count, packed_.data + lane * units_, units_, z, lanes(lane), lanes(lane), false);
       store(z, count, lane, p.bias ? p.bias + first : nullptr, p.y + lane * p.width + first, p.width, add);

@@ -44,8 +44,13 @@ struct Problem {
   int64_t weight_stride, rows, vocab, width;
 
   int64_t lanes() const { return (rows + kLanes - 1) / kLanes * kLanes; }
-  // Of a whole tile. It must not depend on the lanes: what is summed tile by tile, is summed in its order.
-  int64_t height() const { return Unit::kSize == 2 && vocab >= kTallFrom ? kTallTileRows : kTileRows; }
+  // Of a whole tile, in whole blocks. It must not depend on the lanes: what is summed tile by tile, is summed in its
+  // order.
+  int64_t height() const {
+    const bool tall = Unit::kSize == 2 && vocab >= kTallFrom;
+    const int64_t rows = tall ? kTallTileRows : kTileRows;
+    return (rows + Unit::kRows - 1) / Unit::kRows * Unit::kRows;
+  }
   int64_t tiles() const { return (vocab + height() - 1) / height(); }
   int64_t tile_rows(int64_t tile) const { return least(vocab - tile * height(), height()); }
   const type* weight_tile(int64_t tile) const { return weight + tile * height() * weight_stride; }
@@ -121,6 +126,7 @@ void forward(const Problem<Unit>& p, const float* bias, double softcap, const in
   if (logits) use_huge_pages(logits, p.vocab * lanes * sizeof *logits);
 #pragma omp parallel num_threads(team(threads, p.rows* p.vocab))
   {
+    const InUse<Unit> in_use;
     const Buffer<float> own(logits ? 0 : p.tile_rows(0) * lanes);
     const Buffer<uint32_t> copy(copies ? p.height() * depth : 0);
 #pragma omp for
@@ -221,8 +227,24 @@ void narrow(float* dz, int64_t lanes, int64_t rows, uint16_t* by_row) {
   }
 }
 
+// The first `count` lanes as rows: what tiles are loaded from.
+void pack_lanes(const uint32_t* x, int64_t stride, int64_t count, int64_t depth, uint32_t* out) {
+  for (int64_t lane = 0; lane < count; lane += kWidth) {
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      vu square[kWidth] = {};
+      for (int64_t j = 0; j < least(depth - k, kWidth); ++j) square[j] = load_vector<vu>(x + (k + j) * stride + lane);
+      transpose(square);
+      for (int64_t i = 0; i < least(count - lane, kWidth); ++i) {
+        std::memcpy(out + (lane + i) * depth + k, &square[i], least(depth - k, kWidth) * sizeof *x);
+      }
+    }
+  }
+}
+
 // The first `count` lanes as blocks of kBlockRows, each contiguous, the last one of what is left.
+template <class Unit>
 void pack_blocks(const uint32_t* x, int64_t stride, int64_t count, int64_t depth, uint32_t* out) {
+  if constexpr (Unit::kTiles) return pack_lanes(x, stride, count, depth, out);
   const int64_t whole = count / kBlockRows * kBlockRows, rest = count - whole;
   for (int64_t k = 0; k < depth; ++k, x += stride) {
     for (int64_t lane = 0; lane < whole; lane += kBlockRows) {
@@ -230,6 +252,13 @@ void pack_blocks(const uint32_t* x, int64_t stride, int64_t count, int64_t depth
     }
     if (rest) std::memcpy(out + whole * depth + k * rest, x + whole, rest * sizeof *x);
   }
+}
+
+// Block `first` of what pack_blocks wrote.
+template <class Unit>
+Left packed_block(const uint32_t* x, int64_t first, int64_t count, int64_t depth) {
+  if constexpr (Unit::kTiles) return {x + first * depth, 4 * depth, 4};
+  return {x + first * depth, 4, 4 * count};
 }
 
 // Fetches rows of memory into L2, a few lines at a time and while something else is computed.
@@ -271,7 +300,7 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
     const typename Unit::type* weight;
   };
   const int64_t panels = (columns.size() + kPanel - 1) / kPanel, steps = p.tiles() * panels;
-  const int64_t blocks = (rows.size() + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = (rows.size() + Unit::kRows - 1) / Unit::kRows;
   const auto at = [&](int64_t i) {
     const int64_t tile = i / panels, column = columns.begin + i % panels * kPanel;
     return Step{tile, column, least(columns.end - column, kPanel), p.tile_rows(tile), p.weight_tile(tile) + column};
@@ -291,11 +320,11 @@ void add_hidden(const Problem<Unit>& p, const float* logits, Range rows, Range c
     Ahead ahead(later.weight, later.count, later.panel * sizeof *later.weight, p.weight_stride * sizeof *later.weight,
                 blocks);
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t row = rows.begin + block * kBlockRows, count = least(rows.end - row, kBlockRows);
+      const int64_t row = rows.begin + block * Unit::kRows, count = least(rows.end - row, Unit::kRows);
       ahead.fetch();
       pack(after, block * next_depth / blocks, (block + 1) * next_depth / blocks, next);
-      multiply<Unit>(Left{dz + row * depth, 4, 4 * count}, count, now, depth, grad_hidden + row * p.width + step.column,
-                     p.width, step.panel, step.tile > 0);
+      multiply<Unit>(packed_block<Unit>(dz, row, count, depth), count, now, depth,
+                     grad_hidden + row * p.width + step.column, p.width, step.panel, step.tile > 0);
     }
   }
 }
@@ -334,10 +363,11 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   // dhidden in a grid: first its columns are shared, because every share of its rows packs the weight again.
   const int64_t share_panels = (panels + team_size - 1) / team_size;
   const int64_t column_shares = grad_hidden ? (panels + share_panels - 1) / share_panels : 0;  // none is empty
-  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = (p.rows + Unit::kRows - 1) / Unit::kRows;
   const int64_t row_shares = column_shares ? least(team_size / column_shares, blocks) : 0;
 #pragma omp parallel num_threads(team_size)
   {
+    const InUse<Unit> in_use;
     const Buffer<float> dz(p.tile_rows(0) * lanes);
     const Buffer<uint16_t> by_row(half ? p.tile_rows(0) * lanes : 0);
     const Buffer<float> tile_weight(rounded_weight ? p.tile_rows(0) * p.width : 0);
@@ -366,8 +396,8 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
         narrow(dz.data, lanes, count, by_row.data);
       }
       if (grad_hidden) {
-        pack_blocks(reinterpret_cast<uint32_t*>(dz.data), lanes, p.rows, units<Unit>(count),
-                    reinterpret_cast<uint32_t*>(z));
+        pack_blocks<Unit>(reinterpret_cast<uint32_t*>(dz.data), lanes, p.rows, units<Unit>(count),
+                          reinterpret_cast<uint32_t*>(z));
       }
       if (!by_weight) continue;
       float* out = rounded_weight ? tile_weight.data : grad_weight + first * p.width;
@@ -381,9 +411,10 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
 #pragma omp for schedule(static, 1)
     for (int64_t share = 0; share < column_shares * row_shares; ++share) {
       const int64_t first = share % column_shares * share_panels * kPanel, row = share / column_shares;
-      add_hidden(p, logits,
-                 {row * blocks / row_shares * kBlockRows, least((row + 1) * blocks / row_shares * kBlockRows, p.rows)},
-                 {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
+      add_hidden(
+          p, logits,
+          {row * blocks / row_shares * Unit::kRows, least((row + 1) * blocks / row_shares * Unit::kRows, p.rows)},
+          {first, least(first + share_panels * kPanel, p.width)}, grad_hidden);
     }
   }
 }

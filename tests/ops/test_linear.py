@@ -249,7 +249,7 @@ def test_autocast_changes_nothing(loss):
 @pytest.fixture
 def fused(isa, monkeypatch):
     """A function: loss, and the gradients of hidden, weight and bias, with the native products."""
-    monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: True)
+    monkeypatch.setattr(_linear, "ours_are_fast", lambda: True)
 
     def run(loss, hidden, weight, labels, bias=None, softcap=None):
         assert _linear.is_fused(hidden, weight, bias)
@@ -438,7 +438,7 @@ def test_fused_threads_change_nothing(fused, loss, dtype, vocab):
 @HALF_OR_NOT
 def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
     """Even if a library multiplies faster, so that neither the number of threads nor other rows change a bit."""
-    monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: False)
+    monkeypatch.setattr(_linear, "ours_are_fast", lambda: False)
     hidden, weight, labels = head(210, 700, 300, dtype)
     before = torch.get_num_threads()
     assert not _linear.is_fused(hidden, weight, None)
@@ -463,7 +463,7 @@ def test_deterministic_algorithms_are_ours_on_every_cpu(dtype, monkeypatch):
 @pytest.mark.parametrize("before, after", [(False, True), (True, False)])
 def test_a_backward_goes_the_way_of_its_forward(before, after, monkeypatch):
     """The kept logits have the layout of the forward, even if the setting has changed since."""
-    monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype: False)
+    monkeypatch.setattr(_linear, "ours_are_fast", lambda: False)
     hidden, weight, labels = head(9, 20, 8, torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     try:
@@ -502,7 +502,7 @@ def test_inductors_cache_tells_the_ways_apart(tmp_path, monkeypatch):
     hidden, weight, labels = head(9, 20, 8, torch.float32)
     hidden.requires_grad_()
     for ours in (False, True):
-        monkeypatch.setattr(_linear, "ours_are_fast", lambda dtype, ours=ours: ours)
+        monkeypatch.setattr(_linear, "ours_are_fast", lambda ours=ours: ours)
         torch._dynamo.reset()
         compiled = torch.compile(linear_token_logprobs, fullgraph=True)
         logprobs = compiled(hidden, weight, labels)
