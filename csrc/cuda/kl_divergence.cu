@@ -26,12 +26,12 @@ struct Divergence {
   }
 
   // To other references. An infinite gap stays: q = 0 where p is not. Of a p that becomes 0 nothing does, however far
-  // apart the references were.
+  // apart the references were and whatever q is.
   __device__ void move(acc_t to_p, acc_t to_q, acc_t scale) {
     const acc_t by_p = max_p - to_p, by_q = max_q - to_q, factor = fast_exp2(by_p * scale);
-    const acc_t moved = factor == 0 ? acc_t(0) : multiply(factor, multiply_add(by_p - by_q, sum_p, gap));
-    gap = gap == acc_t(INFINITY) ? gap : moved;
+    const acc_t moved = multiply(factor, multiply_add(by_p - by_q, sum_p, gap));
     sum_p = multiply(sum_p, factor);
+    gap = sum_p == 0 ? acc_t(0) : gap == acc_t(INFINITY) ? gap : moved;
     sum_q = multiply(sum_q, fast_exp2(by_q * scale));
     max_p = to_p;
     max_q = to_q;

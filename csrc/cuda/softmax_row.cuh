@@ -148,7 +148,8 @@ __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t
   return state;
 }
 
-// The gradient of a column: exp(s) (constant + slope (x - max)), and at the label at_label more.
+// The gradient of a column: 2^s (constant + slope s) with s = scale (x - max), and at the label at_label more. Not by
+// x - max, whose slope grows by 1 / temperature^2: times kFloor it would be infinite, and 0 times that NaN.
 template <typename acc_t, bool kEntropy>
 struct Gradient {
   acc_t scale, max, constant, slope, at_label;
@@ -161,13 +162,13 @@ struct Gradient {
     const acc_t inverse = inverse_temperature * exp(-log_sum);
     const acc_t offset = kEntropy ? by_entropy * (entropy - log_sum) : acc_t(0);
     constant = -(by_logprob + offset) * inverse;
-    slope = -by_entropy * inverse_temperature * inverse;
+    slope = -by_entropy * acc_t(1 / kLog2E) * inverse;
     at_label = by_logprob * inverse_temperature;
   }
 
   __device__ acc_t operator()(acc_t x) const {
-    const acc_t shift = x - max, power = fast_exp2(shift * scale);
-    return multiply(power, kEntropy ? multiply_add(slope, larger(shift, acc_t(kFloor)), constant) : constant);
+    const acc_t s = (x - max) * scale, power = fast_exp2(s);
+    return multiply(power, kEntropy ? multiply_add(slope, larger(s, acc_t(kFloor)), constant) : constant);
   }
   __device__ acc_t operator()(acc_t x, int column) const {
     return (*this)(x) + (column == label ? at_label : acc_t(0));

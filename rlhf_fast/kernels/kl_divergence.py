@@ -16,10 +16,11 @@ TO_POWER_OF_2 = tl.constexpr(LOG2_E)
 
 @triton.jit
 def _moved(gap, sum_p, by_p, by_q):
-    """The gap after the maxima that it refers to have changed. An infinite gap (q = 0 where p > 0) stays infinite."""
+    """The gap after the maxima that it refers to have changed. An infinite gap (q = 0 where p > 0) stays infinite. Of a
+    p that becomes 0 nothing stays, however far apart the maxima were and whatever q is."""
     factor = tl.exp2(by_p * TO_POWER_OF_2)
-    moved = tl.where(factor == 0, 0.0, factor * (gap + (by_p - by_q) * sum_p))  # not 0 * inf, however far they were
-    return tl.where(gap == float("inf"), gap, moved), factor * sum_p
+    moved = tl.where(gap == float("inf"), gap, factor * (gap + (by_p - by_q) * sum_p))
+    return tl.where(factor * sum_p == 0, 0.0, moved), factor * sum_p
 
 
 @triton.jit

@@ -93,22 +93,28 @@ def rows_in_a_graph(op: str, device: str) -> None:
 
 
 def least_numbers_are_impossible_tokens(dtype: torch.dtype, device: str) -> None:
-    """Logits masked by finfo.min, a whole leading block of them or each second one, give the bits that -inf gives."""
+    """Logits masked by finfo.min, a whole leading block of them or each second one, give the bits that -inf gives; so
+    they do where the reference's are masked by the other of the two, and at a temperature that makes a choice greedy.
+    """
     g = torch.Generator().manual_seed(0)
     logits, other = torch.randn(2, 2, 5003, generator=g).to(device, dtype)
     hidden = torch.zeros(2, 5003, dtype=torch.bool, device=device)
     hidden[0, :4999], hidden[1, ::2] = True, True
     labels = torch.tensor([5001, 1], device=device)
 
-    def results(impossible: float) -> list[torch.Tensor]:
+    def results(impossible: float, to_reference: float) -> list[torch.Tensor]:
         x = logits.masked_fill(hidden, impossible).requires_grad_()
-        y = other.masked_fill(hidden, impossible)
+        y = other.masked_fill(hidden, to_reference)
         outputs = *rf.token_logprobs_and_entropy(x, labels), rf.kl_divergence(x, y)
         (grad,) = torch.autograd.grad(sum(o.sum() for o in outputs), x)
-        return [*(o.detach() for o in outputs), grad]
+        greedy = rf.token_logprobs_and_entropy(x, labels, temperature=1e-6)
+        (greedy_grad,) = torch.autograd.grad(sum(o.sum() for o in greedy), x)
+        return [*(o.detach() for o in (*outputs, *greedy)), grad, greedy_grad]
 
-    for got, want in zip(results(torch.finfo(dtype).min), results(-torch.inf), strict=True):
-        assert want.isfinite().all() and torch.equal(got, want)
+    least, wants = torch.finfo(dtype).min, results(-torch.inf, -torch.inf)
+    for masks in ((-torch.inf, least), (least, -torch.inf), (least, least)):
+        for got, want in zip(results(*masks), wants, strict=True):
+            assert want.isfinite().all() and torch.equal(got, want)
 
 
 def far_rows(rows: int, vocab: int) -> tuple[int, ...]:

@@ -573,3 +573,17 @@ def test_without_a_barrier_the_result_depends_on_the_schedule(file, emulated, tm
             continue  # is_last_block: only blocks side by side, which the emulator does not run, would show it
         edited = "__syncthreads();".join(parts[:i]) + ";" + "__syncthreads();".join(parts[i:])
         assert any(is_wrong(op, edited, tmp_path / f"{op} {i}") for op in BARRIERS[file]), f"barrier {i} of {file}"
+
+
+@pytest.mark.parametrize("op, call, file, condition", [
+    ("masked", lambda x: rf.masked_whiten(x), "grid.cuh", "reinterpret_cast<uintptr_t>(p) % bytes == 0"),
+    ("kl_divergence", lambda x: rf.kl_divergence(x, x), "reduce.cuh", "address % 16 == 0"),
+    ("kl_divergence", lambda x: rf.kl_divergence(x, x), "reduce.cuh", "address % 8 == 0"),
+])  # fmt: skip
+def test_what_does_not_look_at_its_alignment_is_refused(op, call, file, condition, emulated, tmp_path, monkeypatch):
+    """The emulator sees a vector read or written beside its boundary, as a GPU does: cudaErrorMisalignedAddress."""
+    text = (emulation.CUDA / file).read_text()
+    assert text.count(condition) == 1
+    emulation.install(monkeypatch, emulation.rebuild(emulated, tmp_path, op, {file: text.replace(condition, "true")}))
+    with pytest.raises(RuntimeError, match="716"):
+        call(torch.ones(513)[1:].view(2, 256))

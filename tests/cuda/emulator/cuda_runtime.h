@@ -26,17 +26,39 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct uint2 {
+namespace emulator {
+
+inline bool misaligned = false;  // a vector was read or written beside its boundary, which a GPU refuses
+
+template <int kBytes>
+struct alignas(kBytes) Aligned {
+  Aligned() = default;
+  Aligned(const Aligned& from) { check(&from); }
+  Aligned& operator=(const Aligned& from) {
+    check(&from);
+    check(this);
+    return *this;
+  }
+  static void check(const void* p) {
+    auto address = reinterpret_cast<uintptr_t>(p);
+    asm volatile("" : "+r"(address));  // the compiler believes the type, and would leave out the question
+    if (address % kBytes != 0) misaligned = true;
+  }
+};
+
+}  // namespace emulator
+
+struct uint2 : emulator::Aligned<8> {
   uint32_t x, y;
 };
-struct alignas(16) uint4 {
+struct uint4 : emulator::Aligned<16> {
   uint32_t x, y, z, w;
 };
-inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
-struct alignas(16) float4 {
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {{}, x, y, z, w}; }
+struct float4 : emulator::Aligned<16> {
   float x, y, z, w;
 };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {{}, x, y, z, w}; }
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -52,7 +74,8 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchTimeout = 702,
-  cudaErrorAssert = 710
+  cudaErrorAssert = 710,
+  cudaErrorMisalignedAddress = 716
 };
 using cudaStream_t = struct Stream*;
 struct cudaLaunchConfig_t {
@@ -245,7 +268,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   std::mt19937 random(1);
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  emulator::trapped = false;
+  emulator::trapped = emulator::misaligned = false;
   emulator::body = [=] { kernel(values...); };
   ++emulator::launches;
   auto* shared = reinterpret_cast<unsigned char*>(dynamic_shared);
@@ -255,6 +278,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     blockIdx = dim3(block);
     std::memset(shared, 0xff, guarded);  // NaN, in every dtype
     if (const cudaError_t error = emulator::run_block(random)) return error;
+    if (emulator::misaligned) return cudaErrorMisalignedAddress;
     for (size_t i = bytes; i < guarded; ++i) {
       if (shared[i] != 0xff) return cudaErrorIllegalAddress;  // what was written lies beyond what was asked for
     }
