@@ -361,8 +361,8 @@ def check_prepared(op: str, prepared: bool) -> None:
     """For a backward that needs what its forward prepares only if an input requires a gradient there."""
     if not prepared:
         raise RuntimeError(
-            f"{op}: its gradient is not in this graph, because the input did not require one when the graph was made "
-            "(by torch.export, say); make it with inputs that require a gradient"
+            f"{op}: its gradient is not in this graph, because none was needed when the graph was made (by "
+            "torch.export, say); make it with inputs that require a gradient, and not under torch.no_grad"
         )
 
 

@@ -498,6 +498,20 @@ def test_targets_stay_data_under_torch_func():
     torch.testing.assert_close(torch.func.grad(loss)(values), expected)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")], ids=["eager", "compiled"])
+def test_targets_stay_data_under_vmap(wrap):
+    torch._dynamo.reset()
+    rewards, values = torch.randn(3, 2, 5), torch.randn(3, 2, 5, requires_grad=True)
+    mask = torch.ones(3, 2, 5, dtype=torch.bool)
+
+    def returns(values):
+        return torch.vmap(rf.gae)(rewards, values, mask)[1]
+
+    assert not wrap(returns)(values).requires_grad
+    of = wrap(lambda values: torch.func.grad(lambda v: ((v - returns(v)) ** 2).sum())(values))
+    torch.testing.assert_close(of(values.detach()), 2 * (values - returns(values)).detach())
+
+
 @every_case
 def test_batched_gradients_are_those_of_a_loop(case):
     """is_grads_batched uses PyTorch's older vmap, whose tensors look plain but have no memory."""
