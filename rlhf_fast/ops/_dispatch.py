@@ -192,7 +192,7 @@ class Op:
 
     def _refuse_tangents(self, args):
         """Without this a forward-mode derivative would silently be zero."""
-        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(unbatched(x)).tangent is not None for x in args):
+        if forward_ad._current_level >= 0 and _has_tangent(args):
             self._refuse_forward_mode()
 
     def _refuse_forward_mode(self):
@@ -371,6 +371,11 @@ def unbatched(x: Tensor) -> Tensor:
     while functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)
     return x
+
+
+@torch._disable_dynamo  # which would not see the tangents
+def _has_tangent(args) -> bool:
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(unbatched(x)).tangent is not None for x in args)
 
 
 def plain_in_backward(*arguments) -> bool:

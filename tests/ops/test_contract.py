@@ -472,6 +472,9 @@ def test_a_forward_mode_derivative_is_refused(case):
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no forward-mode derivative"):
         torch.compile(lambda x: torch.func.jvp(of, (x,), (direction,))[1], backend="eager")(x)
+    torch._dynamo.reset()  # or it would remember the functions that it could not compile, and call them as they are
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match="no forward-mode derivative"):
+        torch.compile(of, backend="eager")(torch.autograd.forward_ad.make_dual(x, direction))
     with rf.use_backend("reference"):
         assert torch.func.jvp(of, (x,), (direction,))[1].shape == ()
 
