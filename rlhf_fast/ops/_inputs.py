@@ -118,7 +118,10 @@ def refuse_no_number(op: str, *, optional: tuple[str, ...] = (), **given) -> Non
                 continue
         except NO_NUMBER:
             pass
-        got = f"{tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{x!r} of type {type(x).__name__}"
+        if not isinstance(x, Tensor):
+            got = f"{x!r} of type {type(x).__name__}"
+        else:
+            got = "batched by vmap" if functorch.is_batchedtensor(x) else f"{tuple(x.shape)} on {x.device}"
         raise TypeError(f"{op}: {name} is {got}; needs one number") from None
 
 
