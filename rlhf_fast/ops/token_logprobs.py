@@ -244,9 +244,10 @@ def token_logprobs_and_entropy(
     be anything, and both results and the gradient are 0.
     Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
     inplace_backward=True lets the backward write the gradient over the logits, which saves memory of their size.
-    Autograd then raises if anything else uses them in the backward. Under hooks on saved tensors (checkpoint,
-    save_on_cpu) it could not notice that, so the argument is ignored (not by torch 2.6, which does not tell whether
-    there are any); vmap, and torch.compile, which plans memory itself, ignore it too.
+    Autograd then raises if anything else uses them in the backward, unless hooks on saved tensors (checkpoint,
+    save_on_cpu) kept them for it, which it does not notice. In a call under such hooks the argument is ignored (not by
+    torch 2.6, which does not tell whether there are any), also under vmap, and by torch.compile, which plans memory
+    itself.
     Raises IndexError for a label outside [0, V) where the mask is True. On a GPU the kernel stops at such a label, like
     a device-side assert.
     """
