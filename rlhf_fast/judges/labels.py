@@ -89,7 +89,7 @@ def usable_principles(judge: Judge, constitution: Constitution, principles_per_p
         raise ConfigError(f"label: principles_per_pair = {principles_per_pair} must be 1 or more, or None for all")
     if len(usable) < (principles_per_pair or 1):
         raise ConfigError(
-            f"label: the {judge.describe()['backend']} judge can compare under {len(usable)} principles of "
+            f"label: this judge can compare under {len(usable)} principles of "
             f"constitution {constitution.name!r}, needs {principles_per_pair or 'at least 1'}: give principles a "
             "`compare` text (a rule judge needs a `check` with a rule), or lower principles_per_pair"
         )

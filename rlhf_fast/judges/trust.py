@@ -28,7 +28,7 @@ def trusted(
     or at the floor.
     """
     if card is None:
-        if judge.describe()["backend"] == "rule" or allow_weak_judge:
+        if judge.describe().get("backend") == "rule" or allow_weak_judge:
             return UNCALIBRATED
         raise ConfigError(
             "label: nothing is known about this judge. Run `rlhf-fast cai audit` on pairs that people compared "

@@ -192,7 +192,7 @@ class Op:
 
     def _refuse_tangents(self, args):
         """Without this a forward-mode derivative would silently be zero."""
-        if any(isinstance(x, Tensor) and forward_ad.unpack_dual(unbatched(x)).tangent is not None for x in args):
+        if forward_ad._current_level >= 0 and _has_tangent(args):
             self._refuse_forward_mode()
 
     def _refuse_forward_mode(self):
@@ -361,8 +361,8 @@ def check_prepared(op: str, prepared: bool) -> None:
     """For a backward that needs what its forward prepares only if an input requires a gradient there."""
     if not prepared:
         raise RuntimeError(
-            f"{op}: its gradient is not in this graph, because the input did not require one when the graph was made "
-            "(by torch.export, say); make it with inputs that require a gradient"
+            f"{op}: its gradient is not in this graph, because none was needed when the graph was made (by "
+            "torch.export, say); make it with inputs that require a gradient, and not under torch.no_grad"
         )
 
 
@@ -371,6 +371,11 @@ def unbatched(x: Tensor) -> Tensor:
     while functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)
     return x
+
+
+@torch._disable_dynamo  # which would not see the tangents
+def _has_tangent(args) -> bool:
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(unbatched(x)).tangent is not None for x in args)
 
 
 def plain_in_backward(*arguments) -> bool:

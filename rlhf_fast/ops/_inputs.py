@@ -118,7 +118,10 @@ def refuse_no_number(op: str, *, optional: tuple[str, ...] = (), **given) -> Non
                 continue
         except NO_NUMBER:
             pass
-        got = f"{tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"{x!r} of type {type(x).__name__}"
+        if not isinstance(x, Tensor):
+            got = f"{x!r} of type {type(x).__name__}"
+        else:
+            got = "batched by vmap" if functorch.is_batchedtensor(x) else f"{tuple(x.shape)} on {x.device}"
         raise TypeError(f"{op}: {name} is {got}; needs one number") from None
 
 
@@ -218,7 +221,8 @@ def normalizer_tensor(op: str, normalizer: Tensor | float | None, like: Tensor) 
             return torch.full((), normalizer, dtype=torch.float64, device=like.device)
         except NO_NUMBER:
             refuse_no_number(op, normalizer=normalizer)
-            return normalizer_tensor(op, float(normalizer), like)  # a numpy array of one number, say
+            # A numpy array of one number, say. If the device has failed, this raises its error again.
+            return torch.full((), float(normalizer), dtype=torch.float64, device=like.device)
     check_normalizer(op, normalizer, like)
     return normalizer.detach().double().reshape(())
 
@@ -271,6 +275,10 @@ def native_loss(op: str, arguments: Callable, names: tuple[str, ...], triton: st
 def wants_gradient(x: Tensor | None) -> bool:
     if x is None or not torch.is_grad_enabled():
         return False
+    return may_require_gradient(x)
+
+
+def may_require_gradient(x: Tensor) -> bool:
     # vmap's wrapper does not tell whether what it wraps requires a gradient. (torch 2.6 compiles the first call only.)
     return x.requires_grad or (torch._C._are_functorch_transforms_active() and functorch.is_batchedtensor(x))
 

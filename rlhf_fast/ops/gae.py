@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, empties, native
-from ._inputs import NO_NUMBER, check, needed_mask, refuse_no_number
+from ._inputs import NO_NUMBER, check, may_require_gradient, needed_mask, refuse_no_number
 from ._layout import DTYPE_CODES
 
 
@@ -58,5 +58,5 @@ def gae(
         raise
     if _op.backend(rewards) == "reference":
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam, gap_mode=gap_mode)
-    rewards, values = (x.detach() if x.requires_grad else x for x in (rewards, values))
+    rewards, values = (x.detach() if may_require_gradient(x) else x for x in (rewards, values))
     return _op(rewards, values, mask, gamma, lam, gap_mode == "carry")

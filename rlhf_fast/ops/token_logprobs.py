@@ -222,8 +222,11 @@ _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_h
 
 
 def _in_place(wanted: bool) -> bool:
-    """Autograd does not look at the version of what a hook on saved tensors returns."""
-    return wanted and (is_compiling() or _saved_tensors_hooks(True) is None)
+    """Autograd does not look at the version of what a hook on saved tensors returns. The examples of a vmap are slices
+    of one tensor, whose version the first backward would change for all."""
+    return wanted and (
+        is_compiling() or (_saved_tensors_hooks(True) is None and not torch._C._are_functorch_transforms_active())
+    )
 
 
 def token_logprobs_and_entropy(
@@ -241,9 +244,10 @@ def token_logprobs_and_entropy(
     be anything, and both results and the gradient are 0.
     Returns two (...) tensors, float32 (float64 for float64 logits). Both are differentiable, once.
     inplace_backward=True lets the backward write the gradient over the logits, which saves memory of their size.
-    Autograd then raises if anything else uses them in the backward. Under hooks on saved tensors (checkpoint,
-    save_on_cpu) it could not notice that, so the argument is ignored (not by torch 2.6, which does not tell whether
-    there are any); torch.compile, which plans memory itself, ignores it too.
+    Autograd then raises if anything else uses them in the backward, unless hooks on saved tensors (checkpoint,
+    save_on_cpu) kept them for it, which it does not notice. In a call under such hooks the argument is ignored (not by
+    torch 2.6, which does not tell whether there are any), also under vmap, and by torch.compile, which plans memory
+    itself.
     Raises IndexError for a label outside [0, V) where the mask is True. On a GPU the kernel stops at such a label, like
     a device-side assert.
     """

@@ -9,6 +9,7 @@ import pytest
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
 
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.judges import (
     Calibration,
     Constitution,
@@ -20,6 +21,7 @@ from rlhf_fast.judges import (
     Vote,
     decide,
     report_on,
+    trusted,
 )
 from rlhf_fast.judges.calibration import fit_bias, fit_slope
 from rlhf_fast.judges.labels import derive, verdict_of
@@ -46,6 +48,20 @@ class Planted(PlantedJudge):
         names = [p.id for p in pair.principles if p.id not in {m.principle for m in gone}]
         votes = tuple(Vote(name, s + self.bias, s - self.bias) for name in names)
         return decide(votes, gone, {p.id: p.weight for p in pair.principles})
+
+
+def test_a_judge_may_describe_itself_as_it_likes(tmp_path):
+    class Own(Planted):
+        def describe(self):
+            return {"name": "own"}
+
+        def comparable(self, principles):
+            return []
+
+    with pytest.raises(ConfigError, match="this judge can compare under 0 principles"):
+        label(planted_rows(3), HOUSE, Own(), output_dir=tmp_path)
+    with pytest.raises(ConfigError, match="nothing is known about this judge"):
+        trusted(Own(), HOUSE)
 
 
 def planted_rows(n, seed=0):

@@ -472,6 +472,9 @@ def test_a_forward_mode_derivative_is_refused(case):
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no forward-mode derivative"):
         torch.compile(lambda x: torch.func.jvp(of, (x,), (direction,))[1], backend="eager")(x)
+    torch._dynamo.reset()  # or it would remember the functions that it could not compile, and call them as they are
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match="no forward-mode derivative"):
+        torch.compile(of, backend="eager")(torch.autograd.forward_ad.make_dual(x, direction))
     with rf.use_backend("reference"):
         assert torch.func.jvp(of, (x,), (direction,))[1].shape == ()
 
@@ -496,6 +499,20 @@ def test_targets_stay_data_under_torch_func():
 
     expected = 2 * (values - rf.gae(rewards, values, mask)[1])
     torch.testing.assert_close(torch.func.grad(loss)(values), expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")], ids=["eager", "compiled"])
+def test_targets_stay_data_under_vmap(wrap):
+    torch._dynamo.reset()
+    rewards, values = torch.randn(3, 2, 5), torch.randn(3, 2, 5, requires_grad=True)
+    mask = torch.ones(3, 2, 5, dtype=torch.bool)
+
+    def returns(values):
+        return torch.vmap(rf.gae)(rewards, values, mask)[1]
+
+    assert not wrap(returns)(values).requires_grad
+    of = wrap(lambda values: torch.func.grad(lambda v: ((v - returns(v)) ** 2).sum())(values))
+    torch.testing.assert_close(of(values.detach()), 2 * (values - returns(values)).detach())
 
 
 @every_case

@@ -289,6 +289,22 @@ def test_the_message_says_what_was_wrong_with_which_argument(op, bad, error, wor
     assert str(caught.value).startswith(f"{op}: ")
 
 
+@pytest.mark.parametrize(("op", "name"), [("ppo_loss", "cliprange"), ("token_logprobs", "temperature"), ("gae", "lam")])
+def test_an_option_of_another_value_for_each_example_of_a_vmap(op, name):
+    with pytest.raises(TypeError, match=f"^{op}: {name} is batched by vmap; needs one number"):
+        torch.vmap(lambda number: getattr(rf, op)(**VALID[op] | {name: number})[0])(torch.tensor([0.1, 0.2]))
+
+
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "linear_cross_entropy", "linear_ppo_loss"])
+def test_a_device_that_has_failed_is_not_blamed_on_the_normalizer(op, monkeypatch):
+    def failed(*args, **kwargs):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "full", failed)  # the first call of a loss that uses the device
+    with pytest.raises(RuntimeError, match="device-side assert triggered"):
+        getattr(rf, op)(**VALID[op] | {"normalizer": 5})
+
+
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in NUMBERS.items() for name in names])
 def test_a_tensor_is_read_as_a_number_also_in_a_compiled_graph(op, name):
     torch._dynamo.reset()

@@ -234,6 +234,17 @@ def test_inplace_backward_leaves_the_logits_alone_where_autograd_would_not_see_i
     assert torch.equal(gradient(True), gradient(False))
 
 
+def test_inplace_backward_is_ignored_under_vmap():
+    """There the rows are slices of one tensor, and its version would change with the first of them."""
+    labels, leaf = torch.tensor([[0, 1, 2], [4, 3, 0]]), torch.randn(2, 3, 5, requires_grad=True)
+
+    def gradient(inplace):
+        one = lambda logits, labels: token_logprobs(logits * 1.0, labels, inplace_backward=inplace)  # noqa: E731
+        return torch.autograd.grad(torch.vmap(one)(leaf, labels).sum(), leaf)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
 def test_inplace_backward_makes_a_second_use_of_the_logits_an_error():
     logits = torch.randn(3, 5, requires_grad=True) * 1.0
     labels = torch.tensor([0, 1, 2])
