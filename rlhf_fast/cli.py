@@ -361,6 +361,7 @@ def _bench(argv: list[str]) -> None:
     parser.add_argument("ops", nargs="*", help="only these ops, e.g. token_logprobs ppo_loss (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for the rounds of each row (default 10)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only rows of this dtype (default: both)")
     parser.add_argument("--small", action="store_true", help="small shapes: a trial, not a measurement")
     parser.add_argument(
         "--as-gpu", action="store_true", help="measure a GPU's rows in a GPU's way; without a GPU, with the CPU's clock"

@@ -69,6 +69,14 @@ def test_the_floor_moves_the_bytes_it_names():
     assert copied.numel() == 1000
 
 
+def test_only_the_rows_of_one_dtype(tmp_path, monkeypatch):
+    output = tmp_path / "bench.json"
+    monkeypatch.setattr(baselines, "token_logprobs", lambda device: {"eager": baselines.log_softmax_gather})
+    arguments = ["token_logprobs", "--small", "--seconds", "0", "--device", "cpu", "--json", str(output)]
+    _bench([*arguments, "--dtype", "bfloat16"])
+    assert {row["dtype"] for row in json.loads(output.read_text())["rows"]} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_every_row_has_its_name_once(small):
     names = [str(row) for row in rows.all_rows(CPU, small)]
