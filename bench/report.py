@@ -25,8 +25,18 @@ def rewrite(path: Path, sections: dict[str, str]) -> None:
     path.write_text(re.sub(rf"(<!-- (\S+) -->)\n.*?{END}", filled, text, flags=re.DOTALL))
 
 
+def most_complete(results: list[dict]) -> str:
+    """The machine on which most ops were measured, and of several such the last one."""
+    ops, dates = {}, {}
+    for result in results:
+        machine = result["machine"]
+        ops.setdefault(machine, set()).update(row["op"] for row in result["rows"])
+        dates[machine] = max(result["date"], dates.get(machine, ""))
+    return max(ops, key=lambda machine: (len(ops[machine]), dates[machine]))
+
+
 def main() -> None:
-    """Rewrites every section from the result files; README's ops are those of the machine that was measured last."""
+    """Rewrites every section from the result files; README's ops are those of one machine (most_complete)."""
     folder = ROOT / "bench" / "results"
     paths = sorted(folder.glob("*.json"))
     files = [json.loads(path.read_text()) for path in paths if not path.name.endswith("ppo.json")]
@@ -51,8 +61,8 @@ def main() -> None:
         sections["trainers"] = "\n".join(map(run_report.trainers, trained))
     sections["stages"] = run_report.stages(trained, ppo)
     if results:
-        last = max(results, key=lambda result: result["date"])["machine"]  # docs/benchmarks.md has them all
-        shown = [result for result in results if result["machine"] == last and result["rows"]]
+        machine = most_complete(results)  # docs/benchmarks.md has them all
+        shown = [result for result in results if result["machine"] == machine and result["rows"]]
         sections["bench"] = op_report.summary(shown)
         drawn = [result for result in shown if any(row["op"] == "token_logprobs" for row in result["rows"])]
         if drawn:

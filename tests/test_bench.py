@@ -69,6 +69,21 @@ def test_the_floor_moves_the_bytes_it_names():
     assert copied.numel() == 1000
 
 
+def test_readme_shows_the_machine_with_most_ops():
+    """A machine on which one op was measured since does not take the others' place."""
+
+    def file(machine, date, *ops):
+        return {"machine": machine, "date": date, "rows": [{"op": op} for op in ops]}
+
+    whole = [
+        file("a", "2026-01-02", "gae"),
+        file("a", "2026-01-01", "ppo_loss"),
+        file("b", "2026-01-01", "gae", "ppo_loss"),
+    ]
+    assert report.most_complete([*whole, file("c", "2026-01-03", "gae", "gae")]) == "a"
+    assert report.most_complete([*whole, file("b", "2026-01-04", "gae")]) == "b"
+
+
 def test_only_the_rows_of_one_dtype(tmp_path, monkeypatch):
     output = tmp_path / "bench.json"
     monkeypatch.setattr(baselines, "token_logprobs", lambda device: {"eager": baselines.log_softmax_gather})
