@@ -180,8 +180,8 @@ def ours_are_fast() -> bool:
     bfloat16 with AVX-512: 0.77 to 0.97 of float32 products of converted factors. With avx512_bf16 as fast as PyTorch's
         products, which use it too.
     AVX2: 0.93 to 1.06.
-    bfloat16 with AMX: 0.4 to 0.6 of float32 products in the forward and bfloat16 ones in the backward, at a width of
-        256 and 896.
+    bfloat16 with AMX: 0.5 to 0.67 of float32 products in the forward and bfloat16 ones in the backward, at a width of
+        256 and 896 (bench/notes.md).
     Portable code is slower than a library.
     """
     return _C.isa() != "portable"
