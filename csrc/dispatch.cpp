@@ -33,14 +33,18 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// Linux saves the tiles of a process that has asked it to. It refuses where a thread's stack for signals is too small.
-bool may_use_tiles() {
+#if defined(__linux__)
+constexpr long kSupportedState = 0x1021, kRequestPermission = 0x1023, kTileData = 18;
+#endif
+
+// By the CPU and by Linux, which saves them where a thread is interrupted.
+bool has_tiles() {
 #if defined(__linux__)
   constexpr unsigned kLeaf = 7, kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;  // of edx
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
+  uint64_t states = 0;
   return __get_cpuid_count(kLeaf, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBFloat16Tiles) &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+         syscall(SYS_arch_prctl, kSupportedState, &states) == 0 && (states >> kTileData & 1);
 #else
   return false;
 #endif
@@ -52,7 +56,7 @@ bool may_use_tiles() {
 const CpuIsa* cpu_isas(int* count) {
   static const CpuIsa isas[] = {
 #if defined(__x86_64__)
-      {"amx", avx512::table, has_avx512() && may_use_tiles(), true},
+      {"amx", avx512::table, has_avx512() && has_tiles(), true},
       {"avx512", avx512::table, has_avx512()},
       // Every CPU with AVX2 and FMA has F16C.
       {"avx2", avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
@@ -77,6 +81,16 @@ const CpuIsa* in_use = best();
 }  // namespace
 
 const CpuIsa& cpu_isa() { return *in_use; }
+
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  if (!in_use->tiles) return false;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 
 bool use_cpu_isa(const char* name) {
   int count;

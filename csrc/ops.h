@@ -222,10 +222,13 @@ struct CpuIsa {
   const char* name;  // "amx", "avx512", "avx2", "portable"
   CpuOps ops;
   bool supported;      // by this CPU
-  bool tiles = false;  // whether products of bfloat16 are AMX's
+  bool tiles = false;  // whether products of bfloat16 are AMX's, if this process may_use_tiles
 };
 const CpuIsa* cpu_isas(int* count);
 const CpuIsa& cpu_isa();
+// Whether this process has AMX's tiles, with the instruction set in use. Linux gives them to a process that asks,
+// unless a thread's stack for signals is too small. The first call asks, so that an import changes nothing.
+bool may_use_tiles();
 bool use_cpu_isa(const char* name);  // false where it is not compiled in or not supported
 
 // CUDA ops. Each launches on stream, which belongs to the current device, and returns the cudaError_t of the launch

@@ -5,6 +5,7 @@ CPUs that have them run the op tests in them too, as the instruction set "amx" (
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,41 @@ import pytest
 from rlhf_fast.ops import _dispatch
 
 FOLDER = Path(__file__).parent / "amx"
-FLAGS = ["-std=c++17", "-O0", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize=alignment"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=alignment"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 
 
 def test_products_in_tiles_are_those_without_and_touch_nothing_else(tmp_path):
     if _dispatch._C is None or not _dispatch._C.isas().get("avx512", False):
         pytest.skip("this CPU or this build does not run AVX-512")
-    if shutil.which("g++") is None:
-        pytest.skip("no g++")
+    command = ["g++", "-std=c++17", "-O0", "-fopenmp", *SANITIZERS, "-o", str(tmp_path / "check")]
+    probe = [*command, "-x", "c++", "-"]
+    if shutil.which("g++") is None or subprocess.run(probe, input="int main() {}", text=True).returncode != 0:
+        pytest.skip("no g++ with AddressSanitizer")
     emulation = f'-DRLHF_EMULATED_TILES="{FOLDER / "emulated_tiles.h"}"'
-    sources = ["-DRLHF_ISA=avx512", emulation, str(FOLDER / "check.cpp"), "-o", str(tmp_path / "check")]
-    subprocess.run(["g++", *FLAGS, *AVX512, *sources], check=True)
+    subprocess.run([*command, *AVX512, "-DRLHF_ISA=avx512", emulation, str(FOLDER / "check.cpp")], check=True)
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "all equal\n"), done.stdout + done.stderr
+
+
+def test_the_first_product_asks_for_tiles_and_not_the_import():
+    if _dispatch._C is None or not _dispatch._C.isas().get("amx", False):
+        pytest.skip("this CPU or this build does not run AMX")
+    script = """if True:
+        import ctypes, torch
+
+        def has_tiles():
+            permitted, states = 0x1022, ctypes.c_uint64()
+            assert ctypes.CDLL(None).syscall(158, permitted, ctypes.byref(states)) == 0  # arch_prctl
+            return bool(states.value >> 18 & 1)
+
+        before = has_tiles()
+        import rlhf_fast as rf
+
+        assert has_tiles() == before
+        hidden, weight = torch.ones(2, 4, 8, dtype=torch.bfloat16)
+        rf.linear_token_logprobs(hidden, weight, torch.zeros(4, dtype=torch.long))
+        assert has_tiles()
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -227,7 +227,7 @@ void narrow(float* dz, int64_t lanes, int64_t rows, uint16_t* by_row) {
   }
 }
 
-// The first `count` lanes as rows: what tiles are loaded from.
+// The first `count` lanes as rows, from which AMX's tiles are loaded.
 void pack_lanes(const uint32_t* x, int64_t stride, int64_t count, int64_t depth, uint32_t* out) {
   for (int64_t lane = 0; lane < count; lane += kWidth) {
     for (int64_t k = 0; k < depth; k += kWidth) {
@@ -241,7 +241,7 @@ void pack_lanes(const uint32_t* x, int64_t stride, int64_t count, int64_t depth,
   }
 }
 
-// The first `count` lanes as blocks of kBlockRows, each contiguous, the last one of what is left.
+// The first `count` lanes as blocks of kBlockRows, each contiguous, the last one of what is left; for AMX as rows.
 template <class Unit>
 void pack_blocks(const uint32_t* x, int64_t stride, int64_t count, int64_t depth, uint32_t* out) {
   if constexpr (Unit::kTiles) return pack_lanes(x, stride, count, depth, out);
@@ -254,7 +254,7 @@ void pack_blocks(const uint32_t* x, int64_t stride, int64_t count, int64_t depth
   }
 }
 
-// Block `first` of what pack_blocks wrote.
+// The block of what pack_blocks wrote that begins at lane `first`.
 template <class Unit>
 Left packed_block(const uint32_t* x, int64_t first, int64_t count, int64_t depth) {
   if constexpr (Unit::kTiles) return {x + first * depth, 4 * depth, 4};

@@ -72,7 +72,7 @@ template <class F>
 void with_unit(int dtype, F f) {
   if (dtype == kFloat32) return f(UnitF32{});
 #if defined(__AVX512F__)
-  if (cpu_isa().tiles) return f(UnitTiles{});
+  if (may_use_tiles()) return f(UnitTiles{});
   if (__builtin_cpu_supports("avx512bf16")) return f(UnitBF16{});
 #endif
   f(UnitWidened{});

@@ -19,10 +19,6 @@ from .harness import OURS, interleaved, provenance, summarize
 from .rows import Row, all_rows
 
 
-def dtype_name(row: Row) -> str:
-    return str(row.dtype).removeprefix("torch.")
-
-
 def measure(row: Row, device: torch.device, seconds: float) -> dict:
     """One row of the result file."""
     torch._dynamo.reset()  # else the ninth shape of a function falls back to eager
@@ -32,7 +28,7 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     return {
         "op": row.op,
         "shape": row.shape,
-        "dtype": dtype_name(row),
+        "dtype": row.dtype_name,
         "direction": row.direction,
         "implementations": summarize(samples, peaks),
         "absent": absent,
@@ -76,7 +72,7 @@ def main(options: Namespace, argv: list[str]) -> None:
             raise ConfigError(f"bench: --json {options.json}: {error.strerror}") from None
     results = {**provenance(device, argv), **({"ceilings": on_device.ceilings(device)} if gpu else {}), "rows": []}
     for row in chosen:
-        if (not options.ops or row.op in options.ops) and options.dtype in (None, dtype_name(row)):
+        if (not options.ops or row.op in options.ops) and options.dtype in (None, row.dtype_name):
             take, show = (on_device.measure, on_device.line) if gpu else (measure, line)
             results["rows"].append(take(row, device, options.seconds))
             print(show(results["rows"][-1]), flush=True)

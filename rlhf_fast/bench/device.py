@@ -205,7 +205,7 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     return {
         "op": row.op,
         "shape": row.shape,
-        "dtype": str(row.dtype).removeprefix("torch."),
+        "dtype": row.dtype_name,
         "direction": row.direction,
         "bytes": row.bytes,
         "flops": row.flops,

@@ -46,8 +46,12 @@ class Row(NamedTuple):
     bytes: int = 0  # the least that must move
     flops: int = 0  # of the matrix products that the gradient needs
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        return f"{self.op}-{self.shape}-{str(self.dtype).removeprefix('torch.')}-{self.direction}"
+        return f"{self.op}-{self.shape}-{self.dtype_name}-{self.direction}"
 
 
 def all_rows(device: torch.device, small: bool = False, gpu: bool | None = None) -> Iterator[Row]:
