@@ -364,6 +364,8 @@ def test_a_mask_of_numbers_counts_like_one_of_bools(case):
                 numbers = run(case.op, case, inputs | {"mask": inputs["mask"].to(dtype)})
                 for name, value in run(case.op, case, inputs).items():
                     torch.testing.assert_close(numbers[name], value, rtol=0, atol=0, equal_nan=True)
+            learned = inputs | {"mask": inputs["mask"].float().requires_grad_()}
+            assert not any(x.requires_grad for x in tensors_of(case.op(**learned)).values())
 
 
 @every_case
