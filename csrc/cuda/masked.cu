@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kThreads, 4) moments_kernel(Grid values, Grid mask, Quads quads, double* partials) {
   Moments<1> moments;
-#pragma unroll 1  // registers: all of kMaxBlocks run at the same time
+#pragma unroll 1  // registers: a large GPU runs all of kMaxBlocks at the same time; none waits for another
   for (int64_t quad = quads.first(); quad < quads.end(); quad += kThreads) {
     const Place at = quads.place(quad);
     const Mask counts = load_mask<kPlain>(mask, at);

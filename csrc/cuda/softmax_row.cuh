@@ -149,7 +149,9 @@ __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t
 }
 
 // The gradient of a column: 2^s (constant + slope s) with s = scale (x - max), and at the label at_label more. Not by
-// x - max, whose slope grows by 1 / temperature^2: times kFloor it would be infinite, and 0 times that NaN.
+// x - max, whose slope grows by 1 / temperature^2. Below kNoPower 2^s is 0, in float64 too, and slope s stays finite.
+constexpr float kNoPower = -2000;
+
 template <typename acc_t, bool kEntropy>
 struct Gradient {
   acc_t scale, max, constant, slope, at_label;
@@ -168,7 +170,7 @@ struct Gradient {
 
   __device__ acc_t operator()(acc_t x) const {
     const acc_t s = (x - max) * scale, power = fast_exp2(s);
-    return multiply(power, kEntropy ? multiply_add(slope, larger(s, acc_t(kFloor)), constant) : constant);
+    return multiply(power, kEntropy ? multiply_add(slope, larger(s, acc_t(kNoPower)), constant) : constant);
   }
   __device__ acc_t operator()(acc_t x, int column) const {
     return (*this)(x) + (column == label ? at_label : acc_t(0));

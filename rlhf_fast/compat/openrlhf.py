@@ -203,7 +203,8 @@ class ValueLoss(nn.Module):
         """
         options = _aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size)
         mask = _mask(values, action_mask)
-        old_values, returns = _fitted(old_values, values), _fitted(returns, values)
+        old_values = values if self.clip_eps is None else _fitted(old_values, values)  # without a clip it is not read
+        returns = _fitted(returns, values)
         return ops.value_loss(values, old_values, returns, mask, cliprange_value=self.clip_eps, **options)[0]
 
 

@@ -83,10 +83,11 @@ def _kernel(
             tl.store(grad_chosen + at, (each * (2.0 * pull + slope)).to(ACCUM), mask=inside)
             tl.store(grad_rejected + at, (each * (2.0 * pull - slope)).to(ACCUM), mask=inside)
         w = tl.where(inside, weight, 0.0).to(tl.float64)
-        sign = tl.where(c > r, 1.0, tl.where(c < r, 0.0, 0.5))
+        apart = c - r
+        won = tl.where(apart > 0, 1.0, tl.where(apart < 0, 0.0, tl.where(apart == 0, 0.5, apart)))  # NaN stays
         losses += tl.where(inside, w * pair_loss, 0.0)
-        accuracy += w * sign
-        difference += w * (c - r)
+        accuracy += w * won
+        difference += w * apart
         of_chosen += w * c
         of_rejected += w * r
         deviations += tl.where(inside, (c.to(tl.float64) - mean) * (c.to(tl.float64) - mean), 0.0)

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from ._common import FLOOR, LOG2_E, LOWEST, accumulator, exp, refuse_cpu
 
+TO_NATS = tl.constexpr(1 / LOG2_E)
+
 
 @triton.jit
 def _row(row, inner, outer_stride, inner_stride):
@@ -92,11 +94,11 @@ def _backward_kernel(
     log_sum = tl.load(saved + 2 * row + 1)
     inverse = inverse_temperature * exp(-log_sum)
     x = logits + _row(row, inner, outer_stride, inner_stride)
-    shift = tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top
+    s = (tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top) * scale
     factor = g
-    if grad_entropy is not None:
-        factor += h * (tl.maximum(shift, FLOOR) * inverse_temperature - log_sum + tl.load(entropy + row))
-    gradient = -tl.exp2(shift * scale) * inverse * factor
+    if grad_entropy is not None:  # not FLOOR / temperature, which would be infinite where the choice is greedy
+        factor += h * (tl.maximum(s, FLOOR) * TO_NATS - log_sum + tl.load(entropy + row))
+    gradient = -tl.exp2(s) * inverse * factor
     gradient += tl.where(columns == tl.load(labels + row), g * inverse_temperature, 0.0)
     out = grad_logits + _row(row, inner, grad_outer_stride, grad_inner_stride)
     tl.store(out + columns, tl.where(read, gradient, 0.0).to(grad_logits.dtype.element_ty), mask=columns < vocab)

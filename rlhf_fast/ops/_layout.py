@@ -12,8 +12,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def as_bool(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask.bool()
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype == torch.bool else mask.bool()
 
 
 def byte_mask(mask: Tensor | None) -> Tensor | None:

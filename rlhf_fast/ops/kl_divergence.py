@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op, check_unchanged, empties, native
 from ._inputs import check_tensors, check_vocabulary, device_error, dtype_error
-from ._layout import DTYPE_CODES, accumulation_dtype, byte_mask
+from ._layout import DTYPE_CODES, accumulation_dtype, as_bool, byte_mask
 
 NAME = "kl_divergence"
 
@@ -116,4 +116,4 @@ def kl_divergence(logits: Tensor, ref_logits: Tensor, mask: Tensor | None = None
         return reference.kl_divergence(logits, ref_logits, mask)
     wider = torch.promote_types(logits.dtype, ref_logits.dtype)
     logits, ref_logits = logits.to(wider), ref_logits.to(wider)
-    return _forward(logits, ref_logits, mask)[0]
+    return _forward(logits, ref_logits, as_bool(mask))[0]

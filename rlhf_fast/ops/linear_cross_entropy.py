@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op
-from ._inputs import float_or, index_of_no_label, normalizer_tensor, wants_gradient
+from ._inputs import as_rows, float_or, index_of_no_label, normalizer_tensor, wants_gradient
 from ._layout import accumulation_dtype
 from ._linear import (
     Gradients,
@@ -98,7 +98,7 @@ def linear_cross_entropy(
     mask = labels != ignore_index
     count = mask.sum().clamp(min=1) if normalizer is None else normalizer
     return _op(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels, mask,
+        as_rows(hidden), weight, bias, labels, mask,
         normalizer_tensor("linear_cross_entropy", count, hidden), float_or(softcap, None),
         *map(wants_gradient, (hidden, weight, bias)),
     )[0]  # fmt: skip

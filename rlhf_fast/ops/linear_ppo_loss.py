@@ -17,6 +17,7 @@ from . import reference
 from ._dispatch import Op
 from ._inputs import (
     aggregation_code,
+    as_rows,
     check_policy,
     check_temperature,
     check_term,
@@ -163,7 +164,7 @@ def linear_ppo_loss(
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
         )  # fmt: skip
     return _op(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.long().contiguous(), old_logprobs, advantages,
+        as_rows(hidden), weight, bias, labels.long().contiguous(), old_logprobs, advantages,
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
         float(temperature), float_or(softcap, None), 1.0 - float(cliprange), 1.0 + float_or(cliprange_high, cliprange),
         float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),

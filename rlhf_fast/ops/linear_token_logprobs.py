@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, check_prepared, check_unchanged, may_consume
-from ._inputs import check_temperature, float_or, wants_gradient
+from ._inputs import as_rows, check_temperature, float_or, wants_gradient
 from ._layout import accumulation_dtype, byte_mask
 from ._linear import (
     Gradients,
@@ -210,7 +210,7 @@ def linear_token_logprobs(
             hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, mask=mask,
             with_entropy=with_entropy,
         )  # fmt: skip
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = as_rows(hidden)
     # An argument of the op, because it determines the shapes of the outputs, and the key of Inductor's cache on disk
     # consists of the arguments.
     fused = is_fused(hidden, weight, bias)

@@ -380,6 +380,11 @@ def gae(
     return advantages.to(r.dtype), _masked(advantages + v, mask).to(r.dtype)
 
 
+def _won(d: Tensor) -> Tensor:
+    """1 where d > 0, one half for a tie, NaN where d is NaN (whose torch.sign is 0)."""
+    return torch.where(d.isnan(), d, 0.5 * (torch.sign(d) + 1))
+
+
 def pairwise_loss(
     chosen: Tensor, rejected: Tensor, *, margin: Tensor | float | None = None,
     target_prob: Tensor | float | None = None, center_coef: float = 0.0, weights: Tensor | None = None,
@@ -407,7 +412,7 @@ def pairwise_loss(
         both = torch.cat([c, r])
         center = masked_mean(both)
         stats = (
-            (share * 0.5 * (torch.sign(c - r) + 1)).sum(),
+            (share * _won(c - r)).sum(),
             (share * (c - r)).sum(),
             (share * c).sum(),
             (share * r).sum(),
@@ -439,7 +444,7 @@ def ranking_loss(rewards: Tensor, ranks: Tensor) -> tuple[Tensor, dict[str, Tens
     pairs = better.sum((1, 2))
     losses = _masked(-torch.nn.functional.logsigmoid(d), better).sum((1, 2)) / pairs.clamp(min=1)
     with torch.no_grad():
-        stats = (masked_mean(0.5 * (torch.sign(d) + 1), better), masked_mean(d, better), pairs.sum())
+        stats = (masked_mean(_won(d), better), masked_mean(d, better), pairs.sum())
     return losses.sum() / (pairs > 0).sum().clamp(min=1), _statistics(RANKING_STATS, stats, r.dtype)
 
 

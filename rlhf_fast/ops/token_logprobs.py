@@ -22,7 +22,7 @@ from ._inputs import (
     dtype_error,
     label_error,
 )
-from ._layout import DTYPE_CODES, accumulation_dtype, byte_mask, overlaps_itself, strided_rows
+from ._layout import DTYPE_CODES, accumulation_dtype, as_bool, byte_mask, overlaps_itself, strided_rows
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -254,8 +254,8 @@ def token_logprobs_and_entropy(
     check_logits("token_logprobs_and_entropy", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
         return reference.token_logprobs_and_entropy(logits, labels, temperature=temperature, mask=mask)
-    logprobs, entropy, _ = _forward(logits, labels.long(), mask, float(temperature), True, _in_place(inplace_backward))
-    return logprobs, entropy
+    in_place = _in_place(inplace_backward)
+    return _forward(logits, labels.long(), as_bool(mask), float(temperature), True, in_place)[:2]
 
 
 def token_logprobs(
@@ -274,4 +274,5 @@ def token_logprobs(
     check_logits("token_logprobs", logits, labels, mask, temperature)
     if _forward.backend(logits) == "reference":
         return reference.token_logprobs(logits, labels, temperature=temperature, mask=mask)
-    return _forward(logits, labels.long(), mask, float(temperature), False, _in_place(inplace_backward))[0]
+    in_place = _in_place(inplace_backward)
+    return _forward(logits, labels.long(), as_bool(mask), float(temperature), False, in_place)[0]

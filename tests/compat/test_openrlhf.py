@@ -148,7 +148,8 @@ def test_policy_loss_refuses_what_it_does_not_know():
 def test_value_loss_order_is_new_old_returns():
     loss = o.ValueLoss(clip_eps=0.5)(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]]))
     assert loss.item() == pytest.approx(0.5 * 2.5**2)
-    assert o.ValueLoss()(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]])).item() == 0.5
+    for old in (torch.tensor([[0.0]]), None):  # without a clip it is not read
+        assert o.ValueLoss()(torch.tensor([[2.0]]), old, torch.tensor([[3.0]])).item() == 0.5
     assert o.ValueLoss()(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3]])).item() == 0.5
 
 

@@ -107,7 +107,7 @@ def least_numbers_are_impossible_tokens(dtype: torch.dtype, device: str) -> None
         y = other.masked_fill(hidden, to_reference)
         outputs = *rf.token_logprobs_and_entropy(x, labels), rf.kl_divergence(x, y)
         (grad,) = torch.autograd.grad(sum(o.sum() for o in outputs), x)
-        greedy = rf.token_logprobs_and_entropy(x, labels, temperature=1e-6)
+        greedy = rf.token_logprobs_and_entropy(x, labels, temperature=1e-12)
         (greedy_grad,) = torch.autograd.grad(sum(o.sum() for o in greedy), x)
         return [*(o.detach() for o in (*outputs, *greedy)), grad, greedy_grad]
 

@@ -364,6 +364,8 @@ def test_a_mask_of_numbers_counts_like_one_of_bools(case):
                 numbers = run(case.op, case, inputs | {"mask": inputs["mask"].to(dtype)})
                 for name, value in run(case.op, case, inputs).items():
                     torch.testing.assert_close(numbers[name], value, rtol=0, atol=0, equal_nan=True)
+            learned = inputs | {"mask": inputs["mask"].float().requires_grad_()}
+            assert not any(x.requires_grad for x in tensors_of(case.op(**learned)).values())
 
 
 @every_case
@@ -544,7 +546,7 @@ def test_vmap_passes_the_gradient_on(case, compiled):
             one = lambda tensors: tuple(tensors_of(case.op(**arguments | tensors)).values())  # noqa: E731
             return torch.vmap(one)(both)
 
-        outputs = (torch.compile(function, backend="aot_eager") if compiled else function)(both)
+        outputs = (torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function)(both)
         return {name: out.mean(0) for name, out in zip(tensors_of(case.op(**arguments)), outputs, strict=True)}
 
     for seed in range(1 if compiled else 3):

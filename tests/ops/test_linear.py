@@ -153,6 +153,14 @@ def test_no_row_gives_zero(loss):
     assert not any(t.any() for t in out)
 
 
+@LOSSES
+def test_without_a_width_the_logits_are_the_bias(loss):
+    hidden, weight, *rest = inputs()
+    given = hidden[..., :0], weight[:, :0], *rest
+    ours = gradients(loss, sys.modules["rlhf_fast.ops"], *given)
+    torch.testing.assert_close(ours, gradients(loss, reference, *given))
+
+
 @pytest.mark.parametrize("mode", reference.AGGREGATIONS)
 def test_linear_ppo_loss_is_ppo_loss_of_the_logprobs(mode):
     hidden, weight, _, labels, mask = inputs(torch.float64)

@@ -448,8 +448,10 @@ def test_soft_labels_margin_centre_and_weights_by_hand(ops):
     )
 
 
-def test_a_tie_counts_one_half_and_an_empty_batch_nothing(ops):
+def test_a_tie_counts_one_half_a_nan_is_seen_and_an_empty_batch_is_nothing(ops):
     assert ops.pairwise_loss(torch.ones(1), torch.ones(1))[1]["accuracy"].item() == 0.5
+    assert ops.pairwise_loss(torch.tensor([1.0, NAN]), torch.ones(2))[1]["accuracy"].isnan()
+    assert ops.ranking_loss(torch.tensor([[1.0, NAN]]), torch.tensor([[0, 1]]))[1]["accuracy"].isnan()
     empty = torch.zeros(0, requires_grad=True)
     loss, stats = ops.pairwise_loss(empty, torch.zeros(0))
     assert loss.item() == 0.0

@@ -111,11 +111,11 @@ def test_the_least_number_is_an_impossible_token(dtype, monkeypatch):
         battery.least_numbers_are_impossible_tokens(dtype, "cpu")
 
 
-def test_the_number_of_pairs_is_what_it_is_where_a_reward_is_not_finite():
+def test_a_reward_that_is_nan_shows_in_the_accuracy_and_not_in_the_number_of_pairs():
     rewards = torch.tensor([torch.inf, 1.0, torch.nan])
     with rf.use_backend("triton"):
         _, stats = rf.pairwise_loss(rewards, torch.zeros(3))
-    assert stats["num_pairs"] == 3
+    assert stats["num_pairs"] == 3 and stats["accuracy"].isnan()
 
 
 @pytest.mark.parametrize("gap_mode", ["carry", "zero"])
