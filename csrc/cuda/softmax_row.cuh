@@ -148,10 +148,11 @@ __device__ inline SoftmaxState<accumulator_t<scalar_t>> row_state(const scalar_t
   return state;
 }
 
-// The gradient of a column: 2^s (constant + slope s) with s = scale (x - max), and at the label at_label more. Not by
-// x - max, whose slope grows by 1 / temperature^2: times kFloor it would be infinite, and 0 times that NaN.
+// The gradient of a column: 2^s (constant + slope s) with s = scale (x - max), and at the label at_label more. Of an
+// impossible token 2^s is 0, and kLeast takes the place of s: 0 times an infinite number would be NaN.
 template <typename acc_t, bool kEntropy>
 struct Gradient {
+  static constexpr float kLeast = -2000;  // 2^kLeast is 0, in float64 too
   acc_t scale, max, constant, slope, at_label;
   int label;
 
@@ -168,7 +169,7 @@ struct Gradient {
 
   __device__ acc_t operator()(acc_t x) const {
     const acc_t s = (x - max) * scale, power = fast_exp2(s);
-    return multiply(power, kEntropy ? multiply_add(slope, larger(s, acc_t(kFloor)), constant) : constant);
+    return multiply(power, kEntropy ? multiply_add(slope, larger(s, acc_t(kLeast)), constant) : constant);
   }
   __device__ acc_t operator()(acc_t x, int column) const {
     return (*this)(x) + (column == label ? at_label : acc_t(0));

@@ -95,7 +95,8 @@ def _backward_kernel(
     shift = tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top
     factor = g
     if grad_entropy is not None:
-        factor += h * (tl.maximum(shift, FLOOR) * inverse_temperature - log_sum + tl.load(entropy + row))
+        least = -2000.0  # exp(least) is 0, in float64 too; 0 times what h makes infinite would be NaN
+        factor += h * (tl.maximum(shift * inverse_temperature, least) - log_sum + tl.load(entropy + row))
     gradient = -tl.exp2(shift * scale) * inverse * factor
     gradient += tl.where(columns == tl.load(labels + row), g * inverse_temperature, 0.0)
     out = grad_logits + _row(row, inner, grad_outer_stride, grad_inner_stride)
