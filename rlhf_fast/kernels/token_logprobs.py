@@ -96,8 +96,9 @@ def _backward_kernel(
     x = logits + _row(row, inner, outer_stride, inner_stride)
     s = (tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top) * scale
     factor = g
-    if grad_entropy is not None:  # not FLOOR / temperature, which would be infinite where the choice is greedy
-        factor += h * (tl.maximum(s, FLOOR) * TO_NATS - log_sum + tl.load(entropy + row))
+    if grad_entropy is not None:
+        least = -2000.0  # exp2(least) is 0, in float64 too; 0 times what h makes infinite would be NaN
+        factor += h * (tl.maximum(s, least) * TO_NATS - log_sum + tl.load(entropy + row))
     gradient = -tl.exp2(s) * inverse * factor
     gradient += tl.where(columns == tl.load(labels + row), g * inverse_temperature, 0.0)
     out = grad_logits + _row(row, inner, grad_outer_stride, grad_inner_stride)

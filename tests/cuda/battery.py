@@ -108,7 +108,7 @@ def least_numbers_are_impossible_tokens(dtype: torch.dtype, device: str) -> None
         outputs = *rf.token_logprobs_and_entropy(x, labels), rf.kl_divergence(x, y)
         (grad,) = torch.autograd.grad(sum(o.sum() for o in outputs), x)
         greedy = rf.token_logprobs_and_entropy(x, labels, temperature=1e-12)
-        (greedy_grad,) = torch.autograd.grad(sum(o.sum() for o in greedy), x)
+        (greedy_grad,) = torch.autograd.grad(sum(1e6 * o.sum() for o in greedy), x)  # as by a loss scale
         return [*(o.detach() for o in (*outputs, *greedy)), grad, greedy_grad]
 
     least, wants = torch.finfo(dtype).min, results(-torch.inf, -torch.inf)
