@@ -79,6 +79,10 @@ def load_judge(who: JudgeJob, seed: int):
 def load_writer(writer: WriterJob):
     if _is_server(writer.model):
         server = _server(writer.model, writer.server_model, writer.server)
+        if writer.bf16:
+            warnings.warn(
+                f"bf16 is for a local model; {writer.model} computes in what it was started with", stacklevel=2
+            )
         return HTTPGenerator(server, writer.max_new_tokens, writer.temperature, writer.top_p)
     policy, tokenizer = load_policy(writer.model), load_tokenizer(writer.model)
     check_bf16(writer.bf16, policy.device)

@@ -306,13 +306,19 @@ def _module(path: Path, changed: int):
         sys.path.append(str(path.parent))
     name = str(path)  # unique among modules, and in sys.modules because dataclasses look their module up there
     spec = importlib.util.spec_from_file_location(name, path)
+    try:
+        spec.loader.get_code(name)  # only compiles
+    except (SyntaxError, ValueError) as error:  # a NUL byte is a ValueError in Python 3.10, and has no line in 3.11
+        line = getattr(error, "lineno", None)
+        where = f"{path}, line {line}" if line else path
+        raise ConfigError(
+            f"{where}: {getattr(error, 'msg', error)} (a file of functions must be Python, saved as UTF-8)"
+        ) from None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:
+    except BaseException:
         del sys.modules[name]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
         raise
     return module
 

@@ -314,7 +314,8 @@ def gather_states(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, T
     one, so that no other process needs memory for them."""
     if size() == 1:
         return states
-    mine = {(index, name): t for index, state in states.items() for name, t in state.items()}
+    with raise_in_all():  # for an exception that a process has raised before it came here
+        mine = {(index, name): t for index, state in states.items() for name, t in state.items()}
     theirs = all_gather({key: t.to("meta") for key, t in mine.items()} if rank() else {})
     with raise_in_all():  # memory may run out
         if rank():

@@ -158,6 +158,8 @@ def make_reward(spec, tokenizer) -> Reward:
             weights = [float(weight) for _, weight in spec]
         except (TypeError, ValueError):
             raise ConfigError(f"a list of rewards must be [(reward, weight), ...], got {spec!r}") from None
+        if not np.isfinite(weights).all():
+            raise ConfigError(f"a list of rewards needs finite weights, got {weights}")
         return WeightedReward([(make_reward(part, tokenizer), w) for (part, _), w in zip(spec, weights, strict=True)])
     if callable(spec):
         return spec

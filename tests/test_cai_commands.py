@@ -272,7 +272,8 @@ def test_a_server_writes_and_judges(house, tmp_path, capsys):
         ):
             assert cai("pairs", **common, **here, server_model="m", server=options) == 2
             assert wrong in capsys.readouterr().err
-        assert cai("pairs", **common, **here, server_model="m") == 0
+        with pytest.warns(UserWarning, match="bf16 is for a local model"):
+            assert cai("pairs", **common, **here, server_model="m", bf16="true") == 0
         judge = {"judge": fake.url, "judge_model": "m", "allow_weak_judge": "true", "data": house / "pairs.jsonl"}
         write(house / "pairs.jsonl", [{"prompt": f"say {n}", "a": f"{n}", "b": f"{n} {n}"} for n in range(4)])
         stopped = {**common, **judge, "output_dir": tmp_path / "label"}

@@ -619,10 +619,13 @@ def test_a_file_of_rewards_imports_what_lies_beside_it(tmp_path, monkeypatch):
     assert resolve_reward(f"{tmp_path}/rewards.py:f")([], ["abc"]) == [1.5]
 
 
-def test_a_file_of_rewards_that_is_no_python_is_refused_in_a_line(tmp_path):
+@pytest.mark.parametrize(
+    ("encoding", "told"), [("utf-8", r"rewards\.py, line 1: "), ("utf-16-le", r"rewards\.py.*: .*null bytes .*UTF-8")]
+)
+def test_a_file_of_rewards_that_is_no_python_is_refused_in_a_line(tmp_path, encoding, told):
     file = tmp_path / "rewards.py"
-    file.write_text("def f(prompts, responses:\n    return 1\n")
-    with pytest.raises(ConfigError, match=r"rewards\.py, line 1: "):
+    file.write_text("def f(prompts, responses:\n    return 1\n", encoding=encoding)
+    with pytest.raises(ConfigError, match=told):
         resolve_reward(f"{file}:f")
 
 

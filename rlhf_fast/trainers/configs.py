@@ -5,6 +5,7 @@ This module and the *_config.py modules do not import torch, so that --help and 
 
 from __future__ import annotations
 
+import math
 import os
 import types
 import typing
@@ -23,7 +24,7 @@ def kinds_of(hint) -> tuple[type, ...]:
 
 def as_annotated(name: str, value, hint):
     """The value of an option with this annotation. A path becomes text, and an int becomes a float if the annotation
-    has float. ConfigError for a value of any other type."""
+    has float. ConfigError for a value of any other type, and for inf and NaN."""
     kinds = kinds_of(hint)
     if str in kinds and isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -33,6 +34,8 @@ def as_annotated(name: str, value, hint):
     if not isinstance(value, kinds) or (is_bool and bool not in kinds):
         wanted = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
         raise ConfigError(f"{name} = {value!r} must be {wanted}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value!r} must be a finite number")
     return value
 
 

@@ -86,7 +86,8 @@ class Everywhere:
     def state(self) -> dict:
         """The state for a checkpoint: that of the trainer (complete only in the first process) and the random state of
         every process."""
-        return {"trainer": self.trainer.state_dict(), "rng": parallel.all_gather(rng_state())}
+        # In this order, so that after a failure in state_dict() no process waits for the random states.
+        return {"rng": parallel.all_gather(rng_state()), "trainer": self.trainer.state_dict()}
 
     def load(self, checkpoint: Path) -> dict | None:
         return load_checkpoint(self.trainer, checkpoint)

@@ -18,6 +18,7 @@ _advantages, _update.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -93,6 +94,12 @@ class PPOTrainer:
     ):  # fmt: skip
         common.start(config, PPOConfig)
         check_eval_rewards(config, eval_rewards, eval_dataset)
+        if config.kl_coef and not config.kl_in_loss and config.kl_estimator != "k1":
+            warnings.warn(
+                f"kl_estimator {config.kl_estimator} in the rewards does not give the gradient of a KL (docs/ppo.md): "
+                "use k1, or set kl_in_loss: true",
+                stacklevel=2,
+            )
         if not (rollout_func is None or callable(rollout_func)):
             raise ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
         if config.minibatch_size < parallel.size():

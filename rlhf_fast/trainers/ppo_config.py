@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
@@ -115,12 +114,6 @@ class PPOConfig:
         check_lora(self)
         if refusal := self._refusal():
             raise ConfigError(f"PPOConfig: {refusal}")
-        if self.kl_coef and not self.kl_in_loss and self.kl_estimator != "k1":
-            warnings.warn(
-                f"kl_estimator {self.kl_estimator} in the rewards does not give the gradient of a KL (docs/ppo.md): "
-                "use k1, or set kl_in_loss: true",
-                stacklevel=3,
-            )
 
     def _refusal(self) -> str | None:
         """Why the settings do not fit together (the first reason, in the order of the fields); None if they do."""
@@ -169,7 +162,7 @@ class PPOConfig:
         if {*self.monitors, *self.stop_on} - {*LIMITS}:
             return f"monitors and stop_on know {', '.join(LIMITS)}"
         limits = {name: limit for name, limit in self.monitors.items() if limit is not None}
-        if any(not _is_number(limit) or limit <= (name == "length") for name, limit in limits.items()):
+        if any(not _is_number(limit) or not limit > (name == "length") for name, limit in limits.items()):
             return f"monitors = {self.monitors!r} must be numbers above 0 (length: above 1), or null to switch one off"
         if off := [name for name in self.stop_on if self.monitors.get(name, 0) is None]:
             return f"stop_on names {', '.join(off)}, which monitors switches off"

@@ -227,12 +227,16 @@ def failing_reward(path):
         return mock.patch.object(owner, name, function)
 
     clip = "clip_grads_with_norm_"
-    for rank, name in ((1, "evaluate"), (1, "step"), (0, "save_model"), (1, "zeros_like"), (1, clip)):
+    places = ("evaluate", "step", "zeros_like", clip, "state_of", "state_dict")
+    for rank, name in ((0, "save_model"), *((1, place) for place in places)):
         trainer = sft(path / name)
         if name == "zeros_like":  # the first parameter learns nothing in this process, and there is no room for zeros
             first = trainer.optimizer.param_groups[0]["params"][0]
             first.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None if parallel.rank() else p.grad))
-        owner = {"step": trainer.optimizer, "zeros_like": torch, clip: torch.nn.utils}.get(name, trainer)
+        owner = {
+            "step": trainer.optimizer, "zeros_like": torch, clip: torch.nn.utils, "state_of": common,
+            "state_dict": trainer.scheduler,
+        }.get(name, trainer)  # fmt: skip
         try:
             with fails_in(rank, owner, name, step=2):
                 deque(trainer, 0) if name == clip else trainer.train()

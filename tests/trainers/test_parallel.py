@@ -207,13 +207,18 @@ def test_a_process_that_is_killed_alone_ends_all_and_the_last_checkpoint_is_whol
 def test_what_fails_in_one_process_ends_all_and_loses_no_step(tmp_path):
     said, (first, second) = run(tmp_path, "failing_reward", fails=True)
     alone = {name: f"{name} fails" for name in ("evaluate", "step", "zeros_like", "clip_grads_with_norm_")}
+    unsaved = ("state_of", "state_dict")  # before and after the optimizer's state is gathered
     assert first["raised"] == {
         **{name: f"process 1 of 2 failed: OSError: {what}" for name, what in alone.items()},
-        "save_model": first["raised"]["save_model"], "rollout_func": "cannot pickle 'generator' object",
-    }  # fmt: skip
+        **{name: first["raised"][name] for name in ("save_model", *unsaved)},
+        "rollout_func": "cannot pickle 'generator' object",
+    }
     assert "could not be saved (save_model fails)" in first["raised"]["save_model"]
+    for name in unsaved:
+        assert f"could not be saved (process 1 of 2 failed: OSError: {name} fails)" in first["raised"][name]
     assert second["raised"] == {
         **alone,
+        **{name: f"{name} fails" for name in unsaved},
         "save_model": f"the first process failed: OSError: {first['raised']['save_model']}",
         "rollout_func": "process 0 of 2 failed: TypeError: cannot pickle 'generator' object",
     }  # fmt: skip

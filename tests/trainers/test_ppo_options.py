@@ -742,6 +742,8 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
         ({"monitors": {"length": False}}, "numbers above 0 .*, or null"),
         ({"monitors": {"length": 0.5}}, "length: above 1"),
         ({"monitors": {"kl": "5e0"}}, "numbers above 0 .*, or null"),
+        ({"monitors": {"kl": math.nan}}, "numbers above 0"),
+        ({"reward": [(len, math.nan)]}, "finite weights"),
         ({"monitors": {"kl": None}, "stop_on": ["kl"]}, "stop_on names kl, which monitors switches off"),
         ({"reward_clip_range": ["-1e1", "1e1"]}, r"must be \[low, high\]"),
     ],
@@ -758,6 +760,11 @@ def test_the_config_which_imports_no_torch_takes_the_names_that_are_implemented(
     with pytest.raises(ConfigError) as error:
         PPOConfig(**{field: "magic"})
     assert str(error.value).endswith(f"must be one of {', '.join(map(repr, names))}")
+
+
+def test_a_kl_estimator_that_the_rewards_should_not_have_is_warned_of_once(tmp_path, recwarn):
+    make_trainer(tmp_path, kl_estimator="k3")
+    assert len([w for w in recwarn if "does not give the gradient of a KL" in str(w.message)]) == 1
 
 
 def test_no_field_is_without_a_test_or_a_run():
