@@ -5,7 +5,8 @@ cumulative probability exceeds it. All u are drawn before the first step, so an 
 nor on when other rows finish (up to the rounding of the matrix products).
 
 Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, qwen2, qwen3 and gpt2 models.
-Other models go through transformers' generate() with the same sampling, and a warning says so once.
+Other models go through transformers' generate() with the same sampling, and a warning says so once; one prompt at a
+time if a batch changes what they compute.
 """
 
 from __future__ import annotations
@@ -152,6 +153,9 @@ def generate_with_logprobs(
         name = type(model).__name__
         _warn_once(f"{name} generates through transformers' generate(), which is slower, because {reason}")
         answer = _answer_batch_by_transformers
+        if _depends_on_batch(model, prompts):
+            _warn_once(f"{name} answers one prompt at a time, because a batch changes what it computes")
+            batch_size = 1
     responses, logprobs = ([[] for _ in prompts] for _ in range(2))
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with evaluating(model):
@@ -328,6 +332,32 @@ def _answer_batch_by_transformers(
     steps = len(chooser.logprobs)
     tokens[:, :steps], logprobs[:, :steps] = out[:, ids.shape[1] :], torch.stack(chooser.logprobs, 1)
     return tokens, logprobs
+
+
+@torch.no_grad()
+def _depends_on_batch(model, prompts) -> bool:
+    """Whether generate() computes something else for a prompt in a batch than alone, beyond rounding: BART's decoder
+    counts positions from the padding on, RWKV has no attention mask."""
+    if len(prompts) < 2:
+        return False
+    shortest, longest = min(prompts, key=len), max(prompts, key=len)
+    token = shortest[-1]
+    stop = 0 if token else 1  # any other
+
+    def logits(batch) -> Tensor:  # of the shortest prompt and of one more token, (2, V)
+        seen = []
+
+        def choose(scores: Tensor, _) -> tuple[Tensor, Tensor]:
+            seen.append(scores[-1])
+            return torch.full((len(batch),), token, device=scores.device), scores.new_zeros(len(batch))
+
+        _answer_batch_by_transformers(model, batch, 2, [stop], choose, None, False)
+        return torch.stack(seen).float()
+
+    with evaluating(model):
+        alone, together = logits([shortest]), logits([longest, shortest])
+    spread = (alone - alone.mean(-1, keepdim=True)).norm()
+    return bool((together - alone).norm() > 0.05 * spread)  # rounding in half precision: 0.02
 
 
 def generate_text(

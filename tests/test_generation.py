@@ -21,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -320,6 +322,26 @@ def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     assert {x.dtype for x in [*got, *fixed.keys, *fixed.values]} == {torch.bfloat16}
     for ours, theirs in zip(got, expected, strict=True):
         assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
+
+
+def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
+    """RWKV has no attention mask, and transformers' batches of it go wrong after the first token."""
+    generation._warn_once.cache_clear()
+    torch.manual_seed(5)
+    config = RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=EOS)
+    model = RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        model.head.weight.normal_()
+    expected = [by_transformers(model, [prompt], 8)[0] for prompt in prompts]
+    with pytest.warns(UserWarning, match="RwkvForCausalLM answers one prompt at a time"):
+        assert sampled(model, prompts, max_new_tokens=8, do_sample=False) == expected
+    twice = [prompts[0], prompts[0]]  # of one length
+    assert sampled(model, twice, max_new_tokens=8, do_sample=False) == [expected[0], expected[0]]
+    uniforms = torch.rand(len(prompts), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    together = generate_with_logprobs(model, prompts, max_new_tokens=8, eos_token_id=EOS, generator=uniforms)[0]
+    for i in (0, 3, 11):
+        options = {"max_new_tokens": 8, "eos_token_id": EOS, "generator": uniforms[i : i + 1]}
+        assert generate_with_logprobs(model, prompts[i : i + 1], **options)[0] == [together[i]]
 
 
 def test_falling_back_is_said_once_with_its_reason(prompts):
