@@ -1,6 +1,8 @@
 """Models looked at through their trunk: the same numbers as transformers gives, whatever the padding."""
 
 import math
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -25,6 +27,10 @@ from transformers import (
     GraniteForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MarianConfig,
+    MarianForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
@@ -61,6 +67,29 @@ def gemma2(tokenizer):
     return Gemma2ForCausalLM(config).eval()
 
 
+def cohere(tokenizer):
+    """Logits times a factor. transformers has no scalar head for it."""
+    torch.manual_seed(0)
+    config = CohereConfig(vocab_size=len(tokenizer), hidden_size=32, logit_scale=0.3, pad_token_id=0, **SMALL)
+    return CohereForCausalLM(config).eval()
+
+
+def granite(tokenizer):
+    """Logits divided by a factor; no scalar head either."""
+    torch.manual_seed(0)
+    config = GraniteConfig(vocab_size=len(tokenizer), hidden_size=32, logits_scaling=7.0, pad_token_id=0, **SMALL)
+    return GraniteForCausalLM(config).eval()
+
+
+def olmoe(tokenizer):
+    """A mixture of experts without a scalar head."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_experts=4, num_experts_per_tok=2, pad_token_id=0, **SMALL
+    )
+    return OlmoeForCausalLM(config).eval()
+
+
 def sequences(tokenizer):
     """Three sequences of 3, 6 and 9 tokens that end in eos, of which the model may have seen one before the end."""
     generator = torch.Generator().manual_seed(1)
@@ -78,7 +107,7 @@ def padded(rows, pad, side, extra=0):
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
-@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("build", [llama, gpt2, granite])
 def test_rewards_do_not_know_padding(build, pad):
     tokenizer = tiny_tokenizer(pad=pad)
     model = models.load_reward_model(build(tokenizer)).eval()
@@ -92,7 +121,7 @@ def test_rewards_do_not_know_padding(build, pad):
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
-@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("build", [llama, gpt2, cohere, olmoe])
 def test_the_checkpoint_is_a_transformers_model_with_the_same_scores(build, pad, tmp_path):
     tokenizer = models.with_own_pad(tiny_tokenizer(pad=pad))
     model = models.load_reward_model(build(tokenizer), tokenizer).eval()
@@ -181,7 +210,7 @@ def test_eos_learns_its_embedding_where_it_is_also_pad():
         assert model.get_input_embeddings().weight.grad[eos].abs().max() > 0
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2, cohere, granite])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_from_hidden_states_are_those_of_the_logits(build, temperature):
     tokenizer = tiny_tokenizer()
@@ -190,10 +219,10 @@ def test_logprobs_from_hidden_states_are_those_of_the_logits(build, temperature)
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[0, :2] = False  # left padding of the prompt
     mask[1, -2:] = False  # right padding of the response
-    weight, bias, softcap = models.lm_head(model)
+    hidden, weight, bias, softcap = models.lm_head(model, models.hidden_states(model, ids, mask)[:, 4:8])
     logprobs, entropy = linear_token_logprobs(
-        models.hidden_states(model, ids, mask)[:, 4:8], weight, ids[:, 5:], bias=bias, temperature=temperature,
-        softcap=softcap, mask=mask[:, 5:], with_entropy=True,
+        hidden, weight, ids[:, 5:], bias=bias, temperature=temperature, softcap=softcap, mask=mask[:, 5:],
+        with_entropy=True,
     )  # fmt: skip
     positions = language.position_ids_from_mask(mask)
     logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits / temperature
@@ -209,11 +238,12 @@ def test_positions_count_real_tokens():
 
 
 def test_logits_that_lm_head_alone_does_not_explain_are_refused():
-    for build in (llama, gpt2, gemma2):
+    for build in (llama, gpt2, gemma2, cohere, granite):
         models.check_lm_head(build(tiny_tokenizer()))
-    config = CohereConfig(vocab_size=64, hidden_size=32, logit_scale=0.5, pad_token_id=0, **SMALL)
-    with pytest.raises(ConfigError, match="CohereForCausalLM is not supported: it does more to its logits"):
-        models.check_lm_head(CohereForCausalLM(config).eval())
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **sizes))  # a layer between trunk and head
+    with pytest.raises(ConfigError, match="BertLMHeadModel is not supported: it does more to its logits"):
+        models.check_lm_head(bert.eval())
 
 
 def test_weights_that_are_nan_or_not_in_memory_are_refused():
@@ -226,14 +256,36 @@ def test_weights_that_are_nan_or_not_in_memory_are_refused():
             load(llama(tokenizer).to("meta"))
 
 
-def test_architectures_without_a_trunk_or_a_scalar_head_are_refused_in_words():
+def test_architectures_without_a_trunk_are_refused_in_words():
     config = Llama4TextConfig(vocab_size=64, hidden_size=32, head_dim=8, num_local_experts=1, pad_token_id=0, **SMALL)
     with pytest.raises(ConfigError, match="Llama4ForCausalLM is not supported: transformers does not say"):
         models.check_lm_head(Llama4ForCausalLM(config))
-    granite = GraniteForCausalLM(GraniteConfig(vocab_size=64, hidden_size=32, pad_token_id=0, **SMALL))
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    marian = MarianForCausalLM(MarianConfig(vocab_size=64, pad_token_id=0, decoder_vocab_size=64, **sizes))
     for make in (models.load_reward_model, models.ValueModel.from_policy):
-        with pytest.raises(ConfigError, match="made from GraniteForCausalLM: transformers has no class for sequence"):
-            make(granite)
+        with pytest.raises(ConfigError, match="made from MarianForCausalLM, whose trunk is no model of transformers"):
+            make(marian)
+
+
+def test_an_architecture_without_a_scalar_head_gets_one_over_its_own_trunk(tmp_path):
+    tokenizer = tiny_tokenizer()
+    policy = granite(tokenizer)
+    value = models.ValueModel.from_policy(policy)
+    assert type(value.model.base_model) is type(policy.base_model)
+    ids = torch.tensor([[7, 8, 9]])
+    assert torch.equal(models.hidden_states(value.model, ids), models.hidden_states(policy, ids))
+    reward = models.load_reward_model(policy, tokenizer).eval()
+    models.save_model(reward, tokenizer, tmp_path)
+    script = f"""if True:
+        import torch
+        from rlhf_fast import models
+        reward = models.load_reward_model({str(tmp_path)!r}).eval()
+        ids = torch.tensor([[7, 8, 9]])
+        print(repr(models.score_tokens(reward, ids, torch.ones_like(ids)).item()))
+    """  # a process that has made none of these
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        assert float(done.stdout) == models.score_tokens(reward, ids, torch.ones_like(ids)).item()
 
 
 def test_what_is_no_transformers_model_is_refused_in_words(tokenizer):

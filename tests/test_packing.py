@@ -228,10 +228,9 @@ def test_loss_and_gradients_are_those_of_transformers_on_each_sequence(architect
         for module in model.modules():
             module.p = 0.0
     packed, batch = pack_sft(examples)
-    weight, bias, _ = models.lm_head(model)
     called = use_flash(model) if flash else []
     with packing(model):
-        hidden = packed_hidden_states(model, packed, batch["positions"])
+        hidden, weight, bias, _ = models.lm_head(model, packed_hidden_states(model, packed, batch["positions"]))
         loss = linear_cross_entropy(hidden, weight, batch["labels"], bias=bias, normalizer=total)
         found = gradients(model, loss)
     assert len(called) == (2 + 2 * checkpointing) * flash  # layers, twice if they are recomputed

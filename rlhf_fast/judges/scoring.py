@@ -50,12 +50,12 @@ def label_logprobs(model, questions: Sequence[Sequence[list[int]]], tokens_per_b
     limits = {row: min(position for position, _ in reads[row]) for row in reads}
     tree = _grow(sorted(reads), limits, 0) if _can_share(model) else _Node(0, (), sorted(reads))
     totals = [[0.0] * len(sequences) for sequences in questions]
-    head = lm_head(model)
     for rows, hidden, start in _walk(model, tree, None, tokens_per_batch):
         which = [(i, *read) for i, row in enumerate(rows) for read in reads[row]]  # (row, position, token)
         at = hidden[[i for i, _, _ in which], [position - start for _, position, _ in which]]  # (N, D)
         tokens = torch.tensor([token for _, _, token in which], device=hidden.device)
-        values = linear_token_logprobs(at, head[0], tokens, bias=head[1], softcap=head[2]).tolist()
+        at, weight, bias, softcap = lm_head(model, at)
+        values = linear_token_logprobs(at, weight, tokens, bias=bias, softcap=softcap).tolist()
         for (i, position, token), value in zip(which, values, strict=True):
             for q, label in reads[rows[i]][position, token]:
                 totals[q][label] += value

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from .adapters import adapters_off, check_no_prompt, has_adapters, unwrapped
@@ -42,24 +42,35 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
     return unwrapped(model).base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
 
 
-def lm_head(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, float | None]:
-    """(V, D) weight, (V,) bias or None, logit softcap or None: the arguments of linear_token_logprobs."""
-    head = model.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None)
+def lm_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
+    """(..., D) hidden states -> hidden, (V, D) weight, (V,) bias or None, logit softcap or None: the arguments of
+    linear_token_logprobs. The factor of architectures that scale their logits is in hidden."""
+    head, factor = model.get_output_embeddings(), logit_factor(model.config)
+    hidden = hidden if factor == 1.0 else factor * hidden
+    return hidden, head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None)
+
+
+def logit_factor(config: PretrainedConfig) -> float:
+    """What the architecture multiplies its logits by (Granite, Cohere, Falcon-H1); 1 for all others."""
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:  # two meanings of one name
+        return scaling if config.model_type == "hyperclovax" else 1 / scaling
+    factors = (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
+    return next((factor for factor in factors if factor is not None), 1.0)
 
 
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """ConfigError if the logits are NaN, or are not lm_head(hidden_states), as in architectures that scale them."""
+    """ConfigError if the logits are NaN, or are not lm_head(hidden_states), as in BERT."""
     if unwrapped(model).base_model is unwrapped(model):
         raise ConfigError(
             f"{type(model).__name__} is not supported: transformers does not say which part is its trunk. Use a model "
             "whose base_model is a module of its own"
         )
     ids = torch.arange(2, device=model.device)[None]
-    weight, bias, softcap = lm_head(model)
     with evaluating(model):
-        ours = nn.functional.linear(hidden_states(model, ids), weight, bias).float()
+        hidden, weight, bias, softcap = lm_head(model, hidden_states(model, ids))
+        ours = nn.functional.linear(hidden, weight, bias).float()
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     if bool(theirs.isnan().any()):
         raise ConfigError(
@@ -69,8 +80,9 @@ def check_lm_head(model: PreTrainedModel) -> None:
     ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise ConfigError(
-            f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias and softcap. "
-            "rlhf_fast computes log-probabilities from the hidden states, and they would be wrong for this model"
+            f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias, factor and "
+            "softcap. rlhf_fast computes log-probabilities from the hidden states, and they would be wrong for this "
+            "model"
         )
 
 
@@ -82,7 +94,7 @@ def starts_as_its_base(policy: nn.Module) -> bool:
     tokens = torch.arange(embed.weight.shape[0], device=policy.device)
     outputs = [  # also the head and the embedding of every token: adapters may have changed only these
         lambda: hidden_states(policy, tokens[None, :2]),
-        lambda: lm_head(policy)[0],
+        lambda: policy.get_output_embeddings().weight,
         *(partial(embed, rows) for rows in tokens.split(4096)),
     ]
     with evaluating(policy):

@@ -33,7 +33,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..errors import ConfigError
 from .adapters import check_lm_head_is_plain, has_adapters, import_peft, merge_adapters, unwrapped
 from .language import let_pad_learn
-from .scalar import check_score, reward_scale, scalar_head_on, set_reward_scale
+from .scalar import check_score, register_scalar_class, reward_scale, scalar_head_on, set_reward_scale
 
 
 def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
@@ -104,6 +104,7 @@ def load_reward_model(
     elif base := _adapter_base(model):
         return _reward_model_with_adapters(model, base, tokenizer, dtype)
     else:
+        register_scalar_class(load_config(model))
         reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(_default_device())
     check_score(reward)
     if tokenizer is not None:

@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import ConfigError
 from .adapters import merge_adapters, unwrapped
@@ -23,17 +27,18 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     """AutoModelForSequenceClassification: a copy of the trunk (adapters merged) under a new scalar head.
 
     The head is drawn from a normal distribution with standard deviation 1 / sqrt(D + 1) (Stiennon et al. 2020), using
-    torch's current seed. ConfigError if transformers has no such class for the architecture, or if it is not a decoder.
+    torch's current seed. ConfigError if the model is not a decoder.
     """
     model = merge_adapters(model)
     config = copy.deepcopy(model.config)
     config.num_labels = 1
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    if MODEL_MAPPING.get(type(config), None) is not type(model.base_model):
         raise ConfigError(
-            f"no reward or value model can be made from {type(model).__name__}: transformers has no class for sequence "
-            f"classification with {config.model_type}. Use a reward model of another architecture; PPO needs no value "
-            "model with advantage_estimator reinforce, rloo or group"
+            f"no reward or value model can be made from {type(model).__name__}, whose trunk is no model of "
+            "transformers by itself. Use a reward model of another architecture; PPO needs no value model with "
+            "advantage_estimator reinforce, rloo or group"
         )
+    register_scalar_class(config)
     scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     check_score(scalar)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
@@ -41,6 +46,20 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
     width = scalar.score.weight.shape[1]
     nn.init.normal_(scalar.score.weight, std=1 / math.sqrt(width + 1))
     return let_pad_learn(scalar)
+
+
+def register_scalar_class(config: PretrainedConfig) -> None:
+    """Gives AutoModelForSequenceClassification a class for a decoder that has none in transformers (Granite, OLMoE,
+    Mamba): the generic one over the decoder's trunk."""
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    language = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    base = next(parent for parent in language.__mro__ if PreTrainedModel in parent.__bases__)
+    name = f"{base.__name__.removesuffix('PreTrainedModel')}ForSequenceClassification"
+    members = {"base_model_prefix": language.base_model_prefix, "config_class": kind, "__module__": language.__module__}
+    made = type(name, (GenericForSequenceClassification, base), members)
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)  # else ignored for a config of transformers
 
 
 def check_score(model: PreTrainedModel) -> None:

@@ -275,12 +275,12 @@ def autocast(model, bf16: bool):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
 
 
-def lm_head(model, bf16: bool) -> tuple[Tensor, Tensor | None, float | None]:
+def lm_head(model, hidden: Tensor, bf16: bool) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
     """models.lm_head. If bf16 is true it is in bfloat16, like the hidden states."""
-    weight, bias, softcap = models.lm_head(model)
+    hidden, weight, bias, softcap = models.lm_head(model, hidden)
     if bf16:
         weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-    return weight, bias, softcap
+    return hidden, weight, bias, softcap
 
 
 # --- updates that are not finite --------------------------------------------------------------------------------------

@@ -315,7 +315,7 @@ class PPOTrainer:
             return self._logprobs(model, self._hidden_states(model, input_ids, positions), labels)
 
     def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> Tensor:
-        weight, bias, softcap = common.lm_head(model, self.config.bf16)
+        hidden, weight, bias, softcap = common.lm_head(model, hidden, self.config.bf16)
         return linear_token_logprobs(
             hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature
         )
@@ -425,7 +425,7 @@ class PPOTrainer:
 
     def _policy_loss(self, rollout: Rollout, rows: Tensor, hidden: Tensor, mask: Tensor, normalizer):
         config, weights = self.config, rollout.importance_weights
-        weight, bias, softcap = common.lm_head(self.policy, config.bf16)
+        hidden, weight, bias, softcap = common.lm_head(self.policy, hidden, config.bf16)
         return linear_ppo_loss(
             rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
             rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,

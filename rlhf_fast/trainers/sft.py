@@ -104,7 +104,7 @@ class SFTTrainer:
             tokens = [sum(map(len, row)) for row in rows]
             for part, counts in common.micro_batches(rows, tokens, config):
                 hidden, labels = self._response_hidden([e for row in part for e in row])
-                weight, bias, softcap = common.lm_head(self.model, config.bf16)
+                hidden, weight, bias, softcap = common.lm_head(self.model, hidden, config.bf16)
                 micro_loss = counts * linear_cross_entropy(
                     hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
                 )
@@ -139,8 +139,7 @@ class SFTTrainer:
         with self.gathered(), parallel.raise_in_all(), evaluating(self.model), self._packing():
             for indices in parallel.share(batches):
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
-                head = common.lm_head(self.model, self.config.bf16)
-                statistics += token_statistics(hidden, *head, labels)
+                statistics += token_statistics(*common.lm_head(self.model, hidden, self.config.bf16), labels)
         loss, correct, entropy = parallel.all_reduce_sum(statistics) / num_labels
         return {
             "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,

@@ -8,6 +8,7 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     CohereConfig,
     GPT2Config,
     Lfm2Config,
@@ -180,10 +181,16 @@ def test_dropout_plays_no_part_and_the_mode_stays(tokenizer):
     assert this.compare(ask) == this.compare(ask) and model.training
 
 
-def test_a_model_that_scales_its_logits_is_refused(tokenizer):
-    scaled = small(CohereConfig, num_key_value_heads=2, logit_scale=0.01)
+def test_a_model_that_scales_its_logits_is_read_with_its_factor(tokenizer):
+    model = small(CohereConfig, num_key_value_heads=2, logit_scale=0.2)
+    questions = [[encode(tokenizer, "the answer is:" + label, True) for label in (" (A)", " (B)")]]
+    expected = [naive_logprob(model, *questions[0]), naive_logprob(model, *questions[0][::-1])]
+    assert label_logprobs(model, questions, 10_000) == [pytest.approx(expected, abs=1e-5)]
+
+
+def test_a_model_with_more_than_an_lm_head_is_refused(tokenizer):
     with pytest.raises(ValueError, match="lm_head"):
-        judge(scaled, tokenizer)
+        judge(small(BertConfig, is_decoder=True), tokenizer)
 
 
 def test_a_reply_against_itself_is_exactly_even(model, tokenizer):
