@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from .models import learns_a_prompt, rotary_limit, unwrapped
 from .ops import _layer
 
-SUPPORTED = ("llama", "qwen2", "qwen3", "gpt2")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 ATTENTION = (  # modules whose attention functions compute the architecture's own causal softmax(q k^T) v
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
 )  # fmt: skip
@@ -55,8 +55,9 @@ def why_no_decoder(model) -> str | None:
         return f"its attention is {config._attn_implementation}, which may be any function"
     if rotary_limit(model) is not None:
         return "it rescales its rotary positions as the text grows"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "some of its layers have sliding-window attention"
+    windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    if windows or (config.model_type == "mistral" and config.sliding_window is not None):
+        return "its attention, or that of some layers, has a sliding window"
     if any(isinstance(p, DTensor) for p in layers.parameters()):
         return "its layers are sharded (sharding.gathered makes them whole)"
     for part in _computed(model.base_model, layers):
@@ -209,7 +210,7 @@ def _rms_norm(module: nn.Module):
 
 
 class _Rotary:
-    """The layers of llama, qwen2 and qwen3: rotary positions, RMSNorm, gated MLP."""
+    """The layers of llama, mistral, qwen2 and qwen3: rotary positions, RMSNorm, gated MLP."""
 
     def __init__(self, trunk, length: int, bf16: bool):
         self.embed_tokens, self.layers, self.norm, self.bf16 = trunk.embed_tokens, [], _rms_norm(trunk.norm), bf16

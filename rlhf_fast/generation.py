@@ -4,9 +4,9 @@ Tokens are drawn by inverse transform: u[i, t] is a uniform number for row i at 
 cumulative probability exceeds it. All u are drawn before the first step, so an answer depends neither on the batch size
 nor on when other rows finish (up to the rounding of the matrix products).
 
-Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, qwen2, qwen3 and gpt2 models.
-Other models go through transformers' generate() with the same sampling, and a warning says so once; one prompt at a
-time if a batch changes what they compute.
+Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, mistral, qwen2, qwen3 and gpt2
+models. Other models go through transformers' generate() with the same sampling, and a warning says so once; one prompt
+at a time if a batch changes what they compute.
 """
 
 from __future__ import annotations

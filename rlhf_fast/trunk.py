@@ -5,10 +5,10 @@
                        x += mlp(norm(x))                     in the last layer for the chosen tokens only
     norm(x)                                                  (M, D)
 
-llama, qwen2 and qwen3 in float32 on the CPU run here; all other models go through transformers. The model's own modules
-do the matrix products, with LoRA adapters if it has them. Every step between the products is one pass over memory
-(ops/_layer.py). There are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to end
-(packing.py).
+llama, mistral, qwen2 and qwen3 in float32 on the CPU run here; all other models go through transformers. The model's
+own modules do the matrix products, with LoRA adapters if it has them. Every step between the products is one pass over
+memory (ops/_layer.py). There are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to
+end (packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
 
@@ -47,7 +47,7 @@ def runs_here(model) -> bool:
     if why_no_decoder(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
         return False
     model = unwrapped(model)
-    if model.config.model_type not in ("llama", "qwen2", "qwen3"):
+    if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
         return False
     layer = model.base_model.layers[0]
     return not (

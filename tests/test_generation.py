@@ -48,7 +48,8 @@ ARCHITECTURES = {
     "qwen2": lambda tokens: Qwen2ForCausalLM(Qwen2Config(**SIZES, **tokens)),
     "qwen3": lambda tokens: Qwen3ForCausalLM(Qwen3Config(**SIZES, **tokens, head_dim=8)),
     "gpt2": lambda tokens: GPT2LMHeadModel(GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **tokens)),
-    "mistral": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens)),  # through generate()
+    "mistral": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=None)),
+    "window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=6)),  # by generate()
 }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def sampled(*arguments, **options):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_transformers(name, prompts):
     model = with_opinions(name)
-    assert (why_no_decoder(model) is None) == (name != "mistral")
+    assert (why_no_decoder(model) is None) == (name != "window")
     expected = by_transformers(model, prompts, 24)
     assert len({len(row) for row in expected}) > 2  # rows end at different times, so some leave the batch
     for batch_size in (5, 64):
@@ -117,7 +118,7 @@ def test_greedy_equals_transformers(name, prompts):
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral", "window"])
 def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, prompts):
     model, temperature = with_opinions(name), 0.8
     answers, logprobs = generate_with_logprobs(
@@ -281,7 +282,7 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral", "window"])
 def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
     """Its norms and biases are in bfloat16 too, which the native layer does not take: the modules run unchanged."""
     model = with_opinions(name)
@@ -297,7 +298,7 @@ def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "window"])
 def test_an_autocast_of_the_caller_counts(name, prompts):
     """Also for models that go through transformers' generate()."""
     model, options = with_opinions(name), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": EOS}
@@ -346,8 +347,8 @@ def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
 
 def test_falling_back_is_said_once_with_its_reason(prompts):
     generation._warn_once.cache_clear()
-    model = with_opinions("mistral")
-    with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*architecture is mistral"):
+    model = with_opinions("window")
+    with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*has a sliding window"):
         sampled(model, prompts[:2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -442,7 +443,7 @@ def test_learned_positions_end_and_rotary_ones_go_on():
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "window"])
 def test_an_answer_ends_at_the_first_of_several_eos(name, prompts):
     model, ends = with_opinions(name), (0, 7, 8, 9, 10)
     to_the_end = sampled(model, prompts, max_new_tokens=40, eos_token_id=0)

@@ -25,7 +25,7 @@ def through_transformers(model, ids):
     return hidden_states(model, ids).flatten(0, 1)[POSITIONS]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3 rope", "qwen2", "qwen3", "llama with lora"])
+@pytest.mark.parametrize("name", ["llama", "llama3 rope", "mistral", "qwen2", "qwen3", "llama with lora"])
 def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
     if name.endswith("lora"):
         pytest.importorskip("peft")

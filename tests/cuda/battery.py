@@ -177,7 +177,8 @@ def head_of_many(op: str, rows: int, width: int, vocab: int, device: str) -> Non
         assert (rows * grad_weight[token].double() - want).norm() <= 0.02 * want.norm(), token
 
 
-GRAPHS = {"llama": 2, "llama3 rope": 1, "qwen2": 1, "qwen3": 2, "gpt2": 3}  # that the next one captures, and its steps
+# How many CUDA graphs each captures, and its steps
+GRAPHS = {"llama": 2, "llama3 rope": 1, "mistral": 2, "qwen2": 1, "qwen3": 2, "gpt2": 3}
 STEPS = {"gpt2": 23}
 
 
