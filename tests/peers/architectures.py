@@ -71,14 +71,17 @@ def tiny(model_type: str, tokens: dict[str, int]):
     for shape in SHAPES:
         settings = {name: value for name, value in (TINY | shape | tokens).items() if name in known or name in tokens}
         try:
+            config = config_class(**settings)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            if size > 3e7:
+                raise ValueError(f"{size:.0e} weights: no names here make it tiny")
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config_class(**settings)).float().eval()
+            model = AutoModelForCausalLM.from_config(config).float().eval()
             model(input_ids=torch.arange(3, 9)[None], use_cache=True)
         except Exception as last:
             error = last
             continue
-        if sum(p.numel() for p in model.parameters()) > 3e7:
-            raise ValueError("no names here make it tiny")
         for p in model.parameters():
             if p.dim() > 1 and p.std() < 0.2:
                 p.data.mul_(4)
