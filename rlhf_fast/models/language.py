@@ -52,11 +52,11 @@ def lm_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def logit_factor(config: PretrainedConfig) -> float:
     """What the architecture multiplies its logits by (Granite, Cohere, Falcon-H1); 1 for all others."""
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:  # two meanings of one name
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:  # two meanings of one name
         return scaling if config.model_type == "hyperclovax" else 1 / scaling
-    factors = (getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier"))
-    return next((factor for factor in factors if factor is not None), 1.0)
+    name = "logit_scale" if config.model_type.startswith("cohere") else "lm_head_multiplier"  # MPT ignores its own
+    factor = getattr(config, name, None)
+    return 1.0 if factor is None else factor
 
 
 @torch.no_grad()

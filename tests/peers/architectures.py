@@ -62,14 +62,21 @@ SHAPES = (
     dict.fromkeys(LAYERS, 8) | {"num_key_value_heads": 2, "head_dim": 8},
     dict.fromkeys(LAYERS, 8) | {"num_key_value_heads": 4},
 )
+OWN = {  # what their configs want to fit together
+    "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_d_conv": 4},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+}
 
 
 def tiny(model_type: str, tokens: dict[str, int]):
     """A model of the architecture, with logits far from uniform. The error of the last shape that was tried."""
     config_class = CONFIG_MAPPING[model_type]
-    known = config_class().to_dict()
+    known, own = config_class().to_dict(), OWN.get(model_type, {}) | tokens
     for shape in SHAPES:
-        settings = {name: value for name, value in (TINY | shape | tokens).items() if name in known or name in tokens}
+        settings = {name: value for name, value in (TINY | shape | own).items() if name in known or name in own}
         try:
             config = config_class(**settings)
             with torch.device("meta"):
