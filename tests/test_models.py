@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import tokenizers
 import torch
+import transformers
 from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +37,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from rlhf_fast import linear_token_logprobs, models
@@ -88,6 +91,30 @@ def olmoe(tokenizer):
         vocab_size=len(tokenizer), hidden_size=32, num_experts=4, num_experts_per_tok=2, pad_token_id=0, **SMALL
     )
     return OlmoeForCausalLM(config).eval()
+
+
+def recurrent_gemma(tokenizer):
+    """A softcap under another name."""
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, lru_width=32, logits_soft_cap=0.1, pad_token_id=0,
+        **SMALL | {"num_hidden_layers": 3},
+    )  # fmt: skip
+    return RecurrentGemmaForCausalLM(config).eval()
+
+
+def gemma4(tokenizer):
+    """A model that also reads images: its config has one for text, with the softcap."""
+    if not hasattr(transformers, "Gemma4ForConditionalGeneration"):
+        pytest.skip("this transformers has none")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    text = {
+        **sizes, "vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), "num_hidden_layers": 2,
+        "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "final_logit_softcapping": 0.1,
+    }  # fmt: skip
+    config = transformers.Gemma4Config(text_config=text, vision_config={**sizes, "num_hidden_layers": 1})
+    return transformers.Gemma4ForConditionalGeneration(config).eval()
 
 
 def sequences(tokenizer):
@@ -210,7 +237,7 @@ def test_eos_learns_its_embedding_where_it_is_also_pad():
         assert model.get_input_embeddings().weight.grad[eos].abs().max() > 0
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, gemma2, cohere, granite])
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2, cohere, granite, gemma4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_from_hidden_states_are_those_of_the_logits(build, temperature):
     tokenizer = tiny_tokenizer()
@@ -238,7 +265,7 @@ def test_positions_count_real_tokens():
 
 
 def test_logits_that_lm_head_alone_does_not_explain_are_refused():
-    for build in (llama, gpt2, gemma2, cohere, granite):
+    for build in (llama, gpt2, gemma2, cohere, granite, recurrent_gemma):
         models.check_lm_head(build(tiny_tokenizer()))
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **sizes))  # a layer between trunk and head

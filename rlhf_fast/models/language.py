@@ -45,9 +45,11 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 def lm_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
     """(..., D) hidden states -> hidden, (V, D) weight, (V,) bias or None, logit softcap or None: the arguments of
     linear_token_logprobs. The factor of architectures that scale their logits is in hidden."""
-    head, factor = model.get_output_embeddings(), logit_factor(model.config)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()  # of models that read images, a part
+    factor = logit_factor(config)
     hidden = hidden if factor == 1.0 else factor * hidden
-    return hidden, head.weight, getattr(head, "bias", None), getattr(model.config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return hidden, head.weight, getattr(head, "bias", None), softcap
 
 
 def logit_factor(config: PretrainedConfig) -> float:
@@ -67,18 +69,21 @@ def check_lm_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is not supported: transformers does not say which part is its trunk. Use a model "
             "whose base_model is a module of its own"
         )
-    ids = torch.arange(2, device=model.device)[None]
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(0, vocab, max(1, vocab // 16), device=model.device)[None, :16]
     with evaluating(model):
         hidden, weight, bias, softcap = lm_head(model, hidden_states(model, ids))
-        ours = nn.functional.linear(hidden, weight, bias).float()
+        ours = nn.functional.linear(hidden, weight, bias)
         theirs = model(input_ids=ids, use_cache=False).logits.float()
+    tolerance = 1e-3 if ours.dtype == torch.float32 else 1e-2
+    ours = ours.float()
     if bool(theirs.isnan().any()):
         raise ConfigError(
             f"the logits of {type(model).__name__} are NaN: it may have diverged in an earlier training run. Use "
             "another checkpoint"
         )
     ours = ours if softcap is None else softcap * torch.tanh(ours / softcap)
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+    if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
         raise ConfigError(
             f"{type(model).__name__} is not supported: it does more to its logits than lm_head, bias, factor and "
             "softcap. rlhf_fast computes log-probabilities from the hidden states, and they would be wrong for this "
