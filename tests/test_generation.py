@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -32,6 +34,7 @@ from rlhf_fast.data.collate import pad
 from rlhf_fast.decoder import Decoder, why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
+from rlhf_fast.models import check_lm_head
 from rlhf_fast.ops import _layer
 
 EOS, VOCAB = 2, 60
@@ -343,6 +346,18 @@ def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
     for i in (0, 3, 11):
         options = {"max_new_tokens": 8, "eos_token_id": EOS, "generator": uniforms[i : i + 1]}
         assert generate_with_logprobs(model, prompts[i : i + 1], **options)[0] == [together[i]]
+
+
+def test_the_last_position_of_a_model_by_transformers_is_used():
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=32, eos_token_id=EOS,
+        word_embed_proj_dim=32, max_position_embeddings=12,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    check_lm_head(model)
+    with pytest.warns(UserWarning, match="OPTForCausalLM generates through transformers"):
+        answers = sampled(model, [[5] * 12, [6] * 4], max_new_tokens=1)
+    assert list(map(len, answers)) == [1, 1]
 
 
 def test_falling_back_is_said_once_with_its_reason(prompts):

@@ -70,7 +70,7 @@ def check_lm_head(model: PreTrainedModel) -> None:
             "whose base_model is a module of its own"
         )
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(0, vocab, max(1, vocab // 16), device=model.device)[None, :16]
+    ids = torch.arange(0, vocab, max(1, vocab // 16), device=model.device)[None, : learned_positions(model) or 16]
     with evaluating(model):
         hidden, weight, bias, softcap = lm_head(model, hidden_states(model, ids))
         ours = nn.functional.linear(hidden, weight, bias)
