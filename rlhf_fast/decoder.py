@@ -17,6 +17,7 @@ Specification: the model's own forward, token for token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -31,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from .models import learns_a_prompt, rotary_limit, unwrapped
 from .ops import _layer
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3_text", "olmo2", "olmo3", "gpt2")
 ATTENTION = (  # modules whose attention functions compute the architecture's own causal softmax(q k^T) v
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
 )  # fmt: skip
@@ -40,8 +41,11 @@ SILU = nn.SiLU, type(ACT2FN["silu"])
 MAX_COPIED = 1 << 20  # weights; above this, joining products saves little time and the copy takes memory
 
 
-def why_no_decoder(model) -> str | None:
-    """The reason why Decoder cannot run this model; None if it can."""
+def why_no_decoder(model, length: float = math.inf) -> str | None:
+    """The reason why Decoder cannot run this model; None if it can.
+
+    length: the most tokens that a prompt has together with its answer.
+    """
     if learns_a_prompt(model):
         return "its adapter adds virtual tokens to the prompt"
     model = unwrapped(model)
@@ -53,16 +57,21 @@ def why_no_decoder(model) -> str | None:
         return f"its config runs only {config.num_hidden_layers} of its {len(layers)} layers"
     if attends_in_its_own_way(model):
         return f"its attention is {config._attn_implementation}, which may be any function"
-    if rotary_limit(model) is not None:
-        return "it rescales its rotary positions as the text grows"
-    windows = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
-    if windows or (config.model_type == "mistral" and config.sliding_window is not None):
-        return "its attention, or that of some layers, has a sliding window"
+    if (limit := rotary_limit(model)) is not None and length > limit:
+        return f"it rescales its rotary positions beyond {limit} tokens"
+    if (window := _window(config)) is not None and length > window:
+        return f"its attention, or that of some layers, has a sliding window of {window} tokens"
+    if any(getattr(config, name, None) for name in ("final_logit_softcapping", "attn_logit_softcapping")):
+        return "it caps its logits"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    if config.model_type in ("gemma3_text", "olmo3") and not hasattr(model.base_model.rotary_emb, "layer_types"):
+        return f"{config.model_type} needs transformers 5 here"
     if any(isinstance(p, DTensor) for p in layers.parameters()):
         return "its layers are sharded (sharding.gathered makes them whole)"
     for part in _computed(model.base_model, layers):
         kind = type(part).__bases__[1] if isinstance(part, FSDPModule) else type(part)
-        if not kind.__module__.startswith("transformers.models."):
+        if kind is not nn.Dropout and not kind.__module__.startswith("transformers.models."):
             return f"its layers contain a {kind.__name__}, which is not a class of transformers"
         if _is_altered(part):
             return f"one {type(part).__name__} has a hook or a replaced forward, which may change what it computes"
@@ -71,6 +80,12 @@ def why_no_decoder(model) -> str | None:
     if len({p.device for p in model.parameters()}) > 1:
         return "its weights lie on several devices"
     return None
+
+
+def _window(config) -> int | None:
+    """To how many of the last tokens a layer attends, the layer with the fewest; None if all attend to all."""
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
 
 def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
@@ -115,11 +130,21 @@ def is_silu(activation: nn.Module) -> bool:
 def _is_plain(module) -> bool:
     """Whether it is a linear layer that only multiplies by its weight and adds its bias, both of them plain tensors (a
     quantized weight is not plain)."""
-    if type(module) is _BF16Linear:
+    if type(module) in (_Linear, _BF16Linear):
         return True
     if type(module) is not nn.Linear or _is_altered(module):
         return False
     return all(type(x) in (Tensor, nn.Parameter) for x in (module.weight, module.bias) if x is not None)
+
+
+class _Linear:
+    """x weight^T + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class _BF16Linear:
@@ -154,12 +179,28 @@ def _product(module: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
     return under_autocast
 
 
+def _few_rows(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The product, by our own kernel for few rows if it is plain and on the CPU."""
+    if not _is_plain(product) or not all(_layer.takes(x) for x in (product.weight, product.bias) if x is not None):
+        return product
+
+    def multiply(x: Tensor) -> Tensor:
+        if len(x) in FEW and _layer.runs_on(x) and not torch.is_grad_enabled():
+            return _layer.few_rows_linear(x.contiguous(), product.weight, product.bias)
+        return product(x)
+
+    return multiply
+
+
 def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The function that concatenates these products of the same x. Small plain products are joined into one. So are
     those in bfloat16: their weights are copies already, and become views of the joined copy."""
+    if len(products) == 1:
+        return _few_rows(products[0])
     copies = all(type(product) is _BF16Linear for product in products)
     small = all(map(_is_plain, products)) and sum(product.weight.numel() for product in products) <= MAX_COPIED
     if not (copies or small):
+        products = [_few_rows(product) for product in products]
         return lambda x: torch.cat([product(x) for product in products], -1)
     weight, bias = torch.cat([product.weight for product in products]), None
     if given := [product.bias for product in products if product.bias is not None]:
@@ -168,12 +209,15 @@ def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
     if copies:
         for product, part in zip(products, weight.split([len(p.weight) for p in products]), strict=True):
             product.weight = part
-        return _BF16Linear(weight, bias)
-    return partial(nn.functional.linear, weight=weight, bias=bias)
+        return _few_rows(_BF16Linear(weight, bias))
+    return _few_rows(_Linear(weight, bias))
 
 
 def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor | None, ...] | None:
-    """The weights of a layer in the order of _layer.decode_layer; None if one of its modules is not plain."""
+    """The weights of a layer in the order of _layer.decode_layer; None if one of its modules is not plain, or if the
+    layer is built otherwise than llama's."""
+    if len(products) < 7 or hasattr(layer, "post_feedforward_layernorm"):
+        return None
     attention, norms = layer.self_attn, [layer.input_layernorm, layer.post_attention_layernorm]
     q, k, v, output, *gated = products
     query_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
@@ -195,81 +239,126 @@ def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor |
 def _rms_norm(module: nn.Module):
     """transformers' RMSNorm in one call instead of seven. In half precision the module itself is called, because it
     rounds between its steps."""
-    weight = module.weight
-    if weight.dtype != torch.float32:
-        return module
+    if type(module).__name__.startswith("Gemma"):
+        weight, eps = 1 + module.weight, module.eps
+    else:
+        weight, eps = module.weight, module.variance_epsilon
 
     def in_one_pass(x: Tensor) -> Tensor:
-        if not _layer.runs_on(x):
+        if x.dtype != torch.float32 or weight.dtype != torch.float32:
             return module(x)
-        return _layer.rms_norm(x.contiguous().view(-1, x.shape[-1]), weight, module.variance_epsilon).view(x.shape)
+        if _layer.runs_on(x):
+            return _layer.rms_norm(x.contiguous().view(-1, x.shape[-1]), weight, eps).view(x.shape)
+        return nn.functional.rms_norm(x, weight.shape, weight, eps)
 
-    if _layer.runs_on(weight):
-        return in_one_pass
-    return partial(nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=module.variance_epsilon)
+    return in_one_pass
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _norms(layer: nn.Module, bf16: bool) -> tuple[Callable, Callable, Callable, Callable]:
+    """What normalises the input and the output of attention, and the input and the output of the MLP. bf16: these
+    outputs are products in bfloat16."""
+    norms = {name: _rms_norm(norm) for name, norm in layer.named_children() if name.endswith("layernorm")}
+    if "post_feedforward_layernorm" not in norms:  # llama: despite its name, post_attention_layernorm is the MLP's
+        return norms["input_layernorm"], _unchanged, norms["post_attention_layernorm"], _unchanged
+    after = [norms["post_attention_layernorm"], norms["post_feedforward_layernorm"]]
+    if bf16:
+        after = [lambda x, norm=norm: norm(x.float()) for norm in after]
+    before = [norms.get(name, _unchanged) for name in ("input_layernorm", "pre_feedforward_layernorm")]
+    return before[0], after[0], before[1], after[1]
 
 
 class _Rotary:
-    """The layers of llama, mistral, qwen2 and qwen3: rotary positions, RMSNorm, gated MLP."""
+    """Layers with rotary positions, RMSNorm and a gated MLP: llama and its kin, which differ in
+
+    - norms: before attention and MLP; olmo2 and olmo3 after them; gemma3 both. Of queries and keys: in qwen3 and gemma3
+      of each head, in olmo2 and olmo3 of all heads together.
+    - rotary positions: gemma3 and olmo3 have others in layers with a window; some layers of smollm3 have none; phi3 may
+      turn only the first part of each head.
+    - phi3 has one matrix for queries, keys and values, and one for the MLP's gate and up.
+    """
 
     def __init__(self, trunk, length: int, bf16: bool):
-        self.embed_tokens, self.layers, self.norm, self.bf16 = trunk.embed_tokens, [], _rms_norm(trunk.norm), bf16
-        for layer in trunk.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            modules = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-            products = [_product(x, bf16) for x in (*modules, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-            self.layers.append({
-                "scaling": attention.scaling,
-                "norm": _rms_norm(layer.input_layernorm),
-                "qkv": _side_by_side(*products[:3]),
-                "qk_norms": [_rms_norm(norm) for norm in (attention.q_norm, attention.k_norm)]
-                if hasattr(attention, "q_norm") else None,
-                "output": products[3],
-                "mlp_norm": _rms_norm(layer.post_attention_layernorm),
-                "gate_up": _side_by_side(*products[4:6]),
-                "activation": mlp.act_fn,
-                "down": products[6],
-                "is_silu": is_silu(mlp.act_fn),
-                "weights": _plain_weights(layer, products),
-                "eps": layer.input_layernorm.variance_epsilon,
-            })  # fmt: skip
-        config = trunk.config
-        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+        self.embed_tokens, self.norm, self.bf16 = trunk.embed_tokens, _rms_norm(trunk.norm), bf16
+        self.queries, self.keys = trunk.config.num_attention_heads, trunk.config.num_key_value_heads
         self.head_dim = trunk.layers[0].self_attn.head_dim
+        self.in_one_pass = _layer.runs_on(trunk.embed_tokens.weight)
+        self.layers = [self._layer(trunk, i, bf16) for i in range(len(trunk.layers))]
+        self.angles = {kind: self._angles(trunk, kind, length) for kind in {layer["angles"] for layer in self.layers}}
+
+    def _layer(self, trunk, i: int, bf16: bool) -> dict:
+        layer, attention, mlp = trunk.layers[i], trunk.layers[i].self_attn, trunk.layers[i].mlp
+        if hasattr(attention, "qkv_proj"):
+            qkv, gate_up, activation = [attention.qkv_proj], [mlp.gate_up_proj], mlp.activation_fn
+        else:
+            qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+            gate_up, activation = [mlp.gate_proj, mlp.up_proj], mlp.act_fn
+        modules = *qkv, attention.o_proj, *gate_up, mlp.down_proj
+        products = [_product(module, bf16) for module in modules]
+        qk_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        kind = trunk.config.layer_types[i] if hasattr(trunk.rotary_emb, "layer_types") else "all"
+        return {
+            "norms": _norms(layer, bf16),
+            "qkv": _side_by_side(*products[: len(qkv)]),
+            "qk_norms": [(_rms_norm(norm), norm.weight.numel()) for norm in qk_norms if norm is not None],
+            "angles": kind if getattr(attention, "use_rope", True) else "none",
+            "scaling": attention.scaling,
+            "output": _few_rows(products[len(qkv)]),
+            "gate_up": _side_by_side(*products[len(qkv) + 1 : -1]),
+            "activation": activation,
+            "is_silu": is_silu(activation),
+            "down": _few_rows(products[-1]),
+            "weights": _plain_weights(layer, products),
+            "eps": getattr(layer.post_attention_layernorm, "variance_epsilon", None),
+        }
+
+    def _angles(self, trunk, kind: str, length: int) -> tuple[Tensor, Tensor]:
+        """The cosines and the sines of all positions, each (length, d) or fewer columns if only these are turned."""
         weight = trunk.embed_tokens.weight
-        cos, sin = trunk.rotary_emb(weight[:1], position_ids=torch.arange(length, device=weight.device)[None])
-        half = self.head_dim // 2
-        self.in_one_pass = _layer.runs_on(weight)
-        # rotate_half(x) = (-x2, x1): the sine takes the minus, and roll swaps the halves.
-        sin = sin[0] if self.in_one_pass else torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        self.cos, self.sin = cos[0].contiguous(), sin.contiguous()  # (length, d)
+        of_kind = {"layer_type": kind} if hasattr(trunk.rotary_emb, "layer_types") else {}
+        positions = torch.arange(length, device=weight.device)[None]
+        cos, sin = (x[0].contiguous() for x in trunk.rotary_emb(weight[:1], position_ids=positions, **of_kind))
+        if kind == "none":
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        if not self.in_one_pass:  # rotate_half(x) = (-x2, x1): the sine takes the minus, and roll swaps the halves
+            sin[:, : sin.shape[1] // 2].neg_()
+        return cos, sin
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        self.rotation = self.cos[positions], self.sin[positions]  # (N, d)
+        self.rotations = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self.angles.items()}  # (N, d)
         return self.embed_tokens(ids)
 
     def project(self, layer: dict, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D) -> queries, keys and values, each (N, heads, d)."""
-        heads = layer["qkv"](layer["norm"](x)).view(len(x), -1, self.head_dim)
+        heads = layer["qkv"](layer["norms"][0](x)).view(len(x), -1, self.head_dim)
         qk, v = heads.split([self.queries + self.keys, self.keys], 1)
         if self.bf16:
             qk = qk.float()
-        if layer["qk_norms"] is not None:
-            parts = qk.split([self.queries, self.keys], 1)
-            qk = torch.cat([norm(part) for norm, part in zip(layer["qk_norms"], parts, strict=True)], 1)
-        cos, sin = self.rotation
+        if layer["qk_norms"]:
+            normed = []
+            for (norm, width), part in zip(layer["qk_norms"], qk.split([self.queries, self.keys], 1), strict=True):
+                normed.append(norm(part.reshape(len(x), -1, width)).view(part.shape))
+            qk = torch.cat(normed, 1)
+        return *self._turned(qk, *self.rotations[layer["angles"]]).to(v.dtype).split([self.queries, self.keys], 1), v
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        part = cos.shape[-1]
+        if part < x.shape[-1]:
+            return torch.cat([self._turned(x[..., :part].contiguous(), cos, sin), x[..., part:]], -1)
         if self.in_one_pass:
-            qk = _layer.rotary(qk, cos, sin)
-        else:
-            qk = torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None])
-        return *qk.to(v.dtype).split([self.queries, self.keys], 1), v
+            return _layer.rotary(x, cos, sin)
+        return torch.addcmul(x * cos[:, None], x.roll(part // 2, -1), sin[:, None])
 
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + layer["output"](attended)
-        gate, up = layer["gate_up"](layer["mlp_norm"](x)).chunk(2, -1)
-        if self.in_one_pass and layer["is_silu"]:
-            return x + layer["down"](_layer.swiglu(gate, up))
-        return x + layer["down"](layer["activation"](gate) * up)
+        _, after_attention, before_mlp, after_mlp = layer["norms"]
+        x = x + after_attention(layer["output"](attended))
+        gate, up = layer["gate_up"](before_mlp(x)).chunk(2, -1)
+        fused = self.in_one_pass and layer["is_silu"]
+        gated = _layer.swiglu(gate, up) if fused else layer["activation"](gate) * up
+        return x + after_mlp(layer["down"](gated))
 
 
 class _GPT2:
@@ -314,7 +403,7 @@ class Decoder:
         self.capacity = ids.shape[1] + room
         bf16 = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # else it is in half precision
         self.network = family(model.base_model, self.capacity, bf16)
-        self.lm_head = _product(model.get_output_embeddings(), bf16)
+        self.lm_head = _few_rows(_product(model.get_output_embeddings(), bf16))
         self.keys: list[Tensor] = []  # per layer, (B, heads, capacity, d)
         self.values: list[Tensor] = []
         self.positions = mask.sum(1)  # (B,): position of the next token
@@ -374,14 +463,11 @@ class Decoder:
             if few and layer.get("weights") is not None:
                 buffers = self.keys[i], self.values[i], None if self.bias is None else self.bias[:, 0, 0]
                 sizes = self.filled, layer["scaling"], layer["eps"]
-                _layer.decode_layer(layer["weights"], x, *network.rotation, *buffers, *sizes)
+                _layer.decode_layer(layer["weights"], x, *network.rotations[layer["angles"]], *buffers, *sizes)
                 continue
             attended = read(i, *network.project(layer, x), layer["scaling"])
             x = network.finish(layer, x if len(attended) == len(x) else x[self.last], attended)
-        x, head = network.norm(x), self.lm_head
-        if few and _is_plain(head) and _layer.takes(head.weight):
-            return _layer.few_rows_linear(x, head.weight, head.bias)
-        return head(x)
+        return self.lm_head(network.norm(x))
 
     def _read_prompt(
         self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None, present: Tensor | None

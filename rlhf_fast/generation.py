@@ -4,9 +4,9 @@ Tokens are drawn by inverse transform: u[i, t] is a uniform number for row i at 
 cumulative probability exceeds it. All u are drawn before the first step, so an answer depends neither on the batch size
 nor on when other rows finish (up to the rounding of the matrix products).
 
-Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama, mistral, qwen2, qwen3 and gpt2
-models. Other models go through transformers' generate() with the same sampling, and a warning says so once; one prompt
-at a time if a batch changes what they compute.
+Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama and its kin (qwen, mistral,
+gemma3, phi3, olmo, smollm3) and gpt2. Other models go through transformers' generate() with the same sampling, and a
+warning says so once; one prompt at a time if a batch changes what they compute.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def generate_with_logprobs(
     if do_sample:
         drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
         choose = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
-    answer, reason = _answer_batch, why_no_decoder(model)
+    answer, reason = _answer_batch, why_no_decoder(model, longest + max_new_tokens)
     if reason is not None:
         name = type(model).__name__
         _warn_once(f"{name} generates through transformers' generate(), which is slower, because {reason}")

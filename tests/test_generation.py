@@ -10,6 +10,8 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,14 +19,22 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -52,6 +62,27 @@ ARCHITECTURES = {
     "qwen3": lambda tokens: Qwen3ForCausalLM(Qwen3Config(**SIZES, **tokens, head_dim=8)),
     "gpt2": lambda tokens: GPT2LMHeadModel(GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=4, **tokens)),
     "mistral": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=None)),
+    "wide window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=52)),
+    "smollm3": lambda tokens: SmolLM3ForCausalLM(SmolLM3Config(
+        **SIZES, **tokens, pad_token_id=0, no_rope_layers=[1, 0],
+    )),
+    "phi3": lambda tokens: Phi3ForCausalLM(Phi3Config(**SIZES, **tokens, pad_token_id=0)),
+    "phi3 in part": lambda tokens: Phi3ForCausalLM(Phi3Config(
+        **SIZES, **tokens, pad_token_id=0, partial_rotary_factor=0.5,
+    )),
+    "gemma3": lambda tokens: Gemma3ForCausalLM(Gemma3TextConfig(
+        **SIZES, **tokens, head_dim=8, query_pre_attn_scalar=12, sliding_window=52, tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention"],
+    )),
+    "longrope": lambda tokens: Phi3ForCausalLM(Phi3Config(
+        **SIZES, **tokens, pad_token_id=0, original_max_position_embeddings=52, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 4, "long_factor": [3.0] * 4,
+        },
+    )),
+    "olmo2": lambda tokens: Olmo2ForCausalLM(Olmo2Config(**SIZES, **tokens)),
+    "olmo3": lambda tokens: Olmo3ForCausalLM(Olmo3Config(
+        **SIZES, **tokens, sliding_window=52, layer_types=["sliding_attention", "full_attention"],
+    )),
     "window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=6)),  # by generate()
 }  # fmt: skip
 
@@ -111,7 +142,8 @@ def sampled(*arguments, **options):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_equals_transformers(name, prompts):
     model = with_opinions(name)
-    assert (why_no_decoder(model) is None) == (name != "window")
+    longest = max(map(len, prompts)) + 24
+    assert (why_no_decoder(model, longest) is None) == (name != "window")
     expected = by_transformers(model, prompts, 24)
     assert len({len(row) for row in expected}) > 2  # rows end at different times, so some leave the batch
     for batch_size in (5, 64):
@@ -135,13 +167,15 @@ def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, pr
         torch.testing.assert_close(torch.tensor(logprob), expected, atol=2e-5, rtol=2e-5)
 
 
-def test_a_model_with_adapters_is_decoded_with_them(prompts):
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "olmo2"])
+def test_a_model_with_adapters_is_decoded_with_them(name, prompts):
     peft = pytest.importorskip("peft")
-    model = with_opinions("llama")
+    model = with_opinions(name)
     plain = generate_tokens(model, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    targets = ["q_proj", "v_proj", "qkv_proj", "down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    assert why_no_decoder(adapted) is None
+    assert why_no_decoder(adapted, 20) is None
     answers = generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
     assert answers == by_transformers(adapted, prompts, 8) != plain
     with adapted.disable_adapter():
@@ -207,6 +241,24 @@ def test_what_alters_a_module_is_heard(name, prompts):
             logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprob), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, change, reason",
+    [
+        ("wide window", {}, "a sliding window of 52 tokens"),
+        ("gemma3", {}, "a sliding window of 52 tokens"),
+        ("longrope", {}, "rescales its rotary positions beyond 52 tokens"),
+        ("gemma3", {"final_logit_softcapping": 3.0}, "caps its logits"),
+        ("gemma3", {"attn_logit_softcapping": 3.0}, "caps its logits"),
+        ("gemma3", {"use_bidirectional_attention": True}, "is not causal"),
+    ],
+)
+def test_what_the_decoder_does_not_compute(name, change, reason):
+    model, length = with_opinions(name), 52 if change else 53
+    assert why_no_decoder(model, 52) is None
+    model.config.update(change)
+    assert reason in why_no_decoder(model, length)
 
 
 def test_hooks_that_only_record_leave_it_to_us(prompts):
@@ -285,7 +337,7 @@ def test_bf16_with_adapters_and_with_a_frozen_model_in_bfloat16(dtype, prompts):
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral", "window"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "llama3 rope"])
 def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
     """Its norms and biases are in bfloat16 too, which the native layer does not take: the modules run unchanged."""
     model = with_opinions(name)
@@ -310,7 +362,7 @@ def test_an_autocast_of_the_caller_counts(name, prompts):
         assert generate_with_logprobs(model, prompts, **options)[1] != exact
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "smollm3", "phi3 in part", "gemma3", "olmo3"])
 @torch.no_grad()
 def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     """As on CUDA: attention reads the whole buffer under a mask, and products return bfloat16."""
@@ -325,7 +377,7 @@ def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     got = [fixed.start(), *(fixed.step(ids[:, -1]) for _ in range(5))]
     assert {x.dtype for x in [*got, *fixed.keys, *fixed.values]} == {torch.bfloat16}
     for ours, theirs in zip(got, expected, strict=True):
-        assert float((ours - theirs).abs().max()) < 0.05 * float(theirs.abs().max())
+        assert float((ours - theirs).abs().max()) < 0.08 * float(theirs.abs().max())
 
 
 def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
@@ -373,7 +425,7 @@ def test_falling_back_is_said_once_with_its_reason(prompts):
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
 def test_the_fallback_draws_what_the_decoder_draws(model, prompts, monkeypatch):
     ours, logprobs = both(model, prompts, top_p=0.9)
-    monkeypatch.setattr(generation, "why_no_decoder", lambda model: "a test asks for it")
+    monkeypatch.setattr(generation, "why_no_decoder", lambda *_: "a test asks for it")
     first = ours[0][0]
     habits = {"no_repeat_ngram_size": 1, "suppress_tokens": [first], "repetition_penalty": 3.0, "min_new_tokens": 8}
     monkeypatch.setattr(model, "generation_config", config := GenerationConfig(**habits))

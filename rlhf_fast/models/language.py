@@ -139,10 +139,14 @@ def rotary_limit(model: nn.Module) -> int | None:
     """The length beyond which the longest sequence of a batch changes the rotary positions of the whole batch
     ("dynamic" and "longrope" embeddings). None if that never happens."""
     model = unwrapped(model)
-    if getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "default") not in ("dynamic", "longrope"):
+    kinds = getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", None)
+    kinds = kinds if isinstance(kinds, dict) else {None: kinds}  # gemma3, olmo3: one for each type of layer
+    scaled = [layer_type for layer_type, kind in kinds.items() if kind in ("dynamic", "longrope")]
+    if not scaled:
         return None
     config = model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # transformers 5, 4
+    rope = rope.get(scaled[0], rope)
     return (
         rope.get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)
