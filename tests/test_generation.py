@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AttentionInterface,
@@ -85,6 +86,7 @@ ARCHITECTURES = {
     )),
     "window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=6)),  # by generate()
 }  # fmt: skip
+BY_GENERATE = {"window"} if transformers.__version__ >= "5" else {"window", "gemma3", "olmo3"}
 
 
 def with_opinions(name):
@@ -143,7 +145,7 @@ def sampled(*arguments, **options):
 def test_greedy_equals_transformers(name, prompts):
     model = with_opinions(name)
     longest = max(map(len, prompts)) + 24
-    assert (why_no_decoder(model, longest) is None) == (name != "window")
+    assert (why_no_decoder(model, longest) is None) == (name not in BY_GENERATE)
     expected = by_transformers(model, prompts, 24)
     assert len({len(row) for row in expected}) > 2  # rows end at different times, so some leave the batch
     for batch_size in (5, 64):
@@ -167,6 +169,7 @@ def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, pr
         torch.testing.assert_close(torch.tensor(logprob), expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*generates through transformers")
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "olmo2"])
 def test_a_model_with_adapters_is_decoded_with_them(name, prompts):
     peft = pytest.importorskip("peft")
@@ -175,7 +178,7 @@ def test_a_model_with_adapters_is_decoded_with_them(name, prompts):
     targets = ["q_proj", "v_proj", "qkv_proj", "down_proj"]
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    assert why_no_decoder(adapted, 20) is None
+    assert (why_no_decoder(adapted, 20) is None) == (name not in BY_GENERATE)
     answers = generate_tokens(adapted, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
     assert answers == by_transformers(adapted, prompts, 8) != plain
     with adapted.disable_adapter():
@@ -255,6 +258,8 @@ def test_what_alters_a_module_is_heard(name, prompts):
     ],
 )
 def test_what_the_decoder_does_not_compute(name, change, reason):
+    if name in BY_GENERATE:
+        pytest.skip("our decoder needs transformers 5 for it")
     model, length = with_opinions(name), 52 if change else 53
     assert why_no_decoder(model, 52) is None
     model.config.update(change)
@@ -362,7 +367,7 @@ def test_an_autocast_of_the_caller_counts(name, prompts):
         assert generate_with_logprobs(model, prompts, **options)[1] != exact
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "smollm3", "phi3 in part", "gemma3", "olmo3"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in BY_GENERATE])
 @torch.no_grad()
 def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     """As on CUDA: attention reads the whole buffer under a mask, and products return bfloat16."""
