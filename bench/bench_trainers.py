@@ -116,7 +116,7 @@ def run_ours(folder: Path, options: dict, seed: int) -> tuple:
         config(
             str(folder / "run"), seed=seed, max_steps=options["steps"], warmup_ratio=0.0,
             per_device_train_batch_size=options["batch"], learning_rate=options["learning_rate"],
-            max_length=options["max_length"],
+            max_length=options["max_length"], bf16=options["bf16"],
         ),
         load(folder / "model"), train_dataset=records, tokenizer=load_tokenizer(folder / "model"),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def run_trl(folder: Path, options: dict, seed: int) -> tuple:
     arguments = config(
         output_dir=str(folder / "run"), seed=seed, max_steps=options["steps"], warmup_steps=0,
         per_device_train_batch_size=options["batch"], learning_rate=options["learning_rate"],
-        max_length=options["max_length"], lr_scheduler_type="linear", use_cpu=True, bf16=False, report_to=[],
+        max_length=options["max_length"], lr_scheduler_type="linear", use_cpu=True, bf16=options["bf16"], report_to=[],
         save_strategy="no", logging_steps=10, disable_tqdm=True, dataloader_pin_memory=False,
         # Given token ids, TRL would learn the prompts too; for pairs it would drop the lengths that it groups by.
         **({"completion_only_loss": True} if sft else {"remove_unused_columns": False}),
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--eval_rows", type=int, default=200, help="held-out records that the loss is measured on")
+    parser.add_argument("--bf16", action="store_true", help="as in TRL's defaults: products in bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
