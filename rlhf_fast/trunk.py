@@ -6,8 +6,9 @@
     norm(x)                                                  (M, D)
 
 llama, mistral, qwen2 and qwen3 in float32 on the CPU run here; all other models go through transformers. The model's
-own modules do the matrix products, with LoRA adapters if it has them. Every step between the products is one pass over
-memory (ops/_layer.py). There are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to
+own modules do the matrix products, with LoRA adapters if it has them, under autocast in bfloat16. Every step between
+the products is in float32 and one pass over memory (ops/_layer.py); so is attention, whose backward in bfloat16 takes
+PyTorch twice as long. There are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to
 end (packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
@@ -44,7 +45,8 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
 
 def runs_here(model) -> bool:
     """Whether llama() can run the model in its present state."""
-    if why_no_decoder(model) is not None or not _layer.runs_on(model.get_input_embeddings().weight):
+    weight = model.get_input_embeddings().weight
+    if why_no_decoder(model) is not None or not _layer.runs_on(weight, products=False):
         return False
     model = unwrapped(model)
     if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
@@ -82,18 +84,19 @@ def llama(
                 queries, *turn = (y.index_select(0, read) for y in (h, cos, sin))
                 attend = attend_read
         q, k, v = (
-            project(y).view(len(y), -1, attention.head_dim)
+            project(y).float().view(len(y), -1, attention.head_dim)
             for project, y in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
         )
         if hasattr(attention, "q_norm"):
             q, k = (_norm(norm, y) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
-        attended = attend(_layer.rotary(q, *turn), _layer.rotary(k, cos, sin), v, attention.scaling)
+        with torch.autocast("cpu", enabled=False):
+            attended = attend(_layer.rotary(q, *turn), _layer.rotary(k, cos, sin), v, attention.scaling)
         attended = attended.reshape(len(q), -1)
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)
         x = x + attention.o_proj(attended)
         h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
-        x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h), mlp.up_proj(h)))
+        x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).float(), mlp.up_proj(h).float()))
     return _norm(trunk.norm, x)
 
 

@@ -47,6 +47,25 @@ def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
         assert float((our_gradients[parameter] - gradient).abs().max()) < 2e-4 * scale, parameter
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "llama with lora"])
+def test_in_bfloat16_it_is_no_less_exact_than_transformers(name):
+    model = with_opinions(name.removesuffix(" with lora"))
+    if name.endswith("lora"):
+        pytest.importorskip("peft")
+        model = add_lora(model, r=2, alpha=4.0)
+    exact = outputs_and_gradients(model, through_transformers)
+    errors = []
+    for how in (lambda model, ids: hidden_states_at(model, ids, POSITIONS), through_transformers):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert runs_here(model)
+            hidden, gradients = outputs_and_gradients(model, how)
+        assert hidden.dtype == torch.float32
+        pairs = [(hidden, exact[0]), *((gradients[name], g) for name, g in exact[1].items() if g is not None)]
+        errors.append(torch.stack([(x - y).norm() / y.norm() for x, y in pairs if y.any()]))
+    ours, theirs = errors
+    assert 1e-4 < ours[0] < 1.2 * theirs[0] and ours.mean() < 1.2 * theirs.mean()
+
+
 def test_what_follows_a_token_does_not_change_its_bits():
     model = tiny_model(tiny_tokenizer())
     ids = torch.arange(10, 28).view(2, 9)

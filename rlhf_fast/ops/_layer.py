@@ -20,11 +20,12 @@ from torch.autograd.function import once_differentiable
 from ._dispatch import _C, is_forced
 
 
-def runs_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
-    """Whether the functions of this file may be used for x, whose dtype must be one of dtypes."""
+def runs_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,), products: bool = True) -> bool:
+    """Whether the functions of this file may be used for x, whose dtype must be one of dtypes. products: also those
+    with a product, which autocast asks to be in bfloat16."""
     built = hasattr(_C, "decode_layer")  # the source tree may not be built, or have an older build
-    autocast = torch.is_autocast_enabled("cpu")  # would compute the products in bfloat16
-    return built and not is_forced() and not autocast and x.is_cpu and x.dtype in dtypes
+    narrowed = products and torch.is_autocast_enabled("cpu")
+    return built and not is_forced() and not narrowed and x.is_cpu and x.dtype in dtypes
 
 
 def takes(weight: Tensor) -> bool:

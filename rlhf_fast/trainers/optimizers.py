@@ -55,8 +55,9 @@ def optimizer_step(optimizer, scheduler=None, max_grad_norm: float | None = 1.0)
     norm_of_rows = sharding.norm_of_rows(parameters)
     with parallel.raise_in_all():  # memory may run out for Adam's state
         norm = torch.hypot(torch.nn.utils.get_total_norm(sharding.gradients(unsharded)), norm_of_rows)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm or math.inf, norm)
-        if torch.isfinite(norm):
+        if math.isfinite(length := float(norm)):
+            if max_grad_norm and length > max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
             parallel.leave_to_others(unsharded)
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
