@@ -65,7 +65,8 @@ def why_no_decoder(model, length: float = math.inf) -> str | None:
         return "it caps its logits"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
-    if config.model_type in ("gemma3_text", "olmo3") and not hasattr(model.base_model.rotary_emb, "layer_types"):
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if config.model_type in ("gemma3_text", "olmo3") and not hasattr(rotary, "layer_types"):
         return f"{config.model_type} needs transformers 5 here"
     if any(isinstance(p, DTensor) for p in layers.parameters()):
         return "its layers are sharded (sharding.gathered makes them whole)"

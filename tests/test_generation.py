@@ -53,6 +53,11 @@ SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+LONGROPE = {"short_factor": [1.1] * 4, "long_factor": [3.0] * 4}
+LONGROPE = (
+    {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONGROPE}}
+    if transformers.__version__ >= "5" else {"rope_scaling": {"type": "longrope", **LONGROPE}}
+)  # fmt: skip
 ARCHITECTURES = {
     "llama": lambda tokens: LlamaForCausalLM(LlamaConfig(**SIZES, **tokens)),
     "llama3 rope": lambda tokens: LlamaForCausalLM(LlamaConfig(**SIZES, **tokens, rope_parameters={
@@ -76,9 +81,7 @@ ARCHITECTURES = {
         layer_types=["sliding_attention", "full_attention"],
     )),
     "longrope": lambda tokens: Phi3ForCausalLM(Phi3Config(
-        **SIZES, **tokens, pad_token_id=0, original_max_position_embeddings=52, rope_parameters={
-            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 4, "long_factor": [3.0] * 4,
-        },
+        **SIZES, **tokens, pad_token_id=0, original_max_position_embeddings=52, **LONGROPE,
     )),
     "olmo2": lambda tokens: Olmo2ForCausalLM(Olmo2Config(**SIZES, **tokens)),
     "olmo3": lambda tokens: Olmo3ForCausalLM(Olmo3Config(
