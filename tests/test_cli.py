@@ -837,6 +837,9 @@ def test_rows_that_are_no_records_are_refused_and_chosen_conversations_are_demon
     text = {"chosen": "hi yes", "rejected": "hi no"}
     assert rows_for("sft", write_rows(tmp_path, [text]))[0] == [text]  # refused by its columns
     assert rows_for("ppo", write_rows(tmp_path, [text]))[0] == [text]  # the same
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    of_several_formats = dict.fromkeys(("messages", "completion")) | pair  # as a table has them, with None for no value
+    assert rows_for("sft", write_rows(tmp_path, [of_several_formats]))[0] == [{"prompt": "hi", "completion": "yes"}]
 
 
 def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp_path):
@@ -941,6 +944,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
         {"prompt": "hi", "response": "hello", "id": 7},
         {"prompt": "hi", "chosen": "hello", "rejected": "no"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+        {"prompt": "hi", "response": "hello", "chosen": True},  # a column of the user's, and still one response
+        {"prompt": "hi", "response": "hello", "chosen": None, "rejected": None},  # from a table that has pairs too
+        {"prompt": "hi", "responses": ["hello", "no", "well"]},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     argv = ["score", "--model", str(tmp_path / "rm")]
@@ -953,6 +959,8 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
     reward = RewardModelReward.load(tmp_path / "rm")
     assert rows[2]["score"] == pytest.approx(reward([records[2]["messages"][:1]], ["hello"]).item(), abs=1e-5)
+    assert rows[3]["score"] == pytest.approx(rows[0]["score"], abs=1e-5) and "scores" not in rows[3]
+    assert rows[4]["score"] == pytest.approx(rows[0]["score"], abs=1e-5) and len(rows[5]["scores"]) == 3
     datasets.Dataset.from_list([records[0] | {"at": datetime(2026, 1, 2)}]).to_parquet(tmp_path / "dated.parquet")
     assert main([*argv, "--input", str(tmp_path / "dated.parquet")]) == 0
     assert json.loads(capsys.readouterr().out)["at"] == "2026-01-02 00:00:00"

@@ -53,6 +53,14 @@ def test_a_dataset_of_several_formats_has_columns_that_are_none():
     for read in (sft_examples, responses_to_score):
         from_list, from_dataset = (read(rows, TOKENIZER, max_length=64)[0] for rows in (records, joined))
         assert list(map(str, from_dataset)) == list(map(str, from_list)) and len(from_list) == 3
+    ranked = {"prompt": "hi ", "responses": ["a", "b", "c"]}
+    demonstrations, preferences = [{"prompt": "hi ", "completion": "hello"}, {"messages": CHAT}], [PAIR, ranked]
+    for read, records in ((responses_to_score, [*demonstrations, *preferences]), (comparisons, preferences)):
+        joined = concatenate_datasets([Dataset.from_list([record]) for record in records])
+        from_list, from_dataset = (read(rows, TOKENIZER, max_length=64)[0] for rows in (records, joined))
+        assert list(map(str, from_dataset)) == list(map(str, from_list)) and from_list
+    pairs = [(pair["chosen"], pair["rejected"]) for pair in as_pairs(joined)]
+    assert pairs == [("hello", "0 1 2"), ("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
