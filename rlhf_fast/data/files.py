@@ -40,6 +40,11 @@ def read_dataset(source) -> list[dict]:
     name, split = named.groups() if named else (str(source), "train")
     if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that fires later
         raise ConfigError(f"dataset {str(source)!r} is a script, which is never run: give the files that it reads")
+    if Path(name).is_file() and path.suffix not in _FILES:
+        raise ConfigError(
+            f"dataset file {str(source)!r} has an ending that is not read: give a .jsonl, .jsonl.gz, .json, "
+            f"{', '.join(_FILES)} file"
+        )
     import datasets  # takes a second to import, and lists do not need it
 
     try:

@@ -333,6 +333,10 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     for source in ("script.py", "script.py:test"):
         with pytest.raises(ConfigError, match=rf"'{source}' is a script"):
             read_dataset(source)
+    (tmp_path / "table.tsv").touch()
+    for source in ("table.tsv", "table.tsv:test"):
+        with pytest.raises(ConfigError, match=rf"'{source}' has an ending that is not read: give .* \.jsonl\.gz, "):
+            read_dataset(source)  # the hub is not asked for it
 
 
 def test_a_prompt_that_is_answered_already_is_refused():
