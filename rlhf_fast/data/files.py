@@ -112,6 +112,8 @@ def _parse(text: str, name: str, line: int):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # more than 4300 digits; brackets in a thousand others
+        raise ConfigError(f"{name}, what begins on line {line}: cannot be read ({error})") from None
 
 
 def as_records(dataset, name: str) -> list[dict]:

@@ -51,7 +51,7 @@ def _is_hh(path: str) -> bool:
     try:
         with open_text(path) as file:
             return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except (ValueError, EOFError):  # not JSON, not UTF-8, or a truncated gzip file
+    except (ValueError, EOFError, RecursionError):  # not JSON, not UTF-8, a truncated gzip file, or nested too deep
         return False
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None

@@ -370,6 +370,10 @@ def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2: not JSON"):
         read_dataset(path)
+    for value in ("9" * 5000, "[" * 100_000 + "]" * 100_000):  # JSON, but more than Python reads
+        path.write_text('{"text": "a"}\n' + value, encoding="utf-8")
+        with pytest.raises(ConfigError, match="line 2: cannot be read"):
+            read_dataset(path)
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_one_that_is_not_utf8_is_named(tmp_path):
