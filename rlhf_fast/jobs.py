@@ -16,7 +16,7 @@ from . import parallel
 from .commands import checked_options
 from .data import hh_rlhf
 from .data.chat import encode_prompt, encode_to_score
-from .data.checks import naming_record, responses_of
+from .data.checks import is_pair, is_ranking, naming_record, responses_of
 from .data.files import as_records
 from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
@@ -101,7 +101,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
     rows = []
     for record, pairs in asked:
         values = [next(scores) for _ in pairs]
-        several = "chosen" in record or "responses" in record
+        several = is_pair(record) or is_ranking(record)
         rows.append({**record, **({"scores": values} if several else {"score": values[0]})})
     return rows
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .data.chat import Parts, Text, check_tokenizer, encode_to_score, is_conversation
+from .data.chat import Parts, Text, check_tokenizer, copied, encode_to_score, is_conversation
 from .data.collate import pad
 from .data.formats import warn_of_unwritten
 from .errors import ConfigError
@@ -180,10 +181,13 @@ def score_components(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """compute_scores, and {name: unweighted scores} of each part. Async parts run concurrently.
 
-    A part of weight 0 is only logged. It is left out of the sum, because 0 times NaN would be NaN.
+    A part of weight 0 is only logged. It is left out of the sum, because 0 times NaN would be NaN. Each part gets lists
+    and messages of its own: if one appends a response to its prompt, no other reads it, nor does a later iteration.
     """
-    parts = _parts(reward)
-    returned = {name: part(prompts, responses, **columns) for name, (part, _) in parts.items()}
+    parts, returned = _parts(reward), {}
+    for name, (part, _) in parts.items():
+        own = {column: copy.copy(values) for column, values in columns.items()}
+        returned[name] = part(copied(prompts), list(responses), **own)
     waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
     if waiting:
         returned |= zip(waiting, _wait_for(list(waiting.values())), strict=True)

@@ -476,6 +476,11 @@ def test_a_resumed_run_is_refused_before_it_writes(house, all_of_it, trained, mo
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+def test_a_path_is_the_same_with_a_slash_at_its_end(all_of_it, trained, capsys):
+    run, _ = trained
+    assert resumed(all_of_it, f"{run}/", model=f"{all_of_it['model']}/") == 0, capsys.readouterr().err
+
+
 def test_a_part_that_has_ended_says_that_other_settings_change_nothing(house, all_of_it, trained):
     run, _ = trained
     before = (run / "reward" / "run_config.json").read_bytes()

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 
 from rlhf_fast.cai_jobs import load_writer
 from rlhf_fast.cai_keys import CAI, WriterJob
 from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_sections
 from rlhf_fast.commands import REQUIRED, Parser, keys_of
+from rlhf_fast.data.files import UniqueKeys
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.decoder import Decoder
 from rlhf_fast.errors import ConfigError, NonFiniteError
@@ -180,6 +182,8 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--train_data", "x", "--scratch", "{hidden: abc}"], "Scratch.hidden = 'abc' must be int"),
         (["sft", "--train_data", "x", "--scratch", "{layers: -1}"], "Scratch.layers = -1 must be greater than 0"),
         (["sft", "--train_data", "x", "--scratch", "{initializer_range: a}"], "initializer_range = 'a' must be a numb"),
+        (["sft", "--train_data", "", "--scratch", "{layers: 2}"], "the name of a dataset is empty"),
+        (["sft", "--train_data", "x.jsonl", "--model", ""], "the name of a model is empty"),
         (["sft", "--train_data", "no.jsonl", "--scratch", "{layers: 2}"], "no.jsonl: No such file"),
         (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
         (["sft", "--train_data", "x", "--model", "y", "--max_steps", "many"], "sft: max_steps = 'many' must be int"),
@@ -217,6 +221,17 @@ KEYS = {"sft": ["seed", "model", "max_steps"], "ppo": ["seed", "model", "kl_coef
 def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_path):
     path = write_yaml(tmp_path / "c.yaml", "seed: 3\nkl_coef: 0.1\nsft: {seed: 4, max_steps: 9}\n")
     assert read_sections(path, KEYS) == {"sft": {"seed": 4, "max_steps": 9}, "ppo": {"seed": 3, "kl_coef": 0.1}}
+
+
+def test_sections_may_share_keys_by_an_anchor_and_override_them(tmp_path):
+    text = "sft: &a {seed: 4, model: m}\nppo: &b {<<: *a, seed: 5}\n"
+    sections = {"sft": {"seed": 4, "model": "m"}, "ppo": {"seed": 5, "model": "m"}}
+    assert read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS) == sections
+    path = write_yaml(tmp_path / "c.yaml", text.replace("seed: 5", "seed: 5, seed: 6"))
+    with pytest.raises(ConfigError, match="line 2: field 'seed' occurs twice"):
+        read_sections(path, KEYS)
+    chain = "a: {sft: &a {seed: 4, model: m}, ppo: &b {<<: *a, seed: 5}}\nppo: {<<: *b, seed: 6}"
+    assert yaml.load(chain, UniqueKeys)["ppo"] == {"seed": 6, "model": "m"}
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
@@ -837,6 +852,9 @@ def test_rows_that_are_no_records_are_refused_and_chosen_conversations_are_demon
     text = {"chosen": "hi yes", "rejected": "hi no"}
     assert rows_for("sft", write_rows(tmp_path, [text]))[0] == [text]  # refused by its columns
     assert rows_for("ppo", write_rows(tmp_path, [text]))[0] == [text]  # the same
+    pair = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
+    of_several_formats = dict.fromkeys(("messages", "completion")) | pair  # as a table has them, with None for no value
+    assert rows_for("sft", write_rows(tmp_path, [of_several_formats]))[0] == [{"prompt": "hi", "completion": "yes"}]
 
 
 def test_an_interrupted_run_exits_130_and_resumes_to_the_same_end(workspace, tmp_path):
@@ -941,6 +959,9 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
         {"prompt": "hi", "response": "hello", "id": 7},
         {"prompt": "hi", "chosen": "hello", "rejected": "no"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+        {"prompt": "hi", "response": "hello", "chosen": True},  # a column of the user's, and still one response
+        {"prompt": "hi", "response": "hello", "chosen": None, "rejected": None},  # from a table that has pairs too
+        {"prompt": "hi", "responses": ["hello", "no", "well"]},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     argv = ["score", "--model", str(tmp_path / "rm")]
@@ -953,6 +974,8 @@ def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monk
     assert rows[0]["id"] == 7 and rows[1]["scores"][0] == pytest.approx(rows[0]["score"], abs=1e-5)
     reward = RewardModelReward.load(tmp_path / "rm")
     assert rows[2]["score"] == pytest.approx(reward([records[2]["messages"][:1]], ["hello"]).item(), abs=1e-5)
+    assert rows[3]["score"] == pytest.approx(rows[0]["score"], abs=1e-5) and "scores" not in rows[3]
+    assert rows[4]["score"] == pytest.approx(rows[0]["score"], abs=1e-5) and len(rows[5]["scores"]) == 3
     datasets.Dataset.from_list([records[0] | {"at": datetime(2026, 1, 2)}]).to_parquet(tmp_path / "dated.parquet")
     assert main([*argv, "--input", str(tmp_path / "dated.parquet")]) == 0
     assert json.loads(capsys.readouterr().out)["at"] == "2026-01-02 00:00:00"

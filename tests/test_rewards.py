@@ -248,6 +248,28 @@ def test_columns_reach_the_function():
     assert compute_scores(WeightedReward([(matches, 1.0)]), ["2+2", "2+3"], ["4", "4"], columns).tolist() == [1.0, 0.0]
 
 
+def test_what_a_reward_does_to_its_arguments_reaches_no_other():
+    """An answer is often appended to its prompt, to put the whole dialogue to a judge."""
+    seen = []
+
+    def judge(prompts, responses, tag, **columns):
+        for prompt, response in zip(prompts, responses, strict=True):
+            prompt.append({"role": "assistant", "content": response})
+            prompt[0]["content"] += "!"
+        seen.append((prompts, [*responses], [*tag]))
+        responses.clear()
+        tag.clear()
+        return [1.0, 2.0]
+
+    chat = [dict(CHAT[0])]
+    prompts, responses, columns = [chat, chat], ["fine", "no"], {"tag": ["x", "y"]}  # two answers to one prompt
+    assert compute_scores(WeightedReward([(judge, 1.0), (judge, 1.0)]), prompts, responses, columns).tolist() == [2, 4]
+    asked = {"role": "user", "content": CHAT[0]["content"] + "!"}
+    whole = [[asked, {"role": "assistant", "content": text}] for text in ("fine", "no")]
+    assert seen == [(whole, ["fine", "no"], ["x", "y"])] * 2
+    assert (prompts, responses, columns) == ([CHAT, CHAT], ["fine", "no"], {"tag": ["x", "y"]})
+
+
 @pytest.mark.parametrize(("values", "message"), [([1.0], r"shape \(1,\) for 2"), ([[1.0, 2.0]], "shape")])
 def test_a_wrong_answer_of_a_reward_is_refused_by_name(values, message):
     def broken(prompts, responses, **columns):

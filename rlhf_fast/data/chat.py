@@ -51,6 +51,11 @@ def is_conversation(x) -> bool:
     return isinstance(x, (list, tuple)) and all(isinstance(m, dict) and "role" in m and "content" in m for m in x)
 
 
+def copied(texts: Sequence[Text | None]) -> list[Text | None]:
+    """The same texts and messages, for a function of the user's that may append turns to them or change their text."""
+    return [[dict(turn) for turn in text] if isinstance(text, list) else text for text in texts]
+
+
 def check_tokenizer(tokenizer, conversational: bool) -> None:
     """ConfigError for a tokenizer that cannot end a response, pad a batch, or (if asked) render a conversation."""
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__

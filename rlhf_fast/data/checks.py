@@ -68,6 +68,17 @@ def number(record: dict, key: str, name: str, i: int) -> float:
     return value
 
 
+def is_pair(record: dict) -> bool:
+    """Whether a record compares chosen with rejected. In a table of several formats both are None in the other rows."""
+    both = ("chosen", "rejected")
+    return all(key in record for key in both) and any(record[key] is not None for key in both)
+
+
+def is_ranking(record: dict) -> bool:
+    """Whether a record has a list of responses."""
+    return isinstance(record.get("responses"), list) and bool(record["responses"])
+
+
 def ranked(record: dict, name: str, i: int) -> tuple[list[Text], list[int]]:
     """The responses of a record, best first, and their ranks."""
     responses = record["responses"]
@@ -145,9 +156,9 @@ def responses_of(record: dict, name: str, i: int) -> list[tuple[Text | None, Tex
     """(prompt, response) of each response to score, in a record of any format or {"prompt": ..., "response": ...}."""
     check_template_only(record, name, i)
     prompt = text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
-    if "chosen" in record and "rejected" in record:
+    if is_pair(record):
         responses = [text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
-    elif isinstance(record.get("responses"), list) and record["responses"]:
+    elif is_ranking(record):
         responses = [text_or_messages({"responses": r}, "responses", name, i) for r in record["responses"]]
     elif record.get("messages") is not None:
         messages = text_or_messages(record, "messages", name, i, text=False)

@@ -28,6 +28,8 @@ def read_dataset(source) -> list[dict]:
     """
     if not isinstance(source, (str, Path)):
         return source
+    if source == "":
+        raise ConfigError("the name of a dataset is empty: give a file, a directory or a name on the hub")
     path = Path(source)
     json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
     if (json_like or path.suffix in _FILES) and not path.is_file():
@@ -40,6 +42,11 @@ def read_dataset(source) -> list[dict]:
     name, split = named.groups() if named else (str(source), "train")
     if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that fires later
         raise ConfigError(f"dataset {str(source)!r} is a script, which is never run: give the files that it reads")
+    if Path(name).is_file() and path.suffix not in _FILES:
+        raise ConfigError(
+            f"dataset file {str(source)!r} has an ending that is not read: give a .jsonl, .jsonl.gz, .json, "
+            f"{', '.join(_FILES)} file"
+        )
     import datasets  # takes a second to import, and lists do not need it
 
     try:
@@ -58,9 +65,18 @@ def read_dataset(source) -> list[dict]:
 class UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that occurs twice in a mapping is a ValueError; PyYAML silently keeps the last."""
 
-    def construct_mapping(self, node, deep=False):
-        once([self.construct_object(key, deep=True) for key, _ in node.value], f"line {node.start_mark.line + 1}: ")
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._checked: set[int] = set()  # ids of nodes, all of which live as long as the document is read
+
+    def flatten_mapping(self, node):
+        """Puts the keys of `<<: *anchor` before those of the mapping, which override them. This is called for every
+        mapping, and again for one that is merged into others, whose keys are not its own any more."""
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            once([self.construct_object(key, deep=True) for key in own], f"line {node.start_mark.line + 1}: ")
+        super().flatten_mapping(node)
 
 
 def once(keys: list, where: str = "") -> None:
@@ -96,6 +112,8 @@ def _parse(text: str, name: str, line: int):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # more than 4300 digits; brackets in a thousand others
+        raise ConfigError(f"{name}, what begins on line {line}: cannot be read ({error})") from None
 
 
 def as_records(dataset, name: str) -> list[dict]:

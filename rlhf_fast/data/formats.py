@@ -29,6 +29,7 @@ from .checks import (
     SFT_FORMATS,
     check_prompt_is_read,
     check_template_only,
+    is_pair,
     naming_record,
     number,
     ranked,
@@ -254,7 +255,7 @@ def as_pairs(records: Iterable[dict]) -> list[dict]:
     pair in which one is better."""
     rows = []
     for record in records:
-        if "chosen" in record:
+        if is_pair(record):
             rows.append(record)
             continue
         responses, ranks = ranked(record, "dataset", len(rows))
@@ -299,10 +300,10 @@ def comparisons(
 def _comparison(record: dict, tokenizer, name: str, i: int, unwritten: chat.Parts) -> tuple[Comparison, tuple]:
     """One record encoded, and the turns that its responses answer. unwritten gets what the template leaves out."""
     prompt = text_or_messages(record, "prompt", name, i) if record.get("prompt") is not None else None
-    if "chosen" in record and "rejected" in record:
+    if is_pair(record):
         responses = [text_or_messages(record, key, name, i) for key in ("chosen", "rejected")]
         ranks = [0, 1]
-    elif "responses" in record:
+    elif record.get("responses") is not None:
         responses, ranks = ranked(record, name, i)
     else:
         raise wrong_columns(record, name, i, PREFERENCE_FORMATS)

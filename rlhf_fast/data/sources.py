@@ -51,7 +51,7 @@ def _is_hh(path: str) -> bool:
     try:
         with open_text(path) as file:
             return hh_rlhf.are_transcripts(json.loads(file.readline()))
-    except (ValueError, EOFError):  # not JSON, not UTF-8, or a truncated gzip file
+    except (ValueError, EOFError, RecursionError):  # not JSON, not UTF-8, a truncated gzip file, or nested too deep
         return False
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
@@ -59,7 +59,7 @@ def _is_hh(path: str) -> bool:
 
 def _as_demonstration(row: dict) -> dict:
     """A preference as a row for SFT, which learns the chosen reply; any other row unchanged."""
-    if "chosen" in row and "completion" not in row and "messages" not in row:
+    if row.get("chosen") is not None and row.get("completion") is None and row.get("messages") is None:
         if row.get("prompt") is not None:
             return {"prompt": row["prompt"], "completion": row["chosen"]}
         if is_conversation(row["chosen"]):

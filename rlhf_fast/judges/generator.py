@@ -8,6 +8,7 @@ batch.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..data.chat import encode_prompt
 from ..errors import ConfigError
@@ -74,7 +75,9 @@ def describe_model(model) -> dict:
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]  # about 64 values, evenly spaced
         digest.update(name.encode() + some.float().cpu().numpy().tobytes())
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"model": model.config.name_or_path, "dtype": dtype, "weights": digest.hexdigest()}
+    name = model.config.name_or_path
+    name = str(Path(name)) if name else name  # runs/sft/ is runs/sft
+    return {"model": name, "dtype": dtype, "weights": digest.hexdigest()}
 
 
 def _answer_of(text: str) -> Answer:

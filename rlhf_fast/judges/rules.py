@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 RULES: dict[str, Callable] = {}
+_CJK = re.compile("[\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")  # Han, kana, hangul
 
 
 def rule(name: str) -> Callable:
@@ -73,7 +74,8 @@ def banned_words(conversation, reply, *, words):
     are also found inside others."""
     text = reply.casefold()
     for word in map(str.casefold, _several(words)):
-        pattern = rf"\b{re.escape(word)}\b" if word.isascii() else re.escape(word)
+        # Not \b, which a word such as f*** does not have at its end.
+        pattern = re.escape(word) if _CJK.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
         if re.search(pattern, text):
             return False
     return True

@@ -54,10 +54,11 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
         item = _item(row, i, texts)
         content = json.dumps(item, sort_keys=True, ensure_ascii=False)
         check_encodable(content, f"row {i}")
-        name = str(row.get("id", hashlib.blake2b(content.encode(), digest_size=8).hexdigest()))
+        given = row.get("id")  # None in a table where only other rows have one
+        name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest() if given is None else str(given)
         seen[name] += 1
         if seen[name] > 1:
-            if "id" in row:
+            if given is not None:
                 raise ConfigError(
                     f"row {i}: id {name!r} occurs twice; ids name items in the records and must be unique"
                 )

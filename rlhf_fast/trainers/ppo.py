@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .. import parallel
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
+from ..data.chat import copied
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
 from ..errors import ConfigError
@@ -213,7 +214,7 @@ class PPOTrainer:
 
     def _rollout_of_engine(self, prompts: list[Prompt], copies: int) -> Rollout:
         """The Rollout that rollout_func returns. ConfigError if the models cannot read it, before anything changes."""
-        texts = [prompt.prompt for prompt in prompts for _ in range(copies)]
+        texts = copied([prompt.prompt for prompt in prompts for _ in range(copies)])
         with gathered(self.policy):
             lists = parallel.on_first(lambda: self.rollout_func(texts, self))
         embedded = min(network.get_input_embeddings().weight.shape[0] for network in self._networks())

@@ -189,7 +189,7 @@ def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_datase
     be read, or if a monitor in stop_on would have nothing to read."""
     if not isinstance(eval_rewards, dict | None):
         raise ConfigError(f"PPOTrainer: eval_rewards must be {{name: reward, ...}}, got {type(eval_rewards).__name__}")
-    if taken := {"scores", "kl", "prompt", "response"}.intersection(eval_rewards or ()):
+    if taken := {"scores", "kl", "prompt", "response", "step"}.intersection(eval_rewards or ()):
         raise ConfigError(
             f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, a name that the run itself logs (as "
             f"eval_{min(taken)}, or in samples.jsonl): rename it"

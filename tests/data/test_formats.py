@@ -53,6 +53,14 @@ def test_a_dataset_of_several_formats_has_columns_that_are_none():
     for read in (sft_examples, responses_to_score):
         from_list, from_dataset = (read(rows, TOKENIZER, max_length=64)[0] for rows in (records, joined))
         assert list(map(str, from_dataset)) == list(map(str, from_list)) and len(from_list) == 3
+    ranked = {"prompt": "hi ", "responses": ["a", "b", "c"]}
+    demonstrations, preferences = [{"prompt": "hi ", "completion": "hello"}, {"messages": CHAT}], [PAIR, ranked]
+    for read, records in ((responses_to_score, [*demonstrations, *preferences]), (comparisons, preferences)):
+        joined = concatenate_datasets([Dataset.from_list([record]) for record in records])
+        from_list, from_dataset = (read(rows, TOKENIZER, max_length=64)[0] for rows in (records, joined))
+        assert list(map(str, from_dataset)) == list(map(str, from_list)) and from_list
+    pairs = [(pair["chosen"], pair["rejected"]) for pair in as_pairs(joined)]
+    assert pairs == [("hello", "0 1 2"), ("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def test_tables_and_subsets_of_other_libraries_are_read_like_a_list(tmp_path):
@@ -325,6 +333,10 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     for source in ("script.py", "script.py:test"):
         with pytest.raises(ConfigError, match=rf"'{source}' is a script"):
             read_dataset(source)
+    (tmp_path / "table.tsv").touch()
+    for source in ("table.tsv", "table.tsv:test"):
+        with pytest.raises(ConfigError, match=rf"'{source}' has an ending that is not read: give .* \.jsonl\.gz, "):
+            read_dataset(source)  # the hub is not asked for it
 
 
 def test_a_prompt_that_is_answered_already_is_refused():
@@ -358,6 +370,10 @@ def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2: not JSON"):
         read_dataset(path)
+    for value in ("9" * 5000, "[" * 100_000 + "]" * 100_000):  # JSON, but more than Python reads
+        path.write_text('{"text": "a"}\n' + value, encoding="utf-8")
+        with pytest.raises(ConfigError, match="line 2: cannot be read"):
+            read_dataset(path)
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_one_that_is_not_utf8_is_named(tmp_path):

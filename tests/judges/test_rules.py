@@ -21,6 +21,8 @@ ASK = [{"role": "user", "content": "hello?"}]
         ("must_contain", {"any_of": "please"}, ["Please go"], ["a reply with some of its letters"]),
         ("banned_words", {"words": "bomb"}, ["letters: b, o, m"], ["a bomb"]),
         ("banned_words", {"words": ["ass", "馬鹿"]}, ["an assistant"], ["you ASS!", "この馬鹿者"]),
+        ("banned_words", {"words": ["f***", "año", "херня"]}, ["off***", "daños"], ["f*** you", "un AÑO.", "Херня!"]),
+        ("banned_words", {"words": ["바보"]}, ["안녕"], ["바보야"]),
     ],
 )
 def test_generic_rules(name, args, good, bad):

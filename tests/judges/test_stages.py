@@ -83,6 +83,8 @@ def test_items_are_named_by_their_content():
     one, two, three, given = read_items(["hello", {"prompt": hello, "extra": 1}, "other", {"prompt": "x", "id": 7}])
     assert one["prompt"] == two["prompt"] == hello and two["id"] == one["id"] + "-2" != three["id"]
     assert given["id"] == "7" and read_items(["other"])[0]["id"] == three["id"]
+    gaps = [{"prompt": "other", "id": None}, {"prompt": "y", "id": None}, {"prompt": "x", "id": 7}]  # as in a table
+    assert [item["id"] for item in read_items(gaps)] == [three["id"], read_items(["y"])[0]["id"], "7"]
 
 
 def test_rows_of_a_table_are_its_rows_and_not_the_names_of_its_columns():

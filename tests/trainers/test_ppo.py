@@ -649,6 +649,7 @@ def test_looking_does_not_change_the_run(tmp_path):
         ({"train_dataset": [{"prompt": ""}]}, "no tokens"),
         ({"share_trunk": True, "value_model": object()}, "share_trunk"),
         ({"eval_rewards": {"response": len}, "eval_dataset": PROMPTS}, "may not be called 'response'"),
+        ({"eval_rewards": {"step": len}, "eval_dataset": PROMPTS}, "may not be called 'step'"),  # in samples.jsonl
         ({"critic_warmup_steps": 2}, "of 2 iterations in all: the policy would never move"),
     ],
 )

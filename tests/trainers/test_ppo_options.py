@@ -614,6 +614,21 @@ def test_prompts_of_several_turns(tmp_path):
     assert text == "<|system|>be brief<|user|>hello<|assistant|>hi<eos>\n<|user|>say cat<|assistant|>"
 
 
+def test_a_rollout_func_may_continue_the_prompts_that_it_gets(tmp_path):
+    """As a loop of several turns does; what it appends must not be in the prompts of the next iteration."""
+    data = [{"prompt": [{"role": "user", "content": text}]} for text in ("say cat", "say dog")]
+
+    def several_turns(prompts, trainer):
+        for prompt in prompts:
+            assert len(prompt) == 1
+            prompt.append({"role": "assistant", "content": "cat"})
+        return {"completion_ids": [[7, 8]] * len(prompts)}
+
+    trainer = make_trainer(tmp_path, rollout_func=several_turns, train_dataset=data)
+    assert [len(rollout_prompt) for _ in range(2) for rollout_prompt in one_iteration(trainer)[1].prompts] == [1] * 32
+    assert [len(record["prompt"]) for record in data] == [1, 1]
+
+
 def test_rewards_may_be_async_and_each_part_is_logged(tmp_path):
     async def remote(prompts, responses, word, **columns):
         await asyncio.sleep(0.01)
