@@ -450,6 +450,16 @@ def test_a_step_that_fails_loses_none_before_it_where_it_has_changed_nothing(tmp
         assert (kept and kept.name) == ("checkpoint-3" if unchanged else None)
 
 
+def test_a_run_that_fails_again_and_again_keeps_no_more_checkpoints_than_its_limit(tmp_path):
+    config = Config(str(tmp_path), save_total_limit=2)
+    for resume, failing in ((False, 3), (True, 5), (True, 6), (True, 9)):
+        walk = Walk(config, at_step={failing: _crash})
+        walk.whole = True
+        with pytest.raises(RuntimeError, match="crash"):
+            walk.train(resume=resume)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-5", "checkpoint-8"]
+
+
 def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.warns(UserWarning, match="checkpoint-10 could not be saved .disk full.*continues to its end without"):
