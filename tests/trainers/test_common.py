@@ -586,6 +586,23 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, ca
         assert whole == killed
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_first_step_that_changed_nothing_is_repeated_by_the_same_trainer(tmp_path, error):
+    def fail():
+        random.random()
+        raise error("stopped")
+
+    Walk(Config(str(tmp_path / "whole"))).train()
+    walk = Walk(Config(str(tmp_path / "stopped")), at_step={1: fail})
+    walk.whole = True
+    with pytest.raises(error, match="stopped"):
+        walk.train()
+    walk.at_step.clear()
+    walk.train(resume=True)
+    whole, stopped = (without_time(rows(tmp_path / name / "train_log.jsonl")) for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
 def test_resuming_with_another_config_says_so(tmp_path):
     Walk(Config(str(tmp_path), save_steps=5)).train()
     with pytest.warns(UserWarning, match="differs in learning_rate"):
