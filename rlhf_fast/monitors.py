@@ -98,6 +98,13 @@ class Monitors:
             (self._lasting.add if alarm else self._lasting.discard)(name)
         return new
 
+    def replay(self, log: Iterable[dict]) -> None:
+        """Forgets all lines so far and reads these instead, without new alarms: the log of a run that continues."""
+        self.history.clear()
+        self._lasting.clear()
+        for row in log:
+            self(row)
+
     def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
         """(name, alarm or None) of every monitor that can judge this line."""
         for name, band in BANDS.items():
@@ -166,8 +173,7 @@ def report_section(log: list[dict], limits: dict[str, float | None], alarms: lis
     limits: for the bounds in the charts. The alarms come from the run, in which a resume may have changed the limits.
     """
     monitors = Monitors(limits)
-    for row in log:
-        monitors(row)
+    monitors.replay(log)
     text = "".join(_paragraph(alarm, log) for alarm in alarms)
     text = text or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
     return text + grid(_charts(log, monitors))

@@ -432,6 +432,13 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
         models.load_tokenizer(tmp_path)
 
 
+def test_a_model_that_cannot_be_saved_leaves_the_progress_bars_on(tmp_path):
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    with pytest.raises(OSError, match="disk full"):
+        models.save_quietly(lambda path: (_ for _ in ()).throw(OSError("disk full")), tmp_path)
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_what_ends_an_answer():
     tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
     eos, end_of_turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|assistant|>")

@@ -55,15 +55,15 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], value: int, *, left: bool = 
 
 
 def collate_sft(examples: Sequence[Encoded], pad_token_id: int, device=None) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T); labels (N,), the tokens to learn; positions (N,), the indices among the
-    B * T tokens that predict them. We compute these on the CPU, because on a GPU training would have to synchronise to
-    know how many there are."""
-    input_ids, attention_mask = pad([e.input_ids for e in examples], pad_token_id)
+    """input_ids (B, T); labels (N,), the tokens to learn; positions (N,), the indices among the B * T tokens that
+    predict them. We compute these on the CPU, because on a GPU training would have to synchronise to know how many
+    there are."""
+    input_ids, _ = pad([e.input_ids for e in examples], pad_token_id)
     response_mask, _ = pad([e.response_mask for e in examples], 0)
     positions = response_mask[:, 1:].bool().nonzero()
     flat = positions[:, 0] * input_ids.shape[1] + positions[:, 1]
     labels = input_ids[positions[:, 0], positions[:, 1] + 1]
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "positions": flat, "labels": labels}
+    batch = {"input_ids": input_ids, "positions": flat, "labels": labels}
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 

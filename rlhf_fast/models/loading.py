@@ -196,9 +196,11 @@ def save_quietly(save_model: Callable[[Path], None], path: Path) -> None:
     """save_model(path) without the progress bar of transformers, which would overwrite ours."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    save_model(path)
-    if shown:
-        transformers_logging.enable_progress_bar()
+    try:
+        save_model(path)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def loadable(model: nn.Module) -> nn.Module:

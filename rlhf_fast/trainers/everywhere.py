@@ -66,7 +66,7 @@ class Everywhere:
         rng = rng_state()
         try:
             return next(self.steps, None)
-        except Exception:
+        except BaseException:  # also a second Ctrl-C
             if getattr(self.trainer, "whole", False):
                 set_rng_state(rng)
             raise

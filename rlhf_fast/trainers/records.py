@@ -33,8 +33,7 @@ class Records:
         if monitors:
             self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
             self._files.append(self._alarms)
-            for row in self.log.kept:
-                monitors(row)  # only for their history; alarms.jsonl has the alarms already
+            monitors.replay(self.log.kept)  # alarms.jsonl has their alarms already
         self._board = _tensorboard(run_dir / "tensorboard", start)
 
     def write(self, row: dict, say) -> list[Alarm]:

@@ -251,6 +251,7 @@ class RewardTrainer:
             if parallel.rank() == 0:
                 (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
         if self.reference:
+            set_reward_scale(self.model, 0.0, 1.0)  # an earlier end of this run may have set it and then failed
             with self.gathered():
                 rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
             mean, std = float(rewards.mean()), float(rewards.std(correction=0))

@@ -214,6 +214,7 @@ class _Run:
             return
         try:
             self.checkpoint(metrics)
+            prune_checkpoints(self.run_dir, self.trainer.config.save_total_limit, self.best.step)
             tqdm.write(f"Failed after step {step}, which is saved. Continue with resume=True (--resume): {path}")
         except Exception as error:  # for example because a process is gone, and with it its part of the state
             warnings.warn(str(error), stacklevel=3)

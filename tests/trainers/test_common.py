@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rlhf_fast.errors import ConfigError
-from rlhf_fast.monitors import Alarm
+from rlhf_fast.monitors import Alarm, Monitors
 from rlhf_fast.trainers import checkpoints, common, optimizers, records, run, run_dir
 from rlhf_fast.trainers.configs import check_config, config_from_dict
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
@@ -384,6 +384,9 @@ def test_a_run_that_died_between_its_last_line_and_its_alarm_loses_neither(tmp_p
         def __call__(self, row):
             return [Alarm(row["step"], "walk", "it walks")] if row["step"] in (4, 10) else []
 
+        def replay(self, log):
+            pass
+
     config, write = Config(str(tmp_path), save_steps=5), records.JsonLines.write
 
     def dying(file, row):
@@ -403,6 +406,25 @@ def test_a_run_that_died_between_its_last_line_and_its_alarm_loses_neither(tmp_p
                 walk.train()
     assert [row["step"] for row in rows(tmp_path / "alarms.jsonl")] == [4, 10]
     assert [row["step"] for row in rows(tmp_path / "train_log.jsonl")] == [*range(1, 11)]
+
+
+def test_a_trainer_that_goes_on_after_a_failure_raises_the_alarms_of_a_run_without_one(tmp_path):
+    class Growth(Walk):
+        monitors, whole = None, True
+
+        def __iter__(self):
+            return ({"response_length/mean": metrics["value"]} for metrics in super().__iter__())
+
+    for name, at_step in (("whole", {}), ("broken", {4: _crash})):
+        walk = Growth(Config(str(tmp_path / name)), at_step=at_step)
+        walk.monitors = Monitors({})
+        if at_step:
+            with pytest.raises(RuntimeError, match="crash"):
+                walk.train()
+            at_step.clear()
+        walk.train(resume=name == "broken")
+    alarms = [rows(tmp_path / name / "alarms.jsonl") for name in ("whole", "broken")]
+    assert alarms[0] and alarms[0] == alarms[1]
 
 
 def test_an_evaluation_that_fails_on_the_way_loses_no_step(tmp_path):
@@ -426,6 +448,16 @@ def test_a_step_that_fails_loses_none_before_it_where_it_has_changed_nothing(tmp
             walk.train()
         kept = checkpoints.latest_checkpoint(tmp_path / str(unchanged))
         assert (kept and kept.name) == ("checkpoint-3" if unchanged else None)
+
+
+def test_a_run_that_fails_again_and_again_keeps_no_more_checkpoints_than_its_limit(tmp_path):
+    config = Config(str(tmp_path), save_total_limit=2)
+    for resume, failing in ((False, 3), (True, 5), (True, 6), (True, 9)):
+        walk = Walk(config, at_step={failing: _crash})
+        walk.whole = True
+        with pytest.raises(RuntimeError, match="crash"):
+            walk.train(resume=resume)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-5", "checkpoint-8"]
 
 
 def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
@@ -552,6 +584,23 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, ca
     for name in ("train_log.jsonl", "samples.jsonl"):
         whole, killed = (without_time(rows(tmp_path / run / name)) for run in ("whole", "killed"))
         assert whole == killed
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_first_step_that_changed_nothing_is_repeated_by_the_same_trainer(tmp_path, error):
+    def fail():
+        random.random()
+        raise error("stopped")
+
+    Walk(Config(str(tmp_path / "whole"))).train()
+    walk = Walk(Config(str(tmp_path / "stopped")), at_step={1: fail})
+    walk.whole = True
+    with pytest.raises(error, match="stopped"):
+        walk.train()
+    walk.at_step.clear()
+    walk.train(resume=True)
+    whole, stopped = (without_time(rows(tmp_path / name / "train_log.jsonl")) for name in ("whole", "stopped"))
+    assert whole == stopped
 
 
 def test_resuming_with_another_config_says_so(tmp_path):

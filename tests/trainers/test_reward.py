@@ -307,6 +307,21 @@ def test_the_scale_of_the_reference_is_saved_and_applied_where_the_model_is_used
     assert models.reward_scale(again.model.config) == (0.0, 1.0)
 
 
+def test_a_trainer_whose_model_could_not_be_saved_measures_the_same_scale_again(tmp_path, monkeypatch):
+    reference = [{"prompt": x["prompt"], "completion": x["chosen"]} for x in PAIRS[:6]]
+    config, tokenizer = RewardConfig(str(tmp_path / "run"), max_steps=1, learning_rate=1e-2), tiny_tokenizer()
+    rm = RewardTrainer(
+        config, tiny_model(tokenizer), train_dataset=PAIRS, reference_dataset=reference, tokenizer=tokenizer
+    )
+    monkeypatch.setattr(rm, "save_model", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        rm.train()
+    measured = models.reward_scale(rm.model.config)
+    monkeypatch.undo()
+    rm.train(resume=True)
+    assert models.reward_scale(rm.model.config) == pytest.approx(measured) != (0.0, 1.0)
+
+
 def test_samples_are_what_the_model_reads_in_training(tmp_path):
     """A record that is left out is not shown, one that is cut is scored as it was cut; better answers come first."""
     long = {"prompt": "say " * 60, "chosen": "the cat", "rejected": "sat"}
