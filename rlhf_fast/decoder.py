@@ -157,7 +157,10 @@ class _BF16Linear:
         self.rounded_bias = None if bias is None else bias.bfloat16()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _widened(nn.functional.linear(x.bfloat16(), self.weight, self.rounded_bias))
+        rows, x = len(x), x.bfloat16()
+        if not x.is_cuda and (spare := _layer.spare_rows(rows)):
+            x = nn.functional.pad(x, (0, 0, 0, spare))
+        return _widened(nn.functional.linear(x, self.weight, self.rounded_bias)[:rows])
 
 
 def _widened(x: Tensor) -> Tensor:

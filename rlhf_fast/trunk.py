@@ -72,17 +72,21 @@ def llama(
     attend_read: attend with the queries of the M tokens only, the only ones that the last layer needs. It requires
     T = N.
     """
+    rows, count = len(input_ids), len(read)
+    if torch.is_autocast_enabled("cpu"):
+        input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)
+        position_ids = _with_spare_rows(position_ids) if len(position_ids) == rows else position_ids
     x = trunk.embed_tokens(input_ids)
     cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])
     cos, sin = cos[0].contiguous(), sin[0].contiguous()  # (T, d)
     for layer in trunk.layers:
         attention, h, is_last = layer.self_attn, _norm(layer.input_layernorm, x), layer is trunk.layers[-1]
-        queries, turn = h, (cos, sin)
+        queries, turn, asked = h, (cos, sin), rows
         if is_last:  # the other tokens are needed only for their keys and values
             x = x.index_select(0, read)
             if attend_read is not None:
                 queries, *turn = (y.index_select(0, read) for y in (h, cos, sin))
-                attend = attend_read
+                attend, asked = attend_read, count
         q, k, v = (
             project(y).float().view(len(y), -1, attention.head_dim)
             for project, y in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
@@ -90,14 +94,25 @@ def llama(
         if hasattr(attention, "q_norm"):
             q, k = (_norm(norm, y) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
         with torch.autocast("cpu", enabled=False):
-            attended = attend(_layer.rotary(q, *turn), _layer.rotary(k, cos, sin), v, attention.scaling)
-        attended = attended.reshape(len(q), -1)
+            q, k = _layer.rotary(q, *turn), _layer.rotary(k, cos, sin)
+            attended = attend(_first(asked, q), _first(rows, k), _first(rows, v), attention.scaling)
+        attended = attended.reshape(asked, -1)
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)
+        elif asked < len(x):
+            attended = nn.functional.pad(attended, (0, 0, 0, len(x) - asked))
         x = x + attention.o_proj(attended)
         h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
         x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).float(), mlp.up_proj(h).float()))
-    return _norm(trunk.norm, x)
+    return _first(count, _norm(trunk.norm, x))
+
+
+def _with_spare_rows(ids: Tensor) -> Tensor:
+    return nn.functional.pad(ids, (0, _layer.spare_rows(len(ids))))
+
+
+def _first(rows: int, x: Tensor) -> Tensor:
+    return x if len(x) == rows else x[:rows]
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:

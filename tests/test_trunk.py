@@ -66,6 +66,20 @@ def test_in_bfloat16_it_is_no_less_exact_than_transformers(name):
     assert 1e-4 < ours[0] < 1.2 * theirs[0] and ours.mean() < 1.2 * theirs.mean()
 
 
+def test_products_in_bfloat16_meet_few_numbers_of_rows():
+    """For each of them oneDNN would compile code and keep it."""
+    sizes = {rows + _layer.spare_rows(rows) for rows in range(1024, 2049)}
+    assert len(sizes) == 9 and all(0 <= _layer.spare_rows(rows) <= max(15, rows / 8) for rows in range(5000))
+    model, seen = tiny_model(tiny_tokenizer()), set()
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, given: seen.add(len(given[0])))
+    with torch.autocast("cpu", torch.bfloat16):
+        for width in range(65, 129):
+            ids = torch.arange(2 * width).view(2, width)
+            assert hidden_states_at(model, ids, torch.arange(width)).shape == (width, 32)
+    assert len(seen) == 8
+    assert hidden_states_at(model, ids, torch.arange(0)).shape == (0, 32)
+
+
 def test_what_follows_a_token_does_not_change_its_bits():
     model = tiny_model(tiny_tokenizer())
     ids = torch.arange(10, 28).view(2, 9)

@@ -34,6 +34,16 @@ def takes(weight: Tensor) -> bool:
     return weight.is_contiguous() and runs_on(weight, dtypes)
 
 
+def spare_rows(rows: int) -> int:
+    """How many rows of zeros to add before products in bfloat16 on the CPU, at most an eighth of all.
+
+    oneDNN compiles each product for each number of rows that it meets, in 6 ms and 1 to 4 MB, and keeps the last 1024.
+    Sequences of all lengths make every number different. With the spare rows there are eight from one power of two to
+    the next.
+    """
+    return -rows % (1 << max(4, rows.bit_length() - 4))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """(N, D) contiguous, (D,) -> (N, D)."""
     return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)
