@@ -136,13 +136,14 @@ def trainers(result: dict) -> str:
         cells += [f"{row['held_out_accuracy']:.3f}"] if accuracy[0] else []
         lines.append("| " + " | ".join(cells) + " |")
     about, settings = result["model_and_data"], result["settings"]
+    precision = "products in bfloat16" if settings.get("bf16") else "float32"
     of = "sequences" if result["stage"] == "sft" else "pairs"
     length = about["tokens_a_sequence"]
     learned = f", {about['learned_share']:.0%} of them learned" if "learned_share" in about else ""
     return "\n".join(lines) + (
         f"\n\nLlama of {about['weights'] / 1e6:.1f}M weights ({settings['hidden']} x {settings['layers']}, vocabulary "
-        f"{settings['vocab']}), float32, {settings['steps']} steps of {settings['batch']} {of} of hh-rlhf; tokens a "
-        f"sequence: mean {length['mean']:.0f}, median {length['median']:.0f}, most {length['max']}{learned}; "
+        f"{settings['vocab']}), {precision}, {settings['steps']} steps of {settings['batch']} {of} of hh-rlhf; "
+        f"tokens a sequence: mean {length['mean']:.0f}, median {length['median']:.0f}, most {length['max']}{learned}; "
         f"{len(result['rows'][0]['rounds'])} rounds.\n"
         f"{source(result)}"
     )
@@ -157,6 +158,7 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
         best = min(others, key=lambda row: row["ours_is_faster_by"])
         memory = ", ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in result["rows"][1:])
         name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
+        name += ", `bf16`" if result["settings"].get("bf16") else ""
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
     parts = ppo["parts"] if ppo else {}
     if {"speed", "memory"} <= parts.keys():
