@@ -158,7 +158,9 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
         best = min(others, key=lambda row: row["ours_is_faster_by"])
         memory = ", ".join(f"{row['our_peak_bytes_over_its']:.2f}" for row in result["rows"][1:])
         name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
-        name += ", `bf16`" if result["settings"].get("bf16") else ""
+        settings, width = result["settings"], trained[0]["settings"]["hidden"]
+        name += ", `bf16`" if settings.get("bf16") else ""
+        name += f", width {settings['hidden']} instead of {width}" if settings["hidden"] != width else ""
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
     parts = ppo["parts"] if ppo else {}
     if {"speed", "memory"} <= parts.keys():
