@@ -144,7 +144,7 @@ def trainers(result: dict) -> str:
         f"\n\nLlama of {about['weights'] / 1e6:.1f}M weights ({settings['hidden']} x {settings['layers']}, vocabulary "
         f"{settings['vocab']}), {precision}, {settings['steps']} steps of {settings['batch']} {of} of hh-rlhf; "
         f"tokens a sequence: mean {length['mean']:.0f}, median {length['median']:.0f}, most {length['max']}{learned}; "
-        f"{len(result['rows'][0]['rounds'])} rounds.\n"
+        f"{len(rounds)} round{'s' if len(rounds) > 1 else ''}.\n"
         f"{source(result)}"
     )
 
