@@ -85,7 +85,7 @@ def why_no_decoder(model, length: float = math.inf) -> str | None:
 
 def _window(config) -> int | None:
     """To how many of the last tokens a layer attends, the layer with the fewest; None if all attend to all."""
-    kinds = getattr(config, "layer_types", None)
+    kinds = None if config.model_type in ("mistral", "phi3") else getattr(config, "layer_types", None)  # they ignore it
     return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
 
@@ -324,6 +324,8 @@ class _Rotary:
         weight = trunk.embed_tokens.weight
         of_kind = {"layer_type": kind} if hasattr(trunk.rotary_emb, "layer_types") else {}
         positions = torch.arange(length, device=weight.device)[None]
+        # A longer text before may have rescaled "dynamic" positions. Only one below the limit undoes that.
+        trunk.rotary_emb(weight[:1], position_ids=positions[:, :1], **of_kind)
         cos, sin = (x[0].contiguous() for x in trunk.rotary_emb(weight[:1], position_ids=positions, **of_kind))
         if kind == "none":
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)

@@ -269,6 +269,40 @@ def test_what_the_decoder_does_not_compute(name, change, reason):
     assert reason in why_no_decoder(model, length)
 
 
+@pytest.mark.parametrize(
+    "build", [lambda o: MistralForCausalLM(MistralConfig(**o)), lambda o: Phi3ForCausalLM(Phi3Config(**o))]
+)
+def test_mistral_and_phi3_have_their_window_in_all_layers_whatever_layer_types_says(build):
+    model = build({**SIZES, "pad_token_id": 0, "sliding_window": 6, "layer_types": ["full_attention"] * 2})
+    assert why_no_decoder(model, 6) is None
+    assert "a sliding window of 6 tokens" in why_no_decoder(model, 7)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="one kind of positions for each type of layer")
+def test_the_limit_of_rotary_positions_is_the_smallest_of_all_layers():
+    limits = {"full_attention": 100, "sliding_attention": 52}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=100, layer_types=list(limits), rope_parameters={
+            kind: {**LONGROPE["rope_parameters"], "factor": 4.0, "original_max_position_embeddings": limit}
+            for kind, limit in limits.items()
+        },
+    ))  # fmt: skip
+    assert why_no_decoder(model, 52) is None
+    assert "beyond 52 tokens" in why_no_decoder(model, 53)
+
+
+def test_a_longer_text_before_does_not_rescale_an_answer_that_ends_at_the_limit(prompts):
+    model = LlamaForCausalLM(LlamaConfig(
+        **{**SIZES, "max_position_embeddings": 36}, vocab_size=VOCAB, bos_token_id=1, eos_token_id=EOS,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    ))  # fmt: skip
+    options = {"max_new_tokens": 36 - max(map(len, prompts)), "eos_token_id": EOS, "do_sample": False}
+    expected = generate_with_logprobs(model, prompts, **options)
+    with torch.no_grad():
+        model(input_ids=torch.arange(50)[None])
+    assert generate_with_logprobs(model, prompts, **options) == expected
+
+
 def test_hooks_that_only_record_leave_it_to_us(prompts):
     model = with_opinions("llama")
     model(input_ids=torch.tensor([prompts[0]]), output_hidden_states=True)  # transformers 5 adds hooks to the layers

@@ -146,11 +146,11 @@ def rotary_limit(model: nn.Module) -> int | None:
         return None
     config = model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}  # transformers 5, 4
-    rope = rope.get(scaled[0], rope)
-    return (
-        rope.get("original_max_position_embeddings")
+    return min(
+        rope.get(kind, rope).get("original_max_position_embeddings")
         or getattr(config, "original_max_position_embeddings", None)
         or config.max_position_embeddings
+        for kind in scaled
     )
 
 
