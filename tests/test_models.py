@@ -432,11 +432,17 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
         models.load_tokenizer(tmp_path)
 
 
-def test_a_model_that_cannot_be_saved_leaves_the_progress_bars_on(tmp_path):
-    assert transformers.utils.logging.is_progress_bar_enabled()
-    with pytest.raises(OSError, match="disk full"):
-        models.save_quietly(lambda path: (_ for _ in ()).throw(OSError("disk full")), tmp_path)
-    assert transformers.utils.logging.is_progress_bar_enabled()
+def test_a_model_that_cannot_be_saved_leaves_the_progress_bars_as_they_were(tmp_path):
+    logging = transformers.utils.logging
+    before = logging.is_progress_bar_enabled()  # another test in this process may have disabled them
+    try:
+        for shown in (True, False):
+            (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+            with pytest.raises(OSError, match="disk full"):
+                models.save_quietly(lambda path: (_ for _ in ()).throw(OSError("disk full")), tmp_path)
+            assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
 def test_what_ends_an_answer():
