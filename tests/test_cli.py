@@ -1027,3 +1027,5 @@ def test_score_names_the_record_that_a_template_refuses_or_reads_in_part(tokeniz
     assert first["score"] == pytest.approx(second["score"], abs=1e-5)
     with pytest.raises(ConfigError, match=r"input record 2: the chat template refuses a conversation \(empty\)"):
         score("rm", records, 8)
+    with pytest.raises(ConfigError, match=r"input record 1: what is to be scored ends with a user turn \('hi'\)"):
+        score("rm", [records[0], {"messages": [user]}], 8)
