@@ -33,6 +33,7 @@ from ..generation import generate_text
 from ..judges import Constitution, RuleJudge
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
+from ..trainers.configs import check_seed
 from ..trainers.constitutional import TextGenerator, label, revise, sample_pairs
 from ..trainers.pipeline import StageTable
 from ..trainers.ppo import PPOConfig, PPOTrainer
@@ -78,6 +79,7 @@ def run_quickstart(output_dir: str | Path = "runs/quickstart", seed: int = 0, sm
     Raises ConfigError if `output_dir` holds a quickstart of another seed or size, and KeyboardInterrupt if a signal
     ended the run; the same call then continues at the step where it stopped.
     """
+    check_seed("quickstart: seed", seed)
     return Quickstart(Path(output_dir), seed, SMOKE if smoke else Sizes()).run()
 
 

@@ -42,7 +42,7 @@ def set_seed(seed: int) -> None:
     """Seeds torch (all devices), numpy and random."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)  # seed_apart may pass the end
 
 
 def seed_apart(seed: int) -> None:
