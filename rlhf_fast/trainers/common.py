@@ -46,7 +46,8 @@ def set_seed(seed: int) -> None:
 
 
 def seed_apart(seed: int) -> None:
-    """Called once every process has built the same model: from here on each process draws its own dropout masks."""
+    """Called once every process has built the same model: from here on each process draws its own dropout masks,
+    and its rewards draw their own numbers."""
     if parallel.rank():
         set_seed(seed + parallel.rank())
 
