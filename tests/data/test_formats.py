@@ -338,6 +338,11 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.md").write_text("no data")
+    for source in ("notes", "notes:test"):
+        with pytest.raises(ConfigError, match=rf"'{source}' cannot be loaded: a directory must hold data files, or"):
+            read_dataset(source)
     (tmp_path / "script.py").touch()
     for source in ("script.py", "script.py:test"):
         with pytest.raises(ConfigError, match=rf"'{source}' is a script"):
