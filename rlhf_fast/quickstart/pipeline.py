@@ -121,7 +121,8 @@ class Quickstart:
         rows += task.criticisms(self.seed, self.sizes.criticisms, requests)
         held_out = task.demonstrations(self.seed, self.sizes.held_out_prompts, held_out=True)
         turns = [message for row in rows for messages in row.values() for message in messages]
-        tokenizer = train_tokenizer([message["content"] for message in turns])
+        # The longest requests of phase 1 hold a reply and its critique. With the answer they have up to 260 tokens.
+        tokenizer = train_tokenizer([message["content"] for message in turns], max_length=320)
         model = tiny_llama(tokenizer, self.seed, layers=self.sizes.layers)
         config = self._sft_config(run_dir, learning_rate=3e-3)
         self._train(SFTTrainer(config, model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=held_out))
