@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, models
 from rlhf_fast.errors import ConfigError
@@ -116,6 +116,25 @@ def test_transformers_and_peft_read_what_the_trainers_save_of_adapters(base, tmp
         ours = models.load_reward_model(config.output_dir).eval()
         with torch.no_grad():
             torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
+def test_peft_reads_a_reward_models_adapters_as_the_docs_say(tmp_path, pad):
+    """If eos pads, the base's config names it, and the reward model has a pad token that the base does not embed."""
+    tokenizer = tiny_tokenizer(pad=pad)
+    for part in (tiny_model(tokenizer), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    config = RewardConfig(str(tmp_path / "rm"), learning_rate=0.1, max_steps=3, lora_r=2)
+    pairs = [{"prompt": "say ", "chosen": "the cat", "rejected": "mat"}]
+    RewardTrainer(config, str(tmp_path / "base"), train_dataset=pairs).train()
+    ours = RewardModelReward.load(config.output_dir)(["say ", "say "], ["the cat", "mat"])
+    tokenizer = AutoTokenizer.from_pretrained(config.output_dir)
+    batch = tokenizer([f"say {answer}{tokenizer.eos_token}" for answer in ("the cat", "mat")], padding=True)
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(config.output_dir, num_labels=1).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        theirs = model(**batch.convert_to_tensors("pt")).logits[:, 0]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

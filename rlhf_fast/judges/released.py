@@ -202,10 +202,15 @@ def read_released_comparisons(path: str | Path) -> list[dict]:
     """Rows of a released evaluation file (`text_correct`, `text_incorrect`: whole dialogues) for `audit`."""
     rows = []
     for i, row in enumerate(as_records(read_dataset(path), str(path))):
+        if not all(isinstance(row.get(name), str) for name in ("text_correct", "text_incorrect")):
+            raise ConfigError(
+                f"{path} record {i} has the columns {', '.join(row)}; it needs text_correct and text_incorrect, "
+                "dialogues as text"
+            )
         try:
             better, worse = (parse_turns(row[name]) for name in ("text_correct", "text_incorrect"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path} record {i}: {error!r}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path} record {i}: {error}") from None
         if min(len(better), len(worse)) < 2:
             raise ConfigError(f"{path} record {i}: a dialogue has no reply; leave the record out")
         if better[:-1] != worse[:-1]:

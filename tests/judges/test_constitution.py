@@ -1,6 +1,8 @@
 """Constitution files: what loads, and what is refused in words that say where."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -57,6 +59,14 @@ def test_the_hash_is_of_what_is_used(write):
                ("principle_last", "chat"), ("weight: 2.0", "weight: 1.0"), ("hard: true", "hard: false")]  # fmt: skip
     for old, new in changes:
         assert Constitution.load(write(OWN.replace(old, new), "e.yaml")).sha256 != sha, new
+
+
+def test_the_commands_of_the_docs_weight_principles_of_their_example_under_which_a_model_compares(write):
+    page = (Path(__file__).parents[2] / "docs" / "constitutional.md").read_text(encoding="utf-8")
+    example = re.sub(r"(?m)^few_shot:.*$", "", page.split("```yaml\n")[1].split("```")[0])
+    compared = {p.id for p in Constitution.load(write(example)).principles if p.compare}
+    (weights,) = re.findall(r'--weights "([^"]+)"', page)
+    assert yaml.safe_load(weights).keys() <= compared
 
 
 def test_few_shots_stand_beside_the_file(write):
