@@ -124,7 +124,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("empty_cache", [] { return rlhf::kept_memory().empty(); });
   m.def("keep_from", [](size_t bytes) { return std::exchange(rlhf::kept_memory().from, bytes); });  // -> what it was
 
-  m.def("isa", [] { return std::string(rlhf::cpu_isa().name); });
+  m.def("isa", [] {  // the one in use: where Linux refuses AMX's tiles, products are those of avx512
+    const rlhf::CpuIsa& isa = rlhf::cpu_isa();
+    return std::string(isa.tiles && !rlhf::may_use_tiles() ? "avx512" : isa.name);
+  });
   m.def("isas", [] {  // name -> whether this CPU runs it
     int count;
     const rlhf::CpuIsa* isas = rlhf::cpu_isas(&count);

@@ -146,7 +146,6 @@ def _made_from(job, run: Run, policy) -> dict[str, dict]:
             "max_revisions": job.max_revisions, "drop": job.drop,
             **({"judge": judge} if run.schedule == "check-all" else {}),  # the schedule "paper" asks no judge
         },
-        "pairs": {"output_dir": str(Path(job.output_dir))},  # pairs/run.json has the path of the writer, output_dir/sft
         "label": {
             "judge": judge, "principles_per_pair": job.principles_per_pair,
             "calibration (card)": dataclasses.asdict(run.calibration),

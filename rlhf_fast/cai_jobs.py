@@ -272,7 +272,9 @@ def run_train(who: JudgeJob, job: TrainJob, resume: bool) -> None:
     stages.add("sft", counts=revised.counts, **rate_held_out(stages, "sft", sft, job, run))
 
     # Phase 2, on the other half. PPO uses all prompts.
-    pairs = sample_pairs(prompts[half:], generator(sft), constitution, output_dir=root / "pairs", **options)
+    writer = generator(sft)
+    writer.model.config.name_or_path = "sft"  # in pairs/run.json: without output_dir, which may have been moved
+    pairs = sample_pairs(prompts[half:], writer, constitution, output_dir=root / "pairs", **options)
     labelled = label(pairs.rows, constitution, judge, output_dir=root / "label", calibration=run.calibration,
                      principles_per_pair=job.principles_per_pair, **options)  # fmt: skip
     _tell("label", labelled, "comparisons.jsonl")

@@ -29,10 +29,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .models import learns_a_prompt, rotary_limit, unwrapped
+from .models import learns_a_prompt, logit_factor, logit_softcap, rotary_limit, unwrapped
 from .ops import _layer
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3_text", "olmo2", "olmo3", "gpt2")
+SUPPORTED = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2",
+    "olmo3", "gpt2",
+)  # fmt: skip
 ATTENTION = (  # modules whose attention functions compute the architecture's own causal softmax(q k^T) v
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
 )  # fmt: skip
@@ -61,8 +64,10 @@ def why_no_decoder(model, length: float = math.inf) -> str | None:
         return f"it rescales its rotary positions beyond {limit} tokens"
     if (window := _window(config)) is not None and length > window:
         return f"its attention, or that of some layers, has a sliding window of {window} tokens"
-    if any(getattr(config, name, None) for name in ("final_logit_softcapping", "attn_logit_softcapping")):
-        return "it caps its logits"
+    if getattr(config, "attn_logit_softcapping", None) and (
+        config.model_type != "gemma2" or config._attn_implementation == "sdpa"
+    ):
+        return f"{config._attn_implementation} attention does not apply the attn_logit_softcapping of its config"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
     rotary = getattr(model.base_model, "rotary_emb", None)
@@ -220,7 +225,8 @@ def _side_by_side(*products: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
 def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor | None, ...] | None:
     """The weights of a layer in the order of _layer.decode_layer; None if one of its modules is not plain, or if the
     layer is built otherwise than llama's."""
-    if len(products) < 7 or hasattr(layer, "post_feedforward_layernorm"):
+    others = "post_feedforward_layernorm", "residual_multiplier"
+    if len(products) < 7 or any(hasattr(layer, name) for name in others) or _is_gemma_norm(layer.input_layernorm):
         return None
     attention, norms = layer.self_attn, [layer.input_layernorm, layer.post_attention_layernorm]
     q, k, v, output, *gated = products
@@ -240,10 +246,15 @@ def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor |
     return weights if all(map(_layer.takes, given)) else None
 
 
+def _is_gemma_norm(module: nn.Module) -> bool:
+    """Whether it multiplies by 1 + its weight."""
+    return type(module).__name__.startswith("Gemma")
+
+
 def _rms_norm(module: nn.Module):
     """transformers' RMSNorm in one call instead of seven. In half precision the module itself is called, because it
     rounds between its steps."""
-    if type(module).__name__.startswith("Gemma"):
+    if _is_gemma_norm(module):
         weight, eps = 1 + module.weight, module.eps
     else:
         weight, eps = module.weight, module.variance_epsilon
@@ -263,11 +274,13 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def _norms(layer: nn.Module, bf16: bool) -> tuple[Callable, Callable, Callable, Callable]:
-    """What normalises the input and the output of attention, and the input and the output of the MLP. bf16: these
-    outputs are products in bfloat16."""
+    """What normalises (in granite scales) the input and the output of attention, and the input and the output of the
+    MLP. bf16: these outputs are products in bfloat16."""
     norms = {name: _rms_norm(norm) for name, norm in layer.named_children() if name.endswith("layernorm")}
     if "post_feedforward_layernorm" not in norms:  # llama: despite its name, post_attention_layernorm is the MLP's
-        return norms["input_layernorm"], _unchanged, norms["post_attention_layernorm"], _unchanged
+        factor = getattr(layer, "residual_multiplier", None)  # granite
+        after = _unchanged if factor is None else lambda x: x * factor
+        return norms["input_layernorm"], after, norms["post_attention_layernorm"], after
     after = [norms["post_attention_layernorm"], norms["post_feedforward_layernorm"]]
     if bf16:
         after = [lambda x, norm=norm: norm(x.float()) for norm in after]
@@ -275,18 +288,43 @@ def _norms(layer: nn.Module, bf16: bool) -> tuple[Callable, Callable, Callable, 
     return before[0], after[0], before[1], after[1]
 
 
+def _embedding(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The embedding, times the factor that the trunk multiplies it by."""
+    embed, factor = trunk.embed_tokens, getattr(trunk, "embedding_multiplier", None)  # granite
+    scales_itself = any(hasattr(module, "embed_scale") for module in embed.modules())  # adapters wrap it
+    if trunk.config.model_type in ("gemma", "gemma2") and not scales_itself:  # transformers 4
+        factor = torch.tensor(trunk.config.hidden_size**0.5, dtype=embed.weight.dtype)
+    return embed if factor is None else lambda ids: embed(ids) * factor
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, causal: bool = False
+) -> Tensor:
+    """softmax(cap(scale q k^T) + mask) v, where cap(x) = softcap tanh(x / softcap). A bool mask is True where it
+    attends."""
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+    scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+
+
 class _Rotary:
     """Layers with rotary positions, RMSNorm and a gated MLP: llama and its kin, which differ in
 
-    - norms: before attention and MLP; olmo2 and olmo3 after them; gemma3 both. Of queries and keys: in qwen3 and gemma3
-      of each head, in olmo2 and olmo3 of all heads together.
+    - norms: before attention and MLP; olmo2 and olmo3 after them; gemma2 and gemma3 both. Of queries and keys: in qwen3
+      and gemma3 of each head, in olmo2 and olmo3 of all heads together.
     - rotary positions: gemma3 and olmo3 have others in layers with a window; some layers of smollm3 have none; phi3 may
       turn only the first part of each head.
     - phi3 has one matrix for queries, keys and values, and one for the MLP's gate and up.
+    - factors: gemma's and granite's embedding, and what granite adds to x. gemma2 caps the logits of its attention.
     """
 
     def __init__(self, trunk, length: int, bf16: bool):
-        self.embed_tokens, self.norm, self.bf16 = trunk.embed_tokens, _rms_norm(trunk.norm), bf16
+        self.embed_tokens, self.norm, self.bf16 = _embedding(trunk), _rms_norm(trunk.norm), bf16
         self.queries, self.keys = trunk.config.num_attention_heads, trunk.config.num_key_value_heads
         self.head_dim = trunk.layers[0].self_attn.head_dim
         self.in_one_pass = _layer.runs_on(trunk.embed_tokens.weight)
@@ -310,6 +348,7 @@ class _Rotary:
             "qk_norms": [(_rms_norm(norm), norm.weight.numel()) for norm in qk_norms if norm is not None],
             "angles": kind if getattr(attention, "use_rope", True) else "none",
             "scaling": attention.scaling,
+            "softcap": getattr(attention, "attn_logit_softcapping", None),
             "output": _few_rows(products[len(qkv)]),
             "gate_up": _side_by_side(*products[len(qkv) + 1 : -1]),
             "activation": activation,
@@ -410,6 +449,7 @@ class Decoder:
         bf16 = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # else it is in half precision
         self.network = family(model.base_model, self.capacity, bf16)
         self.lm_head = _few_rows(_product(model.get_output_embeddings(), bf16))
+        self.factor, self.softcap = logit_factor(model.config), logit_softcap(model.config)
         self.keys: list[Tensor] = []  # per layer, (B, heads, capacity, d)
         self.values: list[Tensor] = []
         self.positions = mask.sum(1)  # (B,): position of the next token
@@ -471,13 +511,16 @@ class Decoder:
                 sizes = self.filled, layer["scaling"], layer["eps"]
                 _layer.decode_layer(layer["weights"], x, *network.rotations[layer["angles"]], *buffers, *sizes)
                 continue
-            attended = read(i, *network.project(layer, x), layer["scaling"])
+            attended = read(i, *network.project(layer, x), layer["scaling"], layer.get("softcap"))
             x = network.finish(layer, x if len(attended) == len(x) else x[self.last], attended)
-        return self.lm_head(network.norm(x))
+        logits = self.lm_head(network.norm(x))
+        logits = logits if self.factor == 1.0 else self.factor * logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _read_prompt(
-        self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, attend: Tensor | None, present: Tensor | None
-    ) -> Tensor:
+        self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, attend: Tensor | None,
+        present: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         shape = self.ids.shape
 
         def placed(x: Tensor) -> Tensor:  # (N, heads, d) -> (B, heads, T, d), 0 in padding
@@ -495,11 +538,10 @@ class Decoder:
         causal = attend is None
         if i + 1 == len(self.network.layers):  # only the last tokens, which see everything
             q, attend, causal, present = q[:, :, -1:], None if causal else attend[:, :, -1:], False, None
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, attend, is_causal=causal, scale=scale)
-        attended = attended.transpose(1, 2).flatten(0, 1)
+        attended = _attention(q, k, v, attend, scale, softcap, causal).transpose(1, 2).flatten(0, 1)
         return (attended if present is None else attended[present]).flatten(1)
 
-    def _read_buffers(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def _read_buffers(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
         keys, values, bias = self.keys[i], self.values[i], self.bias
         if self.fixed:
             keys.index_copy_(2, self.slot, k[:, :, None])
@@ -507,12 +549,11 @@ class Decoder:
         else:
             keys[:, :, self.filled - 1] = k
             values[:, :, self.filled - 1] = v
-            if _layer.runs_on(q):
+            if _layer.runs_on(q) and softcap is None:
                 rows = None if bias is None else bias[:, 0, 0]
                 return _layer.attend(q, keys, values, rows, self.filled, scale).flatten(1)
             keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
             bias = None if bias is None else bias[..., : self.filled]
         # Query heads that share a key head are laid out as tokens of one query, so keys and values are not repeated.
         grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])
-        attended = nn.functional.scaled_dot_product_attention(grouped, keys, values, bias, scale=scale)
-        return attended.flatten(1)
+        return _attention(grouped, keys, values, bias, scale, softcap).flatten(1)

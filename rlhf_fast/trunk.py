@@ -88,7 +88,7 @@ def llama(
                 queries, *turn = (y.index_select(0, read) for y in (h, cos, sin))
                 attend, asked = attend_read, count
         q, k, v = (
-            project(y).float().view(len(y), -1, attention.head_dim)
+            project(y).float().unflatten(-1, (-1, attention.head_dim))
             for project, y in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
         )
         if hasattr(attention, "q_norm"):
@@ -96,7 +96,7 @@ def llama(
         with torch.autocast("cpu", enabled=False):
             q, k = _layer.rotary(q, *turn), _layer.rotary(k, cos, sin)
             attended = attend(_first(asked, q), _first(rows, k), _first(rows, v), attention.scaling)
-        attended = attended.reshape(asked, -1)
+        attended = attended.reshape(asked, q.shape[1] * q.shape[2])
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)
         elif asked < len(x):

@@ -51,3 +51,23 @@ def test_the_first_product_asks_for_tiles_and_not_the_import():
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_where_linux_refuses_tiles_the_instruction_set_in_use_is_the_next():
+    if _dispatch._C is None or not _dispatch._C.isas().get("amx", False):
+        pytest.skip("this CPU or this build does not run AMX")
+    script = """if True:
+        import ctypes
+
+        class Stack(ctypes.Structure):
+            _fields_ = [("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+        size = 4096  # of the stack for signals, where tiles need 8 KiB
+        memory = ctypes.create_string_buffer(size)
+        assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, size)), None) == 0
+        from rlhf_fast.info import collect
+
+        assert collect()["build"]["instruction_set_in_use"] == "avx512"
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

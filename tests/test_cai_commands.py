@@ -481,6 +481,15 @@ def test_a_path_is_the_same_with_a_slash_at_its_end(all_of_it, trained, capsys):
     assert resumed(all_of_it, f"{run}/", model=f"{all_of_it['model']}/") == 0, capsys.readouterr().err
 
 
+def test_a_run_that_was_moved_is_resumed(all_of_it, trained, tmp_path, capsys):
+    run = shutil.copytree(trained[0], tmp_path / "moved")
+    shutil.rmtree(run / "ppo")
+    assert resumed(all_of_it, run) == 0, capsys.readouterr().err
+    assert (run / "ppo" / "model.safetensors").exists()
+    for part in ("pairs", "label"):
+        assert (run / part / "run.json").read_bytes() == (trained[0] / part / "run.json").read_bytes()
+
+
 def test_a_part_that_has_ended_says_that_other_settings_change_nothing(house, all_of_it, trained):
     run, _ = trained
     before = (run / "reward" / "run_config.json").read_bytes()

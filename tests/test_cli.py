@@ -188,6 +188,9 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--train_data", "no.jsonl.gz", "--scratch", "{layers: 2}"], "no.jsonl.gz: No such file"),
         (["sft", "--train_data", "x", "--model", "y", "--max_steps", "many"], "sft: max_steps = 'many' must be int"),
         (["ppo", "--train_data", "x", "--model", "y", "--reward", "z", "--batch_size", "7"], "t: ppo: batch_size = 7"),
+        (["sft", "--train_data", "x", "--model", "y", "--seed", "-1"], "sft: seed = -1 must be 0 or more and below"),
+        (["generate", "--model", "x", "--seed", f"{2**64}"], "generate: seed = 18446744073709551616 must be 0 or more"),
+        (["quickstart", "--seed", "-1"], "rlhf-fast: quickstart: seed = -1 must be 0 or more and below 2**64"),
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json: give the output_dir of a run"),
@@ -1027,3 +1030,5 @@ def test_score_names_the_record_that_a_template_refuses_or_reads_in_part(tokeniz
     assert first["score"] == pytest.approx(second["score"], abs=1e-5)
     with pytest.raises(ConfigError, match=r"input record 2: the chat template refuses a conversation \(empty\)"):
         score("rm", records, 8)
+    with pytest.raises(ConfigError, match=r"input record 1: what is to be scored ends with a user turn \('hi'\)"):
+        score("rm", [records[0], {"messages": [user]}], 8)

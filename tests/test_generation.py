@@ -11,11 +11,17 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -76,9 +82,18 @@ ARCHITECTURES = {
     "phi3 in part": lambda tokens: Phi3ForCausalLM(Phi3Config(
         **SIZES, **tokens, pad_token_id=0, partial_rotary_factor=0.5,
     )),
+    "granite": lambda tokens: GraniteForCausalLM(GraniteConfig(
+        **SIZES, **tokens, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.7,
+        logits_scaling=1.5,
+    )),
+    "gemma": lambda tokens: GemmaForCausalLM(GemmaConfig(**SIZES, **tokens, head_dim=8, tie_word_embeddings=False)),
+    "gemma2": lambda tokens: Gemma2ForCausalLM._from_config(Gemma2Config(
+        **SIZES, **tokens, head_dim=16, query_pre_attn_scalar=12, sliding_window=52, attn_logit_softcapping=1.5,
+        final_logit_softcapping=4.0, tie_word_embeddings=False,
+    ), attn_implementation="eager"),
     "gemma3": lambda tokens: Gemma3ForCausalLM(Gemma3TextConfig(
         **SIZES, **tokens, head_dim=8, query_pre_attn_scalar=12, sliding_window=52, tie_word_embeddings=False,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=4.0,
     )),
     "longrope": lambda tokens: Phi3ForCausalLM(Phi3Config(
         **SIZES, **tokens, pad_token_id=0, original_max_position_embeddings=52, **LONGROPE,
@@ -157,8 +172,15 @@ def test_greedy_equals_transformers(name, prompts):
         ) == expected  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_prompts_of_one_length_need_no_padding(name, prompts):
+    model, prompts = with_opinions(name), [prompt[:5] for prompt in prompts if len(prompt) >= 5]
+    expected = by_transformers(model, prompts, 8)
+    assert generate_tokens(model, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False) == expected
+
+
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral", "window"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral", "granite", "gemma2", "window"])
 def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, prompts):
     model, temperature = with_opinions(name), 0.8
     answers, logprobs = generate_with_logprobs(
@@ -173,7 +195,7 @@ def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, pr
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2", "gemma3", "phi3", "olmo2"])
 def test_a_model_with_adapters_is_decoded_with_them(name, prompts):
     peft = pytest.importorskip("peft")
     model = with_opinions(name)
@@ -255,8 +277,9 @@ def test_what_alters_a_module_is_heard(name, prompts):
         ("wide window", {}, "a sliding window of 52 tokens"),
         ("gemma3", {}, "a sliding window of 52 tokens"),
         ("longrope", {}, "rescales its rotary positions beyond 52 tokens"),
-        ("gemma3", {"final_logit_softcapping": 3.0}, "caps its logits"),
-        ("gemma3", {"attn_logit_softcapping": 3.0}, "caps its logits"),
+        ("gemma2", {}, "a sliding window of 52 tokens"),
+        ("gemma2", {"_attn_implementation_internal": "sdpa"}, "sdpa attention does not apply the attn_logit_soft"),
+        ("gemma3", {"attn_logit_softcapping": 3.0}, "attention does not apply the attn_logit_softcapping"),
         ("gemma3", {"use_bidirectional_attention": True}, "is not causal"),
     ],
 )

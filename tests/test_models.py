@@ -259,6 +259,24 @@ def test_logprobs_from_hidden_states_are_those_of_the_logits(build, temperature)
     torch.testing.assert_close(entropy, -(everything.exp() * everything).sum(-1) * mask[:, 5:], rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_loaded_applies_the_softcap_of_its_attention(tmp_path):
+    """transformers 4 would leave it out."""
+    tokenizer = tiny_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, head_dim=8, attn_logit_softcapping=1e-3, query_pre_attn_scalar=1,
+        pad_token_id=0, **SMALL,
+    )  # fmt: skip
+    ids = torch.arange(5, 20)[None]
+    model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    expected = models.hidden_states(model, ids)
+    model.save_pretrained(tmp_path)
+    policy, reward = models.load_policy(tmp_path), models.load_reward_model(tmp_path)
+    reward.save_pretrained(tmp_path / "reward")
+    critic = models.ValueModel.from_policy(policy).model
+    for loaded in (policy, critic, reward, models.load_reward_model(tmp_path / "reward")):
+        torch.testing.assert_close(models.hidden_states(loaded.eval(), ids), expected)
+
+
 def test_positions_count_real_tokens():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1]]).bool()
     assert language.position_ids_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2], [0, 0, 1, 2]]

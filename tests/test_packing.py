@@ -200,6 +200,15 @@ def test_what_is_read_may_lie_anywhere(architecture):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_row_of_which_nothing_is_read(architecture):
+    model = build(architecture)
+    with packing(model):
+        hidden = packed_hidden_states(model, Packed.of(sequences(3, 4)), torch.empty(0, dtype=torch.long))
+        assert hidden.shape == (0, 32)
+        hidden.sum().backward()
+
+
 def gradients(model, loss):
     loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}

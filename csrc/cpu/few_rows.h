@@ -69,7 +69,7 @@ class FewRows {
     if (copies) copy_units<Unit>(from, depth_, count, depth_, copy.data);
     const Left rows{copies ? static_cast<const void*>(copy.data) : from, units_ * 4, 4, true};
     alignas(64) float z[kTileRows * kPanel];
-    const InUse<Unit> in_use;
+    [[maybe_unused]] const InUse<Unit> in_use;
     for (int64_t lane = 0; lane < rows_; lane += kPanel) {
       multiply<Unit>(rows, count, packed_.data + lane * units_, units_, z, lanes(lane), lanes(lane), false);
       store(z, count, lane, p.bias ? p.bias + first : nullptr, p.y + lane * p.width + first, p.width, add);

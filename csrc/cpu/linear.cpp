@@ -126,7 +126,7 @@ void forward(const Problem<Unit>& p, const float* bias, double softcap, const in
   if (logits) use_huge_pages(logits, p.vocab * lanes * sizeof *logits);
 #pragma omp parallel num_threads(team(threads, p.rows* p.vocab))
   {
-    const InUse<Unit> in_use;
+    [[maybe_unused]] const InUse<Unit> in_use;
     const Buffer<float> own(logits ? 0 : p.tile_rows(0) * lanes);
     const Buffer<uint32_t> copy(copies ? p.height() * depth : 0);
 #pragma omp for
@@ -367,7 +367,7 @@ void backward(const Problem<Unit>& p, double softcap, const int64_t* labels, dou
   const int64_t row_shares = column_shares ? least(team_size / column_shares, blocks) : 0;
 #pragma omp parallel num_threads(team_size)
   {
-    const InUse<Unit> in_use;
+    [[maybe_unused]] const InUse<Unit> in_use;
     const Buffer<float> dz(p.tile_rows(0) * lanes);
     const Buffer<uint16_t> by_row(half ? p.tile_rows(0) * lanes : 0);
     const Buffer<float> tile_weight(rounded_weight ? p.tile_rows(0) * p.width : 0);

@@ -17,6 +17,8 @@ vocabulary-parallel linear_cross_entropy (needs a process group).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -235,7 +237,8 @@ def linear_cross_entropy(
         raise ValueError("linear_cross_entropy: dist_process_group must be None; the vocabulary is not split here")
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"linear_cross_entropy: reduction {reduction!r} must be 'none', 'sum' or 'mean'")
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    *rows, width = hidden.shape
+    hidden, labels = hidden.reshape(math.prod(rows), width), labels.reshape(-1)
     logprobs, entropy = ops.linear_token_logprobs(hidden, weight, labels, temperature=temperature, with_entropy=True)
     if reduction == "sum":
         logprobs = logprobs.sum()

@@ -289,6 +289,11 @@ def encode_to_score(
     if is_conversation(prompt) or is_conversation(response):
         before = as_messages(prompt, "user")
         messages = before + as_messages(response, "assistant")
+        if messages[-1]["role"] == "user":
+            raise ConfigError(
+                f"what is to be scored ends with a user turn ({str(messages[-1]['content'])[:80]!r}), which is no "
+                "answer: leave that turn out, or add the assistant's"
+            )
         text = render(tokenizer, messages)
         if unwritten is not None:
             unwritten += _missing_when_scored(messages, len(before), text)

@@ -59,7 +59,9 @@ def read_dataset(source) -> list[dict]:
             return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {error}") from error
+        missing = Path(name).is_dir() and isinstance(error, FileNotFoundError)
+        needs = "a directory must hold data files, or what Dataset.save_to_disk writes; " if missing else ""
+        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{error}") from error
 
 
 class UniqueKeys(yaml.SafeLoader):

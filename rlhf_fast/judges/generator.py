@@ -6,6 +6,7 @@ batch.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from ..data.chat import encode_prompt
 from ..errors import ConfigError
 from ..generation import generate_answers
-from ..models import answer_room, learned_positions
+from ..models import learned_positions
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
 from .ledger import Answer, Ledger, Tries
@@ -49,12 +50,14 @@ class TextGenerator:
         return [Cut(text) if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
 
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
-        """Requests {"prompt", "seed"} -> {"text"}; "too_long" if the model has no positions for max_new_tokens."""
-        positions = learned_positions(self.model)
+        """Requests {"prompt", "seed"} -> {"text"}; "too_long" if the model has no positions for max_new_tokens, also if
+        they are rotary and it could go on: it was not trained beyond max_position_embeddings."""
+        positions = learned_positions(self.model) or getattr(self.model.config, "max_position_embeddings", math.inf)
         reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {positions} positions"
         answers = [Answer("too_long", reason=reason)] * len(requests)
         lengths = [len(encode_prompt(self.tokenizer, r["prompt"])) for r in requests]
-        fits = [i for i, length in enumerate(lengths) if self.max_new_tokens <= answer_room(self.model, length)]
+        # The last token of an answer is never read, so it needs no position.
+        fits = [i for i, length in enumerate(lengths) if length + self.max_new_tokens <= positions + 1]
         texts = self([requests[i]["prompt"] for i in fits], [requests[i]["seed"] for i in fits])
         for i, text in zip(fits, texts, strict=True):
             answers[i] = _answer_of(text)

@@ -41,6 +41,8 @@ from .language import (
     hidden_states,
     learned_positions,
     lm_head,
+    logit_factor,
+    logit_softcap,
     rotary_limit,
     starts_as_its_base,
     train_last_layers,

@@ -48,8 +48,7 @@ def lm_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Ten
     head, config = model.get_output_embeddings(), model.config.get_text_config()  # of models that read images, a part
     factor = logit_factor(config)
     hidden = hidden if factor == 1.0 else factor * hidden
-    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    return hidden, head.weight, getattr(head, "bias", None), softcap
+    return hidden, head.weight, getattr(head, "bias", None), logit_softcap(config)
 
 
 def logit_factor(config: PretrainedConfig) -> float:
@@ -59,6 +58,11 @@ def logit_factor(config: PretrainedConfig) -> float:
     name = "logit_scale" if config.model_type.startswith("cohere") else "lm_head_multiplier"  # MPT ignores its own
     factor = getattr(config, name, None)
     return 1.0 if factor is None else factor
+
+
+def logit_softcap(config: PretrainedConfig) -> float | None:
+    """c if the architecture replaces its logits x by c tanh(x / c) (Gemma 2); None for all others."""
+    return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 @torch.no_grad()

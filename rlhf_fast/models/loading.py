@@ -66,7 +66,7 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
                 unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
             return policy
         with _loading("model", model):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(_default_device())
+            model = _from_pretrained(AutoModelForCausalLM, model, dtype)
     _check_is_model(model)
     check_lm_head_is_plain(model)
     return let_pad_learn(model)
@@ -105,7 +105,7 @@ def load_reward_model(
         return _reward_model_with_adapters(model, base, tokenizer, dtype)
     else:
         register_scalar_class(load_config(model))
-        reward = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).to(_default_device())
+        reward = _from_pretrained(AutoModelForSequenceClassification, model, dtype)
     check_score(reward)
     if tokenizer is not None:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -213,6 +213,16 @@ def loadable(model: nn.Module) -> nn.Module:
 def make_reference(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy in eval mode."""
     return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """kind.from_pretrained, onto the GPU if there is one.
+
+    transformers 4 runs Gemma 2 by sdpa, which silently leaves out the softcap of its attention. Eager attention has it.
+    """
+    capped = getattr(AutoConfig.from_pretrained(path), "attn_logit_softcapping", None)
+    attention = {"attn_implementation": "eager"} if capped else {}
+    return kind.from_pretrained(path, dtype=dtype, **attention).to(_default_device())
 
 
 def _default_device() -> torch.device:

@@ -96,7 +96,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
     mask is bool or 0/1 and must be broadcastable to values; None counts everything. The mean over an empty mask is 0.
     values may have any real dtype (integers and bool are converted). The result is float32 (float64 for float64), and
     values receives the gradient.
-    Raises ValueError if the mask does not fit, IndexError for an axis that values does not have.
+    Raises ValueError if the mask does not fit, IndexError for an axis that values does not have, RuntimeError for one
+    that dim names twice.
     """
     mask = fitting_mask("masked_mean", values, mask)
     if values.dtype not in DTYPE_CODES:
@@ -112,6 +113,8 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
         raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")
     # Axes are only compared with constants, because torch.compile makes a symbol of a dim that changes between calls.
     reduced = tuple(i for i in range(values.ndim) if any(axis in (i, i - values.ndim) for axis in axes))
+    if len(reduced) < len(axes):
+        raise RuntimeError(f"masked_mean: dim {dim} names an axis twice")  # the error of torch.mean
     kept = tuple(axis for axis in range(values.ndim) if axis not in reduced)
     if kept == (0,) and values.ndim == 2:  # the usual case: the values already are rows
         return _op(values, mask, False)[0]

@@ -33,6 +33,7 @@ from ..generation import generate_text
 from ..judges import Constitution, RuleJudge
 from ..models import load_policy, load_tokenizer
 from ..report import read_jsonl, write_quickstart_report
+from ..trainers.configs import check_seed
 from ..trainers.constitutional import TextGenerator, label, revise, sample_pairs
 from ..trainers.pipeline import StageTable
 from ..trainers.ppo import PPOConfig, PPOTrainer
@@ -78,6 +79,7 @@ def run_quickstart(output_dir: str | Path = "runs/quickstart", seed: int = 0, sm
     Raises ConfigError if `output_dir` holds a quickstart of another seed or size, and KeyboardInterrupt if a signal
     ended the run; the same call then continues at the step where it stopped.
     """
+    check_seed("quickstart: seed", seed)
     return Quickstart(Path(output_dir), seed, SMOKE if smoke else Sizes()).run()
 
 
@@ -119,7 +121,8 @@ class Quickstart:
         rows += task.criticisms(self.seed, self.sizes.criticisms, requests)
         held_out = task.demonstrations(self.seed, self.sizes.held_out_prompts, held_out=True)
         turns = [message for row in rows for messages in row.values() for message in messages]
-        tokenizer = train_tokenizer([message["content"] for message in turns])
+        # The longest requests of phase 1 hold a reply and its critique. With the answer they have up to 260 tokens.
+        tokenizer = train_tokenizer([message["content"] for message in turns], max_length=320)
         model = tiny_llama(tokenizer, self.seed, layers=self.sizes.layers)
         config = self._sft_config(run_dir, learning_rate=3e-3)
         self._train(SFTTrainer(config, model, tokenizer=tokenizer, train_dataset=rows, eval_dataset=held_out))

@@ -41,11 +41,12 @@ def set_seed(seed: int) -> None:
     """Seeds torch (all devices), numpy and random."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)  # seed_apart may pass the end
 
 
 def seed_apart(seed: int) -> None:
-    """Called once every process has built the same model: from here on each process draws its own dropout masks."""
+    """Called once every process has built the same model: from here on each process draws its own dropout masks,
+    and its rewards draw their own numbers."""
     if parallel.rank():
         set_seed(seed + parallel.rank())
 

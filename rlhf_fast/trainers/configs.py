@@ -43,7 +43,8 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
     """Raises ConfigError unless every field has its annotated type and lies in its range.
 
     positive: > 0. non_negative: >= 0. unit: in [0, 1]. choices: {field: allowed values}. None always passes. Paths are
-    converted to text, and ints to floats in fields that hold a float.
+    converted to text, and ints to floats in fields that hold a float. A field `seed` must be one that torch and numpy
+    take.
     """
     name = type(config).__name__
     for field, hint in typing.get_type_hints(type(config)).items():
@@ -57,11 +58,18 @@ def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None)
             value = getattr(config, field)
             if value is not None and not ok(value):
                 raise ConfigError(f"{name}.{field} = {value!r} must be {what}")
+    if hasattr(config, "seed"):
+        check_seed(f"{name}.seed", config.seed)
     for field, allowed in (choices or {}).items():
         if getattr(config, field) not in allowed:
             raise ConfigError(
                 f"{name}.{field} = {getattr(config, field)!r} must be one of {', '.join(map(repr, allowed))}"
             )
+
+
+def check_seed(name: str, seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"{name} = {seed} must be 0 or more and below 2**64")
 
 
 def check_lora(config) -> None:

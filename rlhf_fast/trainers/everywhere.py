@@ -61,14 +61,17 @@ class Everywhere:
 
     def step(self) -> dict | None:
         """The metrics of the next step; None after the last. If a step fails before it has changed the trainer, the
-        random state is restored, because the step will be repeated."""
+        random state and the guard's counts are restored, because the step will be repeated."""
         self.steps = self.steps or iter(self.trainer)
-        rng = rng_state()
+        guard = getattr(self.trainer, "guard", None)
+        rng, counts = rng_state(), dict(vars(guard)) if guard else {}
         try:
             return next(self.steps, None)
         except BaseException:  # also a second Ctrl-C
             if getattr(self.trainer, "whole", False):
                 set_rng_state(rng)
+                if guard:
+                    vars(guard).update(counts)
             raise
 
     def samples(self) -> list[dict]:

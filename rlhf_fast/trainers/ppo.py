@@ -143,6 +143,7 @@ class PPOTrainer:
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         self.monitors = Monitors(config.monitors, config.stop_on)
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # cache of _held_out_rollout
+        common.seed_apart(config.seed)  # for rewards that draw numbers
 
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:

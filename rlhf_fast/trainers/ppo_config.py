@@ -189,10 +189,11 @@ def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_datase
     be read, or if a monitor in stop_on would have nothing to read."""
     if not isinstance(eval_rewards, dict | None):
         raise ConfigError(f"PPOTrainer: eval_rewards must be {{name: reward, ...}}, got {type(eval_rewards).__name__}")
-    if taken := {"scores", "kl", "prompt", "response", "step"}.intersection(eval_rewards or ()):
+    logged = {"scores", "kl", "prompt", "response", "step"}
+    if taken := [name for name in eval_rewards or () if name in logged or str(name).endswith("_stderr")]:
         raise ConfigError(
-            f"PPOTrainer: eval_rewards may not be called {min(taken)!r}, a name that the run itself logs (as "
-            f"eval_{min(taken)}, or in samples.jsonl): rename it"
+            f"PPOTrainer: eval_rewards may not be called {taken[0]!r}, a name that the run itself logs (as "
+            f"eval_{taken[0]}, or in samples.jsonl): rename it"
         )
     if eval_rewards and eval_dataset is None:
         raise ConfigError("PPOTrainer: eval_rewards are read on held-out prompts: give an eval_dataset (eval_data)")

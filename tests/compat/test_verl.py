@@ -485,6 +485,9 @@ def test_linear_forms_never_round_to_bf16():
     assert v.linear_cross_entropy(hidden, weight, ids, 0.5, "mean")[0].item() == pytest.approx(want.mean().item(), 1e-4)
     with pytest.raises(ValueError, match="dist_process_group"):
         v.linear_cross_entropy(hidden, weight, ids, 0.5, "none", object())
+    logprobs, entropy = v.linear_cross_entropy(hidden[..., :0], weight[:, :0], ids)  # no width: all logits are 0
+    torch.testing.assert_close(logprobs, torch.full((6,), -math.log(11)))
+    torch.testing.assert_close(entropy, -logprobs)
 
 
 def test_an_empty_batch_gives_empty_results():

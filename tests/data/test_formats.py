@@ -244,6 +244,15 @@ def test_a_response_of_several_turns_may_go_on_from_the_prompt(prompt, response,
     assert TOKENIZER.decode(ids) == text
 
 
+def test_a_conversation_that_ends_with_the_users_turn_is_no_response():
+    for record in ({"messages": [*CHAT, AGAIN]}, {"prompt": "hi", "response": [*CHAT[1:], AGAIN]}):
+        with pytest.raises(ConfigError, match=r"record 0: what is to be scored ends with a user turn \('again\?'\)"):
+            responses_to_score([record], TOKENIZER, max_length=64)
+    pair = {"prompt": "hi", "chosen": CHAT[1:], "rejected": [*CHAT[1:], AGAIN]}
+    with pytest.raises(ConfigError, match="record 0: what is to be scored ends with a user turn"):
+        comparisons([pair], TOKENIZER, max_length=64)
+
+
 @pytest.mark.parametrize("prompt", ["hello?", "", [SYSTEM, CHAT[0]], CHAT])
 def test_a_whole_conversation_beside_another_prompt_is_refused(prompt):
     record = {"prompt": prompt, "chosen": CHAT, "rejected": CHAT}
@@ -329,6 +338,11 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.md").write_text("no data")
+    for source in ("notes", "notes:test"):
+        with pytest.raises(ConfigError, match=rf"'{source}' cannot be loaded: a directory must hold data files, or"):
+            read_dataset(source)
     (tmp_path / "script.py").touch()
     for source in ("script.py", "script.py:test"):
         with pytest.raises(ConfigError, match=rf"'{source}' is a script"):

@@ -146,6 +146,7 @@ ROWS = [
     # Masked reductions.
     ("masked_mean", {"mask": wide}, ValueError, "mask (2, 4) cannot be broadcast to values (2, 3)"),
     ("masked_mean", {"dim": 2}, IndexError, "masked_mean: dim 2 is not among the 2 axes of values (2, 3)"),
+    ("masked_mean", {"dim": (1, -1)}, RuntimeError, "masked_mean: dim (1, -1) names an axis twice"),
     ("masked_mean", {"mask": meta}, ValueError, "mask is on meta, values on cpu"),
     ("masked_whiten", {"mask": wide}, ValueError, "mask (2, 4) cannot be broadcast to values (2, 3)"),
     ("masked_whiten", {"mask": meta}, ValueError, "mask is on meta, values on cpu"),

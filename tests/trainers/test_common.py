@@ -101,6 +101,8 @@ def without_time(log):
         ({"learning_rate": ".inf"}, "Config.learning_rate = '.inf' must be a number"),
         ({"learning_rate": "inf"}, "Config.learning_rate = inf must be a finite number"),
         ({"save_steps": -1}, "Config.save_steps = -1 must be 0 or more"),
+        ({"seed": -1}, "Config.seed = -1 must be 0 or more and below 2**64"),
+        ({"seed": 2**64}, "Config.seed = 18446744073709551616 must be 0 or more and below 2**64"),
         ({"save_steps": 1.5}, "Config.save_steps = 1.5 must be int"),
         ({"save_steps": True}, "Config.save_steps = True must be int"),
         ({"kind": "square"}, "Config.kind = 'square' must be one of 'linear', 'cosine'"),

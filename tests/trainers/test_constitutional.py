@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import tiny_model
 from planted import PlantedJudge
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -618,10 +619,13 @@ def test_a_generator_says_what_it_had_to_cut(model, tokenizer, tmp_path):
     assert all("truncated" in flags for record in stage.records for flags in record["flags"])
 
 
-def test_a_question_without_room_for_an_answer_fails_alone(tokenizer, tmp_path):
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_question_without_room_for_an_answer_fails_alone(tokenizer, tmp_path, positions):
     """Beyond learned positions lies an IndexError; the other questions are answered all the same."""
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 48, "eos_token_id": tokenizer.eos_token_id}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).eval()
+    if positions == "rotary":
+        model = tiny_model(tokenizer, max_position_embeddings=48)
     generate = TextGenerator(model, tokenizer, max_new_tokens=8)
     stage = sample_pairs(["short", "a longer question " * 9], generate, HOUSE, output_dir=tmp_path)
     assert [row["prompt"][0]["content"] for row in stage.rows] == ["short"]

@@ -174,8 +174,8 @@ def test_gradients_are_summed_in_buckets_of_one_dtype():
     assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9]]
 
 
-def test_dropout_is_drawn_apart(runs):
-    one, first, second = ([found["found"][stage]["drawn"] for stage in ("sft", "reward")] for found in runs[:3])
+def test_dropout_and_the_numbers_of_rewards_are_drawn_apart(runs):
+    one, first, second = ([found["found"][stage]["drawn"] for stage in ("sft", "reward", "ppo")] for found in runs[:3])
     assert one == first and all(a != b for a, b in zip(first, second, strict=True))
 
 

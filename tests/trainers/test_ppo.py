@@ -650,6 +650,7 @@ def test_looking_does_not_change_the_run(tmp_path):
         ({"share_trunk": True, "value_model": object()}, "share_trunk"),
         ({"eval_rewards": {"response": len}, "eval_dataset": PROMPTS}, "may not be called 'response'"),
         ({"eval_rewards": {"step": len}, "eval_dataset": PROMPTS}, "may not be called 'step'"),  # in samples.jsonl
+        ({"eval_rewards": {"scores_stderr": len}, "eval_dataset": PROMPTS}, "may not be called 'scores_stderr'"),
         ({"critic_warmup_steps": 2}, "of 2 iterations in all: the policy would never move"),
     ],
 )

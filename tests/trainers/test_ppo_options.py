@@ -677,6 +677,21 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     assert trainer.step == 1
 
 
+def test_a_resumed_run_counts_the_step_that_ended_it_only_once(tmp_path):
+    def reward(prompts, responses, **columns):
+        return [float("inf") if broken else 1.0] * len(responses)
+
+    broken, options = True, {"max_skipped_steps": 2, "total_episodes": 48}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):  # the second run resumes, and ends at the same step
+            with pytest.raises(NonFiniteError, match="in 2 updates in a row"):
+                make_trainer(tmp_path, reward=reward, **options).train(resume=(tmp_path / "checkpoint-1").exists())
+        broken = False
+        metrics = make_trainer(tmp_path, reward=reward, **options).train(resume=True).metrics
+    assert metrics["skipped_steps"] == 1
+
+
 def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
     state = make_trainer(tmp_path, train_dataset=[{"prompt": f"say {i} "} for i in "45"]).state_dict()
     other = make_trainer(tmp_path, train_dataset=[{"prompt": f"say {i} "} for i in "54"])
