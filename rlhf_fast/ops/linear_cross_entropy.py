@@ -85,6 +85,7 @@ def linear_cross_entropy(
     data parallelism pass the global number.
     hidden, weight and bias are float32, bfloat16, float16 or float64 and receive gradients; the op is differentiable
     once. A weight that needs no gradient costs no product for it. The loss is float32 (float64 for float64 hidden).
+    Autocast in bfloat16 rounds the factors, as those of an nn.Linear; the gradient of a float32 weight is not rounded.
     On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head; dropping the ignored rows
     synchronises with the device once.
     Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary (on a

@@ -200,7 +200,8 @@ def linear_token_logprobs(
     The logits are softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, bias (V,) and softcap optional.
     mask (...) is bool or 0/1: where it is False the row is dropped before anything is computed, the label may be
     anything, and both results and the gradient are 0. hidden, weight and bias are float32, bfloat16, float16 or float64
-    and receive gradients; the op is differentiable once. Results are float32 (float64 for float64 hidden).
+    and receive gradients; the op is differentiable once. Results are float32 (float64 for float64 hidden). Autocast in
+    bfloat16 rounds the factors, as those of an nn.Linear; the gradient of a float32 weight is not rounded.
     On the CPU, in float32 and bfloat16, the result of a row is bit-identical whatever the other rows and the number of
     threads; in other dtypes, and if PyTorch computes the products (is_fused in _linear.py), the last bits may differ.
     On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head (8 bits: 0.06 at a logit of 20),
