@@ -1,9 +1,9 @@
 // Memory of large gradients, kept from one training step for the next.
 //
-// malloc gives blocks of 32 MiB and more back to the system as soon as they are freed, and smaller ones where they lie at
-// the end of its heap. The page faults of a new one cost several times what computing the gradient in it does. Tensors
-// made here return their block to a list instead, as on a GPU every tensor does. Kept and used blocks together are never
-// more than have been in use at once.
+// malloc gives blocks of 32 MiB and more back to the system as soon as they are freed, and smaller ones where they lie
+// at the end of its heap. The page faults of a new one cost several times what computing the gradient in it does.
+// Tensors made here return their block to a list instead, as on a GPU every tensor does. Kept and used blocks together
+// are never more than have been in use at once.
 #pragma once
 #include <pybind11/pybind11.h>
 
