@@ -1,9 +1,9 @@
 // Memory of large gradients, kept from one training step for the next.
 //
-// malloc gives blocks of 32 MiB and more back to the system as soon as they are freed, and the page faults of a new one
-// cost several times what computing the gradient in it does. Tensors made here return their block to a list instead,
-// as on a GPU every tensor does. Kept and used blocks together are never more than have been in use at once.
-// Smaller ones malloc keeps by itself.
+// malloc gives blocks of 32 MiB and more back to the system as soon as they are freed, and smaller ones where they lie
+// at the end of its heap. The page faults of a new one cost several times what computing the gradient in it does.
+// Tensors made here return their block to a list instead, as on a GPU every tensor does. Kept and used blocks together
+// are never more than have been in use at once.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -19,7 +19,9 @@ namespace rlhf {
 
 class KeptMemory {
  public:
-  size_t from = 32 << 20;  // bytes; read and set under the GIL
+  // Bytes; read and set under the GIL. In a step of SFT whose gradient of the lm_head has 31 MiB, 32 << 20 gave 20,000
+  // page faults where this gives 2,000 to 6,000, and took 1.13 to 1.17 times as long.
+  size_t from = 8 << 20;
 
   void* take(size_t bytes) {
     const std::lock_guard lock(mutex_);

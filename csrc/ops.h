@@ -146,12 +146,13 @@ struct CpuOps {
   int64_t (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
                            void* whitened, void* saved, int threads);
 
-  // Parts of a llama layer, float32 and contiguous. y (rows, width) = x scale weight, scale (rows, may be null) =
-  // 1 / sqrt(mean(x^2) + eps).
-  int64_t (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t width, double eps, float* y,
+  // Parts of a llama layer, contiguous. What lies on a product's side, y or grad in the norm and everything in swiglu,
+  // is in dtype, float32 or bfloat16; the rest is float32. y (rows, width) = x scale weight, scale (rows, may be null)
+  // = 1 / sqrt(mean(x^2) + eps).
+  int64_t (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t width, double eps, int dtype, void* y,
                       float* scale, int threads);
-  int64_t (*rms_norm_backward)(const float* x, const float* weight, const float* scale, const float* grad, int64_t rows,
-                               int64_t width, float* grad_x, float* grad_weight, int threads);
+  int64_t (*rms_norm_backward)(const float* x, const float* weight, const float* scale, int dtype, const void* grad,
+                               int64_t rows, int64_t width, float* grad_x, float* grad_weight, int threads);
 
   // y, contiguous = x (rows, heads, dim; rows row_stride apart) rotated by the angles of its position, row % positions.
   // cos and sin are (positions, dim), with each angle twice. direction is 1, or -1 for the gradient.
@@ -184,10 +185,10 @@ struct CpuOps {
                            int64_t* tokens, float* logprobs, int threads);
 
   // y = silu(gate) * up, all (rows, width); gate and up have rows row_stride apart, y is contiguous, as all below are.
-  int64_t (*swiglu)(const float* gate, const float* up, int64_t row_stride, int64_t rows, int64_t width, float* y,
-                    int threads);
-  int64_t (*swiglu_backward)(const float* gate, const float* up, const float* grad, int64_t rows, int64_t width,
-                             float* grad_gate, float* grad_up, int threads);
+  int64_t (*swiglu)(const void* gate, const void* up, int dtype, int64_t row_stride, int64_t rows, int64_t width,
+                    void* y, int threads);
+  int64_t (*swiglu_backward)(const void* gate, const void* up, const void* grad, int dtype, int64_t rows, int64_t width,
+                             void* grad_gate, void* grad_up, int threads);
 };
 
 #define RLHF_CPU_OPS(X)      \

@@ -72,15 +72,16 @@ def llama(
     attend_read: attend with the queries of the M tokens only, the only ones that the last layer needs. It requires
     T = N.
     """
-    rows, count = len(input_ids), len(read)
+    rows, count, dtype = len(input_ids), len(read), torch.float32
     if torch.is_autocast_enabled("cpu"):
+        dtype = torch.bfloat16  # of what the products read
         input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)
         position_ids = _with_spare_rows(position_ids) if len(position_ids) == rows else position_ids
     x = trunk.embed_tokens(input_ids)
     cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])
     cos, sin = cos[0].contiguous(), sin[0].contiguous()  # (T, d)
     for layer in trunk.layers:
-        attention, h, is_last = layer.self_attn, _norm(layer.input_layernorm, x), layer is trunk.layers[-1]
+        attention, h, is_last = layer.self_attn, _norm(layer.input_layernorm, x, dtype), layer is trunk.layers[-1]
         queries, turn, asked = h, (cos, sin), rows
         if is_last:  # the other tokens are needed only for their keys and values
             x = x.index_select(0, read)
@@ -102,8 +103,8 @@ def llama(
         elif asked < len(x):
             attended = nn.functional.pad(attended, (0, 0, 0, len(x) - asked))
         x = x + attention.o_proj(attended)
-        h, mlp = _norm(layer.post_attention_layernorm, x), layer.mlp
-        x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).float(), mlp.up_proj(h).float()))
+        h, mlp = _norm(layer.post_attention_layernorm, x, dtype), layer.mlp
+        x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).to(dtype), mlp.up_proj(h).to(dtype)))
     return _first(count, _norm(trunk.norm, x))
 
 
@@ -115,6 +116,6 @@ def _first(rows: int, x: Tensor) -> Tensor:
     return x if len(x) == rows else x[:rows]
 
 
-def _norm(module: nn.Module, x: Tensor) -> Tensor:
+def _norm(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    return _layer.rms_norm(rows, module.weight, module.variance_epsilon).view(x.shape)
+    return _layer.rms_norm(rows, module.weight, module.variance_epsilon, dtype).view(x.shape)

@@ -157,6 +157,27 @@ def test_a_part_and_its_gradient_are_their_formula(name, isa):
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("columns", [3, 37, 1200])
+def test_in_bfloat16_a_part_is_its_float32_rounded(columns, isa):
+    generator = torch.Generator().manual_seed(5)
+    x, gate, up, grad = (4 * torch.randn(140, columns, generator=generator) for _ in range(4))
+    gate, up, grad = gate.bfloat16(), up.bfloat16(), grad.bfloat16()
+    gate[0, 0], up[0, 1], weight = torch.inf, torch.nan, torch.randn(columns, generator=generator)
+    for part, inputs in (
+        (lambda x, w, dtype: _layer.rms_norm(x, w, 1e-6, dtype), (x, weight)),
+        (lambda gate, up, dtype: _layer.swiglu(gate.to(dtype), up.to(dtype)), (gate, up)),
+    ):
+        y, grads = [], []
+        for dtype in (torch.bfloat16, torch.float32):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            y.append(part(*leaves, dtype))
+            assert y[-1].dtype == dtype
+            grads.append(torch.autograd.grad(y[-1], leaves, grad.to(dtype)))
+        for ours, exact in [(y[0], y[1]), *zip(*grads, strict=True)]:
+            last_bit = 2**-8 if ours.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=last_bit, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_of_one_query_is_its_formula(padded, isa):
     rows, heads, key_heads, dim, capacity, filled = 3, 6, 2, 10, 41, 37

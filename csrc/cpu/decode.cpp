@@ -90,14 +90,14 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
     }
   };
 
-  rms_norm(x, w.norm, rows, width, eps, normed.data, nullptr, threads);
+  rms_norm(x, w.norm, rows, width, eps, kFloat32, normed.data, nullptr, threads);
   const FewRows<Unit> input(normed.data, rows, width, threads);
   input.times(
       {{w.q.data, w.q_bias, queries, q.data}, {w.k.data, w.k_bias, kept, k.data}, {w.v.data, w.v_bias, kept, v.data}},
       false);
   if (w.q_norm) {
-    rms_norm(q.data, w.q_norm, rows * heads, dim, eps, q.data, nullptr, threads);
-    rms_norm(k.data, w.k_norm, rows * key_heads, dim, eps, k.data, nullptr, threads);
+    rms_norm(q.data, w.q_norm, rows * heads, dim, eps, kFloat32, q.data, nullptr, threads);
+    rms_norm(k.data, w.k_norm, rows * key_heads, dim, eps, kFloat32, k.data, nullptr, threads);
   }
   rotary(k.data, kept, cos, sin, rows, rows, key_heads, dim, 1, turned.data, threads);
   keep(turned.data, keys);
@@ -107,10 +107,10 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
          threads);
   FewRows<Unit>(q.data, rows, queries, threads).times({{w.output.data, w.output_bias, width, x}}, true);
 
-  rms_norm(x, w.mlp_norm, rows, width, eps, normed.data, nullptr, threads);
+  rms_norm(x, w.mlp_norm, rows, width, eps, kFloat32, normed.data, nullptr, threads);
   const FewRows<Unit> hidden(normed.data, rows, width, threads);
   hidden.times({{w.gate.data, nullptr, intermediate, gate.data}, {w.up.data, nullptr, intermediate, up.data}}, false);
-  swiglu(gate.data, up.data, intermediate, rows, intermediate, gate.data, threads);
+  swiglu(gate.data, up.data, kFloat32, intermediate, rows, intermediate, gate.data, threads);
   FewRows<Unit>(gate.data, rows, intermediate, threads).times({{w.down.data, nullptr, width, x}}, true);
 }
 

@@ -1,6 +1,6 @@
 // What a transformer layer computes between its matrix products, in float32: RMSNorm, rotary positions, SwiGLU, and
-// the gradients of them. PyTorch takes 3 to 10 passes over memory for each; these take one. Specification: the modules
-// of transformers' llama.
+// the gradients of them. PyTorch takes 3 to 10 passes over memory for each; these take one. Where the products are in
+// bfloat16, a pass reads and writes their side of it. Specification: the modules of transformers' llama.
 #include <cmath>
 #include <cstring>
 
@@ -11,6 +11,21 @@ namespace rlhf::RLHF_ISA {
 namespace {
 
 constexpr int64_t kRows = 128;  // of grad_weight that are summed before the sums are: fixed, whatever the threads
+
+float at(const float* x, int64_t i) { return x[i]; }
+float at(const uint16_t* x, int64_t i) { return BF16::scalar(x[i]); }
+void put(float* y, int64_t i, float x) { y[i] = x; }
+void put(uint16_t* y, int64_t i, float x) {  // rounds as PyTorch does, to even
+  const auto u = bits<uint32_t>(x);
+  y[i] = x == x ? uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16) : uint16_t(0x7fc0);
+}
+
+// f(float{}) or, for bfloat16, f(uint16_t{}).
+template <class F>
+int64_t with_type(int dtype, F f) {
+  dtype == kBFloat16 ? f(uint16_t{}) : f(float{});
+  return -1;
+}
 
 // f(first, end) for every kRows rows.
 template <class F>
@@ -23,11 +38,6 @@ void for_blocks(int64_t rows, int64_t width, int threads, F f) {
 void sigmoid(const float* x, float* s, int64_t n) {
   static_assert(kTile % kWidth == 0);
   const Exp<> exp(1.0);
-  float tail[kTile] = {};
-  if (n < kTile) {
-    std::memcpy(tail, x, n * sizeof *x);
-    x = tail;
-  }
   for (int64_t i = 0; i < n; i += kWidth) {
     const vf v = load_vector<vf>(x + i), e = exp(v < 0.0f ? v : -v), larger = 1.0f / (1.0f + e);
     const vf y = v < 0.0f ? e * larger : larger;
@@ -35,48 +45,60 @@ void sigmoid(const float* x, float* s, int64_t n) {
   }
 }
 
+// x as float32 in a tile of its own, whose end beyond the first n numbers is 0.
+template <class T>
+void widen(const T* x, int64_t n, float* tile) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) tile[i] = at(x, i);
+  std::memset(tile + n, 0, (kTile - n) * sizeof *tile);
+}
+
 }  // namespace
 
-int64_t rms_norm(const float* x, const float* weight, int64_t rows, int64_t width, double eps, float* y, float* scale,
-                 int threads) {
-  for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
-    for (; row < end; ++row) {
-      const float* in = x + row * width;
-      float* out = y + row * width;
-      float sum = 0;
+int64_t rms_norm(const float* x, const float* weight, int64_t rows, int64_t width, double eps, int dtype, void* y,
+                 float* scale, int threads) {
+  return with_type(dtype, [&](auto zero) {
+    for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
+      for (; row < end; ++row) {
+        const float* in = x + row * width;
+        auto* out = static_cast<decltype(zero)*>(y) + row * width;
+        float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < width; ++j) sum += in[j] * in[j];
-      const float r = 1 / std::sqrt(sum / width + float(eps));
-      if (scale) scale[row] = r;
+        for (int64_t j = 0; j < width; ++j) sum += in[j] * in[j];
+        const float r = 1 / std::sqrt(sum / width + float(eps));
+        if (scale) scale[row] = r;
 #pragma omp simd
-      for (int64_t j = 0; j < width; ++j) out[j] = in[j] * r * weight[j];
-    }
+        for (int64_t j = 0; j < width; ++j) put(out, j, in[j] * r * weight[j]);
+      }
+    });
   });
-  return -1;
 }
 
 // With h = x * scale: grad_weight = sum over rows of grad * h, and grad_x = scale (grad w - h mean(grad w h)).
-int64_t rms_norm_backward(const float* x, const float* weight, const float* scale, const float* grad, int64_t rows,
-                          int64_t width, float* grad_x, float* grad_weight, int threads) {
+int64_t rms_norm_backward(const float* x, const float* weight, const float* scale, int dtype, const void* grad,
+                          int64_t rows, int64_t width, float* grad_x, float* grad_weight, int threads) {
   const int64_t size = (rows + kRows - 1) / kRows * width;
   const Buffer<float> sums(size);
-  for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
-    float* sum = sums.data + row / kRows * width;
-    for (; row < end; ++row) {
-      const float *in = x + row * width, *g = grad + row * width;
-      float* out = grad_x + row * width;
-      const float r = scale[row];
-      float dot = 0;
+  with_type(dtype, [&](auto zero) {
+    for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
+      float* sum = sums.data + row / kRows * width;
+      for (; row < end; ++row) {
+        const float* in = x + row * width;
+        const auto* g = static_cast<const decltype(zero)*>(grad) + row * width;
+        float* out = grad_x + row * width;
+        const float r = scale[row];
+        float dot = 0;
 #pragma omp simd reduction(+ : dot)
-      for (int64_t j = 0; j < width; ++j) {
-        const float gh = g[j] * in[j] * r;
-        sum[j] += gh;
-        dot += gh * weight[j];
-      }
-      const float mean = dot / width * r;
+        for (int64_t j = 0; j < width; ++j) {
+          const float gh = at(g, j) * in[j] * r;
+          sum[j] += gh;
+          dot += gh * weight[j];
+        }
+        const float mean = dot / width * r;
 #pragma omp simd
-      for (int64_t j = 0; j < width; ++j) out[j] = r * (g[j] * weight[j] - in[j] * mean);
-    }
+        for (int64_t j = 0; j < width; ++j) out[j] = r * (at(g, j) * weight[j] - in[j] * mean);
+      }
+    });
   });
   std::memset(grad_weight, 0, width * sizeof(float));
   for (int64_t i = 0; i < size; i += width) {
@@ -106,44 +128,53 @@ int64_t rotary(const float* x, int64_t row_stride, const float* cos, const float
   return -1;
 }
 
-int64_t swiglu(const float* gate, const float* up, int64_t row_stride, int64_t rows, int64_t width, float* y,
+int64_t swiglu(const void* gate, const void* up, int dtype, int64_t row_stride, int64_t rows, int64_t width, void* y,
                int threads) {
-  for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
-    const bool dense = row_stride == width;  // then the block is one long row
-    const int64_t n = dense ? (end - row) * width : width;
-    float s[kTile];
-    for (; row < end; row += dense ? end - row : 1) {
-      const float *g = gate + row * row_stride, *u = up + row * row_stride;
-      float* out = y + row * width;
-      for (int64_t i = 0; i < n; i += kTile) {
-        const int64_t m = n - i < kTile ? n - i : kTile;
-        sigmoid(g + i, s, m);
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
+      const bool dense = row_stride == width;  // then the block is one long row
+      const int64_t n = dense ? (end - row) * width : width;
+      float x[kTile], s[kTile];
+      for (; row < end; row += dense ? end - row : 1) {
+        const T *g = static_cast<const T*>(gate) + row * row_stride, *u = static_cast<const T*>(up) + row * row_stride;
+        T* out = static_cast<T*>(y) + row * width;
+        for (int64_t i = 0; i < n; i += kTile) {
+          const int64_t m = n - i < kTile ? n - i : kTile;
+          widen(g + i, m, x);
+          sigmoid(x, s, m);
 #pragma omp simd
-        for (int64_t j = 0; j < m; ++j) out[i + j] = g[i + j] * s[j] * u[i + j];
+          for (int64_t j = 0; j < m; ++j) put(out, i + j, x[j] * s[j] * at(u, i + j));
+        }
       }
-    }
+    });
   });
-  return -1;
 }
 
 // silu(x) = x s has the derivative s (1 + x (1 - s)), s = sigmoid(x).
-int64_t swiglu_backward(const float* gate, const float* up, const float* grad, int64_t rows, int64_t width,
-                        float* grad_gate, float* grad_up, int threads) {
-  for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
-    const int64_t begin = row * width, n = (end - row) * width;
-    float s[kTile];
-    for (int64_t i = begin; i < begin + n; i += kTile) {
-      const int64_t m = begin + n - i < kTile ? begin + n - i : kTile;
-      sigmoid(gate + i, s, m);
+int64_t swiglu_backward(const void* gate, const void* up, const void* grad, int dtype, int64_t rows, int64_t width,
+                        void* grad_gate, void* grad_up, int threads) {
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T *gates = static_cast<const T*>(gate), *ups = static_cast<const T*>(up),
+            *grads = static_cast<const T*>(grad);
+    T *to_gate = static_cast<T*>(grad_gate), *to_up = static_cast<T*>(grad_up);
+    for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
+      const int64_t begin = row * width, n = (end - row) * width;
+      float x[kTile], s[kTile];
+      for (int64_t i = begin; i < begin + n; i += kTile) {
+        const int64_t m = begin + n - i < kTile ? begin + n - i : kTile;
+        widen(gates + i, m, x);
+        sigmoid(x, s, m);
 #pragma omp simd
-      for (int64_t j = 0; j < m; ++j) {
-        const float x = gate[i + j], g = grad[i + j];
-        grad_up[i + j] = g * x * s[j];
-        grad_gate[i + j] = g * up[i + j] * s[j] * (1 + x * (1 - s[j]));
+        for (int64_t j = 0; j < m; ++j) {
+          const float g = at(grads, i + j);
+          put(to_up, i + j, g * x[j] * s[j]);
+          put(to_gate, i + j, g * at(ups, i + j) * s[j] * (1 + x[j] * (1 - s[j])));
+        }
       }
-    }
+    });
   });
-  return -1;
 }
 
 }  // namespace rlhf::RLHF_ISA

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops._linear import factors_of, rounded
 from ..ops.reference import as_accumulator, linear_logits
 from ._shared import _masked_var
 
@@ -95,7 +96,7 @@ class ChunkedLogProbFunction:
         An output that `outputs` does not name is None. The last three have no gradient and cost a second product over
         the vocabulary, so name only those you use. chunk_size is accepted and ignored: chunks are sized by bytes.
         Products accumulate in float32 whatever the dtype, so is_top1 may differ from TRL's if bf16 logits tie. Autocast
-        changes nothing (TRL multiplies in its dtype).
+        in float16 changes nothing (TRL multiplies in its dtype).
         Raises IndexError for a target outside the vocabulary, including -100 (TRL returns minus the row's logsumexp).
         """
         if not logit_scale > 0:
@@ -138,6 +139,8 @@ class _ChunkedLogProbFunction:
 @torch.no_grad()
 def _logit_statistics(hidden, weight, targets, bias, softcap, temperature) -> dict[str, Tensor]:
     """log sum_v p_v^2, the mean logit, and whether the target is the first of the largest logits; (N,) each."""
+    hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
+    weight = rounded(weight, hidden, rounds)
     rows = max(1, _STATISTICS_ELEMENTS // max(1, weight.shape[0]))
     parts = []
     for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):

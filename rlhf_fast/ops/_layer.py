@@ -7,7 +7,8 @@
     decode_layer   = all of these and the matrix products of a layer, for one token per row
     few_rows_linear = one such matrix product
 
-float32 on the CPU; ask runs_on() first. These are not public ops: they make our own forwards fast, and they equal the
+float32 on the CPU; ask runs_on() first. Where products are in bfloat16, the result of rms_norm and all of swiglu may be
+too, so that no pass only converts. These are not public ops: they make our own forwards fast, and they equal the
 modules of transformers up to rounding. The first three are differentiable once.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._dispatch import _C, is_forced
+from ._layout import DTYPE_CODES
 
 
 def runs_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,), products: bool = True) -> bool:
@@ -44,22 +46,22 @@ def spare_rows(rows: int) -> int:
     return -rows % (1 << max(4, rows.bit_length() - 4))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(N, D) contiguous, (D,) -> (N, D)."""
-    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _normed(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(N, D) contiguous, (D,) -> (N, D) in dtype, float32 or bfloat16."""
+    return _RMSNorm.apply(x, weight, eps, dtype) if torch.is_grad_enabled() else _normed(x, weight, eps, dtype)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
-    y = torch.empty_like(x)
-    _C.rms_norm(x, weight, *x.shape, eps, y, scale, torch.get_num_threads())
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    y = torch.empty_like(x, dtype=dtype)
+    _C.rms_norm(x, weight, *x.shape, eps, DTYPE_CODES[dtype], y, scale, torch.get_num_threads())
     return y
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         scale = x.new_empty(len(x))
-        y = _normed(x, weight, eps, scale)
+        y = _normed(x, weight, eps, dtype, scale)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -68,9 +70,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        arguments = (x, weight, scale, grad.contiguous(), *x.shape, grad_x, grad_weight)
+        arguments = (x, weight, scale, DTYPE_CODES[grad.dtype], grad.contiguous(), *x.shape, grad_x, grad_weight)
         _C.rms_norm_backward(*arguments, torch.get_num_threads())
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,13 +103,14 @@ class _Rotary(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Both (N, I) -> (N, I). If no gradient is needed, they may be the halves of one product."""
+    """Both (N, I), float32 or bfloat16 -> (N, I) in their dtype. If no gradient is needed, they may be the halves of
+    one product."""
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = gate.new_empty(gate.shape)
-    _C.swiglu(gate, up, gate.stride(0), *gate.shape, y, torch.get_num_threads())
+    _C.swiglu(gate, up, DTYPE_CODES[gate.dtype], gate.stride(0), *gate.shape, y, torch.get_num_threads())
     return y
 
 
@@ -122,7 +125,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        _C.swiglu_backward(gate, up, grad.contiguous(), *gate.shape, grad_gate, grad_up, torch.get_num_threads())
+        arguments = (gate, up, grad.contiguous(), DTYPE_CODES[gate.dtype], *gate.shape, grad_gate, grad_up)
+        _C.swiglu_backward(*arguments, torch.get_num_threads())
         return grad_gate, grad_up
 
 

@@ -64,6 +64,7 @@ class Inputs(NamedTuple):
     rows: int  # N
     softcap: float | None
     way: str
+    weight_dtype: torch.dtype  # of the weight's gradient (gradient_dtype); autocast may have rounded the weight
 
     @property
     def fused(self) -> bool:
@@ -86,15 +87,19 @@ class Inputs(NamedTuple):
 
 
 def compact(
-    op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap,
+    op: str, hidden: Tensor, weight: Tensor, bias, labels: Tensor, mask: Tensor | None, softcap, rounds: bool,
     fused: bool | None = None,
 ) -> Inputs:  # fmt: skip
-    """(N, D) hidden, (N,) labels and mask -> the rows that count. IndexError for a label outside the vocabulary."""
+    """(N, D) hidden, (N,) labels and mask -> the rows that count. IndexError for a label outside the vocabulary.
+
+    rounds: as in factors_of.
+    """
+    weight_dtype, weight = weight.dtype, rounded(weight, hidden, rounds)
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
     way = way_of(hidden, weight, bias, softcap, fused)
-    inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap, way)
+    inputs = Inputs(hidden, weight, bias, labels, index, labels.shape[0], softcap, way, weight_dtype)
     labels = inputs.take(labels).contiguous()
     if on_gpu(hidden):  # the kernel stops at a wrong label; a check here would synchronise with the device
         return inputs._replace(hidden=inputs.take(hidden), labels=labels)
@@ -103,6 +108,29 @@ def compact(
         at = wrong.nonzero()[0, 0]
         raise label_error(op, labels[at], at if index is None else index[at], weight.shape[0])
     return inputs._replace(hidden=inputs.take(hidden), labels=labels)
+
+
+def factors_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """hidden, weight, bias, and whether the op shall round the weight to the dtype of hidden.
+
+    Under autocast in bfloat16 the factors are bfloat16, as those of nn.Linear. A float32 weight is rounded inside the
+    op: its gradient is then the float32 sum itself, and nothing of it is kept in bfloat16. Autocast in float16 changes
+    nothing, because float16 is WIDE.
+    """
+    device, dtypes = hidden.device.type, {x.dtype for x in (hidden, weight, bias) if x is not None}
+    if (
+        device not in ("cpu", "cuda")
+        or not torch.is_autocast_enabled(device)
+        or torch.get_autocast_dtype(device) != torch.bfloat16
+        or torch.float64 in dtypes
+    ):
+        return hidden, weight, bias, False
+    rounds = weight.dtype == torch.float32
+    return hidden.bfloat16(), weight if rounds else weight.bfloat16(), None if bias is None else bias.bfloat16(), rounds
+
+
+def rounded(weight: Tensor, hidden: Tensor, rounds: bool) -> Tensor:
+    return weight.to(hidden.dtype) if rounds else weight
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -151,8 +179,8 @@ def _multiple(weight: Tensor, way: str) -> int:
     return GPU_ROWS if on_gpu(weight) else LANES if way == FUSED else 1
 
 
-def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether csrc/cpu/linear.cpp computes the chunks.
+def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, rounds: bool = False) -> bool:
+    """Whether csrc/cpu/linear.cpp computes the chunks. rounds: the weight is not yet rounded to the dtype of hidden.
 
     There the bits of a row depend neither on the number of threads nor on the other rows; with a library's products
     they do. So float32 and bfloat16 are fused on all CPUs on which that costs little or nothing (ours_are_fast), and
@@ -160,7 +188,7 @@ def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     computable = (
         hidden.device.type == "cpu"
-        and hidden.dtype == weight.dtype
+        and (rounds or hidden.dtype == weight.dtype)
         and hidden.dtype in (torch.float32, torch.bfloat16)
         and (bias is None or bias.dtype != torch.float64)
         and _C is not None
@@ -210,10 +238,10 @@ def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
     return torch.empty(shape, dtype=logits_dtype(inputs.hidden, inputs.way), device=inputs.hidden.device)
 
 
-def gradient_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the gradient by x: float32 for float16, until the backward has multiplied by its factor (a loss
-    scale). Autograd then rounds the product."""
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the gradient by a tensor of this dtype: float32 for float16, until the backward has multiplied by
+    its factor (a loss scale). Autograd then rounds the product."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def chunk_statistics(
@@ -290,13 +318,13 @@ class Gradients:
         dtype = accumulation_dtype(hidden)
         if grad_hidden is None:
             shape = hidden.shape if wanted[0] else 0
-            grad_hidden = torch.empty(shape, dtype=gradient_dtype(hidden), device=hidden.device)
+            grad_hidden = torch.empty(shape, dtype=gradient_dtype(hidden.dtype), device=hidden.device)
         self.hidden = grad_hidden
         # If there is only one chunk, its product writes the gradient in the weight's dtype, without a float32 sum.
         once = inputs.way != WIDE and len(inputs.parts) <= 1
-        total = weight.dtype if once else dtype
+        total = inputs.weight_dtype if once else dtype
         shape = weight.shape if wanted[1] else (0,)
-        if total == weight.dtype:
+        if total == inputs.weight_dtype:
             (self.weight,) = empties(weight, total, tuple(shape))
         else:  # not from empties: `narrowed` returns the pages of this sum to the system while it converts it
             self.weight = torch.empty(shape, dtype=total, device=hidden.device)
@@ -371,8 +399,8 @@ class Gradients:
             self.weight.zero_()
         return (
             inputs.put(self.hidden) if self.wanted[0] else None,
-            narrowed(self.weight, gradient_dtype(inputs.weight)) if self.wanted[1] else None,
-            self.bias.to(gradient_dtype(inputs.bias)) if self.wanted[2] else None,
+            narrowed(self.weight, gradient_dtype(inputs.weight_dtype)) if self.wanted[1] else None,
+            self.bias.to(gradient_dtype(inputs.bias.dtype)) if self.wanted[2] else None,
         )
 
 
@@ -434,7 +462,7 @@ def beside_autograd(name: str) -> Callable:
 def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:
     """Empty tensors like the results of Gradients.results, for fake kernels."""
     return tuple(
-        x.new_empty(x.shape, dtype=gradient_dtype(x)) if want else None
+        x.new_empty(x.shape, dtype=gradient_dtype(x.dtype)) if want else None
         for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )
 

@@ -23,15 +23,17 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    factors_of,
     known_chunk_gradient,
     logits_buffer,
+    rounded,
     takes_known_gradient,
 )
 
 
 @beside_autograd("linear_cross_entropy")
-def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
-    inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap)
+def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, rounds, *wanted):
+    inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap, rounds)
     rows = inputs.labels.shape[0]
     buffer = logits_buffer(inputs, any(wanted))
     gradients = Gradients(inputs, wanted)
@@ -50,13 +52,14 @@ def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
     return (nll / normalizer).to(nll.dtype) if rows else nll, *gradients.results()
 
 
-def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, *wanted):
+def _fake(hidden, weight, bias, labels, mask, normalizer, softcap, rounds, *wanted):
     return hidden.new_empty((), dtype=accumulation_dtype(hidden)), *empty_gradients(hidden, weight, bias, wanted)
 
 
 _op = Op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor mask, Tensor normalizer, "
-    "float? softcap, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor loss, Tensor, Tensor, Tensor)",
+    "float? softcap, bool rounds, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "-> (Tensor loss, Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
     gradients={0: 1, 1: 2, 2: 3},
@@ -82,23 +85,26 @@ def linear_cross_entropy(
     data parallelism pass the global number.
     hidden, weight and bias are float32, bfloat16, float16 or float64 and receive gradients; the op is differentiable
     once. A weight that needs no gradient costs no product for it. The loss is float32 (float64 for float64 hidden).
+    Autocast in bfloat16 rounds the factors, as those of an nn.Linear; the gradient of a float32 weight is not rounded.
     On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head; dropping the ignored rows
     synchronises with the device once.
     Raises ValueError or TypeError if a shape or dtype does not fit, IndexError for a label outside the vocabulary (on a
     GPU the kernel stops at it).
     """
     check("linear_cross_entropy", hidden, weight, labels, bias, None, softcap)
+    hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
     if not isinstance(ignore_index, int):
         ignore_index = index_of_no_label("linear_cross_entropy", ignore_index)
     if _op.backend(hidden) == "reference":
         return reference.linear_cross_entropy(
-            hidden, weight, labels, bias=bias, softcap=softcap, ignore_index=ignore_index, normalizer=normalizer
-        )
+            hidden, rounded(weight, hidden, rounds), labels, bias=bias, softcap=softcap, ignore_index=ignore_index,
+            normalizer=normalizer,
+        )  # fmt: skip
     labels = labels.reshape(-1).long()
     mask = labels != ignore_index
     count = mask.sum().clamp(min=1) if normalizer is None else normalizer
     return _op(
         as_rows(hidden), weight, bias, labels, mask,
-        normalizer_tensor("linear_cross_entropy", count, hidden), float_or(softcap, None),
+        normalizer_tensor("linear_cross_entropy", count, hidden), float_or(softcap, None), rounds,
         *map(wants_gradient, (hidden, weight, bias)),
     )[0]  # fmt: skip

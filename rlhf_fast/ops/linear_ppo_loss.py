@@ -37,8 +37,10 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    factors_of,
     known_chunk_gradient,
     logits_buffer,
+    rounded,
     takes_known_gradient,
 )
 from .ppo_loss import _op as ppo_op
@@ -53,11 +55,11 @@ _TOKEN_MEAN = 0
 def _forward(
     hidden, weight, bias, labels, old_logprobs, advantages, mask, ref_logprobs, importance_weights, normalizer,
     temperature, softcap, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
-    aggregation, *wanted,
+    aggregation, rounds, *wanted,
 ):  # fmt: skip
     ppo = ppo_op.kernel_on(hidden.device.type)
     options = (clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef)
-    inputs = compact(NAME, hidden, weight, bias, labels.view(-1), mask.view(-1), softcap)
+    inputs = compact(NAME, hidden, weight, bias, labels.view(-1), mask.view(-1), softcap, rounds)
     rows = inputs.labels.shape[0]
     buffer = logits_buffer(inputs, any(wanted))
     gradients = Gradients(inputs, wanted)
@@ -103,8 +105,8 @@ _op = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor old_logprobs, Tensor advantages, "
     "Tensor mask, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? normalizer, float temperature, "
     "float? softcap, float clip_low, float clip_high, float dual_clip, float log_ratio_clamp, float kl_coef, "
-    "int kl_estimator, float entropy_coef, int aggregation, bool grad_hidden, bool grad_weight, bool grad_bias) "
-    "-> (Tensor loss, Tensor stats, Tensor, Tensor, Tensor)",
+    "int kl_estimator, float entropy_coef, int aggregation, bool rounds, bool grad_hidden, bool grad_weight, "
+    "bool grad_bias) -> (Tensor loss, Tensor stats, Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
     gradients={0: 2, 1: 3, 2: 4},
@@ -147,6 +149,7 @@ def linear_ppo_loss(
     vocabulary (on a GPU the kernel stops at it).
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
+    hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
     check_tokens(
         NAME, 2, mask, "old_logprobs advantages ref_logprobs importance_weights",
         old_logprobs, advantages, ref_logprobs, importance_weights, optional=2,
@@ -158,7 +161,8 @@ def linear_ppo_loss(
     check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
         return reference.linear_ppo_loss(
-            hidden, weight, labels, old_logprobs, advantages, mask, bias=bias, temperature=temperature, softcap=softcap,
+            hidden, rounded(weight, hidden, rounds), labels, old_logprobs, advantages, mask, bias=bias,
+            temperature=temperature, softcap=softcap,
             cliprange=cliprange, cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
@@ -169,5 +173,5 @@ def linear_ppo_loss(
         float(temperature), float_or(softcap, None), 1.0 - float(cliprange), 1.0 + float_or(cliprange_high, cliprange),
         float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),
         kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
-        aggregation_code(NAME, loss_agg_mode), *map(wants_gradient, (hidden, weight, bias)),
+        aggregation_code(NAME, loss_agg_mode), rounds, *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip

@@ -32,12 +32,14 @@ from ._linear import (
     chunk_statistics,
     compact,
     empty_gradients,
+    factors_of,
     gradient_dtype,
     is_fused,
     logits_buffer,
     logits_dtype,
     logits_shape,
     most_rows,
+    rounded,
     way_of,
 )
 
@@ -65,10 +67,10 @@ def _outputs(hidden, weight, labels, with_entropy, wanted, way) -> tuple[Tensor,
     return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
 
 
-def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused, with_entropy, *wanted):
-    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
+def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, with_entropy, *wanted):
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, rounds, fused)
     rows = inputs.labels.shape[0]
-    logprobs, entropy, saved, logits, slopes = _outputs(hidden, weight, labels, with_entropy, wanted, inputs.way)
+    logprobs, entropy, saved, logits, slopes = _outputs(hidden, inputs.weight, labels, with_entropy, wanted, inputs.way)
     only_hidden = wanted == ONLY_HIDDEN
     buffer = logits if logits.shape[0] else logits_buffer(inputs, needed=only_hidden)
     if only_hidden:  # the slopes are the gradient of the sum of the log-probs
@@ -90,10 +92,11 @@ def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, fused
 
 
 def _backward_any(
-    hidden, weight, bias, labels, mask, temperature, softcap, fused, entropy, saved, logits, slopes, grad_logprobs,
-    grad_entropy, *wanted, consume=False,
+    hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, entropy, saved, logits, slopes,
+    grad_logprobs, grad_entropy, *wanted, consume=False,
 ):  # fmt: skip
-    kept_rows, kept_width = logits_shape(saved.shape[0], weight.shape[0], way_of(hidden, weight, bias, softcap, fused))
+    factor = rounded(weight, hidden, rounds)
+    kept_rows, kept_width = logits_shape(saved.shape[0], weight.shape[0], way_of(hidden, factor, bias, softcap, fused))
     check_unchanged(
         NAME,
         weight.ndim == 2
@@ -105,14 +108,14 @@ def _backward_any(
         and logits.shape[1] == kept_width
         and slopes.shape == (saved.shape[0] if wanted == ONLY_HIDDEN else 0, weight.shape[1])
         and (bias is None or bias.shape == weight.shape[:1])
-        and (not fused or hidden.dtype == weight.dtype),
+        and (not fused or hidden.dtype == factor.dtype),
     )
     if wanted == ONLY_HIDDEN and grad_logprobs is not None and grad_entropy is None:
         factors = grad_logprobs if mask is None else grad_logprobs.masked_fill(mask == 0, 0)  # it may be NaN there
         grad_hidden = torch.mul(slopes, factors[:, None], out=slopes if consume else torch.empty_like(slopes))
-        return grad_hidden.to(gradient_dtype(hidden)), None, None
+        return grad_hidden.to(gradient_dtype(hidden.dtype)), None, None
     saved, logits = saved.contiguous(), logits.contiguous()  # a hook may return them in another layout
-    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, fused)
+    inputs = compact(NAME, hidden, weight, bias, labels, mask, softcap, rounds, fused)
     gradients = Gradients(inputs, wanted)
     kept = logits.shape[0] > 0
     buffer = (logits if consume else logits.clone()) if kept else logits_buffer(inputs, any(wanted))
@@ -125,15 +128,17 @@ def _backward_any(
     return gradients.results()
 
 
-def _fake(hidden, weight, bias, labels, mask, temperature, softcap, fused, with_entropy, *wanted):
+def _fake(hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, with_entropy, *wanted):
+    weight = rounded(weight, hidden, rounds)
     way = way_of(hidden, weight, bias, softcap, fused)
     return _outputs(hidden, weight, labels, with_entropy, wanted, way)
 
 
 _backward = Op(
     f"{NAME}_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, bool fused, Tensor entropy, Tensor saved, Tensor logits, Tensor slopes, Tensor? grad_logprobs, "
-    "Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+    "float? softcap, bool rounds, bool fused, Tensor entropy, Tensor saved, Tensor logits, Tensor slopes, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "-> (Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
     waits=True,  # if there is a mask: `compact` in _linear.py
@@ -141,8 +146,8 @@ _backward = Op(
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:9]
-    ctx.wanted = inputs[9:]
+    hidden, weight, bias, labels, mask, *ctx.options, ctx.with_entropy = inputs[:10]
+    ctx.wanted = inputs[10:]
     _, entropy, *kept = output
     # A copy of the entropy, because users may change the result in place.
     ctx.save_for_backward(hidden, weight, bias, labels, mask, entropy.clone(), *kept)
@@ -163,12 +168,12 @@ def _grad(ctx, grad_logprobs, grad_entropy, *_):
         grads = _backward.kernel_on(hidden.device.type)(*args, consume=True)
     else:
         grads = _backward(*args)
-    return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *[None] * 9
+    return *(g if want else None for g, want in zip(grads, ctx.wanted, strict=True)), *[None] * 10
 
 
 _forward = Op(
     f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? mask, float temperature, "
-    "float? softcap, bool fused, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
+    "float? softcap, bool rounds, bool fused, bool with_entropy, bool grad_hidden, bool grad_weight, bool grad_bias) "
     "-> (Tensor logprobs, Tensor entropy, Tensor saved, Tensor logits, Tensor slopes)",
     kernels={("cpu", "native"): _forward_any, ("cuda", "native"): _forward_any, ("cuda", "triton"): _forward_any},
     fake=_fake,
@@ -195,7 +200,8 @@ def linear_token_logprobs(
     The logits are softcap tanh((hidden @ weight.T + bias) / softcap) / temperature, bias (V,) and softcap optional.
     mask (...) is bool or 0/1: where it is False the row is dropped before anything is computed, the label may be
     anything, and both results and the gradient are 0. hidden, weight and bias are float32, bfloat16, float16 or float64
-    and receive gradients; the op is differentiable once. Results are float32 (float64 for float64 hidden).
+    and receive gradients; the op is differentiable once. Results are float32 (float64 for float64 hidden). Autocast in
+    bfloat16 rounds the factors, as those of an nn.Linear; the gradient of a float32 weight is not rounded.
     On the CPU, in float32 and bfloat16, the result of a row is bit-identical whatever the other rows and the number of
     threads; in other dtypes, and if PyTorch computes the products (is_fused in _linear.py), the last bits may differ.
     On a GPU, if hidden and weight are bfloat16 the logits are too, as with any lm_head (8 bits: 0.06 at a logit of 20),
@@ -205,19 +211,20 @@ def linear_token_logprobs(
     """
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     check_temperature(NAME, temperature)
+    hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
     if _forward.backend(hidden) == "reference":
         return reference.linear_token_logprobs(
-            hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, mask=mask,
-            with_entropy=with_entropy,
+            hidden, rounded(weight, hidden, rounds), labels, bias=bias, temperature=temperature, softcap=softcap,
+            mask=mask, with_entropy=with_entropy,
         )  # fmt: skip
     hidden = as_rows(hidden)
     # An argument of the op, because it determines the shapes of the outputs, and the key of Inductor's cache on disk
     # consists of the arguments.
-    fused = is_fused(hidden, weight, bias)
+    fused = is_fused(hidden, weight, bias, rounds)
     logprobs, entropy, *_ = _forward(
         hidden, weight, bias, labels.reshape(-1).long(),
         None if mask is None else byte_mask(mask).reshape(-1), float(temperature), float_or(softcap, None),
-        fused, with_entropy, *map(wants_gradient, (hidden, weight, bias)),
+        rounds, fused, with_entropy, *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if with_entropy else logprobs

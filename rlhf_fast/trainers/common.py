@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import models, parallel, sharding
 from ..errors import ConfigError, NonFiniteError
@@ -272,16 +271,9 @@ def learning_together(config):
 
 
 def autocast(model, bf16: bool):
-    """A context in which matrix products are in bfloat16 if bf16 is true; weights and sums stay in float32."""
+    """A context in which matrix products are in bfloat16 if bf16 is true, those of the linear losses too; weights and
+    sums stay in float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
-
-
-def lm_head(model, hidden: Tensor, bf16: bool) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
-    """models.lm_head. If bf16 is true it is in bfloat16, like the hidden states."""
-    hidden, weight, bias, softcap = models.lm_head(model, hidden)
-    if bf16:
-        weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-    return hidden, weight, bias, softcap
 
 
 # --- updates that are not finite --------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from ..models import (
     check_lengths,
     check_positions,
     has_adapters,
+    lm_head,
     load_config,
     load_policy,
     load_tokenizer,
@@ -317,10 +318,11 @@ class PPOTrainer:
             return self._logprobs(model, self._hidden_states(model, input_ids, positions), labels)
 
     def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> Tensor:
-        hidden, weight, bias, softcap = common.lm_head(model, hidden, self.config.bf16)
-        return linear_token_logprobs(
-            hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature
-        )
+        hidden, weight, bias, softcap = lm_head(model, hidden)
+        with common.autocast(model, self.config.bf16):
+            return linear_token_logprobs(
+                hidden, weight, labels, bias=bias, softcap=softcap, temperature=self.config.temperature
+            )
 
     def _advantages(self, rollout: Rollout) -> None:
         """Sets kl, rewards and advantages, and returns, value_error and importance_weights if the config needs them."""
@@ -427,16 +429,17 @@ class PPOTrainer:
 
     def _policy_loss(self, rollout: Rollout, rows: Tensor, hidden: Tensor, mask: Tensor, normalizer):
         config, weights = self.config, rollout.importance_weights
-        hidden, weight, bias, softcap = common.lm_head(self.policy, hidden, config.bf16)
-        return linear_ppo_loss(
-            rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
-            rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
-            cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
-            ref_logprobs=rollout.ref_logprobs[rows],
-            kl_coef=self.kl_controller.kl_coef if config.kl_in_loss else 0.0, kl_estimator=config.kl_estimator,
-            entropy_coef=config.entropy_coef, importance_weights=None if weights is None else weights[rows],
-            loss_agg_mode=config.loss_agg_mode, normalizer=normalizer,
-        )  # fmt: skip
+        hidden, weight, bias, softcap = lm_head(self.policy, hidden)
+        with common.autocast(self.policy, config.bf16):
+            return linear_ppo_loss(
+                rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
+                rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
+                cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
+                ref_logprobs=rollout.ref_logprobs[rows],
+                kl_coef=self.kl_controller.kl_coef if config.kl_in_loss else 0.0, kl_estimator=config.kl_estimator,
+                entropy_coef=config.entropy_coef, importance_weights=None if weights is None else weights[rows],
+                loss_agg_mode=config.loss_agg_mode, normalizer=normalizer,
+            )  # fmt: skip
 
     # --- the run: see run.py ---
 

@@ -26,6 +26,7 @@ from ..models import (
     check_lm_head,
     evaluating,
     hidden_states,
+    lm_head,
     load_policy,
     load_tokenizer,
     save_model,
@@ -104,10 +105,11 @@ class SFTTrainer:
             tokens = [sum(map(len, row)) for row in rows]
             for part, counts in common.micro_batches(rows, tokens, config):
                 hidden, labels = self._response_hidden([e for row in part for e in row])
-                hidden, weight, bias, softcap = common.lm_head(self.model, hidden, config.bf16)
-                micro_loss = counts * linear_cross_entropy(
-                    hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
-                )
+                hidden, weight, bias, softcap = lm_head(self.model, hidden)
+                with common.autocast(self.model, config.bf16):
+                    micro_loss = counts * linear_cross_entropy(
+                        hidden, weight, labels, bias=bias, softcap=softcap, normalizer=num_labels
+                    )
                 micro_loss.backward()
                 loss += micro_loss.detach()
                 if with_statistics:
@@ -139,7 +141,7 @@ class SFTTrainer:
         with self.gathered(), parallel.raise_in_all(), evaluating(self.model), self._packing():
             for indices in parallel.share(batches):
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
-                statistics += token_statistics(*common.lm_head(self.model, hidden, self.config.bf16), labels)
+                statistics += token_statistics(*lm_head(self.model, hidden), labels)
         loss, correct, entropy = parallel.all_reduce_sum(statistics) / num_labels
         return {
             "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,
@@ -212,8 +214,9 @@ def token_statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, labels: Tensor
 ) -> Tensor:
     """(3,) float64 sums over the N labels: -log p, 1 if the label is the most likely token, entropy. At most 2^22
-    logits exist at a time."""
+    logits exist at a time. The product is in the dtype of hidden."""
     rows = max(1, 2**22 // weight.shape[0])
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     total = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     for h, label in zip(hidden.split(rows), labels.split(rows), strict=True):
         logits = torch.nn.functional.linear(h, weight, bias)

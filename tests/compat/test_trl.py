@@ -38,12 +38,12 @@ def test_arguments_are_trls_in_its_order(name):
     assert list(inspect.signature(function).parameters) == SIGNATURES[name].split()
 
 
-def test_autocast_changes_no_output_from_hidden_states():
+def test_under_autocast_all_outputs_from_hidden_states_are_of_rounded_factors():
     torch.manual_seed(0)
-    args = torch.randn(9, 5), torch.randn(23, 5), torch.randn(23), torch.randint(0, 23, (9,)), 0.7, 8
-    plain = trl.ChunkedLogProbFunction.apply(*args)
+    factors, args = (torch.randn(9, 5), torch.randn(23, 5), torch.randn(23)), (torch.randint(0, 23, (9,)), 0.7, 8)
+    plain = trl.ChunkedLogProbFunction.apply(*(x.bfloat16() for x in factors), *args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = trl.ChunkedLogProbFunction.apply(*args)
+        inside = trl.ChunkedLogProbFunction.apply(*factors, *args)
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 

@@ -312,6 +312,16 @@ def test_autocast_changes_nothing_in_a_head():
         assert torch.equal(a, b)
 
 
+def test_autocast_rounds_the_factors_of_a_head_and_not_the_gradient_of_its_weight():
+    x = head(300, 64, 5003, torch.float32)
+    plain = linear_ppo((x[0].bfloat16(), x[1].bfloat16(), *x[2:]))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        inside = linear_ppo(x)
+    assert torch.equal(inside[0], plain[0]) and torch.equal(inside[1], plain[1].float())
+    assert inside[2].dtype == torch.float32
+    torch.testing.assert_close(inside[2].bfloat16(), plain[2])
+
+
 def test_a_head_without_a_mask_never_waits():
     """With one it waits once, to know how many rows count."""
     x = head(512, 64, 5003, torch.bfloat16)

@@ -179,12 +179,33 @@ def test_what_a_library_op_returns_is_all_written(on_emulator, monkeypatch):
     for dirt in (1.0, 2.0):
         monkeypatch.setattr(torch, "empty", lambda *a, dirt=dirt, **k: make(*a, **k).fill_(dirt))
         for mask in (None, x["mask"][0]):
-            options = mask, 1.0, None, False, True, True, True, False
+            options = mask, 1.0, None, False, False, True, True, True, False
             outputs.append(torch.ops.rlhf_fast.linear_token_logprobs(*arguments, *options))
     for first, second in zip(outputs[:2], outputs[2:], strict=True):
         assert first[3].shape == (12, 192)
         for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["linear_ppo_loss", "linear_cross_entropy", "linear_token_logprobs"])
+def test_autocast_rounds_the_factors(name, on_emulator):
+    x = head(12, 131, torch.float32)
+    x["hidden"] = x["hidden"].nan_to_num()
+    more = {"mask": x.pop("mask")} if name == "linear_token_logprobs" else {}
+    rest = [x[key] for key in list(x)[2:]] if name == "linear_ppo_loss" else [x["labels"]]
+
+    def run(factors, autocast):
+        leaves = [t.clone().requires_grad_() for t in factors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = getattr(rf, name)(*leaves, *rest, **more)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.detach(), *torch.autograd.grad(out.sum(), leaves)
+
+    factors = x["hidden"], x["weight"]
+    plain, grad_hidden, grad_weight = run([t.bfloat16() for t in factors], False)
+    inside, *got = run(factors, True)
+    assert torch.equal(inside, plain) and torch.equal(got[0], grad_hidden.float())
+    assert got[1].dtype == torch.float32 and torch.equal(got[1].bfloat16(), grad_weight)
 
 
 def turn(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, ppo=None, temperature=0.8):

@@ -7,11 +7,13 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import rlhf_fast
 from rlhf_fast.ops import _linear, linear_cross_entropy, linear_ppo_loss, linear_token_logprobs, reference
 
 B, T, V, D = 4, 25, 301, 12
@@ -241,14 +243,97 @@ def test_autocast_changes_no_forward_of_the_reference(loss):
         assert torch.equal(loss(reference, *data), plain)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("only_hidden", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1000, 20])
 @LOSSES
-def test_autocast_changes_nothing(loss):
-    data = inputs()
-    plain = gradients(loss, sys.modules["rlhf_fast.ops"], *data)
+def test_autocast_rounds_the_factors_and_not_the_gradient_of_the_weight(
+    loss, chunk_rows, only_hidden, backend, monkeypatch
+):
+    module = sys.modules["rlhf_fast.ops"]
+    monkeypatch.setattr(_linear, "LEAST_ROWS", 1)
+    monkeypatch.setattr(_linear, "MOST_ROWS", chunk_rows)
+    monkeypatch.setattr(_linear, "CHUNK_BYTES", 4 * V * chunk_rows)
+    *factors, labels, mask = inputs()
+
+    def run(factors, autocast):
+        leaves = [t.detach().clone().requires_grad_(not (i and only_hidden)) for i, t in enumerate(factors)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = loss(module, *leaves, labels, mask)
+        out.backward()
+        return out.detach(), *(x.grad for x in leaves)
+
+    with rlhf_fast.use_backend(backend) if backend else nullcontext():
+        plain, grad_hidden, grad_weight, grad_bias = run([x.bfloat16() for x in factors], False)
+        inside, *got = run(factors, True)
+    assert torch.equal(inside, plain)
+    assert torch.equal(got[0], grad_hidden.float())
+    if only_hidden:
+        assert got[1] is got[2] is None
+        return
+    assert got[1].dtype == torch.float32 and torch.equal(got[2], grad_bias.float())
+    assert torch.equal(got[1].bfloat16(), grad_weight)
+    if backend is None:
+        assert not torch.equal(got[1], grad_weight.float())
+
+
+@LOSSES
+@pytest.mark.parametrize("weight", ["bfloat16", "float16"])
+def test_autocast_rounds_every_dtype_that_a_linear_layer_rounds(loss, weight):
+    module, (hidden, *factors, labels, mask) = sys.modules["rlhf_fast.ops"], inputs()
+    factors = [x.to(getattr(torch, weight)) for x in factors]
+    plain = loss(module, hidden.bfloat16(), *(x.bfloat16() for x in factors), labels, mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradients(loss, module, hidden, *factors, labels, mask)
+    assert torch.equal(inside[0], plain)
+    assert [x.dtype for x in inside[1:]] == [x.dtype for x in (hidden, *factors)]
+
+
+@LOSSES
+@pytest.mark.parametrize(("dtype", "autocast"), [("float64", "bfloat16"), ("float32", "float16")])
+def test_autocast_changes_neither_float64_nor_anything_in_float16(loss, dtype, autocast):
+    data = inputs(getattr(torch, dtype))
+    plain = gradients(loss, sys.modules["rlhf_fast.ops"], *data)
+    with torch.autocast("cpu", dtype=getattr(torch, autocast)):
         inside = gradients(loss, sys.modules["rlhf_fast.ops"], *data)
     for a, b in zip(inside, plain, strict=True):
         assert torch.equal(a, b)
+
+
+def test_under_autocast_the_ops_compile_into_one_graph():
+    *factors, labels, mask = inputs()
+    advantages = torch.randn(B, T)
+
+    def step(hidden, weight, bias):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs = linear_token_logprobs(hidden, weight, labels, bias=bias, mask=mask)
+            old = logprobs.detach() + 0.1
+            loss, _ = linear_ppo_loss(hidden, weight, labels, old, advantages, mask, bias=bias)
+            return loss + linear_cross_entropy(hidden, weight, labels, bias=bias) + logprobs.square().mean()
+
+    def run(function):
+        leaves = [x.clone().requires_grad_() for x in factors]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves)
+
+    for a, b in zip(run(torch.compile(step, fullgraph=True)), run(step), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@LOSSES
+def test_under_autocast_errors_are_at_most_twice_those_of_a_linear_layer(loss, monkeypatch):
+    *factors, labels, mask = inputs()
+    truth = gradients(loss, reference, *(x.double() for x in factors), labels, mask)
+
+    def layer(hidden, weight, bias, softcap):
+        return softcap * torch.tanh(torch.nn.functional.linear(hidden, weight, bias).float() / softcap)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradients(loss, sys.modules["rlhf_fast.ops"], *factors, labels, mask)
+        monkeypatch.setattr(reference, "linear_logits", layer)
+        theirs = gradients(loss, reference, *factors, labels, mask)
+    for a, b, true in zip(ours, theirs, truth, strict=True):
+        assert (a - true).norm() <= 2 * (b - true).norm()
 
 
 # ---- the native way (csrc/cpu/linear.cpp), on every instruction set, also where it is not the fastest --------------
