@@ -140,7 +140,7 @@ class _ChunkedLogProbFunction:
 def _logit_statistics(hidden, weight, targets, bias, softcap, temperature) -> dict[str, Tensor]:
     """log sum_v p_v^2, the mean logit, and whether the target is the first of the largest logits; (N,) each."""
     hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
-    weight = rounded(weight, hidden, rounds)
+    weight = rounded(weight, rounds)
     rows = max(1, _STATISTICS_ELEMENTS // max(1, weight.shape[0]))
     parts = []
     for h, target in zip(hidden.split(rows), targets.split(rows), strict=True):

@@ -94,7 +94,7 @@ def compact(
 
     rounds: as in factors_of.
     """
-    weight_dtype, weight = weight.dtype, rounded(weight, hidden, rounds)
+    weight_dtype, weight = weight.dtype, rounded(weight, rounds)
     index = None if mask is None else mask.nonzero().squeeze(1)
     if index is not None and index.shape[0] == labels.shape[0]:
         index = None
@@ -111,7 +111,7 @@ def compact(
 
 
 def factors_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """hidden, weight, bias, and whether the op shall round the weight to the dtype of hidden.
+    """hidden, weight, bias, and whether the op shall round the weight to bfloat16.
 
     Under autocast in bfloat16 the factors are bfloat16, as those of nn.Linear. A float32 weight is rounded inside the
     op: its gradient is then the float32 sum itself, and nothing of it is kept in bfloat16. Autocast in float16 changes
@@ -129,8 +129,8 @@ def factors_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
     return hidden.bfloat16(), weight if rounds else weight.bfloat16(), None if bias is None else bias.bfloat16(), rounds
 
 
-def rounded(weight: Tensor, hidden: Tensor, rounds: bool) -> Tensor:
-    return weight.to(hidden.dtype) if rounds else weight
+def rounded(weight: Tensor, rounds: bool) -> Tensor:
+    return weight.bfloat16() if rounds else weight
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -180,7 +180,7 @@ def _multiple(weight: Tensor, way: str) -> int:
 
 
 def is_fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, rounds: bool = False) -> bool:
-    """Whether csrc/cpu/linear.cpp computes the chunks. rounds: the weight is not yet rounded to the dtype of hidden.
+    """Whether csrc/cpu/linear.cpp computes the chunks. rounds: the weight is not yet rounded to bfloat16.
 
     There the bits of a row depend neither on the number of threads nor on the other rows; with a library's products
     they do. So float32 and bfloat16 are fused on all CPUs on which that costs little or nothing (ours_are_fast), and

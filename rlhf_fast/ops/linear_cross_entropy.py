@@ -97,7 +97,7 @@ def linear_cross_entropy(
         ignore_index = index_of_no_label("linear_cross_entropy", ignore_index)
     if _op.backend(hidden) == "reference":
         return reference.linear_cross_entropy(
-            hidden, rounded(weight, hidden, rounds), labels, bias=bias, softcap=softcap, ignore_index=ignore_index,
+            hidden, rounded(weight, rounds), labels, bias=bias, softcap=softcap, ignore_index=ignore_index,
             normalizer=normalizer,
         )  # fmt: skip
     labels = labels.reshape(-1).long()

@@ -161,7 +161,7 @@ def linear_ppo_loss(
     check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
         return reference.linear_ppo_loss(
-            hidden, rounded(weight, hidden, rounds), labels, old_logprobs, advantages, mask, bias=bias,
+            hidden, rounded(weight, rounds), labels, old_logprobs, advantages, mask, bias=bias,
             temperature=temperature, softcap=softcap,
             cliprange=cliprange, cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,

@@ -95,7 +95,7 @@ def _backward_any(
     hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, entropy, saved, logits, slopes,
     grad_logprobs, grad_entropy, *wanted, consume=False,
 ):  # fmt: skip
-    factor = rounded(weight, hidden, rounds)
+    factor = rounded(weight.new_empty(0), rounds)  # only its dtype counts: the weight itself is large
     kept_rows, kept_width = logits_shape(saved.shape[0], weight.shape[0], way_of(hidden, factor, bias, softcap, fused))
     check_unchanged(
         NAME,
@@ -129,7 +129,7 @@ def _backward_any(
 
 
 def _fake(hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, with_entropy, *wanted):
-    weight = rounded(weight, hidden, rounds)
+    weight = rounded(weight, rounds)
     way = way_of(hidden, weight, bias, softcap, fused)
     return _outputs(hidden, weight, labels, with_entropy, wanted, way)
 
@@ -214,7 +214,7 @@ def linear_token_logprobs(
     hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
     if _forward.backend(hidden) == "reference":
         return reference.linear_token_logprobs(
-            hidden, rounded(weight, hidden, rounds), labels, bias=bias, temperature=temperature, softcap=softcap,
+            hidden, rounded(weight, rounds), labels, bias=bias, temperature=temperature, softcap=softcap,
             mask=mask, with_entropy=with_entropy,
         )  # fmt: skip
     hidden = as_rows(hidden)

@@ -170,6 +170,18 @@ def test_a_hook_that_gives_the_same_numbers_back_in_another_layout(op):
     assert torch.equal(spread, gradient(lambda saved: saved))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_hook_that_gives_back_another_dtype_than_autocast_made(dtype):
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.to(dtype) if x.shape == (N, D) else x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        logprobs = rf.linear_token_logprobs(hidden, weight, torch.arange(N) % V)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        backward(logprobs)
+
+
 @pytest.mark.parametrize("shape", [(N,), (N, 4)])
 def test_a_hook_that_gives_back_half_of_each_number_of_each_number(shape):
     logits = torch.randn(N, V, requires_grad=True)

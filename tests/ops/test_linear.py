@@ -277,6 +277,18 @@ def test_autocast_rounds_the_factors_and_not_the_gradient_of_the_weight(
         assert not torch.equal(got[1], grad_weight.float())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_autocast_a_backward_rounds_the_weight_only_if_a_product_reads_it(frozen):
+    hidden, weight, _, labels, _ = inputs()
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs = linear_token_logprobs(hidden, weight.requires_grad_(not frozen), labels)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        logprobs.sum().backward()
+    copies = [e for e in profile.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == [V, D]]
+    assert len(copies) == (0 if frozen else 1)
+
+
 @LOSSES
 @pytest.mark.parametrize("weight", ["bfloat16", "float16"])
 def test_autocast_rounds_every_dtype_that_a_linear_layer_rounds(loss, weight):

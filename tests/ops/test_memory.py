@@ -2,6 +2,9 @@
 
 import gc
 import io
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -84,6 +87,30 @@ def test_no_more_is_kept_than_was_in_use_at_once():
     larger = gradient(shape=(64, 1500))  # neither is large enough: the older one makes room
     del larger
     assert _dispatch.empty_cache() <= 2 * BYTES
+
+
+SIZES = """
+import random, torch
+from rlhf_fast.ops import _dispatch
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) / 256
+
+like, before, most = torch.empty(0), resident(), 0
+random.seed(0)
+for _ in range(300):
+    (x,) = _dispatch.empties(like, torch.float32, random.randint(8 << 18, 32 << 18))
+    x.fill_(1)
+    most = max(most, resident() - before)
+    del x
+print(most)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_gradients_of_many_sizes_do_not_fill_memory_with_holes():
+    command = [sys.executable, "-c", SIZES]
+    assert float(subprocess.check_output(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)) < 150  # MiB
 
 
 def test_a_small_one_does_not_sit_in_a_large_one_s_place():
