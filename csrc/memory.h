@@ -14,6 +14,9 @@
 #include <vector>
 
 #include "tensor.h"
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace rlhf {
 
@@ -65,6 +68,9 @@ class KeptMemory {
     const std::lock_guard lock(mutex_);
     const size_t bytes = total(kept_);
     while (!kept_.empty()) release_oldest();
+#if defined(__GLIBC__)
+    malloc_trim(0);  // else it keeps some of the blocks in its heap
+#endif
     most_used_ = total(used_);
     return int64_t(bytes);
   }
