@@ -1,8 +1,9 @@
 """PPO end to end, ours against TRL 1.12.0: same Llama, prompts, reward and settings; runs take turns, each a process.
 
-    python bench/bench_ppo.py [--part speed|memory|rollout|race] ... [--device cuda] [--small]
+    python bench/bench_ppo.py [--part speed|speeds|memory|rollout|race] ... [--device cuda] [--small]
 
 speed    response tokens per CPU-second of whole iterations: shared trunk, separate critic, TRL (its best micro-batch)
+speeds   the same in bfloat16, and of a wider model in both; TRL in the precision in which it is faster
 memory   peak resident memory of such a process at two vocabularies, and the memory it takes before the first step
 rollout  our generation against transformers' generate(), taking turns in one process
 race     reward over CPU-seconds, and over KL, from the same start; five seeds; each system with the best learning rate
@@ -38,11 +39,10 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 from gpu import card  # noqa: E402
-from ppo_report import at, best_of, gpu_profile, gpu_rates  # noqa: E402
+from ppo_report import SYSTEMS, at, best_of, gpu_profile, gpu_rates  # noqa: E402
 from ppo_worker import Run  # noqa: E402
 
 TRL = "trl==1.12.0"
-SYSTEMS = ("shared", "separate", "trl")
 TRL_MICRO_BATCHES = (16, 64)
 GPU_MICRO_BATCHES = (8, 16, 32)
 GPU_SECONDS = 400  # (--seconds) after these the part gpu starts no new micro-batch, so that all fits in ten minutes
@@ -138,26 +138,49 @@ def rate(result: dict) -> float:
 
 
 def speed(options) -> dict:
-    """Rounds in which all systems take turns -> medians of the rates, and of the ratios to TRL within a round."""
-    base = Run(hidden=128, iterations=options.iterations)
+    return compared(Run(hidden=128, iterations=options.iterations), options, {})
+
+
+def speeds(options) -> dict:
+    """speed with other models and precisions. The wider, the larger the share of products, which are the same work."""
+    widths = (128,) if options.small else (128, 512)
+    settings = [(hidden, bf16) for hidden in widths for bf16 in (False, True) if (hidden, bf16) != (128, False)]
+    result, tried = {"rows": []}, {}
+    for hidden, bf16 in settings:
+        result["rows"].append(compared(Run(hidden=hidden, bf16=bf16, iterations=options.iterations), options, tried))
+        options.save(result)
+    return result
+
+
+def compared(base: Run, options, known: dict) -> dict:
+    """Rounds in which all systems take turns -> medians of the rates, and of the ratios to TRL within a round.
+
+    TRL has the micro-batch and, if ours multiplies in bfloat16, the precision with which it is faster. known holds the
+    rates of TRL's settings, by width, that were tried before.
+    """
     if options.small:
         base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
-    sizes = {m: rate(execute(replace(base, system="trl", micro_batch_size=m), options.trl)) for m in options.micro}
-    best = max(sizes, key=sizes.get)
-    print("TRL by micro-batch:", {m: round(r) for m, r in sizes.items()}, flush=True)
-    rounds = []
+    tried = [{"micro_batch_size": m, "bf16": bf16} for m in options.micro for bf16 in {base.bf16, False}]
+    for own in tried:
+        key = (base.hidden, *own.values())
+        known[key] = known.get(key) or rate(execute(replace(base, system="trl", **own), options.trl))
+        own["rate"] = known[key]
+    best = {key: max(tried, key=lambda own: own["rate"])[key] for key in ("micro_batch_size", "bf16")}
+    print(f"width {base.hidden}, bf16 {base.bf16}; TRL:", tried, flush=True)
+    rounds, peaks = [], []
     for i in range(options.rounds):
         names = SYSTEMS[i % 3 :] + SYSTEMS[: i % 3]
         runs = {name: replace(base, system=name) for name in names}
-        runs["trl"] = replace(runs["trl"], micro_batch_size=best)
+        runs["trl"] = replace(runs["trl"], **best)
         results = {name: execute(run, options.trl) for name, run in runs.items()}
         rounds.append({name: rate(results[name]) for name in SYSTEMS})
+        peaks.append({name: results[name]["peak_rss"] for name in SYSTEMS})
         print({name: f"{r:.0f} tokens per CPU-second" for name, r in rounds[-1].items()}, flush=True)
-    medians = {name: statistics.median(r[name] for r in rounds) for name in SYSTEMS}
+    medians, peak = ({name: statistics.median(r[name] for r in each) for name in SYSTEMS} for each in (rounds, peaks))
     ratios = {name: statistics.median(r[name] / r["trl"] for r in rounds) for name in SYSTEMS[:2]}
     return {
-        "run": asdict(base), "trl_micro_batch_size": best, "trl_by_micro_batch": sizes, "rounds": rounds,
-        "tokens_per_cpu_second": medians, "over_trl": ratios,
+        "run": asdict(base), "trl": best, "trl_tried": tried, "rounds": rounds, "tokens_per_cpu_second": medians,
+        "over_trl": ratios, "peak_rss": peak,
     }  # fmt: skip
 
 
@@ -347,7 +370,7 @@ def attempt(run: Run, trl: Path) -> dict:
     return {name: statistics.median(values) for name, values in rates.items()} | peaks | {"iterations": rates}
 
 
-PARTS = {"speed": speed, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
+PARTS = {"speed": speed, "speeds": speeds, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
 
 
 def saver(part: str, options) -> Callable[[dict], None]:

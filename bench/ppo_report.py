@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Student's t, by number of seeds
+SYSTEMS = ("shared", "separate", "trl")
 NAMES = {"shared": "rlhf_fast, shared trunk", "separate": "rlhf_fast, separate critic", "trl": "TRL 1.12.0"}
 
 
@@ -30,21 +31,46 @@ def lines(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
 
 
+def over_trl(row: dict, name: str) -> str:
+    """The median of the ratios within a round, and their range."""
+    each = sorted(r[name] / r["trl"] for r in row["rounds"])
+    return f"{statistics.median(each):.2f}x ({each[0]:.2f}-{each[-1]:.2f})"
+
+
 def speed(part: dict) -> str:
-    rows = []
-    for name, rate in part["tokens_per_cpu_second"].items():
-        each = sorted(r[name] / r["trl"] for r in part["rounds"])
-        over = f"{statistics.median(each):.2f}x ({each[0]:.2f}-{each[-1]:.2f})" if name != "trl" else "1"
-        rows.append([NAMES[name], f"{rate:.0f}", over])
-    run = part["run"]
+    rows = [
+        [NAMES[name], f"{rate:.0f}", over_trl(part, name) if name != "trl" else "1"]
+        for name, rate in part["tokens_per_cpu_second"].items()
+    ]
+    run, tried = part["run"], ", ".join(str(own["micro_batch_size"]) for own in part["trl_tried"])
     about = (
         f"\nLlama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}; {run['batch_size']} "
         f"prompts of {run['prompt_length'][0]}-{run['prompt_length'][1]} tokens, {run['response_length']} tokens of "
         f"answer, {run['num_ppo_epochs']} epochs, one optimizer step each, micro-batches of {run['micro_batch_size']} "
-        f"(TRL: {part['trl_micro_batch_size']}, the faster of {', '.join(part['trl_by_micro_batch'])}). Median of "
-        f"{len(part['rounds'])} rounds, and the range.\n"
+        f"(TRL: {part['trl']['micro_batch_size']}, the faster of {tried}). Median of {len(part['rounds'])} rounds, "
+        "and the range.\n"
     )
     return lines(["", "response tokens per CPU-second", "over TRL"], rows) + "\n" + about + source(part)
+
+
+def precision(bf16: bool) -> str:
+    return "bfloat16" if bf16 else "float32"
+
+
+def speeds(part: dict) -> str:
+    rows = []
+    for row in part["rows"]:
+        rates, peak = row["tokens_per_cpu_second"], row["peak_rss"]
+        cells = [f"{row['run']['hidden']}", precision(row["run"]["bf16"])]
+        for name in SYSTEMS[:2]:
+            cells += [f"{rates[name]:.0f}", over_trl(row, name), f"{peak[name] / peak['trl']:.2f}x"]
+        trl = f"{rates['trl']:.0f} ({precision(row['trl']['bf16'])}, micro-batches of {row['trl']['micro_batch_size']})"
+        rows.append([*cells, trl])
+    each = ["tokens per CPU-second", "over TRL", "peak memory over TRL's"]
+    head = ["width", "", *(f"{NAMES[n].removeprefix('rlhf_fast, ')}: {c}" for n in SYSTEMS[:2] for c in each), "TRL"]
+    rounds = len(part["rows"][0]["rounds"])
+    about = f"\nMedian of {rounds} rounds, and the range.\n" if rounds > 1 else "\n1 round.\n"
+    return lines(head, rows) + "\n" + about + source(part)
 
 
 def memory(part: dict) -> str:
@@ -242,9 +268,8 @@ def gpu_table(part: dict) -> str:
     head = ["", "micro-batch", "rollout, tokens/s", "scoring and update", "in all", "over TRL's best"]
     head += ["peak allocated, GiB", "reserved"]
     packages = ", ".join(f"{name} {part['packages'][name]}" for name in ("torch", "trl"))
-    precision = "bfloat16" if part["run"]["bf16"] else "float32"
     about = (
-        f"\n{part['machine']}, products of training in {precision} on both sides, {packages}, "
+        f"\n{part['machine']}, products of training in {precision(part['run']['bf16'])} on both sides, {packages}, "
         f"commit {short_commit(part['commit'])}, {part['date'][:10]}: `{part['command']}`\n"
     )
     profile = gpu_profile(part) if part["profile"] else "\nThe profile of ours: not yet measured.\n"
@@ -255,7 +280,13 @@ def sections(result: dict, folder: Path) -> dict[str, str]:
     """Section name -> text, for the measured parts; also draws folder/ppo_race.svg."""
     made = {
         f"ppo:{name}": make(result["parts"][name])
-        for name, make in (("speed", speed), ("memory", memory), ("rollout", rollout), ("race", race))
+        for name, make in (
+            ("speed", speed),
+            ("speeds", speeds),
+            ("memory", memory),
+            ("rollout", rollout),
+            ("race", race),
+        )
         if name in result["parts"]
     }
     if "race" in result["parts"]:

@@ -168,6 +168,14 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
             memory = " to ".join(f"{row[name] / row['trl']:.2f}" for row in reversed(parts["memory"]["rows"]))
             title = NAMES[name].removeprefix("rlhf_fast, ")
             lines.append(f"| PPO, {title} | | {parts['speed']['over_trl'][name]:.1f}x | {memory} |")
+        for row in parts.get("speeds", {"rows": []})["rows"]:
+            run, width = row["run"], parts["speed"]["run"]["hidden"]
+            more = ", `bf16`" if run["bf16"] else ""
+            more += f", width {run['hidden']} instead of {width}" if run["hidden"] != width else ""
+            for name in ("shared", "separate"):
+                title, peak = NAMES[name].removeprefix("rlhf_fast, "), row["peak_rss"]
+                memory = f"{peak[name] / peak['trl']:.2f}"
+                lines.append(f"| PPO, {title}{more} | | {row['over_trl'][name]:.1f}x | {memory} |")
     return "\n".join(lines) + "\n"
 
 

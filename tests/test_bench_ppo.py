@@ -256,3 +256,34 @@ def test_what_an_iteration_adds_counts_from_where_its_own_process_began(monkeypa
     rows = [{"vocab": 8192, "shared": 200e6, "separate": 300e6, "trl": 400e6}]
     before = {"shared": 100e6, "separate": 100e6, "trl": 200e6}
     assert "| 0.50x, 1.00x |" in ppo_report.memory({"rows": rows, "before_the_first_step": before})
+
+
+def test_trl_is_compared_in_its_fastest_setting_and_precision(monkeypatch, tmp_path):
+    """With bf16, ours multiplies in bfloat16, and TRL in whatever is faster for it."""
+    ran = []
+
+    def execute(run, trl):
+        ran.append(run)
+        rate = {"shared": 400, "separate": 300, "trl": 100 if run.bf16 else 200}[run.system] + run.micro_batch_size
+        rows = [{"tokens": 100 * rate, "cpu_seconds": 100 * i} for i in range(1, run.iterations + 1)]
+        return {"rows": rows, "peak_rss": 1000 + len(run.system)}
+
+    monkeypatch.setattr(bench_ppo, "execute", execute)
+    options = SimpleNamespace(
+        iterations=3, rounds=2, small=False, micro=(16, 64), trl=tmp_path, save=lambda result: saved.append(result)
+    )
+    saved = []
+    part = bench_ppo.speeds(options)
+    assert part in saved
+    found = [(row["run"]["hidden"], row["run"]["bf16"], row["trl"]) for row in part["rows"]]
+    best = {"micro_batch_size": 64, "bf16": False}
+    assert found == [(128, True, best), (512, False, best), (512, True, best)]
+    assert part["rows"][0]["over_trl"] == {"shared": 416 / 264, "separate": 316 / 264}
+    assert sum(run.system == "trl" for run in ran) == (4 + 2) + (2 + 2) + (2 + 2)  # those of float32 once
+    assert all(run.bf16 == (run.system != "trl") for run in ran[4:10])
+    monkeypatch.setattr(ppo_report, "source", lambda part: "")
+    table = ppo_report.speeds(part)
+    assert "| 512 | bfloat16 | 416 | 1.58x (1.58-1.58) | 1.00x | 316 |" in table
+    assert "| 264 (float32, micro-batches of 64) |" in table
+    speed = bench_ppo.speed(options)
+    assert speed["run"]["hidden"] == 128 and "(TRL: 64, the faster of 16, 64)" in ppo_report.speed(speed)
