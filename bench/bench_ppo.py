@@ -1,9 +1,10 @@
 """PPO end to end, ours against TRL 1.12.0: same Llama, prompts, reward and settings; runs take turns, each a process.
 
-    python bench/bench_ppo.py [--part speed|speeds|memory|rollout|race] ... [--device cuda] [--small]
+    python bench/bench_ppo.py [--part speed|speeds|grpo|memory|rollout|race] ... [--device cuda] [--small]
 
 speed    response tokens per CPU-second of whole iterations: shared trunk, separate critic, TRL (its best micro-batch)
 speeds   the same in bfloat16, and of a wider model in both; TRL in the precision in which it is faster
+grpo     the same of GRPO against TRL 1.16 (8 responses to a prompt, one step a rollout, no KL), short and long prompts
 memory   peak resident memory of such a process at two vocabularies, and the memory it takes before the first step
 rollout  our generation against transformers' generate(), taking turns in one process
 race     reward over CPU-seconds, and over KL, from the same start; five seeds; each system with the best learning rate
@@ -182,6 +183,39 @@ def compared(base: Run, options, known: dict) -> dict:
         "run": asdict(base), "trl": best, "trl_tried": tried, "rounds": rounds, "tokens_per_cpu_second": medians,
         "over_trl": ratios, "peak_rss": peak,
     }  # fmt: skip
+
+
+def grpo(options) -> dict:
+    """Rates as in speed, and peak memory. TRL with its defaults in what a Run does not set, and with the model's own
+    logits in place of its head for a GPU, both with the micro-batch that is faster."""
+    result = {"rows": []}
+    for lengths in ((4, 8), (20, 24)) if options.small else ((16, 48), (192, 256)):
+        base = Run(
+            system="group", hidden=128, prompt_length=lengths, num_generations=8, num_ppo_epochs=1, kl_coef=0.0,
+            iterations=options.iterations,
+        )  # fmt: skip
+        if options.small:
+            base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
+        runs, tried = {"group": base}, []
+        for system in ("trl-grpo", "trl-grpo-logits"):
+            theirs = [replace(base, system=system, micro_batch_size=size) for size in options.micro]
+            sizes = {run.micro_batch_size: rate(execute(run, options.trl)) for run in theirs}
+            tried += [{"system": system, "micro_batch_size": m, "rate": r} for m, r in sizes.items()]
+            runs[system] = replace(base, system=system, micro_batch_size=max(sizes, key=sizes.get))
+        print(f"prompts of {lengths}; TRL:", tried, flush=True)
+        rounds, peaks, names = [], [], list(runs)
+        for i in range(options.rounds):
+            results = {name: execute(runs[name], options.trl) for name in names[i % 3 :] + names[: i % 3]}
+            rounds.append({name: rate(results[name]) for name in names})
+            peaks.append({name: results[name]["peak_rss"] for name in names})
+            print({name: f"{r:.0f} tokens per CPU-second" for name, r in rounds[-1].items()}, flush=True)
+        median = lambda each: {name: statistics.median(r[name] for r in each) for name in each[0]}  # noqa: E731
+        result["rows"].append({
+            "run": asdict(base), "micro_batch_size": {name: run.micro_batch_size for name, run in runs.items()},
+            "trl_tried": tried, "rounds": rounds, "tokens_per_cpu_second": median(rounds), "peak_rss": median(peaks),
+        })  # fmt: skip
+        options.save(result)
+    return result
 
 
 def memory(options) -> dict:
@@ -370,7 +404,7 @@ def attempt(run: Run, trl: Path) -> dict:
     return {name: statistics.median(values) for name, values in rates.items()} | peaks | {"iterations": rates}
 
 
-PARTS = {"speed": speed, "speeds": speeds, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
+PARTS = {"speed": speed, "speeds": speeds, "grpo": grpo, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
 
 
 def saver(part: str, options) -> Callable[[dict], None]:
@@ -382,7 +416,8 @@ def saver(part: str, options) -> Callable[[dict], None]:
     about = provenance(torch.device(options.device), [])
     about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
               "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
-    about["packages"]["trl"] = TRL.split("==")[1]
+    if part != "grpo":
+        about["packages"]["trl"] = TRL.split("==")[1]
     results = json.loads(options.json.read_text()) if options.json.exists() else {"parts": {}}
     before = results["parts"].get(part, {})
 

@@ -31,15 +31,20 @@ def lines(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)])
 
 
-def over_trl(row: dict, name: str) -> str:
+def ratios(row: dict, ours: str, theirs: str = "trl") -> list[float]:
+    """Of each round, sorted."""
+    return sorted(r[ours] / r[theirs] for r in row["rounds"])
+
+
+def over(row: dict, ours: str, theirs: str = "trl") -> str:
     """The median of the ratios within a round, and their range."""
-    each = sorted(r[name] / r["trl"] for r in row["rounds"])
+    each = ratios(row, ours, theirs)
     return f"{statistics.median(each):.2f}x ({each[0]:.2f}-{each[-1]:.2f})"
 
 
 def speed(part: dict) -> str:
     rows = [
-        [NAMES[name], f"{rate:.0f}", over_trl(part, name) if name != "trl" else "1"]
+        [NAMES[name], f"{rate:.0f}", over(part, name) if name != "trl" else "1"]
         for name, rate in part["tokens_per_cpu_second"].items()
     ]
     run, tried = part["run"], ", ".join(str(own["micro_batch_size"]) for own in part["trl_tried"])
@@ -63,13 +68,39 @@ def speeds(part: dict) -> str:
         rates, peak = row["tokens_per_cpu_second"], row["peak_rss"]
         cells = [f"{row['run']['hidden']}", precision(row["run"]["bf16"])]
         for name in SYSTEMS[:2]:
-            cells += [f"{rates[name]:.0f}", over_trl(row, name), f"{peak[name] / peak['trl']:.2f}x"]
+            cells += [f"{rates[name]:.0f}", over(row, name), f"{peak[name] / peak['trl']:.2f}x"]
         trl = f"{rates['trl']:.0f} ({precision(row['trl']['bf16'])}, micro-batches of {row['trl']['micro_batch_size']})"
         rows.append([*cells, trl])
     each = ["tokens per CPU-second", "over TRL", "peak memory over TRL's"]
     head = ["width", "", *(f"{NAMES[n].removeprefix('rlhf_fast, ')}: {c}" for n in SYSTEMS[:2] for c in each), "TRL"]
     rounds = len(part["rows"][0]["rounds"])
     about = f"\nMedian of {rounds} rounds, and the range.\n" if rounds > 1 else "\n1 round.\n"
+    return lines(head, rows) + "\n" + about + source(part)
+
+
+GRPO = {
+    "trl-grpo": "TRL 1.16, its defaults", "trl-grpo-logits": "TRL 1.16, the model's own logits", "group": "rlhf_fast",
+}  # fmt: skip
+
+
+def grpo(part: dict) -> str:
+    rows = []
+    for row in part["rows"]:
+        prompts = "{}-{}".format(*row["run"]["prompt_length"])
+        rates, peak = row["tokens_per_cpu_second"], row["peak_rss"]
+        rows.append([prompts, GRPO["group"], f"{rates['group']:.0f}", "", f"{peak['group'] / 1e6:.0f} MB", ""])
+        for name in ("trl-grpo", "trl-grpo-logits"):
+            cells = [f"{rates[name]:.0f}", over(row, "group", name), f"{peak[name] / 1e6:.0f} MB"]
+            rows.append([prompts, GRPO[name], *cells, f"{peak['group'] / peak[name]:.2f}"])
+    first = part["rows"][0]
+    run, tried = first["run"], sorted({own["micro_batch_size"] for own in first["trl_tried"]})
+    about = (
+        f"\nLlama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}; {run['batch_size']} "
+        f"responses of {run['response_length']} tokens, {run['num_generations']} to a prompt, one step a rollout, no "
+        f"KL; micro-batches of {run['micro_batch_size']} (TRL: the faster of {', '.join(map(str, tried))}). Median of "
+        f"{len(first['rounds'])} rounds, and the range.\n"
+    )
+    head = ["prompt", "", "response tokens per CPU-second", "ours is faster by", "peak memory", "ours over its"]
     return lines(head, rows) + "\n" + about + source(part)
 
 

@@ -36,7 +36,7 @@ QWEN2 = {  # a Run's shape: the sizes of a Qwen2, without its vocabulary
 class Run:
     """The settings of both trainers. One optimizer step takes minibatch_size responses, in micro-batches."""
 
-    system: str = "shared"  # or "separate", or "trl"
+    system: str = "shared"  # or "separate", "trl"; for GRPO "group", "trl-grpo", or "trl-grpo-logits"
     vocab: int = 8192
     hidden: int = 256
     layers: int = 4
@@ -48,6 +48,7 @@ class Run:
     response_length: int = 64
     iterations: int = 4
     num_prompts: int = 512
+    num_generations: int = 1
     learning_rate: float = 3e-4
     kl_coef: float = 0.05
     temperature: float = 1.0
@@ -62,6 +63,10 @@ class Run:
     def good(self) -> range:
         """The tokens that are rewarded."""
         return range(FIRST, FIRST + self.vocab // 10)
+
+    def reward(self, prompts, responses, **columns) -> list[float]:
+        words = [[int(word[1:]) in self.good for word in response.split()] for response in responses]
+        return [sum(row) / self.response_length for row in words]
 
 
 def make_tokenizer(vocab: int):
@@ -140,19 +145,16 @@ def run_ours(run: Run) -> list[dict]:
     from rlhf_fast.decoder import why_no_decoder
     from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
-    def reward(prompts, responses, **columns):
-        words = [[int(word[1:]) in run.good for word in response.split()] for response in responses]
-        return [sum(row) / run.response_length for row in words]
-
     config = PPOConfig(
         output_dir="", seed=run.seed, total_episodes=max(1, run.iterations + run.profile) * run.batch_size,
         batch_size=run.batch_size, minibatch_size=run.minibatch_size, micro_batch_size=run.micro_batch_size,
         num_ppo_epochs=run.num_ppo_epochs, generation_batch_size=run.batch_size, response_length=run.response_length,
         temperature=run.temperature, learning_rate=run.learning_rate, lr_scheduler_type="constant", kl_coef=run.kl_coef,
-        share_trunk=run.system == "shared", bf16=run.bf16,
+        share_trunk=run.system == "shared", bf16=run.bf16, num_generations=run.num_generations,
+        **({"advantage_estimator": "group", "scale_advantages": "group"} if run.system == "group" else {}),
     )  # fmt: skip
     trainer = PPOTrainer(
-        config, make_model(run), reward=reward, tokenizer=make_tokenizer(run.vocab),
+        config, make_model(run), reward=run.reward, tokenizer=make_tokenizer(run.vocab),
         train_dataset=[{"prompt": " ".join(f"t{i}" for i in row)} for row in make_prompts(run)],
     )  # fmt: skip
     if reason := why_no_decoder(trainer.policy):  # it would generate through transformers, and only warn
@@ -301,11 +303,65 @@ def run_trl(run: Run) -> list[dict]:
     return clock.rows
 
 
+def run_grpo_of_trl(run: Run) -> list[dict]:
+    """TRL's GRPOTrainer with its defaults wherever Run does not set something. "trl-grpo-logits": its log-probabilities
+    come from the model's own logits, as in earlier versions of TRL; its own head is made for a GPU."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    clock = Clock(run.device)
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if "completions/mean_length" in logs:
+                clock.row(
+                    tokens=int(logs["completions/mean_length"] * run.batch_size + 0.5), reward=logs["reward"],
+                    entropy=logs["entropy"],
+                )  # fmt: skip
+
+    class FromLogits(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(
+            self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **_
+        ):
+            parts = []
+            for ids, mask in zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
+                with self.accelerator.autocast():
+                    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep + 1)
+                logits = out.logits[:, :-1] / self.temperature
+                logps = selective_log_softmax(logits, ids[:, -logits_to_keep:])
+                parts.append((logps, entropy_from_logits(logits).detach() if compute_entropy else logps))
+            logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+            return logps, entropies if compute_entropy else None, None
+
+    args = GRPOConfig(
+        output_dir="/tmp/trl", report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=run.seed,
+        max_steps=run.iterations * run.num_ppo_epochs, per_device_train_batch_size=run.micro_batch_size,
+        gradient_accumulation_steps=run.minibatch_size // run.micro_batch_size, num_generations=run.num_generations,
+        num_iterations=run.num_ppo_epochs, max_completion_length=run.response_length, temperature=run.temperature,
+        learning_rate=run.learning_rate, lr_scheduler_type="constant", beta=run.kl_coef, bf16=run.bf16,
+        gradient_checkpointing=False, use_cpu=run.device == "cpu",
+    )  # fmt: skip
+    trainer = (FromLogits if run.system == "trl-grpo-logits" else GRPOTrainer)(
+        args=args, processing_class=make_tokenizer(run.vocab), model=make_model(run), callbacks=[Watch()],
+        reward_funcs=lambda prompts, completions, **_: run.reward(prompts, completions),
+        train_dataset=Dataset.from_dict({"prompt": [" ".join(f"t{i}" for i in row) for row in make_prompts(run)]}),
+    )  # fmt: skip
+    clock.begin()
+    if run.iterations:
+        trainer.train()
+    return clock.rows
+
+
+RUN = {"trl": run_trl, "trl-grpo": run_grpo_of_trl, "trl-grpo-logits": run_grpo_of_trl}
+
+
 def main() -> None:
     """Reads a list of runs of one system and writes {"runs": [rows of each], "peak_rss": bytes}."""
     torch.set_num_threads(1)
     runs = [Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())]
-    result = {"runs": [(run_trl if run.system == "trl" else run_ours)(run) for run in runs]}
+    result = {"runs": [RUN.get(run.system, run_ours)(run) for run in runs]}
     result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if runs[-1].device == "cuda":
         result["peak_allocated"] = torch.cuda.max_memory_allocated()

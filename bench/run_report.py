@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 
 from op_report import OURS, source, times
-from ppo_report import NAMES, short_commit
+from ppo_report import NAMES, ratios, short_commit
 
 
 def quickstart(results: list[dict]) -> str:
@@ -176,6 +176,13 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
                 title, peak = NAMES[name].removeprefix("rlhf_fast, "), row["peak_rss"]
                 memory = f"{peak[name] / peak['trl']:.2f}"
                 lines.append(f"| PPO, {title}{more} | | {row['over_trl'][name]:.1f}x | {memory} |")
+    for row in parts.get("grpo", {"rows": []})["rows"]:
+        cells, peak = [], row["peak_rss"]
+        for name in ("trl-grpo", "trl-grpo-logits"):
+            cells.append(f"{statistics.median(ratios(row, 'group', name)):.1f}x")
+        memory = ", ".join(f"{peak['group'] / peak[name]:.2f}" for name in ("trl-grpo", "trl-grpo-logits"))
+        prompts = "{} to {}".format(*row["run"]["prompt_length"])
+        lines.append(f"| GRPO, prompts of {prompts} tokens | {cells[0]} | {cells[1]} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

@@ -490,6 +490,14 @@ class Decoder:
         self.slot += 1
         return logits
 
+    def repeat(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row rows[i], so there may be more rows than before."""
+        for buffers in (self.keys, self.values):
+            for i, buffer in enumerate(buffers):
+                buffers[i] = buffer[rows]
+        self.positions = self.positions[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
+
     def keep(self, rows: Tensor) -> None:
         """Drops all other rows. The buffers stay in place, and these rows move to the front of them."""
         filled = slice(self.capacity if self.fixed else self.filled)

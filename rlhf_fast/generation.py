@@ -240,7 +240,8 @@ def _warn_once(message: str) -> None:
 
 def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16) -> tuple[Tensor, Tensor]:
     """-> (B, max_new_tokens) tokens and their log-probabilities. After its first stop token a row holds stops[0]."""
-    ids, mask = (x.to(model.device) for x in pad(prompts, stops[0], left=True))
+    different = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each is read once
+    ids, mask = (x.to(model.device) for x in pad(list(different), stops[0], left=True))
     decoder = Decoder(model, ids, mask, max_new_tokens, bf16)
     step = _Graph(decoder) if ids.is_cuda else decoder.step
     # Finished rows leave only once they are a large share of the batch, because removing them costs about a step: the
@@ -252,6 +253,10 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16)
     alive = torch.arange(len(prompts), device=ids.device)  # (rows in the batch,): the prompt that each row answers
     done = torch.zeros_like(alive, dtype=torch.bool)
     logits = decoder.start()
+    if len(different) < len(prompts):
+        copies = torch.tensor([different[tuple(prompt)] for prompt in prompts], device=ids.device)
+        decoder.repeat(copies)
+        logits = logits[copies]
     for t in range(max_new_tokens):
         token, logprob = choose(logits, None if uniforms is None else uniforms[alive, t])
         token.masked_fill_(done, stops[0])

@@ -58,7 +58,10 @@ def packed_attention(
             k, v = (torch.cat([x[parent][:, :, :shared], own], dim=2) for x, own in ((keys, k), (values, v)))
         mask = None
         if q.shape[2] != k.shape[2] or (sliding_window is not None and k.shape[2] > sliding_window):
-            mask = _mask(at, k.shape[2], sliding_window)
+            made = i, id(read), sliding_window, q.dtype
+            if made not in packed.masks:  # with `read`, so that no other tensor gets its id
+                packed.masks[made] = _mask(at, k.shape[2], sliding_window, q), read
+            mask, _ = packed.masks[made]
         options = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
@@ -71,10 +74,11 @@ def _counts(packed: Packed, read: Tensor) -> list[int]:
     return before.diff(prepend=before.new_zeros(1)).tolist()
 
 
-def _mask(at: Tensor, keys: int, window: int | None) -> Tensor:
-    """(Q, K) bool mask for queries at these positions: causal, and at most `window` tokens back."""
+def _mask(at: Tensor, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """(Q, K), added to the scores of queries at these positions: causal, and at most `window` tokens back."""
     distance = at[:, None] - torch.arange(keys, device=at.device)
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import parallel
 from .data.chat import Text, decode_responses
-from .data.collate import pad
+from .data.collate import MIN_SHARED, Packed, pad
 from .data.formats import Prompt
 from .errors import ConfigError
 from .generation import draw_uniforms, generate_with_logprobs
@@ -232,25 +232,57 @@ def right_padded(rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor, Tensor
     return ids.gather(1, real_first), positions, rollout.response_ids[rows][row, column]
 
 
+def packed_rows(rollout: Rollout, rows: Tensor) -> tuple[Packed, Tensor, Tensor]:
+    """b rows end to end -> Packed, positions (N,) in it, labels (N,); positions and labels as in right_padded.
+
+    Neighbours with the same prompt share it, all but its last token, which predicts the first of each response:
+
+    tokens      p0 p1 p2 a0 a1 | p2 b0 b1 b2      responses a0 a1 a2 and b0 b1 b2 b3; no token follows the last ones
+    positions         x  x  x    x  x  x  x
+    """
+    prompt_lengths, read_lengths = (mask[rows].sum(1).tolist() for mask in (rollout.prompt_mask, rollout.read_mask))
+    sequences, prefixes, positions, labels = [], [], [], []
+    first, before, start = 0, None, 0
+    for i, size, read in zip(rows.tolist(), prompt_lengths, read_lengths, strict=True):
+        prompt, response = rollout.prompt_ids[i, -size:], rollout.response_ids[i, :read]
+        same = before is not None and size > MIN_SHARED and torch.equal(prompt, before)
+        first, before, shared = (first, before, size - 1) if same else (len(sequences), prompt, 0)
+        sequences.append(torch.cat([prompt, response[:-1]]))
+        prefixes.append((first, shared))
+        learned = rollout.response_mask[i, :read].nonzero().squeeze(1)
+        positions.append(start + size - 1 - shared + learned)
+        labels.append(response[learned])
+        start += len(sequences[-1]) - shared
+    return Packed.of(sequences, prefixes), torch.cat(positions), torch.cat(labels)
+
+
 def minibatches(
     lengths: Tensor, minibatch_size: int, micro_batch_size: int | None = None, *, micro_batch_tokens: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, group: int = 1, together: bool = False,
 ) -> list[list[Tensor]]:  # fmt: skip
     """(B,) lengths -> [minibatch][micro-batch] -> row numbers. Every row occurs once; a generator shuffles them.
 
-    The rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding. A
-    micro-batch has at most micro_batch_size rows and micro_batch_tokens tokens with padding, but at least one row.
+    group: this many consecutive rows (the responses to one prompt) are shuffled as one, so a minibatch has whole groups
+    if its size is a multiple of theirs. together: the same for micro-batches, if they may have as many rows; otherwise
+    the rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding.
+    A micro-batch has at most micro_batch_size rows and micro_batch_tokens tokens with padding, but at least one row.
     """
-    order = torch.arange(len(lengths)) if generator is None else torch.randperm(len(lengths), generator=generator)
+    groups = torch.arange(len(lengths) // group)
+    if generator is not None:
+        groups = torch.randperm(len(groups), generator=generator)
+    order = (groups[:, None] * group + torch.arange(group)).flatten()
     plan = []
     for rows in order.to(lengths.device).split(minibatch_size):
-        rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        if not together:
+            rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+        longest = lengths[rows].flip(0).cummax(0).values.flip(0).tolist()  # from each row on
         sizes, start = [], 0
-        widths = lengths[rows].tolist()
         while start < len(rows):
             max_rows = micro_batch_size or len(rows)
             if micro_batch_tokens is not None:
-                max_rows = min(max_rows, max(1, micro_batch_tokens // widths[start]))
+                max_rows = min(max_rows, max(1, micro_batch_tokens // longest[start]))
+            if together and max_rows > group:
+                max_rows -= max_rows % group
             sizes.append(min(max_rows, len(rows) - start))
             start += sizes[-1]
         plan.append(list(rows.split(sizes)))

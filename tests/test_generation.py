@@ -538,6 +538,30 @@ def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
             logits = [d.step(x.argmax(-1)) for d, x in zip(decoders, logits, strict=True)]
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "in the form of CUDA graphs"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts, monkeypatch):
+    class Fixed(Decoder):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.fixed = fixed
+
+    monkeypatch.setattr(generation, "Decoder", Fixed)
+    model, several = with_opinions(name), [prompts[i] for i in (2, 0, 0, 1, 2, 0)]
+    read = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0].numel()))
+    answers, logprobs = generate_with_logprobs(
+        model, several, max_new_tokens=6, eos_token_id=EOS, generator=torch.Generator().manual_seed(3)
+    )
+    assert read[0] == sum(map(len, prompts[:3])) and len(set(map(tuple, answers))) > 3
+    drawn = torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for i, prompt in enumerate(several):
+        alone, logps = generate_with_logprobs(
+            model, [prompt], max_new_tokens=6, eos_token_id=EOS, generator=drawn[i : i + 1]
+        )
+        assert alone[0] == answers[i] and logps[0] == pytest.approx(logprobs[i], abs=1e-5)
+
+
 def test_an_answer_does_not_depend_on_its_batch(model, prompts):
     together = sampled(model, prompts)
     assert len({len(row) for row in together}) > 1  # some rows left the batch early

@@ -30,6 +30,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf_fast import SFTConfig, SFTTrainer, models
+from rlhf_fast import packing as packing_module
 from rlhf_fast.data.chat import Encoded
 from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
 from rlhf_fast.data.formats import Comparison
@@ -160,6 +161,22 @@ def test_what_two_sequences_share_is_computed_once(architecture):
     expected = alone(model, rows)
     own = torch.cat([expected[:20], expected[33:40], expected[53:]])
     torch.testing.assert_close(together(model, packed), own, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_share_a_mask(monkeypatch):
+    """Else each layer would keep one for its backward."""
+    made, mask = [], packing_module._mask
+    monkeypatch.setattr(packing_module, "_mask", lambda *arguments: made.append(mask(*arguments)) or made[-1])
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=32, **(SIZES | {"num_hidden_layers": 4})))
+    tokens = torch.arange(20)
+    packed = Packed.of([tokens, tokens, tokens.flip(0)], [(0, 0), (0, 8), (0, 0)])
+    with packing(model):
+        for read in (torch.arange(4, 30, 3), torch.arange(2, 40, 5)):
+            before = len(made)
+            expected = packed_hidden_states(model, Packed.of([tokens, tokens, tokens.flip(0)], packed.prefixes), read)
+            count, made[before:] = len(made) - before, []
+            torch.testing.assert_close(packed_hidden_states(model, packed, read), expected, atol=0, rtol=0)
+    assert count == 4 and len(made) == 1 + 2 * 3  # one for the shared prefix, and of each sequence for what is read
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Packed:
     position_ids: Tensor  # (1, N) int64
     lengths: list[int]
     prefixes: list[tuple[int, int]]
+    masks: dict = field(default_factory=dict)  # of packed_attention: all layers share them, and so does the backward
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor | np.ndarray], prefixes: list[tuple[int, int]] | None = None) -> Packed:

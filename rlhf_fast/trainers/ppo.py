@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from .. import parallel
 from ..advantages import KLController, RunningStd, kl_shaped_rewards, sequence_advantages, shaped_scores
 from ..data.chat import copied
+from ..data.collate import Packed
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
 from ..errors import ConfigError
@@ -52,6 +53,7 @@ from ..models import (
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
+from ..packing import packed_hidden_states, packing
 from ..rewards import make_reward, score_components
 from ..rollout import (
     Rollout,
@@ -59,6 +61,7 @@ from ..rollout import (
     generate,
     make_rollout,
     minibatches,
+    packed_rows,
     right_padded,
     rollout_metrics,
     text_metrics,
@@ -67,7 +70,7 @@ from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common, optimizers
 from .ppo_config import PPOConfig, check_eval_rewards
-from .ppo_networks import check_rewards, choose_critic, choose_reference, prepare_networks
+from .ppo_networks import check_rewards, choose_critic, choose_reference, prepare_networks, shares_prompts
 from .run import RunResult, run_training
 
 
@@ -128,6 +131,7 @@ class PPOTrainer:
         self.value_model = choose_critic(self.policy, value_model, config)
         check_rewards(self, longest_prompt)
         prepare_networks(self, self._networks(), longest, advice)
+        self.packed = shares_prompts(self._trunks(), longest_prompt, longest, config)
         common.share_out(self._networks(), config, self.data, self.eval_prompts)
 
         self.step, self.whole = 0, True
@@ -160,7 +164,8 @@ class PPOTrainer:
         if bool(rollout.raw_scores.isfinite().all()):
             self.whole = False
             rollout.scores = self._shape(rollout)
-            plan = [self._minibatches(rollout, generator) for _ in range(config.num_ppo_epochs)]
+            group = config.num_generations
+            plan = [self._minibatches(rollout, generator, group) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0])
             self._advantages(rollout)
             clock.append(time.perf_counter())
@@ -256,7 +261,9 @@ class PPOTrainer:
             length_budget=config.length_budget,
         )  # fmt: skip
 
-    def _minibatches(self, rollout: Rollout, generator: torch.Generator | None = None) -> list[list[Tensor]]:
+    def _minibatches(
+        self, rollout: Rollout, generator: torch.Generator | None = None, group: int = 1
+    ) -> list[list[Tensor]]:
         config, micro_batch_size = self.config, self.config.micro_batch_size
         if parallel.size() > 1:  # enough micro-batches for every process, to give all about equally many tokens
             share = config.minibatch_size // parallel.size()
@@ -266,7 +273,7 @@ class PPOTrainer:
                 micro_batch_size = max(1, share // 4)
         return minibatches(
             rollout.lengths, config.minibatch_size, micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
-            generator=generator,
+            generator=generator, group=group, together=self.packed,
         )  # fmt: skip
 
     def _share(self, rollout: Rollout, minibatch: list[Tensor]) -> list[Tensor]:
@@ -280,9 +287,9 @@ class PPOTrainer:
         filled = ["logprobs", "ref_logprobs", *(["values"] if self.value_model else [])]
         for name in filled:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
-        with self.gathered(), parallel.raise_in_all():
+        with self.gathered(), parallel.raise_in_all(), self._packing():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
-                inputs = right_padded(rollout, rows)
+                inputs = self._layout(rollout, rows)
                 hidden, values = self._forward(rollout, rows, inputs)
                 rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
                 if values is not None:
@@ -291,31 +298,43 @@ class PPOTrainer:
         for name in filled:
             parallel.all_reduce_sum(getattr(rollout, name))  # each row is 0 in all processes but one
 
+    @property
+    def _layout(self) -> Callable[[Rollout, Tensor], tuple]:
+        return packed_rows if self.packed else right_padded
+
+    def _packing(self) -> ExitStack:
+        """The context in which models read rows that are packed, for the backward too."""
+        stack = ExitStack()
+        for network in self._trunks() if self.packed else ():
+            stack.enter_context(packing(network))
+        return stack
+
     def _forward(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
-        """Policy and critic on b rows, inputs = right_padded(rollout, rows) -> the policy's (N, D) hidden states that
+        """Policy and critic on b rows, inputs = _layout(rollout, rows) -> the policy's (N, D) hidden states that
         predict the N response tokens, and (b, R) values, 0 outside the mask.
 
         Scoring and training both call this, so that their numbers are equal.
         """
-        input_ids, positions, _ = inputs
-        hidden = critic_hidden = self._hidden_states(self.policy, input_ids, positions)
+        tokens, positions, _ = inputs
+        hidden = critic_hidden = self._hidden_states(self.policy, tokens, positions)
         if self.value_model is None:
             return hidden, None
         if not self.config.share_trunk:
-            critic_hidden = self._hidden_states(self.value_model.model, input_ids, positions)
+            critic_hidden = self._hidden_states(self.value_model.model, tokens, positions)
         elif self.config.detach_values or self._warming_up:
             critic_hidden = hidden.detach()
         return hidden, rollout.scatter(rows, self.value_model.head(critic_hidden))
 
-    def _hidden_states(self, model, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def _hidden_states(self, model, tokens: Tensor | Packed, positions: Tensor) -> Tensor:
+        read = packed_hidden_states if self.packed else hidden_states_at
         with common.autocast(model, self.config.bf16):
-            hidden = hidden_states_at(model, input_ids, positions)
+            hidden = read(model, tokens, positions)
         return hidden.bfloat16() if self.config.bf16 else hidden
 
-    def _reference_logprobs(self, input_ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+    def _reference_logprobs(self, tokens: Tensor | Packed, positions: Tensor, labels: Tensor) -> Tensor:
         with adapters_off(self.policy) if self.reference is None else nullcontext():
             model = self.policy if self.reference is None else self.reference
-            return self._logprobs(model, self._hidden_states(model, input_ids, positions), labels)
+            return self._logprobs(model, self._hidden_states(model, tokens, positions), labels)
 
     def _logprobs(self, model, hidden: Tensor, labels: Tensor) -> Tensor:
         hidden, weight, bias, softcap = lm_head(model, hidden)
@@ -385,7 +404,7 @@ class PPOTrainer:
         The losses are divided by the number of tokens (or sequences) in the whole minibatch, so the split changes only
         the memory (with several processes also the time), not the gradient.
         """
-        with common.learning_together(self.config):
+        with common.learning_together(self.config), self._packing():
             parts = self._backward(rollout, minibatch)
         largest = parallel.all_reduce_max(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
         sums = parallel.all_reduce_sum(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))
@@ -407,7 +426,7 @@ class PPOTrainer:
             parts = as_many(parts, (minibatch[-1][-1:], False))
         for rows, counts in parts:
             mask = rollout.response_mask[rows] & counts
-            hidden, values = self._forward(rollout, rows, right_padded(rollout, rows))
+            hidden, values = self._forward(rollout, rows, self._layout(rollout, rows))
             loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
             share = p["num_tokens"] / num_tokens
             stats = _policy_statistics(p, share, per_token)
@@ -543,6 +562,10 @@ class PPOTrainer:
         """The models that read prompt and response in the policy's tokens."""
         networks = (self.policy, self.reference, self.value_model and self.value_model.model)
         return [x for x in networks if x is not None]  # `if x` would call __len__, which raises for a compiled model
+
+    def _trunks(self) -> list[nn.Module]:
+        """Those with a trunk of their own, which is the one that scoring and training call."""
+        return [x for x in self._networks() if not (self.config.share_trunk and x is self.value_model.model)]
 
 
 def _policy_statistics(p: dict[str, Tensor], share: Tensor, per_token: Tensor | float) -> dict[str, Tensor]:

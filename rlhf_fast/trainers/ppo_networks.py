@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from ..data.collate import MIN_SHARED
 from ..data.formats import Prompt
 from ..errors import ConfigError
 from ..models import (
@@ -20,6 +22,7 @@ from ..models import (
     stop_at_eos,
     unwrapped,
 )
+from ..packing import why_not_packed
 from ..rewards import check_room, check_signature
 from . import common
 from .ppo_config import PPOConfig
@@ -82,3 +85,20 @@ def prepare_networks(trainer, networks: Iterable[nn.Module], longest: int, advic
             check_lm_head(reference)
     stop_at_eos(policy, trainer.tokenizer)
     common.check_bf16(config.bf16, policy.device)
+
+
+def shares_prompts(networks: Iterable[nn.Module], longest_prompt: Prompt, longest: int, config: PPOConfig) -> bool:
+    """Whether the responses to a prompt are scored and learned from in one row, where the prompt is computed once for
+    all of them (rollout.packed_rows). Warns if a model cannot do that.
+
+    On a GPU each response is a row of its own, because attention would be a launch per response (not measured yet).
+    """
+    if config.num_generations == 1 or len(longest_prompt) <= MIN_SHARED:
+        return False
+    for network in networks:
+        if network.device.type != "cpu":
+            return False
+        if reason := why_not_packed(network, longest, config.bf16):
+            warnings.warn(f"the prompt is computed again for each of its responses: {reason}", stacklevel=3)
+            return False
+    return True

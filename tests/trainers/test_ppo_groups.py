@@ -1,0 +1,145 @@
+"""Several responses to a prompt: it is computed once for all of them, and nothing else changes."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_tokenizer
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf_fast.packing import packed_hidden_states, packing
+from rlhf_fast.rollout import make_rollout, minibatches, packed_rows, right_padded
+from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
+from rlhf_fast.trunk import hidden_states_at
+
+WORDS = ("one", "two", "three", "four", "cat", "sat", "on", "mat")
+LONG = [{"prompt": " ".join([f"say {word}", *WORDS[:k] * 3])} for k, word in enumerate(WORDS)]  # 2 to 23 words
+
+
+def score(prompts, responses, **columns):
+    return [len(set(response)) / 10 + (sum(map(ord, response)) % 97) / 970 for response in responses]
+
+
+def make_trainer(tmp_path, model=None, prompts=LONG, **options):
+    tokenizer = tiny_tokenizer()
+    defaults = {
+        "output_dir": str(tmp_path), "total_episodes": 64, "batch_size": 32, "minibatch_size": 16, "num_generations": 4,
+        "advantage_estimator": "group", "scale_advantages": "group", "response_length": 7, "num_ppo_epochs": 2,
+        "temperature": 0.8, "learning_rate": 3e-3,
+    }  # fmt: skip
+    model = tiny_model(tokenizer) if model is None else model
+    return PPOTrainer(
+        PPOConfig(**(defaults | options)), model, tokenizer=tokenizer, reward=score, train_dataset=prompts
+    )
+
+
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer()), **sizes, attn_pdrop=0.0, resid_pdrop=0.0))
+
+
+def a_rollout(trainer, mask=None):
+    """Four responses of 1 to 7 tokens to each of four prompts, two of which are short."""
+    prompts = [trainer.prompts[i] for i in (0, 3, 5, 7) for _ in range(4)]
+    generator = torch.Generator().manual_seed(0)
+    answers = [torch.randint(3, 20, (1 + i % 7,), generator=generator).tolist() for i in range(16)]
+    return make_rollout(trainer.tokenizer, prompts, answers, env_mask=mask and [mask(row) for row in answers])
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_model(tiny_tokenizer()), gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("tool", [False, True])
+def test_the_hidden_states_are_those_of_a_row_for_each_response(tmp_path, build, tool):
+    """llama runs in trunk.py, gpt2 through transformers. A tool's tokens are read and not learned."""
+    trainer = make_trainer(tmp_path, build())
+    mask = (lambda row: [j % 3 != 1 or len(row) < 3 for j in range(len(row))]) if tool else None
+    rollout, rows = a_rollout(trainer, mask), torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    rows = torch.cat([torch.arange(8), rows[rows > 7]])  # two groups as they are, the others out of order
+    row, where, labels = packed_rows(rollout, rows)
+    ids, positions, expected_labels = right_padded(rollout, rows)
+    assert torch.equal(labels, expected_labels) and (where.diff() > 0).all()
+    tokens = rollout.lengths[rows].sum() - len(rows)  # the last token of each predicts nothing
+    longest = int(rollout.prompt_mask[4:8].sum(1)[0])
+    assert longest > 10 and row.input_ids.shape[1] <= tokens - 3 * (longest - 1) * (longest > 16)
+    seen = []
+    for context, read, *inputs in (
+        (packing(trainer.policy), packed_hidden_states, row, where),
+        (nullcontext(), hidden_states_at, ids, positions),
+    ):
+        with context:
+            hidden = read(trainer.policy, *inputs)
+            (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        seen.append([hidden.detach(), *(p.grad for p in trainer.policy.parameters() if p.grad is not None)])
+        trainer.policy.zero_grad()
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_holds_each_prompt_once(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rollout = a_rollout(trainer)
+    row = packed_rows(rollout, torch.arange(16))[0]
+    of_prompts, of_responses = rollout.prompt_mask.sum(1).tolist(), rollout.response_mask.sum(1).tolist()
+    shared = [0 if i % 4 == 0 or of_prompts[i] <= 16 else of_prompts[i] - 1 for i in range(16)]
+    assert {0, 17, 23} <= {*shared, 17, 23} and max(shared) > 16
+    lengths = [p + r - 1 - s for p, r, s in zip(of_prompts, of_responses, shared, strict=True)]
+    assert row.lengths == lengths and row.input_ids.shape == (1, sum(lengths))
+    assert [n for _, n in row.prefixes] == shared and row.prefixes[15] == (12, shared[15])
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"advantage_estimator": "gae", "scale_advantages": "batch"},
+    {"advantage_estimator": "gae", "scale_advantages": "batch", "share_trunk": True}, {"micro_batch_size": 8},
+    {"micro_batch_size": 3}, {"micro_batch_tokens": 100}, {"lora_r": 2}, {"bf16": True},
+], ids=str)  # fmt: skip
+def test_a_run_is_that_of_a_row_for_each_response(tmp_path, options, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: True)
+    runs, saved = [], tmp_path / "base"  # adapters need a base that is saved
+    tiny_model(tiny_tokenizer()).save_pretrained(saved)
+    for alone in (False, True):
+        with monkeypatch.context() as patch:
+            if alone:
+                patch.setattr("rlhf_fast.trainers.ppo.shares_prompts", lambda *_: False)
+            trainer = make_trainer(tmp_path, saved if "lora_r" in options else None, **options)
+        assert trainer.packed is not alone
+        read = []  # tokens, in generation too
+        trainer.policy.get_input_embeddings().register_forward_pre_hook(
+            lambda _, x, read=read: read.append(x[0].numel())
+        )
+        metrics = next(iter(trainer))
+        assert metrics["policy/first_minibatch_max_abs_log_ratio"] == 0.0
+        runs.append(({k: float(v) for k, v in metrics.items() if not k.startswith(("timing", "perf"))}, sum(read)))
+    (ours, few), (theirs, many) = runs
+    tolerance = 2e-2 if options.get("bf16") else 2e-4
+    assert ours == pytest.approx(theirs, rel=10 * tolerance, abs=tolerance)
+    assert few < (0.97 if "micro_batch_tokens" in options else 0.8) * many  # few rows fit into 100 tokens
+
+
+def test_groups_stay_together():
+    lengths = torch.tensor([9, 3, 4, 2, 8, 8, 1, 5, 6, 7, 2, 2])
+    generator = torch.Generator().manual_seed(0)
+    plan = minibatches(lengths, 8, 5, generator=generator, group=4, together=True)
+    assert [[len(rows) for rows in minibatch] for minibatch in plan] == [[4, 4], [4]]
+    groups = [rows.tolist() for minibatch in plan for rows in minibatch]
+    assert sorted(groups) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] != groups
+    # Longer micro-batches than the limit allows are split, also inside a group; the longest row to come counts.
+    (minibatch,) = minibatches(lengths, 12, None, micro_batch_tokens=20, group=4, together=True)
+    assert [rows.tolist() for rows in minibatch] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    (minibatch,) = minibatches(lengths, 12, 6, group=4, together=True)
+    assert [len(rows) for rows in minibatch] == [4, 4, 4]
+    # With padding the rows of a minibatch of whole groups are sorted by length.
+    first, second = minibatches(lengths, 8, 4, group=4)
+    assert [lengths[rows].tolist() for rows in first] == [[9, 8, 8, 5], [4, 3, 2, 1]] and len(second) == 1
+
+
+def test_what_cannot_share_is_said_or_has_no_need(tmp_path, recwarn):
+    assert not make_trainer(tmp_path, prompts=LONG[:1]).packed  # shorter than what sharing costs
+    one = {"num_generations": 1, "advantage_estimator": "reinforce", "scale_advantages": "batch"}
+    assert not make_trainer(tmp_path, **one).packed
+    assert not recwarn.list
+    AttentionInterface.register("another", lambda *arguments, **options: sdpa_attention_forward(*arguments, **options))
+    model = tiny_model(tiny_tokenizer())
+    model.config._attn_implementation = "another"
+    with pytest.warns(UserWarning, match="computed again for each of its responses: LlamaForCausalLM uses another"):
+        assert not make_trainer(tmp_path, model).packed
