@@ -309,17 +309,8 @@ def gpu_table(part: dict) -> str:
 
 def sections(result: dict, folder: Path) -> dict[str, str]:
     """Section name -> text, for the measured parts; also draws folder/ppo_race.svg."""
-    made = {
-        f"ppo:{name}": make(result["parts"][name])
-        for name, make in (
-            ("speed", speed),
-            ("speeds", speeds),
-            ("memory", memory),
-            ("rollout", rollout),
-            ("race", race),
-        )
-        if name in result["parts"]
-    }
+    makers = {"speed": speed, "speeds": speeds, "grpo": grpo, "memory": memory, "rollout": rollout, "race": race}
+    made = {f"ppo:{name}": make(result["parts"][name]) for name, make in makers.items() if name in result["parts"]}
     if "race" in result["parts"]:
         picture(result["parts"]["race"], folder / "ppo_race.svg")
     return made

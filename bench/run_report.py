@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 
 from op_report import OURS, source, times
-from ppo_report import NAMES, ratios, short_commit
+from ppo_report import ratios, short_commit
 
 
 def quickstart(results: list[dict]) -> str:
@@ -163,19 +163,17 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
         name += f", width {settings['hidden']} instead of {width}" if settings["hidden"] != width else ""
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
     parts = ppo["parts"] if ppo else {}
-    if {"speed", "memory"} <= parts.keys():
-        for name in ("shared", "separate"):
-            memory = " to ".join(f"{row[name] / row['trl']:.2f}" for row in reversed(parts["memory"]["rows"]))
-            title = NAMES[name].removeprefix("rlhf_fast, ")
-            lines.append(f"| PPO, {title} | | {parts['speed']['over_trl'][name]:.1f}x | {memory} |")
-        for row in parts.get("speeds", {"rows": []})["rows"]:
-            run, width = row["run"], parts["speed"]["run"]["hidden"]
-            more = ", `bf16`" if run["bf16"] else ""
-            more += f", width {run['hidden']} instead of {width}" if run["hidden"] != width else ""
-            for name in ("shared", "separate"):
-                title, peak = NAMES[name].removeprefix("rlhf_fast, "), row["peak_rss"]
-                memory = f"{peak[name] / peak['trl']:.2f}"
-                lines.append(f"| PPO, {title}{more} | | {row['over_trl'][name]:.1f}x | {memory} |")
+    if "speed" in parts:
+        base, measured = parts["speed"], [parts["speed"], *parts.get("speeds", {"rows": []})["rows"]]
+        for row in measured:
+            run, peak = row["run"], row["peak_rss"]
+            name = "PPO, shared trunk and separate critic" if row is base else "the same"
+            name += ", `bf16`" if run["bf16"] else ""
+            width = base["run"]["hidden"]
+            name += f", width {run['hidden']} instead of {width}" if run["hidden"] != width else ""
+            over = ", ".join(f"{row['over_trl'][system]:.1f}x" for system in ("shared", "separate"))
+            memory = ", ".join(f"{peak[system] / peak['trl']:.2f}" for system in ("shared", "separate"))
+            lines.append(f"| {name} | | {over} | {memory} |")
     for row in parts.get("grpo", {"rows": []})["rows"]:
         cells, peak = [], row["peak_rss"]
         for name in ("trl-grpo", "trl-grpo-logits"):

@@ -15,6 +15,7 @@ import bench_ppo  # noqa: E402
 import ppo_report  # noqa: E402
 import ppo_worker  # noqa: E402
 import report  # noqa: E402
+import run_report  # noqa: E402
 from ppo_worker import Run  # noqa: E402
 
 SMALL = Run(
@@ -287,3 +288,36 @@ def test_trl_is_compared_in_its_fastest_setting_and_precision(monkeypatch, tmp_p
     assert "| 264 (float32, micro-batches of 64) |" in table
     speed = bench_ppo.speed(options)
     assert speed["run"]["hidden"] == 128 and "(TRL: 64, the faster of 16, 64)" in ppo_report.speed(speed)
+
+
+def test_grpo_is_compared_with_both_heads_of_trl(monkeypatch, tmp_path):
+    def execute(run, trl):
+        rate = {"group": 400, "trl-grpo": 100, "trl-grpo-logits": 200}[run.system] + run.micro_batch_size
+        rows = [{"tokens": 100 * rate, "cpu_seconds": 100 * i} for i in range(1, run.iterations + 1)]
+        return {"rows": rows, "peak_rss": {"group": 300e6}.get(run.system, 600e6)}
+
+    monkeypatch.setattr(bench_ppo, "execute", execute)
+    options = SimpleNamespace(
+        iterations=3, rounds=2, small=False, micro=(16, 64), trl=tmp_path, save=lambda result: None
+    )
+    part = bench_ppo.grpo(options)
+    assert [row["run"]["prompt_length"] for row in part["rows"]] == [(16, 48), (192, 256)]
+    assert part["rows"][0]["micro_batch_size"] == {"group": 16, "trl-grpo": 64, "trl-grpo-logits": 64}
+    monkeypatch.setattr(ppo_report, "source", lambda part: "")
+    part = json.loads(json.dumps(part))
+    table = ppo_report.sections({"parts": {"grpo": part}}, tmp_path)["ppo:grpo"]
+    assert "| 192-256 | TRL 1.16, the model's own logits | 264 | 1.58x (1.58-1.58) | 600 MB | 0.50 |" in table
+    speed = bench_ppo.compared(Run(hidden=128, iterations=3), trl_as(monkeypatch, options), {})
+    stages = run_report.stages([], {"parts": {"grpo": part, "speed": speed}})
+    assert "| GRPO, prompts of 16 to 48 tokens | 2.5x | 1.6x | 0.50, 0.50 |" in stages
+    assert "| PPO, shared trunk and separate critic | | 2.0x, 1.0x | 1.00, 1.00 |" in stages
+
+
+def trl_as(monkeypatch, options):
+    """PPO's systems at rates of 200, 100 and 100."""
+    rows = {"shared": 200, "separate": 100, "trl": 100}
+    result = lambda run, trl: {  # noqa: E731
+        "rows": [{"tokens": rows[run.system], "cpu_seconds": i} for i in range(3)], "peak_rss": 1
+    }  # fmt: skip
+    monkeypatch.setattr(bench_ppo, "execute", result)
+    return options
