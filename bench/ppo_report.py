@@ -94,11 +94,12 @@ def grpo(part: dict) -> str:
             rows.append([prompts, GRPO[name], *cells, f"{peak['group'] / peak[name]:.2f}"])
     first = part["rows"][0]
     run, tried = first["run"], sorted({own["micro_batch_size"] for own in first["trl_tried"]})
+    of_less = "" if any("peak_rss" not in own for own in first["trl_tried"]) else ", and the memory of the smaller peak"
     about = (
         f"\nLlama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}; {run['batch_size']} "
         f"responses of {run['response_length']} tokens, {run['num_generations']} to a prompt, one step a rollout, no "
-        f"KL; micro-batches of {run['micro_batch_size']} (TRL: the faster of {', '.join(map(str, tried))}). Median of "
-        f"{len(first['rounds'])} rounds, and the range.\n"
+        f"KL; micro-batches of {run['micro_batch_size']} (TRL: the faster of {', '.join(map(str, tried))}{of_less}). "
+        f"Median of {len(first['rounds'])} rounds, and the range.\n"
     )
     head = ["prompt", "", "response tokens per CPU-second", "ours is faster by", "peak memory", "ours over its"]
     return lines(head, rows) + "\n" + about + source(part)

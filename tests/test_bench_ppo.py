@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -294,7 +295,10 @@ def test_grpo_is_compared_with_both_heads_of_trl(monkeypatch, tmp_path):
     def execute(run, trl):
         rate = {"group": 400, "trl-grpo": 100, "trl-grpo-logits": 200}[run.system] + run.micro_batch_size
         rows = [{"tokens": 100 * rate, "cpu_seconds": 100 * i} for i in range(1, run.iterations + 1)]
-        return {"rows": rows, "peak_rss": {"group": 300e6}.get(run.system, 600e6)}
+        return {
+            "rows": rows,
+            "peak_rss": {"group": 300e6}.get(run.system, 600e6 if run.micro_batch_size == 16 else 2e9),
+        }
 
     monkeypatch.setattr(bench_ppo, "execute", execute)
     options = SimpleNamespace(
@@ -307,6 +311,7 @@ def test_grpo_is_compared_with_both_heads_of_trl(monkeypatch, tmp_path):
     part = json.loads(json.dumps(part))
     table = ppo_report.sections({"parts": {"grpo": part}}, tmp_path)["ppo:grpo"]
     assert "| 192-256 | TRL 1.16, the model's own logits | 264 | 1.58x (1.58-1.58) | 600 MB | 0.50 |" in table
+    assert "(TRL: the faster of 16, 64, and the memory of the smaller peak). Median of 2 rounds" in table
     speed = bench_ppo.compared(Run(hidden=128, iterations=3), trl_as(monkeypatch, options), {})
     stages = run_report.stages([], {"parts": {"grpo": part, "speed": speed}})
     assert "| GRPO, prompts of 16 to 48 tokens | 2.5x | 1.6x | 0.50, 0.50 |" in stages
@@ -321,3 +326,18 @@ def trl_as(monkeypatch, options):
     }  # fmt: skip
     monkeypatch.setattr(bench_ppo, "execute", result)
     return options
+
+
+def test_trl_computes_grpo_from_logits_as_its_own_head_does_and_the_entropy_without_a_graph(monkeypatch):
+    """As TRL's versions with logits did: the entropy is only logged."""
+    utils, with_graph = pytest.importorskip("trl.trainer.utils"), []
+    entropy = utils.entropy_from_logits
+    monkeypatch.setattr(
+        utils, "entropy_from_logits", lambda x: with_graph.append(torch.is_grad_enabled()) or entropy(x)
+    )
+    run = replace(SMALL, temperature=0.7, num_generations=2, kl_coef=0.0)
+    rows = [ppo_worker.run_grpo_of_trl(replace(run, system=name)) for name in ("trl-grpo", "trl-grpo-logits")]
+    assert with_graph == [False] * 4
+    for own, from_logits in zip(*rows, strict=True):
+        assert own["tokens"] == from_logits["tokens"] and own["reward"] == from_logits["reward"]
+        assert own["entropy"] == pytest.approx(from_logits["entropy"], rel=1e-5)
