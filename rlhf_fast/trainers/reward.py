@@ -271,12 +271,12 @@ class RewardTrainer:
         """The first held-out prompts (without an eval_dataset: training prompts), each response with its reward, best
         first. Prompts that on_overlong skipped are missing; responses that it cut are scored as cut."""
         records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
-        rows, reward = [], RewardModelReward(self.model, self.tokenizer)
-        for item in items[: self.config.num_samples]:
+        rows, items, reward = [], items[: self.config.num_samples], RewardModelReward(self.model, self.tokenizer)
+        with self.gathered():
+            scores = [reward.score(item.responses).tolist() for item in items]
+        for item, rewards in zip(items, scores, strict=True):
             texts = [text if isinstance(text, str) else text[-1]["content"] for text in item.texts]
             prompt = records[item.index].get("prompt")
-            with self.gathered():
-                rewards = reward.score(item.responses).tolist()
             if not prompt:  # responses that are messages contain the prompt
                 prompt = "" if isinstance(item.texts[0], str) else item.texts[0][:-1]
             rows += [
