@@ -291,6 +291,14 @@ def test_logits_that_lm_head_alone_does_not_explain_are_refused():
         models.check_lm_head(bert.eval())
 
 
+def test_a_model_that_keeps_the_state_of_its_last_forward_is_copied():
+    model, ids = recurrent_gemma(tiny_tokenizer()), torch.arange(5, 20)[None]
+    reward = models.load_reward_model(model)
+    expected, _ = models.hidden_states(model, ids), models.hidden_states(reward, ids)  # with a graph, as in training
+    for copied in (models.make_reference(model), models.ValueModel.from_reward_model(reward).model):
+        torch.testing.assert_close(models.hidden_states(copied, ids), expected)
+
+
 def test_weights_that_are_nan_or_not_in_memory_are_refused():
     model = llama(tokenizer := tiny_tokenizer())
     torch.nn.init.constant_(model.lm_head.weight, math.nan)

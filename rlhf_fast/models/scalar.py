@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import ConfigError
-from .adapters import merge_adapters, unwrapped
+from .adapters import copied, merge_adapters, unwrapped
 from .language import hidden_states, let_pad_learn
 
 
@@ -128,7 +128,7 @@ class ValueModel(nn.Module):
             raise ConfigError(f"from_reward_model needs a model, not a path: give load_reward_model({str(model)!r})")
         if not hasattr(model, "score"):
             raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
-        return cls(copy.deepcopy(merge_adapters(model)).requires_grad_(True))
+        return cls(copied(merge_adapters(model)).requires_grad_(True))
 
     @classmethod
     def from_policy(cls, model: PreTrainedModel) -> ValueModel:
