@@ -20,6 +20,8 @@ from transformers import (
     BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    CpmAntConfig,
+    CpmAntForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -39,9 +41,20 @@ from transformers import (
     Qwen2ForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
-from rlhf_fast import linear_token_logprobs, models
+from rlhf_fast import (
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    linear_token_logprobs,
+    models,
+)
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import language
 from rlhf_fast.rewards import RewardModelReward, make_reward
@@ -289,6 +302,28 @@ def test_logits_that_lm_head_alone_does_not_explain_are_refused():
     bert = BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **sizes))  # a layer between trunk and head
     with pytest.raises(ConfigError, match="BertLMHeadModel is not supported: it does more to its logits"):
         models.check_lm_head(bert.eval())
+
+
+def test_a_model_that_reads_later_tokens_is_refused(tmp_path):
+    """transformers' CPM-Ant attends to the whole text, and XLNet does unless a mask says otherwise."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    xlnet = XLNetLMHeadModel(XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=64, **sizes))
+    cpmant = CpmAntForCausalLM(
+        CpmAntConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, dim_head=8, dim_ff=64, **sizes)
+    )
+    why = "is not supported: what it computes at a token depends on the tokens that follow.*Use a decoder"
+    text, prompt = [{"text": "the cat sat"}], [{"prompt": "the cat"}]
+    config = PPOConfig(str(tmp_path), batch_size=2, minibatch_size=2, advantage_estimator="reinforce")
+    for model in (xlnet, cpmant):
+        with pytest.raises(ConfigError, match=f"{type(model).__name__} {why}"):
+            SFTTrainer(SFTConfig(str(tmp_path)), model, train_dataset=text, tokenizer=tokenizer)
+        with pytest.raises(ConfigError, match=f"{type(model).__name__} {why}"):
+            PPOTrainer(config, model, reward=lambda *_, **__: 0, train_dataset=prompt, tokenizer=tokenizer)
+    pairs = [{"prompt": "the ", "chosen": "cat", "rejected": "sat on it"}]
+    with pytest.raises(ConfigError, match=f"CpmAntForSequenceClassification {why}"):
+        RewardTrainer(RewardConfig(str(tmp_path)), cpmant, train_dataset=pairs, tokenizer=tokenizer)
 
 
 def test_a_model_that_keeps_the_state_of_its_last_forward_is_copied():

@@ -29,6 +29,7 @@ from ..data.floors import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
 from ..errors import ConfigError
 from ..models import (
+    check_causal,
     check_lengths,
     disable_dropout,
     evaluating,
@@ -100,6 +101,7 @@ class RewardTrainer:
         if config.train_last_layers:
             train_last_layers(self.model, config.train_last_layers)
         self.model = common.prepare(self.model, config, model)
+        check_causal(self.model)  # else what follows a response in its row would change its reward
         self.packed = common.packing_if_possible(self.model, longest, config.bf16)
         self.evaluation: Pairs | None = None  # of the last evaluate()
 
