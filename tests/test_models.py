@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -288,6 +289,22 @@ def test_what_is_loaded_applies_the_softcap_of_its_attention(tmp_path):
     critic = models.ValueModel.from_policy(policy).model
     for loaded in (policy, critic, reward, models.load_reward_model(tmp_path / "reward")):
         torch.testing.assert_close(models.hidden_states(loaded.eval(), ids), expected)
+
+
+def test_a_given_model_whose_attention_leaves_out_its_softcap_is_warned_of():
+    """transformers 4 makes one silently; transformers 5 refuses to run it."""
+    model = gemma2(tokenizer := tiny_tokenizer())
+    reward = models.load_reward_model(model)
+    for attention in ("eager", "sdpa"):
+        for given in (model, reward):
+            given.config._attn_implementation_internal = attention
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            models.load_policy(model)
+            for take in (models.load_reward_model, models.ValueModel, partial(make_reward, tokenizer=tokenizer)):
+                take(reward)
+        of_softcap = [str(w.message) for w in told if "leaves out the attn_logit_softcapping" in str(w.message)]
+        assert len(of_softcap) == (attention == "sdpa")  # once
 
 
 def test_positions_count_real_tokens():

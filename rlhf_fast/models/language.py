@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -63,6 +64,18 @@ def logit_factor(config: PretrainedConfig) -> float:
 def logit_softcap(config: PretrainedConfig) -> float | None:
     """c if the architecture replaces its logits x by c tanh(x / c) (Gemma 2); None for all others."""
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+
+
+def warn_of_lost_softcap(model: PreTrainedModel) -> None:
+    """Warns, once, if the attention of the model leaves out the softcap of its scores: transformers 4 runs Gemma 2 by
+    sdpa unless it is told not to, and sdpa has none. (transformers 5 refuses.)"""
+    config = unwrapped(model).config
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        warnings.warn(
+            f"sdpa attention leaves out the attn_logit_softcapping of this {config.model_type} model, so it computes "
+            "something else than it was trained to: load it with attn_implementation='eager', or give its path",
+            stacklevel=1,  # one place for all callers, so that it is shown once
+        )
 
 
 @torch.no_grad()

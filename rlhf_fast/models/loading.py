@@ -31,7 +31,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError
 from .adapters import check_lm_head_is_plain, copied, has_adapters, import_peft, merge_adapters, unwrapped
-from .language import let_pad_learn
+from .language import let_pad_learn, warn_of_lost_softcap
 from .scalar import check_score, register_scalar_class, reward_scale, scalar_head_on, set_reward_scale
 
 
@@ -68,6 +68,7 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
             model = _from_pretrained(AutoModelForCausalLM, model, dtype)
     _check_is_model(model)
     check_lm_head_is_plain(model)
+    warn_of_lost_softcap(model)
     return let_pad_learn(model)
 
 

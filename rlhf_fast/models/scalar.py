@@ -20,7 +20,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import ConfigError
 from .adapters import copied, merge_adapters, unwrapped
-from .language import hidden_states, let_pad_learn
+from .language import hidden_states, let_pad_learn, warn_of_lost_softcap
 
 
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
@@ -64,7 +64,7 @@ def register_scalar_class(config: PretrainedConfig) -> None:
 
 def check_score(model: PreTrainedModel) -> None:
     """ConfigError for a classifier that lacks `score`, the head that decoders have, or whose score is not one
-    number."""
+    number. Warns of a lost softcap."""
     if not hasattr(model, "score"):
         raise ConfigError(
             f"{type(model).__name__} is not supported: a reward is read at the last token by `score`, the head that "
@@ -75,6 +75,7 @@ def check_score(model: PreTrainedModel) -> None:
             f"a reward is one number, and {type(model).__name__} has num_labels={model.config.num_labels}: give a "
             "model with num_labels=1"
         )
+    warn_of_lost_softcap(model)
 
 
 def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
