@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from .disk import make_directory, write_atomic
 from .errors import ConfigError, NonFiniteError
 from .generation import generate_text
 from .keys import PPOJob, RewardJob, Scratch, SFTJob
-from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer
+from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer, positions_of
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
@@ -351,7 +350,7 @@ def answer_records(model: str, path: str, **sampling) -> list[dict]:
 def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
     longest, config = max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0), load_config(model)
     check_positions(config, longest, "shorten the prompt")
-    room = getattr(config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never an input
+    room = positions_of(config) + 1 - longest  # the last token is never an input
     if sampling["max_new_tokens"] > room:
         print(f"answers have at most {room} tokens, because the model has no positions for more", file=sys.stderr)
         sampling["max_new_tokens"] = room

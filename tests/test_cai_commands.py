@@ -8,6 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from fake_server import serving
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
@@ -16,8 +17,10 @@ from rlhf_fast import cai_jobs
 from rlhf_fast.cai_jobs import rate_held_out
 from rlhf_fast.cai_keys import TrainJob
 from rlhf_fast.cli import main
+from rlhf_fast.commands import checked_options
 from rlhf_fast.data.chat import encode_prompt
-from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.judges import Constitution, HTTPJudge, LocalJudge, ModelCheck, Principle, Server, Vote, audit
 from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.models import load_tokenizer
@@ -253,6 +256,14 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
     ):
         assert cai("derive", judgements=labels, output_dir=tmp_path / "x", **wrong) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_number_in_options_may_have_an_exponent():
+    """YAML 1.1 reads 1e-9, which has no point, as text."""
+    given = {"min_label_mass": yaml.safe_load("1e-9"), "cot_tokens": 1}
+    assert checked_options(LocalJudge, given, "judge_options") == {"min_label_mass": 1e-9, "cot_tokens": 1}
+    with pytest.raises(ConfigError, match="judge_options: min_label_mass = 'small' must be a number"):
+        checked_options(LocalJudge, {"min_label_mass": "small"}, "judge_options")
 
 
 def test_a_server_writes_and_judges(house, tmp_path, capsys):

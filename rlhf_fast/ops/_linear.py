@@ -133,6 +133,12 @@ def rounded(weight: Tensor, rounds: bool) -> Tensor:
     return weight.bfloat16() if rounds else weight
 
 
+def rounded_in_float32(weight: Tensor, rounds: bool) -> Tensor:
+    """The same numbers, for the reference: the backward of bfloat16() would round the gradient too, and that of this
+    sum, which is exact, is 1."""
+    return weight + (weight.bfloat16().float() - weight).detach() if rounds else weight
+
+
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 

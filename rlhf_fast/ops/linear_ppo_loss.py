@@ -40,7 +40,7 @@ from ._linear import (
     factors_of,
     known_chunk_gradient,
     logits_buffer,
-    rounded,
+    rounded_in_float32,
     takes_known_gradient,
 )
 from .ppo_loss import _op as ppo_op
@@ -161,7 +161,7 @@ def linear_ppo_loss(
     check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
         return reference.linear_ppo_loss(
-            hidden, rounded(weight, rounds), labels, old_logprobs, advantages, mask, bias=bias,
+            hidden, rounded_in_float32(weight, rounds), labels, old_logprobs, advantages, mask, bias=bias,
             temperature=temperature, softcap=softcap,
             cliprange=cliprange, cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,

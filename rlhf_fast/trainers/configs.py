@@ -78,24 +78,27 @@ def check_lora(config) -> None:
         raise ConfigError(f"{name}: lora_target_modules says where adapters go, but lora_r = 0 makes none: set lora_r")
 
 
-def config_from_dict(cls, values: dict):
-    """cls(**values). An unknown key is a ConfigError that proposes the nearest field.
+def as_number(name: str, value, hint):
+    """The value of an option in a YAML file: text in place of a float is converted, because YAML 1.1 reads 1e-5 as a
+    string."""
+    kinds = kinds_of(hint)
+    if not isinstance(value, str) or float not in kinds or str in kinds:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{name} = {value!r} must be a number") from None
 
-    Text in a field that holds a float is converted, because YAML 1.1 reads 1e-5 as a string.
-    """
+
+def config_from_dict(cls, values: dict):
+    """cls(**values), of a YAML file. An unknown key is a ConfigError that proposes the nearest field."""
     hints = typing.get_type_hints(cls)
     converted = {}
     for key, value in values.items():
         if key not in hints:
             hint = did_you_mean(key, hints, f"it has {', '.join(sorted(hints))}")
             raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
-        kinds = kinds_of(hints[key])
-        if isinstance(value, str) and float in kinds and str not in kinds:
-            try:
-                value = float(value)
-            except ValueError:
-                raise ConfigError(f"{cls.__name__}.{key} = {value!r} must be a number") from None
-        converted[key] = value
+        converted[key] = as_number(f"{cls.__name__}.{key}", value, hints[key])
     try:
         return cls(**converted)
     except TypeError as error:  # a required field is missing

@@ -29,6 +29,7 @@ from ..models import (
     lm_head,
     load_policy,
     load_tokenizer,
+    positions_of,
     save_model,
     stop_at_eos,
 )  # fmt: skip
@@ -164,7 +165,7 @@ class SFTTrainer:
 
     def _choose_prompts(self, records: list[dict]) -> list:
         """The first num_samples prompts (all before a record's last response) that leave room for an answer."""
-        room = getattr(self.model.config, "max_position_embeddings", float("inf")) - self.config.sample_max_new_tokens
+        room = positions_of(self.model.config) - self.config.sample_max_new_tokens
         prompts = []
         for record in records:
             if len(prompts) == self.config.num_samples:

@@ -125,6 +125,9 @@ def test_a_trainer_says_that_its_config_comes_first():
             trainer("my-model", SFTConfig(), train_dataset=[])
     with pytest.raises(ConfigError, match="takes the config first, got SFTConfig"):
         PPOTrainer(SFTConfig(), "my-model", reward=len, train_dataset=[])
+    for given, named in ((torch.nn.Linear(2, 2), "Linear"), (SFTConfig, "the class SFTConfig")):
+        with pytest.raises(ConfigError, match=f"takes the config first, got {named}$"):
+            SFTTrainer(given, SFTConfig(), train_dataset=[])
 
 
 def test_a_config_that_was_changed_is_checked_again():
