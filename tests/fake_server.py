@@ -103,6 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             "429 long": (429, {"error": {"message": "come back tomorrow"}}, {"Retry-After": "86400"}),
             "quota": (429, {"error": {"message": "insufficient_quota"}}, {}),
             "500": (500, {"error": {"message": "oops"}}, {}),
+            "404": (404, {"error": {"message": "no such model"}}, {}),
             "401": (401, {"error": {"message": "bad key"}}, {}),
             "too_long": (400, {"error": {"message": "This model's maximum context length is 16 tokens"}}, {}),
             "filter": (400, {"error": {"message": "flagged by the content filter"}}, {}),

@@ -200,7 +200,15 @@ class HTTPGenerator:
         def send(request: dict) -> tuple[str, dict]:
             return _text_call(request["prompt"], self.max_new_tokens, seed=request["seed"], **self.sampling)
 
-        self.server.call_all(requests, tries, send, lambda request, reply: read_text(reply))
+        try:
+            self.server.call_all(requests, tries, send, lambda request, reply: read_text(reply))
+        except ConfigError as error:
+            if re.search(r"HTTP 40[45] from /completions", str(error)):
+                raise ConfigError(
+                    f"{error}. Under the constitution's layout {{critique: anthropic}} prompts are text, for "
+                    "/completions; under {critique: chat} they are messages, for /chat/completions"
+                ) from None
+            raise
 
 
 def _text_call(prompt, max_tokens: int, *, seed: int, **sampling) -> tuple[str, dict]:

@@ -224,6 +224,8 @@ class Server:
             text, code = error.response.text, error.status_code
             about = {"raw": text, "http_status": code}
             reason = f"HTTP {code}: {_short(text)}"
+            if code in (404, 405):  # an unknown model, or an endpoint that the server does not have
+                reason = f"HTTP {code} from {path}: {_short(text)}"
             if code == 401:
                 unset = "" if os.environ.get(self.api_key_env, "").strip() else ", which is not set"
                 reason += f" (the key is read from the variable {self.api_key_env}{unset})"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 pytest.importorskip("openai")
 
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.judges import (
     Constitution,
     HTTPGenerator,
@@ -343,6 +344,21 @@ def test_failures_are_asked_again_and_answers_are_not(tmp_path):
 
 
 # --- when to stop, and how fast to go ---
+
+
+def test_a_server_without_completions_is_told_from_a_wrong_model_and_the_layout_is_named(tmp_path):
+    """The paper's layout sends text, which many servers no longer take."""
+    house = Constitution("house", (Principle("p", revise="Shorten it."),), critique_layout="anthropic")
+    with serving() as fake:
+        fake.otherwise = 404
+        generator = HTTPGenerator(server_at(fake), max_new_tokens=4)
+        with pytest.raises(ConfigError, match=r"HTTP 404 from /completions.*layout.*critique: chat.*messages"):
+            sample_pairs(["q"], generator, house, output_dir=tmp_path)
+    with serving(lambda text, before: "404") as fake:
+        generator = HTTPGenerator(server_at(fake), max_new_tokens=4)
+        with pytest.raises(ConfigError, match=r"HTTP 404 from /chat/completions.*no such model") as told:
+            sample_pairs(["q"], generator, HOUSE, output_dir=tmp_path / "chat")
+        assert "critique: chat" not in str(told.value)
 
 
 @pytest.mark.parametrize(
