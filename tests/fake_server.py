@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -113,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault in answers:
             code, content, headers = answers[fault]
             return self.reply(code, content, headers)
+        if fault == "cut":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "time-out":
             time.sleep(1.0)
         reply = self.answer(body, text, self.server.logit(text))

@@ -65,7 +65,7 @@ class HTTPBackend:
             labels = list(COMPARE_LABELS)
             prompt = self.prompt([], question, labels, None)
             request = {"prompt": prompt, "labels": labels, "about": f"probe/{name}"}
-            self.calls += self.server.ask_once(request, self._send, self._read)
+            self.calls += self.server.probe(request, self._send, self._read)
             answer, code = self.calls[-1].answer, self.calls[-1].about.get("http_status")
             if answer.status == "ok" or (name == "votes" and code == 200 and answer.status != "failed"):
                 return name, {**found, name: "yes"}
