@@ -83,7 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{command} runs in one process, and this is one of {processes}: start it without torchrun"
             )
         _run(command, argv[1:])
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+            print("rlhf-fast: nothing reads the output any more", file=sys.stderr)
+            return 1
+        raise  # another pipe
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 2

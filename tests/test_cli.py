@@ -63,6 +63,16 @@ def test_the_package_runs_as_a_module():
     assert subprocess.run([*asked, "rewards"], capture_output=True, cwd=ROOT, timeout=120).returncode == 2
 
 
+def test_a_reader_that_has_gone_is_one_line(tmp_path):
+    """`rlhf-fast cai validate FILE | head -1`"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    asked = [sys.executable, "-m", "rlhf_fast", "cai", "validate", "examples/constitution.yaml"]
+    done = subprocess.run(asked, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "rlhf-fast: nothing reads the output any more\n")
+
+
 def test_every_key_has_a_comment_and_every_comment_behind_a_key_is_in_the_help():
     for spec in WITH_KEYS.values():
         for cls in spec.configs:
