@@ -341,7 +341,7 @@ class Gradients:
         # The derivative of cap tanh(x / cap), by its value z.
         slope = None if inputs.softcap is None else 1 - (z / inputs.softcap).square_()
         row_backward.kernel_on(z.device.type)(
-            z, labels, None, temperature, saved, entropy, grad_logprobs, grad_entropy, out=z
+            z, labels, None, temperature, saved, entropy, grad_logprobs, grad_entropy, z
         )
         if slope is not None:
             z.mul_(slope)
