@@ -59,7 +59,7 @@ def check_vocabulary(op: str, size: int, like: Tensor) -> None:
 
 def check(
     op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: Tensor | None, optional: int = 0
-) -> None:  # fmt: skip
+) -> None:
     """Checks that all tensors and the mask have one shape and device, and the tensors a floating dtype.
 
     names: the names of the tensors, separated by spaces. ndim: the number of axes that they need (None: any). The mask
@@ -188,27 +188,18 @@ def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Ten
     return number
 
 
-_AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
-_ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, formula in reference.KL_ESTIMATORS.items()}
+AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
+ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, formula in reference.KL_ESTIMATORS.items()}
 
 
-def aggregation_code(op: str, mode: str) -> int:
+def code_of(op: str, name: str, value: str, codes: dict[str, int]) -> int:
+    """The number by which the kernels know the value of the option `name`."""
     try:
-        code = _AGGREGATION_CODES.get(mode)
+        code = codes.get(value)
     except TypeError:  # not hashable, such as a list
         code = None
     if code is None:
-        raise ValueError(f"{op}: loss_agg_mode {mode!r} must be one of {', '.join(reference.AGGREGATIONS)}")
-    return code
-
-
-def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
-    try:
-        code = _ESTIMATOR_CODES.get(estimator)
-    except TypeError:  # not hashable, such as a list
-        code = None
-    if code is None:
-        raise ValueError(f"{op}: {name} {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
+        raise ValueError(f"{op}: {name} {value!r} must be one of {', '.join(codes)}")
     return code
 
 

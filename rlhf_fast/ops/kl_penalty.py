@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, check_prepared, empties, is_forced, may_consume, native
-from ._inputs import NO_NUMBER, as_rows, check, estimator_code, refuse_no_number, wants_gradient
+from ._inputs import ESTIMATOR_CODES, NO_NUMBER, as_rows, check, code_of, refuse_no_number, wants_gradient
 from ._layout import DTYPE_CODES, accumulation_dtype
 
 
@@ -70,7 +70,7 @@ def kl_penalty(
     Raises ValueError or TypeError if a shape, dtype, device or estimator does not fit.
     """
     check("kl_penalty", None, None, "logprobs ref_logprobs", logprobs, ref_logprobs)
-    code = estimator_code("kl_penalty", estimator)
+    code = code_of("kl_penalty", "estimator", estimator, ESTIMATOR_CODES)
     one_subtraction = code == 0 and input_clamp is None and output_clamp is None
     if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):
         return logprobs - ref_logprobs  # one subtraction: there is nothing to fuse

@@ -15,9 +15,10 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op
 from ._inputs import (
+    AGGREGATION_CODES,
     NO_NUMBER,
-    aggregation_code,
     check,
+    code_of,
     loss_outputs,
     native_loss,
     needed_mask,
@@ -70,7 +71,7 @@ def value_loss(
         raise
     if outside:
         raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
-    aggregation = aggregation_code("value_loss", loss_agg_mode)
+    aggregation = code_of("value_loss", "loss_agg_mode", loss_agg_mode, AGGREGATION_CODES)
     if _op.backend(values) == "reference":
         return reference.value_loss(
             values, old_values, returns, mask, cliprange_value=cliprange_value, loss_agg_mode=loss_agg_mode,
