@@ -169,6 +169,16 @@ def check_positive(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} {value} must be > 0 and finite")
 
 
+def check_limit(op: str, name: str, limit: float | None) -> None:
+    try:
+        outside = limit is not None and not limit >= 0
+    except NO_NUMBER:
+        refuse_no_number(op, **{name: limit})
+        raise
+    if outside:
+        raise ValueError(f"{op}: {name} {limit} must be >= 0")
+
+
 def float_or(value: float | None, default: float | None) -> float | None:
     """An option, which may be a tensor, as the float that torch.library needs; the default if it is None."""
     value = default if value is None else value
