@@ -89,9 +89,7 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     checked = any(p.check and p.revise for p in constitution.principles)
     schedule = job.schedule or ("check-all" if checked else "paper")
     policy = load_policy(job.model)
-    run = Run(
-        tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
-    )  # fmt: skip
+    run = Run(tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people)
     _check_settings(job, run)
     _check_people(job, run)
     _check_lengths(job, run, policy)

@@ -67,9 +67,7 @@ def _forward(
     logprobs, entropy = hidden.new_empty(2, rows, dtype=accumulation_dtype(hidden))
     if any(wanted):
         ones = torch.ones(mask.shape, dtype=logprobs.dtype, device=hidden.device)
-        weights = ppo(
-            ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False
-        )[2]  # fmt: skip
+        weights = ppo(ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False)[2]
         tokens = [old_logprobs, advantages, ref_logprobs, importance_weights, weights]
         tokens = [None if t is None else inputs.take(t.reshape(-1)).contiguous()[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
