@@ -15,7 +15,6 @@ After 3 and 130 the run can be resumed from its newest checkpoint. They are two 
 interrupted runs, and leave the others to a person.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from .cai_keys import CAI
 from .cai_keys import __doc__ as CAI_HELP
 from .commands import Command, Parser, unknown
 from .data.files import UniqueKeys
+from .disk import json_line
 from .errors import ConfigError, NonFiniteError
 from .keys import READ_COMMANDS, STAGES
 from .monitors import RunStopped
@@ -293,7 +293,7 @@ def _score(argv: list[str]) -> None:
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
     """Replaces what the file holds, which may be the input that the rows were made from."""
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
+    text = "".join(map(json_line, rows))
     if path != "-" and Path(path).is_file():  # a pipe and /dev/null cannot be truncated
         file.truncate(0)
     file.write(text)

@@ -274,7 +274,7 @@ class Ledger:
 
 
 def _dump(value: Any) -> str:
-    return _utf8(json.dumps(value, sort_keys=True, ensure_ascii=False))
+    return _utf8(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))  # str: dates in messages
 
 
 def _utf8(text: str) -> str:

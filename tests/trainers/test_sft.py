@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,15 @@ def test_samples_answer_what_is_trained_on(tmp_path):
     sft = trainer(tmp_path, data=data)
     for prompt, example in zip(sft.sample_prompts, sft.examples, strict=True):
         assert encode_prompt(sft.tokenizer, prompt) == example.input_ids[~example.response_mask].tolist()
+
+
+def test_a_date_beside_the_text_of_a_turn_does_not_end_the_run(tmp_path):
+    """WildChat, say, has one in every turn; the samples are written after the last step."""
+    question, answer = chat(0)["messages"]
+    dated = {"messages": [question | {"timestamp": datetime(2024, 5, 1)}, answer]}
+    trainer(tmp_path, data=[dated], max_steps=1, num_samples=1, sample_max_new_tokens=1).train()
+    (sample,) = map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
+    assert sample["prompt"] == [question | {"timestamp": "2024-05-01 00:00:00"}]
 
 
 def test_text_after_text_is_learned_too(tmp_path):
