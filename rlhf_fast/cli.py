@@ -59,9 +59,6 @@ Exit codes: 0 done, 1 failed, 2 refused (the message says what to change),
 3 stopped by a monitor (stop_on) or by max_skipped_steps, 130 interrupted;
 after 3 and 130 --resume continues from the newest checkpoint."""
 
-TRAINERS = ("sft", "reward", "ppo")
-COMMANDS = (*TRAINERS, "cai", "generate", "score", "report", "quickstart", "bench", "info")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
@@ -78,11 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{unknown('command', command, COMMANDS) if argv else 'no command'} (rlhf-fast --help names them)"
             )
-        if command not in TRAINERS and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        if command not in STAGES and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
             raise ConfigError(
                 f"{command} runs in one process, and this is one of {processes}: start it without torchrun"
             )
-        _run(command, argv[1:])
+        if command in STAGES:
+            _train(STAGES[command], argv[1:])
+        else:
+            OTHERS[command](argv[1:])
         return 0
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
@@ -99,19 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
         return 130
-
-
-def _run(command: str, argv: list[str]) -> None:
-    """Each command imports what it needs: torch and transformers take seconds, which --help and a refusal should not
-    wait for."""
-    others = {
-        "cai": _cai, "generate": _generate, "score": _score, "report": _report, "quickstart": _quickstart,
-        "bench": _bench, "info": _info,
-    }  # fmt: skip
-    if command in TRAINERS:
-        _train(STAGES[command], argv)
-    else:
-        others[command](argv)
 
 
 # -- training commands -------------------------------------------------------------------------------------------------
@@ -381,6 +368,13 @@ def _info(argv: list[str]) -> None:
 
     info(options.json)
 
+
+# Each imports what it needs: torch and transformers take seconds, which --help and a refusal should not wait for.
+OTHERS = {
+    "cai": _cai, "generate": _generate, "score": _score, "report": _report, "quickstart": _quickstart,
+    "bench": _bench, "info": _info,
+}  # fmt: skip
+COMMANDS = (*STAGES, *OTHERS)
 
 if __name__ == "__main__":
     sys.exit(main())
