@@ -20,6 +20,7 @@ from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
+from rlhf_fast.trainers.everywhere import Everywhere
 
 
 def chat(i):
@@ -251,7 +252,7 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
     stopped = make("stopped")
     for _ in zip(range(3), stopped, strict=False):
         pass
-    save_checkpoint(stopped, tmp_path / "stopped")
+    save_checkpoint(stopped, tmp_path / "stopped", None, Everywhere(stopped).state)
     resumed = make("stopped")
     load_checkpoint(resumed, tmp_path / "stopped/checkpoint-3")
     list(resumed)
