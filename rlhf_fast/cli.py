@@ -167,20 +167,20 @@ def _read(spec: Command, argv: list[str], usage: str = "", **flags: dict) -> tup
     values = {name: keys[name].parse(text) for name, text in given.items()}
     if file:
         every = {name: list(command.keys()) for name, command in WITH_KEYS.items()}
-        values = read_sections(file, every, spec.name)[spec.name] | values
+        values = read_keys(file, every, spec.name) | values
     return values, own
 
 
-def read_sections(path: str, keys: dict[str, list[str]], command: str | None = None) -> dict[str, dict]:
-    """{command: its values} from a YAML file: the shared keys that the command has, overridden by its section.
+def read_keys(path: str, keys: dict[str, list[str]], command: str) -> dict:
+    """The values of a command from a YAML file: the shared keys that the command has, overridden by its section.
 
-    keys: {command: names of its keys}. command: the one that is going to run, if any.
+    keys: {command: names of its keys}, of all commands.
 
     ConfigError for a file that cannot be read or is not a mapping, and for a key that nothing can use: in a section,
-    one that its command does not have; at the top, one that neither `command` nor a command with a section in the file
-    has. The commands that only read models ignore what is shared by those that train, as they need next to nothing of
-    it. Standard error says that cai does not read the sections sft, reward and ppo at the top of the file, which belong
-    to other commands: cai has keys of these names.
+    one that its command does not have; at the top, one that neither the command nor one with a section in the file has.
+    The commands that only read models ignore what is shared by those that train, as they need next to nothing of it.
+    Standard error says that cai does not read the sections sft, reward and ppo at the top of the file, which belong to
+    other commands: cai has keys of these names.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
@@ -195,7 +195,7 @@ def read_sections(path: str, keys: dict[str, list[str]], command: str | None = N
     as_keys = {name for name in keys if name in everywhere and isinstance(content.get(name), str | list)}
     has_section = [name for name in keys if name in content and name not in as_keys]
     sections = {name: content.pop(name) or {} if name in has_section else {} for name in keys}
-    if command is None or command in READ_COMMANDS:
+    if command in READ_COMMANDS:
         usable = everywhere
     else:
         usable = {key for name in (command, *has_section) for key in keys[name]}
@@ -216,21 +216,16 @@ def read_sections(path: str, keys: dict[str, list[str]], command: str | None = N
                 "keys of these names too: write them inside cai:",
                 file=sys.stderr,
             )
-    return {
-        name: {key: value for key, value in content.items() if key in keys[name]} | section
-        for name, section in sections.items()
-    }
+    return {key: value for key, value in content.items() if key in keys[command]} | sections[command]
 
 
-def _unknown_key(key: object, keys: dict[str, list[str]], command: str | None, in_section: bool = False) -> str:
+def _unknown_key(key: object, keys: dict[str, list[str]], command: str, in_section: bool = False) -> str:
     """The message about a key that the command does not have. in_section: the key is in the command's section;
     otherwise it is at the top of the file, and may be meant for another command."""
     if key == "resume":
         return "unknown key 'resume': it is only a flag, --resume"
-    if command is None:
-        return unknown("key", key, [*{name for names in keys.values() for name in names}, *keys])
     otherwise = f"rlhf-fast {_typed(command)} --help-all explains every key"
-    hint = WITH_KEYS[command].hints.get(str(key)) if command in WITH_KEYS else None
+    hint = WITH_KEYS[command].hints.get(str(key))
     if in_section:
         return unknown("key", key, keys[command], otherwise, hint)
     others = ", ".join(name for name in keys if key in keys[name])
