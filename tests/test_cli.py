@@ -18,7 +18,7 @@ import yaml
 from rlhf_fast.cai_jobs import load_writer
 from rlhf_fast.cai_keys import CAI, WriterJob
 from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_keys
-from rlhf_fast.commands import REQUIRED, Parser, keys_of
+from rlhf_fast.commands import REQUIRED, Parser, checked_options, keys_of
 from rlhf_fast.data.files import UniqueKeys
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.decoder import Decoder
@@ -28,6 +28,7 @@ from rlhf_fast.jobs import _write_job, resolve_reward, score
 from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_NAMES, SFTJob
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.rollout_server import RolloutServer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -237,6 +238,14 @@ def test_sections_may_share_keys_by_an_anchor_and_override_them(tmp_path):
         read_keys(path, KEYS, "sft")
     chain = "a: {sft: &a {seed: 4, model: m}, ppo: &b {<<: *a, seed: 5}}\nppo: {<<: *b, seed: 6}"
     assert yaml.load(chain, UniqueKeys)["ppo"] == {"seed": 6, "model": "m"}
+
+
+def test_options_take_numbers_as_yaml_writes_them():
+    """YAML 1.1 reads 1e3 as text, here and in the keys themselves."""
+    options = yaml.safe_load("{timeout: 1e3, concurrency: 8}")
+    assert checked_options(RolloutServer, options, "rollout_options") == {"timeout": 1000.0, "concurrency": 8}
+    with pytest.raises(ConfigError, match="rollout_options: timeout = 'soon' must be a number"):
+        checked_options(RolloutServer, {"timeout": "soon"}, "rollout_options")
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
