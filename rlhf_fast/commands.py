@@ -21,7 +21,7 @@ import yaml
 
 from .disk import check_writable
 from .errors import ConfigError, did_you_mean
-from .trainers.configs import as_annotated, as_number, check_config, config_from_dict, kinds_of
+from .trainers.configs import as_annotated, check_config, config_from_dict, from_yaml, kinds_of
 
 REQUIRED = "REQUIRED"  # in place of a default
 
@@ -135,7 +135,7 @@ def checked_options(cls: type, options: dict, key: str) -> dict:
         if name not in takes:
             hint = did_you_mean(name, takes, f"it has {', '.join(takes)}")
             raise ConfigError(f"{key}: {cls.__name__} has no {name!r}{hint}")
-        checked[name] = as_number(f"{key}: {name}", value, hints[name])
+        checked[name] = from_yaml(f"{key}: {name}", value, hints[name])
         as_annotated(f"{key}: {name}", checked[name], hints[name])
     return checked
 

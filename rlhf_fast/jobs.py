@@ -31,7 +31,6 @@ from .report import read_mapping, write_report
 from .rewards import RewardModelReward
 from .rollout_server import RolloutServer
 from .trainers.common import check_bf16
-from .trainers.configs import config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.run_dir import check_is_new
@@ -47,7 +46,7 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
     """A new Llama, and a tokenizer trained on the texts of train_data. Both are determined by the data and the seed."""
-    options = vars(config_from_dict(Scratch, job.scratch))
+    options = vars(Scratch(**checked_options(Scratch, job.scratch, "sft: scratch")))
     rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
     texts = [text for reply in replies for text in _texts(reply)]

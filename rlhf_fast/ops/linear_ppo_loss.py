@@ -16,12 +16,13 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op
 from ._inputs import (
-    aggregation_code,
+    AGGREGATION_CODES,
+    ESTIMATOR_CODES,
     as_rows,
     check_policy,
     check_temperature,
     check_term,
-    estimator_code,
+    code_of,
     float_or,
     needed_mask,
     normalizer_tensor,
@@ -66,9 +67,7 @@ def _forward(
     logprobs, entropy = hidden.new_empty(2, rows, dtype=accumulation_dtype(hidden))
     if any(wanted):
         ones = torch.ones(mask.shape, dtype=logprobs.dtype, device=hidden.device)
-        weights = ppo(
-            ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False
-        )[2]  # fmt: skip
+        weights = ppo(ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False)[2]
         tokens = [old_logprobs, advantages, ref_logprobs, importance_weights, weights]
         tokens = [None if t is None else inputs.take(t.reshape(-1)).contiguous()[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
@@ -172,6 +171,7 @@ def linear_ppo_loss(
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
         float(temperature), float_or(softcap, None), 1.0 - float(cliprange), 1.0 + float_or(cliprange_high, cliprange),
         float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),
-        kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
-        aggregation_code(NAME, loss_agg_mode), rounds, *map(wants_gradient, (hidden, weight, bias)),
+        kl_coef, code_of(NAME, "kl_estimator", kl_estimator, ESTIMATOR_CODES), entropy_coef,
+        code_of(NAME, "loss_agg_mode", loss_agg_mode, AGGREGATION_CODES), rounds,
+        *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip

@@ -366,7 +366,7 @@ class PPOTrainer:
             # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution differs
             # slightly from ours, and the weight corrects for it with bounded variance.
             ratio = (rollout.logprobs - rollout.rollout_logprobs).exp()
-            rollout.importance_weights = ratio.clamp(max=config.importance_cap)
+            rollout.importance_weights = ratio.clamp(max=config.importance_cap).masked_fill(~mask, 0.0)
 
     # --- update ---
 
