@@ -114,9 +114,7 @@ class RewardTrainer:
         self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(len(self.items), config)
         common.share_out([self.model], config, self.data, self.eval_items)
-        self.optimizer, self.scheduler = optimizers.make_learner(
-            self.model, config.learning_rate, config, self.total_steps
-        )
+        self.optimizer, self.scheduler = optimizers.make_learner(self.model, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)  # for lora_dropout
