@@ -263,20 +263,20 @@ def minibatches(
     """(B,) lengths -> [minibatch][micro-batch] -> row numbers. Every row occurs once; a generator shuffles them.
 
     group: this many consecutive rows (the responses to one prompt) are shuffled as one, so a minibatch has whole groups
-    if its size is a multiple of theirs. together: the same for micro-batches, if they may have as many rows; otherwise
-    the rows of a minibatch are sorted by length before they are split, so that a micro-batch has little padding.
-    A micro-batch has at most micro_batch_size rows and micro_batch_tokens tokens with padding, but at least one row.
+    if its size is a multiple of theirs. together: the same for micro-batches, if they may have as many rows.
+
+    The rows of a minibatch (together: its groups, by their longest row) are sorted by length before they are split, so
+    that a micro-batch has little padding, and one long row makes few of them small. A micro-batch has at most
+    micro_batch_size rows and micro_batch_tokens tokens with padding, but at least one row.
     """
     groups = torch.arange(len(lengths) // group)
     if generator is not None:
         groups = torch.randperm(len(groups), generator=generator)
     order = (groups[:, None] * group + torch.arange(group)).flatten()
-    plan = []
+    plan, widths = [], lengths.view(-1, group).amax(1).repeat_interleave(group) if together else lengths
     for rows in order.to(lengths.device).split(minibatch_size):
-        if not together:
-            rows = rows[lengths[rows].argsort(descending=True, stable=True)]
-        longest = lengths[rows].flip(0).cummax(0).values.flip(0).tolist()  # from each row on
-        sizes, start = [], 0
+        rows = rows[widths[rows].argsort(descending=True, stable=True)]  # stable, so that groups stay together
+        sizes, start, longest = [], 0, widths[rows].tolist()
         while start < len(rows):
             max_rows = micro_batch_size or len(rows)
             if micro_batch_tokens is not None:

@@ -123,9 +123,13 @@ def test_groups_stay_together():
     assert [[len(rows) for rows in minibatch] for minibatch in plan] == [[4, 4], [4]]
     groups = [rows.tolist() for minibatch in plan for rows in minibatch]
     assert sorted(groups) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] != groups
-    # Longer micro-batches than the limit allows are split, also inside a group; the longest row to come counts.
+    # Longer micro-batches than the limit allows are split, also inside a group.
     (minibatch,) = minibatches(lengths, 12, None, micro_batch_tokens=20, group=4, together=True)
     assert [rows.tolist() for rows in minibatch] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    # A long group comes first, so that its length does not split the others.
+    short_first = torch.tensor([2, 5, 3, 4, 1, 1, 1, 2, 9, 3, 8, 2])
+    (minibatch,) = minibatches(short_first, 12, None, micro_batch_tokens=40, group=4, together=True)
+    assert [rows.tolist() for rows in minibatch] == [[8, 9, 10, 11], [0, 1, 2, 3, 4, 5, 6, 7]]
     (minibatch,) = minibatches(lengths, 12, 6, group=4, together=True)
     assert [len(rows) for rows in minibatch] == [4, 4, 4]
     # With padding the rows of a minibatch of whole groups are sorted by length.
