@@ -328,10 +328,13 @@ def run_grpo_of_trl(run: Run) -> list[dict]:
             parts = []
             for ids, mask in zip(*(x.split(batch_size or len(x)) for x in (input_ids, attention_mask)), strict=True):
                 with self.accelerator.autocast():
-                    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep + 1)
-                logits = out.logits[:, :-1] / self.temperature
+                    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep + 1, use_cache=False)
+                logits = out.logits[:, :-1]
+                logits = logits if self.temperature == 1.0 else logits / self.temperature
                 logps = selective_log_softmax(logits, ids[:, -logits_to_keep:])
-                parts.append((logps, entropy_from_logits(logits).detach() if compute_entropy else logps))
+                with torch.no_grad():  # else it would keep three more tensors of the size of the logits for a while
+                    entropy = entropy_from_logits(logits) if compute_entropy else logps
+                parts.append((logps, entropy))
             logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
             return logps, entropies if compute_entropy else None, None
 
