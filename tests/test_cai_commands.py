@@ -368,6 +368,25 @@ def test_checks_of_held_out_answers_are_paid_for_once_and_within_the_budget(hous
         assert sum(fake.asked.values()) == 2 + 4
 
 
+def test_the_seconds_of_a_stage_are_those_of_all_calls(tmp_path, monkeypatch):
+    """A resumed run passes the stages that have ended in no time: its report said that they had taken none."""
+    now = iter([0.0, 30.0, 30.0, 90.0, 90.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    fresh = lambda: {"stages": [], "samples": []}  # noqa: E731
+    table = StageTable(tmp_path, fresh())
+    table.add("start")
+    table.add("sft")
+    StageTable(tmp_path, fresh()).add("start")  # and is killed before sft
+    monkeypatch.undo()
+    again = StageTable(tmp_path, fresh())
+    again.add("start")
+    again.add("sft")
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    seconds = {stage["name"]: stage["seconds"] for stage in stages}
+    assert seconds["start"] == pytest.approx(32, abs=0.6) and seconds["sft"] == pytest.approx(60, abs=0.6)
+    assert "92 s in total" in (tmp_path / "report.html").read_text()
+
+
 # -- from end to end ---------------------------------------------------------------------------------------------------
 
 
