@@ -89,11 +89,9 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     checked = any(p.check and p.revise for p in constitution.principles)
     schedule = job.schedule or ("check-all" if checked else "paper")
     policy = load_policy(job.model)
-    run = Run(
-        tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people
-    )  # fmt: skip
+    run = Run(tokenizer, constitution, judge, calibration, schedule, configs, eval_rewards, prompts, held_out, people)
     _check_settings(job, run)
-    _check_people(job, run)
+    _check_people(run)
     _check_lengths(job, run, policy)
     check_phase_1(schedule, constitution, judge)
     if held_out:
@@ -244,7 +242,7 @@ def _check_settings(job: TrainJob, run: Run) -> None:
     mix_comparisons({"ai": [{}], **run.people}, job.source_weights)
 
 
-def _check_people(job: TrainJob, run: Run) -> None:
+def _check_people(run: Run) -> None:
     """ConfigError for comparisons by people that the reward model cannot learn together with the judge's."""
     config = run.configs["reward"]
     for rows in run.people.values():

@@ -24,7 +24,7 @@ from .judges import (
     Server,
     audit,
     report_on,
-)  # fmt: skip
+)
 from .judges.calibration import UNCALIBRATED
 from .judges.labels import label_settings, other_weights, settings_of
 from .judges.ledger import Ledger

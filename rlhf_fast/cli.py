@@ -15,7 +15,6 @@ After 3 and 130 the run can be resumed from its newest checkpoint. They are two 
 interrupted runs, and leave the others to a person.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from .cai_keys import CAI
 from .cai_keys import __doc__ as CAI_HELP
 from .commands import Command, Parser, unknown
 from .data.files import UniqueKeys
+from .disk import json_line
 from .errors import ConfigError, NonFiniteError
 from .keys import READ_COMMANDS, STAGES
 from .monitors import RunStopped
@@ -59,9 +59,6 @@ Exit codes: 0 done, 1 failed, 2 refused (the message says what to change),
 3 stopped by a monitor (stop_on) or by max_skipped_steps, 130 interrupted;
 after 3 and 130 --resume continues from the newest checkpoint."""
 
-TRAINERS = ("sft", "reward", "ppo")
-COMMANDS = (*TRAINERS, "cai", "generate", "score", "report", "quickstart", "bench", "info")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code."""
@@ -78,12 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{unknown('command', command, COMMANDS) if argv else 'no command'} (rlhf-fast --help names them)"
             )
-        if command not in TRAINERS and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        if command not in STAGES and (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
             raise ConfigError(
                 f"{command} runs in one process, and this is one of {processes}: start it without torchrun"
             )
-        _run(command, argv[1:])
+        if command in STAGES:
+            _train(STAGES[command], argv[1:])
+        else:
+            OTHERS[command](argv[1:])
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+            print("rlhf-fast: nothing reads the output any more", file=sys.stderr)
+            return 1
+        raise  # another pipe
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 2
@@ -99,19 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
         return 130
-
-
-def _run(command: str, argv: list[str]) -> None:
-    """Each command imports what it needs: torch and transformers take seconds, which --help and a refusal should not
-    wait for."""
-    others = {
-        "cai": _cai, "generate": _generate, "score": _score, "report": _report, "quickstart": _quickstart,
-        "bench": _bench, "info": _info,
-    }  # fmt: skip
-    if command in TRAINERS:
-        _train(STAGES[command], argv)
-    else:
-        others[command](argv)
 
 
 # -- training commands -------------------------------------------------------------------------------------------------
@@ -180,20 +176,20 @@ def _read(spec: Command, argv: list[str], usage: str = "", **flags: dict) -> tup
     values = {name: keys[name].parse(text) for name, text in given.items()}
     if file:
         every = {name: list(command.keys()) for name, command in WITH_KEYS.items()}
-        values = read_sections(file, every, spec.name)[spec.name] | values
+        values = read_keys(file, every, spec.name) | values
     return values, own
 
 
-def read_sections(path: str, keys: dict[str, list[str]], command: str | None = None) -> dict[str, dict]:
-    """{command: its values} from a YAML file: the shared keys that the command has, overridden by its section.
+def read_keys(path: str, keys: dict[str, list[str]], command: str) -> dict:
+    """The values of a command from a YAML file: the shared keys that the command has, overridden by its section.
 
-    keys: {command: names of its keys}. command: the one that is going to run, if any.
+    keys: {command: names of its keys}, of all commands.
 
     ConfigError for a file that cannot be read or is not a mapping, and for a key that nothing can use: in a section,
-    one that its command does not have; at the top, one that neither `command` nor a command with a section in the file
-    has. The commands that only read models ignore what is shared by those that train, as they need next to nothing of
-    it. Standard error says that cai does not read the sections sft, reward and ppo at the top of the file, which belong
-    to other commands: cai has keys of these names.
+    one that its command does not have; at the top, one that neither the command nor one with a section in the file has.
+    The commands that only read models ignore what is shared by those that train, as they need next to nothing of it.
+    Standard error says that cai does not read the sections sft, reward and ppo at the top of the file, which belong to
+    other commands: cai has keys of these names.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
@@ -208,7 +204,7 @@ def read_sections(path: str, keys: dict[str, list[str]], command: str | None = N
     as_keys = {name for name in keys if name in everywhere and isinstance(content.get(name), str | list)}
     has_section = [name for name in keys if name in content and name not in as_keys]
     sections = {name: content.pop(name) or {} if name in has_section else {} for name in keys}
-    if command is None or command in READ_COMMANDS:
+    if command in READ_COMMANDS:
         usable = everywhere
     else:
         usable = {key for name in (command, *has_section) for key in keys[name]}
@@ -229,21 +225,16 @@ def read_sections(path: str, keys: dict[str, list[str]], command: str | None = N
                 "keys of these names too: write them inside cai:",
                 file=sys.stderr,
             )
-    return {
-        name: {key: value for key, value in content.items() if key in keys[name]} | section
-        for name, section in sections.items()
-    }
+    return {key: value for key, value in content.items() if key in keys[command]} | sections[command]
 
 
-def _unknown_key(key: object, keys: dict[str, list[str]], command: str | None, in_section: bool = False) -> str:
+def _unknown_key(key: object, keys: dict[str, list[str]], command: str, in_section: bool = False) -> str:
     """The message about a key that the command does not have. in_section: the key is in the command's section;
     otherwise it is at the top of the file, and may be meant for another command."""
     if key == "resume":
         return "unknown key 'resume': it is only a flag, --resume"
-    if command is None:
-        return unknown("key", key, [*{name for names in keys.values() for name in names}, *keys])
     otherwise = f"rlhf-fast {_typed(command)} --help-all explains every key"
-    hint = WITH_KEYS[command].hints.get(str(key)) if command in WITH_KEYS else None
+    hint = WITH_KEYS[command].hints.get(str(key))
     if in_section:
         return unknown("key", key, keys[command], otherwise, hint)
     others = ", ".join(name for name in keys if key in keys[name])
@@ -293,7 +284,7 @@ def _score(argv: list[str]) -> None:
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
     """Replaces what the file holds, which may be the input that the rows were made from."""
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates
+    text = "".join(map(json_line, rows))
     if path != "-" and Path(path).is_file():  # a pipe and /dev/null cannot be truncated
         file.truncate(0)
     file.write(text)
@@ -381,6 +372,13 @@ def _info(argv: list[str]) -> None:
 
     info(options.json)
 
+
+# Each imports what it needs: torch and transformers take seconds, which --help and a refusal should not wait for.
+OTHERS = {
+    "cai": _cai, "generate": _generate, "score": _score, "report": _report, "quickstart": _quickstart,
+    "bench": _bench, "info": _info,
+}  # fmt: skip
+COMMANDS = (*STAGES, *OTHERS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ import yaml
 
 from .disk import check_writable
 from .errors import ConfigError, did_you_mean
-from .trainers.configs import as_annotated, check_config, config_from_dict, kinds_of
+from .trainers.configs import as_annotated, check_config, config_from_dict, from_yaml, kinds_of
 
 REQUIRED = "REQUIRED"  # in place of a default
 
@@ -130,12 +130,14 @@ def checked_options(cls: type, options: dict, key: str) -> dict:
     """The options, checked: `cls` takes each of them, and each value has its type. key: where the user set them."""
     hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
     takes = [p.name for p in inspect.signature(cls).parameters.values() if p.default is not p.empty]
+    checked = {}
     for name, value in options.items():
         if name not in takes:
             hint = did_you_mean(name, takes, f"it has {', '.join(takes)}")
             raise ConfigError(f"{key}: {cls.__name__} has no {name!r}{hint}")
-        as_annotated(f"{key}: {name}", value, hints[name])
-    return options
+        checked[name] = from_yaml(f"{key}: {name}", value, hints[name])
+        as_annotated(f"{key}: {name}", checked[name], hints[name])
+    return checked
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

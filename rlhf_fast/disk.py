@@ -43,8 +43,8 @@ def _refused(output_dir: str | Path) -> Iterator[None]:
 
 
 def json_line(record: dict) -> str:
-    """A line of JSONL."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """A line of JSONL. A date, which a column or a key of a message may hold, becomes text."""
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -153,7 +153,7 @@ def generate_with_logprobs(
         name = type(model).__name__
         _warn_once(f"{name} generates through transformers' generate(), which is slower, because {reason}")
         answer = _answer_batch_by_transformers
-        if _depends_on_batch(model, prompts, min(max_new_tokens, 2)):
+        if _depends_on_batch(model, prompts, stops, min(max_new_tokens, 2)):
             _warn_once(f"{name} answers one prompt at a time, because a batch changes what it computes")
             batch_size = 1
     responses, logprobs = ([[] for _ in prompts] for _ in range(2))
@@ -340,14 +340,14 @@ def _answer_batch_by_transformers(
 
 
 @torch.no_grad()
-def _depends_on_batch(model, prompts, steps: int) -> bool:
+def _depends_on_batch(model, prompts, stops: list[int], steps: int) -> bool:
     """Whether generate() computes something else for a prompt in a batch than alone, in its first `steps` tokens and
-    beyond rounding: BART's decoder counts positions from the padding on, RWKV has no attention mask."""
+    beyond rounding: BART's decoder counts positions from the padding on, RWKV has no attention mask, RecurrentGemma's
+    convolution reads the padding."""
     if len(prompts) < 2:
         return False
     shortest, longest = min(prompts, key=len), max(prompts, key=len)
-    token = shortest[-1]
-    stop = 0 if token else 1  # any other
+    token = next(t for t in (*shortest, *range(len(stops) + 1)) if t not in stops)  # any that ends no answer
 
     def logits(batch) -> Tensor:  # after the shortest prompt, (steps, V)
         seen = []
@@ -356,7 +356,7 @@ def _depends_on_batch(model, prompts, steps: int) -> bool:
             seen.append(scores[-1])
             return torch.full((len(batch),), token, device=scores.device), scores.new_zeros(len(batch))
 
-        _answer_batch_by_transformers(model, batch, steps, [stop], choose, None, False)
+        _answer_batch_by_transformers(model, batch, steps, stops, choose, None, False)  # padded as the answers will be
         return torch.stack(seen).float()
 
     with evaluating(model):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,14 +24,13 @@ from .disk import make_directory, write_atomic
 from .errors import ConfigError, NonFiniteError
 from .generation import generate_text
 from .keys import PPOJob, RewardJob, Scratch, SFTJob
-from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer
+from .models import check_lengths, check_positions, load_config, load_policy, load_tokenizer, positions_of
 from .monitors import RunStopped
 from .quickstart.model import tiny_llama, train_tokenizer
 from .report import read_mapping, write_report
 from .rewards import RewardModelReward
 from .rollout_server import RolloutServer
 from .trainers.common import check_bf16
-from .trainers.configs import config_from_dict
 from .trainers.ppo import PPOConfig, PPOTrainer
 from .trainers.reward import RewardConfig, RewardTrainer
 from .trainers.run_dir import check_is_new
@@ -48,7 +46,7 @@ def run_sft(job: SFTJob, config: SFTConfig, resume: bool) -> None:
 
 def _from_scratch(job: SFTJob, config: SFTConfig):
     """A new Llama, and a tokenizer trained on the texts of train_data. Both are determined by the data and the seed."""
-    options = vars(config_from_dict(Scratch, job.scratch))
+    options = vars(Scratch(**checked_options(Scratch, job.scratch, "sft: scratch")))
     rows, _ = rows_for("sft", job.train_data)
     replies = [[row[key] for key in ("messages", "prompt", "completion", "text") if key in row] for row in rows]
     texts = [text for reply in replies for text in _texts(reply)]
@@ -351,7 +349,7 @@ def answer_records(model: str, path: str, **sampling) -> list[dict]:
 def _answers(model: str, tokenizer, prompts: list, **sampling) -> list[str]:
     longest, config = max((len(encode_prompt(tokenizer, p)) for p in prompts), default=0), load_config(model)
     check_positions(config, longest, "shorten the prompt")
-    room = getattr(config, "max_position_embeddings", math.inf) + 1 - longest  # the last token is never an input
+    room = positions_of(config) + 1 - longest  # the last token is never an input
     if sampling["max_new_tokens"] > room:
         print(f"answers have at most {room} tokens, because the model has no positions for more", file=sys.stderr)
         sampling["max_new_tokens"] = room

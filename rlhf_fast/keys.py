@@ -6,9 +6,9 @@ config. jobs.py holds the functions that take them.
 
 from dataclasses import dataclass, field
 
-from .commands import Checked, Command
+from .commands import Checked, Command, checked_options
 from .errors import ConfigError
-from .trainers.configs import check_config, config_from_dict
+from .trainers.configs import check_config
 from .trainers.ppo_config import PPOConfig
 from .trainers.reward_config import RewardConfig
 from .trainers.sft_config import SFTConfig
@@ -44,10 +44,7 @@ class SFTJob(Checked):
         super().__post_init__()
         if (self.model is None) == (not self.scratch):
             raise ConfigError("sft: give either model, or scratch to start from random weights")
-        names = vars(Scratch())
-        if unknown := set(self.scratch) - set(names):
-            raise ConfigError(f"sft: scratch takes {', '.join(names)}; got {', '.join(map(str, unknown))}")
-        config_from_dict(Scratch, self.scratch)
+        Scratch(**checked_options(Scratch, self.scratch, "sft: scratch"))
 
 
 @dataclass

@@ -158,7 +158,9 @@ def make_reward(spec, tokenizer) -> Reward:
         try:
             weights = [float(weight) for _, weight in spec]
         except (TypeError, ValueError):
-            raise ConfigError(f"a list of rewards must be [(reward, weight), ...], got {spec!r}") from None
+            flat = (x for part in spec for x in (part if isinstance(part, (list, tuple)) else [part]))
+            kinds = ", ".join(type(x).__name__ for x in flat)  # a model's repr is a page
+            raise ConfigError(f"a list of rewards must be [(reward, weight), ...], got a list of {kinds}") from None
         if not np.isfinite(weights).all():
             raise ConfigError(f"a list of rewards needs finite weights, got {weights}")
         return WeightedReward([(make_reward(part, tokenizer), w) for (part, _), w in zip(spec, weights, strict=True)])

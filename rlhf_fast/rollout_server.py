@@ -201,7 +201,7 @@ class RolloutServer:
         for temperature in (0.5, 2.0):  # vLLM accepts at most 2
             probe = {**request, "max_tokens": 1, "temperature": temperature, "seed": 0, "logprobs": 3,
                      "return_tokens_as_token_ids": True}  # fmt: skip
-            answer = self._server.ask_once(probe, self._send, self._read_gap)[-1].answer
+            answer = self._server.probe(probe, self._send, self._read_gap)[-1].answer
             if answer.status != "ok":
                 raise ConfigError(f"rollout_server: {self.base_url}: {answer.reason}; start it as {start}")
             gaps.append(answer.value)

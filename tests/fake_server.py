@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -103,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             "429 long": (429, {"error": {"message": "come back tomorrow"}}, {"Retry-After": "86400"}),
             "quota": (429, {"error": {"message": "insufficient_quota"}}, {}),
             "500": (500, {"error": {"message": "oops"}}, {}),
+            "404": (404, {"error": {"message": "no such model"}}, {}),
             "401": (401, {"error": {"message": "bad key"}}, {}),
             "too_long": (400, {"error": {"message": "This model's maximum context length is 16 tokens"}}, {}),
             "filter": (400, {"error": {"message": "flagged by the content filter"}}, {}),
@@ -112,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault in answers:
             code, content, headers = answers[fault]
             return self.reply(code, content, headers)
+        if fault == "cut":
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         if fault == "time-out":
             time.sleep(1.0)
         reply = self.answer(body, text, self.server.logit(text))

@@ -8,6 +8,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from fake_server import serving
 from helpers import tiny_model, tiny_tokenizer
 from planted import PlantedJudge
@@ -16,8 +17,10 @@ from rlhf_fast import cai_jobs
 from rlhf_fast.cai_jobs import rate_held_out
 from rlhf_fast.cai_keys import TrainJob
 from rlhf_fast.cli import main
+from rlhf_fast.commands import checked_options
 from rlhf_fast.data.chat import encode_prompt
-from rlhf_fast.judges import Constitution, HTTPJudge, ModelCheck, Principle, Server, Vote, audit
+from rlhf_fast.errors import ConfigError
+from rlhf_fast.judges import Constitution, HTTPJudge, LocalJudge, ModelCheck, Principle, Server, Vote, audit
 from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.models import load_tokenizer
@@ -255,6 +258,14 @@ def test_derive_keeps_what_the_labels_were_made_with(tmp_path, capsys):
         assert words in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+def test_a_number_in_options_may_have_an_exponent():
+    """YAML 1.1 reads 1e-9, which has no point, as text."""
+    given = {"min_label_mass": yaml.safe_load("1e-9"), "cot_tokens": 1}
+    assert checked_options(LocalJudge, given, "judge_options") == {"min_label_mass": 1e-9, "cot_tokens": 1}
+    with pytest.raises(ConfigError, match="judge_options: min_label_mass = 'small' must be a number"):
+        checked_options(LocalJudge, {"min_label_mass": "small"}, "judge_options")
+
+
 def test_a_server_writes_and_judges(house, tmp_path, capsys):
     pytest.importorskip("openai")
     with serving() as fake:
@@ -355,6 +366,25 @@ def test_checks_of_held_out_answers_are_paid_for_once_and_within_the_budget(hous
         for _ in range(2):
             assert stage_table(house, tmp_path, judge)["stages"][0]["pass_rate"] == 1.0
         assert sum(fake.asked.values()) == 2 + 4
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_calls(tmp_path, monkeypatch):
+    """A resumed run passes the stages that have ended in no time: its report said that they had taken none."""
+    now = iter([0.0, 30.0, 30.0, 90.0, 90.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    fresh = lambda: {"stages": [], "samples": []}  # noqa: E731
+    table = StageTable(tmp_path, fresh())
+    table.add("start")
+    table.add("sft")
+    StageTable(tmp_path, fresh()).add("start")  # and is killed before sft
+    monkeypatch.undo()
+    again = StageTable(tmp_path, fresh())
+    again.add("start")
+    again.add("sft")
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    seconds = {stage["name"]: stage["seconds"] for stage in stages}
+    assert seconds["start"] == pytest.approx(32, abs=0.6) and seconds["sft"] == pytest.approx(60, abs=0.6)
+    assert "92 s in total" in (tmp_path / "report.html").read_text()
 
 
 # -- from end to end ---------------------------------------------------------------------------------------------------

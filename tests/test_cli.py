@@ -17,8 +17,8 @@ import yaml
 
 from rlhf_fast.cai_jobs import load_writer
 from rlhf_fast.cai_keys import CAI, WriterJob
-from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_sections
-from rlhf_fast.commands import REQUIRED, Parser, keys_of
+from rlhf_fast.cli import CAI_WORDS, COMMANDS, HELP, WITH_KEYS, main, read_keys
+from rlhf_fast.commands import REQUIRED, Parser, checked_options, keys_of
 from rlhf_fast.data.files import UniqueKeys
 from rlhf_fast.data.sources import read_rows, rows_for
 from rlhf_fast.decoder import Decoder
@@ -28,6 +28,7 @@ from rlhf_fast.jobs import _write_job, resolve_reward, score
 from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_NAMES, SFTJob
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
+from rlhf_fast.rollout_server import RolloutServer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,16 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run([*asked, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (done.returncode, done.stdout) == (0, HELP + "\n")
     assert subprocess.run([*asked, "rewards"], capture_output=True, cwd=ROOT, timeout=120).returncode == 2
+
+
+def test_a_reader_that_has_gone_is_one_line(tmp_path):
+    """`rlhf-fast cai validate FILE | head -1`"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    asked = [sys.executable, "-m", "rlhf_fast", "cai", "validate", "examples/constitution.yaml"]
+    done = subprocess.run(asked, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "rlhf-fast: nothing reads the output any more\n")
 
 
 def test_every_key_has_a_comment_and_every_comment_behind_a_key_is_in_the_help():
@@ -176,10 +187,10 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["sft", "--train_data"], "expected one argument"),
         (["sft", "--model", "x"], "sft needs train_data: as flags"),
         (["sft", "--train_data", "x.jsonl"], "give either model, or scratch"),
-        (["sft", "--train_data", "x", "--scratch", "{layer: 2}"], "scratch takes vocab_size, hidden, layers, init"),
+        (["sft", "--train_data", "x", "--scratch", "{layer: 2}"], "Scratch has no 'layer'; did you mean 'layers'?"),
         (["sft", "--train_data", "x", "--scratch", "{hidden: 30}"], "hidden = 30 must be a multiple of 8"),
         (["sft", "--train_data", "x", "--scratch", "{hidden: 20}"], "hidden = 20 must be a multiple of 8"),
-        (["sft", "--train_data", "x", "--scratch", "{hidden: abc}"], "Scratch.hidden = 'abc' must be int"),
+        (["sft", "--train_data", "x", "--scratch", "{hidden: abc}"], "scratch: hidden = 'abc' must be int"),
         (["sft", "--train_data", "x", "--scratch", "{layers: -1}"], "Scratch.layers = -1 must be greater than 0"),
         (["sft", "--train_data", "x", "--scratch", "{initializer_range: a}"], "initializer_range = 'a' must be a numb"),
         (["sft", "--train_data", "", "--scratch", "{layers: 2}"], "the name of a dataset is empty"),
@@ -222,19 +233,29 @@ KEYS = {"sft": ["seed", "model", "max_steps"], "ppo": ["seed", "model", "kl_coef
 
 
 def test_a_section_stands_over_shared_keys_and_a_stage_gets_only_its_own(tmp_path):
-    path = write_yaml(tmp_path / "c.yaml", "seed: 3\nkl_coef: 0.1\nsft: {seed: 4, max_steps: 9}\n")
-    assert read_sections(path, KEYS) == {"sft": {"seed": 4, "max_steps": 9}, "ppo": {"seed": 3, "kl_coef": 0.1}}
+    path = write_yaml(tmp_path / "c.yaml", "seed: 3\nkl_coef: 0.1\nsft: {seed: 4, max_steps: 9}\nppo:\n")
+    assert read_keys(path, KEYS, "sft") == {"seed": 4, "max_steps": 9}
+    assert read_keys(path, KEYS, "ppo") == {"seed": 3, "kl_coef": 0.1}
 
 
 def test_sections_may_share_keys_by_an_anchor_and_override_them(tmp_path):
     text = "sft: &a {seed: 4, model: m}\nppo: &b {<<: *a, seed: 5}\n"
-    sections = {"sft": {"seed": 4, "model": "m"}, "ppo": {"seed": 5, "model": "m"}}
-    assert read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS) == sections
+    path = write_yaml(tmp_path / "c.yaml", text)
+    assert read_keys(path, KEYS, "sft") == {"seed": 4, "model": "m"}
+    assert read_keys(path, KEYS, "ppo") == {"seed": 5, "model": "m"}
     path = write_yaml(tmp_path / "c.yaml", text.replace("seed: 5", "seed: 5, seed: 6"))
     with pytest.raises(ConfigError, match="line 2: field 'seed' occurs twice"):
-        read_sections(path, KEYS)
+        read_keys(path, KEYS, "sft")
     chain = "a: {sft: &a {seed: 4, model: m}, ppo: &b {<<: *a, seed: 5}}\nppo: {<<: *b, seed: 6}"
     assert yaml.load(chain, UniqueKeys)["ppo"] == {"seed": 6, "model": "m"}
+
+
+def test_options_take_numbers_as_yaml_writes_them():
+    """YAML 1.1 reads 1e3 as text, here and in the keys themselves."""
+    options = yaml.safe_load("{timeout: 1e3, concurrency: 8}")
+    assert checked_options(RolloutServer, options, "rollout_options") == {"timeout": 1000.0, "concurrency": 8}
+    with pytest.raises(ConfigError, match="rollout_options: timeout = 'soon' must be a number"):
+        checked_options(RolloutServer, {"timeout": "soon"}, "rollout_options")
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
@@ -242,29 +263,30 @@ def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path)
     keys = {"reward": ["seed"], "ppo": ["seed", "reward"]}
     for value in ("rewards.py:short", [["runs/reward", 1.0]]):
         path = write_yaml(tmp_path / "c.yaml", json.dumps({"seed": 3, "reward": value}))
-        assert read_sections(path, keys) == {"reward": {"seed": 3}, "ppo": {"seed": 3, "reward": value}}
+        assert read_keys(path, keys, "ppo") == {"seed": 3, "reward": value}
     path = write_yaml(tmp_path / "c.yaml", json.dumps({"seed": 3, "reward": {"seed": 4}}))
-    assert read_sections(path, keys) == {"reward": {"seed": 4}, "ppo": {"seed": 3}}
+    assert read_keys(path, keys, "reward") == {"seed": 4} and read_keys(path, keys, "ppo") == {"seed": 3}
 
 
 def test_a_shared_key_that_the_command_does_not_have_needs_a_section_that_can_use_it(tmp_path):
     keys = KEYS | {"generate": ["seed", "model"]}
     path = write_yaml(tmp_path / "c.yaml", "seed: 3\nmax_steps: 9\nppo: {kl_coef: 0.1}\n")
     with pytest.raises(ConfigError) as error:
-        read_sections(path, keys, "ppo")
+        read_keys(path, keys, "ppo")
     hint = "TRL's max_steps is here total_episodes (responses in all): see \"Coming from TRL's PPO\" in docs/ppo.md"
     told = (
         f"{path}: unknown key of ppo: 'max_steps'; {hint}. If it is meant for sft, write it in a section of that name"
     )
     assert str(error.value) == told
-    assert read_sections(path, keys, "sft")["sft"] == read_sections(path, keys, "generate")["sft"]
+    assert read_keys(path, keys, "sft") == {"seed": 3, "max_steps": 9}
+    assert read_keys(path, keys, "generate") == {"seed": 3}
     with pytest.raises(ConfigError, match=r"unknown key of sft: 'kl_coef'. If it is meant for ppo"):
-        read_sections(write_yaml(tmp_path / "c.yaml", "kl_coef: 0.1\n"), keys, "sft")
+        read_keys(write_yaml(tmp_path / "c.yaml", "kl_coef: 0.1\n"), keys, "sft")
     with pytest.raises(ConfigError, match=r"unknown key of generate: 'max_step'; did you mean 'max_steps'\?$"):
-        read_sections(write_yaml(tmp_path / "c.yaml", "max_step: 9\n"), keys, "generate")
+        read_keys(write_yaml(tmp_path / "c.yaml", "max_step: 9\n"), keys, "generate")
     for section in ("sft: {seed: 1}", "sft: {}", "sft:"):
         path = write_yaml(tmp_path / "c.yaml", f"seed: 3\nmax_steps: 9\nppo: {{kl_coef: 0.1}}\n{section}\n")
-        assert read_sections(path, keys, "ppo")["ppo"] == {"seed": 3, "kl_coef": 0.1}
+        assert read_keys(path, keys, "ppo") == {"seed": 3, "kl_coef": 0.1}
 
 
 def test_a_ppo_config_of_trl_is_refused_and_told_the_names(tmp_path, capsys):
@@ -311,7 +333,7 @@ def test_a_section_of_another_command_is_not_taken_for_a_key_of_cai_in_silence(t
 
     def told(text):
         path = write_yaml(tmp_path / "c.yaml", text)
-        values = read_sections(path, keys, "cai")["cai"]
+        values = read_keys(path, keys, "cai")
         return values, capsys.readouterr().err.removeprefix(f"{path}: ")
 
     top = "model: m\nsft: {max_steps: 9}\nppo: {kl_coef: 0.3}\n"
@@ -321,26 +343,26 @@ def test_a_section_of_another_command_is_not_taken_for_a_key_of_cai_in_silence(t
         assert line.endswith("write them inside cai:\n") and line.count("\n") == 1
     own = "cai: {sft: {max_steps: 1}, ppo: {kl_coef: 0.1}}\n"
     assert told(top + own) == ({"model": "m", "sft": {"max_steps": 1}, "ppo": {"kl_coef": 0.1}}, "")
-    read_sections(write_yaml(tmp_path / "c.yaml", top), keys, "sft")
+    read_keys(write_yaml(tmp_path / "c.yaml", top), keys, "sft")
     assert "inside cai" not in capsys.readouterr().err
 
 
 def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
     stages = STAGES | CAI
-    read_sections(str(ROOT / "examples" / "hh_rlhf.yaml"), {name: list(s.keys()) for name, s in stages.items()}, "cai")
+    read_keys(str(ROOT / "examples" / "hh_rlhf.yaml"), {name: list(s.keys()) for name, s in stages.items()}, "cai")
     assert "inside cai" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sed: 3", "unknown key 'sed'; did you mean 'seed'?"),
+        ("sed: 3", "unknown key of sft: 'sed'; did you mean 'seed'?"),
         ("resume: true", "unknown key 'resume': it is only a flag, --resume"),
         ("sft: {max_step: 9}", "section sft: unknown key 'max_step'; did you mean 'max_steps'?"),
         ("ppo: {max_steps: 9}", "section ppo: unknown key 'max_steps'"),
-        ("pp: {seed: 1}", "unknown key 'pp'; did you mean 'ppo'?"),
-        ("1: 2", "unknown key 1"),
-        ("on: 3", "unknown key True"),
+        ("pp: {seed: 1}", "unknown key of sft: 'pp'; did you mean 'ppo'?"),
+        ("1: 2", "unknown key of sft: 1"),
+        ("on: 3", "unknown key of sft: True"),
         ("sft: {2024-01-02: 3}", "section sft: unknown key datetime.date(2024, 1, 2)"),
         ("sft: 3", "section sft: must be a mapping"),
         ("- 3", "must be a mapping of keys to values, got list"),
@@ -351,7 +373,7 @@ def test_the_file_for_all_stages_has_what_cai_needs_inside_cai(capsys):
 )
 def test_a_key_that_nothing_has_is_refused_with_the_nearest(text, message, tmp_path, capsys):
     with pytest.raises(ConfigError) as error:
-        read_sections(write_yaml(tmp_path / "c.yaml", text), KEYS)
+        read_keys(write_yaml(tmp_path / "c.yaml", text), KEYS, "sft")
     assert message in str(error.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rlhf_fast.cai_keys import CAI
-from rlhf_fast.cli import main, read_sections
+from rlhf_fast.cli import main, read_keys
 from rlhf_fast.jobs import resolve_reward
 from rlhf_fast.judges import Constitution
 from rlhf_fast.keys import STAGES
@@ -53,7 +53,7 @@ def test_yaml_files_are_accepted(path):
     named = yaml.safe_load(path.read_text()).keys() & stages.keys()
     assert named
     for name in named:
-        values = read_sections(str(path), {stage: list(s.keys()) for stage, s in stages.items()}, name)[name]
+        values = read_keys(str(path), {stage: list(s.keys()) for stage, s in stages.items()}, name)
         for cls in stages[name].configs:
             config_from_dict(cls, {k: v for k, v in values.items() if k in cls.__dataclass_fields__})
 

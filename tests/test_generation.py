@@ -38,6 +38,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
     SmolLM3Config,
@@ -463,6 +465,23 @@ def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
     for i in (0, 3, 11):
         options = {"max_new_tokens": 8, "eos_token_id": EOS, "generator": uniforms[i : i + 1]}
         assert generate_with_logprobs(model, prompts[i : i + 1], **options)[0] == [together[i]]
+
+
+def test_the_padding_of_a_batch_is_the_one_that_its_answers_would_read(prompts):
+    """RecurrentGemma's convolution reads it: id 0, whose embedding is zero, changes nothing, and eos does."""
+    torch.manual_seed(5)
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, lru_width=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
+    )  # fmt: skip
+    model = RecurrentGemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4)
+    expected = [by_transformers(model, [prompt], 8)[0] for prompt in prompts]
+    generation._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="RecurrentGemmaForCausalLM answers one prompt at a time"):
+        assert sampled(model, prompts, max_new_tokens=8, do_sample=False) == expected
 
 
 def test_the_last_position_of_a_model_by_transformers_is_used():

@@ -1,4 +1,4 @@
-"""Imports point one way, as DESIGN's table draws it, also where an import hides inside a function."""
+"""Imports point one way, as the table below says, also where an import hides inside a function."""
 
 import ast
 import re

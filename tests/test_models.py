@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -20,6 +21,8 @@ from transformers import (
     BloomForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    CpmAntConfig,
+    CpmAntForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -39,9 +42,20 @@ from transformers import (
     Qwen2ForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
-from rlhf_fast import linear_token_logprobs, models
+from rlhf_fast import (
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    linear_token_logprobs,
+    models,
+)
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import language
 from rlhf_fast.rewards import RewardModelReward, make_reward
@@ -277,6 +291,22 @@ def test_what_is_loaded_applies_the_softcap_of_its_attention(tmp_path):
         torch.testing.assert_close(models.hidden_states(loaded.eval(), ids), expected)
 
 
+def test_a_given_model_whose_attention_leaves_out_its_softcap_is_warned_of():
+    """transformers 4 makes one silently; transformers 5 refuses to run it."""
+    model = gemma2(tokenizer := tiny_tokenizer())
+    reward = models.load_reward_model(model)
+    for attention in ("eager", "sdpa"):
+        for given in (model, reward):
+            given.config._attn_implementation_internal = attention
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")
+            models.load_policy(model)
+            for take in (models.load_reward_model, models.ValueModel, partial(make_reward, tokenizer=tokenizer)):
+                take(reward)
+        of_softcap = [str(w.message) for w in told if "leaves out the attn_logit_softcapping" in str(w.message)]
+        assert len(of_softcap) == (attention == "sdpa")  # once
+
+
 def test_positions_count_real_tokens():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1]]).bool()
     assert language.position_ids_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2], [0, 0, 1, 2]]
@@ -289,6 +319,36 @@ def test_logits_that_lm_head_alone_does_not_explain_are_refused():
     bert = BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **sizes))  # a layer between trunk and head
     with pytest.raises(ConfigError, match="BertLMHeadModel is not supported: it does more to its logits"):
         models.check_lm_head(bert.eval())
+
+
+def test_a_model_that_reads_later_tokens_is_refused(tmp_path):
+    """transformers' CPM-Ant attends to the whole text, and XLNet does unless a mask says otherwise."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    xlnet = XLNetLMHeadModel(XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=64, **sizes))
+    cpmant = CpmAntForCausalLM(
+        CpmAntConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, dim_head=8, dim_ff=64, **sizes)
+    )
+    why = "is not supported: what it computes at a token depends on the tokens that follow.*Use a decoder"
+    text, prompt = [{"text": "the cat sat"}], [{"prompt": "the cat"}]
+    config = PPOConfig(str(tmp_path), batch_size=2, minibatch_size=2, advantage_estimator="reinforce")
+    for model in (xlnet, cpmant):
+        with pytest.raises(ConfigError, match=f"{type(model).__name__} {why}"):
+            SFTTrainer(SFTConfig(str(tmp_path)), model, train_dataset=text, tokenizer=tokenizer)
+        with pytest.raises(ConfigError, match=f"{type(model).__name__} {why}"):
+            PPOTrainer(config, model, reward=lambda *_, **__: 0, train_dataset=prompt, tokenizer=tokenizer)
+    pairs = [{"prompt": "the ", "chosen": "cat", "rejected": "sat on it"}]
+    with pytest.raises(ConfigError, match=f"CpmAntForSequenceClassification {why}"):
+        RewardTrainer(RewardConfig(str(tmp_path)), cpmant, train_dataset=pairs, tokenizer=tokenizer)
+
+
+def test_a_model_that_keeps_the_state_of_its_last_forward_is_copied():
+    model, ids = recurrent_gemma(tiny_tokenizer()), torch.arange(5, 20)[None]
+    reward = models.load_reward_model(model)
+    expected, _ = models.hidden_states(model, ids), models.hidden_states(reward, ids)  # with a graph, as in training
+    for copied in (models.make_reference(model), models.ValueModel.from_reward_model(reward).model):
+        torch.testing.assert_close(models.hidden_states(copied, ids), expected)
 
 
 def test_weights_that_are_nan_or_not_in_memory_are_refused():

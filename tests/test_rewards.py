@@ -335,3 +335,5 @@ def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
     for spec in ([], [length, length]):
         with pytest.raises(ConfigError, match="a list of rewards"):
             make_reward(spec, tokenizer)
+    with pytest.raises(ConfigError, match=r"got a list of Linear, float$"):  # a model's class, not its repr
+        make_reward([torch.nn.Linear(2, 2), 0.5], tokenizer)

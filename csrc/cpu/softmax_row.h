@@ -45,8 +45,6 @@ struct Softmax {
     sum *= scale;
     max = m;
   }
-  double log_prob(double x, double c) const { return c * (x - max) - std::log(sum); }
-  double entropy() const { return std::log(sum) - moment / sum; }
 };
 
 template <bool kMoment, class E>

@@ -66,7 +66,14 @@ def selective_log_softmax_and_entropy(
 
     With an index (...) the logits are read once. row_mask has index's shape. Where it is 0 the log-probability is 0,
     and the entropy of a row without any 1 is 0. -inf logits contribute 0 to the entropy (TRL: NaN).
+    This is the function of trl.trainer.utils. That of trl.kernels has no entropy_requires_grad, so its third argument
+    is the temperature; a number there is refused.
     """
+    if not isinstance(entropy_requires_grad, bool):
+        raise TypeError(
+            f"selective_log_softmax_and_entropy: entropy_requires_grad = {entropy_requires_grad!r} must be True or "
+            "False; a temperature in third place, as in trl.kernels, must be given as temperature=..."
+        )
     if index.ndim == logits.ndim:
         logprobs = selective_log_softmax(logits, index, temperature, row_mask)
         index, row_mask = logits.detach().argmax(-1), None if row_mask is None else row_mask.bool().any(-1)

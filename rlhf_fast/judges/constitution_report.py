@@ -3,7 +3,8 @@
     votes            their number, how many decide (|P - 1/2| >= tie_margin), their size, and how often they prefer the
                      same position
     agrees           share of decided votes on the side of the verdict of all other principles
-    leave one out    labels that turn to the other side without the principle, or become ties; mean |change of P|
+    leave one out    labels that turn to the other side without the principle, or become ties; mean |change of P|, over
+                     the pairs that have a verdict with and without it
     redundant        pairs of principles whose votes correlate at `REDUNDANT` or more
     contradictory    pairs whose votes correlate at `CONTRADICTORY` or less, or oppose each other on more than
                      `OPPOSED` of the pairs on which both have a side
@@ -83,7 +84,7 @@ def constitution_report(
             "agrees": _mean(np.sign(vote[both]) == others[both]), "size": _mean(np.abs(cast)) or 0.0,
             "same_position": _mean(np.array(same[j])),
             "turns": int((side * others < 0).sum()), "makes": int(((side != 0) & (others == 0)).sum()),
-            "change": float(np.nan_to_num(moved).mean()),
+            "change": _mean(moved[~np.isnan(moved)]) or 0.0,
             "accuracy": _accuracy(np.sign(vote)[known & voted], people[known & voted]),
             "accuracy_without": _accuracy(others[known], people[known]),
         }  # fmt: skip

@@ -6,7 +6,6 @@ batch.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from ..data.chat import encode_prompt
 from ..errors import ConfigError
 from ..generation import generate_answers
-from ..models import learned_positions
+from ..models import learned_positions, positions_of
 from .constitution import Constitution, Principle
 from .layouts import CRITIQUE_LAYOUTS, Turn
 from .ledger import Answer, Ledger, Tries
@@ -52,7 +51,7 @@ class TextGenerator:
     def answer(self, requests: Sequence[dict], tries: Tries) -> None:
         """Requests {"prompt", "seed"} -> {"text"}; "too_long" if the model has no positions for max_new_tokens, also if
         they are rotary and it could go on: it was not trained beyond max_position_embeddings."""
-        positions = learned_positions(self.model) or getattr(self.model.config, "max_position_embeddings", math.inf)
+        positions = learned_positions(self.model) or positions_of(self.model.config)
         reason = f"the prompt and an answer of {self.max_new_tokens} tokens are longer than {positions} positions"
         answers = [Answer("too_long", reason=reason)] * len(requests)
         lengths = [len(encode_prompt(self.tokenizer, r["prompt"])) for r in requests]

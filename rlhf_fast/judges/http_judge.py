@@ -65,7 +65,7 @@ class HTTPBackend:
             labels = list(COMPARE_LABELS)
             prompt = self.prompt([], question, labels, None)
             request = {"prompt": prompt, "labels": labels, "about": f"probe/{name}"}
-            self.calls += self.server.ask_once(request, self._send, self._read)
+            self.calls += self.server.probe(request, self._send, self._read)
             answer, code = self.calls[-1].answer, self.calls[-1].about.get("http_status")
             if answer.status == "ok" or (name == "votes" and code == 200 and answer.status != "failed"):
                 return name, {**found, name: "yes"}
@@ -200,7 +200,15 @@ class HTTPGenerator:
         def send(request: dict) -> tuple[str, dict]:
             return _text_call(request["prompt"], self.max_new_tokens, seed=request["seed"], **self.sampling)
 
-        self.server.call_all(requests, tries, send, lambda request, reply: read_text(reply))
+        try:
+            self.server.call_all(requests, tries, send, lambda request, reply: read_text(reply))
+        except ConfigError as error:
+            if re.search(r"HTTP 40[45] from /completions", str(error)):
+                raise ConfigError(
+                    f"{error}. Under the constitution's layout {{critique: anthropic}} prompts are text, for "
+                    "/completions; under {critique: chat} they are messages, for /chat/completions"
+                ) from None
+            raise
 
 
 def _text_call(prompt, max_tokens: int, *, seed: int, **sampling) -> tuple[str, dict]:

@@ -66,7 +66,7 @@ _LEAK = re.compile(
     r"|^\s*(?:here is|here's) (?:the|my|a) (?:revised|rewritten|improved|new) (?:reply|response|answer|version)"
     r"|^\s*以下(?:が|は|に).{0,12}(?:書き直し|修正|改善)",
     re.IGNORECASE | re.MULTILINE,
-)  # fmt: skip
+)
 _JAPANESE = re.compile(r"[ぁ-んァ-ヶ一-龯々]")
 _MIN_WORDS, _MIN_CHARS = 4, 8  # of a reply that says more than that it declines; characters in Japanese
 

@@ -79,7 +79,7 @@ def judge_pairs(
 
         return run_stage(
             ledger, "judgements", items, work, settings=described, batch_size=batch_size, output_dir=output_dir
-        )  # fmt: skip
+        )
 
 
 def usable_principles(judge: Judge, constitution: Constitution, principles_per_pair: int | None) -> list[Principle]:

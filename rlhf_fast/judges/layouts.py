@@ -135,9 +135,7 @@ def _conversation(messages: Sequence[dict], words: Words) -> str:
     return f"\n\n{words.opening}{render_turns(turns_of(messages, words.heads))}"
 
 
-def compare_question(
-    conversation: Sequence[dict], a: str, b: str, instruction: str, words: Words = ENGLISH
-) -> str:  # fmt: skip
+def compare_question(conversation: Sequence[dict], a: str, b: str, instruction: str, words: Words = ENGLISH) -> str:
     """The released multiple-choice format, without the stem."""
     shown = f"{words.options}\n (A) [[[{a}]]]\n (B) [[[{b}]]]"
     return f"{_conversation(conversation, words)}\n\n\n{instruction}{shown}"

@@ -267,14 +267,14 @@ class Ledger:
 
     def _count(
         self, backend: str, requests: int, prompt_tokens: int | None = None, completion_tokens: int | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         with self._lock:
             more, used = (requests, prompt_tokens or 0, completion_tokens or 0), self._used.get(backend, Usage())
             self._used[backend] = Usage(*map(sum, zip(used, more, strict=True)))
 
 
 def _dump(value: Any) -> str:
-    return _utf8(json.dumps(value, sort_keys=True, ensure_ascii=False))
+    return _utf8(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str))  # str: dates in messages
 
 
 def _utf8(text: str) -> str:

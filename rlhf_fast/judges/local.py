@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..generation import generate_tokens
-from ..models import check_lm_head, evaluating, stop_ids
+from ..models import check_lm_head, evaluating, positions_of, stop_ids
 from .constitution import Constitution
 from .generator import describe_model
 from .layouts import COMPARE_LAYOUTS, WORDS
@@ -22,7 +22,7 @@ class LocalBackend:
         self.model, self.tokenizer, self.tokens_per_batch = model, tokenizer, tokens_per_batch
         render = COMPARE_LAYOUTS[constitution.compare_layout][1]
         self._render = partial(render, tokenizer, words=WORDS[constitution.language])
-        self.max_length = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.max_length = positions_of(model.config)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         self._special = sorted({*tokenizer.all_special_tokens, *(str(t) for t in added if t.special)})
 

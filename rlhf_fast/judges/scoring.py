@@ -11,6 +11,7 @@ whose state is more than keys and values process every sequence whole.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -112,10 +113,11 @@ def _forward(model, rows: Sequence[Row], cache: DynamicCache | None, start: int)
     width = max(map(len, rows))
     ids = torch.tensor([row + (0,) * (width - len(row)) for row in rows], device=model.device)
     positions = torch.arange(start, start + width, device=model.device)[None].expand(len(rows), -1)
-    out = unwrapped(model).base_model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None
-    )
-    return out.last_hidden_state
+    trunk = unwrapped(model).base_model
+    # transformers 5.24 renamed this argument. A forward with **kwargs would ignore the other name.
+    name = "cache" if "cache" in inspect.signature(trunk.forward).parameters else "past_key_values"
+    cached = {} if cache is None else {name: cache}
+    return trunk(input_ids=ids, position_ids=positions, use_cache=cache is not None, **cached).last_hidden_state
 
 
 def _can_share(model) -> bool:

@@ -37,6 +37,7 @@ _TOO_LONG = re.compile(
 _REFUSED = re.compile(r"content.?(?:filter|management|policy)|safety|responsible.?ai", re.I)
 _NO_QUOTA = re.compile(r"insufficient_quota|billing", re.I)
 FAILURES_IN_A_ROW = 10
+PROBES = 3
 _MAX_WAIT = 60.0  # seconds, because limits are per minute
 _PATIENCE = 600.0  # seconds
 
@@ -110,23 +111,30 @@ class Server:
         more = {"extra_body": self.extra_body} if self.extra_body else {}
         return {"backend": "http", "base_url": self.base_url, "model": self.model, **more}
 
-    def ask_once(self, request: dict, send, read) -> list[Call]:
-        """The calls of one question, without a second try except after a 429, for which we wait as in a run.
+    def probe(self, request: dict, send, read) -> list[Call]:
+        """The calls of one question that finds out what the server can do. After a 429 we wait as in a run; what may be
+        a fault of the moment is tried again, PROBES times in all.
 
         The outcome of the last call is in its answer and is never raised. Raises ConfigError after ten minutes of
         nothing but 429.
         """
-        calls, limited = [], True
-        while limited:
+        calls, number = [], 0
+        while number < PROBES:
             self._enter(threading.Event())
             started = time.time()
             try:
                 answer, again, wait, about = self._try(*send(request), request, read)
             finally:
                 self._leave()
-            calls.append(Call(request, answer, started, time.time() - started, about))
-            if limited := again and about.get("http_status") == 429:
+            calls.append(Call(request, answer, started, seconds := time.time() - started, about))
+            if again and about.get("http_status") == 429:
                 self._pace(answer, 429, again, wait, last=False)
+                continue
+            number += 1
+            if not again or seconds >= self.timeout or not _may_pass(about):
+                break
+            if number < PROBES:
+                time.sleep(min(wait, _MAX_WAIT) or self._jitter(number - 1))
         self._limited_since = None  # any other answer ends it, also an error
         self._must_be_counted(answer, about)
         return calls
@@ -224,6 +232,8 @@ class Server:
             text, code = error.response.text, error.status_code
             about = {"raw": text, "http_status": code}
             reason = f"HTTP {code}: {_short(text)}"
+            if code in (404, 405):  # an unknown model, or an endpoint that the server does not have
+                reason = f"HTTP {code} from {path}: {_short(text)}"
             if code == 401:
                 unset = "" if os.environ.get(self.api_key_env, "").strip() else ", which is not set"
                 reason += f" (the key is read from the variable {self.api_key_env}{unset})"
@@ -313,6 +323,19 @@ class Server:
                 if bound is not None and value >= bound:
                     raise ConfigError(f"the budget is spent: {name} = {bound}, {value:g} used; raise it: {self.kept}")
             return tries.begin(i)
+
+
+def _may_pass(about: dict) -> bool:
+    """Whether a failed try may succeed if it is repeated. What a server answers in whole JSON with a 200 is all it has
+    to say, and a 501 says that it never will. Without a status there was no connection."""
+    code = about.get("http_status")
+    if code != 200:
+        return code != 501
+    try:
+        json.loads(about["raw"])
+    except ValueError:
+        return True
+    return False
 
 
 def _json(text: str) -> dict:

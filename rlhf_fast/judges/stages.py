@@ -52,7 +52,7 @@ def read_items(rows: Iterable, texts: Sequence[str] = ()) -> list[dict]:
     for i, row in enumerate(as_rows(rows, "rows")):
         row = row if isinstance(row, dict) else {"prompt": row}
         item = _item(row, i, texts)
-        content = json.dumps(item, sort_keys=True, ensure_ascii=False)
+        content = json.dumps(item, sort_keys=True, ensure_ascii=False, default=str)  # str: dates in messages
         check_encodable(content, f"row {i}")
         given = row.get("id")  # None in a table where only other rows have one
         name = hashlib.blake2b(content.encode(), digest_size=8).hexdigest() if given is None else str(given)

@@ -34,6 +34,7 @@ from .adapters import (
 )
 from .language import (
     answer_room,
+    check_causal,
     check_lm_head,
     checkpoint_activations,
     disable_dropout,
@@ -70,7 +71,7 @@ from .scalar import (
     score_tokens,
     set_reward_scale,
 )
-from .tokens import check_lengths, check_positions, stop_at_eos, stop_ids, with_own_pad
+from .tokens import check_lengths, check_positions, positions_of, stop_at_eos, stop_ids, with_own_pad
 
 # The names for scripts, which type checkers then take for public. The package itself also uses the others.
 __all__ = [

@@ -79,7 +79,14 @@ def merge_adapters(model: nn.Module) -> PreTrainedModel:
     """A plain transformers model with the same outputs; the given model keeps its adapters. A model without adapters is
     returned itself."""
     check_adapters(model)
-    return copy.deepcopy(model).merge_and_unload() if has_adapters(model) else model
+    return copied(model).merge_and_unload() if has_adapters(model) else model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. What the last forward left on a module (RecurrentGemma: its state) is copied without its graph,
+    which torch cannot copy."""
+    left = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor) and not x.is_leaf]
+    return copy.deepcopy(model, {id(x): x.detach().clone() for x in left})
 
 
 # --- in a checkpoint -------------------------------------------------------------------------------------------------

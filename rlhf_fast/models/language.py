@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -65,16 +66,27 @@ def logit_softcap(config: PretrainedConfig) -> float | None:
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
+def warn_of_lost_softcap(model: PreTrainedModel) -> None:
+    """Warns, once, if the attention of the model leaves out the softcap of its scores: transformers 4 runs Gemma 2 by
+    sdpa unless it is told not to, and sdpa has none. (transformers 5 refuses.)"""
+    config = unwrapped(model).config
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        warnings.warn(
+            f"sdpa attention leaves out the attn_logit_softcapping of this {config.model_type} model, so it computes "
+            "something else than it was trained to: load it with attn_implementation='eager', or give its path",
+            stacklevel=1,  # one place for all callers, so that it is shown once
+        )
+
+
 @torch.no_grad()
 def check_lm_head(model: PreTrainedModel) -> None:
-    """ConfigError if the logits are NaN, or are not lm_head(hidden_states), as in BERT."""
+    """ConfigError if the logits are NaN, or are not lm_head(hidden_states), as in BERT, or depend on later tokens."""
     if unwrapped(model).base_model is unwrapped(model):
         raise ConfigError(
             f"{type(model).__name__} is not supported: transformers does not say which part is its trunk. Use a model "
             "whose base_model is a module of its own"
         )
-    vocab = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(0, vocab, max(1, vocab // 16), device=model.device)[None, : learned_positions(model) or 16]
+    ids = _some_tokens(model)
     with evaluating(model):
         hidden, weight, bias, softcap = lm_head(model, hidden_states(model, ids))
         ours = nn.functional.linear(hidden, weight, bias)
@@ -93,6 +105,29 @@ def check_lm_head(model: PreTrainedModel) -> None:
             "softcap. rlhf_fast computes log-probabilities from the hidden states, and they would be wrong for this "
             "model"
         )
+    check_causal(model)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """ConfigError if the hidden state at a token depends on later tokens, as in CPM-Ant and XLNet."""
+    ids = _some_tokens(model)
+    half = ids.shape[1] // 2
+    with evaluating(model):
+        a, b = (hidden_states(model, torch.cat([ids[:, :half], rest], 1)) for rest in (ids[:, half:], ids[:, :half]))
+    rounds = a.dtype.itemsize < 4 or torch.is_autocast_enabled(a.device.type)
+    a, b, tolerance = a[:, :half].float(), b[:, :half].float(), 1e-2 if rounds else 1e-4
+    if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()), equal_nan=True):
+        raise ConfigError(
+            f"{type(model).__name__} is not supported: what it computes at a token depends on the tokens that follow, "
+            "so it could read what it learns to predict. Use a decoder, whose attention is causal"
+        )
+
+
+def _some_tokens(model: PreTrainedModel) -> Tensor:
+    """(1, T) tokens from all over the vocabulary, about 16 and no more than the model has positions."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    return torch.arange(0, vocab, max(1, vocab // 16), device=model.device)[None, : learned_positions(model) or 16]
 
 
 def starts_as_its_base(policy: nn.Module) -> bool:

@@ -5,7 +5,6 @@ A directory may hold a whole model, or LoRA adapters (with an adapter_config.jso
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..errors import ConfigError
-from .adapters import check_lm_head_is_plain, has_adapters, import_peft, merge_adapters, unwrapped
-from .language import let_pad_learn
+from .adapters import check_lm_head_is_plain, copied, has_adapters, import_peft, merge_adapters, unwrapped
+from .language import let_pad_learn, warn_of_lost_softcap
 from .scalar import check_score, register_scalar_class, reward_scale, scalar_head_on, set_reward_scale
 
 
@@ -69,6 +68,7 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
             model = _from_pretrained(AutoModelForCausalLM, model, dtype)
     _check_is_model(model)
     check_lm_head_is_plain(model)
+    warn_of_lost_softcap(model)
     return let_pad_learn(model)
 
 
@@ -212,7 +212,7 @@ def loadable(model: nn.Module) -> nn.Module:
 
 def make_reference(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen copy in eval mode."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return copied(model).eval().requires_grad_(False)
 
 
 def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import ConfigError
-from .adapters import merge_adapters, unwrapped
-from .language import hidden_states, let_pad_learn
+from .adapters import copied, merge_adapters, unwrapped
+from .language import hidden_states, let_pad_learn, warn_of_lost_softcap
 
 
 def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
@@ -64,7 +64,7 @@ def register_scalar_class(config: PretrainedConfig) -> None:
 
 def check_score(model: PreTrainedModel) -> None:
     """ConfigError for a classifier that lacks `score`, the head that decoders have, or whose score is not one
-    number."""
+    number. Warns of a lost softcap."""
     if not hasattr(model, "score"):
         raise ConfigError(
             f"{type(model).__name__} is not supported: a reward is read at the last token by `score`, the head that "
@@ -75,6 +75,7 @@ def check_score(model: PreTrainedModel) -> None:
             f"a reward is one number, and {type(model).__name__} has num_labels={model.config.num_labels}: give a "
             "model with num_labels=1"
         )
+    warn_of_lost_softcap(model)
 
 
 def score_tokens(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class ValueModel(nn.Module):
             raise ConfigError(f"from_reward_model needs a model, not a path: give load_reward_model({str(model)!r})")
         if not hasattr(model, "score"):
             raise ConfigError(f"{type(model).__name__} has no scalar head: give a reward model, or use from_policy")
-        return cls(copy.deepcopy(merge_adapters(model)).requires_grad_(True))
+        return cls(copied(merge_adapters(model)).requires_grad_(True))
 
     @classmethod
     def from_policy(cls, model: PreTrainedModel) -> ValueModel:

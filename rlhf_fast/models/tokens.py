@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,9 +28,14 @@ def check_lengths(
 
 def check_positions(config: PretrainedConfig, longest: int, advice: str, name: str = "the model") -> None:
     """ConfigError if a sequence of `longest` tokens exceeds the positions of a model with this config."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
+    if longest > (positions := positions_of(config)):
         raise ConfigError(f"the longest sequence has {longest} tokens and {name} has {positions} positions: {advice}")
+
+
+def positions_of(config: PretrainedConfig) -> float:
+    """The number of positions that the config names; inf if it names none (XLNet's is -1)."""
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    return math.inf if positions < 0 else positions
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -59,7 +59,7 @@ def check_vocabulary(op: str, size: int, like: Tensor) -> None:
 
 def check(
     op: str, ndim: int | None, mask: Tensor | None, names: str, *tensors: Tensor | None, optional: int = 0
-) -> None:  # fmt: skip
+) -> None:
     """Checks that all tensors and the mask have one shape and device, and the tensors a floating dtype.
 
     names: the names of the tensors, separated by spaces. ndim: the number of axes that they need (None: any). The mask
@@ -169,6 +169,16 @@ def check_positive(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} {value} must be > 0 and finite")
 
 
+def check_limit(op: str, name: str, limit: float | None) -> None:
+    try:
+        outside = limit is not None and not limit >= 0
+    except NO_NUMBER:
+        refuse_no_number(op, **{name: limit})
+        raise
+    if outside:
+        raise ValueError(f"{op}: {name} {limit} must be >= 0")
+
+
 def float_or(value: float | None, default: float | None) -> float | None:
     """An option, which may be a tensor, as the float that torch.library needs; the default if it is None."""
     value = default if value is None else value
@@ -188,27 +198,18 @@ def check_term(op: str, coefficient: str, value: float, needed: str, tensor: Ten
     return number
 
 
-_AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
-_ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, formula in reference.KL_ESTIMATORS.items()}
+AGGREGATION_CODES = {mode: code for code, mode in enumerate(reference.AGGREGATIONS)}
+ESTIMATOR_CODES = {name: ("k1", "k2", "k3", "abs").index(formula) for name, formula in reference.KL_ESTIMATORS.items()}
 
 
-def aggregation_code(op: str, mode: str) -> int:
+def code_of(op: str, name: str, value: str, codes: dict[str, int]) -> int:
+    """The number by which the kernels know the value of the option `name`."""
     try:
-        code = _AGGREGATION_CODES.get(mode)
+        code = codes.get(value)
     except TypeError:  # not hashable, such as a list
         code = None
     if code is None:
-        raise ValueError(f"{op}: loss_agg_mode {mode!r} must be one of {', '.join(reference.AGGREGATIONS)}")
-    return code
-
-
-def estimator_code(op: str, estimator: str, name: str = "estimator") -> int:
-    try:
-        code = _ESTIMATOR_CODES.get(estimator)
-    except TypeError:  # not hashable, such as a list
-        code = None
-    if code is None:
-        raise ValueError(f"{op}: {name} {estimator!r} must be one of {', '.join(reference.KL_ESTIMATORS)}")
+        raise ValueError(f"{op}: {name} {value!r} must be one of {', '.join(codes)}")
     return code
 
 

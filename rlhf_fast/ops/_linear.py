@@ -67,10 +67,6 @@ class Inputs(NamedTuple):
     weight_dtype: torch.dtype  # of the weight's gradient (gradient_dtype); autocast may have rounded the weight
 
     @property
-    def fused(self) -> bool:
-        return self.way == FUSED
-
-    @property
     def parts(self) -> list[slice]:
         """The chunks of the n rows."""
         return chunks_of(self.labels.shape[0], self.weight, self.way)
@@ -131,6 +127,12 @@ def factors_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Ten
 
 def rounded(weight: Tensor, rounds: bool) -> Tensor:
     return weight.bfloat16() if rounds else weight
+
+
+def rounded_in_float32(weight: Tensor, rounds: bool) -> Tensor:
+    """The same numbers, for the reference: the backward of bfloat16() would round the gradient too, and that of this
+    sum, which is exact, is 1."""
+    return weight + (weight.bfloat16().float() - weight).detach() if rounds else weight
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -231,7 +233,7 @@ def logits_dtype(hidden: Tensor, way: str) -> torch.dtype:
 
 def logits_buffer(inputs: Inputs, needed: bool) -> Tensor | None:
     """Memory for the logits of the largest chunk. None if FUSED computes only statistics, which needs no logits."""
-    if inputs.fused and not needed:
+    if inputs.way == FUSED and not needed:
         return None
     most = max((p.stop - p.start for p in inputs.parts), default=0)
     shape = logits_shape(most, inputs.weight.shape[0], inputs.way)
@@ -248,7 +250,7 @@ def chunk_statistics(
     buffer: Tensor | None, inputs: Inputs, part: slice, temperature: float, with_entropy: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The logits z of a chunk, in the buffer, and logprobs, entropy and saved of its rows (as in token_logprobs)."""
-    if not inputs.fused:
+    if inputs.way != FUSED:
         z = write_logits(buffer, inputs, part)
         return z, *row_forward.kernel_on(z.device.type)(z, inputs.labels[part], None, temperature, with_entropy, False)
     rows = part.stop - part.start
@@ -272,7 +274,7 @@ def product_arguments(inputs: Inputs, part: slice) -> tuple:
 
 def chunk_logits(buffer: Tensor, inputs: Inputs, part: slice, temperature: float) -> Tensor:
     """The logits of a chunk, in the buffer: the first result of chunk_statistics."""
-    if inputs.fused:
+    if inputs.way == FUSED:
         return chunk_statistics(buffer, inputs, part, temperature, False)[0]
     return write_logits(buffer, inputs, part)
 
@@ -333,7 +335,7 @@ class Gradients:
 
     def add(self, z, part, temperature, saved, entropy, grad_logprobs, grad_entropy) -> None:
         """Adds the gradients of a chunk with the logits z, which are overwritten with their gradient."""
-        if self.inputs.fused:
+        if self.inputs.way == FUSED:
             self._add_fused(z, part, temperature, saved, entropy, grad_logprobs, grad_entropy)
             self.beta = 1
             return
@@ -341,7 +343,7 @@ class Gradients:
         # The derivative of cap tanh(x / cap), by its value z.
         slope = None if inputs.softcap is None else 1 - (z / inputs.softcap).square_()
         row_backward.kernel_on(z.device.type)(
-            z, labels, None, temperature, saved, entropy, grad_logprobs, grad_entropy, out=z
+            z, labels, None, temperature, saved, entropy, grad_logprobs, grad_entropy, z
         )
         if slope is not None:
             z.mul_(slope)
@@ -469,9 +471,7 @@ def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:
 
 def check(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, mask, softcap) -> None:
     """Checks the inputs that the three ops from hidden states have in common."""
-    check_tensors(
-        op, optional=("bias", "mask"), hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask
-    )  # fmt: skip
+    check_tensors(op, optional=("bias", "mask"), hidden=hidden, weight=weight, labels=labels, bias=bias, mask=mask)
     if hidden.ndim == 0 or hidden.shape[:-1] != labels.shape or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} must be (..., D), weight {tuple(weight.shape)} (V, D), "

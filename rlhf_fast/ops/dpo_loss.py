@@ -10,8 +10,27 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._inputs import NO_NUMBER, check, refuse_no_number, wants_gradient
-from .pairwise_loss import pairwise_op
+from ._dispatch import Op
+from ._inputs import NO_NUMBER, check, loss_outputs, native_loss, refuse_no_number, wants_gradient
+from .reference import PAIRWISE_STATS
+
+
+def _arguments(chosen, rejected, ref_chosen, ref_rejected, beta, target_prob, with_grad):
+    arguments = (
+        chosen, rejected, ref_chosen, ref_rejected, None, None, None, chosen.shape[0], beta, 0.0, target_prob, 0.0
+    )  # fmt: skip
+    return arguments, (with_grad, with_grad)
+
+
+_op = Op(  # of its own, so that errors have its name and that of its arguments
+    "dpo_loss(Tensor chosen_logprobs, Tensor rejected_logprobs, Tensor ref_chosen_logprobs, "
+    "Tensor ref_rejected_logprobs, float beta, float target_prob, bool with_grad) "
+    "-> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
+    kernels=native_loss("pairwise_loss", _arguments, PAIRWISE_STATS, triton="pairwise_loss"),
+    fake=lambda chosen, *args: loss_outputs(chosen, PAIRWISE_STATS, args[-1], args[-1]),
+    gradients={0: 2, 1: 3},
+    statistics=PAIRWISE_STATS,
+)
 
 
 def dpo_loss(
@@ -41,12 +60,12 @@ def dpo_loss(
         raise
     if outside:
         raise ValueError(f"dpo_loss: label_smoothing {label_smoothing} must be a probability, in [0, 1]")
-    if pairwise_op.backend(chosen_logprobs) == "reference":
+    if _op.backend(chosen_logprobs) == "reference":
         return reference.dpo_loss(
             chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta=beta,
             label_smoothing=label_smoothing,
         )  # fmt: skip
-    return pairwise_op(
-        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, None, None, None, beta,
-        0.0, 1.0 - float(label_smoothing), 0.0, wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
+    return _op(
+        chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs, beta,
+        1.0 - float(label_smoothing), wants_gradient(chosen_logprobs) or wants_gradient(rejected_logprobs),
     )  # fmt: skip

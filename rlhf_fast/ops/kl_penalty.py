@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import reference
 from ._dispatch import Op, check_prepared, empties, is_forced, may_consume, native
-from ._inputs import NO_NUMBER, as_rows, check, estimator_code, refuse_no_number, wants_gradient
+from ._inputs import ESTIMATOR_CODES, as_rows, check, check_limit, code_of, wants_gradient
 from ._layout import DTYPE_CODES, accumulation_dtype
 
 
@@ -70,18 +70,12 @@ def kl_penalty(
     Raises ValueError or TypeError if a shape, dtype, device or estimator does not fit.
     """
     check("kl_penalty", None, None, "logprobs ref_logprobs", logprobs, ref_logprobs)
-    code = estimator_code("kl_penalty", estimator)
+    code = code_of("kl_penalty", "estimator", estimator, ESTIMATOR_CODES)
     one_subtraction = code == 0 and input_clamp is None and output_clamp is None
     if one_subtraction and not is_forced() and _are_accumulators(logprobs, ref_logprobs):
         return logprobs - ref_logprobs  # one subtraction: there is nothing to fuse
-    for name, limit in (("input_clamp", input_clamp), ("output_clamp", output_clamp)):
-        try:
-            outside = limit is not None and not limit >= 0
-        except NO_NUMBER:
-            refuse_no_number("kl_penalty", **{name: limit})
-            raise
-        if outside:
-            raise ValueError(f"kl_penalty: {name} {limit} must be >= 0")
+    check_limit("kl_penalty", "input_clamp", input_clamp)
+    check_limit("kl_penalty", "output_clamp", output_clamp)
     if _op.backend(logprobs) == "reference":
         return reference.kl_penalty(
             logprobs, ref_logprobs, estimator=estimator, input_clamp=input_clamp, output_clamp=output_clamp

@@ -26,7 +26,7 @@ from ._linear import (
     factors_of,
     known_chunk_gradient,
     logits_buffer,
-    rounded,
+    rounded_in_float32,
     takes_known_gradient,
 )
 
@@ -97,7 +97,7 @@ def linear_cross_entropy(
         ignore_index = index_of_no_label("linear_cross_entropy", ignore_index)
     if _op.backend(hidden) == "reference":
         return reference.linear_cross_entropy(
-            hidden, rounded(weight, rounds), labels, bias=bias, softcap=softcap, ignore_index=ignore_index,
+            hidden, rounded_in_float32(weight, rounds), labels, bias=bias, softcap=softcap, ignore_index=ignore_index,
             normalizer=normalizer,
         )  # fmt: skip
     labels = labels.reshape(-1).long()

@@ -16,12 +16,13 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op
 from ._inputs import (
-    aggregation_code,
+    AGGREGATION_CODES,
+    ESTIMATOR_CODES,
     as_rows,
     check_policy,
     check_temperature,
     check_term,
-    estimator_code,
+    code_of,
     float_or,
     needed_mask,
     normalizer_tensor,
@@ -40,7 +41,7 @@ from ._linear import (
     factors_of,
     known_chunk_gradient,
     logits_buffer,
-    rounded,
+    rounded_in_float32,
     takes_known_gradient,
 )
 from .ppo_loss import _op as ppo_op
@@ -66,9 +67,7 @@ def _forward(
     logprobs, entropy = hidden.new_empty(2, rows, dtype=accumulation_dtype(hidden))
     if any(wanted):
         ones = torch.ones(mask.shape, dtype=logprobs.dtype, device=hidden.device)
-        weights = ppo(
-            ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False
-        )[2]  # fmt: skip
+        weights = ppo(ones, ones, -ones, mask, None, None, None, normalizer, *_UNCLIPPED, aggregation, True, False)[2]
         tokens = [old_logprobs, advantages, ref_logprobs, importance_weights, weights]
         tokens = [None if t is None else inputs.take(t.reshape(-1)).contiguous()[None] for t in tokens]
         one = torch.ones((), dtype=torch.float64, device=hidden.device)
@@ -161,7 +160,7 @@ def linear_ppo_loss(
     check_temperature(NAME, temperature)
     if _op.backend(hidden) == "reference":
         return reference.linear_ppo_loss(
-            hidden, rounded(weight, rounds), labels, old_logprobs, advantages, mask, bias=bias,
+            hidden, rounded_in_float32(weight, rounds), labels, old_logprobs, advantages, mask, bias=bias,
             temperature=temperature, softcap=softcap,
             cliprange=cliprange, cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
@@ -172,6 +171,7 @@ def linear_ppo_loss(
         byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
         float(temperature), float_or(softcap, None), 1.0 - float(cliprange), 1.0 + float_or(cliprange_high, cliprange),
         float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),
-        kl_coef, estimator_code(NAME, kl_estimator, "kl_estimator"), entropy_coef,
-        aggregation_code(NAME, loss_agg_mode), rounds, *map(wants_gradient, (hidden, weight, bias)),
+        kl_coef, code_of(NAME, "kl_estimator", kl_estimator, ESTIMATOR_CODES), entropy_coef,
+        code_of(NAME, "loss_agg_mode", loss_agg_mode, AGGREGATION_CODES), rounds,
+        *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip

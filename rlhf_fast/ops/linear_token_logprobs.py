@@ -40,6 +40,7 @@ from ._linear import (
     logits_shape,
     most_rows,
     rounded,
+    rounded_in_float32,
     way_of,
 )
 
@@ -214,7 +215,7 @@ def linear_token_logprobs(
     hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
     if _forward.backend(hidden) == "reference":
         return reference.linear_token_logprobs(
-            hidden, rounded(weight, rounds), labels, bias=bias, temperature=temperature, softcap=softcap,
+            hidden, rounded_in_float32(weight, rounds), labels, bias=bias, temperature=temperature, softcap=softcap,
             mask=mask, with_entropy=with_entropy,
         )  # fmt: skip
     hidden = as_rows(hidden)

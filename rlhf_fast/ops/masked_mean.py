@@ -104,10 +104,10 @@ def masked_mean(values: Tensor, mask: Tensor | None = None, dim: int | tuple[int
         values = as_float("masked_mean", values)
     if _op.backend(values) == "reference":
         return reference.masked_mean(values, mask, dim)
+    if values.ndim == 0:  # to torch.mean it has an axis too, 0 or -1
+        values, mask = values[None], None if mask is None else mask[None]
     axes = () if dim is None else (dim,) if isinstance(dim, int) else _axes(dim)
     if not axes:
-        if values.ndim == 0:
-            values, mask = values[None], None if mask is None else mask[None]
         return _op(values, mask, True)[0]
     if not all(-values.ndim <= axis < values.ndim for axis in axes):
         raise IndexError(f"masked_mean: dim {dim} is not among the {values.ndim} axes of values {tuple(values.shape)}")

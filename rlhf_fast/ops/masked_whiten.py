@@ -24,9 +24,7 @@ def _outputs(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _arguments(values, mask, shift_mean, eps):
     whitened, saved = _outputs(values)
-    arguments = (
-        values, mask, *values.shape, shift_mean, eps, DTYPE_CODES[saved.dtype], whitened, saved,
-    )  # fmt: skip
+    arguments = values, mask, *values.shape, shift_mean, eps, DTYPE_CODES[saved.dtype], whitened, saved
     return arguments, (whitened, saved)
 
 

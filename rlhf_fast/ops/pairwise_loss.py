@@ -18,20 +18,19 @@ from .reference import PAIRWISE_STATS
 
 
 def _arguments(
-    chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, scale, margin_value, prob_value,
-    center_coef, with_grad,
+    chosen, rejected, margin, target_prob, weights, margin_value, prob_value, center_coef, with_grad
 ):  # fmt: skip
     arguments = (
-        chosen, rejected, ref_chosen, ref_rejected, margin, target_prob, weights, chosen.shape[0], scale, margin_value,
-        prob_value, center_coef,
+        chosen, rejected, None, None, margin, target_prob, weights, chosen.shape[0], 1.0, margin_value, prob_value,
+        center_coef,
     )  # fmt: skip
     return arguments, (with_grad, with_grad)
 
 
-pairwise_op = Op(
-    "pairwise_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? margin, "
-    "Tensor? target_prob, Tensor? weights, float scale, float margin_value, float prob_value, float center_coef, "
-    "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
+_op = Op(
+    "pairwise_loss(Tensor chosen, Tensor rejected, Tensor? margin, Tensor? target_prob, Tensor? weights, "
+    "float margin_value, float prob_value, float center_coef, bool with_grad) "
+    "-> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)",
     kernels=native_loss("pairwise_loss", _arguments, PAIRWISE_STATS, triton="pairwise_loss"),
     fake=lambda chosen, *args: loss_outputs(chosen, PAIRWISE_STATS, args[-1], args[-1]),
     gradients={0: 2, 1: 3},
@@ -76,13 +75,13 @@ def pairwise_loss(
         raise
     if not 0.0 <= prob_value <= 1.0:
         raise ValueError(f"pairwise_loss: target_prob {target_prob} must be a probability, in [0, 1]")
-    if pairwise_op.backend(chosen) == "reference":
+    if _op.backend(chosen) == "reference":
         return reference.pairwise_loss(
             chosen, rejected, margin=margin, target_prob=target_prob, center_coef=center_coef, weights=weights
         )
-    return pairwise_op(
-        chosen, rejected, None, None, margins, probs, weights, 1.0, margin_value, prob_value,
-        center_coef, wants_gradient(chosen) or wants_gradient(rejected),
+    return _op(
+        chosen, rejected, margins, probs, weights, margin_value, prob_value, center_coef,
+        wants_gradient(chosen) or wants_gradient(rejected),
     )  # fmt: skip
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op
 from ._inputs import (
-    aggregation_code,
+    AGGREGATION_CODES,
+    ESTIMATOR_CODES,
     check,
     check_policy,
     check_term,
-    estimator_code,
+    code_of,
     float_or,
     loss_outputs,
     native_loss,
@@ -104,8 +105,8 @@ def ppo_loss(
     if entropy is not None and entropy_coef == 0:  # only a statistic
         entropy = entropy.detach()
     mask = needed_mask("ppo_loss", mask)
-    estimator = estimator_code("ppo_loss", kl_estimator, "kl_estimator")
-    aggregation = aggregation_code("ppo_loss", loss_agg_mode)
+    estimator = code_of("ppo_loss", "kl_estimator", kl_estimator, ESTIMATOR_CODES)
+    aggregation = code_of("ppo_loss", "loss_agg_mode", loss_agg_mode, AGGREGATION_CODES)
     if _op.backend(logprobs) == "reference":
         return reference.ppo_loss(
             logprobs, old_logprobs, advantages, mask, cliprange=cliprange, cliprange_high=cliprange_high,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, Op, check_unchanged, empties, launch, plain_in_backward
+from ._dispatch import _C, Op, check_unchanged, empties, native, plain_in_backward
 from ._inputs import (
     INTEGERS,
     check_temperature,
@@ -29,7 +29,7 @@ def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor
     return empties(logits, None, labels, labels if with_entropy else None, (labels, 2))
 
 
-def _forward_arguments(logits, labels, mask, temperature, with_entropy):
+def _forward_arguments(logits, labels, mask, temperature, with_entropy, inplace_backward):
     """The arguments of a forward kernel of csrc/ops.h, except the last one, and its outputs."""
     logits, inner, outer_stride, inner_stride = strided_rows(logits)
     labels, mask = labels.contiguous(), byte_mask(mask)
@@ -41,7 +41,7 @@ def _forward_arguments(logits, labels, mask, temperature, with_entropy):
     return arguments, outputs
 
 
-def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out):
+def _backward_arguments(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
     """The arguments of a backward kernel, except the last one, and the gradient that it writes.
 
     out: the logits, to write the gradient over them; None: a new tensor.
@@ -80,7 +80,7 @@ def _forward_cpu(logits, labels, mask, temperature, with_entropy, inplace_backwa
         return made
     refused = made
     if made is None:  # a layout that csrc/rows.h does not take
-        arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
+        arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy, inplace_backward)
         refused = _C.token_logprobs_forward(*arguments, torch.get_num_threads())
     _check_label(refused, logits, labels, "token_logprobs_and_entropy" if with_entropy else "token_logprobs")
     return outputs
@@ -92,57 +92,17 @@ def _check_label(row: int, logits: Tensor, labels: Tensor, op: str) -> None:
         raise label_error(op, labels.reshape(-1)[row], row, logits.shape[-1])
 
 
-def _backward_cpu(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
-    arguments, out = _backward_arguments(
-        logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
-    )
+def _backward_cpu(logits, labels, *args):
+    arguments, out = _backward_arguments(logits, labels, *args)
     _check_label(_C.token_logprobs_backward(*arguments, torch.get_num_threads()), logits, labels, "token_logprobs")
-    return out
-
-
-def _forward_cuda(logits, labels, mask, temperature, with_entropy, inplace_backward):
-    arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
-    launch("token_logprobs_forward", arguments)
-    return outputs
-
-
-def _backward_cuda(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
-    arguments, out = _backward_arguments(
-        logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
-    )
-    launch("token_logprobs_backward", arguments)
-    return out
-
-
-def _forward_triton(logits, labels, mask, temperature, with_entropy, inplace_backward):
-    from ..kernels import token_logprobs as kernels
-
-    arguments, outputs = _forward_arguments(logits, labels, mask, temperature, with_entropy)
-    with torch.cuda.device_of(logits):
-        kernels.token_logprobs_forward(*arguments)
-    return outputs
-
-
-def _backward_triton(logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out=None):
-    from ..kernels import token_logprobs as kernels
-
-    arguments, out = _backward_arguments(
-        logits, labels, mask, temperature, saved, entropy, grad_logprobs, grad_entropy, out
-    )
-    with torch.cuda.device_of(logits):
-        kernels.token_logprobs_backward(*arguments)
     return out
 
 
 _backward = Op(
     "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? mask, float temperature, Tensor saved, "
     "Tensor? entropy, Tensor? grad_logprobs, Tensor? grad_entropy) -> Tensor",
-    kernels={
-        ("cpu", "native"): _backward_cpu,
-        ("cpu", "triton"): _backward_triton,
-        ("cuda", "native"): _backward_cuda,
-        ("cuda", "triton"): _backward_triton,
-    },
+    kernels=native("token_logprobs_backward", _backward_arguments, scratch=False, triton="token_logprobs")
+    | {("cpu", "native"): _backward_cpu},
     fake=lambda logits, *rest: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
 )
 
@@ -176,12 +136,8 @@ def _grad(ctx, grad_logprobs, grad_entropy, read):
 _forward = Op(
     "token_logprobs_forward(Tensor logits, Tensor labels, Tensor? mask, float temperature, bool with_entropy, "
     "bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor saved)",
-    kernels={
-        ("cpu", "native"): _forward_cpu,
-        ("cpu", "triton"): _forward_triton,
-        ("cuda", "native"): _forward_cuda,
-        ("cuda", "triton"): _forward_triton,
-    },
+    kernels=native("token_logprobs_forward", _forward_arguments, scratch=False, triton="token_logprobs")
+    | {("cpu", "native"): _forward_cpu},
     fake=lambda logits, labels, mask, temperature, with_entropy, inplace: _outputs(logits, labels, with_entropy),
     backward=_grad,
     setup_context=_save,

@@ -15,14 +15,14 @@ from torch import Tensor
 from . import reference
 from ._dispatch import Op
 from ._inputs import (
-    NO_NUMBER,
-    aggregation_code,
+    AGGREGATION_CODES,
     check,
+    check_limit,
+    code_of,
     loss_outputs,
     native_loss,
     needed_mask,
     normalizer_tensor,
-    refuse_no_number,
     wants_gradient,
 )
 from .reference import VALUE_STATS
@@ -63,14 +63,8 @@ def value_loss(
     """
     check("value_loss", 2, mask, "values old_values returns", values, old_values, returns)
     mask = needed_mask("value_loss", mask)
-    try:
-        outside = cliprange_value is not None and not cliprange_value >= 0
-    except NO_NUMBER:
-        refuse_no_number("value_loss", cliprange_value=cliprange_value)
-        raise
-    if outside:
-        raise ValueError(f"value_loss: cliprange_value {cliprange_value} must be >= 0")
-    aggregation = aggregation_code("value_loss", loss_agg_mode)
+    check_limit("value_loss", "cliprange_value", cliprange_value)
+    aggregation = code_of("value_loss", "loss_agg_mode", loss_agg_mode, AGGREGATION_CODES)
     if _op.backend(values) == "reference":
         return reference.value_loss(
             values, old_values, returns, mask, cliprange_value=cliprange_value, loss_agg_mode=loss_agg_mode,

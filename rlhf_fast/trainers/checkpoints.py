@@ -16,19 +16,16 @@ import torch
 from .. import parallel
 from ..errors import ConfigError
 from ..models import save_quietly
-from .common import preserved_rng, rng_state, set_rng_state
+from .common import preserved_rng, set_rng_state
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save_checkpoint(
-    trainer, run_dir: Path, metrics: dict | None = None, state: Callable[[], dict] | None = None
-) -> Path:
+def save_checkpoint(trainer, run_dir: Path, metrics: dict | None, state: Callable[[], dict]) -> Path:
     """Writes checkpoint-N/ (state.pt and the model's files), either completely or not at all.
 
-    metrics: those of step N, if they are not in the log yet.
-    state: returns Everywhere.state() of a run; by default the state of this process alone is saved.
+    metrics: those of step N, if they are not in the log yet. state: returns Everywhere.state() of the run.
 
     The files are written to a temporary directory, hashed into manifest.json, forced to the disk, and then renamed.
     Raises OSError if that fails (a full disk, no memory to gather the state); earlier checkpoints are untouched then.
@@ -40,8 +37,7 @@ def save_checkpoint(
     try:
         with preserved_rng():  # a trainer may build a model in order to save it, and that draws random weights
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
-        whole = state() if state else {"trainer": trainer.state_dict(), "rng": [rng_state()]}
-        whole |= {"step": trainer.step, "metrics": metrics}
+        whole = state() | {"step": trainer.step, "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
             whole["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
         torch.save(whole, temporary / "state.pt")

@@ -29,7 +29,8 @@ def start(config, cls: type) -> None:
     parallel.start(config)
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
-        raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {config!r:.80}")
+        got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {got}")
     config.__post_init__()  # checks it again
     set_seed(config.seed)
 

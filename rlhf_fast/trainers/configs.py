@@ -39,6 +39,18 @@ def as_annotated(name: str, value, hint):
     return value
 
 
+def from_yaml(name: str, value, hint):
+    """The value, or the float that its text stands for if the annotation has float and no text: YAML 1.1 reads 1e-5 as
+    a string."""
+    kinds = kinds_of(hint)
+    if not isinstance(value, str) or float not in kinds or str in kinds:
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{name} = {value!r} must be a number") from None
+
+
 def check_config(config, *, positive=(), non_negative=(), unit=(), choices=None) -> None:
     """Raises ConfigError unless every field has its annotated type and lies in its range.
 
@@ -79,23 +91,14 @@ def check_lora(config) -> None:
 
 
 def config_from_dict(cls, values: dict):
-    """cls(**values). An unknown key is a ConfigError that proposes the nearest field.
-
-    Text in a field that holds a float is converted, because YAML 1.1 reads 1e-5 as a string.
-    """
+    """cls(**values). An unknown key is a ConfigError that proposes the nearest field."""
     hints = typing.get_type_hints(cls)
     converted = {}
     for key, value in values.items():
         if key not in hints:
             hint = did_you_mean(key, hints, f"it has {', '.join(sorted(hints))}")
             raise ConfigError(f"{cls.__name__} has no field {key!r}{hint}")
-        kinds = kinds_of(hints[key])
-        if isinstance(value, str) and float in kinds and str not in kinds:
-            try:
-                value = float(value)
-            except ValueError:
-                raise ConfigError(f"{cls.__name__}.{key} = {value!r} must be a number") from None
-        converted[key] = value
+        converted[key] = from_yaml(f"{cls.__name__}.{key}", value, hints[key])
     try:
         return cls(**converted)
     except TypeError as error:  # a required field is missing

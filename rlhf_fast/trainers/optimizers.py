@@ -36,9 +36,9 @@ def make_scheduler(optimizer, schedule: str, total_steps: int, warmup_ratio: flo
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def make_learner(modules, learning_rate: float, config, total_steps: int) -> tuple:
-    """make_optimizer and make_scheduler with a trainer's config."""
-    optimizer = make_optimizer(modules, learning_rate, config.weight_decay)
+def make_learner(modules, config, total_steps: int, learning_rate: float | None = None) -> tuple:
+    """make_optimizer and make_scheduler with a trainer's config. learning_rate: None takes that of the config."""
+    optimizer = make_optimizer(modules, learning_rate or config.learning_rate, config.weight_decay)
     return optimizer, make_scheduler(optimizer, config.lr_scheduler_type, total_steps, config.warmup_ratio)
 
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..disk import make_directory, write_json
+from ..disk import make_directory, read_json, write_json
+from ..errors import ConfigError
 from ..report import write_quickstart_report
 
 
@@ -18,11 +19,16 @@ class StageTable:
 
     def __init__(self, root: Path, summary: dict):
         self.root, self.summary, self._clock = make_directory(root), summary, time.perf_counter()
+        self._earlier = _seconds_in(root / "summary.json")
 
     def add(self, name: str, **values) -> None:
-        """Adds a stage that has just ended. The time since the previous one is its duration."""
-        stage = {"name": name, "run": name, **values, "seconds": round(time.perf_counter() - self._clock, 1)}
+        """Adds a stage that has just ended. The time since the previous one is its duration, with that of earlier calls
+        that ended it: on resume a stage that is done takes no time."""
+        seconds = self._earlier.get(name, 0) + time.perf_counter() - self._clock
+        self._earlier[name] = round(seconds, 1)
+        stage = {"name": name, "run": name, **values, "seconds": self._earlier[name]}
         self.summary["stages"].append(stage)
+        self.summary["seconds"] = self._earlier  # also of stages that this call has not reached yet
         write_json(self.root / "summary.json", self.summary)
         shown = ", ".join(f"{k} {v:.4g}" for k, v in stage.items() if isinstance(v, float))
         print(f"{name}: {shown}; {write_quickstart_report(self.root)}", flush=True)
@@ -46,3 +52,11 @@ class StageTable:
             "pass_rate": sum(passed) / len(passed) if passed else None,
             "pass_rate_per_principle": {name: sum(column) / len(column) for name, column in decided.items() if column},
         }
+
+
+def _seconds_in(summary: Path) -> dict[str, float]:
+    """{stage: seconds} in a summary.json; {} if there is none. It will be written anew, so damage does not matter."""
+    try:
+        return read_json(summary).get("seconds", {}) if summary.is_file() else {}
+    except ConfigError:
+        return {}

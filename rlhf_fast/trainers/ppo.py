@@ -140,7 +140,7 @@ class PPOTrainer:
         learning = [(together, config.learning_rate)]
         if self.value_model and not config.share_trunk:
             learning.append(([self.value_model], config.value_learning_rate or config.learning_rate))
-        learners = [optimizers.make_learner(models, rate, config, self.total_steps) for models, rate in learning]
+        learners = [optimizers.make_learner(models, config, self.total_steps, rate) for models, rate in learning]
         self.optimizers, self.schedulers = map(list, zip(*learners, strict=True))
         self.kl_controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
         self.score_scale = RunningStd()
@@ -366,7 +366,7 @@ class PPOTrainer:
             # Truncated importance sampling (Espeholt et al. 2018; Yao et al. 2025): the engine's distribution differs
             # slightly from ours, and the weight corrects for it with bounded variance.
             ratio = (rollout.logprobs - rollout.rollout_logprobs).exp()
-            rollout.importance_weights = ratio.clamp(max=config.importance_cap)
+            rollout.importance_weights = ratio.clamp(max=config.importance_cap).masked_fill(~mask, 0.0)
 
     # --- update ---
 

@@ -9,6 +9,7 @@ import math
 import os
 from pathlib import Path
 
+from ..disk import json_line
 from ..errors import ConfigError
 from ..monitors import Alarm
 from ..report import whole_lines
@@ -94,7 +95,7 @@ class JsonLines:
         self._file.truncate(size)
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json_line(row))
         self._file.flush()
 
     def sync(self) -> None:

@@ -29,6 +29,7 @@ from ..data.floors import accuracy, bag_of_words, longer_wins, shorter_wins
 from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
 from ..errors import ConfigError
 from ..models import (
+    check_causal,
     check_lengths,
     disable_dropout,
     evaluating,
@@ -100,6 +101,7 @@ class RewardTrainer:
         if config.train_last_layers:
             train_last_layers(self.model, config.train_last_layers)
         self.model = common.prepare(self.model, config, model)
+        check_causal(self.model)  # else what follows a response in its row would change its reward
         self.packed = common.packing_if_possible(self.model, longest, config.bf16)
         self.evaluation: Pairs | None = None  # of the last evaluate()
 
@@ -112,9 +114,7 @@ class RewardTrainer:
         self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(len(self.items), config)
         common.share_out([self.model], config, self.data, self.eval_items)
-        self.optimizer, self.scheduler = optimizers.make_learner(
-            self.model, config.learning_rate, config, self.total_steps
-        )
+        self.optimizer, self.scheduler = optimizers.make_learner(self.model, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)  # for lora_dropout
@@ -271,12 +271,12 @@ class RewardTrainer:
         """The first held-out prompts (without an eval_dataset: training prompts), each response with its reward, best
         first. Prompts that on_overlong skipped are missing; responses that it cut are scored as cut."""
         records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
-        rows, reward = [], RewardModelReward(self.model, self.tokenizer)
-        for item in items[: self.config.num_samples]:
+        rows, items, reward = [], items[: self.config.num_samples], RewardModelReward(self.model, self.tokenizer)
+        with self.gathered():
+            scores = [reward.score(item.responses).tolist() for item in items]
+        for item, rewards in zip(items, scores, strict=True):
             texts = [text if isinstance(text, str) else text[-1]["content"] for text in item.texts]
             prompt = records[item.index].get("prompt")
-            with self.gathered():
-                rewards = reward.score(item.responses).tolist()
             if not prompt:  # responses that are messages contain the prompt
                 prompt = "" if isinstance(item.texts[0], str) else item.texts[0][:-1]
             rows += [

@@ -29,6 +29,7 @@ from ..models import (
     lm_head,
     load_policy,
     load_tokenizer,
+    positions_of,
     save_model,
     stop_at_eos,
 )  # fmt: skip
@@ -73,9 +74,7 @@ class SFTTrainer:
         self.batch_size = common.batch_size(config)
         self.total_steps = common.steps_in_run(len(self.rows), config)
         common.share_out([self.model], config, self.data, self.eval_examples)
-        self.optimizer, self.scheduler = optimizers.make_learner(
-            self.model, config.learning_rate, config, self.total_steps
-        )
+        self.optimizer, self.scheduler = optimizers.make_learner(self.model, config, self.total_steps)
         self.step, self.num_tokens, self.whole = 0, 0, True
         self.guard = common.NonFiniteGuard(config.max_skipped_steps, config.output_dir)
         common.seed_apart(config.seed)
@@ -164,7 +163,7 @@ class SFTTrainer:
 
     def _choose_prompts(self, records: list[dict]) -> list:
         """The first num_samples prompts (all before a record's last response) that leave room for an answer."""
-        room = getattr(self.model.config, "max_position_embeddings", float("inf")) - self.config.sample_max_new_tokens
+        room = positions_of(self.model.config) - self.config.sample_max_new_tokens
         prompts = []
         for record in records:
             if len(prompts) == self.config.num_samples:

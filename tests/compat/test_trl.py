@@ -95,6 +95,13 @@ def test_entropy_without_gradient_on_request():
     assert logprobs.requires_grad and not entropy.requires_grad
 
 
+def test_the_temperature_of_trl_kernels_in_third_place_is_not_taken_for_a_flag():
+    """`trl.kernels` has a function of this name without entropy_requires_grad: its third argument is the temperature,
+    which would silently have become 1."""
+    with pytest.raises(TypeError, match="temperature="):
+        trl.selective_log_softmax_and_entropy(torch.randn(2, 5), torch.tensor([0, 1]), 0.7)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_k_labels_and_the_entropy_of_their_row(masked):
     torch.manual_seed(0)

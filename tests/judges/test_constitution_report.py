@@ -71,6 +71,16 @@ def test_leave_one_out_by_hand():
     assert big["accuracy"] is None  # nobody compared these pairs
 
 
+def test_the_change_of_p_is_a_mean_over_the_pairs_that_have_one():
+    """A pair that the judge did not decide has no P that could change: it must not count as one that stayed."""
+    both = [{"principle": "big", **votes(3.0)}, {"principle": "small", **votes(-1.0)}]
+    gone = [{"principle": name, "status": "failed", "reason": "", "keys": []} for name in ("big", "small")]
+    whole = [{"votes": both, "missing": []}]
+    some = [*whole, {"votes": [], "missing": gone}, {"votes": both[1:], "missing": gone[:1]}]
+    first, second = (constitution_report(r, {"big": 1.0, "small": 1.0})["principles"] for r in (whole, some))
+    assert [x["change"] for x in second.values()] == [x["change"] for x in first.values()]
+
+
 def test_a_principle_is_right_or_wrong_where_it_voted():
     """As with principles_per_pair: 1. `one` votes on two pairs and is right on both, `two` on one, a tie there."""
     cast = [("one", 2.0), ("one", 1.0), ("two", 0.0)]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 pytest.importorskip("openai")
 
+from rlhf_fast.errors import ConfigError
 from rlhf_fast.judges import (
     Constitution,
     HTTPGenerator,
@@ -196,6 +197,26 @@ def test_the_probe_stands_in_the_ledger(tmp_path):
     assert len({row[5] for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize("fault", ["torn", "500", "cut"])
+def test_a_fault_of_the_moment_does_not_decide_the_mode(tmp_path, fault):
+    """It chose a mode of less evidence, or refused the server: and another mode is another judge, so a run that met one
+    when it was resumed was refused too."""
+    asking = Constitution("c", (KIND,), compare_layout="anthropic")
+    with serving(modes=("echo", "chat")) as fake:
+        fake.at_first = [fault, fault]
+        judge = judge_at(fake, asking)
+        assert (judge.backend.mode, judge.backend.found) == ("echo", {"echo": "yes"})
+        label(pairs(1), asking, judge, output_dir=tmp_path)
+        assert sum(attempts(tmp_path).values()) == 3 + 2
+        fake.at_first = [fault] * 3
+        if fault == "cut":
+            with pytest.raises(ConfigError, match="cannot be reached"):
+                judge_at(fake, asking)
+        else:
+            assert judge_at(fake, asking).backend.mode == "chat"  # top_k is not among the modes
+        assert not fake.at_first
+
+
 def test_examples_of_reasoning_are_turns_of_their_own():
     shot = {"conversation": ASK, "a": "3", "b": "1", "rationale": "Three is more.", "better": "a"}
     house = Constitution("house", (KIND,), compare_layout="chat", cot_few_shots=(shot,))
@@ -343,6 +364,21 @@ def test_failures_are_asked_again_and_answers_are_not(tmp_path):
 
 
 # --- when to stop, and how fast to go ---
+
+
+def test_a_server_without_completions_is_told_from_a_wrong_model_and_the_layout_is_named(tmp_path):
+    """The paper's layout sends text, which many servers no longer take."""
+    house = Constitution("house", (Principle("p", revise="Shorten it."),), critique_layout="anthropic")
+    with serving() as fake:
+        fake.otherwise = 404
+        generator = HTTPGenerator(server_at(fake), max_new_tokens=4)
+        with pytest.raises(ConfigError, match=r"HTTP 404 from /completions.*layout.*critique: chat.*messages"):
+            sample_pairs(["q"], generator, house, output_dir=tmp_path)
+    with serving(lambda text, before: "404") as fake:
+        generator = HTTPGenerator(server_at(fake), max_new_tokens=4)
+        with pytest.raises(ConfigError, match=r"HTTP 404 from /chat/completions.*no such model") as told:
+            sample_pairs(["q"], generator, HOUSE, output_dir=tmp_path / "chat")
+        assert "critique: chat" not in str(told.value)
 
 
 @pytest.mark.parametrize(

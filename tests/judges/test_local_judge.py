@@ -1,5 +1,6 @@
 """Label scoring against the slow and obvious way, and what a judge must keep whatever its model thinks."""
 
+import inspect
 import math
 import re
 
@@ -139,6 +140,34 @@ def test_what_questions_share_is_computed_once_and_changes_nothing(model, layout
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     naive = sum(len(sequence) for question in questions for sequence in question) / 2  # one row a question
     assert sum(cells) < naive / {"anthropic": 2.5, "principle_last": 8}[layout]
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.filterwarnings("error:.*past_key_values. is deprecated:FutureWarning")
+def test_the_cache_is_passed_by_the_name_that_the_model_has_for_it(model, name, monkeypatch):
+    """transformers 5.24 renamed the argument. Models that came with their own code keep the name they were written
+    with, and one that takes **kwargs would ignore the other."""
+    forward, seen = model.base_model.forward, []
+    (theirs,) = {"past_key_values", "cache"} & {*inspect.signature(forward).parameters}
+
+    def run(given, input_ids, position_ids, use_cache):
+        seen.append(given)
+        given = {} if given is None else {theirs: given}
+        return forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, **given)
+
+    def before(input_ids, position_ids, past_key_values=None, use_cache=None, **ignored):
+        return run(past_key_values, input_ids, position_ids, use_cache)
+
+    def after(input_ids, position_ids, cache=None, use_cache=None, **ignored):
+        return run(cache, input_ids, position_ids, use_cache)
+
+    shared = list(range(100, 140))
+    questions = [[[*shared, n, 5], [*shared, n, 6]] for n in range(10, 14)]
+    expected = [[naive_logprob(model, a, b), naive_logprob(model, b, a)] for a, b in questions]
+    monkeypatch.setattr(model.base_model, "forward", {"past_key_values": before, "cache": after}[name])
+    got = label_logprobs(model, questions, 10_000)
+    assert any(cache is not None for cache in seen)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 def test_a_model_with_a_recurrent_state_is_scored_without_sharing():

@@ -364,6 +364,10 @@ def test_a_refusal_has_the_name_of_the_function_and_not_of_its_kernel():
         torch.func.grad(lambda x: rf.token_logprobs(x, labels).sum())(logits)
     with pytest.raises(NotImplementedError, match=r"^token_logprobs has no forward-mode derivative"):
         torch.func.jvp(lambda x: rf.token_logprobs(x, labels), (logits,), (logits,))
+    with pytest.raises(NotImplementedError, match=r"^dpo_loss has no derivative for torch.func"):
+        torch.func.grad(lambda x: rf.dpo_loss(x, pair, pair, pair)[0])(pair)
+    with pytest.raises(NotImplementedError, match=r"^dpo_loss has no forward-mode derivative"):
+        torch.func.jvp(lambda x: rf.dpo_loss(x, pair, pair, pair)[0], (pair,), (pair,))
 
 
 def test_a_first_call_that_is_compiled_warns_of_nothing():

@@ -514,6 +514,9 @@ def test_masked_mean_by_hand(ops):
     torch.testing.assert_close(ops.masked_mean(values, mask, dim=0), torch.tensor([1.0, 2.0, 0.0]))
     assert ops.masked_mean(torch.tensor([1.0, 3.0])).item() == 2.0
     assert ops.masked_mean(torch.zeros(0, 3)).item() == 0.0
+    number = torch.tensor(3.0)  # torch.mean takes dim=0 and -1 of a tensor without axes
+    assert ops.masked_mean(number, dim=0) == ops.masked_mean(number, number > 2, (-1,)) == number.mean(0)
+    assert ops.masked_mean(number, number < 2, dim=-1).item() == 0.0
 
 
 def test_results_have_the_precision_of_the_first_argument_and_labels_any_integer_type(ops):

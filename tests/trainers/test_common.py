@@ -19,6 +19,7 @@ from rlhf_fast.errors import ConfigError
 from rlhf_fast.monitors import Alarm, Monitors
 from rlhf_fast.trainers import checkpoints, common, optimizers, records, run, run_dir
 from rlhf_fast.trainers.configs import check_config, config_from_dict
+from rlhf_fast.trainers.everywhere import Everywhere
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -125,6 +126,9 @@ def test_a_trainer_says_that_its_config_comes_first():
             trainer("my-model", SFTConfig(), train_dataset=[])
     with pytest.raises(ConfigError, match="takes the config first, got SFTConfig"):
         PPOTrainer(SFTConfig(), "my-model", reward=len, train_dataset=[])
+    for given, named in ((torch.nn.Linear(2, 2), "Linear"), (SFTConfig, "the class SFTConfig")):
+        with pytest.raises(ConfigError, match=f"takes the config first, got {named}$"):
+            SFTTrainer(given, SFTConfig(), train_dataset=[])
 
 
 def test_a_config_that_was_changed_is_checked_again():
@@ -640,7 +644,7 @@ def test_saving_moves_no_generator(tmp_path):
     walk = Walk(Config(str(tmp_path)))
     walk.save_model = lambda path: torch.rand(3)
     before = torch.get_rng_state()
-    checkpoints.save_checkpoint(walk, tmp_path)
+    checkpoints.save_checkpoint(walk, tmp_path, None, Everywhere(walk).state)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
     checkpoints.load_checkpoint(walk, tmp_path / "checkpoint-0")
@@ -664,7 +668,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_the_name_is
     events, fsync, rename = [], os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda old, new: (events.append("renamed"), rename(old, new)))
-    saved = checkpoints.save_checkpoint(Walk(Config(str(tmp_path)), total_steps=4), tmp_path)
+    walk = Walk(Config(str(tmp_path)), total_steps=4)
+    saved = checkpoints.save_checkpoint(walk, tmp_path, None, Everywhere(walk).state)
     at = events.index("renamed")
     written = {path.stat().st_ino for path in (saved, *saved.rglob("*"))}
     assert len(written) >= 3 and written <= set(events[:at])

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from datetime import datetime
 from functools import partial
 
 import pytest
@@ -166,6 +167,13 @@ def test_equal_revisions_are_decided_by_the_smallest_edit(tmp_path):
     stage = revise(["x"], scripted("long reply 2", "else", "long reply"), Constitution("c", (soft,)), RuleJudge(),
                    output_dir=tmp_path, max_steps=2)  # fmt: skip
     assert stage.records[0]["replies"][stage.records[0]["selected"]] == "long reply"
+
+
+def test_a_prompt_may_have_a_date_beside_its_text(tmp_path):
+    prompt = {"role": "user", "content": PROMPTS[0], "timestamp": datetime(2024, 5, 1)}
+    stage = revise([{"prompt": [prompt]}], digits, HOUSE, RuleJudge(), output_dir=tmp_path)
+    (row,) = map(json.loads, (tmp_path / "sft.jsonl").read_text().splitlines())
+    assert len(stage.rows) == 1 and row["prompt"] == [prompt | {"timestamp": "2024-05-01 00:00:00"}]
 
 
 def test_the_next_step_starts_from_the_reply_that_was_not_worse(tmp_path):

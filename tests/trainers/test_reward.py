@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from itertools import permutations
 
 import pytest
@@ -337,6 +338,13 @@ def test_samples_are_what_the_model_reads_in_training(tmp_path):
     sample, cut = rm.samples()[0], torch.tensor([rm.items[0].responses[0].tolist()])
     assert cut.shape == (1, 40) and (sample["prompt"], sample["response"]) == (long["prompt"], "the cat")
     assert sample["reward"] == pytest.approx(rm.model.eval()(cut).logits.item(), abs=1e-5)
+
+
+def test_samples_gather_the_layers_once(tmp_path, monkeypatch):
+    """With fsdp it takes a message to all processes for every layer."""
+    rm, gathered = trainer(tmp_path, num_samples=3), []
+    monkeypatch.setattr(rm, "gathered", lambda: gathered.append(1) or nullcontext())
+    assert len(rm.samples()) == 6 and gathered == [1]
 
 
 def test_pairs_without_a_prompt_train_and_each_is_shown_apart(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
+from rlhf_fast.trainers.everywhere import Everywhere
 
 
 def chat(i):
@@ -159,6 +161,15 @@ def test_samples_answer_what_is_trained_on(tmp_path):
         assert encode_prompt(sft.tokenizer, prompt) == example.input_ids[~example.response_mask].tolist()
 
 
+def test_a_date_beside_the_text_of_a_turn_does_not_end_the_run(tmp_path):
+    """WildChat, say, has one in every turn; the samples are written after the last step."""
+    question, answer = chat(0)["messages"]
+    dated = {"messages": [question | {"timestamp": datetime(2024, 5, 1)}, answer]}
+    trainer(tmp_path, data=[dated], max_steps=1, num_samples=1, sample_max_new_tokens=1).train()
+    (sample,) = map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
+    assert sample["prompt"] == [question | {"timestamp": "2024-05-01 00:00:00"}]
+
+
 def test_text_after_text_is_learned_too(tmp_path):
     data = [{"prompt": "two plus two?", "completion": " four"}]
     tokenizer = tiny_tokenizer(chat_template=None)
@@ -241,7 +252,7 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
     stopped = make("stopped")
     for _ in zip(range(3), stopped, strict=False):
         pass
-    save_checkpoint(stopped, tmp_path / "stopped")
+    save_checkpoint(stopped, tmp_path / "stopped", None, Everywhere(stopped).state)
     resumed = make("stopped")
     load_checkpoint(resumed, tmp_path / "stopped/checkpoint-3")
     list(resumed)
