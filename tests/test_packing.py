@@ -150,16 +150,17 @@ def test_not_a_bit_leaks_between_sequences(architecture):
     assert torch.equal(after[:21], first[:21]) and not torch.equal(after[21:], first[21:])
 
 
+@pytest.mark.parametrize("shared", [13, 3])  # more and fewer tokens than what follows
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_what_two_sequences_share_is_computed_once(architecture):
+def test_what_two_sequences_share_is_computed_once(architecture, shared):
     model = build(architecture)
     a, b, c, d = sequences(20, 7, 5, 9)
-    rows = [a, torch.cat([a[:13], b]), torch.cat([a[:13], c]), d]
-    packed = Packed.of(rows, [(0, 0), (0, 13), (0, 13), (0, 0)])
-    assert packed.lengths == [20, 7, 5, 9] and packed.position_ids[0, 20] == 13
-    expected = alone(model, rows)
-    own = torch.cat([expected[:20], expected[33:40], expected[53:]])
+    rows = [a, torch.cat([a[:shared], b]), torch.cat([a[:shared], c]), d]
+    packed = Packed.of(rows, [(0, 0), (0, shared), (0, shared), (0, 0)])
+    assert packed.lengths == [20, 7, 5, 9] and packed.position_ids[0, 20] == shared
+    expected = alone(model, rows).split([20, shared, 7, shared, 5, 9])
+    own = torch.cat([expected[i] for i in (0, 2, 4, 5)])
     torch.testing.assert_close(together(model, packed), own, rtol=1e-5, atol=1e-5)
 
 
@@ -169,7 +170,7 @@ def test_layers_share_a_mask(monkeypatch):
     monkeypatch.setattr(packing_module, "_mask", lambda *arguments: made.append(mask(*arguments)) or made[-1])
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=32, **(SIZES | {"num_hidden_layers": 4})))
     tokens = torch.arange(20)
-    packed = Packed.of([tokens, tokens, tokens.flip(0)], [(0, 0), (0, 8), (0, 0)])
+    packed = Packed.of([tokens, tokens, tokens.flip(0)], [(0, 0), (0, 12), (0, 0)])
     with packing(model):
         for read in (torch.arange(4, 30, 3), torch.arange(2, 40, 5)):
             before = len(made)
