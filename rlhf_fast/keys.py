@@ -72,8 +72,19 @@ class PPOJob(Checked):
     rollout_options: dict = field(default_factory=dict)  # of RolloutServer: weights_dir, concurrency, timeout, ...
 
 
-# Settings of TRL's PPO and GRPO that have another name here, from the tables in docs/ppo.md.
+# Settings of TRL that have another name here, by the table in the documentation that explains them.
 TRL_NAMES = {
+    "model_name_or_path": "model",
+    "dataset_name": "train_data",
+    "warmup_steps": "warmup_ratio, a share of the steps",
+    "eval_strategy": "eval_steps",
+    "truncation_mode": "on_overlong",
+    "assistant_only_loss": "left out, because only the assistant's turns are learned",
+    "peft_config": "lora_r",
+    "use_peft": "lora_r",
+    "deepspeed": "fsdp",
+}
+TRL_PPO_NAMES = {
     "per_device_train_batch_size": "batch_size (responses per iteration; micro_batch_size only bounds memory)",
     "gradient_accumulation_steps": "batch_size (responses per iteration)",
     "num_mini_batches": "minibatch_size = batch_size / num_mini_batches",
@@ -85,18 +96,37 @@ TRL_NAMES = {
     "stop_token_id": "left out, because the tokenizer's eos always ends a response",
     "sft_model_path": "model",
     "reward_model_path": "reward",
+    "num_sample_generations": "num_samples, answered every eval_steps",
+}
+TRL_GRPO_NAMES = {
     "beta": "kl_coef",
     "epsilon": "cliprange",
     "epsilon_high": "cliprange_high",
     "delta": "dual_clip",
     "num_iterations": "num_ppo_epochs",
+    "steps_per_generation": "batch_size (responses per iteration)",
     "max_completion_length": "response_length",
     "reward_funcs": "reward",
     "reward_weights": "reward",
     "scale_rewards": "scale_advantages",
+    "normalize_advantages": "scale_advantages",
     "loss_type": "loss_agg_mode",
     "use_vllm": "rollout_server",
+    "vllm_mode": "rollout_server",
     "vllm_server_base_url": "rollout_server",
+}
+
+
+def _hints(names: dict[str, str], title: str, page: str) -> dict[str, str]:
+    """What is said when TRL's setting is given under its TRL name."""
+    return {name: f'TRL\'s {name} is here {ours}: see "{title}" in docs/{page}' for name, ours in names.items()}
+
+
+_FROM_TRL = _hints(TRL_NAMES, "Coming from TRL", "sft_reward.md")
+_FROM_TRLS_PPO = {
+    **{name: hint for name, hint in _FROM_TRL.items() if name not in ("truncation_mode", "assistant_only_loss")},
+    **_hints(TRL_PPO_NAMES, "Coming from TRL's PPO", "ppo.md"),
+    **_hints(TRL_GRPO_NAMES, "Coming from TRL's GRPO or RLOO", "ppo.md"),
 }
 
 
@@ -106,20 +136,21 @@ STAGES = {
         Command(
             "sft", "Supervised fine-tuning on demonstrations or chosen replies.", (SFTJob, SFTConfig), "jobs.run_sft",
             resumes=True,
+            hints=_FROM_TRL,
             usual=("eval_data", "model", "output_dir", "num_train_epochs", "per_device_train_batch_size",
                    "learning_rate", "max_length"),
         ),
         Command(
             "reward", "A reward model from preferences.", (RewardJob, RewardConfig), "jobs.run_reward",
             resumes=True,
+            hints=_FROM_TRL,
             usual=("eval_data", "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate",
                    "max_length"),
         ),
         Command(
             "ppo", "PPO against a reward model or a Python function.", (PPOJob, PPOConfig), "jobs.run_ppo",
             resumes=True,
-            hints={name: f"TRL's {name} is here {ours}: see \"Coming from TRL's PPO\" in docs/ppo.md"
-                   for name, ours in TRL_NAMES.items()},
+            hints=_FROM_TRLS_PPO,
             usual=("eval_data", "output_dir", "total_episodes", "batch_size", "response_length", "kl_coef",
                    "minibatch_size", "learning_rate"),
         ),

@@ -25,7 +25,7 @@ from rlhf_fast.decoder import Decoder
 from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import _write_job, resolve_reward, score
-from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_NAMES, SFTJob
+from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_PPO_NAMES, SFTJob
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.rollout_server import RolloutServer
@@ -296,13 +296,23 @@ def test_a_ppo_config_of_trl_is_refused_and_told_the_names(tmp_path, capsys):
     for name, value in of_trl.items():
         for text in (f"{own}{name}: {value}\n", f"{own}ppo: {{{name}: {value}}}\n"):
             assert main(["ppo", "--config", write_yaml(tmp_path / "c.yaml", text)]) == 2
-            assert f"{name!r}; TRL's {name} is here {TRL_NAMES[name]}: see" in capsys.readouterr().err
+            assert f"{name!r}; TRL's {name} is here {TRL_PPO_NAMES[name]}: see" in capsys.readouterr().err
         assert main(["ppo", f"--{name}", str(value)]) == 2
-        assert f"unknown argument '--{name}'; TRL's {name} is here {TRL_NAMES[name]}: see" in capsys.readouterr().err
-    keys = STAGES["ppo"].keys()
-    for name, here in TRL_NAMES.items():
-        assert name not in keys and (here.split()[0] in keys or here.startswith("left out")), name
-    assert "## Coming from TRL's PPO" in (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+        told = f"unknown argument '--{name}'; TRL's {name} is here {TRL_PPO_NAMES[name]}: see"
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo"])
+def test_a_setting_of_trl_is_told_its_name_here_and_the_table_that_has_it(command):
+    """Without a hint the nearest name was proposed: critic_warmup_steps for TRL's warmup_steps, seed for deepspeed. And
+    names of GRPO pointed to the table of PPO, which does not have them."""
+    spec, keys = STAGES[command], STAGES[command].keys()
+    assert spec.hints["warmup_steps"].startswith("TRL's warmup_steps is here warmup_ratio")
+    for name, hint in spec.hints.items():
+        here, title, page = re.fullmatch(rf"TRL's {name} is here (.*): see \"(.*)\" in (docs/.*\.md)", hint).groups()
+        assert name not in keys and (re.split("[ ,]", here)[0] in keys or here.startswith("left out"))
+        _, section = (ROOT / page).read_text(encoding="utf-8").split(f"## {title}\n")
+        assert f"`{name}`" in section.split("\n## ")[0] or f"`{name}:" in section.split("\n## ")[0], name
 
 
 def test_a_name_that_is_near_nothing_points_to_the_help(tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +110,19 @@ def test_those_of_the_peers(name, defaults):
     """Read in TRL 1.16, verl and OpenRLHF."""
     module, function = name.split(".")
     check(getattr(importlib.import_module(f"rlhf_fast.compat.{module}"), function), defaults)
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "RewardConfig", "GRPOConfig", "RLOOConfig"])
+def test_a_default_that_differs_from_trls_stands_in_its_table(name):
+    """Who brings a config of TRL should not find out from the result."""
+    trl = pytest.importorskip("trl")
+    docs = Path(__file__).parents[1] / "docs"
+    page, title = ("sft_reward", "## Coming from TRL\n") if hasattr(rf, name) else ("ppo", "## Coming from TRL's PPO\n")
+    section = (docs / f"{page}.md").read_text(encoding="utf-8").split(title)[1]
+    section = section.split("\n## ")[0] if page == "sft_reward" else section  # PPO's is followed by GRPO's
+    ours, theirs = (
+        {f.name: f.default for f in dataclasses.fields(config)}
+        for config in (getattr(rf, name, rf.PPOConfig), getattr(trl, name))
+    )
+    differ = [key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]]
+    assert len(differ) > 5 and [key for key in sorted(differ) if f"`{key}" not in section] == []

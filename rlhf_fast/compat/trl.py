@@ -1,6 +1,8 @@
 """TRL's tensor functions, computed by our ops.
 
-They are those of `trl.trainer.utils` and `trl.kernels` (release 1.16) and of `trl.experimental.ppo` (1.12).
+They are those of `trl.trainer.utils` and the ChunkedLogProbFunction of `trl.kernels` (release 1.16). Of release 1.12,
+and no longer in 1.16, are PPO's masked_mean, masked_var, masked_whiten and first_true_indices, the dft_loss of its SFT
+trainer, and _ChunkedLogProbFunction.
 
 All functions differ from TRL as follows. Results are float32 whatever the input dtype (TRL's eager path returns bf16
 log-probs for bf16 logits). -inf logits give finite entropies (TRL: NaN). An empty mask gives 0 (TRL: NaN, or an error

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,29 @@ def test_arguments_are_trls_in_its_order(name):
     for part in name.split("."):
         function = getattr(function, part)
     assert list(inspect.signature(function).parameters) == SIGNATURES[name].split()
+
+
+def test_the_installed_trl_has_what_the_docstring_says_and_in_the_same_form():
+    peer = pytest.importorskip("trl")
+    if peer.__version__ != "1.16.0":
+        pytest.skip(f"TRL {peer.__version__}")
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer import sft_trainer, utils
+
+    gone = []
+    for name in SIGNATURES:
+        if name == "ChunkedLogProbFunction.apply":
+            ours, theirs = trl.ChunkedLogProbFunction.apply, ChunkedLogProbFunction.forward
+        else:
+            ours, theirs = getattr(trl, name.split(".")[0]), getattr(utils, name.split(".")[0], None)
+        if theirs is None or name.startswith("_"):
+            gone.append(name.split(".")[0])
+            continue
+        ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
+        assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in theirs if p.name != "ctx"], name
+    assert gone and not any(hasattr(sft_trainer, name) for name in gone if not name.startswith("_"))
+    of_1_12 = trl.__doc__.split("Of release 1.12")[1].split("\n\n")[0]
+    assert all(re.search(rf"\b{name}\b", of_1_12) for name in gone)
 
 
 def test_under_autocast_all_outputs_from_hidden_states_are_of_rounded_factors():
