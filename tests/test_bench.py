@@ -111,22 +111,22 @@ def test_command_writes_what_the_report_reads(tmp_path, monkeypatch, capsys):
     assert set(both["implementations"]) == {"floor", "eager", harness.OURS, f"{harness.OURS} in place"}
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- bench -->\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n<!-- bench -->\nearlier rows\n{report.END}\nafter\n")
     page = tmp_path / "docs" / "benchmarks.md"
     page.parent.mkdir()
     page.write_text(
-        f"formula\n<!-- bench:token_logprobs -->\nold\n{report.END}\n<!-- bench:gae -->\n{report.END}\nend\n"
+        f"formula\n<!-- bench:token_logprobs -->\nearlier rows\n{report.END}\n<!-- bench:gae -->\n{report.END}\nend\n"
     )
     monkeypatch.setattr(report, "ROOT", tmp_path)
     report.main()
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "earlier rows" not in text
     assert "| `token_logprobs` | 64x50257 | float32, bfloat16 | forward |" in text and result["machine"] in text
     assert (tmp_path / "docs" / "bench.svg").stat().st_size > 1000
     assert page.read_text().startswith("formula\n") and page.read_text().endswith(
         f"<!-- bench:gae -->\n{report.END}\nend\n"
     )
-    assert "| `token_logprobs` | 64x50257 |" in page.read_text() and "old" not in page.read_text()
+    assert "| `token_logprobs` | 64x50257 |" in page.read_text() and "earlier rows" not in page.read_text()
     report.main()
     assert readme.read_text() == text
 
