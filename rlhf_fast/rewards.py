@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import os
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -284,6 +285,17 @@ def _wait_for(awaitables: list) -> list:
         future.cancel()  # after Ctrl-C during the wait
 
 
+def _first_odd(returned) -> str:
+    """The first entry that is not a number, and its place; whatever was returned if it is not a list."""
+    if isinstance(returned, list | tuple):
+        for i, value in enumerate(returned):
+            try:
+                float(value)
+            except (TypeError, ValueError, RuntimeError):
+                return f"{reprlib.repr(value)} for response {i}"
+    return reprlib.repr(returned)
+
+
 def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
     if isinstance(returned, np.ndarray):
         returned = returned.copy()  # torch does not accept negative strides, which x[::-1] has
@@ -292,7 +304,9 @@ def _checked(name: str, returned, responses: Sequence[str]) -> Tensor:
     except OverflowError as error:  # without the number: Python refuses to print very long ones
         raise ConfigError(f"reward {name!r} returned a number too large for a float ({error})") from error
     except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for None, text or ragged lists
-        raise ConfigError(f"reward {name!r} must return one number for each response, got {returned!r}") from error
+        raise ConfigError(
+            f"reward {name!r} must return one number for each response, got {_first_odd(returned)}"
+        ) from error
     if scores.shape != (len(responses),):
         raise ConfigError(
             f"reward {name!r} returned shape {tuple(scores.shape)} for {len(responses)} responses; it must return one "

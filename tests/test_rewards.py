@@ -311,6 +311,16 @@ def test_a_reward_that_returns_no_numbers_is_named(returned):
         compute_scores(odd, ["p", "q"], ["a", "b"], {})
 
 
+def test_the_one_response_without_a_number_is_named():
+    """TRL allows None for a response. The message listed all 512 entries, and not which one was wrong."""
+
+    def some(prompts, responses, **columns):
+        return [0.5] * 300 + [None] + [0.5] * 211
+
+    with pytest.raises(ConfigError, match=r"got None for response 300$"):
+        compute_scores(some, ["p"] * 512, ["a"] * 512, {})
+
+
 def test_a_reward_beyond_every_float_is_named():
     with pytest.raises(ConfigError, match="reward 'huge' returned a number too large for a float"):
         compute_scores(make_huge(10**5000), ["p"], ["a"], {})
