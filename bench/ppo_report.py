@@ -79,7 +79,7 @@ def speeds(part: dict) -> str:
 
 
 GRPO = {
-    "trl-grpo": "TRL 1.16, its defaults", "trl-grpo-logits": "TRL 1.16, the model's own logits", "group": "rlhf_fast",
+    "trl-grpo": "TRL 1.16, its own head", "trl-grpo-logits": "TRL 1.16, the model's own logits", "group": "rlhf_fast",
 }  # fmt: skip
 
 
