@@ -82,17 +82,18 @@ def _mask(at: Tensor, keys: int, window: int | None, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def packing(model) -> Iterator[None]:
+def packing(*models) -> Iterator[None]:
     """Put both the forward and the backward of packed_hidden_states inside. (The backward too, because activation
     checkpointing runs the layers again there.)"""
-    config = unwrapped(model).config
-    before = config._attn_implementation
+    before = [(config, config._attn_implementation) for config in (unwrapped(model).config for model in models)]
     AttentionInterface.register(NAME, packed_attention)  # only a model whose config has this name uses it
     try:
-        config._attn_implementation = before if before in FLASH else NAME
+        for config, name in before:
+            config._attn_implementation = name if name in FLASH else NAME
         yield
     finally:
-        config._attn_implementation = before
+        for config, name in before:
+            config._attn_implementation = name
 
 
 def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -302,12 +302,8 @@ class PPOTrainer:
     def _layout(self) -> Callable[[Rollout, Tensor], tuple]:
         return packed_rows if self.packed else right_padded
 
-    def _packing(self) -> ExitStack:
-        """The context in which models read rows that are packed, for the backward too."""
-        stack = ExitStack()
-        for network in self._trunks() if self.packed else ():
-            stack.enter_context(packing(network))
-        return stack
+    def _packing(self):
+        return packing(*self._trunks()) if self.packed else nullcontext()
 
     def _forward(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, inputs = _layout(rollout, rows) -> the policy's (N, D) hidden states that
