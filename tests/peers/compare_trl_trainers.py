@@ -62,15 +62,17 @@ def losses_of(trainer) -> list[float]:
 
 
 def assert_same_weights(ours, theirs, before) -> None:
-    """To 3e-3 of the way that training moved them on average, but for one in a thousand: Adam makes a step of the last
-    bit of a gradient near 0, and that bit is another on another CPU."""
+    """To 3e-3 of the way that training moved them on average, but for one weight in a thousand (of a tensor: in a
+    hundred). Adam makes a step of the last bit of a gradient near 0, and that bit is another on another CPU."""
     theirs = dict(theirs.named_parameters())
     start = dict(before.named_parameters())
+    differ = []
     for name, weight in ours.named_parameters():
         moved = (weight - start[name]).abs().mean()
         assert moved > 0, name
-        apart = (weight - theirs[name]).abs() > 3e-3 * moved
-        assert apart.sum() <= max(1, apart.numel() // 1000), name
+        differ.append((weight - theirs[name]).abs() > 3e-3 * moved)
+        assert differ[-1].sum() <= max(1, weight.numel() // 100), name
+    assert torch.cat([x.flatten() for x in differ]).double().mean() <= 1e-3
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
