@@ -124,6 +124,24 @@ def test_the_first_minibatch_has_ratio_exactly_one(ops):
         assert stats[name].item() == 0.0
 
 
+def test_without_old_logprobs_every_ratio_is_one_and_the_gradient_is_that_of_the_policy(ops):
+    logprobs, advantages, mask = row(-1.0, -2.0, NAN).requires_grad_(), row(3.0, -5.0, 1.0), tokens(1, 1, 0)
+    loss, stats = ops.ppo_loss(logprobs, None, advantages, mask, cliprange=0.0, dual_clip=1.5)
+    assert loss.item() == 1.0 and stats["ratio_min"] == stats["ratio_max"] == 1 and stats["max_abs_log_ratio"] == 0
+    assert torch.equal(*gradient(loss, logprobs), row(-1.5, 2.5, 0.0))
+
+
+def test_the_logprobs_of_a_linear_loss(ops):
+    hidden, weight, labels = torch.randn(1, 3, 4).requires_grad_(), torch.randn(5, 4), torch.tensor([[4, 0, -100]])
+    mask = tokens(1, 1, 0)
+    loss, stats, logprobs = ops.linear_ppo_loss(
+        hidden, weight, labels, None, row(1.0, 2.0, NAN), mask, temperature=0.5, with_logprobs=True
+    )
+    assert loss.item() == -1.5 and stats["ratio_mean"] == 1 and not logprobs.requires_grad
+    want = torch.log_softmax(hidden.detach() @ weight.T / 0.5, -1)[0, [0, 1], [4, 0]]
+    torch.testing.assert_close(logprobs, torch.cat([want, torch.zeros(1)])[None])
+
+
 def test_kl_and_entropy_terms(ops):
     logprobs, entropy = row(-1.0, -2.0).requires_grad_(), row(3.0, 5.0).requires_grad_()
     loss, stats = ops.ppo_loss(
