@@ -109,7 +109,7 @@ class Op:
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
-        self._others = slice(2, min(gradients.values(), default=2) if gradients else 2)
+        self._others = slice(2, min(gradients.values()) if gradients else 2)
         if gradients is not None:
             self._differentiate(qualname, *_scaled(self.public, gradients), 1)
             self._make_function(_keep_gradients, _scale_gradients, _give_gradients)
