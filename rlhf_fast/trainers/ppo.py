@@ -1,7 +1,7 @@
 """PPO on a language model, kept near a reference by a per-token KL (Ziegler et al. 2019; Ouyang et al. 2022).
 
     rollout      sample num_generations responses to each prompt
-    score        reward(prompt, response); logprobs, ref_logprobs and values of every response token
+    score        reward(prompt, response); logprobs, ref_logprobs and values of every response token, if needed
     rewards      -kl_coef KL_t, plus the score on the last token
     advantages   GAE, or the whole reward minus a baseline that needs no critic (REINFORCE, RLOO, GRPO's group mean)
     update       num_ppo_epochs of shuffled minibatches: clipped surrogate + vf_coef * clipped value loss
