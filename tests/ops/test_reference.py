@@ -131,6 +131,37 @@ def test_without_old_logprobs_every_ratio_is_one_and_the_gradient_is_that_of_the
     assert torch.equal(*gradient(loss, logprobs), row(-1.5, 2.5, 0.0))
 
 
+def some_rollout():
+    g = torch.Generator().manual_seed(3)
+    old, mask = -torch.rand(6, 9, generator=g), torch.rand(6, 9, generator=g) < 0.7
+    logprobs = (old + 0.3 * torch.randn(6, 9, generator=g)).requires_grad_()
+    return logprobs, old, torch.randn(6, 1, generator=g).expand(6, 9), mask
+
+
+def test_gspo_as_docs_ops_has_it(ops):
+    """Zheng et al. 2025, eq. 5 and 7."""
+    logprobs, old, advantages, mask = some_rollout()
+    mean = lambda x: ops.masked_mean(x, mask, dim=1)[:, None]  # noqa: E731
+    loss, stats = ops.ppo_loss(
+        mean(logprobs), mean(old), advantages[:, :1], mask.any(1, keepdim=True), cliprange=0.03, cliprange_high=0.04
+    )
+    ratio = (((logprobs - old) * mask).sum(1) / mask.sum(1)).exp()
+    want = -torch.min(ratio * advantages[:, 0], ratio.clamp(0.97, 1.04) * advantages[:, 0]).mean()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient(loss, logprobs), gradient(want, logprobs))
+    assert stats["num_tokens"] == 6 and 0 < stats["clipfrac_low"] + stats["clipfrac_high"] < 1
+
+
+def test_cispo_as_docs_ops_has_it(ops):
+    """MiniMax 2025, eq. 4 and 5, without the lower bound, as there."""
+    logprobs, old, advantages, mask = some_rollout()
+    weights = (logprobs - old).detach().exp().clamp(max=1.2)
+    assert (weights == 1.2).any()
+    loss, _ = ops.ppo_loss(logprobs, None, advantages, mask, importance_weights=weights)
+    want = -(weights * advantages * logprobs)[mask].mean()
+    torch.testing.assert_close(gradient(loss, logprobs), gradient(want, logprobs))
+
+
 def test_the_logprobs_of_a_linear_loss(ops):
     hidden, weight, labels = torch.randn(1, 3, 4).requires_grad_(), torch.randn(5, 4), torch.tensor([[4, 0, -100]])
     mask = tokens(1, 1, 0)
