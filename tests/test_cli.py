@@ -606,7 +606,9 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     assert row["step"] == 1 and row["objective/scores"] == once["objective/scores"]
 
 
-@pytest.mark.parametrize("critic", ["share_trunk: true", "advantage_estimator: rloo, num_generations: 2, lora_r: 2"])
+@pytest.mark.parametrize(
+    "critic", ["share_trunk: true", "advantage_estimator: rloo, num_generations: 2, lora_r: 2, kl_coef: 0"]
+)
 def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_path, critic):
     sizes = "batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8"
     flags = ("--output_dir", str(tmp_path), "--ppo", f"{{{sizes}, {critic}}}")
