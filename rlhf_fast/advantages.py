@@ -49,9 +49,9 @@ class RunningStd:
         return (self.squares / self.count) ** 0.5 or 1.0
 
 
-def kl_shaped_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, *, kl_coef: float = 0.0) -> Tensor:
-    """(B,) scores, (B, T) mask and KL per token, nats -> (B, T) rewards per token, 0 outside the mask: -kl_coef KL,
-    plus the score on the last token in the mask.
+def kl_shaped_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None, *, kl_coef: float) -> Tensor:
+    """(B,) scores, (B, T) mask and KL per token, nats -> (B, T) rewards per token, 0 outside the mask: -kl_coef KL
+    (None: no KL), plus the score on the last token in the mask.
 
     That is eos, or the token at which the response was cut. The mask may have gaps (for example the output of a tool).
     A row without tokens gets no score.

@@ -44,7 +44,10 @@ def test_the_score_lands_on_the_last_token_and_kl_on_every_token():
     scores = torch.tensor([5.0, 7.0, 9.0])
     rewards = kl_shaped_rewards(scores, mask, kl, kl_coef=0.1)
     torch.testing.assert_close(rewards, torch.tensor([[-0.1, 0.0, 5.1], [-0.05, 7.0, 0.0], [0.0, 0.0, 0.0]]))
-    torch.testing.assert_close(kl_shaped_rewards(scores, mask), torch.tensor([[0.0, 0, 5], [0, 7, 0], [0, 0, 0]]))
+    without = kl_shaped_rewards(scores, mask, None, kl_coef=0.1)
+    torch.testing.assert_close(without, torch.tensor([[0.0, 0, 5], [0, 7, 0], [0, 0, 0]]))
+    with pytest.raises(TypeError, match="kl_coef"):  # a KL that silently has no weight
+        kl_shaped_rewards(scores, mask, kl)
 
 
 def test_undiscounted_return_is_score_minus_kl():

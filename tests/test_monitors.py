@@ -112,6 +112,8 @@ def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
     assert page.count("<figure>") == len(LIMITS) + 1 and "upper bound" in page  # overoptimization has two
     assert "response_length/mean is" in page and "eval_pass_rate fell" in page
     assert "No alarm from kl, entropy" in report_section(a_log(), {}, [])
+    evaluated = [{"step": 0, "eval_scores": 0.5}]  # before the first step
+    assert report_section(evaluated, {}, []) == "" == report_section(a_log(), dict.fromkeys(LIMITS), [])
     (tmp_path / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     assert "Monitors" not in write_report(tmp_path).read_text()  # a run without monitors
     (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))

@@ -9,7 +9,8 @@
 The ratio of the first minibatch is exactly 1 on the CPU, and on a GPU except for the rounding of rows that are too long
 for one pass of the kernel (logged as policy/first_minibatch_max_abs_log_ratio). For this, the minibatches are drawn
 before scoring, and scoring computes the old log-probabilities on the micro-batches of the first epoch, with the same
-function as training. On other shapes matrix products would round differently.
+function as training. On other shapes matrix products would round differently. Where a single step is all that needs
+them (PPOConfig.needs_old_logprobs), they are those of the step itself.
 
 _iteration is one iteration from top to bottom: _next_prompts, _rollout, _score, _shape, _minibatches, _score_tokens,
 _advantages, _update.
@@ -99,7 +100,7 @@ class PPOTrainer:
     ):  # fmt: skip
         common.start(config, PPOConfig)
         check_eval_rewards(config, eval_rewards, eval_dataset)
-        if config.kl_coef and not config.kl_in_loss and config.kl_estimator != "k1":
+        if config.kl_in_rewards and config.kl_estimator != "k1":
             warnings.warn(
                 f"kl_estimator {config.kl_estimator} in the rewards does not give the gradient of a KL (docs/ppo.md): "
                 "use k1, or set kl_in_loss: true",
@@ -467,7 +468,7 @@ class PPOTrainer:
                 loss_agg_mode=config.loss_agg_mode, normalizer=normalizer, with_logprobs=True,
             )  # fmt: skip
         if old is None:
-            rollout.logprobs[rows] += logprobs
+            rollout.logprobs[rows] += logprobs  # rows that do not count add 0, and may be here a second time
         return loss, statistics
 
     # --- the run: see run.py ---

@@ -29,8 +29,8 @@ from .ppo_config import PPOConfig
 
 
 def choose_reference(policy: nn.Module, ref_model, config: PPOConfig) -> nn.Module | None:
-    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if the policy with
-    its adapters switched off is the reference, and if there is none, because a KL of weight 0 needs none."""
+    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if that is the
+    policy with its adapters switched off, or if there is no reference, because a KL of weight 0 needs none."""
     if ref_model is policy:
         raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; leave it out or give a copy")
     if ref_model is None:

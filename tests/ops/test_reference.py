@@ -142,8 +142,9 @@ def test_gspo_as_docs_ops_has_it(ops):
     """Zheng et al. 2025, eq. 5 and 7."""
     logprobs, old, advantages, mask = some_rollout()
     mean = lambda x: ops.masked_mean(x, mask, dim=1)[:, None]  # noqa: E731
+    given = advantages.masked_fill(~mask, NAN)  # as a tool's tokens in front have none
     loss, stats = ops.ppo_loss(
-        mean(logprobs), mean(old), advantages[:, :1], mask.any(1, keepdim=True), cliprange=0.03, cliprange_high=0.04
+        mean(logprobs), mean(old), mean(given), mask.any(1, keepdim=True), cliprange=0.03, cliprange_high=0.04
     )
     ratio = (((logprobs - old) * mask).sum(1) / mask.sum(1)).exp()
     want = -torch.min(ratio * advantages[:, 0], ratio.clamp(0.97, 1.04) * advantages[:, 0]).mean()
