@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sqlite3
 import threading
@@ -525,6 +526,26 @@ def test_a_limit_per_minute_that_says_nothing_of_when_is_waited_for(tmp_path, mo
         stage = label(pairs(24), HOUSE, judge, output_dir=tmp_path, tie_margin=0.0)
         assert stage.counts["ok"] == 24 and 7 * 60 <= clock.now < 12 * 60
         assert sum(fake.asked.values()) < 96 + 12 * 20  # some ten refusals a minute, not one every half second
+
+
+def test_what_is_waited_for_is_said(tmp_path, monkeypatch, capsys):
+    def told(fault, times, **options):
+        with serving(lambda text, before: fault if before < times else None) as fake:
+            judge = judge_at(fake, server={"max_tries": 10, "timeout": 10, **options})
+            if "concurrency" in options:
+                judge.backend.server._gate = clock
+            label(pairs(1), HOUSE, judge, output_dir=tmp_path / fault)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{fake.url}: HTTP")]
+
+    assert not told("500", 1)  # over in a moment
+    monkeypatch.setattr("rlhf_fast.judges.server._TOLD_AFTER", 0.5)
+    (line,) = told("503", 1)  # of four calls at once
+    assert re.search(r": HTTP 503: .*loading.*; no answer for 0 s, trying again in 1 s$", line)
+    monkeypatch.setattr("rlhf_fast.judges.server._TOLD_AFTER", 5.0)
+    clock = Clock(monkeypatch)
+    lines = told("429 bare", 8, concurrency=1, backoff=0.5)
+    assert 1 < len(lines) < 20
+    assert re.search(r"429: .*; no answer for \d+ s, trying again in \d+ s, for 10 minutes at most$", lines[-1])
 
 
 def test_nothing_but_429_for_ten_minutes_stops_the_run(tmp_path, monkeypatch):
