@@ -110,8 +110,9 @@ def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob) -> None:
     check_drop(job.drop)
     constitution, judge = load_judge(who, job.seed)
     check_phase_1(job.schedule, constitution, judge)
+    options = {name: getattr(job, name) for name in ("output_dir", "batch_size", "seed", "drop")}
     stage = _revise(job.schedule, _prompts(job), load_writer(writer), constitution, judge, writer.max_new_tokens,
-                    job.max_steps, output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
+                    job.max_steps, **options)  # fmt: skip
     _check_any("revise", stage)
 
 
@@ -251,7 +252,8 @@ def _check_any(name: str, stage) -> None:
     """ConfigError if a stage has nothing for the next one. Ties are no failure: the judge has compared."""
     if not stage.rows and not stage.counts.get("tie"):
         raise ConfigError(
-            f"{name}: none of {stage.counts['inputs']} inputs came to anything; {stage.output_dir}/rejected.jsonl says why"
+            f"{name}: none of {stage.counts['inputs']} inputs came to anything; {stage.output_dir}/rejected.jsonl says "
+            "why"
         )
 
 
