@@ -42,7 +42,7 @@ def _refused(output_dir: str | Path) -> Iterator[None]:
         ) from None
 
 
-def json_line(record: dict) -> str:
+def json_line(record: dict | list) -> str:
     """A line of JSONL. A date, which a column or a key of a message may hold, becomes text."""
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 

@@ -1,5 +1,6 @@
 """An HTTP judge against a server that knows the truth and fails by script: no label without evidence, no call twice."""
 
+import datetime
 import json
 import math
 import os
@@ -605,6 +606,14 @@ def test_a_key_is_what_the_variable_says_without_the_end_of_a_line(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k\u00e9y")
     with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has characters beyond ASCII"):
         server_at(fake)
+
+
+def test_a_date_in_a_message_is_sent_as_text(tmp_path):
+    """A parquet file may have timestamps beside role and content."""
+    turn = {"role": "user", "content": "hello", "at": datetime.date(2026, 1, 31)}
+    with serving() as fake:
+        stage = sample_pairs([{"prompt": [turn]}], HTTPGenerator(server_at(fake), 8), HOUSE_CHAT, output_dir=tmp_path)
+        assert stage.counts["ok"] == 1 and fake.bodies[-1]["messages"] == [turn | {"at": "2026-01-31"}]
 
 
 def test_pairs_are_written_by_a_server(tmp_path):
