@@ -203,6 +203,7 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["generate", "--model", "x", "--seed", f"{2**64}"], "generate: seed = 18446744073709551616 must be 0 or more"),
         (["quickstart", "--seed", "-1"], "rlhf-fast: quickstart: seed = -1 must be 0 or more and below 2**64"),
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
+        (["sft", "--train_data", "x", "--seed", "2026-13-45"], "'2026-13-45' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json: give the output_dir of a run"),
         (["generate", "--prompt", "hi"], "generate needs model: as flags, or as keys of a --config file"),
@@ -256,6 +257,21 @@ def test_options_take_numbers_as_yaml_writes_them():
     assert checked_options(RolloutServer, options, "rollout_options") == {"timeout": 1000.0, "concurrency": 8}
     with pytest.raises(ConfigError, match="rollout_options: timeout = 'soon' must be a number"):
         checked_options(RolloutServer, {"timeout": "soon"}, "rollout_options")
+
+
+def test_a_number_with_an_exponent_is_one_wherever_it_stands(tmp_path):
+    file = write_yaml(tmp_path / "c.yaml", """\
+cai:
+  source_weights: {ai: 1e-9}
+  ppo: {monitors: {kl: 1.5E2}, reward_clip_range: [-.1e+1, +1.e1]}
+  model: '1e3'
+""")  # fmt: skip
+    read = read_keys(file, {"cai": list(CAI["cai"].keys())}, "cai")
+    assert read == {"source_weights": {"ai": 1e-9}, "model": "1e3",
+                    "ppo": {"monitors": {"kl": 150.0}, "reward_clip_range": [-1.0, 10.0]}}  # fmt: skip
+    assert CAI["derive"].keys()["weights"].parse("{kind: 1e-9}") == {"kind": 1e-9}
+    assert STAGES["ppo"].keys()["model"].parse("1e3") == "1e3"  # the name of a directory
+    assert yaml.load("[e9, 1e, 1.2.3e4, 0x1e3, 1e3 m]", UniqueKeys)[:3] == ["e9", "1e", "1.2.3e4"]
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
