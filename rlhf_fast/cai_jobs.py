@@ -8,6 +8,7 @@ from pathlib import Path
 from .cai_checks import Run, check_phase_1, check_schedule, prepare
 from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
 from .commands import checked_options
+from .data.chat import check_tokenizer
 from .data.files import read_dataset
 from .data.sources import read_rows
 from .disk import read_json
@@ -85,6 +86,7 @@ def load_writer(writer: WriterJob):
             )
         return HTTPGenerator(server, writer.max_new_tokens, writer.temperature, writer.top_p)
     policy, tokenizer = load_policy(writer.model), load_tokenizer(writer.model)
+    check_tokenizer(tokenizer, conversational=False)
     check_bf16(writer.bf16, policy.device)
     return TextGenerator(policy, tokenizer, writer.max_new_tokens, writer.temperature, writer.top_p, bf16=writer.bf16)
 

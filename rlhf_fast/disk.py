@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ConfigError
@@ -28,6 +28,8 @@ def check_writable(output_dir: str | Path) -> None:
         raise ConfigError(f"output_dir {str(output_dir)!r}: only a shell knows what ~ stands for; write it in full")
     path = Path(output_dir).absolute()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    with _refused(output_dir), suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)  # what lexists takes for missing may be a name that is too long
     with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk
         pass
 

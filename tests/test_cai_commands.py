@@ -108,6 +108,10 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     unread = {**common, "model": "unread", "output_dir": tmp_path / "x"}
     assert cai("pairs", **unread, temperature=0) == 2 and "writes the same answer twice" in capsys.readouterr().err
     assert cai("train", **unread, temperature=0) == 2 and "temperature = 0" in capsys.readouterr().err
+    shutil.copytree(house / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    assert cai("pairs", **{**common, "model": tmp_path / "model", "output_dir": tmp_path / "x"}) == 2
+    assert "has no eos token, so a response could never end" in capsys.readouterr().err
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
     assert "label: 6 inputs" in capsys.readouterr().out

@@ -562,6 +562,9 @@ def test_a_directory_that_cannot_be_made_is_named(sft, tmp_path, capsys):
             assert main([*argv, "--output_dir", str(path)]) == 2
             error = f"output_dir {str(path)!r} cannot be written (Not a directory): choose another output_dir\n"
             assert capsys.readouterr().err.endswith(f"rlhf-fast: {error}")
+    swept = str(tmp_path / ("lr_1e-5_" * 40))
+    assert main(["sft", "--config", str(sft / "all.yaml"), "--output_dir", swept]) == 2
+    assert "cannot be written (File name too long): choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/proc/nothing"])  # even root writes no file there
@@ -867,6 +870,21 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
     assert "no model can be loaded from" in capsys.readouterr().err
+    shutil.copytree(sft / "sft", tmp_path / "c", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    for changed, named in (
+        (
+            {"num_hidden_layers": layers + 1},
+            f"lack 9 weights, among them model.layers.{layers}.input_layernorm.weight, which",
+        ),
+        ({"vocab_size": config["vocab_size"] + 8}, "its weights have other shapes than its config.json says"),
+    ):
+        (tmp_path / "c" / "config.json").write_text(json.dumps(config | changed))
+        assert main([*argv, str(tmp_path / "c")]) == 2
+        assert named in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "c" / "model.safetensors")]) == 2
+    assert "there is no such directory" in capsys.readouterr().err
     (tmp_path / "b" / "adapter_config.json").write_text("torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
     assert "no adapters can be loaded from" in capsys.readouterr().err

@@ -61,7 +61,9 @@ def read_dataset(source) -> list[dict]:
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         missing = Path(name).is_dir() and isinstance(error, FileNotFoundError)
         needs = "a directory must hold data files, or what Dataset.save_to_disk writes; " if missing else ""
-        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{error}") from error
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
+        reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())
+        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{reason}") from error
 
 
 class UniqueKeys(yaml.SafeLoader):

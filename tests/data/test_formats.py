@@ -338,6 +338,9 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
+    (tmp_path / "c.csv").write_text("prompt,completion\na,b\na,b,c\n")
+    with pytest.raises(ConfigError, match=r"c\.csv' cannot be loaded: .*Expected 2 fields in line 3, saw 3$"):
+        read_dataset(tmp_path / "c.csv")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.md").write_text("no data")
     for source in ("notes", "notes:test"):
