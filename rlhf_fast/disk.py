@@ -67,6 +67,9 @@ def write_json(path: Path, value: dict, indent: int = 2) -> None:
 def read_json(path: Path) -> dict:
     """What write_json left there. ConfigError where something else has cut or changed it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        return value
     except ValueError as error:
         raise ConfigError(f"{path} is not as it was written ({error}): restore it, or delete its directory") from None
