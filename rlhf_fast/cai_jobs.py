@@ -8,6 +8,7 @@ from pathlib import Path
 from .cai_checks import Run, check_phase_1, check_schedule, prepare
 from .cai_keys import AuditJob, DeriveJob, JudgeJob, LabelJob, PairsJob, ReviseJob, TrainJob, WriterJob
 from .commands import checked_options
+from .data.chat import check_tokenizer
 from .data.files import read_dataset
 from .data.sources import read_rows
 from .disk import read_json
@@ -85,6 +86,7 @@ def load_writer(writer: WriterJob):
             )
         return HTTPGenerator(server, writer.max_new_tokens, writer.temperature, writer.top_p)
     policy, tokenizer = load_policy(writer.model), load_tokenizer(writer.model)
+    check_tokenizer(tokenizer, conversational=False)
     check_bf16(writer.bf16, policy.device)
     return TextGenerator(policy, tokenizer, writer.max_new_tokens, writer.temperature, writer.top_p, bf16=writer.bf16)
 
@@ -110,8 +112,10 @@ def run_revise(who: JudgeJob, writer: WriterJob, job: ReviseJob) -> None:
     check_drop(job.drop)
     constitution, judge = load_judge(who, job.seed)
     check_phase_1(job.schedule, constitution, judge)
-    _revise(job.schedule, _prompts(job), load_writer(writer), constitution, judge, writer.max_new_tokens, job.max_steps,
-            output_dir=job.output_dir, batch_size=job.batch_size, seed=job.seed, drop=job.drop)  # fmt: skip
+    options = {name: getattr(job, name) for name in ("output_dir", "batch_size", "seed", "drop")}
+    stage = _revise(job.schedule, _prompts(job), load_writer(writer), constitution, judge, writer.max_new_tokens,
+                    job.max_steps, **options)  # fmt: skip
+    _check_any("revise", stage)
 
 
 def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: int, max_steps: int | None, **options):
@@ -143,6 +147,7 @@ def run_pairs(writer: WriterJob, job: PairsJob) -> None:
     stage = sample_pairs(_prompts(job), load_writer(writer), constitution, output_dir=job.output_dir,
                          batch_size=job.batch_size, seed=job.seed)  # fmt: skip
     _tell("pairs", stage, "pairs.jsonl")
+    _check_any("pairs", stage)
 
 
 def run_audit(who: JudgeJob, job: AuditJob) -> None:
@@ -156,6 +161,8 @@ def run_audit(who: JudgeJob, job: AuditJob) -> None:
     print(f"audit: {card['pairs']} pairs, {shown} over {card['best_floor']!r}: {floor}; {job.output_dir}/audit.html")
     if gone := ", ".join(f"{n} {status}" for status, n in card["statuses"].items() if status in UNDECIDED):
         print(f"audit: pairs without an answer count one half: {gone}; see {job.output_dir}/judgements.jsonl for why")
+    if set(card["statuses"]) <= set(UNDECIDED):
+        raise ConfigError("audit: the judge answered about no pair, so its card says nothing of its judgement")
 
 
 def _compared(path: str) -> list[dict]:
@@ -191,6 +198,7 @@ def run_label(who: JudgeJob, job: LabelJob) -> None:
     )  # fmt: skip
     report_on(job.output_dir, name=constitution.name)
     _tell("label", stage, "comparisons.jsonl", "constitution.html")
+    _check_any("label", stage)
 
 
 def run_derive(job: DeriveJob) -> None:
@@ -240,6 +248,15 @@ def _tell(name: str, stage, *files: str) -> None:
     why = next((record["reason"] for record in stage.rejected if record.get("reason")), None)
     if why:
         print(f"{name}: {stage.output_dir}/rejected.jsonl says why the others were left out; the first: {why[:200]}")
+
+
+def _check_any(name: str, stage) -> None:
+    """ConfigError if a stage has nothing for the next one. Ties are no failure: the judge has compared."""
+    if not stage.rows and not stage.counts.get("tie"):
+        raise ConfigError(
+            f"{name}: none of {stage.counts['inputs']} inputs came to anything; {stage.output_dir}/rejected.jsonl says "
+            "why"
+        )
 
 
 # -- from end to end ---------------------------------------------------------------------------------------------------

@@ -321,13 +321,18 @@ def _report(argv: list[str]) -> None:
     from .report import write_quickstart_report, write_report
 
     if (directory / "train_log.jsonl").is_file():
-        print(write_report(directory))
+        write = write_report
     elif (directory / "summary.json").is_file():
-        print(write_quickstart_report(directory))
+        write = write_quickstart_report
     else:
         raise ConfigError(
             f"report: {directory} holds neither train_log.jsonl nor summary.json: give the output_dir of a run"
         )
+    try:
+        page = write(directory)
+    except OSError as error:
+        raise ConfigError(f"report: {error.filename or directory}: {error.strerror}") from None
+    print(page)
 
 
 def _quickstart(argv: list[str]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from .data.files import UniqueKeys
 from .disk import check_writable
 from .errors import ConfigError, did_you_mean
 from .trainers.configs import as_annotated, check_config, config_from_dict, from_yaml, kinds_of
@@ -41,8 +42,8 @@ class Key:
         if str in kinds and list not in kinds:
             return None if text == "null" and type(None) in kinds else text
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
+            return yaml.load(text, UniqueKeys)
+        except (yaml.YAMLError, ValueError):  # ValueError: a day that no month has, a key that occurs twice
             raise ConfigError(f"{text!r} is not a YAML value") from None
 
 

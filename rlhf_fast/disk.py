@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ConfigError
@@ -28,6 +28,8 @@ def check_writable(output_dir: str | Path) -> None:
         raise ConfigError(f"output_dir {str(output_dir)!r}: only a shell knows what ~ stands for; write it in full")
     path = Path(output_dir).absolute()
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    with _refused(output_dir), suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)  # what lexists takes for missing may be a name that is too long
     with _refused(output_dir), tempfile.TemporaryFile(dir=there):  # os.access says yes to root on a read-only disk
         pass
 
@@ -42,7 +44,7 @@ def _refused(output_dir: str | Path) -> Iterator[None]:
         ) from None
 
 
-def json_line(record: dict) -> str:
+def json_line(record: dict | list) -> str:
     """A line of JSONL. A date, which a column or a key of a message may hold, becomes text."""
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
@@ -65,6 +67,9 @@ def write_json(path: Path, value: dict, indent: int = 2) -> None:
 def read_json(path: Path) -> dict:
     """What write_json left there. ConfigError where something else has cut or changed it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        return value
     except ValueError as error:
         raise ConfigError(f"{path} is not as it was written ({error}): restore it, or delete its directory") from None

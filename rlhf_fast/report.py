@@ -21,6 +21,8 @@ from pathlib import Path
 
 from . import monitors, preferences
 from .charts import Series, line_chart, short
+from .disk import read_json
+from .errors import ConfigError
 from .page import bar, details, grid, section, table, write_page
 
 MAX_SAMPLES = 12  # on the page; samples.jsonl has all
@@ -55,7 +57,7 @@ CHARTS = [
 def write_report(run_dir: str | Path) -> Path:
     """Writes `run_dir`/report.html from the logs of one trainer and returns its path.
 
-    Raises FileNotFoundError if the directory has no train_log.jsonl.
+    Raises FileNotFoundError if the directory has no train_log.jsonl, ConfigError if a line of it is damaged.
     """
     run_dir = Path(run_dir)
     log = read_jsonl(run_dir / "train_log.jsonl")
@@ -78,13 +80,13 @@ def write_report(run_dir: str | Path) -> Path:
 def write_quickstart_report(root: str | Path) -> Path:
     """Writes `root`/report.html over all stages of summary.json and returns its path.
 
-    Raises FileNotFoundError if there is no summary.json, ValueError if it lists no stages.
+    Raises FileNotFoundError if there is no summary.json, ConfigError if it is damaged or lists no stages.
     """
     root = Path(root)
-    summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(root / "summary.json")
     stages = summary.get("stages")
     if not stages:
-        raise ValueError(f"write_quickstart_report: {root / 'summary.json'} lists no stages")
+        raise ConfigError(f"report: {root / 'summary.json'} lists no stages: give the output_dir of a run")
     runs = {stage["name"]: root / stage.get("run", stage["name"]) for stage in stages}
     logs = {name: read_jsonl(run / "train_log.jsonl", missing_ok=True) for name, run in runs.items()}
     body = [
@@ -100,10 +102,23 @@ def write_quickstart_report(root: str | Path) -> Path:
 
 
 def read_jsonl(path: Path, *, missing_ok: bool = False) -> list[dict]:
-    """The rows of a .jsonl file, without a torn last row. missing_ok: return [] if there is no such file."""
+    """The rows of a .jsonl file, without a torn last row. missing_ok: return [] if there is no such file.
+
+    ConfigError names the first line that is not a JSON object.
+    """
     if missing_ok and not path.exists():
         return []
-    return [json.loads(line) for line in whole_lines(path) if line.strip()]
+    return [_row(line, path, number) for number, line in enumerate(whole_lines(path), 1) if line.strip()]
+
+
+def _row(line: bytes, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{path}: line {number} is not a JSON object, so it was damaged: delete that line")
+    return row
 
 
 def whole_lines(path: Path) -> list[bytes]:
@@ -119,7 +134,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 def _points(log: list[dict], metric: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[metric]) for row in log if isinstance(row.get(metric), int | float)]
+    return [(row["step"], row[metric]) for row in log if "step" in row and isinstance(row.get(metric), int | float)]
 
 
 def _figures(log: list[dict]) -> str:

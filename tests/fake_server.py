@@ -103,6 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             "429 large": (429, {"error": {"message": "Request too large: limit 30000, requested 36278"}}, {}),
             "429 long": (429, {"error": {"message": "come back tomorrow"}}, {"Retry-After": "86400"}),
             "quota": (429, {"error": {"message": "insufficient_quota"}}, {}),
+            "503": (503, {"error": {"message": "loading"}}, {"Retry-After": "1"}),
             "500": (500, {"error": {"message": "oops"}}, {}),
             "404": (404, {"error": {"message": "no such model"}}, {}),
             "401": (401, {"error": {"message": "bad key"}}, {}),

@@ -88,10 +88,11 @@ def test_validate_says_what_is_in_a_file_or_wrong_with_it(house, tmp_path, capsy
 def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsys):
     common = {"constitution": house / "house.yaml", "model": house / "model", "train_data": house / "prompts.jsonl",
               "num_prompts": 6, "max_new_tokens": 8}  # fmt: skip
-    assert cai("revise", **common, output_dir=tmp_path / "revise") == 0
-    out = capsys.readouterr().out
+    assert cai("revise", **common, output_dir=tmp_path / "revise") == 2
+    out, err = capsys.readouterr()
+    assert err.endswith(f"revise: none of 6 inputs came to anything; {tmp_path}/revise/rejected.jsonl says why\n")
     cut = sum("truncated" in row["reason"] for row in read(tmp_path / "revise" / "rejected.jsonl"))
-    assert "revise: 6 inputs" in out and cut > 0  # a random model does not end by itself
+    assert "revise: 6 inputs" in out and cut == 6  # a random model does not end by itself
     assert f"all replies to {cut} of 6 prompts were cut off at max_new_tokens = 8" in out
     assert "replies that decline, originals -> demonstrations: benign 0 of 3 -> 0 of " in out and "red-team" in out
     assert {len(row["prompt"]) for row in read(tmp_path / "revise" / "sft.jsonl")} <= {1}
@@ -107,6 +108,10 @@ def test_revise_and_pairs_write_what_the_next_stage_reads(house, tmp_path, capsy
     unread = {**common, "model": "unread", "output_dir": tmp_path / "x"}
     assert cai("pairs", **unread, temperature=0) == 2 and "writes the same answer twice" in capsys.readouterr().err
     assert cai("train", **unread, temperature=0) == 2 and "temperature = 0" in capsys.readouterr().err
+    shutil.copytree(house / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    assert cai("pairs", **{**common, "model": tmp_path / "model", "output_dir": tmp_path / "x"}) == 2
+    assert "has no eos token, so a response could never end" in capsys.readouterr().err
     pairs = tmp_path / "pairs" / "pairs.jsonl"
     assert cai("label", constitution=house / "house.yaml", data=pairs, output_dir=tmp_path / "label") == 0
     assert "label: 6 inputs" in capsys.readouterr().out
@@ -178,8 +183,10 @@ def test_a_judge_that_answers_nothing_says_so_on_its_card(house, tmp_path, capsy
     """0.5 by half points is no judge that prefers the better reply in half of the cases."""
     card = tmp_path / "card"
     common = {"constitution": house / "house.yaml", "judge": house / "model", "judge_options": "{min_label_mass: 1}"}
-    assert cai("audit", **common, data=house / "people.jsonl", output_dir=card, probe_pairs=0) == 0
-    assert "pairs without an answer count one half: 20 unparsed" in capsys.readouterr().out
+    assert cai("audit", **common, data=house / "people.jsonl", output_dir=card, probe_pairs=0) == 2
+    told = capsys.readouterr()
+    assert "pairs without an answer count one half: 20 unparsed" in told.out
+    assert told.err.endswith("audit: the judge answered about no pair, so its card says nothing of its judgement\n")
     assert "Each of the 20 on which it gave no answer counts one half" in (card / "audit.html").read_text()
 
 
@@ -319,6 +326,24 @@ def test_a_reply_that_was_never_written_is_in_no_label(house, tmp_path, capsys):
     assert f"pair {lost['id']}: its status is 'failed'" in capsys.readouterr().err
     assert cai("label", **rules, data=tmp_path / "pairs" / "pairs.jsonl") == 0
     assert "label: 2 inputs, 2 tie" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["bad", "filter"])
+def test_a_stage_in_which_every_item_failed_is_refused(house, tmp_path, capsys, fault):
+    """Fewer items than the failures in a row that end a run."""
+    pytest.importorskip("openai")
+    write(tmp_path / "pairs.jsonl", [{"prompt": f"say {n}", "a": f"{n}", "b": f"{n} {n}"} for n in range(1)])
+    constitution = {"constitution": house / "house.yaml"}
+    with serving(lambda text, before: fault) as fake:
+        writer = {"model": fake.url, "server_model": "m", "train_data": house / "prompts.jsonl", "num_prompts": 1}
+        judge = {"judge": fake.url, "judge_model": "m", "allow_weak_judge": "true", "data": tmp_path / "pairs.jsonl"}
+        for word, keys in (("revise", writer), ("pairs", writer), ("label", judge)):
+            assert cai(word, **constitution, **keys, output_dir=tmp_path / word) == 2
+            told = capsys.readouterr()
+            assert f"{word}: 1 inputs" in told.out and "HTTP 400" in told.out
+            assert f"{word}: none of 1 inputs came to anything; {tmp_path}/{word}/rejected.jsonl" in told.err
+    with serving() as fake:  # and the same command goes on when the server does
+        assert cai("pairs", **constitution, **writer | {"model": fake.url}, output_dir=tmp_path / "other") == 0
 
 
 POLITE = Principle("polite", check=ModelCheck("Is it rude?"), revise="Be polite.")

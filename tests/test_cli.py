@@ -205,6 +205,7 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["generate", "--model", "x", "--seed", f"{2**64}"], "generate: seed = 18446744073709551616 must be 0 or more"),
         (["quickstart", "--seed", "-1"], "rlhf-fast: quickstart: seed = -1 must be 0 or more and below 2**64"),
         (["sft", "--train_data", "x", "--scratch", "{"], "'{' is not a YAML value"),
+        (["sft", "--train_data", "x", "--seed", "2026-13-45"], "'2026-13-45' is not a YAML value"),
         (["sft", "--config", "no.yaml"], "--config no.yaml: No such file"),
         (["report", "nowhere"], "holds neither train_log.jsonl nor summary.json: give the output_dir of a run"),
         (["generate", "--prompt", "hi"], "generate needs model: as flags, or as keys of a --config file"),
@@ -258,6 +259,21 @@ def test_options_take_numbers_as_yaml_writes_them():
     assert checked_options(RolloutServer, options, "rollout_options") == {"timeout": 1000.0, "concurrency": 8}
     with pytest.raises(ConfigError, match="rollout_options: timeout = 'soon' must be a number"):
         checked_options(RolloutServer, {"timeout": "soon"}, "rollout_options")
+
+
+def test_a_number_with_an_exponent_is_one_wherever_it_stands(tmp_path):
+    file = write_yaml(tmp_path / "c.yaml", """\
+cai:
+  source_weights: {ai: 1e-9}
+  ppo: {monitors: {kl: 1.5E2}, reward_clip_range: [-.1e+1, +1.e1]}
+  model: '1e3'
+""")  # fmt: skip
+    read = read_keys(file, {"cai": list(CAI["cai"].keys())}, "cai")
+    assert read == {"source_weights": {"ai": 1e-9}, "model": "1e3",
+                    "ppo": {"monitors": {"kl": 150.0}, "reward_clip_range": [-1.0, 10.0]}}  # fmt: skip
+    assert CAI["derive"].keys()["weights"].parse("{kind: 1e-9}") == {"kind": 1e-9}
+    assert STAGES["ppo"].keys()["model"].parse("1e3") == "1e3"  # the name of a directory
+    assert yaml.load("[e9, 1e, 1.2.3e4, 0x1e3, 1e3 m]", UniqueKeys)[:3] == ["e9", "1e", "1.2.3e4"]
 
 
 def test_a_word_that_is_a_section_and_a_key_is_told_apart_by_its_value(tmp_path):
@@ -549,6 +565,9 @@ def test_a_directory_that_cannot_be_made_is_named(sft, tmp_path, capsys):
             assert main([*argv, "--output_dir", str(path)]) == 2
             error = f"output_dir {str(path)!r} cannot be written (Not a directory): choose another output_dir\n"
             assert capsys.readouterr().err.endswith(f"rlhf-fast: {error}")
+    swept = str(tmp_path / ("lr_1e-5_" * 40))
+    assert main(["sft", "--config", str(sft / "all.yaml"), "--output_dir", swept]) == 2
+    assert "cannot be written (File name too long): choose another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/proc/nothing"])  # even root writes no file there
@@ -875,6 +894,21 @@ def test_a_model_directory_that_is_not_whole_is_named(sft, tmp_path, capsys):
     (tmp_path / "b" / "model.safetensors").write_bytes(b"torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
     assert "no model can be loaded from" in capsys.readouterr().err
+    shutil.copytree(sft / "sft", tmp_path / "c", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    for changed, named in (
+        (
+            {"num_hidden_layers": layers + 1},
+            f"lack 9 weights, among them model.layers.{layers}.input_layernorm.weight, which",
+        ),
+        ({"vocab_size": config["vocab_size"] + 8}, "its weights have other shapes than its config.json says"),
+    ):
+        (tmp_path / "c" / "config.json").write_text(json.dumps(config | changed))
+        assert main([*argv, str(tmp_path / "c")]) == 2
+        assert named in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "c" / "model.safetensors")]) == 2
+    assert "there is no such directory" in capsys.readouterr().err
     (tmp_path / "b" / "adapter_config.json").write_text("torn")
     assert main([*argv, str(tmp_path / "b")]) == 2
     assert "no adapters can be loaded from" in capsys.readouterr().err

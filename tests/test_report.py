@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from rlhf_fast.charts import MAX_POINTS, Series, line_chart, nice_ticks, short
+from rlhf_fast.cli import main
 from rlhf_fast.report import write_quickstart_report, write_report
 
 
@@ -106,6 +107,34 @@ def test_a_line_that_is_torn_is_left_out(tmp_path):
             file.write(torn)
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "2 log lines, to step 2." in page and "whole" in page
+
+
+@pytest.mark.parametrize("name", ["train_log", "samples", "alarms"])
+@pytest.mark.parametrize("line", ["not JSON", "[1]", "\x00" * 8, '{"step": 3, "lo'])
+def test_a_line_that_is_damaged_is_named(name, line, tmp_path, capsys):
+    write_jsonl(tmp_path / "train_log.jsonl", [{"step": 1, "loss": 9.0}])
+    (tmp_path / f"{name}.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 4}}\n')
+    assert main(["report", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{tmp_path}/{name}.jsonl: line 2 is not a JSON object" in told
+
+
+def test_a_log_without_lines_or_steps_has_a_report(tmp_path):
+    (tmp_path / "train_log.jsonl").touch()
+    assert "0 log lines" in write_report(tmp_path).read_text(encoding="utf-8")
+    write_jsonl(tmp_path / "train_log.jsonl", [{"loss": 1.0}])
+    assert "1 log lines" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_report_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    for text in ('{"stages": [', "[]"):
+        (tmp_path / "summary.json").write_text(text)
+        assert main(["report", str(tmp_path)]) == 2
+        assert "summary.json is not as it was written" in capsys.readouterr().err
+    (tmp_path / "train_log.jsonl").touch()
+    (tmp_path / "report.html").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"rlhf-fast: report: {tmp_path}/report.html: Is a directory\n"
 
 
 def test_run_report_without_a_log_says_which_file():

@@ -61,11 +61,14 @@ def read_dataset(source) -> list[dict]:
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         missing = Path(name).is_dir() and isinstance(error, FileNotFoundError)
         needs = "a directory must hold data files, or what Dataset.save_to_disk writes; " if missing else ""
-        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{error}") from error
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
+        reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())
+        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{reason}") from error
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that occurs twice in a mapping is a ValueError; PyYAML silently keeps the last."""
+    """YAML in which a key that occurs twice in a mapping is a ValueError, where PyYAML silently keeps the last, and in
+    which 1e-9 is a number, as in YAML 1.2, where PyYAML reads text."""
 
     def __init__(self, stream):
         super().__init__(stream)
@@ -79,6 +82,11 @@ class UniqueKeys(yaml.SafeLoader):
             own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             once([self.construct_object(key, deep=True) for key in own], f"line {node.start_mark.line + 1}: ")
         super().flatten_mapping(node)
+
+
+UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def once(keys: list, where: str = "") -> None:

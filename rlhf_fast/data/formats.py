@@ -167,6 +167,12 @@ def sft_examples(
     }
     unwritten = {i: list(chain(*(e.unwritten for e in examples))) for i, examples in encoded.items()}
     warn_of_unwritten(unwritten, name, "learned")
+    if empty := [i for i, record in enumerate(records) if _says_nothing(record)]:
+        warnings.warn(
+            f"{name}: the response is empty in {len(empty)} of {len(records)} records, the first is {empty[0]}: from "
+            "these the model learns to end at once",
+            stacklevel=3,
+        )
     report = Report(name, len(records), max_length=max_length)
 
     def only(example: Encoded, kept) -> Encoded | None:
@@ -205,6 +211,13 @@ def _sft_sequences(record: dict, tokenizer, name: str, i: int) -> list[Encoded]:
     if not any(e.num_labels for e in sequences):
         raise ConfigError(f"{name} record {i} has no response (assistant turn), so there is nothing to learn from it")
     return sequences
+
+
+def _says_nothing(record: dict) -> bool:
+    """Whether all assistant turns of a record are empty, also in keys such as tool_calls."""
+    reply = next(record[key] for key in ("messages", "completion", "text") if record.get(key) is not None)
+    turns = [turn for turn in as_messages(reply, "assistant") if turn["role"] == "assistant"]
+    return not any(value and str(value).strip() for turn in turns for key, value in turn.items() if key != "role")
 
 
 def warn_of_unwritten(unwritten: dict[int, chat.Parts], name: str, use: str, unit: str = "record") -> None:
@@ -284,6 +297,12 @@ def comparisons(
         encoded[i], asked = _comparison(record, tokenizer, name, i, unwritten[i])
         encoded[i].prompt = first.setdefault(asked or i, i)
     warn_of_unwritten(unwritten, name, "scored")
+    if same := [i for i, c in encoded.items() if all(np.array_equal(c.responses[0], r) for r in c.responses)]:
+        warnings.warn(
+            f"{name}: all responses are the same in {len(same)} of {len(records)} records, the first is {same[0]}: "
+            "these say nothing of what is better",
+            stacklevel=3,
+        )
     report = Report(name, len(records), max_length=max_length)
 
     def end(item: Comparison) -> Comparison | None:

@@ -15,10 +15,12 @@ set it to u, the value that moves P least from 1/2. `slack` is the largest possi
 the answer is unparsed. A reply without log-probabilities is a failed try, not a vote.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
 
+from ..disk import json_line
 from ..errors import ConfigError
 from .constitution import Constitution
 from .layouts import COMPARE_LABELS, WORDS, text_prompt
@@ -215,7 +217,8 @@ def _text_call(prompt, max_tokens: int, *, seed: int, **sampling) -> tuple[str, 
     body = {"max_tokens": max_tokens, "seed": seed % 2**31, **sampling}
     if isinstance(prompt, str):
         return "/completions", {"prompt": prompt, **body}
-    return "/chat/completions", {"messages": prompt, **body}
+    messages = json.loads(json_line(prompt))  # a date in a key of a message becomes text, as in the files of the stage
+    return "/chat/completions", {"messages": messages, **body}
 
 
 def _user(text: str) -> dict:

@@ -10,7 +10,8 @@
     401, 403, 404, 405, no quota,     the run stops, because the next question would fail too
     ten questions in a row failed
 
-A 429 halves the number n of simultaneous calls. It grows by one again after n good answers.
+A 429 halves the number n of simultaneous calls. It grows by one again after n good answers. Standard error says what is
+waited for, and for how long.
 """
 
 import email.utils
@@ -18,11 +19,14 @@ import json
 import os
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+
+from tqdm import tqdm
 
 from ..errors import ConfigError
 from .ledger import Answer, Call, Tries
@@ -40,6 +44,7 @@ FAILURES_IN_A_ROW = 10
 PROBES = 3
 _MAX_WAIT = 60.0  # seconds, because limits are per minute
 _PATIENCE = 600.0  # seconds
+_TOLD_AFTER, _TOLD_EVERY = 5.0, 30.0  # seconds
 
 
 class Unreadable(Exception):
@@ -106,6 +111,8 @@ class Server:
         self._gate, self._budget = threading.Condition(), threading.Lock()
         self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
         self._limited_since: float | None = None  # the first 429 since an answer
+        self._failing_since: float | None = None  # the first try of any kind that failed since an answer
+        self._quiet_until = 0.0
 
     def describe(self) -> dict:
         more = {"extra_body": self.extra_body} if self.extra_body else {}
@@ -129,13 +136,15 @@ class Server:
             calls.append(Call(request, answer, started, seconds := time.time() - started, about))
             if again and about.get("http_status") == 429:
                 self._pace(answer, 429, again, wait, last=False)
+                self._tell(answer, wait, seconds)
                 continue
             number += 1
             if not again or seconds >= self.timeout or not _may_pass(about):
                 break
             if number < PROBES:
+                self._tell(answer, min(wait, _MAX_WAIT), seconds)
                 time.sleep(min(wait, _MAX_WAIT) or self._jitter(number - 1))
-        self._limited_since = None  # any other answer ends it, also an error
+        self._limited_since = self._failing_since = None  # any other answer ends it, also an error
         self._must_be_counted(answer, about)
         return calls
 
@@ -201,6 +210,7 @@ class Server:
         path, body = send(request)
         number = 0  # tries so far; a 429 does not count, because it is not about the question
         while self._enter(stop):
+            started = time.monotonic()
             try:
                 attempt = self._begin(i, tries)
                 answer, again, wait, about = self._try(path, body, request, read)
@@ -212,6 +222,8 @@ class Server:
             number += not limited
             last = not again or number == self.max_tries
             self._pace(answer, about.get("http_status"), again, wait, last)
+            if not last:
+                self._tell(answer, wait, time.monotonic() - started)
             if last or (not limited and stop.wait(wait or self._jitter(number - 1))):
                 return
 
@@ -273,7 +285,7 @@ class Server:
         stop."""
         with self._gate:
             if answer.status != "failed":
-                self._failures, self._limited_since = 0, None
+                self._failures, self._limited_since, self._failing_since = 0, None, None
                 self._allowed = min(self.concurrency, self._allowed + 1 / max(self._allowed, 1))
                 return
             self._failures += last
@@ -298,6 +310,21 @@ class Server:
                 raise ConfigError(
                     f"{self.base_url}: {self._failures} questions in a row failed ({answer.reason}); {self.kept}"
                 )
+
+    def _tell(self, answer: Answer, wait: float, seconds: float) -> None:
+        """Says what a try failed with that is repeated, once this takes long. seconds: of the try."""
+        with self._gate:
+            now = time.monotonic()
+            if self._failing_since is None:
+                self._failing_since = now - seconds
+            lasted, wait = now - self._failing_since, max(wait, self._not_before - now)
+            if lasted + wait < _TOLD_AFTER or now < self._quiet_until:
+                return
+            self._quiet_until = now + _TOLD_EVERY
+            limit = f", for {_PATIENCE / 60:.0f} minutes at most" if self._limited_since is not None else ""
+        soon = f" in {wait:.0f} s" if wait >= 1 else ""
+        told = f"{self.base_url}: {answer.reason}; no answer for {lasted:.0f} s, trying again{soon}{limit}"
+        tqdm.write(told, file=sys.stderr)
 
     def _jitter(self, number: int) -> float:
         return random.uniform(0, min(_MAX_WAIT, self.backoff * 2**number))

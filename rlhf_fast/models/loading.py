@@ -105,7 +105,8 @@ def load_reward_model(
         return _reward_model_with_adapters(model, base, tokenizer, dtype)
     else:
         register_scalar_class(load_config(model))
-        reward = _from_pretrained(AutoModelForSequenceClassification, model, dtype)
+        with _loading("model", model):
+            reward = _from_pretrained(AutoModelForSequenceClassification, model, dtype)
     check_score(reward)
     if tokenizer is not None:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -216,13 +217,25 @@ def make_reference(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """kind.from_pretrained, onto the GPU if there is one.
+    """kind.from_pretrained, onto the GPU if there is one. ConfigError where the files lack weights, for which
+    transformers would put random ones, or have them in other shapes.
 
     transformers 4 runs Gemma 2 by sdpa, which silently leaves out the softcap of its attention. Eager attention has it.
     """
     capped = getattr(AutoConfig.from_pretrained(path), "attn_logit_softcapping", None)
     attention = {"attn_implementation": "eager"} if capped else {}
-    return kind.from_pretrained(path, dtype=dtype, **attention).to(_default_device())
+    try:
+        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **attention)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError("its weights have other shapes than its config.json says") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"its files lack {len(missing)} weights, among them {missing[0]}, which would be random: save or copy all "
+            "of the model"
+        )
+    return model.to(_default_device())
 
 
 def _default_device() -> torch.device:
@@ -235,7 +248,7 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     does not exist."""
     name = str(path)
     is_no_hub_name = name.count("/") > 1 or name.startswith((".", "~")) or Path(name).is_absolute()
-    if is_no_hub_name and not Path(name).exists():
+    if is_no_hub_name and not Path(name).is_dir():
         raise ConfigError(f"no {what} can be loaded from {name!r}: there is no such directory")
     try:
         yield

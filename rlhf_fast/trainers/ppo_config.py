@@ -203,7 +203,11 @@ def check_eval_rewards(config: PPOConfig, eval_rewards: dict | None, eval_datase
     if not isinstance(eval_rewards, dict | None):
         raise ConfigError(f"PPOTrainer: eval_rewards must be {{name: reward, ...}}, got {type(eval_rewards).__name__}")
     logged = {"scores", "kl", "prompt", "response", "step"}
-    if taken := [name for name in eval_rewards or () if name in logged or str(name).endswith("_stderr")]:
+
+    def is_taken(name: str) -> bool:
+        return name in logged or name.endswith("_stderr") or name.startswith(("response/", "response_length/"))
+
+    if taken := [name for name in eval_rewards or () if is_taken(str(name))]:
         raise ConfigError(
             f"PPOTrainer: eval_rewards may not be called {taken[0]!r}, a name that the run itself logs (as "
             f"eval_{taken[0]}, or in samples.jsonl): rename it"

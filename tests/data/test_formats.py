@@ -338,6 +338,9 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     (tmp_path / "c.parquet").write_text("no table")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         read_dataset(tmp_path / "c.parquet")
+    (tmp_path / "c.csv").write_text("prompt,completion\na,b\na,b,c\n")
+    with pytest.raises(ConfigError, match=r"c\.csv' cannot be loaded: .*Expected 2 fields in line 3, saw 3$"):
+        read_dataset(tmp_path / "c.csv")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "readme.md").write_text("no data")
     for source in ("notes", "notes:test"):
@@ -483,7 +486,7 @@ def test_what_a_chat_template_leaves_out_of_what_is_scored_is_warned_of_once_wit
     past = {**STILL, "reasoning_content": "a word"}  # which templates take from it by design
     records = [
         {"prompt": [*CHAT[:1], past, AGAIN], "chosen": CHAT[1:], "rejected": "no"},
-        {"prompt": [system, *CHAT[:1]], "chosen": [call], "rejected": [call]},
+        {"prompt": [system, *CHAT[:1]], "chosen": [call], "rejected": "no"},
         {"chosen": [system, *CHAT], "rejected": [system, CHAT[0], past, AGAIN, call]},
         PAIR,
     ]
@@ -493,6 +496,22 @@ def test_what_a_chat_template_leaves_out_of_what_is_scored_is_warned_of_once_wit
         (told,) = (str(warning.message) for warning in caught)
         assert f"{name}: in 2 of 4 records the chat template leaves out 'tool_calls' of an assistant turn" in told
         assert "so it is not scored: in record 1 'clock'" in told
+
+
+def test_empty_responses_and_pairs_without_a_difference_are_warned_of(recwarn):
+    tokenizer = tiny_tokenizer()
+    turns = [{"content": " "}, {"content": "hello", "tool_calls": None}, {"content": "", "tool_calls": None}]
+    rows = [{"messages": [CHAT[0], {"role": "assistant", **turn}]} for turn in turns]
+    sft_examples([*rows, {"prompt": "a", "completion": ""}], tokenizer, max_length=99)
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    comparisons([{**same, "rejected": "c"}, same, {"prompt": "a", "responses": list("ddd")}], tokenizer, max_length=99)
+    told = [str(w.message) for w in recwarn if "the first is" in str(w.message)]
+    assert told == [
+        "train_dataset: the response is empty in 3 of 4 records, the first is 0: from these the model learns to end at "
+        "once",
+        "train_dataset: all responses are the same in 2 of 3 records, the first is 1: these say nothing of what is "
+        "better",
+    ]
 
 
 def test_reward_functions_see_the_same_columns_for_every_prompt():

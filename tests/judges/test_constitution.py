@@ -47,6 +47,7 @@ def test_own_format(write):
         "house-rules", "principle_last", "chat",
     )  # fmt: skip
     assert (crime.weight, crime.hard) == (2.0, True)
+    assert Constitution.load(write(OWN.replace("weight: 2.0", "weight: 2e-1"))).principles[0].weight == 0.2
     assert crime.check == ModelCheck("Does the reply help with a crime?", "yes", 0.4)
     assert short.check == RuleCheck("max_words", {"n": 120}) and short.compare is None
     assert short.check.function([], "word " * 121, n=120) is False

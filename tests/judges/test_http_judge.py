@@ -1,9 +1,11 @@
 """An HTTP judge against a server that knows the truth and fails by script: no label without evidence, no call twice."""
 
+import datetime
 import json
 import math
 import os
 import random
+import re
 import signal
 import sqlite3
 import threading
@@ -527,6 +529,26 @@ def test_a_limit_per_minute_that_says_nothing_of_when_is_waited_for(tmp_path, mo
         assert sum(fake.asked.values()) < 96 + 12 * 20  # some ten refusals a minute, not one every half second
 
 
+def test_what_is_waited_for_is_said(tmp_path, monkeypatch, capsys):
+    def told(fault, times, **options):
+        with serving(lambda text, before: fault if before < times else None) as fake:
+            judge = judge_at(fake, server={"max_tries": 10, "timeout": 10, **options})
+            if "concurrency" in options:
+                judge.backend.server._gate = clock
+            label(pairs(1), HOUSE, judge, output_dir=tmp_path / fault)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{fake.url}: HTTP")]
+
+    assert not told("500", 1)  # over in a moment
+    monkeypatch.setattr("rlhf_fast.judges.server._TOLD_AFTER", 0.5)
+    (line,) = told("503", 1)  # of four calls at once
+    assert re.search(r": HTTP 503: .*loading.*; no answer for 0 s, trying again in 1 s$", line)
+    monkeypatch.setattr("rlhf_fast.judges.server._TOLD_AFTER", 5.0)
+    clock = Clock(monkeypatch)
+    lines = told("429 bare", 8, concurrency=1, backoff=0.5)
+    assert 1 < len(lines) < 20
+    assert re.search(r"429: .*; no answer for \d+ s, trying again in \d+ s, for 10 minutes at most$", lines[-1])
+
+
 def test_nothing_but_429_for_ten_minutes_stops_the_run(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
     with serving(lambda text, before: "429 bare") as fake:
@@ -584,6 +606,14 @@ def test_a_key_is_what_the_variable_says_without_the_end_of_a_line(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k\u00e9y")
     with pytest.raises(ValueError, match="the key in OPENAI_API_KEY has characters beyond ASCII"):
         server_at(fake)
+
+
+def test_a_date_in_a_message_is_sent_as_text(tmp_path):
+    """A parquet file may have timestamps beside role and content."""
+    turn = {"role": "user", "content": "hello", "at": datetime.date(2026, 1, 31)}
+    with serving() as fake:
+        stage = sample_pairs([{"prompt": [turn]}], HTTPGenerator(server_at(fake), 8), HOUSE_CHAT, output_dir=tmp_path)
+        assert stage.counts["ok"] == 1 and fake.bodies[-1]["messages"] == [turn | {"at": "2026-01-31"}]
 
 
 def test_pairs_are_written_by_a_server(tmp_path):

@@ -650,6 +650,8 @@ def test_looking_does_not_change_the_run(tmp_path):
         ({"eval_rewards": {"response": len}, "eval_dataset": PROMPTS}, "may not be called 'response'"),
         ({"eval_rewards": {"step": len}, "eval_dataset": PROMPTS}, "may not be called 'step'"),  # in samples.jsonl
         ({"eval_rewards": {"scores_stderr": len}, "eval_dataset": PROMPTS}, "may not be called 'scores_stderr'"),
+        ({"eval_rewards": {"response/ended": len}, "eval_dataset": PROMPTS}, "may not be called 'response/ended'"),
+        ({"eval_rewards": {"response_length/mean": len}, "eval_dataset": PROMPTS}, "called 'response_length/mean'"),
         ({"critic_warmup_steps": 2}, "of 2 iterations in all: the policy would never move"),
     ],
 )
