@@ -82,10 +82,11 @@ def _mask(at: Tensor, keys: int, window: int | None, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def packing(*models) -> Iterator[None]:
+def packing(*models, on: bool = True) -> Iterator[None]:
     """Put both the forward and the backward of packed_hidden_states inside. (The backward too, because activation
-    checkpointing runs the layers again there.)"""
-    before = [(config, config._attn_implementation) for config in (unwrapped(model).config for model in models)]
+    checkpointing runs the layers again there.) on=False: does nothing."""
+    configs = [unwrapped(model).config for model in models if on]
+    before = [(config, config._attn_implementation) for config in configs]
     AttentionInterface.register(NAME, packed_attention)  # only a model whose config has this name uses it
     try:
         for config, name in before:

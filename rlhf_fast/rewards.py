@@ -104,7 +104,7 @@ class RewardModelReward:
         packed = self._can_pack() and all(map(len, tokens))
         # Packed, neighbours begin alike; padded, they are about equally long.
         order = sorted(range(len(tokens)), key=lambda i: list(tokens[i]) if packed else len(tokens[i]))
-        with evaluating(self.model), packing(self.model) if packed else contextlib.nullcontext():
+        with evaluating(self.model), packing(self.model, on=packed):
             for rows in batches(order, self.batch_size, "scoring"):
                 some = [tokens[i] for i in rows]
                 if packed:

@@ -294,7 +294,7 @@ class PPOTrainer:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
         if not (with_policy or self.has_reference):
             return
-        with self.gathered(), parallel.raise_in_all(), self._packing():
+        with self.gathered(), parallel.raise_in_all(), packing(*self._trunks(), on=self.packed):
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = self._layout(rollout, rows)
                 if with_policy:
@@ -310,9 +310,6 @@ class PPOTrainer:
     @property
     def _layout(self) -> Callable[[Rollout, Tensor], tuple]:
         return packed_rows if self.packed else right_padded
-
-    def _packing(self):
-        return packing(*self._trunks()) if self.packed else nullcontext()
 
     def _forward(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, inputs = _layout(rollout, rows) -> the policy's (N, D) hidden states that
@@ -409,7 +406,7 @@ class PPOTrainer:
         The losses are divided by the number of tokens (or sequences) in the whole minibatch, so the split changes only
         the memory (with several processes also the time), not the gradient.
         """
-        with common.learning_together(self.config), self._packing():
+        with common.learning_together(self.config), packing(*self._trunks(), on=self.packed):
             parts = self._backward(rollout, minibatch)
         largest = parallel.all_reduce_max(torch.stack([part.pop("max_abs_log_ratio") for part in parts]).max())
         sums = parallel.all_reduce_sum(torch.stack([sum(part[name] for part in parts) for name in parts[0]]))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from contextlib import nullcontext
 from itertools import chain, combinations
 from pathlib import Path
 
@@ -148,7 +147,7 @@ class RewardTrainer:
         self.optimizer.zero_grad(set_to_none=True)  # an interrupted step may have left gradients
         seen = []
 
-        with common.learning_together(self.config), self._packing():
+        with common.learning_together(self.config), packing(self.model, on=self.packed):
             tokens = [sum(map(len, item.responses)) for item in items]
             for part, counts in common.micro_batches(items, tokens, self.config):
                 rewards, batch = self._rewards(part)
@@ -168,9 +167,6 @@ class RewardTrainer:
         metrics = self._metrics(list(chain(*parallel.all_gather(_on_cpu(seen))))) | metrics
         self.whole = True
         return metrics
-
-    def _packing(self):
-        return packing(self.model) if self.packed else nullcontext()
 
     def _rewards(self, items: list[Comparison]) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, K) rewards in one forward pass, and the batch. A rank of -1 means that there is no response."""
@@ -218,7 +214,7 @@ class RewardTrainer:
             return {}
         order = common.epoch_batches(list(map(len, self.eval_items)), self.config.per_device_eval_batch_size)
         batches = [[self.eval_items[i] for i in indices] for indices in order]
-        with self.gathered(), evaluating(self.model), self._packing():
+        with self.gathered(), evaluating(self.model), packing(self.model, on=self.packed):
             seen = parallel.map_shares(lambda share: _on_cpu([self._rewards(items) for items in share]), batches)
         rewards = torch.cat([r for r, _ in seen])
         self.evaluation = _pairs(list(chain(*batches)), rewards.numpy())

@@ -10,8 +10,6 @@ a response token, and its logits never exist as a whole.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -100,7 +98,7 @@ class SFTTrainer:
         loss = torch.zeros((), device=self.model.device)
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
 
-        with common.learning_together(config), self._packing():
+        with common.learning_together(config), packing(self.model, on=self.packed):
             tokens = [sum(map(len, row)) for row in rows]
             for part, counts in common.micro_batches(rows, tokens, config):
                 hidden, labels = self._response_hidden([e for row in part for e in row])
@@ -137,7 +135,7 @@ class SFTTrainer:
             return {}
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
         batches = common.epoch_batches(list(map(len, self.eval_examples)), self.config.per_device_eval_batch_size)
-        with self.gathered(), parallel.raise_in_all(), evaluating(self.model), self._packing():
+        with self.gathered(), parallel.raise_in_all(), evaluating(self.model), packing(self.model, on=self.packed):
             for indices in parallel.share(batches):
                 hidden, labels = self._response_hidden([self.eval_examples[i] for i in indices])
                 statistics += token_statistics(*lm_head(self.model, hidden), labels)
@@ -146,9 +144,6 @@ class SFTTrainer:
             "eval_loss": loss, "eval_perplexity": loss.exp(), "eval_mean_token_accuracy": correct,
             "eval_entropy": entropy,
         }  # fmt: skip
-
-    def _packing(self):
-        return packing(self.model) if self.packed else nullcontext()
 
     def _response_hidden(self, examples: list[Encoded]) -> tuple[Tensor, Tensor]:
         """(N, D) hidden states that predict the N response tokens, and these tokens (N,)."""
