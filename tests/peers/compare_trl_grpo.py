@@ -1,6 +1,8 @@
-"""Optimizer steps of PPOTrainer beside those of TRL 1.16's GRPOTrainer: same weights, responses, rewards and settings.
+"""Optimizer steps of PPOTrainer beside those of TRL 1.16's GRPOTrainer and RLOOTrainer: the same weights, responses,
+rewards and settings.
 
-TRL's train() runs as it is, and both take the responses from a rollout_func.
+TRL's train() runs as it is. Both take the responses from a rollout_func; RLOOTrainer has none, and its sampling is
+replaced.
 """
 
 import copy
@@ -14,7 +16,7 @@ if trl.__version__ != "1.16.0":
     pytest.skip("one version of TRL's GRPO is compared", allow_module_level=True)
 
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -57,7 +59,17 @@ def sampler(tokenizer, tools: bool):
     return rollout_func
 
 
-def run_trl(model, tokenizer, tmp_path, tools=False, reference=None, **options):
+class RLOO(RLOOTrainer):
+    def __init__(self, rollout_func, **options):
+        super().__init__(**options)
+        self.rollout_func = rollout_func
+
+    def _generate(self, prompts):
+        self._generate_single_turn = lambda *_: self.rollout_func(prompts, self)["completion_ids"]
+        return super()._generate(prompts)
+
+
+def run_trl(model, tokenizer, tmp_path, tools=False, reference=None, kind=GRPOTrainer, **options):
     """-> the metrics of each optimizer step, and the model. TRL loads the reference from the policy's name."""
     logged, path = [], tmp_path / "model"
     (reference or model).save_pretrained(path)
@@ -69,8 +81,9 @@ def run_trl(model, tokenizer, tmp_path, tools=False, reference=None, **options):
         "lr_scheduler_type": "constant", "report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no",
         "gradient_checkpointing": False, "logging_steps": 1, "disable_tqdm": True, "max_steps": 1,
     }  # fmt: skip
-    trainer = GRPOTrainer(
-        model=policy, args=GRPOConfig(**(defaults | options)), processing_class=copy.deepcopy(tokenizer),
+    config = GRPOConfig if kind is GRPOTrainer else RLOOConfig
+    trainer = kind(
+        model=policy, args=config(**(defaults | options)), processing_class=copy.deepcopy(tokenizer),
         reward_funcs=lambda prompts, completions, **_: reward(prompts, completions),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         rollout_func=sampler(tokenizer, tools),
@@ -154,4 +167,17 @@ def test_the_kl_in_the_loss(tmp_path, steps, corrected, estimator):
     )  # fmt: skip
     assert row["loss/kl_avg"] > 0.1
     assert row["policy/grad_norm"] == pytest.approx(sum(float(x["grad_norm"]) for x in theirs) / steps, rel=1e-4)
+    assert_same_weights(our_model, their_model, model)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2])
+def test_one_step_of_rloo(tmp_path, beta):
+    model, tokenizer = setting()
+    reference = tiny_model(tokenizer, seed=2, initializer_range=0.1)
+    (theirs,), their_model = run_trl(model, tokenizer, tmp_path, reference=reference, kind=RLOO, beta=beta)
+    row, our_model = run_ours(
+        model, tokenizer, tmp_path, reference=reference, advantage_estimator="rloo", scale_advantages="none",
+        loss_agg_mode="seq-mean-token-sum", kl_coef=beta,
+    )  # fmt: skip
+    assert row["policy/grad_norm"] == pytest.approx(float(theirs["grad_norm"]), rel=1e-4)
     assert_same_weights(our_model, their_model, model)

@@ -99,7 +99,7 @@ def main() -> int:
         runs = [(f"compat beside {name}", [HERE / f"compare_{name.split('-')[0]}.py"])]
         if name == "trl-1.16.0":
             runs.append(("SFT and reward model beside trl-1.16.0", [HERE / "compare_trl_trainers.py"]))
-            runs.append(("steps of GRPO beside trl-1.16.0", [HERE / "compare_trl_grpo.py"]))
+            runs.append(("steps of GRPO and RLOO beside trl-1.16.0", [HERE / "compare_trl_grpo.py"]))
         if name == "trl-1.12.0":
             runs.append(("one PPO update beside trl-1.12.0", [HERE / "compare_trl_ppo.py"]))
         if name.startswith("verl"):
