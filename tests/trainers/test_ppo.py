@@ -119,6 +119,7 @@ def test_bf16_multiplies_in_bfloat16_and_is_refused_without_the_hardware(tmp_pat
         exact._score_tokens(again, exact._minibatches(again))
         for logprobs in (again.logprobs, rounded.rollout_logprobs):
             assert 0 < (rounded.logprobs - logprobs).abs().max() < 0.05
+        assert (again.logprobs - rounded.rollout_logprobs).abs().max() > 1e-4  # they were sampled in bfloat16 too
         metrics = next(iter(trainer))
         assert float(metrics["policy/first_minibatch_max_abs_log_ratio"]) == 0.0
         assert float(metrics["policy/max_abs_log_ratio"]) > 1e-4
