@@ -54,6 +54,13 @@ def test_each_monitor_raises_its_alarm_once_with_evidence(name, value, bound):
     assert [a.monitor for a in alarms_of(recovered)] == [name, name]  # raised again when it comes back
 
 
+def test_an_alarm_of_a_line_that_was_lost_is_raised_again():
+    monitors, log = Monitors({}), [{"step": i, "objective/kl": 90.0} for i in (1, 2)]
+    assert [len(monitors(row)) for row in log] == [0, 1]
+    monitors.replay(log[:1])
+    assert len(monitors(log[1])) == 1
+
+
 def test_limits_are_those_asked_for():
     (alarm,) = alarms_of(a_log(**{"objective/kl": 3.0}), limits={"kl": 2.0})
     assert alarm.evidence["now"] > 2.0

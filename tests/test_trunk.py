@@ -135,6 +135,11 @@ def test_what_it_does_not_do_goes_through_transformers(change):
     assert hidden_states_at(model, torch.arange(18).view(2, 9), torch.tensor([3, 4])).shape == (2, 32)
 
 
+def test_dropout_of_attention_is_in_the_way_only_in_training():
+    model = tiny_model(tiny_tokenizer(), attention_dropout=0.1)
+    assert runs_here(model.eval()) and not runs_here(model.train())
+
+
 def rms_norm(x, w):
     return w * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
