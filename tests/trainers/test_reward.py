@@ -146,13 +146,15 @@ def test_evaluation_is_over_all_held_out_pairs(tmp_path):
     with torch.no_grad():
         loss, accuracy, margin = pairs_by_hand(rm, SOFT)
         rewards = torch.stack([reward_alone(rm, x["prompt"], x[k]) for x in SOFT for k in ("chosen", "rejected")])
+    lengths = [len(r) - common_prefix(x.responses) for x in rm.eval_items for r in x.responses]  # without the prompt
     metrics = rm.evaluate()
     expected = {
+        "eval_length_correlation": torch.stack([rewards, torch.tensor(lengths)]).corrcoef()[0, 1],
         "eval_loss": loss, "eval_accuracy": accuracy, "eval_margin": margin, "eval_mean_reward": rewards.mean(),
         "eval_reward_std": rewards.std(correction=0), "eval_min_reward": rewards.min(),
         "eval_max_reward": rewards.max(), "eval_num_pairs": 10,
     }  # fmt: skip
-    judged = {"eval_accuracy_low", "eval_accuracy_high", "eval_ece", "eval_length_correlation"}
+    judged = {"eval_accuracy_low", "eval_accuracy_high", "eval_ece"}
     assert (
         set(metrics) == set(expected) | judged
         and metrics["eval_accuracy_low"] <= accuracy < metrics["eval_accuracy_high"]
@@ -499,6 +501,16 @@ def test_one_accuracy_in_training_in_evaluation_and_of_the_floors(tmp_path):
     # The longer one is rejected in all pairs but the third, and the likelier one in all but the second.
     assert floors["longer response wins"] == pytest.approx((4 + 2 / 2 + 1 + 0.5) / 7.5)
     assert floors["shorter response wins"] == pytest.approx(2 / 2 / 7.5)
+
+
+def test_the_floors_are_of_the_records_that_are_used(tmp_path, monkeypatch):
+    long = {"prompt": "say " * 60, "chosen": "the cat", "rejected": "sat"}
+    records, seen = [{"prompt": f"say {i}: ", "chosen": "sat on", "rejected": "two"} for i in (1, 2)], []
+    monkeypatch.setattr("rlhf_fast.trainers.reward.bag_of_words", lambda *given: seen.append(given) or 0.5)
+    monkeypatch.setattr("rlhf_fast.trainers.reward.longer_wins", lambda *given: seen.append(given) or 0.5)
+    options = {"max_length": 40, "on_overlong": "skip", "max_steps": 1}
+    trainer(tmp_path, [long, records[0]], eval_dataset=[long, records[1]], **options).train()
+    assert seen == [([records[1]],), ([records[0]], [records[1]])]
 
 
 def test_the_language_model_it_starts_from_is_left_alone(tmp_path):
