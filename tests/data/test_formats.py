@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
+from test_chat import with_bos
 
 from rlhf_fast.data.files import as_records, read_dataset
 from rlhf_fast.data.formats import as_pairs, comparisons, prompts, responses_to_score, sft_examples
@@ -371,6 +372,29 @@ def test_a_cut_pair_still_answers_the_same(tmp_path):
     assert str(report).startswith(
         f"train_dataset: 1 of 2 records used, 1 of them cut to max_length={limit} (3 tokens);"
     )
+
+
+def test_what_is_as_long_as_allowed_is_whole_and_a_cut_keeps_the_bos():
+    tokenizer, pair = with_bos(tiny_tokenizer()), {"prompt": "0 1 2 3 4 ", "chosen": "the cat", "rejected": "no"}
+    record = {"prompt": pair["prompt"], "completion": pair["chosen"]}
+    for read, row, ids_of in (
+        (sft_examples, record, lambda example: [example.input_ids.tolist()]),
+        (responses_to_score, record, lambda response: [response.tolist()]),
+        (comparisons, pair, lambda item: [r.tolist() for r in item.responses]),
+    ):
+        (whole,), report = read([row], tokenizer, max_length=len(read([row], tokenizer, max_length=99)[0][0]))
+        assert (report.used, report.truncated) == (1, [])
+        (again,), report = read([row], tokenizer, max_length=report.max_length, on_overlong="keep_end")
+        assert ids_of(again) == ids_of(whole) and report.truncated == []
+        (cut,), report = read([row], tokenizer, max_length=len(whole) - 3, on_overlong="keep_end")
+        assert ids_of(cut) == [ids[:1] + ids[4:] for ids in ids_of(whole)]
+        assert report.truncated == [(0, len(whole))] and report.tokens_cut == 3
+
+
+def test_a_cut_that_leaves_nothing_to_learn_leaves_the_record_out():
+    records = [{"prompt": "0 1 2 3 4 5 6 7 8 9 ", "completion": "the cat"}, {"prompt": "0 ", "completion": "no"}]
+    examples, report = sft_examples(records, TOKENIZER, max_length=8, on_overlong="keep_start")
+    assert len(examples) == report.used == 1 and [i for i, _ in report.overlong] == [0] and not report.truncated
 
 
 def test_as_records_reads_an_iterator_once():

@@ -452,6 +452,8 @@ def test_ctrl_c_loses_nothing(tmp_path):
         ({"per_device_train_batch_size": 0}, "SFTConfig.per_device_train_batch_size"),
         ({"lr_scheduler_type": "polynomial"}, "must be one of 'linear', 'cosine', 'constant'"),
         ({"on_overlong": "truncate"}, "must be one of 'error', 'skip'"),
+        ({"load_best_model_at_end": True, "eval_steps": 2}, r"needs an eval_dataset \(eval_data\) and eval_steps"),
+        ({"load_best_model_at_end": True, "eval_steps": 0, "eval_dataset": DATA}, "needs an eval_dataset"),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, change, message):
