@@ -211,6 +211,7 @@ AGAIN, STILL = {"role": "user", "content": "again?"}, {"role": "assistant", "con
         (CHAT[:1], [{**turn, "name": None} for turn in CHAT], ["hello<eos>"]),  # as a table has them
         (CHAT[:1], [SYSTEM, *CHAT], ["hello<eos>"]),
         ([*CHAT, AGAIN], [*CHAT, AGAIN, STILL], ["hey<eos>"]),
+        ([STILL, AGAIN], [STILL, AGAIN, CHAT[1]], ["hello<eos>"]),  # both begin with the assistant's turn
     ],
 )
 def test_a_prompt_that_the_responses_repeat_is_read_once(prompt, whole, learned):
@@ -391,6 +392,17 @@ def test_what_is_as_long_as_allowed_is_whole_and_a_cut_keeps_the_bos():
         assert report.truncated == [(0, len(whole))] and report.tokens_cut == 3
 
 
+def test_a_record_of_several_sequences_is_as_long_as_the_longest():
+    """This template writes a mark into the last turn only, so each turn is learned from a text of its own."""
+    mark = "{% if m['role'] == 'assistant' and loop.last %}!{% endif %}"
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ m['content'] }}", mark + "{{ m['content'] }}"))
+    record = {"messages": CHAT * 2}
+    first, second = sft_examples([record], tokenizer, max_length=99)[0]
+    assert len(first) < len(second)
+    with pytest.raises(ConfigError, match=rf"record 0 \({len(second)} tokens\)"):
+        sft_examples([record], tokenizer, max_length=len(first))
+
+
 def test_a_cut_that_leaves_nothing_to_learn_leaves_the_record_out():
     records = [{"prompt": "0 1 2 3 4 5 6 7 8 9 ", "completion": "the cat"}, {"prompt": "0 ", "completion": "no"}]
     examples, report = sft_examples(records, TOKENIZER, max_length=8, on_overlong="keep_start")
@@ -403,7 +415,7 @@ def test_as_records_reads_an_iterator_once():
 
 def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a\u2028b\x85", "completion": "c"}\n\n', encoding="utf-8")
+    path.write_bytes('{"prompt": "a\u2028b\x85",\r"completion": "c"}\n\n'.encode())
     assert read_dataset(path) == [{"prompt": "a\u2028b\x85", "completion": "c"}]
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2: not JSON"):

@@ -267,6 +267,11 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
         return SFTTrainer(config, saved_base, train_dataset=DATA, eval_dataset=DATA[:3])
 
     whole = make("whole")
+    dropout, scaling = {}, {}
+    for name, module in whole.model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            dropout[name], scaling[name] = module.lora_dropout["default"].p, module.scaling["default"]
+    assert {*dropout.values()} == {LORA["lora_dropout"]} and {*scaling.values()} == {8.0 / 4}
     before = {name: p.clone() for name, p in whole.model.named_parameters()}
     whole.train()
     changed = {name for name, p in whole.model.named_parameters() if not torch.equal(p, before[name])}
