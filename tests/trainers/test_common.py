@@ -221,7 +221,7 @@ def test_only_matrices_decay_and_each_parameter_is_there_once():
 )
 def test_schedules_by_hand(schedule, expected):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = optimizers.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.25)
+    scheduler = optimizers.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.2)  # of 0.8 steps
     rates = []
     for _ in range(4):
         rates.append(scheduler.get_last_lr()[0] / 2.0)
@@ -253,6 +253,27 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     assert weight.tolist() == pytest.approx([0.9, 0.9])
 
 
+def test_a_resumed_optimizer_has_its_state_and_the_rates_of_the_config_as_it_is_now():
+    def learner(learning_rate, weight_decay):
+        optimizer = optimizers.make_optimizer(torch.nn.Linear(2, 2), learning_rate, weight_decay)
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones_like(group["params"][0])
+        return optimizer, optimizers.make_scheduler(optimizer, "linear", 10)
+
+    before, schedule = learner(0.1, 0.5)
+    for _ in range(4):
+        optimizers.optimizer_step(before, schedule)
+    optimizer, scheduler = learner(0.2, 0.25)
+    optimizers.load_optimizer(optimizer, scheduler, optimizers.optimizer_state(before), schedule.state_dict())
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == scheduler.get_last_lr() == pytest.approx([0.2 * 0.6] * 2)
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert all(group["params"][0].grad is None for group in groups)  # a step that failed may have left one
+    assert optimizer.state[groups[0]["params"][0]]["exp_avg"].any()
+    optimizers.optimizer_step(optimizer, scheduler)
+    assert [group["lr"] for group in groups] == pytest.approx([0.2 * 0.5] * 2)
+
+
 def test_a_state_is_laid_out_in_memory_as_the_weight_is():
     """One process keeps a weight that lies column by column as it is; several hold it row by row."""
 
@@ -278,9 +299,10 @@ def test_a_state_is_laid_out_in_memory_as_the_weight_is():
 def test_what_learns_is_in_float32():
     model = torch.nn.Linear(2, 2)
     common.check_learns(model, "it")
-    model.weight.data = model.weight.data.bfloat16()
-    with pytest.raises(ConfigError, match=r"it would learn in bfloat16.*dtype=torch.float32"):
-        common.check_learns(model, "it")
+    for dtype in ("float16", "bfloat16"):
+        model.weight.data = model.weight.data.to(getattr(torch, dtype))
+        with pytest.raises(ConfigError, match=rf"it would learn in {dtype}.*dtype=torch.float32"):
+            common.check_learns(model, "it")
     model.weight.requires_grad_(False)
     common.check_learns(model, "it")  # what is frozen may be in any dtype
     model.bias.requires_grad_(False)
