@@ -246,8 +246,10 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizers.make_optimizer(torch.nn.ParameterList([weight]), 0.1)
     weight.grad = torch.tensor([1.0, bad])
-    norm = optimizers.optimizer_step(optimizer)
+    scheduler = optimizers.make_scheduler(optimizer, "constant", 10)
+    norm = optimizers.optimizer_step(optimizer, scheduler)
     assert not torch.isfinite(norm) and weight.tolist() == [1.0, 1.0] and weight.grad is None
+    assert scheduler.last_epoch == 1  # a skipped update is a step of the schedule
     weight.grad = torch.ones(2)
     optimizers.optimizer_step(optimizer)
     assert weight.tolist() == pytest.approx([0.9, 0.9])
@@ -463,6 +465,24 @@ def test_a_trainer_that_goes_on_after_a_failure_raises_the_alarms_of_a_run_witho
     assert alarms[0] and alarms[0] == alarms[1]
 
 
+def test_an_alarm_of_the_last_step_ends_no_run(tmp_path):
+    class Watch:
+        stop_on = ("kl",)
+
+        def __call__(self, row):
+            return [Alarm(row["step"], "kl", "too far")] if row["step"] == 10 else []
+
+        def replay(self, log):
+            pass
+
+    walk = Walk(Config(str(tmp_path)))
+    walk.monitors = Watch()
+    result = walk.train()
+    assert result.step == 10 and not result.interrupted and result.stopped_by is None
+    (alarm,) = rows(tmp_path / "alarms.jsonl")
+    assert alarm["message"] == "too far" and "ended_run_of" not in alarm
+
+
 def test_an_evaluation_that_fails_on_the_way_loses_no_step(tmp_path):
     whole, broken = (Config(str(tmp_path / name), eval_steps=2) for name in ("whole", "broken"))
     Walk(whole).train()
@@ -617,9 +637,20 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, ca
     capsys.readouterr()
     Walk(config, total_steps=6).train(resume=True)
     assert "starts again from its first step" in capsys.readouterr().out
+    assert len(list((tmp_path / "killed/tensorboard").iterdir())) == 1  # without the steps of the first try
     for name in ("train_log.jsonl", "samples.jsonl"):
         whole, killed = (without_time(rows(tmp_path / run / name)) for run in ("whole", "killed"))
         assert whole == killed
+
+
+def test_a_first_step_that_changed_something_is_not_repeated_by_the_same_trainer(tmp_path):
+    walk = Walk(Config(str(tmp_path)), at_step={1: lambda: 1 / 0})
+    walk.whole = False
+    with pytest.raises(ZeroDivisionError):
+        walk.train()
+    walk.at_step.clear()
+    with pytest.raises(ConfigError, match=r"nothing to resume.*create a new trainer"):
+        walk.train(resume=True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -633,6 +664,7 @@ def test_a_first_step_that_changed_nothing_is_repeated_by_the_same_trainer(tmp_p
     walk.whole = True
     with pytest.raises(error, match="stopped"):
         walk.train()
+    assert not (tmp_path / "stopped/checkpoint-0").exists()
     walk.at_step.clear()
     walk.train(resume=True)
     whole, stopped = (without_time(rows(tmp_path / name / "train_log.jsonl")) for name in ("whole", "stopped"))
@@ -643,6 +675,9 @@ def test_resuming_with_another_config_says_so(tmp_path):
     Walk(Config(str(tmp_path), save_steps=5)).train()
     with pytest.warns(UserWarning, match="differs in learning_rate"):
         Walk(Config(str(tmp_path), save_steps=5, learning_rate=0.2)).train(resume=True)
+    assert json.loads((tmp_path / "run_config.json").read_text())["learning_rate"] == 0.2
+    with pytest.warns(UserWarning, match="differs in num_generations; .* some data is read twice or not at all"):
+        run._continue(Walk(Config(str(tmp_path))), tmp_path / "checkpoint-10", {"num_generations": 2}, lambda *_: None)
 
 
 def test_resuming_past_the_end_that_the_config_now_has_is_refused(tmp_path):
@@ -704,6 +739,43 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_the_name_is
     written = {path.stat().st_ino for path in (saved, *saved.rglob("*"))}
     assert len(written) >= 3 and written <= set(events[:at])
     assert tmp_path.stat().st_ino in events[at:]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_that_goes_with_it(tmp_path, monkeypatch):
+    events, fsync, save = [], os.fsync, run.save_checkpoint
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(run, "save_checkpoint", lambda *given: (events.append("saved"), save(*given))[1])
+    Walk(Config(str(tmp_path), save_steps=2), total_steps=3).train()
+    written = {(tmp_path / name).stat().st_ino for name in ("train_log.jsonl", "samples.jsonl")}
+    assert written <= set(events[: events.index("saved")])
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"), [("loss", 0.1), ("perplexity", 0.1), ("ece", 0.1), ("accuracy", 0.3), ("margin", 0.3)]
+)
+def test_whether_a_metric_is_better_when_it_is_lower_follows_from_its_name(tmp_path, metric, better):
+    @dataclass
+    class Best:
+        metric_for_best_model: str = f"eval_{metric}"
+        load_best_model_at_end: bool = True
+        greater_is_better: bool | None = None
+
+    best = run._Best(Best(), [], tmp_path)
+    assert best.improved(1, {f"eval_{metric}": 0.2}) and best.improved(2, {f"eval_{metric}": better})
+    assert not best.improved(3, {f"eval_{metric}": 0.4 - better}) and best.step == 2
+
+
+def test_a_checkpoint_has_the_counts_of_skipped_updates(tmp_path):
+    counts = []
+    for skipped, in_a_row in ((3, 2), (0, 0)):
+        walk = Walk(Config(str(tmp_path)))
+        walk.guard = common.NonFiniteGuard(5, str(tmp_path))
+        walk.guard.skipped, walk.guard.in_a_row = skipped, in_a_row
+        if skipped:
+            saved = checkpoints.save_checkpoint(walk, tmp_path, None, Everywhere(walk).state)
+        checkpoints.load_checkpoint(walk, saved)
+        counts.append((walk.guard.skipped, walk.guard.in_a_row))
+    assert counts == [(3, 2), (3, 2)]
 
 
 def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
