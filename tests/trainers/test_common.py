@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -680,6 +681,12 @@ def test_resuming_with_another_config_says_so(tmp_path):
         run._continue(Walk(Config(str(tmp_path))), tmp_path / "checkpoint-10", {"num_generations": 2}, lambda *_: None)
 
 
+def test_a_run_of_before_processes_were_counted_had_one(tmp_path):
+    (tmp_path / "run_config.json").write_text("{}")
+    assert run_dir.changed_settings(tmp_path, {"num_processes": 1}) == []
+    assert run_dir.changed_settings(tmp_path, {"num_processes": 2}) == ["num_processes"]
+
+
 def test_resuming_past_the_end_that_the_config_now_has_is_refused(tmp_path):
     Walk(Config(str(tmp_path), save_steps=8)).train()
     with (
@@ -778,6 +785,20 @@ def test_a_checkpoint_has_the_counts_of_skipped_updates(tmp_path):
     assert counts == [(3, 2), (3, 2)]
 
 
+def test_a_file_anywhere_in_a_checkpoint_may_be_damaged_also_for_the_second_time(tmp_path):
+    class Nested(Walk):
+        def save_model(self, path):
+            (path / "value_model").mkdir(exist_ok=True)
+            (path / "value_model/config.json").write_text("{}")
+
+    Nested(Config(str(tmp_path), save_steps=5)).train()
+    (tmp_path / "checkpoint-10/value_model/config.json").write_text("")
+    (tmp_path / "damaged-checkpoint-10/before").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="checkpoint-10 is damaged .value_model/config.json not as written"):
+        assert checkpoints.newest_whole_checkpoint(tmp_path).name == "checkpoint-5"
+    assert not (tmp_path / "damaged-checkpoint-10/before").exists()
+
+
 def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
     Walk(Config(str(tmp_path), save_steps=1, save_total_limit=3), total_steps=11).train()
     assert checkpoints.latest_checkpoint(tmp_path).name == "checkpoint-11"
@@ -852,6 +873,44 @@ def test_a_run_that_failed_before_its_first_line_can_be_started_again(tmp_path):
     with pytest.raises(RuntimeError):
         Walk(Config(str(tmp_path)), at_step={1: fail}).train()
     assert Walk(Config(str(tmp_path))).train().step == 10
+    config = Config(str(tmp_path / "samples"), eval_steps=5)
+    broken = Walk(config)
+    broken.evaluate = fail  # after the samples of step 0
+    with pytest.raises(RuntimeError):
+        broken.train()
+    Walk(config).train()
+    assert [row["step"] for row in rows(tmp_path / "samples/samples.jsonl")] == [0, 5, 10]
+
+
+def test_a_resumed_run_does_not_raise_an_alarm_that_lasts_again(tmp_path):
+    class Far(Walk):
+        def __iter__(self):
+            for metrics in super().__iter__():
+                yield metrics | {"objective/kl": 90.0}
+
+    def far(**options):
+        walk = Far(Config(str(tmp_path), save_steps=4), **options)
+        walk.monitors = Monitors({})
+        return walk
+
+    with pytest.raises(ZeroDivisionError):
+        far(at_step={6: lambda: 1 / 0}).train()
+    far().train(resume=True)
+    assert [alarm["step"] for alarm in rows(tmp_path / "alarms.jsonl")] == [2]
+
+
+def test_tensorboard_gets_a_gap_where_a_metric_is_not_finite(tmp_path, monkeypatch):
+    seen = []
+    board = SimpleNamespace(add_scalar=lambda *given: seen.append(given), close=lambda: None)
+    monkeypatch.setattr(records, "_tensorboard", lambda *given: board)
+    Walk(Config(str(tmp_path)), total_steps=2).train()
+    assert {name for name, value, _ in seen if math.isnan(value)} == {"worst"}
+
+
+def test_a_line_is_in_its_file_once_it_is_written(tmp_path):
+    log = records.JsonLines(tmp_path / "log.jsonl", -1)
+    log.write({"step": 1})
+    assert rows(tmp_path / "log.jsonl") == [{"step": 1}]  # a process that is killed flushes nothing
 
 
 def tear(path):
