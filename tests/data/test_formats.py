@@ -246,6 +246,12 @@ def test_a_response_of_several_turns_may_go_on_from_the_prompt(prompt, response,
     assert TOKENIZER.decode(ids) == text
 
 
+def test_records_that_share_no_more_than_a_system_prompt_ask_different_things():
+    pair = {"chosen": [SYSTEM, *CHAT], "rejected": [SYSTEM, AGAIN, STILL]}
+    items, _ = comparisons([pair, pair], TOKENIZER, max_length=64)
+    assert [item.prompt for item in items] == [0, 1]
+
+
 def test_a_conversation_that_ends_with_the_users_turn_is_no_response():
     for record in ({"messages": [*CHAT, AGAIN]}, {"prompt": "hi", "response": [*CHAT[1:], AGAIN]}):
         with pytest.raises(ConfigError, match=r"record 0: what is to be scored ends with a user turn \('again\?'\)"):

@@ -173,10 +173,12 @@ def test_batches_share_a_length_and_come_in_random_order():
 
 def test_equal_lengths_keep_the_order_that_was_drawn():
     """Whatever the machine's sort does with ties, so that a run resumes on another one."""
-    lengths = [7] * 300
-    assert [i for batch in common.epoch_batches(lengths, 4) for i in batch] == list(range(300))
-    sorted_by_length, as_drawn = (common.epoch_batches(lengths, 4, seed=0, by_length=x) for x in (True, False))
-    assert sorted(sorted_by_length) == sorted(as_drawn)
+    lengths = [7, 8] * 150
+    assert common.epoch_batches(lengths, 300) == [[*range(1, 300, 2), *range(0, 300, 2)]]
+    ((*drawn,),) = common.epoch_batches(lengths, 300, seed=0, by_length=False)
+    pools = [sorted(pool, key=lambda i: -lengths[i]) for pool in (drawn[:200], drawn[200:])]  # sorted() is stable
+    expected = [pool[i : i + 4] for pool in pools for i in range(0, len(pool), 4)]
+    assert sorted(common.epoch_batches(lengths, 4, seed=0)) == sorted(expected)
 
 
 def test_a_run_goes_on_where_it_was():
@@ -770,6 +772,16 @@ def test_whether_a_metric_is_better_when_it_is_lower_follows_from_its_name(tmp_p
     best = run._Best(Best(), [], tmp_path)
     assert best.improved(1, {f"eval_{metric}": 0.2}) and best.improved(2, {f"eval_{metric}": better})
     assert not best.improved(3, {f"eval_{metric}": 0.4 - better}) and best.step == 2
+
+
+def test_the_best_step_is_one_whose_checkpoint_is_whole(tmp_path):
+    config = SimpleNamespace(metric_for_best_model="eval_loss", load_best_model_at_end=True, greater_is_better=None)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2/manifest.json").write_text("{}")  # of no files; the other has none, so it is torn
+    with pytest.warns(UserWarning, match="step 1 .eval_loss 0.1., is gone or damaged; .* there: step 2"):
+        best = run._Best(config, [{"step": 1, "eval_loss": 0.1}, {"step": 2, "eval_loss": 0.2}], tmp_path)
+    assert (best.step, best.value) == (2, 0.2)
 
 
 def test_a_checkpoint_has_the_counts_of_skipped_updates(tmp_path):
