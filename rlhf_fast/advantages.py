@@ -59,6 +59,7 @@ def kl_shaped_rewards(
     The score is added to the last token in the mask: eos, or the token at which the response was cut. The mask may have
     gaps (for example the output of a tool). A row without tokens gets no score.
     """
+    mask = mask.bool()
     kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator).masked_fill(~mask, 0.0)
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return -kl_coef * kl + last * scores[:, None], kl
