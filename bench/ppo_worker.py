@@ -164,9 +164,9 @@ def run_ours(run: Run) -> list[dict]:
         metrics = next(iterations)
         clock.row(
             tokens=int(metrics["response_length/mean"] * run.batch_size + 0.5),
-            reward=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]),
-            entropy=float(metrics["policy/entropy_avg"]),
+            reward=float(metrics["objective/scores"]), entropy=float(metrics["policy/entropy_avg"]),
             generate_seconds=metrics["timing_s/generate"],  # no synchronize(): it ends with the tokens on the CPU
+            **({"kl": float(metrics["objective/kl"])} if run.kl_coef else {}),
         )  # fmt: skip
     if run.profile:
         clock.rows[-1]["profile"] = profile(trainer, iterations, run.device)

@@ -249,8 +249,9 @@ struct CudaOps {
                                  int64_t grad_inner_stride, void* stream);
 
   // Replaces each row of logits by the gradient of weights[i] * loss. The loss is that of ppo_loss for one token, given
-  // its logprob and entropy, or -logprob if old_logprobs is null. ref_logprobs and importance_weights may be null too.
-  // These inputs, and the outputs logprobs and entropy, are accum (rows).
+  // its logprob and entropy, or -logprob if advantages is null. old_logprobs null stands for the logprobs themselves.
+  // ref_logprobs and importance_weights may be null too. These inputs, and the outputs logprobs and entropy, are accum
+  // (rows).
   int (*known_gradient)(void* logits, int dtype, int64_t rows, int64_t vocab, int64_t inner, int64_t outer_stride,
                         int64_t inner_stride, const int64_t* labels, const uint8_t* mask, double temperature,
                         const void* weights, const void* old_logprobs, const void* advantages, const void* ref_logprobs,

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .ops import kl_penalty
-
 
 def shaped_scores(
     scores: Tensor, lengths: Tensor, ended: Tensor, *, clip_range: tuple[float, float] | None,
@@ -51,18 +49,17 @@ class RunningStd:
         return (self.squares / self.count) ** 0.5 or 1.0
 
 
-def kl_shaped_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float, kl_estimator: str = "k1"
-) -> tuple[Tensor, Tensor]:
-    """(B,) scores, the rest (B, T) -> per-token rewards and KL estimate in nats, both (B, T), 0 outside the mask.
+def kl_shaped_rewards(scores: Tensor, mask: Tensor, kl: Tensor | None = None, *, kl_coef: float = 0.0) -> Tensor:
+    """(B,) scores, (B, T) mask and KL per token, nats -> (B, T) rewards per token, 0 outside the mask: -kl_coef KL,
+    plus the score on the last token in the mask.
 
-    The score is added to the last token in the mask: eos, or the token at which the response was cut. The mask may have
-    gaps (for example the output of a tool). A row without tokens gets no score.
+    That is eos, or the token at which the response was cut. The mask may have gaps (for example the output of a tool).
+    A row without tokens gets no score.
     """
     mask = mask.bool()
-    kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator).masked_fill(~mask, 0.0)
     last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-    return -kl_coef * kl + last * scores[:, None], kl
+    rewards = last * scores[:, None]
+    return rewards if kl is None else rewards - kl_coef * kl.masked_fill(~mask, 0.0)
 
 
 def sequence_advantages(

@@ -115,6 +115,7 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         train_dataset=train,
         eval_dataset=held_out,
         tokenizer=tokenizer,
+        ref_model=_ref_model(job.ref_model, tokenizer) if job.ref_model else None,
         value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
         rollout_func=_rollout_func(job),
@@ -134,15 +135,30 @@ def _rollout_func(job: PPOJob) -> Callable | None:
     return resolve_reward(job.rollout_func) if job.rollout_func else None
 
 
+def _ref_model(path: str, tokenizer) -> str:
+    """path. ConfigError if its tokenizer has other tokens than the policy's."""
+    if not _same_tokens(load_tokenizer(path), tokenizer):
+        raise ConfigError(
+            f"ppo: ref_model {path!r} has another tokenizer than the policy's, so its log-probabilities would be of "
+            "other words: give a model of the same family"
+        )
+    return path
+
+
 def _value_model(path: str, tokenizer):
     """The reward model that the values start from. ConfigError if its tokenizer has other tokens than the policy's."""
     trained = RewardModelReward.load(path)
-    if not tokenizer.get_vocab().items() <= trained.tokenizer.get_vocab().items():
+    if not _same_tokens(trained.tokenizer, tokenizer):
         raise ConfigError(
             f"ppo: value_model {path!r} was trained with another tokenizer than the policy's, so its values would mean "
             "nothing: leave value_model out (you can still use it as `reward`)"
         )
     return trained.model
+
+
+def _same_tokens(tokenizer, of_policy) -> bool:
+    """Whether every token of the policy has the same number in the other tokenizer."""
+    return of_policy.get_vocab().items() <= tokenizer.get_vocab().items()
 
 
 # -- around a trainer --------------------------------------------------------------------------------------------------
@@ -242,8 +258,9 @@ def write_left_out(output_dir: str | Path, left_out: list[dict]) -> None:
 
 def _models_of(job) -> list[str]:
     """The models that a job reads, by the names that it gives them."""
-    rewards = [job.reward, job.value_model, *job.eval_rewards.values()] if isinstance(job, PPOJob) else []
-    return _texts([job.model, *rewards])
+    is_ppo = isinstance(job, PPOJob)
+    others = [job.reward, job.ref_model, job.value_model, *job.eval_rewards.values()] if is_ppo else []
+    return _texts([job.model, *others])
 
 
 def _limit(stage: str, tokenizer, config) -> dict:

@@ -61,11 +61,12 @@ class RewardJob(Checked):
 class PPOJob(Checked):
     """Which models, rewards and prompts `rlhf-fast ppo` trains with."""
 
-    model: str  # the initial policy; a frozen copy is the reference
+    model: str  # the initial policy
     train_data: str  # rows with a prompt
     reward: str | list  # a reward model's directory, file.py:function, or a list of [either, weight]
     eval_data: str | None = None  # prompts that the policy never trains on
     eval_rewards: dict = field(default_factory=dict)  # {name: reward} that the policy never trains on
+    ref_model: str | None = None  # the reference; null: a frozen copy of model, or with kl_coef 0 none
     value_model: str | None = None  # reward model whose trunk the values start from; null: the policy's trunk
     rollout_func: str | None = None  # file.py:function(prompts, trainer) that samples in place of our own sampling
     rollout_server: str | None = None  # or the URL of a vLLM or SGLang server (http://.../v1) that samples

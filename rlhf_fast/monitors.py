@@ -175,7 +175,10 @@ def report_section(log: list[dict], limits: dict[str, float | None], alarms: lis
     monitors = Monitors(limits)
     monitors.replay(log)
     text = "".join(_paragraph(alarm, log) for alarm in alarms)
-    text = text or f"<p>No alarm from {escape(', '.join(monitors.limits))}.</p>"
+    # Without a reference there is no KL, and without eval_rewards nothing to over-optimise against.
+    seen = {*monitors.history, *(["overoptimization"] if any(map(held_out_rewards, log)) else [])}
+    watched = [name for name in monitors.limits if (BANDS[name].metric if name in BANDS else name) in seen]
+    text = text or f"<p>No alarm from {escape(', '.join(watched))}.</p>"
     return text + grid(_charts(log, monitors))
 
 

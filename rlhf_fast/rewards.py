@@ -15,6 +15,7 @@ import copy
 import functools
 import inspect
 import itertools
+import math
 import os
 import reprlib
 import threading
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .data.chat import Parts, Text, check_tokenizer, copied, encode_to_score, is_conversation
-from .data.collate import pad
+from .data.collate import pack_sorted, pad
 from .data.formats import warn_of_unwritten
 from .errors import ConfigError
 from .generation import batches
@@ -41,9 +42,11 @@ from .models import (
     load_tokenizer,
     merge_adapters,
     reward_scale,
+    scalar_head,
     score_tokens,
     with_own_pad,
 )  # fmt: skip
+from .packing import packed_hidden_states, packing, why_not_packed
 
 Reward = Callable[..., "Sequence[float] | Tensor"]
 
@@ -69,6 +72,7 @@ class RewardModelReward:
         check_score(model)
         check_lengths(model, tokenizer, 0)  # the tokenizer of another model may have tokens beyond the embedding
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
+        self._packs: bool | None = None  # unknown
         self._told: set[str] = set()  # message keys that the template leaves out and a warning has named
 
     @classmethod
@@ -90,17 +94,35 @@ class RewardModelReward:
 
     @torch.no_grad()
     def score(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """B rows of tokens from encode() -> (B,) scores."""
+        """B rows of tokens from encode() -> (B,) scores.
+
+        On the CPU they are packed, and what several begin with (their prompt) is computed once, where the model can.
+        """
         longest = max(map(len, tokens), default=0)
         check_lengths(self.model, self.tokenizer, longest, "score shorter responses")
-        scores = torch.empty(len(tokens), dtype=torch.float32)
-        by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        with evaluating(self.model):
-            for rows in batches(by_length, self.batch_size, "scoring"):
-                ids, mask = (x.to(self.model.device) for x in pad([tokens[i] for i in rows], 0))
-                scores[rows] = score_tokens(self.model, ids, mask).cpu()
+        scores, device = torch.empty(len(tokens), dtype=torch.float32), self.model.device
+        packed = self._can_pack() and all(map(len, tokens))
+        # Packed, neighbours begin alike; padded, they are about equally long.
+        order = sorted(range(len(tokens)), key=lambda i: list(tokens[i]) if packed else len(tokens[i]))
+        with evaluating(self.model), packing(self.model) if packed else contextlib.nullcontext():
+            for rows in batches(order, self.batch_size, "scoring"):
+                some = [tokens[i] for i in rows]
+                if packed:
+                    row, last = pack_sorted(some, device)
+                    rewards = scalar_head(self.model, packed_hidden_states(self.model, row, last))
+                else:
+                    rewards = score_tokens(self.model, *(x.to(device) for x in pad(some, 0)))
+                scores[rows] = rewards.cpu()
         mean, std = reward_scale(self.model.config)
         return (scores - mean) / std
+
+    def _can_pack(self) -> bool:
+        if self.model.device.type != "cpu":  # attention would be a launch per sequence
+            return False
+        if self._packs is None:
+            with contextlib.suppress(ConfigError):  # outputs that are not finite: so will the scores be
+                self._packs = why_not_packed(self.model, math.inf) is None
+        return bool(self._packs)
 
     def encode(self, prompt: Text | None, response: Text, unwritten: Parts | None = None) -> list[int]:
         """The tokens to score: the conversation in the reward model's own template, or plain text.

@@ -18,7 +18,7 @@ from .data.formats import Prompt
 from .errors import ConfigError
 from .generation import draw_uniforms, generate_with_logprobs
 from .models import stop_ids
-from .ops import masked_mean
+from .ops import kl_penalty, masked_mean
 
 
 @dataclass
@@ -51,11 +51,10 @@ class Rollout:
     present: Tensor | None = None  # (B, R) bool: the response tokens that the model reads, see above
     rollout_logprobs: Tensor | None = None  # (B, R) of the engine that sampled, if it returned them
     logprobs: Tensor | None = None  # (B, R) float32, like all that follow unless noted
-    ref_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None  # None without a reference
     values: Tensor | None = None
     raw_scores: Tensor | None = None  # (B,) as the reward returned them
     scores: Tensor | None = None  # (B,) used for training: raw_scores scaled, clipped, minus penalties
-    kl: Tensor | None = None  # (B, R) KL to the reference, nats
     rewards: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
@@ -71,6 +70,12 @@ class Rollout:
     def read_mask(self) -> Tensor:
         """(B, R) bool: all response tokens that the model reads, including a tool's."""
         return self.response_mask if self.present is None else self.present
+
+    def kl(self, estimator: str) -> Tensor | None:
+        """(B, R) KL to the reference, nats; None without one."""
+        if self.ref_logprobs is None:
+            return None
+        return kl_penalty(self.logprobs, self.ref_logprobs, estimator=estimator)
 
     def scatter(self, rows: Tensor, x: Tensor) -> Tensor:
         """(N, ...), one entry per response token of b rows -> (b, R, ...), 0 outside response_mask."""
@@ -300,13 +305,18 @@ def repetition(ids: Tensor, mask: Tensor) -> Tensor:
     return (pairs[:, 1:] == pairs[:, :-1]).sum(1) / real.sum(1).clamp(min=1)
 
 
-def rollout_metrics(rollout: Rollout, kl_coef: float, *, shaped: bool = False) -> dict:
+def rollout_metrics(rollout: Rollout, kl_coef: float, kl_estimator: str, *, shaped: bool = False) -> dict:
     """The log's metrics of a rollout: sums over the tokens of a response, averaged over responses.
 
+    Without a reference there is no KL, and rlhf_reward is the score.
     shaped: the scores differ from what the reward returned (PPOConfig.shapes_scores). Then the mean of the raw scores
     is logged too, as objective/raw_scores.
     """
-    mask, kl, metrics = rollout.response_mask, rollout.kl.sum(1).mean(), {}
+    mask, kl, metrics = rollout.response_mask, rollout.kl(kl_estimator), {}
+    non_score = 0.0
+    if kl is not None:
+        non_score = -kl_coef * kl.sum(1).mean()
+        metrics |= {"objective/kl": kl.sum(1).mean(), "objective/kl_per_token": masked_mean(kl, mask)}
     if rollout.values is not None:
         metrics["critic/vf_explained_var"] = _explained_variance(rollout.values, rollout.returns, mask)
     if rollout.rollout_logprobs is not None:
@@ -317,10 +327,7 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, *, shaped: bool = False) -
         metrics["sampling/importance_sampling_ratio/mean"] = masked_mean(rollout.importance_weights, mask)
     if shaped:
         metrics["objective/raw_scores"] = rollout.raw_scores.mean()
-    non_score = -kl_coef * kl
     return {
-        "objective/kl": kl,
-        "objective/kl_per_token": masked_mean(rollout.kl, mask),
         "objective/kl_coef": kl_coef,
         "objective/entropy": -rollout.logprobs[mask].sum() / len(mask),
         "objective/non_score_reward": non_score,

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
+from helpers import tiny_tokenizer
 
 from rlhf_fast.cai_jobs import load_writer
 from rlhf_fast.cai_keys import CAI, WriterJob
@@ -26,7 +28,7 @@ from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.generation import generate_text
 from rlhf_fast.jobs import _write_job, resolve_reward, score
 from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_PPO_NAMES, SFTJob
-from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer
+from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer, save_model
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.rollout_server import RolloutServer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -512,6 +514,7 @@ def test_a_model_is_not_written_over_by_the_run_that_reads_it(reward, tmp_path, 
         ([*of_ppo, "--reward", f"[[{judge}, 1.0]]"], judge),
         ([*of_ppo, "--reward", str(reward / "reward"), "--value_model", str(judge)], judge),
         ([*of_ppo, "--reward", "r.py:f", "--eval_rewards", f"{{a: {judge}}}"], judge),
+        ([*of_ppo, "--reward", "r.py:f", "--ref_model", str(own)], own),
     ):
         before = files_of(kept)
         assert main([*argv, "--output_dir", f"{kept}/../{kept.name}"]) == 2
@@ -603,7 +606,9 @@ def test_cai_runs_all_its_parts_and_resumes_at_the_end(sft):
     assert row["step"] == 1 and row["objective/scores"] == once["objective/scores"]
 
 
-@pytest.mark.parametrize("critic", ["share_trunk: true", "advantage_estimator: rloo, num_generations: 2, lora_r: 2"])
+@pytest.mark.parametrize(
+    "critic", ["share_trunk: true", "advantage_estimator: rloo, num_generations: 2, lora_r: 2, kl_coef: 0"]
+)
 def test_cai_takes_a_policy_without_a_critic_of_its_own_and_adapters(sft, tmp_path, critic):
     sizes = "batch_size: 8, minibatch_size: 4, response_length: 8, total_episodes: 8"
     flags = ("--output_dir", str(tmp_path), "--ppo", f"{{{sizes}, {critic}}}")
@@ -728,8 +733,27 @@ def test_a_reward_and_a_value_model_that_are_not_there_are_named(sft, tmp_path, 
     sizes = ["--batch_size", "8", "--minibatch_size", "8", "--total_episodes", "8", "--response_length", "4"]
     ppo = ["ppo", "--train_data", data, "--output_dir", str(tmp_path / "run"), "--model", str(sft / "sft"), *sizes]
     assert main([*ppo, "--reward", there_is_none]) == 2
-    assert main([*ppo, "--reward", f"{tmp_path}/r.py:f", "--value_model", there_is_none]) == 2
-    assert capsys.readouterr().err.count(f"from {there_is_none!r}: there is no such directory\n") == 2
+    for option in ("--value_model", "--ref_model"):
+        assert main([*ppo, "--reward", f"{tmp_path}/r.py:f", option, there_is_none]) == 2
+    assert capsys.readouterr().err.count(f"from {there_is_none!r}: there is no such directory\n") == 3
+
+
+def test_the_reference_of_a_policy_may_be_another_model_of_its_tokens(reward, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def f(prompts, responses, **columns):\n    return [0.0] * len(prompts)\n")
+    data, other, critic = write_rows(tmp_path, [{"prompt": "hi"}] * 8), tmp_path / "other", tmp_path / "critic"
+    model, tokenizer = load_policy(reward / "sft"), load_tokenizer(reward / "sft")
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5, generator=torch.Generator().manual_seed(0))
+    save_model(model, tokenizer, other)
+    sizes = ["--batch_size", "8", "--minibatch_size", "8", "--total_episodes", "8", "--response_length", "4"]
+    ppo = ["ppo", "--train_data", data, "--model", str(reward / "sft"), *sizes, "--reward", f"{tmp_path}/r.py:f"]
+    assert main([*ppo, "--output_dir", str(tmp_path / "run"), "--ref_model", str(other), "--kl_coef", "0"]) == 0
+    assert abs(log_of(tmp_path / "run")[0]["objective/kl"]) > 0.1
+    capsys.readouterr()
+    shutil.copytree(reward / "reward", critic)
+    for option, path in (("ref_model", other), ("value_model", critic)):
+        tiny_tokenizer().save_pretrained(path)
+        assert main([*ppo, "--output_dir", str(tmp_path / "no"), f"--{option}", str(path)]) == 2
+        assert re.search(f"ppo: {option} .*another tokenizer than the policy's", capsys.readouterr().err)
 
 
 def test_generate_answers_each_prompt(sft, capsys):

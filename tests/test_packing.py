@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from rlhf_fast import SFTConfig, SFTTrainer, models
 from rlhf_fast import packing as packing_module
 from rlhf_fast.data.chat import Encoded
-from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft
+from rlhf_fast.data.collate import Packed, pack_comparisons, pack_rows, pack_sft, pack_sorted
 from rlhf_fast.data.formats import Comparison
 from rlhf_fast.decoder import why_no_decoder
 from rlhf_fast.errors import ConfigError
@@ -448,6 +448,22 @@ def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
     assert batch["slot"].tolist() == [[0, 1, 0], [2, 3, 2], [4, 5, 6]]
     unshared, _ = pack_comparisons(items, width=3, share=False)
     assert unshared.lengths == [22, 21, 5, 6, 20, 21, 21]
+
+
+def test_sorted_sequences_share_with_the_one_that_saves_most():
+    system, asked, other = range(20), range(50, 90), range(100, 140)
+    rows = [
+        [*system, *asked, 1], [*system, *asked, 2, 3], [*system, *asked, 2, 3],  # the same one again keeps a token
+        [*system, *other], [*system, *other, 7], [*system, *other, 7, 8], [200], [200, 201],
+    ]  # fmt: skip
+    packed, last = pack_sorted(rows)
+    assert packed.prefixes == [(0, 0), (0, 60), (0, 60), (3, 0), (3, 60), (3, 60), (6, 0), (7, 0)]
+    assert packed.lengths == [61, 2, 2, 60, 1, 2, 1, 2] and packed.input_ids[0, last].tolist() == [r[-1] for r in rows]
+    packed, _ = pack_sorted(rows[2:5])  # 20 tokens less, or 40 more that the last one would save
+    assert packed.prefixes == [(0, 0), (1, 0), (1, 60)]
+    packed, _ = pack_sorted(rows[2:4])
+    assert packed.prefixes == [(0, 0), (0, 20)]
+    assert pack_sorted([[5]])[0].lengths == [1]
 
 
 def test_a_trainer_fills_its_rows_and_learns_the_same(tmp_path):

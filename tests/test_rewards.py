@@ -9,6 +9,8 @@ from helpers import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_fast import rewards
+from rlhf_fast.data.collate import pack_sorted
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import add_lora, load_reward_model, set_reward_scale
 from rlhf_fast.rewards import RewardModelReward, WeightedReward, compute_scores, make_reward, score_components
@@ -96,6 +98,35 @@ def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_mo
         ids = torch.tensor([reward.encode(CHAT, response)])
         torch.testing.assert_close(score, reward_model(input_ids=ids).logits[0, 0])
     assert len(set(scores.tolist())) == 5
+
+
+def test_scores_of_many_responses_are_those_of_each_alone_and_a_prompt_is_read_once(
+    tokenizer, reward_model, monkeypatch
+):
+    draw = np.random.default_rng(0)
+    prompts = [f"say {'the cat sat on ' * int(draw.integers(0, 9))}{i}: " for i in range(7) for _ in range(5)]
+    responses = ["mat " * int(draw.integers(0, 12)) + str(draw.integers(9)) for _ in prompts]
+    reward = RewardModelReward(reward_model, tokenizer, batch_size=16)
+    alone = torch.cat([reward([p], [r]) for p, r in zip(prompts, responses, strict=True)])
+    read = []
+    monkeypatch.setattr(rewards, "pack_sorted", lambda *a: read.append(pack_sorted(*a)) or read[-1])
+    torch.testing.assert_close(reward(prompts, responses), alone)
+    tokens = sum(map(len, map(reward.encode, prompts, responses)))
+    assert len(read) == 3 and sum(packed.input_ids.numel() for packed, _ in read) < 0.7 * tokens
+
+
+@pytest.mark.parametrize("broken", ["hook", "not finite", "empty"])
+def test_what_cannot_be_packed_is_padded(tokenizer, reward_model, monkeypatch, broken):
+    monkeypatch.setattr(rewards, "pack_sorted", None)
+    rows = [[5, 6, 7], [5, 6, 7, 8]]
+    if broken == "hook":  # sees rows, and in a packed one the tokens of others
+        reward_model.model.layers[0].register_forward_hook(lambda module, x, out: out + x[0].mean(1, keepdim=True))
+    elif broken == "not finite":
+        torch.nn.init.constant_(reward_model.model.norm.weight, torch.nan)
+    else:
+        rows.append([])
+    scores = RewardModelReward(reward_model, tokenizer).score(rows)
+    assert scores.isnan().any() == (broken == "not finite") and len(scores) == len(rows)
 
 
 def test_a_batch_of_none_is_refused(tokenizer, reward_model):

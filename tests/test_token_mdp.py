@@ -12,7 +12,7 @@ import torch
 from helpers import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_fast import gae, ppo_loss
+from rlhf_fast import gae, kl_penalty, ppo_loss
 from rlhf_fast.advantages import kl_shaped_rewards, sequence_advantages
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -44,7 +44,8 @@ def probabilities(logits):
 def rewards_of(logits, kl_coef=0.3):
     """Ours: (40, T), the score on the last token less the KL on each."""
     with torch.no_grad():
-        return kl_shaped_rewards(SCORES, logprobs_of(logits), logprobs_of(REF_LOGITS), MASK, kl_coef=kl_coef)[0]
+        kl = kl_penalty(logprobs_of(logits), logprobs_of(REF_LOGITS))
+        return kl_shaped_rewards(SCORES, MASK, kl, kl_coef=kl_coef)
 
 
 def given_state(x, p):
@@ -83,7 +84,7 @@ def own_kl_gradient(estimator, logits):
     logits = logits.clone().requires_grad_()
     logp, ref = logprobs_of(logits), logprobs_of(REF_LOGITS)
     scores = torch.zeros(len(ANSWERS), dtype=torch.float64)
-    rewards, _ = kl_shaped_rewards(scores, logp.detach(), ref, MASK, kl_coef=1.0, kl_estimator=estimator)
+    rewards = kl_shaped_rewards(scores, MASK, kl_penalty(logp.detach(), ref, estimator=estimator), kl_coef=1.0)
     advantages, _ = gae(rewards, torch.zeros_like(rewards), MASK, gamma=0.0, lam=0.0)
     weight = logp.detach().sum(1).exp()
     return torch.autograd.grad((weight[:, None] * advantages * logp).sum(), logits)[0]

@@ -197,14 +197,15 @@ def test_in_bfloat16_a_part_is_its_float32_rounded(columns, isa):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_of_one_query_is_its_formula(padded, isa):
-    rows, heads, key_heads, dim, capacity, filled = 3, 6, 2, 10, 41, 37
+@pytest.mark.parametrize("dim, filled", [(10, 37), (64, 33), (72, 150), (256, 20), (128, 1), (5, 3)])
+def test_attention_of_one_query_is_its_formula(padded, dim, filled, isa):
+    rows, heads, key_heads, capacity = 3, 6, 2, filled + 4
     generator = torch.Generator().manual_seed(4)
     q = 2 * torch.randn(rows, heads + 1, dim, generator=generator)[:, :heads]  # strided rows
     keys, values = torch.randn(2, rows, key_heads, capacity, dim, generator=generator)
     keys[:, :, filled:] = values[:, :, filled:] = torch.nan  # not filled yet
     bias = torch.zeros(rows, capacity)
-    bias[1, :20] = -torch.inf
+    bias[1, : filled // 2] = -torch.inf
     y = _layer.attend(q, keys, values, bias if padded else None, filled, 0.3)
     k, v = (x.double().repeat_interleave(heads // key_heads, 1)[:, :, :filled] for x in (keys, values))
     scores = 0.3 * torch.einsum("bhd,bhtd->bht", q.double(), k)

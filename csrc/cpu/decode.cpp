@@ -32,34 +32,117 @@ double exp_sum(const float* x, float shift, int64_t n, float* y) {
   return reduce_add(sum);
 }
 
+// The sums of the vectors, one in each lane: every round adds neighbouring lanes of two neighbouring vectors.
+inline vf sums_of(vf (&x)[kWidth]) {
+  vi even, odd;
+#pragma GCC unroll 16
+  for (int j = 0; j < kWidth; ++j) {
+    even[j] = 2 * j;
+    odd[j] = 2 * j + 1;
+  }
+#pragma GCC unroll 4
+  for (int count = kWidth / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+      x[i] = shuffle(x[2 * i], x[2 * i + 1], even) + shuffle(x[2 * i], x[2 * i + 1], odd);
+    }
+  }
+  return x[0];
+}
+
+// scores[t] = scale q . keys[t] for begin <= t < end, kWidth keys at a time, of which the last overlap those before.
+void score_keys(const float* q, const float* keys, int64_t begin, int64_t end, int64_t filled, int64_t dim, float scale,
+                float* scores) {
+  const int64_t whole = dim / kWidth * kWidth;
+  for (int64_t t = begin; t < end && filled >= kWidth; t += kWidth) {
+    const int64_t at = std::min(t, filled - kWidth);
+    const float* key = keys + at * dim;
+    vf sums[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {  // one after the other, as they lie in memory
+      sums[i] = vf{};
+      for (int64_t j = 0; j < whole; j += kWidth) {
+        sums[i] = fma(load_vector<vf>(q + j), load_vector<vf>(key + i * dim + j), sums[i]);
+      }
+    }
+    vf dots = sums_of(sums);
+    for (int64_t j = whole; j < dim; ++j) {
+      for (int i = 0; i < kWidth; ++i) dots[i] += q[j] * key[i * dim + j];
+    }
+    dots *= scale;
+    std::memcpy(scores + at, &dots, sizeof dots);
+  }
+  for (int64_t t = begin; t < end && filled < kWidth; ++t) {
+    float dot = 0;
+    for (int64_t j = 0; j < dim; ++j) dot += q[j] * keys[t * dim + j];
+    scores[t] = dot * scale;
+  }
+}
+
+// out += weights . values, of `count` values.
+template <int kVectors>
+inline int64_t add_values(const float* weights, const float* values, int64_t count, int64_t dim, int64_t j,
+                          float* out) {
+  for (; j + kVectors * kWidth <= dim; j += kVectors * kWidth) {
+    vf sum[kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) sum[i] = load_vector<vf>(out + j + i * kWidth);
+    for (int64_t t = 0; t < count; ++t) {
+      const vf weight = splat(weights[t]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+        sum[i] = fma(weight, load_vector<vf>(values + t * dim + j + i * kWidth), sum[i]);
+      }
+    }
+    std::memcpy(out + j, sum, sizeof sum);
+  }
+  return j;
+}
+
+void add_values(const float* weights, const float* values, int64_t count, int64_t dim, float* out) {
+  int64_t j = add_values<8>(weights, values, count, dim, 0, out);
+  j = add_values<4>(weights, values, count, dim, j, out);
+  j = add_values<1>(weights, values, count, dim, j, out);
+  for (; j < dim; ++j) {
+    for (int64_t t = 0; t < count; ++t) out[j] += weights[t] * values[t * dim + j];
+  }
+}
+
 }  // namespace
 
+// The queries that share a head of keys go over it together, a few keys (then values) at a time, which stay in L1.
 int64_t attend(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
                int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
                double scale, float* y, int threads) {
+  constexpr int64_t kStays = 4096;  // numbers
+  const int64_t together = std::max<int64_t>(kStays / dim / kWidth, 1) * kWidth;
   const int64_t group = heads / key_heads, padded = (filled + kWidth - 1) / kWidth * kWidth;
-  for_each(rows, worth_threads(threads, rows * heads * filled * dim), [&](int64_t row) {
-    const Buffer<float> scores(padded);
-    for (int64_t head = 0; head < heads; ++head) {
-      const float* query = q + row * row_stride + head * dim;
-      const int64_t buffer = (row * key_heads + head / group) * capacity * dim;
-      float* out = y + (row * heads + head) * dim;
-      float largest = -INFINITY;
-      for (int64_t t = 0; t < filled; ++t) {
-        const float* key = keys + buffer + t * dim;
-        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t j = 0; j < dim; ++j) dot += query[j] * key[j];
-        scores[t] = dot * float(scale) + (bias ? bias[row * capacity + t] : 0);
-        if (!(scores[t] <= largest)) largest = scores[t];  // a NaN stays
+  for_each(rows * key_heads, worth_threads(threads, rows * heads * filled * dim), [&](int64_t i) {
+    const int64_t row = i / key_heads, first = i % key_heads * group;  // head
+    const float *query = q + row * row_stride + first * dim, *key = keys + i * capacity * dim;
+    const float* value = values + i * capacity * dim;
+    float* out = y + (row * heads + first) * dim;
+    const Buffer<float> scores(group * padded);
+    for (int64_t begin = 0; begin < filled; begin += together) {
+      const int64_t end = std::min(begin + together, filled);
+      for (int64_t head = 0; head < group; ++head) {
+        score_keys(query + head * dim, key, begin, end, filled, dim, float(scale), scores.data + head * padded);
       }
-      for (int64_t t = filled; t < padded; ++t) scores[t] = -INFINITY;
-      const float factor = float(1 / exp_sum(scores.data, largest, padded, scores.data));
-      for (int64_t j = 0; j < dim; ++j) out[j] = 0;
-      for (int64_t t = 0; t < filled; ++t) {
-        const float *value = values + buffer + t * dim, p = scores[t] * factor;
-#pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) out[j] += p * value[j];
+    }
+    for (int64_t head = 0; head < group; ++head) {
+      float* x = scores.data + head * padded;
+      for (int64_t t = 0; bias && t < filled; ++t) x[t] += bias[row * capacity + t];
+      for (int64_t t = filled; t < padded; ++t) x[t] = -INFINITY;
+      vf largest = splat(-INFINITY);
+      for (int64_t t = 0; t < padded; t += kWidth) largest = max(load_vector<vf>(x + t), largest);
+      const float factor = float(1 / exp_sum(x, reduce_max(largest), padded, x));
+      for (int64_t t = 0; t < filled; ++t) x[t] *= factor;
+    }
+    for (int64_t j = 0; j < group * dim; ++j) out[j] = 0;
+    for (int64_t begin = 0; begin < filled; begin += together) {
+      const int64_t count = std::min(together, filled - begin);
+      for (int64_t head = 0; head < group; ++head) {
+        add_values(scores.data + head * padded + begin, value + begin * dim, count, dim, out + head * dim);
       }
     }
   });

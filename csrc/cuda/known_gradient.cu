@@ -15,7 +15,8 @@ namespace {
 
 template <class T>
 struct Loss {
-  const T *weights, *old_logprobs, *advantages, *ref_logprobs, *importance_weights;  // old_logprobs null: -logprob
+  // advantages null: -logprob. old_logprobs null: the logprobs themselves.
+  const T *weights, *old_logprobs, *advantages, *ref_logprobs, *importance_weights;
   PpoOptions<T> options;
   T kl_coef, entropy_coef;
   int kl_estimator;
@@ -40,8 +41,9 @@ __device__ inline Token<T> read(const Loss<T>& loss, int64_t row) {
 
 template <class T>
 __device__ inline Derivatives<T> derivatives(const Loss<T>& loss, const Token<T>& token, T logprob) {
-  if (loss.old_logprobs == nullptr) return {-token.weight, T(0)};
-  T slope = ppo_token(logprob, token.old_logprob, token.advantage, token.importance_weight, loss.options).slope;
+  if (loss.advantages == nullptr) return {-token.weight, T(0)};
+  const T old_logprob = loss.old_logprobs == nullptr ? logprob : token.old_logprob;
+  T slope = ppo_token(logprob, old_logprob, token.advantage, token.importance_weight, loss.options).slope;
   if (loss.ref_logprobs != nullptr && loss.kl_coef != 0) {
     slope += loss.kl_coef * kl_token(loss.kl_estimator, logprob - token.ref_logprob).slope;
   }

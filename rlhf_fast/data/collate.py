@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -113,6 +114,28 @@ def pack_comparisons(
     packed = Packed.of(sequences, prefixes)
     batch = {"last": torch.tensor(packed.lengths).cumsum(0) - 1, **_comparison_columns(items, width)}
     return packed.to(device), {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def pack_sorted(sequences: Sequence[Sequence[int]], device=None) -> tuple[Packed, Tensor]:
+    """Sequences in ascending order in one row, where neighbours share their common first tokens -> Packed, and last
+    (M,), the position in the row where each sequence ends.
+
+    A sequence shares with one earlier sequence, which itself shares nothing. Where the later ones would save more by
+    sharing with this one than it saves, it shares nothing.
+    """
+    sequences = [np.asarray(s) for s in sequences]
+    # with_next[i]: how many tokens i and i + 1 have in common. i and j have the least of those between them.
+    with_next = [common_prefix(pair) for pair in pairwise(sequences)]
+    prefixes, first, common = [], 0, 0  # common: of the sequence with `first`
+    for i, sequence in enumerate(sequences):
+        shared = min(common, len(sequence) - 1)
+        saved_by_others = sum(max(0, n - common) for n in accumulate(with_next[i:], min))
+        if shared < MIN_SHARED or saved_by_others > shared:
+            first, common, shared = i, len(sequence), 0
+        prefixes.append((first, shared))
+        common = min([common, *with_next[i : i + 1]])
+    packed = Packed.of(sequences, prefixes)
+    return packed.to(device), (torch.tensor(packed.lengths).cumsum(0) - 1).to(device)
 
 
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:

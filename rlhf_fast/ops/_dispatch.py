@@ -35,7 +35,7 @@ try:
 except ImportError as error:  # a source tree that is not built; backends() and the errors on the CPU say so
     _C, _C_MISSING = None, str(error)
 else:
-    if getattr(_C, "interface", 1) != 8:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 9:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the existing one was built from another version of the source tree"
 
 HOW_TO_BUILD = "with nvcc on PATH run pip install . in the source tree (RLHF_FAST_CUDA=1 makes a missing nvcc an error)"
@@ -75,7 +75,8 @@ class Op:
         runs first, and then an autograd.Function receives its loss and keeps its gradients.
     An op without a derivative is a backward op, or its inputs are detached (gae).
 
-    statistics: names of the elements of the second output. A call then returns the first output and a dict of these.
+    statistics: names of the elements of the second output. A call then returns the first output, a dict of these, and
+    the outputs between them and the gradients.
     in_c: forward and backward of Op.function in C, for the CPU's native kernel (csrc/rows.h).
     in_backward: another op's backward also calls this one. Implied for an op without a derivative.
     waits: on a GPU the op may synchronise with the device, so torch.compile must leave it out of its CUDA graphs.
@@ -108,6 +109,7 @@ class Op:
         torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
         self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
+        self._others = slice(2, min(gradients.values()) if gradients else 2)
         if gradients is not None:
             self._differentiate(qualname, *_scaled(self.public, gradients), 1)
             self._make_function(_keep_gradients, _scale_gradients, _give_gradients)
@@ -238,13 +240,15 @@ class Op:
         else:
             outputs = self._apply(*self._shown(args), args)
             outputs = outputs[:-1] + outputs[-1]
-        return outputs if self._statistics is None else (outputs[0], Statistics(self._statistics, outputs[1]))
+        if self._statistics is None:
+            return outputs
+        return outputs[0], Statistics(self._statistics, outputs[1]), *outputs[self._others]
 
     def _through_library(self, args):
         outputs = self.library_op(*args)
         if self._statistics is None:
             return outputs
-        return outputs[0], dict(zip(self._statistics, outputs[1].unbind(), strict=True))
+        return outputs[0], dict(zip(self._statistics, outputs[1].unbind(), strict=True)), *outputs[self._others]
 
     def run(self, *args):
         device = device_type(args[0])

@@ -21,7 +21,7 @@ from ._layout import DTYPE_CODES, strided_rows
 class PpoTokens(NamedTuple):
     """Inputs of PPO's loss, (N,) each, contiguous and in the accumulation dtype, and ppo_loss's options."""
 
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None  # None: the log-probs themselves
     advantages: Tensor
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None

@@ -81,34 +81,36 @@ def _forward(
         z, logprobs[part], entropy[part], saved = chunk_statistics(buffer, inputs, part, temperature, True)
         if any(wanted):
             old, advantage, ref, importance, w = (None if t is None else t[:, part] for t in tokens)
+            new = logprobs[None, part]
             _, _, grad, grad_entropy = ppo(
-                logprobs[None, part], old, advantage, torch.ones_like(old, dtype=torch.bool), ref, entropy[None, part],
-                importance, one, *options, _TOKEN_MEAN, True, entropy_coef != 0,
+                new, new if old is None else old, advantage, torch.ones_like(new, dtype=torch.bool), ref,
+                entropy[None, part], importance, one, *options, _TOKEN_MEAN, True, entropy_coef != 0,
             )  # fmt: skip
             grad_entropy = (grad_entropy * w)[0] if entropy_coef != 0 else None
             gradients.add(z, part, temperature, saved, entropy[part], (grad * w)[0], grad_entropy)
+    logprobs, entropy = (inputs.put(t).view(mask.shape) for t in (logprobs, entropy))
     loss, stats, _, _ = ppo(
-        inputs.put(logprobs).view(mask.shape), old_logprobs, advantages, mask, ref_logprobs,
-        inputs.put(entropy).view(mask.shape), importance_weights, normalizer, *options, aggregation, False, False,
+        logprobs, logprobs if old_logprobs is None else old_logprobs, advantages, mask, ref_logprobs, entropy,
+        importance_weights, normalizer, *options, aggregation, False, False,
     )  # fmt: skip
-    return loss, stats, *gradients.results()
+    return loss, stats, logprobs, *gradients.results()
 
 
-def _fake(hidden, weight, bias, *rest):
+def _fake(hidden, weight, bias, labels, *rest):
     dtype = accumulation_dtype(hidden)
-    loss, stats = hidden.new_empty((), dtype=dtype), hidden.new_empty(len(PPO_STATS), dtype=dtype)
-    return loss, stats, *empty_gradients(hidden, weight, bias, rest[-3:])
+    loss, stats, logprobs = (hidden.new_empty(shape, dtype=dtype) for shape in ((), len(PPO_STATS), labels.shape))
+    return loss, stats, logprobs, *empty_gradients(hidden, weight, bias, rest[-3:])
 
 
 _op = Op(
-    f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor old_logprobs, Tensor advantages, "
+    f"{NAME}(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? old_logprobs, Tensor advantages, "
     "Tensor mask, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? normalizer, float temperature, "
     "float? softcap, float clip_low, float clip_high, float dual_clip, float log_ratio_clamp, float kl_coef, "
     "int kl_estimator, float entropy_coef, int aggregation, bool rounds, bool grad_hidden, bool grad_weight, "
-    "bool grad_bias) -> (Tensor loss, Tensor stats, Tensor, Tensor, Tensor)",
+    "bool grad_bias) -> (Tensor loss, Tensor stats, Tensor logprobs, Tensor, Tensor, Tensor)",
     kernels={("cpu", "native"): _forward, ("cuda", "native"): _forward, ("cuda", "triton"): _forward},
     fake=_fake,
-    gradients={0: 2, 1: 3, 2: 4},
+    gradients={0: 3, 1: 4, 2: 5},
     statistics=PPO_STATS,
     waits=True,  # compact, in _linear.py
 )
@@ -118,7 +120,7 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -136,11 +138,14 @@ def linear_ppo_loss(
     importance_weights: Tensor | None = None,
     loss_agg_mode: str = "token-mean",
     normalizer: Tensor | float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B, T, D) hidden, (V, D) weight, the rest (B, T) -> scalar loss to minimise, and statistics (PPO_STATS).
+    with_logprobs: bool = False,
+):
+    """(B, T, D) hidden, (V, D) weight, the rest (B, T) -> scalar loss to minimise, and statistics (PPO_STATS);
+    with_logprobs adds the (B, T) log-probs, without a gradient and 0 outside the mask.
 
     Equals ppo_loss(linear_token_logprobs(hidden, weight, labels, ...), ...); the docstrings of these two describe the
-    options. The entropy is always computed. Rows outside the mask are dropped first and may hold anything. hidden,
+    options. old_logprobs None stands for these log-probs: then none have to be computed before the first step from a
+    rollout. The entropy is always computed. Rows outside the mask are dropped first and may hold anything. hidden,
     weight and bias receive gradients, and the op is differentiable once; all other inputs receive none. In addition to
     the results it needs memory for one chunk of logits. On a GPU, if hidden and weight are bfloat16 the logits are too,
     as with any lm_head; dropping the rows outside the mask synchronises with the device once.
@@ -150,8 +155,8 @@ def linear_ppo_loss(
     check(NAME, hidden, weight, labels, bias, mask, softcap)
     hidden, weight, bias, rounds = factors_of(hidden, weight, bias)
     check_tokens(
-        NAME, 2, mask, "old_logprobs advantages ref_logprobs importance_weights",
-        old_logprobs, advantages, ref_logprobs, importance_weights, optional=2,
+        NAME, 2, mask, "advantages old_logprobs ref_logprobs importance_weights",
+        advantages, old_logprobs, ref_logprobs, importance_weights, optional=3,
     )  # fmt: skip
     check_policy(NAME, cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     kl_coef = check_term(NAME, "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
@@ -165,13 +170,15 @@ def linear_ppo_loss(
             cliprange=cliprange, cliprange_high=cliprange_high, dual_clip=dual_clip, log_ratio_clamp=log_ratio_clamp,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy_coef=entropy_coef,
             importance_weights=importance_weights, loss_agg_mode=loss_agg_mode, normalizer=normalizer,
+            with_logprobs=with_logprobs,
         )  # fmt: skip
-    return _op(
+    results = _op(
         as_rows(hidden), weight, bias, labels.long().contiguous(), old_logprobs, advantages,
-        byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, old_logprobs),
+        byte_mask(mask), ref_logprobs, importance_weights, normalizer_tensor(NAME, normalizer, advantages),
         float(temperature), float_or(softcap, None), 1.0 - float(cliprange), 1.0 + float_or(cliprange_high, cliprange),
         float_or(dual_clip, math.inf), float_or(log_ratio_clamp, math.inf),
         kl_coef, code_of(NAME, "kl_estimator", kl_estimator, ESTIMATOR_CODES), entropy_coef,
         code_of(NAME, "loss_agg_mode", loss_agg_mode, AGGREGATION_CODES), rounds,
         *map(wants_gradient, (hidden, weight, bias)),
     )  # fmt: skip
+    return results if with_logprobs else results[:2]

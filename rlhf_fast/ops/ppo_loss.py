@@ -58,7 +58,7 @@ _op = Op(
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -81,6 +81,7 @@ def ppo_loss(
     float64 logprobs). mask is bool or 0/1; values outside it may be NaN. logprobs and entropy receive gradients, the
     other inputs do not.
 
+    old_logprobs: None stands for logprobs.detach(), the old ones of the first step from a rollout: every ratio is 1.
     cliprange, cliprange_high: the ratio is clipped to [1 - cliprange, 1 + cliprange_high] (default: symmetric).
     dual_clip: c > 1 bounds the loss by -c A where A < 0 (Ye et al. 2020). Off by default; verl uses 3.
     log_ratio_clamp: clamps logprobs - old_logprobs to +-log_ratio_clamp before exp. A token that it changes has no
@@ -96,9 +97,10 @@ def ppo_loss(
     Raises ValueError or TypeError if a shape, dtype, device or option does not fit.
     """
     check(
-        "ppo_loss", 2, mask, "logprobs old_logprobs advantages ref_logprobs entropy importance_weights",
-        logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights, optional=3,
+        "ppo_loss", 2, mask, "logprobs advantages old_logprobs ref_logprobs entropy importance_weights",
+        logprobs, advantages, old_logprobs, ref_logprobs, entropy, importance_weights, optional=4,
     )  # fmt: skip
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     check_policy("ppo_loss", cliprange, cliprange_high, dual_clip, log_ratio_clamp)
     kl_coef = check_term("ppo_loss", "kl_coef", kl_coef, "ref_logprobs", ref_logprobs)
     entropy_coef = check_term("ppo_loss", "entropy_coef", entropy_coef, "entropy", entropy)

@@ -243,7 +243,7 @@ def masked_whiten(values: Tensor, mask: Tensor | None = None, *, shift_mean: boo
 
 
 def ppo_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cliprange: float = 0.2,
+    logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor, *, cliprange: float = 0.2,
     cliprange_high: float | None = None, dual_clip: float | None = None, log_ratio_clamp: float | None = None,
     ref_logprobs: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3", entropy: Tensor | None = None,
     entropy_coef: float = 0.0, importance_weights: Tensor | None = None, loss_agg_mode: str = "token-mean",
@@ -260,7 +260,7 @@ def ppo_loss(
     mask = mask.bool()
     logp = _masked(as_accumulator(logprobs), mask)
     a = _data(advantages, mask)
-    log_ratio = logp - _data(old_logprobs, mask)
+    log_ratio = logp - _data(logprobs if old_logprobs is None else old_logprobs, mask)
     d = log_ratio if log_ratio_clamp is None else _limited(log_ratio, log_ratio_clamp)
     ratio = d.detach().exp()
     low, high = 1 - cliprange, 1 + (cliprange if cliprange_high is None else cliprange_high)
@@ -310,15 +310,16 @@ def ppo_loss(
 
 
 def linear_ppo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
+    hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor | None, advantages: Tensor, mask: Tensor, *,
     bias: Tensor | None = None, temperature: float = 1.0, softcap: float | None = None, entropy_coef: float = 0.0,
-    **options,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """ppo_loss of linear_token_logprobs: hidden (B, T, D), weight (V, D), the rest (B, T)."""
+    with_logprobs: bool = False, **options,
+):  # fmt: skip
+    """ppo_loss of linear_token_logprobs: hidden (B, T, D), weight (V, D), the rest (B, T). with_logprobs adds these."""
     logprobs, entropy = linear_token_logprobs(
         hidden, weight, labels, bias=bias, temperature=temperature, softcap=softcap, mask=mask, with_entropy=True
     )
-    return ppo_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, entropy_coef=entropy_coef, **options)
+    results = ppo_loss(logprobs, old_logprobs, advantages, mask, entropy=entropy, entropy_coef=entropy_coef, **options)
+    return (*results, logprobs.detach()) if with_logprobs else results
 
 
 def value_loss(

@@ -1,7 +1,7 @@
 """PPO on a language model, kept near a reference by a per-token KL (Ziegler et al. 2019; Ouyang et al. 2022).
 
     rollout      sample num_generations responses to each prompt
-    score        reward(prompt, response); logprobs, ref_logprobs and values of every response token
+    score        reward(prompt, response); logprobs, ref_logprobs and values of every response token, if needed
     rewards      -kl_coef KL_t, plus the score on the last token
     advantages   GAE, or the whole reward minus a baseline that needs no critic (REINFORCE, RLOO, GRPO's group mean)
     update       num_ppo_epochs of shuffled minibatches: clipped surrogate + vf_coef * clipped value loss
@@ -81,7 +81,7 @@ class PPOTrainer:
     reward: a reward model, its path, a function(prompts, responses, **columns), sync or async, or a list of (any of
     these, weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
     ref_model: by default a frozen copy of the given policy. With new LoRA adapters (config.lora_r) the reference is the
-    policy itself with its adapters switched off.
+    policy itself with its adapters switched off. With kl_coef 0 there is none by default, and no KL in the log.
     value_model: a ValueModel, or a reward model to start one from; by default the policy's trunk with a head of zeros.
     An advantage_estimator other than "gae" has no value model.
     eval_rewards: {name: reward that the policy never trains on}, logged for eval_dataset as eval_<name>. They measure
@@ -127,7 +127,8 @@ class PPOTrainer:
         self.policy = common.with_adapters(load_policy(model), config, model)
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
-        self.reference = choose_reference(self.policy, ref_model)
+        self.reference = choose_reference(self.policy, ref_model, config)
+        self.has_reference = ref_model is not None or bool(config.kl_coef)
         self.value_model = choose_critic(self.policy, value_model, config)
         check_rewards(self, longest_prompt)
         prepare_networks(self, self._networks(), longest, advice)
@@ -166,13 +167,14 @@ class PPOTrainer:
             rollout.scores = self._shape(rollout)
             group = config.num_generations
             plan = [self._minibatches(rollout, generator, group) for _ in range(config.num_ppo_epochs)]
-            self._score_tokens(rollout, plan[0])
+            self._score_tokens(rollout, plan[0], config.needs_old_logprobs)
             self._advantages(rollout)
             clock.append(time.perf_counter())
 
-            metrics = rollout_metrics(rollout, self.kl_controller.kl_coef, shaped=config.shapes_scores)
-            metrics |= self._update(rollout, plan)
-            if not self._warming_up:  # before that the policy does not move, and its KL says nothing about kl_coef
+            coef, updated = self.kl_controller.kl_coef, self._update(rollout, plan)
+            metrics = rollout_metrics(rollout, coef, config.kl_estimator, shaped=config.shapes_scores) | updated
+            # During the warm-up the policy does not move, and its KL says nothing about kl_coef.
+            if config.kl_target is not None and not self._warming_up:
                 self.kl_controller.update(float(metrics["objective/kl"]), len(rollout.prompts))
         else:
             self.guard.check(False, "the reward", rollout.texts_and_tokens)
@@ -282,19 +284,25 @@ class PPOTrainer:
         return parallel.share(minibatch, [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in minibatch])
 
     @torch.no_grad()
-    def _score_tokens(self, rollout: Rollout, plan: list[list[Tensor]]) -> None:
-        """Sets logprobs, values and ref_logprobs, one micro-batch of the plan at a time."""
-        filled = ["logprobs", "ref_logprobs", *(["values"] if self.value_model else [])]
+    def _score_tokens(self, rollout: Rollout, plan: list[list[Tensor]], with_policy: bool = True) -> None:
+        """Sets ref_logprobs, and with_policy also logprobs and values, one micro-batch of the plan at a time. Without,
+        logprobs is 0 and the update adds them."""
+        needed = {"logprobs": True, "values": self.value_model is not None, "ref_logprobs": self.has_reference}
+        filled = [name for name, is_needed in needed.items() if is_needed]
         for name in filled:
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
+        if not (with_policy or self.has_reference):
+            return
         with self.gathered(), parallel.raise_in_all(), self._packing():
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = self._layout(rollout, rows)
-                hidden, values = self._forward(rollout, rows, inputs)
-                rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
-                if values is not None:
-                    rollout.values[rows] = values
-                rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
+                if with_policy:
+                    hidden, values = self._forward(rollout, rows, inputs)
+                    rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
+                    if values is not None:
+                        rollout.values[rows] = values
+                if self.has_reference:
+                    rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
         for name in filled:
             parallel.all_reduce_sum(getattr(rollout, name))  # each row is 0 in all processes but one
 
@@ -340,12 +348,10 @@ class PPOTrainer:
             )
 
     def _advantages(self, rollout: Rollout) -> None:
-        """Sets kl, rewards and advantages, and returns, value_error and importance_weights if the config needs them."""
+        """Sets rewards and advantages, and returns, value_error and importance_weights if the config needs them."""
         config, mask = self.config, rollout.response_mask
-        rollout.rewards, rollout.kl = kl_shaped_rewards(
-            rollout.scores, rollout.logprobs, rollout.ref_logprobs, mask,
-            kl_coef=0.0 if config.kl_in_loss else self.kl_controller.kl_coef, kl_estimator=config.kl_estimator,
-        )  # fmt: skip
+        kl = rollout.kl(config.kl_estimator) if config.kl_in_rewards else None
+        rollout.rewards = kl_shaped_rewards(rollout.scores, mask, kl, kl_coef=self.kl_controller.kl_coef)
         if config.whiten_rewards:
             rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
         if config.advantage_estimator == "gae":
@@ -386,6 +392,8 @@ class PPOTrainer:
             finite = all(bool(norm.isfinite()) for norm in norms)
             self.guard.check(finite, "the gradient", partial(rollout.texts_and_tokens, torch.cat(minibatch)))
             steps.append({**stats, **dict(zip(("policy/grad_norm", "critic/grad_norm"), norms, strict=False))})
+        if not config.needs_old_logprobs:
+            parallel.all_reduce_sum(rollout.logprobs)  # as in _score_tokens
         largest = [step.pop("max_abs_log_ratio") for step in steps]
         return {
             **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
@@ -426,6 +434,8 @@ class PPOTrainer:
             loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
             share = p["num_tokens"] / num_tokens
             stats = _policy_statistics(p, share, per_token)
+            if not self.has_reference:
+                del stats["loss/kl_avg"]
             if values is not None:
                 critic_loss, v = value_loss(
                     values, rollout.values[rows], rollout.returns[rows], mask,
@@ -444,17 +454,21 @@ class PPOTrainer:
 
     def _policy_loss(self, rollout: Rollout, rows: Tensor, hidden: Tensor, mask: Tensor, normalizer):
         config, weights = self.config, rollout.importance_weights
+        old = rollout.logprobs[rows] if config.needs_old_logprobs else None
         hidden, weight, bias, softcap = lm_head(self.policy, hidden)
         with common.autocast(self.policy, config.bf16):
-            return linear_ppo_loss(
-                rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], rollout.logprobs[rows],
-                rollout.advantages[rows], mask, bias=bias, softcap=softcap, temperature=config.temperature,
-                cliprange=config.cliprange, cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
-                ref_logprobs=rollout.ref_logprobs[rows],
+            loss, statistics, logprobs = linear_ppo_loss(
+                rollout.scatter(rows, hidden), weight, rollout.response_ids[rows], old, rollout.advantages[rows], mask,
+                bias=bias, softcap=softcap, temperature=config.temperature, cliprange=config.cliprange,
+                cliprange_high=config.cliprange_high, dual_clip=config.dual_clip,
+                ref_logprobs=rollout.ref_logprobs[rows] if self.has_reference else None,
                 kl_coef=self.kl_controller.kl_coef if config.kl_in_loss else 0.0, kl_estimator=config.kl_estimator,
                 entropy_coef=config.entropy_coef, importance_weights=None if weights is None else weights[rows],
-                loss_agg_mode=config.loss_agg_mode, normalizer=normalizer,
+                loss_agg_mode=config.loss_agg_mode, normalizer=normalizer, with_logprobs=True,
             )  # fmt: skip
+        if old is None:
+            rollout.logprobs[rows] += logprobs
+        return loss, statistics
 
     # --- the run: see run.py ---
 
@@ -471,10 +485,11 @@ class PPOTrainer:
         if not self.eval_prompts:
             return {}
         rollout, scores = self._held_out_rollout()
-        self._score_tokens(rollout, self._minibatches(rollout))
         errors = {f"{name}_stderr": _std(x) / (len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
-        metrics["kl"] = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()
+        if self.has_reference:
+            self._score_tokens(rollout, self._minibatches(rollout))
+            metrics["kl"] = rollout.kl("k1").sum(1).mean()
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     def samples(self) -> list[dict]:

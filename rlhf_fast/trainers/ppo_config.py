@@ -33,7 +33,7 @@ class PPOConfig:
     missing_eos_penalty: float | None = None  # subtracted from the score of a response that was cut off
     length_penalty: float = 0.0  # subtracted from the score for each token beyond length_budget
     length_budget: int = 0  # tokens
-    kl_coef: float = 0.05  # weight of the KL to the reference, token by token
+    kl_coef: float = 0.05  # weight of the KL to the reference, token by token; 0: no reference, unless one is given
     kl_estimator: str = "k1"  # of the KL to the reference: k1, k2 or k3 (docs/ppo.md)
     kl_in_loss: bool = False  # the KL term is in the loss instead of in the rewards; then kl_estimator k2 or k3
     kl_target: float | None = None  # nats per response, as in objective/kl; null: kl_coef is fixed
@@ -167,6 +167,19 @@ class PPOConfig:
         if off := [name for name in self.stop_on if self.monitors.get(name, 0) is None]:
             return f"stop_on names {', '.join(off)}, which monitors switches off"
         return None
+
+    @property
+    def kl_in_rewards(self) -> bool:
+        return bool(self.kl_coef) and not self.kl_in_loss
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the log-probabilities of a rollout are needed before the update: for its rewards, weights or values,
+        or for a second step from it. Those of the first step are the old ones, because nothing has moved the policy.
+        """
+        steps = self.num_ppo_epochs * (self.batch_size // self.minibatch_size)
+        weighted = self.importance_cap is not None
+        return steps > 1 or self.kl_in_rewards or weighted or self.advantage_estimator == "gae"
 
     @property
     def shapes_scores(self) -> bool:

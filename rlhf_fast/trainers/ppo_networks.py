@@ -28,13 +28,19 @@ from . import common
 from .ppo_config import PPOConfig
 
 
-def choose_reference(policy: nn.Module, ref_model) -> nn.Module | None:
+def choose_reference(policy: nn.Module, ref_model, config: PPOConfig) -> nn.Module | None:
     """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if the policy with
-    its adapters switched off is the reference."""
+    its adapters switched off is the reference, and if there is none, because a KL of weight 0 needs none."""
     if ref_model is policy:
         raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; leave it out or give a copy")
     if ref_model is None:
-        return None if starts_as_its_base(policy) else make_reference(policy)
+        watched = "kl" in config.stop_on or config.monitors.get("kl") is not None
+        if not config.kl_coef and watched:
+            raise ConfigError(
+                "PPOTrainer: with kl_coef 0 there is no reference, so monitors and stop_on cannot watch kl: give a "
+                "ref_model to measure it, or leave kl out"
+            )
+        return None if not config.kl_coef or starts_as_its_base(policy) else make_reference(policy)
     return load_policy(ref_model).eval().requires_grad_(False)
 
 

@@ -111,14 +111,15 @@ def test_chunks_of_a_head_in_one_kernel(chunk_rows, dtype, on_emulator, monkeypa
     known = _linear.known_gradient
     monkeypatch.setattr(_linear, "known_gradient", lambda *a: turned.append(a[0].shape[0]) or known(*a))
     truth = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
-    for option in ({}, {"entropy_coef": 0.01, "ref_logprobs": x["old_logprobs"], "kl_coef": 0.1, "dual_clip": 3.0}):
+    terms = {"entropy_coef": 0.01, "ref_logprobs": x["old_logprobs"], "kl_coef": 0.1, "dual_clip": 3.0}
+    for changed, option in ({}, {}), ({}, terms), ({"old_logprobs": None}, {}), ({"old_logprobs": None}, terms):
         turned.clear()
         leaves = [x[n].clone().requires_grad_() for n in ("hidden", "weight")]
-        loss, stats = rf.linear_ppo_loss(*leaves, *list(x.values())[2:], **option)
+        loss, stats = rf.linear_ppo_loss(*leaves, *list((x | changed).values())[2:], **option)
         assert len(turned) == chunks and sum(turned) == x["mask"].sum()
         grads = torch.autograd.grad(loss, leaves)
         true = [truth[n].clone().requires_grad_() for n in ("hidden", "weight")]
-        want, want_stats = reference.linear_ppo_loss(*true, *list(truth.values())[2:], **option)
+        want, want_stats = reference.linear_ppo_loss(*true, *list((truth | changed).values())[2:], **option)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(stats["ratio_mean"].double(), want_stats["ratio_mean"], rtol=tolerance, atol=0)

@@ -108,6 +108,8 @@ def ppo_loss_inputs(s: Sampler) -> dict:
         inputs |= {"importance_weights": 2 * s.uniform(*shape)}
     if s.flag():
         inputs |= {"normalizer": s.choice(5, 0.5, torch.tensor(7), torch.tensor(3.0))}
+    if s.choice(True, False, False, False):
+        inputs |= {"old_logprobs": None}
     return inputs
 
 
@@ -156,7 +158,7 @@ def linear_ppo_loss_inputs(s: Sampler) -> dict:
     if shape[1] > 40:
         shape = (shape[0], 40)
         ppo = {k: v[:, :40] if torch.is_tensor(v) and v.ndim == 2 else v for k, v in ppo.items()}
-    return linear_inputs(s, *shape) | ppo | {"temperature": s.choice(1.0, 0.7)}
+    return linear_inputs(s, *shape) | ppo | {"temperature": s.choice(1.0, 0.7), "with_logprobs": s.flag()}
 
 
 def kl_divergence_inputs(s: Sampler) -> dict:

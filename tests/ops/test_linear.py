@@ -163,18 +163,21 @@ def test_without_a_width_the_logits_are_the_bias(loss):
     torch.testing.assert_close(ours, gradients(loss, reference, *given))
 
 
+@pytest.mark.parametrize("with_old", [True, False])
 @pytest.mark.parametrize("mode", reference.AGGREGATIONS)
-def test_linear_ppo_loss_is_ppo_loss_of_the_logprobs(mode):
+def test_linear_ppo_loss_is_ppo_loss_of_the_logprobs(mode, with_old):
     hidden, weight, _, labels, mask = inputs(torch.float64)
-    old = reference.linear_token_logprobs(hidden, weight, labels) + 0.2 * torch.randn(B, T)
+    old = reference.linear_token_logprobs(hidden, weight, labels) + 0.2 * torch.randn(B, T) if with_old else None
     advantages = torch.randn(B, T)
     options = {"cliprange": 0.1, "cliprange_high": 0.3, "dual_clip": 3.0, "loss_agg_mode": mode, "temperature": 0.8}
     results = []
     for module in (sys.modules["rlhf_fast.ops"], reference):
         leaf = weight.clone().requires_grad_()
-        loss, stats = module.linear_ppo_loss(hidden, leaf, labels, old, advantages, mask, **options)
+        loss, stats, logprobs = module.linear_ppo_loss(
+            hidden, leaf, labels, old, advantages, mask, **options, with_logprobs=True
+        )
         loss.backward()
-        results.append({"loss": loss.detach(), "grad": leaf.grad, **stats})
+        results.append({"loss": loss.detach(), "grad": leaf.grad, "logprobs": logprobs, **stats})
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
@@ -192,7 +195,7 @@ def test_shapes_are_checked():
         linear_token_logprobs(hidden[..., 1:], weight, labels)
     with pytest.raises(ValueError, match=r"bias .* must be \(V,\) = \(301,\)"):
         linear_cross_entropy(hidden, weight, labels, bias=bias[1:])
-    with pytest.raises(ValueError, match=r"linear_ppo_loss: mask .* must have the shape of old_logprobs"):
+    with pytest.raises(ValueError, match=r"linear_ppo_loss: mask .* must have the shape of advantages"):
         linear_ppo_loss(hidden, weight, labels, torch.zeros(B, 3), torch.zeros(B, 3), mask)
 
 

@@ -124,6 +124,55 @@ def test_the_first_minibatch_has_ratio_exactly_one(ops):
         assert stats[name].item() == 0.0
 
 
+def test_without_old_logprobs_every_ratio_is_one_and_the_gradient_is_that_of_the_policy(ops):
+    logprobs, advantages, mask = row(-1.0, -2.0, NAN).requires_grad_(), row(3.0, -5.0, 1.0), tokens(1, 1, 0)
+    loss, stats = ops.ppo_loss(logprobs, None, advantages, mask, cliprange=0.0, dual_clip=1.5)
+    assert loss.item() == 1.0 and stats["ratio_min"] == stats["ratio_max"] == 1 and stats["max_abs_log_ratio"] == 0
+    assert torch.equal(*gradient(loss, logprobs), row(-1.5, 2.5, 0.0))
+
+
+def some_rollout():
+    g = torch.Generator().manual_seed(3)
+    old, mask = -torch.rand(6, 9, generator=g), torch.rand(6, 9, generator=g) < 0.7
+    logprobs = (old + 0.3 * torch.randn(6, 9, generator=g)).requires_grad_()
+    return logprobs, old, torch.randn(6, 1, generator=g).expand(6, 9), mask
+
+
+def test_gspo_as_docs_ops_has_it(ops):
+    """Zheng et al. 2025, eq. 5 and 7."""
+    logprobs, old, advantages, mask = some_rollout()
+    mean = lambda x: ops.masked_mean(x, mask, dim=1)[:, None]  # noqa: E731
+    loss, stats = ops.ppo_loss(
+        mean(logprobs), mean(old), advantages[:, :1], mask.any(1, keepdim=True), cliprange=0.03, cliprange_high=0.04
+    )
+    ratio = (((logprobs - old) * mask).sum(1) / mask.sum(1)).exp()
+    want = -torch.min(ratio * advantages[:, 0], ratio.clamp(0.97, 1.04) * advantages[:, 0]).mean()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient(loss, logprobs), gradient(want, logprobs))
+    assert stats["num_tokens"] == 6 and 0 < stats["clipfrac_low"] + stats["clipfrac_high"] < 1
+
+
+def test_cispo_as_docs_ops_has_it(ops):
+    """MiniMax 2025, eq. 4 and 5, without the lower bound, as there."""
+    logprobs, old, advantages, mask = some_rollout()
+    weights = (logprobs - old).detach().exp().clamp(max=1.2)
+    assert (weights == 1.2).any()
+    loss, _ = ops.ppo_loss(logprobs, None, advantages, mask, importance_weights=weights)
+    want = -(weights * advantages * logprobs)[mask].mean()
+    torch.testing.assert_close(gradient(loss, logprobs), gradient(want, logprobs))
+
+
+def test_the_logprobs_of_a_linear_loss(ops):
+    hidden, weight, labels = torch.randn(1, 3, 4).requires_grad_(), torch.randn(5, 4), torch.tensor([[4, 0, -100]])
+    mask = tokens(1, 1, 0)
+    loss, stats, logprobs = ops.linear_ppo_loss(
+        hidden, weight, labels, None, row(1.0, 2.0, NAN), mask, temperature=0.5, with_logprobs=True
+    )
+    assert loss.item() == -1.5 and stats["ratio_mean"] == 1 and not logprobs.requires_grad
+    want = torch.log_softmax(hidden.detach() @ weight.T / 0.5, -1)[0, [0, 1], [4, 0]]
+    torch.testing.assert_close(logprobs, torch.cat([want, torch.zeros(1)])[None])
+
+
 def test_kl_and_entropy_terms(ops):
     logprobs, entropy = row(-1.0, -2.0).requires_grad_(), row(3.0, 5.0).requires_grad_()
     loss, stats = ops.ppo_loss(

@@ -19,6 +19,9 @@ from rlhf_fast.rollout import generate
 from rlhf_fast.trainers import common, optimizers
 
 PROMPTS = [f"say {'the cat ' * (i % 5)}{i}: " for i in range(12)]
+ONE_STEP = {  # from each rollout, in three micro-batches; no log-probabilities before it
+    "advantage_estimator": "group", "kl_coef": 0.0, "num_ppo_epochs": 1, "minibatch_size": 12, "micro_batch_size": 4,
+}  # fmt: skip
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "eval_steps": 2, "save_steps": 2}
 
 
@@ -146,6 +149,7 @@ def sharded(path, fsdp=""):
         "reward": lambda path: reward(path, on),
         "ppo": lambda path: ppo(path, **on),
         "shared": lambda path: ppo(path, share_trunk=True, critic_warmup_steps=1, **on),
+        "one_step": lambda path: ppo(path, **ONE_STEP, **on),
     }.items():
         trainer, kept = make(path / name), []
         with mock.patch.object(optimizers, "optimizer_step", measured):

@@ -44,7 +44,7 @@ def assert_same(one, two):
     assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2
 
 
-@pytest.mark.parametrize("stage", ["sft", "again", "reward", "ppo", "shared"])
+@pytest.mark.parametrize("stage", ["sft", "again", "reward", "ppo", "shared", "one_step"])
 def test_sharded_layers_learn_what_one_process_does(runs, stage):
     one, first, second = (found[stage] for found in runs[:3])
     assert first["digest"] == second["digest"] and first["step"] == one["step"] > 2
