@@ -297,13 +297,13 @@ def test_metrics_of_a_rollout_by_hand():
         prompts=["p", "p"], responses=["same", "same"],
         logprobs=torch.tensor([[-1.0, -2.0, 0, 0], [-3.0, 0, -4.0, -5.0]]),
         rollout_logprobs=torch.tensor([[-1.5, -1.0, nan, nan], [-3.0, nan, -4.0, -5.0]]),
-        kl=torch.tensor([[1.0, 2.0, 0, 0], [4.0, 0, 0.0, 0.0]]),
+        ref_logprobs=torch.tensor([[-2.0, -4.0, 0, 0], [-7.0, 0, -4.0, -5.0]]),
         raw_scores=torch.tensor([2.0, 6.0]), scores=torch.tensor([1.0, 0.0]),
         values=torch.tensor([[1.0, 1.0, nan, nan], [1.0, nan, 1.0, 3.0]]),
         returns=torch.tensor([[1.0, 2.0, nan, nan], [3.0, nan, 4.0, 5.0]]),
         importance_weights=torch.tensor([[1.0, 0.5, 0, 0], [1.0, 0, 1.0, 1.0]]),
     )  # fmt: skip
-    metrics = {name: float(x) for name, x in rollout_metrics(rollout, 0.1, shaped=True).items()}
+    metrics = {name: float(x) for name, x in rollout_metrics(rollout, 0.1, "k1", shaped=True).items()}
     assert metrics == pytest.approx({
         "objective/kl": 7 / 2, "objective/kl_per_token": 7 / 5, "objective/kl_coef": 0.1, "objective/entropy": 15 / 2,
         "objective/non_score_reward": -0.35, "objective/scores": 0.5, "objective/rlhf_reward": 0.15,
