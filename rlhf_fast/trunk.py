@@ -75,8 +75,7 @@ def llama(
     rows, count, dtype = len(input_ids), len(read), torch.float32
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.bfloat16  # of what the products read
-        input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)
-        position_ids = _with_spare_rows(position_ids) if len(position_ids) == rows else position_ids
+        input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)  # rotary repeats the positions for them
     x = trunk.embed_tokens(input_ids)
     cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])
     cos, sin = cos[0].contiguous(), sin[0].contiguous()  # (T, d)

@@ -27,6 +27,7 @@ def alarms_of(log, limits=None):
 def test_a_good_run_is_quiet():
     assert alarms_of(a_log()) == []
     assert alarms_of(a_log(**{"objective/kl": 12.0, "policy/entropy_avg": 1.0, "response_length/mean": 30.0})) == []
+    assert alarms_of(a_log(**{"objective/kl": 20.0, "response_length/mean": 10.0})) == []  # at the bounds
 
 
 @pytest.mark.parametrize(
@@ -53,9 +54,23 @@ def test_each_monitor_raises_its_alarm_once_with_evidence(name, value, bound):
     assert [a.monitor for a in alarms_of(recovered)] == [name, name]  # raised again when it comes back
 
 
+def test_an_alarm_of_a_line_that_was_lost_is_raised_again():
+    monitors, log = Monitors({}), [{"step": i, "objective/kl": 90.0} for i in (1, 2)]
+    assert [len(monitors(row)) for row in log] == [0, 1]
+    monitors.replay(log[:1])
+    assert len(monitors(log[1])) == 1
+
+
 def test_limits_are_those_asked_for():
     (alarm,) = alarms_of(a_log(**{"objective/kl": 3.0}), limits={"kl": 2.0})
     assert alarm.evidence["now"] > 2.0
+
+
+def test_a_start_is_the_mean_of_the_first_five_lines_and_the_sixth_is_compared_with_it():
+    lengths = [10.0, 20.0, 30.0, 20.0, 20.0, 150.0, 150.0]
+    (alarm,) = alarms_of([{"step": i, "response_length/mean": x} for i, x in enumerate(lengths, 1)])
+    assert alarm.step == 6 and alarm.evidence == {"now": 48.0, "bound": 40.0, "start": 20.0}
+    assert [a.step for a in alarms_of(a_log(), limits={"entropy": 1.5})] == [6]  # a limit that every line is below
 
 
 def test_what_needs_no_beginning_is_seen_in_a_short_run():
@@ -95,6 +110,9 @@ def test_reward_up_while_the_held_out_reward_falls():
     assert not alarms_of(evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising[::-1]))  # both fall: no hacking
     assert not alarms_of(evaluations([0.5, 0.6, 0.7, 0.8, 0.9], rising))
     assert not alarms_of(evaluations([0.5, 0.6, 0.9, 0.7, 0.6], [1.0, 1.5, None, None, 3.0]))  # NaN, as the log has it
+    assert not alarms_of(evaluations([None, 0.6, None], rising[:3]))
+    fallen = evaluations([0.5, 0.6, 0.73, 0.70, 0.60], rising)
+    assert not alarms_of([*fallen[:4], fallen[4] | {"eval_pass_rate_stderr": None}])
 
 
 def test_a_held_out_reward_that_collapses_on_every_prompt_is_an_alarm():

@@ -130,7 +130,7 @@ def use_flash(monkeypatch):
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_sequences_alone(architecture, attention):
     model = build(architecture, attn_implementation=attention)
-    rows = sequences(9, 1, 17, 4)
+    rows = sequences(9, 1, 17, 6)  # 6 is one more than sliding's window
     expected = alone(model, rows)
     assert expected.std() > 0.1
     torch.testing.assert_close(together(model, Packed.of(rows)), expected, rtol=1e-5, atol=1e-5)
@@ -162,6 +162,32 @@ def test_what_two_sequences_share_is_computed_once(architecture, shared):
     expected = alone(model, rows).split([20, shared, 7, shared, 5, 9])
     own = torch.cat([expected[i] for i in (0, 2, 4, 5)])
     torch.testing.assert_close(together(model, packed), own, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot():
+    packed, q = Packed.of(sequences(9, 6)), torch.randn(1, 4, 15, 8, generator=torch.Generator().manual_seed(0))
+    distance = torch.arange(15)[:, None] - torch.arange(15)
+    same = (torch.arange(15) < 9)[:, None] == (torch.arange(15) < 9)
+    for window in (None, 5, 3):  # one after another, as layers of several kinds
+        for x in (q, q.double()):
+            seen = same & (distance >= 0) & (distance < (window or 15))
+            expected = (0.7 * x @ x.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ x
+            found, _ = packed_attention(None, x, x, x, None, packed=packed, scaling=0.7, sliding_window=window)
+            torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    assert not packed_attention(None, q, q, q, None, packed=packed, dropout=1.0)[0].any()
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(NotImplementedError, match=name):
+            packed_attention(None, q, q, q, None, packed=packed, **{name: 1.0})
+
+
+def test_a_mask_belongs_to_what_was_read_and_not_to_its_address():
+    (row,) = sequences(20)
+    packed, x = Packed.of([row]), torch.randn(1, 2, 20, 4, generator=torch.Generator().manual_seed(0))
+    for first in range(15):  # each tensor of positions is freed before the next
+        read = torch.arange(first, 20, 3)
+        q, fresh = x[:, :, read], Packed.of([row])
+        found, expected = (packed_attention(None, q, x, x, None, packed=p, read=read)[0] for p in (packed, fresh))
+        assert torch.equal(found, expected)
 
 
 def test_layers_share_a_mask(monkeypatch):
@@ -312,6 +338,11 @@ def test_models_that_cannot_be_packed_say_why():
     mpt = MptForCausalLM(MptConfig(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=64))
     assert re.match("MptForCausalLM (does not run on .*'NoneType'|lets one sequence)", why_not_packed(mpt, 64))
     assert bloom.training and bloom.config._attn_implementation == "eager"
+
+
+def test_dropout_does_not_speak_against_packing():
+    model = build(gpt2, attn_pdrop=0.5).train()
+    assert why_not_packed(model, 64) is None and model.training
 
 
 def test_an_error_without_a_message_is_told_by_its_type(monkeypatch):

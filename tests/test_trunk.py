@@ -66,6 +66,19 @@ def test_in_bfloat16_it_is_no_less_exact_than_transformers(name):
     assert 1e-4 < ours[0] < 1.2 * theirs[0] and ours.mean() < 1.2 * theirs.mean()
 
 
+def test_attention_is_in_float32_also_under_autocast(monkeypatch):
+    seen, attend = [], F.scaled_dot_product_attention
+
+    def watched(q, *others, **options):
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return attend(q, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_states_at(tiny_model(tiny_tokenizer()), torch.arange(18).view(2, 9), POSITIONS[:3])
+    assert seen == [(torch.float32, False)] * 2
+
+
 def test_products_in_bfloat16_meet_few_numbers_of_rows():
     """For each of them oneDNN would compile code and keep it."""
     sizes = {rows + _layer.spare_rows(rows) for rows in range(1024, 2049)}
@@ -120,6 +133,11 @@ def test_what_it_does_not_do_goes_through_transformers(change):
     change(model)
     assert not runs_here(model)
     assert hidden_states_at(model, torch.arange(18).view(2, 9), torch.tensor([3, 4])).shape == (2, 32)
+
+
+def test_dropout_of_attention_is_in_the_way_only_in_training():
+    model = tiny_model(tiny_tokenizer(), attention_dropout=0.1)
+    assert runs_here(model.eval()) and not runs_here(model.train())
 
 
 def rms_norm(x, w):

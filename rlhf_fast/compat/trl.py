@@ -211,7 +211,7 @@ def nanstd(tensor: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bo
     mean = tensor.nansum(axes, keepdim=True) / count
     # An infinite value minus an infinite mean is NaN and does not count either.
     variance = torch.where(real, tensor - mean, torch.nan).square().nanmean(axes, keepdim=True)
-    std = (variance * count / torch.where(count > 1, count - 1, torch.nan)).sqrt()
+    std = (variance * count / (count - 1)).sqrt()  # 0 / 0 for a single value
     return std if keepdim else std.squeeze(axes)
 
 

@@ -316,11 +316,10 @@ def _pairs(items: list[Comparison], rewards: np.ndarray) -> Pairs:
     rows = []
     for item, row in zip(items, rewards, strict=True):
         prefix = common_prefix(item.responses)
-        target = item.chosen_prob if len(item.responses) == 2 else 1.0
         for i, j in combinations(range(len(item.responses)), 2):
             if item.ranks[i] < item.ranks[j]:
                 lengths = [len(item.responses[k]) - prefix for k in (i, j)]
-                rows.append((row[[i, j]], lengths, target, item.weight, item.source, item.prompt))
+                rows.append((row[[i, j]], lengths, item.chosen_prob, item.weight, item.source, item.prompt))
     rewards, lengths, targets, weights, sources, prompts = zip(*rows, strict=True)
     arrays = map(np.array, (rewards, lengths, targets, weights))
     return Pairs(*arrays, list(sources), np.array(prompts))

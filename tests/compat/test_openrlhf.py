@@ -122,6 +122,9 @@ def test_gspo_has_one_ratio_a_sequence():
     assert loss.item() == pytest.approx(-(1.2 + math.exp(-0.3)) / 2)  # exp(0.2) = 1.22 is clipped
     assert clip_ratio.item() == pytest.approx(2 / 5)
     assert ppo_kl.item() == pytest.approx(0.5 / 5)
+    corrected = o.PolicyLoss(policy_loss_type="gspo", enable_vllm_is_correction=True)  # the ratio to the rollout's
+    loss, *_ = corrected(new, torch.full((2, 3), 9.0), torch.ones(2, 3), mask, torch.full((2, 3), -0.1))
+    assert loss.item() == pytest.approx(-(1.2 + math.exp(-0.2)) / 2)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "gspo"])
@@ -231,6 +234,7 @@ def test_mask_statistics_by_hand():
     assert o.masked_mean(x, mask).item() == 2 and o.masked_mean(x, mask, dim=1).tolist() == [2, 0]
     assert o.masked_mean(torch.tensor([1.0, 2.0]), None).item() == 1.5
     assert o.masked_normalize(x, mask).tolist() == [[-1, 1, 0], [0, 0, 0]]
+    assert o.masked_normalize(x, mask, eps=4.0).tolist() == [[-0.5, 0.5, 0], [0, 0, 0]]  # the least variance
 
 
 def test_entropy_of_impossible_tokens_is_finite():

@@ -91,6 +91,15 @@ def test_k_labels_with_mask_temperature_and_gradient_are_log_softmax():
         torch.testing.assert_close(a, b)
 
 
+def test_a_row_without_any_label_that_counts_is_not_read():
+    logits = torch.tensor([[1.0, 2.0], [NAN, NAN]], requires_grad=True)
+    mask = torch.tensor([[1, 0], [0, 0]])
+    got = trl.selective_log_softmax(logits, torch.tensor([[0, 1], [0, 1]]), row_mask=mask)
+    assert got[1].tolist() == [0, 0]
+    got.sum().backward()
+    assert logits.grad[1].tolist() == [0, 0] and logits.grad[0].all()
+
+
 def test_k_labels_survive_impossible_ones():
     logits = torch.tensor([[-INF, 0.0, 0.0]])
     got = trl.selective_log_softmax(logits, torch.tensor([[0, 1, 2]]))
@@ -179,8 +188,10 @@ def test_the_old_chunked_function_keeps_the_entropys_gradient():
 
 def test_dft_loss_weights_the_next_token_by_its_probability():
     logits = torch.tensor([[[0.0, math.log(3.0)], [NAN, NAN]]])  # predicts label[1]; the last row predicts nothing
-    loss = trl.dft_loss(SimpleNamespace(logits=logits), torch.tensor([[-100, 1]]))
+    loss = trl.dft_loss(SimpleNamespace(logits=logits.requires_grad_()), torch.tensor([[-100, 1]]))
     assert loss.item() == pytest.approx(-0.75 * math.log(0.75))
+    loss.backward()  # the probability in front is a constant
+    torch.testing.assert_close(logits.grad, torch.tensor([[[0.75 * 0.25, -0.75 * 0.25], [0.0, 0.0]]]))
     assert trl.dft_loss(SimpleNamespace(logits=logits), torch.tensor([[0, -100]])).item() == 0
 
 

@@ -157,6 +157,8 @@ def test_outcome_advantages_by_hand(name, options, expected):
     advantages, returns = getattr(v, f"compute_{name}_outcome_advantage")(REWARDS, TOKENS, PROMPTS, **options)
     torch.testing.assert_close(advantages, torch.tensor(expected)[:, None] * TOKENS)
     torch.testing.assert_close(returns, advantages)
+    if name == "gpg":
+        assert not v.compute_gpg_outcome_advantage(0 * REWARDS, TOKENS, PROMPTS)[0].any()  # alpha is not infinite
 
 
 @pytest.mark.parametrize("name", ["grpo", "grpo_passk", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"])
@@ -287,6 +289,57 @@ def test_one_token_under_each_policy_loss_by_hand():
         assert loss.item() == pytest.approx(value), name
 
 
+def policy_loss(name, ratios, advantages, mask=None, mode="token-mean", **options):
+    """-> the loss and its gradient by the new log-probabilities, log(ratios); the old ones are 0."""
+    new = torch.tensor([ratios]).log().requires_grad_()
+    mask = torch.ones(1, len(ratios)) if mask is None else torch.tensor([mask])
+    loss, _ = getattr(v, f"compute_policy_loss_{name}")(
+        torch.zeros_like(new), new, torch.tensor([advantages]), mask, mode, Config(**options)
+    )
+    return loss.item(), torch.autograd.grad(loss, new)[0][0].tolist()
+
+
+def test_policy_losses_take_their_options_from_the_config():
+    assert policy_loss("vanilla", [5.0], [-1.0], clip_ratio_c=2.0)[0] == pytest.approx(2.0)
+    assert policy_loss("vanilla", [0.5], [-1.0], clip_ratio_low=0.4)[0] == pytest.approx(0.6)
+    assert policy_loss("vanilla", [1.5], [1.0], clip_ratio_high=0.4)[0] == pytest.approx(-1.4)
+    two = torch.log(torch.tensor([[1.1, 1.2], [0.9, 1.0]])), torch.ones(2, 2), torch.tensor([[1, 1], [1, 0]])
+    of_sequences, of_tokens = (
+        v.compute_policy_loss_sapo(torch.zeros(2, 2), *two, mode, Config())[0]
+        for mode in ("seq-mean-token-mean", "token-mean")
+    )
+    assert of_sequences == of_tokens  # whatever the mode, as in verl
+
+
+def test_policy_losses_at_their_limits_and_their_gradients_by_hand():
+    mean = math.exp((0.1 - 0.04) / 2)  # of two ratios, the same for both tokens, each with its own gradient
+    loss, grad = policy_loss("gspo", [math.exp(0.1), math.exp(-0.04)], [1.0, 1.0])
+    assert loss == pytest.approx(-mean) and grad == pytest.approx([-mean / 2] * 2)
+    assert policy_loss("gspo", [math.exp(12.0)], [-1.0])[0] == pytest.approx(math.exp(10.0))
+    assert policy_loss("cispo", [1.1], [2.0])[1] == pytest.approx([-2 * 1.1])  # the ratio is a constant
+    assert policy_loss("cispo", [1.5], [2.0])[1] == pytest.approx([-2 * 1.2])
+    assert policy_loss("geo_mean", [1.5], [-2.0])[0] == pytest.approx(2 * 1.5)  # a clip that would help is not taken
+
+
+def test_covariances_choose_among_tokens_that_count():
+    between = {"clip_cov_lb": 0.1, "clip_cov_ub": 1.0, "clip_cov_ratio": 1.0}  # both have 0.2, but one is clipped
+    loss, _ = policy_loss("clip_cov", [1.5, 1.0], [2.0, 1e-3], policy_loss=SimpleNamespace(**between))
+    assert loss == pytest.approx(-2 * 1.2 / 2)
+    loss, _ = policy_loss("kl_cov", [1.5, 1.4, 1.4, 9.0], [2.0, 1.9, 1.9, 9.0], [1, 1, 1, 0])
+    assert loss == pytest.approx((-2 * 1.5 - 2 * 1.9 * 1.4 + math.log(1.5)) / 3)
+    nothing = torch.zeros(0, 3)
+    assert v.compute_policy_loss_kl_cov(nothing, nothing, nothing, nothing, config=Config())[0] == 0
+
+
+@pytest.mark.parametrize("name", ["compute_policy_loss_reinforce", *POLICY_LOSSES])
+def test_weights_of_the_rollout_are_constants(name):
+    new, weights = torch.tensor([[0.1, 0.0]], requires_grad=True), torch.tensor([[0.5, 2.0]], requires_grad=True)
+    ones = torch.ones(1, 2)
+    loss, _ = getattr(v, name)(0 * ones, new, ones, ones, config=Config(), rollout_is_weights=weights)
+    loss.backward()
+    assert new.grad.any() and (weights.grad is None or not weights.grad.any())
+
+
 def test_the_default_dtype_rounds_no_option_of_sapo():
     old, tau = torch.zeros(1, 1, dtype=torch.float64), 1.05
     new, advantages, config = old + math.log(1.5), old - 1, Config(tau_neg=tau)
@@ -391,6 +444,7 @@ def test_straight_through_estimators_have_the_gradient_of_k2():
         kl = v.kl_penalty(x, ref, name)
         assert torch.equal(kl.detach(), v.kl_penalty(x.detach(), ref, name[:-1]))
         assert torch.autograd.grad(kl.sum(), x)[0].tolist() == [0.5, -0.25, 2.0]
+    assert v.kl_penalty(torch.tensor([-1e30]), torch.zeros(1), "k3+").tolist() == [10.0]  # its k2 is infinite
 
 
 def test_k3_is_clamped_and_full_is_exact():
@@ -453,8 +507,10 @@ def test_entropy_and_sum_of_squares_of_impossible_tokens():
     torch.testing.assert_close(v.entropy_from_logits(logits), expected)
     torch.testing.assert_close(v.entropy_from_logits_with_chunking(logits, 1), expected)
     torch.testing.assert_close(v.calculate_sum_pi_squared_from_logits(logits), torch.tensor([0.5, 1.0]))
-    loss = v.compute_entropy_loss(torch.stack([logits, logits * NAN]), torch.tensor([[1, 1], [0, 0]]))
+    both = torch.stack([logits, logits * NAN]).requires_grad_()
+    loss = v.compute_entropy_loss(both, torch.tensor([[1, 1], [0, 0]]))
     assert loss.item() == pytest.approx(math.log(2) / 2)
+    assert not torch.autograd.grad(loss, both)[0][1].any()  # what lies outside the mask is not read
 
 
 def test_mask_statistics_by_hand():

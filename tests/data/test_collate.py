@@ -10,6 +10,7 @@ def test_padding_on_the_right_by_hand():
     ids, mask = pad([np.array([5, 6], np.int32), np.array([7], np.int32)], 9)
     assert ids.tolist() == [[5, 6], [7, 9]] and ids.dtype == torch.int64
     assert mask.tolist() == [[True, True], [True, False]]
+    assert [x.tolist() for x in pad([[]], 9)] == [[[9]], [[False]]]  # one column at least
 
 
 def test_positions_point_at_the_token_before_each_label():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
+from test_chat import with_bos
 
 from rlhf_fast.data.files import as_records, read_dataset
 from rlhf_fast.data.formats import as_pairs, comparisons, prompts, responses_to_score, sft_examples
@@ -210,6 +211,7 @@ AGAIN, STILL = {"role": "user", "content": "again?"}, {"role": "assistant", "con
         (CHAT[:1], [{**turn, "name": None} for turn in CHAT], ["hello<eos>"]),  # as a table has them
         (CHAT[:1], [SYSTEM, *CHAT], ["hello<eos>"]),
         ([*CHAT, AGAIN], [*CHAT, AGAIN, STILL], ["hey<eos>"]),
+        ([STILL, AGAIN], [STILL, AGAIN, CHAT[1]], ["hello<eos>"]),  # both begin with the assistant's turn
     ],
 )
 def test_a_prompt_that_the_responses_repeat_is_read_once(prompt, whole, learned):
@@ -242,6 +244,12 @@ def test_a_prompt_that_the_responses_repeat_is_read_once(prompt, whole, learned)
 def test_a_response_of_several_turns_may_go_on_from_the_prompt(prompt, response, text):
     (ids,), _ = responses_to_score([{"prompt": prompt, "response": response}], TOKENIZER, max_length=64)
     assert TOKENIZER.decode(ids) == text
+
+
+def test_records_that_share_no_more_than_a_system_prompt_ask_different_things():
+    pair = {"chosen": [SYSTEM, *CHAT], "rejected": [SYSTEM, AGAIN, STILL]}
+    items, _ = comparisons([pair, pair], TOKENIZER, max_length=64)
+    assert [item.prompt for item in items] == [0, 1]
 
 
 def test_a_conversation_that_ends_with_the_users_turn_is_no_response():
@@ -376,13 +384,47 @@ def test_a_cut_pair_still_answers_the_same(tmp_path):
     )
 
 
+def test_what_is_as_long_as_allowed_is_whole_and_a_cut_keeps_the_bos():
+    tokenizer, pair = with_bos(tiny_tokenizer()), {"prompt": "0 1 2 3 4 ", "chosen": "the cat", "rejected": "no"}
+    record = {"prompt": pair["prompt"], "completion": pair["chosen"]}
+    for read, row, ids_of in (
+        (sft_examples, record, lambda example: [example.input_ids.tolist()]),
+        (responses_to_score, record, lambda response: [response.tolist()]),
+        (comparisons, pair, lambda item: [r.tolist() for r in item.responses]),
+    ):
+        (whole,), report = read([row], tokenizer, max_length=len(read([row], tokenizer, max_length=99)[0][0]))
+        assert (report.used, report.truncated) == (1, [])
+        (again,), report = read([row], tokenizer, max_length=report.max_length, on_overlong="keep_end")
+        assert ids_of(again) == ids_of(whole) and report.truncated == []
+        (cut,), report = read([row], tokenizer, max_length=len(whole) - 3, on_overlong="keep_end")
+        assert ids_of(cut) == [ids[:1] + ids[4:] for ids in ids_of(whole)]
+        assert report.truncated == [(0, len(whole))] and report.tokens_cut == 3
+
+
+def test_a_record_of_several_sequences_is_as_long_as_the_longest():
+    """This template writes a mark into the last turn only, so each turn is learned from a text of its own."""
+    mark = "{% if m['role'] == 'assistant' and loop.last %}!{% endif %}"
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("{{ m['content'] }}", mark + "{{ m['content'] }}"))
+    record = {"messages": CHAT * 2}
+    first, second = sft_examples([record], tokenizer, max_length=99)[0]
+    assert len(first) < len(second)
+    with pytest.raises(ConfigError, match=rf"record 0 \({len(second)} tokens\)"):
+        sft_examples([record], tokenizer, max_length=len(first))
+
+
+def test_a_cut_that_leaves_nothing_to_learn_leaves_the_record_out():
+    records = [{"prompt": "0 1 2 3 4 5 6 7 8 9 ", "completion": "the cat"}, {"prompt": "0 ", "completion": "no"}]
+    examples, report = sft_examples(records, TOKENIZER, max_length=8, on_overlong="keep_start")
+    assert len(examples) == report.used == 1 and [i for i, _ in report.overlong] == [0] and not report.truncated
+
+
 def test_as_records_reads_an_iterator_once():
     assert as_records(iter([PAIR]), "data") == [PAIR]
 
 
 def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a\u2028b\x85", "completion": "c"}\n\n', encoding="utf-8")
+    path.write_bytes('{"prompt": "a\u2028b\x85",\r"completion": "c"}\n\n'.encode())
     assert read_dataset(path) == [{"prompt": "a\u2028b\x85", "completion": "c"}]
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n', encoding="utf-8")
     with pytest.raises(ConfigError, match="line 2: not JSON"):

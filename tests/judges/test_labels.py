@@ -24,7 +24,7 @@ from rlhf_fast.judges import (
     trusted,
 )
 from rlhf_fast.judges.calibration import fit_bias, fit_slope
-from rlhf_fast.judges.labels import derive, verdict_of
+from rlhf_fast.judges.labels import derive, judge_pairs, verdict_of
 from rlhf_fast.judges.protocol import sigmoid
 from rlhf_fast.trainers.constitutional import label
 
@@ -106,6 +106,20 @@ def test_the_calibration_is_in_the_labels(tmp_path):
         assert row["cai"]["p_raw"] == pytest.approx(sigmoid(truth / 0.5))
     settings = json.loads((tmp_path / "run.json").read_text())["settings"]
     assert settings["calibration"] == {"slope": 0.5, "bias": 1.0}
+
+
+def test_a_slope_of_0_leaves_only_ties_also_without_a_margin(tmp_path):
+    stage = label(planted_rows(4), HOUSE, Planted(), output_dir=tmp_path, calibration=Calibration(0.0), tie_margin=0)
+    assert stage.rows == [] and [r["status"] for r in stage.rejected] == ["tie"] * 4
+
+
+def test_the_seed_draws_the_principles(tmp_path):
+    drawn = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        options = {"output_dir": tmp_path / name, "principles_per_pair": 1, "seed": seed}
+        records = judge_pairs(planted_rows(20), HOUSE, Planted(), **options)
+        drawn.append([record["votes"][0]["principle"] for record in records])
+    assert drawn[0] == drawn[1] != drawn[2] and {*drawn[0]} == {"kind", "short"}
 
 
 def test_the_bias_counts_where_probabilities_are_averaged():

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from rlhf_fast.judges.ledger import Ledger
-from rlhf_fast.judges.stages import finish_stage, read_items, run_stage, seed_for
+from rlhf_fast.judges.stages import claim, finish_stage, read_items, run_stage, seed_for
 
 ITEMS = [{"id": str(i)} for i in range(10)]
 
@@ -49,6 +49,8 @@ def test_another_run_is_not_mixed_in(tmp_path, change, named):
     before = (tmp_path / "stage.jsonl").read_bytes()
     with pytest.raises(ValueError, match=named):
         run(tmp_path, **change)
+    with pytest.raises(ValueError, match="seed: 0 there, None now"):  # a setting that is not there any more
+        claim(tmp_path / "run.json", {"stage": "stage", "settings": {}})
     assert (tmp_path / "stage.jsonl").read_bytes() == before
     run(tmp_path, batch_size=4)
     assert (tmp_path / "stage.jsonl").read_bytes() == before
@@ -83,6 +85,8 @@ def test_items_are_named_by_their_content():
     one, two, three, given = read_items(["hello", {"prompt": hello, "extra": 1}, "other", {"prompt": "x", "id": 7}])
     assert one["prompt"] == two["prompt"] == hello and two["id"] == one["id"] + "-2" != three["id"]
     assert given["id"] == "7" and read_items(["other"])[0]["id"] == three["id"]
+    turned = {"id": 0, "prompt": [{"content": "hello", "role": "user"}]}  # 0 is an id; the order of keys makes none
+    assert read_items([turned])[0]["id"] == "0" and read_items([turned | {"id": None}])[0]["id"] == one["id"]
     gaps = [{"prompt": "other", "id": None}, {"prompt": "y", "id": None}, {"prompt": "x", "id": 7}]  # as in a table
     assert [item["id"] for item in read_items(gaps)] == [three["id"], read_items(["y"])[0]["id"], "7"]
 

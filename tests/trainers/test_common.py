@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,16 @@ def test_batches_share_a_length_and_come_in_random_order():
         assert batches != common.epoch_batches(lengths, 10, **other)
 
 
+def test_equal_lengths_keep_the_order_that_was_drawn():
+    """Whatever the machine's sort does with ties, so that a run resumes on another one."""
+    lengths = [7, 8] * 150
+    assert common.epoch_batches(lengths, 300) == [[*range(1, 300, 2), *range(0, 300, 2)]]
+    ((*drawn,),) = common.epoch_batches(lengths, 300, seed=0, by_length=False)
+    pools = [sorted(pool, key=lambda i: -lengths[i]) for pool in (drawn[:200], drawn[200:])]  # sorted() is stable
+    expected = [pool[i : i + 4] for pool in pools for i in range(0, len(pool), 4)]
+    assert sorted(common.epoch_batches(lengths, 4, seed=0)) == sorted(expected)
+
+
 def test_a_run_goes_on_where_it_was():
     lengths = list(range(10))
     whole = list(common.run_batches(lengths, 4, seed=0, start=0, stop=7))
@@ -213,7 +224,7 @@ def test_only_matrices_decay_and_each_parameter_is_there_once():
 )
 def test_schedules_by_hand(schedule, expected):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = optimizers.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.25)
+    scheduler = optimizers.make_scheduler(optimizer, schedule, total_steps=4, warmup_ratio=0.2)  # of 0.8 steps
     rates = []
     for _ in range(4):
         rates.append(scheduler.get_last_lr()[0] / 2.0)
@@ -238,11 +249,34 @@ def test_a_gradient_that_is_not_finite_is_not_applied(bad):
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = optimizers.make_optimizer(torch.nn.ParameterList([weight]), 0.1)
     weight.grad = torch.tensor([1.0, bad])
-    norm = optimizers.optimizer_step(optimizer)
+    scheduler = optimizers.make_scheduler(optimizer, "constant", 10)
+    norm = optimizers.optimizer_step(optimizer, scheduler)
     assert not torch.isfinite(norm) and weight.tolist() == [1.0, 1.0] and weight.grad is None
+    assert scheduler.last_epoch == 1  # a skipped update is a step of the schedule
     weight.grad = torch.ones(2)
     optimizers.optimizer_step(optimizer)
     assert weight.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_a_resumed_optimizer_has_its_state_and_the_rates_of_the_config_as_it_is_now():
+    def learner(learning_rate, weight_decay):
+        optimizer = optimizers.make_optimizer(torch.nn.Linear(2, 2), learning_rate, weight_decay)
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones_like(group["params"][0])
+        return optimizer, optimizers.make_scheduler(optimizer, "linear", 10)
+
+    before, schedule = learner(0.1, 0.5)
+    for _ in range(4):
+        optimizers.optimizer_step(before, schedule)
+    optimizer, scheduler = learner(0.2, 0.25)
+    optimizers.load_optimizer(optimizer, scheduler, optimizers.optimizer_state(before), schedule.state_dict())
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == scheduler.get_last_lr() == pytest.approx([0.2 * 0.6] * 2)
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert all(group["params"][0].grad is None for group in groups)  # a step that failed may have left one
+    assert optimizer.state[groups[0]["params"][0]]["exp_avg"].any()
+    optimizers.optimizer_step(optimizer, scheduler)
+    assert [group["lr"] for group in groups] == pytest.approx([0.2 * 0.5] * 2)
 
 
 def test_a_state_is_laid_out_in_memory_as_the_weight_is():
@@ -270,9 +304,10 @@ def test_a_state_is_laid_out_in_memory_as_the_weight_is():
 def test_what_learns_is_in_float32():
     model = torch.nn.Linear(2, 2)
     common.check_learns(model, "it")
-    model.weight.data = model.weight.data.bfloat16()
-    with pytest.raises(ConfigError, match=r"it would learn in bfloat16.*dtype=torch.float32"):
-        common.check_learns(model, "it")
+    for dtype in ("float16", "bfloat16"):
+        model.weight.data = model.weight.data.to(getattr(torch, dtype))
+        with pytest.raises(ConfigError, match=rf"it would learn in {dtype}.*dtype=torch.float32"):
+            common.check_learns(model, "it")
     model.weight.requires_grad_(False)
     common.check_learns(model, "it")  # what is frozen may be in any dtype
     model.bias.requires_grad_(False)
@@ -433,6 +468,24 @@ def test_a_trainer_that_goes_on_after_a_failure_raises_the_alarms_of_a_run_witho
     assert alarms[0] and alarms[0] == alarms[1]
 
 
+def test_an_alarm_of_the_last_step_ends_no_run(tmp_path):
+    class Watch:
+        stop_on = ("kl",)
+
+        def __call__(self, row):
+            return [Alarm(row["step"], "kl", "too far")] if row["step"] == 10 else []
+
+        def replay(self, log):
+            pass
+
+    walk = Walk(Config(str(tmp_path)))
+    walk.monitors = Watch()
+    result = walk.train()
+    assert result.step == 10 and not result.interrupted and result.stopped_by is None
+    (alarm,) = rows(tmp_path / "alarms.jsonl")
+    assert alarm["message"] == "too far" and "ended_run_of" not in alarm
+
+
 def test_an_evaluation_that_fails_on_the_way_loses_no_step(tmp_path):
     whole, broken = (Config(str(tmp_path / name), eval_steps=2) for name in ("whole", "broken"))
     Walk(whole).train()
@@ -587,9 +640,20 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, ca
     capsys.readouterr()
     Walk(config, total_steps=6).train(resume=True)
     assert "starts again from its first step" in capsys.readouterr().out
+    assert len(list((tmp_path / "killed/tensorboard").iterdir())) == 1  # without the steps of the first try
     for name in ("train_log.jsonl", "samples.jsonl"):
         whole, killed = (without_time(rows(tmp_path / run / name)) for run in ("whole", "killed"))
         assert whole == killed
+
+
+def test_a_first_step_that_changed_something_is_not_repeated_by_the_same_trainer(tmp_path):
+    walk = Walk(Config(str(tmp_path)), at_step={1: lambda: 1 / 0})
+    walk.whole = False
+    with pytest.raises(ZeroDivisionError):
+        walk.train()
+    walk.at_step.clear()
+    with pytest.raises(ConfigError, match=r"nothing to resume.*create a new trainer"):
+        walk.train(resume=True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -603,6 +667,7 @@ def test_a_first_step_that_changed_nothing_is_repeated_by_the_same_trainer(tmp_p
     walk.whole = True
     with pytest.raises(error, match="stopped"):
         walk.train()
+    assert not (tmp_path / "stopped/checkpoint-0").exists()
     walk.at_step.clear()
     walk.train(resume=True)
     whole, stopped = (without_time(rows(tmp_path / name / "train_log.jsonl")) for name in ("whole", "stopped"))
@@ -613,6 +678,15 @@ def test_resuming_with_another_config_says_so(tmp_path):
     Walk(Config(str(tmp_path), save_steps=5)).train()
     with pytest.warns(UserWarning, match="differs in learning_rate"):
         Walk(Config(str(tmp_path), save_steps=5, learning_rate=0.2)).train(resume=True)
+    assert json.loads((tmp_path / "run_config.json").read_text())["learning_rate"] == 0.2
+    with pytest.warns(UserWarning, match="differs in num_generations; .* some data is read twice or not at all"):
+        run._continue(Walk(Config(str(tmp_path))), tmp_path / "checkpoint-10", {"num_generations": 2}, lambda *_: None)
+
+
+def test_a_run_of_before_processes_were_counted_had_one(tmp_path):
+    (tmp_path / "run_config.json").write_text("{}")
+    assert run_dir.changed_settings(tmp_path, {"num_processes": 1}) == []
+    assert run_dir.changed_settings(tmp_path, {"num_processes": 2}) == ["num_processes"]
 
 
 def test_resuming_past_the_end_that_the_config_now_has_is_refused(tmp_path):
@@ -674,6 +748,67 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_the_name_is
     written = {path.stat().st_ino for path in (saved, *saved.rglob("*"))}
     assert len(written) >= 3 and written <= set(events[:at])
     assert tmp_path.stat().st_ino in events[at:]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_that_goes_with_it(tmp_path, monkeypatch):
+    events, fsync, save = [], os.fsync, run.save_checkpoint
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
+    monkeypatch.setattr(run, "save_checkpoint", lambda *given: (events.append("saved"), save(*given))[1])
+    Walk(Config(str(tmp_path), save_steps=2), total_steps=3).train()
+    written = {(tmp_path / name).stat().st_ino for name in ("train_log.jsonl", "samples.jsonl")}
+    assert written <= set(events[: events.index("saved")])
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"), [("loss", 0.1), ("perplexity", 0.1), ("ece", 0.1), ("accuracy", 0.3), ("margin", 0.3)]
+)
+def test_whether_a_metric_is_better_when_it_is_lower_follows_from_its_name(tmp_path, metric, better):
+    @dataclass
+    class Best:
+        metric_for_best_model: str = f"eval_{metric}"
+        load_best_model_at_end: bool = True
+        greater_is_better: bool | None = None
+
+    best = run._Best(Best(), [], tmp_path)
+    assert best.improved(1, {f"eval_{metric}": 0.2}) and best.improved(2, {f"eval_{metric}": better})
+    assert not best.improved(3, {f"eval_{metric}": 0.4 - better}) and best.step == 2
+
+
+def test_the_best_step_is_one_whose_checkpoint_is_whole(tmp_path):
+    config = SimpleNamespace(metric_for_best_model="eval_loss", load_best_model_at_end=True, greater_is_better=None)
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2/manifest.json").write_text("{}")  # of no files; the other has none, so it is torn
+    with pytest.warns(UserWarning, match="step 1 .eval_loss 0.1., is gone or damaged; .* there: step 2"):
+        best = run._Best(config, [{"step": 1, "eval_loss": 0.1}, {"step": 2, "eval_loss": 0.2}], tmp_path)
+    assert (best.step, best.value) == (2, 0.2)
+
+
+def test_a_checkpoint_has_the_counts_of_skipped_updates(tmp_path):
+    counts = []
+    for skipped, in_a_row in ((3, 2), (0, 0)):
+        walk = Walk(Config(str(tmp_path)))
+        walk.guard = common.NonFiniteGuard(5, str(tmp_path))
+        walk.guard.skipped, walk.guard.in_a_row = skipped, in_a_row
+        if skipped:
+            saved = checkpoints.save_checkpoint(walk, tmp_path, None, Everywhere(walk).state)
+        checkpoints.load_checkpoint(walk, saved)
+        counts.append((walk.guard.skipped, walk.guard.in_a_row))
+    assert counts == [(3, 2), (3, 2)]
+
+
+def test_a_file_anywhere_in_a_checkpoint_may_be_damaged_also_for_the_second_time(tmp_path):
+    class Nested(Walk):
+        def save_model(self, path):
+            (path / "value_model").mkdir(exist_ok=True)
+            (path / "value_model/config.json").write_text("{}")
+
+    Nested(Config(str(tmp_path), save_steps=5)).train()
+    (tmp_path / "checkpoint-10/value_model/config.json").write_text("")
+    (tmp_path / "damaged-checkpoint-10/before").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="checkpoint-10 is damaged .value_model/config.json not as written"):
+        assert checkpoints.newest_whole_checkpoint(tmp_path).name == "checkpoint-5"
+    assert not (tmp_path / "damaged-checkpoint-10/before").exists()
 
 
 def test_the_newest_checkpoint_is_the_highest_number(tmp_path):
@@ -750,6 +885,44 @@ def test_a_run_that_failed_before_its_first_line_can_be_started_again(tmp_path):
     with pytest.raises(RuntimeError):
         Walk(Config(str(tmp_path)), at_step={1: fail}).train()
     assert Walk(Config(str(tmp_path))).train().step == 10
+    config = Config(str(tmp_path / "samples"), eval_steps=5)
+    broken = Walk(config)
+    broken.evaluate = fail  # after the samples of step 0
+    with pytest.raises(RuntimeError):
+        broken.train()
+    Walk(config).train()
+    assert [row["step"] for row in rows(tmp_path / "samples/samples.jsonl")] == [0, 5, 10]
+
+
+def test_a_resumed_run_does_not_raise_an_alarm_that_lasts_again(tmp_path):
+    class Far(Walk):
+        def __iter__(self):
+            for metrics in super().__iter__():
+                yield metrics | {"objective/kl": 90.0}
+
+    def far(**options):
+        walk = Far(Config(str(tmp_path), save_steps=4), **options)
+        walk.monitors = Monitors({})
+        return walk
+
+    with pytest.raises(ZeroDivisionError):
+        far(at_step={6: lambda: 1 / 0}).train()
+    far().train(resume=True)
+    assert [alarm["step"] for alarm in rows(tmp_path / "alarms.jsonl")] == [2]
+
+
+def test_tensorboard_gets_a_gap_where_a_metric_is_not_finite(tmp_path, monkeypatch):
+    seen = []
+    board = SimpleNamespace(add_scalar=lambda *given: seen.append(given), close=lambda: None)
+    monkeypatch.setattr(records, "_tensorboard", lambda *given: board)
+    Walk(Config(str(tmp_path)), total_steps=2).train()
+    assert {name for name, value, _ in seen if math.isnan(value)} == {"worst"}
+
+
+def test_a_line_is_in_its_file_once_it_is_written(tmp_path):
+    log = records.JsonLines(tmp_path / "log.jsonl", -1)
+    log.write({"step": 1})
+    assert rows(tmp_path / "log.jsonl") == [{"step": 1}]  # a process that is killed flushes nothing
 
 
 def tear(path):

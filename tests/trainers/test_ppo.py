@@ -119,6 +119,7 @@ def test_bf16_multiplies_in_bfloat16_and_is_refused_without_the_hardware(tmp_pat
         exact._score_tokens(again, exact._minibatches(again))
         for logprobs in (again.logprobs, rounded.rollout_logprobs):
             assert 0 < (rounded.logprobs - logprobs).abs().max() < 0.05
+        assert (again.logprobs - rounded.rollout_logprobs).abs().max() > 1e-4  # they were sampled in bfloat16 too
         metrics = next(iter(trainer))
         assert float(metrics["policy/first_minibatch_max_abs_log_ratio"]) == 0.0
         assert float(metrics["policy/max_abs_log_ratio"]) > 1e-4
@@ -282,6 +283,36 @@ def test_repetition_is_the_share_of_pairs_seen_before():
     ids = torch.tensor([[5, 6, 5, 6, 5], [1, 2, 3, 4, 5], [7, 7, 7, 7, 7], [8, 9, 0, 0, 0], [8, 0, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
     assert repetition(ids, mask).tolist() == pytest.approx([2 / 4, 0.0, 2 / 3, 0.0, 0.0])
+    a_tool_between = torch.tensor([[1, 1, 0, 1, 1]]).bool()
+    assert repetition(torch.tensor([[5, 6, 9, 5, 6]]), a_tool_between).tolist() == [1 / 2]
+
+
+def test_metrics_of_a_rollout_by_hand():
+    """Two responses of 2 and 3 tokens, the second with a tool's token between its own; nan stands where none counts."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]]).bool()
+    nan = torch.nan
+    rollout = Rollout(
+        prompt_ids=torch.ones(2, 1, dtype=torch.int64), prompt_mask=torch.ones(2, 1).bool(),
+        response_ids=torch.tensor([[5, 6, 0, 0], [7, 8, 7, 7]]), response_mask=mask, ended=torch.tensor([True, False]),
+        prompts=["p", "p"], responses=["same", "same"],
+        logprobs=torch.tensor([[-1.0, -2.0, 0, 0], [-3.0, 0, -4.0, -5.0]]),
+        rollout_logprobs=torch.tensor([[-1.5, -1.0, nan, nan], [-3.0, nan, -4.0, -5.0]]),
+        ref_logprobs=torch.tensor([[-2.0, -4.0, 0, 0], [-7.0, 0, -4.0, -5.0]]),
+        raw_scores=torch.tensor([2.0, 6.0]), scores=torch.tensor([1.0, 0.0]),
+        values=torch.tensor([[1.0, 1.0, nan, nan], [1.0, nan, 1.0, 3.0]]),
+        returns=torch.tensor([[1.0, 2.0, nan, nan], [3.0, nan, 4.0, 5.0]]),
+        importance_weights=torch.tensor([[1.0, 0.5, 0, 0], [1.0, 0, 1.0, 1.0]]),
+    )  # fmt: skip
+    metrics = {name: float(x) for name, x in rollout_metrics(rollout, 0.1, "k1", shaped=True).items()}
+    assert metrics == pytest.approx({
+        "objective/kl": 7 / 2, "objective/kl_per_token": 7 / 5, "objective/kl_coef": 0.1, "objective/entropy": 15 / 2,
+        "objective/non_score_reward": -0.35, "objective/scores": 0.5, "objective/rlhf_reward": 0.15,
+        "objective/raw_scores": 4.0, "objective/score_length_correlation": 1.0,
+        "critic/vf_explained_var": 1 - 1.04 / 2,  # of 0 1 2 3 2 and of 1 2 3 4 5
+        "sampling/sampling_logp_difference/mean": 1.5 / 5, "sampling/sampling_logp_difference/max": 1.0,
+        "sampling/importance_sampling_ratio/mean": 4.5 / 5, "val/num_eos_tokens": 1.0, "response_length/mean": 2.5,
+        "response_length/max": 3.0, "response/ended": 0.5, "response/repetition": 0.0, "response/unique": 0.5,
+    })  # fmt: skip
 
 
 # --- what an iteration does ------------------------------------------------------------------------------------------

@@ -93,6 +93,25 @@ def test_the_loss_is_that_of_the_paper(tmp_path, data, center, pad):
     assert metrics["num_tokens"] == sum(len(r) for item in rm.items for r in item.responses)
 
 
+def test_the_spread_of_the_rewards_counts_each_response_once(tmp_path):
+    rm = trainer(tmp_path, RANKED, per_device_train_batch_size=len(RANKED))  # of four responses to a prompt, or three
+    with torch.no_grad():
+        rewards = torch.stack([reward_alone(rm, x["prompt"], r) for x in RANKED for r in x["responses"]])
+    expected = {"mean": rewards.mean(), "min": rewards.min(), "max": rewards.max()}
+    metrics = next(iter(rm))
+    for name, value in expected.items():
+        assert metrics[f"{name}_reward"].item() == pytest.approx(value.item(), abs=1e-5)
+    assert metrics["reward_std"].item() == pytest.approx(rewards.std(correction=0).item(), rel=1e-4)
+
+
+def test_both_rewards_of_a_pair_come_from_one_network(tmp_path):
+    """In training too: dropout is off."""
+    rm = trainer(tmp_path, model=tiny_model(tiny_tokenizer(), attention_dropout=0.5))
+    rm.model.train()
+    with torch.no_grad():
+        assert torch.equal(rm._rewards(rm.items)[0], rm._rewards(rm.items)[0])
+
+
 def gradients(tmp_path, data, **sizes):
     rm = trainer(tmp_path, data, max_grad_norm=0.0, **sizes)
     seen = {}
@@ -127,13 +146,15 @@ def test_evaluation_is_over_all_held_out_pairs(tmp_path):
     with torch.no_grad():
         loss, accuracy, margin = pairs_by_hand(rm, SOFT)
         rewards = torch.stack([reward_alone(rm, x["prompt"], x[k]) for x in SOFT for k in ("chosen", "rejected")])
+    lengths = [len(r) - common_prefix(x.responses) for x in rm.eval_items for r in x.responses]  # without the prompt
     metrics = rm.evaluate()
     expected = {
+        "eval_length_correlation": torch.stack([rewards, torch.tensor(lengths)]).corrcoef()[0, 1],
         "eval_loss": loss, "eval_accuracy": accuracy, "eval_margin": margin, "eval_mean_reward": rewards.mean(),
         "eval_reward_std": rewards.std(correction=0), "eval_min_reward": rewards.min(),
         "eval_max_reward": rewards.max(), "eval_num_pairs": 10,
     }  # fmt: skip
-    judged = {"eval_accuracy_low", "eval_accuracy_high", "eval_ece", "eval_length_correlation"}
+    judged = {"eval_accuracy_low", "eval_accuracy_high", "eval_ece"}
     assert (
         set(metrics) == set(expected) | judged
         and metrics["eval_accuracy_low"] <= accuracy < metrics["eval_accuracy_high"]
@@ -282,6 +303,8 @@ def test_lora_keeps_the_head(tmp_path, pad):
     critic = models.ValueModel.from_reward_model(models.load_reward_model(tmp_path / "run"))
     ids = torch.tensor(served.encode(prompts[0], responses[0]))[None]
     torch.testing.assert_close(critic(ids)[:, -1], served(prompts[:1], responses[:1]), rtol=0, atol=1e-4)
+    again = RewardTrainer(RewardConfig(str(tmp_path / "again")), str(tmp_path / "run"), train_dataset=PAIRS)
+    assert all("lora_" in n or "score" in n for n, p in again.model.named_parameters() if p.requires_grad)
 
 
 def test_the_scale_of_the_reference_is_saved_and_applied_where_the_model_is_used(tmp_path):
@@ -480,6 +503,16 @@ def test_one_accuracy_in_training_in_evaluation_and_of_the_floors(tmp_path):
     assert floors["shorter response wins"] == pytest.approx(2 / 2 / 7.5)
 
 
+def test_the_floors_are_of_the_records_that_are_used(tmp_path, monkeypatch):
+    long = {"prompt": "say " * 60, "chosen": "the cat", "rejected": "sat"}
+    records, seen = [{"prompt": f"say {i}: ", "chosen": "sat on", "rejected": "two"} for i in (1, 2)], []
+    monkeypatch.setattr("rlhf_fast.trainers.reward.bag_of_words", lambda *given: seen.append(given) or 0.5)
+    monkeypatch.setattr("rlhf_fast.trainers.reward.longer_wins", lambda *given: seen.append(given) or 0.5)
+    options = {"max_length": 40, "on_overlong": "skip", "max_steps": 1}
+    trainer(tmp_path, [long, records[0]], eval_dataset=[long, records[1]], **options).train()
+    assert seen == [([records[1]],), ([records[0]], [records[1]])]
+
+
 def test_the_language_model_it_starts_from_is_left_alone(tmp_path):
     tokenizer = tiny_tokenizer(pad="<eos>")
     policy = tiny_model(tokenizer)
@@ -546,6 +579,9 @@ def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
     for other in ({**SOFT[0], "weight": 2.0}, {**SOFT[0], "margin": 0.5}, pair(0, chosen_prob=0.9, weight=0.5)):
         with pytest.raises(ConfigError, match=r"trained on other data .in content"):
             trainer(tmp_path, [other, *SOFT[1:]]).load_state_dict(state)
+    state = trainer(tmp_path, [ranked(0)]).state_dict()
+    with pytest.raises(ConfigError, match=r"trained on other data .in content"):  # the last two are no tie now
+        trainer(tmp_path, [ranked(0) | {"ranks": [0, 1, 2, 3]}]).load_state_dict(state)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -21,6 +21,7 @@ from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
 from rlhf_fast.trainers.everywhere import Everywhere
+from rlhf_fast.trainers.sft import token_statistics
 
 
 def chat(i):
@@ -121,7 +122,8 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.5)
     sft = trainer(tmp_path, tokenizer=tokenizer, model=GPT2LMHeadModel(config), eval_dataset=DATA, learning_rate=1e-9)
     nll, _, count = by_hand(sft.model.eval(), tokenizer, DATA)
-    assert sft.evaluate()["eval_loss"].item() == pytest.approx(nll / count, rel=1e-5)
+    sft.model.train()
+    assert sft.evaluate()["eval_loss"].item() == pytest.approx(nll / count, rel=1e-5) and sft.model.training
     sft.batch_size = 12
     assert next(iter(sft))["loss"].item() != pytest.approx(nll / count, rel=1e-5)
 
@@ -161,6 +163,15 @@ def test_samples_answer_what_is_trained_on(tmp_path):
         assert encode_prompt(sft.tokenizer, prompt) == example.input_ids[~example.response_mask].tolist()
 
 
+def test_samples_answer_the_last_turn_of_those_that_leave_room(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    turns = [turn for i in (1, 2) for turn in chat(i)["messages"]]
+    data = [{"prompt": "a" * n, "completion": " b"} for n in (57, 56)] + [{"messages": turns}]
+    sft = trainer(tmp_path, data=data, tokenizer=tokenizer, model=model, max_length=64, sample_max_new_tokens=8)
+    assert sft.sample_prompts == ["a" * 56, turns[:3]]
+
+
 def test_a_date_beside_the_text_of_a_turn_does_not_end_the_run(tmp_path):
     """WildChat, say, has one in every turn; the samples are written after the last step."""
     question, answer = chat(0)["messages"]
@@ -197,6 +208,20 @@ def test_perplexity_and_entropy_by_hand(tmp_path):
     assert metrics["eval_entropy"].item() == pytest.approx(entropy / count, rel=1e-5)
     assert metrics["eval_perplexity"].item() == pytest.approx(math.exp(metrics["eval_loss"].item()), rel=1e-6)
     assert next(iter(sft))["entropy"].item() == pytest.approx(entropy / count, rel=1e-5)
+    every_second = trainer(tmp_path, logging_steps=2, max_steps=3)
+    assert ["entropy" in metrics for metrics in every_second] == [False, True, False]
+
+
+def test_token_statistics_of_a_capped_head_by_hand():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 3), torch.randn(7, 3), torch.randn(7)
+    labels = torch.tensor([0, 6, 1, 1, 2])
+    logprobs = (2 * torch.tanh((hidden @ weight.T + bias).double() / 2)).log_softmax(-1)
+    expected = [
+        -logprobs[range(5), labels].sum(), (logprobs.argmax(-1) == labels).sum(), -(logprobs.exp() * logprobs).sum()
+    ]  # fmt: skip
+    found = token_statistics(hidden, weight, bias, 2.0, labels)
+    torch.testing.assert_close(found, torch.stack([x.double() for x in expected]), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointing_recomputes_and_changes_nothing(tmp_path):
@@ -242,6 +267,11 @@ def test_lora_learns_saves_its_adapters_alone_and_resumes_to_the_last_bit(tmp_pa
         return SFTTrainer(config, saved_base, train_dataset=DATA, eval_dataset=DATA[:3])
 
     whole = make("whole")
+    dropout, scaling = {}, {}
+    for name, module in whole.model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            dropout[name], scaling[name] = module.lora_dropout["default"].p, module.scaling["default"]
+    assert {*dropout.values()} == {LORA["lora_dropout"]} and {*scaling.values()} == {8.0 / 4}
     before = {name: p.clone() for name, p in whole.model.named_parameters()}
     whole.train()
     changed = {name for name, p in whole.model.named_parameters() if not torch.equal(p, before[name])}
@@ -427,6 +457,8 @@ def test_ctrl_c_loses_nothing(tmp_path):
         ({"per_device_train_batch_size": 0}, "SFTConfig.per_device_train_batch_size"),
         ({"lr_scheduler_type": "polynomial"}, "must be one of 'linear', 'cosine', 'constant'"),
         ({"on_overlong": "truncate"}, "must be one of 'error', 'skip'"),
+        ({"load_best_model_at_end": True, "eval_steps": 2}, r"needs an eval_dataset \(eval_data\) and eval_steps"),
+        ({"load_best_model_at_end": True, "eval_steps": 0, "eval_dataset": DATA}, "needs an eval_dataset"),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, change, message):
