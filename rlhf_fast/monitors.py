@@ -108,7 +108,7 @@ class Monitors:
     def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
         """(name, alarm or None) of every monitor that can judge this line."""
         for name, band in BANDS.items():
-            if name in self.limits and len(self.history[band.metric]) >= band.lines:
+            if name in self.limits and band.metric in row and len(self.history[band.metric]) >= band.lines:
                 yield name, self._outside(row["step"], name, band)
         if "overoptimization" in self.limits and isinstance(row.get("eval_scores"), int | float):
             yield (
