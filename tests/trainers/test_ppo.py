@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -177,12 +178,13 @@ def test_the_variance_of_the_ratio_is_that_of_the_minibatch(tmp_path):
     trainer = make_trainer(tmp_path)
     rollout = a_rollout(trainer)
     logprobs, noise = rollout.logprobs, torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(3))
-    for size in (0.3, 1e-4):
-        rollout.logprobs, found = logprobs + size * noise, []
+    for size, shift in ((0.3, 0.0), (1e-4, 0.0), (0.3, 0.5)):
+        rollout.logprobs, found = logprobs + size * noise + shift, []
         for limits in ({}, {"micro_batch_size": 1}):
             (minibatch,) = minibatches(rollout.lengths, len(rollout.prompts), **limits)
             found.append(float(trainer._accumulate_gradient(rollout, minibatch)["val/ratio_var"]))
-        assert found[0] == pytest.approx(size**2, rel=0.5) and found[1] == pytest.approx(found[0], rel=1e-2)
+        assert found[0] == pytest.approx(size**2 * math.exp(-2 * shift), rel=0.5)
+        assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"])

@@ -733,6 +733,38 @@ def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
     assert weights(trainer.policy).isfinite().all()
 
 
+def test_a_gradient_of_the_critic_that_is_not_finite_counts_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.value_model.model.score.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.warns(RuntimeWarning, match="the gradient is not finite"):
+        metrics = next(iter(trainer))
+    assert metrics["skipped_steps"] == 4 == metrics["policy/updates"]
+
+
+def test_the_critics_rate_follows_the_schedule_too(tmp_path):
+    trainer = make_trainer(tmp_path, value_learning_rate=6e-3)
+    next(iter(trainer))  # of two iterations
+    assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == pytest.approx([1.5e-3, 3e-3])
+
+
+def test_the_largest_log_ratio_is_that_of_all_minibatches(tmp_path):
+    trainer = make_trainer(tmp_path)
+    accumulate, largest = trainer._accumulate_gradient, iter(torch.tensor([0.5, 3.0, 1.0, 2.0]))
+    trainer._accumulate_gradient = lambda *given: accumulate(*given) | {"max_abs_log_ratio": next(largest)}
+    metrics = next(iter(trainer))
+    assert metrics["policy/first_minibatch_max_abs_log_ratio"] == 0.5 and metrics["policy/max_abs_log_ratio"] == 3.0
+
+
+def test_a_token_that_only_the_policy_embeds_is_refused(tmp_path):
+    policy, reference = (tiny_model(tiny_tokenizer()) for _ in range(2))
+    embedded = policy.get_input_embeddings().weight.shape[0]
+    policy.resize_token_embeddings(embedded + 8)  # as a padded checkpoint has them
+    answers = {"completion_ids": [[5, embedded]] * 16}
+    trainer = make_trainer(tmp_path, policy, ref_model=reference, rollout_func=lambda *_: answers)
+    with pytest.raises(ConfigError, match=f"the token {embedded} in completion_ids, but the models embed only"):
+        next(iter(trainer))
+
+
 def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path):
     """Finite rewards in between do not count as progress: four updates an iteration, so the sixth is in the second."""
     options = {"max_skipped_steps": 6, "total_episodes": 320, "reward_clip_range": [-0.1, 0.1]}
