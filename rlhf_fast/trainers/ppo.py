@@ -71,7 +71,7 @@ from ..sharding import as_many, gathered
 from ..trunk import hidden_states_at
 from . import common, optimizers
 from .ppo_config import PPOConfig, check_eval_rewards
-from .ppo_networks import check_rewards, choose_critic, choose_reference, prepare_networks, shares_prompts
+from .ppo_networks import check_rewards, choose_critic, choose_reference, packs, prepare_networks
 from .run import RunResult, run_training
 
 
@@ -133,7 +133,7 @@ class PPOTrainer:
         self.value_model = choose_critic(self.policy, value_model, config)
         check_rewards(self, longest_prompt)
         prepare_networks(self, self._networks(), longest, advice)
-        self.packed = shares_prompts(self._trunks(), longest_prompt, longest, config)
+        self.packed = packs(self._trunks(), longest, config)
         common.share_out(self._networks(), config, self.data, self.eval_prompts)
 
         self.step, self.whole = 0, True

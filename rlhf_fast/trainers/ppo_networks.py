@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..data.collate import MIN_SHARED
 from ..data.formats import Prompt
 from ..errors import ConfigError
 from ..models import (
@@ -93,18 +92,16 @@ def prepare_networks(trainer, networks: Iterable[nn.Module], longest: int, advic
     common.check_bf16(config.bf16, policy.device)
 
 
-def shares_prompts(networks: Iterable[nn.Module], longest_prompt: Prompt, longest: int, config: PPOConfig) -> bool:
-    """Whether the responses to a prompt are scored and learned from in one row, where the prompt is computed once for
-    all of them (rollout.packed_rows). Warns if a model cannot do that.
+def packs(networks: Iterable[nn.Module], longest: int, config: PPOConfig) -> bool:
+    """Whether responses are scored and learned from end to end in one row, without padding, where the prompt of several
+    is computed once (rollout.packed_rows). Warns if a model cannot do that.
 
     On a GPU each response is a row of its own, because attention would be a launch per response (not measured yet).
     """
-    if config.num_generations == 1 or len(longest_prompt) <= MIN_SHARED:
-        return False
     for network in networks:
         if network.device.type != "cpu":
             return False
         if reason := why_not_packed(network, longest, config.bf16):
-            warnings.warn(f"the prompt is computed again for each of its responses: {reason}", stacklevel=3)
+            warnings.warn(f"responses are padded, and each computes its prompt again: {reason}", stacklevel=3)
             return False
     return True

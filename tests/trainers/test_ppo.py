@@ -14,8 +14,9 @@ from rlhf_fast.data.formats import Prompt
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import load_reward_model
 from rlhf_fast.ops import ppo_loss
+from rlhf_fast.packing import packing
 from rlhf_fast.rewards import RewardModelReward
-from rlhf_fast.rollout import Rollout, generate, minibatches, repetition, right_padded, rollout_metrics
+from rlhf_fast.rollout import Rollout, generate, minibatches, packed_rows, repetition, right_padded, rollout_metrics
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -201,7 +202,8 @@ def test_statistics_are_those_of_the_minibatch(tmp_path, mode):
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
     assert found[0]["max_abs_log_ratio"] == pytest.approx(float((0.3 * noise)[rollout.response_mask].abs().max()), 1e-3)
     rows = torch.arange(len(rollout.prompts))
-    hidden, _ = trainer._forward(rollout, rows, right_padded(rollout, rows))
+    with packing(trainer.policy):
+        hidden, _ = trainer._forward(rollout, rows, packed_rows(rollout, rows))
     logits = trainer.policy.lm_head(hidden) / trainer.config.temperature
     entropy = rollout.scatter(rows, torch.distributions.Categorical(logits=logits).entropy())
     lengths = rollout.response_mask.sum(1)

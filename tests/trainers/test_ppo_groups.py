@@ -100,7 +100,7 @@ def test_a_run_is_that_of_a_row_for_each_response(tmp_path, options, monkeypatch
     for alone in (False, True):
         with monkeypatch.context() as patch:
             if alone:
-                patch.setattr("rlhf_fast.trainers.ppo.shares_prompts", lambda *_: False)
+                patch.setattr("rlhf_fast.trainers.ppo.packs", lambda *_: False)
             trainer = make_trainer(tmp_path, saved if "lora_r" in options else None, **options)
         assert trainer.packed is not alone
         read = []  # tokens, in generation too
@@ -137,13 +137,10 @@ def test_groups_stay_together():
     assert [lengths[rows].tolist() for rows in first] == [[9, 8, 8, 5], [4, 3, 2, 1]] and len(second) == 1
 
 
-def test_what_cannot_share_is_said_or_has_no_need(tmp_path, recwarn):
-    assert not make_trainer(tmp_path, prompts=LONG[:1]).packed  # shorter than what sharing costs
-    one = {"num_generations": 1, "advantage_estimator": "reinforce", "scale_advantages": "batch"}
-    assert not make_trainer(tmp_path, **one).packed
-    assert not recwarn.list
+def test_what_cannot_be_packed_is_said(tmp_path, recwarn):
+    assert make_trainer(tmp_path).packed and not recwarn.list
     AttentionInterface.register("another", lambda *arguments, **options: sdpa_attention_forward(*arguments, **options))
     model = tiny_model(tiny_tokenizer())
     model.config._attn_implementation = "another"
-    with pytest.warns(UserWarning, match="computed again for each of its responses: LlamaForCausalLM uses another"):
+    with pytest.warns(UserWarning, match="responses are padded, .* prompt again: LlamaForCausalLM uses another"):
         assert not make_trainer(tmp_path, model).packed

@@ -17,7 +17,8 @@ from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, sha
 from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
 from rlhf_fast.ops.reference import AGGREGATIONS
-from rlhf_fast.rollout import make_rollout, minibatches, right_padded
+from rlhf_fast.packing import packing
+from rlhf_fast.rollout import make_rollout, minibatches, packed_rows, right_padded
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [
@@ -209,11 +210,12 @@ def test_kl_in_the_loss_and_not_in_the_rewards(tmp_path):
 
     added = gradient(0.3) - gradient(0.0)
     rows = minibatch[0]
-    inputs = right_padded(rollout, rows)
-    hidden, _ = trainer._forward(rollout, rows, inputs)
-    logprobs = rollout.scatter(rows, trainer._logprobs(trainer.policy, hidden, inputs[-1]))
-    kl = kl_penalty(logprobs, rollout.ref_logprobs[rows], estimator="k2")
-    (0.3 * kl.sum() / rollout.response_mask.sum()).backward()
+    inputs = packed_rows(rollout, rows)
+    with packing(trainer.policy):
+        hidden, _ = trainer._forward(rollout, rows, inputs)
+        logprobs = rollout.scatter(rows, trainer._logprobs(trainer.policy, hidden, inputs[-1]))
+        kl = kl_penalty(logprobs, rollout.ref_logprobs[rows], estimator="k2")
+        (0.3 * kl.sum() / rollout.response_mask.sum()).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
     torch.testing.assert_close(added, expected, atol=1e-6, rtol=1e-3)
 
