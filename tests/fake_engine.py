@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
                 server.gone = True
                 return self.reply(500, server.error("The server had an error while processing your request.", 500))
             if fault == "time-out":
-                time.sleep(1.0)
+                time.sleep(2.0)
             if fault == "500":
                 return self.reply(500, server.error("oops", 500))
             if fault == "400":

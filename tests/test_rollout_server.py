@@ -264,7 +264,7 @@ def on(choice):
 
 @pytest.mark.parametrize(("faults", "message"), [
     (["500"] * 99, "questions in a row failed .HTTP 500: .*oops.*; no step is done yet: start the run again"),
-    (["time-out"] * 3, "answers failed, the first one for prompt .*: no answer within 0.5 s; no step is done yet"),
+    (["time-out"] * 3, "answers failed, the first one for prompt .*: no answer within 1 s; no step is done yet"),
     (["400"], "maximum context length is 16.*--max-model-len"),
     ([cut], "cut after 2 of 7 tokens: start the server with a longer context"),
     ([lambda choice: cut(choice) | {"finish_reason": "stop"}], r"stopped at .*ends no answer .*\(only \[1\] do\)"),
@@ -275,7 +275,7 @@ def on(choice):
 ])  # fmt: skip
 def test_an_answer_that_will_not_do_ends_the_run_and_changes_nothing(tmp_path, faults, message):
     with serving(sharp_model(tiny_tokenizer())) as server:
-        trainer = make_trainer(tmp_path, server, server_options={"timeout": 0.5} if "time-out" in faults else None)
+        trainer = make_trainer(tmp_path, server, server_options={"timeout": 1.0} if "time-out" in faults else None)
         trainer.rollout_func._server.backoff = 0.01
         if faults[0] == "time-out":
             trainer.rollout_func._server.max_tries = 1

@@ -227,7 +227,7 @@ def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> 
     try:
         model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **attention)
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if "ignore_mismatched_sizes" not in str(error) and "size mismatch" not in str(error):  # transformers 5, 4
             raise
         raise ConfigError("its weights have other shapes than its config.json says") from error
     if missing := sorted(found["missing_keys"]):
