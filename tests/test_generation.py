@@ -684,6 +684,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert draw(top_p=0.45).tolist() == [0, 1000, 0]
     assert draw(top_p=0.6)[0] == 0 and abs(draw(top_p=0.6)[1] - 625) <= 1  # 0.5 / 0.8
     assert (draw(top_p=0.9) > 0).all()
+    assert sample(torch.zeros(1000, 4), uniforms, top_p=0.5)[0].unique().tolist() == [0, 1]  # which reach it exactly
     assert draw(top_k=1).tolist() == [0, 1000, 0]
     assert draw(top_k=2)[0] == 0 and abs(draw(top_k=2)[1] - 625) <= 1
     assert draw(top_k=2, top_p=0.6).tolist() == [0, 1000, 0]  # 0.625 of what top_k keeps reaches 0.6

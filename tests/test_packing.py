@@ -222,6 +222,19 @@ def test_the_last_mlp_runs_only_for_what_is_read(architecture):
     assert seen == [5] and not mlp._forward_hooks and not mlp._forward_pre_hooks
 
 
+def test_a_last_mlp_that_also_returns_router_logits():
+    class Routed(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x, x[..., :1]
+
+    model, x, read = build(llama), torch.randn(1, 5, 32), torch.tensor([1, 4])
+    models.trunk_layers(model)[-1].mlp = mlp = Routed()
+    with packing_module._last_mlp_for(model, read, 5):
+        out, logits = mlp(x)
+    assert torch.equal(out[:, read], 2 * x[:, read]) and not out[:, [0, 2, 3]].any()
+    assert torch.equal(logits, x[:, read, :1])
+
+
 @pytest.mark.parametrize("architecture", [llama, qwen2])
 def test_what_is_read_may_lie_anywhere(architecture):
     """In our forward the last layer computes only what is read: nothing of a sequence, all of it, or the part after a
