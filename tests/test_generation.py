@@ -53,7 +53,7 @@ from rlhf_fast.data.collate import pad
 from rlhf_fast.decoder import Decoder, why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
-from rlhf_fast.models import check_lm_head
+from rlhf_fast.models import add_lora, check_lm_head
 from rlhf_fast.ops import _layer
 
 EOS, VOCAB = 2, 60
@@ -691,11 +691,20 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert (draw(top_k=99) - draw()).abs().max() <= 1  # 0.7 is one of the uniforms
 
 
-def test_the_mode_of_the_model_is_as_before(model, prompts):
-    model.train()
-    sampled(model, prompts[:2])
-    assert model.training
-    model.eval()
+def test_the_mode_of_the_model_is_as_before_and_dropout_plays_no_part(model, prompts):
+    pytest.importorskip("peft")
+    adapted = add_lora(copy.deepcopy(model), r=2, alpha=2.0, dropout=0.5)
+    for name, p in adapted.named_parameters():
+        torch.nn.init.normal_(p) if "lora_B" in name else None
+    expected = sampled(adapted.eval(), prompts[:4])
+    assert sampled(adapted.train(), prompts[:4]) == expected and adapted.training
+
+
+def test_an_answer_is_cut_unless_it_ends_with_one_of_the_stops(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(generation, "stop_ids", lambda *_: [2, 3])
+    monkeypatch.setattr(generation, "generate_tokens", lambda *_, **__: [[5, 2], [5, 3], [5, 5]])
+    assert generation.generate_answers(None, tokenizer, ["a"] * 3, 0)[1] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -466,7 +466,7 @@ def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
 def test_sorted_sequences_share_with_the_one_that_saves_most():
     system, asked, other = range(20), range(50, 90), range(100, 140)
     rows = [
-        [*system, *asked, 1], [*system, *asked, 2, 3], [*system, *asked, 2, 3],  # the same one again keeps a token
+        [*system, *asked, 1], [*system, *asked, 2, 3], [*system, *asked, 2, 3],
         [*system, *other], [*system, *other, 7], [*system, *other, 7, 8], [200], [200, 201],
     ]  # fmt: skip
     packed, last = pack_sorted(rows)
@@ -476,6 +476,11 @@ def test_sorted_sequences_share_with_the_one_that_saves_most():
     assert packed.prefixes == [(0, 0), (1, 0), (1, 60)]
     packed, _ = pack_sorted(rows[2:4])
     assert packed.prefixes == [(0, 0), (0, 20)]
+    # What the last two share saves nothing by sharing with the second.
+    packed, _ = pack_sorted([[*system, 1], [*system, 2], [*other, *asked, 1], [*other, *asked, 2]])
+    assert packed.prefixes == [(0, 0), (0, 20), (2, 0), (2, 80)]
+    packed, _ = pack_sorted([[*system, 1]] * 2)
+    assert packed.prefixes == [(0, 0), (0, 20)] and packed.lengths == [21, 1]
     assert pack_sorted([[5]])[0].lengths == [1]
 
 
