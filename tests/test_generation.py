@@ -50,7 +50,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.data.collate import pad
-from rlhf_fast.decoder import Decoder, why_no_decoder
+from rlhf_fast.decoder import Decoder, _product, why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
 from rlhf_fast.models import add_lora, check_lm_head
@@ -772,9 +772,36 @@ def test_a_layer_that_is_more_than_its_weights_is_run_by_its_modules():
     ids = torch.arange(5, 29).view(4, 6)
     decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2)
     assert [layer["weights"] is None for layer in decoder.network.layers] == [True] + [False] * (len(layers) - 1)
-    tokens = decoder.start().argmax(-1)
-    expected = model(input_ids=torch.cat([ids, tokens[:, None]], 1)).logits[:, -1]
-    torch.testing.assert_close(decoder.step(tokens), expected, rtol=1e-4, atol=1e-4)
+    for eps in (layers[1].input_layernorm.variance_epsilon, 1.0):  # at last another than that of its other norm
+        layers[1].input_layernorm.variance_epsilon = eps
+        decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2)
+        tokens = decoder.start().argmax(-1)
+        expected = model(input_ids=torch.cat([ids, tokens[:, None]], 1)).logits[:, -1]
+        torch.testing.assert_close(decoder.step(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+@torch.no_grad()
+def test_gpt2_scales_its_attention_as_its_config_says(options):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **options
+    )
+    model, ids = GPT2LMHeadModel(config).eval(), torch.arange(5, 29).view(4, 6)
+    logits = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2).start()
+    torch.testing.assert_close(logits, model(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_alters_a_module_of_gpt2_is_heard():
+    model, x = with_opinions("gpt2"), torch.randn(3, 32)
+    block = model.transformer.h[0]
+    before = _product(block.attn.c_attn, True)(x)
+    block.attn.c_attn.register_forward_hook(twice)
+    torch.testing.assert_close(_product(block.attn.c_attn, True)(x), 2 * before, rtol=0.03, atol=0.1)
+    assert why_no_decoder(model) is None
+    block.mlp.register_forward_hook(twice)
+    assert "GPT2MLP has a hook" in why_no_decoder(model)
 
 
 def test_long_work_goes_in_batches_under_a_bar_that_counts_them(monkeypatch):

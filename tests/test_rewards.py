@@ -102,7 +102,7 @@ def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_mo
         layer.self_attn.attention_dropout = 0.5
     reward_model.train()
     assert torch.equal(reward([CHAT] * 5, responses), scores) and reward_model.training
-    with pytest.raises(ConfigError, match="has 257 tokens and .* has 256 positions: score shorter responses"):
+    with pytest.raises(ConfigError, match=r"has 257 tokens and .* has 256 positions: score shorter responses"):
         reward.score([[5], [5] * 257])
 
 
