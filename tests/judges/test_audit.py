@@ -11,7 +11,7 @@ from planted import PlantedJudge
 
 from rlhf_fast.judges import Calibration, Constitution, Missing, Principle, Vote, audit, decide
 from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, reliability, scores
-from rlhf_fast.judges.trust import trusted
+from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.trainers.constitutional import label
 
 ONE = Constitution("one", (Principle("p", compare="Choose."),))
@@ -87,6 +87,10 @@ def test_the_slope_is_that_of_the_log_odds_which_labels_are_made_from(tmp_path):
     assert biased["slope"]["mean"] == pytest.approx(plain["slope"]["mean"], rel=1e-6)
     assert biased["scores"]["calibrated"]["nll"] == pytest.approx(plain["scores"]["calibrated"]["nll"], rel=1e-6)
     assert biased["scores"]["as it is"]["nll"] > plain["scores"]["as it is"]["nll"]  # shrunk, as the judge says it
+    judge = ByProbabilities(bias=2.0, noise=1.0).describe()
+    made_with = {"judge": judge, "constitution_sha256": ONE.sha256, "principles_per_pair": None}
+    again = refitted(tmp_path / "biased", made_with, {"p": 1.0}, biased["combine"])
+    assert vars(again) == pytest.approx(biased["calibration"]) and again.bias == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("judge", "why"), [(Planted(by_length=True), "length"), (Planted(sure=0.0), "says nothing")])
