@@ -181,6 +181,12 @@ def test_refusals_are_counted_and_count_as_half(tmp_path):
     assert 20 < refused < 60 and card["statuses"]["ok"] == 200 - refused
     assert card["accuracy"]["mean"] == pytest.approx(1 - refused / 400)
     assert card["principles"]["p"]["missing"] == {"refused": refused}
+    made_with = {"judge": Broken().describe(), "constitution_sha256": ONE.sha256, "principles_per_pair": None}
+    again = refitted(tmp_path, made_with, {"p": 1.0}, card["combine"])
+    assert vars(again) == pytest.approx(card["calibration"])
+    assert refitted(tmp_path, made_with, {"p": 0.0}, card["combine"]).slope == 1.0  # nothing is left to fit
+    with pytest.raises(ValueError, match="was made with another constitution_sha256"):
+        trusted(Broken(), EIGHT, tmp_path)
 
 
 class Silenced(Planted):
