@@ -168,6 +168,9 @@ def test_few_shots_are_no_test_of_a_judge_that_has_seen_them(tmp_path):
 class Broken(Planted):
     """Refuses one pair in five, as a judge of harmful text will."""
 
+    def describe(self):
+        return {**super().describe(), "labels": ("A", "B")}  # a list in the card's file
+
     def verdict(self, pair):
         verdict = super().verdict(pair)
         if int(verdict.logit * 1e6) % 5 == 0:
@@ -187,6 +190,7 @@ def test_refusals_are_counted_and_count_as_half(tmp_path):
     assert refitted(tmp_path, made_with, {"p": 0.0}, card["combine"]).slope == 1.0  # nothing is left to fit
     with pytest.raises(ValueError, match="was made with another constitution_sha256"):
         trusted(Broken(), EIGHT, tmp_path)
+    assert vars(trusted(Broken(), ONE, tmp_path, allow_weak_judge=True)) == card["calibration"]
 
 
 class Silenced(Planted):
