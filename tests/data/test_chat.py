@@ -51,6 +51,15 @@ def test_a_turn_that_opens_a_conversation_is_read_and_not_learned():
     assert learned(tokenizer, encoded) == ["still four<eos>"] and "four<eos>" in tokenizer.decode(encoded.input_ids)
 
 
+def test_no_token_crosses_the_end_of_a_response():
+    tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    said = [" a", " t", "he cat", " b"]
+    assert len(tokenizer(" the")["input_ids"]) == 1
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    (encoded,) = encode_conversation(tokenizer, messages)
+    assert learned(tokenizer, encoded) == [" t", " b<eos>"]
+
+
 def test_of_a_completion_only_its_own_turns_are_learned():
     (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(), [USER, FOUR, AGAIN, STILL], first=3)
     assert learned(tokenizer, encoded) == ["still four<eos>"]
