@@ -408,5 +408,5 @@ def test_the_smallest_options_of_a_policy_loss_are_allowed():
 
 
 def test_a_term_of_a_negative_coefficient_needs_its_tensor_too():
-    with pytest.raises(ValueError, match="op: kl_coef -0.1 needs ref_logprobs"):
+    with pytest.raises(ValueError, match=r"op: kl_coef -0.1 needs ref_logprobs"):
         check_term("op", "kl_coef", -0.1, "ref_logprobs", None)
