@@ -50,10 +50,10 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.data.collate import pad
-from rlhf_fast.decoder import Decoder, why_no_decoder
+from rlhf_fast.decoder import Decoder, _product, why_no_decoder
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
-from rlhf_fast.models import check_lm_head
+from rlhf_fast.models import add_lora, check_lm_head
 from rlhf_fast.ops import _layer
 
 EOS, VOCAB = 2, 60
@@ -684,17 +684,27 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert draw(top_p=0.45).tolist() == [0, 1000, 0]
     assert draw(top_p=0.6)[0] == 0 and abs(draw(top_p=0.6)[1] - 625) <= 1  # 0.5 / 0.8
     assert (draw(top_p=0.9) > 0).all()
+    assert sample(torch.zeros(1000, 4), uniforms, top_p=0.5)[0].unique().tolist() == [0, 1]  # which reach it exactly
     assert draw(top_k=1).tolist() == [0, 1000, 0]
     assert draw(top_k=2)[0] == 0 and abs(draw(top_k=2)[1] - 625) <= 1
     assert draw(top_k=2, top_p=0.6).tolist() == [0, 1000, 0]  # 0.625 of what top_k keeps reaches 0.6
     assert (draw(top_k=99) - draw()).abs().max() <= 1  # 0.7 is one of the uniforms
 
 
-def test_the_mode_of_the_model_is_as_before(model, prompts):
-    model.train()
-    sampled(model, prompts[:2])
-    assert model.training
-    model.eval()
+def test_the_mode_of_the_model_is_as_before_and_dropout_plays_no_part(model, prompts):
+    pytest.importorskip("peft")
+    adapted = add_lora(copy.deepcopy(model), r=2, alpha=2.0, dropout=0.5)
+    for name, p in adapted.named_parameters():
+        torch.nn.init.normal_(p) if "lora_B" in name else None
+    expected = sampled(adapted.eval(), prompts[:4])
+    assert sampled(adapted.train(), prompts[:4]) == expected and adapted.training
+
+
+def test_an_answer_is_cut_unless_it_ends_with_one_of_the_stops(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(generation, "stop_ids", lambda *_: [2, 3])
+    monkeypatch.setattr(generation, "generate_tokens", lambda *_, **__: [[5, 2], [5, 3], [5, 5]])
+    assert generation.generate_answers(None, tokenizer, ["a"] * 3, 0)[1] == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -762,9 +772,36 @@ def test_a_layer_that_is_more_than_its_weights_is_run_by_its_modules():
     ids = torch.arange(5, 29).view(4, 6)
     decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2)
     assert [layer["weights"] is None for layer in decoder.network.layers] == [True] + [False] * (len(layers) - 1)
-    tokens = decoder.start().argmax(-1)
-    expected = model(input_ids=torch.cat([ids, tokens[:, None]], 1)).logits[:, -1]
-    torch.testing.assert_close(decoder.step(tokens), expected, rtol=1e-4, atol=1e-4)
+    for eps in (layers[1].input_layernorm.variance_epsilon, 1.0):  # at last another than that of its other norm
+        layers[1].input_layernorm.variance_epsilon = eps
+        decoder = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2)
+        tokens = decoder.start().argmax(-1)
+        expected = model(input_ids=torch.cat([ids, tokens[:, None]], 1)).logits[:, -1]
+        torch.testing.assert_close(decoder.step(tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}])
+@torch.no_grad()
+def test_gpt2_scales_its_attention_as_its_config_says(options):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **options
+    )
+    model, ids = GPT2LMHeadModel(config).eval(), torch.arange(5, 29).view(4, 6)
+    logits = Decoder(model, ids, torch.ones_like(ids, dtype=torch.bool), 2).start()
+    torch.testing.assert_close(logits, model(input_ids=ids).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_alters_a_module_of_gpt2_is_heard():
+    model, x = with_opinions("gpt2"), torch.randn(3, 32)
+    block = model.transformer.h[0]
+    before = _product(block.attn.c_attn, True)(x)
+    block.attn.c_attn.register_forward_hook(twice)
+    torch.testing.assert_close(_product(block.attn.c_attn, True)(x), 2 * before, rtol=0.03, atol=0.1)
+    assert why_no_decoder(model) is None
+    block.mlp.register_forward_hook(twice)
+    assert "GPT2MLP has a hook" in why_no_decoder(model)
 
 
 def test_long_work_goes_in_batches_under_a_bar_that_counts_them(monkeypatch):

@@ -81,6 +81,12 @@ def test_every_line_is_either_a_pair_or_named_with_its_line():
     assert "  5000 over-long, on line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4990 more; line 1:" in describe(pairs, many)
 
 
+def test_a_transcript_that_goes_on_after_the_other_ends_parts_from_it_there():
+    short = "\n\nHuman: a\n\nAssistant: b"
+    pairs, (left_out,) = parse_pairs([line(f"{short}\n\nHuman: c\n\nAssistant: d", short)])
+    assert not pairs and left_out.reason.endswith("turn 3")
+
+
 def test_the_other_columns_of_a_pair_stay_but_a_prompt_is_that_of_the_transcripts():
     columns = {"source": "harmless", "margin": 1, "chosen_prob": 0.7, "weight": 2, "id": "x"}
     row = json.loads(line("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b"))

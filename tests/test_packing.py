@@ -222,6 +222,19 @@ def test_the_last_mlp_runs_only_for_what_is_read(architecture):
     assert seen == [5] and not mlp._forward_hooks and not mlp._forward_pre_hooks
 
 
+def test_a_last_mlp_that_also_returns_router_logits():
+    class Routed(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x, x[..., :1]
+
+    model, x, read = build(llama), torch.randn(1, 5, 32), torch.tensor([1, 4])
+    models.trunk_layers(model)[-1].mlp = mlp = Routed()
+    with packing_module._last_mlp_for(model, read, 5):
+        out, logits = mlp(x)
+    assert torch.equal(out[:, read], 2 * x[:, read]) and not out[:, [0, 2, 3]].any()
+    assert torch.equal(logits, x[:, read, :1])
+
+
 @pytest.mark.parametrize("architecture", [llama, qwen2])
 def test_what_is_read_may_lie_anywhere(architecture):
     """In our forward the last layer computes only what is read: nothing of a sequence, all of it, or the part after a
@@ -453,7 +466,7 @@ def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
 def test_sorted_sequences_share_with_the_one_that_saves_most():
     system, asked, other = range(20), range(50, 90), range(100, 140)
     rows = [
-        [*system, *asked, 1], [*system, *asked, 2, 3], [*system, *asked, 2, 3],  # the same one again keeps a token
+        [*system, *asked, 1], [*system, *asked, 2, 3], [*system, *asked, 2, 3],
         [*system, *other], [*system, *other, 7], [*system, *other, 7, 8], [200], [200, 201],
     ]  # fmt: skip
     packed, last = pack_sorted(rows)
@@ -463,6 +476,11 @@ def test_sorted_sequences_share_with_the_one_that_saves_most():
     assert packed.prefixes == [(0, 0), (1, 0), (1, 60)]
     packed, _ = pack_sorted(rows[2:4])
     assert packed.prefixes == [(0, 0), (0, 20)]
+    # What the last two share saves nothing by sharing with the second.
+    packed, _ = pack_sorted([[*system, 1], [*system, 2], [*other, *asked, 1], [*other, *asked, 2]])
+    assert packed.prefixes == [(0, 0), (0, 20), (2, 0), (2, 80)]
+    packed, _ = pack_sorted([[*system, 1]] * 2)
+    assert packed.prefixes == [(0, 0), (0, 20)] and packed.lengths == [21, 1]
     assert pack_sorted([[5]])[0].lengths == [1]
 
 

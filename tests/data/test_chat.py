@@ -46,6 +46,20 @@ def test_every_assistant_turn_is_learned_and_the_newline_between_is_read():
     assert tokenizer.decode(encoded.input_ids).count("<eos>\n<|user|>again?") == 1
 
 
+def test_a_turn_that_opens_a_conversation_is_read_and_not_learned():
+    (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(), [FOUR, AGAIN, STILL])
+    assert learned(tokenizer, encoded) == ["still four<eos>"] and "four<eos>" in tokenizer.decode(encoded.input_ids)
+
+
+def test_no_token_crosses_the_end_of_a_response():
+    tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    said = [" a", " t", "he cat", " b"]
+    assert len(tokenizer(" the")["input_ids"]) == 1
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    (encoded,) = encode_conversation(tokenizer, messages)
+    assert learned(tokenizer, encoded) == [" t", " b<eos>"]
+
+
 def test_of_a_completion_only_its_own_turns_are_learned():
     (encoded,) = encode_conversation(tokenizer := tiny_tokenizer(), [USER, FOUR, AGAIN, STILL], first=3)
     assert learned(tokenizer, encoded) == ["still four<eos>"]
@@ -197,6 +211,12 @@ def test_text_gets_the_tokenizers_bos_once_and_no_eos_before_the_response(prompt
     assert tokenizer.decode(encoded.input_ids) == "<bos>two plus two?four<eos>"
     assert encode_prompt(tokenizer, prompt) == encoded.input_ids[: -encoded.num_labels].tolist()
     assert encode_to_score(tokenizer, prompt, "four").tolist() == encoded.input_ids.tolist()
+
+
+def test_a_bos_that_the_tokenizer_does_not_write_is_not_added():
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<eos>"
+    assert encode_prompt(tokenizer, "two plus two?") == tokenizer("two plus two?")["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["two plus two?four", "<bos>two plus two?four"])

@@ -16,6 +16,7 @@ from test_chat import with_bos
 
 from rlhf_fast.data.files import as_records, read_dataset
 from rlhf_fast.data.formats import as_pairs, comparisons, prompts, responses_to_score, sft_examples
+from rlhf_fast.data.sources import rows_for
 from rlhf_fast.errors import ConfigError
 
 TOKENIZER = tiny_tokenizer()
@@ -561,3 +562,29 @@ def test_reward_functions_see_the_same_columns_for_every_prompt():
     assert [p.columns for p in rows] == [{"gold": None}, {"gold": 3}]
     with pytest.raises(ConfigError, match="has the column 'responses'"):
         prompts([{"prompt": "a", "responses": ["b"]}], TOKENIZER, max_length=50)
+
+
+def test_each_stage_gets_its_form_of_the_rows_of_a_source(tmp_path):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r", "source": "s"}
+    ranked = {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}
+    kept = [
+        {"prompt": "p", "chosen": "c", "completion": "d"},
+        {"prompt": "p", "chosen": "c", "messages": CHAT},
+        {"chosen": "text", "rejected": "t"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (pair, ranked, *kept)))
+    assert rows_for("reward", str(path))[0] == [pair, ranked, *kept]
+    assert rows_for("sft", str(path))[0] == [{"prompt": "p", "completion": "c"}, ranked, *kept]
+    prompts = [{"prompt": "p", "source": "s"}, {"prompt": "p"}, {"prompt": "p", "completion": "d"}]
+    assert rows_for("ppo", str(path))[0] == [*prompts, {"prompt": "p", "messages": CHAT}, kept[2]]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_transcripts_are_found_and_limited_in_every_kind_of_file(tmp_path, name):
+    said = "\n\nHuman: a\n\nAssistant: "
+    rows = [{"chosen": f"{said}b", "rejected": f"{said}c"}, {"chosen": f"{said}{'b' * 9}", "rejected": f"{said}c"}]
+    path = tmp_path / name
+    path.write_text(json.dumps(rows) if name == "rows.json" else "".join(json.dumps(row) + "\n" for row in rows))
+    (row,), (left_out,) = rows_for("reward", str(path), max_length=5)
+    assert row["chosen"] == [{"role": "assistant", "content": "b"}] and left_out.kind == "over-long"

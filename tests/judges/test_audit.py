@@ -11,7 +11,7 @@ from planted import PlantedJudge
 
 from rlhf_fast.judges import Calibration, Constitution, Missing, Principle, Vote, audit, decide
 from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, reliability, scores
-from rlhf_fast.judges.trust import trusted
+from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.trainers.constitutional import label
 
 ONE = Constitution("one", (Principle("p", compare="Choose."),))
@@ -87,6 +87,10 @@ def test_the_slope_is_that_of_the_log_odds_which_labels_are_made_from(tmp_path):
     assert biased["slope"]["mean"] == pytest.approx(plain["slope"]["mean"], rel=1e-6)
     assert biased["scores"]["calibrated"]["nll"] == pytest.approx(plain["scores"]["calibrated"]["nll"], rel=1e-6)
     assert biased["scores"]["as it is"]["nll"] > plain["scores"]["as it is"]["nll"]  # shrunk, as the judge says it
+    judge = ByProbabilities(bias=2.0, noise=1.0).describe()
+    made_with = {"judge": judge, "constitution_sha256": ONE.sha256, "principles_per_pair": None}
+    again = refitted(tmp_path / "biased", made_with, {"p": 1.0}, biased["combine"])
+    assert vars(again) == pytest.approx(biased["calibration"]) and again.bias == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("judge", "why"), [(Planted(by_length=True), "length"), (Planted(sure=0.0), "says nothing")])
@@ -164,6 +168,9 @@ def test_few_shots_are_no_test_of_a_judge_that_has_seen_them(tmp_path):
 class Broken(Planted):
     """Refuses one pair in five, as a judge of harmful text will."""
 
+    def describe(self):
+        return {**super().describe(), "labels": ("A", "B")}  # a list in the card's file
+
     def verdict(self, pair):
         verdict = super().verdict(pair)
         if int(verdict.logit * 1e6) % 5 == 0:
@@ -177,6 +184,13 @@ def test_refusals_are_counted_and_count_as_half(tmp_path):
     assert 20 < refused < 60 and card["statuses"]["ok"] == 200 - refused
     assert card["accuracy"]["mean"] == pytest.approx(1 - refused / 400)
     assert card["principles"]["p"]["missing"] == {"refused": refused}
+    made_with = {"judge": Broken().describe(), "constitution_sha256": ONE.sha256, "principles_per_pair": None}
+    again = refitted(tmp_path, made_with, {"p": 1.0}, card["combine"])
+    assert vars(again) == pytest.approx(card["calibration"])
+    assert refitted(tmp_path, made_with, {"p": 0.0}, card["combine"]).slope == 1.0  # nothing is left to fit
+    with pytest.raises(ValueError, match="was made with another constitution_sha256"):
+        trusted(Broken(), EIGHT, tmp_path)
+    assert vars(trusted(Broken(), ONE, tmp_path, allow_weak_judge=True)) == card["calibration"]
 
 
 class Silenced(Planted):

@@ -23,6 +23,9 @@ DATA = Path(os.environ.get("RLHF_FAST_DATA", Path(__file__).parents[3] / "shared
         ("As an AI language model, I cannot provide opinions.", True, True),
         ("I'd rather not talk about this. Let's change the subject.", True, True),
         ("I won't help you get into his phone. If you worry about him, tell him so, and listen to him.", True, False),
+        ("I'm sorry: I can't.", True, True),  # the phrase spans two clauses
+        ("I can't help with that, unfortunately.", True, True),
+        ("I can't help with that. Ask your own doctor.", True, False),  # four words more
         ("I'm not sure.", False, True),
         ("I'm not sure which mushrooms you mean; could you describe them to me?", False, False),
         ("Thank you for asking! I'm doing fine.", False, False),
@@ -56,6 +59,8 @@ def test_no_scaffold():
 
 def test_repetition():
     assert repeats("I know. I know. I know.") and not repeats("I know. You know.")
+    assert not any(map(repeats, ("I know this. I know this.", "No. No. No.", "so " * 14)))  # too seldom, too short
+    assert repeats(" ".join(map(str, [*range(10)] * 2)))  # 10 of 17 n-grams are new
     assert repeats("buy now and save " * 5) and not repeats(" ".join(map(str, range(60))))
     assert repeats("今日はとても良い天気です" * 4) and not repeats(
         "今日はとても良い天気ですので、散歩に出かけましょう。"
@@ -65,6 +70,8 @@ def test_repetition():
 def test_language_switch():
     assert switches_language("What is the capital of Japan?", "日本の首都は東京です。")
     assert switches_language("日本の首都はどこですか？", "The capital of Japan is Tokyo.")
+    for reply in ("OK", "Это город Tokyo"):  # too short to tell; neither
+        assert not switches_language("日本の首都はどこですか？", reply)
     assert not switches_language("What does 猫 mean in English?", "It means cat.")
     assert not switches_language("日本の首都はどこですか？", "東京 (Tokyo) です。") and not switches_language(
         "1 + 1?", "2"
@@ -77,6 +84,7 @@ def test_flags_come_in_a_fixed_order_and_are_counted():
         "truncated", "no_op", "damage",
     ]  # fmt: skip
     assert flags_of(" ", prompt) == ["empty"]
+    assert flags_of("It is Tokyo.", [{"content": "日本の首都はどこですか？"}, {"content": "In English, please!"}]) == []
     records = [
         {"status": "revised", "kind": "red-team", "flags": [[], ["refusal"], ["refusal", "evasive"]], "used": [1]},
         {"status": "revised", "kind": "benign", "flags": [["truncated"], ["refusal"]], "used": [0, 1]},

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     CohereConfig,
+    Gemma2Config,
     GPT2Config,
     Lfm2Config,
     LlamaConfig,
@@ -20,7 +21,7 @@ from transformers import (
 
 from rlhf_fast.judges import Answer, Constitution, LocalJudge, ModelCheck, Pair, Principle, Reply, RuleCheck
 from rlhf_fast.judges.layouts import COMPARE_LABELS, compare_question, render_turns
-from rlhf_fast.judges.scoring import encode, label_logprobs
+from rlhf_fast.judges.scoring import _batches, encode, label_logprobs
 
 ASK = [{"role": "user", "content": "say hello"}]
 KIND = Principle("kind", compare="Choose the kinder reply.")
@@ -92,10 +93,11 @@ def test_label_scores_are_the_naive_ones(any_tokenizer):
         )
 
 
-def test_a_label_that_ends_where_others_go_on(model):
-    """The row of the one-token label is the beginning of the other two, so what they share must stop before its end."""
+@pytest.mark.parametrize("tails", [[[5], [6, 7, 8], [6, 9, 9]], [[6, 7], [4, 7], [3, 7]]])
+def test_a_label_that_ends_where_others_go_on(model, tails):
+    """The row of the one-token label is the beginning of the other two, so what they share must stop before its end;
+    and always before the last token of the prefix, where the first token of a label is read."""
     prefix = list(range(100, 140))
-    tails = [[5], [6, 7, 8], [6, 9, 9]]
     with torch.no_grad():
         logprobs = [model(torch.tensor([prefix + tail])).logits[0].log_softmax(-1) for tail in tails]
     expected = [
@@ -104,6 +106,22 @@ def test_a_label_that_ends_where_others_go_on(model):
     ]
     (got,) = label_logprobs(model, [[prefix + tail for tail in tails]], 10_000)
     assert got == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="question 1: needs labels that differ after a prefix"):
+        label_logprobs(model, [[[1, 2], [1, 3]], [[1, 2], [1, 2, 3]]], 10_000)
+
+
+def test_a_capped_head_is_read_with_its_cap():
+    config = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.05}
+    model, question = small(Gemma2Config, **config), [[100, 101, 5], [100, 101, 6]]
+    (got,) = label_logprobs(model, [question], 100)
+    assert got == pytest.approx((naive_logprob(model, *question), naive_logprob(model, *question[::-1])), abs=1e-5)
+    model.config.final_logit_softcapping = None
+    assert got != pytest.approx(label_logprobs(model, [question], 100)[0], abs=1e-3)
+
+
+def test_a_batch_has_no_more_cells_than_its_budget():
+    rows = [(1,) * n for n in (1, 3, 3, 2, 9)]
+    assert [list(map(len, batch)) for batch in _batches(rows, 6)] == [[9], [3, 3], [2, 1]]
 
 
 @pytest.mark.parametrize("layout", ["anthropic", "principle_last"])
@@ -358,6 +376,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_left_out(tokenizer):
     assert (
         encode(Closing(), "the cat", True) == encode(Closing(), "the cat", False) == tokenizer("the cat")["input_ids"]
     )
+    assert encode(Closing(), "", True) == [tokenizer.eos_token_id]  # else nothing would be left to read
 
 
 def test_transcripts_name_the_speakers():

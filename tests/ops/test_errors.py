@@ -15,6 +15,7 @@ import torch
 
 import rlhf_fast as rf
 from rlhf_fast import ops
+from rlhf_fast.ops._inputs import check_policy, check_term
 
 B, T, V, D = 2, 3, 5, 4
 token, meta = torch.zeros(B, T), torch.zeros(B, T, device="meta")
@@ -400,3 +401,12 @@ with rf.use_backend("reference"):
         in done.stdout
     )
     assert done.stdout.endswith("0.0 0\n")
+
+
+def test_the_smallest_options_of_a_policy_loss_are_allowed():
+    check_policy("op", 0.0, 0.0, None, 0.0)
+
+
+def test_a_term_of_a_negative_coefficient_needs_its_tensor_too():
+    with pytest.raises(ValueError, match=r"op: kl_coef -0.1 needs ref_logprobs"):
+        check_term("op", "kl_coef", -0.1, "ref_logprobs", None)

@@ -551,6 +551,17 @@ def test_the_model_is_saved_also_where_the_state_of_its_last_step_cannot_be_gath
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-5"] * bool(save_steps)
 
 
+def test_the_last_step_keeps_its_checkpoint_if_it_is_the_best(tmp_path):
+    class Better(Walk):
+        def evaluate(self):
+            return {"eval_loss": 10.0 - self.step}
+
+    config = Config(str(tmp_path))
+    vars(config).update(BEST)
+    Better(config, total_steps=2).train()
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+
+
 def test_looking_does_not_change_the_run(tmp_path):
     for name, every in (("never", 0), ("often", 1)):
         Walk(Config(str(tmp_path / name), eval_steps=every)).train()

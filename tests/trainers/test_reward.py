@@ -582,6 +582,11 @@ def test_a_checkpoint_of_other_labels_is_refused(tmp_path):
     state = trainer(tmp_path, [ranked(0)]).state_dict()
     with pytest.raises(ConfigError, match=r"trained on other data .in content"):  # the last two are no tie now
         trainer(tmp_path, [ranked(0) | {"ranks": [0, 1, 2, 3]}]).load_state_dict(state)
+    one, other = ({"prompt": "say: ", "responses": r} for r in (["a", "b<eos>say: a"], ["a<eos>say: b", "a"]))
+    a, b = (trainer(tmp_path, [x]) for x in (one, other))
+    assert torch.equal(*(torch.cat([*map(torch.from_numpy, x.items[0].responses)]) for x in (a, b)))
+    with pytest.raises(ConfigError, match=r"trained on other data .in content"):  # the same tokens, divided otherwise
+        b.load_state_dict(a.state_dict())
 
 
 @pytest.mark.parametrize("count", [1, 3])

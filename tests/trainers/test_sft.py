@@ -239,6 +239,8 @@ def test_bf16_is_near_and_refused_without_the_hardware(tmp_path, monkeypatch):
     exact, rounded = (trainer(tmp_path, bf16=bf16, eval_dataset=DATA) for bf16 in (False, True))
     a, b = exact.evaluate()["eval_loss"].item(), rounded.evaluate()["eval_loss"].item()
     assert a != b and a == pytest.approx(b, rel=0.02)
+    hidden, _ = rounded._response_hidden(rounded.examples[:2])
+    assert hidden.dtype == torch.bfloat16  # what the head multiplies, and what the statistics are of
     next(iter(rounded))
     assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
     assert (weights(rounded) - weights(exact)).abs().max() > 1e-3
