@@ -308,15 +308,20 @@ def repetition(ids: Tensor, mask: Tensor) -> Tensor:
 def rollout_metrics(rollout: Rollout, kl_coef: float, kl_estimator: str, *, shaped: bool = False) -> dict:
     """The log's metrics of a rollout: sums over the tokens of a response, averaged over responses.
 
-    Without a reference there is no KL, and rlhf_reward is the score.
+    Without a reference there is nothing about a KL.
     shaped: the scores differ from what the reward returned (PPOConfig.shapes_scores). Then the mean of the raw scores
     is logged too, as objective/raw_scores.
     """
-    mask, kl, metrics = rollout.response_mask, rollout.kl(kl_estimator), {}
-    non_score = 0.0
+    mask, scores, kl, metrics = rollout.response_mask, rollout.scores.mean(), rollout.kl(kl_estimator), {}
     if kl is not None:
-        non_score = -kl_coef * kl.sum(1).mean()
-        metrics |= {"objective/kl": kl.sum(1).mean(), "objective/kl_per_token": masked_mean(kl, mask)}
+        of_responses = kl.sum(1).mean()
+        metrics |= {
+            "objective/kl": of_responses,
+            "objective/kl_per_token": masked_mean(kl, mask),
+            "objective/kl_coef": kl_coef,
+            "objective/non_score_reward": -kl_coef * of_responses,
+            "objective/rlhf_reward": -kl_coef * of_responses + scores,
+        }
     if rollout.values is not None:
         metrics["critic/vf_explained_var"] = _explained_variance(rollout.values, rollout.returns, mask)
     if rollout.rollout_logprobs is not None:
@@ -328,11 +333,8 @@ def rollout_metrics(rollout: Rollout, kl_coef: float, kl_estimator: str, *, shap
     if shaped:
         metrics["objective/raw_scores"] = rollout.raw_scores.mean()
     return {
-        "objective/kl_coef": kl_coef,
         "objective/entropy": -rollout.logprobs[mask].sum() / len(mask),
-        "objective/non_score_reward": non_score,
-        "objective/scores": rollout.scores.mean(),
-        "objective/rlhf_reward": non_score + rollout.scores.mean(),
+        "objective/scores": scores,
         "objective/score_length_correlation": correlation(rollout.raw_scores, mask.sum(1).float()),
         "val/num_eos_tokens": rollout.ended.sum(),
         **metrics,
