@@ -166,6 +166,23 @@ struct CpuOps {
                     int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
                     double scale, float* y, int threads);
 
+  // Causal attention in a row of sequences, float32: y (queries, heads, dim) = softmax(scale q k^T) v, for q (queries,
+  // heads, dim), k and v (tokens, key_heads, dim). Their Grids are (queries, heads) and (tokens, key_heads), of vectors
+  // that are contiguous. table has a row for each sequence: its first query, their number, its first token, their
+  // number, the first token that it shares, their number. Its keys are the shared tokens, which are own tokens of
+  // another sequence of the family (or none), then its own. Query i sees keys places[i] - window + 1 to places[i];
+  // places ascend within a sequence. Family j of `count` has rows families[j] to families[j + 1] of the table.
+  // saved (queries, heads, 2) is for the backward.
+  int64_t (*packed_attention)(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table,
+                              const int64_t* families, int64_t count, int64_t heads, int64_t key_heads, int64_t dim,
+                              int64_t window, double scale, float* y, float* saved, int threads);
+
+  // grad_q (queries, heads, dim); grad_k and grad_v (tokens, heads, dim), those by each head of queries.
+  int64_t (*packed_attention_backward)(Grid q, Grid k, Grid v, const float* saved, const float* grad,
+                                       const int64_t* places, const int64_t* table, const int64_t* families,
+                                       int64_t count, int64_t heads, int64_t key_heads, int64_t dim, int64_t window,
+                                       double scale, float* grad_q, float* grad_k, float* grad_v, int threads);
+
   // y (rows, width) = x (rows, depth) weight^T + bias (may be null), for few rows. A weight in bfloat16 multiplies x
   // rounded to it; sums are float32. A row of y depends on its row of x alone.
   int64_t (*few_rows_product)(const float* x, Matrix weight, const float* bias, int64_t rows, int64_t depth,
@@ -191,31 +208,33 @@ struct CpuOps {
                              void* grad_gate, void* grad_up, int threads);
 };
 
-#define RLHF_CPU_OPS(X)      \
-  X(token_logprobs_forward)  \
-  X(token_logprobs_backward) \
-  X(linear_forward)          \
-  X(linear_backward)         \
-  X(linear_narrow)           \
-  X(kl_divergence_forward)   \
-  X(kl_divergence_backward)  \
-  X(ppo_loss)                \
-  X(value_loss)              \
-  X(kl_penalty)              \
-  X(pairwise_loss)           \
-  X(ranking_loss)            \
-  X(gae)                     \
-  X(masked_mean)             \
-  X(masked_mean_backward)    \
-  X(masked_whiten)           \
-  X(rms_norm)                \
-  X(rms_norm_backward)       \
-  X(rotary)                  \
-  X(attend)                  \
-  X(few_rows_product)        \
-  X(decode_layer)            \
-  X(sample_tokens)           \
-  X(swiglu)                  \
+#define RLHF_CPU_OPS(X)        \
+  X(token_logprobs_forward)    \
+  X(token_logprobs_backward)   \
+  X(linear_forward)            \
+  X(linear_backward)           \
+  X(linear_narrow)             \
+  X(kl_divergence_forward)     \
+  X(kl_divergence_backward)    \
+  X(ppo_loss)                  \
+  X(value_loss)                \
+  X(kl_penalty)                \
+  X(pairwise_loss)             \
+  X(ranking_loss)              \
+  X(gae)                       \
+  X(masked_mean)               \
+  X(masked_mean_backward)      \
+  X(masked_whiten)             \
+  X(rms_norm)                  \
+  X(rms_norm_backward)         \
+  X(rotary)                    \
+  X(attend)                    \
+  X(packed_attention)          \
+  X(packed_attention_backward) \
+  X(few_rows_product)          \
+  X(decode_layer)              \
+  X(sample_tokens)             \
+  X(swiglu)                    \
   X(swiglu_backward)
 
 // The instruction sets compiled into this module, best first; cpu_isa() is the one in use.

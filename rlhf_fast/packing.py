@@ -20,9 +20,12 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -30,6 +33,7 @@ from .data.collate import Packed
 from .decoder import attends_in_its_own_way
 from .errors import ConfigError
 from .models import evaluating, rotary_limit, trunk_layers, unwrapped
+from .ops import _layer
 from .trunk import llama, runs_here
 
 NAME = "rlhf_fast_packed"  # the name of packed_attention in transformers, within packing()
@@ -49,8 +53,16 @@ def packed_attention(
         if others.get(name) is not None:
             raise NotImplementedError(f"packed attention does not support {name}")
     asked = packed.lengths if read is None else _counts(packed, read)
-    keys, values = (x.split(packed.lengths, dim=2) for x in (key, value))
     places = packed.position_ids[0] if read is None else packed.position_ids[0].index_select(0, read)
+    if not dropout and _runs_natively(query, key, value):
+        if (made := ("table", id(read))) not in packed.made:  # with `read`, so that no other tensor gets its id
+            packed.made[made] = _table(packed, asked), read
+        (table, families), _ = packed.made[made]
+        heads = (x[0].transpose(0, 1) for x in (query, key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = sliding_window or packed.position_ids.shape[1]
+        return _layer.packed_attention(*heads, places, table, families, scale, window)[None], None
+    keys, values = (x.split(packed.lengths, dim=2) for x in (key, value))
     outputs, gqa = [], query.shape[1] != key.shape[1]
     for i, (q, at) in enumerate(zip(query.split(asked, dim=2), places.split(asked), strict=True)):
         (parent, shared), k, v = packed.prefixes[i], keys[i], values[i]
@@ -58,13 +70,28 @@ def packed_attention(
             k, v = (torch.cat([x[parent][:, :, :shared], own], dim=2) for x, own in ((keys, k), (values, v)))
         mask = None
         if q.shape[2] != k.shape[2] or (sliding_window is not None and k.shape[2] > sliding_window):
-            made = i, id(read), sliding_window, q.dtype
-            if made not in packed.masks:  # with `read`, so that no other tensor gets its id
-                packed.masks[made] = _mask(at, k.shape[2], sliding_window, q), read
-            mask, _ = packed.masks[made]
+            if (made := (i, id(read), sliding_window, q.dtype)) not in packed.made:
+                packed.made[made] = _mask(at, k.shape[2], sliding_window, q), read
+            mask, _ = packed.made[made]
         options = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
+
+
+def _runs_natively(*tensors: Tensor) -> bool:
+    return not is_compiling() and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in tensors)
+
+
+def _table(packed: Packed, asked: list[int]) -> tuple[Tensor, Tensor]:
+    """(S, 6), (F + 1,): the table and the families of _layer.packed_attention. asked: how many queries each sequence
+    has."""
+    rows, starts = [], [0, *accumulate(packed.lengths)]
+    for i, (query, (parent, shared)) in enumerate(zip([0, *accumulate(asked)], packed.prefixes, strict=False)):
+        family = parent if shared else i
+        rows.append((family, query, asked[i], starts[i], packed.lengths[i], starts[family], shared))
+    rows.sort(key=itemgetter(0))
+    sizes = [len(list(members)) for _, members in groupby(rows, key=itemgetter(0))]
+    return torch.tensor([row[1:] for row in rows]), torch.tensor([0, *accumulate(sizes)])
 
 
 def _counts(packed: Packed, read: Tensor) -> list[int]:

@@ -29,6 +29,7 @@ from transformers import (
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import rlhf_fast
 from rlhf_fast import SFTConfig, SFTTrainer, models
 from rlhf_fast import packing as packing_module
 from rlhf_fast.data.chat import Encoded
@@ -520,3 +521,138 @@ def test_a_model_that_cannot_be_packed_is_padded_or_refused(tmp_path):
             SFTConfig(str(tmp_path / "run"), packing=True), Gemma2ForCausalLM(config), train_dataset=data,
             tokenizer=tokenizer,
         )  # fmt: skip
+
+
+# -- attention in native code (csrc/cpu/attention.cpp) -------------------------------------------------------------
+
+
+def reference_attention(q, k, v, packed, read, scale, window):
+    """(1, H, M, d), (1, G, N, d) twice -> (1, M, H, d), by its definition: each sequence with a mask of its own."""
+    starts, position = np.cumsum([0, *packed.lengths]), packed.position_ids[0]
+    outputs = []
+    for token, head in zip(read.tolist(), q[0].transpose(0, 1), strict=True):
+        i = int(np.searchsorted(starts, token, side="right")) - 1
+        parent, shared = packed.prefixes[i]
+        keys = [*range(starts[parent], starts[parent] + shared), *range(starts[i], token + 1)][-window:]
+        assert len(keys) == min(window, int(position[token]) + 1)
+        group = q.shape[1] // k.shape[1]
+        key, value = (x[0, :, keys].repeat_interleave(group, 0) for x in (k, v))
+        weights = (scale * head[:, None] @ key.mT).softmax(-1)
+        outputs.append((weights @ value)[:, 0])
+    return torch.stack(outputs)[None]
+
+
+ROWS = {
+    "one sequence": ([50], None),
+    "short ones": ([1, 3, 1, 2], None),
+    "more than a block of queries, and than a chain of keys": ([300, 100], None),
+    "shared beginnings": ([60, 70, 23, 61, 9], [(0, 0), (0, 50), (0, 1), (3, 0), (3, 5)]),
+    "a family in two places": ([20, 30, 40, 33], [(0, 0), (1, 0), (0, 19), (1, 30)]),
+}
+HEADS = [(2, 2, 64), (4, 1, 8), (6, 2, 20), (1, 1, 160), (3, 3, 1)]
+
+
+def row_of(name, heads, dtype=torch.float32, seed=0):
+    """-> Packed, q, k, v, and the gradient of the output."""
+    lengths, prefixes = ROWS[name]
+    whole = sequences(*lengths)
+    if prefixes:
+        whole = [torch.cat([whole[p][:n], x[n:]]) if n < len(x) else x for x, (p, n) in zip(whole, prefixes)]
+        prefixes = [(p, min(n, len(x) - 1)) for x, (p, n) in zip(whole, prefixes)]
+    packed = Packed.of(whole, prefixes)
+    (h, g, d), n = heads, packed.input_ids.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, grad = (torch.randn(1, size, n, d, generator=generator).to(dtype) for size in (h, g, g, h))
+    return packed, q, k, v, grad.transpose(1, 2)
+
+
+def attended(packed, q, k, v, grad, read=None, **options):
+    """-> output and the gradients of q, k, v."""
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    out, _ = packed_attention(None, q, k, v, None, packed=packed, read=read, **options)
+    out.backward(grad)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    called, attention = [], packing_module._layer.packed_attention
+    monkeypatch.setattr(
+        packing_module._layer, "packed_attention", lambda *x: called.append(len(x[0])) or attention(*x)
+    )
+    return called
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", ROWS)
+def test_attention_and_its_gradients_are_at_least_as_exact_as_pytorchs(name, heads, window, isa, native_calls):
+    packed, *inputs = row_of(name, heads)
+    n, scale = packed.input_ids.shape[1], 1.7 * heads[2] ** -0.5
+    for read in (None, torch.arange(n)[torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.4]):
+        q, k, v, grad = inputs
+        if read is not None:
+            q, grad = q[:, :, read], grad[:, read]
+        options = {"read": read, "scaling": scale, "sliding_window": window}
+        native_calls.clear()
+        found = attended(packed, q, k, v, grad, **options)
+        assert native_calls == [q.shape[2]]
+        with rlhf_fast.use_backend("reference"):
+            peers = attended(packed, q, k, v, grad, **options)
+        assert native_calls == [q.shape[2]]
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        exact = reference_attention(*wide, packed, torch.arange(n) if read is None else read, scale, window or n)
+        exact.backward(grad.double())
+        for ours, theirs, right in zip(found, peers, [exact.detach(), *(x.grad for x in wide)], strict=True):
+            error, allowed = ((x - right).abs().max() for x in (ours, theirs))
+            assert error <= 2 * allowed + 6e-7 * right.abs().max(), (error, allowed)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_bits_of_a_sequence_are_its_own(threads, isa):
+    """Whatever else is in the row, is read, and computes: old log-probabilities and new ones must be equal."""
+    packed, q, k, v, grad = row_of("more than a block of queries, and than a chain of keys", (4, 2, 64))
+    whole = attended(packed, q, k, v, grad)
+    read = torch.tensor([*range(290, 310, 3), 399])
+    before, alone = torch.get_num_threads(), Packed.of([packed.input_ids[0, 300:]])
+    torch.set_num_threads(threads)
+    try:
+        second = attended(alone, *(x[:, :, 300:] for x in (q, k, v)), grad[:, 300:])
+        some = packed_attention(None, q[:, :, read], k, v, None, packed=packed, read=read)[0]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(second[0], whole[0][:, 300:]) and torch.equal(some, whole[0][:, read])
+    assert all(torch.equal(x, y[:, :, 300:]) for x, y in zip(second[1:], whole[1:], strict=True))
+
+
+def test_attention_reads_heads_wherever_they_lie(native_calls):
+    """As the products of a layer leave them: every head in its own place of a token's row, queries beside keys."""
+    packed, q, k, v, grad = row_of("shared beginnings", (4, 2, 16))
+    expected = attended(packed, q, k, v, grad, scaling=0.25)
+    together = torch.cat([x[0].transpose(0, 1).flatten(1) for x in (q, k, v)], 1)  # (N, (4 + 2 + 2) 16)
+    parts = [x.unflatten(1, (-1, 16)).transpose(0, 1)[None] for x in together.split([64, 32, 32], 1)]
+    out, _ = packed_attention(None, *parts, None, packed=packed, scaling=0.25)
+    assert torch.equal(out, expected[0]) and not any(x.is_contiguous() for x in parts)
+    default, _ = packed_attention(None, *parts, None, packed=packed)
+    assert torch.equal(default, out) and native_calls == [len(together)] * 3
+
+
+def test_large_scores_and_what_is_not_a_number(isa):
+    packed, q, k, v, _ = row_of("short ones", (2, 2, 8))
+    out, _ = packed_attention(None, 1e4 * q, 1e4 * k, v, None, packed=packed, scaling=1.0)
+    exact = reference_attention(1e4 * q, 1e4 * k, v, packed, torch.arange(7), 1.0, 7)
+    torch.testing.assert_close(out, exact)
+    k[0, 1, 2] = torch.nan  # of the second sequence, its second token
+    out, _ = packed_attention(None, q, k, v, None, packed=packed)
+    assert out.isnan().any(-1).nonzero().tolist() == [[0, 2, 1], [0, 3, 1]]
+
+
+def test_a_compiled_trunk_attends_through_pytorch(native_calls):
+    packed, q, k, v, _ = row_of("shared beginnings", (2, 2, 8))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(q, k, v):
+        return packed_attention(None, q, k, v, None, packed=packed)[0]
+
+    torch.testing.assert_close(compiled(q, k, v), packed_attention(None, q, k, v, None, packed=packed)[0])
+    assert native_calls == [q.shape[2]]

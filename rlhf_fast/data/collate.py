@@ -29,7 +29,7 @@ class Packed:
     position_ids: Tensor  # (1, N) int64
     lengths: list[int]
     prefixes: list[tuple[int, int]]
-    masks: dict = field(default_factory=dict)  # of packed_attention: all layers share them, and so does the backward
+    made: dict = field(default_factory=dict)  # by packed_attention: all layers share it, and so does the backward
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor | np.ndarray], prefixes: list[tuple[int, int]] | None = None) -> Packed:

@@ -141,6 +141,48 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled:
     return y
 
 
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, places: Tensor, table: Tensor, families: Tensor, scale: float, window: int
+) -> Tensor:
+    """q (M, H, d), k and v (N, G, d), each vector contiguous -> (M, H, d), causal attention in a row of sequences.
+
+    places (M,), table (S, 6) and families (F + 1,), int64 and contiguous, are described at packed_attention in
+    csrc/ops.h. window: how many keys a query sees at most, the last of them its own.
+    """
+    arguments = (q, k, v, places, table, families, scale, window)
+    return _PackedAttention.apply(*arguments) if torch.is_grad_enabled() else _attended(*arguments)[0]
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, window: int):
+    y, saved = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2)
+    where = (places, table, families, len(families) - 1, q.shape[1], k.shape[1], q.shape[2], window, scale)
+    _C.packed_attention(q[..., 0], k[..., 0], v[..., 0], *where, y, saved, torch.get_num_threads())
+    return y, saved
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, window: int) -> Tensor:
+        y, saved = _attended(q, k, v, places, table, families, scale, window)
+        ctx.save_for_backward(q, k, v, saved, places, table, families)
+        ctx.numbers = window, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, saved, places, table, families = ctx.saved_tensors
+        (tokens, key_heads, dim), heads = k.shape, q.shape[1]
+        grad_q, grad_k, grad_v = (q.new_empty(rows, heads, dim) for rows in (len(q), tokens, tokens))
+        where = (places, table, families, len(families) - 1, heads, key_heads, dim, *ctx.numbers)
+        views = (x[..., 0] for x in (q, k, v))
+        outputs = (grad_q, grad_k, grad_v, torch.get_num_threads())
+        _C.packed_attention_backward(*views, saved, grad.contiguous(), *where, *outputs)
+        if heads != key_heads:
+            grad_k, grad_v = (x.unflatten(1, (key_heads, -1)).sum(2) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None, None, None, None
+
+
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, D), weight (V, D), bias (V,) or None, all contiguous -> (B, V) x weight^T + bias, for a few rows.
 
