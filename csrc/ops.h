@@ -161,10 +161,10 @@ struct CpuOps {
 
   // Attention of one query per row: y (rows, heads, dim) = softmax(scale q k^T + bias) v over the first `filled` of the
   // keys and values (rows, key_heads, capacity, dim). heads is a multiple of key_heads; bias (rows, capacity) may be
-  // null.
+  // null. Row i has the first `shared` columns of row i - back[i], which are read in its place; back may be null.
   int64_t (*attend)(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
-                    int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
-                    double scale, float* y, int threads);
+                    const int64_t* back, int64_t shared, int64_t rows, int64_t heads, int64_t key_heads, int64_t dim,
+                    int64_t capacity, int64_t filled, double scale, float* y, int threads);
 
   // Causal attention in a row of sequences, float32: y (queries, heads, dim) = softmax(scale q k^T) v, for q (queries,
   // heads, dim), k and v (tokens, key_heads, dim). Their Grids are (queries, heads) and (tokens, key_heads), of vectors
@@ -192,9 +192,9 @@ struct CpuOps {
   // written to column filled - 1. cos and sin (rows, dim) are those of its position; norms add eps; the rest is as in
   // attend.
   int64_t (*decode_layer)(LayerWeights weights, float* x, const float* cos, const float* sin, float* keys,
-                          float* values, const float* bias, int64_t rows, int64_t width, int64_t intermediate,
-                          int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled, double scale,
-                          double eps, int threads);
+                          float* values, const float* bias, const int64_t* back, int64_t shared, int64_t rows,
+                          int64_t width, int64_t intermediate, int64_t heads, int64_t key_heads, int64_t dim,
+                          int64_t capacity, int64_t filled, double scale, double eps, int threads);
 
   // The token at which the cumulative softmax(logits / temperature) first exceeds uniform, in [0, 1), and its
   // log-probability, for each row of logits (rows, vocab), contiguous float32.

@@ -436,8 +436,9 @@ class Decoder:
 
     It checks nothing: call why_no_decoder(model) first, and put the model in eval mode.
     bf16: compute the products of a float32 model in bfloat16.
-    On the CPU attention reads only the filled part of the buffers. On CUDA it reads all of them, with a mask: shapes
-    and addresses are then the same at every step, so generation.py can replay step() as a CUDA graph.
+    On the CPU attention reads only the filled part of the buffers, and the copies of a row (repeat) share its prompt:
+    one has the columns, and the others read them there. On CUDA it reads whole buffers, with a mask: shapes and
+    addresses are then the same at every step, so generation.py can replay step() as a CUDA graph.
     """
 
     def __init__(self, model, ids: Tensor, mask: Tensor, room: int, bf16: bool = False):
@@ -456,6 +457,8 @@ class Decoder:
         self.last = self.positions.cumsum(0) - 1  # (B,): each prompt's last token, among those of all prompts
         self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # `filled` as a tensor, for a CUDA graph
         self.bias: Tensor | None = None  # (B, 1, 1, capacity), added to q k^T: -inf hides a column
+        self.back: Tensor | None = None  # (B,): how many rows before this one the row with its prompt's columns is
+        self.shared = 0  # how many columns those are
 
     def start(self) -> Tensor:
         """Reads the prompts -> (B, V) logits of the first answer token. Padding is computed in attention only. In the
@@ -491,22 +494,36 @@ class Decoder:
         return logits
 
     def repeat(self, rows: Tensor) -> None:
-        """Row i becomes a copy of row rows[i], so there may be more rows than before."""
+        """After start(): row i becomes a copy of row rows[i], so there may be more rows than before."""
+        if not self.fixed and self._attends_natively(self.keys[0]):
+            self.shared = self.filled
+            holders, self.back = _holders(rows)
+        else:
+            holders = slice(None)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
-                buffers[i] = buffer[rows]
+                buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
+                buffers[i][holders] = buffer[rows[holders]]
         self.positions = self.positions[rows]
         self.bias = None if self.bias is None else self.bias[rows]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all other rows. The buffers stay in place, and these rows move to the front of them."""
-        filled = slice(self.capacity if self.fixed else self.filled)
+        own = slice(self.shared, self.capacity if self.fixed else self.filled)
+        if self.back is not None:
+            before = rows - self.back[rows]
+            holders, self.back = _holders(before)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
-                buffer[: len(rows), :, filled] = buffer[rows, :, filled]
+                buffer[: len(rows), :, own] = buffer[rows, :, own]
+                if self.back is not None:
+                    buffer[holders, :, : self.shared] = buffer[before[holders], :, : self.shared]
                 buffers[i] = buffer[: len(rows)]
         self.positions = self.positions[rows]
         self.bias = None if self.bias is None else self.bias[rows]
+
+    def _attends_natively(self, x: Tensor) -> bool:
+        return _layer.runs_on(x) and not any(layer.get("softcap") for layer in self.network.layers)
 
     def _forward(self, ids: Tensor, positions: Tensor, read) -> Tensor:
         network = self.network
@@ -516,7 +533,7 @@ class Decoder:
         for i, layer in enumerate(network.layers):
             if few and layer.get("weights") is not None:
                 buffers = self.keys[i], self.values[i], None if self.bias is None else self.bias[:, 0, 0]
-                sizes = self.filled, layer["scaling"], layer["eps"]
+                sizes = self.back, self.shared, self.filled, layer["scaling"], layer["eps"]
                 _layer.decode_layer(layer["weights"], x, *network.rotations[layer["angles"]], *buffers, *sizes)
                 continue
             attended = read(i, *network.project(layer, x), layer["scaling"], layer.get("softcap"))
@@ -559,9 +576,16 @@ class Decoder:
             values[:, :, self.filled - 1] = v
             if _layer.runs_on(q) and softcap is None:
                 rows = None if bias is None else bias[:, 0, 0]
-                return _layer.attend(q, keys, values, rows, self.filled, scale).flatten(1)
+                return _layer.attend(q, keys, values, rows, self.back, self.shared, self.filled, scale).flatten(1)
             keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
             bias = None if bias is None else bias[..., : self.filled]
         # Query heads that share a key head are laid out as tokens of one query, so keys and values are not repeated.
         grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])
         return _attention(grouped, keys, values, bias, scale, softcap).flatten(1)
+
+
+def _holders(sources: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) -> the first row with each source, and (B,): how many rows before each row the first with its source is."""
+    first: dict[int, int] = {}
+    rows = [first.setdefault(source, i) for i, source in enumerate(sources.tolist())]
+    return torch.tensor(list(first.values())), torch.arange(len(rows)) - torch.tensor(rows)

@@ -191,10 +191,14 @@ def test_a_mask_belongs_to_what_was_read_and_not_to_its_address():
         assert torch.equal(found, expected)
 
 
-def test_layers_share_a_mask(monkeypatch):
-    """Else each layer would keep one for its backward."""
-    made, mask = [], packing_module._mask
-    monkeypatch.setattr(packing_module, "_mask", lambda *arguments: made.append(mask(*arguments)) or made[-1])
+@pytest.mark.parametrize("native", [True, False])
+def test_layers_share_what_attention_makes(native, monkeypatch):
+    """Else each layer would make a table of the sequences of its own, and keep a mask for its backward."""
+    made, name = [], "_table" if native else "_mask"
+    make = getattr(packing_module, name)
+    monkeypatch.setattr(packing_module, name, lambda *arguments: made.append(make(*arguments)) or made[-1])
+    if not native:
+        monkeypatch.setattr(packing_module, "_runs_natively", lambda *tensors: False)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=32, **(SIZES | {"num_hidden_layers": 4})))
     tokens = torch.arange(20)
     packed = Packed.of([tokens, tokens, tokens.flip(0)], [(0, 0), (0, 12), (0, 0)])
@@ -204,7 +208,8 @@ def test_layers_share_a_mask(monkeypatch):
             expected = packed_hidden_states(model, Packed.of([tokens, tokens, tokens.flip(0)], packed.prefixes), read)
             count, made[before:] = len(made) - before, []
             torch.testing.assert_close(packed_hidden_states(model, packed, read), expected, atol=0, rtol=0)
-    assert count == 4 and len(made) == 1 + 2 * 3  # one for the shared prefix, and of each sequence for what is read
+    # A table for all queries and one for what is read; a mask for the shared prefix, and of each sequence that is read.
+    assert (count, len(made)) == ((2, 1 + 2) if native else (4, 1 + 2 * 3))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -557,8 +562,10 @@ def row_of(name, heads, dtype=torch.float32, seed=0):
     lengths, prefixes = ROWS[name]
     whole = sequences(*lengths)
     if prefixes:
-        whole = [torch.cat([whole[p][:n], x[n:]]) if n < len(x) else x for x, (p, n) in zip(whole, prefixes)]
-        prefixes = [(p, min(n, len(x) - 1)) for x, (p, n) in zip(whole, prefixes)]
+        whole = [
+            torch.cat([whole[p][:n], x[n:]]) if n < len(x) else x for x, (p, n) in zip(whole, prefixes, strict=True)
+        ]
+        prefixes = [(p, min(n, len(x) - 1)) for x, (p, n) in zip(whole, prefixes, strict=True)]
     packed = Packed.of(whole, prefixes)
     (h, g, d), n = heads, packed.input_ids.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -577,9 +584,7 @@ def attended(packed, q, k, v, grad, read=None, **options):
 @pytest.fixture
 def native_calls(monkeypatch):
     called, attention = [], packing_module._layer.packed_attention
-    monkeypatch.setattr(
-        packing_module._layer, "packed_attention", lambda *x: called.append(len(x[0])) or attention(*x)
-    )
+    monkeypatch.setattr(packing_module._layer, "packed_attention", lambda *x: called.append(len(x[0])) or attention(*x))
     return called
 
 

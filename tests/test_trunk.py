@@ -206,12 +206,39 @@ def test_attention_of_one_query_is_its_formula(padded, dim, filled, isa):
     keys[:, :, filled:] = values[:, :, filled:] = torch.nan  # not filled yet
     bias = torch.zeros(rows, capacity)
     bias[1, : filled // 2] = -torch.inf
-    y = _layer.attend(q, keys, values, bias if padded else None, filled, 0.3)
+    y = _layer.attend(q, keys, values, bias if padded else None, None, 0, filled, 0.3)
     k, v = (x.double().repeat_interleave(heads // key_heads, 1)[:, :, :filled] for x in (keys, values))
     scores = 0.3 * torch.einsum("bhd,bhtd->bht", q.double(), k)
     if padded:
         scores = scores + bias[:, None, :filled]
     torch.testing.assert_close(y.double(), torch.einsum("bht,bhtd->bhd", scores.softmax(-1), v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("filled", [20, 21, 39, 300])
+@pytest.mark.parametrize("dim", [10, 64])
+def test_rows_that_share_columns_get_the_bits_of_rows_that_have_copies(dim, filled, isa):
+    """The columns in one of the rows, wherever it lies; the others hold NaN in their place, which nobody reads."""
+    shared, rows, heads, key_heads, capacity = 20, 23, 6, 2, filled + 3
+    generator = torch.Generator().manual_seed(9)
+    holders = torch.tensor([0] * 11 + [11, 11, 13, 0, 13, 16, 16, 16, 13, 13, 21, 22])
+    q = torch.randn(rows, heads, dim, generator=generator)
+    keys, values = torch.randn(2, rows, key_heads, capacity, dim, generator=generator)
+    bias = torch.zeros(rows, capacity)
+    bias[holders == 13, :7] = -torch.inf
+    for x in (keys, values):
+        x[:, :, :shared] = x[holders, :, :shared]
+    copies = _layer.attend(q, keys, values, bias, None, 0, filled, 0.3)
+    back = torch.arange(rows) - holders
+    for x in (keys, values):
+        x[:, :, filled:] = torch.nan
+        x[back > 0, :, :shared] = torch.nan
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(_layer.attend(q, keys, values, bias, back, shared, filled, 0.3), copies)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows, depth, width", [(1, 1, 1), (5, 37, 50), (16, 64, 48), (33, 130, 97), (70, 20, 200)])
@@ -252,9 +279,9 @@ def test_the_matrices_of_a_layer_have_one_dtype():
     for i in (1, 9, 14):
         mixed = (*weights[:i], matrix.bfloat16(), *weights[i + 1 :])
         with pytest.raises(TypeError, match="in one dtype"):
-            _layer.decode_layer(mixed, x, x, x, *buffers, None, 1, 1.0, 1e-5)
+            _layer.decode_layer(mixed, x, x, x, *buffers, None, None, 0, 1, 1.0, 1e-5)
     with pytest.raises(TypeError, match="where None is"):
-        _layer.decode_layer((*weights[:14], None), x, x, x, *buffers, None, 1, 1.0, 1e-5)
+        _layer.decode_layer((*weights[:14], None), x, x, x, *buffers, None, None, 0, 1, 1.0, 1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -303,7 +330,7 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, dtype, isa):
     expected = middle + (F.silu(h @ to(gate).T) * (h @ to(up).T)) @ to(down).T
 
     weights = (norm, q, k, v, *biases[:3], *norms, output, biases[3], mlp_norm, gate, up, down)
-    _layer.decode_layer(weights, x, cos, sin, keys, values, mask, filled, 0.3, 1e-5)
+    _layer.decode_layer(weights, x, cos, sin, keys, values, mask, None, 0, filled, 0.3, 1e-5)
     for got, exact in ((x, expected), (keys[:, :, filled - 1], new_key), (values[:, :, filled - 1], new_value)):
         # With weights in bfloat16 the other factor is rounded too, to 8 bits.
         error = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
@@ -314,7 +341,8 @@ def test_one_call_is_a_whole_layer(qk_norm, bias, dtype, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows, width, dim, intermediate", [(40, 96, 24, 300), (40, 192, 48, 900), (9, 384, 96, 1100)])
 def test_a_row_goes_through_a_layer_alone(rows, width, dim, intermediate, dtype, isa):
-    """With any number of threads (they share the rows or, if these are few, the outputs), and with any other rows."""
+    """With any number of threads (they share the rows or, if these are few, the outputs), and with any other rows; also
+    where rows read their first columns in another row."""
     heads, capacity = 4, 60
     generator = torch.Generator().manual_seed(8)
 
@@ -326,18 +354,25 @@ def test_a_row_goes_through_a_layer_alone(rows, width, dim, intermediate, dtype,
     q, k, v, output, *mlp = (matrix.to(dtype) for matrix in (q, k, v, output, *mlp))
     weights = (1 + draw(width), q, k, v, None, None, None, None, None, output, None, 1 + draw(width), *mlp)
     x, buffers, angles = draw(rows, width), draw(2, rows, heads, capacity, dim), draw(rows, dim)
+    shared, back = 25, torch.arange(rows) % 6  # groups of six, whose first row has the columns
+    buffers[..., :shared, :] = buffers[:, torch.arange(rows) - back, :, :shared]
 
-    def through(take):
+    def through(take, back=None):
         y, (keys, values) = x[take].clone(), buffers[:, take].clone()
         tables = angles[take].cos(), angles[take].sin()
-        _layer.decode_layer(weights, y, *tables, keys, values, None, capacity, 0.2, 1e-5)
-        return y, keys, values
+        if back is not None:
+            keys[back > 0, :, :shared] = values[back > 0, :, :shared] = torch.nan
+        _layer.decode_layer(weights, y, *tables, keys, values, None, back, shared, capacity, 0.2, 1e-5)
+        return (y, keys, values) if back is None else (y, keys[:, :, shared:], values[:, :, shared:])
 
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(through(slice(None)))
+            y, *own = through(slice(None), back)
+            assert torch.equal(y, results[0][0])
+            assert all(torch.equal(a, b[:, :, shared:]) for a, b in zip(own, results[0][1:], strict=True))
     finally:
         torch.set_num_threads(before)
     for other in [*results[1:], [torch.cat(parts) for parts in zip(*(through([i]) for i in range(rows)), strict=True)]]:

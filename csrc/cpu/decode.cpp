@@ -50,33 +50,27 @@ inline vf sums_of(vf (&x)[kWidth]) {
   return x[0];
 }
 
-// scores[t] = scale q . keys[t] for begin <= t < end, kWidth keys at a time, of which the last overlap those before.
-void score_keys(const float* q, const float* keys, int64_t begin, int64_t end, int64_t filled, int64_t dim, float scale,
-                float* scores) {
+// scores[t] = scale q . keys[t] for t < count, each the same bits wherever it lies.
+void score_keys(const float* q, const float* keys, int64_t count, int64_t dim, float scale, float* scores) {
   const int64_t whole = dim / kWidth * kWidth;
-  for (int64_t t = begin; t < end && filled >= kWidth; t += kWidth) {
-    const int64_t at = std::min(t, filled - kWidth);
-    const float* key = keys + at * dim;
-    vf sums[kWidth];
+  const auto some = [&](const float* key, auto n, float* out) {  // n <= kWidth keys, one after the other, as they lie
+    vf sums[kWidth]{};
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {  // one after the other, as they lie in memory
-      sums[i] = vf{};
+    for (int i = 0; i < n; ++i) {
       for (int64_t j = 0; j < whole; j += kWidth) {
         sums[i] = fma(load_vector<vf>(q + j), load_vector<vf>(key + i * dim + j), sums[i]);
       }
     }
     vf dots = sums_of(sums);
     for (int64_t j = whole; j < dim; ++j) {
-      for (int i = 0; i < kWidth; ++i) dots[i] += q[j] * key[i * dim + j];
+      for (int i = 0; i < n; ++i) dots[i] += q[j] * key[i * dim + j];
     }
     dots *= scale;
-    std::memcpy(scores + at, &dots, sizeof dots);
-  }
-  for (int64_t t = begin; t < end && filled < kWidth; ++t) {
-    float dot = 0;
-    for (int64_t j = 0; j < dim; ++j) dot += q[j] * keys[t * dim + j];
-    scores[t] = dot * scale;
-  }
+    std::memcpy(out, &dots, n * sizeof *out);
+  };
+  int64_t t = 0;
+  for (; t + kWidth <= count; t += kWidth) some(keys + t * dim, std::integral_constant<int, kWidth>{}, scores + t);
+  if (t < count) some(keys + t * dim, int(count - t), scores + t);
 }
 
 // out += weights . values, of `count` values.
@@ -108,42 +102,67 @@ void add_values(const float* weights, const float* values, int64_t count, int64_
   }
 }
 
-}  // namespace
-
-// The queries that share a head of keys go over it together, a few keys (then values) at a time, which stay in L1.
-int64_t attend(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
-               int64_t rows, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
-               double scale, float* y, int threads) {
+// Of the rows from `first` to `end`, which share the first columns of row `source`, and of one head of keys. The
+// queries go over what they share together, a few keys (then values) at a time, which stay in L1.
+void attend_together(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
+                     int64_t source, int64_t shared, int64_t first, int64_t end, int64_t heads, int64_t key_heads,
+                     int64_t key_head, int64_t dim, int64_t capacity, int64_t filled, float scale, float* y) {
   constexpr int64_t kStays = 4096;  // numbers
   const int64_t together = std::max<int64_t>(kStays / dim / kWidth, 1) * kWidth;
-  const int64_t group = heads / key_heads, padded = (filled + kWidth - 1) / kWidth * kWidth;
-  for_each(rows * key_heads, worth_threads(threads, rows * heads * filled * dim), [&](int64_t i) {
-    const int64_t row = i / key_heads, first = i % key_heads * group;  // head
-    const float *query = q + row * row_stride + first * dim, *key = keys + i * capacity * dim;
-    const float* value = values + i * capacity * dim;
-    float* out = y + (row * heads + first) * dim;
-    const Buffer<float> scores(group * padded);
-    for (int64_t begin = 0; begin < filled; begin += together) {
-      const int64_t end = std::min(begin + together, filled);
-      for (int64_t head = 0; head < group; ++head) {
-        score_keys(query + head * dim, key, begin, end, filled, dim, float(scale), scores.data + head * padded);
+  const int64_t group = heads / key_heads, padded = whole_vectors(filled);
+  const Buffer<float> scores((end - first) * group * padded);
+  const auto lane = [&](int64_t row, int64_t head) { return scores.data + ((row - first) * group + head) * padded; };
+  const auto query = [&](int64_t row, int64_t head) { return q + row * row_stride + (key_head * group + head) * dim; };
+  const auto out = [&](int64_t row, int64_t head) { return y + (row * heads + key_head * group + head) * dim; };
+  // f(row, head, begin, count, where these columns lie) for a few columns at a time
+  const auto for_columns = [&](const float* buffer, auto f) {
+    const auto of_rows = [&](int64_t holder, int64_t from, int64_t to, int64_t begin, int64_t stop) {
+      const float* columns = buffer + (holder * key_heads + key_head) * capacity * dim;
+      for (; begin < stop; begin += together) {
+        const int64_t count = std::min(together, stop - begin);
+        for (int64_t row = from; row < to; ++row) {
+          for (int64_t head = 0; head < group; ++head) f(row, head, begin, count, columns + begin * dim);
+        }
       }
-    }
+    };
+    of_rows(source, first, end, 0, shared);
+    for (int64_t row = first; row < end; ++row) of_rows(row, row, row + 1, shared, filled);
+  };
+  for_columns(keys, [&](int64_t row, int64_t head, int64_t begin, int64_t count, const float* columns) {
+    score_keys(query(row, head), columns, count, dim, scale, lane(row, head) + begin);
+  });
+  for (int64_t row = first; row < end; ++row) {
     for (int64_t head = 0; head < group; ++head) {
-      float* x = scores.data + head * padded;
+      float *x = lane(row, head), *sums = out(row, head);
       for (int64_t t = 0; bias && t < filled; ++t) x[t] += bias[row * capacity + t];
       for (int64_t t = filled; t < padded; ++t) x[t] = -INFINITY;
       vf largest = splat(-INFINITY);
       for (int64_t t = 0; t < padded; t += kWidth) largest = max(load_vector<vf>(x + t), largest);
       const float factor = float(1 / exp_sum(x, reduce_max(largest), padded, x));
       for (int64_t t = 0; t < filled; ++t) x[t] *= factor;
+      std::fill_n(sums, dim, 0.0f);
     }
-    for (int64_t j = 0; j < group * dim; ++j) out[j] = 0;
-    for (int64_t begin = 0; begin < filled; begin += together) {
-      const int64_t count = std::min(together, filled - begin);
-      for (int64_t head = 0; head < group; ++head) {
-        add_values(scores.data + head * padded + begin, value + begin * dim, count, dim, out + head * dim);
-      }
+  }
+  for_columns(values, [&](int64_t row, int64_t head, int64_t begin, int64_t count, const float* columns) {
+    add_values(lane(row, head) + begin, columns, count, dim, out(row, head));
+  });
+}
+
+}  // namespace
+
+// Up to kTogether neighbours that share columns are one piece of work.
+int64_t attend(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
+               const int64_t* back, int64_t shared, int64_t rows, int64_t heads, int64_t key_heads, int64_t dim,
+               int64_t capacity, int64_t filled, double scale, float* y, int threads) {
+  constexpr int64_t kTogether = 8;
+  const int64_t together = back ? kTogether : 1, blocks = (rows + together - 1) / together;
+  for_each(blocks * key_heads, worth_threads(threads, rows * heads * filled * dim), [&](int64_t i) {
+    const int64_t end = std::min((i / key_heads + 1) * together, rows);
+    for (int64_t row = i / key_heads * together, next; row < end; row = next) {
+      const int64_t source = back ? row - back[row] : row;
+      for (next = row + 1; next < end && next - back[next] == source;) ++next;
+      attend_together(q, row_stride, keys, values, bias, source, shared, row, next, heads, key_heads, i % key_heads,
+                      dim, capacity, filled, float(scale), y);
     }
   });
   return -1;
@@ -162,8 +181,9 @@ namespace {
 // decode_layer of some rows. Threads share the outputs of a product, and wait for each other after it.
 template <class Unit>
 void decode_rows(const LayerWeights& w, float* x, const float* cos, const float* sin, float* keys, float* values,
-                 const float* bias, int64_t rows, int64_t width, int64_t intermediate, int64_t heads, int64_t key_heads,
-                 int64_t dim, int64_t capacity, int64_t filled, double scale, double eps, int threads) {
+                 const float* bias, const int64_t* back, int64_t shared, int64_t rows, int64_t width,
+                 int64_t intermediate, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled,
+                 double scale, double eps, int threads) {
   const int64_t queries = heads * dim, kept = key_heads * dim;
   const Buffer<float> normed(rows * width), q(rows * queries), k(rows * kept), v(rows * kept), turned(rows * queries);
   const Buffer<float> gate(rows * intermediate), up(rows * intermediate);
@@ -186,8 +206,8 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
   keep(turned.data, keys);
   keep(v.data, values);
   rotary(q.data, queries, cos, sin, rows, rows, heads, dim, 1, turned.data, threads);
-  attend(turned.data, queries, keys, values, bias, rows, heads, key_heads, dim, capacity, filled, scale, q.data,
-         threads);
+  attend(turned.data, queries, keys, values, bias, back, shared, rows, heads, key_heads, dim, capacity, filled, scale,
+         q.data, threads);
   FewRows<Unit>(q.data, rows, queries, threads).times({{w.output.data, w.output_bias, width, x}}, true);
 
   rms_norm(x, w.mlp_norm, rows, width, eps, kFloat32, normed.data, nullptr, threads);
@@ -202,9 +222,9 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
 // Threads share the rows, where there are enough of them: every one reads all weights, and none waits for another
 // before the end. Fewer rows than a vector has lanes cost as much as that many.
 int64_t decode_layer(LayerWeights w, float* x, const float* cos, const float* sin, float* keys, float* values,
-                     const float* bias, int64_t rows, int64_t width, int64_t intermediate, int64_t heads,
-                     int64_t key_heads, int64_t dim, int64_t capacity, int64_t filled, double scale, double eps,
-                     int threads) {
+                     const float* bias, const int64_t* back, int64_t shared, int64_t rows, int64_t width,
+                     int64_t intermediate, int64_t heads, int64_t key_heads, int64_t dim, int64_t capacity,
+                     int64_t filled, double scale, double eps, int threads) {
   const int64_t work = rows * width * (2 * (heads + key_heads) * dim + 3 * intermediate) + rows * heads * filled * dim;
   const int64_t most = threads_for_products(threads, work), vectors = whole_vectors(rows) / kWidth;
   const bool share_rows = 2 * vectors > most;
@@ -214,8 +234,9 @@ int64_t decode_layer(LayerWeights w, float* x, const float* cos, const float* si
     const int64_t buffer = first * key_heads * capacity * dim;
     with_unit(w.q.dtype, [&](auto unit) {
       decode_rows<decltype(unit)>(w, x + first * width, cos + first * dim, sin + first * dim, keys + buffer,
-                                  values + buffer, bias ? bias + first * capacity : nullptr, count, width, intermediate,
-                                  heads, key_heads, dim, capacity, filled, scale, eps, share_rows ? 1 : threads);
+                                  values + buffer, bias ? bias + first * capacity : nullptr,
+                                  back ? back + first : nullptr, shared, count, width, intermediate, heads, key_heads,
+                                  dim, capacity, filled, scale, eps, share_rows ? 1 : threads);
     });
   });
   return -1;

@@ -1,15 +1,16 @@
-"""The parts of a llama layer between its matrix products, each in one pass (csrc/cpu/layer.cpp, decode.cpp).
+"""The parts of a llama layer between its matrix products (csrc/cpu/layer.cpp, attention.cpp, decode.cpp).
 
     rms_norm(x, w) = w x / sqrt(mean(x^2) + eps)
     rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the halves of a head
     swiglu(g, u)   = silu(g) u
+    packed_attention = softmax(scale q k^T) v in each sequence of a row, causal
     attend(q, ...) = softmax(scale q k^T + bias) v, with one query per row
     decode_layer   = all of these and the matrix products of a layer, for one token per row
     few_rows_linear = one such matrix product
 
 float32 on the CPU; ask runs_on() first. Where products are in bfloat16, the result of rms_norm and all of swiglu may be
 too, so that no pass only converts. These are not public ops: they make our own forwards fast, and they equal the
-modules of transformers up to rounding. The first three are differentiable once.
+modules of transformers up to rounding. The first four are differentiable once.
 """
 
 from __future__ import annotations
@@ -130,14 +131,19 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, filled: int, scale: float) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, back: Tensor | None, shared: int, filled: int,
+    scale: float,
+) -> Tensor:  # fmt: skip
     """q (B, H, d), contiguous within a row; buffers (B, Hk, capacity, d); bias (B, capacity) or None -> (B, H, d).
 
-    Only the first `filled` columns of the buffers are read.
+    Only the first `filled` columns of the buffers are read. back (B,) int64 or None: the first `shared` columns of row
+    i are read in row i - back[i]; neighbours that share them read them together.
     """
     y = q.new_empty(q.shape)
     sizes = (*q.shape[:2], keys.shape[1], q.shape[2], keys.shape[2])
-    _C.attend(q, q.stride(0), keys, values, bias, *sizes, filled, scale, y, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _C.attend(q, q.stride(0), keys, values, bias, back, shared, *sizes, filled, scale, y, threads)
     return y
 
 
@@ -195,7 +201,7 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def decode_layer(
     weights: tuple[Tensor | None, ...], x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    bias: Tensor | None, filled: int, scale: float, eps: float,
+    bias: Tensor | None, back: Tensor | None, shared: int, filled: int, scale: float, eps: float,
 ) -> None:  # fmt: skip
     """Replaces x (B, D), one token per row, by the output of the layer. The keys and values of these tokens are written
     into column filled - 1 of the buffers.
@@ -206,7 +212,8 @@ def decode_layer(
     """
     kept, capacity, dim = keys.shape[1:]
     sizes = (*x.shape, len(weights[-2]), len(weights[1]) // dim, kept, dim, capacity)
-    _C.decode_layer(weights, x, cos, sin, keys, values, bias, *sizes, filled, scale, eps, torch.get_num_threads())
+    where = (x, cos, sin, keys, values, bias, back, shared)
+    _C.decode_layer(weights, *where, *sizes, filled, scale, eps, torch.get_num_threads())
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
