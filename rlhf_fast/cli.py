@@ -5,10 +5,10 @@
 Exit codes:
 
     0    done
-    1    failed, with a traceback: a bug in this package, or a fault of the machine
+    1    failed: with one line if a disk is full, else with a traceback (a bug in this package, a fault of the machine)
     2    refused, with one line that says what to change
-    3    stopped, with one line that says why: by a monitor in stop_on, or because max_skipped_steps updates in a row
-         were not finite
+    3    stopped, with one line that says why: by a monitor in stop_on, or because max_skipped_steps updates in a row,
+         or all of the run, were not finite
     130  interrupted
 
 After 3 and 130 the run can be resumed from its newest checkpoint. They are two codes so that a script can resume
@@ -29,8 +29,8 @@ from .cai_keys import CAI
 from .cai_keys import __doc__ as CAI_HELP
 from .commands import Command, Parser, unknown
 from .data.files import UniqueKeys
-from .disk import json_line
-from .errors import ConfigError, NonFiniteError
+from .disk import in_one_line, json_line
+from .errors import ConfigError, DiskFullError, NonFiniteError
 from .keys import READ_COMMANDS, STAGES
 from .monitors import RunStopped
 
@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 2
+    except DiskFullError as error:
+        print(f"rlhf-fast: {error}", file=sys.stderr)
+        return 1
     except RunStopped as stop:
         print(f"rlhf-fast: stopped by {stop}", file=sys.stderr)
         return 3
@@ -145,7 +148,10 @@ def _train(spec: Command, argv: list[str]) -> None:
     from .jobs import quiet
 
     quiet()
-    spec.run(configs, flags.get("resume", False))
+    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
+    resume = "; if it says that output_dir holds a run, with --resume" if spec.resumes else ""
+    with in_one_line(output_dir, f"give the command again{resume}"):
+        spec.run(configs, flags.get("resume", False))
 
 
 # -- flags and YAML files ----------------------------------------------------------------------------------------------
@@ -347,7 +353,8 @@ def _quickstart(argv: list[str]) -> None:
     from .quickstart.pipeline import run_quickstart
 
     quiet()
-    run_quickstart(**vars(options))
+    with in_one_line(options.output_dir, "give the command again"):
+        run_quickstart(**vars(options))
     print(f"{options.output_dir}/report.html")
 
 

@@ -1045,6 +1045,66 @@ def test_a_run_that_no_longer_learns_exits_3_with_one_line_and_a_report(sft, tmp
     assert not log_of(tmp_path / "b") and (tmp_path / "b" / "report.html").is_file()
 
 
+def test_a_run_none_of_whose_updates_happened_exits_3(sft, tmp_path, capsys):
+    """Also if it is shorter than max_skipped_steps: it would have saved the model that it began with."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text("def constant(prompts, responses, **columns):\n    return [float('nan')] * len(responses)\n")
+    flags = ("--output_dir", str(tmp_path / "run"), "--reward", f"{rewards}:constant", "--total_episodes", "16")
+    with pytest.warns(RuntimeWarning, match="the reward is not finite"):
+        assert stage(sft, "ppo", *flags) == 3
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the reward was not finite in 2 updates in a row, all of the run, so the run ends" in last
+    assert (tmp_path / "run" / "non_finite_batch.pt").is_file() and not (tmp_path / "run" / "config.json").exists()
+    rewards.write_text("def constant(prompts, responses, **columns):\n    return [1.00] * len(responses)\n")
+    os.utime(rewards, (1, 1))
+    assert stage(sft, "ppo", *flags, "--resume") == 0  # from the step before the last
+
+
+def raising(error):
+    def fail(*given, **options):
+        raise error
+
+    return fail
+
+
+FULL, TORN = OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] . pos 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("jobs.write_atomic", FULL), ("trainers.run.write_report", FULL), ("trainers.checkpoints.torch.save", TORN)],
+)
+def test_a_full_disk_is_one_line_and_leaves_what_was_saved(sft, tmp_path, name, error, capsys, monkeypatch):
+    flags = ("--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--save_steps", "1", "--num_samples", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"rlhf_fast.{name}", raising(error))
+        assert stage(sft, "sft", *flags) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"rlhf-fast: the disk of '{tmp_path}/run' is full (") and str(error) in last
+    assert last.endswith("): free some space, then give the command again; if it says that output_dir holds a run, "
+                         "with --resume")  # fmt: skip
+    assert stage(sft, "sft", *flags, *(["--resume"] if name.startswith("trainers") else [])) == 0
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "job.json", "run_config.json", "report.html", "README.md"])
+def test_a_directory_in_the_place_of_a_file_is_named(sft, tmp_path, name, capsys):
+    (tmp_path / name).mkdir()
+    flags = ("--output_dir", str(tmp_path), "--max_steps", "1")
+    assert stage(sft, "sft", *flags) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"rlhf-fast: {tmp_path}/{name} cannot be read or written (Is a directory): move it away, ")
+    (tmp_path / name).rmdir()
+    assert stage(sft, "sft", *flags, *(["--resume"] if name in ("report.html", "README.md") else [])) == 0
+
+
+def test_a_file_that_a_reward_does_not_find_is_its_own_error(sft, tmp_path):
+    code = "def lost(prompts, responses, **columns):\n    return open('no/such/file')\n"
+    (tmp_path / "rewards.py").write_text(code)
+    with pytest.raises(FileNotFoundError, match="no/such/file"):
+        stage(sft, "ppo", "--output_dir", str(tmp_path / "run"), "--reward", f"{tmp_path}/rewards.py:lost")
+
+
 def test_score_reads_records_and_writes_their_scores(sft, tmp_path, capsys, monkeypatch):
     assert stage(sft, "reward", "--output_dir", str(tmp_path / "rm")) == 0
     capsys.readouterr()
