@@ -58,6 +58,7 @@ from rlhf_fast import (
     models,
 )
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.jobs import answer
 from rlhf_fast.models import language
 from rlhf_fast.rewards import RewardModelReward, make_reward
 
@@ -531,6 +532,16 @@ def test_a_file_of_a_model_that_somebody_broke_is_one_line(tokenizer, model, tmp
     with pytest.raises(ConfigError, match=r"no (tokenizer|model) can be loaded from .*: restore") as refused:
         models.load_tokenizer(tmp_path), models.load_policy(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_directory_that_holds_only_a_model_has_no_tokenizer(tokenizer, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="which holds none: copy the model's there"):
+        models.load_tokenizer(tmp_path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no eos token"):
+        answer(str(tmp_path), ["hi"], None, max_new_tokens=2, temperature=1.0, top_p=1.0, bf16=False, seed=0)
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_progress_bars_as_they_were(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -153,6 +154,9 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     if not saved and (base := _adapter_base(path)):
         with _base_of(path):
             return load_tokenizer(base)
+    files = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+    if not saved and Path(path).is_dir() and not any(chain(*map(Path(path).glob, files))):
+        raise ConfigError(f"no tokenizer can be loaded from {str(path)!r}, which holds none: copy the model's there")
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
