@@ -81,6 +81,8 @@ def damage(checkpoint: Path) -> str | None:
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
+        expected = None
+    if not isinstance(expected, dict):
         return f"{MANIFEST} is missing or torn"
     found = _hashes(checkpoint)
     wrong = [name for name, digest in expected.items() if found.get(name) != digest]
