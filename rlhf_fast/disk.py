@@ -40,9 +40,10 @@ def check_writable(output_dir: str | Path) -> None:
 def _refused(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"output_dir {str(output_dir)!r} cannot be written ({error.strerror}): choose another output_dir"
+            f"output_dir {str(output_dir)!r} cannot be written ({reason}): choose another output_dir"
         ) from None
 
 
@@ -56,11 +57,13 @@ def in_one_line(output_dir: str | Path, go_on: str) -> Iterator[None]:
     except Exception as error:
         if _is_full(error):
             raise DiskFullError(
-                f"the disk of {str(output_dir)!r} is full ({error}): free some space, then {go_on}"
+                f"a disk is full, probably that of {str(output_dir)!r} ({error}): free some space, then {go_on}"
             ) from error
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             path = error.filename2 or error.filename
-            if isinstance(path, str) and Path(path).absolute().is_relative_to(Path(output_dir).absolute()):
+            if isinstance(path, str | os.PathLike) and Path(path).absolute().is_relative_to(
+                Path(output_dir).absolute()
+            ):
                 raise ConfigError(
                     f"{path} cannot be read or written ({error.strerror}): move it away, then {go_on}"
                 ) from error
