@@ -331,7 +331,8 @@ def _train_part(directory: Path, config, make: Callable, resume: bool) -> dict:
             )
     else:
         run_trainer(make(config), can_resume(directory))
-    return read_jsonl(directory / "train_log.jsonl")[-1]
+    log = read_jsonl(directory / "train_log.jsonl", missing_ok=True)
+    return log[-1] if log else {}  # somebody may have emptied the log of a part that has ended
 
 
 def _mixed(job: TrainJob, sources: dict[str, list[dict]]) -> dict:

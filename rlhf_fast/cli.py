@@ -5,10 +5,10 @@
 Exit codes:
 
     0    done
-    1    failed, with a traceback: a bug in this package, or a fault of the machine
+    1    failed: with one line if a disk is full, else with a traceback (a bug in this package, a fault of the machine)
     2    refused, with one line that says what to change
-    3    stopped, with one line that says why: by a monitor in stop_on, or because max_skipped_steps updates in a row
-         were not finite
+    3    stopped, with one line that says why: by a monitor in stop_on, or because max_skipped_steps updates in a row,
+         or all of the run, were not finite
     130  interrupted
 
 After 3 and 130 the run can be resumed from its newest checkpoint. They are two codes so that a script can resume
@@ -29,8 +29,8 @@ from .cai_keys import CAI
 from .cai_keys import __doc__ as CAI_HELP
 from .commands import Command, Parser, unknown
 from .data.files import UniqueKeys
-from .disk import json_line
-from .errors import ConfigError, NonFiniteError
+from .disk import check_writable, in_one_line, json_line
+from .errors import ConfigError, DiskFullError, NonFiniteError
 from .keys import READ_COMMANDS, STAGES
 from .monitors import RunStopped
 
@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 2
+    except DiskFullError as error:
+        print(f"rlhf-fast: {error}", file=sys.stderr)
+        return 1
     except RunStopped as stop:
         print(f"rlhf-fast: stopped by {stop}", file=sys.stderr)
         return 3
@@ -145,7 +148,16 @@ def _train(spec: Command, argv: list[str]) -> None:
     from .jobs import quiet
 
     quiet()
-    spec.run(configs, flags.get("resume", False))
+    output_dir = next(config.output_dir for config in configs if hasattr(config, "output_dir"))
+    resume = "; if it says that output_dir holds a run, with --resume" if spec.resumes else ""
+    with in_one_line(output_dir, f"give the command again{resume}"):
+        try:
+            spec.run(configs, flags.get("resume", False))
+        except SystemExit as end:  # with its code, 0 perhaps, it would pass for this command's end
+            raise ConfigError(
+                f"{spec.name}: a file of functions ended the process (sys.exit, code {end.code}): take that out, or "
+                "put it below `if __name__ == '__main__':`"
+            ) from end
 
 
 # -- flags and YAML files ----------------------------------------------------------------------------------------------
@@ -257,6 +269,7 @@ def _generate(argv: list[str]) -> None:
         raise ConfigError("generate: --output needs --input")
     if job.input is not None and (flags["prompt"] or job.system):
         raise ConfigError("generate: --input has the prompts: give neither --prompt nor --system with it")
+    from .data.checks import check_encodable
     from .jobs import answer, answer_records, quiet
 
     quiet()
@@ -265,7 +278,9 @@ def _generate(argv: list[str]) -> None:
         with _output(job.output, "generate") as file:
             _write_rows(answer_records(job.model, job.input, **sampling), file, job.output)
         return
-    prompts = flags["prompt"] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = flags["prompt"] or [line for line in _stdin().split("\n") if line.strip()]
+    for text in (*prompts, job.system or ""):  # the bytes of an argument need not be UTF-8
+        check_encodable(text, f"generate: {text[:40]!r}")
     for prompt, text in zip(prompts, answer(job.model, prompts, job.system, **sampling), strict=True):
         print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
 
@@ -278,16 +293,30 @@ def _score(argv: list[str]) -> None:
 
     quiet()
     with _output(job.output, "score") as file:
-        records = parse_jsonl(sys.stdin.read(), "input") if job.input == "-" else list(read_dataset(job.input))
+        records = parse_jsonl(_stdin(), "input") if job.input == "-" else read_dataset(job.input)
         _write_rows(score(job.model, records, job.batch_size), file, job.output)
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
 
 
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
     """Replaces what the file holds, which may be the input that the rows were made from."""
-    text = "".join(map(json_line, rows))
-    if path != "-" and Path(path).is_file():  # a pipe and /dev/null cannot be truncated
-        file.truncate(0)
-    file.write(text)
+    # Half a surrogate pair, which a column may hold, becomes the escape that JSON has for it.
+    text = "".join(map(json_line, rows)).encode("utf-8", "backslashreplace").decode()
+    if path == "-" or not Path(path).is_file():  # a pipe and /dev/null cannot be truncated
+        file.write(text)
+        return
+    before = Path(path).read_bytes()
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError:  # a full disk, which has room for what it held
+        Path(path).write_bytes(before)
+        raise
 
 
 @contextmanager
@@ -304,7 +333,7 @@ def _output(path: str, command: str) -> Iterator[TextIO]:
     except OSError as error:
         raise ConfigError(f"{command}: --output {path}: {error.strerror}") from None
     try:
-        with file:
+        with in_one_line(path, "give the command again"), file:
             yield file
     except BaseException:
         if new:
@@ -320,9 +349,9 @@ def _report(argv: list[str]) -> None:
     directory = Path(parser.parse_args(argv).directory)
     from .report import write_quickstart_report, write_report
 
-    if (directory / "train_log.jsonl").is_file():
+    if os.path.isfile(directory / "train_log.jsonl"):  # os.path, because pathlib raises for a name that is too long
         write = write_report
-    elif (directory / "summary.json").is_file():
+    elif os.path.isfile(directory / "summary.json"):
         write = write_quickstart_report
     else:
         raise ConfigError(
@@ -332,6 +361,13 @@ def _report(argv: list[str]) -> None:
         page = write(directory)
     except OSError as error:
         raise ConfigError(f"report: {error.filename or directory}: {error.strerror}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"report: a file in {directory} is JSON, but not as the run wrote it ({type(error).__name__}: {error}): "
+            "restore it, or delete it"
+        ) from error
     print(page)
 
 
@@ -343,11 +379,13 @@ def _quickstart(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="0", help="of the task, the models and the sampling")
     parser.add_argument("--smoke", action="store_true", help="run everything in under a minute, whatever the quality")
     options = parser.parse_args(argv)
+    check_writable(options.output_dir)
     from .jobs import quiet
     from .quickstart.pipeline import run_quickstart
 
     quiet()
-    run_quickstart(**vars(options))
+    with in_one_line(options.output_dir, "give the command again"):
+        run_quickstart(**vars(options))
     print(f"{options.output_dir}/report.html")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import ConfigError
+from .errors import ConfigError, DiskFullError
 
 
 def make_directory(output_dir: str | Path) -> Path:
@@ -38,10 +40,46 @@ def check_writable(output_dir: str | Path) -> None:
 def _refused(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"output_dir {str(output_dir)!r} cannot be written ({error.strerror}): choose another output_dir"
+            f"output_dir {str(output_dir)!r} cannot be written ({reason}): choose another output_dir"
         ) from None
+
+
+@contextmanager
+def in_one_line(output_dir: str | Path, go_on: str) -> Iterator[None]:
+    """Inside, an error of a full disk becomes a DiskFullError, and one about what lies at the place of a file of
+    output_dir, such as a directory, a ConfigError. go_on: the end of both messages. Other errors, such as those of a
+    reward function, stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if _is_full(error):
+            raise DiskFullError(
+                f"a disk is full, probably that of {str(output_dir)!r} ({error}): free some space, then {go_on}"
+            ) from error
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            path = error.filename2 or error.filename
+            if isinstance(path, str | os.PathLike) and Path(path).absolute().is_relative_to(
+                Path(output_dir).absolute()
+            ):
+                raise ConfigError(
+                    f"{path} cannot be read or written ({error.strerror}): move it away, then {go_on}"
+                ) from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is the error or its cause. The libraries that write models and databases have no OSError for
+    it: safetensors and tokenizers say "os error 28", torch names the file of its source that writes, sqlite says so."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if re.search(r"os error 28\b|inline_container|PytorchStreamWriter|database or disk is full", str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def json_line(record: dict | list) -> str:

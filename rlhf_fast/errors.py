@@ -9,7 +9,11 @@ class ConfigError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """max_skipped_steps updates in a row were skipped for a NaN or inf: the run would go on without learning."""
+    """max_skipped_steps updates in a row, or all of the run, were skipped for a NaN or inf: it does not learn."""
+
+
+class DiskFullError(OSError):
+    """A command could not write a file, because its disk is full; the message says how to go on."""
 
 
 def did_you_mean(name: object, names: Iterable[str], otherwise: str = "") -> str:

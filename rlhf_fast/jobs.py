@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from . import parallel
 from .commands import checked_options
 from .data import hh_rlhf
-from .data.chat import encode_prompt, encode_to_score
+from .data.chat import check_tokenizer, encode_prompt, encode_to_score
 from .data.checks import is_pair, is_ranking, naming_record, responses_of
 from .data.files import as_records
 from .data.formats import prompts as encode_prompts
@@ -323,6 +323,8 @@ def _module(path: Path, changed: int):
     spec = importlib.util.spec_from_file_location(name, path)
     try:
         spec.loader.get_code(name)  # only compiles
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:  # a NUL byte is a ValueError in Python 3.10, and has no line in 3.11
         line = getattr(error, "lineno", None)
         where = f"{path}, line {line}" if line else path
@@ -341,6 +343,7 @@ def _module(path: Path, changed: int):
 def answer(model: str, prompt: list[str], system: str | None, **sampling) -> list[str]:
     """rlhf-fast generate: one answer per prompt. Prompts go through the chat template if the tokenizer has one."""
     tokenizer = load_tokenizer(model)
+    check_tokenizer(tokenizer, conversational=False)
     prompts: list = prompt
     if tokenizer.chat_template:
         before = [{"role": "system", "content": system}] if system else []

@@ -120,9 +120,10 @@ class RewardModelReward:
         if self.model.device.type != "cpu":  # attention would be a launch per sequence
             return False
         if self._packs is None:
+            self._packs = False
             with contextlib.suppress(ConfigError):  # outputs that are not finite: so will the scores be
                 self._packs = why_not_packed(self.model, math.inf) is None
-        return bool(self._packs)
+        return self._packs
 
     def encode(self, prompt: Text | None, response: Text, unwritten: Parts | None = None) -> list[int]:
         """The tokens to score: the conversation in the reward model's own template, or plain text.

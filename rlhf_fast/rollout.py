@@ -261,19 +261,30 @@ def packed_rows(rollout: Rollout, rows: Tensor) -> tuple[Packed, Tensor, Tensor]
     return Packed.of(sequences, prefixes), torch.cat(positions), torch.cat(labels)
 
 
+def shared_prompts(rollout: Rollout, group: int) -> Tensor:
+    """(B,) how many tokens packed_rows leaves out of a row that follows another of its group: those of the prompt, all
+    but the last. 0 for the first row of each group, and for a prompt that is too short to be shared."""
+    prompts = rollout.prompt_mask.sum(1)
+    alone = (torch.arange(len(prompts), device=prompts.device) % group == 0) | (prompts <= MIN_SHARED)
+    return (prompts - 1).masked_fill(alone, 0)
+
+
 def minibatches(
     lengths: Tensor, minibatch_size: int, micro_batch_size: int | None = None, *, micro_batch_tokens: int | None = None,
-    generator: torch.Generator | None = None, group: int = 1, together: bool = False,
+    generator: torch.Generator | None = None, group: int = 1, shared: Tensor | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
     """(B,) lengths -> [minibatch][micro-batch] -> row numbers. Every row occurs once; a generator shuffles them.
 
     group: this many consecutive rows (the responses to one prompt) are shuffled as one, so a minibatch has whole groups
-    if its size is a multiple of theirs. together: the same for micro-batches, if they may have as many rows.
+    if its size is a multiple of theirs.
+    shared: (B,) for packed_rows, how many of its tokens each row shares with the one before it (shared_prompts). Then
+    micro-batches too have whole groups, if they may have as many rows, and tokens are counted as they are packed.
 
-    The rows of a minibatch (together: its groups, by their longest row) are sorted by length before they are split, so
-    that a micro-batch has little padding, and one long row makes few of them small. A micro-batch has at most
-    micro_batch_size rows and micro_batch_tokens tokens with padding, but at least one row.
+    The rows of a minibatch (with `shared` its groups, by their longest row) are sorted by length before they are split,
+    so that a micro-batch has little padding, and one long row makes few of them small. A micro-batch has at most
+    micro_batch_size rows and micro_batch_tokens tokens, padding included, but at least one row.
     """
+    together = shared is not None
     groups = torch.arange(len(lengths) // group)
     if generator is not None:
         groups = torch.randperm(len(groups), generator=generator)
@@ -284,10 +295,14 @@ def minibatches(
         sizes, start, longest = [], 0, widths[rows].tolist()
         while start < len(rows):
             max_rows = micro_batch_size or len(rows)
-            if micro_batch_tokens is not None:
+            if micro_batch_tokens is not None and not together:
                 max_rows = min(max_rows, max(1, micro_batch_tokens // longest[start]))
+            elif micro_batch_tokens is not None:
+                repeated = shared[rows[start]]  # nothing comes before the first row of a micro-batch
+                packed = (lengths[rows[start:]] - shared[rows[start:]]).cumsum(0) + repeated
+                max_rows = min(max_rows, max(1, int((packed <= micro_batch_tokens).sum())))
             if together and max_rows > group:
-                max_rows -= max_rows % group
+                max_rows -= (start + max_rows) % group
             sizes.append(min(max_rows, len(rows) - start))
             start += sizes[-1]
         plan.append(list(rows.split(sizes)))

@@ -24,8 +24,10 @@ from rlhf_fast.judges import Constitution, HTTPJudge, LocalJudge, ModelCheck, Pr
 from rlhf_fast.judges.protocol import Check
 from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.models import load_tokenizer
+from rlhf_fast.trainers import run_dir
 from rlhf_fast.trainers.constitutional import label
 from rlhf_fast.trainers.pipeline import StageTable
+from rlhf_fast.trainers.sft import SFTConfig
 
 HOUSE = """\
 format: rlhf_fast/constitution@1
@@ -627,3 +629,11 @@ def test_a_tokenizer_without_a_chat_template_is_refused_before_phase_1(house, al
     del keys["human_data"]
     assert cai("train", **keys, output_dir=tmp_path / "run") == 2
     assert "has no chat template" in capsys.readouterr().err and not (tmp_path / "run" / "revise").exists()
+
+
+def test_a_part_that_ended_and_has_lost_its_log_has_no_metrics(tmp_path):
+    (tmp_path / "README.md").write_text(run_dir._CARD)
+    for empty in (False, True):
+        if empty:
+            (tmp_path / "train_log.jsonl").write_text("")
+        assert cai_jobs._train_part(tmp_path, SFTConfig(output_dir=str(tmp_path)), None, resume=True) == {}

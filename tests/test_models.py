@@ -1,5 +1,6 @@
 """Models looked at through their trunk: the same numbers as transformers gives, whatever the padding."""
 
+import json
 import math
 import subprocess
 import sys
@@ -57,6 +58,7 @@ from rlhf_fast import (
     models,
 )
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.jobs import answer
 from rlhf_fast.models import language
 from rlhf_fast.rewards import RewardModelReward, make_reward
 
@@ -512,6 +514,34 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"no tokenizer can be loaded from .*: it would have no vocabulary"):
         models.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("config.json", []), ("config.json", None), ("config.json", {"hidden_size": "wide"}),
+        ("config.json", {"hidden_act": "none of them"}), ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"pad_token_id": 9999}), ("generation_config.json", []), ("tokenizer_config.json", []),
+        ("tokenizer_config.json", {"eos_token": 5}), ("tokenizer.json", None),
+    ],
+)  # fmt: skip
+def test_a_file_of_a_model_that_somebody_broke_is_one_line(tokenizer, model, tmp_path, name, changed):
+    models.save_model(model, tokenizer, tmp_path)
+    whole = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(whole | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(ConfigError, match=r"no (tokenizer|model) can be loaded from .*: restore") as refused:
+        models.load_tokenizer(tmp_path), models.load_policy(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_directory_that_holds_only_a_model_has_no_tokenizer(tokenizer, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="which holds none: copy the model's there"):
+        models.load_tokenizer(tmp_path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no eos token"):
+        answer(str(tmp_path), ["hi"], None, max_new_tokens=2, temperature=1.0, top_p=1.0, bf16=False, seed=0)
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_progress_bars_as_they_were(tmp_path):

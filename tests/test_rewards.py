@@ -392,3 +392,17 @@ def test_a_list_of_rewards_that_is_no_list_of_pairs_is_refused(tokenizer):
             make_reward(spec, tokenizer)
     with pytest.raises(ConfigError, match=r"got a list of Linear, float$"):  # a model's class, not its repr
         make_reward([torch.nn.Linear(2, 2), 0.5], tokenizer)
+
+
+def test_a_model_whose_outputs_are_not_finite_is_asked_once_if_it_can_be_packed(tokenizer, reward_model, monkeypatch):
+    asked = []
+
+    def broken(*_):
+        asked.append(1)
+        raise ConfigError("the outputs are not finite")
+
+    monkeypatch.setattr(rewards, "why_not_packed", broken)
+    reward = RewardModelReward(reward_model, tokenizer)
+    for _ in range(2):
+        assert reward(["a"], ["b"]).isfinite().all()
+    assert len(asked) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,17 +33,18 @@ def read_dataset(source) -> list[dict]:
         raise ConfigError("the name of a dataset is empty: give a file, a directory or a name on the hub")
     path = Path(source)
     json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
-    if (json_like or path.suffix in _FILES) and not path.is_file():
+    # os.path, because pathlib raises for a name that is too long.
+    if (json_like or path.suffix in _FILES) and not os.path.isfile(path):
         raise ConfigError(f"dataset file {str(source)!r} does not exist: looked for {str(path.absolute())!r}")
     if json_like:
         return _read_json(path)
 
     # A split begins with a letter or digit, so hf://... and C:\... are not taken for one.
-    named = None if path.exists() else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))
+    named = None if os.path.exists(path) else re.fullmatch(r"(.+?):(\w[\w\[\]:%+-]*)", str(source))
     name, split = named.groups() if named else (str(source), "train")
     if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that fires later
         raise ConfigError(f"dataset {str(source)!r} is a script, which is never run: give the files that it reads")
-    if Path(name).is_file() and path.suffix not in _FILES:
+    if os.path.isfile(name) and path.suffix not in _FILES:
         raise ConfigError(
             f"dataset file {str(source)!r} has an ending that is not read: give a .jsonl, .jsonl.gz, .json, "
             f"{', '.join(_FILES)} file"
@@ -52,14 +54,14 @@ def read_dataset(source) -> list[dict]:
     try:
         if path.suffix in _FILES:
             return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
-        if (path / "state.json").is_file():
+        if os.path.isfile(path / "state.json"):
             return datasets.load_from_disk(str(path))
-        if (saved := Path(name, "dataset_dict.json")).is_file():  # datasets 3 would read its other files as records
+        if os.path.isfile(saved := Path(name, "dataset_dict.json")):  # datasets 3 would read its other files as records
             parts = {part: f"{name}/{part}/*.arrow" for part in json.loads(saved.read_text())["splits"]}
             return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        missing = Path(name).is_dir() and isinstance(error, FileNotFoundError)
+        missing = os.path.isdir(name) and isinstance(error, FileNotFoundError)
         needs = "a directory must hold data files, or what Dataset.save_to_disk writes; " if missing else ""
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
         reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())

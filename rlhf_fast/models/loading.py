@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -61,7 +62,8 @@ def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str
             with _base_of(model):
                 policy = load_policy(base, dtype=dtype)
             policy = _with_saved_adapters(policy, model)
-            with suppress(OSError):  # only save_model saves one with adapters; otherwise the base's is kept
+            # Only save_model saves one with adapters; otherwise the base's is kept.
+            with _loading("model", model), suppress(OSError):
                 unwrapped(policy).generation_config = GenerationConfig.from_pretrained(model)
             return policy
         with _loading("model", model):
@@ -122,7 +124,8 @@ def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -
         reward = load_reward_model(base, tokenizer, dtype=dtype)
     if not Path(path, "config.json").is_file():  # peft saved the adapters; save_model would have added a config
         return _with_saved_adapters(reward, path)
-    config = AutoConfig.from_pretrained(path)
+    with _loading("model", path):
+        config = AutoConfig.from_pretrained(path)
     if config.vocab_size > reward.get_input_embeddings().weight.shape[0]:  # a pad token was added for the training
         reward.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     reward = _with_saved_adapters(reward, path)
@@ -151,6 +154,9 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     if not saved and (base := _adapter_base(path)):
         with _base_of(path):
             return load_tokenizer(base)
+    files = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+    if not saved and Path(path).is_dir() and not any(chain(*map(Path(path).glob, files))):
+        raise ConfigError(f"no tokenizer can be loaded from {str(path)!r}, which holds none: copy the model's there")
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(path)
         plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
@@ -252,10 +258,18 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
         raise ConfigError(f"no {what} can be loaded from {name!r}: there is no such directory")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:  # missing, of another kind, or truncated
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, of another kind, or truncated
         first, _, others = str(error).partition("\n")
         reason = f"{first} {others}" if first.rstrip().endswith(":") else first
         raise ConfigError(f"no {what} can be loaded from {name!r}: {' '.join(reason.split())}") from error
+    except (RuntimeError, MemoryError):  # no room for the weights
+        raise
+    except Exception as error:  # transformers takes a value that cannot be for what it should be
+        raise ConfigError(
+            f"no {what} can be loaded from {name!r}: one of its files is not as it was saved "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}): restore config.json and the other .json "
+            "files there"
+        ) from error
 
 
 def _adapter_base(path: str | Path) -> str | None:

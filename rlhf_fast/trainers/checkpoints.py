@@ -39,7 +39,7 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None, state: Callabl
             save_quietly(getattr(trainer, "save_in_checkpoint", trainer.save_model), temporary)
         whole = state() | {"step": trainer.step, "metrics": metrics}
         if guard := getattr(trainer, "guard", None):
-            whole["guard"] = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
+            whole["guard"] = {name: getattr(guard, name) for name in ("taken", "skipped", "in_a_row")}
         torch.save(whole, temporary / "state.pt")
         (temporary / MANIFEST).write_text(json.dumps(_hashes(temporary), indent=1))
         for path in [*temporary.rglob("*"), temporary]:
@@ -81,6 +81,8 @@ def damage(checkpoint: Path) -> str | None:
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
+        expected = None
+    if not isinstance(expected, dict):
         return f"{MANIFEST} is missing or torn"
     found = _hashes(checkpoint)
     wrong = [name for name, digest in expected.items() if found.get(name) != digest]

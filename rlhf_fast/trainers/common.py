@@ -281,28 +281,31 @@ def autocast(model, bf16: bool):
 
 
 class NonFiniteGuard:
-    """Counts the updates that are skipped because something is not finite, and ends the run after `limit` in a row."""
+    """Counts the updates that are skipped because something is not finite, and ends the run after `limit` in a row, or
+    at its end if it has skipped all of them."""
 
     def __init__(self, limit: int, output_dir: str):
-        self.limit, self.output_dir, self.skipped, self.in_a_row = limit, output_dir, 0, 0
+        self.limit, self.output_dir, self.taken, self.skipped, self.in_a_row = limit, output_dir, 0, 0, 0
 
-    def check(self, finite: bool, what: str, batch: Callable[[], object]) -> bool:
-        """Returns `finite`. If it is False: counts and warns, and at the limit saves batch() and raises
-        NonFiniteError."""
+    def check(self, finite: bool, what: str, batch: Callable[[], object], last: bool = False) -> bool:
+        """Returns `finite`. If it is False: counts and warns, and where the run ends saves batch() and raises
+        NonFiniteError. last: whether this is the last update of the run."""
         if finite:
-            self.in_a_row = 0
+            self.taken, self.in_a_row = self.taken + 1, 0
             return True
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         message = f"{what} is not finite: this update is skipped, number {self.skipped} of the run"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-        if self.in_a_row >= self.limit:
+        all_skipped = last and not self.taken
+        if self.in_a_row >= self.limit or all_skipped:
             path = Path(self.output_dir) / "non_finite_batch.pt"
             if parallel.rank() == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(_with_tensors(batch()), path)
+            those = f"{self.in_a_row} updates in a row" + (", all of the run" if all_skipped else "")
             raise NonFiniteError(
-                f"{what} was not finite in {self.in_a_row} updates in a row, so the run ends; the last batch is in "
-                f"{str(path)!r} (torch.load). Check that first, then the learning rate and the dtype"
+                f"{what} was not finite in {those}, so the run ends; the last batch is in {str(path)!r} (torch.load). "
+                "Check that first, then the learning rate and the dtype"
             )
         return False
 

@@ -65,6 +65,7 @@ from ..rollout import (
     packed_rows,
     right_padded,
     rollout_metrics,
+    shared_prompts,
     text_metrics,
 )
 from ..sharding import as_many, gathered
@@ -178,7 +179,7 @@ class PPOTrainer:
             if config.kl_target is not None and not self._warming_up:
                 self.kl_controller.update(float(metrics["objective/kl"]), len(rollout.prompts))
         else:
-            self.guard.check(False, "the reward", rollout.texts_and_tokens)
+            self.guard.check(False, "the reward", rollout.texts_and_tokens, last=self._is_last)
             metrics = text_metrics(rollout)
         clock.append(time.perf_counter())
 
@@ -276,7 +277,7 @@ class PPOTrainer:
                 micro_batch_size = max(1, share // 4)
         return minibatches(
             rollout.lengths, config.minibatch_size, micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
-            generator=generator, group=group, together=self.packed,
+            generator=generator, group=group, shared=shared_prompts(rollout, group) if self.packed else None,
         )  # fmt: skip
 
     def _share(self, rollout: Rollout, minibatch: list[Tensor]) -> list[Tensor]:
@@ -285,23 +286,26 @@ class PPOTrainer:
         return parallel.share(minibatch, [len(rows) * max(lengths[i] for i in rows.tolist()) for rows in minibatch])
 
     @torch.no_grad()
-    def _score_tokens(self, rollout: Rollout, plan: list[list[Tensor]], with_policy: bool = True) -> None:
-        """Sets ref_logprobs, and with_policy also logprobs and values, one micro-batch of the plan at a time. Without,
-        logprobs is 0 and the update adds them."""
-        needed = {"logprobs": True, "values": self.value_model is not None, "ref_logprobs": self.has_reference}
+    def _score_tokens(
+        self, rollout: Rollout, plan: list[list[Tensor]], with_policy: bool = True, with_values: bool = True
+    ) -> None:
+        """Sets ref_logprobs, logprobs and values, one micro-batch of the plan at a time. with_policy=False: logprobs is
+        0, and the update adds them; there are no values then. with_values=False: leaves the values out."""
+        values = with_policy and with_values and self.value_model is not None
+        needed = {"logprobs": with_policy, "values": values, "ref_logprobs": self.has_reference}
         filled = [name for name, is_needed in needed.items() if is_needed]
-        for name in filled:
+        for name in ("logprobs", *filled):
             setattr(rollout, name, torch.zeros_like(rollout.response_mask, dtype=torch.float32))
-        if not (with_policy or self.has_reference):
+        if not filled:
             return
         with self.gathered(), parallel.raise_in_all(), packing(*self._trunks(), on=self.packed):
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 inputs = self._layout(rollout, rows)
                 if with_policy:
-                    hidden, values = self._forward(rollout, rows, inputs)
+                    hidden, found = self._forward(rollout, rows, inputs, values)
                     rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
-                    if values is not None:
-                        rollout.values[rows] = values
+                    if values:
+                        rollout.values[rows] = found
                 if self.has_reference:
                     rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
         for name in filled:
@@ -311,15 +315,17 @@ class PPOTrainer:
     def _layout(self) -> Callable[[Rollout, Tensor], tuple]:
         return packed_rows if self.packed else right_padded
 
-    def _forward(self, rollout: Rollout, rows: Tensor, inputs: tuple) -> tuple[Tensor, Tensor | None]:
+    def _forward(
+        self, rollout: Rollout, rows: Tensor, inputs: tuple, with_values: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Policy and critic on b rows, inputs = _layout(rollout, rows) -> the policy's (N, D) hidden states that
-        predict the N response tokens, and (b, R) values, 0 outside the mask.
+        predict the N response tokens, and (b, R) values, 0 outside the mask (None without a critic or with_values).
 
         Scoring and training both call this, so that their numbers are equal.
         """
         tokens, positions, _ = inputs
         hidden = critic_hidden = self._hidden_states(self.policy, tokens, positions)
-        if self.value_model is None:
+        if self.value_model is None or not with_values:
             return hidden, None
         if not self.config.share_trunk:
             critic_hidden = self._hidden_states(self.value_model.model, tokens, positions)
@@ -371,6 +377,10 @@ class PPOTrainer:
     # --- update ---
 
     @property
+    def _is_last(self) -> bool:
+        return self.step + 1 == self.total_steps
+
+    @property
     def _warming_up(self) -> bool:
         return self.step < self.config.critic_warmup_steps
 
@@ -388,7 +398,8 @@ class PPOTrainer:
                 break
             norms = [optimizers.optimizer_step(o, max_grad_norm=config.max_grad_norm) for o in self.optimizers]
             finite = all(bool(norm.isfinite()) for norm in norms)
-            self.guard.check(finite, "the gradient", partial(rollout.texts_and_tokens, torch.cat(minibatch)))
+            last = self._is_last and minibatch is plan[-1][-1]
+            self.guard.check(finite, "the gradient", partial(rollout.texts_and_tokens, torch.cat(minibatch)), last)
             steps.append({**stats, **dict(zip(("policy/grad_norm", "critic/grad_norm"), norms, strict=False))})
         if not config.needs_old_logprobs:
             parallel.all_reduce_sum(rollout.logprobs)  # as in _score_tokens
@@ -486,7 +497,7 @@ class PPOTrainer:
         errors = {f"{name}_stderr": _std(x) / (len(x) - 1) ** 0.5 for name, x in scores.items()}
         metrics = {**{name: x.mean() for name, x in scores.items()}, **errors, **text_metrics(rollout)}
         if self.has_reference:
-            self._score_tokens(rollout, self._minibatches(rollout))
+            self._score_tokens(rollout, self._minibatches(rollout), with_values=False)
             metrics["kl"] = rollout.kl("k1").sum(1).mean()
         return {f"eval_{name}": value for name, value in metrics.items()}
 

@@ -47,7 +47,7 @@ class PPOConfig:
     # --- update
     minibatch_size: int = 64  # responses per optimizer step; divides batch_size
     micro_batch_size: int | None = None  # responses per forward and backward; null: all; changes memory, not the result
-    micro_batch_tokens: int | None = None  # the same in tokens of prompt and response, padding included; null: no limit
+    micro_batch_tokens: int | None = None  # the same in tokens, as they are packed or padded; null: no limit
     num_ppo_epochs: int = 4  # passes over each rollout
     bf16: bool = False  # sampling, scoring and update multiply in bfloat16; weights stay in float32
     learning_rate: float = 3e-6  # of the policy, and by default of the critic

@@ -160,7 +160,8 @@ class RewardTrainer:
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
         grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
-        self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(x) for x in items])
+        finite, last = bool(grad_norm.isfinite()), self.step + 1 == self.total_steps
+        self.guard.check(finite, "the gradient", lambda: [vars(x) for x in items], last)
         self.step += 1
         self.num_tokens += sum(len(response) for item in items for response in item.responses)
         metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}

@@ -91,7 +91,7 @@ _CARD = "---\nlibrary_name: transformers\ntags: [rlhf-fast"
 def has_ended(run_dir) -> bool:
     """Whether the run in this directory has saved its model: the card comes last (peft writes one of its own first)."""
     card = Path(run_dir) / "README.md"
-    return card.is_file() and card.read_text(encoding="utf-8").startswith(_CARD)
+    return card.is_file() and card.read_bytes().startswith(_CARD.encode())  # somebody's may not be UTF-8
 
 
 def _short(value) -> str:

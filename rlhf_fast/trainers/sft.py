@@ -115,7 +115,8 @@ class SFTTrainer:
         learning_rate = self.scheduler.get_last_lr()[0]
         self.whole = False
         grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
-        self.guard.check(bool(grad_norm.isfinite()), "the gradient", lambda: [vars(e) for row in rows for e in row])
+        finite, last = bool(grad_norm.isfinite()), self.step + 1 == self.total_steps
+        self.guard.check(finite, "the gradient", lambda: [vars(e) for row in rows for e in row], last)
         self.step += 1
         self.num_tokens += sum(len(e) for row in rows for e in row)
         loss = parallel.all_reduce_sum(loss)

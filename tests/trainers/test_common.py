@@ -551,6 +551,19 @@ def test_the_model_is_saved_also_where_the_state_of_its_last_step_cannot_be_gath
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-5"] * bool(save_steps)
 
 
+@pytest.mark.parametrize("manifest", ["[]", "5"])
+def test_a_manifest_that_somebody_changed_is_a_damaged_checkpoint(tmp_path, manifest):
+    Walk(Config(str(tmp_path), save_steps=5)).train()
+    (tmp_path / "checkpoint-10" / "manifest.json").write_text(manifest)
+    assert checkpoints.damage(tmp_path / "checkpoint-10") and not checkpoints.damage(tmp_path / "checkpoint-5")
+
+
+def test_a_model_card_that_is_not_utf8_is_no_card_of_ours(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"caf\xe9")
+    assert not run_dir.has_ended(tmp_path)
+    assert Walk(Config(str(tmp_path))).train().step == 10 and run_dir.has_ended(tmp_path)
+
+
 def test_the_last_step_keeps_its_checkpoint_if_it_is_the_best(tmp_path):
     class Better(Walk):
         def evaluate(self):

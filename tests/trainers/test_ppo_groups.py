@@ -118,23 +118,50 @@ def test_a_run_is_that_of_a_row_for_each_response(tmp_path, options, monkeypatch
 
 def test_groups_stay_together():
     lengths = torch.tensor([9, 3, 4, 2, 8, 8, 1, 5, 6, 7, 2, 2])
-    generator = torch.Generator().manual_seed(0)
-    plan = minibatches(lengths, 8, 5, generator=generator, group=4, together=True)
+    generator, none = torch.Generator().manual_seed(0), torch.zeros(12, dtype=torch.int64)
+    plan = minibatches(lengths, 8, 5, generator=generator, group=4, shared=none)
     assert [[len(rows) for rows in minibatch] for minibatch in plan] == [[4, 4], [4]]
     groups = [rows.tolist() for minibatch in plan for rows in minibatch]
     assert sorted(groups) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]] != groups
-    # Longer micro-batches than the limit allows are split, also inside a group.
-    (minibatch,) = minibatches(lengths, 12, None, micro_batch_tokens=20, group=4, together=True)
-    assert [rows.tolist() for rows in minibatch] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
-    # A long group comes first, so that its length does not split the others.
-    short_first = torch.tensor([2, 5, 3, 4, 1, 1, 1, 2, 9, 3, 8, 2])
-    (minibatch,) = minibatches(short_first, 12, None, micro_batch_tokens=40, group=4, together=True)
-    assert [rows.tolist() for rows in minibatch] == [[8, 9, 10, 11], [0, 1, 2, 3, 4, 5, 6, 7]]
-    (minibatch,) = minibatches(lengths, 12, 6, group=4, together=True)
+    (minibatch,) = minibatches(lengths, 12, 6, group=4, shared=none)
     assert [len(rows) for rows in minibatch] == [4, 4, 4]
     # With padding the rows of a minibatch of whole groups are sorted by length.
     first, second = minibatches(lengths, 8, 4, group=4)
     assert [lengths[rows].tolist() for rows in first] == [[9, 8, 8, 5], [4, 3, 2, 1]] and len(second) == 1
+
+
+def test_the_tokens_of_a_micro_batch_are_counted_as_they_are_packed():
+    lengths, none = torch.tensor([9, 3, 4, 2, 8, 8, 1, 5, 6, 7, 2, 2]), torch.zeros(12, dtype=torch.int64)
+
+    def split(tokens, shared=none, **options):
+        (minibatch,) = minibatches(lengths, 12, micro_batch_tokens=tokens, group=4, shared=shared, **options)
+        assert sorted(torch.cat(minibatch).tolist()) == list(range(12))
+        return [rows.tolist() for rows in minibatch]
+
+    assert split(57) == [list(range(12))]
+    # The groups have 18, 22 and 17 tokens: whole ones if two have room, else as many rows as have.
+    assert split(40) == [[0, 1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11]]
+    assert split(39) == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
+    assert split(21) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10], [11]]
+    assert split(8) == [[0], [1, 2], [3], [4], [5], [6, 7], [8], [9], [10, 11]]
+    assert split(40, micro_batch_size=5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    # What a row shares with the one before it is not there, unless it is the first of its micro-batch.
+    shared = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1])
+    assert split(51, shared) == [list(range(12))] and len(split(50, shared)) == 2
+    alone = torch.tensor([0, 8, 8, 8])
+    (minibatch,) = minibatches(torch.full((4,), 10), 4, micro_batch_tokens=12, group=4, shared=alone)
+    assert [rows.tolist() for rows in minibatch] == [[0, 1], [2, 3]]
+
+
+def test_no_more_tokens_are_packed_than_were_counted(tmp_path):
+    """The longest micro-batch is one of them; a shared prompt counts once."""
+    trainer = make_trainer(tmp_path, micro_batch_tokens=100)
+    rollout = trainer._rollout(trainer._next_prompts(), torch.Generator().manual_seed(0))
+    plan = trainer._minibatches(rollout, None, trainer.config.num_generations)
+    rows = [rows for minibatch in plan for rows in minibatch]
+    packed = [packed_rows(rollout, some)[0].input_ids.shape[1] for some in rows]
+    counted = [len(some) * int(rollout.lengths[some].max()) for some in rows]
+    assert max(packed) <= 100 < max(counted)
 
 
 def test_what_cannot_be_packed_is_said(tmp_path, recwarn):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
+from rlhf_fast import parallel
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -123,3 +124,12 @@ def test_a_monitor_of_a_kl_that_is_not_measured_is_refused(tmp_path, options):
         make_trainer(tmp_path, **options)
     make_trainer(tmp_path, ref_model=tiny_model(tiny_tokenizer()), **options)
     make_trainer(tmp_path, monitors={"kl": None})
+
+
+def test_only_what_was_scored_is_summed_over_the_processes(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, kl_coef=0.1, kl_in_loss=True, kl_estimator="k3")
+    rollout = trainer._rollout(trainer.prompts, torch.Generator().manual_seed(0))
+    summed, add = [], parallel.all_reduce_sum
+    monkeypatch.setattr(parallel, "all_reduce_sum", lambda x: summed.append(x) or add(x))
+    trainer._score_tokens(rollout, trainer._minibatches(rollout), with_policy=False)
+    assert [x is rollout.ref_logprobs for x in summed] == [True] and not rollout.logprobs.any()

@@ -699,6 +699,37 @@ def test_a_resumed_run_counts_the_step_that_ended_it_only_once(tmp_path):
     assert metrics["skipped_steps"] == 1
 
 
+def test_updates_that_happened_before_a_resume_count(tmp_path):
+    """Four a step, of which the first step's are finite: the run has learned something."""
+    poison = []
+
+    def reward(prompts, responses, **columns):
+        return [float("nan") if poison else 1.0] * len(responses)
+
+    options = {"save_steps": 1, "num_samples": 0}
+    trainer = make_trainer(tmp_path, reward=reward, **options)
+    stopped = trainer._iteration
+    trainer._iteration = lambda: stopped() if trainer.step < 1 else raise_it()
+
+    def raise_it():
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.train()
+    poison.append(True)
+    with pytest.warns(RuntimeWarning, match="the reward is not finite"):
+        result = make_trainer(tmp_path, reward=reward, **options).train(resume=True)
+    assert result.step == 2 and result.metrics["skipped_steps"] == 1
+
+
+def test_an_evaluation_asks_no_critic(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=PROMPTS[:2])
+    before = {name: float(x) for name, x in trainer.evaluate().items()}
+    trainer.value_model.model.base_model.register_forward_hook(lambda *_: pytest.fail("the critic was asked"))
+    trainer._held_out = None
+    assert {name: float(x) for name, x in trainer.evaluate().items()} == before and "eval_kl" in before
+
+
 def test_a_checkpoint_of_other_prompts_is_refused(tmp_path):
     state = make_trainer(tmp_path, train_dataset=[{"prompt": f"say {i} "} for i in "45"]).state_dict()
     other = make_trainer(tmp_path, train_dataset=[{"prompt": f"say {i} "} for i in "54"])
