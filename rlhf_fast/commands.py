@@ -189,6 +189,10 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message):
+        for action in self._actions:  # in other libraries' scripts --packing alone is true
+            flag = "/".join(action.option_strings)
+            if action.metavar in ("true", "false") and message == f"argument {flag}: expected one argument":
+                message += f": {flag} true"
         raise ConfigError(f"{self.prog.removeprefix('rlhf-fast ')}: {message}")
 
 

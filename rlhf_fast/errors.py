@@ -18,6 +18,7 @@ class DiskFullError(OSError):
 
 def did_you_mean(name: object, names: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown name: the nearest of the names, or if none is near, `otherwise`."""
-    near = difflib.get_close_matches(str(name), names, 1)  # str: YAML keys may be numbers, and "on" is read as True
-    hint = f"did you mean {near[0]!r}?" if near else otherwise
+    bare = {n.lstrip("-"): n for n in names}  # the dashes of flags would make all of them alike
+    near = difflib.get_close_matches(str(name).lstrip("-"), bare, 1)  # str: YAML has numbers, and reads "on" as True
+    hint = f"did you mean {bare[near[0]]!r}?" if near else otherwise
     return hint and f"; {hint}"

@@ -77,6 +77,11 @@ class PPOJob(Checked):
 TRL_NAMES = {
     "model_name_or_path": "model",
     "dataset_name": "train_data",
+    "dtype": "left out, because a model given by name is loaded in float32; bf16 multiplies in bfloat16",
+    "torch_dtype": "left out, because a model given by name is loaded in float32; bf16 multiplies in bfloat16",
+    "eos_token": "left out, because it is the tokenizer's: set it there",
+    "resume_from_checkpoint": "left out, because it is a flag: --resume",
+    "report_to": "left out, because TensorBoard, if it is installed, and report.html are always written",
     "warmup_steps": "warmup_ratio, a share of the steps",
     "eval_strategy": "eval_steps",
     "truncation_mode": "on_overlong",
@@ -115,6 +120,10 @@ TRL_GRPO_NAMES = {
     "use_vllm": "rollout_server",
     "vllm_mode": "rollout_server",
     "vllm_server_base_url": "rollout_server",
+    **dict.fromkeys(
+        ("top_p", "top_k", "min_p", "repetition_penalty"),
+        "left out, because answers must be drawn from the policy itself",
+    ),
 }
 
 

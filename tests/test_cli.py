@@ -187,6 +187,8 @@ def test_importing_the_package_loads_no_torch_until_a_name_is_used():
         (["cai", "revise", "--jugde", "x"], "cai revise: unknown argument '--jugde'; did you mean '--judge'?"),
         (["sft", "--learning_rat", "1"], "unknown argument '--learning_rat'; did you mean '--learning_rate'?"),
         (["sft", "--train_data"], "expected one argument"),
+        (["sft", "--packing", "--bf16", "true"], "argument --packing: expected one argument: --packing true"),
+        (["sft", "--dtypes", "x"], "unknown argument '--dtypes'; rlhf-fast sft --help-all explains all of them"),
         (["sft", "--model", "x"], "sft needs train_data: as flags"),
         (["sft", "--train_data", "x.jsonl"], "give either model, or scratch"),
         (["sft", "--train_data", "x", "--scratch", "{layer: 2}"], "Scratch has no 'layer'; did you mean 'layers'?"),

@@ -62,9 +62,10 @@ Divergence divergence_row(const typename E::type* x, const typename E::type* y, 
       const vf max_p = splat(float(reference_point(row.p.max))), max_q = splat(float(reference_point(row.q.max)));
       vf sum_p{}, sum_q{}, gap{};
       const auto accumulate = [&](vf a, vf b) {
-        const vf d = a - max_p, f = b - max_q, e = exp(d);
-        sum_p += e;
-        sum_q += exp(f);
+        const vf d = a - max_p, f = b - max_q;
+        vf e, e_q;
+        sum_p = exp.add(sum_p, d, e);
+        sum_q = exp.add(sum_q, f, e_q);
         gap += gap_term(e, d, f);
       };
       for (int64_t i = begin; i < begin + whole; i += kPair) {

@@ -82,8 +82,9 @@ void lane_statistics(const float* z, int64_t stride, int64_t rows, const Exp<>& 
   const vf origin = most == splat(-INFINITY) ? vf{} : most;  // -inf - -inf is not a distance
   vf sum{}, moment{};
   for (int64_t v = 0; v < rows; ++v) {
-    const vf d = load_vector<vf>(z + v * stride) - origin, e = exp(d);
-    sum += e;
+    const vf d = load_vector<vf>(z + v * stride) - origin;
+    vf e;
+    sum = exp.add(sum, d, e);
     if constexpr (kMoment) moment = fma(e, exp.bounded(d), moment);
   }
   std::memcpy(out, &most, sizeof most);

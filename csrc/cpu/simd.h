@@ -307,11 +307,8 @@ class Exp {
     const vf y = d * factor_;
     return _mm512_scalef_ps(polynomial(_mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)), y);
 #elif defined(__AVX2__)
-    d = bounded(d);                                     // below it 2^n has no exponent, and there n is -127 and 2^n 0
-    const vf shifted = fma(d, factor_, splat(kShift));  // leaves 8 n in the low bits
-    const vf r = fma(d, factor_, kShift - shifted);
-    const vf fraction = _mm256_permutevar8x32_ps(load_vector<vf>(kPowers), bits<__m256i>(shifted));
-    return polynomial(r) * bits<vf>((bits<vu>(shifted) << 20) + bits<vu>(fraction));
+    const Pair f = factors(d);
+    return f.a * f.b;
 #else
     const vf y = d * factor_;
     const vf shifted = (y - 0.5f) + kShift;  // leaves the integer in the low bits
@@ -321,8 +318,29 @@ class Exp {
 #endif
   }
 
+  // e = exp(c d) -> sum + e, where exp is a product rounded once. The compiler would round so only where nothing else
+  // reads e, and then a row's sum would depend on whether its entropy is wanted too.
+  vf add(vf sum, vf d, vf& e) const {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const Pair f = factors(d);
+    e = f.a * f.b;
+    return fma(f.a, f.b, sum);
+#else
+    e = (*this)(d);
+    return sum + e;
+#endif
+  }
+
  private:
 #if defined(__AVX2__) && !defined(__AVX512F__)
+  // p and 2^n
+  Pair factors(vf d) const {
+    d = bounded(d);                                     // below it 2^n has no exponent, and there n is -127 and 2^n 0
+    const vf shifted = fma(d, factor_, splat(kShift));  // leaves 8 n in the low bits
+    const vf r = fma(d, factor_, kShift - shifted);
+    const vf fraction = _mm256_permutevar8x32_ps(load_vector<vf>(kPowers), bits<__m256i>(shifted));
+    return {polynomial(r), bits<vf>((bits<vu>(shifted) << 20) + bits<vu>(fraction))};
+  }
   static constexpr float kShift = 1572864.0f;  // 1.5 2^23 eighths
   static vf polynomial(vf r) {
     vf p;

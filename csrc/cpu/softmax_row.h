@@ -73,9 +73,9 @@ inline Softmax softmax_row(const typename E::type* x, int64_t vocab, double c) {
       vf sum{}, sum_b{}, moment{}, moment_b{};
       const auto accumulate = [&](Pair v) {
         vf d = v.a - max, d_b = v.b - max;
-        const vf e = exp(d), e_b = exp(d_b);
-        sum += e;
-        sum_b += e_b;
+        vf e, e_b;
+        sum = exp.add(sum, d, e);
+        sum_b = exp.add(sum_b, d_b, e_b);
         if constexpr (kMoment) {
           moment = fma(e, exp.bounded(d), moment);
           moment_b = fma(e_b, exp.bounded(d_b), moment_b);

@@ -10,7 +10,15 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import rlhf_fast
-from rlhf_fast.ops import _dispatch, cross_entropy, kl_divergence, reference, token_logprobs, token_logprobs_and_entropy
+from rlhf_fast.ops import (
+    _dispatch,
+    cross_entropy,
+    kl_divergence,
+    linear_token_logprobs,
+    reference,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 
 VOCABS = (1, 7, 640, 1100, 50257, 151936)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -328,3 +336,22 @@ def test_a_gradient_too_large_for_the_caches_has_the_bits_of_a_small_one(op, dty
         for all_rows, half in zip(large, gradients(some), strict=True):
             assert half.numel() * half.element_size() < 32 << 20
             assert torch.equal(all_rows[some], half)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_an_entropy_beside_it_changes_no_bit_of_a_log_probability(dtype, isa):
+    """Code for AVX2 rounded a row's sum in another way where the entropy was wanted too, as linear_ppo_loss wants it
+    and scoring does not: the ratio of PPO's first minibatch was not 1."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(999, 8, generator=generator), torch.randn(302, 8, generator=generator)
+    labels, logits = torch.randint(302, (999,), generator=generator), (hidden @ weight.T).to(dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    assert torch.equal(token_logprobs(logits, labels), token_logprobs_and_entropy(logits, labels)[0])
+    with_entropy, _ = linear_token_logprobs(hidden, weight, labels, with_entropy=True)
+    assert torch.equal(linear_token_logprobs(hidden, weight, labels), with_entropy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_the_divergence_of_a_distribution_from_itself_is_0(dtype, isa):
+    logits = torch.randn(999, 302, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert not kl_divergence(logits, logits).any()
