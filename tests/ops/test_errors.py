@@ -206,6 +206,7 @@ ROWS = [
             ({"softcap": 0.0}, ValueError, "softcap 0.0 must be > 0"),
             ({"softcap": math.inf}, ValueError, "softcap inf must be > 0 and finite"),
             ({"labels": labels + V}, IndexError, "label 5 at row 0 is outside the vocabulary of 5"),
+            ({"labels": labels - 1}, IndexError, "label -1 at row 0 is outside the vocabulary of 5"),
         )
     ),
     ("linear_token_logprobs", {"temperature": 0.0}, ValueError, "temperature 0.0 must be > 0"),

@@ -181,12 +181,15 @@ def test_linear_ppo_loss_is_ppo_loss_of_the_logprobs(mode, with_old):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("dropped", [0, 5])
 @pytest.mark.parametrize("function", [linear_token_logprobs, linear_cross_entropy])
-def test_a_label_out_of_range_is_an_error_that_names_it(function):
+def test_a_label_out_of_range_is_an_error_that_names_it(function, dropped):
+    """Rows that are dropped before it count in its number."""
     hidden, weight, _, labels, _ = inputs()
-    labels[2, 3] = V
+    labels[0, :dropped], labels[2, 3] = -100, V
+    options = {"mask": labels != -100} if function is linear_token_logprobs else {}
     with pytest.raises(IndexError, match=f"{function.__name__}: label {V} at row 53 is outside the vocabulary of {V}"):
-        function(hidden, weight, labels)
+        function(hidden, weight, labels, **options)
 
 
 def test_shapes_are_checked():

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -278,6 +279,53 @@ def test_a_precision_of_accelerate_that_the_config_does_not_ask_for_is_refused(a
         parallel.start(SFTConfig(bf16=bf16))
 
 
+def joining(monkeypatch, **patched):
+    """As if torchrun had started two processes: what start() calls of torch.distributed is replaced."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "_joined", False)
+    for name, result in patched.items():
+        monkeypatch.setattr(parallel.dist, name, lambda *arguments, result=result, **options: result)
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for gpu in range(3):
+        joining(monkeypatch, is_initialized=False, init_process_group=None)
+        monkeypatch.setenv("LOCAL_RANK", str(gpu))
+        with pytest.raises(ConfigError, match="only 2: start one process per GPU") if gpu == 2 else nullcontext():
+            parallel.start()
+        assert parallel._joined is (gpu < 2)
+    assert taken == [0, 1]
+
+
+@pytest.mark.parametrize(("theirs", "joins"), [("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True)])
+def test_a_process_group_of_the_user_needs_a_cpu_backend(theirs, joins, monkeypatch):
+    joining(monkeypatch, is_initialized=True, get_backend_config=theirs)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # says nothing as long as the config is not known
+    with nullcontext() if joins else pytest.raises(ConfigError, match=rf"\({theirs}\) has no CPU backend"):
+        parallel.start()
+    assert parallel._joined is joins
+
+
+def test_what_makes_models_different_is_compared_and_buffers_are_sent(monkeypatch):
+    """The first process's view: what it tells the others of its weights, and what it sends them."""
+    told, sent = [], []
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "all_gather", lambda value: told.append(str(value)) or [value] * 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda *arguments: None)
+    monkeypatch.setattr(parallel.dist, "broadcast", lambda tensor, src: sent.append(tensor))
+    nn = torch.nn
+    for model in (nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(2, 3).double(), nn.Bilinear(2, 3, 3), nn.BatchNorm1d(3),
+                  nn.Sequential(nn.Linear(2, 3)), nn.Linear(2, 3).requires_grad_(False)):  # fmt: skip
+        sent.clear()
+        parallel.begin_equal([model])
+        assert [x.data_ptr() for x in sent] == [x.data_ptr() for x in model.state_dict().values()]
+    assert len(set(told)) == len(told)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate's launcher")
 def test_accelerate_launch_trains_in_two_processes_but_not_in_a_precision_that_is_ignored(tmp_path):
     """Both in one launch: with its precision, then as with --mixed_precision no. Without mpirun, accelerate starts
@@ -324,7 +372,7 @@ def test_what_does_not_run_in_several_processes_says_so(monkeypatch, capsys):
     assert "generate runs in one process, and this is one of 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (3, 10, 4), (4, 3, 1), (2, 1, 8)])
+@pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (2, 12, 4), (3, 10, 4), (4, 3, 1), (2, 1, 8)])
 def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple):
     monkeypatch.setattr(parallel, "size", lambda: size)
     blocks = []
@@ -351,3 +399,9 @@ def test_shares_miss_nothing_and_are_about_as_much_work(monkeypatch, size):
     assert all(share == sorted(share) and len(share) <= -(-13 // size) for share in balanced)
     most = max(sum(loads[i] for i in share) for share in balanced)
     assert most <= max(300, 1.1 * sum(loads) / size), "in turns one of two has 1.6 times the mean, of three 1.9"
+
+
+def test_no_share_has_more_items_than_an_equal_part(monkeypatch):
+    """Even if its items are little work."""
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    assert parallel._shares([100, 1, 1, 1]) == [[0, 3], [1, 2]]
