@@ -67,6 +67,7 @@ def with_tools(prompts, trainer):
     {"kl_coef": 0.1, "kl_in_loss": True, "kl_estimator": "k3"}, {"rollout_func": with_tools}, {"bf16": True},
 ], ids=["group", "ungrouped", "lora", "kl in the loss", "tools", "bf16"])  # fmt: skip
 def test_one_step_needs_no_old_logprobs_and_learns_the_same_to_the_last_bit(tmp_path, options, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: True)
     trainer = make_trainer(tmp_path / "a", **options)
     assert not trainer.config.needs_old_logprobs
     calls = counted(trainer, monkeypatch)
