@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "few_rows.h"
 #include "product.h"
 #include "tile.h"
 
@@ -101,9 +102,12 @@ void for_blocks(const Sequence& s, const int64_t* places, F f) {
 
 // f(head, first and end of the sequences of a family, the most keys of one of them)
 template <class F>
-void for_heads(const int64_t* table, const int64_t* families, int64_t count, int64_t heads, int threads, F f) {
+void for_heads(const int64_t* table, const int64_t* families, int64_t count, int64_t heads, int64_t dim, int threads,
+               F f) {
   const auto* sequences = reinterpret_cast<const Sequence*>(table);
-  for_each(heads * count, threads, [&](int64_t i) {
+  int64_t scores = 0;
+  for (const Sequence* s = sequences; s < sequences + families[count]; ++s) scores += s->queries * s->keys();
+  for_each(heads * count, threads_for_products(threads, scores * heads * dim), [&](int64_t i) {
     const Sequence *first = sequences + families[i % count], *end = sequences + families[i % count + 1];
     int64_t most = 0;
     for (const Sequence* s = first; s < end; ++s) most = std::max(most, s->keys());
@@ -127,7 +131,7 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
                          int64_t count, int64_t heads, int64_t key_heads, int64_t dim, int64_t window, double scale,
                          float* y, float* saved, int threads) {
   const Exp<> exp(scale);
-  for_heads(table, families, count, heads, threads,
+  for_heads(table, families, count, heads, dim, threads,
             [&](int64_t head, const Sequence* s, const Sequence* end, int64_t most) {
               const int64_t key_head = head / (heads / key_heads);
               const Rows queries(q, head), keys(k, key_head), values(v, key_head);
@@ -175,7 +179,7 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, co
                                   float* grad_k, float* grad_v, int threads) {
   const Exp<> exp(scale);
   const int64_t stride = heads * dim;
-  for_heads(table, families, count, heads, threads,
+  for_heads(table, families, count, heads, dim, threads,
             [&](int64_t head, const Sequence* begin, const Sequence* end, int64_t most) {
               const int64_t key_head = head / (heads / key_heads), own = head * dim;
               const Rows queries(q, head), keys(k, key_head), values(v, key_head);
@@ -187,8 +191,8 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, co
               const Buffer<float> weights(kQueries * products.padded), slopes(kQueries * products.padded);
               for (const Sequence* s = begin; s < end; ++s) {
                 for (int64_t t = s->own; t < s->own + s->own_keys; ++t) {
-                  std::fill_n(grad_k + t * stride + own, dim, 0.0f);
-                  std::fill_n(grad_v + t * stride + own, dim, 0.0f);
+                  std::memset(grad_k + t * stride + own, 0, dim * sizeof *grad_k);
+                  std::memset(grad_v + t * stride + own, 0, dim * sizeof *grad_v);
                 }
               }
               for (const Sequence* s = begin; s < end; ++s) {
@@ -197,8 +201,8 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, co
                 products.gather(keys, *s, rows.data);
                 products.pack_by_keys(rows.data, s->keys(), right_keys.data);
                 products.pack_by_dim(rows.data, dim, s->keys(), right_rows.data);
-                std::fill_n(of_keys.data, s->keys() * dim, 0.0f);
-                std::fill_n(of_values.data, s->keys() * dim, 0.0f);
+                std::memset(of_keys.data, 0, s->keys() * dim * sizeof *of_keys.data);
+                std::memset(of_values.data, 0, s->keys() * dim * sizeof *of_values.data);
                 for_blocks(*s, places, [&](int64_t first, int64_t n, int64_t seen) {
                   const float* g = grad + first * stride + own;
                   products.times_keys(queries.left(first), n, right_keys.data, s->keys(), seen, weights.data);

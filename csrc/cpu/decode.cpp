@@ -2,6 +2,7 @@
 // one query a row over the buffer of keys and values, a whole llama layer around it, and the choice of the token.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -140,7 +141,7 @@ void attend_together(const float* q, int64_t row_stride, const float* keys, cons
       for (int64_t t = 0; t < padded; t += kWidth) largest = max(load_vector<vf>(x + t), largest);
       const float factor = float(1 / exp_sum(x, reduce_max(largest), padded, x));
       for (int64_t t = 0; t < filled; ++t) x[t] *= factor;
-      std::fill_n(sums, dim, 0.0f);
+      std::memset(sums, 0, dim * sizeof *sums);
     }
   }
   for_columns(values, [&](int64_t row, int64_t head, int64_t begin, int64_t count, const float* columns) {
