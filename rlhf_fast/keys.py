@@ -80,6 +80,7 @@ TRL_NAMES = {
     "dtype": "left out, because a model given by name is loaded in float32; bf16 multiplies in bfloat16",
     "torch_dtype": "left out, because a model given by name is loaded in float32; bf16 multiplies in bfloat16",
     "eos_token": "left out, because it is the tokenizer's: set it there",
+    "chat_template_path": "left out, because it is the tokenizer's: set it there",
     "resume_from_checkpoint": "left out, because it is a flag: --resume",
     "report_to": "left out, because TensorBoard, if it is installed, and report.html are always written",
     "warmup_steps": "warmup_ratio, a share of the steps",

@@ -58,6 +58,7 @@ BANDS = {
     ),
 }  # fmt: skip
 LIMITS = {**{name: band.limit for name, band in BANDS.items()}, "overoptimization": 3.0}
+_METRICS = {band.metric for band in BANDS.values()}
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,13 @@ class Monitors:
     def __init__(self, limits: dict[str, float | None], stop_on: Iterable[str] = ()):
         self.limits = {name: limit for name, limit in (LIMITS | limits).items() if limit is not None}
         self.stop_on = set(stop_on)
-        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)  # of the metrics that a monitor reads
         self._lasting: set[str] = set()
 
     def __call__(self, row: dict) -> list[Alarm]:
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
+            is_read = name in _METRICS or name.startswith("eval_")
+            if is_read and isinstance(value, int | float):
                 self.history[name].append((row["step"], value))
         new = []
         for name, alarm in self._readings(row):

@@ -89,7 +89,10 @@ def check(
 def _mismatch(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> ValueError:
     if x.shape == first.shape:
         return device_error(op, name, x, first_name, first)
-    return ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(first.shape)}")
+    # As GRPO's loops have them, which let the loss broadcast.
+    one_a_row = first.ndim == 2 and x.shape in ((len(first),), (len(first), 1))
+    advice = f": {name}.reshape(-1, 1).expand_as({first_name}), if each counts for its row" if one_a_row else ""
+    return ValueError(f"{op}: {name} {tuple(x.shape)} must have the shape of {first_name} {tuple(first.shape)}{advice}")
 
 
 def needed_mask(op: str, mask: Tensor | None) -> Tensor:

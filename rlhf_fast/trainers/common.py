@@ -30,6 +30,8 @@ def start(config, cls: type) -> None:
     if not isinstance(config, cls):
         trainer = cls.__name__.replace("Config", "Trainer")
         got = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        if got == cls.__name__:  # TRL's
+            got = f"{type(config).__module__}.{got}"
         raise ConfigError(f"{trainer}({cls.__name__}(...), model, ...) takes the config first, got {got}")
     config.__post_init__()  # checks it again
     set_seed(config.seed)

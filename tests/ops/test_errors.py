@@ -75,7 +75,12 @@ ROWS = [
     # Tensors of (B, T): every one has the shape, the device and a floating dtype of the first.
     ("ppo_loss", {"logprobs": pair}, ValueError, "logprobs is (2,); needs (B, T)"),
     ("ppo_loss", {"old_logprobs": long}, ValueError, "old_logprobs (2, 4) must have the shape of logprobs (2, 3)"),
-    ("ppo_loss", {"advantages": pair}, ValueError, "advantages (2,) must have the shape of logprobs (2, 3)"),
+    (
+        "ppo_loss",
+        {"advantages": pair},
+        ValueError,
+        "advantages (2,) must have the shape of logprobs (2, 3): advantages.reshape(-1, 1).expand_as(logprobs), if",
+    ),
     ("ppo_loss", {"mask": wide}, ValueError, "mask (2, 4) must have the shape of logprobs (2, 3)"),
     ("ppo_loss", {"ref_logprobs": long}, ValueError, "ref_logprobs (2, 4) must have the shape of logprobs"),
     ("ppo_loss", {"entropy": long}, ValueError, "entropy (2, 4) must have the shape of logprobs"),

@@ -127,7 +127,12 @@ def test_a_trainer_says_that_its_config_comes_first():
             trainer("my-model", SFTConfig(), train_dataset=[])
     with pytest.raises(ConfigError, match="takes the config first, got SFTConfig"):
         PPOTrainer(SFTConfig(), "my-model", reward=len, train_dataset=[])
-    for given, named in ((torch.nn.Linear(2, 2), "Linear"), (SFTConfig, "the class SFTConfig")):
+    of_trl = type("SFTConfig", (), {"__module__": "trl.trainer.sft_config"})()
+    for given, named in (
+        (torch.nn.Linear(2, 2), "Linear"),
+        (SFTConfig, "the class SFTConfig"),
+        (of_trl, r"trl\.trainer\.sft_config\.SFTConfig"),
+    ):
         with pytest.raises(ConfigError, match=f"takes the config first, got {named}$"):
             SFTTrainer(given, SFTConfig(), train_dataset=[])
 
