@@ -251,7 +251,7 @@ def test_autocast_changes_no_forward_of_the_reference(loss):
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("only_hidden", [False, True])
-@pytest.mark.parametrize("chunk_rows", [1000, 20])
+@pytest.mark.parametrize("chunk_rows", [1000, 50, 20])
 @LOSSES
 def test_autocast_rounds_the_factors_and_not_the_gradient_of_the_weight(
     loss, chunk_rows, only_hidden, backend, monkeypatch
@@ -315,6 +315,49 @@ def test_autocast_changes_neither_float64_nor_anything_in_float16(loss, dtype, a
         inside = gradients(loss, sys.modules["rlhf_fast.ops"], *data)
     for a, b in zip(inside, plain, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wide", range(3))
+def test_autocast_changes_no_factor_beside_one_in_float64(wide):
+    factors = [x.double() if i == wide else x for i, x in enumerate(inputs()[:3])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        *given, rounds = _linear.factors_of(*factors)
+    assert not rounds and all(a is b for a, b in zip(given, factors, strict=True))
+
+
+@pytest.mark.parametrize("hidden_dtype, weight_dtype", [("bfloat16", "float32"), ("float16", "float16")])
+def test_autocast_around_a_backward_alone_changes_nothing(hidden_dtype, weight_dtype):
+    hidden, weight, bias, labels, mask = inputs()
+    leaves = [hidden.to(getattr(torch, hidden_dtype)), weight.to(getattr(torch, weight_dtype)), bias]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = token_logprobs(sys.modules["rlhf_fast.ops"], *leaves, labels, mask)
+    plain = torch.autograd.grad(out, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(out, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(inside, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "bias", "in_dtype", "half_products"),
+    [
+        ("bfloat16", "bfloat16", None, True, True),
+        ("bfloat16", "bfloat16", "bfloat16", True, True),
+        ("bfloat16", "bfloat16", "float32", False, True),
+        ("bfloat16", "float32", None, False, False),
+        ("float32", "bfloat16", None, False, False),
+        ("float32", "float32", "float32", True, False),
+        ("float16", "float16", "float16", False, False),
+    ],
+)
+def test_on_a_gpu_products_have_the_dtype_that_all_factors_share(
+    hidden, weight, bias, in_dtype, half_products, monkeypatch
+):
+    monkeypatch.setattr(_linear, "on_gpu", lambda x: True)
+    factors = [name and torch.ones(1, 1, dtype=getattr(torch, name)) for name in (hidden, weight, bias)]
+    way = _linear.IN_DTYPE if in_dtype else _linear.WIDE
+    assert _linear.way_of(*factors, None, fused=False) == way
+    assert _linear.way_of(*factors, 30.0, fused=False) == _linear.WIDE
+    assert _linear.half_products_are_native(*factors[:2]) is half_products
 
 
 def test_under_autocast_the_ops_compile_into_one_graph():

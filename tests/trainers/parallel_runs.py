@@ -151,10 +151,15 @@ def sharded(path, fsdp=""):
         "shared": lambda path: ppo(path, share_trunk=True, critic_warmup_steps=1, **on),
         "one_step": lambda path: ppo(path, **ONE_STEP, **on),
     }.items():
-        trainer, kept = make(path / name), []
+        trainer, kept, freed = make(path / name), [], set()
+        if on["fsdp"] and name == "sft":
+            first, last = trainer.model.model.layers
+            last.register_forward_pre_hook(
+                lambda *_, first=first, freed=freed: freed.add(sharding.is_sharded(first)) if first.training else None
+            )
         with mock.patch.object(optimizers, "optimizer_step", measured):
             result = trainer.train()
-        found[name] = {"digest": digest(trainer), "kept": kept[-1], **dataclasses.asdict(result)}
+        found[name] = {"digest": digest(trainer), "kept": kept[-1], "freed": [*freed], **dataclasses.asdict(result)}
     leave(path, found=found)
     if fsdp:
         sharding._let_go()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from rlhf_fast import parallel
 from rlhf_fast.cli import main
-from rlhf_fast.errors import ConfigError
+from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.trainers.checkpoints import latest_checkpoint
 from rlhf_fast.trainers.sft_config import SFTConfig
 
@@ -370,6 +370,37 @@ def test_what_does_not_run_in_several_processes_says_so(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["generate", "--model", "x"]) == 2
     assert "generate runs in one process, and this is one of 2" in capsys.readouterr().err
+
+
+def as_one_of_two(monkeypatch, rank, other=None):
+    """What the other process tells in raise_in_all: (whether its exception is a ConfigError, the message), or None."""
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda told, op: told[:1].fill_(told[0] or other is not None))
+
+    def gather(said, mine):
+        said[:] = [other, mine] if rank else [mine, other]
+
+    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+
+
+@pytest.mark.parametrize(("is_config", "kind"), [(True, ConfigError), (False, RuntimeError)])
+def test_what_fails_in_another_process_is_refused_here_if_it_is_there(is_config, kind, monkeypatch):
+    as_one_of_two(monkeypatch, 1, (is_config, "what it says"))
+    with pytest.raises(kind, match=r"^process 0 of 2 failed: what it says$") as raised, parallel.raise_in_all():
+        pass
+    assert raised.type is kind
+
+
+@pytest.mark.parametrize(
+    ("rank", "kind", "shown"),
+    [(1, OSError, True), (0, OSError, False), (1, ConfigError, False), (1, NonFiniteError, False)],
+)
+def test_a_traceback_that_the_first_process_does_not_have_is_printed(rank, kind, shown, monkeypatch, capsys):
+    as_one_of_two(monkeypatch, rank)
+    with pytest.raises(kind), parallel.raise_in_all(), parallel.raise_in_all():
+        raise kind("no room")
+    assert capsys.readouterr().err.count("Traceback") == shown
 
 
 @pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (2, 12, 4), (3, 10, 4), (4, 3, 1), (2, 1, 8)])

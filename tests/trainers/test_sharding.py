@@ -72,6 +72,11 @@ def test_each_process_keeps_half_of_the_layers_their_gradients_and_their_state(r
         assert sum(parts) == pytest.approx(whole, rel=1e-3) and max(parts) < 0.51 * whole
 
 
+def test_a_layer_is_freed_after_its_forward(runs):
+    """Also in the steps after an evaluation, for which all layers were whole."""
+    assert [found["sft"]["freed"] for found in runs[1:3]] == [[True]] * 2
+
+
 def test_a_checkpoint_is_that_of_one_process(runs):
     one, two = (states(runs[3] / name / "sft") for name in ("one", "two"))
     assert list(one) == list(two) and len(one) > 10
