@@ -5,6 +5,7 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.trainers import common
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [{"prompt": f"say {'the cat sat on ' * (1 + i)}{i}: "} for i in range(8)]
@@ -66,6 +67,7 @@ def with_tools(prompts, trainer):
     {"kl_coef": 0.1, "kl_in_loss": True, "kl_estimator": "k3"}, {"rollout_func": with_tools}, {"bf16": True},
 ], ids=["group", "ungrouped", "lora", "kl in the loss", "tools", "bf16"])  # fmt: skip
 def test_one_step_needs_no_old_logprobs_and_learns_the_same_to_the_last_bit(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(common, "bf16_supported", lambda device: True)
     trainer = make_trainer(tmp_path / "a", **options)
     assert not trainer.config.needs_old_logprobs
     calls = counted(trainer, monkeypatch)
