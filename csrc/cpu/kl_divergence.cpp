@@ -60,29 +60,31 @@ Divergence divergence_row(const typename E::type* x, const typename E::type* y, 
       const int64_t size = vocab - begin < kBlock<E> ? vocab - begin : kBlock<E>, whole = size - size % kPair;
       row.raise_max(E::max(x + begin, size), E::max(y + begin, size));
       const vf max_p = splat(float(reference_point(row.p.max))), max_q = splat(float(reference_point(row.q.max)));
-      vf sum_p{}, sum_q{}, gap{};
-      const auto accumulate = [&](vf a, vf b) {
+      struct {
+        vf p{}, q{}, gap{};
+      } sums, sums_b;
+      const auto accumulate = [&](auto& sum, vf a, vf b) {
         const vf d = a - max_p, f = b - max_q;
         vf e, e_q;
-        sum_p = exp.add(sum_p, d, e);
-        sum_q = exp.add(sum_q, f, e_q);
-        gap += gap_term(e, d, f);
+        sum.p = exp.add(sum.p, d, e);
+        sum.q = exp.add(sum.q, f, e_q);
+        sum.gap += gap_term(e, d, f);
       };
       for (int64_t i = begin; i < begin + whole; i += kPair) {
         fetch<E>(x + i + kBlock<E>);
         fetch<E>(y + i + kBlock<E>);
         const Pair a = E::load(x + i), b = E::load(y + i);
-        accumulate(a.a, b.a);
-        accumulate(a.b, b.b);
+        accumulate(sums, a.a, b.a);
+        accumulate(sums_b, a.b, b.b);
       }
       if (whole < size) {
         const Pair a = load_tail<E>(x + begin + whole, size - whole), b = load_tail<E>(y + begin + whole, size - whole);
-        accumulate(a.a, b.a);
-        accumulate(a.b, b.b);
+        accumulate(sums, a.a, b.a);
+        accumulate(sums_b, a.b, b.b);
       }
-      row.p.sum += reduce_add(sum_p);
-      row.q.sum += reduce_add(sum_q);
-      row.gap += reduce_add(gap);
+      row.p.sum += reduce_add(sums.p, sums_b.p);
+      row.q.sum += reduce_add(sums.q, sums_b.q);
+      row.gap += reduce_add(sums.gap, sums_b.gap);
     }
   }
   return row;

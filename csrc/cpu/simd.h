@@ -115,14 +115,36 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline __m512d halves_in_double(vf x) {
+  const __m256 low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
+  return _mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high));
+}
+#endif
+
 [[gnu::noinline]] inline double reduce_add(vf x) {
 #if defined(__AVX512F__)
-  const __m256 low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
-  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high)));
+  return _mm512_reduce_add_pd(halves_in_double(x));
 #else
   double s = 0;
   for (int i = 0; i < kWidth; ++i) s += x[i];
   return s;
+#endif
+}
+
+// Of both. They meet in double, for a row's largest exp, which is 1, would round a small one that it met in float32.
+[[gnu::noinline]] inline double reduce_add(vf x, vf y) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(_mm512_add_pd(halves_in_double(x), halves_in_double(y)));
+#elif defined(__AVX2__)
+  const auto halves = [](vf v) {
+    return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+  };
+  const __m256d sums = _mm256_add_pd(halves(x), halves(y));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(sums), _mm256_extractf128_pd(sums, 1));
+  return two[0] + two[1];
+#else
+  return reduce_add(x) + reduce_add(y);
 #endif
 }
 

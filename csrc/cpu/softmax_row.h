@@ -86,8 +86,8 @@ inline Softmax softmax_row(const typename E::type* x, int64_t vocab, double c) {
         accumulate(E::load(p + i));
       }
       if (whole < size) accumulate(load_tail<E>(p + whole, size - whole));
-      row.sum += reduce_add(sum + sum_b);
-      if constexpr (kMoment) row.moment += c * reduce_add(moment + moment_b);
+      row.sum += reduce_add(sum, sum_b);
+      if constexpr (kMoment) row.moment += c * reduce_add(moment, moment_b);
     }
     return row;
   }
