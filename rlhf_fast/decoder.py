@@ -498,10 +498,11 @@ class Decoder:
         if not self.fixed and self._attends_natively(self.keys[0]):
             self.shared = self.filled
             holders, self.back = _holders(rows)
-        else:
-            holders = slice(None)
         for buffers in (self.keys, self.values):
             for i, buffer in enumerate(buffers):
+                if self.back is None:
+                    buffers[i] = buffer[rows]
+                    continue
                 buffers[i] = buffer.new_empty(len(rows), *buffer.shape[1:])
                 buffers[i][holders] = buffer[rows[holders]]
         self.positions = self.positions[rows]
