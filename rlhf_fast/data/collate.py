@@ -93,7 +93,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-MIN_SHARED = 16  # tokens. Sharing needs a mask in attention, which costs more than a shorter prefix saves
+MIN_SHARED = 16  # tokens. In PyTorch's attention sharing needs a mask, which costs more than a shorter prefix saves
 
 
 def pack_comparisons(
