@@ -552,6 +552,7 @@ ROWS = {
     "short ones": ([1, 3, 1, 2], None),
     "more than a block of queries, and than a chain of keys": ([300, 100], None),
     "shared beginnings": ([60, 70, 23, 61, 9], [(0, 0), (0, 50), (0, 1), (3, 0), (3, 5)]),
+    "siblings that share more or less": ([200, 170, 203, 140, 75], [(0, 0), (0, 130), (0, 200), (0, 64), (0, 70)]),
     "a family in two places": ([20, 30, 40, 33], [(0, 0), (1, 0), (0, 19), (1, 30)]),
 }
 HEADS = [(2, 2, 64), (4, 1, 8), (6, 2, 20), (1, 1, 160), (3, 3, 1)]

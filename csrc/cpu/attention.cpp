@@ -22,85 +22,134 @@ struct Sequence {  // a row of the table
   int64_t query, queries, own, own_keys, shared, shared_keys;
   int64_t keys() const { return shared_keys + own_keys; }
   int64_t token(int64_t key) const { return key < shared_keys ? shared + key : own + key - shared_keys; }
+  // How many whole panels of keys, from the first on, are those of the sequence before.
+  int64_t keys_of(const Sequence& before) const {
+    const int64_t theirs = before.shared_keys ? before.shared_keys : before.own_keys;
+    return before.token(0) == token(0) ? std::min(theirs, shared_keys) / kPanel * kPanel : 0;
+  }
 };
 
-struct Rows {  // of one head
+struct Rows {  // from `data` on
   const float* data;
   int64_t stride;
-  Rows(Grid x, int64_t head) : data(static_cast<const float*>(x.data) + head * x.col_stride), stride(x.row_stride) {}
-  const float* operator[](int64_t row) const { return data + row * stride; }
-  Left left(int64_t row) const { return {(*this)[row], stride * 4, 4}; }
+  Rows(const float* data, int64_t stride) : data(data), stride(stride) {}
+  Rows(Grid x, int64_t head) : Rows(static_cast<const float*>(x.data) + head * x.col_stride, x.row_stride) {}
+  Rows operator+(int64_t row) const { return {data + row * stride, stride}; }
+  Left left() const { return {data, stride * 4, 4}; }
 };
 
-// The products of one sequence and head. Scores, weights and slopes are (kQueries, padded), of which the keys that a
-// block sees count.
+// Some queries of a sequence, which meet its keys together.
+struct Block {
+  int64_t first, count;
+  const int64_t* places;                                                   // theirs, ascending
+  int64_t seen(int64_t queries) const { return places[queries - 1] + 1; }  // how many keys the first `queries` see
+  int64_t seen() const { return seen(count); }
+  int64_t blind(int64_t key) const {  // how many, the first ones, see neither this key nor one behind it
+    int64_t n = 0;
+    while (n < count && places[n] < key) ++n;
+    return n;
+  }
+};
+
+// The products of one head and the sequences of a family, of which none has more than `most` keys. Scores, weights and
+// slopes are (kQueries, padded).
 struct Products {
-  int64_t dim, padded;
-  Products(int64_t dim, int64_t keys) : dim(dim), padded(whole_vectors(keys)) {}
+  int64_t dim, most, padded;
+  Products(int64_t dim, int64_t most) : dim(dim), most(most), padded(whole_vectors(most)) {}
 
   int64_t by_keys_size() const { return padded * dim; }
   int64_t by_dim_size(int64_t rows) const { return rows * whole_vectors(dim); }
+  int64_t scores_size() const { return kQueries * padded; }
 
-  // The keys or values of a sequence, end to end.
-  void gather(Rows x, const Sequence& s, float* rows) const {
-    for (int64_t t = 0; t < s.keys(); ++t) std::memcpy(rows + t * dim, x[s.token(t)], dim * sizeof *rows);
+  // The keys or values of a sequence from the one at `first` on: where they lie, if they lie together.
+  Rows gather(Rows x, const Sequence& s, int64_t first, float* room) const {
+    if (!s.shared_keys) return x + (s.own + first);
+    for (int64_t t = first; t < s.keys(); ++t) {
+      std::memcpy(room + (t - first) * dim, (x + s.token(t)).data, dim * sizeof *room);
+    }
+    return {room, dim};
   }
 
-  // Packs the right factor of products whose lanes are keys.
-  void pack_by_keys(const float* rows, int64_t keys, uint32_t* b) const {
+  // Packs the right factor of products whose lanes are keys, from the one at `first` on, a whole number of panels.
+  void pack_by_keys(Rows x, int64_t first, int64_t keys, uint32_t* b) const {
     const int64_t all = whole_vectors(keys);
-    for (int64_t lane = 0; lane < all; lane += kPanel) {
+    for (int64_t lane = first; lane < all; lane += kPanel) {
       const int64_t lanes = std::min<int64_t>(kPanel, all - lane);
-      pack_rows<UnitF32>(rows + lane * dim, dim, std::min(lanes, keys - lane), dim, lanes, b + lane * dim);
+      pack_rows<UnitF32>((x + (lane - first)).data, x.stride, std::min(lanes, keys - lane), dim, lanes, b + lane * dim);
     }
   }
 
-  // Packs the right factor of products whose lanes are those of a head.
-  void pack_by_dim(const float* rows, int64_t stride, int64_t count, uint32_t* b) const {
-    for (int64_t lane = 0; lane < dim; lane += kPanel) {
-      pack_columns<UnitF32>(rows + lane, stride, count, std::min<int64_t>(kPanel, dim - lane), b + lane * count);
-    }
-  }
-
-  // y (rows, padded) = x b, of the first `seen` of b's keys.
-  void times_keys(Left x, int64_t rows, const uint32_t* b, int64_t keys, int64_t seen, float* y) const {
-    for (int64_t lane = 0; lane < seen; lane += kPanel) {
-      const int64_t lanes = std::min<int64_t>(kPanel, whole_vectors(keys) - lane);
-      multiply<UnitF32>(x, rows, b + lane * dim, dim, y + lane, padded, lanes, false);
-    }
-  }
-
-  // y (rows, dim; rows y_stride apart) = x (rows, padded) b, over the first `seen` of b's keys.
-  void over_keys(const float* x, int64_t rows, const uint32_t* b, int64_t keys, int64_t seen, float* y,
-                 int64_t y_stride) const {
+  // Packs the right factor of products whose lanes are those of a head: rows `first` to `count`, of at most `depth`.
+  void pack_by_dim(Rows x, int64_t first, int64_t count, int64_t depth, uint32_t* b) const {
     for (int64_t lane = 0; lane < dim; lane += kPanel) {
       const int64_t lanes = std::min<int64_t>(kPanel, dim - lane);
-      for (int64_t key = 0; key < seen; key += kKeys) {
-        multiply<UnitF32>({x + key, padded * 4, 4}, rows, b + lane * keys + key * whole_vectors(lanes),
-                          std::min(kKeys, seen - key), y + lane, y_stride, lanes, key > 0);
+      pack_columns<UnitF32>(x.data + lane, x.stride, count - first, lanes,
+                            b + lane * depth + first * whole_vectors(lanes));
+    }
+  }
+
+  // y (block, padded) = x b. b: by keys.
+  void times_keys(Rows x, const Block& block, const uint32_t* b, int64_t keys, float* y) const {
+    for (int64_t lane = 0; lane < block.seen(); lane += kPanel) {
+      const int64_t from = block.blind(lane), lanes = std::min<int64_t>(kPanel, whole_vectors(keys) - lane);
+      multiply<UnitF32>((x + from).left(), block.count - from, b + lane * dim, dim, y + from * padded + lane, padded,
+                        lanes, false);
+    }
+  }
+
+  // y (block, dim; rows y_stride apart) = x (block, padded) b. b: by dim.
+  void over_keys(const float* x, const Block& block, const uint32_t* b, float* y, int64_t y_stride) const {
+    for (int64_t lane = 0; lane < dim; lane += kPanel) {
+      const int64_t lanes = std::min<int64_t>(kPanel, dim - lane);
+      for (int64_t key = 0; key < block.seen(); key += kKeys) {
+        for (int64_t i = block.blind(key); i < block.count; i += kBlockRows) {
+          const int64_t rows = std::min<int64_t>(kBlockRows, block.count - i);
+          multiply<UnitF32>({x + i * padded + key, padded * 4, 4}, rows, b + lane * most + key * whole_vectors(lanes),
+                            std::min(kKeys, block.seen(i + rows) - key), y + i * y_stride + lane, y_stride, lanes,
+                            key > 0);
+        }
       }
     }
   }
 
-  // y (seen, dim) += x^T b, x (rows, padded).
-  void over_queries(const float* x, int64_t rows, const uint32_t* b, int64_t seen, float* y) const {
+  // y (keys, dim) += x^T b, x (block, padded). b: by dim. Before, y has only the first `old` keys.
+  void over_queries(const float* x, const Block& block, const uint32_t* b, int64_t old, float* y) const {
     for (int64_t lane = 0; lane < dim; lane += kPanel) {
       const int64_t lanes = std::min<int64_t>(kPanel, dim - lane);
-      multiply<UnitF32>({x, 4, padded * 4}, seen, b + lane * rows, rows, y + lane, dim, lanes, true);
+      for (int64_t key = 0, end; key < block.seen(); key = end) {
+        end = std::min<int64_t>(key + kBlockRows, key < old ? old : block.seen());
+        const int64_t from = block.blind(key);
+        multiply<UnitF32>({x + from * padded + key, 4, padded * 4}, end - key,
+                          b + lane * kQueries + from * whole_vectors(lanes), block.count - from, y + key * dim + lane,
+                          dim, lanes, key < old);
+      }
+    }
+  }
+
+  // Gradients of the keys of a sequence, of which nobody sees those from `seen` on, to the rows of their tokens. The
+  // sequence that owns the shared ones came before.
+  void hand_out(const float* y, const Sequence& s, int64_t seen, float* to, int64_t stride) const {
+    for (int64_t t = 0; t < s.keys(); ++t) {
+      float* row = to + s.token(t) * stride;
+      if (t >= seen) {
+        if (t >= s.shared_keys) std::memset(row, 0, dim * sizeof *row);
+      } else if (t >= s.shared_keys) {
+        std::memcpy(row, y + t * dim, dim * sizeof *row);
+      } else {
+        for (int64_t j = 0; j < dim; ++j) row[j] += y[t * dim + j];
+      }
     }
   }
 };
 
-// f(a block's first query, how many there are, how many keys the last of them sees)
 template <class F>
 void for_blocks(const Sequence& s, const int64_t* places, F f) {
   for (int64_t first = s.query, end = s.query + s.queries; first < end; first += kQueries) {
-    const int64_t count = std::min(kQueries, end - first);
-    f(first, count, places[first + count - 1] + 1);
+    f(Block{first, std::min(kQueries, end - first), places + first});
   }
 }
 
-// f(head, first and end of the sequences of a family, the most keys of one of them)
+// f(head, first and end of the sequences of a family, their products)
 template <class F>
 void for_heads(const int64_t* table, const int64_t* families, int64_t count, int64_t heads, int64_t dim, int threads,
                F f) {
@@ -111,7 +160,7 @@ void for_heads(const int64_t* table, const int64_t* families, int64_t count, int
     const Sequence *first = sequences + families[i % count], *end = sequences + families[i % count + 1];
     int64_t most = 0;
     for (const Sequence* s = first; s < end; ++s) most = std::max(most, s->keys());
-    f(i / count, first, end, most);
+    f(i / count, first, end, Products(dim, most));
   });
 }
 
@@ -125,6 +174,19 @@ int64_t hide(float* x, int64_t place, int64_t window, int64_t seen) {
   return whole;
 }
 
+// y (tokens, key_heads, dim) = the sum over the heads of queries that read the same keys, of x (tokens, heads, dim).
+void add_heads(const float* x, int64_t tokens, int64_t heads, int64_t key_heads, int64_t dim, float* y, int threads) {
+  const int64_t group = heads / key_heads;
+  for_each(tokens * key_heads, worth_threads(threads, tokens * heads * dim), [&](int64_t i) {
+    const float* from = x + i * group * dim;
+    float* to = y + i * dim;
+    std::memcpy(to, from, dim * sizeof *to);
+    for (int64_t head = 1; head < group; ++head) {
+      for (int64_t j = 0; j < dim; ++j) to[j] += from[head * dim + j];
+    }
+  });
+}
+
 }  // namespace
 
 int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table, const int64_t* families,
@@ -132,22 +194,23 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
                          float* y, float* saved, int threads) {
   const Exp<> exp(scale);
   for_heads(table, families, count, heads, dim, threads,
-            [&](int64_t head, const Sequence* s, const Sequence* end, int64_t most) {
+            [&](int64_t head, const Sequence* begin, const Sequence* end, Products products) {
               const int64_t key_head = head / (heads / key_heads);
               const Rows queries(q, head), keys(k, key_head), values(v, key_head);
-              const Products products(dim, most);
-              const Buffer<uint32_t> right_keys(products.by_keys_size()), right_values(products.by_dim_size(most));
-              const Buffer<float> rows(most * dim), scores(kQueries * products.padded);
-              for (; s < end; ++s) {
-                products.gather(keys, *s, rows.data);
-                products.pack_by_keys(rows.data, s->keys(), right_keys.data);
-                products.gather(values, *s, rows.data);
-                products.pack_by_dim(rows.data, dim, s->keys(), right_values.data);
-                for_blocks(*s, places, [&](int64_t first, int64_t n, int64_t seen) {
-                  products.times_keys(queries.left(first), n, right_keys.data, s->keys(), seen, scores.data);
-                  for (int64_t i = 0; i < n; ++i) {
-                    float *x = scores.data + i * products.padded, *kept = saved + ((first + i) * heads + head) * 2;
-                    const int64_t whole = hide(x, places[first + i], window, seen);
+              const Buffer<uint32_t> right_keys(products.by_keys_size(), kUnset);
+              const Buffer<uint32_t> right_values(products.by_dim_size(products.most), kUnset);
+              const Buffer<float> room(products.most * dim, kUnset), scores(products.scores_size(), kUnset);
+              for (const Sequence* s = begin; s < end; ++s) {
+                const int64_t old = s == begin ? 0 : s->keys_of(s[-1]);
+                products.pack_by_keys(products.gather(keys, *s, old, room.data), old, s->keys(), right_keys.data);
+                products.pack_by_dim(products.gather(values, *s, old, room.data), old, s->keys(), products.most,
+                                     right_values.data);
+                for_blocks(*s, places, [&](const Block& block) {
+                  products.times_keys(queries + block.first, block, right_keys.data, s->keys(), scores.data);
+                  for (int64_t i = 0; i < block.count; ++i) {
+                    float *x = scores.data + i * products.padded,
+                          *kept = saved + ((block.first + i) * heads + head) * 2;
+                    const int64_t whole = hide(x, block.places[i], window, block.seen());
                     vf largest = splat(kNever), sum{};
                     for (int64_t t = 0; t < whole; t += kWidth) largest = max(load_vector<vf>(x + t), largest);
                     kept[0] = reduce_max(largest);
@@ -158,10 +221,10 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
                     }
                     kept[1] = float(1 / reduce_add(sum));
                   }
-                  float* out = y + (first * heads + head) * dim;
-                  products.over_keys(scores.data, n, right_values.data, s->keys(), seen, out, heads * dim);
-                  for (int64_t i = 0; i < n; ++i, out += heads * dim) {
-                    const float factor = saved[((first + i) * heads + head) * 2 + 1];
+                  float* out = y + (block.first * heads + head) * dim;
+                  products.over_keys(scores.data, block, right_values.data, out, heads * dim);
+                  for (int64_t i = 0; i < block.count; ++i, out += heads * dim) {
+                    const float factor = saved[((block.first + i) * heads + head) * 2 + 1];
                     for (int64_t j = 0; j < dim; ++j) out[j] *= factor;
                   }
                 });
@@ -175,42 +238,38 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
 // 0.)
 int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, const float* grad, const int64_t* places,
                                   const int64_t* table, const int64_t* families, int64_t count, int64_t heads,
-                                  int64_t key_heads, int64_t dim, int64_t window, double scale, float* grad_q,
-                                  float* grad_k, float* grad_v, int threads) {
+                                  int64_t key_heads, int64_t dim, int64_t window, double scale, int64_t tokens,
+                                  float* by_head, float* grad_q, float* grad_k, float* grad_v, int threads) {
   const Exp<> exp(scale);
   const int64_t stride = heads * dim;
+  float *all_keys = by_head ? by_head : grad_k, *all_values = by_head ? by_head + tokens * stride : grad_v;
   for_heads(table, families, count, heads, dim, threads,
-            [&](int64_t head, const Sequence* begin, const Sequence* end, int64_t most) {
+            [&](int64_t head, const Sequence* begin, const Sequence* end, Products products) {
               const int64_t key_head = head / (heads / key_heads), own = head * dim;
-              const Rows queries(q, head), keys(k, key_head), values(v, key_head);
-              const Products products(dim, most);
-              const Buffer<uint32_t> right_keys(products.by_keys_size()), right_values(products.by_keys_size());
-              const Buffer<uint32_t> right_rows(products.by_dim_size(std::max(most, kQueries)));
-              const Buffer<uint32_t> right_block(products.by_dim_size(kQueries));
-              const Buffer<float> rows(most * dim), of_keys(most * dim), of_values(most * dim);
-              const Buffer<float> weights(kQueries * products.padded), slopes(kQueries * products.padded);
+              const Rows queries(q, head), keys(k, key_head), values(v, key_head), slope_of_y(grad + own, stride);
+              const Buffer<uint32_t> right_keys(products.by_keys_size(), kUnset);
+              const Buffer<uint32_t> right_values(products.by_keys_size(), kUnset);
+              const Buffer<uint32_t> right_rows(products.by_dim_size(products.most), kUnset);
+              const Buffer<uint32_t> right_block(products.by_dim_size(kQueries), kUnset);
+              const Buffer<float> room(products.most * dim, kUnset), weights(products.scores_size(), kUnset);
+              const Buffer<float> slopes(products.scores_size(), kUnset), sums(2 * products.most * dim, kUnset);
               for (const Sequence* s = begin; s < end; ++s) {
-                for (int64_t t = s->own; t < s->own + s->own_keys; ++t) {
-                  std::memset(grad_k + t * stride + own, 0, dim * sizeof *grad_k);
-                  std::memset(grad_v + t * stride + own, 0, dim * sizeof *grad_v);
-                }
-              }
-              for (const Sequence* s = begin; s < end; ++s) {
-                products.gather(values, *s, rows.data);
-                products.pack_by_keys(rows.data, s->keys(), right_values.data);
-                products.gather(keys, *s, rows.data);
-                products.pack_by_keys(rows.data, s->keys(), right_keys.data);
-                products.pack_by_dim(rows.data, dim, s->keys(), right_rows.data);
-                std::memset(of_keys.data, 0, s->keys() * dim * sizeof *of_keys.data);
-                std::memset(of_values.data, 0, s->keys() * dim * sizeof *of_values.data);
-                for_blocks(*s, places, [&](int64_t first, int64_t n, int64_t seen) {
-                  const float* g = grad + first * stride + own;
-                  products.times_keys(queries.left(first), n, right_keys.data, s->keys(), seen, weights.data);
-                  products.times_keys({g, stride * 4, 4}, n, right_values.data, s->keys(), seen, slopes.data);
-                  for (int64_t i = 0; i < n; ++i) {
+                const int64_t first = s == begin ? 0 : s->keys_of(s[-1]);
+                products.pack_by_keys(products.gather(values, *s, first, room.data), first, s->keys(),
+                                      right_values.data);
+                const Rows from = products.gather(keys, *s, first, room.data);
+                products.pack_by_keys(from, first, s->keys(), right_keys.data);
+                products.pack_by_dim(from, first, s->keys(), products.most, right_rows.data);
+                float *of_keys = sums.data, *of_values = of_keys + products.most * dim;
+                int64_t old = 0;
+                for_blocks(*s, places, [&](const Block& block) {
+                  const Rows q_rows = queries + block.first, g_rows = slope_of_y + block.first;
+                  products.times_keys(q_rows, block, right_keys.data, s->keys(), weights.data);
+                  products.times_keys(g_rows, block, right_values.data, s->keys(), slopes.data);
+                  for (int64_t i = 0; i < block.count; ++i) {
                     float *p = weights.data + i * products.padded, *d = slopes.data + i * products.padded;
-                    const float* kept = saved + ((first + i) * heads + head) * 2;
-                    const int64_t whole = hide(p, places[first + i], window, seen);
+                    const float* kept = saved + ((block.first + i) * heads + head) * 2;
+                    const int64_t whole = hide(p, block.places[i], window, block.seen());
                     vf sum{};
                     for (int64_t t = 0; t < whole; t += kWidth) {
                       const vf weight = exp(load_vector<vf>(p + t) - kept[0]) * kept[1];
@@ -222,24 +281,23 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, co
                       const vf slope = load_vector<vf>(p + t) * (load_vector<vf>(d + t) - mean) * float(scale);
                       std::memcpy(d + t, &slope, sizeof slope);
                     }
-                    for (int64_t t = whole; t < seen; ++t) d[t] = 0;
+                    for (int64_t t = whole; t < block.seen(); ++t) d[t] = 0;
                   }
-                  products.over_keys(slopes.data, n, right_rows.data, s->keys(), seen, grad_q + first * stride + own,
-                                     stride);
-                  products.pack_by_dim(queries[first], queries.stride, n, right_block.data);
-                  products.over_queries(slopes.data, n, right_block.data, seen, of_keys.data);
-                  products.pack_by_dim(g, stride, n, right_block.data);
-                  products.over_queries(weights.data, n, right_block.data, seen, of_values.data);
+                  products.over_keys(slopes.data, block, right_rows.data, grad_q + block.first * stride + own, stride);
+                  products.pack_by_dim(q_rows, 0, block.count, kQueries, right_block.data);
+                  products.over_queries(slopes.data, block, right_block.data, old, of_keys);
+                  products.pack_by_dim(g_rows, 0, block.count, kQueries, right_block.data);
+                  products.over_queries(weights.data, block, right_block.data, old, of_values);
+                  old = block.seen();
                 });
-                for (int64_t t = 0; t < s->keys(); ++t) {
-                  const int64_t to = s->token(t) * stride + own;
-                  for (int64_t j = 0; j < dim; ++j) {
-                    grad_k[to + j] += of_keys[t * dim + j];
-                    grad_v[to + j] += of_values[t * dim + j];
-                  }
-                }
+                products.hand_out(of_keys, *s, old, all_keys + own, stride);
+                products.hand_out(of_values, *s, old, all_values + own, stride);
               }
             });
+  if (by_head) {
+    add_heads(all_keys, tokens, heads, key_heads, dim, grad_k, threads);
+    add_heads(all_values, tokens, heads, key_heads, dim, grad_v, threads);
+  }
   return -1;
 }
 

@@ -44,11 +44,14 @@ void for_each(int64_t count, int threads, F f) {
   for (int64_t i = 0; i < count; ++i) f(i);
 }
 
-// Not std::vector: its code would be shared between instruction sets by the linker.
+enum Unset { kUnset };
+
+// Not std::vector: its code would be shared between instruction sets by the linker. Of zeros, unless kUnset.
 template <class T>
 struct Buffer {
   T* data;
   explicit Buffer(int64_t n) : data(new T[n > 0 ? n : 1]()) {}
+  Buffer(int64_t n, Unset) : data(new T[n > 0 ? n : 1]) {}
   ~Buffer() { delete[] data; }
   Buffer(const Buffer&) = delete;
   T& operator[](int64_t i) const { return data[i]; }

@@ -179,14 +179,13 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, saved, places, table, families = ctx.saved_tensors
         (tokens, key_heads, dim), heads = k.shape, q.shape[1]
-        grad_q, grad_k, grad_v = (q.new_empty(rows, heads, dim) for rows in (len(q), tokens, tokens))
-        where = (places, table, families, len(families) - 1, heads, key_heads, dim, *ctx.numbers)
+        by_head = None if heads == key_heads else q.new_empty(2, tokens, heads, dim)
+        grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        where = (places, table, families, len(families) - 1, heads, key_heads, dim, *ctx.numbers, tokens)
         views = (x[..., 0] for x in (q, k, v))
-        outputs = (grad_q, grad_k, grad_v, torch.get_num_threads())
-        _C.packed_attention_backward(*views, saved, grad.contiguous(), *where, *outputs)
-        if heads != key_heads:
-            grad_k, grad_v = (x.unflatten(1, (key_heads, -1)).sum(2) for x in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None, None, None, None
+        threads = torch.get_num_threads()
+        _C.packed_attention_backward(*views, saved, grad.contiguous(), *where, by_head, *grads, threads)
+        return *grads, None, None, None, None, None
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
