@@ -8,8 +8,9 @@ from helpers import tiny_model, tiny_tokenizer
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from rlhf_fast.data.formats import Prompt
 from rlhf_fast.packing import packed_hidden_states, packing
-from rlhf_fast.rollout import make_rollout, minibatches, packed_rows, right_padded
+from rlhf_fast.rollout import make_rollout, minibatches, packed_rows, right_padded, shared_prompts
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trunk import hidden_states_at
 
@@ -82,10 +83,18 @@ def test_a_row_holds_each_prompt_once(tmp_path):
     row = packed_rows(rollout, torch.arange(16))[0]
     of_prompts, of_responses = rollout.prompt_mask.sum(1).tolist(), rollout.response_mask.sum(1).tolist()
     shared = [0 if i % 4 == 0 or of_prompts[i] <= 16 else of_prompts[i] - 1 for i in range(16)]
-    assert {0, 17, 23} <= {*shared, 17, 23} and max(shared) > 16
+    assert min(shared) == 0 and max(shared) > 16
     lengths = [p + r - 1 - s for p, r, s in zip(of_prompts, of_responses, shared, strict=True)]
     assert row.lengths == lengths and row.input_ids.shape == (1, sum(lengths))
     assert [n for _, n in row.prefixes] == shared and row.prefixes[15] == (12, shared[15])
+    assert shared_prompts(rollout, 4).tolist() == shared
+
+
+def test_a_prompt_of_17_tokens_is_shared_and_one_of_16_is_not():
+    prompts = [Prompt("", list(range(3, 3 + n)), {}) for n in (16, 16, 17, 17)]
+    rollout = make_rollout(tiny_tokenizer(), prompts, [[5]] * 4)
+    row = packed_rows(rollout, torch.arange(4))[0]
+    assert [n for _, n in row.prefixes] == shared_prompts(rollout, 2).tolist() == [0, 0, 0, 16]
 
 
 @pytest.mark.parametrize("options", [
