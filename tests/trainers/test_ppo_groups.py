@@ -154,6 +154,10 @@ def test_the_tokens_of_a_micro_batch_are_counted_as_they_are_packed():
     assert split(21) == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10], [11]]
     assert split(8) == [[0], [1, 2], [3], [4], [5], [6, 7], [8], [9], [10, 11]]
     assert split(40, micro_batch_size=5) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    # A group that was split ends a micro-batch, and the next one ends where a group does.
+    wide = torch.tensor([30] * 4 + [10] * 4 + [8] * 4)
+    (minibatch,) = minibatches(wide, 12, micro_batch_tokens=91, group=4, shared=none)
+    assert [len(rows) for rows in minibatch] == [3, 5, 4]
     # What a row shares with the one before it is not there, unless it is the first of its micro-batch.
     shared = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1])
     assert split(51, shared) == [list(range(12))] and len(split(50, shared)) == 2
