@@ -311,8 +311,6 @@ def minibatches(
 
 def repetition(ids: Tensor, mask: Tensor) -> Tensor:
     """(B, T) tokens -> (B,) the share of pairs of adjacent tokens that occur earlier in the same row."""
-    if ids.shape[1] < 2:
-        return torch.zeros(len(ids), device=ids.device)
     real = mask[:, 1:] & mask[:, :-1]
     pairs = (ids[:, :-1] << 32) + ids[:, 1:]
     padding = -1 - torch.arange(pairs.shape[1], device=ids.device)  # all different, and smaller than any pair

@@ -294,6 +294,16 @@ def test_what_the_decoder_does_not_compute(name, change, reason):
     assert reason in why_no_decoder(model, length)
 
 
+def test_an_answer_that_leaves_the_window_goes_through_transformers():
+    model, prompt = with_opinions("wide window"), [3 + i % 50 for i in range(45)]
+    generation._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampled(model, [prompt, [5]], max_new_tokens=7)
+    with pytest.warns(UserWarning, match="a sliding window of 52 tokens"):
+        sampled(model, [prompt, [5]], max_new_tokens=8)
+
+
 @pytest.mark.parametrize(
     "build", [lambda o: MistralForCausalLM(MistralConfig(**o)), lambda o: Phi3ForCausalLM(Phi3Config(**o))]
 )
@@ -658,6 +668,15 @@ def test_log_probabilities_at_low_temperatures_are_exact_and_never_above_0(tempe
     torch.testing.assert_close(logprob.double(), exact, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_sampled_in_float32(dtype):
+    logits = 3 * torch.randn(500, 300, generator=torch.Generator().manual_seed(4)).to(dtype)
+    uniforms = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for choose in (partial(sample, top_k=300), partial(most_likely, temperature=1.0)):
+        for ours, expected in zip(choose(logits, uniforms), choose(logits.float(), uniforms), strict=True):
+            assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_logits_that_are_nan_are_refused(model, prompts, do_sample):
     broken = copy.deepcopy(model)
@@ -708,7 +727,8 @@ def test_an_answer_is_cut_unless_it_ends_with_one_of_the_stops(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"batch_size": 0}, {"top_k": 0}]
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"batch_size": 0}, {"top_k": 0}],
 )
 def test_wrong_options_are_refused(model, prompts, wrong):
     with pytest.raises(ValueError, match="generate: needs"):
@@ -720,6 +740,29 @@ def test_an_empty_prompt_is_named(model):
         sampled(model, [[5], []])
     with pytest.raises(ConfigError, match=rf"contain token {VOCAB}, but LlamaForCausalLM embeds only {VOCAB} tokens"):
         sampled(model, [[5], [VOCAB]])
+
+
+def test_each_option_of_a_text_reaches_the_sampling():
+    model = tiny_model(tokenizer := tiny_tokenizer())
+    answer = partial(generation.generate_text, model, tokenizer, max_new_tokens=8)
+    prompts = ["hello", "cat"]
+    greedy = answer(prompts, do_sample=False)
+    assert answer(prompts, top_k=1) == answer(prompts, top_p=1e-9) == answer(prompts, temperature=1e-6) == greedy
+    drawn = [answer(prompts, seed=seed) for seed in (0, 1, [3, 4])]
+    assert len(set(map(tuple, [greedy, *drawn]))) == 4
+    assert answer(prompts) == drawn[0] and answer(["cat"], seed=[4]) == drawn[2][1:]
+    assert answer([], seed=[]) == []
+
+
+def test_what_ends_an_answer_is_no_part_of_its_text():
+    model, tokenizer = tiny_model(tiny_tokenizer()), tiny_tokenizer()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    prompt, eos = tokenizer("hello")["input_ids"], tokenizer.eos_token_id
+    (ids,) = generate_tokens(model, [prompt], eos_token_id=eos, **options)
+    tokenizer.add_tokens(tokenizer.convert_ids_to_tokens(ids[3]))  # an added token need not be a special one
+    model.generation_config.eos_token_id = [eos, ids[3]]
+    assert ids[3] not in [eos, *ids[:3]]
+    assert generation.generate_text(model, tokenizer, ["hello"], **options) == [tokenizer.decode(ids[:3])]
 
 
 def test_prompts_are_a_list_of_texts_or_messages():
@@ -846,3 +889,5 @@ def test_long_work_goes_in_batches_under_a_bar_that_counts_them(monkeypatch):
     assert list(generation.batches([], 2, "scoring")) == []
     assert seen["what"] == "scoring" and seen["delay"] > 0  # a short call shows nothing
     assert seen["leave"] is False and seen["disable"] is None  # without a terminal there is no bar
+    monkeypatch.setattr(generation.parallel, "rank", lambda: 1)
+    assert list(generation.batches([1], 2, "scoring")) == [[1]] and seen["disable"] is True  # the first process has one

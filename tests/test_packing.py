@@ -165,7 +165,8 @@ def test_what_two_sequences_share_is_computed_once(architecture, shared):
     torch.testing.assert_close(together(model, packed), own, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot():
+@pytest.mark.parametrize("native", [True, False])
+def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot(native):
     packed, q = Packed.of(sequences(9, 6)), torch.randn(1, 4, 15, 8, generator=torch.Generator().manual_seed(0))
     distance = torch.arange(15)[:, None] - torch.arange(15)
     same = (torch.arange(15) < 9)[:, None] == (torch.arange(15) < 9)
@@ -173,7 +174,8 @@ def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot():
         for x in (q, q.double()):
             seen = same & (distance >= 0) & (distance < (window or 15))
             expected = (0.7 * x @ x.mT).masked_fill(~seen, -torch.inf).softmax(-1) @ x
-            found, _ = packed_attention(None, x, x, x, None, packed=packed, scaling=0.7, sliding_window=window)
+            with nullcontext() if native else rlhf_fast.use_backend("reference"):
+                found, _ = packed_attention(None, x, x, x, None, packed=packed, scaling=0.7, sliding_window=window)
             torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
     assert not packed_attention(None, q, q, q, None, packed=packed, dropout=1.0)[0].any()
     for name in ("softcap", "s_aux", "position_bias"):
@@ -181,13 +183,15 @@ def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot():
             packed_attention(None, q, q, q, None, packed=packed, **{name: 1.0})
 
 
-def test_a_mask_belongs_to_what_was_read_and_not_to_its_address():
+@pytest.mark.parametrize("native", [True, False])  # a table, a mask
+def test_what_is_made_belongs_to_what_was_read_and_not_to_its_address(native):
     (row,) = sequences(20)
     packed, x = Packed.of([row]), torch.randn(1, 2, 20, 4, generator=torch.Generator().manual_seed(0))
     for first in range(15):  # each tensor of positions is freed before the next
         read = torch.arange(first, 20, 3)
         q, fresh = x[:, :, read], Packed.of([row])
-        found, expected = (packed_attention(None, q, x, x, None, packed=p, read=read)[0] for p in (packed, fresh))
+        with nullcontext() if native else rlhf_fast.use_backend("reference"):
+            found, expected = (packed_attention(None, q, x, x, None, packed=p, read=read)[0] for p in (packed, fresh))
         assert torch.equal(found, expected)
 
 
@@ -210,6 +214,14 @@ def test_layers_share_what_attention_makes(native, monkeypatch):
             torch.testing.assert_close(packed_hidden_states(model, packed, read), expected, atol=0, rtol=0)
     # A table for all queries and one for what is read; a mask for the shared prefix, and of each sequence that is read.
     assert (count, len(made)) == ((2, 1 + 2) if native else (4, 1 + 2 * 3))
+
+
+def test_threads_can_take_the_sequences_that_share_nothing_one_by_one():
+    packed = Packed.of(sequences(9, 6, 5, 4), [(0, 0), (0, 0), (0, 3), (1, 2)])
+    _, families = packing_module._table(packed, packed.lengths)
+    assert families.tolist() == [0, 2, 4]
+    _, families = packing_module._table(Packed.of(sequences(9, 6, 5, 4)), [9, 6, 5, 4])
+    assert families.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -359,6 +371,19 @@ def test_models_that_cannot_be_packed_say_why():
     assert bloom.training and bloom.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e5])
+def test_whether_a_model_can_be_packed_does_not_depend_on_the_size_of_its_outputs(size):
+    torch.manual_seed(0)
+    bloom, model = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)), build(llama)
+    bloom.transformer.ln_f.weight.data.mul_(size)
+    model.model.norm.weight.data.mul_(size)
+    assert why_not_packed(bloom, 64) is not None and why_not_packed(model, 64) is None
+
+
+def test_a_vocabulary_of_four_tokens_does_not_speak_against_packing():
+    assert why_not_packed(LlamaForCausalLM(LlamaConfig(vocab_size=4, hidden_size=32, **SIZES)), 64) is None
+
+
 def test_dropout_does_not_speak_against_packing():
     model = build(gpt2, attn_pdrop=0.5).train()
     assert why_not_packed(model, 64) is None and model.training
@@ -459,14 +484,15 @@ def test_responses_share_their_prompt_but_keep_a_token_of_their_own():
         Comparison([np.r_[prompt, 50, 51], np.r_[prompt, 60]], [0, 1]),
         Comparison([prompt[:5], np.r_[prompt[:5], 7]], [0, 1]),  # too little to share
         Comparison([prompt, np.r_[prompt, 7], np.r_[prompt, 8]], [0, 1, 2]),  # the first is a prefix of the others
+        Comparison([np.r_[prompt, 7, 8], np.r_[prompt, 7, 9], np.r_[prompt, 6, 5]], [0, 1, 2]),  # the last less
     ]
     packed, batch = pack_comparisons(items, width=3)
-    assert packed.lengths == [22, 1, 5, 6, 20, 2, 2]
-    assert packed.prefixes == [(0, 0), (0, 20), (2, 0), (2, 0), (4, 0), (4, 19), (4, 19)]
-    assert packed.input_ids[0, batch["last"]].tolist() == [51, 60, 4, 7, 19, 7, 8]
-    assert batch["slot"].tolist() == [[0, 1, 0], [2, 3, 2], [4, 5, 6]]
+    assert packed.lengths == [22, 1, 5, 6, 20, 2, 2, 22, 2, 2]
+    assert packed.prefixes == [(0, 0), (0, 20), (2, 0), (2, 0), (4, 0), (4, 19), (4, 19), (7, 0), (7, 20), (7, 20)]
+    assert packed.input_ids[0, batch["last"]].tolist() == [51, 60, 4, 7, 19, 7, 8, 8, 9, 5]
+    assert batch["slot"].tolist() == [[0, 1, 0], [2, 3, 2], [4, 5, 6], [7, 8, 9]]
     unshared, _ = pack_comparisons(items, width=3, share=False)
-    assert unshared.lengths == [22, 21, 5, 6, 20, 21, 21]
+    assert unshared.lengths == [22, 21, 5, 6, 20, 21, 21, 22, 22, 22]
 
 
 def test_sorted_sequences_share_with_the_one_that_saves_most():
@@ -480,6 +506,8 @@ def test_sorted_sequences_share_with_the_one_that_saves_most():
     assert packed.lengths == [61, 2, 2, 60, 1, 2, 1, 2] and packed.input_ids[0, last].tolist() == [r[-1] for r in rows]
     packed, _ = pack_sorted(rows[2:5])  # 20 tokens less, or 40 more that the last one would save
     assert packed.prefixes == [(0, 0), (1, 0), (1, 60)]
+    packed, _ = pack_sorted(rows[2:5] + rows[6:])  # also if those after it have nothing in common with any
+    assert packed.prefixes == [(0, 0), (1, 0), (1, 60), (3, 0), (4, 0)]
     packed, _ = pack_sorted(rows[2:4])
     assert packed.prefixes == [(0, 0), (0, 20)]
     # What the last two share saves nothing by sharing with the second.
@@ -641,6 +669,9 @@ def test_attention_reads_heads_wherever_they_lie(native_calls):
     assert torch.equal(out, expected[0]) and not any(x.is_contiguous() for x in parts)
     default, _ = packed_attention(None, *parts, None, packed=packed)
     assert torch.equal(default, out) and native_calls == [len(together)] * 3
+    apart = [torch.stack([x, x], -1)[..., 0] for x in parts]  # the numbers of a head not side by side
+    out, _ = packed_attention(None, *apart, None, packed=packed, scaling=0.25)
+    torch.testing.assert_close(out, expected[0])
 
 
 def test_large_scores_and_what_is_not_a_number(isa):

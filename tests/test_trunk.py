@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from test_generation import attend_half_as_sharply, with_opinions
+from test_generation import ARCHITECTURES, attend_half_as_sharply, with_opinions
 from torch.nn import functional as F
 
 from rlhf_fast.models import add_lora, hidden_states
@@ -45,6 +45,15 @@ def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
             continue
         scale = float(gradient.abs().max()) or 1.0
         assert float((our_gradients[parameter] - gradient).abs().max()) < 2e-4 * scale, parameter
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "llama with another epsilon"])
+@torch.no_grad()
+def test_hidden_states_are_those_of_transformers_whoever_runs_the_model(name):
+    model = tiny_model(tiny_tokenizer(), rms_norm_eps=0.1) if name.endswith("epsilon") else with_opinions(name)
+    ids = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
+    expected = through_transformers(model, ids)
+    torch.testing.assert_close(hidden_states_at(model, ids, POSITIONS), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "llama with lora"])

@@ -16,7 +16,16 @@ from rlhf_fast.models import load_reward_model
 from rlhf_fast.ops import ppo_loss
 from rlhf_fast.packing import packing
 from rlhf_fast.rewards import RewardModelReward
-from rlhf_fast.rollout import Rollout, generate, minibatches, packed_rows, repetition, right_padded, rollout_metrics
+from rlhf_fast.rollout import (
+    Rollout,
+    correlation,
+    generate,
+    minibatches,
+    packed_rows,
+    repetition,
+    right_padded,
+    rollout_metrics,
+)
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
@@ -287,6 +296,8 @@ def test_repetition_is_the_share_of_pairs_seen_before():
     ids = torch.tensor([[5, 6, 5, 6, 5], [1, 2, 3, 4, 5], [7, 7, 7, 7, 7], [8, 9, 0, 0, 0], [8, 0, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
     assert repetition(ids, mask).tolist() == pytest.approx([2 / 4, 0.0, 2 / 3, 0.0, 0.0])
+    assert repetition(ids[:, :1], mask[:, :1]).tolist() == [0.0] * 5
+    assert repetition(torch.tensor([[0, 65536, 1, 0]]), torch.ones(1, 4).bool()).tolist() == [0.0]  # (0, 65536), (1, 0)
     a_tool_between = torch.tensor([[1, 1, 0, 1, 1]]).bool()
     assert repetition(torch.tensor([[5, 6, 9, 5, 6]]), a_tool_between).tolist() == [1 / 2]
 
@@ -298,7 +309,7 @@ def test_metrics_of_a_rollout_by_hand():
     rollout = Rollout(
         prompt_ids=torch.ones(2, 1, dtype=torch.int64), prompt_mask=torch.ones(2, 1).bool(),
         response_ids=torch.tensor([[5, 6, 0, 0], [7, 8, 7, 7]]), response_mask=mask, ended=torch.tensor([True, False]),
-        prompts=["p", "p"], responses=["same", "same"],
+        prompts=["p", "p"], responses=["same", "same"], present=torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool(),
         logprobs=torch.tensor([[-1.0, -2.0, 0, 0], [-3.0, 0, -4.0, -5.0]]),
         rollout_logprobs=torch.tensor([[-1.5, -1.0, nan, nan], [-3.0, nan, -4.0, -5.0]]),
         ref_logprobs=torch.tensor([[-2.0, -4.0, 0, 0], [-7.0, 0, -4.0, -5.0]]),
@@ -317,6 +328,27 @@ def test_metrics_of_a_rollout_by_hand():
         "sampling/importance_sampling_ratio/mean": 4.5 / 5, "val/num_eos_tokens": 1.0, "response_length/mean": 2.5,
         "response_length/max": 3.0, "response/ended": 0.5, "response/repetition": 0.0, "response/unique": 0.5,
     })  # fmt: skip
+    assert float(rollout_metrics(rollout, 0.1, "k2")["objective/kl"]) == pytest.approx((1 + 4 + 16) / 2 / 2)
+
+
+def test_what_is_constant_has_no_correlation():
+    constant, rising = torch.ones(4), torch.arange(4.0)
+    assert correlation(constant, rising) == correlation(rising, constant) == 0
+    assert correlation(rising, -2 * rising) == pytest.approx(-1)
+
+
+def test_the_batch_that_is_left_for_inspection_is_of_the_rows_asked_for():
+    ids, ones = torch.tensor([[4], [5], [6]]), torch.ones(3, 1).bool()
+    rollout = Rollout(ids, ones, ids + 3, ones, ones[:, 0], ["a", "b", "c"], ["d", "e", "f"])
+    rollout.raw_scores = torch.tensor([1.0, 2.0, 3.0])
+    left = rollout.texts_and_tokens(torch.tensor([2, 0]))
+    left = {name: x if isinstance(x, list) else x.tolist() for name, x in left.items()}
+    assert left == {
+        "prompts": ["c", "a"], "responses": ["f", "d"], "prompt_ids": [[6], [4]], "response_ids": [[9], [7]],
+        "response_mask": [[True], [True]], "scores": [3.0, 1.0],
+    }  # fmt: skip
+    rollout.scores = -rollout.raw_scores
+    assert rollout.texts_and_tokens()["scores"].tolist() == [-1.0, -2.0, -3.0]
 
 
 # --- what an iteration does ------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast import kl_penalty
 from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, shaped_scores
+from rlhf_fast.data.formats import Prompt
 from rlhf_fast.errors import ConfigError, NonFiniteError
 from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
 from rlhf_fast.ops.reference import AGGREGATIONS
 from rlhf_fast.packing import packing
-from rlhf_fast.rollout import make_rollout, minibatches, packed_rows, right_padded
+from rlhf_fast.rollout import check_rollout_lists, make_rollout, minibatches, packed_rows, right_padded
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 
 PROMPTS = [
@@ -558,8 +559,10 @@ def test_a_cap_needs_what_it_weights_by(tmp_path):
             {"completion_ids": [[5], [6, 7]], "logprobs": [[-1.0], [-1.0]]},
             "logprobs must have one number for each token",
         ),
+        ({"completion_ids": [[5], [6, 7]], "env_mask": [[1], [1]]}, "env_mask must have one number for each token"),
         ({"completion_ids": [[5], [6, 7]], "env_mask": [[1], [0, 0]]}, "response 1 has no token"),
         ({"completion_ids": [[5], []]}, "response 1 has no token"),
+        ({"completion_ids": [[5], [6]], "prompt_ids": [[5]]}, "prompt_ids has 1 rows"),
         ({"completion_ids": [[5], [6]], "turns": [1]}, "turns has 1 rows"),
     ],
 )
@@ -576,16 +579,19 @@ def test_a_rollout_that_does_not_fit_is_refused(tmp_path, lists, message):
         ([[5, 6]], "got list"),
         ({"completions": [[5]] * 16}, "got keys 'completions'"),
         ({"completion_ids": [[5]] * 16, "prompts": ["x"] * 16}, "may not return 'prompts'"),
+        ({"completion_ids": [[5]] * 16, "responses": ["x"] * 16}, "may not return 'responses'"),
         ({"completion_ids": [[5]] * 3}, "completion_ids has 3 rows for 16"),
         ({"completion_ids": [[5] * 300] * 16}, "256 positions: let rollout_func return fewer tokens"),
         ({"completion_ids": [[5]] * 15 + [[5, 5000]]}, "the token 5000 in completion_ids, but the models embed only"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[-1]]}, "the token -1 in prompt_ids"),
         ({"completion_ids": [[5]] * 16, "prompt_ids": [[5]] * 15 + [[]]}, r"\[\] in prompt_ids, row 15"),
         ({"completion_ids": [[5]] * 16, "logprobs": [[-1.0, -1.0]] * 16}, "one number for each token"),
+        ({"completion_ids": [[5]] * 15 + [[]]}, "response 15 has no token"),
         ({"completion_ids": [[5]] * 16, "turns": None}, "turns has no rows for 16 prompts"),
+        ({"completion_ids": [[5]] * 16, "turns": torch.tensor(16)}, "turns has no rows for 16 prompts"),
         *(
             ({"completion_ids": [[5]] * 15 + [row]}, r"in completion_ids, row 15, which must be a list of tokens")
-            for row in ("text", ["5"], [5.0], 5, None, [None], [[5]], {5: 1})
+            for row in ("text", ["5"], [5.0], [2**70], 5, None, [None], [[5]], {5: 1})
         ),
         *(
             ({"completion_ids": [[5]] * 16, "logprobs": [row] * 16}, "in logprobs, row 0, .* of finite numbers")
@@ -602,6 +608,23 @@ def test_an_engine_that_returns_what_no_model_reads_is_named_and_loses_no_iterat
     with pytest.raises(ConfigError, match=message):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_an_engine_may_return_any_token_that_is_embedded_and_none_for_what_is_optional():
+    lists = {"completion_ids": [[0, 9], torch.tensor([3])], "prompt_ids": None, "logprobs": None, "env_mask": None}
+    check_rollout_lists(lists | {"turns": (1, 2)}, 2, embedded=10, with_logprobs=False)
+    with pytest.raises(ConfigError, match="the token 10 in completion_ids, but the models embed only 10 tokens"):
+        check_rollout_lists({"completion_ids": [[0], [10]]}, 2, embedded=10, with_logprobs=False)
+
+
+def test_a_rollout_from_lists_by_hand():
+    prompts = [Prompt("a", [5], {"word": "x", "kind": "k"}), Prompt("b", [6, 7], {"word": "y"})]
+    rollout = make_rollout(
+        tiny_tokenizer(), prompts, [[8, 9, 10], [11]], env_mask=[[1, 0, 1], [1]], word=["z", "w"],
+        logprobs=[[-1.0, -2.0, -3.0], [-4.0]],
+    )  # fmt: skip
+    assert rollout.rollout_logprobs.tolist() == [[-1.0, 0.0, -3.0], [-4.0, 0.0, 0.0]]
+    assert rollout.columns == {"word": ["z", "w"], "kind": ["k", None]} and rollout.lengths.tolist() == [4, 3]
 
 
 def test_prompts_of_several_turns(tmp_path):
