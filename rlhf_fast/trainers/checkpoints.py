@@ -61,7 +61,15 @@ def prune_checkpoints(run_dir: Path, keep: int, best: int | None) -> None:
     """Deletes all checkpoints except the newest `keep` and that of step `best`."""
     for old in _checkpoints(run_dir)[:-keep]:
         if old.name != f"checkpoint-{best}":
-            shutil.rmtree(old)
+            remove_checkpoint(old)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint. It is renamed first, so that no part of it keeps its name if this is interrupted; run.py
+    deletes what is left when the run is resumed."""
+    aside = path.with_name(f".tmp-{path.name}-deleted")
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

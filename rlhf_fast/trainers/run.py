@@ -51,7 +51,7 @@ from ..errors import ConfigError
 from ..models import save_quietly
 from ..monitors import Alarm
 from ..report import write_report
-from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, save_checkpoint
+from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, remove_checkpoint, save_checkpoint
 from .everywhere import Everywhere
 from .records import Records, as_numbers
 from .run_dir import RUN_CONFIG, begins_again, changed_settings, check_is_new, has_ended, model_card
@@ -171,7 +171,7 @@ class _Run:
                 shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_BAR and v is not None}
                 bar.set_postfix(shown, refresh=False)
                 stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
-                if best.improved(step, metrics) or stopping or self.saves_at(step):
+                if best.improved(step, metrics) or (stopping and not last) or self.saves_at(step):
                     if not last:
                         self.checkpoint()
                     prune_checkpoints(self.run_dir, config.save_total_limit, best.step)
@@ -242,7 +242,8 @@ class _Run:
             (run_dir / "README.md").write_text(model_card(trainer, self.metrics), encoding="utf-8")
             spare = self.spare_step
             if spare == trainer.step and not self.saves_at(spare) and spare != best.step:
-                shutil.rmtree(run_dir / f"checkpoint-{spare}")
+                remove_checkpoint(run_dir / f"checkpoint-{spare}")
+            prune_checkpoints(run_dir, trainer.config.save_total_limit, best.step)  # if the last step's was interrupted
         stopped_by = None
         if interrupted and self.ending:
             stopped_by = f"{self.ending[0].monitor}: {self.ending[0].message}"

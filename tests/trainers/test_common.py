@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -522,6 +523,39 @@ def test_a_run_that_fails_again_and_again_keeps_no_more_checkpoints_than_its_lim
         with pytest.raises(RuntimeError, match="crash"):
             walk.train(resume=resume)
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-5", "checkpoint-8"]
+
+
+def files_of_checkpoints(path):
+    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*checkpoint-*/*"))
+
+
+@pytest.mark.parametrize("save_steps", [0, 4, 5])
+def test_a_signal_in_the_last_step_deletes_no_checkpoint(tmp_path, save_steps):
+    whole, late = (Config(str(tmp_path / name), save_steps=save_steps, save_total_limit=1) for name in ("a", "b"))
+    Walk(whole).train()
+    assert not Walk(late, at_step={10: lambda: os.kill(os.getpid(), signal.SIGINT)}).train().interrupted
+    assert files_of_checkpoints(tmp_path / "a") == files_of_checkpoints(tmp_path / "b")
+
+
+@pytest.mark.parametrize("save_steps", [0, 3, 5])  # deletes that of step 10, of step 3, and in the last step that of 5
+def test_nothing_is_left_of_a_checkpoint_whose_deletion_was_interrupted(tmp_path, save_steps, monkeypatch):
+    whole, torn = (Config(str(tmp_path / name), save_steps=save_steps, save_total_limit=1) for name in ("a", "b"))
+    Walk(whole).train()
+    delete = shutil.rmtree
+
+    def interrupted(path, **options):
+        if options:  # of what is not there
+            return delete(path, **options)
+        (path / "state.pt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Walk(torn).train()
+    monkeypatch.undo()
+    with nullcontext() if save_steps else pytest.raises(ConfigError, match="a run that ended needs none"):
+        Walk(torn).train(resume=True)
+    assert files_of_checkpoints(tmp_path / "a") == files_of_checkpoints(tmp_path / "b")
 
 
 def test_a_run_ends_without_the_checkpoint_that_nobody_asked_for(tmp_path, monkeypatch):
