@@ -79,7 +79,8 @@ def packed_attention(
 
 
 def _runs_natively(*tensors: Tensor) -> bool:
-    return not is_compiling() and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in tensors)
+    same = len({x.shape[-1] for x in tensors}) == 1  # deepseek's values have another size than its queries and keys
+    return same and not is_compiling() and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in tensors)
 
 
 def _table(packed: Packed, asked: list[int]) -> tuple[Tensor, Tensor]:

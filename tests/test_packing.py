@@ -181,6 +181,18 @@ def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot():
             packed_attention(None, q, q, q, None, packed=packed, **{name: 1.0})
 
 
+def test_values_of_another_size_than_keys():
+    """As deepseek's are. Native attention read them past their end."""
+    packed, generator = Packed.of(sequences(9, 6)), torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 4, 15, 8, generator=generator)
+    same = (torch.arange(15) < 9)[:, None] == (torch.arange(15) < 9)
+    weights = (0.7 * q @ k.mT).masked_fill(~same.tril(), -torch.inf).softmax(-1)
+    for size in (3, 12):
+        v = torch.randn(1, 4, 15, size, generator=generator)
+        found, _ = packed_attention(None, q, k, v, None, packed=packed, scaling=0.7)
+        torch.testing.assert_close(found, (weights @ v).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
 def test_a_mask_belongs_to_what_was_read_and_not_to_its_address():
     (row,) = sequences(20)
     packed, x = Packed.of([row]), torch.randn(1, 2, 20, 4, generator=torch.Generator().manual_seed(0))
