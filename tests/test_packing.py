@@ -182,7 +182,7 @@ def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot():
 
 
 def test_values_of_another_size_than_keys():
-    """As deepseek's are. Native attention read them past their end."""
+    """As deepseek's are."""
     packed, generator = Packed.of(sequences(9, 6)), torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 4, 15, 8, generator=generator)
     same = (torch.arange(15) < 9)[:, None] == (torch.arange(15) < 9)
@@ -191,6 +191,18 @@ def test_values_of_another_size_than_keys():
         v = torch.randn(1, 4, 15, size, generator=generator)
         found, _ = packed_attention(None, q, k, v, None, packed=packed, scaling=0.7)
         torch.testing.assert_close(found, (weights @ v).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["queries", "keys", "values", "heads"])
+def test_what_does_not_fit_the_row_is_refused(wrong):
+    """why_not_packed tries any model, so none may make native code write past the end of a tensor."""
+    packed, shapes = Packed.of(sequences(9, 6)), {name: [1, 4, 15, 8] for name in ("queries", "keys", "values")}
+    if wrong == "heads":
+        shapes["queries"][1] = 3
+    else:
+        shapes[wrong][2] = 14
+    with pytest.raises(RuntimeError, match=r"split_with_sizes expects|must divide"):
+        packed_attention(None, *map(torch.zeros, shapes.values()), None, packed=packed)
 
 
 def test_a_mask_belongs_to_what_was_read_and_not_to_its_address():
