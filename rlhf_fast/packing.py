@@ -137,7 +137,9 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
             options = {"attend": partial(_attend, packed, None), "attend_read": partial(_attend, packed, read)}
             return llama(trunk, packed.input_ids[0], packed.position_ids[0], read, **options)
         where = {"packed": packed}
-    else:  # flash attention
+    else:
+        if trunk.config._attn_implementation not in FLASH:
+            raise RuntimeError("packed_hidden_states: call it within packing(model), or sequences attend to each other")
         if any(shared for _, shared in packed.prefixes):
             raise NotImplementedError("flash attention runs whole sequences only: pack without shared prefixes")
         ends = torch.tensor([0, *packed.lengths]).cumsum(0).to(packed.input_ids.device, torch.int32)

@@ -383,6 +383,11 @@ def test_models_that_cannot_be_packed_say_why():
     assert bloom.training and bloom.config._attn_implementation == "eager"
 
 
+def test_outside_of_packing_it_is_refused():
+    with pytest.raises(RuntimeError, match="call it within packing"):
+        packed_hidden_states(build(gpt2), Packed.of(sequences(3, 4)), torch.arange(7))
+
+
 def test_dropout_does_not_speak_against_packing():
     model = build(gpt2, attn_pdrop=0.5).train()
     assert why_not_packed(model, 64) is None and model.training
