@@ -60,6 +60,8 @@ class RewardModelReward:
 
     A reward model from elsewhere reads a conversation exactly as its chat template renders it, even if that has no eos
     at the end or a line break after it: TRL trains reward models on such texts, and their model cards score them.
+
+    Several threads may call it, and wait for each other.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, batch_size: int = 64):
