@@ -54,7 +54,7 @@ def packed_attention(
             raise NotImplementedError(f"packed attention does not support {name}")
     asked = packed.lengths if read is None else _counts(packed, read)
     places = packed.position_ids[0] if read is None else packed.position_ids[0].index_select(0, read)
-    if not dropout and _runs_natively(query, key, value):
+    if not dropout and _runs_natively(query, key, value, len(places), packed.position_ids.shape[1]):
         if (made := ("table", id(read))) not in packed.made:  # with `read`, so that no other tensor gets its id
             packed.made[made] = _table(packed, asked), read
         (table, families), _ = packed.made[made]
@@ -78,8 +78,13 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _runs_natively(*tensors: Tensor) -> bool:
-    return not is_compiling() and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in tensors)
+def _runs_natively(query: Tensor, key: Tensor, value: Tensor, asked: int, tokens: int) -> bool:
+    """Native code trusts its shapes; others (deepseek's values are shorter than its keys) are left to PyTorch, which
+    computes them or says what is wrong."""
+    (batch, heads, queries, dim), key_heads = query.shape, key.shape[1]
+    fits = batch == 1 and queries == asked and heads % key_heads == 0
+    fits = fits and key.shape == value.shape == (1, key_heads, tokens, dim)
+    return fits and not is_compiling() and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in (query, key, value))
 
 
 def _table(packed: Packed, asked: list[int]) -> tuple[Tensor, Tensor]:
@@ -132,7 +137,9 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
             options = {"attend": partial(_attend, packed, None), "attend_read": partial(_attend, packed, read)}
             return llama(trunk, packed.input_ids[0], packed.position_ids[0], read, **options)
         where = {"packed": packed}
-    else:  # flash attention
+    else:
+        if trunk.config._attn_implementation not in FLASH:
+            raise RuntimeError("packed_hidden_states: call it within packing(model), or sequences attend to each other")
         if any(shared for _, shared in packed.prefixes):
             raise NotImplementedError("flash attention runs whole sequences only: pack without shared prefixes")
         ends = torch.tensor([0, *packed.lengths]).cumsum(0).to(packed.input_ids.device, torch.int32)

@@ -49,6 +49,7 @@ from .models import (
 from .packing import packed_hidden_states, packing, why_not_packed
 
 Reward = Callable[..., "Sequence[float] | Tensor"]
+_scoring = threading.Lock()  # meanwhile the model is in another mode and has another attention: one thread at a time
 
 
 class RewardModelReward:
@@ -59,6 +60,8 @@ class RewardModelReward:
 
     A reward model from elsewhere reads a conversation exactly as its chat template renders it, even if that has no eos
     at the end or a line break after it: TRL trains reward models on such texts, and their model cards score them.
+
+    Several threads may call it, and wait for each other.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer, *, batch_size: int = 64):
@@ -101,18 +104,19 @@ class RewardModelReward:
         longest = max(map(len, tokens), default=0)
         check_lengths(self.model, self.tokenizer, longest, "score shorter responses")
         scores, device = torch.empty(len(tokens), dtype=torch.float32), self.model.device
-        packed = self._can_pack() and all(map(len, tokens))
-        # Packed, neighbours begin alike; padded, they are about equally long.
-        order = sorted(range(len(tokens)), key=lambda i: list(tokens[i]) if packed else len(tokens[i]))
-        with evaluating(self.model), packing(self.model, on=packed):
-            for rows in batches(order, self.batch_size, "scoring"):
-                some = [tokens[i] for i in rows]
-                if packed:
-                    row, last = pack_sorted(some, device)
-                    rewards = scalar_head(self.model, packed_hidden_states(self.model, row, last))
-                else:
-                    rewards = score_tokens(self.model, *(x.to(device) for x in pad(some, 0)))
-                scores[rows] = rewards.cpu()
+        with _scoring:
+            packed = self._can_pack() and all(map(len, tokens))
+            # Packed, neighbours begin alike; padded, they are about equally long.
+            order = sorted(range(len(tokens)), key=lambda i: list(tokens[i]) if packed else len(tokens[i]))
+            with evaluating(self.model), packing(self.model, on=packed):
+                for rows in batches(order, self.batch_size, "scoring"):
+                    some = [tokens[i] for i in rows]
+                    if packed:
+                        row, last = pack_sorted(some, device)
+                        rewards = scalar_head(self.model, packed_hidden_states(self.model, row, last))
+                    else:
+                        rewards = score_tokens(self.model, *(x.to(device) for x in pad(some, 0)))
+                    scores[rows] = rewards.cpu()
         mean, std = reward_scale(self.model.config)
         return (scores - mean) / std
 

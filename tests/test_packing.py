@@ -183,6 +183,30 @@ def test_attention_takes_what_transformers_passes_and_refuses_what_it_cannot(nat
             packed_attention(None, q, q, q, None, packed=packed, **{name: 1.0})
 
 
+def test_values_of_another_size_than_keys():
+    """As deepseek's are."""
+    packed, generator = Packed.of(sequences(9, 6)), torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 4, 15, 8, generator=generator)
+    same = (torch.arange(15) < 9)[:, None] == (torch.arange(15) < 9)
+    weights = (0.7 * q @ k.mT).masked_fill(~same.tril(), -torch.inf).softmax(-1)
+    for size in (3, 12):
+        v = torch.randn(1, 4, 15, size, generator=generator)
+        found, _ = packed_attention(None, q, k, v, None, packed=packed, scaling=0.7)
+        torch.testing.assert_close(found, (weights @ v).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["queries", "keys", "values", "heads"])
+def test_what_does_not_fit_the_row_is_refused(wrong):
+    """why_not_packed tries any model, so none may make native code write past the end of a tensor."""
+    packed, shapes = Packed.of(sequences(9, 6)), {name: [1, 4, 15, 8] for name in ("queries", "keys", "values")}
+    if wrong == "heads":
+        shapes["queries"][1] = 3
+    else:
+        shapes[wrong][2] = 14
+    with pytest.raises(RuntimeError, match=r"split_with_sizes expects|must divide"):
+        packed_attention(None, *map(torch.zeros, shapes.values()), None, packed=packed)
+
+
 @pytest.mark.parametrize("native", [True, False])  # a table, a mask
 def test_what_is_made_belongs_to_what_was_read_and_not_to_its_address(native):
     (row,) = sequences(20)
@@ -382,6 +406,11 @@ def test_whether_a_model_can_be_packed_does_not_depend_on_the_size_of_its_output
 
 def test_a_vocabulary_of_four_tokens_does_not_speak_against_packing():
     assert why_not_packed(LlamaForCausalLM(LlamaConfig(vocab_size=4, hidden_size=32, **SIZES)), 64) is None
+
+
+def test_outside_of_packing_it_is_refused():
+    with pytest.raises(RuntimeError, match="call it within packing"):
+        packed_hidden_states(build(gpt2), Packed.of(sequences(3, 4)), torch.arange(7))
 
 
 def test_dropout_does_not_speak_against_packing():

@@ -1,6 +1,8 @@
 import asyncio
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from rlhf_fast import rewards
 from rlhf_fast.data.collate import pack_sorted
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import add_lora, load_reward_model, set_reward_scale
+from rlhf_fast.packing import packed_hidden_states
 from rlhf_fast.rewards import RewardModelReward, WeightedReward, compute_scores, make_reward, score_components
 
 CHAT = [{"role": "user", "content": "hello there"}]
@@ -136,6 +139,28 @@ def test_what_cannot_be_packed_is_padded(tokenizer, reward_model, monkeypatch, b
     if broken == "empty":
         alone = [reward_model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows[:2]]
         torch.testing.assert_close(scores[:2], torch.stack(alone))
+
+
+def test_threads_score_one_after_the_other(tokenizer, reward_model, monkeypatch):
+    """A model packs in a mode of its own: else threads leave it to each other halfway, and packed for good."""
+    rows, inside, most = [[5, 6, 7], [5, 6, 7, 8]], [], []
+    reward, attention = RewardModelReward(reward_model, tokenizer), reward_model.config._attn_implementation
+    expected = reward.score(rows)
+
+    def slow(*arguments):
+        inside.append(1)
+        time.sleep(0.02)
+        most.append(len(inside))
+        found = packed_hidden_states(*arguments)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(rewards, "packed_hidden_states", slow)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(reward.score, [rows] * 3))
+    assert most == [1, 1, 1] and reward_model.config._attn_implementation == attention
+    for scores in found:
+        assert torch.equal(scores, expected)
 
 
 def test_a_batch_of_none_is_refused(tokenizer, reward_model):

@@ -211,7 +211,7 @@ def test_statistics_are_those_of_the_minibatch(tmp_path, mode):
     assert found[2] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
     assert found[0]["max_abs_log_ratio"] == pytest.approx(float((0.3 * noise)[rollout.response_mask].abs().max()), 1e-3)
     rows = torch.arange(len(rollout.prompts))
-    with packing(trainer.policy):
+    with packing(*trainer._trunks()):
         hidden, _ = trainer._forward(rollout, rows, packed_rows(rollout, rows))
     logits = trainer.policy.lm_head(hidden) / trainer.config.temperature
     entropy = rollout.scatter(rows, torch.distributions.Categorical(logits=logits).entropy())

@@ -16,6 +16,7 @@ from rlhf_fast.data.chat import encode_to_score
 from rlhf_fast.data.collate import common_prefix
 from rlhf_fast.data.floors import wilson_interval
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.packing import packing
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.trainers import common
 
@@ -108,7 +109,7 @@ def test_both_rewards_of_a_pair_come_from_one_network(tmp_path):
     """In training too: dropout is off."""
     rm = trainer(tmp_path, model=tiny_model(tiny_tokenizer(), attention_dropout=0.5))
     rm.model.train()
-    with torch.no_grad():
+    with torch.no_grad(), packing(rm.model):
         assert torch.equal(rm._rewards(rm.items)[0], rm._rewards(rm.items)[0])
 
 
@@ -236,7 +237,8 @@ def test_under_bf16_the_head_multiplies_in_float32(tmp_path, monkeypatch, reason
     monkeypatch.setattr(common, "bf16_supported", lambda device: True)
     monkeypatch.setattr(common, "packing_if_possible", lambda model, longest, bf16: reason is None)
     rm = trainer(tmp_path, bf16=True)
-    rewards = rm._rewards(rm.items)[0]
+    with packing(rm.model, on=rm.packed):
+        rewards = rm._rewards(rm.items)[0]
     assert rewards.dtype == torch.float32 and not torch.equal(rewards, rewards.bfloat16().float())
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from rlhf_fast import SFTConfig, SFTTrainer
 from rlhf_fast.data.chat import encode_prompt
 from rlhf_fast.errors import ConfigError
+from rlhf_fast.packing import packing
 from rlhf_fast.trainers import common
 from rlhf_fast.trainers.checkpoints import load_checkpoint, save_checkpoint
 from rlhf_fast.trainers.everywhere import Everywhere
@@ -239,7 +240,8 @@ def test_bf16_is_near_and_refused_without_the_hardware(tmp_path, monkeypatch):
     exact, rounded = (trainer(tmp_path, bf16=bf16, eval_dataset=DATA) for bf16 in (False, True))
     a, b = exact.evaluate()["eval_loss"].item(), rounded.evaluate()["eval_loss"].item()
     assert a != b and a == pytest.approx(b, rel=0.02)
-    hidden, _ = rounded._response_hidden(rounded.examples[:2])
+    with packing(rounded.model, on=rounded.packed):
+        hidden, _ = rounded._response_hidden(rounded.examples[:2])
     assert hidden.dtype == torch.bfloat16  # what the head multiplies, and what the statistics are of
     next(iter(rounded))
     assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}
