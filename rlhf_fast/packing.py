@@ -25,7 +25,6 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -34,6 +33,7 @@ from .decoder import attends_in_its_own_way
 from .errors import ConfigError
 from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .ops import _layer
+from .ops._dispatch import plain_in_backward
 from .trunk import llama, runs_here
 
 NAME = "rlhf_fast_packed"  # the name of packed_attention in transformers, within packing()
@@ -84,7 +84,8 @@ def _runs_natively(query: Tensor, key: Tensor, value: Tensor, asked: int, tokens
     (batch, heads, queries, dim), key_heads = query.shape, key.shape[1]
     fits = batch == 1 and queries == asked and heads % key_heads == 0
     fits = fits and key.shape == value.shape == (1, key_heads, tokens, dim)
-    return fits and not is_compiling() and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in (query, key, value))
+    fits = fits and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in (query, key, value))
+    return fits and plain_in_backward(query, key, value)
 
 
 def _table(packed: Packed, asked: list[int]) -> tuple[Tensor, Tensor]:

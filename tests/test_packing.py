@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     BloomConfig,
@@ -711,6 +712,22 @@ def test_large_scores_and_what_is_not_a_number(isa):
     k[0, 1, 2] = torch.nan  # of the second sequence, its second token
     out, _ = packed_attention(None, q, k, v, None, packed=packed)
     assert out.isnan().any(-1).nonzero().tolist() == [[0, 2, 1], [0, 3, 1]]
+
+
+def test_whoever_watches_sees_pytorchs_attention(native_calls):
+    """Forward mode lost its tangents, a trace had numbers of memory that was not yet written."""
+    packed, q, k, v, _ = row_of("shared beginnings", (2, 2, 8))
+    expected = packed_attention(None, q, k, v, None, packed=packed)[0]
+    native_calls.clear()
+
+    def attend(q):
+        return packed_attention(None, q, k, v, None, packed=packed)[0]
+
+    torch.testing.assert_close(make_fx(attend)(q)(q), expected)
+    torch.testing.assert_close(torch.func.vmap(attend)(torch.stack([q, q]))[1], expected)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="forward AD"):
+        torch.func.jvp(attend, (q,), (q,))
+    assert not native_calls
 
 
 def test_a_compiled_trunk_attends_through_pytorch(native_calls):

@@ -147,8 +147,9 @@ class Op:
         def backward_once(ctx, *grads):
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
+            inputs = _inputs(ctx, ctx.saved_tensors)  # now, for an in-place backward writes over what is saved
             with torch.no_grad():  # create_graph
-                return _once(backward(ctx, *grads))
+                return _once(backward(ctx, *grads), inputs)
 
         torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
         return backward_once
@@ -321,6 +322,7 @@ class Op:
 _LIBRARY_OP, _FUNCTION = 0, 2
 _jit_trace = torch._C._get_tracing_state  # torch.jit.trace would keep a kernel's results as constants
 _SHARED = 0
+_ONCE = "trying to differentiate twice a function of rlhf_fast; use_backend('reference') has no such limit"
 _route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
 _route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
 _consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
@@ -340,7 +342,7 @@ def _scale_gradients(ctx, factor: Tensor | None, saved: tuple | None = None) -> 
     shared = is_compiling() or _consume(factor, *saved) == _SHARED
     with torch.no_grad():
         grads = [None if g is None else g * factor if shared else _times(g, factor) for g in saved]
-    return *(_once(grads) if torch.is_grad_enabled() else grads), None
+    return *(_once(grads, _inputs(ctx, saved)) if torch.is_grad_enabled() else grads), None
 
 
 def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
@@ -434,16 +436,28 @@ def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
     return getattr(ctx, "direct", False) and not is_compiling() and _consume(grad, *saved) != _SHARED
 
 
-def _once(grads: tuple) -> tuple:
+def _inputs(ctx, saved: tuple) -> list[Tensor]:
+    """Of a backward with create_graph: the inputs of the op that require a gradient. RuntimeError if one of them is
+    neither saved nor a leaf, as in losses that keep their gradients only: then nobody could refuse later."""
+    saved = [x for x in saved if x is not None and x.requires_grad]
+    edges = [edge for edge, _ in ctx.next_functions if edge is not None]
+    leaves = [edge.variable for edge in edges if hasattr(edge, "variable")]
+    if not {edge for edge in edges if not hasattr(edge, "variable")} <= {x.grad_fn for x in saved}:
+        raise RuntimeError(_ONCE)
+    return saved + leaves
+
+
+def _once(grads: tuple, inputs: list[Tensor]) -> tuple:
     """grads that raise an error when they are differentiated.
 
     PyTorch's once_differentiable does not do this after a plain loss.backward(): a penalty on the norm of a gradient,
-    say, would silently have no derivative.
+    say, would silently have no derivative. Nor does it in torch.autograd.grad, which leaves out what does not lead to
+    the tensors asked for: so the error leads to the inputs.
     """
-    words = "trying to differentiate twice a function of rlhf_fast; use_backend('reference') has no such limit"
-    refuse = torch._C._functions.DelayedError(words, len(grads))
-    refusing = refuse(*(None if g is None else g.detach().requires_grad_() for g in grads))
-    return refusing if isinstance(refusing, tuple) else (refusing,)
+    refuse = torch._C._functions.DelayedError(_ONCE, len(grads) + len(inputs))
+    with torch.enable_grad():  # or it leads nowhere
+        refusing = refuse(*(None if g is None else g.detach().requires_grad_() for g in grads), *inputs)
+    return refusing[: len(grads)] if isinstance(refusing, tuple) else (refusing,)
 
 
 def _times(g: Tensor, factor: Tensor) -> Tensor:
