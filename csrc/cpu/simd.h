@@ -168,20 +168,55 @@ inline void fence() {
 
 // ---- elements ------------------------------------------------------------------------------------------------------
 
-// The last n < kPair elements of a row. The other lanes read as -inf, a token that cannot happen.
+// The last n < kPair elements of a row as they lie in memory, with E::kImpossible, a token that cannot happen, behind
+// them. (A copy to a full buffer costs more than all else in a row of twenty.)
 template <class E>
-inline Pair load_tail(const typename E::type* p, int64_t n) {
-  alignas(64) typename E::type buffer[kPair];
+inline vs tail16(const uint16_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  const __m512i rest = _mm512_set1_epi16(short(E::kImpossible));
+  return bits<vs>(_mm512_mask_loadu_epi16(rest, __mmask32((uint64_t(1) << n) - 1), p));
+#else
+  alignas(64) uint16_t buffer[kPair];
   for (auto& x : buffer) x = E::kImpossible;
   std::memcpy(buffer, p, n * sizeof *p);
-  return E::load(buffer);
+  return load_vector<vs>(buffer);
+#endif
+}
+
+template <class E>
+inline Pair load_tail(const typename E::type* p, int64_t n) {
+  if constexpr (sizeof *p == 2) {
+    return E::widen(tail16<E>(p, n));
+  } else {
+#if defined(__AVX512F__)
+    const __m512 rest = _mm512_set1_ps(E::kImpossible);
+    const uint32_t some = uint32_t((uint64_t(1) << n) - 1);
+    return {bits<vf>(_mm512_mask_loadu_ps(rest, __mmask16(some), p)),
+            bits<vf>(_mm512_mask_loadu_ps(rest, __mmask16(some >> kWidth), p + kWidth))};
+#else
+    alignas(64) typename E::type buffer[kPair];
+    for (auto& x : buffer) x = E::kImpossible;
+    std::memcpy(buffer, p, n * sizeof *p);
+    return E::load(buffer);
+#endif
+  }
 }
 
 template <class E>
 inline void store_tail(typename E::type* p, int64_t n, Pair x) {
   alignas(64) typename E::type buffer[kPair];
   E::store(buffer, x);
+#if defined(__AVX512F__)
+  const uint32_t some = uint32_t((uint64_t(1) << n) - 1);
+  if constexpr (sizeof *p == 2) {
+    _mm512_mask_storeu_epi16(p, __mmask32(some), _mm512_load_si512(buffer));
+  } else {
+    _mm512_mask_storeu_ps(p, __mmask16(some), _mm512_load_ps(buffer));
+    _mm512_mask_storeu_ps(p + kWidth, __mmask16(some >> kWidth), _mm512_load_ps(buffer + kWidth));
+  }
+#else
   std::memcpy(p, buffer, n * sizeof *p);
+#endif
 }
 
 template <class E>
@@ -199,10 +234,7 @@ inline void store_some(typename E::type* p, int64_t n, Pair x) {
 template <class E>
 inline float max16(const uint16_t* p, int64_t n) {
   const int64_t whole = n - n % kPair;
-  alignas(64) uint16_t tail[kPair];
-  for (auto& x : tail) x = E::kImpossible;
-  std::memcpy(tail, p + whole, (n - whole) * sizeof *p);
-  vs v = load_vector<vs>(tail), most = v, least = v;
+  vs v = tail16<E>(p + whole, n - whole), most = v, least = v;
   for (int64_t i = 0; i < whole; i += kPair) {
     v = load_vector<vs>(p + i);
     most = max(v, most);

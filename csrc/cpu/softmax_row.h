@@ -40,9 +40,11 @@ struct Softmax {
   // Later sums will be relative to m, if that is larger; the ones so far are moved there.
   void raise_max(double m, double c) {
     if (!(m > max)) return;
-    const double shift = c * (max - m), scale = std::exp(shift);
-    moment = scale > 0 ? scale * (moment + shift * sum) : 0;
-    sum *= scale;
+    if (sum > 0) {
+      const double shift = c * (max - m), scale = std::exp(shift);
+      moment = scale > 0 ? scale * (moment + shift * sum) : 0;
+      sum *= scale;
+    }
     max = m;
   }
 };
@@ -144,7 +146,7 @@ inline void gradient_row(const typename E::type* x, typename E::type* grad, int6
     });
   }
   // 1 - p_y from expm1, because it cancels when the model is sure.
-  const double log_p = c * (x_label - row.max) - row.log_sum, p = std::exp(log_p);
+  const double log_p = c * (x_label - row.max) - row.log_sum, p = kMoment ? std::exp(log_p) : 0;
   grad[label] =
       E::round(c * (-row.g * std::expm1(log_p) - (kMoment && p != 0 ? row.h * p * (log_p + row.entropy) : 0)));
 }
