@@ -101,7 +101,7 @@ def arm(trainer, point: str) -> None:
         "before the rename": lambda: when(checkpoints.os, "rename", saving),
         "after the rename": lambda: when(checkpoints.os, "rename", saving, after=True),
         "in pruning": lambda: when(
-            checkpoints.shutil, "rmtree", lambda path, *_: Path(path).name == "checkpoint-1", one_file_less
+            checkpoints.shutil, "rmtree", lambda path, *_: Path(path).name == ".tmp-checkpoint-1-deleted", one_file_less
         ),
         "in the final model": lambda: when(trainer, "save_model", lambda path: Path(path) == root),
         "disk full": lambda: when(trainer, "save_model", saving, small_disk),
