@@ -147,9 +147,10 @@ class Op:
         def backward_once(ctx, *grads):
             if not torch.is_grad_enabled():
                 return backward(ctx, *grads)
-            inputs = _inputs(ctx, ctx.saved_tensors)  # now, for an in-place backward writes over what is saved
+            saved = grads[-1] if isinstance(grads[-1], tuple) else ctx.saved_tensors  # csrc/rows.h may have read them
+            inputs = _inputs(ctx, saved)  # now, for an in-place backward writes over what is saved
             with torch.no_grad():  # create_graph
-                return _once(backward(ctx, *grads), inputs)
+                return _once(backward(_Read(ctx, saved), *grads), inputs)
 
         torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
         return backward_once
@@ -434,6 +435,16 @@ def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
     """In a backward: whether saved outputs may be overwritten, because nothing else uses them and it runs only once."""
     # ctx.direct is set in Op.function. torch.library, whose ctx does not have it, makes all outputs visible.
     return getattr(ctx, "direct", False) and not is_compiling() and _consume(grad, *saved) != _SHARED
+
+
+class _Read:
+    """A ctx whose saved tensors have been read: a checkpoint lets them be read only once."""
+
+    def __init__(self, ctx, saved: tuple):
+        self._ctx, self.saved_tensors = ctx, saved
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
 
 
 def _inputs(ctx, saved: tuple) -> list[Tensor]:

@@ -682,6 +682,21 @@ def test_the_gradient_under_a_checkpoint_is_the_same(case):
 
 
 @every_case
+def test_a_gradient_that_could_be_differentiated_under_a_checkpoint_is_the_same(case):
+    of, x = function_of_one_input(case)
+    x = x.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(of(x), x)
+    try:
+        (found,) = torch.autograd.grad(
+            torch.utils.checkpoint.checkpoint(of, x, use_reentrant=False), x, create_graph=True
+        )
+    except RuntimeError as error:  # a loss that has kept its gradients only
+        assert "differentiate twice" in str(error)
+    else:
+        torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
+
+
+@every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_default_device_does_not_matter(case, dtype):
     """Outputs must be on the device of the inputs, or a kernel would write to addresses of another device."""
