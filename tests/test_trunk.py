@@ -51,6 +51,8 @@ def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
 @torch.no_grad()
 def test_hidden_states_are_those_of_transformers_whoever_runs_the_model(name):
     model = tiny_model(tiny_tokenizer(), rms_norm_eps=0.1) if name.endswith("epsilon") else with_opinions(name)
+    if model.base_model is model:
+        pytest.skip("has no trunk of its own, as gemma3 in transformers 4")
     ids = torch.randint(0, 60, (3, 9), generator=torch.Generator().manual_seed(1))
     expected = through_transformers(model, ids)
     torch.testing.assert_close(hidden_states_at(model, ids, POSITIONS), expected, rtol=1e-4, atol=1e-4)
