@@ -54,9 +54,9 @@ def packed_attention(
             raise NotImplementedError(f"packed attention does not support {name}")
     asked = packed.lengths if read is None else _counts(packed, read)
     places = packed.position_ids[0] if read is None else packed.position_ids[0].index_select(0, read)
-    which = None if read is None else id(read)  # torch 2.6 does not compile id(None)
+    read_id = None if read is None else id(read)  # torch 2.6 does not compile id(None)
     if not dropout and _runs_natively(query, key, value, len(places), packed.position_ids.shape[1]):
-        if (made := ("table", which)) not in packed.made:  # with `read`, so that no other tensor gets its id
+        if (made := ("table", read_id)) not in packed.made:  # with `read`, so that no other tensor gets its id
             packed.made[made] = _table(packed, asked), read
         (table, families), _ = packed.made[made]
         heads = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -71,7 +71,7 @@ def packed_attention(
             k, v = (torch.cat([x[parent][:, :, :shared], own], dim=2) for x, own in ((keys, k), (values, v)))
         mask = None
         if q.shape[2] != k.shape[2] or (sliding_window is not None and k.shape[2] > sliding_window):
-            if (made := (i, which, sliding_window, q.dtype)) not in packed.made:
+            if (made := (i, read_id, sliding_window, q.dtype)) not in packed.made:
                 packed.made[made] = _mask(at, k.shape[2], sliding_window, q), read
             mask, _ = packed.made[made]
         options = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}

@@ -22,8 +22,8 @@ struct Sequence {  // a row of the table
   int64_t query, queries, own, own_keys, shared, shared_keys;
   int64_t keys() const { return shared_keys + own_keys; }
   int64_t token(int64_t key) const { return key < shared_keys ? shared + key : own + key - shared_keys; }
-  // How many whole panels of keys, from the first on, are those of the sequence before.
-  int64_t keys_of(const Sequence& before) const {
+  // How many of the first keys, in whole panels, were packed for the sequence before.
+  int64_t packed_with(const Sequence& before) const {
     const int64_t theirs = before.shared_keys ? before.shared_keys : before.own_keys;
     return before.token(0) == token(0) ? std::min(theirs, shared_keys) / kPanel * kPanel : 0;
   }
@@ -201,9 +201,9 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
               const Buffer<uint32_t> right_values(products.by_dim_size(products.most), kUnset);
               const Buffer<float> room(products.most * dim, kUnset), scores(products.scores_size(), kUnset);
               for (const Sequence* s = begin; s < end; ++s) {
-                const int64_t old = s == begin ? 0 : s->keys_of(s[-1]);
-                products.pack_by_keys(products.gather(keys, *s, old, room.data), old, s->keys(), right_keys.data);
-                products.pack_by_dim(products.gather(values, *s, old, room.data), old, s->keys(), products.most,
+                const int64_t first = s == begin ? 0 : s->packed_with(s[-1]);
+                products.pack_by_keys(products.gather(keys, *s, first, room.data), first, s->keys(), right_keys.data);
+                products.pack_by_dim(products.gather(values, *s, first, room.data), first, s->keys(), products.most,
                                      right_values.data);
                 for_blocks(*s, places, [&](const Block& block) {
                   products.times_keys(queries + block.first, block, right_keys.data, s->keys(), scores.data);
@@ -254,7 +254,7 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, co
               const Buffer<float> room(products.most * dim, kUnset), weights(products.scores_size(), kUnset);
               const Buffer<float> slopes(products.scores_size(), kUnset), sums(2 * products.most * dim, kUnset);
               for (const Sequence* s = begin; s < end; ++s) {
-                const int64_t first = s == begin ? 0 : s->keys_of(s[-1]);
+                const int64_t first = s == begin ? 0 : s->packed_with(s[-1]);
                 products.pack_by_keys(products.gather(values, *s, first, room.data), first, s->keys(),
                                       right_values.data);
                 const Rows from = products.gather(keys, *s, first, room.data);

@@ -168,13 +168,17 @@ inline void fence() {
 
 // ---- elements ------------------------------------------------------------------------------------------------------
 
+#if defined(__AVX512F__)
+inline uint32_t lowest(int64_t n) { return uint32_t((uint64_t(1) << n) - 1); }  // n bits
+#endif
+
 // The last n < kPair elements of a row as they lie in memory, with E::kImpossible, a token that cannot happen, behind
 // them. (A copy to a full buffer costs more than all else in a row of twenty.)
 template <class E>
 inline vs tail16(const uint16_t* p, int64_t n) {
 #if defined(__AVX512F__)
   const __m512i rest = _mm512_set1_epi16(short(E::kImpossible));
-  return bits<vs>(_mm512_mask_loadu_epi16(rest, __mmask32((uint64_t(1) << n) - 1), p));
+  return bits<vs>(_mm512_mask_loadu_epi16(rest, lowest(n), p));
 #else
   alignas(64) uint16_t buffer[kPair];
   for (auto& x : buffer) x = E::kImpossible;
@@ -190,9 +194,8 @@ inline Pair load_tail(const typename E::type* p, int64_t n) {
   } else {
 #if defined(__AVX512F__)
     const __m512 rest = _mm512_set1_ps(E::kImpossible);
-    const uint32_t some = uint32_t((uint64_t(1) << n) - 1);
-    return {bits<vf>(_mm512_mask_loadu_ps(rest, __mmask16(some), p)),
-            bits<vf>(_mm512_mask_loadu_ps(rest, __mmask16(some >> kWidth), p + kWidth))};
+    return {bits<vf>(_mm512_mask_loadu_ps(rest, __mmask16(lowest(n)), p)),
+            bits<vf>(_mm512_mask_loadu_ps(rest, __mmask16(lowest(n) >> kWidth), p + kWidth))};
 #else
     alignas(64) typename E::type buffer[kPair];
     for (auto& x : buffer) x = E::kImpossible;
@@ -207,12 +210,11 @@ inline void store_tail(typename E::type* p, int64_t n, Pair x) {
   alignas(64) typename E::type buffer[kPair];
   E::store(buffer, x);
 #if defined(__AVX512F__)
-  const uint32_t some = uint32_t((uint64_t(1) << n) - 1);
   if constexpr (sizeof *p == 2) {
-    _mm512_mask_storeu_epi16(p, __mmask32(some), _mm512_load_si512(buffer));
+    _mm512_mask_storeu_epi16(p, lowest(n), _mm512_load_si512(buffer));
   } else {
-    _mm512_mask_storeu_ps(p, __mmask16(some), _mm512_load_ps(buffer));
-    _mm512_mask_storeu_ps(p + kWidth, __mmask16(some >> kWidth), _mm512_load_ps(buffer + kWidth));
+    _mm512_mask_storeu_ps(p, __mmask16(lowest(n)), _mm512_load_ps(buffer));
+    _mm512_mask_storeu_ps(p + kWidth, __mmask16(lowest(n) >> kWidth), _mm512_load_ps(buffer + kWidth));
   }
 #else
   std::memcpy(p, buffer, n * sizeof *p);

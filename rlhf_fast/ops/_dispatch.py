@@ -150,7 +150,7 @@ class Op:
             saved = grads[-1] if isinstance(grads[-1], tuple) else ctx.saved_tensors  # csrc/rows.h may have read them
             inputs = _inputs(ctx, saved)  # now, for an in-place backward writes over what is saved
             with torch.no_grad():  # create_graph
-                return _once(backward(_Read(ctx, saved), *grads), inputs)
+                return _once(backward(_ReadContext(ctx, saved), *grads), inputs)
 
         torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
         return backward_once
@@ -437,7 +437,7 @@ def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
     return getattr(ctx, "direct", False) and not is_compiling() and _consume(grad, *saved) != _SHARED
 
 
-class _Read:
+class _ReadContext:
     """A ctx whose saved tensors have been read: a checkpoint lets them be read only once."""
 
     def __init__(self, ctx, saved: tuple):
@@ -450,12 +450,12 @@ class _Read:
 def _inputs(ctx, saved: tuple) -> list[Tensor]:
     """Of a backward with create_graph: the inputs of the op that require a gradient. RuntimeError if one of them is
     neither saved nor a leaf, as in losses that keep their gradients only: then nobody could refuse later."""
-    saved = [x for x in saved if x is not None and x.requires_grad]
     edges = [edge for edge, _ in ctx.next_functions if edge is not None]
-    leaves = [edge.variable for edge in edges if hasattr(edge, "variable")]
-    if not {edge for edge in edges if not hasattr(edge, "variable")} <= {x.grad_fn for x in saved}:
+    known = {x.grad_fn: x for x in saved if x is not None and x.grad_fn is not None}
+    known |= {edge: edge.variable for edge in edges if hasattr(edge, "variable")}
+    if not known.keys() >= set(edges):
         raise RuntimeError(_ONCE)
-    return saved + leaves
+    return [known[edge] for edge in edges]
 
 
 def _once(grads: tuple, inputs: list[Tensor]) -> tuple:
