@@ -76,16 +76,26 @@ __device__ inline Divergence<accumulator_t<scalar_t>> read_rows(const scalar_t* 
   using acc_t = accumulator_t<scalar_t>;
   constexpr int kSize = Pack<scalar_t>::kSize, kStride = kThreads * kSize;
   auto state = Divergence<acc_t>::empty();
-  for (int64_t base = 0; base < vocab; base += kUnroll * kStride) {
+  int64_t base = 0;
+  const auto add = [&](auto whole) {
     acc_t p[kUnroll * kSize], q[kUnroll * kSize];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t first = base + threadIdx.x * kSize + u * kStride;
-      load_before<kAlign>(x, first, vocab, p + u * kSize);
-      load_before<kAlign>(y, first, vocab, q + u * kSize);
+      if constexpr (whole.value) {
+        unpack(load_pack<kAlign>(x + first), p + u * kSize);
+        unpack(load_pack<kAlign>(y + first), q + u * kSize);
+      } else {
+        load_before<kAlign>(x, first, vocab, p + u * kSize);
+        load_before<kAlign>(y, first, vocab, q + u * kSize);
+      }
     }
     state.add(p, q, acc_t(kLog2E));
-  }
+    base += kUnroll * kStride;
+  };
+  // Without a branch around each pack, at whose end it would wait for what it asked for there.
+  while (base + kUnroll * kStride <= vocab) add(std::true_type());
+  while (base < vocab) add(std::false_type());
   return state;
 }
 

@@ -54,6 +54,16 @@ def test_a_row_kernel_knows_which_memory_it_reads(file):
     assert not generic, "\n".join(generic)
 
 
+def test_kl_divergence_asks_for_all_packs_of_an_iteration_at_once():
+    """Of both rows, in pieces of 2 bytes where the vocabulary is odd. At the end of a branch that asks for one of them
+    it would wait for it."""
+    kernels = resources.ptx("kl_divergence").split(".entry")[1:]
+    (kernel,) = [k for k in kernels if re.match(r"\s*\w*forward\w*bfloat", k)]
+    blocks = re.split(r"^\$L\w+:|\bbra\b", kernel, flags=re.MULTILINE)
+    for piece, packs in (("v4.u32", 4), ("u16", 4 * 8)):
+        assert max(block.count(f"ld.global.{piece}") for block in blocks) == packs, piece
+
+
 @pytest.mark.parametrize("file", ["gae", "kl_penalty"])
 def test_a_small_op_stores_sixteen_bytes_at_once(file):
     """Its plain kernel (grid.cuh). An assignment of four floats becomes four stores, and four times L2's writes."""
