@@ -56,11 +56,12 @@ __device__ inline float as_number(__nv_bfloat16 x) { return __bfloat162float(x);
 
 template <class T, class S>
 __device__ inline Quad<T> load_as(const void* data, int64_t first, int64_t stride, int count) {
+  S numbers[kQuad];  // all asked for before one is converted, which waits for it
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) numbers[i] = i < count ? static_cast<const S*>(data)[first + i * stride] : S();
   Quad<T> quad;
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    quad[i] = i < count ? static_cast<T>(as_number(static_cast<const S*>(data)[first + i * stride])) : T(0);
-  }
+  for (int i = 0; i < kQuad; ++i) quad[i] = static_cast<T>(as_number(numbers[i]));
   return quad;
 }
 
@@ -98,7 +99,7 @@ struct Mask {  // of a quad, as its bytes lie: bit 8 i is column i. Bare, so tha
   __device__ int count() const { return __popc(bytes & 0x01010101u); }
 };
 
-// An absent mask counts every column.
+// An absent mask counts every column. Where not plain, its bytes are waited for here, so ask for the rest first.
 template <bool kPlain>
 __device__ inline Mask load_mask(const Grid& mask, Place at) {
   constexpr uint32_t kEvery = 0x01010101u;

@@ -33,8 +33,9 @@ __device__ inline void add_row(const Grid& values, const Grid& mask, int64_t row
                                int ranks, double (&sums)[2]) {
   for (int64_t col = begin + rank * kQuad; col < end; col += ranks * kQuad) {
     const Place at{row, col, static_cast<int>(min(end - col, int64_t(kQuad)))};
+    const Quad<T> loaded = load<false, T>(values, at);
     const Mask counts = load_mask<false>(mask, at);
-    const Quad<T> x = keep(load<false, T>(values, at), counts);
+    const Quad<T> x = keep(loaded, counts);
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) sums[0] += x[i];
     sums[1] += counts.count();

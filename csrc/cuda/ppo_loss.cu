@@ -29,20 +29,20 @@ struct Inputs {
 template <class T>
 struct Tokens {
   Place at;
-  Mask mask;
   Quad<T> logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance_weights;
+  Mask mask;  // read last, see load_mask
 };
 
 template <bool kPlain, class T>
 __device__ inline Tokens<T> read(const Inputs<T>& in, Place at) {
   return {at,
-          load_mask<kPlain>(in.mask, at),
           load<kPlain, T>(in.logprobs, at),
           load<kPlain, T>(in.old_logprobs, at),
           load<kPlain, T>(in.advantages, at),
           load_or<kPlain, T>(in.ref_logprobs, at, T(0)),
           load_or<kPlain, T>(in.entropy, at, T(0)),
-          load_or<kPlain, T>(in.importance_weights, at, T(1))};
+          load_or<kPlain, T>(in.importance_weights, at, T(1)),
+          load_mask<kPlain>(in.mask, at)};
 }
 
 template <bool kPlain, class T>

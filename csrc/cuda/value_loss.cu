@@ -22,14 +22,14 @@ struct Inputs {
 template <class T>
 struct Tokens {
   Place at;
-  Mask mask;
   Quad<T> values, old_values, returns;
+  Mask mask;  // read last, see load_mask
 };
 
 template <bool kPlain, class T>
 __device__ inline Tokens<T> read(const Inputs<T>& in, Place at) {
-  return {at, load_mask<kPlain>(in.mask, at), load<kPlain, T>(in.values, at), load<kPlain, T>(in.old_values, at),
-          load<kPlain, T>(in.returns, at)};
+  return {at, load<kPlain, T>(in.values, at), load<kPlain, T>(in.old_values, at), load<kPlain, T>(in.returns, at),
+          load_mask<kPlain>(in.mask, at)};
 }
 
 template <bool kPlain, class T>

@@ -64,6 +64,18 @@ def test_kl_divergence_asks_for_all_packs_of_an_iteration_at_once():
         assert max(block.count(f"ld.global.{piece}") for block in blocks) == packs, piece
 
 
+@pytest.mark.parametrize(
+    ("file", "kernel"),
+    [("ppo_loss", "IfLb0"), ("value_loss", "IfLb0"), ("gae", "IfLb0"), ("masked", "split_rows_kernelIf")],
+)
+def test_what_lies_beside_boundaries_is_asked_for_before_it_is_waited_for(file, kernel):
+    """All of a quad before the first of it is converted, and the mask, whose bytes are looked at where they are read,
+    after it."""
+    (beside,) = [k for k in resources.ptx(file).split(".entry")[1:] if kernel in k.split("(")[0]]
+    first = re.findall(r"ld\.global\.u8|ld\.global\.u16|cvt\.f32\.f16", beside)[:5]
+    assert first == 4 * ["ld.global.u16"] + ["cvt.f32.f16"], first
+
+
 @pytest.mark.parametrize("file", ["gae", "kl_penalty"])
 def test_a_small_op_stores_sixteen_bytes_at_once(file):
     """Its plain kernel (grid.cuh). An assignment of four floats becomes four stores, and four times L2's writes."""
