@@ -52,6 +52,8 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     assert gpu.main([]) == 1
     assert environments[0] == {"RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": "90-real"}  # of this card alone
+    tests = [given for command, given in zip(commands, environments, strict=True) if "pytest" in command]
+    assert tests == [{"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}] * len(gpu.TESTS)
     words = [word for command in commands for word in command]
     assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
     written = {Path(word).name for word in words if word.endswith(".json")}
@@ -314,6 +316,10 @@ def test_the_rows_of_the_card_are_the_ones_to_reach():
     """Each figure of docs/benchmarks.md has a row that measures it; on a GPU, where building one allocates."""
     there = {(row.op, row.shape, row.direction) for row in rows.all_rows(CPU, gpu=True)}
     assert {entry[:3] for entry in op_report.REACH} <= there
+    to_reach = {entry[0] for entry in op_report.REACH}
+    for ops in gpu.BENCHES.values():  # and what has one is measured before what has none
+        reached = [op in to_reach for op in ops]
+        assert reached == sorted(reached, reverse=True)
 
 
 def test_what_the_sanitizer_runs(on_emulator):
