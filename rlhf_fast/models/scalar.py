@@ -39,7 +39,7 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
             "advantage_estimator reinforce, rloo or group"
         )
     register_scalar_class(config)
-    with torch.device(model.device):  # drawing a billion weights, only to replace them, takes a CPU a quarter of a minute
+    with torch.device(model.device):  # a billion weights, drawn only to be replaced, take a CPU a quarter of a minute
         scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     check_score(scalar)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
