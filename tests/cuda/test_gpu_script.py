@@ -344,6 +344,28 @@ def test_a_call_is_timed_in_batches(monkeypatch):
     assert device.seconds_of_a_call(call, CPU) == pytest.approx(1e-5)
 
 
+def test_what_is_timed_in_triton_is_the_call_alone(monkeypatch):
+    """Not the change of the backend, which takes as long as a small op's launch."""
+    inside, entered, calls = [], [], []
+
+    @contextlib.contextmanager
+    def use_backend(name):
+        entered.append(name)
+        inside.append(name)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(device.rf, "use_backend", use_backend)
+    monkeypatch.setattr(device, "timer", device.WallClock)
+    monkeypatch.setattr(device, "synchronize", lambda on: None)
+    monkeypatch.setattr(device, "probe", lambda function, on: (function(), (0, 1e-5))[1])
+    functions = {OURS: lambda: calls.append(list(inside)), "floor": lambda: None}
+    row = rows.Row("gae", "4x4", torch.float32, rows.FORWARD, functions.copy)
+    result = device.measure(row, torch.device("cuda"), 0.0)
+    assert list(result["implementations"]) == [OURS, "floor", f"{OURS} triton"]
+    assert calls.count([]) == calls.count(["triton"]) > 100 and len(entered) < 10
+
+
 def test_the_table_of_parts_has_them_all():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
