@@ -47,6 +47,7 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     monkeypatch.setattr(gpu, "missing_peers", lambda: [])
     monkeypatch.setattr(gpu, "PEERS", tmp_path)
     (tmp_path / "trl-1.12.0" / "trl").mkdir(parents=True)
+    assert gpu.from_root(ROOT / "build" / "peers") == "build/peers" and gpu.from_root(tmp_path) == str(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
@@ -56,7 +57,9 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     assert tests == [{"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}] * len(gpu.TESTS)
     words = [word for command in commands for word in command]
     assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
-    written = {Path(word).name for word in words if word.endswith(".json")}
+    paths = [word for word in words if word.endswith(".json")]
+    assert {str(Path(path).parent) for path in paths} == {"bench/results"}  # a result file tells its command
+    written = {Path(path).name for path in paths}
     ops = {row.op for row in rows.all_rows(CPU, small=True, gpu=True)}
     assert written == {f"h200-{op}.json" for op in (*ops, "ppo")}  # no op without its file, no file without its op
     out = capsys.readouterr().out
