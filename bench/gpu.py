@@ -10,7 +10,8 @@ dependencies. TRL 1.12.0, the last release with PPO, gets a folder of its own in
 skipped. On a machine without a network, copy build/peers-gpu there (`python bench/gpu.py --fetch-peers
 [--for-python 3.12]` fills it), or name another folder: PEERS=folder make gpu. Each row says which peers were missing.
 
-On a machine that is lent for minutes, accepts 64 MiB at a time, and returns only a few files:
+On a machine that is lent for minutes, accepts 64 MiB at a time, and returns only a few files (bench/notes.md has an
+order for thirty minutes):
     python bench/gpu.py --fetch-peers --for-python 3.12 --pack     build/peers-gpu*.tar.xz.1of1 ..., for "peers" there
     make gpu PART="build peers test" WITHIN=560 KEEP=folder        ends by itself, with the results in one archive
     python bench/gpu.py --unpack folder/results.tar.gz             at home
@@ -35,13 +36,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-BENCHES = {
-    "bench-logprobs": ("token_logprobs", "ppo_from_logits"),
+BENCHES = {  # in each part first the ops of op_report.REACH, as its time may end before the others
+    "bench-logprobs": ("ppo_from_logits", "token_logprobs"),
     "bench-entropy": ("token_logprobs_and_entropy", "kl_divergence"),
     # linear_cross_entropy is last: quack's tuning takes minutes, as it compiles a product per configuration.
     "bench-linear": ("linear_ppo_loss", "linear_token_logprobs", "linear_cross_entropy"),
     "bench-losses": (
-        "ppo_loss", "value_loss", "kl_penalty", "pairwise_loss", "dpo_loss", "ranking_loss", "gae", "masked_mean",
+        "ppo_loss", "kl_penalty", "pairwise_loss", "gae", "value_loss", "dpo_loss", "ranking_loss", "masked_mean",
         "masked_whiten",
     ),
 }  # fmt: skip
@@ -241,7 +242,8 @@ def test(part: str) -> int:
         command += ["--timeout", "240", "--timeout-method", "thread"]
     if processes and find_spec("xdist"):
         command += ["-n", str(processes)]
-    return run(*command, "tests/cuda/test_device.py", OMP_NUM_THREADS="1")
+    # Each of these processes compiles for itself: by default it would start as many that compile as there are cores.
+    return run(*command, "tests/cuda/test_device.py", OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
 
 def sanitize() -> int | Skipped:
@@ -259,12 +261,17 @@ def sanitize() -> int | Skipped:
     return errors
 
 
+def from_root(path: Path) -> str:
+    """A path in a command, which the result file will name: that of a machine is none to repeat."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
 def bench(part: str, folder: Path, prefix: str, *options: str) -> int:
     errors = 0
     for op in BENCHES[part]:
         if "--as-gpu" in options and op in CUDA_ONLY:
             continue
-        output = str(folder / f"{prefix}-{op}.json")
+        output = from_root(folder / f"{prefix}-{op}.json")
         errors |= run(sys.executable, "-m", "rlhf_fast", "bench", op, "--seconds", "1.5", "--json", output, *options)
     return errors
 
@@ -276,10 +283,10 @@ def bench_ppo(folder: Path, prefix: str, *options: str) -> int | Skipped:
             f"needs TRL 1.12.0 in {trl}: make gpu PART=peers where there is a network; else python bench/gpu.py "
             f"--fetch-peers on a machine that has one, and carry its {PEERS.name} here (PEERS=folder for another place)"
         )
-    output = str(folder / f"{prefix}-ppo.json")
+    output = from_root(folder / f"{prefix}-ppo.json")
     if (left := _deadline - time.monotonic()) < LIMIT - 5:  # the profile comes last and takes at most two minutes
         options += ("--seconds", str(max(0, int(left) - 150)))
-    return run(sys.executable, "bench/bench_ppo.py", "--folder", str(trl), "--json", output, *options)
+    return run(sys.executable, "bench/bench_ppo.py", "--folder", from_root(trl), "--json", output, *options)
 
 
 def run_part(part: str, name: str) -> int | Skipped:

@@ -113,6 +113,18 @@ def make_model(run: Run):
     return model
 
 
+def make_critic(run: Run, policy):
+    """TRL's: the policy's trunk and a head of zeros, as in ours."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1})
+    with torch.device(run.device):  # as in make_model
+        critic = AutoModelForSequenceClassification.from_config(config).to(run.device, policy.dtype)
+    critic.model.load_state_dict(policy.model.state_dict())
+    torch.nn.init.zeros_(critic.score.weight)
+    return critic
+
+
 def make_prompts(run: Run) -> list[list[int]]:
     rng = random.Random(run.seed)
     words = range(run.good.stop, run.vocab)
@@ -252,7 +264,7 @@ class ShareOfGood(torch.nn.Module):
 
 def run_trl(run: Run) -> list[dict]:
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, TrainerCallback
+    from transformers import TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     clock, generation, generate = Clock(run.device), [0.0], ppo_trainer.batch_generation
@@ -275,10 +287,7 @@ def run_trl(run: Run) -> list[dict]:
             )  # fmt: skip
 
     policy, tokenizer = make_model(run), make_tokenizer(run.vocab)
-    config = type(policy.config)(**{**policy.config.to_dict(), "num_labels": 1})
-    value_model = AutoModelForSequenceClassification.from_config(config).to(run.device, policy.dtype)
-    value_model.model.load_state_dict(policy.model.state_dict())
-    torch.nn.init.zeros_(value_model.score.weight)  # as in ours
+    value_model = make_critic(run, policy)
     if run.batch_size != run.minibatch_size:
         raise ValueError("TRL 1.12.0 ignores num_mini_batches: it takes one optimizer step for the whole batch")
     accumulate = run.minibatch_size // run.micro_batch_size

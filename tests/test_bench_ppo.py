@@ -94,6 +94,9 @@ def test_the_shape_is_that_of_qwen2_0_5b():
         model = ppo_worker.make_model(Run(shape="qwen2-0.5b", vocab=151_936, device="meta"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert sum(p.numel() for p in model.parameters()) == 494_032_768
+    before = torch.get_rng_state()
+    critic = ppo_worker.make_critic(Run(shape="qwen2-0.5b", vocab=151_936, device="meta"), model)
+    assert critic.device.type == "meta" and torch.equal(torch.get_rng_state(), before)  # not drawn on the CPU
 
 
 TINY = {"shape": "qwen2-tiny", "vocab": 40, "iterations": 1, "profile": True}

@@ -279,6 +279,15 @@ def test_logprobs_from_hidden_states_are_those_of_the_logits(build, temperature)
     torch.testing.assert_close(entropy, -(everything.exp() * everything).sum(-1) * mask[:, 5:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [models.scalar_head_on, models.ValueModel.from_policy])
+def test_a_scalar_head_is_made_on_the_models_device(make):
+    """Random weights of a trunk, which the model's replace, take a CPU two minutes for seven billion."""
+    model = tiny_model(tiny_tokenizer()).to("meta")
+    before = torch.get_rng_state()
+    made = make(model)
+    assert {p.device.type for p in made.parameters()} == {"meta"} and torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_is_loaded_applies_the_softcap_of_its_attention(tmp_path):
     """transformers 4 would leave it out."""
     tokenizer = tiny_tokenizer()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -18,6 +19,7 @@ from .baselines import Absent
 from .harness import OURS, probe, synchronize
 from .rows import Row
 
+TRITON = f"{OURS} triton"
 FLUSH_BYTES = 256 << 20  # several L2s: an H200 has 50 MB
 GRAPH_CALLS = 20  # of a small op in one captured graph
 # Ops that have Triton kernels too: which of the two ours should run is a row's to tell.
@@ -148,11 +150,12 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     for name in absent:
         del functions[name]
     if device.type == "cuda" and row.op in IN_TRITON:
-        functions[f"{OURS} triton"] = _in_triton(functions[OURS])
+        functions[TRITON] = functions[OURS]
     for name in list(functions):
         try:
-            functions[name]()  # compiles, loads, allocates
-            peaks[name], took = probe(functions[name], device)
+            with _backend_of(name):
+                functions[name]()  # compiles, loads, allocates
+                peaks[name], took = probe(functions[name], device)
         except Exception as error:
             if name == OURS:
                 raise
@@ -163,7 +166,8 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     names, start, rounds = list(functions), time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - start < seconds:
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
-            samples[name] += clock.cold(functions[name], repeats[name])
+            with _backend_of(name):
+                samples[name] += clock.cold(functions[name], repeats[name])
         rounds += 1
 
     ours = statistics.median(samples[OURS])
@@ -185,12 +189,14 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
             figures["tflop_per_s"] = round(row.flops / median / 1e12, 2)
         if ours < SMALL_SECONDS:
             calls = max(1, min(50, round(5e-3 / median)))
-            figures["call_us"] = round(1e6 * seconds_of_a_call(functions[name], device, calls), 2)
+            with _backend_of(name):
+                figures["call_us"] = round(1e6 * seconds_of_a_call(functions[name], device, calls), 2)
             if median > 5e-3:  # thousands of launches
                 figures["device_us"] = None
                 continue
             try:
-                figures["device_us"] = round(1e6 * clock.graphed(functions[name]), 3)
+                with _backend_of(name):
+                    figures["device_us"] = round(1e6 * clock.graphed(functions[name]), 3)
             except Exception as error:  # not every peer can be captured
                 figures["device_us"] = None
                 failed[f"{name}, in a graph"] = f"{type(error).__name__}: {str(error)[:150]}"
@@ -215,12 +221,9 @@ def measure(row: Row, device: torch.device, seconds: float) -> dict:
     }
 
 
-def _in_triton(function: Callable) -> Callable:
-    def call():
-        with rf.use_backend("triton"):
-            return function()
-
-    return call
+def _backend_of(name: str):
+    """The backend of an implementation. Not changed within its calls: that takes 10 us, as long as a launch."""
+    return rf.use_backend("triton") if name == TRITON else nullcontext()
 
 
 def line(result: dict) -> str:

@@ -39,7 +39,8 @@ def scalar_head_on(model: PreTrainedModel) -> PreTrainedModel:
             "advantage_estimator reinforce, rloo or group"
         )
     register_scalar_class(config)
-    scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
+    with torch.device(model.device):  # a billion weights, drawn only to be replaced, take a CPU a quarter of a minute
+        scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype).to(model.device)
     check_score(scalar)
     scalar.base_model.load_state_dict(model.base_model.state_dict())
     scalar.score.float()  # it is trained, whatever the dtype of the trunk

@@ -47,14 +47,19 @@ def test_every_part_runs_what_exists_and_one_failure_leaves_the_others(monkeypat
     monkeypatch.setattr(gpu, "missing_peers", lambda: [])
     monkeypatch.setattr(gpu, "PEERS", tmp_path)
     (tmp_path / "trl-1.12.0" / "trl").mkdir(parents=True)
+    assert gpu.from_root(ROOT / "build" / "peers") == "build/peers" and gpu.from_root(tmp_path) == str(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
     assert gpu.main([]) == 1
     assert environments[0] == {"RLHF_FAST_CUDA": "1", "RLHF_FAST_CUDA_ARCHITECTURES": "90-real"}  # of this card alone
+    tests = [given for command, given in zip(commands, environments, strict=True) if "pytest" in command]
+    assert tests == [{"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}] * len(gpu.TESTS)
     words = [word for command in commands for word in command]
     assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
-    written = {Path(word).name for word in words if word.endswith(".json")}
+    paths = [word for word in words if word.endswith(".json")]
+    assert {str(Path(path).parent) for path in paths} == {"bench/results"}  # a result file tells its command
+    written = {Path(path).name for path in paths}
     ops = {row.op for row in rows.all_rows(CPU, small=True, gpu=True)}
     assert written == {f"h200-{op}.json" for op in (*ops, "ppo")}  # no op without its file, no file without its op
     out = capsys.readouterr().out
@@ -314,6 +319,10 @@ def test_the_rows_of_the_card_are_the_ones_to_reach():
     """Each figure of docs/benchmarks.md has a row that measures it; on a GPU, where building one allocates."""
     there = {(row.op, row.shape, row.direction) for row in rows.all_rows(CPU, gpu=True)}
     assert {entry[:3] for entry in op_report.REACH} <= there
+    to_reach = {entry[0] for entry in op_report.REACH}
+    for ops in gpu.BENCHES.values():  # and what has one is measured before what has none
+        reached = [op in to_reach for op in ops]
+        assert reached == sorted(reached, reverse=True)
 
 
 def test_what_the_sanitizer_runs(on_emulator):
@@ -336,6 +345,28 @@ def test_a_call_is_timed_in_batches(monkeypatch):
 
     monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
     assert device.seconds_of_a_call(call, CPU) == pytest.approx(1e-5)
+
+
+def test_what_is_timed_in_triton_is_the_call_alone(monkeypatch):
+    """Not the change of the backend, which takes as long as a small op's launch."""
+    inside, entered, calls = [], [], []
+
+    @contextlib.contextmanager
+    def use_backend(name):
+        entered.append(name)
+        inside.append(name)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(device.rf, "use_backend", use_backend)
+    monkeypatch.setattr(device, "timer", device.WallClock)
+    monkeypatch.setattr(device, "synchronize", lambda on: None)
+    monkeypatch.setattr(device, "probe", lambda function, on: (function(), (0, 1e-5))[1])
+    functions = {OURS: lambda: calls.append(list(inside)), "floor": lambda: None}
+    row = rows.Row("gae", "4x4", torch.float32, rows.FORWARD, functions.copy)
+    result = device.measure(row, torch.device("cuda"), 0.0)
+    assert list(result["implementations"]) == [OURS, "floor", f"{OURS} triton"]
+    assert calls.count([]) == calls.count(["triton"]) > 100 and len(entered) < 10
 
 
 def test_the_table_of_parts_has_them_all():
