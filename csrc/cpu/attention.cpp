@@ -174,6 +174,34 @@ int64_t hide(float* x, int64_t place, int64_t window, int64_t seen) {
   return whole;
 }
 
+// Scores of a query -> e^(score - largest). kept: the largest, and 1 / their sum.
+void softmax(const Exp<>& exp, float* x, int64_t whole, float* kept) {
+  vf largest = splat(kNever), sum{};
+  for (int64_t t = 0; t < whole; t += kWidth) largest = max(load_vector<vf>(x + t), largest);
+  kept[0] = reduce_max(largest);
+  for (int64_t t = 0; t < whole; t += kWidth) {
+    const vf e = exp(load_vector<vf>(x + t) - kept[0]);
+    std::memcpy(x + t, &e, sizeof e);
+    sum += e;
+  }
+  kept[1] = float(1 / reduce_add(sum));
+}
+
+// p: scores -> probabilities, by what softmax() kept. s: slopes of the probabilities -> those of q k^T.
+void softmax_backward(const Exp<>& exp, float* p, float* s, int64_t whole, const float* kept, float scale) {
+  vf sum{};
+  for (int64_t t = 0; t < whole; t += kWidth) {
+    const vf weight = exp(load_vector<vf>(p + t) - kept[0]) * kept[1];
+    sum = fma(weight, load_vector<vf>(s + t), sum);
+    std::memcpy(p + t, &weight, sizeof weight);
+  }
+  const float mean = float(reduce_add(sum));
+  for (int64_t t = 0; t < whole; t += kWidth) {
+    const vf slope = load_vector<vf>(p + t) * (load_vector<vf>(s + t) - mean) * scale;
+    std::memcpy(s + t, &slope, sizeof slope);
+  }
+}
+
 // y (tokens, key_heads, dim) = the sum over the heads of queries that read the same keys, of x (tokens, heads, dim).
 void add_heads(const float* x, int64_t tokens, int64_t heads, int64_t key_heads, int64_t dim, float* y, int threads) {
   const int64_t group = heads / key_heads;
@@ -211,15 +239,7 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
                     float *x = scores.data + i * products.padded,
                           *kept = saved + ((block.first + i) * heads + head) * 2;
                     const int64_t whole = hide(x, block.places[i], window, block.seen());
-                    vf largest = splat(kNever), sum{};
-                    for (int64_t t = 0; t < whole; t += kWidth) largest = max(load_vector<vf>(x + t), largest);
-                    kept[0] = reduce_max(largest);
-                    for (int64_t t = 0; t < whole; t += kWidth) {
-                      const vf e = exp(load_vector<vf>(x + t) - kept[0]);
-                      std::memcpy(x + t, &e, sizeof e);
-                      sum += e;
-                    }
-                    kept[1] = float(1 / reduce_add(sum));
+                    softmax(exp, x, whole, kept);
                   }
                   float* out = y + (block.first * heads + head) * dim;
                   products.over_keys(scores.data, block, right_values.data, out, heads * dim);
@@ -270,17 +290,7 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* saved, co
                     float *p = weights.data + i * products.padded, *d = slopes.data + i * products.padded;
                     const float* kept = saved + ((block.first + i) * heads + head) * 2;
                     const int64_t whole = hide(p, block.places[i], window, block.seen());
-                    vf sum{};
-                    for (int64_t t = 0; t < whole; t += kWidth) {
-                      const vf weight = exp(load_vector<vf>(p + t) - kept[0]) * kept[1];
-                      sum = fma(weight, load_vector<vf>(d + t), sum);
-                      std::memcpy(p + t, &weight, sizeof weight);
-                    }
-                    const float mean = float(reduce_add(sum));
-                    for (int64_t t = 0; t < whole; t += kWidth) {
-                      const vf slope = load_vector<vf>(p + t) * (load_vector<vf>(d + t) - mean) * float(scale);
-                      std::memcpy(d + t, &slope, sizeof slope);
-                    }
+                    softmax_backward(exp, p, d, whole, kept, float(scale));
                     for (int64_t t = whole; t < block.seen(); ++t) d[t] = 0;
                   }
                   products.over_keys(slopes.data, block, right_rows.data, grad_q + block.first * stride + own, stride);
