@@ -105,7 +105,7 @@ class LabelJob:
     card: str | None = None  # directory of `cai audit` of this judge: its floor, and the calibration of the labels
     allow_weak_judge: bool = False  # label without a card, or at the floor
     principles_per_pair: int | None = None  # how many are drawn for each pair; the paper draws 1; null: all
-    combine: str | None = None  # logit or prob: how both orders and all principles are averaged; null: the judge's own
+    combine: str | None = None  # logit, prob or sum, of both orders and all principles; null: the judge's own
     clamp: list | None = None  # [low, high] of P; null: [0.4, 0.6] for a judge with cot_tokens, none otherwise
     tie_margin: float = 0.01  # |P - 0.5| below it is a tie
     retry: str = "failed"  # outcomes of earlier runs that are asked again: failed,refused,unparsed

@@ -300,6 +300,8 @@ def resolve_reward(spec: str | list):
         raise ConfigError(f"reward {spec!r} is a file of functions: give file.py:function")
     path, colon, name = spec.rpartition(":")
     if not (colon and path.endswith(".py")):
+        if colon and not Path(spec).exists():  # no name on the hub has a colon
+            raise ConfigError(f"reward {spec!r}: there is no such directory; a function is given as file.py:function")
         return spec
     if not Path(path).is_file():
         raise ConfigError(f"reward {spec!r}: there is no file {path!r}")

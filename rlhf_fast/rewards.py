@@ -73,7 +73,11 @@ class RewardModelReward:
             raise ConfigError(f"RewardModelReward: batch_size = {batch_size} must be 1 or more")
         _check_trained(model, type(model).__name__)
         check_score(model)
-        check_lengths(model, tokenizer, 0)  # the tokenizer of another model may have tokens beyond the embedding
+        if len(tokenizer) > (embedded := model.get_input_embeddings().weight.shape[0]):
+            raise ConfigError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model embeds {embedded}, so it is not the one that "
+                "the reward model was trained with: give its path, or RewardModelReward(model, its own tokenizer)"
+            )
         self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, "reward_model"
         self._packs: bool | None = None  # unknown
         self._told: set[str] = set()  # message keys that the template leaves out and a warning has named

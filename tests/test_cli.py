@@ -685,6 +685,12 @@ def test_a_reward_that_is_no_path_is_refused(spec):
         resolve_reward(spec)
 
 
+@pytest.mark.parametrize("spec", ["rewards:short", "package.rewards:short", "C:rewards"])
+def test_a_function_of_a_module_is_no_model_to_load(spec):
+    with pytest.raises(ConfigError, match=r"there is no such directory; a function is given as file\.py:function"):
+        resolve_reward(spec)
+
+
 def test_a_file_of_rewards_imports_what_lies_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "beside_the_rewards.py").write_text("LENGTH = 0.5\n")

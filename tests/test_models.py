@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -607,3 +608,15 @@ def test_what_the_model_cannot_embed_is_refused():
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(ConfigError, match=r"301 tokens and the model embeds 300.*resize_token_embeddings\(301\)"):
         models.check_lengths(model, tokenizer, 4)
+
+
+def test_the_directory_of_a_run_that_has_not_ended_names_its_newest_checkpoint(tokenizer, model, tmp_path):
+    for step in ("checkpoint-9", "checkpoint-10"):
+        models.save_model(model, tokenizer, tmp_path / step)
+    (tmp_path / "run_config.json").write_text("{}")
+    newest = re.escape(repr(str(tmp_path / "checkpoint-10")))
+    for load in (models.load_policy, models.load_reward_model, models.load_tokenizer):
+        with pytest.raises(ConfigError, match=f"its run has not ended.*give its newest checkpoint, {newest}"):
+            load(tmp_path)
+    models.save_model(model, tokenizer, tmp_path)
+    assert models.load_policy(tmp_path) and models.load_tokenizer(tmp_path)

@@ -79,11 +79,16 @@ def check_tokenizer(tokenizer, conversational: bool) -> None:
 
 
 def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    """The conversation as the chat template renders it. If the template refuses it, a ConfigError with the reason."""
+    """The conversation as the chat template renders it. ConfigError if there is none, or if it refuses the messages,
+    with the reason."""
     options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
     except Exception as error:  # from jinja, or a TypeError if the template adds a list or None to text
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template, which messages need: set tokenizer.chat_template"
+            ) from error
         roles = ", ".join(str(m["role"]) for m in messages)
         raise ConfigError(
             f"the chat template refuses a conversation ({error}): its roles are {roles}, and it begins with "

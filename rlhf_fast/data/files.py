@@ -142,6 +142,7 @@ def as_records(dataset, name: str) -> list[dict]:
 def as_rows(dataset, name: str) -> list:
     """The rows of a list, a datasets.Dataset, a DataFrame, an Arrow table, or anything else that is iterated or indexed
     by row. ConfigError for everything else, such as a dict, whose iterator would give its keys."""
+    is_table = any(hasattr(dataset, name) for name in ("column_names", "iterrows", "read_all", "to_pylist"))
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
         dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas marks gaps with NaN
     if hasattr(dataset, "read_all"):  # Arrow's reader
@@ -162,7 +163,9 @@ def as_rows(dataset, name: str) -> list:
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             continue
-        readable = {key: _readable(row[key]) for key in _CONVERSATIONS if not isinstance(row.get(key, ""), str)}
+        readable = {
+            key: _readable(row[key], is_table) for key in _CONVERSATIONS if not isinstance(row.get(key, ""), str)
+        }
         if any(value is not row[key] for key, value in readable.items()):
             rows[i] = row | readable
     return rows
@@ -175,17 +178,24 @@ def _holds_records(value) -> bool:
 _CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected", "response", "responses")
 
 
-def _readable(value):
+def _readable(value, is_table: bool):
     """Turns arrays back into the lists that they were before pandas read them from a table. A turn that only calls
-    tools gets empty text as its content, which OpenAI's format leaves out or sets to null."""
+    tools gets empty text as its content, which OpenAI's format leaves out or sets to null.
+
+    Other keys of a turn that hold None are left out, because templates ask which keys a turn has. All rows of a table
+    have the same keys, so there those within a turn are left out too, such as an argument that only another call has.
+    """
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
-        parts = [_readable(x) for x in value]
+        parts = [_readable(x, is_table) for x in value]
         return value if all(a is b for a, b in zip(parts, value, strict=True)) else parts
     if isinstance(value, dict):
-        parts = {key: _readable(x) for key, x in value.items()}
+        parts, is_turn = {key: _readable(x, is_table) for key, x in value.items()}, "role" in value
         if parts.get("role") == "assistant" and parts.get("tool_calls") and parts.get("content") is None:
-            return parts | {"content": ""}
-        return value if all(parts[key] is x for key, x in value.items()) else parts
+            parts["content"] = ""
+        if is_turn or is_table:
+            parts = {key: x for key, x in parts.items() if x is not None or (is_turn and key == "content")}
+        same = parts.keys() == value.keys() and all(parts[key] is x for key, x in value.items())
+        return value if same else parts
     return value

@@ -256,6 +256,11 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     is_no_hub_name = name.count("/") > 1 or name.startswith((".", "~")) or Path(name).is_absolute()
     if is_no_hub_name and not Path(name).is_dir():
         raise ConfigError(f"no {what} can be loaded from {name!r}: there is no such directory")
+    if newest := _checkpoint_of_unfinished_run(Path(name)):
+        raise ConfigError(
+            f"no {what} can be loaded from {name!r}: its run has not ended. Resume it, or give its newest checkpoint, "
+            f"{str(newest)!r}"
+        )
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, of another kind, or truncated
@@ -286,6 +291,14 @@ def _adapter_base(path: str | Path) -> str | None:
             "peft.PeftModel.from_pretrained(base, path, is_trainable=True)"
         )
     return base
+
+
+def _checkpoint_of_unfinished_run(path: Path) -> Path | None:
+    """The newest checkpoint-N in a directory with neither a model nor a tokenizer of its own; None if there is none."""
+    if any(chain(*map(path.glob, ("config.json", "adapter_config.json", "tokenizer*")))):
+        return None
+    found = [p for p in path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def check_same_data(state: dict, lengths: list[int], data: str) -> None:
         differs = "in content" if before == lengths else f"{len(before)} examples, now {len(lengths)}, or other lengths"
         raise ConfigError(
             f"the checkpoint was trained on other data ({differs}): resume with the same dataset, tokenizer and "
-            "max_length, or start a new run from that model"
+            "maximum length, or start a new run from that model"
         )
 
 

@@ -41,7 +41,7 @@ class RewardConfig:
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last one
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation
     greater_is_better: bool | None = None  # null: no for a loss or an ece, else yes
-    save_steps: int = 500  # steps between checkpoints; 0: only if interrupted, and at the end until the model is saved
+    save_steps: int = 500  # steps between checkpoints; 0: if interrupted, if a step fails, and until the model is saved
     save_total_limit: int = 2  # the newest checkpoints are kept, as is the best one
     max_skipped_steps: int = 10  # the run ends after this many updates in a row were skipped for a NaN or inf
     num_samples: int = 4  # prompts whose responses and rewards go to samples.jsonl at each evaluation

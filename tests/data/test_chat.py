@@ -251,6 +251,8 @@ def test_a_tokenizer_that_cannot_do_the_work_is_refused_with_the_way_out():
     check_tokenizer(tokenizer, conversational=False)
     with pytest.raises(ConfigError, match=r"set tokenizer\.chat_template"):
         check_tokenizer(tokenizer, conversational=True)
+    with pytest.raises(ConfigError, match=r"the tokenizer has no chat template, .*: set tokenizer\.chat_template$"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     tokenizer.pad_token = None
     with pytest.raises(ConfigError, match=r"set tokenizer\.pad_token = tokenizer\.eos_token"):
         check_tokenizer(tokenizer, conversational=False)

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -90,6 +91,35 @@ def test_a_data_frame_may_have_gaps_and_two_calls_in_a_turn(tmp_path):
     pd.DataFrame([{"messages": chat}]).to_parquet(tmp_path / "chats.parquet")
     ((_, turn),) = (row["messages"] for row in as_records(pd.read_parquet(tmp_path / "chats.parquet"), "data"))
     assert turn == {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+@pytest.mark.parametrize("kind", ["list", "Dataset", "stream", "table", "DataFrame", "parquet"])
+def test_a_template_sees_the_keys_of_a_turn_that_have_a_value(kind, tmp_path):
+    """A table has all keys in all rows, and in all calls all arguments. Llama 3's template, for one, asks which turns
+    have tool_calls."""
+    calls = [[{"function": {"name": "f", "arguments": {name: "now"}}}] for name in ("zone", "year")]
+    turns = [{"role": "assistant", "content": "", "tool_calls": call} for call in calls]
+    rows = [{"messages": [CHAT[0], turn]} for turn in [*turns, CHAT[1]]]
+    writes = "(m.tool_calls[0].function | tojson if 'tool_calls' in m else m.content)"
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("m['content']", writes))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    data = {
+        "list": [{"messages": [turn | {"name": None} for turn in row["messages"]]} for row in rows],
+        "Dataset": Dataset.from_list(rows), "stream": Dataset.from_list(rows).to_iterable_dataset(),
+        "table": pyarrow.Table.from_pylist(rows), "DataFrame": pd.DataFrame(rows),
+        "parquet": pd.read_parquet(tmp_path / "rows.parquet"),
+    }[kind]  # fmt: skip
+    examples, _ = sft_examples(data, tokenizer, max_length=64)
+    learned = [tokenizer.decode(example.input_ids[example.response_mask]) for example in examples]
+    arguments = ['{"zone": "now"}', '{"year": "now"}']
+    assert learned == [*(f'{{"name": "f", "arguments": {text}}}<eos>' for text in arguments), "hello<eos>"]
+    assert as_records(data, "data")[2] == {"messages": CHAT}
+
+
+def test_an_argument_that_is_null_in_a_list_is_written():
+    call = {"function": {"name": "f", "arguments": {"zone": None}}}
+    record = {"messages": [CHAT[0], CHAT[1] | {"tool_calls": [call]}]}
+    assert as_records([record], "data")[0]["messages"][1]["tool_calls"] == [call]
 
 
 def test_a_turn_that_only_calls_a_tool_may_have_no_content():
