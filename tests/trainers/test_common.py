@@ -724,14 +724,15 @@ def test_a_first_step_that_changed_something_is_not_repeated_by_the_same_trainer
 def test_a_first_step_that_changed_nothing_is_repeated_by_the_same_trainer(tmp_path, error):
     def fail():
         random.random()
+        walk.guard.skipped += 1
         raise error("stopped")
 
     Walk(Config(str(tmp_path / "whole"))).train()
     walk = Walk(Config(str(tmp_path / "stopped")), at_step={1: fail})
-    walk.whole = True
+    walk.whole, walk.guard = True, common.NonFiniteGuard(5, str(tmp_path))
     with pytest.raises(error, match="stopped"):
         walk.train()
-    assert not (tmp_path / "stopped/checkpoint-0").exists()
+    assert not (tmp_path / "stopped/checkpoint-0").exists() and walk.guard.skipped == 0
     walk.at_step.clear()
     walk.train(resume=True)
     whole, stopped = (without_time(rows(tmp_path / name / "train_log.jsonl")) for name in ("whole", "stopped"))
@@ -989,11 +990,20 @@ def test_a_resumed_run_does_not_raise_an_alarm_that_lasts_again(tmp_path):
 
 
 def test_tensorboard_gets_a_gap_where_a_metric_is_not_finite(tmp_path, monkeypatch):
-    seen = []
-    board = SimpleNamespace(add_scalar=lambda *given: seen.append(given), close=lambda: None)
+    seen, closed = [], []
+    board = SimpleNamespace(add_scalar=lambda *given: seen.append(given), close=lambda: closed.append(len(seen)))
     monkeypatch.setattr(records, "_tensorboard", lambda *given: board)
     Walk(Config(str(tmp_path)), total_steps=2).train()
     assert {name for name, value, _ in seen if math.isnan(value)} == {"worst"}
+    assert closed == [len(seen)]
+
+
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_takes_again(tmp_path, monkeypatch):
+    given, tensorboard = [], pytest.importorskip("torch.utils.tensorboard")
+    monkeypatch.setattr(tensorboard, "SummaryWriter", lambda path, purge_step: given.append(purge_step))
+    for start in (0, 3):
+        records._tensorboard(tmp_path, start)
+    assert given == [None, 4]
 
 
 def test_a_line_is_in_its_file_once_it_is_written(tmp_path):

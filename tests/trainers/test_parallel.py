@@ -170,12 +170,14 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, tmp_path, before, af
     assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2
 
 
-def test_gradients_are_summed_in_buckets_of_one_dtype():
-    sizes = [(torch.float32, 3), (torch.float32, 3), (torch.float32, 1), (torch.float64, 1), (torch.float32, 9)]
+def test_gradients_are_summed_in_buckets_of_one_dtype_and_device():
+    sizes = [(torch.float32, n) for n in (3, 3, 1, 9, 2, 2, 1)]
+    sizes.insert(3, (torch.float64, 1))
     parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for dtype, n in sizes]
+    parameters.append(torch.nn.Parameter(torch.zeros(1, device="meta")))
     with mock.patch.object(parallel, "BUCKET", 24):
         buckets = parallel._buckets(parameters)
-    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9]]
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9], [2, 2, 1], [1]]
 
 
 def test_dropout_and_the_numbers_of_rewards_are_drawn_apart(runs):
