@@ -1,5 +1,6 @@
 """The run around the steps, on a trainer of one number: log, evaluation, checkpoints, resume, signals, refusals."""
 
+import contextlib
 import json
 import math
 import os
@@ -1102,6 +1103,21 @@ def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path, monke
     assert not list(tmp_path.glob(".tmp*")) and checkpoints.damage(tmp_path / "checkpoint-3") is None
     monkeypatch.undo()
     assert Walk(config).train(resume=True).step == 10
+
+
+def test_what_was_gathered_for_a_checkpoint_is_let_go_where_saving_fails(tmp_path):
+    events, walk = [], Walk(Config(str(tmp_path)))
+
+    @contextlib.contextmanager
+    def gathered():
+        events.append("whole")
+        yield
+        events.append("sharded")
+
+    walk.gathered = gathered
+    with pytest.raises(RuntimeError, match="crash"), Everywhere(walk).gathered():
+        _crash()
+    assert events == ["whole", "sharded"]
 
 
 def test_updates_that_are_skipped_are_counted_and_too_many_in_a_row_end_the_run(tmp_path):
