@@ -23,6 +23,7 @@ ONE_STEP = {  # from each rollout, in three micro-batches; no log-probabilities 
     "advantage_estimator": "group", "kl_coef": 0.0, "num_ppo_epochs": 1, "minibatch_size": 12, "micro_batch_size": 4,
 }  # fmt: skip
 STEPS = {"max_steps": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "eval_steps": 2, "save_steps": 2}
+WORST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}  # step 2
 
 
 def share_of_letters(prompts, responses, **columns):
@@ -145,14 +146,14 @@ def sharded(path, fsdp=""):
 
     for name, make in {
         "sft": lambda path: sft(path, on),
-        "again": lambda path: sft(path, {**on, "gradient_checkpointing": True}, examples=9),
-        "reward": lambda path: reward(path, on),
+        "again": lambda path: sft(path, {**on, "gradient_checkpointing": True, "eval_steps": 0}, examples=9),
+        "reward": lambda path: reward(path, on | WORST),
         "ppo": lambda path: ppo(path, **on),
         "shared": lambda path: ppo(path, share_trunk=True, critic_warmup_steps=1, **on),
         "one_step": lambda path: ppo(path, **ONE_STEP, **on),
     }.items():
         trainer, kept, freed = make(path / name), [], set()
-        if on["fsdp"] and name == "sft":
+        if on["fsdp"] and name in ("sft", "again"):
             first, last = trainer.model.model.layers
             last.register_forward_pre_hook(
                 lambda *_, first=first, freed=freed: freed.add(sharding.is_sharded(first)) if first.training else None
@@ -303,8 +304,8 @@ def everything(path):
         found[stage]["state"] = [held(o) for o in getattr(trainer, "optimizers", None) or [trainer.optimizer]]
         if parallel.rank() == 0:
             torch.save([p.detach() for n in networks(trainer) for p in n.parameters()], path / f"{stage}.pt")
-    for make in (sft, reward, ppo):
-        result = (trainer := make(path / "runs" / make.__name__)).train()
+    for make, options in ((sft, {}), (reward, {"steps": WORST}), (ppo, {})):
+        result = (trainer := make(path / "runs" / make.__name__, **options)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
     with mock.patch.object(parallel, "leave_to_others"):  # every process steps all, and keeps all of the state
         deque(whole := sft(path / "whole"), 0)

@@ -1,5 +1,6 @@
 """The run around the steps, on a trainer of one number: log, evaluation, checkpoints, resume, signals, refusals."""
 
+import contextlib
 import json
 import math
 import os
@@ -451,7 +452,8 @@ def test_a_run_that_died_between_its_last_line_and_its_alarm_loses_neither(tmp_p
             monkeypatch.setattr(records.JsonLines, "write", dying)
             with pytest.raises(RuntimeError, match="crash"):
                 walk.train()
-    assert [row["step"] for row in rows(tmp_path / "alarms.jsonl")] == [4, 10]
+    alarms = rows(tmp_path / "alarms.jsonl")
+    assert [alarm["step"] for alarm in alarms] == [4, 10] and not any("ended_run_of" in alarm for alarm in alarms)
     assert [row["step"] for row in rows(tmp_path / "train_log.jsonl")] == [*range(1, 11)]
 
 
@@ -474,7 +476,7 @@ def test_a_trainer_that_goes_on_after_a_failure_raises_the_alarms_of_a_run_witho
     assert alarms[0] and alarms[0] == alarms[1]
 
 
-def test_an_alarm_of_the_last_step_ends_no_run(tmp_path):
+def test_an_alarm_of_the_last_step_is_said_and_ends_no_run(tmp_path, capsys):
     class Watch:
         stop_on = ("kl",)
 
@@ -489,7 +491,7 @@ def test_an_alarm_of_the_last_step_ends_no_run(tmp_path):
     result = walk.train()
     assert result.step == 10 and not result.interrupted and result.stopped_by is None
     (alarm,) = rows(tmp_path / "alarms.jsonl")
-    assert alarm["message"] == "too far" and "ended_run_of" not in alarm
+    assert alarm["message"] == "too far" and "ended_run_of" not in alarm and "kl: too far" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_fails_on_the_way_loses_no_step(tmp_path):
@@ -723,14 +725,15 @@ def test_a_first_step_that_changed_something_is_not_repeated_by_the_same_trainer
 def test_a_first_step_that_changed_nothing_is_repeated_by_the_same_trainer(tmp_path, error):
     def fail():
         random.random()
+        walk.guard.skipped += 1
         raise error("stopped")
 
     Walk(Config(str(tmp_path / "whole"))).train()
     walk = Walk(Config(str(tmp_path / "stopped")), at_step={1: fail})
-    walk.whole = True
+    walk.whole, walk.guard = True, common.NonFiniteGuard(5, str(tmp_path))
     with pytest.raises(error, match="stopped"):
         walk.train()
-    assert not (tmp_path / "stopped/checkpoint-0").exists()
+    assert not (tmp_path / "stopped/checkpoint-0").exists() and walk.guard.skipped == 0
     walk.at_step.clear()
     walk.train(resume=True)
     whole, stopped = (without_time(rows(tmp_path / name / "train_log.jsonl")) for name in ("whole", "stopped"))
@@ -779,13 +782,24 @@ def test_generators_of_gpus_that_are_gone_are_left_aside(monkeypatch):
 
 def test_saving_moves_no_generator(tmp_path):
     walk = Walk(Config(str(tmp_path)))
-    walk.save_model = lambda path: torch.rand(3)
+    walk.save_model, walk.save_in_checkpoint = None, lambda path: torch.rand(3)
     before = torch.get_rng_state()
     checkpoints.save_checkpoint(walk, tmp_path, None, Everywhere(walk).state)
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(1)
-    checkpoints.load_checkpoint(walk, tmp_path / "checkpoint-0")
-    assert torch.equal(torch.get_rng_state(), before)
+    saved = torch.load(tmp_path / "checkpoint-0/state.pt")
+    for rng in (saved["rng"], saved["rng"][0]):  # of each process; earlier versions saved that of a single one
+        torch.save(saved | {"rng": rng}, tmp_path / "checkpoint-0/state.pt")
+        torch.manual_seed(1)
+        checkpoints.load_checkpoint(walk, tmp_path / "checkpoint-0")
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_trainer_that_does_not_load_its_step_is_named(tmp_path):
+    walk = Walk(Config(str(tmp_path)))
+    saved = checkpoints.save_checkpoint(walk, tmp_path, None, Everywhere(walk).state)
+    walk.step, walk.load_state_dict = 3, lambda state: None
+    with pytest.raises(RuntimeError, match=r"Walk\.load_state_dict left step at 3, not 0"):
+        checkpoints.load_checkpoint(walk, saved)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -817,8 +831,10 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_that_goes_with_it(tmp_path, 
     events, fsync, save = [], os.fsync, run.save_checkpoint
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
     monkeypatch.setattr(run, "save_checkpoint", lambda *given: (events.append("saved"), save(*given))[1])
-    Walk(Config(str(tmp_path), save_steps=2), total_steps=3).train()
-    written = {(tmp_path / name).stat().st_ino for name in ("train_log.jsonl", "samples.jsonl")}
+    walk = Walk(Config(str(tmp_path), save_steps=2), total_steps=3)
+    walk.monitors = Monitors({})
+    walk.train()
+    written = {(tmp_path / name).stat().st_ino for name in ("train_log.jsonl", "samples.jsonl", "alarms.jsonl")}
     assert written <= set(events[: events.index("saved")])
 
 
@@ -864,10 +880,10 @@ def test_a_file_anywhere_in_a_checkpoint_may_be_damaged_also_for_the_second_time
     class Nested(Walk):
         def save_model(self, path):
             (path / "value_model").mkdir(exist_ok=True)
-            (path / "value_model/config.json").write_text("{}")
+            (path / "value_model/config.json").write_text(" " * 2**20 + "{}")
 
     Nested(Config(str(tmp_path), save_steps=5)).train()
-    (tmp_path / "checkpoint-10/value_model/config.json").write_text("")
+    (tmp_path / "checkpoint-10/value_model/config.json").write_text(" " * 2**20)
     (tmp_path / "damaged-checkpoint-10/before").mkdir(parents=True)
     with pytest.warns(UserWarning, match="checkpoint-10 is damaged .value_model/config.json not as written"):
         assert checkpoints.newest_whole_checkpoint(tmp_path).name == "checkpoint-5"
@@ -975,11 +991,20 @@ def test_a_resumed_run_does_not_raise_an_alarm_that_lasts_again(tmp_path):
 
 
 def test_tensorboard_gets_a_gap_where_a_metric_is_not_finite(tmp_path, monkeypatch):
-    seen = []
-    board = SimpleNamespace(add_scalar=lambda *given: seen.append(given), close=lambda: None)
+    seen, closed = [], []
+    board = SimpleNamespace(add_scalar=lambda *given: seen.append(given), close=lambda: closed.append(len(seen)))
     monkeypatch.setattr(records, "_tensorboard", lambda *given: board)
     Walk(Config(str(tmp_path)), total_steps=2).train()
     assert {name for name, value, _ in seen if math.isnan(value)} == {"worst"}
+    assert closed == [len(seen)]
+
+
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_takes_again(tmp_path, monkeypatch):
+    given, tensorboard = [], pytest.importorskip("torch.utils.tensorboard")
+    monkeypatch.setattr(tensorboard, "SummaryWriter", lambda path, purge_step: given.append(purge_step))
+    for start in (0, 3):
+        records._tensorboard(tmp_path, start)
+    assert given == [None, 4]
 
 
 def test_a_line_is_in_its_file_once_it_is_written(tmp_path):
@@ -1016,6 +1041,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, harm
         assert (broken / "damaged-checkpoint-6").is_dir()
     assert without_time(rows(broken / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
     assert checkpoints.damage(broken / "checkpoint-6") is None  # saved again on the way
+    assert not list(broken.glob(".tmp*"))
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [
@@ -1077,6 +1103,21 @@ def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(tmp_path, monke
     assert not list(tmp_path.glob(".tmp*")) and checkpoints.damage(tmp_path / "checkpoint-3") is None
     monkeypatch.undo()
     assert Walk(config).train(resume=True).step == 10
+
+
+def test_what_was_gathered_for_a_checkpoint_is_let_go_where_saving_fails(tmp_path):
+    events, walk = [], Walk(Config(str(tmp_path)))
+
+    @contextlib.contextmanager
+    def gathered():
+        events.append("whole")
+        yield
+        events.append("sharded")
+
+    walk.gathered = gathered
+    with pytest.raises(RuntimeError, match="crash"), Everywhere(walk).gathered():
+        _crash()
+    assert events == ["whole", "sharded"]
 
 
 def test_updates_that_are_skipped_are_counted_and_too_many_in_a_row_end_the_run(tmp_path):

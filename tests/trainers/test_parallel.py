@@ -101,6 +101,9 @@ def test_the_first_process_asks_the_engine_for_all(runs):
 def test_a_run_leaves_the_files_of_one_process(runs, stage):
     one, first, second = (found["found"][f"run of {stage}"] for found in runs[:3])
     assert first == second and first["step"] == one["step"] > 2 and not first["interrupted"]
+    best = [{k: v for k, v in found["metrics"].items() if k.startswith(("eval_", "best_"))} for found in (one, first)]
+    close(*best)  # of the model that is kept
+    assert best[1].get("best_step") == (2 if stage == "reward" else None)
     folders = [runs[4] / name / "runs" / stage for name in ("one", "two")]
     assert names(folders[0]) == names(folders[1])
     logs = [[json.loads(line) for line in (folder / "train_log.jsonl").open()] for folder in folders]
@@ -167,12 +170,14 @@ def test_a_run_goes_on_in_another_number_of_processes(runs, tmp_path, before, af
     assert apart.quantile(0.99) < 1e-4 and apart.max() < 2e-2
 
 
-def test_gradients_are_summed_in_buckets_of_one_dtype():
-    sizes = [(torch.float32, 3), (torch.float32, 3), (torch.float32, 1), (torch.float64, 1), (torch.float32, 9)]
+def test_gradients_are_summed_in_buckets_of_one_dtype_and_device():
+    sizes = [(torch.float32, n) for n in (3, 3, 1, 9, 2, 2, 1)]
+    sizes.insert(3, (torch.float64, 1))
     parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for dtype, n in sizes]
+    parameters.append(torch.nn.Parameter(torch.zeros(1, device="meta")))
     with mock.patch.object(parallel, "BUCKET", 24):
         buckets = parallel._buckets(parameters)
-    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9]]
+    assert [[p.numel() for p in bucket] for bucket in buckets] == [[3, 3], [1], [1], [9], [2, 2, 1], [1]]
 
 
 def test_dropout_and_the_numbers_of_rewards_are_drawn_apart(runs):
@@ -288,17 +293,20 @@ def joining(monkeypatch, **patched):
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
-    taken = []
+    taken, at_exit, options = [], [], {}
+    monkeypatch.setattr(parallel.atexit, "register", at_exit.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     for gpu in range(3):
-        joining(monkeypatch, is_initialized=False, init_process_group=None)
+        joining(monkeypatch, is_initialized=False)
+        monkeypatch.setattr(parallel.dist, "init_process_group", lambda _, **given: options.update(given))
         monkeypatch.setenv("LOCAL_RANK", str(gpu))
         with pytest.raises(ConfigError, match="only 2: start one process per GPU") if gpu == 2 else nullcontext():
             parallel.start()
         assert parallel._joined is (gpu < 2)
-    assert taken == [0, 1]
+    assert taken == [0, 1] and at_exit == [parallel._leave] * 2
+    assert options == {"timeout": parallel.WAIT}  # torch's half an hour is too short for a judge
 
 
 @pytest.mark.parametrize(("theirs", "joins"), [("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True)])

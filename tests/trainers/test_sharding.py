@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
-from test_parallel import close, names, run, states
+from test_parallel import as_one_of_two, close, names, run, states
 
 from rlhf_fast import SFTConfig, SFTTrainer, sharding
 from rlhf_fast.errors import ConfigError
@@ -48,6 +48,7 @@ def assert_same(one, two):
 def test_sharded_layers_learn_what_one_process_does(runs, stage):
     one, first, second = (found[stage] for found in runs[:3])
     assert first["digest"] == second["digest"] and first["step"] == one["step"] > 2
+    assert [found["metrics"].get("best_step") for found in (one, first)] == [2 if stage == "reward" else None] * 2
     folders = [runs[3] / name / stage for name in ("one", "two")]
     assert names(folders[0]) == names(folders[1])
     logs = [[json.loads(line) for line in (folder / "train_log.jsonl").open()] for folder in folders]
@@ -73,8 +74,8 @@ def test_each_process_keeps_half_of_the_layers_their_gradients_and_their_state(r
 
 
 def test_a_layer_is_freed_after_its_forward(runs):
-    """Also in the steps after an evaluation, for which all layers were whole."""
-    assert [found["sft"]["freed"] for found in runs[1:3]] == [[True]] * 2
+    """Also in the steps after an evaluation, for which all layers were whole, and before any ("again")."""
+    assert [found[stage]["freed"] for found in runs[1:3] for stage in ("sft", "again")] == [[True]] * 4
 
 
 def test_a_checkpoint_is_that_of_one_process(runs):
@@ -132,12 +133,16 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="there is only one: start it with torchrun"):
         make(fsdp=True)
     monkeypatch.setattr(sharding, "init_device_mesh", lambda *arguments: None)
+    monkeypatch.setattr(sharding.atexit, "register", (at_exit := []).append)
     with pytest.raises(ConfigError, match=r"adapters \(lora_r\) have few of them"):
         sharding.shard(add_lora(tiny_model(tokenizer), r=2, alpha=4))
+    with pytest.raises(ConfigError, match="cannot find the layers of LlamaForCausalLM"):
+        sharding.shard(tiny_model(tokenizer, num_hidden_layers=0))
     skips = tiny_model(tokenizer)
     skips.config.layerdrop = 0.1
     with pytest.raises(ConfigError, match="the model's layerdrop skips some"):
         sharding.shard(skips)
+    assert set(at_exit) == {sharding._let_go}
     with monkeypatch.context() as older, pytest.raises(ConfigError, match=r"needs torch 2\.9"):
         older.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
         sharding.shard(tiny_model(tokenizer))
@@ -149,3 +154,22 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match="asks for FSDP: set fsdp: true"):
         make()
+
+
+def test_layers_are_freed_also_where_work_with_the_whole_ones_fails(monkeypatch):
+    model, calls = tiny_model(tiny_tokenizer(), num_hidden_layers=1), []
+    as_one_of_two(monkeypatch, 0)
+    monkeypatch.setattr(sharding, "is_sharded", lambda layer: True)
+    for name in ("set_reshard_after_forward", "unshard", "reshard"):  # of FSDPModule
+        record = lambda _, *given, name=name: calls.append((name, *given))  # noqa: E731
+        monkeypatch.setattr(type(model.model.layers[0]), name, record, raising=False)
+    with pytest.raises(ZeroDivisionError), sharding.gathered(model):
+        assert calls == [("set_reshard_after_forward", False), ("unshard",)]
+        calls.clear()
+        1 / 0  # noqa: B018
+    assert calls == [("set_reshard_after_forward", True), ("reshard",)]
+
+
+def test_shares_are_filled_up_to_the_longest_and_not_further(monkeypatch):
+    monkeypatch.setattr(sharding.parallel, "all_reduce_max", lambda count: count.clamp(min=3))
+    assert [sharding.as_many(list(range(n)), "spare") for n in (1, 3)] == [[0, "spare", "spare"], [0, 1, 2]]
