@@ -1,6 +1,10 @@
+import os
 import signal
 
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: no test waits for a hub that it cannot reach
+
 from helpers import tiny_model, tiny_tokenizer
 
 from rlhf_fast.ops import _dispatch

@@ -1154,8 +1154,7 @@ def test_what_is_no_list_of_records_is_refused_by_score(tmp_path, capsys, monkey
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".csv"])
-def test_a_name_that_is_too_long_for_a_file_is_refused(sft, tmp_path, name, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_name_that_is_too_long_for_a_file_is_refused(sft, tmp_path, name, capsys):
     assert stage(sft, "sft", "--train_data", name, "--output_dir", str(tmp_path / "run")) == 2
     assert main(["report", name]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -1,9 +1,10 @@
-"""Registers, shared memory and spills of every CUDA kernel, as ptxas reports them.
+"""Registers, shared memory and stack of every CUDA kernel, as ptxas has given them.
 
     python tests/cuda/resources.py             # writes resources.txt anew
     python tests/cuda/resources.py gae scale   # the lines of these files of csrc/cuda
 
-test_build.py compares a build with that file: more registers are fewer threads on a multiprocessor, a spill is traffic.
+test_build.py compares a build with that file: more registers are fewer threads on a multiprocessor, and spilled ones
+are a stack in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +22,17 @@ CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 GOLDEN = Path(__file__).parent / "resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+TRITON = find_spec("triton")  # its package brings a cuobjdump, which not every toolkit has
+CUOBJDUMP = shutil.which("cuobjdump") or (
+    TRITON and shutil.which("cuobjdump", path=Path(TRITON.origin).parent / "backends" / "nvidia" / "bin")
+)
+RESERVED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # bytes of shared memory that CUDA keeps of each block
 
 
 class Usage(NamedTuple):
     registers: int
     shared: int  # bytes, static
-    spilled: int = 0  # bytes, stores and loads
+    stack: int  # bytes: spilled registers, local arrays, and 32 for the arguments of a printf
 
 
 Kernels = dict[tuple[str, str], Usage]  # (kernel, architecture) -> usage
@@ -48,28 +55,36 @@ def readable(symbols: list[str]) -> list[str]:
 
 
 def measure(files: list[str] | None = None) -> Kernels:
-    """Compiles every .cu, or some, with the flags of the build."""
+    """Of the built module if it has them all and no source is newer; otherwise every .cu, or some, is compiled."""
+    module = find_spec("rlhf_fast._C")
+    newest = max(path.stat().st_mtime for path in CUDA.parent.rglob("*"))
+    if not files and module and Path(module.origin).stat().st_mtime > newest:
+        kernels = usage_in(module.origin)
+        if {architecture for _, architecture in kernels} == set(ARCHITECTURES):
+            return kernels
     kernels = {}
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES]
     for source in sorted(CUDA.glob("*.cu")):
         if files and source.stem not in files:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", *targets, "-c", source, "-o", f"{folder}/kernel.o"]
-            report = subprocess.run(command, capture_output=True, text=True)
-        assert report.returncode == 0, report.stderr
-        found = re.findall(
-            r"entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-            r".*?Used (\d+) registers([^\n]*)",
-            report.stderr,
-            re.DOTALL,
-        )
-        for name, (_, architecture, stores, loads, registers, rest) in zip(
-            readable([f[0] for f in found]), found, strict=True
-        ):
-            shared = re.search(r"(\d+) bytes smem", rest)
-            usage = Usage(int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads))
-            kernels[f"{source.stem}: {name}", architecture] = usage
+            compiled = f"{folder}/kernel.o"
+            subprocess.run([NVCC, "-std=c++17", "-O3", *targets, "-c", source, "-o", compiled], check=True)
+            kernels |= usage_in(compiled)
+    return kernels
+
+
+def usage_in(binary: str) -> Kernels:
+    """The kernels of an object file or a module. Their names begin with the file that they are from."""
+    text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True).stdout
+    kernels = {}
+    for part in text.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = (sm_\d+)", part)[1]
+        found = re.findall(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", part)
+        for name, (symbol, registers, stack, shared) in zip(readable([f[0] for f in found]), found, strict=True):
+            file = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", symbol)[1]
+            usage = Usage(int(registers), int(shared) - RESERVED[architecture], int(stack))
+            kernels[f"{file}: {name}", architecture] = usage
     return kernels
 
 
@@ -87,12 +102,12 @@ def write(kernels: Kernels) -> str:
     names = sorted({name for name, _ in kernels})
     width = max(map(len, names))
     lines = [
-        f"# registers/bytes of shared memory by nvcc {nvcc_version()}; written by python tests/cuda/resources.py",
-        f"{'kernel':{width}}  {'  '.join(f'{a:>8}' for a in ARCHITECTURES)}",
+        f"# registers/bytes shared/bytes of stack by nvcc {nvcc_version()}; written by python tests/cuda/resources.py",
+        f"{'kernel':{width}}  {'  '.join(f'{a:>9}' for a in ARCHITECTURES)}",
     ]
     for name in names:
-        cells = [f"{kernels[name, a].registers}/{kernels[name, a].shared}" for a in ARCHITECTURES]
-        lines.append(f"{name:{width}}  {'  '.join(f'{cell:>8}' for cell in cells)}")
+        cells = ["/".join(map(str, kernels[name, a])) for a in ARCHITECTURES]
+        lines.append(f"{name:{width}}  {'  '.join(f'{cell:>9}' for cell in cells)}")
     return "\n".join(lines) + "\n"
 
 
@@ -110,6 +125,4 @@ def read() -> tuple[str, Kernels]:
 
 if __name__ == "__main__":
     kept = {k: u for k, u in read()[1].items() if k[0].split(":")[0] not in sys.argv[1:]} if sys.argv[1:] else {}
-    measured = measure(sys.argv[1:])
-    print("\n".join(f"{name} on {a} spills {u.spilled} bytes" for (name, a), u in measured.items() if u.spilled))
-    GOLDEN.write_text(write(kept | measured))
+    GOLDEN.write_text(write(kept | measure(sys.argv[1:])))
