@@ -154,8 +154,11 @@ def test_the_pages_say_what_the_result_files_do(tmp_path, monkeypatch):
 def test_the_sentences_beside_the_tables_name_their_ratios():
     """Those that change with every measurement; CONTRIBUTING asks to read the others again."""
 
-    files = [json.loads(path.read_text()) for path in (report.ROOT / "bench" / "results").glob("cpu_amd*.json")]
-    newest = op_report.newest(files)
+    results = report.ROOT / "bench" / "results"
+    intel, amd = (
+        op_report.newest([json.loads(path.read_text()) for path in results.glob(f"cpu_{name}*.json")])
+        for name in ("intel", "amd")
+    )
 
     def between(rows, op, direction, peer, digits=1):
         rows = [row for row in rows if row["op"] in op.split() and row["direction"] == direction]
@@ -163,19 +166,24 @@ def test_the_sentences_beside_the_tables_name_their_ratios():
         return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f}"
 
     readme, page = (" ".join((report.ROOT / page).read_text().split()) for page in ("README.md", "docs/benchmarks.md"))
-    both, malloc = "forward+backward", [row for file in newest if file.get("allocator") for row in file["rows"]]
-    linear = [row for file in newest for row in file["rows"] if "x896x" in row["shape"]]
+    both, malloc = "forward+backward", [row for file in intel if file.get("allocator") for row in file["rows"]]
+    linear, other_linear = (
+        [row for file in files for row in file["rows"] if "x896x" in row["shape"]] for files in (intel, amd)
+    )
     eager = [between(malloc, "token_logprobs", direction, "eager") for direction in ("forward", both)]
     compiled = [between(malloc, "token_logprobs token_logprobs_and_entropy", "forward", "compile"),
                 between(malloc, "token_logprobs", both, "compile")]  # fmt: skip
-    assert f"Eager then takes {eager[0]} times our time forward and {eager[1]} times forward and backward" in page
+    assert f"eager then takes {eager[0]} times our time forward and {eager[1]} times forward and backward" in page
     assert f"`torch.compile` {compiled[0]} and {compiled[1]}." in page
     assert f"{eager[0]}x forward, {eager[1]}x with backward" in page
-    losses = between(linear, "linear_cross_entropy linear_ppo_loss", both, "compile")
-    logprobs = between(linear, "linear_token_logprobs", both, "compile", 2)
+    losses = between(other_linear, "linear_cross_entropy linear_ppo_loss", both, "compile")
+    logprobs = between(other_linear, "linear_token_logprobs", both, "compile", 2)
     told = f"`torch.compile` takes {losses} times our time on the losses, and {logprobs} on `linear_token_logprobs`"
-    assert told in page
-    assert f"At a width of 896 `torch.compile` takes {logprobs} times our time on `linear_token_logprobs`" in readme
+    assert told in page and f"Other CPUs: [{logprobs}]" in readme
+    (row,) = (row for row in linear if row["op"] == "linear_token_logprobs" and row["direction"] == both)
+    eager, compiled = (f"{op_report.best(row, (peer,)):.2f}" for peer in ("eager", "compile"))
+    told = f"At a width of 896 eager takes {eager} times our time on `linear_token_logprobs` in {row['dtype']}"
+    assert told in readme and f"`torch.compile` {compiled}:" in readme and f"eager takes {eager} of its time" in page
 
 
 def test_an_op_measured_again_takes_the_place_of_its_older_rows():

@@ -5,8 +5,8 @@ autograd. Any other backend is a native kernel, and `op(...)` calls it in one of
     directly, for plain tensors in eager mode: one autograd.Function, or no wrapper at all if nothing requires grad;
     through torch.library in all other cases (torch.compile, fake tensors, functorch, tensor subclasses).
 
-The kernels of a device are listed in order of preference. On a CPU the order is measured (bench/results/cpu.json
-compares native with eager and torch.compile). On a GPU, native before triton is predicted (bench/notes.md) and not yet
+The kernels of a device are listed in order of preference. On a CPU the order is measured (bench/results/cpu_*.json
+compare native with eager and torch.compile). On a GPU, native before triton is predicted (bench/notes.md) and not yet
 measured.
 """
 
