@@ -26,7 +26,7 @@ TRITON = find_spec("triton")  # its package brings a cuobjdump, which not every 
 CUOBJDUMP = shutil.which("cuobjdump") or (
     TRITON and shutil.which("cuobjdump", path=Path(TRITON.origin).parent / "backends" / "nvidia" / "bin")
 )
-RESERVED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # bytes of shared memory that CUDA keeps of each block
+RESERVED = {"sm_80": 0, "sm_90": 1024, "sm_100": 1024}  # bytes of shared memory that CUDA keeps of a block that has any
 
 
 class Usage(NamedTuple):
@@ -78,12 +78,12 @@ def usage_in(binary: str) -> Kernels:
     """The kernels of an object file or a module. Their names begin with the file that they are from."""
     text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True).stdout
     kernels = {}
-    for part in text.split("Fatbin elf code:")[1:]:
+    for part in text.split("Fatbin elf code:")[1:]:  # one for each source and architecture
         architecture = re.search(r"arch = (sm_\d+)", part)[1]
+        file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", part)[1]
         found = re.findall(r"Function (\w+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", part)
-        for name, (symbol, registers, stack, shared) in zip(readable([f[0] for f in found]), found, strict=True):
-            file = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", symbol)[1]
-            usage = Usage(int(registers), int(shared) - RESERVED[architecture], int(stack))
+        for name, (_, registers, stack, shared) in zip(readable([f[0] for f in found]), found, strict=True):
+            usage = Usage(int(registers), max(0, int(shared) - RESERVED[architecture]), int(stack))
             kernels[f"{file}: {name}", architecture] = usage
     return kernels
 
