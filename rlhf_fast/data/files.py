@@ -142,7 +142,7 @@ def as_records(dataset, name: str) -> list[dict]:
 def as_rows(dataset, name: str) -> list:
     """The rows of a list, a datasets.Dataset, a DataFrame, an Arrow table, or anything else that is iterated or indexed
     by row. ConfigError for everything else, such as a dict, whose iterator would give its keys."""
-    is_table = any(hasattr(dataset, name) for name in ("column_names", "iterrows", "read_all", "to_pylist"))
+    is_table = any(hasattr(dataset, kind) for kind in ("column_names", "iterrows", "read_all", "to_pylist"))
     if hasattr(dataset, "to_dict") and hasattr(dataset, "iterrows"):
         dataset = dataset.astype(object).where(dataset.notna(), None).to_dict("records")  # pandas marks gaps with NaN
     if hasattr(dataset, "read_all"):  # Arrow's reader
