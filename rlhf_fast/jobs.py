@@ -115,8 +115,8 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
         train_dataset=train,
         eval_dataset=held_out,
         tokenizer=tokenizer,
-        ref_model=_ref_model(job.ref_model, tokenizer) if job.ref_model else None,
-        value_model=_value_model(job.value_model, tokenizer) if job.value_model else None,
+        ref_model=job.ref_model or None,
+        value_model=job.value_model or None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
         rollout_func=_rollout_func(job),
     )
@@ -133,32 +133,6 @@ def _rollout_func(job: PPOJob) -> Callable | None:
     if job.rollout_options:
         raise ConfigError("ppo: rollout_options are for a rollout_server: give its URL as rollout_server")
     return resolve_reward(job.rollout_func) if job.rollout_func else None
-
-
-def _ref_model(path: str, tokenizer) -> str:
-    """path. ConfigError if its tokenizer has other tokens than the policy's."""
-    if not _same_tokens(load_tokenizer(path), tokenizer):
-        raise ConfigError(
-            f"ppo: ref_model {path!r} has another tokenizer than the policy's, so its log-probabilities would be of "
-            "other words: give a model of the same family"
-        )
-    return path
-
-
-def _value_model(path: str, tokenizer):
-    """The reward model that the values start from. ConfigError if its tokenizer has other tokens than the policy's."""
-    trained = RewardModelReward.load(path)
-    if not _same_tokens(trained.tokenizer, tokenizer):
-        raise ConfigError(
-            f"ppo: value_model {path!r} was trained with another tokenizer than the policy's, so its values would mean "
-            "nothing: leave value_model out (you can still use it as `reward`)"
-        )
-    return trained.model
-
-
-def _same_tokens(tokenizer, of_policy) -> bool:
-    """Whether every token of the policy has the same number in the other tokenizer."""
-    return of_policy.get_vocab().items() <= tokenizer.get_vocab().items()
 
 
 # -- around a trainer --------------------------------------------------------------------------------------------------

@@ -780,7 +780,7 @@ def test_the_reference_of_a_policy_may_be_another_model_of_its_tokens(reward, tm
     for option, path in (("ref_model", other), ("value_model", critic)):
         tiny_tokenizer().save_pretrained(path)
         assert main([*ppo, "--output_dir", str(tmp_path / "no"), f"--{option}", str(path)]) == 2
-        assert re.search(f"ppo: {option} .*another tokenizer than the policy's", capsys.readouterr().err)
+        assert re.search(f"PPOTrainer: {option} .*another tokenizer than the policy's", capsys.readouterr().err)
 
 
 def test_generate_answers_each_prompt(sft, capsys):

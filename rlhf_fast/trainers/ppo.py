@@ -84,8 +84,8 @@ class PPOTrainer:
     these, weight). Datasets have a prompt (text or messages); their other columns go to the reward functions.
     ref_model: by default a frozen copy of the given policy. With new LoRA adapters (config.lora_r) the reference is the
     policy itself with its adapters switched off. With kl_coef 0 there is none by default, and no KL in the log.
-    value_model: a ValueModel, or a reward model (an object, not its path) to start one from; by default the policy's
-    trunk with a head of zeros. An advantage_estimator other than "gae" has no value model.
+    value_model: a ValueModel, or a reward model, or its path, to start one from; by default the policy's trunk with a
+    head of zeros. An advantage_estimator other than "gae" has no value model.
     eval_rewards: {name: reward that the policy never trains on}, logged for eval_dataset as eval_<name>. They measure
     the true goal, beside the reward that is optimised.
     rollout_func: replaces our sampling by another engine or a loop with tools, as in TRL's GRPOTrainer:
@@ -129,9 +129,9 @@ class PPOTrainer:
         self.policy = common.with_adapters(load_policy(model), config, model)
         self.reward = make_reward(reward, self.tokenizer)
         self.eval_rewards = {name: make_reward(r, self.tokenizer) for name, r in (eval_rewards or {}).items()}
-        self.reference = choose_reference(self.policy, ref_model, config)
+        self.reference = choose_reference(self.policy, ref_model, config, self.tokenizer)
         self.has_reference = ref_model is not None or bool(config.kl_coef)
-        self.value_model = choose_critic(self.policy, value_model, config)
+        self.value_model = choose_critic(self.policy, value_model, config, self.tokenizer)
         check_rewards(self, longest_prompt)
         prepare_networks(self, self._networks(), longest, advice)
         self.packed = packs(self._trunks(), longest, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,20 +17,22 @@ from ..models import (
     check_lm_head,
     disable_dropout,
     load_policy,
+    load_tokenizer,
     make_reference,
     starts_as_its_base,
     stop_at_eos,
     unwrapped,
 )
 from ..packing import why_not_packed
-from ..rewards import check_room, check_signature
+from ..rewards import RewardModelReward, check_room, check_signature
 from . import common
 from .ppo_config import PPOConfig
 
 
-def choose_reference(policy: nn.Module, ref_model, config: PPOConfig) -> nn.Module | None:
+def choose_reference(policy: nn.Module, ref_model, config: PPOConfig, tokenizer) -> nn.Module | None:
     """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if that is the
-    policy with its adapters switched off, or if there is no reference, because a KL of weight 0 needs none."""
+    policy with its adapters switched off, or if there is no reference, because a KL of weight 0 needs none.
+    ConfigError if there is a tokenizer beside ref_model, and its tokens are not the policy's."""
     if ref_model is policy:
         raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; leave it out or give a copy")
     if ref_model is None:
@@ -40,18 +43,32 @@ def choose_reference(policy: nn.Module, ref_model, config: PPOConfig) -> nn.Modu
                 "ref_model to measure it, or leave kl out"
             )
         return None if not config.kl_coef or starts_as_its_base(policy) else make_reference(policy)
+    if isinstance(ref_model, (str, Path)) and not _same_tokens(_tokenizer_at(ref_model, tokenizer), tokenizer):
+        raise ConfigError(
+            f"PPOTrainer: ref_model {str(ref_model)!r} has another tokenizer than the policy's, so its log-probabilities "
+            "would be of other words: give a model of the same family"
+        )
     return load_policy(ref_model).eval().requires_grad_(False)
 
 
-def choose_critic(policy: nn.Module, value_model, config: PPOConfig) -> ValueModel | None:
-    """value_model (a ValueModel, or a reward model to start from), or the policy's trunk with a head of zeros; None if
-    the advantage estimator needs no critic."""
+def choose_critic(policy: nn.Module, value_model, config: PPOConfig, tokenizer) -> ValueModel | None:
+    """value_model (a ValueModel, or a reward model to start from, or its path), or the policy's trunk with a head of
+    zeros; None if the advantage estimator needs no critic. ConfigError if the tokens of a reward model loaded from a
+    path are not the policy's."""
     estimator, shared = config.advantage_estimator, config.share_trunk
     if value_model is not None:
         if shared:
             raise ConfigError("PPOTrainer: share_trunk puts the value head on the policy; give no value_model")
         if estimator != "gae":
             raise ConfigError(f"PPOTrainer: advantage_estimator {estimator!r} has no critic; give no value_model")
+        if isinstance(value_model, (str, Path)):
+            reward = RewardModelReward.load(value_model)
+            if not _same_tokens(reward.tokenizer, tokenizer):
+                raise ConfigError(
+                    f"PPOTrainer: value_model {str(value_model)!r} was trained with another tokenizer than the policy's, "
+                    "so its values would mean nothing: leave value_model out (you can still use it as `reward`)"
+                )
+            value_model = reward.model
         return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
     if estimator != "gae":
         return None
@@ -59,6 +76,19 @@ def choose_critic(policy: nn.Module, value_model, config: PPOConfig) -> ValueMod
     if shared:
         setattr(critic.model, critic.model.base_model_prefix, unwrapped(policy).base_model)
     return critic
+
+
+def _tokenizer_at(path: str | Path, default):
+    """The tokenizer that lies beside a model; default if there is none, or no model, of which load_policy will tell."""
+    try:
+        return load_tokenizer(path)
+    except ConfigError:
+        return default
+
+
+def _same_tokens(tokenizer, of_policy) -> bool:
+    """Whether every token of the policy has the same number in the other tokenizer."""
+    return of_policy.get_vocab().items() <= tokenizer.get_vocab().items()
 
 
 def check_rewards(trainer, longest: Prompt) -> None:

@@ -16,7 +16,7 @@ from rlhf_fast import kl_penalty
 from rlhf_fast.advantages import BASELINES, RunningStd, sequence_advantages, shaped_scores
 from rlhf_fast.data.formats import Prompt
 from rlhf_fast.errors import ConfigError, NonFiniteError
-from rlhf_fast.models import ValueModel, hidden_states, load_reward_model
+from rlhf_fast.models import ValueModel, hidden_states, load_reward_model, save_model
 from rlhf_fast.ops.reference import AGGREGATIONS
 from rlhf_fast.packing import packing
 from rlhf_fast.rollout import check_rollout_lists, make_rollout, minibatches, packed_rows, right_padded
@@ -359,11 +359,15 @@ def test_of_equal_returns_no_share_is_explained(tmp_path, reward, varies):
             assert not varies or metrics["critic/vf_explained_var"] == 0.0  # by a critic of zeros
 
 
-def test_a_value_model_is_no_path(tmp_path):
-    tokenizer = tiny_tokenizer()
-    load_reward_model(tiny_model(tokenizer), tokenizer).save_pretrained(tmp_path / "rm")
-    with pytest.raises(ConfigError, match="not a path: give load_reward_model"):
-        make_trainer(tmp_path, value_model=str(tmp_path / "rm"))
+def test_models_given_by_path_must_have_the_tokens_of_the_policy(tmp_path):
+    tokenizer, paths = tiny_tokenizer(), {"ref_model": tmp_path / "other", "value_model": tmp_path / "rm"}
+    tiny_model(tokenizer, seed=1).save_pretrained(paths["ref_model"])  # without its tokenizer, which is not needed
+    save_model(load_reward_model(tiny_model(tokenizer), tokenizer), tokenizer, paths["value_model"])
+    assert sum(1 for _ in make_trainer(tmp_path, **paths)) > 0
+    for option, path in paths.items():
+        tiny_tokenizer(eos="</s>").save_pretrained(path)
+        with pytest.raises(ConfigError, match=f"{option} .*{path.name}.* another tokenizer than the policy's"):
+            make_trainer(tmp_path, **{option: str(path)})
 
 
 def test_a_reward_that_could_not_be_called_later_is_refused_at_the_start(tmp_path):
