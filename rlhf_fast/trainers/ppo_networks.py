@@ -45,8 +45,8 @@ def choose_reference(policy: nn.Module, ref_model, config: PPOConfig, tokenizer)
         return None if not config.kl_coef or starts_as_its_base(policy) else make_reference(policy)
     if isinstance(ref_model, (str, Path)) and not _same_tokens(_tokenizer_at(ref_model, tokenizer), tokenizer):
         raise ConfigError(
-            f"PPOTrainer: ref_model {str(ref_model)!r} has another tokenizer than the policy's, so its log-probabilities "
-            "would be of other words: give a model of the same family"
+            f"PPOTrainer: ref_model {str(ref_model)!r} has another tokenizer than the policy's, so its "
+            "log-probabilities would be of other words: give a model of the same family"
         )
     return load_policy(ref_model).eval().requires_grad_(False)
 
@@ -65,8 +65,8 @@ def choose_critic(policy: nn.Module, value_model, config: PPOConfig, tokenizer) 
             reward = RewardModelReward.load(value_model)
             if not _same_tokens(reward.tokenizer, tokenizer):
                 raise ConfigError(
-                    f"PPOTrainer: value_model {str(value_model)!r} was trained with another tokenizer than the policy's, "
-                    "so its values would mean nothing: leave value_model out (you can still use it as `reward`)"
+                    f"PPOTrainer: value_model {str(value_model)!r} was trained with another tokenizer than the "
+                    "policy's, so its values would mean nothing: leave value_model out (you can still use it as `reward`)"
                 )
             value_model = reward.model
         return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
