@@ -66,7 +66,7 @@ def choose_critic(policy: nn.Module, value_model, config: PPOConfig, tokenizer) 
             if not _same_tokens(reward.tokenizer, tokenizer):
                 raise ConfigError(
                     f"PPOTrainer: value_model {str(value_model)!r} was trained with another tokenizer than the "
-                    "policy's, so its values would mean nothing: leave value_model out (you can still use it as `reward`)"
+                    "policy's, so its values would mean nothing: leave value_model out (it can still be the reward)"
                 )
             value_model = reward.model
         return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)

@@ -82,6 +82,8 @@ class RewardTrainer:
         )
         self.width = max(len(item.responses) for item in self.items + self.eval_items)
         self._check_pairs()
+        if not any(item.weight for item in self.items):
+            raise ConfigError("train_dataset: every record has weight 0, so there is nothing to learn from")
         self.reference: list[np.ndarray] = []
         if reference_dataset is not None:
             self.reference, report = responses_to_score(reference_dataset, self.tokenizer, **options)

@@ -598,9 +598,9 @@ def test_fewer_pairs_than_a_batch(tmp_path, count):
 
 
 def test_a_step_of_weightless_pairs_changes_nothing(tmp_path):
-    rm = trainer(tmp_path, [pair(0, weight=0.0)])
+    rm = trainer(tmp_path, [pair(0, weight=0.0), pair(1)])
     before = rm.model.score.weight.clone()
-    metrics = next(iter(rm))
+    metrics = rm._train_step(rm.items[:1])
     assert metrics["loss"].item() == 0 and metrics["grad_norm"].item() == 0
     assert torch.equal(rm.model.score.weight, before)
 
@@ -617,6 +617,7 @@ def test_a_step_of_weightless_pairs_changes_nothing(tmp_path):
         ({"data": RANKED, "center_rewards_coefficient": 0.1}, "center_rewards_coefficient is defined for pairs"),
         ({"data": [*RANKED, pair(0, margin=1.0, chosen_prob=0.9)]}, "margin, chosen_prob is defined for pairs"),
         ({"data": [{**RANKED[0], "weight": 2.0}]}, "weight is defined for pairs"),
+        ({"data": [pair(0, weight=0.0)]}, "every record has weight 0"),
     ],
 )
 def test_what_cannot_train_is_refused_before_anything_is_written(tmp_path, change, message):
