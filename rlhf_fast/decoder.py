@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -131,6 +131,19 @@ def attends_in_its_own_way(model: nn.Module) -> bool:
 
 def is_silu(activation: nn.Module) -> bool:
     return type(activation) in SILU and not _is_altered(activation)
+
+
+def gelu_in_one_pass(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation; gelu_new, for which transformers takes eight passes over memory, in one of PyTorch."""
+    if type(activation) is not NewGELUActivation or _is_altered(activation):
+        return activation
+    return partial(nn.functional.gelu, approximate="tanh")
+
+
+def gpt2_scaling(config, head_dim: int, layer: int) -> float:
+    """attn.scaling in transformers 5; version 4 lacks it."""
+    scaling = head_dim**-0.5 if config.scale_attn_weights else 1.0
+    return scaling / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scaling
 
 
 def _is_plain(module) -> bool:
@@ -414,11 +427,8 @@ class _GPT2:
         for i, block in enumerate(trunk.h):
             modules = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
             products = dict(zip(("qkv", "output", "up", "down"), (_product(x, bf16) for x in modules), strict=True))
-            self.layers.append({"block": block, "scaling": self._scaling(trunk.config, i), **products})
-
-    def _scaling(self, config, layer: int) -> float:  # attn.scaling in transformers 5; version 4 lacks it
-        scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        return scaling / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scaling
+            scaling, activation = gpt2_scaling(trunk.config, self.head_dim, i), gelu_in_one_pass(block.mlp.act)
+            self.layers.append({"block": block, "scaling": scaling, "activation": activation, **products})
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.trunk.wte(ids) + self.trunk.wpe(positions)
@@ -428,7 +438,7 @@ class _GPT2:
 
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
         x, block = x + layer["output"](attended), layer["block"]
-        return x + layer["down"](block.mlp.act(layer["up"](block.ln_2(x))))
+        return x + layer["down"](layer["activation"](layer["up"](block.ln_2(x))))
 
 
 class Decoder:

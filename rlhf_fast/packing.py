@@ -34,7 +34,7 @@ from .errors import ConfigError
 from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .ops import _layer
 from .ops._dispatch import plain_in_backward
-from .trunk import llama, runs_here
+from .trunk import forward, runs_here
 
 NAME = "rlhf_fast_packed"  # the name of packed_attention in transformers, within packing()
 FLASH = ("flash_attention_2", "flash_attention_3")
@@ -137,7 +137,7 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
     if trunk.config._attn_implementation == NAME:
         if runs_here(model):
             options = {"attend": partial(_attend, packed, None), "attend_read": partial(_attend, packed, read)}
-            return llama(trunk, packed.input_ids[0], packed.position_ids[0], read, **options)
+            return forward(trunk, packed.input_ids[0], packed.position_ids[0], read, **options)
         where = {"packed": packed}
     else:
         if trunk.config._attn_implementation not in FLASH:
@@ -153,7 +153,7 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
 
 
 def _attend(packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """packed_attention for (N, heads, d) tensors, the layout of trunk.llama."""
+    """packed_attention for (N, heads, d) tensors, the layout of trunk.forward."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return packed_attention(None, q, k, v, None, packed=packed, scaling=scale, read=read)[0]
 

@@ -5,11 +5,11 @@
                        x += mlp(norm(x))                     in the last layer for the chosen tokens only
     norm(x)                                                  (M, D)
 
-llama, mistral, qwen2 and qwen3 in float32 on the CPU run here; all other models go through transformers. The model's
-own modules do the matrix products, with LoRA adapters if it has them, under autocast in bfloat16. Every step between
-the products is in float32 and one pass over memory (ops/_layer.py); so is attention, whose backward in bfloat16 takes
-PyTorch twice as long. There are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to
-end (packing.py).
+llama, mistral, qwen2, qwen3 and gpt2 in float32 on the CPU run here; all other models go through transformers. The
+model's own modules do the matrix products, with LoRA adapters if it has them, under autocast in bfloat16. The steps
+between the products are in float32 and take few passes over memory: those of llama are in ops/_layer.py, and so is
+attention, whose backward in bfloat16 takes PyTorch twice as long. There are two layouts: rows padded on the right
+(hidden_states_at, for PPO) and sequences end to end (packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .decoder import is_silu, why_no_decoder
+from .decoder import gelu_in_one_pass, gpt2_scaling, is_silu, why_no_decoder
 from .models import hidden_states, unwrapped
 from .ops import _layer
 
@@ -40,28 +40,24 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
         # Padding is on the right, so the causal mask hides it.
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
-    return llama(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
+    return forward(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
 
 
 def runs_here(model) -> bool:
-    """Whether llama() can run the model in its present state."""
+    """Whether forward() can run the model in its present state."""
     weight = model.get_input_embeddings().weight
     if why_no_decoder(model) is not None or not _layer.runs_on(weight, products=False):
         return False
     model = unwrapped(model)
-    if model.config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+    if model.config.model_type not in FAMILIES:
         return False
-    layer = model.base_model.layers[0]
-    return not (
-        isinstance(layer, FSDPModule)  # its own forward gathers it, and runs without gradients too, for the same bits
-        or model.config.hidden_act != "silu"
-        or not all(is_silu(layer.mlp.act_fn) for layer in model.base_model.layers)
-        or getattr(layer, "gradient_checkpointing", False)
-        or (model.training and layer.self_attn.attention_dropout)
-    )
+    family = FAMILIES[model.config.model_type](model.base_model, torch.float32)
+    layer = family.layers[0]
+    # FSDP's own forward gathers a layer; it runs without gradients too, for the same bits.
+    return family.fits() and not isinstance(layer, FSDPModule) and not getattr(layer, "gradient_checkpointing", False)
 
 
-def llama(
+def forward(
     trunk, input_ids: Tensor, position_ids: Tensor, read: Tensor, attend: Callable, attend_read: Callable | None = None
 ) -> Tensor:
     """(N,) tokens, (T,) positions, (M,) indices `read` into the tokens -> (M, D) hidden states at these tokens.
@@ -75,36 +71,112 @@ def llama(
     rows, count, dtype = len(input_ids), len(read), torch.float32
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.bfloat16  # of what the products read
-        input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)  # rotary repeats the positions for them
-    x = trunk.embed_tokens(input_ids)
-    cos, sin = trunk.rotary_emb(x, position_ids=position_ids[None])
-    cos, sin = cos[0].contiguous(), sin[0].contiguous()  # (T, d)
-    for layer in trunk.layers:
-        attention, h, is_last = layer.self_attn, _norm(layer.input_layernorm, x, dtype), layer is trunk.layers[-1]
-        queries, turn, asked = h, (cos, sin), rows
+        input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)
+    family = FAMILIES[trunk.config.model_type](trunk, dtype)
+    x = family.embed(input_ids, position_ids)
+    for i, layer in enumerate(family.layers):
+        h, is_last, asked, some = family.attention_norm(layer, x), i + 1 == len(family.layers), rows, None
         if is_last:  # the other tokens are needed only for their keys and values
             x = x.index_select(0, read)
             if attend_read is not None:
-                queries, *turn = (y.index_select(0, read) for y in (h, cos, sin))
-                attend, asked = attend_read, count
-        q, k, v = (
-            project(y).float().unflatten(-1, (-1, attention.head_dim))
-            for project, y in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
-        )
-        if hasattr(attention, "q_norm"):
-            q, k = (_norm(norm, y) for norm, y in ((attention.q_norm, q), (attention.k_norm, k)))
+                attend, asked, some = attend_read, count, read
+        q, k, v = family.project(layer, h, some)
         with torch.autocast("cpu", enabled=False):
-            q, k = _layer.rotary(q, *turn), _layer.rotary(k, cos, sin)
-            attended = attend(_first(asked, q), _first(rows, k), _first(rows, v), attention.scaling)
+            attended = attend(_first(asked, q), _first(rows, k), _first(rows, v), family.scaling(layer, i))
         attended = attended.reshape(asked, q.shape[1] * q.shape[2])
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)
         elif asked < len(x):
             attended = nn.functional.pad(attended, (0, 0, 0, len(x) - asked))
-        x = x + attention.o_proj(attended)
-        h, mlp = _norm(layer.post_attention_layernorm, x, dtype), layer.mlp
-        x = x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).to(dtype), mlp.up_proj(h).to(dtype)))
-    return _first(count, _norm(trunk.norm, x))
+        x = x + family.output(layer, attended)
+        x = x + family.mlp(layer, x)
+    return _first(count, family.norm(x))
+
+
+class _Llama:
+    """Rotary positions, RMSNorm and a gated MLP."""
+
+    def __init__(self, trunk, dtype: torch.dtype):
+        self.trunk, self.layers, self.dtype = trunk, trunk.layers, dtype
+
+    def fits(self) -> bool:
+        """Whether the methods below compute what the modules would."""
+        drops = self.trunk.training and self.layers[0].self_attn.attention_dropout
+        silu = self.trunk.config.hidden_act == "silu" and all(is_silu(layer.mlp.act_fn) for layer in self.layers)
+        return silu and not drops
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.trunk.embed_tokens(input_ids)
+        cos, sin = self.trunk.rotary_emb(x, position_ids=position_ids[None])
+        self.angles = cos[0].contiguous(), sin[0].contiguous()  # (T, d)
+        return x
+
+    def attention_norm(self, layer, x: Tensor) -> Tensor:
+        return _rms_norm(layer.input_layernorm, x, self.dtype)
+
+    def project(self, layer, h: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, D) -> queries, keys and values, (N, heads, d) in float32. some: the tokens whose queries are needed."""
+        attention, queries, turn = layer.self_attn, h, self.angles
+        if some is not None:
+            queries, *turn = (x.index_select(0, some) for x in (h, *self.angles))
+        q, k, v = (
+            project(x).float().unflatten(-1, (-1, attention.head_dim))
+            for project, x in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = (_rms_norm(norm, x) for norm, x in ((attention.q_norm, q), (attention.k_norm, k)))
+        return _layer.rotary(q, *turn), _layer.rotary(k, *self.angles), v
+
+    def scaling(self, layer, i: int) -> float:
+        return layer.self_attn.scaling
+
+    def output(self, layer, attended: Tensor) -> Tensor:
+        return layer.self_attn.o_proj(attended)
+
+    def mlp(self, layer, x: Tensor) -> Tensor:
+        h, mlp = _rms_norm(layer.post_attention_layernorm, x, self.dtype), layer.mlp
+        return mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).to(self.dtype), mlp.up_proj(h).to(self.dtype)))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return _rms_norm(self.trunk.norm, x)
+
+
+class _GPT2:
+    """Learned positions, LayerNorm and one projection to queries, keys and values."""
+
+    def __init__(self, trunk, dtype: torch.dtype):
+        self.trunk, self.layers = trunk, trunk.h
+
+    def fits(self) -> bool:
+        return not (self.trunk.training and self.layers[0].attn.attn_dropout.p)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        repeats = -(-len(input_ids) // max(len(position_ids), 1))
+        positions = position_ids.repeat(repeats)[: len(input_ids)]
+        return self.trunk.drop(self.trunk.wte(input_ids) + self.trunk.wpe(positions))
+
+    def attention_norm(self, layer, x: Tensor) -> Tensor:
+        return layer.ln_1(x)
+
+    def project(self, layer, h: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = layer.attn.c_attn(h).float().view(len(h), 3, -1, layer.attn.head_dim).unbind(1)
+        return q if some is None else q.index_select(0, some), k, v
+
+    def scaling(self, layer, i: int) -> float:
+        return gpt2_scaling(self.trunk.config, layer.attn.head_dim, i)
+
+    def output(self, layer, attended: Tensor) -> Tensor:
+        return layer.attn.resid_dropout(layer.attn.c_proj(attended))
+
+    def mlp(self, layer, x: Tensor) -> Tensor:
+        mlp = layer.mlp
+        return mlp.dropout(mlp.c_proj(gelu_in_one_pass(mlp.act)(mlp.c_fc(layer.ln_2(x)))))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return self.trunk.ln_f(x)
+
+
+FAMILIES = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _Llama), "gpt2": _GPT2}  # by model_type
 
 
 def _with_spare_rows(ids: Tensor) -> Tensor:
@@ -115,6 +187,6 @@ def _first(rows: int, x: Tensor) -> Tensor:
     return x if len(x) == rows else x[:rows]
 
 
-def _norm(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def _rms_norm(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     return _layer.rms_norm(rows, module.weight, module.variance_epsilon, dtype).view(x.shape)

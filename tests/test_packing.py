@@ -278,7 +278,7 @@ def test_a_last_mlp_that_also_returns_router_logits():
     assert torch.equal(logits, x[:, read, :1])
 
 
-@pytest.mark.parametrize("architecture", [llama, qwen2])
+@pytest.mark.parametrize("architecture", [llama, qwen2, gpt2])
 def test_what_is_read_may_lie_anywhere(architecture):
     """In our forward the last layer computes only what is read: nothing of a sequence, all of it, or the part after a
     shared beginning. Hidden states and gradients are those of the whole row, indexed."""

@@ -25,11 +25,13 @@ def through_transformers(model, ids):
     return hidden_states(model, ids).flatten(0, 1)[POSITIONS]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3 rope", "mistral", "qwen2", "qwen3", "llama with lora"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gpt2", "llama with lora", "gpt2 with lora"]
+)
 def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
     if name.endswith("lora"):
         pytest.importorskip("peft")
-        model = add_lora(with_opinions("llama"), r=2, alpha=4.0)
+        model = add_lora(with_opinions(name.removesuffix(" with lora")), r=2, alpha=4.0)
         for module_name, p in model.named_parameters():
             if "lora_B" in module_name:
                 torch.nn.init.normal_(p)
@@ -58,7 +60,7 @@ def test_hidden_states_are_those_of_transformers_whoever_runs_the_model(name):
     torch.testing.assert_close(hidden_states_at(model, ids, POSITIONS), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "llama with lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "llama with lora"])
 def test_in_bfloat16_it_is_no_less_exact_than_transformers(name):
     model = with_opinions(name.removesuffix(" with lora"))
     if name.endswith("lora"):
@@ -147,8 +149,24 @@ def test_what_it_does_not_do_goes_through_transformers(change):
 
 
 def test_dropout_of_attention_is_in_the_way_only_in_training():
-    model = tiny_model(tiny_tokenizer(), attention_dropout=0.1)
-    assert runs_here(model.eval()) and not runs_here(model.train())
+    gpt2 = with_opinions("gpt2")
+    for model in (tiny_model(tiny_tokenizer(), attention_dropout=0.1), gpt2):
+        assert runs_here(model.eval()) and not runs_here(model.train())
+    for layer in gpt2.base_model.h:
+        layer.attn.attn_dropout.p = 0.0
+    assert runs_here(gpt2)
+
+
+def test_gpt2_drops_what_transformers_would():
+    model = with_opinions("gpt2").train()
+    ids = torch.arange(18).view(2, 9)
+    for parts in (["drop"], ["h.0.attn.resid_dropout"], ["h.1.mlp.dropout"], []):
+        for name, module in model.base_model.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 1.0 if name in parts else 0.0
+        assert runs_here(model)
+        expected = hidden_states(model, ids).flatten(0, 1)[3:8]
+        torch.testing.assert_close(hidden_states_at(model, ids, torch.arange(3, 8)), expected, rtol=1e-4, atol=1e-4)
 
 
 def rms_norm(x, w):

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_fast.data.formats import Prompt
@@ -41,6 +41,12 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tiny_tokenizer()), **sizes, attn_pdrop=0.0, resid_pdrop=0.0))
 
 
+def gpt_neox():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tiny_tokenizer()), max_position_embeddings=64, **sizes))
+
+
 def a_rollout(trainer, mask=None):
     """Four responses of 1 to 7 tokens to each of four prompts, two of which are short."""
     prompts = [trainer.prompts[i] for i in (0, 3, 5, 7) for _ in range(4)]
@@ -49,10 +55,12 @@ def a_rollout(trainer, mask=None):
     return make_rollout(trainer.tokenizer, prompts, answers, env_mask=mask and [mask(row) for row in answers])
 
 
-@pytest.mark.parametrize("build", [lambda: tiny_model(tiny_tokenizer()), gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "build", [lambda: tiny_model(tiny_tokenizer()), gpt2, gpt_neox], ids=["llama", "gpt2", "gpt_neox"]
+)
 @pytest.mark.parametrize("tool", [False, True])
 def test_the_hidden_states_are_those_of_a_row_for_each_response(tmp_path, build, tool):
-    """llama runs in trunk.py, gpt2 through transformers. A tool's tokens are read and not learned."""
+    """llama and gpt2 run in trunk.py, gpt_neox through transformers. A tool's tokens are read and not learned."""
     trainer = make_trainer(tmp_path, build())
     mask = (lambda row: [j % 3 != 1 or len(row) < 3 for j in range(len(row))]) if tool else None
     rollout, rows = a_rollout(trainer, mask), torch.randperm(16, generator=torch.Generator().manual_seed(1))
