@@ -34,7 +34,7 @@ from .ops import _layer
 
 SUPPORTED = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2",
-    "olmo3", "gpt2",
+    "olmo3", "gpt2", "gpt_neox",
 )  # fmt: skip
 ATTENTION = (  # modules whose attention functions compute the architecture's own causal softmax(q k^T) v
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",
@@ -99,8 +99,8 @@ def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
     yield trunk
     for layer in layers:
         yield layer
-        if hasattr(layer, "attn"):  # gpt2
-            yield from (layer.attn, layer.mlp)
+        if not hasattr(layer, "self_attn"):  # gpt2, gpt_neox
+            yield from (layer.attn if hasattr(layer, "attn") else layer.attention, layer.mlp)
         else:
             yield from layer.children()
             yield from (norm for name, norm in layer.self_attn.named_children() if name.endswith("_norm"))
@@ -342,7 +342,8 @@ class _Rotary:
         self.head_dim = trunk.layers[0].self_attn.head_dim
         self.in_one_pass = _layer.runs_on(trunk.embed_tokens.weight)
         self.layers = [self._layer(trunk, i, bf16) for i in range(len(trunk.layers))]
-        self.angles = {kind: self._angles(trunk, kind, length) for kind in {layer["angles"] for layer in self.layers}}
+        kinds = {layer["angles"] for layer in self.layers}
+        self.angles = {kind: _angles(trunk, length, self.in_one_pass, kind) for kind in kinds}
 
     def _layer(self, trunk, i: int, bf16: bool) -> dict:
         layer, attention, mlp = trunk.layers[i], trunk.layers[i].self_attn, trunk.layers[i].mlp
@@ -371,20 +372,6 @@ class _Rotary:
             "eps": getattr(layer.post_attention_layernorm, "variance_epsilon", None),
         }
 
-    def _angles(self, trunk, kind: str, length: int) -> tuple[Tensor, Tensor]:
-        """The cosines and the sines of all positions, each (length, d) or fewer columns if only these are turned."""
-        weight = trunk.embed_tokens.weight
-        of_kind = {"layer_type": kind} if hasattr(trunk.rotary_emb, "layer_types") else {}
-        positions = torch.arange(length, device=weight.device)[None]
-        # A longer text before may have rescaled "dynamic" positions. Only one below the limit undoes that.
-        trunk.rotary_emb(weight[:1], position_ids=positions[:, :1], **of_kind)
-        cos, sin = (x[0].contiguous() for x in trunk.rotary_emb(weight[:1], position_ids=positions, **of_kind))
-        if kind == "none":
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        if not self.in_one_pass:  # rotate_half(x) = (-x2, x1): the sine takes the minus, and roll swaps the halves
-            sin[:, : sin.shape[1] // 2].neg_()
-        return cos, sin
-
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         self.rotations = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self.angles.items()}  # (N, d)
         return self.embed_tokens(ids)
@@ -400,15 +387,8 @@ class _Rotary:
             for (norm, width), part in zip(layer["qk_norms"], qk.split([self.queries, self.keys], 1), strict=True):
                 normed.append(norm(part.reshape(len(x), -1, width)).view(part.shape))
             qk = torch.cat(normed, 1)
-        return *self._turned(qk, *self.rotations[layer["angles"]]).to(v.dtype).split([self.queries, self.keys], 1), v
-
-    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        part = cos.shape[-1]
-        if part < x.shape[-1]:
-            return torch.cat([self._turned(x[..., :part].contiguous(), cos, sin), x[..., part:]], -1)
-        if self.in_one_pass:
-            return _layer.rotary(x, cos, sin)
-        return torch.addcmul(x * cos[:, None], x.roll(part // 2, -1), sin[:, None])
+        qk = _turned(qk, *self.rotations[layer["angles"]], self.in_one_pass)
+        return *qk.to(v.dtype).split([self.queries, self.keys], 1), v
 
     def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
         _, after_attention, before_mlp, after_mlp = layer["norms"]
@@ -417,6 +397,66 @@ class _Rotary:
         fused = self.in_one_pass and layer["is_silu"]
         gated = _layer.swiglu(gate, up) if fused else layer["activation"](gate) * up
         return x + after_mlp(layer["down"](gated))
+
+
+def _angles(trunk, length: int, in_one_pass: bool, kind: str = "all") -> tuple[Tensor, Tensor]:
+    """The cosines and the sines of all positions, each (length, d) or fewer columns if only these are turned, as
+    _turned takes them."""
+    weight = trunk.get_input_embeddings().weight
+    of_kind = {"layer_type": kind} if hasattr(trunk.rotary_emb, "layer_types") else {}
+    positions = torch.arange(length, device=weight.device)[None]
+    # A longer text before may have rescaled "dynamic" positions. Only one below the limit undoes that.
+    trunk.rotary_emb(weight[:1], position_ids=positions[:, :1], **of_kind)
+    cos, sin = (x[0].contiguous() for x in trunk.rotary_emb(weight[:1], position_ids=positions, **of_kind))
+    if kind == "none":
+        cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+    if not in_one_pass:  # rotate_half(x) = (-x2, x1): the sine takes the minus, and roll swaps the halves
+        sin[:, : sin.shape[1] // 2].neg_()
+    return cos, sin
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, in_one_pass: bool) -> Tensor:
+    """(N, heads, d) turned by rotary positions, of which these are the (N, d) cosines and sines, or the first columns
+    of them: the others stay as they are."""
+    part = cos.shape[-1]
+    if part < x.shape[-1]:
+        return torch.cat([_turned(x[..., :part].contiguous(), cos, sin, in_one_pass), x[..., part:]], -1)
+    if in_one_pass:
+        return _layer.rotary(x, cos, sin)
+    return torch.addcmul(x * cos[:, None], x.roll(part // 2, -1), sin[:, None])
+
+
+class _NeoX:
+    """The layers of gpt_neox (pythia): LayerNorm, one projection to queries, keys and values, of which positions turn
+    the first part, and attention and MLP side by side."""
+
+    def __init__(self, trunk, length: int, bf16: bool):
+        self.trunk, self.norm, self.layers = trunk, trunk.final_layer_norm, []
+        self.heads, self.bf16 = trunk.config.num_attention_heads, bf16
+        for block in trunk.layers:
+            attention, mlp = block.attention, block.mlp
+            modules = attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
+            products = (_few_rows(_product(x, bf16)) for x in modules)
+            products = dict(zip(("qkv", "output", "up", "down"), products, strict=True))
+            self.layers.append({"block": block, "scaling": attention.scaling, **products})
+        self.in_one_pass = _layer.runs_on(trunk.embed_in.weight)
+        self.angles = _angles(trunk, length, self.in_one_pass)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        self.rotations = [x[positions] for x in self.angles]  # (N, d or less)
+        return self.trunk.embed_in(ids)
+
+    def project(self, layer: dict, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = layer["qkv"](layer["block"].input_layernorm(x)).view(len(x), self.heads, 3, -1)
+        qk, v = heads[:, :, :2].transpose(1, 2).flatten(1, 2), heads[:, :, 2]
+        if self.bf16:
+            qk = qk.float()
+        return *_turned(qk, *self.rotations, self.in_one_pass).to(v.dtype).split(self.heads, 1), v
+
+    def finish(self, layer: dict, x: Tensor, attended: Tensor) -> Tensor:
+        block, after = layer["block"], x + layer["output"](attended)
+        h = block.post_attention_layernorm(x if block.use_parallel_residual else after)
+        return after + layer["down"](block.mlp.act(layer["up"](h)))
 
 
 class _GPT2:
@@ -453,7 +493,7 @@ class Decoder:
 
     def __init__(self, model, ids: Tensor, mask: Tensor, room: int, bf16: bool = False):
         model = unwrapped(model)
-        family = _GPT2 if model.config.model_type == "gpt2" else _Rotary
+        family = {"gpt2": _GPT2, "gpt_neox": _NeoX}.get(model.config.model_type, _Rotary)
         self.fixed = ids.is_cuda
         self.ids, self.prompt_mask, self.filled = ids, mask, 0
         self.capacity = ids.shape[1] + room

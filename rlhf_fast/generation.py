@@ -5,8 +5,8 @@ cumulative probability exceeds it. All u are drawn before the first step, so an 
 nor on when other rows finish (up to the rounding of the matrix products).
 
 Prompts are batched by length, and finished rows leave the batch. decoder.py runs llama and its kin (qwen, mistral,
-gemma, phi3, olmo, smollm3, granite) and gpt2. Other models go through transformers' generate() with the same sampling,
-and a warning says so once; one prompt at a time if a batch changes what they compute.
+gemma, phi3, olmo, smollm3, granite), gpt2 and gpt_neox. Other models go through transformers' generate() with the same
+sampling, and a warning says so once; one prompt at a time if a batch changes what they compute.
 """
 
 from __future__ import annotations

@@ -88,8 +88,7 @@ def forward(
             attended = attended.index_select(0, read)
         elif asked < len(x):
             attended = nn.functional.pad(attended, (0, 0, 0, len(x) - asked))
-        x = x + family.output(layer, attended)
-        x = x + family.mlp(layer, x)
+        x = family.finish(layer, x, attended)
     return _first(count, family.norm(x))
 
 
@@ -130,12 +129,10 @@ class _Llama:
     def scaling(self, layer, i: int) -> float:
         return layer.self_attn.scaling
 
-    def output(self, layer, attended: Tensor) -> Tensor:
-        return layer.self_attn.o_proj(attended)
-
-    def mlp(self, layer, x: Tensor) -> Tensor:
+    def finish(self, layer, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + layer.self_attn.o_proj(attended)
         h, mlp = _rms_norm(layer.post_attention_layernorm, x, self.dtype), layer.mlp
-        return mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).to(self.dtype), mlp.up_proj(h).to(self.dtype)))
+        return x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).to(self.dtype), mlp.up_proj(h).to(self.dtype)))
 
     def norm(self, x: Tensor) -> Tensor:
         return _rms_norm(self.trunk.norm, x)
@@ -165,12 +162,9 @@ class _GPT2:
     def scaling(self, layer, i: int) -> float:
         return gpt2_scaling(self.trunk.config, layer.attn.head_dim, i)
 
-    def output(self, layer, attended: Tensor) -> Tensor:
-        return layer.attn.resid_dropout(layer.attn.c_proj(attended))
-
-    def mlp(self, layer, x: Tensor) -> Tensor:
-        mlp = layer.mlp
-        return mlp.dropout(mlp.c_proj(gelu_in_one_pass(mlp.act)(mlp.c_fc(layer.ln_2(x)))))
+    def finish(self, layer, x: Tensor, attended: Tensor) -> Tensor:
+        x, mlp = x + layer.attn.resid_dropout(layer.attn.c_proj(attended)), layer.mlp
+        return x + mlp.dropout(mlp.c_proj(gelu_in_one_pass(mlp.act)(mlp.c_fc(layer.ln_2(x)))))
 
     def norm(self, x: Tensor) -> Tensor:
         return self.trunk.ln_f(x)

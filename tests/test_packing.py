@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -55,6 +57,11 @@ def qwen2(**options):
 
 def gpt2(**options):
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, **options))
+
+
+def gpt_neox(**options):
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=V, hidden_size=32, **sizes, **options))
 
 
 def sliding(**options):
@@ -278,7 +285,7 @@ def test_a_last_mlp_that_also_returns_router_logits():
     assert torch.equal(logits, x[:, read, :1])
 
 
-@pytest.mark.parametrize("architecture", [llama, qwen2, gpt2])
+@pytest.mark.parametrize("architecture", [llama, qwen2, gpt2, gpt_neox])
 def test_what_is_read_may_lie_anywhere(architecture):
     """In our forward the last layer computes only what is read: nothing of a sequence, all of it, or the part after a
     shared beginning. Hidden states and gradients are those of the whole row, indexed."""

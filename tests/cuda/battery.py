@@ -179,8 +179,8 @@ def head_of_many(op: str, rows: int, width: int, vocab: int, device: str) -> Non
 
 # How many CUDA graphs each captures, and its steps
 GRAPHS = {
-    "llama": 2, "llama3 rope": 1, "mistral": 2, "qwen2": 1, "qwen3": 2, "gpt2": 3, "smollm3": 2, "phi3 in part": 1,
-    "granite": 1, "gemma": 1, "gemma2": 2, "gemma3": 1, "olmo3": 1,
+    "llama": 2, "llama3 rope": 1, "mistral": 2, "qwen2": 1, "qwen3": 2, "gpt2": 3, "gpt_neox": 3, "smollm3": 2,
+    "phi3 in part": 1, "granite": 1, "gemma": 1, "gemma2": 2, "gemma3": 1, "olmo3": 1,
 }  # fmt: skip
 STEPS = {"gpt2": 23}
 

@@ -45,7 +45,7 @@ def test_of_many_elements(op):
     assert battery.far_rows(16384, 151936) == (0, 14134, 14135, 16383)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 def test_generation(architecture):
     battery.generates_as_transformers(architecture, "cpu")
     battery.bf16_generates_as_exactly_as_autocast(architecture, "cpu")
