@@ -179,7 +179,7 @@ struct CpuOps {
 
   // grad_q (queries, heads, dim); grad_k and grad_v (tokens, key_heads, dim). by_head (2, tokens, heads, dim) is room
   // for the gradients by each head of queries, null if heads == key_heads.
-  int64_t (*packed_attention_backward)(Grid q, Grid k, Grid v, const float* saved, const float* grad,
+  int64_t (*packed_attention_backward)(Grid q, Grid k, Grid v, const float* y, const float* saved, const float* grad,
                                        const int64_t* places, const int64_t* table, const int64_t* families,
                                        int64_t count, int64_t heads, int64_t key_heads, int64_t dim, int64_t window,
                                        double scale, int64_t tokens, float* by_head, float* grad_q, float* grad_k,

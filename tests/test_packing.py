@@ -679,10 +679,11 @@ def test_attention_and_its_gradients_are_at_least_as_exact_as_pytorchs(name, hea
             assert error <= 2 * allowed + 6e-7 * right.abs().max(), (error, allowed)
 
 
+@pytest.mark.parametrize("heads", [(4, 2, 64), (1, 1, 160)])  # the second in spans of 128 keys
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_bits_of_a_sequence_are_its_own(threads, isa):
+def test_the_bits_of_a_sequence_are_its_own(threads, heads, isa):
     """Whatever else is in the row, is read, and computes: old log-probabilities and new ones must be equal."""
-    packed, q, k, v, grad = row_of("more than a block of queries, and than a chain of keys", (4, 2, 64))
+    packed, q, k, v, grad = row_of("more than a block of queries, and than a chain of keys", heads)
     whole = attended(packed, q, k, v, grad)
     read = torch.tensor([*range(290, 310, 3), 399])
     before, alone = torch.get_num_threads(), Packed.of([packed.input_ids[0, 300:]])
@@ -694,6 +695,20 @@ def test_the_bits_of_a_sequence_are_its_own(threads, isa):
         torch.set_num_threads(before)
     assert torch.equal(second[0], whole[0][:, 300:]) and torch.equal(some, whole[0][:, read])
     assert all(torch.equal(x, y[:, :, 300:]) for x, y in zip(second[1:], whole[1:], strict=True))
+
+
+@pytest.mark.parametrize("window", [7, 140])
+def test_a_window_passes_over_spans_of_keys_that_no_query_sees(window, isa, native_calls):
+    """The first queries and the last ones, each in a block of their own: what lies between gets a gradient of 0."""
+    packed, q, k, v, grad = row_of("more than a block of queries, and than a chain of keys", (1, 1, 160))
+    read = torch.tensor([*range(40, 88), 299])
+    found = attended(packed, q[:, :, read], k, v, grad[:, read], read=read, scaling=0.1, sliding_window=window)
+    assert native_calls == [49] and not any(x[0, 0, 88 : 300 - window].any() for x in found[2:])
+    wide = [x.double().requires_grad_() for x in (q[:, :, read], k, v)]
+    exact = reference_attention(*wide, packed, read, 0.1, window)
+    exact.backward(grad[:, read].double())
+    for ours, right in zip(found, [exact.detach(), *(x.grad for x in wide)], strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=2e-6)
 
 
 def test_attention_reads_heads_wherever_they_lie(native_calls):

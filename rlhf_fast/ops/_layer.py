@@ -170,21 +170,21 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, window: int) -> Tensor:
         y, saved = _attended(q, k, v, places, table, families, scale, window)
-        ctx.save_for_backward(q, k, v, saved, places, table, families)
+        ctx.save_for_backward(q, k, v, y, saved, places, table, families)
         ctx.numbers = window, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, saved, places, table, families = ctx.saved_tensors
+        q, k, v, y, saved, places, table, families = ctx.saved_tensors
         (tokens, key_heads, dim), heads = k.shape, q.shape[1]
         by_head = None if heads == key_heads else q.new_empty(2, tokens, heads, dim)
         grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         where = (places, table, families, len(families) - 1, heads, key_heads, dim, *ctx.numbers, tokens)
         views = (x[..., 0] for x in (q, k, v))
         threads = torch.get_num_threads()
-        _C.packed_attention_backward(*views, saved, grad.contiguous(), *where, by_head, *grads, threads)
+        _C.packed_attention_backward(*views, y, saved, grad.contiguous(), *where, by_head, *grads, threads)
         return *grads, None, None, None, None, None
 
 
