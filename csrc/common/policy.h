@@ -95,13 +95,14 @@ struct ValueToken {
 };
 
 // The larger of two squared errors, with the value free and with it held within +-range of the old one. What is held
-// at the edge of the clip is a constant.
+// at the edge of the clip is a constant. If old_value is NaN, the loss is, as that of torch.max.
 template <class T>
 RLHF_INLINE ValueToken<T> value_token(T value, T old_value, T target, T range) {
   const T low = old_value - range, high = old_value + range;
-  const T inside = value < low ? low : value > high ? high : value;
+  const T inside = value >= low ? value <= high ? value : high : low;
   const T free_error = value - target, clipped_error = inside - target;
-  const bool held = clipped_error * clipped_error > free_error * free_error;
+  const T free_square = free_error * free_error;
+  const bool held = !(clipped_error * clipped_error <= free_square) & (free_square == free_square);
   const T used = held ? clipped_error : free_error;
   return {T(0.5) * used * used, held ? T(0) : used, -free_error, held ? T(1) : T(0)};
 }

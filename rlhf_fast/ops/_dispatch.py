@@ -217,11 +217,18 @@ class Op:
         """torch's own error would ask for all arguments to be DTensors, for which there is no kernel either."""
         for x, argument in zip(args, self.library_op._schema.arguments, strict=False):
             if type(x).__name__ == "DTensor":
-                raise TypeError(
-                    f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. Parameters that fully_shard "
-                    "has sharded are whole inside the forward of the module that it was called on: call the loss "
-                    "there, and shard the lm_head together with that module, not by itself"
-                )
+                if argument.name in ("weight", "bias"):
+                    advice = (
+                        "Parameters that fully_shard has sharded are whole inside the forward of the module that it "
+                        "was called on: call the loss there, and shard the lm_head together with that module, not by "
+                        "itself"
+                    )
+                else:
+                    advice = (
+                        f"{argument.name}.full_tensor() is the whole of it, as logits need that are sharded over the "
+                        "vocabulary; to_local() is the share of this process, for a loss over its own rows"
+                    )
+                raise TypeError(f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. {advice}")
 
     def __call__(self, *args):
         if is_compiling():

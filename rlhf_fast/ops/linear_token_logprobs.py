@@ -56,7 +56,9 @@ def _outputs(hidden, weight, labels, with_entropy, wanted, way) -> tuple[Tensor,
     """
     rows, accum, slopes = labels.shape[0], accumulation_dtype(hidden), wanted == ONLY_HIDDEN
     kept, keep = logits_shape(rows, weight.shape[0], way), any(wanted) and not slopes
-    if not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
+    if keep and is_unknown(rows):  # then so is whether they are kept
+        kept = (torch.library.get_ctx().new_dynamic_size(), kept[1])
+    elif not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
         kept = (0, kept[1])
     outputs = (
         ((rows,), accum),
@@ -66,6 +68,11 @@ def _outputs(hidden, weight, labels, with_entropy, wanted, way) -> tuple[Tensor,
         ((rows if slopes else 0, hidden.shape[1]), logits_dtype(hidden, way)),
     )
     return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
+
+
+def is_unknown(size: int | torch.SymInt) -> bool:
+    """Whether a compiler knows no example of the size, as of hidden[mask]."""
+    return isinstance(size, torch.SymInt) and not size.node.has_hint()
 
 
 def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, with_entropy, *wanted):

@@ -336,7 +336,7 @@ def value_loss(
     clipped = torch.zeros_like(mask)
     if cliprange_value is not None:
         clipped_error = (torch.clamp(v, old - cliprange_value, old + cliprange_value) - target) ** 2
-        clipped = clipped_error > error
+        clipped = ~(clipped_error <= error) & ~error.isnan()  # an old value that is NaN shows in the loss
         error = torch.where(clipped, clipped_error, error)
     loss = aggregate(0.5 * error, mask, loss_agg_mode, normalizer)
     with torch.no_grad():

@@ -749,6 +749,25 @@ def test_one_graph_serves_any_number_of_rows():
     assert counter.frame_count <= 2  # of the first size, and of any
 
 
+@pytest.mark.parametrize("trained_head", [True, False])
+def test_one_graph_serves_rows_that_a_mask_selects(trained_head):
+    """How many they are, and so whether their logits are kept, is known only when the graph runs."""
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(4, 6, 16, requires_grad=True), torch.randn(50, 16, requires_grad=trained_head)
+    labels, mask = torch.randint(50, (4, 6)), torch.rand(4, 6) < 0.5
+    leaves = [hidden, weight] if trained_head else [hidden]
+
+    def loss(mask):
+        return linear_token_logprobs(hidden[mask], weight, labels[mask]).sum()
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for rows in (mask, ~mask, torch.zeros_like(mask)):
+            got = torch.autograd.grad(compiled(rows), leaves)
+            for a, b in zip(got, torch.autograd.grad(loss(rows), leaves), strict=True):
+                assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16_gradients_are_as_exact_as_those_of_an_lm_head(seed):
     """An lm_head multiplies in bfloat16, our reference in float32. 100 rows, so that 1 / N is rounded."""

@@ -361,6 +361,16 @@ def test_value_loss_by_hand(ops):
     assert unclipped.item() == 0.5
 
 
+@pytest.mark.parametrize("unknown, slope", [("values", NAN), ("old_values", 0.0), ("returns", NAN)])
+def test_a_value_that_is_nan_shows_in_the_loss(ops, unknown, slope):
+    """As in torch.max. A NaN in old_values must not switch the clip off; its bounds hold the value as a constant."""
+    inputs = {name: row(1.0, 1.0) for name in ("values", "old_values", "returns")} | {unknown: row(NAN, 1.0)}
+    values = inputs["values"].requires_grad_()
+    loss, _ = ops.value_loss(**inputs, mask=tokens(1, 1))
+    assert loss.isnan()
+    torch.testing.assert_close(gradient(loss, values)[0], row(slope, 0.0), equal_nan=True)
+
+
 # ---- KL estimators ----
 
 
