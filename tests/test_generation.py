@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+import re
 import warnings
 from functools import partial
 
@@ -468,6 +469,11 @@ def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
     expected = [by_transformers(model, [prompt], 8)[0] for prompt in prompts]
     with pytest.warns(UserWarning, match="RwkvForCausalLM answers one prompt at a time"):
         assert sampled(model, prompts, max_new_tokens=8, do_sample=False) == expected
+    generation._warn_once.cache_clear()
+    shifted = model.head.register_forward_hook(lambda module, given, x: x + 1000)  # which changes no probability
+    with pytest.warns(UserWarning, match="RwkvForCausalLM answers one prompt at a time"):  # also of nothing but eos
+        sampled(model, [[EOS], [EOS, *prompts[0]]], max_new_tokens=8, do_sample=False)
+    shifted.remove()
     twice = [prompts[0], prompts[0]]  # of one length
     assert sampled(model, twice, max_new_tokens=8, do_sample=False) == [expected[0], expected[0]]
     uniforms = torch.rand(len(prompts), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -499,21 +505,26 @@ def test_the_last_position_of_a_model_by_transformers_is_used():
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=32, eos_token_id=EOS,
         word_embed_proj_dim=32, max_position_embeddings=12,
     )  # fmt: skip
-    model = OPTForCausalLM(config).eval()
-    check_lm_head(model)
-    with pytest.warns(UserWarning, match="OPTForCausalLM generates through transformers"):
-        answers = sampled(model, [[5] * 12, [6] * 4], max_new_tokens=1)
-    assert list(map(len, answers)) == [1, 1]
-
-
-def test_falling_back_is_said_once_with_its_reason(prompts):
     generation._warn_once.cache_clear()
-    model = with_opinions("window")
-    with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*has a sliding window"):
+    model = OPTForCausalLM(config).train()  # its dropout is not what a batch changes
+    check_lm_head(model)
+    with pytest.warns(UserWarning, match="OPTForCausalLM generates through transformers") as told:
+        answers = sampled(model, [[5] * 12, [6] * 4], max_new_tokens=1)
+    assert list(map(len, answers)) == [1, 1] and len(told) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_falling_back_is_said_once_with_its_reason(prompts, dtype):
+    generation._warn_once.cache_clear()
+    model = with_opinions("window").to(dtype)
+    with pytest.warns(UserWarning) as told:
         sampled(model, prompts[:2])
+    (told,) = map(str, (warning.message for warning in told))  # and none that a batch changes what it computes
+    assert re.match("MistralForCausalLM generates through transformers.*has a sliding window", told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampled(model, prompts[:2])
+        assert sampled(model, []) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
@@ -583,6 +594,7 @@ def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts,
         model, several, max_new_tokens=6, eos_token_id=EOS, generator=torch.Generator().manual_seed(3)
     )
     assert read[0] == sum(map(len, prompts[:3])) and len(set(map(tuple, answers))) > 3
+    assert len(read) == max(map(len, answers)) == 6  # nobody reads the last token
     drawn = torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for i, prompt in enumerate(several):
         alone, logps = generate_with_logprobs(
@@ -592,8 +604,15 @@ def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts,
 
 
 def test_an_answer_does_not_depend_on_its_batch(model, prompts):
+    read, rows, expected = [], len(prompts), []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0].numel()))
     together = sampled(model, prompts)
-    assert len({len(row) for row in together}) > 1  # some rows left the batch early
+    hook.remove()
+    for step in range(1, max(map(len, together))):
+        left = sum(len(row) > step for row in together)
+        rows = left if rows - left >= rows / 8 else rows  # rows leave once an eighth of the batch has finished
+        expected.append(rows)
+    assert read[1:] == expected and len(set(expected)) > 1
     assert together == sampled(model, prompts, batch_size=4)
     assert together[:9] == sampled(model, prompts[:9])
     assert together != sampled(model, prompts, seed=1)
@@ -744,7 +763,7 @@ def test_an_empty_prompt_is_named(model):
         sampled(model, [[5], [VOCAB]])
 
 
-def test_each_option_of_a_text_reaches_the_sampling():
+def test_each_option_of_a_text_reaches_the_sampling(monkeypatch):
     model = tiny_model(tokenizer := tiny_tokenizer())
     answer = partial(generation.generate_text, model, tokenizer, max_new_tokens=8)
     prompts = ["hello", "cat"]
@@ -752,8 +771,13 @@ def test_each_option_of_a_text_reaches_the_sampling():
     assert answer(prompts, top_k=1) == answer(prompts, top_p=1e-9) == answer(prompts, temperature=1e-6) == greedy
     drawn = [answer(prompts, seed=seed) for seed in (0, 1, [3, 4])]
     assert len(set(map(tuple, [greedy, *drawn]))) == 4
-    assert answer(prompts) == drawn[0] and answer(["cat"], seed=[4]) == drawn[2][1:]
+    assert answer(prompts) == drawn[0] and answer(["cat"], seed=[4]) == answer(["cat"], seed=4) == drawn[2][1:]
     assert answer([], seed=[]) == []
+    seen = {}
+    monkeypatch.setattr(generation, "generate_tokens", lambda *_, **given: seen.update(given) or [[5]])
+    for option in ({"bf16": True}, {"batch_size": 3}):  # which change rounding only
+        answer(["cat"], **option)
+        assert seen | option == seen
 
 
 def test_what_ends_an_answer_is_no_part_of_its_text():

@@ -214,7 +214,8 @@ def test_steps_of_a_run():
 def test_only_matrices_decay_and_each_parameter_is_there_once():
     layer = torch.nn.Linear(2, 2)
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    groups = optimizers.make_optimizer([layer, layer, frozen], 0.1, weight_decay=0.5).param_groups
+    modules = [layer, torch.nn.Sequential(layer), frozen]
+    groups = optimizers.make_optimizer(modules, 0.1, weight_decay=0.5).param_groups
     assert [(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups] == [
         (0.5, [id(layer.weight)]),
         (0.0, [id(layer.bias)]),
@@ -238,6 +239,19 @@ def test_schedules_by_hand(schedule, expected):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(expected)
+
+
+    warm = optimizers.make_scheduler(optimizer, schedule, total_steps=1, warmup_ratio=1.0)
+    warm.step()
+    assert warm.get_last_lr() == [2.0]  # the end of a run that only warms up
+
+
+def test_a_learner_is_as_its_config_says():
+    config = SFTConfig(learning_rate=0.3, weight_decay=0.5, warmup_ratio=0.5, lr_scheduler_type="constant")
+    for given, rate in ((None, 0.3), (0.6, 0.6)):
+        optimizer, scheduler = optimizers.make_learner(torch.nn.Linear(2, 2), config, 4, given)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+        assert scheduler.get_last_lr() == pytest.approx([rate / 3] * 2)  # two steps of warm-up
 
 
 def test_clipping_by_hand():
@@ -284,6 +298,9 @@ def test_a_resumed_optimizer_has_its_state_and_the_rates_of_the_config_as_it_is_
     assert optimizer.state[groups[0]["params"][0]]["exp_avg"].any()
     optimizers.optimizer_step(optimizer, scheduler)
     assert [group["lr"] for group in groups] == pytest.approx([0.2 * 0.5] * 2)
+    other = optimizers.make_optimizer([torch.nn.Linear(2, 2, bias=False) for _ in range(2)], 0.1)  # two matrices
+    with pytest.raises(ConfigError, match="the checkpoint trained 2 tensors of the model, and this run 2: resume"):
+        optimizers.load_optimizer(other, scheduler, optimizers.optimizer_state(before), schedule.state_dict())
 
 
 def test_a_state_is_laid_out_in_memory_as_the_weight_is():
