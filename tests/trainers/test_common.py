@@ -240,7 +240,6 @@ def test_schedules_by_hand(schedule, expected):
         scheduler.step()
     assert rates == pytest.approx(expected)
 
-
     warm = optimizers.make_scheduler(optimizer, schedule, total_steps=1, warmup_ratio=1.0)
     warm.step()
     assert warm.get_last_lr() == [2.0]  # the end of a run that only warms up
