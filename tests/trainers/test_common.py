@@ -194,6 +194,17 @@ def test_a_run_goes_on_where_it_was():
     assert [epoch for epoch, _ in whole] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 7 / 3])
     for start in range(7):
         assert list(common.run_batches(lengths, 4, seed=0, start=start, stop=7)) == whole[start:]
+    mixed = [indices for _, indices in common.run_batches(lengths, 4, seed=0, start=0, stop=6, by_length=False)]
+    first, second = (common.epoch_batches(lengths, 4, seed=0, epoch=epoch, by_length=False) for epoch in (0, 1))
+    assert mixed == first + second and first != second
+
+
+def test_a_process_takes_its_share_of_the_tokens_of_a_step(monkeypatch):
+    monkeypatch.setattr(common.parallel, "size", lambda: 2)
+    monkeypatch.setattr(common.parallel, "rank", lambda: 0)
+    batch, config = ["long", "short", "shorter", "longer"], SFTConfig(per_device_train_batch_size=1)
+    assert common.batch_size(config) == 2
+    assert common.micro_batches(batch, [8, 2, 1, 9], config) == [(["shorter"], 1), (["longer"], 1)]
 
 
 def test_steps_of_a_run():
@@ -379,6 +390,11 @@ def test_tensorboard_gets_every_evaluation(tmp_path, monkeypatch):
     Walk(Config(str(tmp_path), logging_steps=4, eval_steps=3)).train()
     assert [step for step, *_ in plotted] == [0, 3, 4, 6, 8, 9, 10]
     assert [step for step, *names in plotted if "eval_draw" in names] == [0, 3, 6, 9, 10]
+    plotted.clear()
+    walk = Walk(Config(str(tmp_path / "nothing_held_out"), logging_steps=4))
+    walk.evaluate = dict
+    walk.train()
+    assert [step for step, *_ in plotted] == [4, 8, 10]
 
 
 @pytest.mark.parametrize("crash_after", [3, 4, 5, 7])
@@ -407,7 +423,7 @@ def test_a_run_that_died_while_saving_its_model_still_ends_well(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         walk.train()
     result = Walk(config).train(resume=True)
-    assert result.step == 10 and not result.interrupted
+    assert result.step == 10 and not result.interrupted and "step" not in result.metrics
     assert result.metrics["eval_draw"] == rows(tmp_path / "train_log.jsonl")[-1]["eval_draw"]
     assert (tmp_path / "model.txt").read_text() == str(result.metrics["value"])
 
@@ -430,6 +446,7 @@ def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypat
     monkeypatch.undo()
     random.random()
     again = Walk(config, at_step={step: _crash for step in range(12)})  # no step is done twice
+    again.save_in_checkpoint = lambda path: _crash()  # nor is any saved twice
     assert again.train(resume=True).metrics["eval_draw"] == rows(whole / "train_log.jsonl")[-1]["eval_draw"]
     for name in ("train_log.jsonl", "samples.jsonl"):
         assert without_time(rows(broken / name)) == without_time(rows(whole / name))
@@ -925,6 +942,14 @@ def test_folders_that_the_user_named_are_no_checkpoints_and_stay(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-6")
     with pytest.raises(ConfigError, match="nothing to resume"):
         Walk(config).train(resume=True)
+
+
+def test_a_seed_is_that_of_every_generator():
+    draws = []
+    for seed in (1, 2, 2**64 + 1):  # the last one is that of the second process of a run with seed 2**64
+        common.set_seed(seed)
+        draws.append((random.random(), np.random.rand(), torch.rand(3).tolist()))
+    assert all(a != b for a, b in zip(*draws[:2], strict=True)) and draws[2][1:] == draws[0][1:]
 
 
 def test_every_generator_comes_back():
