@@ -669,17 +669,20 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     assert without_time(rows(stopped / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(tmp_path, second):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), second)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
+    # A background job starts with SIGINT ignored.
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, second)}
     try:
         with pytest.raises(KeyboardInterrupt):
             Walk(Config(str(tmp_path)), at_step={4: twice}).train()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -882,8 +885,10 @@ def test_whether_a_metric_is_better_when_it_is_lower_follows_from_its_name(tmp_p
         greater_is_better: bool | None = None
 
     best = run._Best(Best(), [], tmp_path)
+    assert not best.improved(0, {f"eval_{metric}": better})  # of the model that is not trained yet
     assert best.improved(1, {f"eval_{metric}": 0.2}) and best.improved(2, {f"eval_{metric}": better})
-    assert not best.improved(3, {f"eval_{metric}": 0.4 - better}) and best.step == 2
+    assert not best.improved(3, {f"eval_{metric}": 0.4 - better})
+    assert not best.improved(4, {f"eval_{metric}": better}) and best.step == 2  # the first of equals
 
 
 def test_the_best_step_is_one_whose_checkpoint_is_whole(tmp_path):
