@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -683,6 +684,11 @@ def test_a_second_signal_stops_at_once(tmp_path, second):
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def test_a_thread_that_gets_no_signals_may_train(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(Walk(Config(str(tmp_path))).train).result().step == 10
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
