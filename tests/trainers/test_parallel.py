@@ -311,11 +311,11 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
 
 @pytest.mark.parametrize(("theirs", "joins"), [("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True)])
 def test_a_process_group_of_the_user_needs_a_cpu_backend(theirs, joins, monkeypatch):
-    joining(monkeypatch, is_initialized=True, get_backend_config=theirs)
+    joining(monkeypatch, is_initialized=True, get_backend_config=theirs, get_world_size=2, get_rank=1)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # says nothing as long as the config is not known
     with nullcontext() if joins else pytest.raises(ConfigError, match=rf"\({theirs}\) has no CPU backend"):
         parallel.start()
-    assert parallel._joined is joins
+    assert (parallel.size(), parallel.rank()) == ((2, 1) if joins else (1, 0))
 
 
 def test_what_makes_models_different_is_compared_and_buffers_are_sent(monkeypatch):
@@ -409,6 +409,31 @@ def test_a_traceback_that_the_first_process_does_not_have_is_printed(rank, kind,
     with pytest.raises(kind), parallel.raise_in_all(), parallel.raise_in_all():
         raise kind("no room")
     assert capsys.readouterr().err.count("Traceback") == shown
+
+
+def test_work_is_shared_out_in_turns_and_an_empty_share_asks_for_none(monkeypatch):
+    def asked(rank, items):
+        as_one_of_two(monkeypatch, rank)
+        monkeypatch.setattr(parallel, "all_gather", lambda mine: gathered.append(mine) or [items[::2], items[1::2]])
+        calls, gathered = [], []
+        assert parallel.map_shares(lambda share: calls.append(share) or share, items) == items
+        return calls, gathered
+
+    assert asked(0, [1, 2, 3]) == ([[1, 3]], [[1, 3]]) and asked(1, [1, 2, 3]) == ([[2]], [[2]])
+    assert asked(1, [1]) == ([], [[]])
+    with pytest.raises(ZeroDivisionError) as raised:
+        parallel.map_shares(lambda share: 1 / 0, [1, 2])
+    assert raised.value._raised_in_all
+
+
+def test_the_first_process_works_as_if_it_were_alone_and_is_not_afterwards(monkeypatch):
+    joining(monkeypatch, get_world_size=2, get_rank=0, all_reduce=None, broadcast_object_list=None)
+    monkeypatch.setattr(parallel, "_joined", True)
+    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda said, mine: said.__setitem__(0, mine))
+    assert parallel.on_first(parallel.size) == 1 and parallel.size() == 2
+    with pytest.raises(ZeroDivisionError):
+        parallel.on_first(lambda: 1 / 0)
+    assert parallel.size() == 2
 
 
 @pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (2, 12, 4), (3, 10, 4), (4, 3, 1), (2, 1, 8)])
