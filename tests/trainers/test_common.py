@@ -650,6 +650,18 @@ def test_the_last_step_keeps_its_checkpoint_if_it_is_the_best(tmp_path):
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
 
 
+def test_a_run_that_is_stopped_keeps_its_last_model_and_not_its_best(tmp_path):
+    class Worse(Walk):
+        def evaluate(self):
+            return {"eval_loss": float(self.step)}
+
+    config = Config(str(tmp_path), eval_steps=2)
+    vars(config).update(BEST)
+    result = Worse(config, at_step={5: lambda: os.kill(os.getpid(), signal.SIGTERM)}).train()
+    assert result.interrupted and result.step == 5 and "best_step" not in result.metrics
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-5"}
+
+
 def test_looking_does_not_change_the_run(tmp_path):
     for name, every in (("never", 0), ("often", 1)):
         Walk(Config(str(tmp_path / name), eval_steps=every)).train()
