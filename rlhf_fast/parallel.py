@@ -127,8 +127,7 @@ def _shares(loads: Sequence[int]) -> list[list[int]]:
 def block(count: int, multiple: int) -> slice:
     """This process's contiguous part of `count` items, without splitting a group of `multiple` items."""
     groups = -(-count // multiple)
-    start, stop = (min(count, multiple * (groups * r // size())) for r in (rank(), rank() + 1))
-    return slice(start, stop)
+    return slice(*(multiple * (groups * r // size()) for r in (rank(), rank() + 1)))  # a slice may pass the end
 
 
 @contextmanager

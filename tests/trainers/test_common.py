@@ -551,6 +551,17 @@ def test_a_step_that_fails_loses_none_before_it_where_it_has_changed_nothing(tmp
         assert (kept and kept.name) == ("checkpoint-3" if unchanged else None)
 
 
+def test_what_failed_is_raised_also_where_the_other_processes_are_gone(tmp_path, monkeypatch):
+    def broadcast(call):
+        if call[0] is Everywhere.leave:
+            raise ConnectionError("nobody is there")
+        return call
+
+    monkeypatch.setattr(common.parallel, "broadcast", broadcast)
+    with pytest.raises(RuntimeError, match="crash"):
+        Walk(Config(str(tmp_path)), at_step={4: _crash}).train()
+
+
 def test_a_run_that_fails_again_and_again_keeps_no_more_checkpoints_than_its_limit(tmp_path):
     config = Config(str(tmp_path), save_total_limit=2)
     for resume, failing in ((False, 3), (True, 5), (True, 6), (True, 9)):
