@@ -436,6 +436,14 @@ def test_the_first_process_works_as_if_it_were_alone_and_is_not_afterwards(monke
     assert parallel.size() == 2
 
 
+def test_a_maximum_is_no_sum(monkeypatch):
+    found, kind = [], parallel.dist.ReduceOp
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda x, op=kind.SUM: found.append(op))
+    parallel.all_reduce_max(torch.ones(1)), parallel.all_reduce_sum(torch.ones(1))
+    assert found == [kind.MAX, kind.SUM]
+
+
 @pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (2, 12, 4), (3, 10, 4), (4, 3, 1), (2, 1, 8)])
 def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple):
     monkeypatch.setattr(parallel, "size", lambda: size)
