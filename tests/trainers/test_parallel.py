@@ -117,7 +117,7 @@ def test_every_process_is_told_what_is_refused(runs):
     assert len(one) == 1 and "already holds a run" in one[0]
     assert first == second and "already holds a run" in first[0]
     assert "the 2 processes read different data" in first[1] and "different config" in first[2]
-    assert "the 2 processes hold different models" in first[3]
+    assert "the 2 processes hold different models" in first[3] and "read different eval_dataset" in first[4]
 
 
 def test_a_gradient_that_one_process_has_is_that_of_all(runs):
@@ -434,6 +434,24 @@ def test_the_first_process_works_as_if_it_were_alone_and_is_not_afterwards(monke
     with pytest.raises(ZeroDivisionError):
         parallel.on_first(lambda: 1 / 0)
     assert parallel.size() == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "name", "work"),
+    [
+        (1, "zeros_like", lambda: parallel.sum_gradients([torch.nn.Parameter(torch.ones(1))])),
+        (0, "empty_like", lambda: parallel.gather_states({0: {"step": torch.ones(1)}})),
+    ],
+)
+def test_what_one_process_has_no_room_for_fails_in_all(rank, name, work, monkeypatch):
+    as_one_of_two(monkeypatch, rank)
+    if rank:
+        monkeypatch.setattr(parallel.dist, "all_reduce", lambda told, op: told.fill_(1))  # the other has a gradient
+    monkeypatch.setattr(parallel, "all_gather", lambda mine: [mine, {(1, "step"): torch.ones(1, device="meta")}])
+    no_room = mock.patch.object(torch, name, side_effect=torch.OutOfMemoryError)
+    with no_room, pytest.raises(torch.OutOfMemoryError) as raised:
+        work()
+    assert raised.value._raised_in_all
 
 
 def test_a_maximum_is_no_sum(monkeypatch):
