@@ -328,7 +328,7 @@ def gather_states(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, T
             elif rank() == 0:
                 dist.recv(mine[key], src=process)
     whole = {}
-    for (index, name), t in sorted(mine.items(), key=lambda item: item[0][0]):
+    for (index, name), t in mine.items():
         whole.setdefault(index, {})[name] = t
     return whole
 

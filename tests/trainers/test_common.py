@@ -709,6 +709,21 @@ def test_a_second_signal_stops_at_once(tmp_path, second):
             signal.signal(s, handler)
 
 
+def test_of_several_processes_each_gets_signals_of_two_kinds(monkeypatch):
+    """Those of Ctrl-C and of torchrun; only a second one of a kind stops at once."""
+    monkeypatch.setattr(run.parallel, "size", lambda: 2)
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    received = []
+    try:
+        with pytest.raises(KeyboardInterrupt), run._signals(received, say=False):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert received == ["SIGINT", "SIGTERM"]
+
+
 def test_a_thread_that_gets_no_signals_may_train(tmp_path):
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(Walk(Config(str(tmp_path))).train).result().step == 10
