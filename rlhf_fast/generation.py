@@ -239,7 +239,8 @@ def _warn_once(message: str) -> None:
 
 
 def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16) -> tuple[Tensor, Tensor]:
-    """-> (B, max_new_tokens) tokens and their log-probabilities. After its first stop token a row holds stops[0]."""
+    """-> (B, max_new_tokens) tokens and their log-probabilities. What a row holds after its first stop token means
+    nothing."""
     different = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}  # each is read once
     ids, mask = (x.to(model.device) for x in pad(list(different), stops[0], left=True))
     decoder = Decoder(model, ids, mask, max_new_tokens, bf16)
@@ -259,7 +260,6 @@ def _answer_batch(model, prompts, max_new_tokens, stops, choose, uniforms, bf16)
         logits = logits[copies]
     for t in range(max_new_tokens):
         token, logprob = choose(logits, None if uniforms is None else uniforms[alive, t])
-        token.masked_fill_(done, stops[0])
         tokens[alive, t], logprobs[alive, t] = token, logprob
         done |= _ends(token, stops)
         if t + 1 == max_new_tokens:

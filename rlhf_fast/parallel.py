@@ -127,8 +127,7 @@ def _shares(loads: Sequence[int]) -> list[list[int]]:
 def block(count: int, multiple: int) -> slice:
     """This process's contiguous part of `count` items, without splitting a group of `multiple` items."""
     groups = -(-count // multiple)
-    start, stop = (min(count, multiple * (groups * r // size())) for r in (rank(), rank() + 1))
-    return slice(start, stop)
+    return slice(*(multiple * (groups * r // size()) for r in (rank(), rank() + 1)))  # a slice may pass the end
 
 
 @contextmanager
@@ -329,7 +328,7 @@ def gather_states(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, T
             elif rank() == 0:
                 dist.recv(mine[key], src=process)
     whole = {}
-    for (index, name), t in sorted(mine.items(), key=lambda item: item[0][0]):
+    for (index, name), t in mine.items():
         whole.setdefault(index, {})[name] = t
     return whole
 

@@ -199,7 +199,7 @@ def make_rollout(
         if rows is not None and [len(row) for row in rows] != [len(row) for row in completion_ids]:
             raise ConfigError(f"rollout_func: {name} must have one number for each token of completion_ids")
     response_ids, present = pad(completion_ids, eos)
-    response_mask = present if env_mask is None else present & pad(env_mask, 0)[0].bool()
+    response_mask = present if env_mask is None else pad(env_mask, 0)[0].bool()
     if not bool(response_mask.any(1).all()):
         row = int((~response_mask.any(1)).nonzero()[0])
         raise ConfigError(

@@ -1,6 +1,7 @@
 import copy
 import math
 import random
+import re
 import warnings
 from functools import partial
 
@@ -475,6 +476,12 @@ def test_a_model_that_a_batch_changes_answers_prompts_one_by_one(prompts):
     expected = [by_transformers(model, [prompt], 8)[0] for prompt in prompts]
     with pytest.warns(UserWarning, match="RwkvForCausalLM answers one prompt at a time"):
         assert sampled(model, prompts, max_new_tokens=8, do_sample=False) == expected
+    shifted = model.head.register_forward_hook(lambda module, given, x: x + 1000)  # which changes no probability
+    for start in ([EOS], [EOS, *prompts[0]]):  # what ends an answer may begin a prompt
+        generation._warn_once.cache_clear()
+        with pytest.warns(UserWarning, match="RwkvForCausalLM answers one prompt at a time"):
+            sampled(model, [start, start], max_new_tokens=2, do_sample=False)
+    shifted.remove()
     twice = [prompts[0], prompts[0]]  # of one length
     assert sampled(model, twice, max_new_tokens=8, do_sample=False) == [expected[0], expected[0]]
     uniforms = torch.rand(len(prompts), 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -506,21 +513,27 @@ def test_the_last_position_of_a_model_by_transformers_is_used():
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=32, eos_token_id=EOS,
         word_embed_proj_dim=32, max_position_embeddings=12,
     )  # fmt: skip
-    model = OPTForCausalLM(config).eval()
+    generation._warn_once.cache_clear()
+    model = OPTForCausalLM(config).train()  # its dropout is not what a batch changes
     check_lm_head(model)
-    with pytest.warns(UserWarning, match="OPTForCausalLM generates through transformers"):
+    with pytest.warns(UserWarning, match="OPTForCausalLM generates through transformers") as told:
         answers = sampled(model, [[5] * 12, [6] * 4], max_new_tokens=1)
     assert list(map(len, answers)) == [1, 1]
+    assert sum("OPTForCausalLM" in str(warning.message) for warning in told) == 1
 
 
 def test_falling_back_is_said_once_with_its_reason(prompts):
     generation._warn_once.cache_clear()
     model = with_opinions("window")
-    with pytest.warns(UserWarning, match="MistralForCausalLM generates through transformers.*has a sliding window"):
-        sampled(model, prompts[:2])
+    with pytest.warns(UserWarning) as told:
+        sampled(model, prompts)
+    ours = [str(warning.message) for warning in told if "MistralForCausalLM" in str(warning.message)]
+    assert len(ours) == 1  # and none that a batch changes what it computes
+    assert re.match("MistralForCausalLM generates through transformers.*has a sliding window", ours[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampled(model, prompts[:2])
+        assert sampled(model, []) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
@@ -590,6 +603,7 @@ def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts,
         model, several, max_new_tokens=6, eos_token_id=EOS, generator=torch.Generator().manual_seed(3)
     )
     assert read[0] == sum(map(len, prompts[:3])) and len(set(map(tuple, answers))) > 3
+    assert len(read) == max(map(len, answers)) == 6  # nobody reads the last token
     drawn = torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     for i, prompt in enumerate(several):
         alone, logps = generate_with_logprobs(
@@ -599,8 +613,15 @@ def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts,
 
 
 def test_an_answer_does_not_depend_on_its_batch(model, prompts):
+    read, rows, expected = [], len(prompts), []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0].numel()))
     together = sampled(model, prompts)
-    assert len({len(row) for row in together}) > 1  # some rows left the batch early
+    hook.remove()
+    for step in range(1, max(map(len, together))):
+        left = sum(len(row) > step for row in together)
+        rows = left if rows - left >= rows / 8 else rows  # rows leave once an eighth of the batch has finished
+        expected.append(rows)
+    assert read[1:] == expected and len(set(expected)) > 1
     assert together == sampled(model, prompts, batch_size=4)
     assert together[:9] == sampled(model, prompts[:9])
     assert together != sampled(model, prompts, seed=1)
@@ -651,6 +672,7 @@ def test_sampled_frequencies_are_the_softmax_at_the_temperature(vocab):
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(2)) * 2
     logits[[0, vocab // 2, vocab - 1]] = -torch.inf
     uniforms = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    uniforms = uniforms[:, None].expand(-1, 2).contiguous()[:, 1]  # a column: not contiguous
     tokens, logprobs = sample(logits.expand(len(uniforms), -1), uniforms, temperature=0.5)
     expected = torch.softmax(logits.double() / 0.5, -1)
     frequencies = torch.bincount(tokens, minlength=vocab).double() / len(uniforms)
@@ -695,12 +717,16 @@ def test_logits_that_are_nan_are_refused(model, prompts, do_sample):
     assert all(all(map(math.isnan, logps)) for logps in logprobs) and len(answers) == len(prompts)
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 300}])  # by the kernel, by PyTorch
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-53, 1.0])
-def test_the_extreme_uniforms_fall_on_tokens_that_can_be(u):
+def test_the_extreme_uniforms_fall_on_tokens_that_can_be(u, options):
     logits = torch.full((1, 300), -torch.inf)
     logits[0, 131], logits[0, 257] = 0.0, 3.0
-    token, _ = sample(logits, torch.tensor([u], dtype=torch.float64))
+    token, _ = sample(logits, torch.tensor([u], dtype=torch.float64), **options)
     assert token.item() == (131 if u == 0.0 else 257)
+    logits[0, [5, 131, 257]] = torch.tensor([0.0, -36.55, 0.0])  # one that is less than the sum's last bit
+    token, _ = sample(logits, torch.tensor([0.5], dtype=torch.float64), **options)
+    assert token.item() in (5, 131, 257)
 
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
@@ -714,7 +740,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     assert draw(top_k=1).tolist() == [0, 1000, 0]
     assert draw(top_k=2)[0] == 0 and abs(draw(top_k=2)[1] - 625) <= 1
     assert draw(top_k=2, top_p=0.6).tolist() == [0, 1000, 0]  # 0.625 of what top_k keeps reaches 0.6
-    assert (draw(top_k=99) - draw()).abs().max() <= 1  # 0.7 is one of the uniforms
+    assert (draw(top_k=999) - draw()).abs().max() <= 1  # 0.7 is one of the uniforms
 
 
 def test_the_mode_of_the_model_is_as_before_and_dropout_plays_no_part(model, prompts):
@@ -749,7 +775,7 @@ def test_an_empty_prompt_is_named(model):
         sampled(model, [[5], [VOCAB]])
 
 
-def test_each_option_of_a_text_reaches_the_sampling():
+def test_each_option_of_a_text_reaches_the_sampling(monkeypatch):
     model = tiny_model(tokenizer := tiny_tokenizer())
     answer = partial(generation.generate_text, model, tokenizer, max_new_tokens=8)
     prompts = ["hello", "cat"]
@@ -757,8 +783,13 @@ def test_each_option_of_a_text_reaches_the_sampling():
     assert answer(prompts, top_k=1) == answer(prompts, top_p=1e-9) == answer(prompts, temperature=1e-6) == greedy
     drawn = [answer(prompts, seed=seed) for seed in (0, 1, [3, 4])]
     assert len(set(map(tuple, [greedy, *drawn]))) == 4
-    assert answer(prompts) == drawn[0] and answer(["cat"], seed=[4]) == drawn[2][1:]
+    assert answer(prompts) == drawn[0] and answer(["cat"], seed=[4]) == answer(["cat"], seed=4) == drawn[2][1:]
     assert answer([], seed=[]) == []
+    seen = {}
+    monkeypatch.setattr(generation, "generate_tokens", lambda *_, **given: seen.update(given) or [[5]])
+    for option in ({"bf16": True}, {"batch_size": 3}):  # which change rounding only
+        answer(["cat"], **option)
+        assert seen | option == seen
 
 
 def test_what_ends_an_answer_is_no_part_of_its_text():

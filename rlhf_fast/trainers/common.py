@@ -173,11 +173,11 @@ def check_same_data(state: dict, lengths: list[int], data: str) -> None:
 
 
 def steps_in_run(num_examples: int, config) -> int:
-    """Optimizer steps of a run: max_steps if it is > 0, else num_train_epochs over the data, at least one."""
+    """Optimizer steps of a run: max_steps if it is > 0, else num_train_epochs over the data."""
     if config.max_steps > 0:
         return config.max_steps
     per_epoch = math.ceil(num_examples / batch_size(config))
-    return max(1, math.ceil(per_epoch * config.num_train_epochs))
+    return math.ceil(per_epoch * config.num_train_epochs)
 
 
 # --- the model in training --------------------------------------------------------------------------------------------

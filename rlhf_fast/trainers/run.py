@@ -146,8 +146,7 @@ class _Run:
                 records.plot(0, first)
                 best.improved(0, first)
             clock = time.perf_counter()
-            steps = self.steps() if trainer.step < trainer.total_steps else ()
-            for metrics in itertools.chain(records.unlogged, steps):
+            for metrics in itertools.chain(records.unlogged, self.steps()):
                 step, last = trainer.step, trainer.step >= trainer.total_steps
                 self.metrics = metrics = as_numbers(metrics)
                 metrics.setdefault("timing_s/step", time.perf_counter() - clock)

@@ -287,8 +287,9 @@ def test_a_reward_model_reads_the_tokens_that_the_policy_wrote(kind):
     ids = encode_to_score(tokenizer, None, text).tolist()  # the last is eos
     for cut in range(1, len(ids)):  # behind <s>, within words, between two spaces
         prompt = tokenizer.decode(ids[:cut], skip_special_tokens=True)
-        rollout = make_rollout(tokenizer, [Prompt(prompt, ids[:cut], {})], [ids[cut:]])
-        assert prompt + rollout.responses[0] == text
+        for tokens, engine in ((ids[:cut], {}), (ids[:1], {"prompt_ids": [ids[:cut]]})):
+            rollout = make_rollout(tokenizer, [Prompt(prompt, tokens, {})], [ids[cut:]], **engine)
+            assert prompt + rollout.responses[0] == text
         assert encode_to_score(tokenizer, prompt, rollout.responses[0]).tolist() == ids
 
 

@@ -31,7 +31,7 @@ def share_of_letters(prompts, responses, **columns):
     return [sum(c.isalpha() for c in text) / (1 + len(text)) for text in responses]
 
 
-def sft(path, steps=(), word="mat", frozen=None, only=None, examples=12, **model):
+def sft(path, steps=(), word="mat", frozen=None, only=None, examples=12, held_out=5, **model):
     """In each process from other weights, of which the first one's count. frozen: a layer that does not learn. only: a
     linear map whose matrix alone learns, and lies in memory column by column."""
     tokenizer = tiny_tokenizer()
@@ -47,7 +47,7 @@ def sft(path, steps=(), word="mat", frozen=None, only=None, examples=12, **model
     if only is not None:
         weight = network.requires_grad_(False).model.get_submodule(only).weight.requires_grad_(True)
         weight.data = weight.data.t().contiguous().t()
-    return SFTTrainer(config, network, train_dataset=data, eval_dataset=data[:5], tokenizer=tokenizer)
+    return SFTTrainer(config, network, train_dataset=data, eval_dataset=data[:held_out], tokenizer=tokenizer)
 
 
 def reward(path, steps=()):
@@ -308,7 +308,7 @@ def everything(path):
         result = (trainer := make(path / "runs" / make.__name__, **options)).train()
         found[f"run of {make.__name__}"] = {"digest": digest(trainer), **dataclasses.asdict(result)}
     with mock.patch.object(parallel, "leave_to_others"):  # every process steps all, and keeps all of the state
-        deque(whole := sft(path / "whole"), 0)
+        deque(whole := sft(path / f"whole {rank()}"), 0)  # only the first process would write there
     found["whole"] = {"digest": digest(whole), "state": [held(whole.optimizer)]}
     one_matrix = sft(path / "one_matrix", only="layers.0.mlp.up_proj")
     deque(one_matrix, 0)
@@ -331,6 +331,7 @@ def everything(path):
         lambda: sft(path / "other", word=str(parallel.rank())),
         lambda: sft(path / "other", steps={"max_steps": 2 + parallel.rank()}),
         lambda: sft(path / "other", frozen=parallel.rank()),
+        lambda: sft(path / "other", held_out=4 + parallel.rank()),
     ):
         try:
             make()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,17 @@ def test_a_run_goes_on_where_it_was():
     assert [epoch for epoch, _ in whole] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 7 / 3])
     for start in range(7):
         assert list(common.run_batches(lengths, 4, seed=0, start=start, stop=7)) == whole[start:]
+    mixed = [indices for _, indices in common.run_batches(lengths, 4, seed=0, start=0, stop=6, by_length=False)]
+    first, second = (common.epoch_batches(lengths, 4, seed=0, epoch=epoch, by_length=False) for epoch in (0, 1))
+    assert mixed == first + second and first != second
+
+
+def test_a_process_takes_its_share_of_the_tokens_of_a_step(monkeypatch):
+    monkeypatch.setattr(common.parallel, "size", lambda: 2)
+    monkeypatch.setattr(common.parallel, "rank", lambda: 0)
+    batch, config = ["long", "short", "shorter", "longer"], SFTConfig(per_device_train_batch_size=1)
+    assert common.batch_size(config) == 2
+    assert common.micro_batches(batch, [8, 2, 1, 9], config) == [(["shorter"], 1), (["longer"], 1)]
 
 
 def test_steps_of_a_run():
@@ -214,7 +226,8 @@ def test_steps_of_a_run():
 def test_only_matrices_decay_and_each_parameter_is_there_once():
     layer = torch.nn.Linear(2, 2)
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    groups = optimizers.make_optimizer([layer, layer, frozen], 0.1, weight_decay=0.5).param_groups
+    modules = [layer, torch.nn.Sequential(layer), frozen]
+    groups = optimizers.make_optimizer(modules, 0.1, weight_decay=0.5).param_groups
     assert [(g["weight_decay"], [id(p) for p in g["params"]]) for g in groups] == [
         (0.5, [id(layer.weight)]),
         (0.0, [id(layer.bias)]),
@@ -238,6 +251,18 @@ def test_schedules_by_hand(schedule, expected):
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx(expected)
+
+    warm = optimizers.make_scheduler(optimizer, schedule, total_steps=1, warmup_ratio=1.0)
+    warm.step()
+    assert warm.get_last_lr() == [2.0]  # the end of a run that only warms up
+
+
+def test_a_learner_is_as_its_config_says():
+    config = SFTConfig(learning_rate=0.3, weight_decay=0.5, warmup_ratio=0.5, lr_scheduler_type="constant")
+    for given, rate in ((None, 0.3), (0.6, 0.6)):
+        optimizer, scheduler = optimizers.make_learner(torch.nn.Linear(2, 2), config, 4, given)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+        assert scheduler.get_last_lr() == pytest.approx([rate / 3] * 2)  # two steps of warm-up
 
 
 def test_clipping_by_hand():
@@ -284,6 +309,9 @@ def test_a_resumed_optimizer_has_its_state_and_the_rates_of_the_config_as_it_is_
     assert optimizer.state[groups[0]["params"][0]]["exp_avg"].any()
     optimizers.optimizer_step(optimizer, scheduler)
     assert [group["lr"] for group in groups] == pytest.approx([0.2 * 0.5] * 2)
+    other = optimizers.make_optimizer([torch.nn.Linear(2, 2, bias=False) for _ in range(2)], 0.1)  # two matrices
+    with pytest.raises(ConfigError, match="the checkpoint trained 2 tensors of the model, and this run 2: resume"):
+        optimizers.load_optimizer(other, scheduler, optimizers.optimizer_state(before), schedule.state_dict())
 
 
 def test_a_state_is_laid_out_in_memory_as_the_weight_is():
@@ -363,6 +391,11 @@ def test_tensorboard_gets_every_evaluation(tmp_path, monkeypatch):
     Walk(Config(str(tmp_path), logging_steps=4, eval_steps=3)).train()
     assert [step for step, *_ in plotted] == [0, 3, 4, 6, 8, 9, 10]
     assert [step for step, *names in plotted if "eval_draw" in names] == [0, 3, 6, 9, 10]
+    plotted.clear()
+    walk = Walk(Config(str(tmp_path / "nothing_held_out"), logging_steps=4))
+    walk.evaluate = dict
+    walk.train()
+    assert [step for step, *_ in plotted] == [4, 8, 10]
 
 
 @pytest.mark.parametrize("crash_after", [3, 4, 5, 7])
@@ -391,7 +424,7 @@ def test_a_run_that_died_while_saving_its_model_still_ends_well(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         walk.train()
     result = Walk(config).train(resume=True)
-    assert result.step == 10 and not result.interrupted
+    assert result.step == 10 and not result.interrupted and "step" not in result.metrics
     assert result.metrics["eval_draw"] == rows(tmp_path / "train_log.jsonl")[-1]["eval_draw"]
     assert (tmp_path / "model.txt").read_text() == str(result.metrics["value"])
 
@@ -414,6 +447,7 @@ def test_a_run_whose_end_fails_is_not_lost(tmp_path, part, save_steps, monkeypat
     monkeypatch.undo()
     random.random()
     again = Walk(config, at_step={step: _crash for step in range(12)})  # no step is done twice
+    again.save_in_checkpoint = lambda path: pytest.fail("nor is any saved twice")
     assert again.train(resume=True).metrics["eval_draw"] == rows(whole / "train_log.jsonl")[-1]["eval_draw"]
     for name in ("train_log.jsonl", "samples.jsonl"):
         assert without_time(rows(broken / name)) == without_time(rows(whole / name))
@@ -517,6 +551,17 @@ def test_a_step_that_fails_loses_none_before_it_where_it_has_changed_nothing(tmp
         assert (kept and kept.name) == ("checkpoint-3" if unchanged else None)
 
 
+def test_what_failed_is_raised_also_where_the_other_processes_are_gone(tmp_path, monkeypatch):
+    def broadcast(call):
+        if call[0] is Everywhere.leave:
+            raise ConnectionError("nobody is there")
+        return call
+
+    monkeypatch.setattr(common.parallel, "broadcast", broadcast)
+    with pytest.raises(RuntimeError, match="crash"):
+        Walk(Config(str(tmp_path)), at_step={4: _crash}).train()
+
+
 def test_a_run_that_fails_again_and_again_keeps_no_more_checkpoints_than_its_limit(tmp_path):
     config = Config(str(tmp_path), save_total_limit=2)
     for resume, failing in ((False, 3), (True, 5), (True, 6), (True, 9)):
@@ -616,6 +661,18 @@ def test_the_last_step_keeps_its_checkpoint_if_it_is_the_best(tmp_path):
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
 
 
+def test_a_run_that_is_stopped_keeps_its_last_model_and_not_its_best(tmp_path):
+    class Worse(Walk):
+        def evaluate(self):
+            return {"eval_loss": float(self.step)}
+
+    config = Config(str(tmp_path), eval_steps=2)
+    vars(config).update(BEST)
+    result = Worse(config, at_step={5: lambda: os.kill(os.getpid(), signal.SIGTERM)}).train()
+    assert result.interrupted and result.step == 5 and "best_step" not in result.metrics
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-2", "checkpoint-5"}
+
+
 def test_looking_does_not_change_the_run(tmp_path):
     for name, every in (("never", 0), ("often", 1)):
         Walk(Config(str(tmp_path / name), eval_steps=every)).train()
@@ -636,17 +693,40 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, number
     assert without_time(rows(stopped / "train_log.jsonl")) == without_time(rows(whole / "train_log.jsonl"))
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(tmp_path, second):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), second)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with SIGINT ignored
+    # A background job starts with SIGINT ignored.
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, second)}
     try:
         with pytest.raises(KeyboardInterrupt):
             Walk(Config(str(tmp_path)), at_step={4: twice}).train()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_of_several_processes_each_gets_signals_of_two_kinds(monkeypatch):
+    """Those of Ctrl-C and of torchrun; only a second one of a kind stops at once."""
+    monkeypatch.setattr(run.parallel, "size", lambda: 2)
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    received = []
+    try:
+        with pytest.raises(KeyboardInterrupt), run._signals(received, say=False):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    assert received == ["SIGINT", "SIGTERM"]
+
+
+def test_a_thread_that_gets_no_signals_may_train(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(Walk(Config(str(tmp_path))).train).result().step == 10
 
 
 def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -849,8 +929,10 @@ def test_whether_a_metric_is_better_when_it_is_lower_follows_from_its_name(tmp_p
         greater_is_better: bool | None = None
 
     best = run._Best(Best(), [], tmp_path)
+    assert not best.improved(0, {f"eval_{metric}": better})  # of the model that is not trained yet
     assert best.improved(1, {f"eval_{metric}": 0.2}) and best.improved(2, {f"eval_{metric}": better})
-    assert not best.improved(3, {f"eval_{metric}": 0.4 - better}) and best.step == 2
+    assert not best.improved(3, {f"eval_{metric}": 0.4 - better})
+    assert not best.improved(4, {f"eval_{metric}": better}) and best.step == 2  # the first of equals
 
 
 def test_the_best_step_is_one_whose_checkpoint_is_whole(tmp_path):
@@ -909,6 +991,14 @@ def test_folders_that_the_user_named_are_no_checkpoints_and_stay(tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-6")
     with pytest.raises(ConfigError, match="nothing to resume"):
         Walk(config).train(resume=True)
+
+
+def test_a_seed_is_that_of_every_generator():
+    draws = []
+    for seed in (1, 2, 2**64 + 1):  # the last one is that of the second process of a run with seed 2**64
+        common.set_seed(seed)
+        draws.append((random.random(), np.random.rand(), torch.rand(3).tolist()))
+    assert all(a != b for a, b in zip(*draws[:2], strict=True)) and draws[2][1:] == draws[0][1:]
 
 
 def test_every_generator_comes_back():

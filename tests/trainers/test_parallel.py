@@ -117,7 +117,7 @@ def test_every_process_is_told_what_is_refused(runs):
     assert len(one) == 1 and "already holds a run" in one[0]
     assert first == second and "already holds a run" in first[0]
     assert "the 2 processes read different data" in first[1] and "different config" in first[2]
-    assert "the 2 processes hold different models" in first[3]
+    assert "the 2 processes hold different models" in first[3] and "read different eval_dataset" in first[4]
 
 
 def test_a_gradient_that_one_process_has_is_that_of_all(runs):
@@ -311,11 +311,11 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
 
 @pytest.mark.parametrize(("theirs", "joins"), [("cuda:nccl", False), ("cpu:gloo,cuda:nccl", True)])
 def test_a_process_group_of_the_user_needs_a_cpu_backend(theirs, joins, monkeypatch):
-    joining(monkeypatch, is_initialized=True, get_backend_config=theirs)
+    joining(monkeypatch, is_initialized=True, get_backend_config=theirs, get_world_size=2, get_rank=1)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # says nothing as long as the config is not known
     with nullcontext() if joins else pytest.raises(ConfigError, match=rf"\({theirs}\) has no CPU backend"):
         parallel.start()
-    assert parallel._joined is joins
+    assert (parallel.size(), parallel.rank()) == ((2, 1) if joins else (1, 0))
 
 
 def test_what_makes_models_different_is_compared_and_buffers_are_sent(monkeypatch):
@@ -411,6 +411,57 @@ def test_a_traceback_that_the_first_process_does_not_have_is_printed(rank, kind,
     assert capsys.readouterr().err.count("Traceback") == shown
 
 
+def test_work_is_shared_out_in_turns_and_an_empty_share_asks_for_none(monkeypatch):
+    def asked(rank, items):
+        as_one_of_two(monkeypatch, rank)
+        monkeypatch.setattr(parallel, "all_gather", lambda mine: gathered.append(mine) or [items[::2], items[1::2]])
+        calls, gathered = [], []
+        assert parallel.map_shares(lambda share: calls.append(share) or share, items) == items
+        return calls, gathered
+
+    assert asked(0, [1, 2, 3]) == ([[1, 3]], [[1, 3]]) and asked(1, [1, 2, 3]) == ([[2]], [[2]])
+    assert asked(1, [1]) == ([], [[]])
+    with pytest.raises(ZeroDivisionError) as raised:
+        parallel.map_shares(lambda share: 1 / 0, [1, 2])
+    assert raised.value._raised_in_all
+
+
+def test_the_first_process_works_as_if_it_were_alone_and_is_not_afterwards(monkeypatch):
+    joining(monkeypatch, get_world_size=2, get_rank=0, all_reduce=None, broadcast_object_list=None)
+    monkeypatch.setattr(parallel, "_joined", True)
+    monkeypatch.setattr(parallel.dist, "all_gather_object", lambda said, mine: said.__setitem__(0, mine))
+    assert parallel.on_first(parallel.size) == 1 and parallel.size() == 2
+    with pytest.raises(ZeroDivisionError):
+        parallel.on_first(lambda: 1 / 0)
+    assert parallel.size() == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "name", "work"),
+    [
+        (1, "zeros_like", lambda: parallel.sum_gradients([torch.nn.Parameter(torch.ones(1))])),
+        (0, "empty_like", lambda: parallel.gather_states({0: {"step": torch.ones(1)}})),
+    ],
+)
+def test_what_one_process_has_no_room_for_fails_in_all(rank, name, work, monkeypatch):
+    as_one_of_two(monkeypatch, rank)
+    if rank:
+        monkeypatch.setattr(parallel.dist, "all_reduce", lambda told, op: told.fill_(1))  # the other has a gradient
+    monkeypatch.setattr(parallel, "all_gather", lambda mine: [mine, {(1, "step"): torch.ones(1, device="meta")}])
+    no_room = mock.patch.object(torch, name, side_effect=torch.OutOfMemoryError)
+    with no_room, pytest.raises(torch.OutOfMemoryError) as raised:
+        work()
+    assert raised.value._raised_in_all
+
+
+def test_a_maximum_is_no_sum(monkeypatch):
+    found, kind = [], parallel.dist.ReduceOp
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda x, op=kind.SUM: found.append(op))
+    parallel.all_reduce_max(torch.ones(1)), parallel.all_reduce_sum(torch.ones(1))
+    assert found == [kind.MAX, kind.SUM]
+
+
 @pytest.mark.parametrize(("size", "count", "multiple"), [(2, 12, 2), (2, 12, 4), (3, 10, 4), (4, 3, 1), (2, 1, 8)])
 def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple):
     monkeypatch.setattr(parallel, "size", lambda: size)
@@ -419,7 +470,7 @@ def test_blocks_cut_no_group_and_miss_nothing(monkeypatch, size, count, multiple
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         blocks.append(parallel.block(count, multiple))
     assert [i for block in blocks for i in range(count)[block]] == list(range(count))
-    assert all(block.start % multiple == 0 or block.start == count for block in blocks)
+    assert all(block.start % multiple == 0 for block in blocks)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_fast import generation
 from rlhf_fast.data.formats import Prompt
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.models import load_reward_model
@@ -511,8 +513,12 @@ def test_logits_never_exist_for_more_than_a_micro_batch_of_response_tokens(tmp_p
         tmp_path, batch_size=16, minibatch_size=16, micro_batch_size=2, response_length=12, generation_batch_size=16
     )
     vocabulary = len(trainer.tokenizer)
-    with _LargestLogits(vocabulary) as largest:
+    with (
+        mock.patch.object(generation, "batches", wraps=generation.batches) as batches,
+        _LargestLogits(vocabulary) as largest,
+    ):
         next(iter(trainer))
+    assert batches.call_args_list[0].args[1] == 16
     # The tokens of a micro-batch, or the width of the lm_head's weight (32), but never the 192 of the rollout.
     assert 12 < largest.rows <= 32 < 16 * 12
 

@@ -170,8 +170,9 @@ def test_the_tokens_of_a_micro_batch_are_counted_as_they_are_packed():
     shared = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1])
     assert split(51, shared) == [list(range(12))] and len(split(50, shared)) == 2
     alone = torch.tensor([0, 8, 8, 8])
-    (minibatch,) = minibatches(torch.full((4,), 10), 4, micro_batch_tokens=12, group=4, shared=alone)
-    assert [rows.tolist() for rows in minibatch] == [[0, 1], [2, 3]]
+    for tokens, expected in ((12, [[0, 1], [2, 3]]), (11, [[0], [1], [2], [3]])):
+        (minibatch,) = minibatches(torch.full((4,), 10), 4, micro_batch_tokens=tokens, group=4, shared=alone)
+        assert [rows.tolist() for rows in minibatch] == expected
 
 
 def test_no_more_tokens_are_packed_than_were_counted(tmp_path):

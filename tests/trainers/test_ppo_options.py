@@ -348,7 +348,7 @@ def test_compiled_models_are_trained_as_they_are(tmp_path, share_trunk):
     ("reward", "varies"),
     [
         (lambda prompts, responses, **columns: [0.0] * len(responses), False),
-        (lambda prompts, responses, **columns: [100.7] * len(responses), False),
+        (lambda prompts, responses, **columns: [0.1] * len(responses), False),
         (lambda prompts, responses, **columns: [1e-6 * x for x in variety(prompts, responses)], True),
     ],
 )

@@ -230,6 +230,7 @@ def test_checkpointing_recomputes_and_changes_nothing(tmp_path):
     recomputed = gradients(tmp_path, max_grad_norm=0.0, per_device_train_batch_size=6, gradient_checkpointing=True)
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-8)
+    assert trainer(tmp_path, gradient_checkpointing=True).model.model.layers[0].gradient_checkpointing
 
 
 def test_bf16_is_near_and_refused_without_the_hardware(tmp_path, monkeypatch):
