@@ -56,7 +56,7 @@ def _outputs(hidden, weight, labels, with_entropy, wanted, way) -> tuple[Tensor,
     """
     rows, accum, slopes = labels.shape[0], accumulation_dtype(hidden), wanted == ONLY_HIDDEN
     kept, keep = logits_shape(rows, weight.shape[0], way), any(wanted) and not slopes
-    if keep and is_unknown(rows):  # then so is whether they are kept
+    if keep and _is_unknown(rows):  # then so is whether they are kept
         kept = (torch.library.get_ctx().new_dynamic_size(), kept[1])
     elif not (keep and 0 < rows <= most_rows(weight, way, kept=True)):  # one comparison, also where rows is symbolic
         kept = (0, kept[1])
@@ -70,9 +70,13 @@ def _outputs(hidden, weight, labels, with_entropy, wanted, way) -> tuple[Tensor,
     return tuple(torch.empty(shape, dtype=dtype, device=hidden.device) for shape, dtype in outputs)
 
 
-def is_unknown(size: int | torch.SymInt) -> bool:
+def _is_unknown(size: int | torch.SymInt) -> bool:
     """Whether a compiler knows no example of the size, as of hidden[mask]."""
-    return isinstance(size, torch.SymInt) and not size.node.has_hint()
+    if not isinstance(size, torch.SymInt):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols  # a second, and sympy
+
+    return has_free_unbacked_symbols(size)
 
 
 def _forward_any(hidden, weight, bias, labels, mask, temperature, softcap, rounds, fused, with_entropy, *wanted):
