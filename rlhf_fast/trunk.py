@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .decoder import gelu_in_one_pass, gpt2_scaling, is_silu, why_no_decoder
+from .decoder import why_no_decoder
+from .decoder_layers import gelu_in_one_pass, gpt2_scaling, is_silu
 from .models import hidden_states, unwrapped
 from .ops import _layer
 

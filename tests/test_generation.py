@@ -53,7 +53,8 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf_fast import generation
 from rlhf_fast.data.collate import pad
-from rlhf_fast.decoder import Decoder, _product, why_no_decoder
+from rlhf_fast.decoder import Decoder, why_no_decoder
+from rlhf_fast.decoder_layers import product_of
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.generation import generate_tokens, generate_with_logprobs, most_likely, sample
 from rlhf_fast.models import add_lora, check_lm_head
@@ -455,7 +456,7 @@ def test_bf16_in_the_form_of_cuda_graphs(name, prompts, monkeypatch):
     ids, mask = pad(prompts[:6], EOS, left=True)
     exact = Decoder(model, ids, mask, 8)
     expected = [exact.start(), *(exact.step(ids[:, -1]) for _ in range(5))]
-    monkeypatch.setattr("rlhf_fast.decoder._widened", lambda x: x)
+    monkeypatch.setattr("rlhf_fast.decoder_layers._widened", lambda x: x)
     monkeypatch.setattr(_layer, "runs_on", lambda *_: False)
     fixed = Decoder(model, ids, mask, 8, bf16=True)
     fixed.fixed = True
@@ -908,9 +909,9 @@ def test_gpt2_scales_its_attention_as_its_config_says(options):
 def test_what_alters_a_module_of_gpt2_is_heard():
     model, x = with_opinions("gpt2"), torch.randn(3, 32)
     block = model.transformer.h[0]
-    before = _product(block.attn.c_attn, True)(x)
+    before = product_of(block.attn.c_attn, True)(x)
     block.attn.c_attn.register_forward_hook(twice)
-    torch.testing.assert_close(_product(block.attn.c_attn, True)(x), 2 * before, rtol=0.03, atol=0.1)
+    torch.testing.assert_close(product_of(block.attn.c_attn, True)(x), 2 * before, rtol=0.03, atol=0.1)
     assert why_no_decoder(model) is None
     block.mlp.register_forward_hook(twice)
     assert "GPT2MLP has a hook" in why_no_decoder(model)
