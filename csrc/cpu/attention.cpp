@@ -17,7 +17,8 @@ constexpr int64_t kQueries = 48;  // of a block
 // whatever block it is in: the keys behind those that it sees have a weight of 0.
 constexpr int64_t kKeys = 128;
 static_assert(kKeys <= kPieceDepth && kKeys % kPanel == 0);
-// Numbers of a span's keys, of which the backward has five such tables: 640 KB.
+// Numbers in the keys of a span. The backward has five tables of this size, 640 KB: keys (twice), values, and the
+// gradients of both.
 constexpr int64_t kSpan = 32768;
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -52,9 +53,8 @@ struct Block {
   const int64_t* places;  // theirs, ascending
   Span span;
   int64_t place(int64_t i) const { return places[i] - span.begin; }
-  int64_t seen(int64_t queries) const {
-    return std::min(place(queries - 1) + 1, span.size);
-  }  // keys, by the first ones
+  // How many keys of the span the first `queries` see.
+  int64_t seen(int64_t queries) const { return std::min(place(queries - 1) + 1, span.size); }
   int64_t seen() const { return seen(count); }
   int64_t blind(int64_t key) const {  // how many, the first ones, see neither this key nor one behind it
     int64_t n = 0;
