@@ -23,6 +23,7 @@ LAYERS = [
         "rollout_server",
         "generation",
         "decoder",
+        "decoder_layers",
         "trunk",
         "advantages",
         "rewards",
