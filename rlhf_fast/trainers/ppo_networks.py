@@ -87,8 +87,12 @@ def _tokenizer_at(path: str | Path, default):
 
 
 def _same_tokens(tokenizer, of_policy) -> bool:
-    """Whether every token of the policy has the same number in the other tokenizer."""
-    return of_policy.get_vocab().items() <= tokenizer.get_vocab().items()
+    """Whether every token of the policy has the same number in the other tokenizer, or, if it was added later (a pad
+    token), one that the other does not use."""
+    theirs = tokenizer.get_vocab()
+    used = set(theirs.values())
+    new = (item for item in of_policy.get_vocab().items() if item not in theirs.items())
+    return all(token not in theirs and number not in used for token, number in new)
 
 
 def check_rewards(trainer, longest: Prompt) -> None:

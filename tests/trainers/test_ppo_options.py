@@ -37,10 +37,10 @@ def variety(prompts, responses, **columns):
     return [len(set(response)) / 10 + (sum(map(ord, response)) % 97) / 970 for response in responses]
 
 
-def make_trainer(tmp_path, model=None, reward=variety, train_dataset=PROMPTS, **options):
+def make_trainer(tmp_path, model=None, reward=variety, train_dataset=PROMPTS, tokenizer=None, **options):
     others = ("eval_dataset", "eval_rewards", "value_model", "ref_model", "rollout_func")
     trainer_options = {name: options.pop(name) for name in others if name in options}
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     defaults = {
         "output_dir": str(tmp_path), "total_episodes": 32, "batch_size": 16, "minibatch_size": 8, "response_length": 7,
         "num_ppo_epochs": 2, "temperature": 0.8, "learning_rate": 3e-3,
@@ -364,6 +364,11 @@ def test_models_given_by_path_must_have_the_tokens_of_the_policy(tmp_path):
     tiny_model(tokenizer, seed=1).save_pretrained(paths["ref_model"])  # without its tokenizer, which is not needed
     save_model(load_reward_model(tiny_model(tokenizer), tokenizer), tokenizer, paths["value_model"])
     assert sum(1 for _ in make_trainer(tmp_path, **paths)) > 0
+    padded = tiny_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})  # as in TRL's examples: a number that the others do not use
+    paths["ref_model"] = tmp_path / "base"
+    save_model(tiny_model(padded), tokenizer, paths["ref_model"])
+    assert make_trainer(tmp_path, tokenizer=padded, ref_model=paths["ref_model"]).reference is not None
     for option, path in paths.items():
         tiny_tokenizer(eos="</s>").save_pretrained(path)
         with pytest.raises(ConfigError, match=f"{option} .*{path.name}.* another tokenizer than the policy's"):
