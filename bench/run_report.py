@@ -138,10 +138,11 @@ def trainers(result: dict) -> str:
     about, settings = result["model_and_data"], result["settings"]
     precision = "products in bfloat16" if settings.get("bf16") else "float32"
     of = "sequences" if result["stage"] == "sft" else "pairs"
+    kind = "Llama" if settings.get("shape", "llama") == "llama" else "Qwen2"
     length = about["tokens_a_sequence"]
     learned = f", {about['learned_share']:.0%} of them learned" if "learned_share" in about else ""
     return "\n".join(lines) + (
-        f"\n\nLlama of {about['weights'] / 1e6:.1f}M weights ({settings['hidden']} x {settings['layers']}, vocabulary "
+        f"\n\n{kind} of {about['weights'] / 1e6:.1f}M weights ({settings['hidden']} x {settings['layers']}, vocabulary "
         f"{settings['vocab']}), {precision}, {settings['steps']} steps of {settings['batch']} {of} of hh-rlhf; "
         f"tokens a sequence: mean {length['mean']:.0f}, median {length['median']:.0f}, most {length['max']}{learned}; "
         f"{len(rounds)} round{'s' if len(rounds) > 1 else ''}.\n"
@@ -160,7 +161,10 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
         name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
         settings, width = result["settings"], trained[0]["settings"]["hidden"]
         name += ", `bf16`" if settings.get("bf16") else ""
-        name += f", width {settings['hidden']} instead of {width}" if settings["hidden"] != width else ""
+        if settings.get("shape", "llama") != "llama":
+            name += ", a model of Qwen2 0.5B's shape"
+        elif settings["hidden"] != width:
+            name += f", width {settings['hidden']} instead of {width}"
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
     parts = ppo["parts"] if ppo else {}
     if "speed" in parts:
