@@ -1,10 +1,11 @@
 """PPO end to end, ours against TRL 1.12.0: same Llama, prompts, reward and settings; runs take turns, each a process.
 
-    python bench/bench_ppo.py [--part speed|speeds|grpo|memory|rollout|race] ... [--device cuda] [--small]
+    python bench/bench_ppo.py [--part speed|speeds|grpo|large|memory|rollout|race] ... [--device cuda] [--small]
 
 speed    response tokens per CPU-second of whole iterations: shared trunk, separate critic, TRL (its best micro-batch)
 speeds   the same in bfloat16, and of a wider model in both; TRL in the precision in which it is faster
 grpo     the same of GRPO against TRL 1.16 (8 responses to a prompt, one step a rollout, no KL), short and long prompts
+large    speed and grpo with a model of SmolLM2 135M's shape and 16 responses
 memory   peak resident memory of such a process at two vocabularies, and the memory it takes before the first step
 rollout  our generation against transformers' generate(), taking turns in one process
 race     reward over CPU-seconds, and over KL, from the same start; five seeds; each system with the best learning rate
@@ -162,12 +163,12 @@ def compared(base: Run, options, known: dict) -> dict:
     if options.small:
         base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
     tried = [{"micro_batch_size": m, "bf16": bf16} for m in options.micro for bf16 in {base.bf16, False}]
-    for own in tried:
+    for own in tried if len(tried) > 1 else ():
         key = (base.hidden, *own.values())
         known[key] = known.get(key) or rate(execute(replace(base, system="trl", **own), options.trl))
         own["rate"] = known[key]
-    best = {key: max(tried, key=lambda own: own["rate"])[key] for key in ("micro_batch_size", "bf16")}
-    print(f"width {base.hidden}, bf16 {base.bf16}; TRL:", tried, flush=True)
+    best = {key: max(tried, key=lambda own: own.get("rate", 0))[key] for key in ("micro_batch_size", "bf16")}
+    print(f"{base.shape}, width {base.hidden}, bf16 {base.bf16}; TRL:", tried, flush=True)
     rounds, peaks = [], []
     for i in range(options.rounds):
         names = SYSTEMS[i % 3 :] + SYSTEMS[: i % 3]
@@ -186,43 +187,59 @@ def compared(base: Run, options, known: dict) -> dict:
 
 
 def grpo(options) -> dict:
-    """Rates as in speed, and peak memory. TRL with its defaults in what a Run does not set, and with the model's own
-    logits in place of its head for a GPU. Both have the rate of the micro-batch that is faster, and the peak of the one
-    that takes less memory: on a CPU a larger one may be faster by little and take twice as much."""
     result = {"rows": []}
     for lengths in ((4, 8), (20, 24)) if options.small else ((16, 48), (192, 256)):
-        base = Run(
-            system="group", hidden=128, prompt_length=lengths, num_generations=8, num_ppo_epochs=1, kl_coef=0.0,
-            iterations=options.iterations,
-        )  # fmt: skip
-        if options.small:
-            base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
-        runs, tried = {"group": base}, []
-        for system in ("trl-grpo", "trl-grpo-logits"):
-            theirs = [replace(base, system=system, micro_batch_size=size) for size in options.micro]
+        base = Run(hidden=128, prompt_length=lengths, iterations=options.iterations)
+        result["rows"].append(grpo_compared(base, options))
+        options.save(result)
+    return result
+
+
+def grpo_compared(base: Run, options) -> dict:
+    """Rates as in compared(), and peak memory: 8 responses to a prompt, one step a rollout, no KL. TRL with its
+    defaults in what a Run does not set, and with the model's own logits in place of its head for a GPU. Both have the
+    rate of the micro-batch that is faster, and the peak of the one that takes less memory: on a CPU a larger one may be
+    faster by little and take twice as much."""
+    base = replace(base, system="group", num_generations=8, num_ppo_epochs=1, kl_coef=0.0)
+    if options.small:
+        base = replace(base, vocab=512, batch_size=16, minibatch_size=16, micro_batch_size=8, response_length=16)
+    runs, tried = {"group": base}, []
+    for system in ("trl-grpo", "trl-grpo-logits"):
+        theirs = [replace(base, system=system, micro_batch_size=size) for size in options.micro]
+        runs[system] = theirs[0]
+        if len(theirs) > 1:
             found = [(run.micro_batch_size, execute(run, options.trl)) for run in theirs]
             own = [{"micro_batch_size": m, "rate": rate(r), "peak_rss": r["peak_rss"]} for m, r in found]
             best = max(own, key=lambda row: row["rate"])["micro_batch_size"]
             runs[system] = replace(base, system=system, micro_batch_size=best)
             tried += [{"system": system, **row} for row in own]
-        print(f"prompts of {lengths}; TRL:", tried, flush=True)
-        rounds, peaks, names = [], [], list(runs)
-        for i in range(options.rounds):
-            results = {name: execute(runs[name], options.trl) for name in names[i % 3 :] + names[: i % 3]}
-            rounds.append({name: rate(results[name]) for name in names})
-            peaks.append({name: results[name]["peak_rss"] for name in names})
-            print({name: f"{r:.0f} tokens per CPU-second" for name, r in rounds[-1].items()}, flush=True)
-        least = {
-            name: min(own["peak_rss"] for own in tried if own["system"] == name) for name in names if name != "group"
-        }
-        median = lambda each: {name: statistics.median(r[name] for r in each) for name in each[0]}  # noqa: E731
-        result["rows"].append({
-            "run": asdict(base), "micro_batch_size": {name: run.micro_batch_size for name, run in runs.items()},
-            "trl_tried": tried, "rounds": rounds, "tokens_per_cpu_second": median(rounds),
-            "peak_rss": median(peaks) | least,
-        })  # fmt: skip
-        options.save(result)
-    return result
+    print(f"GRPO, prompts of {base.prompt_length}; TRL:", tried, flush=True)
+    rounds, peaks, names = [], [], list(runs)
+    for i in range(options.rounds):
+        results = {name: execute(runs[name], options.trl) for name in names[i % 3 :] + names[: i % 3]}
+        rounds.append({name: rate(results[name]) for name in names})
+        peaks.append({name: results[name]["peak_rss"] for name in names})
+        print({name: f"{r:.0f} tokens per CPU-second" for name, r in rounds[-1].items()}, flush=True)
+    least = {own["system"]: own["peak_rss"] for own in sorted(tried, key=lambda own: -own["peak_rss"])}
+    median = lambda each: {name: statistics.median(r[name] for r in each) for name in each[0]}  # noqa: E731
+    return {
+        "run": asdict(base), "micro_batch_size": {name: run.micro_batch_size for name, run in runs.items()},
+        "trl_tried": tried, "rounds": rounds, "tokens_per_cpu_second": median(rounds),
+        "peak_rss": median(peaks) | least,
+    }  # fmt: skip
+
+
+def large(options) -> dict:
+    base = Run(
+        shape="smollm2-135m", vocab=49_152, batch_size=16, minibatch_size=16, learning_rate=1e-5,
+        iterations=options.iterations,
+    )  # fmt: skip
+    if options.small:
+        base = replace(base, shape="qwen2-tiny")
+    options.micro = (16,)  # all responses
+    result = {"grpo": grpo_compared(base, options)}
+    options.save(result)
+    return result | {"ppo": compared(base, options, {})}
 
 
 def memory(options) -> dict:
@@ -411,7 +428,10 @@ def attempt(run: Run, trl: Path) -> dict:
     return {name: statistics.median(values) for name, values in rates.items()} | peaks | {"iterations": rates}
 
 
-PARTS = {"speed": speed, "speeds": speeds, "grpo": grpo, "memory": memory, "rollout": rollout, "race": race, "gpu": gpu}
+PARTS = {
+    "speed": speed, "speeds": speeds, "grpo": grpo, "large": large, "memory": memory, "rollout": rollout, "race": race,
+    "gpu": gpu,
+}  # fmt: skip
 
 
 def saver(part: str, options) -> Callable[[dict], None]:
@@ -423,7 +443,7 @@ def saver(part: str, options) -> Callable[[dict], None]:
     about = provenance(torch.device(options.device), [])
     about |= {"command": " ".join(["python", "bench/bench_ppo.py", *sys.argv[1:]]), "threads": 1,
               "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
-    if part != "grpo":
+    if part not in ("grpo", "large"):  # "large" has both versions
         about["packages"]["trl"] = TRL.split("==")[1]
     results = json.loads(options.json.read_text()) if options.json.exists() else {"parts": {}}
     before = results["parts"].get(part, {})

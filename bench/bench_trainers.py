@@ -22,7 +22,7 @@ also runs with the loss that transformers' model computes from its logits, in a 
 TRL recommends for custom losses. TRL's padding-free batches and packing need flash attention, which a CPU does not
 have.
 
---shape qwen2-0.5b trains a model of that size, with random weights, in place of the small Llama.
+--shape trains a model of the size of Qwen2 0.5B or SmolLM2 135M, with random weights, in place of the small Llama.
 
 A round takes minutes (of the 0.5B model, half an hour). An existing result file is continued from the rounds it has, if
 they have the same settings, data, machine, packages and commit.
@@ -41,6 +41,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from ppo_report import MODELS
 
 OURS = "rlhf_fast"
 DATA = "data/hh-rlhf"
@@ -207,8 +209,8 @@ def child(folder: Path, options: dict, seed: int) -> None:
 def prepare(folder: Path, options: dict, data: Path) -> dict:
     """Writes records.json for ours, train.json and eval.json (token ids) for TRL and evaluation, and model/."""
     import torch
-    from ppo_worker import QWEN2
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from ppo_worker import SHAPES, of_shape
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf_fast.data.formats import comparisons, sft_examples
     from rlhf_fast.data.hh_rlhf import load_pairs
@@ -219,17 +221,18 @@ def prepare(folder: Path, options: dict, data: Path) -> dict:
     texts = [m["content"] for row in pairs["train"] for m in [*row["prompt"], *row["chosen"], *row["rejected"]]]
     tokenizer = train_tokenizer(texts, options["tokenizer_vocab"], max_length=options["max_length"])
     common = {
-        "vocab_size": options["vocab"], "max_position_embeddings": options["max_length"], "bos_token_id": None,
-        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": options["max_length"], "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
     torch.manual_seed(0)
-    if options["shape"] in QWEN2:
-        model = Qwen2ForCausalLM(Qwen2Config(**QWEN2[options["shape"]], **common, tie_word_embeddings=True))
+    if options["shape"] in SHAPES:
+        model = of_shape(options["shape"], **common)
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=options["hidden"], intermediate_size=11 * options["hidden"] // 4,
-                num_hidden_layers=options["layers"], num_attention_heads=options["hidden"] // 64, **common,
+                vocab_size=options["vocab"], hidden_size=options["hidden"],
+                intermediate_size=11 * options["hidden"] // 4, num_hidden_layers=options["layers"],
+                num_attention_heads=options["hidden"] // 64, bos_token_id=None, **common,
             )
         )  # fmt: skip
     sft = options["stage"] == "sft"
@@ -275,7 +278,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32_000, help="of the model, like Llama 2; the tokenizer has fewer")
     parser.add_argument("--tokenizer_vocab", type=int, default=8192)
-    parser.add_argument("--shape", choices=("llama", "qwen2-0.5b"), default="llama", help="qwen2-0.5b sets all sizes")
+    parser.add_argument("--shape", choices=("llama", *MODELS), default="llama", help="others set all sizes")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
@@ -289,10 +292,10 @@ def main() -> None:
         child(Path(run["folder"]), run["options"], run["seed"])
         return
     if options["shape"] != "llama":
-        from ppo_worker import QWEN2
+        from ppo_worker import SHAPES
 
-        sizes = QWEN2[options["shape"]]
-        options |= {"vocab": 151_936, "hidden": sizes["hidden_size"], "layers": sizes["num_hidden_layers"]}
+        names = {"vocab": "vocab_size", "hidden": "hidden_size", "layers": "num_hidden_layers"}
+        options |= {name: SHAPES[options["shape"]][key] for name, key in names.items()}
     environment = {**os.environ, "OMP_NUM_THREADS": str(options["threads"]), "OMP_WAIT_POLICY": "PASSIVE",
                    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     settings = {k: v for k, v in options.items() if k not in ("data", "json", "rounds")}

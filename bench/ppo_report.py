@@ -9,6 +9,7 @@ import numpy as np
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided quantiles of Student's t, by number of seeds
 SYSTEMS = ("shared", "separate", "trl")
+MODELS = {"qwen2-0.5b": "Qwen2 0.5B", "smollm2-135m": "SmolLM2 135M"}  # by Run.shape
 NAMES = {"shared": "rlhf_fast, shared trunk", "separate": "rlhf_fast, separate critic", "trl": "TRL 1.12.0"}
 
 
@@ -42,6 +43,12 @@ def over(row: dict, ours: str, theirs: str = "trl") -> str:
     return f"{statistics.median(each):.2f}x ({each[0]:.2f}-{each[-1]:.2f})"
 
 
+def model(run: dict) -> str:
+    sizes = f"of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}"
+    shape = run.get("shape", "llama")
+    return f"Llama {sizes}" if shape == "llama" else f"A model of {MODELS[shape]}'s shape with random weights"
+
+
 def speed(part: dict) -> str:
     rows = [
         [NAMES[name], f"{rate:.0f}", over(part, name) if name != "trl" else "1"]
@@ -49,11 +56,10 @@ def speed(part: dict) -> str:
     ]
     run, tried = part["run"], ", ".join(str(own["micro_batch_size"]) for own in part["trl_tried"])
     about = (
-        f"\nLlama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}; {run['batch_size']} "
-        f"prompts of {run['prompt_length'][0]}-{run['prompt_length'][1]} tokens, {run['response_length']} tokens of "
-        f"answer, {run['num_ppo_epochs']} epochs, one optimizer step each, micro-batches of {run['micro_batch_size']} "
-        f"(TRL: {part['trl']['micro_batch_size']}, the faster of {tried}). Median of {len(part['rounds'])} rounds, "
-        "and the range.\n"
+        f"\n{model(run)}; {run['batch_size']} prompts of {run['prompt_length'][0]}-{run['prompt_length'][1]} tokens, "
+        f"{run['response_length']} tokens of answer, {run['num_ppo_epochs']} epochs, one optimizer step each, "
+        f"micro-batches of {run['micro_batch_size']} (TRL: {part['trl']['micro_batch_size']}, the faster of {tried}). "
+        f"Median of {len(part['rounds'])} rounds, and the range.\n"
     )
     return lines(["", "response tokens per CPU-second", "over TRL"], rows) + "\n" + about + source(part)
 
@@ -96,12 +102,35 @@ def grpo(part: dict) -> str:
     run, tried = first["run"], sorted({own["micro_batch_size"] for own in first["trl_tried"]})
     of_less = "" if any("peak_rss" not in own for own in first["trl_tried"]) else ", and the memory of the smaller peak"
     about = (
-        f"\nLlama of {run['layers']} layers, width {run['hidden']}, vocabulary {run['vocab']}; {run['batch_size']} "
-        f"responses of {run['response_length']} tokens, {run['num_generations']} to a prompt, one step a rollout, no "
-        f"KL; micro-batches of {run['micro_batch_size']} (TRL: the faster of {', '.join(map(str, tried))}{of_less}). "
-        f"Median of {len(first['rounds'])} rounds, and the range.\n"
+        f"\n{model(run)}; {run['batch_size']} responses of {run['response_length']} tokens, "
+        f"{run['num_generations']} to a prompt, one step a rollout, no KL; micro-batches of {run['micro_batch_size']} "
+        f"(TRL: the faster of {', '.join(map(str, tried))}{of_less}). Median of {len(first['rounds'])} rounds, and the "
+        "range.\n"
     )
     head = ["prompt", "", "response tokens per CPU-second", "ours is faster by", "peak memory", "ours over its"]
+    return lines(head, rows) + "\n" + about + source(part)
+
+
+def large(part: dict) -> str:
+    pairs = [("ppo", name, "trl") for name in SYSTEMS[:2]] + [
+        ("grpo", "group", name) for name in GRPO if name != "group"
+    ]
+    rows = []
+    for algorithm, ours, theirs in pairs:
+        row, names = part[algorithm], NAMES | GRPO
+        rates, peak = row["tokens_per_cpu_second"], row["peak_rss"]
+        cells = [algorithm.upper(), names[ours], names[theirs], f"{rates[ours]:.1f}", f"{rates[theirs]:.1f}"]
+        cells += [over(row, ours, theirs), f"{peak[ours] / 1e9:.1f} GB", f"{peak[ours] / peak[theirs]:.2f}"]
+        rows.append(cells)
+    run, rounds = part["grpo"]["run"], len(part["grpo"]["rounds"])
+    ppo = part["ppo"]["run"]
+    about = (
+        f"\n{model(run)}; {run['batch_size']} responses of {run['response_length']} tokens to prompts of "
+        f"{run['prompt_length'][0]}-{run['prompt_length'][1]}, micro-batches of {run['micro_batch_size']}. PPO "
+        f"has {ppo['num_ppo_epochs']} epochs; GRPO has {run['num_generations']} responses to a prompt, one "
+        f"step a rollout and no KL. {f'Median of {rounds} rounds, and the range' if rounds > 1 else '1 round'}.\n"
+    )
+    head = ["", "", "", "our response tokens per CPU-second", "its", "over TRL", "our peak memory", "over its"]
     return lines(head, rows) + "\n" + about + source(part)
 
 
@@ -310,7 +339,10 @@ def gpu_table(part: dict) -> str:
 
 def sections(result: dict, folder: Path) -> dict[str, str]:
     """Section name -> text, for the measured parts; also draws folder/ppo_race.svg."""
-    makers = {"speed": speed, "speeds": speeds, "grpo": grpo, "memory": memory, "rollout": rollout, "race": race}
+    makers = {
+        "speed": speed, "speeds": speeds, "grpo": grpo, "large": large, "memory": memory, "rollout": rollout,
+        "race": race,
+    }  # fmt: skip
     made = {f"ppo:{name}": make(result["parts"][name]) for name, make in makers.items() if name in result["parts"]}
     if "race" in result["parts"]:
         picture(result["parts"]["race"], folder / "ppo_race.svg")

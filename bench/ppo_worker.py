@@ -20,14 +20,18 @@ from pathlib import Path
 import torch
 
 PAD, EOS, FIRST = 0, 1, 2  # FIRST: the first token that is not special
-QWEN2 = {  # a Run's shape: the sizes of a Qwen2, without its vocabulary
+SHAPES = {  # a Run's shape: the sizes of a model; its head is its embedding
     "qwen2-0.5b": {
-        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-        "num_key_value_heads": 2,
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936,
     },
     "qwen2-tiny": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+    },
+    "smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152,
     },
 }  # fmt: skip
 
@@ -54,7 +58,7 @@ class Run:
     temperature: float = 1.0
     seed: int = 0
     endless: bool = False  # the model never says eos or pad, so all responses have full length
-    shape: str = "llama"  # or a key of QWEN2, whose sizes replace hidden and layers
+    shape: str = "llama"  # or a key of SHAPES, whose sizes replace hidden and layers, not vocab
     device: str = "cpu"
     bf16: bool = False  # training products in bfloat16 (in ours also sampling and scoring), weights in float32
     profile: bool = False  # ours only: one more iteration, under torch's profiler
@@ -83,21 +87,14 @@ def make_tokenizer(vocab: int):
 
 
 def make_model(run: Run):
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(run.seed)
-    if run.shape in QWEN2:
-        config = Qwen2Config(
-            vocab_size=run.vocab,
-            **QWEN2[run.shape],
-            tie_word_embeddings=True,
-            max_position_embeddings=1024,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            bos_token_id=None,
-        )
+    if run.shape in SHAPES:
         with torch.device(run.device):  # half a billion random numbers take one thread of a CPU a quarter of a minute
-            return Qwen2ForCausalLM(config)
+            return of_shape(
+                run.shape, vocab_size=run.vocab, max_position_embeddings=1024, pad_token_id=PAD, eos_token_id=EOS
+            )
     heads = max(1, run.hidden // 64)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -111,6 +108,13 @@ def make_model(run: Run):
         bias[[PAD, EOS]] = -30.0
         model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     return model
+
+
+def of_shape(shape: str, **options):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fixed = {"tie_word_embeddings": True, "bos_token_id": None}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SHAPES[shape], **fixed, **options}))
 
 
 def make_critic(run: Run, policy):

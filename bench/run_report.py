@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 
 from op_report import OURS, source, times
-from ppo_report import ratios, short_commit
+from ppo_report import MODELS, ratios, short_commit
 
 
 def quickstart(results: list[dict]) -> str:
@@ -138,7 +138,8 @@ def trainers(result: dict) -> str:
     about, settings = result["model_and_data"], result["settings"]
     precision = "products in bfloat16" if settings.get("bf16") else "float32"
     of = "sequences" if result["stage"] == "sft" else "pairs"
-    kind = "Llama" if settings.get("shape", "llama") == "llama" else "Qwen2"
+    shape = settings.get("shape", "llama")
+    kind = "Llama" if shape == "llama" else f"A model of {MODELS[shape]}'s shape"
     length = about["tokens_a_sequence"]
     learned = f", {about['learned_share']:.0%} of them learned" if "learned_share" in about else ""
     return "\n".join(lines) + (
@@ -161,30 +162,39 @@ def stages(trained: list[dict], ppo: dict | None) -> str:
         name = {"sft": "SFT", "reward": "reward model"}[result["stage"]]
         settings, width = result["settings"], trained[0]["settings"]["hidden"]
         name += ", `bf16`" if settings.get("bf16") else ""
-        if settings.get("shape", "llama") != "llama":
-            name += ", a model of Qwen2 0.5B's shape"
+        if (shape := settings.get("shape", "llama")) != "llama":
+            name += f", {MODELS[shape]}'s shape"
         elif settings["hidden"] != width:
             name += f", width {settings['hidden']} instead of {width}"
         lines.append(f"| {name} | {default['ours_is_faster_by']:.1f}x | {best['ours_is_faster_by']:.1f}x | {memory} |")
+
+    def of_ppo(row: dict) -> str:
+        over, peak = row["over_trl"], row["peak_rss"]
+        cells = [", ".join(f"{over[system]:.1f}x" for system in ("shared", "separate"))]
+        cells.append(", ".join(f"{peak[system] / peak['trl']:.2f}" for system in ("shared", "separate")))
+        return f" | {' | '.join(cells)} |"
+
+    def of_grpo(row: dict) -> str:
+        peak, theirs = row["peak_rss"], ("trl-grpo", "trl-grpo-logits")
+        cells = [f"{statistics.median(ratios(row, 'group', name)):.1f}x" for name in theirs]
+        cells.append(", ".join(f"{peak['group'] / peak[name]:.2f}" for name in theirs))
+        return f"{' | '.join(cells)} |"
+
     parts = ppo["parts"] if ppo else {}
     if "speed" in parts:
         base, measured = parts["speed"], [parts["speed"], *parts.get("speeds", {"rows": []})["rows"]]
         for row in measured:
-            run, peak = row["run"], row["peak_rss"]
+            run, width = row["run"], base["run"]["hidden"]
             name = "PPO, shared trunk and separate critic" if row is base else "the same"
             name += ", `bf16`" if run["bf16"] else ""
-            width = base["run"]["hidden"]
             name += f", width {run['hidden']} instead of {width}" if run["hidden"] != width else ""
-            over = ", ".join(f"{row['over_trl'][system]:.1f}x" for system in ("shared", "separate"))
-            memory = ", ".join(f"{peak[system] / peak['trl']:.2f}" for system in ("shared", "separate"))
-            lines.append(f"| {name} | | {over} | {memory} |")
+            lines.append(f"| {name} |{of_ppo(row)}")
     for row in parts.get("grpo", {"rows": []})["rows"]:
-        cells, peak = [], row["peak_rss"]
-        for name in ("trl-grpo", "trl-grpo-logits"):
-            cells.append(f"{statistics.median(ratios(row, 'group', name)):.1f}x")
-        memory = ", ".join(f"{peak['group'] / peak[name]:.2f}" for name in ("trl-grpo", "trl-grpo-logits"))
-        prompts = "{} to {}".format(*row["run"]["prompt_length"])
-        lines.append(f"| GRPO, prompts of {prompts} tokens | {cells[0]} | {cells[1]} | {memory} |")
+        lines.append("| GRPO, prompts of {} to {} tokens | ".format(*row["run"]["prompt_length"]) + of_grpo(row))
+    if large := parts.get("large"):
+        shape = f", {MODELS[large['grpo']['run']['shape']]}'s shape"
+        lines.append(f"| PPO, shared trunk and separate critic{shape} |{of_ppo(large['ppo'])}")
+        lines.append(f"| GRPO{shape} | {of_grpo(large['grpo'])}")
     return "\n".join(lines) + "\n"
 
 

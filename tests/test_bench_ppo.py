@@ -88,14 +88,15 @@ def test_the_race_is_read_where_all_runs_have_been(tmp_path):
 # --- The part gpu, as far as it needs none ---
 
 
-def test_the_shape_is_that_of_qwen2_0_5b():
-    """494 million weights, of which 136 are embedding and head at once, as the model's card has it."""
+@pytest.mark.parametrize(("shape", "weights"), [("qwen2-0.5b", 494_032_768), ("smollm2-135m", 134_515_008)])
+def test_a_shape_has_as_many_weights_as_the_card_of_its_model_says(shape, weights):
+    run = Run(shape=shape, vocab=ppo_worker.SHAPES[shape]["vocab_size"], device="meta")
     with torch.device("meta"):
-        model = ppo_worker.make_model(Run(shape="qwen2-0.5b", vocab=151_936, device="meta"))
+        model = ppo_worker.make_model(run)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert sum(p.numel() for p in model.parameters()) == 494_032_768
+    assert sum(p.numel() for p in model.parameters()) == weights
     before = torch.get_rng_state()
-    critic = ppo_worker.make_critic(Run(shape="qwen2-0.5b", vocab=151_936, device="meta"), model)
+    critic = ppo_worker.make_critic(run, model)
     assert critic.device.type == "meta" and torch.equal(torch.get_rng_state(), before)  # not drawn on the CPU
 
 
@@ -319,6 +320,30 @@ def test_grpo_is_compared_with_both_heads_of_trl(monkeypatch, tmp_path):
     stages = run_report.stages([], {"parts": {"grpo": part, "speed": speed}})
     assert "| GRPO, prompts of 16 to 48 tokens | 2.5x | 1.6x | 0.50, 0.50 |" in stages
     assert "| PPO, shared trunk and separate critic | | 2.0x, 1.0x | 1.00, 1.00 |" in stages
+
+
+def test_a_larger_model_has_a_row_of_each_comparison(monkeypatch, tmp_path):
+    ran = []
+
+    def execute(run, trl):
+        ran.append(run)
+        rates = {"shared": 30, "separate": 20, "trl": 10, "group": 60, "trl-grpo": 15, "trl-grpo-logits": 20}
+        rows = [{"tokens": rates[run.system], "cpu_seconds": i} for i in range(run.iterations)]
+        return {"rows": rows, "peak_rss": 3e9 if run.system.startswith("trl") else 2e9}
+
+    monkeypatch.setattr(bench_ppo, "execute", execute)
+    part = bench_ppo.large(SimpleNamespace(iterations=2, rounds=1, small=False, trl=tmp_path, save=lambda result: None))
+    assert [run.system for run in ran] == ["group", "trl-grpo", "trl-grpo-logits", "shared", "separate", "trl"]
+    assert {(run.shape, run.vocab) for run in ran} == {("smollm2-135m", 49_152)}
+    monkeypatch.setattr(ppo_report, "source", lambda part: "")
+    part = json.loads(json.dumps(part))
+    table = ppo_report.sections({"parts": {"large": part}}, tmp_path)["ppo:large"]
+    assert "| PPO | rlhf_fast, shared trunk | TRL 1.12.0 | 30.0 | 10.0 | 3.00x (3.00-3.00) | 2.0 GB | 0.67 |" in table
+    assert "| GRPO | rlhf_fast | TRL 1.16, its own head | 60.0 | 15.0 | 4.00x (4.00-4.00) | 2.0 GB | 0.67 |" in table
+    assert "A model of SmolLM2 135M's shape with random weights; 16 responses of 64 tokens" in table
+    stages = run_report.stages([], {"parts": {"large": part}})
+    assert "| PPO, shared trunk and separate critic, SmolLM2 135M's shape | | 3.0x, 2.0x | 0.67, 0.67 |" in stages
+    assert "| GRPO, SmolLM2 135M's shape | 4.0x | 3.0x | 0.67, 0.67 |" in stages
 
 
 def trl_as(monkeypatch, options):
