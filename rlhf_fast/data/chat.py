@@ -242,18 +242,40 @@ def decode_responses(
 ) -> list[str]:  # fmt: skip
     """The responses as text without special tokens, so that prompt + response is what the model wrote.
 
-    stops: tokens that end a response. They are not part of its text, even if they are not special tokens.
+    stops: tokens that end a response. They are not part of its text, even if they are not special tokens. Nor is what
+    the chat template writes between an answer and its eos (ChatML's line break, if eos is not <|im_end|>): rendered
+    again, to be scored, it would be there twice.
 
     SentencePiece drops a leading space when it decodes. So if the prompt is text, we decode its last token together
     with the response and then remove that token's text. (A response to messages does not continue a text.)
     """
-    texts = []
+    texts, tails = [], {}
     for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
-        ids = ids[:-1] if len(ids) and ids[-1] in stops else ids
+        ended = len(ids) > 0 and ids[-1] in stops
+        ids = ids[:-1] if ended else ids
         last = list(before[-1:]) if isinstance(prompt, str) else []
         lead, text = (tokenizer.decode(x, skip_special_tokens=True) for x in (last, [*last, *ids]))
-        texts.append(text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True))
+        text = text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True)
+        if ended and not isinstance(prompt, str):
+            if id(prompt) not in tails:  # the same messages in all responses to a prompt
+                tails[id(prompt)] = _tail(tokenizer, prompt, stops)
+            text = text.removesuffix(tails[id(prompt)])
+        texts.append(text)
     return texts
+
+
+def _tail(tokenizer, messages: Messages, stops: Sequence[int]) -> str:
+    """What the chat template writes between an answer to these messages and the first stop token, without special
+    tokens. "" if it refuses an answer there."""
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    try:
+        text = render(tokenizer, [*messages, {"role": "assistant", "content": mark}])
+    except ConfigError:
+        return ""
+    _, found, after = text.rpartition(mark)
+    ids = _end_with_eos(tokenizer, _tokenize(tokenizer, f"x{after}"))  # x: SentencePiece drops a leading space
+    end = next(i for i, token in enumerate(ids) if token in stops or token == tokenizer.eos_token_id)
+    return tokenizer.decode(ids[:end], skip_special_tokens=True)[1:] if found else ""
 
 
 def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:
