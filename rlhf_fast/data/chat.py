@@ -246,14 +246,14 @@ def decode_responses(
     the chat template writes between an answer and its eos (ChatML's line break, if eos is not <|im_end|>): rendered
     again, to be scored, it would be there twice.
 
-    SentencePiece drops a leading space when it decodes. So if the prompt is text, we decode its last token together
-    with the response and then remove that token's text. (A response to messages does not continue a text.)
+    SentencePiece drops a leading space when it decodes. So if the prompt is text, we decode its last character together
+    with the response and then remove that character. (A response to messages does not continue a text.)
     """
     texts, tails = [], {}
     for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
         ended = len(ids) > 0 and ids[-1] in stops
         ids = ids[:-1] if ended else ids
-        last = list(before[-1:]) if isinstance(prompt, str) else []
+        last = _last_character(tokenizer, before) if isinstance(prompt, str) else []
         lead, text = (tokenizer.decode(x, skip_special_tokens=True) for x in (last, [*last, *ids]))
         text = text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True)
         if ended and not isinstance(prompt, str):
@@ -262,6 +262,13 @@ def decode_responses(
             text = text.removesuffix(tails[id(prompt)])
         texts.append(text)
     return texts
+
+
+def _last_character(tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last token, or the last few if a character is spelled in bytes: a part of one would make the bytes that
+    follow it unreadable too. [] if there are no tokens."""
+    ends = [list(ids[-k:]) for k in range(1, 5)]  # UTF-8 has at most four bytes
+    return next((end for end in ends if "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(end)), ends[0])
 
 
 def _tail(tokenizer, messages: Messages, stops: Sequence[int]) -> str:

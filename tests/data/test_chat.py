@@ -320,6 +320,22 @@ def test_responses_of_byte_level_tokenizers_and_of_conversations_are_decoded_alo
     assert decode_responses(llama, [[USER], "is"], [before] * 2, [four] * 2) == ["four", " four"]
 
 
+def test_a_response_behind_a_character_spelled_in_bytes_keeps_its_own_bytes():
+    """Llama 2 and Mistral spell rare characters so, and line breaks too."""
+    vocabulary = ["<unk>", "<s>", "</s>", "▁", "x", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(
+        models.BPE({x: i for i, x in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    llama = sentencepiece_tokenizer("llama").backend_tokenizer
+    tokenizer.normalizer, tokenizer.decoder = llama.normalizer, llama.decoder
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    for prompt in ("x☃", "☃🙂", "\n", "x"):
+        for response in ("\nx", "☃", " x", "x\n"):
+            ids = encode_response(tokenizer, prompt, response)
+            before, after = ids.input_ids[~ids.response_mask].tolist(), ids.input_ids[ids.response_mask].tolist()
+            assert decode_responses(tokenizer, [prompt], [before], [after], [2]) == [response]
+
+
 @pytest.mark.parametrize(
     ("ends", "stops"),
     [("<eos>\n", ["<eos>"]), ("<|user|>\n", ["<eos>"]), ("<|user|>\n", ["<eos>", "<|user|>"]), ("###\n\n", ["<eos>"])],
