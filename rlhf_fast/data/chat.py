@@ -37,6 +37,7 @@ class Encoded:
     input_ids: np.ndarray
     response_mask: np.ndarray
     unwritten: Parts = field(default_factory=list)  # parts of its responses that the chat template left out
+    unread: str = ""  # the end of the generation prompt, if that is not what its last response follows
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -97,15 +98,18 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
         ) from error
 
 
-def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]], Parts]]:
-    """The texts to learn from, each with the (start, end) of its responses and the parts of them that the template
-    leaves out. The responses are the assistant turns of messages[first:].
+def response_spans(
+    tokenizer, messages: Messages, first: int = 0
+) -> list[tuple[str, list[tuple[int, int]], Parts, str]]:
+    """The texts to learn from, each with the (start, end) of its responses, the parts of them that the template leaves
+    out, and the end of the last one's generation prompt that it leaves out. The responses are the assistant turns of
+    messages[first:].
 
     Usually there is one text. Some templates render a turn differently once another follows (they drop its reasoning).
     These give one text per turn, each as the model sees it when it answers. An assistant turn that opens the
     conversation is not learned.
     """
-    texts: list[tuple[str, list[tuple[int, int]], Parts]] = []
+    texts: list[tuple[str, list[tuple[int, int]], Parts, str]] = []
     for i in range(max(first, 1), len(messages)):
         if messages[i]["role"] != "assistant":
             continue
@@ -125,9 +129,9 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
                 f"so the response cannot be told from its prompt: it rendered {prompt[-80:]!r} and then "
                 f"{text[-80:]!r}. Set tokenizer.chat_template to another one"
             )
-        _, spans, unwritten = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [])
+        _, spans, unwritten, _ = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [], "")
         unwritten = [*unwritten, *_missing_when_learned(messages[i], text[before:])]
-        texts.append((text, [*spans, (start, len(text))], unwritten))
+        texts.append((text, [*spans, (start, len(text))], unwritten, prompt[start:]))
     return texts
 
 
@@ -289,7 +293,7 @@ def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[E
     """The sequences from which the assistant turns of messages[first:] are learned. response_spans explains why there
     may be several."""
     encoded = []
-    for text, spans, unwritten in response_spans(tokenizer, messages, first):
+    for text, spans, unwritten, unread in response_spans(tokenizer, messages, first):
         pieces = _split(tokenizer, text, [edge for span in spans for edge in span][:-1])
         ids: list[int] = []
         mask: list[bool] = []
@@ -299,7 +303,7 @@ def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[E
             learned = 0 if k % 2 == 0 else (_last_eos(tokenizer, piece) or len(piece))
             ids += piece
             mask += [True] * learned + [False] * (len(piece) - learned)
-        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool), unwritten))
+        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool), unwritten, unread))
     return encoded
 
 
