@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from helpers import tiny_model, tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer, word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -586,6 +586,20 @@ def test_generate_stops_where_training_says(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generation_config.eos_token_id == [tokenizer.eos_token_id, 9]
     assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("declared", [2, [0, 2]])
+def test_generate_does_not_stop_at_an_eos_that_nobody_chose(declared):
+    """LlamaConfig's default, 2, is any token of another tokenizer. Where it is a special token, it is kept."""
+    tokenizer, model = tiny_tokenizer(), tiny_model(tiny_tokenizer())
+    assert tokenizer.convert_ids_to_tokens(2) == "<|system|>"
+    model.generation_config.eos_token_id = declared
+    models.stop_at_eos(model, tokenizer)
+    assert 2 in model.generation_config.eos_token_id
+    words = word_tokenizer(["a", "b", "c", "d"])
+    model.generation_config.eos_token_id = declared if declared == 2 else [words.eos_token_id, 2]
+    models.stop_at_eos(model, words)
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == words.eos_token_id
 
 
 def test_a_generation_config_that_could_not_be_saved_is_mended_or_refused_before_the_run(tmp_path):

@@ -37,6 +37,7 @@ class Encoded:
     input_ids: np.ndarray
     response_mask: np.ndarray
     unwritten: Parts = field(default_factory=list)  # parts of its responses that the chat template left out
+    unread: str = ""  # the end of the generation prompt, if that is not what its last response follows
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -97,15 +98,18 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
         ) from error
 
 
-def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[str, list[tuple[int, int]], Parts]]:
-    """The texts to learn from, each with the (start, end) of its responses and the parts of them that the template
-    leaves out. The responses are the assistant turns of messages[first:].
+def response_spans(
+    tokenizer, messages: Messages, first: int = 0
+) -> list[tuple[str, list[tuple[int, int]], Parts, str]]:
+    """The texts to learn from, each with the (start, end) of its responses, the parts of them that the template leaves
+    out, and the end of the last one's generation prompt that it leaves out. The responses are the assistant turns of
+    messages[first:].
 
     Usually there is one text. Some templates render a turn differently once another follows (they drop its reasoning).
     These give one text per turn, each as the model sees it when it answers. An assistant turn that opens the
     conversation is not learned.
     """
-    texts: list[tuple[str, list[tuple[int, int]], Parts]] = []
+    texts: list[tuple[str, list[tuple[int, int]], Parts, str]] = []
     for i in range(max(first, 1), len(messages)):
         if messages[i]["role"] != "assistant":
             continue
@@ -125,9 +129,9 @@ def response_spans(tokenizer, messages: Messages, first: int = 0) -> list[tuple[
                 f"so the response cannot be told from its prompt: it rendered {prompt[-80:]!r} and then "
                 f"{text[-80:]!r}. Set tokenizer.chat_template to another one"
             )
-        _, spans, unwritten = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [])
+        _, spans, unwritten, _ = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [], "")
         unwritten = [*unwritten, *_missing_when_learned(messages[i], text[before:])]
-        texts.append((text, [*spans, (start, len(text))], unwritten))
+        texts.append((text, [*spans, (start, len(text))], unwritten, prompt[start:]))
     return texts
 
 
@@ -242,25 +246,54 @@ def decode_responses(
 ) -> list[str]:  # fmt: skip
     """The responses as text without special tokens, so that prompt + response is what the model wrote.
 
-    stops: tokens that end a response. They are not part of its text, even if they are not special tokens.
+    stops: tokens that end a response. They are not part of its text, even if they are not special tokens. Nor is what
+    the chat template writes between an answer and its eos (ChatML's line break, if eos is not <|im_end|>): rendered
+    again, to be scored, it would be there twice.
 
-    SentencePiece drops a leading space when it decodes. So if the prompt is text, we decode its last token together
-    with the response and then remove that token's text. (A response to messages does not continue a text.)
+    SentencePiece drops a leading space when it decodes. So if the prompt is text, we decode its last character together
+    with the response and then remove that character. (A response to messages does not continue a text.)
     """
-    texts = []
+    texts, tails = [], {}
     for prompt, before, ids in zip(prompts, prompt_ids, response_ids, strict=True):
-        ids = ids[:-1] if len(ids) and ids[-1] in stops else ids
-        last = list(before[-1:]) if isinstance(prompt, str) else []
+        ended = len(ids) > 0 and ids[-1] in stops
+        ids = ids[:-1] if ended else ids
+        last = _last_character(tokenizer, before) if isinstance(prompt, str) else []
         lead, text = (tokenizer.decode(x, skip_special_tokens=True) for x in (last, [*last, *ids]))
-        texts.append(text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True))
+        text = text[len(lead) :] if text.startswith(lead) else tokenizer.decode(ids, skip_special_tokens=True)
+        if ended and not isinstance(prompt, str):
+            if id(prompt) not in tails:  # the same messages in all responses to a prompt
+                tails[id(prompt)] = _tail(tokenizer, prompt, stops)
+            text = text.removesuffix(tails[id(prompt)])
+        texts.append(text)
     return texts
+
+
+def _last_character(tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last token, or the last few if a character is spelled in bytes: a part of one would make the bytes that
+    follow it unreadable too. [] if there are no tokens."""
+    ends = [list(ids[-k:]) for k in range(1, 5)]  # UTF-8 has at most four bytes
+    return next((end for end in ends if "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(end)), ends[0])
+
+
+def _tail(tokenizer, messages: Messages, stops: Sequence[int]) -> str:
+    """What the chat template writes between an answer to these messages and the first stop token, without special
+    tokens. "" if it refuses an answer there."""
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    try:
+        text = render(tokenizer, [*messages, {"role": "assistant", "content": mark}])
+    except ConfigError:
+        return ""
+    _, found, after = text.rpartition(mark)
+    ids = _end_with_eos(tokenizer, _tokenize(tokenizer, f"x{after}"))  # x: SentencePiece drops a leading space
+    end = next(i for i, token in enumerate(ids) if token in stops or token == tokenizer.eos_token_id)
+    return tokenizer.decode(ids[:end], skip_special_tokens=True)[1:] if found else ""
 
 
 def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[Encoded]:
     """The sequences from which the assistant turns of messages[first:] are learned. response_spans explains why there
     may be several."""
     encoded = []
-    for text, spans, unwritten in response_spans(tokenizer, messages, first):
+    for text, spans, unwritten, unread in response_spans(tokenizer, messages, first):
         pieces = _split(tokenizer, text, [edge for span in spans for edge in span][:-1])
         ids: list[int] = []
         mask: list[bool] = []
@@ -270,7 +303,7 @@ def encode_conversation(tokenizer, messages: Messages, first: int = 0) -> list[E
             learned = 0 if k % 2 == 0 else (_last_eos(tokenizer, piece) or len(piece))
             ids += piece
             mask += [True] * learned + [False] * (len(piece) - learned)
-        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool), unwritten))
+        encoded.append(Encoded(np.array(ids, np.int32), np.array(mask, bool), unwritten, unread))
     return encoded
 
 

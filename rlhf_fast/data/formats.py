@@ -167,6 +167,15 @@ def sft_examples(
     }
     unwritten = {i: list(chain(*(e.unwritten for e in examples))) for i, examples in encoded.items()}
     warn_of_unwritten(unwritten, name, "learned")
+    unread = {i: e.unread.strip() for i, examples in encoded.items() for e in examples if e.unread.strip()}
+    if unread:
+        i, end = next(iter(unread.items()))
+        warnings.warn(
+            f"{name}: in {len(unread)} of {len(records)} records the chat template does not write what its generation "
+            f"prompt ends with before an assistant turn (in record {i} {end[-80:]!r}), so nothing is learned of how to "
+            "answer behind it: set tokenizer.chat_template to one whose generation prompt is how it begins a turn",
+            stacklevel=3,
+        )
     if empty := [i for i, record in enumerate(records) if _says_nothing(record)]:
         warnings.warn(
             f"{name}: the response is empty in {len(empty)} of {len(records)} records, the first is {empty[0]}: from "

@@ -113,7 +113,8 @@ def load_reward_model(
     if tokenizer is not None:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
             raise ConfigError("a reward model needs a pad token that is not eos: use with_own_pad(tokenizer)")
-        if len(tokenizer) > reward.get_input_embeddings().weight.shape[0]:
+        # Only for the pad token: a tokenizer with other tokens that are not embedded may be another model's.
+        if len(tokenizer) - 1 == tokenizer.pad_token_id == reward.get_input_embeddings().weight.shape[0]:
             reward.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         reward.config.pad_token_id = tokenizer.pad_token_id
     return let_pad_learn(reward)

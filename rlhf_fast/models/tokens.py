@@ -53,6 +53,8 @@ def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes transformers' generate() also stop at the tokenizer's eos, as training teaches, and pad with its pad token.
+    An eos that nobody chose (the default of the config's class) is dropped unless it is a special token: generate()
+    would stop in the middle of an answer.
 
     transformers refuses to save a changed generation_config that contradicts itself, and some older checkpoints have
     one: a temperature without do_sample. These get do_sample here. Any other contradiction is a ConfigError, now and
@@ -60,8 +62,10 @@ def stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
     """
     known = model.generation_config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
-    if tokenizer.eos_token_id not in known:
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *known] if known else tokenizer.eos_token_id
+    default = getattr(type(model.config)(), "eos_token_id", None)
+    known = [i for i in known if i != default or i in tokenizer.added_tokens_decoder]
+    ends = known if tokenizer.eos_token_id in known else [tokenizer.eos_token_id, *known]
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     model.config.eos_token_id = model.generation_config.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     try:

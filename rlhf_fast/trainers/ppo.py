@@ -561,7 +561,7 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, list(map(len, self.prompts)), self.data)
+        common.check_same_data(state, list(map(len, self.prompts)), self.data, self.tokenizer)
         critic = trained_state(self._own_critic) if self.value_model else {}
         if critic.keys() != (state["value_model"] or {}).keys():
             raise ConfigError(

@@ -318,3 +318,44 @@ def test_responses_of_byte_level_tokenizers_and_of_conversations_are_decoded_alo
     llama = sentencepiece_tokenizer("llama")
     before, four = encode_prompt(llama, "is"), encode_response(llama, "is", " four").input_ids[-2:]
     assert decode_responses(llama, [[USER], "is"], [before] * 2, [four] * 2) == ["four", " four"]
+
+
+def test_a_response_behind_a_character_spelled_in_bytes_keeps_its_own_bytes():
+    """Llama 2 and Mistral spell rare characters so, and line breaks too."""
+    vocabulary = ["<unk>", "<s>", "</s>", "▁", "x", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(
+        models.BPE({x: i for i, x in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    llama = sentencepiece_tokenizer("llama").backend_tokenizer
+    tokenizer.normalizer, tokenizer.decoder = llama.normalizer, llama.decoder
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    for prompt in ("x☃", "☃🙂", "\n", "x"):
+        for response in ("\nx", "☃", " x", "x\n"):
+            ids = encode_response(tokenizer, prompt, response)
+            before, after = ids.input_ids[~ids.response_mask].tolist(), ids.input_ids[ids.response_mask].tolist()
+            assert decode_responses(tokenizer, [prompt], [before], [after], [2]) == [response]
+
+
+@pytest.mark.parametrize(
+    ("ends", "stops"),
+    [("<eos>\n", ["<eos>"]), ("<|user|>\n", ["<eos>"]), ("<|user|>\n", ["<eos>", "<|user|>"]), ("###\n\n", ["<eos>"])],
+    ids=["eos", "a special token and a line break", "a declared end of turn", "text"],
+)
+@pytest.mark.parametrize("answer", ["four", "four\n", "", " four "])
+def test_an_answer_is_what_the_template_was_given_whatever_it_writes_before_eos(ends, stops, answer):
+    """So a reward model reads the answer of a policy as it read it in its training."""
+    template = f"{{% for m in messages %}}<|{{{{ m['role'] }}}}|>{{{{ m['content'] }}}}{ends}{{% endfor %}}"
+    tokenizer = tiny_tokenizer(chat_template=template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    stops = tokenizer.convert_tokens_to_ids(stops)
+    (encoded,) = encode_conversation(tokenizer, [USER, {"role": "assistant", "content": answer}])
+    ids = encoded.input_ids[encoded.response_mask].tolist()
+    ids = ids[: 1 + min(ids.index(stop) for stop in stops if stop in ids)]
+    before = encode_prompt(tokenizer, [USER])
+    assert decode_responses(tokenizer, [[USER]] * 2, [before] * 2, [ids, ids[:-1]], stops)[0] == answer
+
+
+def test_an_answer_to_messages_that_the_template_lets_nobody_answer_is_decoded_as_it_is():
+    refuses = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0]['content'] }}"
+    tokenizer = tiny_tokenizer(chat_template=refuses)
+    ids = tokenizer("four\n<eos>")["input_ids"]
+    assert decode_responses(tokenizer, [[USER]], [[5]], [ids], [tokenizer.eos_token_id]) == ["four\n"]

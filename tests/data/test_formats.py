@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import warnings
 
 import datasets
 import numpy as np
@@ -618,3 +619,17 @@ def test_transcripts_are_found_and_limited_in_every_kind_of_file(tmp_path, name)
     path.write_text(json.dumps(rows) if name == "rows.json" else "".join(json.dumps(row) + "\n" for row in rows))
     (row,), (left_out,) = rows_for("reward", str(path), max_length=5)
     assert row["chosen"] == [{"role": "assistant", "content": "b"}] and left_out.kind == "over-long"
+
+
+def test_a_generation_prompt_that_no_turn_begins_with_is_told():
+    """As DeepSeek-R1's: trained without <think>, the model would answer behind one."""
+    opens = CHAT_TEMPLATE.replace("prompt %}<|assistant|>", "prompt %}<|assistant|><think>\n")
+    records = [{"messages": CHAT}, {"messages": CHAT * 2}, {"prompt": "hi", "completion": "hello"}]
+    with pytest.warns(UserWarning) as told:
+        sft_examples(records, tiny_tokenizer(chat_template=opens), max_length=64)
+    (message,) = (str(warning.message) for warning in told)
+    assert "in 2 of 3 records the chat template does not write what its generation prompt ends with" in message
+    assert "in record 0 '<think>'" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sft_examples(records, TOKENIZER, max_length=64)

@@ -1011,14 +1011,15 @@ def test_every_generator_comes_back():
     assert [(random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()) for _ in range(2)] == draws
 
 
-def test_other_data_cannot_resume():
+def test_other_data_cannot_resume(tokenizer):
     lengths = {"lengths": torch.tensor([3, 4])}
-    common.check_same_data(lengths | {"data": "a"}, [3, 4], "a")
-    common.check_same_data(lengths, [3, 4], "a")  # of an earlier version
-    with pytest.raises(ConfigError, match=r"other data \(2 examples, now 3"):
-        common.check_same_data(lengths, [3, 4, 5], "a")
-    with pytest.raises(ConfigError, match=r"other data \(in content"):
-        common.check_same_data(lengths | {"data": "b"}, [3, 4], "a")
+    common.check_same_data(lengths | {"data": "a"}, [3, 4], "a", tokenizer)
+    common.check_same_data(lengths, [3, 4], "a", tokenizer)  # of an earlier version
+    with pytest.raises(ConfigError, match=r"other data \(2 examples, now 3.* dataset, tokenizer and maximum"):
+        common.check_same_data(lengths, [3, 4, 5], "a", tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template  # as Llama 3.2's
+    with pytest.raises(ConfigError, match=r"other data \(in content.* tokenizer \(its chat template writes today's"):
+        common.check_same_data(lengths | {"data": "b"}, [3, 4], "a", tokenizer)
 
 
 def test_samples_survive_a_resume_whatever_is_in_them(tmp_path):

@@ -196,6 +196,15 @@ def test_it_learns_and_others_read_the_checkpoint(tmp_path, pad):
     assert scores.tolist() == pytest.approx(after[::2], abs=1e-6)
 
 
+def test_the_embedding_of_a_reward_model_grows_for_nothing_but_a_pad_token(tmp_path):
+    """A tokenizer with more tokens may be that of another model."""
+    tokenizer, model = tiny_tokenizer(pad="<eos>"), tiny_model(tiny_tokenizer(pad="<eos>"))
+    tokenizer.add_tokens(["<new>"])
+    data, config = [{"prompt": "say ", "chosen": "cat", "rejected": "mat"}], RewardConfig(str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"tokens and the model embeds 300: use the model's own tokenizer, or call"):
+        RewardTrainer(config, model, train_dataset=data, tokenizer=tokenizer)
+
+
 def test_soft_labels_are_learned_as_probabilities(tmp_path):
     """At the optimum sigma(r_w - r_l) is the judge's probability: 0.8 means a margin of log 4."""
     rm = trainer(tmp_path, [pair(1, chosen_prob=0.8)], max_steps=80, lr_scheduler_type="cosine")
