@@ -263,9 +263,11 @@ def packed_rows(rollout: Rollout, rows: Tensor) -> tuple[Packed, Tensor, Tensor]
 
 def shared_prompts(rollout: Rollout, group: int) -> Tensor:
     """(B,) how many tokens packed_rows leaves out of a row that follows another of its group: those of the prompt, all
-    but the last. 0 for the first row of each group, and for a prompt that is too short to be shared."""
-    prompts = rollout.prompt_mask.sum(1)
+    but the last. 0 for the first row of each group, for a prompt that is too short to be shared, and for one that a
+    rollout_func has changed, so that it is not the one before."""
+    prompts, ids = rollout.prompt_mask.sum(1), rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
     alone = (torch.arange(len(prompts), device=prompts.device) % group == 0) | (prompts <= MIN_SHARED)
+    alone |= (ids != ids.roll(1, 0)).any(1)
     return (prompts - 1).masked_fill(alone, 0)
 
 
@@ -292,14 +294,16 @@ def minibatches(
     plan, widths = [], lengths.view(-1, group).amax(1).repeat_interleave(group) if together else lengths
     for rows in order.to(lengths.device).split(minibatch_size):
         rows = rows[widths[rows].argsort(descending=True, stable=True)]  # stable, so that groups stay together
+        if together:  # the row that it shares with may be in another minibatch
+            repeats = shared[rows].masked_fill(rows.roll(1) != rows - 1, 0)
         sizes, start, longest = [], 0, widths[rows].tolist()
         while start < len(rows):
             max_rows = micro_batch_size or len(rows)
             if micro_batch_tokens is not None and not together:
                 max_rows = min(max_rows, max(1, micro_batch_tokens // longest[start]))
             elif micro_batch_tokens is not None:
-                repeated = shared[rows[start]]  # nothing comes before the first row of a micro-batch
-                packed = (lengths[rows[start:]] - shared[rows[start:]]).cumsum(0) + repeated
+                # Nothing comes before the first row of a micro-batch.
+                packed = (lengths[rows[start:]] - repeats[start:]).cumsum(0) + repeats[start]
                 max_rows = min(max_rows, max(1, int((packed <= micro_batch_tokens).sum())))
             if together and max_rows > group:
                 max_rows -= (start + max_rows) % group

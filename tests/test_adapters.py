@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_fast import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, models
 from rlhf_fast.errors import ConfigError
@@ -202,6 +202,28 @@ def test_a_reward_model_keeps_its_head_with_its_adapters(tmp_path, pad):
         torch.testing.assert_close(models.score_tokens(served.model, IDS, mask), scores, rtol=0, atol=1e-5)
         values = models.ValueModel.from_reward_model(again)(IDS)
         torch.testing.assert_close(values[:, -1], scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "gpt2"])
+def test_a_model_object_whose_weights_have_other_names_on_disk_gets_adapters(tmp_path, tokenizer, name):
+    """transformers 5 renames the head of GPT-NeoX and joins Mixtral's experts; gpt2 on the hub is a trunk alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_local_experts": 4, "num_key_value_heads": 2} if name == "mixtral" else {}
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), pad_token_id=0, **sizes, **experts)
+    model = AutoModelForCausalLM.from_config(config)
+    (model.base_model if name == "gpt2" else model).save_pretrained(tmp_path)
+    for kind in (torch.float32, torch.bfloat16):
+        models.check_base_is_saved(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=kind))
+    models.check_base_is_saved(models.load_reward_model(tmp_path, tokenizer))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for x in models.trunk_layers(trained)[1].parameters():
+        with torch.no_grad():
+            before = x.clone()
+            x.view(-1)[-1] += 0.5
+        with pytest.raises(ConfigError, match="adapters are saved without the base model's weights"):
+            models.check_base_is_saved(trained)
+        x.data.copy_(before)
+    models.check_base_is_saved(trained)
 
 
 def test_a_model_object_gets_adapters_only_if_they_will_find_it_again(tmp_path, base, tokenizer):

@@ -151,7 +151,7 @@ def check_base_is_saved(model: str | Path | PreTrainedModel) -> None:
 
 def _is_as_saved(model: PreTrainedModel) -> bool:
     """Whether every weight equals the one saved at name_or_path; a scalar head may be new."""
-    folder, state, found = Path(model.name_or_path), model.state_dict(), set()
+    folder, state, found = Path(model.name_or_path), _state_as_saved(model), set()
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model.name_or_path, local_files_only=True))
@@ -159,12 +159,26 @@ def _is_as_saved(model: PreTrainedModel) -> bool:
             return False
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as saved:
-            for name in state.keys() & saved.keys():
-                if not torch.equal(saved.get_tensor(name).to(state[name]), state[name]):
-                    return False
-                found.add(state[name].data_ptr())  # tied weights are saved under one of their names
+            names = set(saved.keys())
+            for name, x in state.items():
+                if name not in names:  # a trunk that was saved alone, as gpt2's on the hub
+                    name = name.removeprefix(f"{model.base_model_prefix}.")
+                if name in names:
+                    if not torch.equal(saved.get_tensor(name).to(x), x):
+                        return False
+                    found.add(x.data_ptr())  # tied weights are saved under one of their names
     # A new head passes, because it is saved with the adapters.
     return all(x.data_ptr() in found or name.startswith("score.") for name, x in state.items())
+
+
+def _state_as_saved(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights under the names, and in the parts, in which they are saved. transformers 5 renames some when it loads
+    them (the head of GPT-NeoX), and joins a layer's experts."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4
+        return model.state_dict()
+    return revert_weight_conversion(model, model.state_dict())
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -140,6 +140,11 @@ class PPOConfig:
                 f"advantage_estimator = {self.advantage_estimator!r} compares answers to one prompt, so "
                 "num_generations must be 2 or more"
             )
+        if self.advantage_estimator == "reinforce" and self.batch_size < 2:
+            return (
+                "advantage_estimator = 'reinforce' compares the answers of a batch, and with batch_size = 1 every "
+                "advantage is 0: batch_size must be 2 or more"
+            )
         if self.scale_advantages == "group" and (has_critic or self.num_generations < 2):
             return "scale_advantages = 'group' needs num_generations >= 2, and an advantage_estimator without a critic"
         if self.batch_size % self.minibatch_size:

@@ -175,15 +175,35 @@ def test_the_tokens_of_a_micro_batch_are_counted_as_they_are_packed():
         assert [rows.tolist() for rows in minibatch] == expected
 
 
+def packed_and_padded(rollout, plan):
+    """The tokens of each micro-batch: packed, and with padding."""
+    rows = [rows for minibatch in plan for rows in minibatch]
+    packed = [packed_rows(rollout, some)[0].input_ids.shape[1] for some in rows]
+    return packed, [len(some) * int(rollout.lengths[some].max()) for some in rows]
+
+
 def test_no_more_tokens_are_packed_than_were_counted(tmp_path):
     """The longest micro-batch is one of them; a shared prompt counts once."""
     trainer = make_trainer(tmp_path, micro_batch_tokens=100)
     rollout = trainer._rollout(trainer._next_prompts(), torch.Generator().manual_seed(0))
-    plan = trainer._minibatches(rollout, None, trainer.config.num_generations)
-    rows = [rows for minibatch in plan for rows in minibatch]
-    packed = [packed_rows(rollout, some)[0].input_ids.shape[1] for some in rows]
-    counted = [len(some) * int(rollout.lengths[some].max()) for some in rows]
-    assert max(packed) <= 100 < max(counted)
+    packed, padded = packed_and_padded(rollout, trainer._minibatches(rollout, None, 4))
+    assert max(packed) <= 100 < max(padded)
+
+
+def test_a_prompt_counts_again_where_a_minibatch_has_the_rest_of_its_group():
+    prompts = [Prompt("", list(range(3, 3 + n)), {}) for n in (20, 30, 40) for _ in range(3)]
+    rollout = make_rollout(tiny_tokenizer(), prompts, [[5, 6]] * 9)
+    plan = minibatches(rollout.lengths, 4, micro_batch_tokens=66, group=3, shared=shared_prompts(rollout, 3))
+    # The second minibatch would pack 42 + 3 + 32 + 3 tokens: the first of the second group is in the minibatch before.
+    assert [[rows.tolist() for rows in minibatch] for minibatch in plan][1:] == [[[6, 7], [4, 5]], [[8]]]
+    assert max(packed_and_padded(rollout, plan)[0]) <= 66
+
+
+def test_prompts_that_an_engine_has_changed_are_counted_one_by_one(tmp_path):
+    trainer = make_trainer(tmp_path, micro_batch_tokens=100)
+    read = [list(range(5 + i, 25 + i)) for i in range(32)]  # as after a first turn, which differs
+    rollout = make_rollout(trainer.tokenizer, trainer._next_prompts(), [[5, 6, 7]] * 32, prompt_ids=read)
+    assert max(packed_and_padded(rollout, trainer._minibatches(rollout, None, 4))[0]) <= 100
 
 
 def test_what_cannot_be_packed_is_said(tmp_path, recwarn):

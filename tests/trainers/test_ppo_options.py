@@ -854,6 +854,10 @@ def test_gradients_that_are_never_finite_end_the_run_across_iterations(tmp_path)
     ("wrong", "message"),
     [
         ({"advantage_estimator": "rloo"}, "num_generations must be 2 or more"),
+        (
+            {"advantage_estimator": "reinforce", "batch_size": 1, "minibatch_size": 1},
+            "batch_size must be 2 or more",
+        ),
         ({"advantage_estimator": "magic"}, "must be one of 'gae', 'reinforce', 'rloo', 'group'"),
         ({"num_generations": 3}, "multiple of num_generations"),
         ({"scale_advantages": "group"}, "without a critic"),
