@@ -1,4 +1,5 @@
-"""The Triton kernels without a GPU: interpreted, in a process of its own, and compiled for three architectures."""
+"""The Triton kernels without a GPU: interpreted and emulated, each in a process of its own, and compiled for three
+architectures."""
 
 from __future__ import annotations
 
@@ -44,12 +45,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 @current
-def test_under_the_interpreter():
+@pytest.mark.parametrize("file, interpret", [("interpreted.py", "1"), ("emulated.py", "0")])
+def test_in_a_process_of_its_own(file, interpret):
     """Triton reads TRITON_INTERPRET when a kernel is defined, and this process has long imported it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, str(Path(__file__).with_name("interpreted.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [*command, str(Path(__file__).with_name(file))],
+        env={**os.environ, "TRITON_INTERPRET": interpret},
         capture_output=True,
         text=True,
     )
