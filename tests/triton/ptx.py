@@ -79,6 +79,16 @@ COMPARISONS = {
 }  # fmt: skip
 
 
+def compared(comparison: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """With a NaN only comparisons whose name ends in u, and nan, are true."""
+    if a.dtype.kind != "f":
+        return COMPARISONS[comparison](a, b)
+    unordered = np.isnan(a) | np.isnan(b)
+    if comparison in ("nan", "num"):
+        return unordered ^ (comparison == "num")
+    return COMPARISONS[comparison[:2]](a, b) & ~unordered | unordered & (len(comparison) == 3)
+
+
 class Memory:
     """The storages of the tensors that a kernel was given; any other address is an error."""
 
@@ -175,7 +185,7 @@ class Block:
             return self.filled(int(name[2:], 16), BITS[4 if name[1] == "f" else 8]).view(dtype)
         if name[0].isalpha():  # shared memory, which starts at 0, or the text of an assertion
             return self.filled(0, dtype)
-        number = int(name, 0)
+        number = int(name.rstrip("U"), 0)
         return self.filled(bool(number), dtype) if type_ == "pred" else self.wrapped(number, dtype)
 
     def wrapped(self, number: int, dtype: np.dtype) -> np.ndarray:
@@ -196,6 +206,8 @@ class Block:
         if name in ("ld", "st", "ldmatrix"):
             return getattr(self, name)(operation, arguments, acting)
         target, sources = arguments[0], arguments[1:]
+        if name == "setp" and type_.endswith("x2"):
+            return self.setp_of_pairs(operation, arguments, acting)
         if name == "mov" and "{" in target + sources[0]:
             return self.pack(target, sources[0], type_, acting)
         self.write(target, getattr(self, name, self.compute)(operation, sources), acting)
@@ -232,15 +244,14 @@ class Block:
 
     def setp(self, operation: list[str], sources: list[str]) -> np.ndarray:
         a, b = (self.read(s, operation[-1]) for s in sources)
-        if operation[-1] == "bf16":
-            a, b = widen(a), widen(b)
-        comparison = operation[1]
-        if comparison in COMPARISONS and (comparison != "ne" or a.dtype.kind != "f"):
-            return COMPARISONS[comparison](a, b)
-        unordered = np.isnan(a) | np.isnan(b)
-        if comparison in ("nan", "num"):
-            return unordered ^ (comparison == "num")
-        return COMPARISONS[comparison[:2]](a, b) | unordered if comparison[-1] == "u" else (a != b) & ~unordered
+        return compared(operation[1], *((widen(a), widen(b)) if operation[-1] == "bf16" else (a, b)))
+
+    def setp_of_pairs(self, operation: list[str], arguments: list[str], acting: np.ndarray) -> None:
+        pairs = [self.read(s, "b32").view(np.uint16) for s in arguments[1:]]
+        for i, target in enumerate(arguments[0].split("|")):  # of the lower half first
+            halves = (np.ascontiguousarray(x[i::2]) for x in pairs)
+            halves = (widen(x) if operation[-1] == "bf16x2" else x.view(np.float16) for x in halves)
+            self.write(target, compared(operation[1], *halves), acting)
 
     def cvt(self, operation: list[str], sources: list[str]) -> np.ndarray:
         to, of = operation[-2:]
