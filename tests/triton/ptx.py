@@ -19,6 +19,7 @@ TYPES = {f"u{8 * n}": bits for n, bits in BITS.items()} | {f"b{8 * n}": bits for
 TYPES |= {"s16": np.int16, "s32": np.int32, "s64": np.int64}
 TYPES |= {"f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16, "pred": np.bool_}
 LANES = 32
+TOGETHER = ("bar", "shfl", "ldmatrix")
 
 
 def narrow(x: np.ndarray) -> np.ndarray:
@@ -159,10 +160,16 @@ class Block:
         return np.full(self.thread.shape, value, dtype)
 
     def run(self) -> None:
-        """Where threads diverge, those furthest behind go on, so that they meet again."""
+        """Where threads diverge, those furthest behind go on, so that they meet again; before a barrier or an exchange
+        all others go on first."""
         instructions, at = self.program.instructions, np.zeros(self.thread.shape, np.int64)
         while (now := at.min()) < len(instructions):
             active = at == now
+            if not active.all():
+                others = (n for n in np.unique(at) if n == len(instructions) or instructions[n][2][0] not in TOGETHER)
+                now = next(others, len(instructions))
+                assert now < len(instructions), "a barrier or an exchange that not all threads reach"
+                active = at == now
             predicate, negated, operation, arguments = instructions[now]
             acting = active & (self.registers[predicate] ^ negated) if predicate else active
             at = np.where(active, now + 1, at)
@@ -172,9 +179,7 @@ class Block:
                 at = np.where(acting, len(instructions), at)
             elif operation[0] == "call":
                 raise AssertionError("an assertion of the kernel")
-            elif operation[0] == "bar":
-                assert active.all(), "a barrier that not all threads reach"
-            elif acting.any() and operation[:2] != ["st", "param"]:
+            elif operation[0] != "bar" and acting.any() and operation[:2] != ["st", "param"]:
                 self.step(operation, arguments, acting)
 
     def read(self, name: str, type_: str) -> np.ndarray:

@@ -174,7 +174,7 @@ def test_compiles_without_spills(op, dtype, capability, tmp_path, monkeypatch):
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
         registers, stack, local = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
         assert stack == local == 0, usage
-        assert registers <= (80 if op == "token_logprobs" else 255), usage
+        assert registers <= {"token_logprobs": 80, "kl_divergence": 64}.get(op, 255), usage  # for 3 and 4 blocks
 
 
 def test_a_block_of_the_small_ops_is_a_power_of_2():
