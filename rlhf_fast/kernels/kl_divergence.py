@@ -1,6 +1,8 @@
 """kl_divergence in Triton: the forward and the backward each read both rows once.
 
-Forward: one program per row. As in token_logprobs, each column of a (DEPTH, WIDTH) tile keeps its own state.
+Forward: one program per row. Each of the THREADS columns of a (DEPTH, THREADS, PACK) tile keeps its own state, of five
+numbers: one per thread if rows lie on boundaries of 16 bytes. Otherwise a PACK would lie across threads, so it is 1,
+and a thread has several columns.
 Backward: one program per row and block. Formulas: csrc/cuda/kl_divergence.cu.
 """
 
@@ -25,31 +27,33 @@ def _moved(gap, sum_p, by_p, by_q):
 
 @triton.jit
 def _forward_kernel(
-    logits, ref_logits, vocab, mask, kl, saved, ACCUM: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr
-):
+    logits, ref_logits, vocab, mask, kl, saved, ACCUM: tl.constexpr, DEPTH: tl.constexpr, THREADS: tl.constexpr,
+    PACK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     counts = tl.full([], True, tl.int1)
     if mask is not None:
         counts = tl.load(mask + row) != 0
     x, y = logits + row * vocab, ref_logits + row * vocab
-    max_p = tl.full([WIDTH], LOWEST, ACCUM)
-    max_q = tl.full([WIDTH], LOWEST, ACCUM)
-    sum_p = tl.zeros([WIDTH], ACCUM)
-    sum_q = tl.zeros([WIDTH], ACCUM)
-    gap = tl.zeros([WIDTH], ACCUM)
-    tile = tl.arange(0, DEPTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    for start in range(0, tl.where(counts, vocab, 0), DEPTH * WIDTH):
+    max_p = tl.full([THREADS], LOWEST, ACCUM)
+    max_q = tl.full([THREADS], LOWEST, ACCUM)
+    sum_p = tl.zeros([THREADS], ACCUM)
+    sum_q = tl.zeros([THREADS], ACCUM)
+    gap = tl.zeros([THREADS], ACCUM)
+    lane = tl.arange(0, THREADS)[None, :, None] * PACK + tl.arange(0, PACK)[None, None, :]
+    tile = tl.arange(0, DEPTH)[:, None, None] * (THREADS * PACK) + lane
+    for start in range(0, tl.where(counts, vocab, 0), DEPTH * THREADS * PACK):
         p = tl.load(x + start + tile, mask=start + tile < vocab, other=-float("inf")).to(ACCUM)
         q = tl.load(y + start + tile, mask=start + tile < vocab, other=-float("inf")).to(ACCUM)
-        top_p, top_q = tl.maximum(max_p, tl.max(p, 0)), tl.maximum(max_q, tl.max(q, 0))
+        top_p, top_q = tl.maximum(max_p, tl.max(tl.max(p, 2), 0)), tl.maximum(max_q, tl.max(tl.max(q, 2), 0))
         gap, sum_p = _moved(gap, sum_p, max_p - top_p, max_q - top_q)
         sum_q *= tl.exp2((max_q - top_q) * TO_POWER_OF_2)
         max_p, max_q = top_p, top_q
-        d, f = p - top_p[None, :], q - top_q[None, :]
+        d, f = p - top_p[None, :, None], q - top_q[None, :, None]
         power = tl.exp2(d * TO_POWER_OF_2)
-        sum_p += tl.sum(power, 0)
-        sum_q += tl.sum(tl.exp2(f * TO_POWER_OF_2), 0)
-        gap += tl.sum(tl.where(power > 0, power * (d - f), 0.0), 0)
+        sum_p += tl.sum(tl.sum(power, 2), 0)
+        sum_q += tl.sum(tl.sum(tl.exp2(f * TO_POWER_OF_2), 2), 0)
+        gap += tl.sum(tl.sum(tl.where(power > 0, power * (d - f), 0.0), 2), 0)
     top_p, top_q = tl.max(max_p, 0), tl.max(max_q, 0)
     gap, sum_p = _moved(gap, sum_p, max_p - top_p, max_q - top_q)
     total, all_p = tl.sum(gap, 0), tl.sum(sum_p, 0)
@@ -93,10 +97,12 @@ def _backward_kernel(
 def kl_divergence_forward(logits, ref_logits, dtype, rows, vocab, mask, kl, saved):
     """The forward op of csrc/ops.h, with tensors instead of pointers."""
     refuse_cpu("kl_divergence", logits)
+    width = 256 * 16 // logits.dtype.itemsize
+    pack = width // 256 if vocab % 16 == 0 else 1  # 16 is what Triton asks of a stride, whatever the dtype
     if rows:
         _forward_kernel[(rows,)](
-            logits, ref_logits, vocab, mask, kl, saved, ACCUM=accumulator(kl.dtype), DEPTH=2,
-            WIDTH=256 * 16 // logits.dtype.itemsize, num_warps=8,
+            logits, ref_logits, vocab, mask, kl, saved, ACCUM=accumulator(kl.dtype), DEPTH=2, THREADS=width // pack,
+            PACK=pack, num_warps=8,
         )  # fmt: skip
 
 

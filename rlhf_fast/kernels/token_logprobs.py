@@ -59,8 +59,10 @@ def _forward_kernel(
 
     top = tl.max(max_, 0)
     factor = tl.exp2((max_ - top) * scale)
-    weighted = tl.sum(factor * (weighted + tl.maximum(max_ - top, FLOOR) * sum_), 0)
-    total = tl.sum(factor * sum_, 0)
+    # In float64, because the order of these sums depends on the alignment that the compiler knows of: a row's bits must
+    # not depend on where it lies.
+    weighted = tl.sum((factor * (weighted + tl.maximum(max_ - top, FLOOR) * sum_)).to(tl.float64), 0).to(ACCUM)
+    total = tl.sum((factor * sum_).to(tl.float64), 0).to(ACCUM)
     log_sum = tl.log(total)
     tl.store(logprobs + row, tl.where(counts, (x_label - top) * inverse_temperature - log_sum, 0.0))
     if entropy is not None:
@@ -85,24 +87,27 @@ def _backward_kernel(
     g = tl.full([], 0.0, ACCUM)
     h = tl.full([], 0.0, ACCUM)
     if grad_logprobs is not None:
-        g = tl.load(grad_logprobs + row, mask=counts, other=0.0)
+        g = tl.where(counts, tl.load(grad_logprobs + row), 0.0)  # without waiting for the mask
     if grad_entropy is not None:
-        h = tl.load(grad_entropy + row, mask=counts, other=0.0)
-    read = columns < tl.where((g != 0.0) | (h != 0.0), vocab, 0)
-
-    top = tl.load(saved + 2 * row)
-    log_sum = tl.load(saved + 2 * row + 1)
+        h = tl.where(counts, tl.load(grad_entropy + row), 0.0)
+    wanted = (g != 0.0) | (h != 0.0)  # if not, nothing is read and everything below is 0
+    top = tl.load(saved + 2 * row, mask=wanted, other=0.0)
+    log_sum = tl.load(saved + 2 * row + 1, mask=wanted, other=0.0)
     inverse = inverse_temperature * exp(-log_sum)
     x = logits + _row(row, inner, outer_stride, inner_stride)
+    read = columns < tl.where(wanted, vocab, 0)
     s = (tl.load(x + columns, mask=read, other=-float("inf")).to(ACCUM) - top) * scale
-    factor = g
+    # The factor of 2^s is rounded before 2^s multiplies it: where p = 1 exactly 0 remains at the label, though the
+    # compiler joins that product to the addition.
+    factor = -g * inverse
     if grad_entropy is not None:
-        least = -2000.0  # exp2(least) is 0, in float64 too; 0 times what h makes infinite would be NaN
-        factor += h * (tl.maximum(s, least) * TO_NATS - log_sum + tl.load(entropy + row))
-    gradient = -tl.exp2(s) * inverse * factor
+        least = -2000.0  # exp2(least) is 0, in float64 too; 0 times what the slope makes infinite would be NaN
+        constant = -(g + h * (tl.load(entropy + row, mask=wanted, other=0.0) - log_sum)) * inverse
+        factor = (-h * TO_NATS * inverse) * tl.maximum(s, least) + constant
+    gradient = tl.exp2(s) * factor
     gradient += tl.where(columns == tl.load(labels + row), g * inverse_temperature, 0.0)
     out = grad_logits + _row(row, inner, grad_outer_stride, grad_inner_stride)
-    tl.store(out + columns, tl.where(read, gradient, 0.0).to(grad_logits.dtype.element_ty), mask=columns < vocab)
+    tl.store(out + columns, gradient.to(grad_logits.dtype.element_ty), mask=columns < vocab)
 
 
 def token_logprobs_forward(
