@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -300,14 +300,14 @@ class PPOTrainer:
             return
         with self.gathered(), parallel.raise_in_all(), packing(*self._trunks(), on=self.packed):
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
-                inputs = self._layout(rollout, rows)
+                *inputs, labels = self._layout(rollout, rows)
                 if with_policy:
-                    hidden, found = self._forward(rollout, rows, inputs, values)
-                    rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, inputs[-1]))
+                    hidden = self._hidden_states(self.policy, *inputs)
+                    rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, labels))
                     if values:
-                        rollout.values[rows] = found
+                        rollout.values[rows] = self._values(rollout, rows, inputs, hidden)
                 if self.has_reference:
-                    rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs))
+                    rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs, labels))
         for name in filled:
             parallel.all_reduce_sum(getattr(rollout, name))  # each row is 0 in all processes but one
 
@@ -315,25 +315,19 @@ class PPOTrainer:
     def _layout(self) -> Callable[[Rollout, Tensor], tuple]:
         return packed_rows if self.packed else right_padded
 
-    def _forward(
-        self, rollout: Rollout, rows: Tensor, inputs: tuple, with_values: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Policy and critic on b rows, inputs = _layout(rollout, rows) -> the policy's (N, D) hidden states that
-        predict the N response tokens, and (b, R) values, 0 outside the mask (None without a critic or with_values).
+    # Scoring and training both call the next two, so that their numbers are equal.
 
-        Scoring and training both call this, so that their numbers are equal.
-        """
-        tokens, positions, _ = inputs
-        hidden = critic_hidden = self._hidden_states(self.policy, tokens, positions)
-        if self.value_model is None or not with_values:
-            return hidden, None
+    def _values(self, rollout: Rollout, rows: Tensor, inputs: Sequence, hidden: Tensor) -> Tensor:
+        """The critic on b rows -> (b, R) values, 0 outside the mask. hidden: those of the policy on the same inputs,
+        which the head on a shared trunk reads."""
         if not self.config.share_trunk:
-            critic_hidden = self._hidden_states(self.value_model.model, tokens, positions)
-        elif self.config.detach_values or self._warming_up:
-            critic_hidden = hidden.detach()
-        return hidden, rollout.scatter(rows, self.value_model.head(critic_hidden))
+            hidden = self._hidden_states(self.value_model.model, *inputs)
+        elif self.config.detach_values:
+            hidden = hidden.detach()
+        return rollout.scatter(rows, self.value_model.head(hidden))
 
     def _hidden_states(self, model, tokens: Tensor | Packed, positions: Tensor) -> Tensor:
+        """(N, D) of a trunk: those that predict the N response tokens, as _layout places them."""
         read = packed_hidden_states if self.packed else hidden_states_at
         with common.autocast(model, self.config.bf16):
             hidden = read(model, tokens, positions)
@@ -439,15 +433,19 @@ class PPOTrainer:
             parts = as_many(parts, (minibatch[-1][-1:], False))
         for rows, counts in parts:
             mask = rollout.response_mask[rows] & counts
-            hidden, values = self._forward(rollout, rows, self._layout(rollout, rows))
-            loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
+            *inputs, _ = self._layout(rollout, rows)
+            with torch.set_grad_enabled(not self._warming_up):
+                hidden = self._hidden_states(self.policy, *inputs)
+                loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
+            if not config.share_trunk and not self._warming_up:
+                loss.backward()  # now, so that its graph is gone before a critic of its own makes another
             share = p["num_tokens"] / num_tokens
             stats = _policy_statistics(p, share, per_token)
             if not self.has_reference:
                 del stats["loss/kl_avg"]
-            if values is not None:
+            if self.value_model is not None:
                 critic_loss, v = value_loss(
-                    values, rollout.values[rows], rollout.returns[rows], mask,
+                    self._values(rollout, rows, inputs, hidden), rollout.values[rows], rollout.returns[rows], mask,
                     cliprange_value=config.cliprange_value, normalizer=num_tokens,
                 )  # fmt: skip
                 if config.share_trunk and rollout.value_error is not None:
@@ -455,9 +453,9 @@ class PPOTrainer:
                     # independent of the scale of the rewards. Here the critic's becomes so too; otherwise it would be
                     # too weak if the rewards are small.
                     critic_loss = critic_loss / rollout.value_error
-                loss = config.vf_coef * critic_loss + (0.0 if self._warming_up else loss)
+                critic_loss = config.vf_coef * critic_loss
+                (critic_loss + loss if config.share_trunk else critic_loss).backward()
                 stats |= {"loss/value_avg": v["value_loss"], "val/clipfrac_avg": v["clipfrac"] * share}
-            loss.backward()
             seen.append(stats)
         return seen
 

@@ -214,7 +214,7 @@ def test_statistics_are_those_of_the_minibatch(tmp_path, mode):
     assert found[0]["max_abs_log_ratio"] == pytest.approx(float((0.3 * noise)[rollout.response_mask].abs().max()), 1e-3)
     rows = torch.arange(len(rollout.prompts))
     with packing(*trainer._trunks()):
-        hidden, _ = trainer._forward(rollout, rows, packed_rows(rollout, rows))
+        hidden = trainer._hidden_states(trainer.policy, *packed_rows(rollout, rows)[:2])
     logits = trainer.policy.lm_head(hidden) / trainer.config.temperature
     entropy = rollout.scatter(rows, torch.distributions.Categorical(logits=logits).entropy())
     lengths = rollout.response_mask.sum(1)
@@ -506,6 +506,21 @@ class _LargestLogits(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.ndim >= 2 and x.shape[-1] == self.vocabulary:
                 self.rows = max(self.rows, x.numel() // self.vocabulary)
         return out
+
+
+def test_a_critic_of_its_own_comes_after_the_backward_of_the_policy(tmp_path, monkeypatch):
+    """So that no more than one of their graphs is in memory."""
+    trainer, policy_has_gradients = make_trainer(tmp_path), []
+    values = trainer._values
+
+    def watched(*arguments):
+        if torch.is_grad_enabled():
+            policy_has_gradients.append(all(p.grad is not None for p in trainer.policy.parameters()))
+        return values(*arguments)
+
+    monkeypatch.setattr(trainer, "_values", watched)
+    next(iter(trainer))
+    assert policy_has_gradients and all(policy_has_gradients)
 
 
 def test_logits_never_exist_for_more_than_a_micro_batch_of_response_tokens(tmp_path):

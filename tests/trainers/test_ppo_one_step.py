@@ -39,8 +39,8 @@ def iterations(trainer):
 
 
 def counted(trainer, monkeypatch):
-    """The calls of the forward of policy and critic, and of the reference, in trainer."""
-    calls = {"_forward": 0, "_reference_logprobs": 0}
+    """The forwards of policy and reference in trainer, and those of the reference."""
+    calls = {"_hidden_states": 0, "_reference_logprobs": 0}
     for name in calls:
         method = getattr(trainer, name)
 
@@ -73,13 +73,14 @@ def test_one_step_needs_no_old_logprobs_and_learns_the_same_to_the_last_bit(tmp_
     calls = counted(trainer, monkeypatch)
     rows, weights = iterations(trainer)
     steps = -(-16 // trainer.config.micro_batch_size) * len(rows)
-    assert calls == {"_forward": steps, "_reference_logprobs": steps if trainer.has_reference else 0}
+    of_reference = steps if trainer.has_reference else 0
+    assert calls == {"_hidden_states": steps + of_reference, "_reference_logprobs": of_reference}
 
     monkeypatch.setattr(PPOConfig, "needs_old_logprobs", True)
     other = make_trainer(tmp_path / "b", **options)
     calls = counted(other, monkeypatch)
     want_rows, want_weights = iterations(other)
-    assert calls["_forward"] == 2 * steps
+    assert calls["_hidden_states"] == 2 * steps + of_reference
     for row, want in zip(rows, want_rows, strict=True):
         assert row == pytest.approx(want, nan_ok=True, rel=1e-6, abs=1e-9)
         assert row["policy/max_abs_log_ratio"] == 0.0 and row["objective/entropy"] > 1

@@ -211,10 +211,10 @@ def test_kl_in_the_loss_and_not_in_the_rewards(tmp_path):
 
     added = gradient(0.3) - gradient(0.0)
     rows = minibatch[0]
-    inputs = packed_rows(rollout, rows)
+    *inputs, labels = packed_rows(rollout, rows)
     with packing(*trainer._trunks()):
-        hidden, _ = trainer._forward(rollout, rows, inputs)
-        logprobs = rollout.scatter(rows, trainer._logprobs(trainer.policy, hidden, inputs[-1]))
+        hidden = trainer._hidden_states(trainer.policy, *inputs)
+        logprobs = rollout.scatter(rows, trainer._logprobs(trainer.policy, hidden, labels))
         kl = kl_penalty(logprobs, rollout.ref_logprobs[rows], estimator="k2")
         (0.3 * kl.sum() / rollout.response_mask.sum()).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.policy.parameters()])
