@@ -120,16 +120,17 @@ def as_bytes(number: int | float) -> bytes:
 
 
 class Memory:
-    """The storages of the tensors that a kernel was given; any other address is an error."""
+    """What the tensors that a kernel was given span, from the boundary of 16 bytes before; elsewhere is an error."""
 
     def __init__(self):
         self.regions: list[tuple[int, np.ndarray]] = []
 
     def add(self, x: torch.Tensor) -> int:
-        storage = x.untyped_storage()
-        if storage.nbytes():
-            at = storage.data_ptr()
-            self.regions.append((at, np.frombuffer((ctypes.c_uint8 * storage.nbytes()).from_address(at), np.uint8)))
+        if x.numel():
+            at = x.data_ptr() - x.data_ptr() % 16
+            last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+            size = x.data_ptr() + (last + 1) * x.element_size() - at
+            self.regions.append((at, np.frombuffer((ctypes.c_uint8 * size).from_address(at), np.uint8)))
         return x.data_ptr()
 
     def at(self, addresses: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
