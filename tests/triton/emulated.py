@@ -116,6 +116,16 @@ def test_a_certain_token_has_no_gradient():
     assert not grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_implicit_rewards_are_a_tie(dtype):
+    """One of two equal products beta (log pi - log pi_ref) must not be subtracted unrounded from the other."""
+    gain, eight = torch.arange(-20, 20, dtype=dtype) / 8, torch.full((40,), 8.0, dtype=dtype)
+    for beta in (0.1, 0.3):
+        with rf.use_backend("triton"):
+            _, stats = rf.dpo_loss(gain - eight, gain - eight / 2, -eight, -eight / 2, beta=beta)
+        assert stats["accuracy"] == 0.5
+
+
 def test_a_label_out_of_range_stops_the_kernel():
     with rf.use_backend("triton"), pytest.raises(AssertionError, match="an assertion of the kernel"):
         rf.token_logprobs(torch.zeros(2, 4), torch.tensor([0, 4]))
