@@ -96,7 +96,7 @@ def test_what_the_mask_hides_never_matters(case, on_emulator):
 def test_a_certain_token_has_no_gradient(dtype, joins, on_emulator):
     on_emulator.options = {"joins": joins}
     weights, labels = torch.tensor([0.1, 0.3, 0.7, 1.1, 1.9]), torch.full((5,), 3)
-    for vocab, temperature in ((4, 0.7), (1100, 1.3), (1101, 1e-6)):
+    for vocab, temperature in ((4, 0.7), (1101, 1e-6)):
         logits = torch.full((5, vocab), -torch.inf, dtype=dtype)
         logits[:, 3] = torch.linspace(-90, 170, 5)
         leaf = logits.clone().requires_grad_()
