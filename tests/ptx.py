@@ -133,8 +133,14 @@ class Memory:
             self.regions.append((at, np.frombuffer((ctypes.c_uint8 * size).from_address(at), np.uint8)))
         return x.data_ptr()
 
+    def add_variable(self, data: np.ndarray) -> int:
+        at = data.ctypes.data
+        if all(at != known for known, _ in self.regions):
+            self.regions.append((at, data))
+        return at
+
     def at(self, addresses: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(which of the addresses, their offsets, the bytes these count from) for each storage."""
+        """(which of the addresses, their offsets, the bytes these count from) for each tensor."""
         left = np.ones(addresses.shape, bool)
         for base, data in self.regions:
             if not left.any():
@@ -191,14 +197,15 @@ class Program:
         arguments = [a.strip() for a in re.split(r",(?![^{(]*[})])", rest)]
         return predicate, bool(negated), operation.split("."), arguments
 
-    def run(self, values: list, memory: Memory, block: int | tuple[int, int, int], **launch) -> None:
+    def run(self, values: list, memory: Memory, block: tuple[int, int, int], **launch) -> None:
         """values: numbers, or the bytes of a structure. launch: see Block."""
         given = dict(zip(self.parameters, values, strict=False))  # two of Triton's own are not used
         Block(self, given, memory, block, **launch).run()
 
 
 class Block:
-    """grid: its number of blocks. shared: bytes of dynamic shared memory."""
+    """grid: how many blocks there are. shared: bytes of dynamic shared memory. threads: of the block, where its kernel
+    does not say. joins: whether a sum is rounded once with a product that enters it, where neither is .rn."""
 
     def __init__(
         self, program: Program, given: dict, memory: Memory, block: tuple[int, int, int], *, shared: int,
@@ -221,8 +228,7 @@ class Block:
         # What the launch asks for comes last. Between variables lie bytes that are nobody's.
         for name, (space, align, size, data) in sorted(program.variables.items(), key=lambda v: v[1][2] == 0):
             if space == "global":
-                self.symbols[name] = data.ctypes.data
-                memory.regions.append((data.ctypes.data, data))
+                self.symbols[name] = memory.add_variable(data)
             else:
                 self.symbols[name] = start = -(-end // max(align, 16)) * max(align, 16)
                 end = start + size + (16 if size else 0)
@@ -236,6 +242,7 @@ class Block:
         return np.full(self.thread.shape, value, dtype)
 
     def run(self) -> None:
+        """In lockstep, until a branch parts the threads."""
         instructions, at = self.program.instructions, np.zeros(self.thread.shape, np.int64)
         everybody, end = np.ones(self.thread.shape, bool), len(instructions)
         together = 0  # where all threads are, or None

@@ -27,8 +27,9 @@ def symbols(binary: str | Path) -> list[tuple[int, str]]:
     """(offset, name<template arguments>) of each kernel, which g++ compiled as an ordinary function."""
     text = subprocess.run(["nm", binary], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"^(\w+) \w (_ZN?L?4rlhf4cuda\w*_kernel\w*)$", text, re.MULTILINE)
-    names = resources.readable([symbol for _, symbol in found]) if found else []
-    return [(int(at, 16), name) for (at, _), name in zip(found, names, strict=True)]
+    names = resources.readable([symbol for _, symbol in found])
+    kernels = [(int(at, 16), name) for (at, _), name in zip(found, names, strict=True)]
+    return [(at, name) for at, name in kernels if re.fullmatch(r"\w+_kernel(<[^<>]*>)?", name)]  # no lambda in one
 
 
 class Compiled(emulation.Emulated):

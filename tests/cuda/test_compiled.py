@@ -186,6 +186,20 @@ def test_a_label_out_of_range_stops_the_kernel(on_emulator):
             turn(torch.zeros(3, 9), torch.tensor(labels), torch.ones(3))
 
 
+@pytest.mark.parametrize("file", ["token_logprobs", "kl_divergence", "known_gradient"])
+def test_no_product_of_a_column_is_left_to_the_assembler(file, on_emulator):
+    """Which may join it to a sum in one copy of a loop and not in another: a row's bits would depend on its alignment.
+    The entropy and the derivative by the KL estimate are a product and a sum of a row's last thread."""
+    kernels = [name for name, source in on_emulator.source_of.items() if source == file and "double" not in name]
+    assert len(kernels) >= 6
+    for name in kernels:
+        code = [(operation, arguments) for _, _, operation, arguments in on_emulator.kernel(name).instructions]
+        products = {arguments[0] for operation, arguments in code if operation == ["mul", "f32"]}
+        sums = [arguments for operation, arguments in code if operation in (["add", "f32"], ["sub", "f32"])]
+        assert len(products) > 50 and len(sums) > 50
+        assert sum(not products.isdisjoint(arguments[1:]) for arguments in sums) <= 2, name
+
+
 def test_an_access_outside_a_tensor_is_seen(on_emulator, monkeypatch):
     """One row more than the tensors hold, and a vector beside its boundary."""
     program = on_emulator.kernel("forward_kernel<float, false>")
