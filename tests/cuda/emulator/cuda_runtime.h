@@ -95,8 +95,8 @@ inline long launches = 0;       // kernels and memsets so far
 inline int shared_limit = kMostShared;
 inline int function_attributes[2];  // the last values that any kernel was given
 // What runs a kernel instead, where it is set: tests/cuda/compiled.py.
-inline int (*instead)(void (*kernel)(), unsigned blocks, unsigned threads, size_t shared, int count, const void** values,
-                      const size_t* sizes) = nullptr;
+inline int (*instead)(void (*kernel)(), unsigned blocks, unsigned threads, size_t shared, int count,
+                      const void** values, const size_t* sizes) = nullptr;
 
 enum class State { kReady, kDone };
 
