@@ -3,6 +3,7 @@
 // Not given, they are 1 and there is nothing to add.
 #include "estimators.cuh"
 #include "grid.cuh"
+#include "reduce.cuh"
 #include "sums.cuh"
 
 namespace rlhf::cuda {
@@ -59,12 +60,13 @@ __device__ inline void add(const Inputs<T>& in, const Quads& quads, Place at, T 
   const Quad<T> margin = load_or<kPlain>(in.margin, at, in.margin_value);
   const Quad<T> prob = load_or<kPlain>(in.target_prob, at, in.prob_value);
   const Quad<T> w = load_or<kPlain>(in.weights, at, T(1));
-  if (in.ref_chosen.data != nullptr) {  // implicit rewards: scale * (log pi - log pi_ref)
+  // Implicit rewards: scale * (log pi - log pi_ref), rounded, so that those of a tie are equal.
+  if (in.ref_chosen.data != nullptr) {
     const Quad<T> ref_c = load<kPlain, T>(in.ref_chosen, at), ref_r = load<kPlain, T>(in.ref_rejected, at);
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      c[i] = in.scale * (c[i] - ref_c[i]);
-      r[i] = in.scale * (r[i] - ref_r[i]);
+      c[i] = multiply(in.scale, c[i] - ref_c[i]);
+      r[i] = multiply(in.scale, r[i] - ref_r[i]);
     }
   }
   Quad<T> by_chosen, by_rejected;

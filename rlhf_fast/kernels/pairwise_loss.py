@@ -84,7 +84,8 @@ def _kernel(
             tl.store(grad_rejected + at, (each * (2.0 * pull - slope)).to(ACCUM), mask=inside)
         w = tl.where(inside, weight, 0.0).to(tl.float64)
         apart = c - r
-        won = tl.where(apart > 0, 1.0, tl.where(apart < 0, 0.0, tl.where(apart == 0, 0.5, apart)))  # NaN stays
+        # Not by apart: the compiler may join a product, unrounded, to the subtraction, and a tie is none. NaN stays.
+        won = tl.where(c > r, 1.0, tl.where(c < r, 0.0, 0.5 + 0.0 * apart))
         losses += tl.where(inside, w * pair_loss, 0.0)
         accuracy += w * won
         difference += w * apart

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for an H200, their PTX run by ptx.py: test_triton.py runs this file.
+"""The Triton kernels compiled for an H200, their PTX run by tests/ptx.py: test_triton.py runs this file.
 
 A launch specialises its kernel as on a GPU: by the types and values of its numbers and the alignment of its tensors.
 """
@@ -6,8 +6,9 @@ A launch specialises its kernel as on a GPU: by the types and values of its numb
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
-import ptx
 import pytest
 import torch
 import triton
@@ -21,6 +22,9 @@ import rlhf_fast.kernels.kl_penalty
 import rlhf_fast.kernels.pairwise_loss
 import rlhf_fast.kernels.ppo_loss
 import rlhf_fast.kernels.token_logprobs
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import ptx
 
 # Our kernels take no tensors of a CPU without it. Triton has read it already, for each kernel above.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -60,7 +64,7 @@ run, programs = JITFunction.run, {}
 def launch(kernel, *args, grid, warmup, **kwargs):
     compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
     if compiled.hash not in programs:
-        programs[compiled.hash] = ptx.Program(compiled.asm["ptx"])
+        (programs[compiled.hash],) = ptx.kernels(compiled.asm["ptx"]).values()
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     memory, values = ptx.Memory(), []
     for name, kind in compiled.src.signature.items():
@@ -72,7 +76,7 @@ def launch(kernel, *args, grid, warmup, **kwargs):
     for z in range(grid[2]):
         for y in range(grid[1]):
             for x in range(grid[0]):
-                programs[compiled.hash].run(values, memory, (x, y, z), compiled.metadata.shared)
+                programs[compiled.hash].run(values, memory, (x, y, z), shared=compiled.metadata.shared)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +114,16 @@ def test_a_certain_token_has_no_gradient():
         weights = torch.tensor([0.1, 0.3, 0.7, 1.1, 1.9])
     (grad,) = on_triton_too(torch.autograd.grad)(logprobs @ weights + entropy @ weights, logits)
     assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_implicit_rewards_are_a_tie(dtype):
+    """One of two equal products beta (log pi - log pi_ref) must not be subtracted unrounded from the other."""
+    gain, eight = torch.arange(-20, 20, dtype=dtype) / 8, torch.full((40,), 8.0, dtype=dtype)
+    for beta in (0.1, 0.3):
+        with rf.use_backend("triton"):
+            _, stats = rf.dpo_loss(gain - eight, gain - eight / 2, -eight, -eight / 2, beta=beta)
+        assert stats["accuracy"] == 0.5
 
 
 def test_a_label_out_of_range_stops_the_kernel():

@@ -94,6 +94,9 @@ inline bool capturing = false;  // what cudaStreamIsCapturing says
 inline long launches = 0;       // kernels and memsets so far
 inline int shared_limit = kMostShared;
 inline int function_attributes[2];  // the last values that any kernel was given
+// What runs a kernel instead, where it is set: tests/cuda/compiled.py.
+inline int (*instead)(void (*kernel)(), unsigned blocks, unsigned threads, size_t shared, int count,
+                      const void** values, const size_t* sizes) = nullptr;
 
 enum class State { kReady, kDone };
 
@@ -271,6 +274,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::trapped = emulator::misaligned = false;
   emulator::body = [=] { kernel(values...); };
   ++emulator::launches;
+  if (emulator::instead != nullptr) {
+    const void* addresses[] = {&values...};
+    const size_t sizes[] = {sizeof(values)...};
+    return static_cast<cudaError_t>(emulator::instead(reinterpret_cast<void (*)()>(kernel), gridDim.x, blockDim.x,
+                                                      config->dynamicSmemBytes, sizeof...(values), addresses, sizes));
+  }
   auto* shared = reinterpret_cast<unsigned char*>(dynamic_shared);
   const size_t bytes = config->dynamicSmemBytes, guarded = std::min(bytes + 16, sizeof(dynamic_shared));
   if (bytes > static_cast<size_t>(emulator::shared_limit)) return cudaErrorInvalidValue;

@@ -21,6 +21,7 @@ RLHF_CUDA_OPS(ADDRESS)
 extern const int64_t scratch_doubles;
 const int64_t scratch_doubles = rlhf::kCudaScratch;
 
+void run_instead(decltype(emulator::instead) run) { emulator::instead = run; }
 void set_order(int order) { emulator::order = order; }
 void set_capturing(bool capturing) { emulator::capturing = capturing; }
 void set_shared_limit(int bytes) { emulator::shared_limit = bytes; }
