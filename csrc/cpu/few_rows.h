@@ -71,9 +71,18 @@ class FewRows {
     alignas(64) float z[kTileRows * kPanel];
     [[maybe_unused]] const InUse<Unit> in_use;
     for (int64_t lane = 0; lane < rows_; lane += kPanel) {
-      multiply<Unit>(rows, count, packed_.data + lane * units_, units_, z, lanes(lane), lanes(lane), false);
+      multiply_tile(rows, count, packed_.data + lane * units_, lanes(lane), z);
       store(z, count, lane, p.bias ? p.bias + first : nullptr, p.y + lane * p.width + first, p.width, add);
     }
+  }
+
+  // z (count, panel) = the tile's rows of the weight, times the panel of x.
+  void multiply_tile(Left rows, int64_t count, const uint32_t* x, int64_t panel, float* z) const {
+    if constexpr (!Unit::kTiles) {
+      if (count == kTileRows && panel == kWidth) return multiply_streams<Unit, kTileRows, 1>(rows, x, units_, z);
+      if (count == kTileRows && panel == 2 * kWidth) return multiply_streams<Unit, kTileRows, 2>(rows, x, units_, z);
+    }
+    multiply<Unit>(rows, count, x, units_, z, panel, panel, false);
   }
 
   void pack(const type* x) const {
