@@ -38,9 +38,9 @@ def ratios(row: dict, ours: str, theirs: str = "trl") -> list[float]:
 
 
 def over(row: dict, ours: str, theirs: str = "trl") -> str:
-    """The median of the ratios within a round, and their range."""
+    """The median of the ratios within a round, and their range if there are several."""
     each = ratios(row, ours, theirs)
-    return f"{statistics.median(each):.2f}x ({each[0]:.2f}-{each[-1]:.2f})"
+    return f"{statistics.median(each):.2f}x" + (f" ({each[0]:.2f}-{each[-1]:.2f})" if len(each) > 1 else "")
 
 
 def model(run: dict) -> str:
