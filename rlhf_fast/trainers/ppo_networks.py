@@ -62,13 +62,12 @@ def choose_critic(policy: nn.Module, value_model, config: PPOConfig, tokenizer) 
         if estimator != "gae":
             raise ConfigError(f"PPOTrainer: advantage_estimator {estimator!r} has no critic; give no value_model")
         if isinstance(value_model, (str, Path)):
-            reward = RewardModelReward.load(value_model)
-            if not _same_tokens(reward.tokenizer, tokenizer):
+            if not _same_tokens(_tokenizer_at(value_model, tokenizer), tokenizer):
                 raise ConfigError(
                     f"PPOTrainer: value_model {str(value_model)!r} was trained with another tokenizer than the "
                     "policy's, so its values would mean nothing: leave value_model out (it can still be the reward)"
                 )
-            value_model = reward.model
+            value_model = RewardModelReward.load(value_model).model
         return value_model if isinstance(value_model, ValueModel) else ValueModel.from_reward_model(value_model)
     if estimator != "gae":
         return None
