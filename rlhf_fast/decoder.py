@@ -55,8 +55,6 @@ def why_no_decoder(model, length: float = math.inf) -> str | None:
         return f"its attention is {config._attn_implementation}, which may be any function"
     if (limit := rotary_limit(model)) is not None and length > limit:
         return f"it rescales its rotary positions beyond {limit} tokens"
-    if (window := _window(config)) is not None and length > window:
-        return f"its attention, or that of some layers, has a sliding window of {window} tokens"
     if getattr(config, "attn_logit_softcapping", None) and (
         config.model_type != "gemma2" or config._attn_implementation == "sdpa"
     ):
@@ -79,12 +77,6 @@ def why_no_decoder(model, length: float = math.inf) -> str | None:
     if len({p.device for p in model.parameters()}) > 1:
         return "its weights lie on several devices"
     return None
-
-
-def _window(config) -> int | None:
-    """To how many of the last tokens a layer attends, the layer with the fewest; None if all attend to all."""
-    kinds = None if config.model_type in ("mistral", "phi3") else getattr(config, "layer_types", None)  # they ignore it
-    return getattr(config, "sliding_window", None) if kinds is None or "sliding_attention" in kinds else None
 
 
 def _computed(trunk: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
@@ -129,9 +121,10 @@ class Decoder:
 
     It checks nothing: call why_no_decoder(model) first, and put the model in eval mode.
     bf16: compute the products of a float32 model in bfloat16.
-    On the CPU attention reads only the filled part of the buffers, and the copies of a row (repeat) share its prompt:
-    one has the columns, and the others read them there. On CUDA it reads whole buffers, with a mask: shapes and
-    addresses are then the same at every step, so generation.py can replay step() as a CUDA graph.
+    On the CPU attention reads only the filled part of the buffers, of a layer with a sliding window only its last
+    columns, and the copies of a row (repeat) share its prompt: one has the columns, and the others read them there. On
+    CUDA it reads whole buffers, with a mask: shapes and addresses are then the same at every step, so generation.py can
+    replay step() as a CUDA graph.
     """
 
     def __init__(self, model, ids: Tensor, mask: Tensor, room: int, bf16: bool = False):
@@ -150,6 +143,10 @@ class Decoder:
         self.last = self.positions.cumsum(0) - 1  # (B,): each prompt's last token, among those of all prompts
         self.slot = torch.full((1,), ids.shape[1], device=ids.device)  # `filled` as a tensor, for a CUDA graph
         self.bias: Tensor | None = None  # (B, 1, 1, capacity), added to q k^T: -inf hides a column
+        windows = (layer.get("window") for layer in self.network.layers)
+        self.window = next((window for window in windows if window is not None), None)  # a config has only one
+        self.columns = torch.arange(self.capacity, device=ids.device)
+        self.windowed: Tensor | None = None  # bias where a layer has the window; only if whole buffers are read
         self.back: Tensor | None = None  # (B,): how many rows before this one the row with its prompt's columns is
         self.shared = 0  # how many columns those are
 
@@ -163,9 +160,13 @@ class Decoder:
         attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
         if padded:  # padding attends to itself: a softmax over nothing is NaN, which would spread
             attend |= torch.eye(width, dtype=torch.bool, device=ids.device)
+        windowed = attend
+        if self.window is not None and width > self.window:
+            windowed = mask.new_ones(1, 1, width, width).tril() if attend is None else attend
+            windowed = windowed.triu(1 - self.window)
         positions = mask.cumsum(1) - 1
         present = mask.flatten().nonzero().squeeze(1) if padded else None
-        read = partial(self._read_prompt, attend=attend, present=present)
+        read = partial(self._read_prompt, attend=attend, windowed=windowed, present=present)
         logits = self._forward(ids[mask], positions[mask], read)
         if padded or self.fixed:
             hidden = mask.new_ones(len(ids), self.capacity)
@@ -181,6 +182,8 @@ class Decoder:
         self.filled += 1
         if self.fixed:
             self.bias.index_fill_(3, self.slot, 0.0)
+            if self.window is not None:
+                self.windowed = self.bias.masked_fill(self.columns <= self.slot - self.window, -torch.inf)
         logits = self._forward(tokens, self.positions, self._read_buffers)
         self.positions += 1
         self.slot += 1
@@ -226,9 +229,8 @@ class Decoder:
         few = few and _layer.runs_on(x) and not torch.is_grad_enabled()
         for i, layer in enumerate(network.layers):
             if few and layer.get("weights") is not None:
-                buffers = self.keys[i], self.values[i], None if self.bias is None else self.bias[:, 0, 0]
-                sizes = self.back, self.shared, self.filled, layer["scaling"], layer["eps"]
-                _layer.decode_layer(layer["weights"], x, *network.rotations[layer["angles"]], *buffers, *sizes)
+                sizes = layer["scaling"], layer["eps"]
+                _layer.decode_layer(layer["weights"], x, *network.rotations[layer["angles"]], *self._seen(i), *sizes)
                 continue
             attended = read(i, *network.project(layer, x), layer["scaling"], layer.get("softcap"))
             x = network.finish(layer, x if len(attended) == len(x) else x[self.last], attended)
@@ -238,9 +240,10 @@ class Decoder:
 
     def _read_prompt(
         self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, attend: Tensor | None,
-        present: Tensor | None,
+        windowed: Tensor | None, present: Tensor | None,
     ) -> Tensor:  # fmt: skip
         shape = self.ids.shape
+        attend = attend if self.network.layers[i].get("window") is None else windowed
 
         def placed(x: Tensor) -> Tensor:  # (N, heads, d) -> (B, heads, T, d), 0 in padding
             if present is not None:
@@ -260,19 +263,29 @@ class Decoder:
         attended = _attention(q, k, v, attend, scale, softcap, causal).transpose(1, 2).flatten(0, 1)
         return (attended if present is None else attended[present]).flatten(1)
 
+    def _seen(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        """The columns that the last token of each row sees in layer i, itself the last of them: keys, values, bias,
+        back, shared and filled of _layer.attend."""
+        window = self.network.layers[i].get("window")
+        first = 0 if window is None else max(self.filled - window, 0)
+        bias = None if self.bias is None else self.bias[:, 0, 0, first:]
+        buffers = self.keys[i][:, :, first:], self.values[i][:, :, first:]
+        return *buffers, bias, self.back, max(self.shared - first, 0), self.filled - first
+
     def _read_buffers(self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
-        keys, values, bias = self.keys[i], self.values[i], self.bias
         if self.fixed:
+            keys, values = self.keys[i], self.values[i]
+            bias = self.bias if self.network.layers[i].get("window") is None else self.windowed
             keys.index_copy_(2, self.slot, k[:, :, None])
             values.index_copy_(2, self.slot, v[:, :, None])
         else:
-            keys[:, :, self.filled - 1] = k
-            values[:, :, self.filled - 1] = v
+            keys, values, bias, back, shared, filled = self._seen(i)
+            keys[:, :, filled - 1] = k
+            values[:, :, filled - 1] = v
             if _layer.runs_on(q) and softcap is None:
-                rows = None if bias is None else bias[:, 0, 0]
-                return _layer.attend(q, keys, values, rows, self.back, self.shared, self.filled, scale).flatten(1)
-            keys, values = keys[:, :, : self.filled], values[:, :, : self.filled]
-            bias = None if bias is None else bias[..., : self.filled]
+                return _layer.attend(q, keys, values, bias, back, shared, filled, scale).flatten(1)
+            keys, values = keys[:, :, :filled], values[:, :, :filled]
+            bias = None if bias is None else bias[:, None, None, :filled]
         # Query heads that share a key head are laid out as tokens of one query, so keys and values are not repeated.
         grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])
         return _attention(grouped, keys, values, bias, scale, softcap).flatten(1)

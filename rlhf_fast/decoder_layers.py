@@ -57,6 +57,13 @@ def gpt2_scaling(config, head_dim: int, layer: int) -> float:
     return scaling / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scaling
 
 
+def sliding_window(config, i: int) -> int | None:
+    """To how many tokens one attends in layer i, itself the last of them; None: to all before it."""
+    kinds = None if config.model_type in ("mistral", "phi3") else getattr(config, "layer_types", None)  # they ignore it
+    windowed = config.model_type in ("mistral", "phi3") if kinds is None else kinds[i] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if windowed else None
+
+
 def _is_plain(module) -> bool:
     """Whether it is a linear layer that only multiplies by its weight and adds its bias, both of them plain tensors (a
     quantized weight is not plain)."""
@@ -258,6 +265,7 @@ class Rotary:
             "qk_norms": [(_rms_norm(norm), norm.weight.numel()) for norm in qk_norms if norm is not None],
             "angles": kind if getattr(attention, "use_rope", True) else "none",
             "scaling": attention.scaling,
+            "window": sliding_window(trunk.config, i),
             "softcap": getattr(attention, "attn_logit_softcapping", None),
             "output": few_rows(products[len(qkv)]),
             "gate_up": _side_by_side(*products[len(qkv) + 1 : -1]),

@@ -152,10 +152,13 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
     return row.last_hidden_state[0].index_select(0, read)
 
 
-def _attend(packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend(
+    packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
     """packed_attention for (N, heads, d) tensors, the layout of trunk.forward."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return packed_attention(None, q, k, v, None, packed=packed, scaling=scale, read=read)[0]
+    options = {"packed": packed, "scaling": scale, "sliding_window": window, "read": read}
+    return packed_attention(None, q, k, v, None, **options)[0]
 
 
 @contextmanager

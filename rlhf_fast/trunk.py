@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .decoder import why_no_decoder
-from .decoder_layers import gelu_in_one_pass, gpt2_scaling, is_silu
+from .decoder_layers import gelu_in_one_pass, gpt2_scaling, is_silu, sliding_window
 from .models import hidden_states, unwrapped
 from .ops import _layer
 
@@ -34,12 +34,16 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
         return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
     batch, width = input_ids.shape
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         q, k, v = (x.view(batch, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         # Padding is on the right, so the causal mask hides it.
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+        band = None
+        if window is not None and width > window:
+            band = torch.ones(width, width, dtype=torch.bool).tril().triu(1 - window)
+        options = {"attn_mask": band, "is_causal": band is None, "scale": scale}
+        return nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
     return forward(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
 
@@ -64,8 +68,8 @@ def forward(
     """(N,) tokens, (T,) positions, (M,) indices `read` into the tokens -> (M, D) hidden states at these tokens.
 
     position_ids: if T is less than N, the tokens are rows of T, and every row has these positions.
-    attend(q, k, v, scale): (N, heads, d) each -> N * heads * d values in the same order. It decides which tokens attend
-    to which.
+    attend(q, k, v, scale, window): (N, heads, d) each -> N * heads * d values in the same order. It decides which
+    tokens attend to which: to all before them, or to the last `window`.
     attend_read: attend with the queries of the M tokens only, the only ones that the last layer needs. It requires
     T = N.
     """
@@ -83,7 +87,8 @@ def forward(
                 attend, asked, some = attend_read, count, read
         q, k, v = family.project(layer, h, some)
         with torch.autocast("cpu", enabled=False):
-            attended = attend(_first(asked, q), _first(rows, k), _first(rows, v), family.scaling(layer, i))
+            q_k_v = _first(asked, q), _first(rows, k), _first(rows, v)
+            attended = attend(*q_k_v, family.scaling(layer, i), sliding_window(trunk.config, i))
         attended = attended.reshape(asked, q.shape[1] * q.shape[2])
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)

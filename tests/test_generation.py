@@ -47,6 +47,8 @@ from transformers import (
     RwkvForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -85,7 +87,10 @@ ARCHITECTURES = {
         **NEOX, **tokens, use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new",
     )),
     "mistral": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=None)),
-    "wide window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=52)),
+    "window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=6)),
+    "window in a layer": lambda tokens: Qwen2ForCausalLM(Qwen2Config(
+        **SIZES, **tokens, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+    )),
     "smollm3": lambda tokens: SmolLM3ForCausalLM(SmolLM3Config(
         **SIZES, **tokens, pad_token_id=0, no_rope_layers=[1, 0],
     )),
@@ -99,11 +104,11 @@ ARCHITECTURES = {
     )),
     "gemma": lambda tokens: GemmaForCausalLM(GemmaConfig(**SIZES, **tokens, head_dim=8, tie_word_embeddings=False)),
     "gemma2": lambda tokens: Gemma2ForCausalLM._from_config(Gemma2Config(
-        **SIZES, **tokens, head_dim=16, query_pre_attn_scalar=12, sliding_window=52, attn_logit_softcapping=1.5,
+        **SIZES, **tokens, head_dim=16, query_pre_attn_scalar=12, sliding_window=6, attn_logit_softcapping=1.5,
         final_logit_softcapping=4.0, tie_word_embeddings=False,
     ), attn_implementation="eager"),
     "gemma3": lambda tokens: Gemma3ForCausalLM(Gemma3TextConfig(
-        **SIZES, **tokens, head_dim=8, query_pre_attn_scalar=12, sliding_window=52, tie_word_embeddings=False,
+        **SIZES, **tokens, head_dim=8, query_pre_attn_scalar=12, sliding_window=6, tie_word_embeddings=False,
         layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=4.0,
     )),
     "longrope": lambda tokens: Phi3ForCausalLM(Phi3Config(
@@ -111,11 +116,11 @@ ARCHITECTURES = {
     )),
     "olmo2": lambda tokens: Olmo2ForCausalLM(Olmo2Config(**SIZES, **tokens)),
     "olmo3": lambda tokens: Olmo3ForCausalLM(Olmo3Config(
-        **SIZES, **tokens, sliding_window=52, layer_types=["sliding_attention", "full_attention"],
+        **SIZES, **tokens, sliding_window=6, layer_types=["sliding_attention", "full_attention"],
     )),
-    "window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=6)),  # by generate()
+    "stablelm": lambda tokens: StableLmForCausalLM(StableLmConfig(**SIZES, **tokens)),  # by generate()
 }  # fmt: skip
-BY_GENERATE = {"window"} if transformers.__version__ >= "5" else {"window", "gemma3", "olmo3"}
+BY_GENERATE = {"stablelm"} if transformers.__version__ >= "5" else {"stablelm", "gemma3", "olmo3"}
 
 
 def with_opinions(name):
@@ -191,7 +196,7 @@ def test_prompts_of_one_length_need_no_padding(name, prompts):
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gpt_neox", "mistral", "granite", "gemma2", "window"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gpt_neox", "mistral", "granite", "gemma2", "window", "stablelm"])
 def test_the_log_probabilities_are_those_of_the_model_on_the_whole_text(name, prompts):
     model, temperature = with_opinions(name), 0.8
     answers, logprobs = generate_with_logprobs(
@@ -285,10 +290,7 @@ def test_what_alters_a_module_is_heard(name, prompts):
 @pytest.mark.parametrize(
     "name, change, reason",
     [
-        ("wide window", {}, "a sliding window of 52 tokens"),
-        ("gemma3", {}, "a sliding window of 52 tokens"),
         ("longrope", {}, "rescales its rotary positions beyond 52 tokens"),
-        ("gemma2", {}, "a sliding window of 52 tokens"),
         ("gemma2", {"_attn_implementation_internal": "sdpa"}, "sdpa attention does not apply the attn_logit_soft"),
         ("gemma3", {"attn_logit_softcapping": 3.0}, "attention does not apply the attn_logit_softcapping"),
         ("gemma3", {"use_bidirectional_attention": True}, "is not causal"),
@@ -301,25 +303,6 @@ def test_what_the_decoder_does_not_compute(name, change, reason):
     assert why_no_decoder(model, 52) is None
     model.config.update(change)
     assert reason in why_no_decoder(model, length)
-
-
-def test_an_answer_that_leaves_the_window_goes_through_transformers():
-    model, prompt = with_opinions("wide window"), [3 + i % 50 for i in range(45)]
-    generation._warn_once.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sampled(model, [prompt, [5]], max_new_tokens=7)
-    with pytest.warns(UserWarning, match="a sliding window of 52 tokens"):
-        sampled(model, [prompt, [5]], max_new_tokens=8)
-
-
-@pytest.mark.parametrize(
-    "build", [lambda o: MistralForCausalLM(MistralConfig(**o)), lambda o: Phi3ForCausalLM(Phi3Config(**o))]
-)
-def test_mistral_and_phi3_have_their_window_in_all_layers_whatever_layer_types_says(build):
-    model = build({**SIZES, "pad_token_id": 0, "sliding_window": 6, "layer_types": ["full_attention"] * 2})
-    assert why_no_decoder(model, 6) is None
-    assert "a sliding window of 6 tokens" in why_no_decoder(model, 7)
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="one kind of positions for each type of layer")
@@ -439,7 +422,7 @@ def test_bf16_of_a_model_in_half_precision(name, dtype, prompts):
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["llama", "window"])
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
 def test_an_autocast_of_the_caller_counts(name, prompts):
     """Also for models that go through transformers' generate()."""
     model, options = with_opinions(name), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": EOS}
@@ -525,12 +508,12 @@ def test_the_last_position_of_a_model_by_transformers_is_used():
 
 def test_falling_back_is_said_once_with_its_reason(prompts):
     generation._warn_once.cache_clear()
-    model = with_opinions("window")
+    model = with_opinions("stablelm")
     with pytest.warns(UserWarning) as told:
         sampled(model, prompts)
-    ours = [str(warning.message) for warning in told if "MistralForCausalLM" in str(warning.message)]
+    ours = [str(warning.message) for warning in told if "StableLmForCausalLM" in str(warning.message)]
     assert len(ours) == 1  # and none that a batch changes what it computes
-    assert re.match("MistralForCausalLM generates through transformers.*has a sliding window", ours[0])
+    assert re.match("StableLmForCausalLM generates through transformers.*its architecture is stablelm", ours[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sampled(model, prompts[:2])
@@ -571,9 +554,10 @@ def test_ignored_settings_are_named_once(model, prompts, monkeypatch):
         generate_tokens(model, prompts[:1], **options)
 
 
-def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
+@pytest.mark.parametrize("name", ["qwen2", "window", "window in a layer"])
+def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(name, prompts):
     """The form that CUDA graphs replay, on the CPU: constant shapes at every step, and rows that leave the batch."""
-    model = with_opinions("qwen2")
+    model = with_opinions(name)
     ids, mask = pad(prompts[:6], EOS, left=True)
     decoders = [Decoder(model, ids, mask, 8) for _ in range(2)]
     decoders[1].fixed = True
@@ -589,7 +573,7 @@ def test_attention_over_the_whole_buffer_under_a_mask_is_the_same(prompts):
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "in the form of CUDA graphs"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "window", "window in a layer"])
 def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts, monkeypatch):
     class Fixed(Decoder):
         def __init__(self, *arguments):
@@ -657,7 +641,7 @@ def test_learned_positions_end_and_rotary_ones_go_on():
 
 
 @pytest.mark.filterwarnings("ignore:.*generates through transformers")
-@pytest.mark.parametrize("name", ["llama", "window"])
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
 def test_an_answer_ends_at_the_first_of_several_eos(name, prompts):
     model, ends = with_opinions(name), (0, 7, 8, 9, 10)
     to_the_end = sampled(model, prompts, max_new_tokens=40, eos_token_id=0)

@@ -26,6 +26,8 @@ from transformers import (
     MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -68,7 +70,11 @@ def sliding(**options):
     return MistralForCausalLM(MistralConfig(vocab_size=V, hidden_size=32, sliding_window=5, **SIZES, **options))
 
 
-ARCHITECTURES = [llama, qwen2, gpt2, sliding]
+def sliding_in_transformers(**options):  # the others run in our forward
+    return Olmo3ForCausalLM(Olmo3Config(vocab_size=V, hidden_size=32, sliding_window=5, **SIZES, **options))
+
+
+ARCHITECTURES = [llama, qwen2, gpt2, sliding, sliding_in_transformers]
 
 
 def build(architecture, **options):
@@ -285,7 +291,7 @@ def test_a_last_mlp_that_also_returns_router_logits():
     assert torch.equal(logits, x[:, read, :1])
 
 
-@pytest.mark.parametrize("architecture", [llama, qwen2, gpt2, gpt_neox])
+@pytest.mark.parametrize("architecture", [llama, qwen2, gpt2, gpt_neox, sliding])
 def test_what_is_read_may_lie_anywhere(architecture):
     """In our forward the last layer computes only what is read: nothing of a sequence, all of it, or the part after a
     shared beginning. Hidden states and gradients are those of the whole row, indexed."""

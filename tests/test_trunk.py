@@ -10,6 +10,10 @@ from rlhf_fast.models import add_lora, hidden_states
 from rlhf_fast.ops import _layer
 from rlhf_fast.trunk import hidden_states_at, runs_here
 
+OURS = [
+    "llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gpt2", "window", "window in a layer", "llama with lora",
+    "gpt2 with lora",
+]  # fmt: skip
 POSITIONS = torch.tensor([0, 5, 6, 8, 11, 19, 26])  # of 3 rows of 9 tokens
 
 
@@ -25,9 +29,7 @@ def through_transformers(model, ids):
     return hidden_states(model, ids).flatten(0, 1)[POSITIONS]
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gpt2", "llama with lora", "gpt2 with lora"]
-)
+@pytest.mark.parametrize("name", OURS)
 def test_it_is_the_forward_of_transformers_and_so_is_its_gradient(name):
     if name.endswith("lora"):
         pytest.importorskip("peft")

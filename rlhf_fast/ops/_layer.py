@@ -137,14 +137,20 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """q (B, H, d), contiguous within a row; buffers (B, Hk, capacity, d); bias (B, capacity) or None -> (B, H, d).
 
-    Only the first `filled` columns of the buffers are read. back (B,) int64 or None: the first `shared` columns of row
-    i are read in row i - back[i]; neighbours that share them read them together.
+    Only the first `filled` columns of the buffers are read. The buffers and the bias may be views that leave out as
+    many of the first columns. back (B,) int64 or None: the first `shared` columns of row i are read in row i - back[i];
+    neighbours that share them read them together.
     """
     y = q.new_empty(q.shape)
-    sizes = (*q.shape[:2], keys.shape[1], q.shape[2], keys.shape[2])
+    sizes = (*q.shape[:2], keys.shape[1], q.shape[2], _capacity(keys))
     threads = torch.get_num_threads()
     _C.attend(q, q.stride(0), keys, values, bias, back, shared, *sizes, filled, scale, y, threads)
     return y
+
+
+def _capacity(buffer: Tensor) -> int:
+    """How many columns lie between two heads, of which the view may leave some out."""
+    return buffer.stride(1) // buffer.shape[3]
 
 
 def packed_attention(
@@ -207,10 +213,10 @@ def decode_layer(
 
     weights: norm, q, k, v, their biases, the norms of queries and keys, output, its bias, mlp_norm, gate, up, down, in
     the order of LayerWeights in csrc/ops.h. cos and sin (B, d) are those of the tokens' positions; the other arguments
-    are as in attend. All tensors are contiguous.
+    are as in attend. All other tensors are contiguous.
     """
-    kept, capacity, dim = keys.shape[1:]
-    sizes = (*x.shape, len(weights[-2]), len(weights[1]) // dim, kept, dim, capacity)
+    kept, dim = keys.shape[1], keys.shape[3]
+    sizes = (*x.shape, len(weights[-2]), len(weights[1]) // dim, kept, dim, _capacity(keys))
     where = (x, cos, sin, keys, values, bias, back, shared)
     _C.decode_layer(weights, *where, *sizes, filled, scale, eps, torch.get_num_threads())
 

@@ -181,6 +181,7 @@ def head_of_many(op: str, rows: int, width: int, vocab: int, device: str) -> Non
 GRAPHS = {
     "llama": 2, "llama3 rope": 1, "mistral": 2, "qwen2": 1, "qwen3": 2, "gpt2": 3, "gpt_neox": 3, "smollm3": 2,
     "phi3 in part": 1, "granite": 1, "gemma": 1, "gemma2": 2, "gemma3": 1, "olmo3": 1,
+    "window": 2, "window in a layer": 1,
 }  # fmt: skip
 STEPS = {"gpt2": 23}
 
