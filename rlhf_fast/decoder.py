@@ -29,8 +29,8 @@ from .models import learns_a_prompt, logit_factor, logit_softcap, rotary_limit, 
 from .ops import _layer
 
 SUPPORTED = (
-    "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2",
-    "olmo3", "gpt2", "gpt_neox",
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite", "gemma", "gemma2", "gemma3_text",
+    "olmo2", "olmo3", "gpt2", "gpt_neox",
 )  # fmt: skip
 ATTENTION = (  # modules whose attention functions compute the architecture's own causal softmax(q k^T) v
     *(f"transformers.integrations.{kind}_attention" for kind in ("sdpa", "flash", "flex")), "rlhf_fast.packing",

@@ -5,11 +5,11 @@
                        x += mlp(norm(x))                     in the last layer for the chosen tokens only
     norm(x)                                                  (M, D)
 
-llama, mistral, qwen2, qwen3 and gpt2 in float32 on the CPU run here; all other models go through transformers. The
-model's own modules do the matrix products, with LoRA adapters if it has them, under autocast in bfloat16. The steps
-between the products are in float32 and take few passes over memory: those of llama are in ops/_layer.py, and so is
-attention, whose backward in bfloat16 takes PyTorch twice as long. There are two layouts: rows padded on the right
-(hidden_states_at, for PPO) and sequences end to end (packing.py).
+llama, mistral, ministral, qwen2, qwen3 and gpt2 in float32 on the CPU run here; all other models go through
+transformers. The model's own modules do the matrix products, with LoRA adapters if it has them, under autocast in
+bfloat16. The steps between the products are in float32 and take few passes over memory: those of llama are in
+ops/_layer.py, and so is attention, whose backward in bfloat16 takes PyTorch twice as long. There are two layouts: rows
+padded on the right (hidden_states_at, for PPO) and sequences end to end (packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
 
@@ -176,7 +176,10 @@ class _GPT2:
         return self.trunk.ln_f(x)
 
 
-FAMILIES = {**dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _Llama), "gpt2": _GPT2}  # by model_type
+FAMILIES = {  # by model_type
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3"), _Llama),
+    "gpt2": _GPT2,
+}
 
 
 def _with_spare_rows(ids: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
@@ -90,6 +92,9 @@ ARCHITECTURES = {
     "window": lambda tokens: MistralForCausalLM(MistralConfig(**SIZES, **tokens, sliding_window=6)),
     "window in a layer": lambda tokens: Qwen2ForCausalLM(Qwen2Config(
         **SIZES, **tokens, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+    )),
+    "ministral": lambda tokens: MinistralForCausalLM(MinistralConfig(
+        **SIZES, **tokens, head_dim=8, sliding_window=6, layer_types=["full_attention", "sliding_attention"],
     )),
     "smollm3": lambda tokens: SmolLM3ForCausalLM(SmolLM3Config(
         **SIZES, **tokens, pad_token_id=0, no_rope_layers=[1, 0],

@@ -11,8 +11,8 @@ from rlhf_fast.ops import _layer
 from rlhf_fast.trunk import hidden_states_at, runs_here
 
 OURS = [
-    "llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gpt2", "window", "window in a layer", "llama with lora",
-    "gpt2 with lora",
+    "llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gpt2", "window", "window in a layer", "ministral",
+    "llama with lora", "gpt2 with lora",
 ]  # fmt: skip
 POSITIONS = torch.tensor([0, 5, 6, 8, 11, 19, 26])  # of 3 rows of 9 tokens
 
