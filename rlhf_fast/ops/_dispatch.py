@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ._layout import DTYPE_CODES, accumulation_dtype
 from ._statistics import Statistics
@@ -80,11 +81,12 @@ class Op:
     in_c: forward and backward of Op.function in C, for the CPU's native kernel (csrc/rows.h).
     in_backward: another op's backward also calls this one. Implied for an op without a derivative.
     waits: on a GPU the op may synchronise with the device, so torch.compile must leave it out of its CUDA graphs.
+    flops: the formula for torch.utils.flop_counter, of the arguments and out_val.
     """
 
     def __init__(
         self, schema, kernels, fake, backward=None, setup_context=None, *, gradients=None, differentiable=1,
-        statistics=None, in_c=None, in_backward=False, waits=False,
+        statistics=None, in_c=None, in_backward=False, waits=False, flops=None,
     ):  # fmt: skip
         self.name, self._schema, self._statistics = schema.split("(")[0], schema, statistics
         self.public = self.name.removesuffix("_forward").removesuffix("_backward")  # the name in messages
@@ -106,7 +108,8 @@ class Op:
         _LIBRARY.define(schema.replace(self.name, overload, 1), tags=tags)
         for device in self.kernels:
             _LIBRARY.impl(overload, lambda *args: _in_full(self.run(*args)), device.upper())
-        torch.library.register_fake(qualname, lambda *args: _in_full(fake(*args)), lib=_LIBRARY)
+        torch.library.register_fake(qualname, lambda *args: self._run_fake(fake, args), lib=_LIBRARY)
+        self._flops = flops
         self._apply = self.function = self._in_c = None
         self._knows_gradients = gradients is not None
         self._others = slice(2, min(gradients.values()) if gradients else 2)
@@ -230,6 +233,17 @@ class Op:
                     )
                 raise TypeError(f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. {advice}")
 
+    def _be_counted(self) -> None:
+        """Gives torch.utils.flop_counter the formula of this op: not at import, because that module imports Triton. A
+        counter has copied the formulas when it was made, so those that count now are given it too."""
+        if self._flops is None:
+            return
+        from torch.utils.flop_counter import flop_registry
+
+        counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+        for formulas in (flop_registry, *(c.flop_registry for c in counters if hasattr(c, "flop_registry"))):
+            formulas.setdefault(self.library_op.overloadpacket, self._flops)
+
     def __call__(self, *args):
         if is_compiling():
             if forward_ad._current_level >= 0:
@@ -240,11 +254,12 @@ class Op:
             self._refuse_tangents(args)
             self._refuse_functorch_gradients(args)
             self._refuse_sharded(args)
+            self._be_counted()
             return self._through_library(args)
         if way != _FUNCTION or self._apply is None:
-            outputs = self.run(*args)
+            outputs = self._run_by_name(args)
         elif self._knows_gradients:
-            outputs = self.run(*args)
+            outputs = self._run_by_name(args)
             outputs = self._apply(*self._shown(args), outputs), *outputs[1:]
         else:
             outputs = self._apply(*self._shown(args), args)
@@ -258,6 +273,17 @@ class Op:
         if self._statistics is None:
             return outputs
         return outputs[0], dict(zip(self._statistics, outputs[1].unbind(), strict=True)), *outputs[self._others]
+
+    def _run_by_name(self, args):
+        """run, under the name of this op in a profile. Elsewhere the dispatcher or the autograd.Function names it."""
+        if not _is_profiling():
+            return self.run(*args)
+        with torch.profiler.record_function(self.name):
+            return self.run(*args)
+
+    def _run_fake(self, fake: Callable, args):
+        self._be_counted()  # for a compiled graph, which calls the library's op
+        return _in_full(fake(*args))
 
     def run(self, *args):
         device = device_type(args[0])
@@ -328,6 +354,7 @@ class Op:
 # Return values of route (the way of a call) and of consume (who else holds the saved outputs), see csrc/tensor.h.
 # Without the native module all calls go through torch.library.
 _LIBRARY_OP, _FUNCTION = 0, 2
+_is_profiling = torch._C._autograd._profiler_enabled
 _jit_trace = torch._C._get_tracing_state  # torch.jit.trace would keep a kernel's results as constants
 _SHARED = 0
 _ONCE = "trying to differentiate twice a function of rlhf_fast; use_backend('reference') has no such limit"

@@ -22,8 +22,7 @@ On a GPU only `compact` synchronises with the device: if there is a mask, it rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -446,19 +445,20 @@ def half_products_are_native(hidden: Tensor, weight: Tensor) -> bool:
     return on_gpu(hidden) or torch.cpu._is_avx512_bf16_supported()
 
 
-def beside_autograd(name: str) -> Callable:
-    """Decorates the kernel of a loss that computes its gradients itself: it records no graph, and a profile shows it
-    under this name."""
+def flops_of_logits(hidden, weight, *rest, out_val=None) -> int:
+    """For torch.utils.flop_counter. Counted is what the products with all logits would take in PyTorch, as for an MFU:
+    masked rows too, and no logits that a backward computes again."""
+    return 2 * hidden.shape[0] * weight.shape[0] * weight.shape[1]
 
-    def decorate(kernel: Callable) -> Callable:
-        @wraps(kernel)
-        def run(*args):
-            with torch.no_grad(), torch.profiler.record_function(name):
-                return kernel(*args)
 
-        return run
+def flops_of_gradients(hidden, weight, *rest, out_val=None) -> int:
+    grad_hidden, grad_weight, _ = rest[-3:]
+    return (grad_hidden + grad_weight) * flops_of_logits(hidden, weight)
 
-    return decorate
+
+def flops_of_loss(*args, out_val=None) -> int:
+    """Of a loss that computes its gradients in the forward."""
+    return flops_of_logits(*args) + flops_of_gradients(*args)
 
 
 def empty_gradients(hidden, weight, bias, wanted) -> tuple[Tensor | None, ...]:

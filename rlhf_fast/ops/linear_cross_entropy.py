@@ -10,6 +10,7 @@ Specification: reference.linear_cross_entropy. The chunks are in _linear.py.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -18,12 +19,12 @@ from ._inputs import as_rows, float_or, index_of_no_label, normalizer_tensor, wa
 from ._layout import accumulation_dtype
 from ._linear import (
     Gradients,
-    beside_autograd,
     check,
     chunk_statistics,
     compact,
     empty_gradients,
     factors_of,
+    flops_of_loss,
     known_chunk_gradient,
     logits_buffer,
     rounded_in_float32,
@@ -31,7 +32,7 @@ from ._linear import (
 )
 
 
-@beside_autograd("linear_cross_entropy")
+@torch.no_grad()  # it computes its gradients itself
 def _forward(hidden, weight, bias, labels, mask, normalizer, softcap, rounds, *wanted):
     inputs = compact("linear_cross_entropy", hidden, weight, bias, labels, mask, softcap, rounds)
     rows = inputs.labels.shape[0]
@@ -64,6 +65,7 @@ _op = Op(
     fake=_fake,
     gradients={0: 1, 1: 2, 2: 3},
     waits=True,  # compact, in _linear.py
+    flops=flops_of_loss,
 )
 
 

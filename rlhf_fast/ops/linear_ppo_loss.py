@@ -33,12 +33,12 @@ from ._known_gradient import PpoTokens
 from ._layout import accumulation_dtype, byte_mask
 from ._linear import (
     Gradients,
-    beside_autograd,
     check,
     chunk_statistics,
     compact,
     empty_gradients,
     factors_of,
+    flops_of_loss,
     known_chunk_gradient,
     logits_buffer,
     rounded_in_float32,
@@ -52,7 +52,7 @@ _UNCLIPPED = (0.0, math.inf, math.inf, math.inf, 0.0, 0, 0.0)  # the `options` o
 _TOKEN_MEAN = 0
 
 
-@beside_autograd(NAME)
+@torch.no_grad()  # it computes its gradients itself
 def _forward(
     hidden, weight, bias, labels, old_logprobs, advantages, mask, ref_logprobs, importance_weights, normalizer,
     temperature, softcap, clip_low, clip_high, dual_clip, log_ratio_clamp, kl_coef, kl_estimator, entropy_coef,
@@ -113,6 +113,7 @@ _op = Op(
     gradients={0: 3, 1: 4, 2: 5},
     statistics=PPO_STATS,
     waits=True,  # compact, in _linear.py
+    flops=flops_of_loss,
 )
 
 

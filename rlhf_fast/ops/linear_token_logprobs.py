@@ -33,6 +33,8 @@ from ._linear import (
     compact,
     empty_gradients,
     factors_of,
+    flops_of_gradients,
+    flops_of_logits,
     gradient_dtype,
     is_fused,
     logits_buffer,
@@ -154,6 +156,7 @@ _backward = Op(
     kernels={("cpu", "native"): _backward_any, ("cuda", "native"): _backward_any, ("cuda", "triton"): _backward_any},
     fake=lambda hidden, weight, bias, *rest: empty_gradients(hidden, weight, bias, rest[-3:]),
     waits=True,  # if there is a mask: `compact` in _linear.py
+    flops=flops_of_gradients,
 )
 
 
@@ -193,6 +196,7 @@ _forward = Op(
     setup_context=_save,
     differentiable=2,
     waits=True,
+    flops=flops_of_logits,
 )
 
 

@@ -623,6 +623,16 @@ def test_a_checkpoint_that_only_the_forward_counts_the_operations_of(case):
             torch.testing.assert_close(ours[name], value, rtol=0, atol=0, equal_nan=True)
 
 
+@every_case
+def test_a_profile_names_what_runs_without_a_gradient(case):
+    """Then there is no autograd.Function, whose name it would show."""
+    inputs = cast(case.inputs(Sampler(random.Random(3))), torch.float32)
+    inputs |= {"estimator": "k3"} if case.name == "kl_penalty" else {}  # an unclamped k1 is PyTorch's subtraction
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        case.op(**inputs)
+    assert _dispatch._OPS.keys() & {event.name for event in profile.events()}
+
+
 def imaginary(x):
     """x as the imaginary part of a conjugate, which torch marks as the negative of what is in memory."""
     halves = torch.zeros(2 * x.numel() + 1, dtype=x.dtype)[1:]  # complex numbers that are not aligned

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import flop_counter
 
 import rlhf_fast
 from rlhf_fast.ops import _linear, linear_cross_entropy, linear_ppo_loss, linear_token_logprobs, reference
@@ -304,6 +305,45 @@ def test_autocast_rounds_every_dtype_that_a_linear_layer_rounds(loss, weight):
         inside = gradients(loss, module, hidden, *factors, labels, mask)
     assert torch.equal(inside[0], plain)
     assert [x.dtype for x in inside[1:]] == [x.dtype for x in (hidden, *factors)]
+
+
+@pytest.fixture
+def formulas(monkeypatch):
+    """Those of torch.utils.flop_counter, as in a process that has not called an op yet."""
+    for packet in [key for key in flop_counter.flop_registry if str(key).startswith("rlhf_fast")]:
+        monkeypatch.delitem(flop_counter.flop_registry, packet)
+    return flop_counter.flop_registry
+
+
+@LOSSES
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_flop_counter_counts_the_products_that_pytorch_would_need(loss, frozen, formulas):
+    hidden, weight, bias, labels, mask = inputs()
+
+    def flops(module):
+        leaves = [hidden.clone().requires_grad_(), *(t.clone().requires_grad_(not frozen) for t in (weight, bias))]
+        with flop_counter.FlopCounterMode(display=False) as counter:
+            loss(module, *leaves, labels, mask).backward()
+        return counter.get_total_flops()
+
+    assert flops(rlhf_fast) == flops(reference) >= 2 * B * T * V * D * (2 if frozen else 3)
+
+
+def test_a_flop_counter_of_a_backward_alone_counts_its_products(formulas):
+    hidden, weight, bias, labels, mask = inputs()
+    logprobs = token_logprobs(rlhf_fast, hidden.requires_grad_(), weight.requires_grad_(), bias, labels, mask)
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        logprobs.backward()
+    assert counter.get_total_flops() == 2 * 2 * B * T * V * D
+
+
+@LOSSES
+def test_a_compiler_that_asks_for_the_flops_of_an_op_finds_their_formula(loss, formulas):
+    """Of an op that has none it believes that computing it again costs nothing (activation_memory_budget)."""
+    torch.compiler.reset()
+    hidden, weight, *rest = inputs()
+    torch.compile(loss, backend="aot_eager")(rlhf_fast, hidden.requires_grad_(), weight.requires_grad_(), *rest)
+    assert any(str(packet).startswith("rlhf_fast") for packet in formulas)
 
 
 @LOSSES
