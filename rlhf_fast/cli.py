@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(STAGES[command], argv[1:])
         else:
             OTHERS[command](argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)  # sys.stdout is None where a process was started without one
         return 0
     except BrokenPipeError:
         try:

@@ -66,6 +66,13 @@ def test_the_package_runs_as_a_module():
     assert subprocess.run([*asked, "rewards"], capture_output=True, cwd=ROOT, timeout=120).returncode == 2
 
 
+def test_without_an_output_a_command_is_done_all_the_same():
+    """`rlhf-fast cai validate FILE >&-`"""
+    asked = 'exec "$0" -m rlhf_fast cai validate examples/constitution.yaml >&-'
+    done = subprocess.run(["sh", "-c", asked, sys.executable], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_reader_that_has_gone_is_one_line(tmp_path):
     """`rlhf-fast cai validate FILE | head -1`"""
     read_end, write_end = os.pipe()

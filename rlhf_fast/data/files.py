@@ -32,9 +32,10 @@ def read_dataset(source) -> list[dict]:
     if source == "":
         raise ConfigError("the name of a dataset is empty: give a file, a directory or a name on the hub")
     path = Path(source)
-    json_like = path.suffix in (".jsonl", ".json") or path.name.endswith(".jsonl.gz")
-    # os.path, because pathlib raises for a name that is too long.
-    if (json_like or path.suffix in _FILES) and not os.path.isfile(path):
+    # os.path, because pathlib raises for a name that is too long. Spark writes directories with a file's ending.
+    suffix = "" if os.path.isdir(path) else path.suffix
+    json_like = suffix in (".jsonl", ".json") or (suffix == ".gz" and path.name.endswith(".jsonl.gz"))
+    if (json_like or suffix in _FILES) and not os.path.isfile(path):
         raise ConfigError(f"dataset file {str(source)!r} does not exist: looked for {str(path.absolute())!r}")
     if json_like:
         return _read_json(path)
@@ -44,7 +45,7 @@ def read_dataset(source) -> list[dict]:
     name, split = named.groups() if named else (str(source), "train")
     if name.endswith(".py"):  # datasets 3 would ask on the terminal, and leave an alarm that fires later
         raise ConfigError(f"dataset {str(source)!r} is a script, which is never run: give the files that it reads")
-    if os.path.isfile(name) and path.suffix not in _FILES:
+    if os.path.isfile(name) and suffix not in _FILES:
         raise ConfigError(
             f"dataset file {str(source)!r} has an ending that is not read: give a .jsonl, .jsonl.gz, .json, "
             f"{', '.join(_FILES)} file"
@@ -52,8 +53,8 @@ def read_dataset(source) -> list[dict]:
     import datasets  # takes a second to import, and lists do not need it
 
     try:
-        if path.suffix in _FILES:
-            return datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+        if suffix in _FILES:
+            return datasets.load_dataset(_FILES[suffix], data_files=str(path), split="train")
         if os.path.isfile(path / "state.json"):
             return datasets.load_from_disk(str(path))
         if os.path.isfile(saved := Path(name, "dataset_dict.json")):  # datasets 3 would read its other files as records
@@ -65,6 +66,9 @@ def read_dataset(source) -> list[dict]:
         needs = "a directory must hold data files, or what Dataset.save_to_disk writes; " if missing else ""
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
         reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())
+        cache, at = Path(datasets.config.HF_DATASETS_CACHE), Path(str(getattr(error, "filename", None)))
+        if at == cache or at in cache.parents or cache in at.parents:
+            reason += ": datasets keeps what it has read there; set HF_HOME to a directory that can be written"
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{reason}") from error
 
 
@@ -110,20 +114,23 @@ def _read_json(path: Path) -> list[dict]:
         raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
     except (OSError, EOFError) as error:  # EOFError: a gzip file that was cut
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    return parse_jsonl(text, str(path)) if path.suffix != ".json" else _parse(text, str(path), 1)
+    if path.suffix != ".json":
+        return parse_jsonl(text, str(path))
+    return _parse(text, str(path), 1, "a .json file holds one list of records; with a record per line it is a .jsonl")
 
 
 def parse_jsonl(text: str, name: str) -> list:
     """One JSON value per line; empty lines are skipped. ConfigError names the first line that is not JSON."""
     # Only "\n" ends a row: str.splitlines would also split at the U+2028 and U+0085 that JSON allows inside texts.
-    return [_parse(row, name, i) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
+    form = "each line must be a whole record"
+    return [_parse(row, name, i, form) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
 
 
-def _parse(text: str, name: str, line: int):
+def _parse(text: str, name: str, line: int, form: str):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
+        raise ConfigError(f"{name}, line {line + error.lineno - 1}: not JSON ({error.msg}); {form}") from None
     except (ValueError, RecursionError) as error:  # more than 4300 digits; brackets in a thousand others
         raise ConfigError(f"{name}, what begins on line {line}: cannot be read ({error})") from None
 

@@ -77,7 +77,7 @@ class PPOConfig:
     lora_target_modules: list | None = None  # names of linear layers; null: all in the trunk
 
     # --- the run
-    logging_steps: int = 1  # iterations between rows of TensorBoard (+ eval_*); train_log.jsonl has every iteration
+    logging_steps: int = 1  # iterations between rows of TensorBoard and printed lines; train_log.jsonl has every one
     eval_steps: int = 0  # iterations between evaluations, with one before the first; 0: only at the end
     save_steps: int = 50  # between checkpoints; 0: if interrupted, if a reward fails, and until the model is saved
     save_total_limit: int = 2  # the newest checkpoints are kept

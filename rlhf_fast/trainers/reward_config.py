@@ -36,7 +36,7 @@ class RewardConfig:
     center_rewards_coefficient: float = 0.0  # 0.01 keeps rewards near 0 (Eisenstein et al. 2023)
     max_length: int = 1024  # tokens of prompt and response together
     on_overlong: str = "error"  # for longer responses; or skip drops the prompt, keep_end cuts; all are counted
-    logging_steps: int = 10  # for TensorBoard (+ eval_*); train_log.jsonl has every step
+    logging_steps: int = 10  # for TensorBoard and printed lines (+ eval_*); train_log.jsonl has every step
     eval_steps: int = 0  # steps between evaluations, with one before the first step; 0: only at the end
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last one
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation

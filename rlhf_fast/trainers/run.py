@@ -35,6 +35,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -135,10 +136,10 @@ class _Run:
     def take_steps(self) -> None:
         """Takes all steps, or stops after a signal or an alarm."""
         trainer, config, records, best = self.trainer, self.trainer.config, self.records, self.best
-        done, stop = self.start - len(records.unlogged), self.everywhere.stop
+        done, stop, bar_name = self.start - len(records.unlogged), self.everywhere.stop, type(trainer).__name__
         with (
             _signals(stop),
-            tqdm(total=trainer.total_steps, initial=done, desc=type(trainer).__name__, disable=None) as bar,
+            tqdm(total=trainer.total_steps, initial=done, desc=bar_name, disable=None) as bar,
         ):
             if self.start == 0 and config.eval_steps:
                 first = self.evaluate(0)
@@ -164,11 +165,15 @@ class _Run:
                         raise
                 self.ending = records.write({"step": step, **metrics}, bar.write)
                 stop += [f"monitor {alarm.monitor}" for alarm in self.ending]
-                if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
-                    records.plot(step, metrics)
                 bar.update(1)
                 shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_BAR and v is not None}
                 bar.set_postfix(shown, refresh=False)
+                if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
+                    records.plot(step, metrics)
+                    if bar.disable:  # as in a batch job, whose output would not tell a run from one that hangs
+                        numbers = [f"{name}={value}" for name, value in shown.items()]
+                        line = ", ".join([f"{bar_name} {step}/{trainer.total_steps}", *numbers])
+                        print(line, file=sys.stderr, flush=True)
                 stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
                 if best.improved(step, metrics) or (stopping and not last) or self.saves_at(step):
                     if not last:
@@ -328,9 +333,12 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
 
 
 def _begin(trainer, run_dir: Path, settings: dict) -> None:
-    """Writes the first files of a new run. ConfigError if the run would overwrite what the directory holds."""
+    """Writes the first files of a new run. ConfigError if the run would overwrite what the directory holds,
+    or if no step is left."""
     networks = (getattr(trainer, name, None) for name in ("model", "policy"))
     check_is_new(run_dir, filter(None, (getattr(network, "name_or_path", None) for network in networks)))
+    if trainer.step >= trainer.total_steps:  # train() again, in a directory that was deleted in between
+        raise ConfigError(f"this trainer has taken all its {trainer.total_steps} steps: create a new trainer")
     reports = getattr(trainer, "reports", ())
     for report in reports:
         if report.overlong or report.truncated:

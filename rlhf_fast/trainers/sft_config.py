@@ -33,7 +33,7 @@ class SFTConfig:
     gradient_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more time
     fsdp: bool = False  # each of several processes keeps its rows of the layers' weights (rlhf_fast/sharding.py)
     bf16: bool = False  # products in bfloat16, weights in float32; refused if the hardware lacks it
-    logging_steps: int = 10  # for TensorBoard (+ eval_*), token accuracy and entropy; train_log.jsonl has every step
+    logging_steps: int = 10  # for TensorBoard, printed lines, token accuracy, entropy; train_log.jsonl has every step
     eval_steps: int = 0  # steps between evaluations, with one before the first step; 0: only at the end
     load_best_model_at_end: bool = False  # keep the model of the best evaluation, not the last one
     metric_for_best_model: str = "eval_loss"  # any metric of an evaluation

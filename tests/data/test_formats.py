@@ -467,6 +467,35 @@ def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
             read_dataset(path)
 
 
+def test_one_list_and_a_record_per_line_are_told_apart(tmp_path):
+    """Much data that is called .json has a record per line, and some .jsonl is one list."""
+    row = json.dumps({"text": "a"})
+    for name, text, advice in (
+        ("rows.json", f"{row}\n{row}\n", "with a record per line it is a .jsonl"),
+        ("list.jsonl", f"[\n{row}\n]", "each line must be a whole record"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=f"not JSON .*{advice}"):
+            read_dataset(tmp_path / name)
+
+
+def test_a_directory_may_be_named_as_a_file(tmp_path):
+    rows = Dataset.from_list([PAIR])
+    for name, save in (("a.parquet", rows.to_parquet), ("a.csv", rows.to_csv), ("a.jsonl", rows.to_json)):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / f"part-0.{name[2:]}")
+        assert list(read_dataset(tmp_path / name)) == [PAIR], name
+
+
+def test_a_cache_that_cannot_be_written_is_told_from_the_data(tmp_path, monkeypatch):
+    """As in a container whose user has no home."""
+    Dataset.from_list([PAIR]).to_csv(tmp_path / "a.csv")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home/datasets")
+    (tmp_path / "home").touch()
+    with pytest.raises(ConfigError, match=r"a\.csv' cannot be loaded: .*home.*set HF_HOME to a directory"):
+        read_dataset(tmp_path / "a.csv")
+
+
 def test_a_file_may_begin_with_a_byte_order_mark_and_one_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "é"}\n', encoding="utf-8-sig")

@@ -791,6 +791,22 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(tmp_path, ca
         assert whole == killed
 
 
+def test_a_trainer_that_is_done_does_not_train_again_where_its_run_was_deleted(tmp_path):
+    walk = Walk(Config(str(tmp_path / "run")))
+    walk.train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        walk.train()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ConfigError, match="taken all its 10 steps: create a new trainer"):
+        walk.train()
+
+
+def test_where_no_bar_can_be_drawn_each_logged_step_is_a_line(tmp_path, capsys):
+    Walk(Config(str(tmp_path), logging_steps=3), total_steps=7).train()
+    steps = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert steps == ["Walk 3/7", "Walk 6/7", "Walk 7/7"]
+
+
 def test_a_first_step_that_changed_something_is_not_repeated_by_the_same_trainer(tmp_path):
     walk = Walk(Config(str(tmp_path)), at_step={1: lambda: 1 / 0})
     walk.whole = False
