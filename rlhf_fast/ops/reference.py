@@ -335,7 +335,10 @@ def value_loss(
     error = (v - target) ** 2
     clipped = torch.zeros_like(mask)
     if cliprange_value is not None:
-        clipped_error = (torch.clamp(v, old - cliprange_value, old + cliprange_value) - target) ** 2
+        low, high = old - cliprange_value, old + cliprange_value
+        # Not clamp(v) alone: what its gradient is beside a bound that is NaN depends on the version of PyTorch.
+        v_clipped = torch.where((v >= low) & (v <= high), v, torch.clamp(v.detach(), low, high))
+        clipped_error = (v_clipped - target) ** 2
         clipped = ~(clipped_error <= error) & ~error.isnan()  # an old value that is NaN shows in the loss
         error = torch.where(clipped, clipped_error, error)
     loss = aggregate(0.5 * error, mask, loss_agg_mode, normalizer)
