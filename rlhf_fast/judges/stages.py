@@ -10,6 +10,7 @@ Seeds belong to items, so the final bytes do not depend on whether, or where, th
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,11 @@ def run_stage(
                 raise
             if [r["id"] for r in done] != ids[start : start + batch_size]:
                 raise RuntimeError(f"{name}: a batch must give one record for each of its items, in their order")
+            tenths = 10 * len(records) // len(ids)
             records += done
             bar.update(len(done))
+            if bar.disable and 10 * len(records) // len(ids) > tenths:  # as in a batch job
+                print(f"{name} {len(records)}/{len(ids)}", file=sys.stderr, flush=True)
     write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, records)))
     return records
 

@@ -35,6 +35,12 @@ def test_records_are_written_whole_and_in_order(tmp_path, capsys):
     assert asked[3:] == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9"]]
 
 
+def test_where_no_bar_can_be_drawn_each_tenth_is_a_line(tmp_path, capsys):
+    run(tmp_path, items=[{"id": str(i)} for i in range(30)], batch_size=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"stage {n}/30" for n in (4, 6, 10, 12, 16, 18, 22, 24, 28, 30)]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
