@@ -486,6 +486,7 @@ def test_files_that_were_cut_are_named(house, audited, all_of_it, trained, tmp_p
     shutil.copytree(trained[0], run)
     for path in (card / "audit.json", run / "run.json", labels / "run.json"):
         path.write_text(path.read_text()[:-20])
+    capsys.readouterr()
     assert cai("label", **audited, card=card, output_dir=tmp_path / "x") == 2
     refused(card / "audit.json")
     assert cai("label", **audited, allow_weak_judge="true", output_dir=labels) == 2
