@@ -310,6 +310,24 @@ def test_what_the_decoder_does_not_compute(name, change, reason):
     assert reason in why_no_decoder(model, length)
 
 
+@pytest.mark.parametrize("architecture", [(LlamaForCausalLM, LlamaConfig), (MistralForCausalLM, MistralConfig)])
+@pytest.mark.parametrize("window", [1, 6])
+def test_a_window_is_that_of_the_forward_over_the_whole_text(architecture, window, prompts):
+    """Not that of generate()'s cache, which keeps all tokens for a window of 1, and applies one that llama ignores."""
+    build, config = architecture
+    torch.manual_seed(5)
+    model = build(config(**SIZES, vocab_size=VOCAB, sliding_window=window)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    assert why_no_decoder(model) is None
+    answers = generate_tokens(model, prompts, max_new_tokens=8, eos_token_id=EOS, do_sample=False)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
 @pytest.mark.skipif(transformers.__version__ < "5", reason="one kind of positions for each type of layer")
 def test_the_limit_of_rotary_positions_is_the_smallest_of_all_layers():
     limits = {"full_attention": 100, "sliding_attention": 52}
