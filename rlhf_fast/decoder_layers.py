@@ -24,6 +24,9 @@ from .ops import _layer
 
 FEW = range(1, 129)  # numbers of rows at which our products are faster than the library's: 1.2 to 3.5x on EPYC 9004
 SILU = nn.SiLU, type(ACT2FN["silu"])
+# The other architectures ignore a window in their config, as a converted model may have one.
+WINDOW_IN_ALL = "mistral", "phi3"  # whatever layer_types says
+WINDOW_IN_SOME = "ministral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3"
 MAX_COPIED = 1 << 20  # weights; above this, joining products saves little time and the copy takes memory
 
 
@@ -59,9 +62,9 @@ def gpt2_scaling(config, head_dim: int, layer: int) -> float:
 
 def sliding_window(config, i: int) -> int | None:
     """To how many tokens one attends in layer i, itself the last of them; None: to all before it."""
-    kinds = None if config.model_type in ("mistral", "phi3") else getattr(config, "layer_types", None)  # they ignore it
-    windowed = config.model_type in ("mistral", "phi3") if kinds is None else kinds[i] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if windowed else None
+    if config.model_type in WINDOW_IN_SOME:
+        return config.sliding_window if config.layer_types[i] == "sliding_attention" else None
+    return config.sliding_window if config.model_type in WINDOW_IN_ALL else None
 
 
 def _is_plain(module) -> bool:

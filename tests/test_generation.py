@@ -310,13 +310,18 @@ def test_what_the_decoder_does_not_compute(name, change, reason):
     assert reason in why_no_decoder(model, length)
 
 
-@pytest.mark.parametrize("architecture", [(LlamaForCausalLM, LlamaConfig), (MistralForCausalLM, MistralConfig)])
+@pytest.mark.parametrize(
+    "architecture",
+    [(LlamaForCausalLM, LlamaConfig), (MistralForCausalLM, MistralConfig), (GraniteForCausalLM, GraniteConfig)],
+)
 @pytest.mark.parametrize("window", [1, 6])
 def test_a_window_is_that_of_the_forward_over_the_whole_text(architecture, window, prompts):
     """Not that of generate()'s cache, which keeps all tokens for a window of 1, and applies one that llama ignores."""
     build, config = architecture
     torch.manual_seed(5)
-    model = build(config(**SIZES, vocab_size=VOCAB, sliding_window=window)).eval()
+    model = build(config(
+        **SIZES, vocab_size=VOCAB, sliding_window=window, layer_types=["sliding_attention"] * 2,
+    )).eval()  # fmt: skip
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)

@@ -86,6 +86,17 @@ def test_in_bfloat16_it_is_no_less_exact_than_transformers(name):
     assert 1e-4 < ours[0] < 1.2 * theirs[0] and ours.mean() < 1.2 * theirs.mean()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_window_that_the_architecture_ignores_is_ignored(name):
+    model = with_opinions(name)
+    model.config.sliding_window, model.config.layer_types = 3, ["sliding_attention"] * 2
+    ids = torch.arange(27).view(3, 9)
+    assert runs_here(model)
+    found = hidden_states_at(model, ids, POSITIONS)
+    torch.testing.assert_close(found, through_transformers(model, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_attention_is_in_float32_also_under_autocast(monkeypatch):
     seen, attend = [], F.scaled_dot_product_attention
 
