@@ -67,7 +67,8 @@ def read_dataset(source) -> list[dict]:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
         reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())
         cache, at = Path(datasets.config.HF_DATASETS_CACHE), Path(str(getattr(error, "filename", None)))
-        if at == cache or at in cache.parents or cache in at.parents:
+        unwritten = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if unwritten and (at == cache or at in cache.parents or cache in at.parents):
             reason += ": datasets keeps what it has read there; set HF_HOME to a directory that can be written"
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{reason}") from error
 
