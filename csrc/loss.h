@@ -51,7 +51,7 @@ inline PyObject* keep_gradients(PyObject* const* given, Py_ssize_t count) {
 
 // Its backward: (ctx, gradient of the loss) -> (*gradients, None). They are returned unchanged if the gradient of the
 // loss is 1 and nothing else holds them, as in loss.backward(). Otherwise this calls the backward that is written in
-// Python (_dispatch.py) and passes it the saved tensors, because a checkpoint lets them be read only once.
+// Python (ops/_autograd.py) and passes it the saved tensors, because a checkpoint lets them be read only once.
 inline PyObject* give_gradients(PyObject* const* given, Py_ssize_t count) {
   if (count != 2) throw py::type_error("needs ctx and one gradient");
   const py::object saved = checked(PyObject_GetAttr(given[0], torch().saved_tensors));

@@ -160,7 +160,7 @@ inline bool read(PyObject* x, DLTensor& out) {
          !is_negated(x, out);
 }
 
-// What read() did not read for that reason is given again as a copy (_dispatch.py).
+// What read() did not read for that reason is given again as a copy (Op.run in ops/_dispatch.py).
 inline void refuse_negated(PyObject* x) {
   if (checked(PyObject_CallMethodNoArgs(x, torch().is_neg)).ptr() != Py_True) return;
   PyErr_SetString(torch().negated, "a tensor is marked as the negative of its memory; needs x.resolve_neg()");
@@ -325,7 +325,7 @@ inline PyObject* labelled(PyObject* const* given, Py_ssize_t count) {
   return as_bool(mask == Py_None || fits(mask));
 }
 
-// The way of a call into an op (_dispatch.py).
+// The way of a call into an op (ops/_native.py).
 enum Route : int { kLibrary = 0, kKernel = 1, kFunction = 2 };
 
 inline bool nobody_watches() {  // no dispatch mode, no functorch, no forward-mode derivative

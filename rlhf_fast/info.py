@@ -12,8 +12,8 @@ import torch
 
 from ._version import __version__
 from .ops import backends
-from .ops._dispatch import _C
 from .ops._linear import sums_in_float32
+from .ops._native import _C
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 

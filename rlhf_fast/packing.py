@@ -33,7 +33,7 @@ from .decoder import attends_in_its_own_way
 from .errors import ConfigError
 from .models import evaluating, rotary_limit, trunk_layers, unwrapped
 from .ops import _layer
-from .ops._dispatch import plain_in_backward
+from .ops._autograd import plain_in_backward
 from .trunk import forward, runs_here
 
 NAME = "rlhf_fast_packed"  # the name of packed_attention in transformers, within packing()

@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: no test waits fo
 
 from helpers import tiny_model, tiny_tokenizer
 
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _native
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,7 +26,7 @@ def model(tokenizer):
 @pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def isa(request):
     """Every instruction set of the CPU kernels that this machine runs."""
-    native = _dispatch._C
+    native = _native._C
     if native is None or not native.isas().get(request.param, False):
         pytest.skip(f"this CPU or this build does not run {request.param}")
     before = native.isa()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _native
 
 FOLDER = Path(__file__).parent / "amx"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=alignment"]
@@ -18,7 +18,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfm
 
 
 def test_products_in_tiles_are_those_without_and_touch_nothing_else(tmp_path):
-    if _dispatch._C is None or not _dispatch._C.isas().get("avx512", False):
+    if _native._C is None or not _native._C.isas().get("avx512", False):
         pytest.skip("this CPU or this build does not run AVX-512")
     command = ["g++", "-std=c++17", "-O0", "-fopenmp", *SANITIZERS, "-o", str(tmp_path / "check")]
     probe = [*command, "-x", "c++", "-"]
@@ -31,7 +31,7 @@ def test_products_in_tiles_are_those_without_and_touch_nothing_else(tmp_path):
 
 
 def test_the_first_product_asks_for_tiles_and_not_the_import():
-    if _dispatch._C is None or not _dispatch._C.isas().get("amx", False):
+    if _native._C is None or not _native._C.isas().get("amx", False):
         pytest.skip("this CPU or this build does not run AMX")
     script = """if True:
         import ctypes, torch
@@ -54,7 +54,7 @@ def test_the_first_product_asks_for_tiles_and_not_the_import():
 
 
 def test_where_linux_refuses_tiles_the_instruction_set_in_use_is_the_next():
-    if _dispatch._C is None or not _dispatch._C.isas().get("amx", False):
+    if _native._C is None or not _native._C.isas().get("amx", False):
         pytest.skip("this CPU or this build does not run AMX")
     script = """if True:
         import ctypes

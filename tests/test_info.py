@@ -8,7 +8,7 @@ import torch
 
 import rlhf_fast as rf
 from rlhf_fast import info
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _dispatch, _native
 
 
 def test_the_report_names_versions_build_and_every_op(capsys):
@@ -30,11 +30,11 @@ def test_json_is_the_same_report(capsys):
 @pytest.mark.parametrize("op", sorted(rf.backends()))
 def test_a_cuda_tensor_without_cuda_kernels_is_refused_with_how_to_build_them(op, monkeypatch):
     """The error of every op for a CUDA tensor, in a build without nvcc, on a machine without Triton."""
-    unavailable = {"native": _dispatch.HOW_TO_BUILD, "triton": "triton is not installed"}
-    monkeypatch.setattr(_dispatch, "_unavailable", lambda device, backend: unavailable[backend])
+    unavailable = {"native": _native.HOW_TO_BUILD, "triton": "triton is not installed"}
+    monkeypatch.setattr(_native, "unavailable", lambda device, backend: unavailable[backend])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "RLHF_FAST_CUDA=1" in _dispatch.HOW_TO_BUILD
-    mine, how = [kernel for name, kernel in _dispatch._OPS.items() if name.startswith(op)], _dispatch.HOW_TO_BUILD
+    assert "RLHF_FAST_CUDA=1" in _native.HOW_TO_BUILD
+    mine, how = [kernel for name, kernel in _dispatch._OPS.items() if name.startswith(op)], _native.HOW_TO_BUILD
     assert mine
     for kernel in mine:
         with pytest.raises(RuntimeError, match=f"{kernel.public} got a CUDA tensor.*{re.escape(how)}"):
@@ -43,13 +43,13 @@ def test_a_cuda_tensor_without_cuda_kernels_is_refused_with_how_to_build_them(op
 
 @pytest.mark.parametrize("op", ["value_loss", "masked_mean", "masked_whiten", "ranking_loss"])
 def test_where_triton_runs_an_op_without_a_kernel_in_it_is_plain_pytorch_and_says_so(op, monkeypatch):
-    unavailable = {"native": _dispatch.HOW_TO_BUILD, "triton": None}
-    monkeypatch.setattr(_dispatch, "_unavailable", lambda device, backend: unavailable[backend])
+    unavailable = {"native": _native.HOW_TO_BUILD, "triton": None}
+    monkeypatch.setattr(_native, "unavailable", lambda device, backend: unavailable[backend])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     kernel = _dispatch._OPS[op]
     monkeypatch.setattr(kernel, "_chosen", {})
     with pytest.warns(
-        UserWarning, match=f"{op} runs in plain PyTorch on cuda: native: {re.escape(_dispatch.HOW_TO_BUILD)}; triton"
+        UserWarning, match=f"{op} runs in plain PyTorch on cuda: native: {re.escape(_native.HOW_TO_BUILD)}; triton"
     ):
         assert kernel.backend_on("cuda") == "reference"
     assert kernel.backend_on("cuda") == "reference"  # said once

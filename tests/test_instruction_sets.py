@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from rlhf_fast.ops._dispatch import _C
+from rlhf_fast.ops._native import _C
 
 WIDE = re.compile(r"%[yz]mm|\tv[a-z]")  # registers and names of AVX and later
 # Names of lambdas within generic lambdas objdump leaves as the compiler wrote them.

@@ -1,6 +1,7 @@
 """The ops, the functions that `import rlhf_fast` offers to any training loop. Each op has a file of its own."""
 
-from ._dispatch import backends, empty_cache, use_backend
+from ._dispatch import backends, use_backend
+from ._native import empty_cache
 from .cross_entropy import cross_entropy
 from .dpo_loss import dpo_loss
 from .gae import gae

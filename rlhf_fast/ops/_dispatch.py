@@ -14,55 +14,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from importlib import import_module
-from importlib.util import find_spec
 from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ._layout import DTYPE_CODES, accumulation_dtype
+from . import _autograd, _native
+from ._native import FUNCTION, LIBRARY_OP, NEGATED, device_type, launch, route, route_in_backward
 from ._statistics import Statistics
-
-try:
-    from .. import _C
-except ImportError as error:  # a source tree that is not built; backends() and the errors on the CPU say so
-    _C, _C_MISSING = None, str(error)
-else:
-    if getattr(_C, "interface", 1) != 12:  # csrc/bindings.cpp
-        _C, _C_MISSING = None, "the existing one was built from another version of the source tree"
-
-HOW_TO_BUILD = "with nvcc on PATH run pip install . in the source tree (RLHF_FAST_CUDA=1 makes a missing nvcc an error)"
 
 _LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 _NO_CUDA_GRAPH = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # torch 2.6: none
-_HAS_TRITON = find_spec("triton") is not None  # asked at import, because not every torch.compile can trace find_spec
 _OPS: dict[str, Op] = {}
 _forced: str | None = None  # the backend of use_backend
-
-
-def _unavailable(device: str, backend: str) -> str | None:
-    """Why a backend cannot run on this machine; None where it can."""
-    if device == "cpu":
-        if backend == "native" and _C is None:
-            return f"rlhf_fast._C is not built ({_C_MISSING}); run pip install . in the source tree"
-        if backend == "triton":
-            return "Triton runs on the CPU only in its interpreter, which use_backend('triton') asks for"
-    elif backend == "native":
-        if _C is None or _C.cuda_version is None:
-            return f"this build has no CUDA kernels; {HOW_TO_BUILD}"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
-    elif backend == "triton" and not _HAS_TRITON:
-        return "triton is not installed"
-    return None
+_is_profiling = torch._C._autograd._profiler_enabled
+_jit_trace = torch._C._get_tracing_state  # torch.jit.trace would keep a kernel's results as constants
 
 
 class Op:
@@ -99,7 +72,7 @@ class Op:
         tensors = schema.split(" -> ")[0].count("Tensor")
         shown = tuple(range(tensors) if gradients is None else gradients)
         self._shown = _several(shown)
-        self._route = _route_in_backward if in_backward or backward is gradients is None else _route
+        self._route = route_in_backward if in_backward or backward is gradients is None else route
 
         self._in_backward, self._overload = in_backward, self._digest()
         overload = f"{self.name}.{self._overload}"
@@ -114,8 +87,8 @@ class Op:
         self._knows_gradients = gradients is not None
         self._others = slice(2, min(gradients.values()) if gradients else 2)
         if gradients is not None:
-            self._differentiate(qualname, *_scaled(self.public, gradients), 1)
-            self._make_function(_keep_gradients, _scale_gradients, _give_gradients)
+            self._differentiate(qualname, *_autograd.scaled(self.public, gradients), 1)
+            self._make_function(_autograd.keep_gradients, _autograd.scale_gradients, _autograd.give_gradients)
         elif backward is not None:
             once = self._differentiate(qualname, backward, setup_context, differentiable)
             self._make_function(*self._directly(backward, once, setup_context, differentiable, len(shown)))
@@ -147,16 +120,9 @@ class Op:
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, output)
 
-        def backward_once(ctx, *grads):
-            if not torch.is_grad_enabled():
-                return backward(ctx, *grads)
-            saved = grads[-1] if isinstance(grads[-1], tuple) else ctx.saved_tensors  # csrc/rows.h may have read them
-            inputs = _inputs(ctx, saved)  # now, for an in-place backward writes over what is saved
-            with torch.no_grad():  # create_graph
-                return _once(backward(_ReadContext(ctx, saved), *grads), inputs)
-
-        torch.library.register_autograd(qualname, backward_once, setup_context=setup, lib=_LIBRARY)
-        return backward_once
+        once = _autograd.differentiable_once(backward)
+        torch.library.register_autograd(qualname, once, setup_context=setup, lib=_LIBRARY)
+        return once
 
     def _directly(
         self, backward: Callable, backward_once: Callable, setup_context: Callable, differentiable: int, shown: int
@@ -197,42 +163,6 @@ class Op:
     def _refuse_gradient(self, ctx, *grads):
         raise RuntimeError(f"{self.public} is differentiable once only; use_backend('reference') has no such limit")
 
-    def _refuse_tangents(self, args):
-        """Without this a forward-mode derivative would silently be zero."""
-        if forward_ad._current_level >= 0 and _has_tangent(args):
-            self._refuse_forward_mode()
-
-    def _refuse_forward_mode(self):
-        raise NotImplementedError(
-            f"{self.public} has no forward-mode derivative (torch.func.jvp); use_backend('reference') has one"
-        )
-
-    def _refuse_functorch_gradients(self, args):
-        """torch's own error would mention an autograd.Function that the user has never seen."""
-        tensors = [unbatched(x) for x in args if isinstance(x, Tensor)]
-        if any(x.requires_grad and functorch.is_gradtrackingtensor(x) for x in tensors):
-            raise NotImplementedError(
-                f"{self.public} has no derivative for torch.func (grad, vjp, jacrev); use loss.backward() or "
-                "torch.autograd.grad, or use_backend('reference'), which has one"
-            )
-
-    def _refuse_sharded(self, args):
-        """torch's own error would ask for all arguments to be DTensors, for which there is no kernel either."""
-        for x, argument in zip(args, self.library_op._schema.arguments, strict=False):
-            if type(x).__name__ == "DTensor":
-                if argument.name in ("weight", "bias"):
-                    advice = (
-                        "Parameters that fully_shard has sharded are whole inside the forward of the module that it "
-                        "was called on: call the loss there, and shard the lm_head together with that module, not by "
-                        "itself"
-                    )
-                else:
-                    advice = (
-                        f"{argument.name}.full_tensor() is the whole of it, as logits need that are sharded over the "
-                        "vocabulary; to_local() is the share of this process, for a loss over its own rows"
-                    )
-                raise TypeError(f"{self.public}: {argument.name} is a DTensor; needs a plain tensor. {advice}")
-
     def _be_counted(self) -> None:
         """Gives torch.utils.flop_counter the formula of this op: not at import, because that module imports Triton. A
         counter has copied the formulas when it was made, so those that count now are given it too."""
@@ -247,16 +177,14 @@ class Op:
     def __call__(self, *args):
         if is_compiling():
             if forward_ad._current_level >= 0:
-                self._refuse_forward_mode()
+                _autograd.refuse_forward_mode(self.public)
             return self._through_library(args)
         way = self._route(*args)
-        if way == _LIBRARY_OP or _jit_trace() is not None:
-            self._refuse_tangents(args)
-            self._refuse_functorch_gradients(args)
-            self._refuse_sharded(args)
+        if way == LIBRARY_OP or _jit_trace() is not None:
+            _autograd.refuse(self.public, self.library_op._schema, args)
             self._be_counted()
             return self._through_library(args)
-        if way != _FUNCTION or self._apply is None:
+        if way != FUNCTION or self._apply is None:
             outputs = self._run_by_name(args)
         elif self._knows_gradients:
             outputs = self._run_by_name(args)
@@ -290,7 +218,7 @@ class Op:
         kernel = self._ready.get(device) or self.kernel_on(device)
         try:
             return kernel(*args)
-        except _NEGATED:
+        except NEGATED:
             return _on_resolved(kernel, *args)
 
     def follow(self, forced: str | None) -> None:
@@ -308,7 +236,7 @@ class Op:
         if backend == "reference":  # forced after the forward, which was native
             backend, _ = self._choose(device)
         kernel = self.kernels[device][backend]
-        # Triton reads the addresses of tensors itself and does not raise _NEGATED.
+        # Triton reads the addresses of tensors itself and does not raise NEGATED.
         ready[device] = kernel = partial(_on_resolved, kernel) if backend == "triton" else kernel
         return kernel
 
@@ -334,14 +262,14 @@ class Op:
         """The first available backend, and why the better ones are not available."""
         reasons = []
         for backend in self.kernels.get(device, ()):
-            reason = _unavailable(device, backend)
+            reason = _native.unavailable(device, backend)
             if reason is None:
                 return backend, "; ".join(reasons) or None
             reasons.append(f"{backend}: {reason}")
         if device == "cpu" and reasons:
             raise RuntimeError(f"{self.public}: {reasons[0]}. For plain PyTorch: rlhf_fast.use_backend('reference')")
         if reasons and device == "cuda" and torch.cuda.is_available():
-            if "triton" not in self.kernels[device] and _unavailable(device, "triton") is None:
+            if "triton" not in self.kernels[device] and _native.unavailable(device, "triton") is None:
                 # The expensive ops have Triton kernels, and PPO should not fail because of a small op that has none.
                 return "reference", f"{reasons[0]}; triton: this op has no kernel"
             raise RuntimeError(
@@ -349,35 +277,6 @@ class Op:
                 "rlhf_fast.use_backend('reference')"
             )
         return "reference", "; ".join(reasons) or f"there is no kernel for {device} yet"
-
-
-# Return values of route (the way of a call) and of consume (who else holds the saved outputs), see csrc/tensor.h.
-# Without the native module all calls go through torch.library.
-_LIBRARY_OP, _FUNCTION = 0, 2
-_is_profiling = torch._C._autograd._profiler_enabled
-_jit_trace = torch._C._get_tracing_state  # torch.jit.trace would keep a kernel's results as constants
-_SHARED = 0
-_ONCE = "trying to differentiate twice a function of rlhf_fast; use_backend('reference') has no such limit"
-_route = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route
-_route_in_backward = (lambda *arguments: _LIBRARY_OP) if _C is None else _C.route_in_backward
-_consume = (lambda *tensors: _SHARED) if _C is None else _C.consume
-_NEGATED = () if _C is None else _C.Negated  # raised for a tensor with torch's negative bit set, such as z.conj().imag
-_keep_gradients = None if _C is None else _C.keep_gradients
-_give_gradients = None if _C is None else _C.give_gradients
-
-
-def _scale_gradients(ctx, factor: Tensor | None, saved: tuple | None = None) -> tuple[Tensor | None, ...]:
-    """The backward of a loss that has kept its gradients -> the gradients times the factor, and None for the outputs.
-
-    csrc/loss.h calls it, with the saved tensors that it has read from ctx, unless it can return them unchanged.
-    """
-    saved = ctx.saved_tensors if saved is None else saved
-    if factor is None:
-        return (None,) * (len(saved) + 1)
-    shared = is_compiling() or _consume(factor, *saved) == _SHARED
-    with torch.no_grad():
-        grads = [None if g is None else g * factor if shared else _times(g, factor) for g in saved]
-    return *(_once(grads, _inputs(ctx, saved)) if torch.is_grad_enabled() else grads), None
 
 
 def _several(places: tuple[int, ...]) -> Callable[[tuple], tuple]:
@@ -389,151 +288,12 @@ def _on_resolved(kernel: Callable, *args, **options):
     return kernel(*[x.resolve_neg() if isinstance(x, Tensor) else x for x in args], **options)
 
 
-def check_unchanged(op: str, unchanged: bool) -> None:
-    """Autograd notices writes in place, but not x.data = y. If y is smaller, a kernel would read past its end."""
-    if not unchanged:
-        raise RuntimeError(
-            f"{op}: a tensor that its backward needs has another shape or dtype than in the forward; its .data was "
-            "replaced, or a hook on saved tensors returned another tensor"
-        )
-
-
-def check_prepared(op: str, prepared: bool) -> None:
-    """For a backward that needs what its forward prepares only if an input requires a gradient there."""
-    if not prepared:
-        raise RuntimeError(
-            f"{op}: its gradient is not in this graph, because none was needed when the graph was made (by "
-            "torch.export, say); make it with inputs that require a gradient, and not under torch.no_grad"
-        )
-
-
-def unbatched(x: Tensor) -> Tensor:
-    """x without vmap's wrappers, which show neither requires_grad nor a tangent."""
-    while functorch.is_batchedtensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
-
-
-@torch._disable_dynamo  # which would not see the tangents
-def _has_tangent(args) -> bool:
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(unbatched(x)).tangent is not None for x in args)
-
-
-def plain_in_backward(*arguments) -> bool:
-    """Whether a backward may call kernels directly: plain tensors, and neither a compiler, functorch nor a mode."""
-    return not is_compiling() and _route_in_backward(*arguments) != _LIBRARY_OP
-
-
-def empties(like: Tensor, dtype: torch.dtype | None, *shapes) -> tuple[Tensor | None, ...]:
-    """Uninitialised contiguous tensors on the device of like, one for each shape.
-
-    A shape is a tensor (whose shape is meant), a number, or a tuple of these; None gives None. dtype None is the dtype
-    in which like's values are accumulated. On a CPU the native module allocates, in a third of PyTorch's time, and
-    large tensors reuse the memory of a previous step (csrc/memory.h). Tensors from there cannot grow, neither by
-    resize_ nor as an out= of another shape.
-    """
-    made = _empties(like, -1 if dtype is None else DTYPE_CODES[dtype], *shapes)
-    if made is not None:
-        return made
-    dtype = dtype or accumulation_dtype(like)
-    return tuple(None if s is None else torch.empty(_sizes(s), dtype=dtype, device=like.device) for s in shapes)
-
-
-_empties = (lambda *given: None) if _C is None else _C.empties
-
-
-def _sizes(shape) -> tuple[int, ...]:
-    if isinstance(shape, Tensor):
-        return tuple(shape.shape)
-    return tuple(n for part in shape for n in _sizes(part)) if isinstance(shape, tuple) else (shape,)
-
-
-def empty_cache() -> int:
-    """Returns the memory that is kept for large CPU gradients to the system -> its size in bytes."""
-    return _C.empty_cache() if hasattr(_C, "empty_cache") else 0  # the tests' emulation of a GPU has none
-
-
-def device_type(x: Tensor) -> str:
-    return "cpu" if x.is_cpu else x.device.type  # is_cpu takes a fifth of the time of x.device, which makes an object
-
-
 def _in_full(outputs):
     """The outputs with an empty tensor for None, which torch.library does not allow."""
     if isinstance(outputs, Tensor):
         return outputs
     some = next(o for o in outputs if o is not None)
     return tuple(some.new_empty(0) if o is None else o for o in outputs)
-
-
-def may_consume(ctx, grad: Tensor | None, *saved: Tensor | None) -> bool:
-    """In a backward: whether saved outputs may be overwritten, because nothing else uses them and it runs only once."""
-    # ctx.direct is set in Op.function. torch.library, whose ctx does not have it, makes all outputs visible.
-    return getattr(ctx, "direct", False) and not is_compiling() and _consume(grad, *saved) != _SHARED
-
-
-class _ReadContext:
-    """A ctx whose saved tensors have been read: a checkpoint lets them be read only once."""
-
-    def __init__(self, ctx, saved: tuple):
-        self._ctx, self.saved_tensors = ctx, saved
-
-    def __getattr__(self, name):
-        return getattr(self._ctx, name)
-
-
-def _inputs(ctx, saved: tuple) -> list[Tensor]:
-    """Of a backward with create_graph: the inputs of the op that require a gradient. RuntimeError if one of them is
-    neither saved nor a leaf, as in losses that keep their gradients only: then nobody could refuse later."""
-    edges = [edge for edge, _ in ctx.next_functions if edge is not None]
-    known = {x.grad_fn: x for x in saved if x is not None and x.grad_fn is not None}
-    known |= {edge: edge.variable for edge in edges if hasattr(edge, "variable")}
-    if not known.keys() >= set(edges):
-        raise RuntimeError(_ONCE)
-    return [known[edge] for edge in edges]
-
-
-def _once(grads: tuple, inputs: list[Tensor]) -> tuple:
-    """grads that raise an error when they are differentiated.
-
-    PyTorch's once_differentiable does not do this after a plain loss.backward(): a penalty on the norm of a gradient,
-    say, would silently have no derivative. Nor does it in torch.autograd.grad, which leaves out what does not lead to
-    the tensors asked for: so the error leads to the inputs.
-    """
-    refuse = torch._C._functions.DelayedError(_ONCE, len(grads) + len(inputs))
-    with torch.enable_grad():  # or it leads nowhere
-        refusing = refuse(*(None if g is None else g.detach().requires_grad_() for g in grads), *inputs)
-    return refusing[: len(grads)] if isinstance(refusing, tuple) else (refusing,)
-
-
-def _times(g: Tensor, factor: Tensor) -> Tensor:
-    """g *= factor. On a GPU the kernel for a large g finds out whether the factor is 1, and then leaves g alone; this
-    needs no synchronisation."""
-    large = g.is_cuda and g.numel() >= 1 << 20 and g.is_contiguous() and g.data_ptr() % 16 == 0
-    if large and factor.dtype in (torch.float32, torch.float64) and _unavailable("cuda", "native") is None:
-        launch("scale", (g, DTYPE_CODES[g.dtype], g.numel(), factor, DTYPE_CODES[factor.dtype]))
-        return g
-    return g.mul_(factor)
-
-
-def _scaled(name: str, gradients: dict[int, int]) -> tuple[Callable, Callable]:
-    """backward and setup_context of a loss: output gradients[i], if it is wanted, is the gradient by input i."""
-
-    def backward(ctx, factor, *_):
-        grads = [None] * len(ctx.needs_input_grad)
-        if factor is not None:
-            for i, g in zip(gradients, ctx.saved_tensors, strict=True):
-                if ctx.needs_input_grad[i]:
-                    check_prepared(name, g is not None)
-                    grads[i] = g * factor
-        return tuple(grads)
-
-    def setup_context(ctx, inputs, outputs):
-        wanted = {i: outputs[o] for i, o in gradients.items()}  # torch.library has an empty tensor for None
-        ctx.save_for_backward(
-            *(None if inputs[i] is None or g.shape != inputs[i].shape else g for i, g in wanted.items())
-        )
-
-    return backward, setup_context
 
 
 @contextmanager
@@ -578,27 +338,6 @@ def backends() -> dict[str, dict[str, dict[str, str | None]]]:
     return table
 
 
-def launch(op: str, arguments: tuple, scratch_rows: int | None = None) -> None:
-    """Queues a CUDA op of csrc/ops.h on the current stream of the device of its first tensor."""
-    device = arguments[0].device
-    if scratch_rows is not None:  # freed before the kernel has run, but only later work on this stream can reuse it
-        size = _C.cuda.scratch_doubles + scratch_rows
-        arguments = (*arguments, torch.empty(size, dtype=torch.float64, device=device))
-    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-        # Not torch.cuda.current_stream: 4 us for 0.2 (PyTorch pull request 78165), where a small op's call takes 20.
-        error = getattr(_C.cuda, op)(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
-    if error:
-        raise RuntimeError(f"{op}: the launch on {device} failed with cudaError_t {error}{_meaning(error)}")
-
-
-def _meaning(error: int) -> str:
-    if error >= 700 and error != 701:  # CUDA reports that a kernel has failed in the next call, whichever it is
-        return ", from a kernel that ran before this one; CUDA_LAUNCH_BLOCKING=1 finds out which"
-    if error == 209:
-        return f": this build has code only for {_C.cuda_architectures} (RLHF_FAST_CUDA_ARCHITECTURES)"
-    return f": the driver is older than CUDA {_C.cuda_version}, which built the kernels" if error == 35 else ""
-
-
 def native(
     op: str, arguments: Callable, *, scratch: bool, triton: str | None = None
 ) -> dict[tuple[str, str], Callable]:
@@ -607,7 +346,7 @@ def native(
     scratch: the CUDA kernel needs scratch memory. triton: the module of rlhf_fast.kernels that has a function named op.
     """
 
-    kernel = getattr(_C, op, None)
+    kernel = getattr(_native._C, op, None)
 
     def cpu(*args):
         given, outputs = arguments(*args)

@@ -17,8 +17,9 @@ from torch._C import _functorch as functorch
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, empties, native
+from ._dispatch import native
 from ._layout import DTYPE_CODES, as_bool
+from ._native import _C, empties
 
 _alike = (lambda ndim, needed, mask, *tensors: False) if _C is None else _C.alike
 MOST_VOCABULARY = 2**30  # columns of a row are 32-bit numbers in csrc/cuda

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import launch
 from ._layout import DTYPE_CODES, strided_rows
+from ._native import launch
 
 
 class PpoTokens(NamedTuple):

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._dispatch import _C, is_forced
+from ._dispatch import is_forced
 from ._layout import DTYPE_CODES
+from ._native import _C
 
 
 def runs_on(x: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,), products: bool = True) -> bool:

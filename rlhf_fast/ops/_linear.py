@@ -28,10 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import _C, empties
 from ._inputs import INTEGERS, check_positive, check_tensors, check_vocabulary, device_error, dtype_error, label_error
 from ._known_gradient import PpoTokens, known_gradient
 from ._layout import DTYPE_CODES, accumulation_dtype
+from ._native import _C, empties
 from .token_logprobs import _backward as row_backward
 from .token_logprobs import _forward as row_forward
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, empties, native
+from ._dispatch import Op, native
 from ._inputs import NO_NUMBER, check, may_require_gradient, needed_mask, refuse_no_number
 from ._layout import DTYPE_CODES
+from ._native import empties
 
 
 def _outputs(rewards: Tensor) -> tuple[Tensor, Tensor]:

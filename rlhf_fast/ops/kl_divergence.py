@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, check_unchanged, empties, native
+from ._autograd import check_unchanged
+from ._dispatch import Op, native
 from ._inputs import check_tensors, check_vocabulary, device_error, dtype_error
 from ._layout import DTYPE_CODES, accumulation_dtype, as_bool, byte_mask
+from ._native import empties
 
 NAME = "kl_divergence"
 

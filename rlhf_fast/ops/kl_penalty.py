@@ -12,9 +12,11 @@ import math
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, check_prepared, empties, is_forced, may_consume, native
+from ._autograd import check_prepared, may_consume
+from ._dispatch import Op, is_forced, native
 from ._inputs import ESTIMATOR_CODES, as_rows, check, check_limit, code_of, wants_gradient
 from ._layout import DTYPE_CODES, accumulation_dtype
+from ._native import empties
 
 
 def _outputs(logprobs: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, check_prepared, check_unchanged, may_consume
+from ._autograd import check_prepared, check_unchanged, may_consume
+from ._dispatch import Op
 from ._inputs import as_rows, check_temperature, float_or, wants_gradient
 from ._layout import accumulation_dtype, byte_mask
 from ._linear import (

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import _C, Op, check_unchanged, empties, native
+from ._autograd import check_unchanged
+from ._dispatch import Op, native
 from ._inputs import check_tensors, device_error, dtype_error
 from ._layout import DTYPE_CODES, as_bool
+from ._native import _C, empties
 
 
 def _outputs(values: Tensor, mask: Tensor | None, whole: bool = False) -> tuple[Tensor, Tensor]:

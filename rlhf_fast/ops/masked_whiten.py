@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import Op, check_unchanged, empties, native
+from ._autograd import check_unchanged
+from ._dispatch import Op, native
 from ._inputs import NO_NUMBER, as_rows, refuse_no_number
 from ._layout import DTYPE_CODES
+from ._native import empties
 from .masked_mean import _op as _mean
 from .masked_mean import as_float, fitting_mask
 

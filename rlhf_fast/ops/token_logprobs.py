@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._dispatch import _C, Op, check_unchanged, empties, native, plain_in_backward
+from ._autograd import check_unchanged, plain_in_backward
+from ._dispatch import Op, native
 from ._inputs import (
     INTEGERS,
     check_temperature,
@@ -23,6 +24,7 @@ from ._inputs import (
     label_error,
 )
 from ._layout import DTYPE_CODES, accumulation_dtype, as_bool, byte_mask, overlaps_itself, strided_rows
+from ._native import _C, empties
 
 
 def _outputs(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from rlhf_fast.ops import _dispatch, _linear, reference
+from rlhf_fast.ops import _dispatch, _linear, _native, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import Sampler
@@ -42,7 +42,7 @@ class Grid(ctypes.Structure):
         """As grid_of in csrc/bindings.cpp."""
         if x is None:
             return cls(None, 0, 0, 0)
-        return cls(x.data_ptr(), _dispatch.DTYPE_CODES.get(x.dtype, 4), x.stride(0) if x.ndim == 2 else 0, x.stride(-1))
+        return cls(x.data_ptr(), _native.DTYPE_CODES.get(x.dtype, 4), x.stride(0) if x.ndim == 2 else 0, x.stride(-1))
 
 
 C_TYPES = {"Grid": Grid, "int": ctypes.c_int, "int64_t": ctypes.c_int64, "double": ctypes.c_double}
@@ -159,9 +159,9 @@ def install(monkeypatch, emulated: Emulated) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("rlhf_fast.ops.") and hasattr(module, "launch"):
             monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(_dispatch, "_C", SimpleNamespace(cuda=emulated, cuda_version="emulated"))
+    monkeypatch.setattr(_native, "_C", SimpleNamespace(cuda=emulated, cuda_version="emulated"))
     monkeypatch.setattr(_linear, "on_gpu", lambda x: True)
-    monkeypatch.setattr(_dispatch, "_empties", lambda *given: None)  # as for CUDA tensors, torch's
+    monkeypatch.setattr(_native, "_empties", lambda *given: None)  # as for CUDA tensors, torch's
     monkeypatch.setattr(_linear, "_C", None)
     for op in _dispatch._OPS.values():
         if "native" in op.kernels.get("cuda", {}):

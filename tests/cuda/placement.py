@@ -92,6 +92,6 @@ def install(monkeypatch) -> None:
         return put_module(module, torch.device(named[0])) if named else module
 
     monkeypatch.setattr(copy, "deepcopy", copied)
-    monkeypatch.setattr("rlhf_fast.ops._dispatch._empties", lambda *given: None)  # which looks past the mode
+    monkeypatch.setattr("rlhf_fast.ops._native._empties", lambda *given: None)  # which looks past the mode
     monkeypatch.setattr(torch.nn.Module, "to", moved)
     monkeypatch.setattr("rlhf_fast.generation._Graph", lambda decoder: decoder.step)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rlhf_fast as rf
-from rlhf_fast.ops import _dispatch, _known_gradient, _linear, reference
+from rlhf_fast.ops import _autograd, _dispatch, _known_gradient, _linear, _native, reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from cases import CASES, Sampler
@@ -65,11 +65,11 @@ def test_the_order_of_threads_and_blocks_does_not_matter(case, on_emulator):
 def test_a_launch_that_fails_says_whose_fault_it_is(error, says, monkeypatch):
     kernels = SimpleNamespace(gae=lambda *arguments: error)
     native = SimpleNamespace(cuda=kernels, cuda_version="13.0", cuda_architectures="80-real")
-    monkeypatch.setattr(_dispatch, "_C", native)
+    monkeypatch.setattr(_native, "_C", native)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     with pytest.raises(RuntimeError, match=f"gae: the launch on cuda:0 failed with .*{says}"):
-        _dispatch.launch("gae", (SimpleNamespace(device=torch.device("cuda:0")),))
+        _native.launch("gae", (SimpleNamespace(device=torch.device("cuda:0")),))
 
 
 # --- From hidden states: the products are PyTorch's, the rows a kernel's ---------------------------------------------
@@ -164,7 +164,7 @@ def test_an_op_that_waits_for_the_device_stays_out_of_cuda_graphs(on_emulator, m
 
     monkeypatch.setattr(_dispatch.Op, "run", watched)
     monkeypatch.setattr(torch.Tensor, "nonzero", lambda x: waited.update(running[-1:]) or nonzero(x))
-    monkeypatch.setattr(_dispatch, "_consume", lambda *tensors: _dispatch._SHARED)  # all backwards through Op
+    monkeypatch.setattr(_autograd, "_consume", lambda *tensors: _autograd._SHARED)  # all backwards through Op
     for case in [*EMULATED_CASES, *LINEAR]:
         for seed in range(6):
             run(case.op, case, cast(emulation.few_rows(case, seed), torch.float32))
@@ -271,7 +271,7 @@ def test_scale_by_a_number_on_the_device(dtype, emulated):
     x = torch.randn(9001, generator=torch.Generator().manual_seed(0)).to(dtype)
     for factor in (torch.tensor(1.0), torch.tensor(-2.5), torch.tensor(0.3, dtype=torch.float64)):
         room = torch.cat([x, x.new_full((8,), 7.0)])
-        arguments = room, _dispatch.DTYPE_CODES[dtype], 9001, factor, _dispatch.DTYPE_CODES[factor.dtype], None
+        arguments = room, _native.DTYPE_CODES[dtype], 9001, factor, _native.DTYPE_CODES[factor.dtype], None
         assert emulated.scale(*arguments) == 0
         want = (x.to(torch.float64 if dtype == torch.float64 else torch.float32) * factor).to(dtype)
         assert torch.equal(room[:9001], want) and (room[9001:] == 7).all()

@@ -12,7 +12,7 @@ from placement import CUDA, Card, device_of, put_module
 
 import rlhf_fast as rf
 from rlhf_fast.decoder import Decoder
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _native
 from rlhf_fast.trainers.ppo import PPOConfig, PPOTrainer
 from rlhf_fast.trainers.reward import RewardConfig, RewardTrainer
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
@@ -29,9 +29,9 @@ def card(monkeypatch):
 @pytest.fixture
 def on_cuda_kernels(card, on_emulator, monkeypatch):
     """The CUDA backend, chosen because a tensor says that it is on CUDA."""
-    unavailable = _dispatch._unavailable
+    unavailable = _native.unavailable
     known = lambda *pair: None if pair == ("cuda", "native") else unavailable(*pair)  # noqa: E731
-    monkeypatch.setattr(_dispatch, "_unavailable", known)
+    monkeypatch.setattr(_native, "unavailable", known)
     return on_emulator
 
 

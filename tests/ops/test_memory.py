@@ -12,25 +12,25 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlhf_fast
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _native
 
 SHAPE = (64, 1000)
 BYTES = 4 * 64 * 1000
 
 pytestmark = pytest.mark.skipif(
-    _dispatch._empties(torch.empty(0), 0) is None, reason="needs the native build and torch 2.10"
+    _native._empties(torch.empty(0), 0) is None, reason="needs the native build and torch 2.10"
 )
 
 
 @pytest.fixture(autouse=True)
 def small_is_large():
-    before = _dispatch._C.keep_from(1024)  # bytes: less than any gradient below, more than the other outputs
+    before = _native._C.keep_from(1024)  # bytes: less than any gradient below, more than the other outputs
     gc.collect()
-    _dispatch.empty_cache()
+    _native.empty_cache()
     yield
-    _dispatch._C.keep_from(before)
+    _native._C.keep_from(before)
     gc.collect()
-    _dispatch.empty_cache()
+    _native.empty_cache()
 
 
 def gradient(seed=0, shape=SHAPE, dtype=torch.float32, mask=None):
@@ -81,17 +81,17 @@ def test_every_dtype(dtype):
 def test_no_more_is_kept_than_was_in_use_at_once():
     one = gradient()
     del one
-    assert _dispatch.empty_cache() == BYTES and _dispatch.empty_cache() == 0
+    assert _native.empty_cache() == BYTES and _native.empty_cache() == 0
     one, two = gradient(0), gradient(1)
     del one, two
     larger = gradient(shape=(64, 1500))  # neither is large enough: the older one makes room
     del larger
-    assert _dispatch.empty_cache() <= 2 * BYTES
+    assert _native.empty_cache() <= 2 * BYTES
 
 
 SIZES = """
 import random, torch
-from rlhf_fast.ops import _dispatch
+from rlhf_fast.ops import _native
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) / 256
@@ -99,7 +99,7 @@ def resident():
 like, before, most = torch.empty(0), resident(), 0
 random.seed(0)
 for _ in range(300):
-    (x,) = _dispatch.empties(like, torch.float32, random.randint(8 << 18, 32 << 18))
+    (x,) = _native.empties(like, torch.float32, random.randint(8 << 18, 32 << 18))
     x.fill_(1)
     most = max(most, resident() - before)
     del x
@@ -155,12 +155,12 @@ def test_it_is_an_ordinary_tensor():
 @pytest.mark.parametrize("ours", [True, False])
 def test_empties_are_what_torch_s_are(dtype, ours, monkeypatch):
     if not ours:  # a torch without DLPack's exchange table
-        monkeypatch.setattr(_dispatch, "_empties", lambda *given: None)
+        monkeypatch.setattr(_native, "_empties", lambda *given: None)
     like, turned = torch.zeros(3, 5, dtype=dtype), torch.zeros(4, 3).T
     given = (), 7, (2, 3, 4), like, turned, (turned, 2), None, 0, (2, 0), (0, 2), (1,) * 8, 500
     shapes = [(), (7,), (2, 3, 4), (3, 5), (3, 4), (3, 4, 2), None, (0,), (2, 0), (0, 2), (1,) * 8, (500,)]
-    assert (_dispatch._empties(like, _dispatch.DTYPE_CODES[dtype], *given) is not None) == ours
-    for x, shape in zip(_dispatch.empties(like, dtype, *given), shapes, strict=True):
+    assert (_native._empties(like, _native.DTYPE_CODES[dtype], *given) is not None) == ours
+    for x, shape in zip(_native.empties(like, dtype, *given), shapes, strict=True):
         if shape is None:
             assert x is None
             continue
@@ -169,20 +169,20 @@ def test_empties_are_what_torch_s_are(dtype, ours, monkeypatch):
         assert x.shape == expected.shape and x.stride() == expected.stride() and x.is_contiguous()
         assert torch.equal(x.fill_(1), expected.fill_(1)) and x._version == 1
     with torch.inference_mode():
-        assert _dispatch.empties(like, dtype, like)[0].is_inference()
+        assert _native.empties(like, dtype, like)[0].is_inference()
 
 
 def test_empties_of_what_is_no_plain_cpu_tensor_are_torch_s():
     with FakeTensorMode() as mode:
         fake = torch.empty(2, 3)
-        (x,) = _dispatch.empties(fake, torch.float32, (fake, 2))
+        (x,) = _native.empties(fake, torch.float32, (fake, 2))
         assert isinstance(x, type(fake)) and x.fake_mode is mode and x.shape == (2, 3, 2)
-    (x,) = _dispatch.empties(torch.empty(2, device="meta"), torch.float32, 5)
+    (x,) = _native.empties(torch.empty(2, device="meta"), torch.float32, 5)
     assert x.is_meta and x.shape == (5,)
 
 
 def test_what_has_more_axes_than_ours_is_torch_s():
-    some, deep = _dispatch.empties(torch.empty(0), torch.float32, 3, torch.zeros((1,) * 9))
+    some, deep = _native.empties(torch.empty(0), torch.float32, 3, torch.zeros((1,) * 9))
     assert some.shape == (3,) and deep.shape == (1,) * 9
 
 
@@ -190,7 +190,7 @@ def test_what_has_more_axes_than_ours_is_torch_s():
 def test_what_no_memory_holds_is_torch_s_error(shape):
     """For sizes whose number of bytes overflows, torch's C function lets its C++ exception through."""
     with pytest.raises((RuntimeError, OverflowError, TypeError)) as ours:
-        _dispatch.empties(torch.empty(0), torch.float32, shape)
+        _native.empties(torch.empty(0), torch.float32, shape)
     with pytest.raises(ours.type) as theirs:
         torch.empty(shape)
     assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
@@ -218,7 +218,7 @@ def test_threads_free_and_take_at_once():
         thread.join()
     assert not failures
     gc.collect()
-    assert _dispatch.empty_cache() <= 8 * BYTES
+    assert _native.empty_cache() <= 8 * BYTES
 
 
 def test_derivatives_and_the_library_op():

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import rlhf_fast
 from rlhf_fast.ops import (
     _dispatch,
+    _native,
     cross_entropy,
     kl_divergence,
     linear_token_logprobs,
@@ -188,7 +189,7 @@ def test_a_gradient_of_logits_that_were_detached_since_is_not_differentiable_twi
         torch.autograd.grad(out.sum(), leaf, create_graph=True)
 
 
-@pytest.mark.skipif(_dispatch._C is None, reason="needs the native build")
+@pytest.mark.skipif(_native._C is None, reason="needs the native build")
 def test_the_engine_calls_what_the_forced_backend_is():
     """The native forward and backward do not look at the table of kernels."""
     function = _dispatch._OPS["token_logprobs_forward"].function
@@ -196,7 +197,7 @@ def test_the_engine_calls_what_the_forced_backend_is():
     def called():
         return function.forward, vars(function._backward_cls)["apply"]
 
-    native = _dispatch._C.token_logprobs_and_save, _dispatch._C.token_logprobs_gradient
+    native = _native._C.token_logprobs_and_save, _native._C.token_logprobs_gradient
     assert called() == native
     with rlhf_fast.use_backend("triton"):
         assert called() == (function.forward_in_python, function.backward)
