@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .chat import Encoded
-from .formats import Comparison
+from .formats import PAIR_COLUMNS, Comparison
 
 
 @dataclass
@@ -162,5 +162,5 @@ def _comparison_columns(items: Sequence[Comparison], width: int) -> dict[str, Te
         slot.append([*range(start, start + k), *[start] * (width - k)])
         ranks.append([*item.ranks, *[-1] * (width - k)])
         start += k
-    columns = {k: torch.tensor([getattr(item, k) for item in items]) for k in ("margin", "chosen_prob", "weight")}
+    columns = {k: torch.tensor([getattr(item, k) for item in items]) for k in PAIR_COLUMNS}
     return {"slot": torch.tensor(slot), "ranks": torch.tensor(ranks), **columns}

@@ -25,7 +25,7 @@ from .. import parallel
 from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
 from ..data.files import as_records
 from ..data.floors import accuracy, bag_of_words, longer_wins, shorter_wins
-from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
+from ..data.formats import PAIR_COLUMNS, Comparison, as_pairs, comparisons, responses_to_score
 from ..errors import ConfigError
 from ..models import (
     check_causal,
@@ -125,8 +125,7 @@ class RewardTrainer:
         if self.width <= 2:
             return
         default, items = Comparison([], []), self.items + self.eval_items
-        names = ("margin", "chosen_prob", "weight")
-        used = [name for name in names if any(getattr(item, name) != getattr(default, name) for item in items)]
+        used = [name for name in PAIR_COLUMNS if any(getattr(item, name) != getattr(default, name) for item in items)]
         if self.config.center_rewards_coefficient:
             used.append("center_rewards_coefficient")
         if used:
@@ -149,8 +148,8 @@ class RewardTrainer:
         self.optimizer.zero_grad(set_to_none=True)  # an interrupted step may have left gradients
         seen = []
 
+        tokens = [sum(map(len, item.responses)) for item in items]
         with common.learning_together(self.config), packing(self.model, on=self.packed):
-            tokens = [sum(map(len, item.responses)) for item in items]
             for part, counts in common.micro_batches(items, tokens, self.config):
                 rewards, batch = self._rewards(part)
                 # The loss is a weighted mean over prompts, so this is its share of the step's mean.
@@ -159,15 +158,8 @@ class RewardTrainer:
                 if counts:
                     seen.append((rewards.detach(), batch))
 
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.whole = False
-        grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
-        finite, last = bool(grad_norm.isfinite()), self.step + 1 == self.total_steps
-        self.guard.check(finite, "the gradient", lambda: [vars(x) for x in items], last)
-        self.step += 1
-        self.num_tokens += sum(len(response) for item in items for response in item.responses)
-        metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
-        metrics = self._metrics(list(chain(*parallel.all_gather(_on_cpu(seen))))) | metrics
+        taken = common.take_step(self, items, sum(tokens))
+        metrics = self._metrics(list(chain(*parallel.all_gather(_on_cpu(seen))))) | taken
         self.whole = True
         return metrics
 
@@ -305,7 +297,7 @@ class RewardTrainer:
         common.load_state(self, state)
 
 
-_LABELS = ("ranks", "margin", "chosen_prob", "weight")
+_LABELS = ("ranks", *PAIR_COLUMNS)
 
 
 def _on_cpu(seen: list[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
