@@ -242,11 +242,7 @@ def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> 
             f"its files lack {len(missing)} weights, among them {missing[0]}, which would be random: save or copy all "
             "of the model"
         )
-    return model.to(_default_device())
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
