@@ -31,7 +31,7 @@ WINDOW = 5
 class _Band:
     """A metric that should stay within bounds(start, limit) -> (low, high); start is its mean in the first lines.
 
-    lines: the number of log lines before it can raise an alarm.
+    lines: the log line from which on it can raise an alarm.
     """
 
     metric: str

@@ -120,8 +120,8 @@ def pack_sorted(sequences: Sequence[Sequence[int]], device=None) -> tuple[Packed
     """Sequences in ascending order in one row, where neighbours share their common first tokens -> Packed, and last
     (M,), the position in the row where each sequence ends.
 
-    A sequence shares with one earlier sequence, which itself shares nothing. Where the later ones would save more by
-    sharing with this one than it saves, it shares nothing.
+    A sequence shares with one earlier sequence, which itself shares nothing. A sequence shares nothing, so that later
+    ones can share with it, if that saves more than it would save itself.
     """
     sequences = [np.asarray(s) for s in sequences]
     # with_next[i]: how many tokens i and i + 1 have in common. i and j have the least of those between them.

@@ -30,9 +30,12 @@ from .ppo_config import PPOConfig
 
 
 def choose_reference(policy: nn.Module, ref_model, config: PPOConfig, tokenizer) -> nn.Module | None:
-    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if that is the
-    policy with its adapters switched off, or if there is no reference, because a KL of weight 0 needs none.
-    ConfigError if there is a tokenizer beside ref_model, and its tokens are not the policy's."""
+    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy.
+
+    None in two cases, which PPOTrainer.has_reference tells apart: the reference is the policy with its adapters
+    switched off, or there is none, because a KL of weight 0 needs none. ConfigError if there is a tokenizer beside
+    ref_model, and its tokens are not the policy's.
+    """
     if ref_model is policy:
         raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; leave it out or give a copy")
     if ref_model is None:

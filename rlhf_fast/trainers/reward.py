@@ -228,6 +228,11 @@ class RewardTrainer:
 
     def finish(self, run_dir: Path) -> None:
         """After the last step: writes preferences.json (with the floors, for the report), sets the reward scale."""
+        self._write_preferences(run_dir)
+        if self.reference:
+            self._set_scale()
+
+    def _write_preferences(self, run_dir: Path) -> None:
         if self.eval_items and self.evaluation is None:  # resumed after the last evaluation was logged
             self.evaluate()
         if self.evaluation is not None:
@@ -241,22 +246,24 @@ class RewardTrainer:
             judged = evaluate_pairs(self.evaluation, floors)
             if parallel.rank() == 0:
                 (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
-        if self.reference:
-            set_reward_scale(self.model, 0.0, 1.0)  # an earlier end of this run may have set it and then failed
-            with self.gathered():
-                rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
-            mean, std = float(rewards.mean()), float(rewards.std(correction=0))
-            if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding: about 1e-6
-                what = "do not differ" if math.isfinite(std) else "are not finite"
-                warnings.warn(
-                    f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
-                    "reward keeps its own scale",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                mean = mean if math.isfinite(mean) else 0.0
-                std = 1.0
-            set_reward_scale(self.model, mean, std)
+
+    def _set_scale(self) -> None:
+        """Gives the rewards of reference_dataset mean 0 and standard deviation 1."""
+        set_reward_scale(self.model, 0.0, 1.0)  # an earlier end of this run may have set it and then failed
+        with self.gathered():
+            rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
+        mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+        if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding: about 1e-6
+            what = "do not differ" if math.isfinite(std) else "are not finite"
+            warnings.warn(
+                f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
+                "reward keeps its own scale",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            mean = mean if math.isfinite(mean) else 0.0
+            std = 1.0
+        set_reward_scale(self.model, mean, std)
 
     def samples(self) -> list[dict]:
         """The first held-out prompts (without an eval_dataset: training prompts), each response with its reward, best
