@@ -250,8 +250,13 @@ def _limit(stage: str, tokenizer, config) -> dict:
     if config.on_overlong != "skip":
         return {}
     if stage == "ppo":
-        return {"max_length": config.max_prompt_length, "length": lambda m: len(encode_prompt(tokenizer, m[:-1]))}
+        return prompt_limit(tokenizer, config.max_prompt_length)
     return {"max_length": config.max_length, "length": lambda m: len(encode_to_score(tokenizer, m[:-1], m[-1:]))}
+
+
+def prompt_limit(tokenizer, max_length: int) -> dict:
+    """The limit that leaves out pairs with a prompt of more than max_length tokens."""
+    return {"max_length": max_length, "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1]))}
 
 
 def quiet() -> None:
