@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,16 +40,12 @@ from ..models import (
     adapters_off,
     check_lengths,
     check_positions,
-    has_adapters,
     lm_head,
     load_config,
     load_policy,
     load_tokenizer,
-    load_trained_state,
     save_model,
-    scalar_head_on,
     stop_ids,
-    trained_state,
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
@@ -70,7 +65,7 @@ from ..rollout import (
 )
 from ..sharding import gathered
 from ..trunk import hidden_states_at
-from . import common, optimizers
+from . import common, optimizers, ppo_state
 from .ppo_config import PPOConfig, check_eval_rewards
 from .ppo_networks import check_rewards, choose_critic, choose_reference, packs, prepare_networks
 from .run import RunResult, run_training
@@ -523,13 +518,7 @@ class PPOTrainer:
 
     def save_model(self, path) -> None:
         """The policy (AutoModelForCausalLM), and in value_model/ the critic (AutoModelForSequenceClassification)."""
-        critic = self.value_model and self.value_model.model
-        if self.config.share_trunk and has_adapters(self.policy):
-            critic = scalar_head_on(self.policy)  # with its own trunk, in which the adapters are merged
-            critic.score.load_state_dict(self.value_model.model.score.state_dict())
-        save_model(self.policy, self.tokenizer, path)
-        if critic is not None:
-            save_model(critic, self.tokenizer, Path(path) / "value_model")
+        ppo_state.save_models(self, path)
 
     def save_in_checkpoint(self, path) -> None:
         if self.config.share_trunk:  # the critic is this policy with the head in state.pt
@@ -537,42 +526,11 @@ class PPOTrainer:
         else:
             self.save_model(path)
 
-    @property
-    def _own_critic(self) -> nn.Module | None:
-        """The part of the critic that is not the policy: only its head if the trunk is shared."""
-        return self.value_model.model.score if self.config.share_trunk else self.value_model
-
     def state_dict(self) -> dict:
-        """Prompts and sampling depend only on seed and step, so the step is enough to repeat them."""
-        return {
-            "step": self.step,
-            "kl_coef": self.kl_controller.kl_coef,
-            "score_scale": vars(self.score_scale),
-            "lengths": torch.tensor(list(map(len, self.prompts))),
-            "data": self.data,
-            "policy": trained_state(self.policy),
-            "value_model": trained_state(self._own_critic) if self.value_model else None,
-            "optimizers": [optimizers.optimizer_state(optimizer) for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-        }
+        return ppo_state.state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, list(map(len, self.prompts)), self.data, self.tokenizer)
-        critic = trained_state(self._own_critic) if self.value_model else {}
-        if critic.keys() != (state["value_model"] or {}).keys():
-            raise ConfigError(
-                "the checkpoint has another critic, or none: resume with the same advantage_estimator and share_trunk, "
-                "or start a new run in another output_dir"
-            )
-        self.step = state["step"]
-        if self.config.kl_target is not None:  # else kl_coef is that of the config, which may have changed
-            self.kl_controller.kl_coef = state["kl_coef"]
-        self.score_scale = RunningStd(**state["score_scale"])
-        load_trained_state(self.policy, state["policy"])
-        if self.value_model:
-            load_trained_state(self._own_critic, state["value_model"])
-        for learner in zip(self.optimizers, self.schedulers, state["optimizers"], state["schedulers"], strict=True):
-            optimizers.load_optimizer(*learner)
+        ppo_state.load_state(self, state)
 
     def _networks(self) -> list[nn.Module]:
         """The models that read prompt and response in the policy's tokens."""
