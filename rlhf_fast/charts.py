@@ -69,13 +69,9 @@ def _figure(title: str, series: list[Series], drawing: str, x_label: str) -> str
 
 
 def line_chart(
-    title: str,
-    series: list[Series],
-    *,
-    percent: bool = False,
-    x_range: tuple[float, float] | None = None,
+    title: str, series: list[Series], *, percent: bool = False, x_range: tuple[float, float] | None = None,
     x_label: str = "step",
-) -> str:
+) -> str:  # fmt: skip
     """A <figure> with the lines on common axes; "" if no point is finite.
 
     percent: y goes from 0 to 100 %, provided that all points are in this range. (A user's own metric may have the name

@@ -109,17 +109,11 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
     tokenizer = load_tokenizer(job.model)
     train, held_out = read_data(job, "ppo", config, tokenizer, resume)
     trainer = PPOTrainer(
-        config,
-        job.model,
-        reward=resolve_reward(job.reward),
-        train_dataset=train,
-        eval_dataset=held_out,
-        tokenizer=tokenizer,
-        ref_model=job.ref_model or None,
-        value_model=job.value_model or None,
+        config, job.model, reward=resolve_reward(job.reward), train_dataset=train, eval_dataset=held_out,
+        tokenizer=tokenizer, ref_model=job.ref_model or None, value_model=job.value_model or None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
         rollout_func=_rollout_func(job),
-    )
+    )  # fmt: skip
     run_trainer(trainer, resume, job)
 
 

@@ -255,21 +255,17 @@ class RewardTrainer:
         mean, std = float(rewards.mean()), float(rewards.std(correction=0))
         if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding: about 1e-6
             what = "do not differ" if math.isfinite(std) else "are not finite"
-            warnings.warn(
-                f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
-                "reward keeps its own scale",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            mean = mean if math.isfinite(mean) else 0.0
-            std = 1.0
+            message = f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g})"
+            warnings.warn(f"{message}, so the reward keeps its own scale", RuntimeWarning, stacklevel=3)
+            mean, std = mean if math.isfinite(mean) else 0.0, 1.0
         set_reward_scale(self.model, mean, std)
 
     def samples(self) -> list[dict]:
         """The first held-out prompts (without an eval_dataset: training prompts), each response with its reward, best
         first. Prompts that on_overlong skipped are missing; responses that it cut are scored as cut."""
         records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
-        rows, items, reward = [], items[: self.config.num_samples], RewardModelReward(self.model, self.tokenizer)
+        items, reward = items[: self.config.num_samples], RewardModelReward(self.model, self.tokenizer)
+        rows = []
         with self.gathered():
             scores = [reward.score(item.responses).tolist() for item in items]
         for item, rewards in zip(items, scores, strict=True):
