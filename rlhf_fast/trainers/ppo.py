@@ -19,7 +19,6 @@ PPOTrainer._iteration is one iteration from top to bottom, and the methods that 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -35,7 +34,6 @@ from ..data.chat import copied
 from ..data.collate import Packed
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
-from ..errors import ConfigError
 from ..models import (
     adapters_off,
     check_lengths,
@@ -66,8 +64,8 @@ from ..rollout import (
 from ..sharding import gathered
 from ..trunk import hidden_states_at
 from . import common, optimizers, ppo_state
-from .ppo_config import PPOConfig, check_eval_rewards
-from .ppo_networks import check_rewards, choose_critic, choose_reference, packs, prepare_networks
+from .ppo_config import PPOConfig
+from .ppo_networks import check_arguments, check_rewards, choose_critic, choose_reference, packs, prepare_networks
 from .run import RunResult, run_training
 
 
@@ -95,20 +93,7 @@ class PPOTrainer:
         value_model=None, eval_rewards=None, rollout_func=None,
     ):  # fmt: skip
         common.start(config, PPOConfig)
-        check_eval_rewards(config, eval_rewards, eval_dataset)
-        if config.kl_in_rewards and config.kl_estimator != "k1":
-            warnings.warn(
-                f"kl_estimator {config.kl_estimator} in the rewards does not give the gradient of a KL (docs/ppo.md): "
-                "use k1, or set kl_in_loss: true",
-                stacklevel=2,
-            )
-        if not (rollout_func is None or callable(rollout_func)):
-            raise ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
-        if config.minibatch_size < parallel.size():
-            raise ConfigError(
-                f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
-                "idle: raise it, or start fewer"
-            )
+        check_arguments(config, eval_rewards, eval_dataset, rollout_func)
         self.config, self.rollout_func = config, rollout_func
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         self.prompts, self.eval_prompts, self.reports = common.read_datasets(
@@ -146,6 +131,15 @@ class PPOTrainer:
         self.monitors = Monitors(config.monitors, config.stop_on)
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # cache of _held_out_rollout
         common.seed_apart(config.seed)  # for rewards that draw numbers
+
+    def _networks(self) -> list[nn.Module]:
+        """The models that read prompt and response in the policy's tokens."""
+        networks = (self.policy, self.reference, self.value_model and self.value_model.model)
+        return [x for x in networks if x is not None]  # `if x` would call __len__, which raises for a compiled model
+
+    def _trunks(self) -> list[nn.Module]:
+        """Those with a trunk of their own, which is the one that scoring and training call."""
+        return [x for x in self._networks() if not (self.config.share_trunk and x is self.value_model.model)]
 
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
@@ -531,15 +525,6 @@ class PPOTrainer:
 
     def load_state_dict(self, state: dict) -> None:
         ppo_state.load_state(self, state)
-
-    def _networks(self) -> list[nn.Module]:
-        """The models that read prompt and response in the policy's tokens."""
-        networks = (self.policy, self.reference, self.value_model and self.value_model.model)
-        return [x for x in networks if x is not None]  # `if x` would call __len__, which raises for a compiled model
-
-    def _trunks(self) -> list[nn.Module]:
-        """Those with a trunk of their own, which is the one that scoring and training call."""
-        return [x for x in self._networks() if not (self.config.share_trunk and x is self.value_model.model)]
 
 
 def _statistics(
