@@ -140,7 +140,7 @@ class _Run:
                 first = self.evaluate(0)
                 records.write({"step": 0, **first}, bar.write)
                 records.plot(0, first)
-                best.improved(0, first)  # never; but it refuses a metric that evaluations do not have
+                best.improved(0, first)  # for its refusal of a metric that evaluations do not have
             clock = time.perf_counter()
             for metrics in itertools.chain(records.unlogged, self.steps()):
                 step, last = trainer.step, trainer.step >= trainer.total_steps
