@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cai_keys import TrainJob
-from .data.chat import as_messages, encode_prompt, encode_to_score, is_conversation
+from .data.chat import as_messages, encode_to_score, is_conversation
 from .data.checks import responses_of
 from .data.formats import comparisons
 from .data.formats import prompts as read_prompts
 from .data.sources import read_rows
 from .disk import make_directory, read_json, write_json
 from .errors import ConfigError
-from .jobs import read_sources, resolve_reward, write_left_out
+from .jobs import prompt_limit, read_sources, resolve_reward, write_left_out
 from .judges import Constitution, Judge, RuleJudge
 from .judges.calibration import Calibration
 from .judges.generator import describe_model
@@ -73,11 +73,7 @@ def prepare(job: TrainJob, load_judge: Callable, resume: bool) -> Run:
     calibration = trusted(judge, constitution, job.card, principles_per_pair=job.principles_per_pair,
                           allow_weak_judge=job.allow_weak_judge)  # fmt: skip
     configs, eval_rewards = _configs(job)
-    limit = {
-        "max_length": job.max_prompt_length,
-        "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1])),
-    }
-    sources, left_out = read_sources(job, "ppo", **limit)
+    sources, left_out = read_sources(job, "ppo", **prompt_limit(tokenizer, job.max_prompt_length))
     prompts, held_out = map(_as_chats, sources)
     prompts = prompts[: 2 * job.num_prompts]
     items_with_kind(prompts)  # now, because the second half is only read in phase 2

@@ -32,22 +32,31 @@ def bar_chart(title: str, bars: list[tuple[float, float, float]], *, x_label: st
     def up(y: float) -> float:
         return round(HEIGHT - BOTTOM - y / ticks[-1] * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
-    for tick in ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick)}" y2="{up(tick)}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 3.5:.1f}" text-anchor="end">{short(tick)}</text>')
+    parts = [_level(up(tick), short(tick)) for tick in ticks]
     for left, right, height in bars:
         width = max(across(right) - across(left) - 1, 1)
         size = f'width="{width:.1f}" height="{up(0) - up(height):.1f}"'
         parts.append(f'<rect x="{across(left)}" y="{up(height)}" {size} fill="{COLOURS[0]}"/>')
-    for tick in nice_ticks(x0, x1, 5):
-        if x0 <= tick <= x1:
-            parts.append(
-                f'<text x="{across(tick)}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>'
-            )
+    parts += [_below(across(tick), HEIGHT, short(tick)) for tick in nice_ticks(x0, x1, 5) if x0 <= tick <= x1]
     if x0 < 0 < x1:
         parts.append(f'<line x1="{across(0)}" x2="{across(0)}" y1="{TOP}" y2="{up(0)}" stroke="#1c1f23"/>')
-    return _figure(title, [], "".join([*parts, "</svg>"]), x_label)
+    return _figure(title, [], _svg(title, HEIGHT, parts), x_label)
+
+
+def _svg(title: str, height: int, parts: list[str]) -> str:
+    box = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}"'
+    return f"<svg {box}>{''.join(parts)}</svg>"
+
+
+def _level(y: float, label: str) -> str:
+    """A horizontal line of the grid, with its label on the left."""
+    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+    return f'{line}<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>'
+
+
+def _below(x: float, height: int, label: str) -> str:
+    """A label of the horizontal axis."""
+    return f'<text x="{x}" y="{height - BOTTOM + 15}" text-anchor="middle">{label}</text>'
 
 
 def _figure(title: str, series: list[Series], drawing: str, x_label: str) -> str:
@@ -60,13 +69,9 @@ def _figure(title: str, series: list[Series], drawing: str, x_label: str) -> str
 
 
 def line_chart(
-    title: str,
-    series: list[Series],
-    *,
-    percent: bool = False,
-    x_range: tuple[float, float] | None = None,
+    title: str, series: list[Series], *, percent: bool = False, x_range: tuple[float, float] | None = None,
     x_label: str = "step",
-) -> str:
+) -> str:  # fmt: skip
     """A <figure> with the lines on common axes; "" if no point is finite.
 
     percent: y goes from 0 to 100 %, provided that all points are in this range. (A user's own metric may have the name
@@ -89,15 +94,9 @@ def line_chart(
         up = (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">']
-    for tick, label in zip(y_ticks, [f"{t:.0%}" for t in y_ticks] if percent else _labels(y_ticks), strict=True):
-        _, y = place(x0, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
-    for tick in x_ticks:
-        if x0 <= tick <= x1:
-            x, _ = place(tick, y0)
-            parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(tick)}</text>')
+    labels = [f"{tick:.0%}" for tick in y_ticks] if percent else _labels(y_ticks)
+    parts = [_level(place(x0, tick)[1], label) for tick, label in zip(y_ticks, labels, strict=True)]
+    parts += [_below(place(tick, y0)[0], HEIGHT, short(tick)) for tick in x_ticks if x0 <= tick <= x1]
     for s, colour in zip(series, COLOURS * len(series), strict=False):
         placed = [place(x, y) for x, y in s.points]
         path = " ".join(f"{x},{y}" for x, y in placed)
@@ -105,38 +104,36 @@ def line_chart(
         parts.append(f'<polyline points="{path}" stroke="{colour}"{STRONG if few else DENSE}/>')
         if few:  # dots mark the measured points
             parts += [f'<circle cx="{x}" cy="{y}" r="2.4" fill="{colour}"/>' for x, y in placed]
-    return _figure(title, series, "".join([*parts, "</svg>"]), x_label)
+    return _figure(title, series, _svg(title, HEIGHT, parts), x_label)
 
 
-def interval_chart(title: str, rows: list[tuple[str, float, float, float]], *, reference: float, percent: bool) -> str:
-    """A <figure> with a dot and its interval for each row (label, value, low, high), on a common axis, and a vertical
-    line at `reference`. "" if there are no rows."""
+def interval_chart(title: str, rows: list[tuple[str, float, float, float]]) -> str:
+    """A <figure> with a dot and its interval for each row (label, share, low, high), on a common axis in percent, and a
+    vertical line at one half. "" if there are no rows."""
     if not rows:
         return ""
     left, line = 128, 22
     height = TOP + line * len(rows) + BOTTOM
-    values = [reference, *(x for _, *numbers in rows for x in numbers)]
+    values = [0.5, *(x for _, *numbers in rows for x in numbers)]
     ticks = nice_ticks(min(values), max(values), 4)
     x0, x1 = ticks[0], ticks[-1]
 
     def across(x: float) -> float:
         return round(left + (x - x0) / (x1 - x0) * (WIDTH - left - RIGHT - 8), 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">']
+    parts = []
     for tick in ticks:
         x = across(tick)
-        label = f"{tick:.0%}" if percent else short(tick)
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        parts.append(f'<text x="{x}" y="{height - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    x = across(reference)
+        parts.append(_below(x, height, f"{tick:.0%}"))
+    x = across(0.5)
     parts.append(f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{height - BOTTOM}" stroke="{COLOURS[1]}"/>')
-    for i, (label, value, low, high) in enumerate(rows):
+    for i, (label, share, low, high) in enumerate(rows):
         y = TOP + line * (i + 0.5)
         parts.append(f'<text x="{left - 8}" y="{y + 3.5}" text-anchor="end">{escape(label)}</text>')
         parts.append(f'<line x1="{across(low)}" x2="{across(high)}" y1="{y}" y2="{y}" stroke="{COLOURS[0]}"{STRONG}/>')
-        parts.append(f'<circle cx="{across(value)}" cy="{y}" r="3.2" fill="{COLOURS[0]}"/>')
-    parts.append("</svg>")
-    return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{''.join(parts)}</figure>"
+        parts.append(f'<circle cx="{across(share)}" cy="{y}" r="3.2" fill="{COLOURS[0]}"/>')
+    return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{_svg(title, height, parts)}</figure>"
 
 
 def heat_table(labels: list[str], matrix: list[list[float | None]]) -> str:

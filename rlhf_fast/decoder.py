@@ -121,10 +121,10 @@ class Decoder:
 
     It checks nothing: call why_no_decoder(model) first, and put the model in eval mode.
     bf16: compute the products of a float32 model in bfloat16.
-    On the CPU attention reads only the filled part of the buffers, of a layer with a sliding window only its last
-    columns, and the copies of a row (repeat) share its prompt: one has the columns, and the others read them there. On
-    CUDA it reads whole buffers, with a mask: shapes and addresses are then the same at every step, so generation.py can
-    replay step() as a CUDA graph.
+    On the CPU attention reads only the filled columns of the buffers, and in a layer with a sliding window only the
+    last of these. The columns of a prompt are stored once for all copies of its row (repeat). On CUDA attention reads
+    whole buffers, with a mask: shapes and addresses are then the same at every step, so generation.py can replay step()
+    as a CUDA graph.
     """
 
     def __init__(self, model, ids: Tensor, mask: Tensor, room: int, bf16: bool = False):

@@ -127,23 +127,9 @@ def generate_with_logprobs(
     The model's generation_config is not read (no sampling settings, no penalties), because PPO needs the
     log-probabilities of the model itself. If logits are NaN the log-probability is NaN, and the token is arbitrary.
     """
-    for i, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one, for example bos")
     stops = _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p, top_k)
-    embedded = model.get_input_embeddings().weight.shape[0]
-    if (largest := max((int(max(prompt)) for prompt in prompts), default=0)) >= embedded:
-        raise ConfigError(
-            f"generate: the prompts contain token {largest}, but {type(model).__name__} embeds only {embedded} tokens: "
-            "use the model's own tokenizer"
-        )
     longest = max(map(len, prompts), default=0)
-    if max_new_tokens > answer_room(model, longest):
-        raise ConfigError(
-            f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
-            f"than the {learned_positions(model)} positions of {type(model).__name__}: shorten the prompt or lower "
-            "max_new_tokens"
-        )
+    _check_readable(model, prompts, longest, max_new_tokens)
     drawn, choose = None, partial(most_likely, temperature=temperature)
     if do_sample:
         drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
@@ -187,6 +173,25 @@ def _checked_stops(eos_token_id, max_new_tokens, batch_size, temperature, top_p,
             f"got {max_new_tokens}, {batch_size}, {temperature}, {top_p}, {top_k}, {eos_token_id!r}"
         )
     return stops
+
+
+def _check_readable(model, prompts: Sequence[Sequence[int]], longest: int, max_new_tokens: int) -> None:
+    """ConfigError for a prompt without tokens, for tokens that the model does not embed, and if the longest prompt
+    leaves no room for an answer of max_new_tokens."""
+    name, embedded = type(model).__name__, model.get_input_embeddings().weight.shape[0]
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ConfigError(f"generate: prompt {i} has no tokens; a model needs at least one, for example bos")
+    if (largest := max((int(max(prompt)) for prompt in prompts), default=0)) >= embedded:
+        raise ConfigError(
+            f"generate: the prompts contain token {largest}, but {name} embeds only {embedded} tokens: use the model's "
+            "own tokenizer"
+        )
+    if max_new_tokens > answer_room(model, longest):
+        raise ConfigError(
+            f"generate: the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together more "
+            f"than the {learned_positions(model)} positions of {name}: shorten the prompt or lower max_new_tokens"
+        )
 
 
 def _ends(tokens: Tensor, stops: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the commands do around a trainer: read models and data, then run it. keys.py defines the jobs."""
+"""What the commands do: read models and data, then train, score or answer. keys.py defines the jobs."""
 
 import dataclasses
 import functools
@@ -109,17 +109,11 @@ def run_ppo(job: PPOJob, config: PPOConfig, resume: bool) -> None:
     tokenizer = load_tokenizer(job.model)
     train, held_out = read_data(job, "ppo", config, tokenizer, resume)
     trainer = PPOTrainer(
-        config,
-        job.model,
-        reward=resolve_reward(job.reward),
-        train_dataset=train,
-        eval_dataset=held_out,
-        tokenizer=tokenizer,
-        ref_model=job.ref_model or None,
-        value_model=job.value_model or None,
+        config, job.model, reward=resolve_reward(job.reward), train_dataset=train, eval_dataset=held_out,
+        tokenizer=tokenizer, ref_model=job.ref_model or None, value_model=job.value_model or None,
         eval_rewards={name: resolve_reward(spec) for name, spec in job.eval_rewards.items()},
         rollout_func=_rollout_func(job),
-    )
+    )  # fmt: skip
     run_trainer(trainer, resume, job)
 
 
@@ -146,14 +140,9 @@ def run_trainer(trainer, resume: bool, job=None):
     job than it began with gets a warning.
     """
     path = Path(trainer.config.output_dir, "job.json")
-    if job is not None and resume and (before := read_mapping(path)) is not None:
-        now = json.loads(_as_json(job))
-        # job.json of an earlier version may lack keys; a key that is not set counts as missing, {} too.
-        differ = (name for name in now if (now[name] or None) != (before.get(name) or None))
-        changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in differ]
-        if changed:
-            warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=2)
-    elif job is not None and not resume:
+    if job is not None and resume:
+        _warn_of_another(job, path)
+    elif job is not None:
         _write_job(job, path)
     report = f"{trainer.config.output_dir}/report.html"
     try:
@@ -185,6 +174,18 @@ def run_trainer(trainer, resume: bool, job=None):
     shown = ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if k.startswith("eval_") and v is not None)
     print(f"{result.output_dir}: step {result.step}{', ' + shown if shown else ''}; {report}")
     return result
+
+
+def _warn_of_another(job, path: Path) -> None:
+    """Warns if job.json holds another job."""
+    now, before = json.loads(_as_json(job)), read_mapping(path)
+    if before is None:
+        return
+    # job.json of an earlier version may lack keys; a key that is not set counts as missing, {} too.
+    differ = (name for name in now if (now[name] or None) != (before.get(name) or None))
+    changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in differ]
+    if changed:
+        warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=3)
 
 
 def _write_job(job, path: Path) -> None:
@@ -243,8 +244,13 @@ def _limit(stage: str, tokenizer, config) -> dict:
     if config.on_overlong != "skip":
         return {}
     if stage == "ppo":
-        return {"max_length": config.max_prompt_length, "length": lambda m: len(encode_prompt(tokenizer, m[:-1]))}
+        return prompt_limit(tokenizer, config.max_prompt_length)
     return {"max_length": config.max_length, "length": lambda m: len(encode_to_score(tokenizer, m[:-1], m[-1:]))}
+
+
+def prompt_limit(tokenizer, max_length: int) -> dict:
+    """The limit that leaves out pairs with a prompt of more than max_length tokens."""
+    return {"max_length": max_length, "length": lambda messages: len(encode_prompt(tokenizer, messages[:-1]))}
 
 
 def quiet() -> None:

@@ -31,7 +31,7 @@ WINDOW = 5
 class _Band:
     """A metric that should stay within bounds(start, limit) -> (low, high); start is its mean in the first lines.
 
-    lines: the number of log lines before it can raise an alarm.
+    lines: the log line from which on it can raise an alarm.
     """
 
     metric: str
@@ -95,9 +95,11 @@ class Monitors:
                 self.history[name].append((row["step"], value))
         new = []
         for name, alarm in self._readings(row):
-            if alarm and name not in self._lasting:
+            if alarm is None:
+                self._lasting.discard(name)
+            elif name not in self._lasting:
+                self._lasting.add(name)
                 new.append(alarm)
-            (self._lasting.add if alarm else self._lasting.discard)(name)
         return new
 
     def replay(self, log: Iterable[dict]) -> None:
@@ -113,10 +115,8 @@ class Monitors:
             if name in self.limits and band.metric in row and len(self.history[band.metric]) >= band.lines:
                 yield name, self._outside(row["step"], name, band)
         if "overoptimization" in self.limits and isinstance(row.get("eval_scores"), int | float):
-            yield (
-                "overoptimization",
-                next((alarm for name in held_out_rewards(row) if (alarm := self._fallen(row, name))), None),
-            )
+            alarms = (self._fallen(row, name) for name in held_out_rewards(row))
+            yield "overoptimization", next(filter(None, alarms), None)
 
     def _outside(self, step: int, name: str, band: _Band) -> Alarm | None:
         points = self.history[band.metric]

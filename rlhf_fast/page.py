@@ -12,6 +12,7 @@ class Html(str):
 
 
 def bar(value: float, form: str, drawn: bool) -> str:
+    """The number in this format; drawn: over a bar as long as its share of 1."""
     number = form.format(value)
     return Html(f'<span class="bar" style="--w:{100 * value:.0f}%">{number}</span>') if drawn else number
 

@@ -42,24 +42,12 @@ _joined = False  # whether this process shares work with others; not implied by 
 def start(config=None) -> None:
     """Joins the processes that torchrun has started, and makes this process's GPU the current device.
 
-    config: the trainer's; None if it is not known yet. ConfigError if accelerate's configuration asks for FSDP or a
-    precision that the config does not ask for, and that would be ignored.
+    config: the trainer's; None if it is not known yet.
     """
     global _joined
-    fsdp, bf16 = (None if config is None else getattr(config, name, False) for name in ("fsdp", "bf16"))
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    precision = (os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()  # of accelerate launch
-    if config is not None and precision != "no" and not (bf16 and precision == "bf16"):
-        ours = "set bf16: true in the run's own config" if precision == "bf16" else "these trainers have only bf16"
-        message = f"accelerate (ACCELERATE_MIXED_PRECISION) asks for mixed precision in {precision}: {ours}"
-        if several:
-            raise ConfigError(f"{message}, or start with accelerate launch --mixed_precision no")
-        # TrainingArguments of transformers 4 set the variable too, in the process of a notebook or a script.
-        warnings.warn(f"{message}; this run multiplies in {'bfloat16' if bf16 else 'float32'}", stacklevel=5)
-    if fsdp and not several:
-        raise ConfigError("fsdp shards a model over several processes, but there is only one: start it with torchrun")
-    if several and fsdp is False and os.environ.get("ACCELERATE_USE_FSDP") == "true":  # of accelerate launch
-        raise ConfigError("accelerate's configuration asks for FSDP: set fsdp: true in the run's own config")
+    if config is not None:
+        _check_config(config, several)
     if _joined or not several:
         return
     for engine in ("DEEPSPEED", "MEGATRON_LM"):  # unheeded, each process would hold the whole model
@@ -87,6 +75,24 @@ def start(config=None) -> None:
             "trainer create it"
         )
     _joined = True
+
+
+def _check_config(config, several: bool) -> None:
+    """ConfigError if the config needs several processes and there is one, or if accelerate's configuration (of
+    accelerate launch) asks for FSDP or a precision that the config does not ask for, and that would be ignored."""
+    fsdp, bf16 = getattr(config, "fsdp", False), getattr(config, "bf16", False)
+    precision = (os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
+    if precision != "no" and not (bf16 and precision == "bf16"):
+        ours = "set bf16: true in the run's own config" if precision == "bf16" else "these trainers have only bf16"
+        message = f"accelerate (ACCELERATE_MIXED_PRECISION) asks for mixed precision in {precision}: {ours}"
+        if several:
+            raise ConfigError(f"{message}, or start with accelerate launch --mixed_precision no")
+        # TrainingArguments of transformers 4 set the variable too, in the process of a notebook or a script.
+        warnings.warn(f"{message}; this run multiplies in {'bfloat16' if bf16 else 'float32'}", stacklevel=6)
+    if fsdp and not several:
+        raise ConfigError("fsdp shards a model over several processes, but there is only one: start it with torchrun")
+    if several and not fsdp and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ConfigError("accelerate's configuration asks for FSDP: set fsdp: true in the run's own config")
 
 
 def _leave() -> None:
@@ -274,11 +280,18 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     """Their gradients flattened into one tensor, 0 for a missing gradient. The gradients become views of it."""
-    rows = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    flat = torch.cat(rows) if len(rows) > 1 else rows[0]
-    for p, row in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = row.view(p.shape)
+    flat, parts = _flattened([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = part
     return flat
+
+
+def _flattened(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The tensors flattened into one, and views of it in their shapes."""
+    rows = [x.flatten() for x in tensors]
+    flat = torch.cat(rows) if len(rows) > 1 else rows[0]
+    parts = flat.split([x.numel() for x in tensors])
+    return flat, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def owned(parameters: Sequence[nn.Parameter]) -> list[int]:
@@ -300,11 +313,10 @@ def send_weights(parameters: Sequence[nn.Parameter]) -> None:
         return
     for process, indices in enumerate(_shares([p.numel() for p in parameters])):
         for bucket in _buckets(parameters[i] for i in indices):
-            rows = [p.flatten() for p in bucket]
-            flat = torch.cat(rows) if len(rows) > 1 else rows[0]
+            flat, parts = _flattened(bucket)
             dist.broadcast(flat, src=process)
-            for p, row in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.copy_(row.view(p.shape))
+            for p, part in zip(bucket, parts, strict=True):
+                p.copy_(part)
 
 
 def gather_states(states: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:

@@ -34,16 +34,10 @@ CHARTS = [
     ("Token accuracy", True, {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out"}),
     ("Preference accuracy", True, {"accuracy": "training", "eval_accuracy": "held-out"}),
     ("Margin, chosen over rejected", False, {"margin": "training", "eval_margin": "held-out"}),
-    (
-        "Reward that PPO optimises",
-        False,
-        {
-            "objective/scores": "score",
-            "objective/raw_scores": "raw score",
-            "eval_scores": "held-out raw score",
-            "objective/rlhf_reward": "score minus KL",
-        },
-    ),
+    ("Reward that PPO optimises", False, {
+        "objective/scores": "score", "objective/raw_scores": "raw score", "eval_scores": "held-out raw score",
+        "objective/rlhf_reward": "score minus KL",
+    }),
     ("True score, never trained on", True, {"eval_pass_rate": "held-out pass rate"}),
     ("KL to the reference, per sequence", False, {"objective/kl": "training", "eval_kl": "held-out"}),
     ("Response length, tokens", False, {"response_length/mean": "training", "eval_response_length/mean": "held-out"}),
@@ -51,7 +45,7 @@ CHARTS = [
     ("Value loss", False, {"loss/value_avg": "value"}),
     ("Clipped share of tokens", False, {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value"}),
     ("Entropy per token", False, {"policy/entropy_avg": "nats"}),
-]
+]  # fmt: skip
 
 
 def write_report(run_dir: str | Path) -> Path:

@@ -94,8 +94,8 @@ class RewardModelReward:
     def __call__(self, prompts: Sequence[Text | None], responses: Sequence[Text], **columns) -> Tensor:
         unwritten: list[Parts] = [[] for _ in responses]
         tokens = [self.encode(*asked) for asked in zip(prompts, responses, unwritten, strict=True)]
-        new = {i: [lost for lost in said if lost[0] not in self._told] for i, said in enumerate(unwritten)}
-        self._told |= {key for said in unwritten for key, _ in said}
+        new = {i: [part for part in parts if part[0] not in self._told] for i, parts in enumerate(unwritten)}
+        self._told |= {key for parts in unwritten for key, _ in parts}
         warn_of_unwritten(new, self.name, "scored", "response")
         return self.score(tokens)
 

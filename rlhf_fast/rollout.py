@@ -262,9 +262,9 @@ def packed_rows(rollout: Rollout, rows: Tensor) -> tuple[Packed, Tensor, Tensor]
 
 
 def shared_prompts(rollout: Rollout, group: int) -> Tensor:
-    """(B,) how many tokens packed_rows leaves out of a row that follows another of its group: those of the prompt, all
-    but the last. 0 for the first row of each group, for a prompt that is too short to be shared, and for one that a
-    rollout_func has changed, so that it is not the one before."""
+    """(B,) how many tokens packed_rows leaves out of each row if it follows the row before: all of the prompt but its
+    last token. 0 for the first row of a group, for a prompt that is too short to be shared, and for one that differs
+    from the prompt before, because a rollout_func has changed it."""
     prompts, ids = rollout.prompt_mask.sum(1), rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
     alone = (torch.arange(len(prompts), device=prompts.device) % group == 0) | (prompts <= MIN_SHARED)
     alone |= (ids != ids.roll(1, 0)).any(1)
@@ -282,9 +282,9 @@ def minibatches(
     shared: (B,) for packed_rows, how many of its tokens each row shares with the one before it (shared_prompts). Then
     micro-batches too have whole groups, if they may have as many rows, and tokens are counted as they are packed.
 
-    The rows of a minibatch (with `shared` its groups, by their longest row) are sorted by length before they are split,
-    so that a micro-batch has little padding, and one long row makes few of them small. A micro-batch has at most
-    micro_batch_size rows and micro_batch_tokens tokens, padding included, but at least one row.
+    Before a minibatch is split, its rows are sorted by length (with `shared` its groups, each by its longest row). So a
+    micro-batch has little padding, and one long row makes few of them small. A micro-batch has at most micro_batch_size
+    rows and micro_batch_tokens tokens, padding included, but at least one row.
     """
     together = shared is not None
     groups = torch.arange(len(lengths) // group)

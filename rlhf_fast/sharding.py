@@ -144,8 +144,9 @@ def gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def norm_of_rows(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm of the gradients of those parameters that are Rows, over all processes."""
-    norm = torch.nn.utils.get_total_norm(gradients([p for p in parameters if isinstance(p, Rows)]))
-    return parallel.all_reduce_sum(norm.square()).sqrt() if any(isinstance(p, Rows) for p in parameters) else norm
+    rows = [p for p in parameters if isinstance(p, Rows)]
+    norm = torch.nn.utils.get_total_norm(gradients(rows))
+    return parallel.all_reduce_sum(norm.square()).sqrt() if rows else norm
 
 
 def as_many(parts: list, spare) -> list:

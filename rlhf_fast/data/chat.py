@@ -20,6 +20,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,18 +99,23 @@ def render(tokenizer, messages: Messages, *, add_generation_prompt: bool = False
         ) from error
 
 
-def response_spans(
-    tokenizer, messages: Messages, first: int = 0
-) -> list[tuple[str, list[tuple[int, int]], Parts, str]]:
-    """The texts to learn from, each with the (start, end) of its responses, the parts of them that the template leaves
-    out, and the end of the last one's generation prompt that it leaves out. The responses are the assistant turns of
-    messages[first:].
+class Rendered(NamedTuple):
+    """A conversation as text, and where its responses are."""
+
+    text: str
+    spans: list[tuple[int, int]]  # (start, end) of each response
+    unwritten: Parts  # parts of the responses that the chat template leaves out
+    unread: str  # the end of the last one's generation prompt that it leaves out
+
+
+def response_spans(tokenizer, messages: Messages, first: int) -> list[Rendered]:
+    """The texts to learn from. The responses are the assistant turns of messages[first:].
 
     Usually there is one text. Some templates render a turn differently once another follows (they drop its reasoning).
     These give one text per turn, each as the model sees it when it answers. An assistant turn that opens the
     conversation is not learned.
     """
-    texts: list[tuple[str, list[tuple[int, int]], Parts, str]] = []
+    texts: list[Rendered] = []
     for i in range(max(first, 1), len(messages)):
         if messages[i]["role"] != "assistant":
             continue
@@ -129,9 +135,9 @@ def response_spans(
                 f"so the response cannot be told from its prompt: it rendered {prompt[-80:]!r} and then "
                 f"{text[-80:]!r}. Set tokenizer.chat_template to another one"
             )
-        _, spans, unwritten, _ = texts.pop() if texts and text.startswith(texts[-1][0]) else ("", [], [], "")
-        unwritten = [*unwritten, *_missing_when_learned(messages[i], text[before:])]
-        texts.append((text, [*spans, (start, len(text))], unwritten, prompt[start:]))
+        so_far = texts.pop() if texts and text.startswith(texts[-1].text) else Rendered("", [], [], "")
+        unwritten = [*so_far.unwritten, *_missing_when_learned(messages[i], text[before:])]
+        texts.append(Rendered(text, [*so_far.spans, (start, len(text))], unwritten, prompt[start:]))
     return texts
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .chat import Encoded
-from .formats import Comparison
+from .formats import PAIR_COLUMNS, Comparison
 
 
 @dataclass
@@ -120,8 +120,8 @@ def pack_sorted(sequences: Sequence[Sequence[int]], device=None) -> tuple[Packed
     """Sequences in ascending order in one row, where neighbours share their common first tokens -> Packed, and last
     (M,), the position in the row where each sequence ends.
 
-    A sequence shares with one earlier sequence, which itself shares nothing. Where the later ones would save more by
-    sharing with this one than it saves, it shares nothing.
+    A sequence shares with one earlier sequence, which itself shares nothing. A sequence shares nothing, so that later
+    ones can share with it, if that saves more than it would save itself.
     """
     sequences = [np.asarray(s) for s in sequences]
     # with_next[i]: how many tokens i and i + 1 have in common. i and j have the least of those between them.
@@ -162,5 +162,5 @@ def _comparison_columns(items: Sequence[Comparison], width: int) -> dict[str, Te
         slot.append([*range(start, start + k), *[start] * (width - k)])
         ranks.append([*item.ranks, *[-1] * (width - k)])
         start += k
-    columns = {k: torch.tensor([getattr(item, k) for item in items]) for k in ("margin", "chosen_prob", "weight")}
+    columns = {k: torch.tensor([getattr(item, k) for item in items]) for k in PAIR_COLUMNS}
     return {"slot": torch.tensor(slot), "ranks": torch.tensor(ranks), **columns}

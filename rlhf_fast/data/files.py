@@ -62,15 +62,22 @@ def read_dataset(source) -> list[dict]:
             return datasets.load_dataset("arrow", data_files=parts, split=split)
         return datasets.load_dataset(name, split=split)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        missing = os.path.isdir(name) and isinstance(error, FileNotFoundError)
-        needs = "a directory must hold data files, or what Dataset.save_to_disk writes; " if missing else ""
-        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
-        reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())
-        cache, at = Path(datasets.config.HF_DATASETS_CACHE), Path(str(getattr(error, "filename", None)))
-        unwritten = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if unwritten and (at == cache or at in cache.parents or cache in at.parents):
-            reason += ": datasets keeps what it has read there; set HF_HOME to a directory that can be written"
-        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {needs}{reason}") from error
+        raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {_why_not_loaded(name, error)}") from error
+
+
+def _why_not_loaded(name: str, error: Exception) -> str:
+    """What an error of the datasets library means for whoever gave this name of a dataset."""
+    import datasets
+
+    generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says no more than that
+    reason = " ".join(str(error.__cause__ if generating and error.__cause__ else error).split())
+    if isinstance(error, FileNotFoundError):
+        needs = "a directory must hold data files, or what Dataset.save_to_disk writes; "
+        return needs + reason if os.path.isdir(name) else reason
+    cache, at = Path(datasets.config.HF_DATASETS_CACHE), Path(str(getattr(error, "filename", None)))
+    if isinstance(error, OSError) and (at == cache or at in cache.parents or cache in at.parents):
+        reason += ": datasets keeps what it has read there; set HF_HOME to a directory that can be written"
+    return reason
 
 
 class UniqueKeys(yaml.SafeLoader):

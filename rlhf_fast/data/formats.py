@@ -40,6 +40,8 @@ from .checks import (
 )
 from .files import as_records
 
+PAIR_COLUMNS = ("margin", "chosen_prob", "weight")  # optional columns, with numbers that only pairs have
+
 
 @dataclass
 class Report:
@@ -336,7 +338,7 @@ def _comparison(record: dict, tokenizer, name: str, i: int, unwritten: chat.Part
     else:
         raise wrong_columns(record, name, i, PREFERENCE_FORMATS)
     check_template_only(record, name, i)
-    extra = {k: number(record, k, name, i) for k in _PAIR_COLUMNS if record.get(k) is not None}
+    extra = {k: number(record, k, name, i) for k in PAIR_COLUMNS if record.get(k) is not None}
     if prompt is None:
         check_prompt_is_read(record, responses, name, i)
     pairs = [split_prompt(prompt, response, name, i) for response in responses]
@@ -389,6 +391,3 @@ def prompts(
         encoded[i] = Prompt(prompt, tokens, {key: record.get(key) for key in columns})
     report = Report(name, len(records), max_length=max_length, setting="max_prompt_length")
     return _within_max_length({i: [p] for i, p in encoded.items()}, report, on_overlong), report
-
-
-_PAIR_COLUMNS = ("margin", "chosen_prob", "weight")

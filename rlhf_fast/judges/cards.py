@@ -51,8 +51,8 @@ def _accuracies(card: dict) -> str:
     rows = [("judge", card["accuracy"]), *card["floors"].items()]
     drawn = interval_chart(
         "Share of pairs on which the better reply is chosen",
-        [(name, x["mean"], x["low"], x["high"]) for name, x in rows], reference=0.5, percent=True,
-    )  # fmt: skip
+        [(name, x["mean"], x["low"], x["high"]) for name, x in rows],
+    )
     figures = [["", "pairs", "accuracy"]]
     for name, x in card["length"].items():
         accuracy = "" if x["accuracy"] is None else f"{x['accuracy']:.1%}"
@@ -104,8 +104,7 @@ def _principles(principles: Mapping[str, dict]) -> str:
     drawn = interval_chart(
         "Accuracy of each principle on its own",
         [(name, *(x["accuracy"][k] for k in ("mean", "low", "high"))) for name, x in principles.items()],
-        reference=0.5, percent=True,
-    )  # fmt: skip
+    )
     rows = [["Principle", "accuracy", "same position", "order bias, nats", "label mass", "votes", "no vote"]]
     for name, x in principles.items():
         rows.append([

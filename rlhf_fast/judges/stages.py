@@ -97,15 +97,9 @@ def _is_message(message) -> bool:
 
 
 def run_stage(
-    ledger: Ledger,
-    name: str,
-    items: Sequence[dict],
-    work: Callable[[list[dict]], list[dict]],
-    *,
-    settings: dict,
-    batch_size: int,
-    output_dir: str | Path | None = None,
-) -> list[dict]:
+    ledger: Ledger, name: str, items: Sequence[dict], work: Callable[[list[dict]], list[dict]], *, settings: dict,
+    batch_size: int, output_dir: str | Path | None = None,
+) -> list[dict]:  # fmt: skip
     """Applies `work` to batches of items with an "id". It returns one record per item, with the same "id".
 
     `work` puts its questions to models through the ledger, so that they cost nothing a second time. Writes all records
@@ -141,14 +135,9 @@ def run_stage(
 
 
 def finish_stage(
-    output_dir: str | Path,
-    records: list[dict],
-    row_of: Callable[[dict], list[dict]],
-    *,
-    used: Sequence[str],
-    refused: Sequence[str],
-    name: str,
-) -> Stage:
+    output_dir: str | Path, records: list[dict], row_of: Callable[[dict], list[dict]], *, used: Sequence[str],
+    refused: Sequence[str], name: str,
+) -> Stage:  # fmt: skip
     """Writes the rows for training (row_of every record with a status in `used`) to `<name>.jsonl`, the records with a
     status in `refused` to `rejected.jsonl`, each file atomically, and the counts into run.json.
 
@@ -162,8 +151,7 @@ def finish_stage(
     rejected = [record for record in records if record["status"] in refused]
     write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
     write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
-    manifest = read_json(output_dir / "run.json") | {"counts": counts}
-    write_json(output_dir / "run.json", manifest)
+    write_json(output_dir / "run.json", read_json(output_dir / "run.json") | {"counts": counts})
     return Stage(records, rows, rejected, counts, output_dir)
 
 

@@ -45,7 +45,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Ten
 
 def lm_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, float | None]:
     """(..., D) hidden states -> hidden, (V, D) weight, (V,) bias or None, logit softcap or None: the arguments of
-    linear_token_logprobs. The factor of architectures that scale their logits is in hidden."""
+    linear_token_logprobs. hidden is multiplied by the factor of architectures that scale their logits."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()  # of models that read images, a part
     factor = logit_factor(config)
     hidden = hidden if factor == 1.0 else factor * hidden

@@ -143,13 +143,14 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
-    if not isinstance(source, (str, Path)):
-        _check_is_model(source, "model or tokenizer")
-    path = source if isinstance(source, (str, Path)) else source.name_or_path
     if source == "":
         raise ConfigError("the name of a model is empty: give a directory, or a name on the hub")
-    if not path:
-        raise ConfigError(f"this {type(source).__name__} was not loaded from a path: give its tokenizer too")
+    path = source
+    if not isinstance(source, (str, Path)):
+        _check_is_model(source, "model or tokenizer")
+        path = source.name_or_path
+        if not path:
+            raise ConfigError(f"this {type(source).__name__} was not loaded from a path: give its tokenizer too")
     with _loading("tokenizer", path):
         saved = get_tokenizer_config(path)
     if not saved and (base := _adapter_base(path)):
@@ -242,11 +243,7 @@ def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> 
             f"its files lack {len(missing)} weights, among them {missing[0]}, which would be random: save or copy all "
             "of the model"
         )
-    return model.to(_default_device())
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

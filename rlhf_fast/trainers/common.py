@@ -92,12 +92,17 @@ def batch_size(config) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * parallel.size()
 
 
-def micro_batches(batch: list, tokens: list[int], config) -> list[tuple[list, int]]:
-    """This process's share of a step, balanced by tokens, as (micro-batch, 1) pairs. With fsdp all processes must run
-    equally many micro-batches, so shorter shares are filled up with (micro-batch, 0), which run but do not count."""
+def micro_batches(batch: list, tokens: list[int], config) -> list[tuple[list, bool]]:
+    """This process's share of a step, balanced by tokens, in micro-batches, each as equally_many returns it."""
     mine, size = parallel.share(batch, tokens), config.per_device_train_batch_size
-    parts = [(mine[k : k + size], 1) for k in range(0, len(mine), size)]
-    return sharding.as_many(parts, (batch[-1:], 0)) if config.fsdp else parts
+    return equally_many([mine[k : k + size] for k in range(0, len(mine), size)], batch[-1:], config)
+
+
+def equally_many(parts: list, spare, config) -> list[tuple]:
+    """(micro-batch, True) for each of this process's micro-batches. With fsdp all processes must run equally many, so
+    a shorter list is filled up with (spare, False), which runs but does not count."""
+    counted = [(part, True) for part in parts]
+    return sharding.as_many(counted, (spare, False)) if config.fsdp else counted
 
 
 def epoch_batches(
@@ -282,6 +287,20 @@ def autocast(model, bf16: bool):
     """A context in which matrix products are in bfloat16 if bf16 is true, those of the linear losses too; weights and
     sums stay in float32."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
+
+
+def take_step(trainer, examples: list, num_tokens: int) -> dict:
+    """Steps the optimizer with the gradient that the examples have left, and counts the step and its tokens -> its
+    metrics. trainer.whole is False from here on; the trainer sets it again once nothing of its step can fail any more.
+    """
+    learning_rate = trainer.scheduler.get_last_lr()[0]
+    trainer.whole = False
+    grad_norm = optimizers.optimizer_step(trainer.optimizer, trainer.scheduler, trainer.config.max_grad_norm)
+    finite, last = bool(grad_norm.isfinite()), trainer.step + 1 == trainer.total_steps
+    trainer.guard.check(finite, "the gradient", lambda: [vars(x) for x in examples], last)
+    trainer.step += 1
+    trainer.num_tokens += num_tokens
+    return {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": trainer.num_tokens}
 
 
 # --- updates that are not finite --------------------------------------------------------------------------------------

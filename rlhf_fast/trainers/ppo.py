@@ -9,22 +9,20 @@
 The ratio of the first minibatch is exactly 1 on the CPU, and on a GPU except for the rounding of rows that are too long
 for one pass of the kernel (logged as policy/first_minibatch_max_abs_log_ratio). For this, the minibatches are drawn
 before scoring, and scoring computes the old log-probabilities on the micro-batches of the first epoch, with the same
-function as training. On other shapes matrix products would round differently. Where a single step is all that needs
-them (PPOConfig.needs_old_logprobs), they are those of the step itself.
+function as training. On other shapes matrix products would round differently. If a rollout is learned from in a single
+step, and nothing else needs the old log-probabilities (PPOConfig.needs_old_logprobs), scoring does not compute them:
+that step computes the same numbers.
 
-_iteration is one iteration from top to bottom: _next_prompts, _rollout, _score, _shape, _minibatches, _score_tokens,
-_advantages, _update.
+PPOTrainer._iteration is one iteration from top to bottom, and the methods that it calls follow in that order.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,21 +34,16 @@ from ..data.chat import copied
 from ..data.collate import Packed
 from ..data.formats import Prompt
 from ..data.formats import prompts as read_prompts
-from ..errors import ConfigError
 from ..models import (
     adapters_off,
     check_lengths,
     check_positions,
-    has_adapters,
     lm_head,
     load_config,
     load_policy,
     load_tokenizer,
-    load_trained_state,
     save_model,
-    scalar_head_on,
     stop_ids,
-    trained_state,
 )
 from ..monitors import Monitors
 from ..ops import gae, linear_ppo_loss, linear_token_logprobs, masked_mean, masked_whiten, value_loss
@@ -68,11 +61,11 @@ from ..rollout import (
     shared_prompts,
     text_metrics,
 )
-from ..sharding import as_many, gathered
+from ..sharding import gathered
 from ..trunk import hidden_states_at
-from . import common, optimizers
-from .ppo_config import PPOConfig, check_eval_rewards
-from .ppo_networks import check_rewards, choose_critic, choose_reference, packs, prepare_networks
+from . import common, optimizers, ppo_state
+from .ppo_config import PPOConfig
+from .ppo_networks import check_arguments, check_rewards, choose_critic, choose_reference, packs, prepare_networks
 from .run import RunResult, run_training
 
 
@@ -100,20 +93,7 @@ class PPOTrainer:
         value_model=None, eval_rewards=None, rollout_func=None,
     ):  # fmt: skip
         common.start(config, PPOConfig)
-        check_eval_rewards(config, eval_rewards, eval_dataset)
-        if config.kl_in_rewards and config.kl_estimator != "k1":
-            warnings.warn(
-                f"kl_estimator {config.kl_estimator} in the rewards does not give the gradient of a KL (docs/ppo.md): "
-                "use k1, or set kl_in_loss: true",
-                stacklevel=2,
-            )
-        if not (rollout_func is None or callable(rollout_func)):
-            raise ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
-        if config.minibatch_size < parallel.size():
-            raise ConfigError(
-                f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes "
-                "idle: raise it, or start fewer"
-            )
+        check_arguments(config, eval_rewards, eval_dataset, rollout_func)
         self.config, self.rollout_func = config, rollout_func
         self.tokenizer = load_tokenizer(model if tokenizer is None else tokenizer)
         self.prompts, self.eval_prompts, self.reports = common.read_datasets(
@@ -152,12 +132,22 @@ class PPOTrainer:
         self._held_out: tuple[int, Rollout, dict[str, Tensor]] | None = None  # cache of _held_out_rollout
         common.seed_apart(config.seed)  # for rewards that draw numbers
 
+    def _networks(self) -> list[nn.Module]:
+        """The models that read prompt and response in the policy's tokens."""
+        networks = (self.policy, self.reference, self.value_model and self.value_model.model)
+        return [x for x in networks if x is not None]  # `if x` would call __len__, which raises for a compiled model
+
+    def _trunks(self) -> list[nn.Module]:
+        """Those with a trunk of their own, which is the one that scoring and training call."""
+        return [x for x in self._networks() if not (self.config.share_trunk and x is self.value_model.model)]
+
     def __iter__(self) -> Iterator[dict]:
         while self.step < self.total_steps:
             yield self._iteration()
 
     def _iteration(self) -> dict:
         config, clock = self.config, [time.perf_counter()]
+        # One for each step, so that a resumed run draws what an uninterrupted one draws.
         generator = torch.Generator().manual_seed((1_000_003 * config.seed + self.step) % 2**63)
 
         rollout = self._rollout(self._next_prompts(), generator)
@@ -166,14 +156,15 @@ class PPOTrainer:
         components = self._score(rollout)
         if bool(rollout.raw_scores.isfinite().all()):
             self.whole = False
-            rollout.scores = self._shape(rollout)
+            rollout.scores = self._training_scores(rollout)
             group = config.num_generations
             plan = [self._minibatches(rollout, generator, group) for _ in range(config.num_ppo_epochs)]
             self._score_tokens(rollout, plan[0], config.needs_old_logprobs)
             self._advantages(rollout)
             clock.append(time.perf_counter())
 
-            coef, updated = self.kl_controller.kl_coef, self._update(rollout, plan)
+            updated = self._update(rollout, plan)
+            coef = self.kl_controller.kl_coef
             metrics = rollout_metrics(rollout, coef, config.kl_estimator, shaped=config.shapes_scores) | updated
             # During the warm-up the policy does not move, and its KL says nothing about kl_coef.
             if config.kl_target is not None and not self._warming_up:
@@ -254,8 +245,8 @@ class PPOTrainer:
         scores, parts = zip(*filter(None, parallel.all_gather(scored)), strict=True)
         return torch.cat(scores), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _shape(self, rollout: Rollout) -> Tensor:
-        """The scores for training: raw_scores scaled, clipped, minus penalties."""
+    def _training_scores(self, rollout: Rollout) -> Tensor:
+        """raw_scores scaled, clipped, minus penalties."""
         config, scores = self.config, rollout.raw_scores
         if config.scale_scores:
             scores = scores / self.score_scale.update(scores)
@@ -268,13 +259,12 @@ class PPOTrainer:
     def _minibatches(
         self, rollout: Rollout, generator: torch.Generator | None = None, group: int = 1
     ) -> list[list[Tensor]]:
+        """rollout.minibatches with the config's sizes."""
         config, micro_batch_size = self.config, self.config.micro_batch_size
         if parallel.size() > 1:  # enough micro-batches for every process, to give all about equally many tokens
             share = config.minibatch_size // parallel.size()
-            if micro_batch_size or config.micro_batch_tokens:
-                micro_batch_size = min(micro_batch_size or share, share)
-            else:
-                micro_batch_size = max(1, share // 4)
+            most = share if micro_batch_size or config.micro_batch_tokens else max(1, share // 4)
+            micro_batch_size = min(micro_batch_size or most, most)
         return minibatches(
             rollout.lengths, config.minibatch_size, micro_batch_size, micro_batch_tokens=config.micro_batch_tokens,
             generator=generator, group=group, shared=shared_prompts(rollout, group) if self.packed else None,
@@ -289,9 +279,9 @@ class PPOTrainer:
     def _score_tokens(
         self, rollout: Rollout, plan: list[list[Tensor]], with_policy: bool = True, with_values: bool = True
     ) -> None:
-        """Sets ref_logprobs, logprobs and values, one micro-batch of the plan at a time. with_policy=False: logprobs is
-        0, and the update adds them; there are no values then. with_values=False: leaves the values out."""
-        values = with_policy and with_values and self.value_model is not None
+        """Sets logprobs, values (if there is a critic) and ref_logprobs (if there is a reference), one micro-batch of
+        the plan at a time. with_policy=False leaves logprobs 0, for the update to add them."""
+        values = with_values and self.value_model is not None
         needed = {"logprobs": with_policy, "values": values, "ref_logprobs": self.has_reference}
         filled = [name for name, is_needed in needed.items() if is_needed]
         for name in ("logprobs", *filled):
@@ -428,35 +418,20 @@ class PPOTrainer:
         normalizer = normalizers.get(config.loss_agg_mode, num_rows)
         # The op aggregates the entropy like the loss. The log has nats per token (seq-mean-token-mean: of a sequence).
         per_token = 1.0 if config.loss_agg_mode == "seq-mean-token-mean" else normalizer / num_tokens
-        parts = [(rows, True) for rows in self._share(rollout, minibatch)]
-        if config.fsdp:  # all processes must run equally many micro-batches; those with False do not count
-            parts = as_many(parts, (minibatch[-1][-1:], False))
-        for rows, counts in parts:
+        for rows, counts in common.equally_many(self._share(rollout, minibatch), minibatch[-1][-1:], config):
             mask = rollout.response_mask[rows] & counts
             *inputs, _ = self._layout(rollout, rows)
             with torch.set_grad_enabled(not self._warming_up):
                 hidden = self._hidden_states(self.policy, *inputs)
-                loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
+                policy_loss, p = self._policy_loss(rollout, rows, hidden, mask, normalizer)
             if not config.share_trunk and not self._warming_up:
-                loss.backward()  # now, so that its graph is gone before a critic of its own makes another
-            share = p["num_tokens"] / num_tokens
-            stats = _policy_statistics(p, share, per_token)
-            if not self.has_reference:
-                del stats["loss/kl_avg"]
+                policy_loss.backward()  # now, so that its graph is gone before a critic of its own makes another
+            v = None
             if self.value_model is not None:
-                critic_loss, v = value_loss(
-                    self._values(rollout, rows, inputs, hidden), rollout.values[rows], rollout.returns[rows], mask,
-                    cliprange_value=config.cliprange_value, normalizer=num_tokens,
-                )  # fmt: skip
-                if config.share_trunk and rollout.value_error is not None:
-                    # Both losses train the same trunk. Whitening has made the scale of the policy's gradient
-                    # independent of the scale of the rewards. Here the critic's becomes so too; otherwise it would be
-                    # too weak if the rewards are small.
-                    critic_loss = critic_loss / rollout.value_error
-                critic_loss = config.vf_coef * critic_loss
-                (critic_loss + loss if config.share_trunk else critic_loss).backward()
-                stats |= {"loss/value_avg": v["value_loss"], "val/clipfrac_avg": v["clipfrac"] * share}
-            seen.append(stats)
+                values = self._values(rollout, rows, inputs, hidden)
+                critic_loss, v = self._critic_loss(rollout, rows, values, mask, num_tokens)
+                (critic_loss + policy_loss if config.share_trunk else critic_loss).backward()
+            seen.append(_statistics(p, v, p["num_tokens"] / num_tokens, per_token, with_kl=self.has_reference))
         return seen
 
     def _policy_loss(self, rollout: Rollout, rows: Tensor, hidden: Tensor, mask: Tensor, normalizer):
@@ -476,6 +451,18 @@ class PPOTrainer:
         if old is None:
             rollout.logprobs[rows] += logprobs  # rows that do not count add 0, and may be here a second time
         return loss, statistics
+
+    def _critic_loss(self, rollout: Rollout, rows: Tensor, values: Tensor, mask: Tensor, normalizer):
+        loss, statistics = value_loss(
+            values, rollout.values[rows], rollout.returns[rows], mask, cliprange_value=self.config.cliprange_value,
+            normalizer=normalizer,
+        )  # fmt: skip
+        if self.config.share_trunk and rollout.value_error is not None:
+            # Both losses train the same trunk. Whitening has made the scale of the policy's gradient independent of the
+            # scale of the rewards. Here the critic's becomes so too; otherwise it would be too weak if the rewards are
+            # small.
+            loss = loss / rollout.value_error
+        return self.config.vf_coef * loss, statistics
 
     # --- the run: see run.py ---
 
@@ -525,13 +512,7 @@ class PPOTrainer:
 
     def save_model(self, path) -> None:
         """The policy (AutoModelForCausalLM), and in value_model/ the critic (AutoModelForSequenceClassification)."""
-        critic = self.value_model and self.value_model.model
-        if self.config.share_trunk and has_adapters(self.policy):
-            critic = scalar_head_on(self.policy)  # with its own trunk, in which the adapters are merged
-            critic.score.load_state_dict(self.value_model.model.score.state_dict())
-        save_model(self.policy, self.tokenizer, path)
-        if critic is not None:
-            save_model(critic, self.tokenizer, Path(path) / "value_model")
+        ppo_state.save_models(self, path)
 
     def save_in_checkpoint(self, path) -> None:
         if self.config.share_trunk:  # the critic is this policy with the head in state.pt
@@ -539,61 +520,25 @@ class PPOTrainer:
         else:
             self.save_model(path)
 
-    @property
-    def _own_critic(self) -> nn.Module | None:
-        """The part of the critic that is not the policy: only its head if the trunk is shared."""
-        return self.value_model.model.score if self.config.share_trunk else self.value_model
-
     def state_dict(self) -> dict:
-        """Prompts and sampling depend only on seed and step, so the step is enough to repeat them."""
-        return {
-            "step": self.step,
-            "kl_coef": self.kl_controller.kl_coef,
-            "score_scale": vars(self.score_scale),
-            "lengths": torch.tensor(list(map(len, self.prompts))),
-            "data": self.data,
-            "policy": trained_state(self.policy),
-            "value_model": trained_state(self._own_critic) if self.value_model else None,
-            "optimizers": [optimizers.optimizer_state(optimizer) for optimizer in self.optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-        }
+        return ppo_state.state_of(self)
 
     def load_state_dict(self, state: dict) -> None:
-        common.check_same_data(state, list(map(len, self.prompts)), self.data, self.tokenizer)
-        critic = trained_state(self._own_critic) if self.value_model else {}
-        if critic.keys() != (state["value_model"] or {}).keys():
-            raise ConfigError(
-                "the checkpoint has another critic, or none: resume with the same advantage_estimator and share_trunk, "
-                "or start a new run in another output_dir"
-            )
-        self.step = state["step"]
-        if self.config.kl_target is not None:  # else kl_coef is that of the config, which may have changed
-            self.kl_controller.kl_coef = state["kl_coef"]
-        self.score_scale = RunningStd(**state["score_scale"])
-        load_trained_state(self.policy, state["policy"])
-        if self.value_model:
-            load_trained_state(self._own_critic, state["value_model"])
-        for learner in zip(self.optimizers, self.schedulers, state["optimizers"], state["schedulers"], strict=True):
-            optimizers.load_optimizer(*learner)
-
-    def _networks(self) -> list[nn.Module]:
-        """The models that read prompt and response in the policy's tokens."""
-        networks = (self.policy, self.reference, self.value_model and self.value_model.model)
-        return [x for x in networks if x is not None]  # `if x` would call __len__, which raises for a compiled model
-
-    def _trunks(self) -> list[nn.Module]:
-        """Those with a trunk of their own, which is the one that scoring and training call."""
-        return [x for x in self._networks() if not (self.config.share_trunk and x is self.value_model.model)]
+        ppo_state.load_state(self, state)
 
 
-def _policy_statistics(p: dict[str, Tensor], share: Tensor, per_token: Tensor | float) -> dict[str, Tensor]:
-    """The terms that a micro-batch adds to the statistics of its minibatch. p: the statistics of linear_ppo_loss. Its
-    losses and entropy are divided by the normalizer. The rest are means over the micro-batch, with `share` of the
-    tokens."""
+def _statistics(
+    p: dict[str, Tensor], v: dict[str, Tensor] | None, share: Tensor, per_token: Tensor | float, with_kl: bool
+) -> dict[str, Tensor]:
+    """The terms that a micro-batch adds to the statistics of its minibatch.
+
+    p: the statistics of linear_ppo_loss; v: those of value_loss, None without a critic. Their losses and entropy are
+    divided by the normalizer. The rest are means over the micro-batch, which has this share of the tokens.
+    """
     return {
         "max_abs_log_ratio": p["max_abs_log_ratio"],
         "loss/policy_avg": p["policy_loss"],
-        "loss/kl_avg": p["kl"],
+        **({"loss/kl_avg": p["kl"]} if with_kl else {}),
         "policy/entropy_avg": p["entropy"] * per_token,
         "policy/approxkl_avg": p["approx_kl_k2"] * share,
         "policy/approxkl_k3_avg": p["approx_kl_k3"] * share,
@@ -601,6 +546,7 @@ def _policy_statistics(p: dict[str, Tensor], share: Tensor, per_token: Tensor | 
         "policy/dual_clipfrac_avg": p["dual_clipfrac"] * share,
         "val/ratio": p["ratio_mean"] * share,
         "val/ratio_var": (p["ratio_var"] + (p["ratio_mean"] - 1).square()) * share,
+        **({"loss/value_avg": v["value_loss"], "val/clipfrac_avg": v["clipfrac"] * share} if v else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""Chooses the reference and the critic of PPO, and checks all models and rewards before the first step."""
+"""Chooses the reference and the critic of PPO, and checks settings, models and rewards before the first step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import parallel
 from ..data.formats import Prompt
 from ..errors import ConfigError
 from ..models import (
@@ -26,13 +27,34 @@ from ..models import (
 from ..packing import why_not_packed
 from ..rewards import RewardModelReward, check_room, check_signature
 from . import common
-from .ppo_config import PPOConfig
+from .ppo_config import PPOConfig, check_eval_rewards
+
+
+def check_arguments(config: PPOConfig, eval_rewards: dict | None, eval_dataset, rollout_func) -> None:
+    """ConfigError for arguments of PPOTrainer that cannot be used; a warning for a KL that has another gradient."""
+    check_eval_rewards(config, eval_rewards, eval_dataset)
+    if config.kl_in_rewards and config.kl_estimator != "k1":
+        warnings.warn(
+            f"kl_estimator {config.kl_estimator} in the rewards does not give the gradient of a KL (docs/ppo.md): "
+            "use k1, or set kl_in_loss: true",
+            stacklevel=3,
+        )
+    if not (rollout_func is None or callable(rollout_func)):
+        raise ConfigError(f"PPOTrainer: rollout_func must be a function, got {rollout_func!r}")
+    if config.minibatch_size < parallel.size():
+        raise ConfigError(
+            f"PPOTrainer: minibatch_size = {config.minibatch_size} leaves some of {parallel.size()} processes idle: "
+            "raise it, or start fewer"
+        )
 
 
 def choose_reference(policy: nn.Module, ref_model, config: PPOConfig, tokenizer) -> nn.Module | None:
-    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy. None if that is the
-    policy with its adapters switched off, or if there is no reference, because a KL of weight 0 needs none.
-    ConfigError if there is a tokenizer beside ref_model, and its tokens are not the policy's."""
+    """The frozen reference: ref_model (a model, its name or its path), or a copy of the policy.
+
+    None in two cases, which PPOTrainer.has_reference tells apart: the reference is the policy with its adapters
+    switched off, or there is none, because a KL of weight 0 needs none. ConfigError if there is a tokenizer beside
+    ref_model, and its tokens are not the policy's.
+    """
     if ref_model is policy:
         raise ConfigError("PPOTrainer: ref_model is the policy itself, so KL would stay 0; leave it out or give a copy")
     if ref_model is None:

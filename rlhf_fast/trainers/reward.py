@@ -25,7 +25,7 @@ from .. import parallel
 from ..data.collate import collate_comparisons, common_prefix, pack_comparisons
 from ..data.files import as_records
 from ..data.floors import accuracy, bag_of_words, longer_wins, shorter_wins
-from ..data.formats import Comparison, as_pairs, comparisons, responses_to_score
+from ..data.formats import PAIR_COLUMNS, Comparison, as_pairs, comparisons, responses_to_score
 from ..errors import ConfigError
 from ..models import (
     check_causal,
@@ -125,8 +125,7 @@ class RewardTrainer:
         if self.width <= 2:
             return
         default, items = Comparison([], []), self.items + self.eval_items
-        names = ("margin", "chosen_prob", "weight")
-        used = [name for name in names if any(getattr(item, name) != getattr(default, name) for item in items)]
+        used = [name for name in PAIR_COLUMNS if any(getattr(item, name) != getattr(default, name) for item in items)]
         if self.config.center_rewards_coefficient:
             used.append("center_rewards_coefficient")
         if used:
@@ -149,8 +148,8 @@ class RewardTrainer:
         self.optimizer.zero_grad(set_to_none=True)  # an interrupted step may have left gradients
         seen = []
 
+        tokens = [sum(map(len, item.responses)) for item in items]
         with common.learning_together(self.config), packing(self.model, on=self.packed):
-            tokens = [sum(map(len, item.responses)) for item in items]
             for part, counts in common.micro_batches(items, tokens, self.config):
                 rewards, batch = self._rewards(part)
                 # The loss is a weighted mean over prompts, so this is its share of the step's mean.
@@ -159,15 +158,8 @@ class RewardTrainer:
                 if counts:
                     seen.append((rewards.detach(), batch))
 
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.whole = False
-        grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, self.config.max_grad_norm)
-        finite, last = bool(grad_norm.isfinite()), self.step + 1 == self.total_steps
-        self.guard.check(finite, "the gradient", lambda: [vars(x) for x in items], last)
-        self.step += 1
-        self.num_tokens += sum(len(response) for item in items for response in item.responses)
-        metrics = {"grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
-        metrics = self._metrics(list(chain(*parallel.all_gather(_on_cpu(seen))))) | metrics
+        taken = common.take_step(self, items, sum(tokens))
+        metrics = self._metrics(list(chain(*parallel.all_gather(_on_cpu(seen))))) | taken
         self.whole = True
         return metrics
 
@@ -236,6 +228,11 @@ class RewardTrainer:
 
     def finish(self, run_dir: Path) -> None:
         """After the last step: writes preferences.json (with the floors, for the report), sets the reward scale."""
+        self._write_preferences(run_dir)
+        if self.reference:
+            self._set_scale()
+
+    def _write_preferences(self, run_dir: Path) -> None:
         if self.eval_items and self.evaluation is None:  # resumed after the last evaluation was logged
             self.evaluate()
         if self.evaluation is not None:
@@ -249,28 +246,26 @@ class RewardTrainer:
             judged = evaluate_pairs(self.evaluation, floors)
             if parallel.rank() == 0:
                 (run_dir / "preferences.json").write_text(json.dumps(judged, indent=1) + "\n", encoding="utf-8")
-        if self.reference:
-            set_reward_scale(self.model, 0.0, 1.0)  # an earlier end of this run may have set it and then failed
-            with self.gathered():
-                rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
-            mean, std = float(rewards.mean()), float(rewards.std(correction=0))
-            if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding: about 1e-6
-                what = "do not differ" if math.isfinite(std) else "are not finite"
-                warnings.warn(
-                    f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g}), so the "
-                    "reward keeps its own scale",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                mean = mean if math.isfinite(mean) else 0.0
-                std = 1.0
-            set_reward_scale(self.model, mean, std)
+
+    def _set_scale(self) -> None:
+        """Gives the rewards of reference_dataset mean 0 and standard deviation 1."""
+        set_reward_scale(self.model, 0.0, 1.0)  # an earlier end of this run may have set it and then failed
+        with self.gathered():
+            rewards = RewardModelReward(self.model, self.tokenizer).score(self.reference)
+        mean, std = float(rewards.mean()), float(rewards.std(correction=0))
+        if not (math.isfinite(std) and std > 1e-5 * float(rewards.abs().max())):  # rounding: about 1e-6
+            what = "do not differ" if math.isfinite(std) else "are not finite"
+            message = f"the rewards of the reference set {what} (mean {mean:.4g}, standard deviation {std:.4g})"
+            warnings.warn(f"{message}, so the reward keeps its own scale", RuntimeWarning, stacklevel=3)
+            mean, std = mean if math.isfinite(mean) else 0.0, 1.0
+        set_reward_scale(self.model, mean, std)
 
     def samples(self) -> list[dict]:
         """The first held-out prompts (without an eval_dataset: training prompts), each response with its reward, best
         first. Prompts that on_overlong skipped are missing; responses that it cut are scored as cut."""
         records, items = (self.eval_records, self.eval_items) if self.eval_items else (self.records, self.items)
-        rows, items, reward = [], items[: self.config.num_samples], RewardModelReward(self.model, self.tokenizer)
+        items, reward = items[: self.config.num_samples], RewardModelReward(self.model, self.tokenizer)
+        rows = []
         with self.gathered():
             scores = [reward.score(item.responses).tolist() for item in items]
         for item, rewards in zip(items, scores, strict=True):
@@ -305,7 +300,7 @@ class RewardTrainer:
         common.load_state(self, state)
 
 
-_LABELS = ("ranks", "margin", "chosen_prob", "weight")
+_LABELS = ("ranks", *PAIR_COLUMNS)
 
 
 def _on_cpu(seen: list[tuple[Tensor, dict[str, Tensor]]]) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -114,15 +114,13 @@ def run_training(trainer, resume: bool = False) -> RunResult:
         raise
 
 
-_IN_BAR = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
-
-
 class _Run:
     """The run in the first process. The other processes only do what is called through `everywhere`."""
 
     def __init__(self, trainer, resume: bool, everywhere: Everywhere):
         self.trainer, self.everywhere, self.run_dir = trainer, everywhere, Path(trainer.config.output_dir)
-        self.start, at_the_end = _open_run(trainer, self.run_dir, resume, everywhere)
+        at_the_end = _open_run(trainer, self.run_dir, resume, everywhere)
+        self.start = trainer.step
         # The last step, once it has a checkpoint. end() deletes this checkpoint after it has saved the model.
         self.spare_step = self.start if at_the_end else None
         monitors = getattr(trainer, "monitors", None)
@@ -136,16 +134,13 @@ class _Run:
     def take_steps(self) -> None:
         """Takes all steps, or stops after a signal or an alarm."""
         trainer, config, records, best = self.trainer, self.trainer.config, self.records, self.best
-        done, stop, bar_name = self.start - len(records.unlogged), self.everywhere.stop, type(trainer).__name__
-        with (
-            _signals(stop),
-            tqdm(total=trainer.total_steps, initial=done, desc=bar_name, disable=None) as bar,
-        ):
+        done, stop, name = self.start - len(records.unlogged), self.everywhere.stop, type(trainer).__name__
+        with _signals(stop), tqdm(total=trainer.total_steps, initial=done, desc=name, disable=None) as bar:
             if self.start == 0 and config.eval_steps:
                 first = self.evaluate(0)
                 records.write({"step": 0, **first}, bar.write)
                 records.plot(0, first)
-                best.improved(0, first)
+                best.improved(0, first)  # for its refusal of a metric that evaluations do not have
             clock = time.perf_counter()
             for metrics in itertools.chain(records.unlogged, self.steps()):
                 step, last = trainer.step, trainer.step >= trainer.total_steps
@@ -165,15 +160,10 @@ class _Run:
                         raise
                 self.ending = records.write({"step": step, **metrics}, bar.write)
                 stop += [f"monitor {alarm.monitor}" for alarm in self.ending]
-                bar.update(1)
-                shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_BAR and v is not None}
-                bar.set_postfix(shown, refresh=False)
-                if step % config.logging_steps == 0 or last or any(name.startswith("eval_") for name in metrics):
+                told = step % config.logging_steps == 0 or last or bool(_evaluated(metrics))
+                if told:
                     records.plot(step, metrics)
-                    if bar.disable:  # as in a batch job, whose output would not tell a run from one that hangs
-                        numbers = [f"{name}={value}" for name, value in shown.items()]
-                        line = ", ".join([f"{bar_name} {step}/{trainer.total_steps}", *numbers])
-                        print(line, file=sys.stderr, flush=True)
+                _show(bar, f"{name} {step}/{trainer.total_steps}", metrics, as_line=told)
                 stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
                 if best.improved(step, metrics) or (stopping and not last) or self.saves_at(step):
                     if not last:
@@ -292,7 +282,7 @@ class _Best:
     def _value(self, step: int, metrics: dict) -> float | None:
         """The metric's value; None if the metrics have no evaluation, if the value is not finite, and at step 0, where
         the model is not trained yet."""
-        evaluated = [name for name in metrics if name.startswith("eval_")]
+        evaluated = _evaluated(metrics)
         if self.name is None or not evaluated:
             return None
         if self.name not in metrics:
@@ -300,9 +290,27 @@ class _Best:
         return metrics[self.name] if step else None
 
 
-def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> tuple[int, dict | None]:
-    """Prepares the directory and, on resume, the trainer -> the step from which the run continues, and the metrics of
-    that step if its checkpoint was saved before they were logged."""
+def _evaluated(metrics: dict) -> list[str]:
+    """The names of the metrics that an evaluation has added."""
+    return [name for name in metrics if name.startswith("eval_")]
+
+
+_IN_BAR = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "objective/scores", "learning_rate")
+
+
+def _show(bar: tqdm, place: str, metrics: dict, as_line: bool) -> None:
+    """Moves the bar on by a step. as_line: prints a line if there is no bar, as in a batch job, whose output would not
+    tell a run from one that hangs."""
+    shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_BAR and v is not None}
+    bar.update(1)
+    bar.set_postfix(shown, refresh=False)
+    if as_line and bar.disable:
+        print(", ".join([place, *(f"{k}={v}" for k, v in shown.items())]), file=sys.stderr, flush=True)
+
+
+def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> dict | None:
+    """Prepares the directory and, on resume, the trainer -> the metrics of the trainer's step, if its checkpoint was
+    saved before they were logged."""
     make_directory(trainer.config.output_dir)
     for stale in run_dir.glob(".tmp-checkpoint-*"):
         shutil.rmtree(stale)
@@ -329,7 +337,7 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> t
             (run_dir / name).unlink(missing_ok=True)
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
     _begin(trainer, run_dir, settings)
-    return trainer.step, None
+    return None
 
 
 def _begin(trainer, run_dir: Path, settings: dict) -> None:
@@ -347,7 +355,7 @@ def _begin(trainer, run_dir: Path, settings: dict) -> None:
     write_atomic(run_dir / RUN_CONFIG, json.dumps(settings, indent=2, default=str) + "\n")
 
 
-def _continue(trainer, checkpoint: Path, settings: dict, everywhere: Everywhere) -> tuple[int, dict | None]:
+def _continue(trainer, checkpoint: Path, settings: dict, everywhere: Everywhere) -> dict | None:
     """Loads the checkpoint in all processes, and warns about settings that have changed since. Returns what _open_run
     returns."""
     run_dir = checkpoint.parent
@@ -370,7 +378,7 @@ def _continue(trainer, checkpoint: Path, settings: dict, everywhere: Everywhere)
         )
     if changed or not (run_dir / RUN_CONFIG).exists():
         write_atomic(run_dir / RUN_CONFIG, json.dumps(settings, indent=2, default=str) + "\n")
-    return trainer.step, unlogged
+    return unlogged
 
 
 @contextmanager

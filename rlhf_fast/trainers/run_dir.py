@@ -14,8 +14,8 @@ RUN_CONFIG = "run_config.json"
 
 
 def changed_settings(run_dir, settings: dict) -> list[str]:
-    """The names of settings that the run in this directory had at another value, or not at all. None where it has no
-    file of them."""
+    """The names of settings that the run in this directory had at another value, or not at all. [] if it has no file of
+    them."""
     path = Path(run_dir, RUN_CONFIG)
     if not path.exists():
         return []

@@ -98,8 +98,8 @@ class SFTTrainer:
         loss = torch.zeros((), device=self.model.device)
         statistics = torch.zeros(3, dtype=torch.float64, device=self.model.device)
 
+        tokens = [sum(map(len, row)) for row in rows]
         with common.learning_together(config), packing(self.model, on=self.packed):
-            tokens = [sum(map(len, row)) for row in rows]
             for part, counts in common.micro_batches(rows, tokens, config):
                 hidden, labels = self._response_hidden([e for row in part for e in row])
                 hidden, weight, bias, softcap = lm_head(self.model, hidden)
@@ -112,15 +112,8 @@ class SFTTrainer:
                 if with_statistics:
                     statistics += counts * token_statistics(hidden, weight, bias, softcap, labels)
 
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.whole = False
-        grad_norm = optimizers.optimizer_step(self.optimizer, self.scheduler, config.max_grad_norm)
-        finite, last = bool(grad_norm.isfinite()), self.step + 1 == self.total_steps
-        self.guard.check(finite, "the gradient", lambda: [vars(e) for row in rows for e in row], last)
-        self.step += 1
-        self.num_tokens += sum(len(e) for row in rows for e in row)
-        loss = parallel.all_reduce_sum(loss)
-        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "num_tokens": self.num_tokens}
+        taken = common.take_step(self, [e for row in rows for e in row], sum(tokens))
+        metrics = {"loss": parallel.all_reduce_sum(loss), **taken}
         if with_statistics:
             _, correct, entropy = parallel.all_reduce_sum(statistics) / num_labels
             metrics |= {"mean_token_accuracy": correct, "entropy": entropy}
