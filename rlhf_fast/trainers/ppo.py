@@ -291,11 +291,12 @@ class PPOTrainer:
         with self.gathered(), parallel.raise_in_all(), packing(*self._trunks(), on=self.packed):
             for rows in chain.from_iterable(self._share(rollout, minibatch) for minibatch in plan):
                 *inputs, labels = self._layout(rollout, rows)
+                hidden = None
                 if with_policy:
                     hidden = self._hidden_states(self.policy, *inputs)
                     rollout.logprobs[rows] = rollout.scatter(rows, self._logprobs(self.policy, hidden, labels))
-                    if values:
-                        rollout.values[rows] = self._values(rollout, rows, inputs, hidden)
+                if values:
+                    rollout.values[rows] = self._values(rollout, rows, inputs, hidden)
                 if self.has_reference:
                     rollout.ref_logprobs[rows] = rollout.scatter(rows, self._reference_logprobs(*inputs, labels))
         for name in filled:

@@ -179,12 +179,12 @@ class PPOConfig:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether the log-probabilities of a rollout are needed before the update: for its rewards, weights or values,
-        or for a second step from it. Those of the first step are the old ones, because nothing has moved the policy.
-        """
+        """Whether the log-probabilities of a rollout are needed before the update: for its rewards or weights, or for a
+        second step from it, or because they come with the values. Those of the first step are the old ones, because
+        nothing has moved the policy."""
         steps = self.num_ppo_epochs * (self.batch_size // self.minibatch_size)
         weighted = self.importance_cap is not None
-        return steps > 1 or self.kl_in_rewards or weighted or self.advantage_estimator == "gae"
+        return steps > 1 or self.kl_in_rewards or weighted or self.share_trunk
 
     @property
     def shapes_scores(self) -> bool:

@@ -65,7 +65,8 @@ def with_tools(prompts, trainer):
 @pytest.mark.parametrize("options", [
     {}, {"num_generations": 1, "advantage_estimator": "reinforce", "micro_batch_size": 3}, {"lora_r": 4},
     {"kl_coef": 0.1, "kl_in_loss": True, "kl_estimator": "k3"}, {"rollout_func": with_tools}, {"bf16": True},
-], ids=["group", "ungrouped", "lora", "kl in the loss", "tools", "bf16"])  # fmt: skip
+    {"advantage_estimator": "gae", "scale_advantages": "batch"},
+], ids=["group", "ungrouped", "lora", "kl in the loss", "tools", "bf16", "critic of its own"])  # fmt: skip
 def test_one_step_needs_no_old_logprobs_and_learns_the_same_to_the_last_bit(tmp_path, options, monkeypatch):
     monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: True)
     trainer = make_trainer(tmp_path / "a", **options)
@@ -74,13 +75,14 @@ def test_one_step_needs_no_old_logprobs_and_learns_the_same_to_the_last_bit(tmp_
     rows, weights = iterations(trainer)
     steps = -(-16 // trainer.config.micro_batch_size) * len(rows)
     of_reference = steps if trainer.has_reference else 0
-    assert calls == {"_hidden_states": steps + of_reference, "_reference_logprobs": of_reference}
+    of_others = of_reference + (2 * steps if trainer.value_model else 0)  # the critic is read before and in the step
+    assert calls == {"_hidden_states": steps + of_others, "_reference_logprobs": of_reference}
 
     monkeypatch.setattr(PPOConfig, "needs_old_logprobs", True)
     other = make_trainer(tmp_path / "b", **options)
     calls = counted(other, monkeypatch)
     want_rows, want_weights = iterations(other)
-    assert calls["_hidden_states"] == 2 * steps + of_reference
+    assert calls["_hidden_states"] == 2 * steps + of_others
     for row, want in zip(rows, want_rows, strict=True):
         assert row == pytest.approx(want, nan_ok=True, rel=1e-6, abs=1e-9)
         assert row["policy/max_abs_log_ratio"] == 0.0 and row["objective/entropy"] > 1
@@ -88,8 +90,8 @@ def test_one_step_needs_no_old_logprobs_and_learns_the_same_to_the_last_bit(tmp_
 
 
 @pytest.mark.parametrize("options", [
-    {"num_ppo_epochs": 2}, {"minibatch_size": 8}, {"kl_coef": 0.1}, {"advantage_estimator": "gae"},
-    {"importance_cap": 2.0},
+    {"num_ppo_epochs": 2}, {"minibatch_size": 8}, {"kl_coef": 0.1}, {"importance_cap": 2.0},
+    {"advantage_estimator": "gae", "scale_advantages": "batch", "share_trunk": True},
 ])  # fmt: skip
 def test_what_needs_the_old_logprobs(tmp_path, options):
     trainer = make_trainer(tmp_path, **options)
