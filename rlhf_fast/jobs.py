@@ -181,9 +181,7 @@ def _warn_of_another(job, path: Path) -> None:
     now, before = json.loads(_as_json(job)), read_mapping(path)
     if before is None:
         return
-    # job.json of an earlier version may lack keys; a key that is not set counts as missing, {} too.
-    differ = (name for name in now if (now[name] or None) != (before.get(name) or None))
-    changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in differ]
+    changed = [f"{name} (it was {json.dumps(before.get(name))})" for name in now if now[name] != before.get(name)]
     if changed:
         warnings.warn(f"resuming with another {', another '.join(changed)}", stacklevel=3)
 

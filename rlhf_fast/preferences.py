@@ -127,7 +127,7 @@ def report_section(evaluation: dict) -> str:
         f"The reward model prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of {evaluation['pairs']} "
         f"held-out pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']} ties count half)."
     )
-    if broken := evaluation.get("not_finite"):  # absent in files of earlier versions
+    if broken := evaluation["not_finite"]:
         lead += f" <b>The margin of {broken} is not finite</b>; these count as wrong."
     figures = [_reliability(calibration), _by_length(evaluation["by_length_difference"])]
     if evaluation["margin"]:

@@ -90,7 +90,7 @@ def test_adapters_bring_the_generation_config_of_their_training(base, tmp_path, 
     loaded = models.load_policy(tmp_path / "sft").generation_config
     assert loaded.eos_token_id == [tokenizer.eos_token_id, 9] and loaded.pad_token_id == tokenizer.pad_token_id
     assert (loaded.do_sample, loaded.temperature) == (True, 0.6)
-    (tmp_path / "sft" / "generation_config.json").unlink()  # as peft alone, and earlier versions, save
+    (tmp_path / "sft" / "generation_config.json").unlink()  # as peft alone saves
     assert models.load_policy(tmp_path / "sft").generation_config.eos_token_id == tokenizer.eos_token_id
 
 

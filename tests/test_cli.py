@@ -812,11 +812,8 @@ def test_bf16_of_what_writes_is_heard_and_refused_without_the_hardware(sft, caps
     monkeypatch.setattr("rlhf_fast.trainers.common.bf16_supported", lambda device: True)
     writer = load_writer(WriterJob(model, max_new_tokens=4, bf16=True))
     writer(["Name 1 and 2."], [0])
-    assert (
-        seen == [True, False, True]
-        and writer.describe()["bf16"]
-        and "bf16" not in load_writer(WriterJob(model)).describe()
-    )
+    assert seen == [True, False, True]
+    assert [x.describe()["bf16"] for x in (writer, load_writer(WriterJob(model)))] == [True, False]
 
 
 def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):

@@ -64,9 +64,7 @@ class TextGenerator:
 
     def describe(self) -> dict:
         """JSON-ready provenance, stored in run.json."""
-        sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p")}
-        if self.bf16:  # only then, because records of older runs do not have it
-            sampling["bf16"] = True
+        sampling = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "bf16")}
         return {**describe_model(self.model), **sampling}
 
 

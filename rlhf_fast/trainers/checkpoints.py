@@ -105,11 +105,9 @@ def load_checkpoint(trainer, path: Path) -> dict | None:
         setattr(trainer.guard, name, value)
     if trainer.step != state["step"]:
         raise RuntimeError(f"{type(trainer).__name__}.load_state_dict left step at {trainer.step}, not {state['step']}")
-    # One state per process; earlier versions saved a single one.
-    rng_states = [state["rng"]] if isinstance(state["rng"], dict) else state["rng"]
-    if parallel.rank() < len(rng_states):  # else the run continues with more processes than it had
-        set_rng_state(rng_states[parallel.rank()])
-    return state.get("metrics")
+    if parallel.rank() < len(state["rng"]):  # else the run continues with more processes than it had
+        set_rng_state(state["rng"][parallel.rank()])
+    return state["metrics"]
 
 
 def latest_checkpoint(run_dir) -> Path | None:

@@ -167,9 +167,9 @@ def digest(arrays: Iterable) -> str:
 
 def check_same_data(state: dict, lengths: list[int], data: str, tokenizer) -> None:
     """Raises ConfigError if a checkpoint was trained on other data: its lengths or its digest differ from those of the
-    data now, as the tokenizer encodes it. (Checkpoints of earlier versions have no digest.)"""
+    data now, as the tokenizer encodes it."""
     before = state["lengths"].tolist()
-    if before != lengths or state.get("data", data) != data:
+    if before != lengths or state["data"] != data:
         differs = "in content" if before == lengths else f"{len(before)} examples, now {len(lengths)}, or other lengths"
         dated = (
             " (its chat template writes today's date by strftime_now: put the day on which the run began there)"
@@ -364,6 +364,6 @@ def state_of(trainer) -> dict:
 def load_state(trainer, state: dict) -> None:
     """Restores a state that state_of returned."""
     check_same_data(state, trainer.lengths, trainer.data, trainer.tokenizer)
-    trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]
     models.load_trained_state(trainer.model, state["model"])
     optimizers.load_optimizer(trainer.optimizer, trainer.scheduler, state["optimizer"], state["scheduler"])
+    trainer.step, trainer.num_tokens = state["step"], state["num_tokens"]  # last: what is refused moves no step

@@ -53,12 +53,12 @@ def load_state(trainer, state: dict) -> None:
             "the checkpoint has another critic, or none: resume with the same advantage_estimator and share_trunk, or "
             "start a new run in another output_dir"
         )
-    trainer.step = state["step"]
-    if trainer.config.kl_target is not None:  # else kl_coef is that of the config, which may have changed
-        trainer.kl_controller.kl_coef = state["kl_coef"]
-    trainer.score_scale = RunningStd(**state["score_scale"])
     load_trained_state(trainer.policy, state["policy"])
     if trainer.value_model:
         load_trained_state(_own_critic(trainer), state["value_model"])
     for learner in zip(trainer.optimizers, trainer.schedulers, state["optimizers"], state["schedulers"], strict=True):
         optimizers.load_optimizer(*learner)
+    if trainer.config.kl_target is not None:  # else kl_coef is that of the config, which may have changed
+        trainer.kl_controller.kl_coef = state["kl_coef"]
+    trainer.score_scale = RunningStd(**state["score_scale"])
+    trainer.step = state["step"]  # last: what is refused moves no step

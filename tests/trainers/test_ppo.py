@@ -602,6 +602,11 @@ def test_a_checkpoint_with_another_critic_is_refused_in_words(tmp_path):
     for trainer, other in itertools.permutations(trainers, 2):
         with pytest.raises(ConfigError, match="another critic, or none: resume with the same advantage_estimator"):
             trainer.load_state_dict(other.state_dict())
+    state = trainers[0].state_dict() | {"step": 3}
+    state["optimizers"][1]["param_groups"][0]["params"].pop()
+    with pytest.raises(ConfigError, match="tensors of the model"):
+        trainers[0].load_state_dict(state)
+    assert trainers[0].step == 0
 
 
 def test_a_resumed_run_takes_what_its_config_says_now(tmp_path):

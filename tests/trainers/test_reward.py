@@ -270,9 +270,11 @@ def test_only_the_last_layers_learn(tmp_path):
     [({}, {"freeze_trunk": True}), ({"freeze_trunk": True}, {}), ({"train_last_layers": 1}, {"train_last_layers": 2})],
 )
 def test_a_run_resumes_with_the_part_that_it_trained(tmp_path, before, now):
-    state = trainer(tmp_path, **before).state_dict()
+    state = trainer(tmp_path, **before).state_dict() | {"step": 3}
+    refusing = trainer(tmp_path, **now)
     with pytest.raises(ConfigError, match=r"resume with the same freeze_trunk, train_last_layers and lora_\*"):
-        trainer(tmp_path, **now).load_state_dict(state)
+        refusing.load_state_dict(state)
+    assert refusing.step == 0
 
 
 def test_a_run_resumes_with_the_adapters_that_it_trained(tmp_path):
