@@ -185,13 +185,17 @@ def _is_gemma_norm(module: nn.Module) -> bool:
     return type(module).__name__.startswith("Gemma")
 
 
+def norm_factor(module: nn.Module) -> tuple[Tensor, float]:
+    """What a RMSNorm multiplies by, and its epsilon."""
+    if _is_gemma_norm(module):
+        return 1 + module.weight, module.eps
+    return module.weight, module.variance_epsilon
+
+
 def _rms_norm(module: nn.Module):
     """transformers' RMSNorm in one call instead of seven. In half precision the module itself is called, because it
     rounds between its steps."""
-    if _is_gemma_norm(module):
-        weight, eps = 1 + module.weight, module.eps
-    else:
-        weight, eps = module.weight, module.variance_epsilon
+    weight, eps = norm_factor(module)
 
     def in_one_pass(x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or weight.dtype != torch.float32:
@@ -222,13 +226,20 @@ def _norms(layer: nn.Module, bf16: bool) -> tuple[Callable, Callable, Callable, 
     return before[0], after[0], before[1], after[1]
 
 
-def _embedding(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
+def embedding(trunk: nn.Module) -> Callable[[Tensor], Tensor]:
     """The embedding, times the factor that the trunk multiplies it by."""
     embed, factor = trunk.embed_tokens, getattr(trunk, "embedding_multiplier", None)  # granite
     scales_itself = any(hasattr(module, "embed_scale") for module in embed.modules())  # adapters wrap it
     if trunk.config.model_type in ("gemma", "gemma2") and not scales_itself:  # transformers 4
         factor = torch.tensor(trunk.config.hidden_size**0.5, dtype=embed.weight.dtype)
     return embed if factor is None else lambda ids: embed(ids) * factor
+
+
+def rotary_kind(trunk: nn.Module, i: int) -> str:
+    """Which rotary positions layer i has: the name of its kind of layer if they differ by kind, or "all" or "none"."""
+    if not getattr(trunk.layers[i].self_attn, "use_rope", True):
+        return "none"
+    return trunk.config.layer_types[i] if hasattr(trunk.rotary_emb, "layer_types") else "all"
 
 
 class Rotary:
@@ -243,7 +254,7 @@ class Rotary:
     """
 
     def __init__(self, trunk, length: int, bf16: bool):
-        self.embed_tokens, self.norm, self.bf16 = _embedding(trunk), _rms_norm(trunk.norm), bf16
+        self.embed_tokens, self.norm, self.bf16 = embedding(trunk), _rms_norm(trunk.norm), bf16
         self.queries, self.keys = trunk.config.num_attention_heads, trunk.config.num_key_value_heads
         self.head_dim = trunk.layers[0].self_attn.head_dim
         self.in_one_pass = _layer.runs_on(trunk.embed_tokens.weight)
@@ -261,12 +272,11 @@ class Rotary:
         modules = *qkv, attention.o_proj, *gate_up, mlp.down_proj
         products = [product_of(module, bf16) for module in modules]
         qk_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        kind = trunk.config.layer_types[i] if hasattr(trunk.rotary_emb, "layer_types") else "all"
         return {
             "norms": _norms(layer, bf16),
             "qkv": _side_by_side(*products[: len(qkv)]),
             "qk_norms": [(_rms_norm(norm), norm.weight.numel()) for norm in qk_norms if norm is not None],
-            "angles": kind if getattr(attention, "use_rope", True) else "none",
+            "angles": rotary_kind(trunk, i),
             "scaling": attention.scaling,
             "window": sliding_window(trunk.config, i),
             "softcap": getattr(attention, "attn_logit_softcapping", None),

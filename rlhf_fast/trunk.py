@@ -5,11 +5,11 @@
                        x += mlp(norm(x))                     in the last layer for the chosen tokens only
     norm(x)                                                  (M, D)
 
-llama, mistral, ministral, qwen2, qwen3 and gpt2 in float32 on the CPU run here; all other models go through
-transformers. The model's own modules do the matrix products, with LoRA adapters if it has them, under autocast in
-bfloat16. The steps between the products are in float32 and take few passes over memory: those of llama are in
-ops/_layer.py, and so is attention, whose backward in bfloat16 takes PyTorch twice as long. There are two layouts: rows
-padded on the right (hidden_states_at, for PPO) and sequences end to end (packing.py).
+The architectures of FAMILIES in float32 on the CPU run here; all other models go through transformers. The model's own
+modules do the matrix products, with LoRA adapters if it has them, under autocast in bfloat16. The steps between the
+products are in float32 and take few passes over memory: those of llama are in ops/_layer.py, and so is attention, whose
+backward in bfloat16 takes PyTorch twice as long. There are two layouts: rows padded on the right (hidden_states_at, for
+PPO) and sequences end to end (packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .decoder import why_no_decoder
-from .decoder_layers import gelu_in_one_pass, gpt2_scaling, is_silu, sliding_window
+from .decoder_layers import (
+    embedding,
+    gelu_in_one_pass,
+    gpt2_scaling,
+    is_silu,
+    norm_factor,
+    rotary_kind,
+    sliding_window,
+)
 from .models import hidden_states, unwrapped
 from .ops import _layer
 
@@ -85,7 +93,7 @@ def forward(
             x = x.index_select(0, read)
             if attend_read is not None:
                 attend, asked, some = attend_read, count, read
-        q, k, v = family.project(layer, h, some)
+        q, k, v = family.project(layer, i, h, some)
         with torch.autocast("cpu", enabled=False):
             q_k_v = _first(asked, q), _first(rows, k), _first(rows, v)
             attended = attend(*q_k_v, family.scaling(layer, i), sliding_window(trunk.config, i))
@@ -98,50 +106,73 @@ def forward(
     return _first(count, family.norm(x))
 
 
-class _Llama:
-    """Rotary positions, RMSNorm and a gated MLP."""
+class _Rotary:
+    """Rotary positions, RMSNorm and a gated MLP: llama and its kin, whose differences decoder_layers.Rotary lists."""
 
     def __init__(self, trunk, dtype: torch.dtype):
         self.trunk, self.layers, self.dtype = trunk, trunk.layers, dtype
 
     def fits(self) -> bool:
         """Whether the methods below compute what the modules would."""
-        drops = self.trunk.training and self.layers[0].self_attn.attention_dropout
-        silu = self.trunk.config.hidden_act == "silu" and all(is_silu(layer.mlp.act_fn) for layer in self.layers)
-        return silu and not drops
+        drops = self.layers[0].self_attn.attention_dropout or getattr(self.trunk.config, "resid_pdrop", 0.0)
+        return not (self.trunk.training and drops)
 
     def embed(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        x = self.trunk.embed_tokens(input_ids)
-        cos, sin = self.trunk.rotary_emb(x, position_ids=position_ids[None])
-        self.angles = cos[0].contiguous(), sin[0].contiguous()  # (T, d)
+        x, self.angles = embedding(self.trunk)(input_ids), {}
+        for kind in {rotary_kind(self.trunk, i) for i in range(len(self.layers))} - {"none"}:
+            of_kind = {} if kind == "all" else {"layer_type": kind}
+            turn = self.trunk.rotary_emb(x, position_ids=position_ids[None], **of_kind)
+            self.angles[kind] = [part[0].contiguous() for part in turn]  # cosines and sines, (T, d) or fewer columns
         return x
 
     def attention_norm(self, layer, x: Tensor) -> Tensor:
-        return _rms_norm(layer.input_layernorm, x, self.dtype)
+        return self._normed(layer, "input_layernorm", x)
 
-    def project(self, layer, h: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, layer, i: int, h: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D) -> queries, keys and values, (N, heads, d) in float32. some: the tokens whose queries are needed."""
-        attention, queries, turn = layer.self_attn, h, self.angles
-        if some is not None:
-            queries, *turn = (x.index_select(0, some) for x in (h, *self.angles))
-        q, k, v = (
-            project(x).float().unflatten(-1, (-1, attention.head_dim))
-            for project, x in ((attention.q_proj, queries), (attention.k_proj, h), (attention.v_proj, h))
-        )
-        if hasattr(attention, "q_norm"):
-            q, k = (_rms_norm(norm, x) for norm, x in ((attention.q_norm, q), (attention.k_norm, k)))
-        return _layer.rotary(q, *turn), _layer.rotary(k, *self.angles), v
+        attention, turn = layer.self_attn, self.angles.get(rotary_kind(self.trunk, i))
+        heads = lambda product: product.float().unflatten(-1, (-1, attention.head_dim))  # noqa: E731
+        first = lambda x: x if some is None else x.index_select(0, some)  # noqa: E731
+        if hasattr(attention, "qkv_proj"):
+            kept = self.trunk.config.num_key_value_heads
+            q, k, v = heads(attention.qkv_proj(h)).split([self.trunk.config.num_attention_heads, kept, kept], 1)
+            q = first(q)
+        else:
+            q, k, v = heads(attention.q_proj(first(h))), heads(attention.k_proj(h)), heads(attention.v_proj(h))
+        if hasattr(attention, "q_norm"):  # of each head, or of all together
+            q, k = (
+                _rms_norm(norm, x.flatten(1).unflatten(1, (-1, len(norm.weight)))).view(x.shape)
+                for norm, x in ((attention.q_norm, q), (attention.k_norm, k))
+            )
+        if turn is not None:
+            q, k = _turned(q, *map(first, turn)), _turned(k, *turn)
+        return q, k, v
 
     def scaling(self, layer, i: int) -> float:
         return layer.self_attn.scaling
 
     def finish(self, layer, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + layer.self_attn.o_proj(attended)
-        h, mlp = _rms_norm(layer.post_attention_layernorm, x, self.dtype), layer.mlp
-        return x + mlp.down_proj(_layer.swiglu(mlp.gate_proj(h).to(self.dtype), mlp.up_proj(h).to(self.dtype)))
+        """Without a norm after the MLP, post_attention_layernorm is, despite its name, the one before it."""
+        after = hasattr(layer, "post_feedforward_layernorm")
+        x = _added(layer, x, layer.self_attn.o_proj(attended), layer.post_attention_layernorm if after else None)
+        h = self._normed(layer, "pre_feedforward_layernorm" if after else "post_attention_layernorm", x)
+        return _added(layer, x, self._mlp(layer.mlp, h), layer.post_feedforward_layernorm if after else None)
+
+    def _mlp(self, mlp, h: Tensor) -> Tensor:
+        if hasattr(mlp, "gate_up_proj"):
+            (gate, up), activation = (x.contiguous() for x in mlp.gate_up_proj(h).chunk(2, -1)), mlp.activation_fn
+        else:
+            gate, up, activation = mlp.gate_proj(h), mlp.up_proj(h), mlp.act_fn
+        gate, up = gate.to(self.dtype), up.to(self.dtype)
+        return mlp.down_proj(_layer.swiglu(gate, up) if is_silu(activation) else activation(gate) * up)
 
     def norm(self, x: Tensor) -> Tensor:
         return _rms_norm(self.trunk.norm, x)
+
+    def _normed(self, layer, name: str, x: Tensor) -> Tensor:
+        """x after this norm of the layer, as the products after it read it; x itself if the layer has none."""
+        norm = getattr(layer, name, None)
+        return x if norm is None else _rms_norm(norm, x, self.dtype)
 
 
 class _GPT2:
@@ -161,7 +192,7 @@ class _GPT2:
     def attention_norm(self, layer, x: Tensor) -> Tensor:
         return layer.ln_1(x)
 
-    def project(self, layer, h: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, layer, i: int, h: Tensor, some: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = layer.attn.c_attn(h).float().view(len(h), 3, -1, layer.attn.head_dim).unbind(1)
         return q if some is None else q.index_select(0, some), k, v
 
@@ -177,7 +208,8 @@ class _GPT2:
 
 
 FAMILIES = {  # by model_type
-    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3"), _Llama),
+    **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite"), _Rotary),
+    **dict.fromkeys(("gemma", "gemma3_text", "olmo2", "olmo3"), _Rotary),
     "gpt2": _GPT2,
 }
 
@@ -191,5 +223,20 @@ def _first(rows: int, x: Tensor) -> Tensor:
 
 
 def _rms_norm(module: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return _layer.rms_norm(rows, module.weight, module.variance_epsilon, dtype).view(x.shape)
+    return _layer.rms_norm(x.reshape(-1, x.shape[-1]), *norm_factor(module), dtype).view(x.shape)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(N, heads, d) turned by rotary positions; if these have fewer columns, only the first ones of each head."""
+    part = cos.shape[-1]
+    if part == x.shape[-1]:
+        return _layer.rotary(x, cos, sin)
+    return torch.cat([_layer.rotary(x[..., :part].contiguous(), cos, sin), x[..., part:]], -1)
+
+
+def _added(layer, x: Tensor, out: Tensor, norm: nn.Module | None) -> Tensor:
+    """x plus the output of attention or MLP, which a norm or granite's factor changes before."""
+    if norm is not None:
+        out = _rms_norm(norm, out.float())
+    factor = getattr(layer, "residual_multiplier", None)
+    return x + (out if factor is None else out * factor)

@@ -16,6 +16,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -28,8 +30,12 @@ from transformers import (
     MptForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
 )
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -70,11 +76,23 @@ def sliding(**options):
     return MistralForCausalLM(MistralConfig(vocab_size=V, hidden_size=32, sliding_window=5, **SIZES, **options))
 
 
-def sliding_in_transformers(**options):  # the others run in our forward
+def olmo3(**options):
     return Olmo3ForCausalLM(Olmo3Config(vocab_size=V, hidden_size=32, sliding_window=5, **SIZES, **options))
 
 
-ARCHITECTURES = [llama, qwen2, gpt2, sliding, sliding_in_transformers]
+def gemma(**options):
+    return GemmaForCausalLM(GemmaConfig(vocab_size=V, hidden_size=32, head_dim=8, **SIZES, **options))
+
+
+def phi3(**options):
+    return Phi3ForCausalLM(Phi3Config(vocab_size=V, hidden_size=32, **SIZES, **options))
+
+
+def sliding_in_transformers(**options):  # the others run in our forward
+    return Starcoder2ForCausalLM(Starcoder2Config(vocab_size=V, hidden_size=32, sliding_window=5, **SIZES, **options))
+
+
+ARCHITECTURES = [llama, qwen2, gpt2, sliding, olmo3, gemma, phi3, sliding_in_transformers]
 
 
 def build(architecture, **options):
@@ -269,7 +287,7 @@ def test_the_last_mlp_runs_only_for_what_is_read(architecture):
     packed, read, seen = Packed.of(sequences(9, 1, 17, 4)), torch.tensor([2, 8, 9, 26, 30]), []
     whole = together(model, packed)
     mlp = models.trunk_layers(model)[-1].mlp
-    down = mlp.c_proj if architecture is gpt2 else mlp.down_proj
+    down = getattr(mlp, "down_proj", None) or mlp.c_proj
     hook = down.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0].shape[-2]))
     with packing(model):
         some = packed_hidden_states(model, packed, read)
