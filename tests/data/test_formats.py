@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import tracemalloc
 import warnings
 
 import datasets
@@ -465,6 +466,19 @@ def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
         path.write_text('{"text": "a"}\n' + value, encoding="utf-8")
         with pytest.raises(ConfigError, match="line 2: cannot be read"):
             read_dataset(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_reading_lines_takes_little_more_memory_than_the_records(tmp_path, name):
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.writelines(json.dumps({"text": "a" * 1000}) + "\n" for _ in range(3000))
+    tracemalloc.start()
+    try:
+        records = read_dataset(tmp_path / name)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(records) == 3000 and peak < 1.2 * left
 
 
 def test_one_list_and_a_record_per_line_are_told_apart(tmp_path):
