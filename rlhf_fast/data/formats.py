@@ -89,10 +89,10 @@ class Comparison:
 
 @dataclass
 class Prompt:
-    """A prompt as in the data, its tokens, and the record's other columns, for reward functions."""
+    """A prompt as in the data, its tokens (T,) int32, and the record's other columns, for reward functions."""
 
     prompt: chat.Text
-    tokens: list[int]
+    tokens: np.ndarray
     columns: dict
 
     def __len__(self) -> int:
@@ -387,6 +387,6 @@ def prompts(
             raise ConfigError(
                 f"{name} record {i}: its prompt {prompt!r} has no tokens, so there is nothing to continue from"
             )
-        encoded[i] = Prompt(prompt, tokens, {key: record.get(key) for key in columns})
+        encoded[i] = Prompt(prompt, np.array(tokens, np.int32), {key: record.get(key) for key in columns})
     report = Report(name, len(records), max_length=max_length, setting="max_prompt_length")
     return _within_max_length({i: [p] for i, p in encoded.items()}, report, on_overlong), report

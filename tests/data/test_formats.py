@@ -451,6 +451,15 @@ def test_a_cut_that_leaves_nothing_to_learn_leaves_the_record_out():
     assert len(examples) == report.used == 1 and [i for i, _ in report.overlong] == [0] and not report.truncated
 
 
+def test_a_token_takes_four_bytes_in_every_kind_of_example():
+    (sft,), _ = sft_examples([{"prompt": "say ", "completion": "hello"}], TOKENIZER, max_length=64)
+    (pair,), _ = comparisons([PAIR], TOKENIZER, max_length=64)
+    (scored,), _ = responses_to_score([{"text": "hello"}], TOKENIZER, max_length=64)
+    (prompt,), _ = prompts([{"prompt": "say hello"}], TOKENIZER, max_length=64)
+    arrays = [sft.input_ids, *pair.responses, scored, prompt.tokens]
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+
+
 def test_as_records_reads_an_iterator_once():
     assert as_records(iter([PAIR]), "data") == [PAIR]
 
