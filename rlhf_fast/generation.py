@@ -12,6 +12,8 @@ sampling, and a warning says so once; one prompt at a time if a batch changes wh
 from __future__ import annotations
 
 import math
+import sys
+import time
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,11 +103,20 @@ def most_likely(logits: Tensor, _, *, temperature: float) -> tuple[Tensor, Tenso
 # --- many answers ----------------------------------------------------------------------------------------------------
 
 
+TOLD_EVERY = 600.0  # seconds
+
+
 def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
-    """The rows in batches. A loop of more than 5 seconds shows a progress bar, which disappears at the end."""
-    silent = True if parallel.rank() else None  # None: silent only if stderr is not a terminal
-    for start in tqdm(range(0, len(rows), batch_size), what, delay=5, leave=False, unit="batch", disable=silent):
+    """The rows in batches. A loop of more than 5 seconds shows a progress bar, which disappears at the end; where there
+    is no terminal (a batch job), it writes a line every ten minutes instead."""
+    first = parallel.rank() == 0
+    steps, told = range(0, len(rows), batch_size), time.monotonic()
+    bar = tqdm(steps, what, delay=5, leave=False, unit="batch", disable=None if first else True)
+    for start in bar:
         yield rows[start : start + batch_size]
+        if bar.disable and first and time.monotonic() - told >= TOLD_EVERY:
+            told = time.monotonic()
+            print(f"{what} {min(start + batch_size, len(rows))}/{len(rows)}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
