@@ -278,7 +278,7 @@ def _generate(argv: list[str]) -> None:
         with _output(job.output, "generate") as file:
             _write_rows(answer_records(job.model, job.input, **sampling), file, job.output)
         return
-    prompts = flags["prompt"] or [line for line in _stdin().split("\n") if line.strip()]
+    prompts = flags["prompt"] or [line.removesuffix("\n") for line in _stdin() if line.strip()]
     for text in (*prompts, job.system or ""):  # the bytes of an argument need not be UTF-8
         check_encodable(text, f"generate: {text[:40]!r}")
     for prompt, text in zip(prompts, answer(job.model, prompts, job.system, **sampling), strict=True):
@@ -297,9 +297,11 @@ def _score(argv: list[str]) -> None:
         _write_rows(score(job.model, records, job.batch_size), file, job.output)
 
 
-def _stdin() -> str:
+def _stdin() -> Iterator[str]:
+    """The lines of standard input, without a byte order mark."""
     try:
-        return sys.stdin.read().removeprefix("\ufeff")
+        for i, line in enumerate(sys.stdin):
+            yield line if i else line.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
 

@@ -12,7 +12,10 @@ sampling, and a warning says so once; one prompt at a time if a batch changes wh
 from __future__ import annotations
 
 import math
+import sys
+import time
 import warnings
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -100,11 +103,20 @@ def most_likely(logits: Tensor, _, *, temperature: float) -> tuple[Tensor, Tenso
 # --- many answers ----------------------------------------------------------------------------------------------------
 
 
+TOLD_EVERY = 600.0  # seconds
+
+
 def batches(rows: list[int], batch_size: int, what: str) -> Iterator[list[int]]:
-    """The rows in batches. A loop of more than 5 seconds shows a progress bar, which disappears at the end."""
-    silent = True if parallel.rank() else None  # None: silent only if stderr is not a terminal
-    for start in tqdm(range(0, len(rows), batch_size), what, delay=5, leave=False, unit="batch", disable=silent):
+    """The rows in batches. A loop of more than 5 seconds shows a progress bar, which disappears at the end; where there
+    is no terminal (a batch job), it writes a line every ten minutes instead."""
+    first = parallel.rank() == 0
+    steps, told = range(0, len(rows), batch_size), time.monotonic()
+    bar = tqdm(steps, what, delay=5, leave=False, unit="batch", disable=None if first else True)
+    for start in bar:
         yield rows[start : start + batch_size]
+        if bar.disable and first and time.monotonic() - told >= TOLD_EVERY:
+            told = time.monotonic()
+            print(f"{what} {min(start + batch_size, len(rows))}/{len(rows)}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -113,7 +125,7 @@ def generate_with_logprobs(
     temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, do_sample: bool = True,
     batch_size: int = 128, generator: torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
     bf16: bool = False,
-) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+) -> tuple[list[list[int]], list[array]]:  # fmt: skip
     """N prompts as token ids -> N responses of at most max_new_tokens ids, which end with eos unless they were cut, and
     the log-probability of every response token under softmax(logits / temperature).
 
@@ -142,7 +154,8 @@ def generate_with_logprobs(
         if _depends_on_batch(model, prompts, stops, min(max_new_tokens, 2)):
             _warn_once(f"{name} answers one prompt at a time, because a batch changes what it computes")
             batch_size = 1
-    responses, logprobs = ([[] for _ in prompts] for _ in range(2))
+    # Of many answers a token takes 12 bytes: a reference to the one int of its id, and a float32.
+    responses, logprobs, ints = [[]] * len(prompts), [array("f")] * len(prompts), {}
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with evaluating(model):
         for rows in batches(longest_first, batch_size, "generating"):
@@ -153,7 +166,7 @@ def generate_with_logprobs(
             # Up to and including the first stop. A row without one gets its width + 1, which a slice allows.
             lengths = (~_ends(tokens, stops)).cumprod(1).sum(1).add_(1).tolist()
             for i, row, logp, length in zip(rows, tokens.tolist(), logps.tolist(), lengths, strict=True):
-                responses[i], logprobs[i] = row[:length], logp[:length]
+                responses[i], logprobs[i] = [ints.setdefault(x, x) for x in row[:length]], array("f", logp[:length])
     return responses, logprobs
 
 

@@ -19,6 +19,7 @@ from .data.checks import is_pair, is_ranking, naming_record, responses_of
 from .data.files import as_records
 from .data.formats import prompts as encode_prompts
 from .data.formats import warn_of_unwritten
+from .data.progress import progress
 from .data.sources import print_left_out, read_rows, rows_for
 from .disk import make_directory, write_atomic
 from .errors import ConfigError, NonFiniteError
@@ -85,7 +86,7 @@ def score(model: str, records: list[dict], batch_size: int) -> list[dict]:
     records = as_records(records, "input")
     reward, asked, tokens = RewardModelReward.load(model, batch_size=batch_size), [], []
     hh, unwritten = hh_rlhf.are_transcripts(records[0]), {}
-    for i, record in enumerate(records):
+    for i, record in enumerate(progress(records, "encoding input")):
         try:
             readable = dict(zip(("chosen", "rejected"), hh_rlhf.transcripts(record), strict=True)) if hh else record
         except ValueError as error:

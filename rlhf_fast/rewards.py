@@ -110,8 +110,10 @@ class RewardModelReward:
         scores, device = torch.empty(len(tokens), dtype=torch.float32), self.model.device
         with _scoring:
             packed = self._can_pack() and all(map(len, tokens))
-            # Packed, neighbours begin alike; padded, they are about equally long.
-            order = sorted(range(len(tokens)), key=lambda i: list(tokens[i]) if packed else len(tokens[i]))
+            # Packed, neighbours begin alike (big-endian bytes are in the order of their numbers, and take a ninth of a
+            # list's memory); padded, they are about equally long.
+            key = (lambda i: np.asarray(tokens[i], ">u4").tobytes()) if packed else (lambda i: len(tokens[i]))
+            order = sorted(range(len(tokens)), key=key)
             with evaluating(self.model), packing(self.model, on=packed):
                 for rows in batches(order, self.batch_size, "scoring"):
                     some = [tokens[i] for i in rows]
@@ -133,14 +135,14 @@ class RewardModelReward:
                 self._packs = why_not_packed(self.model, math.inf) is None
         return self._packs
 
-    def encode(self, prompt: Text | None, response: Text, unwritten: Parts | None = None) -> list[int]:
-        """The tokens to score: the conversation in the reward model's own template, or plain text.
+    def encode(self, prompt: Text | None, response: Text, unwritten: Parts | None = None) -> np.ndarray:
+        """(T,) int32 tokens to score: the conversation in the reward model's own template, or plain text.
 
         unwritten: a list, to which the parts of the response that the template leaves out are appended.
         """
         check_tokenizer(self.tokenizer, is_conversation(prompt) or is_conversation(response))
         end = has_reward_scale(self.model)
-        return encode_to_score(self.tokenizer, prompt, response, end=end, unwritten=unwritten).tolist()
+        return encode_to_score(self.tokenizer, prompt, response, end=end, unwritten=unwritten)
 
 
 def _check_trained(model, name: str) -> None:

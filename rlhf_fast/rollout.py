@@ -109,7 +109,7 @@ def generate(
     stops = stop_ids(model, tokenizer)
     drawn = draw_uniforms(len(prompts), max_new_tokens, generator)
 
-    def answer(rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+    def answer(rows: Sequence[int]) -> list[tuple[list[int], Sequence[float]]]:
         answers = generate_with_logprobs(
             model, [prompts[i].tokens for i in rows], max_new_tokens=max_new_tokens, eos_token_id=stops,
             temperature=temperature, batch_size=batch_size, generator=drawn[list(rows)], bf16=bf16,

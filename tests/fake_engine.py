@@ -148,7 +148,7 @@ class FakeEngine(ThreadingHTTPServer):
             model, [prompt], max_new_tokens=body["max_tokens"], eos_token_id=stops, temperature=temperature,
             generator=generator,
         )  # fmt: skip
-        ids, logprobs = responses[0], logprobs[0]
+        ids, logprobs = responses[0], logprobs[0].tolist()
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         table = (logits if self.raw else logits / temperature).log_softmax(-1)

@@ -625,6 +625,25 @@ def test_a_prompt_that_is_asked_several_times_is_read_once(name, fixed, prompts,
         assert alone[0] == answers[i] and logps[0] == pytest.approx(logprobs[i], abs=1e-5)
 
 
+@pytest.mark.parametrize(("every", "lines"), [(0, ["scoring 4/9", "scoring 8/9", "scoring 9/9"]), (600, [])])
+def test_where_no_bar_can_be_drawn_a_long_loop_says_how_far_it_is(every, lines, monkeypatch, capsys):
+    monkeypatch.setattr(generation, "TOLD_EVERY", every)
+    assert list(map(len, generation.batches(list(range(9)), 4, "scoring"))) == [4, 4, 1]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_token_of_many_answers_takes_twelve_bytes(model, prompts, monkeypatch):
+    """A list of Python's ints and one of its floats took 68."""
+    tokens = torch.arange(1000, 1008).expand(len(prompts), 8)
+    monkeypatch.setattr(
+        generation, "_answer_batch", lambda _, some, *__: (tokens[: len(some)], -tokens[: len(some)] / 7)
+    )
+    options = {"max_new_tokens": 8, "eos_token_id": 1007, "batch_size": 4}
+    answers, logprobs = generate_with_logprobs(model, prompts, **options)
+    assert answers == tokens.tolist() and len({id(token) for answer in answers for token in answer}) == 8
+    assert {row.itemsize for row in logprobs} == {4} and logprobs[-1].tolist() == (-tokens[-1] / 7).tolist()
+
+
 def test_an_answer_does_not_depend_on_its_batch(model, prompts):
     read, rows, expected = [], len(prompts), []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0].numel()))

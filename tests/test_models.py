@@ -453,7 +453,7 @@ def test_a_value_model_starts_at_the_reward_or_at_zero(tmp_path):
     models.ValueModel.from_reward_model(reward).model.save_pretrained(tmp_path)
     value = models.ValueModel.from_reward_model(models.load_reward_model(tmp_path))
     for prompt, response, score in zip(prompts, responses, served(prompts, responses), strict=True):
-        last = value(torch.tensor([served.encode(prompt, response)]))[0, -1]
+        last = value(torch.from_numpy(served.encode(prompt, response))[None])[0, -1]
         torch.testing.assert_close(last, score, rtol=1e-4, atol=1e-4)
 
 

@@ -2,6 +2,7 @@ import asyncio
 import signal
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_a_reward_model_reads_the_dialogue_in_its_own_template_up_to_one_eos(tok
     text = "<|user|>hello there<|assistant|>hi<eos>"
     assert tokenizer.decode(reward.encode(CHAT, "hi")).startswith(text)
     assert reward.encode(CHAT, "hi")[-1] == tokenizer.eos_token_id
-    assert reward.encode("a b", " c") == [*tokenizer("a b c")["input_ids"], tokenizer.eos_token_id]
+    assert reward.encode("a b", " c").tolist() == [*tokenizer("a b c")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_scores_are_float32_whatever_the_default_dtype(tokenizer, reward_model):
@@ -74,9 +75,9 @@ def test_a_reward_model_from_elsewhere_reads_what_its_template_writes(word_token
     ids = word_tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
     assert word_tokenizer.convert_ids_to_tokens(ids[0]) == ["U", "hello", "there", "A", "fine"]
     torch.testing.assert_close(reward([CHAT], ["fine"])[0], model(input_ids=ids).logits[0, 0])
-    assert reward.encode("hello ", "fine") == [5, 7, 0]  # eos alone ends text
+    assert reward.encode("hello ", "fine").tolist() == [5, 7, 0]  # eos alone ends text
     set_reward_scale(model, 0.0, 1.0)
-    assert reward.encode(CHAT, "fine") == [*ids[0].tolist(), 0]
+    assert reward.encode(CHAT, "fine").tolist() == [*ids[0].tolist(), 0]
     word_tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="has no chat template"):
         reward([CHAT], ["fine"])
@@ -98,7 +99,7 @@ def test_scores_are_those_of_transformers_one_row_at_a_time(tokenizer, reward_mo
     responses = ["hi", "a much longer answer than the others", "", "no", "the cat sat"]
     scores = reward([CHAT] * 5, responses)
     for score, response in zip(scores, responses, strict=True):
-        ids = torch.tensor([reward.encode(CHAT, response)])
+        ids = torch.from_numpy(reward.encode(CHAT, response))[None]
         torch.testing.assert_close(score, reward_model(input_ids=ids).logits[0, 0])
     assert len(set(scores.tolist())) == 5 and not scores.requires_grad
     for layer in reward_model.model.layers:
@@ -122,6 +123,24 @@ def test_scores_of_many_responses_are_those_of_each_alone_and_a_prompt_is_read_o
     torch.testing.assert_close(reward(prompts, responses), alone)
     tokens = sum(map(len, map(reward.encode, prompts, responses)))
     assert len(read) == 3 and sum(packed.input_ids.numel() for packed, _ in read) < 0.5 * tokens
+
+
+def test_sorting_many_responses_takes_about_as_much_memory_as_they_do(tokenizer, reward_model, monkeypatch):
+    draw = np.random.default_rng(0)
+    # Equal for a while, beginnings of others, and above one and two bytes.
+    rows = [np.r_[[7] * 150, draw.integers(254, 258, draw.integers(0, 90))].astype(np.int32) for _ in range(500)]
+    given = []
+    monkeypatch.setattr(rewards, "batches", lambda order, *_: given.extend(order) or ())
+    reward = RewardModelReward(reward_model, tokenizer)
+    assert reward._can_pack()
+    tracemalloc.start()
+    try:
+        reward.score(rows)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert given == sorted(range(500), key=lambda i: rows[i].tolist())
+    assert peak < 1.5 * sum(row.nbytes for row in rows)
 
 
 @pytest.mark.parametrize("broken", ["hook", "not finite", "empty"])

@@ -17,9 +17,12 @@ pad token.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -179,7 +182,7 @@ def _words(text: str) -> set[str]:
 
 def _agree(a: str, b: str) -> int:
     """The length of the longest common prefix of two texts."""
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return bisect_left(range(min(len(a), len(b))), True, key=lambda k: not b.startswith(a[: k + 1]))
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -213,14 +216,41 @@ def _bos(tokenizer, ids: list[int]) -> list[int]:
     return [bos] if adds and ids[:1] != [bos] else []
 
 
+@lru_cache(1)
+def _special_tokens(tokenizer, size: int) -> dict[int, str]:
+    """{token: its text} of those that the tokenizer finds in a text as it is, before it tokenizes what is between them,
+    and that take nothing of what is beside them. size: len(tokenizer), because a user may add tokens."""
+    added = tokenizer.added_tokens_decoder if tokenizer.is_fast else {}
+    return {
+        token: x.content for token, x in added.items() if not (x.normalized or x.lstrip or x.rstrip or x.single_word)
+    }
+
+
+def _marks(tokenizer, text: str) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The tokens of a text, and (end, start, index of the token) of each special token in it, the first for the
+    beginning. What stands before a mark changes nothing behind it, so text[start:] has the tokens from index on."""
+    special = _special_tokens(tokenizer, len(tokenizer))
+    if not (special and text):
+        return _tokenize(tokenizer, text), [(0, 0, 0)]
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    found = [(end, start, k) for k, (start, end) in enumerate(offsets) if ids[k] in special]
+    return ids, [(0, 0, 0), *(x for x in found if text[x[1] : x[0]] == special[ids[x[2]]])]
+
+
 def _split(tokenizer, text: str, cuts: list[int]) -> list[list[int]]:
     """Tokens of a text, cut at these characters into len(cuts) + 1 pieces. No token crosses a cut, because at
     generation the prompt is tokenized alone."""
-    whole, *befores = _tokenize_all(tokenizer, [text, *(text[:cut] for cut in cuts)])
-    if any(before != whole[: len(before)] for before in befores):
+    whole, marks = _marks(tokenizer, text)
+    # From the last mark before each cut: from the beginning, the work would grow with the square of the turns.
+    nearest = [marks[bisect_right(marks, cut, key=itemgetter(0)) - 1] for cut in cuts]
+    tails = _tokenize_all(tokenizer, [text[start:cut] for (_, start, _), cut in zip(nearest, cuts, strict=True)])
+    befores = [(k, k + len(tail)) for (*_, k), tail in zip(nearest, tails, strict=True)]
+    if any(tail != whole[a:b] for tail, (a, b) in zip(tails, befores, strict=True)):
         edges = [*cuts, len(text)]
-        return [befores[0], *(_continue(tokenizer, text[a:b]) for a, b in pairwise(edges))]
-    return [whole[a:b] for a, b in pairwise([0, *map(len, befores), len(whole)])]
+        first = [*whole[: befores[0][0]], *tails[0]]
+        return [first, *(_continue(tokenizer, text[a:b]) for a, b in pairwise(edges))]
+    return [whole[a:b] for a, b in pairwise([0, *(end for _, end in befores), len(whole)])]
 
 
 def _last_eos(tokenizer, ids: list[int]) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -80,16 +81,25 @@ def pack_sft(examples: Sequence[Encoded], device=None) -> tuple[Packed, dict[str
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Packs indices into rows of at most `capacity` tokens by best fit decreasing: longest first, each into the fullest
-    row with room for it. A sequence over the capacity gets a row of its own."""
+    row with room for it (of equally full ones the first). A sequence over the capacity gets a row of its own."""
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    with_room: dict[int, list[int]] = {}  # tokens left -> the rows, as a heap
+    room: list[int] = []  # the keys of with_room, sorted. One per row, to insert would move millions of them each time
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        at = bisect_left(room, (lengths[i], -1))
-        left, row = room.pop(at) if at < len(room) else (capacity, len(rows))
-        if row == len(rows):
+        at = bisect_left(room, lengths[i])
+        if at == len(room):
+            left, row = capacity, len(rows)
             rows.append([])
+        else:
+            left = room[at]
+            row = heappop(with_room[left])
+            if not with_room[left]:
+                del with_room[room.pop(at)]
         rows[row].append(i)
-        insort(room, (left - lengths[i], row))
+        left -= lengths[i]
+        if left not in with_room:
+            insort(room, left)
+        heappush(with_room.setdefault(left, []), row)
     return rows
 
 

@@ -111,27 +111,28 @@ def once(keys: list, where: str = "") -> None:
 def open_text(path: str | Path) -> TextIO:
     """Opens a text file for reading, decompressed if its name ends in .gz. It may begin with a byte order mark."""
     opener = gzip.open if str(path).endswith(".gz") else open
+    # Only "\n" ends a line: str.splitlines would also split at the U+2028 and U+0085 that JSON allows inside texts.
     return opener(path, "rt", encoding="utf-8-sig", newline="\n")
 
 
 def _read_json(path: Path) -> list[dict]:
     try:
         with open_text(path) as file:
+            if path.suffix != ".json":
+                return parse_jsonl(file, str(path))
             text = file.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from None
     except (OSError, EOFError) as error:  # EOFError: a gzip file that was cut
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    if path.suffix != ".json":
-        return parse_jsonl(text, str(path))
     return _parse(text, str(path), 1, "a .json file holds one list of records; with a record per line it is a .jsonl")
 
 
-def parse_jsonl(text: str, name: str) -> list:
-    """One JSON value per line; empty lines are skipped. ConfigError names the first line that is not JSON."""
-    # Only "\n" ends a row: str.splitlines would also split at the U+2028 and U+0085 that JSON allows inside texts.
+def parse_jsonl(lines: Iterable[str], name: str) -> list:
+    """One JSON value per line; empty lines are skipped. ConfigError names the first line that is not JSON. The lines
+    are read one at a time, because as a whole they may take several times the memory of the records."""
     form = "each line must be a whole record"
-    return [_parse(row, name, i, form) for i, row in enumerate(text.split("\n"), 1) if row.strip()]
+    return [_parse(row.removesuffix("\n"), name, i, form) for i, row in enumerate(lines, 1) if row.strip()]
 
 
 def _parse(text: str, name: str, line: int, form: str):

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def bag_of_words(train: list[dict], held_out: list[dict]) -> float:
     target, weight = (x.float() for x in _labels(train))
     if not (index and weight.any()):  # nothing to tell replies apart by
         return 0.5
-    x, held_out_x = (_differences(pairs, index) for pairs in (train, held_out))
+    x = _differences(train, index)
     weights = torch.zeros(len(index), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -64,7 +65,10 @@ def bag_of_words(train: list[dict], held_out: list[dict]) -> float:
         return value
 
     optimizer.step(loss)
-    return float(accuracy(held_out_x @ weights.detach(), *_labels(held_out)))
+    # In parts, because the counts of all held-out pairs may not fit into memory.
+    parts = (held_out[i : i + 1000] for i in range(0, len(held_out), 1000))
+    margins = torch.cat([_differences(part, index) @ weights.detach() for part in parts])
+    return float(accuracy(margins, *_labels(held_out)))
 
 
 def _labels(pairs: list[dict]) -> tuple[Tensor, Tensor]:
@@ -78,13 +82,12 @@ def _labels(pairs: list[dict]) -> tuple[Tensor, Tensor]:
 
 def _differences(pairs: list[dict], index: dict[str, int]) -> Tensor:
     """(N, words) log1p counts of chosen minus those of rejected."""
-    x = torch.zeros(len(pairs), len(index))
+    x = np.zeros((len(pairs), len(index)), np.float32)
     for row, pair in zip(x, pairs, strict=True):
         for reply, sign in ((pair["chosen"], 1), (pair["rejected"], -1)):
-            for word, count in _words(reply).items():
-                if word in index:
-                    row[index[word]] += sign * math.log1p(count)
-    return x
+            counts = {index[word]: count for word, count in _words(reply).items() if word in index}
+            row[list(counts)] += sign * np.log1p(np.array(list(counts.values()), np.float32))
+    return torch.from_numpy(x)
 
 
 def _words(reply) -> Counter:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, combinations, takewhile
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..errors import ConfigError
 from . import chat
@@ -39,6 +38,7 @@ from .checks import (
     wrong_columns,
 )
 from .files import as_records
+from .progress import progress
 
 PAIR_COLUMNS = ("margin", "chosen_prob", "weight")  # optional columns, with numbers that only pairs have
 
@@ -89,10 +89,10 @@ class Comparison:
 
 @dataclass
 class Prompt:
-    """A prompt as in the data, its tokens, and the record's other columns, for reward functions."""
+    """A prompt as in the data, its tokens (T,) int32, and the record's other columns, for reward functions."""
 
     prompt: chat.Text
-    tokens: list[int]
+    tokens: np.ndarray
     columns: dict
 
     def __len__(self) -> int:
@@ -164,8 +164,7 @@ def sft_examples(
     """
     records = as_records(dataset, name)
     encoded = {
-        i: _sft_sequences(record, tokenizer, name, i)
-        for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False))
+        i: _sft_sequences(record, tokenizer, name, i) for i, record in enumerate(progress(records, f"encoding {name}"))
     }
     unwritten = {i: list(chain(*(e.unwritten for e in examples))) for i, examples in encoded.items()}
     warn_of_unwritten(unwritten, name, "learned")
@@ -259,7 +258,7 @@ def responses_to_score(
     records = as_records(dataset, name)
     encoded: dict[int, list[np.ndarray]] = {}
     unwritten: dict[int, chat.Parts] = {i: [] for i in range(len(records))}
-    for i, record in enumerate(records):
+    for i, record in enumerate(progress(records, f"encoding {name}")):
         asked = responses_of(record, name, i)
         chat.check_tokenizer(tokenizer, any(map(is_conversation, chain(*asked))))
         with naming_record(name, i):
@@ -304,7 +303,7 @@ def comparisons(
     encoded: dict[int, Comparison] = {}
     first: dict = {}  # prompt -> index
     unwritten: dict[int, chat.Parts] = {i: [] for i in range(len(records))}
-    for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
+    for i, record in enumerate(progress(records, f"encoding {name}")):
         encoded[i], asked = _comparison(record, tokenizer, name, i, unwritten[i])
         encoded[i].prompt = first.setdefault(asked or i, i)
     warn_of_unwritten(unwritten, name, "scored")
@@ -373,7 +372,7 @@ def prompts(
             "**columns): rename it, or leave it out"
         )
     encoded: dict[int, Prompt] = {}
-    for i, record in enumerate(tqdm(records, desc=f"encoding {name}", disable=None, leave=False)):
+    for i, record in enumerate(progress(records, f"encoding {name}")):
         if "prompt" not in record:
             raise wrong_columns(record, name, i, '{"prompt": ...}')
         prompt = text_or_messages(record, "prompt", name, i)
@@ -388,6 +387,6 @@ def prompts(
             raise ConfigError(
                 f"{name} record {i}: its prompt {prompt!r} has no tokens, so there is nothing to continue from"
             )
-        encoded[i] = Prompt(prompt, tokens, {key: record.get(key) for key in columns})
+        encoded[i] = Prompt(prompt, np.array(tokens, np.int32), {key: record.get(key) for key in columns})
     report = Report(name, len(records), max_length=max_length, setting="max_prompt_length")
     return _within_max_length({i: [p] for i, p in encoded.items()}, report, on_overlong), report

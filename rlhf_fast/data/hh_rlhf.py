@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .files import open_text
+from .progress import progress
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -71,7 +72,7 @@ def parse_pairs(
     """`load_pairs` for lines of text or rows of a table. Blank lines are skipped."""
     length = length or (lambda messages: sum(len(message["content"]) for message in messages))
     pairs, left_out = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(progress(lines, "reading pairs"), 1):
         if isinstance(line, str) and not line.strip():
             continue
         try:

@@ -58,13 +58,14 @@ _REFUSAL = re.compile("|".join(p for patterns in REFUSALS.values() for p in patt
 _DECLINES = re.compile("|".join([_REFUSAL.pattern, *_DEFLECTIONS]), re.IGNORECASE)
 _COURTESY = re.compile("|".join(_COURTESIES), re.IGNORECASE)
 
+_HEAD = r"^[^\S\n]*"  # of a line. With \s a reply of empty lines would be read to its end from each of them
 _LEAK = re.compile(
-    r"^\s*(?:human|user|assistant|system|critique ?request|critique|revision ?request|revision)\s*:"
-    r"|^\s*(?:人間|ユーザー|アシスタント|システム)\s*[:：]"
+    rf"{_HEAD}(?:human|user|assistant|system|critique ?request|critique|revision ?request|revision)\s*:"
+    rf"|{_HEAD}(?:人間|ユーザー|アシスタント|システム)\s*[:：]"
     r"|<\|\w+\|>|</?s>|</?think>|\[/?INST\]|\[\[\[|\]\]\]"
     r"|(?:\bthe answer is:?|答えは[:：]?) ?\([AB]\)"
-    r"|^\s*(?:here is|here's) (?:the|my|a) (?:revised|rewritten|improved|new) (?:reply|response|answer|version)"
-    r"|^\s*以下(?:が|は|に).{0,12}(?:書き直し|修正|改善)",
+    rf"|{_HEAD}(?:here is|here's) (?:the|my|a) (?:revised|rewritten|improved|new) (?:reply|response|answer|version)"
+    rf"|{_HEAD}以下(?:が|は|に).{{0,12}}(?:書き直し|修正|改善)",
     re.IGNORECASE | re.MULTILINE,
 )
 _JAPANESE = re.compile(r"[ぁ-んァ-ヶ一-龯々]")

@@ -1,12 +1,17 @@
 """What is learned and what is only read, found by rendering, for templates of every habit."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from helpers import CHAT_TEMPLATE, tiny_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_fast.data import chat
 from rlhf_fast.data.chat import (
     ConfigError,
     check_tokenizer,
@@ -359,3 +364,89 @@ def test_an_answer_to_messages_that_the_template_lets_nobody_answer_is_decoded_a
     tokenizer = tiny_tokenizer(chat_template=refuses)
     ids = tokenizer("four\n<eos>")["input_ids"]
     assert decode_responses(tokenizer, [[USER]], [[5]], [ids], [tokenizer.eos_token_id]) == ["four\n"]
+
+
+def conversation(turns):
+    """Of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": f"the cat {i}"} for i in range(turns)]
+
+
+def test_a_conversation_of_many_turns_is_tokenized_once_and_not_once_per_turn(monkeypatch):
+    """A hundred turns of 200 words took 6 seconds."""
+    tokenizer, read = tiny_tokenizer(), []
+    call = type(tokenizer).__call__
+
+    def counted(self, text, **options):
+        read.extend([text] if isinstance(text, str) else text)
+        return call(self, text, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    (encoded,) = encode_conversation(tokenizer, conversation(100))
+    assert learned(tokenizer, encoded) == [f"the cat {i}<eos>" for i in range(1, 100, 2)]
+    assert sum(map(len, read)) < 3 * len(tokenizer.decode(encoded.input_ids))
+
+
+def test_the_special_tokens_are_looked_up_once_for_all_conversations_and_again_when_one_is_added(monkeypatch):
+    tokenizer, looked_up = tiny_tokenizer(), []
+    kind, added = type(tokenizer), type(tokenizer).added_tokens_decoder
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(lambda x: looked_up.append(1) or added.fget(x)))
+    for turns in range(2, 20, 2):
+        encode_conversation(tokenizer, conversation(turns))
+    assert len(looked_up) == 1
+    tokenizer.add_tokens(AddedToken("dog", normalized=False))
+    encode_conversation(tokenizer, conversation(4))
+    ids, marks = chat._marks(tokenizer, "a dog")
+    assert ids[-1] == len(tokenizer) - 1 and marks == [(0, 0, 0), (5, 2, len(ids) - 1)]
+
+
+def split_plainly(tokenizer, text, cuts):
+    """_split, with every beginning tokenized from the first character."""
+    whole, *befores = chat._tokenize_all(tokenizer, [text, *(text[:cut] for cut in cuts)])
+    if any(before != whole[: len(before)] for before in befores):
+        return [befores[0], *(chat._continue(tokenizer, text[a:b]) for a, b in pairwise([*cuts, len(text)]))]
+    return [whole[a:b] for a, b in pairwise([0, *map(len, befores), len(whole)])]
+
+
+def with_added(tokenizer):
+    """With tokens that take what is beside them, or overlap, or are found only in what the normalizer has made."""
+    plain = {"normalized": False, "special": True}
+    tokenizer.add_tokens([
+        AddedToken("<l>", lstrip=True, **plain), AddedToken("<r>", rstrip=True, **plain),
+        AddedToken("<w>", single_word=True, **plain), AddedToken("<n>", normalized=True),
+        AddedToken("<r><", **plain), AddedToken("\n\n", normalized=False), AddedToken("cat", normalized=False),
+    ])  # fmt: skip
+    return tokenizer
+
+
+def lowercase_tokenizer():
+    """Of words, in lower case: the text <EOS> becomes the special token only once it is normalized."""
+    words = ["<unk>", "<eos>", "the", "cat", "e", "th", "x", "<", ">", "|", "user"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+SPLITS = {
+    "byte level": tiny_tokenizer, "metaspace": lambda: sentencepiece_tokenizer("metaspace"),
+    "llama": lambda: sentencepiece_tokenizer("llama"), "words": lowercase_tokenizer,
+}  # fmt: skip
+SPLITS = {kind: make() for kind, make in SPLITS.items()} | {
+    f"{kind}, more tokens": with_added(make()) for kind, make in SPLITS.items()
+}
+PIECES = [
+    "<|user|>", "<|assistant|>", "<eos>", "<EOS>", "<s>", "</s>", "<unk>", "<l>", "<r>", "<w>", "<n>", "<r><", "<|us",
+    " ", "  ", "\n", "\n\n", "the", "th", "e", " cat", "two", "is four .", "é🙂", "▁", "<", ">", "x", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPLITS)
+@settings(max_examples=100, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), max_size=12), places=st.lists(st.integers(0, 60), min_size=1, max_size=6)
+)
+@example(pieces=["the", "<|us", "er|>", "the"], places=[6, 8])  # within a special token
+@example(pieces=["<r>", "\n\n", "the"], places=[4, 5, 8])
+def test_the_pieces_of_a_text_are_those_that_tokenizing_every_beginning_would_give(kind, pieces, places):
+    text = "".join(pieces)
+    cuts = sorted(min(place, len(text)) for place in places)
+    assert chat._split(SPLITS[kind], text, cuts) == split_plainly(SPLITS[kind], text, cuts)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf_fast.data import floors
 from rlhf_fast.data.floors import bag_of_words, longer_wins, shorter_wins, wilson_interval
 
 
@@ -27,6 +28,15 @@ def test_bag_of_words_learns_the_words_and_nothing_else():
     assert bag_of_words(train, [pair("Please, that", "Whatever that"), pair("look", "you")]) == 1.0
     assert bag_of_words(train, [pair("whatever", "please")]) == 0.0
     assert bag_of_words(train, [pair("unseen words", "others")]) == 0.5
+
+
+def test_the_counts_of_many_held_out_pairs_are_never_in_memory_together(monkeypatch):
+    counted, differences = [], floors._differences
+    monkeypatch.setattr(floors, "_differences", lambda *x: counted.append(len(x[0])) or differences(*x))
+    train = [pair(f"please {n}", f"whatever {n}") for n in range(20)]
+    held_out = [pair("please", "whatever"), pair("whatever", "please"), pair("please", "whatever")] * 800
+    assert bag_of_words(train, held_out) == pytest.approx(2 / 3)
+    assert counted == [20, 1000, 1000, 400]
 
 
 def test_a_floor_is_right_by_the_likelier_side_and_counts_by_weight():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import tracemalloc
 import warnings
 
 import datasets
@@ -450,6 +451,15 @@ def test_a_cut_that_leaves_nothing_to_learn_leaves_the_record_out():
     assert len(examples) == report.used == 1 and [i for i, _ in report.overlong] == [0] and not report.truncated
 
 
+def test_a_token_takes_four_bytes_in_every_kind_of_example():
+    (sft,), _ = sft_examples([{"prompt": "say ", "completion": "hello"}], TOKENIZER, max_length=64)
+    (pair,), _ = comparisons([PAIR], TOKENIZER, max_length=64)
+    (scored,), _ = responses_to_score([{"text": "hello"}], TOKENIZER, max_length=64)
+    (prompt,), _ = prompts([{"prompt": "say hello"}], TOKENIZER, max_length=64)
+    arrays = [sft.input_ids, *pair.responses, scored, prompt.tokens]
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+
+
 def test_as_records_reads_an_iterator_once():
     assert as_records(iter([PAIR]), "data") == [PAIR]
 
@@ -465,6 +475,19 @@ def test_a_json_row_ends_at_a_newline_only_and_a_broken_one_is_named(tmp_path):
         path.write_text('{"text": "a"}\n' + value, encoding="utf-8")
         with pytest.raises(ConfigError, match="line 2: cannot be read"):
             read_dataset(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_reading_lines_takes_little_more_memory_than_the_records(tmp_path, name):
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt") as file:
+        file.writelines(json.dumps({"text": "a" * 1000}) + "\n" for _ in range(3000))
+    tracemalloc.start()
+    try:
+        records = read_dataset(tmp_path / name)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(records) == 3000 and peak < 1.2 * left
 
 
 def test_one_list_and_a_record_per_line_are_told_apart(tmp_path):

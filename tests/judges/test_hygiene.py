@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,20 @@ def test_refusals_and_evasions(reply, refuses, avoids):
 
 @pytest.mark.parametrize(
     "reply",
-    ["Sure.\n\nHuman: so?", "Critique: it is rude.", "RevisionRequest: shorten", "yes <|assistant|> no", "a ]]] b",
+    ["Sure.\n\nHuman: so?", "Sure.\n\n\t Human : so?", "\r\n \n 人間：",
+     "Critique: it is rude.", "RevisionRequest: shorten", "yes <|assistant|> no", "a ]]] b",
      "<think>\nThey ask.", "The answer is (A)", "Here is the revised response: hello", "以下が書き直した返答です。"],
 )  # fmt: skip
 def test_scaffold(reply):
     assert leaks(reply)
+
+
+def test_a_reply_of_empty_lines_is_read_once_and_not_from_each_of_them():
+    """A model that has broken writes them up to its limit: 16,000 took half a minute."""
+    begun = time.process_time()
+    for line in ("\n", " \n", "\r\n"):
+        assert not leaks(line * 10_000) and leaks(line * 10_000 + "Human: so?")
+    assert time.process_time() - begun < 5
 
 
 def test_no_scaffold():
