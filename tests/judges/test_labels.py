@@ -124,7 +124,7 @@ def test_the_seed_draws_the_principles(tmp_path):
 
 
 def test_a_verdict_reads_only_the_votes_that_count(monkeypatch):
-    """A card asks for each of 16 principles alone: 100,000 pairs took an hour, nearly all of it for votes of weight 0."""
+    """A card asks for each of 16 principles alone, and most of its time went to votes of weight 0."""
     read = []
     monkeypatch.setattr(labels, "Vote", lambda **vote: read.append(vote["principle"]) or Vote(**vote))
     votes = [{"principle": f"p{i}", "logit_ab": i, "logit_ba": i, "label_mass": 1.0, "keys": []} for i in range(16)]
