@@ -21,6 +21,11 @@ class Series:
     points: list[tuple[float, float]]
 
 
+def points_of(log: list[dict], metric: str) -> list[tuple[float, float]]:
+    """(step, value) of each log line with a number under this name."""
+    return [(row["step"], row[metric]) for row in log if "step" in row and isinstance(row.get(metric), int | float)]
+
+
 def bar_chart(title: str, bars: list[tuple[float, float, float]], *, x_label: str) -> str:
     """A <figure> with bars (left, right, height), as in a histogram, and a line at x = 0 if the bars span it."""
     x0, x1 = min(left for left, _, _ in bars), max(right for _, right, _ in bars)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -87,11 +87,12 @@ def json_line(record: dict | list) -> str:
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """After a crash the path holds the old content or the new one, never a part."""
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a text, or its parts one after the other. After a crash the path holds the old content or the new one,
+    never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

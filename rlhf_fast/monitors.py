@@ -11,17 +11,18 @@
 
 A band compares the mean of the newest WINDOW log lines with the mean of the first WINDOW lines (its start), so it can
 raise an alarm from line WINDOW + 1 on. kl and score_length compare with fixed numbers, from the second and the fifth
-line on. Alarms depend on the log alone: a resumed run raises the same ones as an uninterrupted run.
+line on. Alarms depend on the log alone: a resumed run raises the same ones as an uninterrupted run. Neither what is
+remembered nor the work at a line grows with the number of lines.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from html import escape
 
-from .charts import Series, line_chart, short
+from .charts import Series, line_chart, points_of, short
 from .page import grid
 
 WINDOW = 5
@@ -71,6 +72,21 @@ class Alarm:
     evidence: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Ends:
+    """The first and the newest WINDOW points (step, value) of a metric, and the number of all its points."""
+
+    start: list[tuple[int, float]] = field(default_factory=list)
+    newest: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    lines: int = 0
+
+    def add(self, step: int, value: float) -> None:
+        if self.lines < WINDOW:
+            self.start.append((step, value))
+        self.newest.append((step, value))
+        self.lines += 1
+
+
 class RunStopped(Exception):
     """A monitor of stop_on has ended a command's run. The message says which one, why, and how to continue."""
 
@@ -85,14 +101,18 @@ class Monitors:
     def __init__(self, limits: dict[str, float | None], stop_on: Iterable[str] = ()):
         self.limits = {name: limit for name, limit in (LIMITS | limits).items() if limit is not None}
         self.stop_on = set(stop_on)
-        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)  # of the metrics that a monitor reads
+        self._ends: dict[str, _Ends] = defaultdict(_Ends)  # of the metric of each band
+        self._best: dict[str, dict] = {}  # the first log line with the highest value of each eval_ metric
         self._lasting: set[str] = set()
 
     def __call__(self, row: dict) -> list[Alarm]:
         for name, value in row.items():
-            is_read = name in _METRICS or name.startswith("eval_")
-            if is_read and isinstance(value, int | float):
-                self.history[name].append((row["step"], value))
+            if not isinstance(value, int | float):  # None: it was not finite
+                continue
+            if name in _METRICS:
+                self._ends[name].add(row["step"], value)
+            elif name.startswith("eval_") and (name not in self._best or value > self._best[name][name]):
+                self._best[name] = row
         new = []
         for name, alarm in self._readings(row):
             if alarm is None:
@@ -104,7 +124,8 @@ class Monitors:
 
     def replay(self, log: Iterable[dict]) -> None:
         """Forgets all lines so far and reads these instead, without new alarms: the log of a run that continues."""
-        self.history.clear()
+        self._ends.clear()
+        self._best.clear()
         self._lasting.clear()
         for row in log:
             self(row)
@@ -112,36 +133,37 @@ class Monitors:
     def _readings(self, row: dict) -> Iterator[tuple[str, Alarm | None]]:
         """(name, alarm or None) of every monitor that can judge this line."""
         for name, band in BANDS.items():
-            if name in self.limits and band.metric in row and len(self.history[band.metric]) >= band.lines:
+            if name in self.limits and band.metric in row and self._ends[band.metric].lines >= band.lines:
                 yield name, self._outside(row["step"], name, band)
         if "overoptimization" in self.limits and isinstance(row.get("eval_scores"), int | float):
             alarms = (self._fallen(row, name) for name in held_out_rewards(row))
             yield "overoptimization", next(filter(None, alarms), None)
 
     def _outside(self, step: int, name: str, band: _Band) -> Alarm | None:
-        points = self.history[band.metric]
-        start, now = _mean(points[:WINDOW]), _mean(points[-WINDOW:])
+        ends = self._ends[band.metric]
+        start, now = _mean(ends.start), _mean(ends.newest)
         low, high = band.bounds(start, self.limits[name])
         below, above = low is not None and now < low, high is not None and now > high
         if not (below or above):
             return None
         bound = low if below else high
         message = (
-            f"{band.metric} is {short(now)} over steps {points[-WINDOW:][0][0]} to {step}, "
+            f"{band.metric} is {short(now)} over steps {ends.newest[0][0]} to {step}, "
             f"{'below' if below else 'above'} {short(bound)}"
         )
-        if len(points) > WINDOW:  # before that, the first and the newest lines overlap entirely
+        if ends.lines > WINDOW:  # before that, the first and the newest lines overlap entirely
             message += f"; it started at {short(start)}"
         return Alarm(step, name, message, {"now": now, "bound": bound, "start": start})
 
     def _fallen(self, row: dict, name: str) -> Alarm | None:
-        best_step, best = max(self.history[name], key=lambda point: point[1])
-        proxy, errors = dict(self.history["eval_scores"]), dict(self.history[f"{name}_stderr"])
-        if best_step not in proxy or row["eval_scores"] <= proxy[best_step]:  # a score that was not finite is absent
+        best_row = self._best[name]
+        best_step, best, proxy = best_row["step"], best_row[name], best_row.get("eval_scores")
+        if proxy is None or row["eval_scores"] <= proxy:  # a score that was not finite is None
             return None
-        if best_step not in errors or row["step"] not in errors:  # a single prompt has no standard error
+        errors = [evaluated.get(f"{name}_stderr") for evaluated in (best_row, row)]
+        if None in errors:  # a single prompt has no standard error
             return None
-        spread = (errors[best_step] ** 2 + errors[row["step"]] ** 2) ** 0.5
+        spread = (errors[0] ** 2 + errors[1] ** 2) ** 0.5
         if best - row[name] <= self.limits["overoptimization"] * spread:
             return None
         # The spread is 0 if all prompts had the same value at both steps.
@@ -149,7 +171,7 @@ class Monitors:
         by = f"{short(measure['standard_errors'])} standard errors" if measure else "on every prompt alike"
         message = (
             f"{name} fell from {short(best)} at step {best_step} to {short(row[name])}, {by}, "
-            f"while the optimised reward rose from {short(proxy[best_step])} to {short(row['eval_scores'])}: "
+            f"while the optimised reward rose from {short(proxy)} to {short(row['eval_scores'])}: "
             f"step {best_step} is the better policy"
         )
         evidence = {"best_step": best_step, "best": best, "now": row[name], **measure}
@@ -162,7 +184,7 @@ def held_out_rewards(row: dict) -> list[str]:
     return [name for name in names if name != "eval_scores" and isinstance(row.get(name), int | float)]
 
 
-def _mean(points: list[tuple[int, float]]) -> float:
+def _mean(points: Collection[tuple[int, float]]) -> float:
     return sum(value for _, value in points) / len(points)
 
 
@@ -174,15 +196,18 @@ def report_section(log: list[dict], limits: dict[str, float | None], alarms: lis
 
     limits: for the bounds in the charts. The alarms come from the run, in which a resume may have changed the limits.
     """
-    monitors = Monitors(limits)
-    monitors.replay(log)
-    text = "".join(_paragraph(alarm, log) for alarm in alarms)
+    limits = Monitors(limits).limits
     # Without a reference there is no KL, and without eval_rewards nothing to over-optimise against.
-    seen = {*monitors.history, *(["overoptimization"] if any(map(held_out_rewards, log)) else [])}
-    watched = [name for name in monitors.limits if (BANDS[name].metric if name in BANDS else name) in seen]
+    points = {name: points_of(log, BANDS[name].metric) for name in limits if name in BANDS}
+    held_out = list(dict.fromkeys(name for row in log for name in held_out_rewards(row)))
+    watched = [name for name in limits if points.get(name, held_out)]
+    text = "".join(_paragraph(alarm, log) for alarm in alarms)
     if not text and watched:
         text = f"<p>No alarm from {escape(', '.join(watched))}.</p>"
-    return text + grid(_charts(log, monitors))
+    charts = list(_bands(points, limits))
+    if held_out and "overoptimization" in limits:
+        charts += [_held_out(log, name) for name in ("eval_scores", *held_out)]
+    return text + grid(charts)
 
 
 def _paragraph(alarm: dict, log: list[dict]) -> str:
@@ -193,15 +218,16 @@ def _paragraph(alarm: dict, log: list[dict]) -> str:
     return f"<p><b>{escape(alarm['monitor'])}</b>, step {alarm['step']}: {escape(alarm['message'])}.{end}</p>"
 
 
-def _charts(log: list[dict], monitors: Monitors) -> Iterator[str]:
-    for name, limit in monitors.limits.items():
-        points = monitors.history[BANDS[name].metric] if name in BANDS else []
-        if len(points) > 1:
-            edges = zip(("lower bound", "upper bound"), BANDS[name].bounds(_mean(points[:WINDOW]), limit), strict=True)
-            ends = (points[0][0], points[-1][0])
+def _bands(points: dict[str, list[tuple[int, float]]], limits: dict[str, float]) -> Iterator[str]:
+    for name, run in points.items():
+        if len(run) > 1:
+            bounds = BANDS[name].bounds(_mean(run[:WINDOW]), limits[name])
+            edges = zip(("lower bound", "upper bound"), bounds, strict=True)
+            ends = (run[0][0], run[-1][0])
             lines = [Series(label, [(x, edge) for x in ends]) for label, edge in edges if edge is not None]
-            yield line_chart(f"{name}: {BANDS[name].title}", [Series("run", points), *lines])
-    names = dict.fromkeys(name for row in log for name in held_out_rewards(row))
-    for name in ["eval_scores", *names] if names and "overoptimization" in monitors.limits else ():
-        what = "the optimised reward" if name == "eval_scores" else f"{name.removeprefix('eval_')}, never trained on"
-        yield line_chart(f"overoptimization: {what}", [Series("held-out", monitors.history[name])])
+            yield line_chart(f"{name}: {BANDS[name].title}", [Series("run", run), *lines])
+
+
+def _held_out(log: list[dict], name: str) -> str:
+    what = "the optimised reward" if name == "eval_scores" else f"{name.removeprefix('eval_')}, never trained on"
+    return line_chart(f"overoptimization: {what}", [Series("held-out", points_of(log, name))])

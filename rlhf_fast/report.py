@@ -16,11 +16,12 @@ summary.json of several stages (values may be missing or null):
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from . import monitors, preferences
-from .charts import Series, line_chart, short
+from .charts import Series, line_chart, points_of, short
 from .disk import read_json
 from .errors import ConfigError
 from .page import bar, details, grid, section, table, write_page
@@ -115,25 +116,22 @@ def _row(line: bytes, path: Path, number: int) -> dict:
     return row
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file, without "\\n". A last line without "\\n" is left out: writing it was interrupted, or has not
-    finished.
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """Reads the lines of a file one at a time, without "\\n". A last line without "\\n" is left out: writing it was
+    interrupted, or has not finished.
 
     Bytes, because a crash may cut a character in two, and because str.splitlines would also split at a U+2028.
     """
-    return path.read_bytes().split(b"\n")[:-1]
+    with path.open("rb") as file:
+        yield from (line[:-1] for line in file if line.endswith(b"\n"))
 
 
 # -- curves --------------------------------------------------------------------------------------------------------
 
 
-def _points(log: list[dict], metric: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[metric]) for row in log if "step" in row and isinstance(row.get(metric), int | float)]
-
-
 def _figures(log: list[dict]) -> str:
     return grid(
-        line_chart(title, [Series(label, _points(log, metric)) for metric, label in metrics.items()], percent=percent)
+        line_chart(title, [Series(label, points_of(log, metric)) for metric, label in metrics.items()], percent=percent)
         for title, percent, metrics in CHARTS
     )
 
@@ -148,7 +146,7 @@ def _monitors(run_dir: Path, log: list[dict]) -> str:
 def _other_figures(log: list[dict]) -> str:
     shown = {"step", *(metric for _, _, metrics in CHARTS for metric in metrics)}
     names = dict.fromkeys(name for row in log for name in row if name not in shown)
-    return grid(line_chart(name, [Series("", points)]) for name in names if (points := _points(log, name)))
+    return grid(line_chart(name, [Series("", points)]) for name in names if (points := points_of(log, name)))
 
 
 def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
@@ -156,13 +154,13 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
     cells = []
     for stage in stages:
         name, log = stage["name"], logs[stage["name"]]
-        true, kl = _points(log, "eval_pass_rate"), _points(log, "objective/kl")
-        proxy = _points(log, "objective/raw_scores") or _points(log, "objective/scores")  # eval_scores is raw
-        principles = [Series(p, _points(log, f"eval_{p}")) for p in stage.get("pass_rate_per_principle") or {}]
+        true, kl = points_of(log, "eval_pass_rate"), points_of(log, "objective/kl")
+        proxy = points_of(log, "objective/raw_scores") or points_of(log, "objective/scores")  # eval_scores is raw
+        principles = [Series(p, points_of(log, f"eval_{p}")) for p in stage.get("pass_rate_per_principle") or {}]
         if proxy and true:
             steps = [step for step, _ in (*proxy, *true)]
             axis = (min(steps), max(steps))  # shared by the three charts, for comparison
-            scores = [Series("training", proxy), Series("held-out", _points(log, "eval_scores"))]
+            scores = [Series("training", proxy), Series("held-out", points_of(log, "eval_scores"))]
             cells += [
                 line_chart(f"{name}: proxy reward", scores, x_range=axis),
                 line_chart(f"{name}: pass rate", [Series("all", true), *principles], percent=True, x_range=axis),

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ INJECTIONS = {  # name -> the sentence in each language of a constitution
 }
 FOLDS = 5  # of conversations, for the calibration
 SAMPLES, SLOPES = 2000, 200  # resamples for the intervals of means, and for that of the slope
+DRAWN = 1_000_000  # clusters drawn at a time: all at once took 16 bytes for each in each resample, 3 GB for 100,000
 
 
 def audit(
@@ -122,7 +123,9 @@ def judge_card(
     groups: dict[str, list[dict]] = {}
     for record in probes:
         groups.setdefault(record["id"].split("/", 1)[0], []).append(record)
-    clusters = [json.dumps(r["prompt"], sort_keys=True) for r in pairs]
+    prompts = [json.dumps(r["prompt"], sort_keys=True) for r in pairs]
+    number = {prompt: i for i, prompt in enumerate(sorted({*prompts}))}  # an array of texts is as wide as the longest
+    clusters = [number[prompt] for prompt in prompts]
     verdicts = [verdict_of(r, weights, combine=combine) for r in pairs]
     towards = np.array([_sign(r) * v.logit if v.status == "ok" else 0.0 for r, v in zip(pairs, verdicts, strict=True)])
     right = (np.sign(towards) + 1) / 2  # (N,) 1, 1/2 or 0
@@ -132,7 +135,7 @@ def judge_card(
     drawn = cluster_bootstrap(columns, clusters, seed)
     statuses = Counter(v.status for v in verdicts)
     card = {
-        "pairs": len(pairs), "conversations": len(set(clusters)), "combine": combine,
+        "pairs": len(pairs), "conversations": len(number), "combine": combine,
         "accuracy": drawn["accuracy"], "floors": {name: drawn[name] for name in floors},
         "best_floor": best, "lead": drawn["lead"], "at_floor": drawn["lead"]["low"] <= 0,
         "kappa": _kappa(towards, [_sign(r) for r in pairs]),
@@ -262,15 +265,17 @@ def _injections(pairs, groups: Mapping[str, list[dict]], weights, combine: str) 
     return table
 
 
-def _calibrated(towards: np.ndarray, unbiased: np.ndarray, clusters: Sequence[str], bias: float, seed: int) -> dict:
+def _calibrated(towards: np.ndarray, unbiased: np.ndarray, clusters: Sequence[int], bias: float, seed: int) -> dict:
     """The slope, its interval, and the scores of P before and after calibration with a slope that was fitted on other
     conversations. Labels are calibrated after the bias is removed, so the slope is that of `unbiased`."""
     names, which = np.unique(clusters, return_inverse=True)
     fold = np.random.default_rng(seed).permutation(len(names))[which] % FOLDS
     slope = fit_slope(unbiased)
-    draws = np.random.default_rng(seed).integers(0, len(names), (SLOPES, len(names)))
-    counts = np.stack([np.bincount(d, minlength=len(names)) for d in draws])  # (S, clusters)
-    low, high = np.quantile(fit_slope(unbiased, counts[:, which]), [0.025, 0.975])
+    slopes = []
+    for draws in _resamples(len(names), SLOPES, seed):
+        counts = np.stack([np.bincount(d, minlength=len(names)) for d in draws])  # (S, clusters)
+        slopes.append(fit_slope(unbiased, counts[:, which]))
+    low, high = np.quantile(np.concatenate(slopes), [0.025, 0.975])
     held_out = np.concatenate([fit_slope(unbiased[fold != k]) * unbiased[fold == k] for k in range(FOLDS)])
     return {
         "calibration": dataclasses.asdict(Calibration(slope, bias)),
@@ -326,11 +331,22 @@ def cluster_bootstrap(columns: dict[str, np.ndarray], clusters: Sequence, seed: 
     """The mean of each (N,) column, with its 2.5 % and 97.5 % quantile over clusters drawn with replacement."""
     _, which = np.unique(clusters, return_inverse=True)
     sizes = np.bincount(which)
-    draws = np.random.default_rng(seed).integers(0, len(sizes), (SAMPLES, len(sizes)))  # (S, clusters)
+    sums = {name: np.bincount(which, weights=values) for name, values in columns.items()}
+    means = {name: [] for name in columns}
+    for draws in _resamples(len(sizes), SAMPLES, seed):
+        drawn = sizes[draws].sum(1)
+        for name, of_clusters in sums.items():
+            means[name].append(of_clusters[draws].sum(1) / drawn)
     results = {}
     for name, values in columns.items():
-        sums = np.bincount(which, weights=values)
-        means = sums[draws].sum(1) / sizes[draws].sum(1)
-        low, high = np.quantile(means, [0.025, 0.975])
+        low, high = np.quantile(np.concatenate(means[name]), [0.025, 0.975])
         results[name] = {"mean": float(np.mean(values)), "low": float(low), "high": float(high)}
     return results
+
+
+def _resamples(clusters: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Clusters drawn with replacement, as many as there are, for each of the samples. The rows come in parts (S,
+    clusters) of at most DRAWN numbers, or one row, and do not depend on the parts."""
+    rng, rows = np.random.default_rng(seed), max(1, DRAWN // clusters)
+    for start in range(0, samples, rows):
+        yield rng.integers(0, clusters, (min(rows, samples - start), clusters))

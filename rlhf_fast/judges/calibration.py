@@ -25,7 +25,8 @@ class Calibration:
     bias: float = 0.0
 
     def unbiased(self, vote: Vote) -> Vote:
-        return replace(vote, logit_ab=vote.logit_ab - self.bias, logit_ba=vote.logit_ba + self.bias)
+        bias = self.bias
+        return replace(vote, logit_ab=vote.logit_ab - bias, logit_ba=vote.logit_ba + bias) if bias else vote
 
 
 UNCALIBRATED = Calibration()
@@ -57,9 +58,14 @@ def fit_slope(logits: Sequence[float], weights: np.ndarray | None = None) -> np.
         return (w * (target - sigmoids(slope[:, None] * x)) * x).sum(1)
 
     for _ in range(60):
-        high = np.where(gradient(high) > 0, high * 2, high)
+        rising = gradient(high) > 0
+        if not rising.any():
+            break
+        high = np.where(rising, high * 2, high)
     for _ in range(80):
         middle = (low + high) / 2
+        if ((middle == low) | (middle == high)).all():  # no number lies between them
+            break
         rising = gradient(middle) > 0
         low, high = np.where(rising, middle, low), np.where(rising, high, middle)
     slope = np.where(gradient(np.zeros(len(w))) > 0, (low + high) / 2, 0.0)

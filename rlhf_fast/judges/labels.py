@@ -109,8 +109,10 @@ def verdict_of(
     judgement: dict, weights: Mapping[str, float], *, combine: str, calibration: Calibration = UNCALIBRATED
 ) -> Verdict:
     """The verdict from the votes of a judgement. A principle that is not in `weights` has weight 1."""
-    votes = [calibration.unbiased(Vote(**{**v, "keys": tuple(v["keys"])})) for v in judgement["votes"]]
-    missing = [Missing(**{**m, "keys": tuple(m["keys"])}) for m in judgement["missing"]]
+    # Only what counts is read, because a report asks for the verdict without each principle, and with each one alone.
+    found, gone = ([x for x in judgement[k] if weights.get(x["principle"], 1.0) > 0] for k in ("votes", "missing"))
+    votes = [calibration.unbiased(Vote(**{**v, "keys": tuple(v["keys"])})) for v in found]
+    missing = [Missing(**{**m, "keys": tuple(m["keys"])}) for m in gone]
     names = {x.principle for x in (*votes, *missing)}
     return decide(votes, missing, {name: weights.get(name, 1.0) for name in names}, combine=combine)
 

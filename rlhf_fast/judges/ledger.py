@@ -200,6 +200,8 @@ class Ledger:
         A request is {"prompt": str | messages, ...} and must be JSON. "about" names it for people and is not part of
         the key. Equal requests are asked once.
         """
+        if not requests:  # describing a model reads all its weights
+            return []
         who = self._register(backend)
         described = [_request(who, request) for request in requests]
         answers = self._answered([r.key for r in described])

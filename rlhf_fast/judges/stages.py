@@ -110,8 +110,11 @@ def run_stage(
     output_dir, ids = Path(output_dir or ledger.directory), [item["id"] for item in items]
     make_directory(output_dir)
     # A digest of whole items, not of their ids: pairs have the ids of their prompts, whatever the answers.
-    digest = hashlib.sha256("".join(map(json_line, items)).encode()).hexdigest()
-    claim(output_dir / "run.json", {"stage": name, "settings": {**settings, "items": len(ids), "data_sha256": digest}})
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json_line(item).encode())
+    claimed = {**settings, "items": len(ids), "data_sha256": digest.hexdigest()}
+    claim(output_dir / "run.json", {"stage": name, "settings": claimed})
     records: list[dict] = []
     with tqdm(total=len(ids), desc=name, unit="item", disable=None) as bar:
         for start in range(0, len(items), batch_size):
@@ -130,7 +133,7 @@ def run_stage(
             bar.update(len(done))
             if bar.disable and 10 * len(records) // len(ids) > tenths:  # as in a batch job
                 print(f"{name} {len(records)}/{len(ids)}", file=sys.stderr, flush=True)
-    write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, records)))
+    write_atomic(output_dir / f"{name}.jsonl", map(json_line, records))
     return records
 
 
@@ -149,8 +152,8 @@ def finish_stage(
     counts = {"inputs": len(records), **{status: statuses[status] for status in (*used, *refused)}}
     rows = [row for record in records if record["status"] in used for row in row_of(record)]
     rejected = [record for record in records if record["status"] in refused]
-    write_atomic(output_dir / f"{name}.jsonl", "".join(map(json_line, rows)))
-    write_atomic(output_dir / "rejected.jsonl", "".join(map(json_line, rejected)))
+    write_atomic(output_dir / f"{name}.jsonl", map(json_line, rows))
+    write_atomic(output_dir / "rejected.jsonl", map(json_line, rejected))
     write_json(output_dir / "run.json", read_json(output_dir / "run.json") | {"counts": counts})
     return Stage(records, rows, rejected, counts, output_dir)
 

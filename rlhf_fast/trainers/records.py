@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..disk import json_line
@@ -26,7 +27,7 @@ class Records:
     def __init__(self, run_dir: Path, start: int, at_the_end: dict | None, monitors, total_steps: int):
         kept = start or -1  # -1: step 0 goes too, because a run that failed at once may have left its samples
         self.log = JsonLines(run_dir / "train_log.jsonl", kept)
-        logged = bool(self.log.kept) and self.log.kept[-1]["step"] >= start
+        logged = bool(self.log.last) and self.log.last["step"] >= start
         self.unlogged = [at_the_end] if at_the_end and not logged else []
         kept -= len(self.unlogged)
         self._samples = JsonLines(run_dir / "samples.jsonl", kept)
@@ -34,7 +35,7 @@ class Records:
         if monitors:
             self._alarms = JsonLines(run_dir / "alarms.jsonl", kept)
             self._files.append(self._alarms)
-            monitors.replay(self.log.kept)  # alarms.jsonl has their alarms already
+            monitors.replay(self.log.rows())  # alarms.jsonl has their alarms already
         self._board = _tensorboard(run_dir / "tensorboard", start)
 
     def write(self, row: dict, say) -> list[Alarm]:
@@ -73,10 +74,11 @@ class Records:
 
 
 class JsonLines:
-    """A file with one JSON object per line. Opening it cuts off the rows after `step`; `kept` has the others."""
+    """A file with one JSON object per line. Opening it cuts off the rows after `step`; `last` is the last row that is
+    left, {} if none is. The rows stay in the file, because those of a long run take hundreds of MB as objects."""
 
     def __init__(self, path: Path, step: int):
-        self.kept: list[dict] = []
+        self._path, self.last = path, {}
         size = 0
         for number, line in enumerate(whole_lines(path) if path.exists() else (), 1):
             try:
@@ -89,10 +91,14 @@ class JsonLines:
                 ) from None
             if later:
                 break
-            self.kept.append(row)
+            self.last = row
             size += len(line) + 1
         self._file = path.open("a", encoding="utf-8")
         self._file.truncate(size)
+
+    def rows(self) -> Iterator[dict]:
+        """Reads the rows in the file, one at a time."""
+        return map(json.loads, whole_lines(self._path))
 
     def write(self, row: dict) -> None:
         self._file.write(json_line(row))

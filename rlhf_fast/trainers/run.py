@@ -39,7 +39,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -125,10 +125,9 @@ class _Run:
         self.spare_step = self.start if at_the_end else None
         monitors = getattr(trainer, "monitors", None)
         self.records = Records(self.run_dir, self.start, at_the_end, monitors, trainer.total_steps)
-        log = self.records.log.kept
-        self.best = _Best(trainer.config, log, self.run_dir)
-        self.metrics = dict(log[-1]) if log else {}  # the result, if no step is left
-        self.metrics.pop("step", None)
+        self.best = _Best(trainer.config, self.records.log.rows(), self.run_dir)
+        # The result, if no step is left.
+        self.metrics = {name: value for name, value in self.records.log.last.items() if name != "step"}
         self.ending: list[Alarm] = []  # alarms of the last step that end the run
 
     def take_steps(self) -> None:
@@ -248,7 +247,7 @@ class _Best:
     """The step whose evaluation was the best so far. A resumed run finds it in the log, among the evaluations whose
     checkpoint is undamaged."""
 
-    def __init__(self, config, log: list[dict], run_dir: Path):
+    def __init__(self, config, log: Iterable[dict], run_dir: Path):
         self.name = config.metric_for_best_model if getattr(config, "load_best_model_at_end", False) else None
         self.step, self.value = None, math.inf
         if self.name is None:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from planted import PlantedJudge
 
 from rlhf_fast.judges import Calibration, Constitution, Missing, Principle, Vote, audit, decide
-from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, reliability, scores
+from rlhf_fast.judges.audit import INJECTIONS, NEUTRAL, cluster_bootstrap, judge_card, reliability, scores
 from rlhf_fast.judges.trust import refitted, trusted
 from rlhf_fast.trainers.constitutional import label
 
@@ -231,6 +232,34 @@ def test_pairs_of_one_conversation_are_not_independent():
     width = one["high"] - one["low"]
     assert ten["high"] - ten["low"] == pytest.approx(width, rel=0.05)
     assert width == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.15)
+
+
+def test_intervals_need_no_more_memory_for_many_conversations():
+    """20,000 took a GB, and 100,000 took 5: every resample of every conversation was held at once."""
+    conversations = 20_000
+    right = np.random.default_rng(0).random(conversations)
+    tracemalloc.start()
+    x = cluster_bootstrap({"x": right}, range(conversations), 7)["x"]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    draws = np.random.default_rng(7).integers(0, conversations, (2000, conversations))  # what is drawn is the same
+    assert [x["low"], x["high"]] == np.quantile(right[draws].mean(1), [0.025, 0.975]).tolist()
+    assert most < draws.nbytes / 4
+
+
+def test_the_longest_prompt_does_not_set_the_memory_of_a_card():
+    """Prompts stood in an array, in which each takes 4 bytes for every character of the longest."""
+    pairs = [
+        {"id": str(i), "prompt": "long " * 40_000 if i == 7 else f"short {i}", "a": "x", "b": "yy",
+         "votes": [{"principle": "p", "logit_ab": i % 5 - 1.8, "logit_ba": i % 7 - 3.1, "label_mass": 1, "keys": []}],
+         "missing": [], "better": "ab"[i % 2]}
+        for i in range(100)
+    ]  # fmt: skip
+    tracemalloc.start()
+    card = judge_card(pairs, [], {"p": 1.0}, combine="logit", seed=0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert card["conversations"] == 100 and most < 20_000_000
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

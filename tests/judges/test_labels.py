@@ -20,6 +20,7 @@ from rlhf_fast.judges import (
     Verdict,
     Vote,
     decide,
+    labels,
     report_on,
     trusted,
 )
@@ -120,6 +121,16 @@ def test_the_seed_draws_the_principles(tmp_path):
         records = judge_pairs(planted_rows(20), HOUSE, Planted(), **options)
         drawn.append([record["votes"][0]["principle"] for record in records])
     assert drawn[0] == drawn[1] != drawn[2] and {*drawn[0]} == {"kind", "short"}
+
+
+def test_a_verdict_reads_only_the_votes_that_count(monkeypatch):
+    """A card asks for each of 16 principles alone, and most of its time went to votes of weight 0."""
+    read = []
+    monkeypatch.setattr(labels, "Vote", lambda **vote: read.append(vote["principle"]) or Vote(**vote))
+    votes = [{"principle": f"p{i}", "logit_ab": i, "logit_ba": i, "label_mass": 1.0, "keys": []} for i in range(16)]
+    judgement = {"votes": votes, "missing": [{"principle": "gone", "status": "failed", "reason": "", "keys": []}]}
+    alone = {**{v["principle"]: 0.0 for v in votes}, "gone": 0.0, "p3": 1.0}
+    assert verdict_of(judgement, alone, combine="logit").logit == 3 and read == ["p3"]
 
 
 def test_the_bias_counts_where_probabilities_are_averaged():

@@ -41,6 +41,17 @@ def test_answers_are_asked_for_once(tmp_path):
     assert echo.asked == ["a", "b", "c"]
 
 
+def test_nobody_is_described_where_nothing_is_asked(tmp_path):
+    """A digest of a model takes 10 ms or more, and phase 1 asks at each step, also where no draft needs one."""
+
+    class Silent(Echo):
+        def describe(self):
+            raise AssertionError("described")
+
+    with Ledger(tmp_path) as ledger:
+        assert ledger.ask(Silent(), []) == []
+
+
 def test_who_is_asked_and_what_is_asked_make_the_key(tmp_path):
     one, two = Echo(), Echo(name="other")
     with Ledger(tmp_path) as ledger:

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pandas as pd
 import pytest
@@ -33,6 +34,18 @@ def test_records_are_written_whole_and_in_order(tmp_path, capsys):
     records = run(tmp_path, work=counting)
     assert [json.loads(line) for line in (tmp_path / "stage.jsonl").read_text().splitlines()] == records
     assert asked[3:] == [["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["9"]]
+
+
+def test_a_stage_does_not_hold_its_files_as_text(tmp_path):
+    """Items and records, as one text each and again as its bytes, took more memory than the records themselves."""
+    items = [{"id": str(i), "status": "ok", "prompt": "a long prompt " * 300} for i in range(500)]
+    tracemalloc.start()
+    records = run(tmp_path, items=items, work=list)
+    finish_stage(tmp_path, records, lambda record: [record], name="rows", used=("ok",), refused=())
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = (tmp_path / "stage.jsonl").stat().st_size
+    assert size == (tmp_path / "rows.jsonl").stat().st_size > 2_000_000 and most < size / 2
 
 
 def test_where_no_bar_can_be_drawn_each_tenth_is_a_line(tmp_path, capsys):

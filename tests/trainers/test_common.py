@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -1091,6 +1092,21 @@ def test_a_resumed_run_does_not_raise_an_alarm_that_lasts_again(tmp_path):
         far(at_step={6: lambda: 1 / 0}).train()
     far().train(resume=True)
     assert [alarm["step"] for alarm in rows(tmp_path / "alarms.jsonl")] == [2]
+
+
+def test_the_log_of_a_long_run_stays_in_its_file(tmp_path, monkeypatch):
+    """A run that resumes after 40,000 steps held 0.4 GB of log lines until its end."""
+    log = tmp_path / "train_log.jsonl"
+    log.write_text("".join(json.dumps({"step": i, **dict.fromkeys(map(str, range(50)), i / 7)}) + "\n"
+                           for i in range(1, 2001)))  # fmt: skip
+    (tmp_path / "samples.jsonl").write_bytes(log.read_bytes())
+    monkeypatch.setattr(records, "_tensorboard", lambda *_: None)  # importing it takes memory once
+    tracemalloc.start()
+    opened = records.Records(tmp_path, 1500, None, Monitors({}), 3000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    opened.close()
+    assert most < log.stat().st_size / 4 and opened.log.last["step"] == 1500 and len(rows(log)) == 1500
 
 
 def test_tensorboard_gets_a_gap_where_a_metric_is_not_finite(tmp_path, monkeypatch):
