@@ -93,7 +93,7 @@ def load_writer(writer: WriterJob):
 
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
     if not model:
-        raise ConfigError(f"{url} is a server: give the name of its model as {prefix or 'server_'}model")
+        raise ConfigError(f"{prefix or 'server_'}model is missing: a server needs the name of its model")
     return Server(url, model, **checked_options(Server, options, f"{prefix}server"))
 
 
