@@ -390,6 +390,9 @@ def test_tables_and_directories_are_read_through_datasets(tmp_path, monkeypatch)
     for source in ("script.py", "script.py:test"):
         with pytest.raises(ConfigError, match=rf"'{source}' is a script"):
             read_dataset(source)
+    with monkeypatch.context() as patched:  # datasets 3 would ask on the terminal about a script in a directory
+        patched.setattr(datasets, "load_dataset", lambda name, **options: [options])
+        assert read_dataset("someone/scripted") == [{"split": "train", "trust_remote_code": False}]
     (tmp_path / "table.tsv").touch()
     for source in ("table.tsv", "table.tsv:test"):
         with pytest.raises(ConfigError, match=rf"'{source}' has an ending that is not read: give .* \.jsonl\.gz, "):
