@@ -31,6 +31,7 @@ from queue import Empty, SimpleQueue
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..terminal import visible
 from .ledger import Answer, Call, Tries
 
 _STOP = {401, 403, 404, 405}
@@ -362,7 +363,7 @@ class Server:
             limit = f", for {_PATIENCE / 60:.0f} minutes at most" if self._limited_since is not None else ""
         soon = f" in {wait:.0f} s" if wait >= 1 else ""
         told = f"{self.base_url}: {answer.reason}; no answer for {lasted:.0f} s, trying again{soon}{limit}"
-        tqdm.write(told, file=sys.stderr)
+        tqdm.write(visible(told), file=sys.stderr)
 
     def _jitter(self, number: int) -> float:
         return random.uniform(0, min(_MAX_WAIT, self.backoff * 2**number))

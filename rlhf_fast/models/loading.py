@@ -274,16 +274,16 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, of another kind, or truncated
         if "trust_remote_code" in str(error):
             raise ConfigError(
-                f"no {what} can be loaded from {name!r}: this version of transformers has no class for it, and the code "
-                "that comes with it (auto_map) is never run. In Python, load it yourself and give the object"
+                f"no {what} can be loaded from {name!r}: this version of transformers has no class for it, and "
+                "the code that comes with it (auto_map) is never run. In Python, load it yourself and give the object"
             ) from error
         first, _, others = str(error).partition("\n")
         reason = f"{first} {others}" if first.rstrip().endswith(":") else first
         raise ConfigError(f"no {what} can be loaded from {name!r}: {' '.join(reason.split())}") from error
     except UnpicklingError as error:  # torch's own message says how to load it all the same
         raise ConfigError(
-            f"no {what} can be loaded from {name!r}: its weights are a pickle that holds more than tensors, which could "
-            "run code: have them saved as safetensors"
+            f"no {what} can be loaded from {name!r}: its weights are a pickle that holds more than tensors, which "
+            "could run code: have them saved as safetensors"
         ) from error
     except (RuntimeError, MemoryError):  # no room for the weights
         raise

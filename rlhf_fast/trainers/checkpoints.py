@@ -16,6 +16,7 @@ import torch
 from .. import parallel
 from ..errors import ConfigError
 from ..models import save_quietly
+from ..terminal import visible
 from .common import preserved_rng, set_rng_state
 
 MANIFEST = "manifest.json"
@@ -94,7 +95,7 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing or torn"
     found = _hashes(checkpoint)
     wrong = [name for name, digest in expected.items() if found.get(name) != digest]
-    return f"{', '.join(wrong)} not as written" if wrong else None
+    return f"{visible(', '.join(wrong))} not as written" if wrong else None
 
 
 def load_checkpoint(trainer, path: Path) -> dict | None:
