@@ -366,7 +366,7 @@ def _report(argv: list[str]) -> None:
     try:
         page = write(directory)
     except OSError as error:
-        raise ConfigError(f"report: {error.filename or directory}: {error.strerror}") from None
+        raise ConfigError(f"report: {error.filename2 or error.filename or directory}: {error.strerror}") from None
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -9,11 +9,13 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from .. import parallel
+from ..disk import delete
 from ..errors import ConfigError
 from ..models import save_quietly
 from ..terminal import visible
@@ -54,7 +56,8 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None, state: Callabl
         os.rename(target, replaced)
     os.rename(temporary, target)
     _fsync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        delete(replaced)
     return target
 
 
@@ -70,7 +73,7 @@ def remove_checkpoint(path: Path) -> None:
     deletes what is left when the run is resumed."""
     aside = path.with_name(f".tmp-{path.name}-deleted")
     os.rename(path, aside)
-    shutil.rmtree(aside)
+    delete(aside)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -131,7 +134,8 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
         for bad, why in reasons.items():
             warnings.warn(f"{bad} is damaged ({why}): resuming from {checkpoint.name}", stacklevel=5)
             aside = bad.with_name(f"damaged-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                delete(aside)
             os.rename(bad, aside)
         return checkpoint
     if reasons:
