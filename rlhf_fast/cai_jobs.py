@@ -35,6 +35,7 @@ from .judges.stages import read_items
 from .judges.trust import refitted, trusted
 from .models import load_policy, load_reward_model, load_tokenizer
 from .report import in_words, read_jsonl
+from .terminal import visible
 from .trainers.common import check_bf16
 from .trainers.constitutional import (
     TextGenerator,
@@ -72,7 +73,7 @@ def load_judge(who: JudgeJob, seed: int):
         server = _server(who.judge, who.judge_model, who.judge_server, "judge_")
         judge = HTTPJudge(server, constitution, **options)
         found = "; ".join(f"{mode}: {came_to}" for mode, came_to in judge.backend.found.items())
-        print(f"judge: {who.judge} is asked in mode {judge.backend.mode} ({found})")
+        print(visible(f"judge: {who.judge} is asked in mode {judge.backend.mode} ({found})"))
         return constitution, judge
     return constitution, LocalJudge(load_policy(who.judge), load_tokenizer(who.judge), constitution, **options)
 
@@ -93,7 +94,7 @@ def load_writer(writer: WriterJob):
 
 def _server(url: str, model: str | None, options: dict, prefix: str = "") -> Server:
     if not model:
-        raise ConfigError(f"{url} is a server: give the name of its model as {prefix or 'server_'}model")
+        raise ConfigError(f"{prefix or 'server_'}model is missing: a server needs the name of its model")
     return Server(url, model, **checked_options(Server, options, f"{prefix}server"))
 
 
@@ -136,7 +137,7 @@ def _revise(schedule, prompts, generate, constitution, judge, max_new_tokens: in
         shares = {kind: [f"{x['refusal']} of {x['replies']}" for x in (k["original"], k["used"])]
                   for kind, k in kinds.items()}  # fmt: skip
         told = "; ".join(f"{kind} {before} -> {after}" for kind, (before, after) in shares.items())
-        print(f"revise: replies that decline, originals -> demonstrations: {told}")
+        print(visible(f"revise: replies that decline, originals -> demonstrations: {told}"))
     return stage
 
 
@@ -247,7 +248,8 @@ def _tell(name: str, stage, *files: str) -> None:
     print(f"{name}: {in_words(stage.counts)}; {', '.join(f'{stage.output_dir}/{file}' for file in files)}")
     why = next((record["reason"] for record in stage.rejected if record.get("reason")), None)
     if why:
-        print(f"{name}: {stage.output_dir}/rejected.jsonl says why the others were left out; the first: {why[:200]}")
+        shown = visible(why[:200])
+        print(f"{name}: {stage.output_dir}/rejected.jsonl says why the others were left out; the first: {shown}")
 
 
 def _check_any(name: str, stage) -> None:
@@ -361,7 +363,7 @@ def rate_held_out(stages: StageTable, name: str, model: str, job: TrainJob, run:
     if reasons := [row[0] for row in undecided if row]:
         print(
             f"{name}: {len(reasons)} of {len(checks)} replies are in no pass rate, because a check had no answer "
-            f"({reasons[0]})"
+            f"({visible(reasons[0])})"
         )
     kept = [{check.principle: check.satisfied for check in row} for row in checks]
     return stages.rate(name, replies, kept, [not row for row in undecided])

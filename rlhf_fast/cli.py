@@ -33,6 +33,7 @@ from .disk import check_writable, in_one_line, json_line
 from .errors import ConfigError, DiskFullError, NonFiniteError
 from .keys import READ_COMMANDS, STAGES
 from .monitors import RunStopped
+from .terminal import visible
 
 HELP = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [--KEY VALUE ...]
@@ -94,19 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         raise  # another pipe
     except ConfigError as error:
-        print(f"rlhf-fast: {error}", file=sys.stderr)
+        print(f"rlhf-fast: {visible(error)}", file=sys.stderr)
         return 2
     except DiskFullError as error:
-        print(f"rlhf-fast: {error}", file=sys.stderr)
+        print(f"rlhf-fast: {visible(error)}", file=sys.stderr)
         return 1
     except RunStopped as stop:
-        print(f"rlhf-fast: stopped by {stop}", file=sys.stderr)
+        print(f"rlhf-fast: stopped by {visible(stop)}", file=sys.stderr)
         return 3
     except NonFiniteError as error:
         from .parallel import rank
 
         if rank() == 0:
-            print(f"rlhf-fast: stopped: {error}", file=sys.stderr)
+            print(f"rlhf-fast: stopped: {visible(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("rlhf-fast: interrupted", file=sys.stderr)
@@ -136,7 +137,7 @@ def _cai(argv: list[str]) -> None:
         options = parser.parse_args(rest)
         from .cai_jobs import validate
 
-        print(validate(options.files, options.allow_code == "true"))
+        print(visible(validate(options.files, options.allow_code == "true")))
     else:
         _train(CAI["cai" if word == "train" else word], rest)
 
@@ -282,7 +283,7 @@ def _generate(argv: list[str]) -> None:
     for text in (*prompts, job.system or ""):  # the bytes of an argument need not be UTF-8
         check_encodable(text, f"generate: {text[:40]!r}")
     for prompt, text in zip(prompts, answer(job.model, prompts, job.system, **sampling), strict=True):
-        print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
+        print(_shown(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text))
 
 
 def _score(argv: list[str]) -> None:
@@ -306,12 +307,17 @@ def _stdin() -> Iterator[str]:
         raise ConfigError(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
 
 
+def _shown(text: str) -> str:
+    """The text for standard output: as it is in a file or a pipe, visible on a terminal."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
 def _write_rows(rows: list[dict], file: TextIO, path: str) -> None:
     """Replaces what the file holds, which may be the input that the rows were made from."""
     # Half a surrogate pair, which a column may hold, becomes the escape that JSON has for it.
     text = "".join(map(json_line, rows)).encode("utf-8", "backslashreplace").decode()
     if path == "-" or not Path(path).is_file():  # a pipe and /dev/null cannot be truncated
-        file.write(text)
+        file.write(_shown(text) if file is sys.stdout else text)
         return
     before = Path(path).read_bytes()
     try:
@@ -362,7 +368,7 @@ def _report(argv: list[str]) -> None:
     try:
         page = write(directory)
     except OSError as error:
-        raise ConfigError(f"report: {error.filename or directory}: {error.strerror}") from None
+        raise ConfigError(f"report: {error.filename2 or error.filename or directory}: {error.strerror}") from None
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,11 +92,17 @@ def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Writes a text, or its parts one after the other. After a crash the path holds the old content or the new one,
     never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # "w" would write through a link
+    with open(temporary, "x", encoding="utf-8") as file:
         file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def delete(path: Path) -> None:
+    """Deletes a directory; of a link to one only the link."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def write_json(path: Path, value: dict, indent: int = 2) -> None:

@@ -227,7 +227,7 @@ def read_sources(job, stage: str, **limit) -> tuple[list[list[dict] | None], lis
 
 def write_left_out(output_dir: str | Path, left_out: list[dict]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in left_out)
-    (make_directory(output_dir) / "left_out.jsonl").write_text(text, encoding="utf-8")
+    write_atomic(make_directory(output_dir) / "left_out.jsonl", text)
 
 
 def _models_of(job) -> list[str]:

@@ -214,8 +214,8 @@ def _paragraph(alarm: dict, log: list[dict]) -> str:
     end = ""
     if planned := alarm.get("ended_run_of"):
         resumed = "; it was resumed" if log and log[-1]["step"] > alarm["step"] else ""
-        end = f" <b>This ended the run after step {alarm['step']} of {planned} planned steps{resumed}.</b>"
-    return f"<p><b>{escape(alarm['monitor'])}</b>, step {alarm['step']}: {escape(alarm['message'])}.{end}</p>"
+        end = f" <b>This ended the run after step {alarm['step']:d} of {planned:d} planned steps{resumed}.</b>"
+    return f"<p><b>{escape(alarm['monitor'])}</b>, step {alarm['step']:d}: {escape(alarm['message'])}.{end}</p>"
 
 
 def _bands(points: dict[str, list[tuple[int, float]]], limits: dict[str, float]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from ._version import __version__
+from .disk import write_atomic
 
 
 class Html(str):
@@ -41,12 +42,19 @@ def details(title: str, content: str) -> str:
 
 def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{POLICY}<title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{escape(title)}</h1>{''.join(body)}<footer>rlhf_fast {__version__}</footer></body></html>\n"
     )
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page)
     return path
+
+
+# Nothing is loaded and no script runs, whatever a page quotes. The bars and charts have style attributes.
+POLICY = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'\">"
+)
 
 
 STYLE = """

@@ -124,11 +124,12 @@ def report_section(evaluation: dict) -> str:
     """evaluate_pairs' result as HTML: accuracy next to the floors, margins, calibration, length, sources."""
     correlation, calibration = evaluation["length_correlation"], evaluation["calibration"]
     lead = (
-        f"The reward model prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of {evaluation['pairs']} "
-        f"held-out pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']} ties count half)."
+        f"The reward model prefers the better response in <b>{evaluation['accuracy']:.1%}</b> of "
+        f"{evaluation['pairs']:d} held-out pairs (95 % interval {_interval(evaluation)}; {evaluation['ties']:d} ties "
+        "count half)."
     )
     if broken := evaluation["not_finite"]:
-        lead += f" <b>The margin of {broken} is not finite</b>; these count as wrong."
+        lead += f" <b>The margin of {broken:d} is not finite</b>; these count as wrong."
     figures = [_reliability(calibration), _by_length(evaluation["by_length_difference"])]
     if evaluation["margin"]:
         figures.insert(0, _histogram(evaluation["margin"]))

@@ -176,7 +176,7 @@ def _true_against_proxy(stages: list[dict], logs: dict[str, list[dict]]) -> str:
 def _headline(summary: dict) -> str:
     rated = [stage for stage in summary["stages"] if stage.get("pass_rate") is not None]
     seconds = sum(stage.get("seconds") or 0 for stage in summary["stages"])
-    text = f"Seed {summary.get('seed', 'not recorded')}, {seconds:.0f} s in total."
+    text = f"Seed {escape(str(summary.get('seed', 'not recorded')))}, {seconds:.0f} s in total."
     if rated:
         rates = ", ".join(f"{stage['pass_rate']:.0%} after {escape(stage['name'])}" for stage in rated)
         text += f" Share of answers to held-out prompts that keep every rule: {rates}."

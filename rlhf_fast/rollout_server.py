@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 from .data.chat import Text, encode_prompt
 from .errors import ConfigError
 from .judges.ledger import Answer, Usage
-from .judges.server import Server, Unreadable
+from .judges.server import Server, Unreadable, short
 from .judges.stages import seed_for
 from .models import has_adapters, save_model, save_quietly, stop_ids
 
@@ -154,7 +154,7 @@ class RolloutServer:
         ids, reason, stops = choice.get("token_ids"), choice["finish_reason"], request["stop_token_ids"]
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
         if reason not in ("stop", "length"):
-            raise Unreadable(f"the answer was broken off ({reason})")
+            raise Unreadable(f"the answer was broken off ({short(str(reason))})")
         if not ids or not logprobs:
             missing = " and ".join(
                 name for name, value in (("token ids", ids), ("log-probabilities", logprobs)) if not value
@@ -171,8 +171,8 @@ class RolloutServer:
                 return _no(f"the answer continues after the token {ids[stops_at[0]]}, one of stop_token_ids")
         elif reason == "stop":
             return _no(
-                f"the server stopped at the token {ids[-1]}, which ends no answer of the policy (only {stops} do): "
-                "start it with the policy's own directory, whose generation_config declares these"
+                f"the server stopped at the token {short(str(ids[-1]))}, which ends no answer of the policy (only "
+                f"{stops} do): start it with the policy's own directory, whose generation_config declares these"
             )
         elif len(ids) != request["max_tokens"]:
             return _no(f"the answer was cut after {len(ids)} of {request['max_tokens']} tokens: {_LONGER}")
@@ -184,8 +184,8 @@ class RolloutServer:
         self._step = None
         try:
             card = json.loads(self._server.call("/models"))["data"][0]
-            self._engine, self._server.model = card.get("owned_by"), card["id"]
-        except (ConfigError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            self._engine, self._server.model = short(str(card.get("owned_by"))), str(card["id"])
+        except (ConfigError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             why = error if isinstance(error, ConfigError) else "it lists no model"
             hint = "" if self._root != self.base_url.rstrip("/") else "; the address of both ends in /v1"
             raise ConfigError(f"rollout_server: {self.base_url} is not a vLLM or SGLang server: {why}{hint}") from None
@@ -226,7 +226,8 @@ class RolloutServer:
         if answer.status != "ok":
             return answer
         best = sorted(reply["choices"][0]["logprobs"]["top_logprobs"][0].values())[-3:]
-        return Answer("ok", best[-1] - best[0])
+        gap = best[-1] - best[0]
+        return Answer("ok", gap) if math.isfinite(gap) else _no("log-probabilities are not finite")
 
     def _give_weights(self, trainer) -> None:
         """Sends the policy's weights, or its adapters, to the server. If this fails, nothing is sampled until they have
@@ -257,7 +258,7 @@ class RolloutServer:
             try:
                 reply = self._server.call(url, body)
                 if '"success":false' in reply.replace(" ", ""):  # vLLM, while its prefix cache is in use
-                    raise ConfigError(f"{url}: {reply}")
+                    raise ConfigError(f"{url}: {short(reply)}")
             except ConfigError as error:
                 raise ConfigError(
                     f"rollout_server: the server did not load the policy's weights in {path}: {error}. It must be able "

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,7 +21,7 @@ def worth(reply):
 class FakeServer(ThreadingHTTPServer):
     """P(first) = sigmoid((worth of the first - worth of the second) * sharpness + bias), for each question.
 
-    script: (text of the prompt, how often it was asked before) -> a fault, or None
+    script: (text of the prompt, how often it was asked before) -> a fault, None, or a reply (status, content, headers)
     modes: what it supports, of "echo", "top_k", "chat"; what it does not, it ignores without a word, or has `otherwise`
     """
 
@@ -83,6 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             if "alphabet" in text:  # the probe
                 return self.reply(200, self.answer(body, text, 2.0))
             fault = server.script(text, before) if server.script else None
+            if isinstance(fault, tuple):
+                return self.reply(*fault)
             if fault:
                 return self.fail(fault, body, text)
             reply = self.answer(body, text, server.logit(text))
@@ -170,13 +173,24 @@ class Handler(BaseHTTPRequestHandler):
         return {"choices": choices, **usage}
 
     def reply(self, code, content, headers=None):
-        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        if isinstance(content, Iterator):  # parts of a reply that does not say how long it is
+            return self.drip(code, content)
+        data = content.encode() if isinstance(content, str) else content
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(code)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def drip(self, code, parts):
+        self.close_connection = True
+        self.send_response(code)
+        self.end_headers()
+        for part in parts:
+            self.wfile.write(part)
+            time.sleep(0.05)
 
 
 def serving(script=None, **options):

@@ -31,6 +31,7 @@ from rlhf_fast.keys import READ_COMMANDS, STAGES, TRL_PPO_NAMES, SFTJob
 from rlhf_fast.models import load_policy, load_reward_model, load_tokenizer, save_model
 from rlhf_fast.rewards import RewardModelReward
 from rlhf_fast.rollout_server import RolloutServer
+from rlhf_fast.terminal import visible
 from rlhf_fast.trainers.sft import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -814,6 +815,40 @@ def test_bf16_of_what_writes_is_heard_and_refused_without_the_hardware(sft, caps
     writer(["Name 1 and 2."], [0])
     assert seen == [True, False, True]
     assert [x.describe()["bf16"] for x in (writer, load_writer(WriterJob(model)))] == [True, False]
+
+
+HOSTILE = "a\x1b[2J\r\x07\x9b\u202eb\u2066\tc\n"
+SHOWN = "a\\u001b[2J\\u000d\\u0007\\u009b\\u202eb\\u2066\tc\n"
+
+
+def test_what_a_terminal_would_obey_is_made_visible():
+    assert visible(HOSTILE) == SHOWN and visible("ü 日本 👩\u200d🚀 \ud800") == "ü 日本 👩\u200d🚀 \\ud800"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_is_visible_on_a_terminal_and_as_it_is_in_a_pipe(terminal, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rlhf_fast.jobs.answer", lambda model, prompts, *_, **__: [HOSTILE for _ in prompts])
+    monkeypatch.setattr("rlhf_fast.jobs.score", lambda model, records, batch_size: [{"response": HOSTILE}])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    assert main(["generate", "--model", "m", "--prompt", "hi"]) == 0
+    assert capsys.readouterr().out == (SHOWN if terminal else HOSTILE) + "\n"
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert main(["score", "--model", "m", "--input", str(tmp_path / "rows.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"response": HOSTILE} and ("\u202e" in out) is not terminal
+    assert (
+        main(["score", "--model", "m", "--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "o")]) == 0
+    )
+    assert "\u202e" in (tmp_path / "o").read_text()
+
+
+def test_an_error_that_quotes_data_or_a_server_is_visible(tmp_path, capsys):
+    content = yaml.safe_load((Path(__file__).parents[1] / "examples/constitution.yaml").read_text())
+    (tmp_path / "constitution.json").write_text(json.dumps(content | {"name": HOSTILE}))
+    assert main(["cai", "validate", str(tmp_path / "constitution.json")]) == 0
+    assert main(["report", str(tmp_path / HOSTILE)]) == 2
+    told = "".join(capsys.readouterr())
+    assert told.count("a\\u001b[2J\\u000d") == 2 and "\x1b" not in told
 
 
 def test_generate_answers_records_and_score_reads_its_answers(reward, tmp_path, capsys):

@@ -40,11 +40,12 @@ LAYERS = [
     },
     {"disk", "charts", "page"},
     {"ops"},
-    {"kernels", "errors", "_C", "_version"},
+    {"kernels", "errors", "terminal", "_C", "_version"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_TRANSFORMERS = {
-    "compat", "advantages", "errors", "disk", "ops", "kernels", "report", "monitors", "charts", "page", "info", "",
+    "compat", "advantages", "errors", "terminal", "disk", "ops", "kernels", "report", "monitors", "charts", "page",
+    "info", "",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -542,6 +543,54 @@ def test_a_file_of_a_model_that_somebody_broke_is_one_line(tokenizer, model, tmp
     with pytest.raises(ConfigError, match=r"no (tokenizer|model) can be loaded from .*: restore") as refused:
         models.load_tokenizer(tmp_path), models.load_policy(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+OWN = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoModelForSequenceClassification": "own.Own"}
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), [
+    ("config.json", {"model_type": "own", "auto_map": OWN}, "has no class for it, and the code that comes with it"),
+    ("config.json", {"model_type": "own", "auto_map": {k: f"someone/else--{v}" for k, v in OWN.items()}}, "auto_map"),
+    ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}, "auto_map"),
+    ("config.json", {"attn_implementation": "someone/kernel"}, "names the kernel someone/kernel .* never run"),
+])  # fmt: skip
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
+    tokenizer, model, tmp_path, name, changed, message, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    models.save_model(model, tokenizer, tmp_path)
+    (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text()) | changed))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for load in (models.load_policy, models.load_reward_model) if name == "config.json" else (models.load_tokenizer,):
+        with pytest.raises(ConfigError, match=message):
+            load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapters"])
+def test_a_pickle_that_would_run_code_is_refused(tokenizer, tmp_path, kind):
+    path, ran = str(tmp_path / kind), tmp_path / "ran"
+    base = tiny_model(tokenizer)
+    models.save_model(base, tokenizer, tmp_path / "model")
+    if kind == "adapters":
+        pytest.importorskip("peft")
+        models.save_model(models.add_lora(models.load_policy(str(tmp_path / "model")), r=2, alpha=2), tokenizer, path)
+    (weights,) = (tmp_path / kind).glob("*model.safetensors")
+    weights.unlink()
+    torch.save(
+        {"weight": Command(str(ran))}, tmp_path / kind / {"model": "pytorch_model.bin"}.get(kind, "adapter_model.bin")
+    )
+    with pytest.raises(ConfigError, match="are a pickle that holds more than tensors"):
+        models.load_policy(path)
+    assert not ran.exists()
 
 
 def test_a_directory_that_holds_only_a_model_has_no_tokenizer(tokenizer, model, tmp_path):

@@ -88,6 +88,31 @@ def test_run_report_escapes_model_text_and_loads_nothing(tmp_path):
     assert "<b>Loss</b>" in page and "<b>lr</b>" in page
 
 
+def test_numbers_of_a_run_from_elsewhere_that_are_markup_are_escaped_or_refused(tmp_path):
+    evil = "<img src=x onerror=alert(1)>"
+    (tmp_path / "summary.json").write_text(json.dumps({"seed": evil, "stages": [{"name": "sft"}]}))
+    page = write_quickstart_report(tmp_path).read_text(encoding="utf-8")
+    assert "<img" not in page and "Seed &lt;img" in page
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; ") and "script-src" not in policy
+    write_jsonl(tmp_path / "train_log.jsonl", [{"step": 2}])
+    (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {}}))
+    for alarm in ({"step": evil}, {"step": 1, "ended_run_of": evil}):
+        write_jsonl(tmp_path / "alarms.jsonl", [{"monitor": "kl", "message": "high", **alarm}])
+        with pytest.raises(ValueError, match="format code 'd'"):
+            write_report(tmp_path)
+
+
+def test_a_report_does_not_write_through_links(tmp_path):
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.write_text("mine")
+    write_jsonl(run / "train_log.jsonl", [{"step": 1, "loss": 2.0}])
+    for name in ("report.html", "report.html.tmp"):
+        (run / name).symlink_to(mine)
+    assert "<b>Loss</b>" in write_report(run).read_text() and mine.read_text() == "mine"
+
+
 def test_held_out_rows_with_the_same_prompt_have_a_card_each(tmp_path):
     """They differ in a column that a reward reads; each shows its first answer next to its last."""
     write_jsonl(tmp_path / "train_log.jsonl", [{"step": 0}])

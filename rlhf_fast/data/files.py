@@ -60,7 +60,7 @@ def read_dataset(source) -> list[dict]:
         if os.path.isfile(saved := Path(name, "dataset_dict.json")):  # datasets 3 would read its other files as records
             parts = {part: f"{name}/{part}/*.arrow" for part in json.loads(saved.read_text())["splits"]}
             return datasets.load_dataset("arrow", data_files=parts, split=split)
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split, trust_remote_code=False)  # datasets 3 runs scripts, or asks
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ConfigError(f"dataset {str(source)!r} cannot be loaded: {_why_not_loaded(name, error)}") from error
 

@@ -27,10 +27,11 @@ from .layouts import COMPARE_LABELS, WORDS, text_prompt
 from .ledger import Answer, Call, Ledger, Tries
 from .model_judge import ModelJudge
 from .scoring import common_prefix
-from .server import Server, Unreadable
+from .server import Server, Unreadable, short
 
 MODES = ("echo", "top_k", "chat", "systemone", "votes")
 
+_ROUNDING = 0.01  # how far above 0 a log-probability may be
 _REFUSAL = re.compile(
     r"\b(?:I|we) (?:can ?not|can't|can’t|won't|am unable|must decline)|\bI'm (?:sorry|unable)|申し訳|お答えできません",
     re.I,
@@ -251,7 +252,7 @@ def read_text(reply: dict) -> Answer:
     if choice.get("finish_reason") == "content_filter":
         return Answer("refused", reason="content filter")
     if isinstance(message, dict) and message.get("refusal"):
-        return Answer("refused", reason=message["refusal"])
+        return Answer("refused", reason=short(str(message["refusal"])))
     if not isinstance(text, str):
         raise Unreadable("the reply has no text")
     return Answer("ok", {"text": text, "finish_reason": choice.get("finish_reason")})
@@ -289,6 +290,8 @@ def _read_echo(labels: Sequence[str], reply: dict) -> Answer:
     if any(not tail or None in tail for tail in tails):
         raise Unreadable("the labels have no log-probabilities of their own")
     logprobs = [float(sum(tail)) for tail in tails]
+    if not all(map(math.isfinite, logprobs)) or max(logprobs) > _ROUNDING:
+        raise Unreadable(f"{logprobs} are no log-probabilities")
     return Answer("ok", {"logprobs": logprobs, "mass": min(sum(map(math.exp, logprobs)), 1.0), "kind": "exact"})
 
 
@@ -306,14 +309,16 @@ def _read_top(labels: Sequence[str], reply: dict, max_slack: float) -> Answer:
 
     begun = re.match(r"\W*(\w+)\W+\w", message.get("content") or "")
     if begun and any(written(begun[1])):
-        return Answer("unparsed", reason=f"began {message['content']!r}, although only a label was asked for")
+        return Answer("unparsed", reason=f"began {short(message['content'])!r}, although only a label was asked for")
     seen = [0.0] * len(labels)
     for token, logprob in top.items():
         for i, is_label in enumerate(written(token.strip(" \n(\"'*▁Ġ").rstrip(")\"'*.:"))):
             seen[i] += math.exp(logprob) if is_label else 0.0
     if not any(seen):
         likeliest = max(top, key=top.get)
-        return Answer("unparsed", reason=f"neither label is among the {len(top)} likeliest; {likeliest!r} is the first")
+        return Answer(
+            "unparsed", reason=f"neither label is among the {len(top)} likeliest; {short(likeliest)!r} is the first"
+        )
     unseen = max(1 - sum(map(math.exp, top.values())), 1e-12)
     mass, slack, kind = sum(seen), 0.0, "exact"
     if not all(seen):
@@ -337,6 +342,8 @@ def _top_of(choice: dict) -> dict[str, float]:
     for token, logprob in pairs:
         if isinstance(token, str) and isinstance(logprob, (int, float)) and not math.isnan(logprob):
             top[token] = max(top.get(token, -math.inf), float(logprob))
+    if max(top.values(), default=0.0) > _ROUNDING:
+        raise Unreadable(f"a log-probability of {max(top.values())} is none")
     if len(top) < 2:
         raise Unreadable("no log-probabilities in the reply")
     return top

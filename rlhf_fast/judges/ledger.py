@@ -168,7 +168,7 @@ class Ledger:
 
     def _hold(self):
         make_directory(self.directory)
-        held = open(self.directory / "ledger.lock", "w")  # noqa: SIM115  closing the file, or dying, releases the lock
+        held = open(self.directory / "ledger.lock", "a")  # noqa: SIM115  closing the file, or dying, releases the lock
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

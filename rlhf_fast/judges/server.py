@@ -10,6 +10,8 @@
     401, 403, 404, 405, no quota,     the run stops, because the next question would fail too
     ten questions in a row failed
 
+A reply is read up to MAX_REPLY bytes, within the time-out, and as UTF-8, whatever its headers say.
+
 A 429 halves the number n of simultaneous calls. It grows by one again after n good answers. Standard error says what is
 waited for, and for how long.
 """
@@ -29,6 +31,7 @@ from queue import Empty, SimpleQueue
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..terminal import visible
 from .ledger import Answer, Call, Tries
 
 _STOP = {401, 403, 404, 405}
@@ -42,6 +45,8 @@ _REFUSED = re.compile(r"content.?(?:filter|management|policy)|safety|responsible
 _NO_QUOTA = re.compile(r"insufficient_quota|billing", re.I)
 FAILURES_IN_A_ROW = 10
 PROBES = 3
+MAX_REPLY = 2**26  # bytes; a prompt of 128k tokens, echoed for two labels, takes about 2e7
+_MAX_RAW = 10_000  # characters of an error in the ledger
 _MAX_WAIT = 60.0  # seconds, because limits are per minute
 _PATIENCE = 600.0  # seconds
 _TOLD_AFTER, _TOLD_EVERY = 5.0, 30.0  # seconds
@@ -96,6 +101,11 @@ class Server:
             raise ConfigError("server: max_cost needs price_prompt and price_completion, for 1,000,000 tokens each")
         if not isinstance(self.extra_body, dict):
             raise ConfigError(f"server: extra_body must map the names of fields to values, got {self.extra_body!r}")
+        if re.search("[@?#]", self.base_url):  # not repeated here: errors are recorded too
+            raise ConfigError(
+                "server: base_url is recorded with every answer, so it may hold no user name, no password and no query "
+                f"(?...): put the key into the environment variable {self.api_key_env} (api_key_env)"
+            )
         try:
             import openai
         except ImportError:
@@ -107,7 +117,11 @@ class Server:
             raise ConfigError(
                 f"server: the key in {self.api_key_env} has characters beyond ASCII, which no header can hold: check it"
             )
-        self._client = openai.OpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout)
+        self._client = openai.OpenAI(
+            base_url=self.base_url, api_key=key, max_retries=0, timeout=self.timeout,
+            http_client=openai.DefaultHttpxClient(event_hooks={"response": [self._receive]}),
+        )  # fmt: skip
+        self._key = key.encode()
         self._gate, self._budget = threading.Condition(), threading.Lock()
         self._active, self._allowed, self._not_before, self._failures = 0, float(self.concurrency), 0.0, 0
         self._limited_since: float | None = None  # the first 429 since an answer
@@ -152,19 +166,43 @@ class Server:
         """The text of the reply to a POST, or to a GET if there is no body. One try; ConfigError if it fails."""
         try:
             return self._send(path, body).text
+        except Unreadable as error:
+            raise ConfigError(f"{path}: {error}") from None
         except self.openai.APIStatusError as error:
-            raise ConfigError(f"{path}: HTTP {error.status_code}: {_short(error.response.text)}") from None
+            raise ConfigError(f"{path}: HTTP {error.status_code}: {short(error.response.text)}") from None
         except self.openai.APITimeoutError:
             raise ConfigError(f"{path}: no answer within {self.timeout:g} s") from None
         except self.openai.APIError as error:
-            raise ConfigError(f"{path} of {self.base_url} cannot be reached: {_short(str(error))}") from None
+            reason = short(str(error.__cause__ or error))
+            raise ConfigError(f"{path} of {self.base_url} cannot be reached: {reason}") from None
+
+    def _receive(self, response) -> None:
+        """Reads a reply in place of httpx, which would read any number of bytes for any time."""
+        content, end, cut = bytearray(), time.monotonic() + self.timeout, ""
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > MAX_REPLY:
+                cut = f"the reply is longer than {MAX_REPLY >> 20} MB"
+            elif time.monotonic() > end:
+                cut = f"the reply had not ended after {self.timeout:g} s"
+            if cut:
+                break
+        response.close()
+        if response.is_error and self._key != b"none":  # some repeat the key, and errors are recorded and printed
+            content = content.replace(self._key, b"(the key)")
+        response.encoding, response._content = "utf-8", bytes(content)  # what response.read() sets
+        response.extensions["cut"] = cut
 
     def _send(self, path: str, body: dict | None):
         """The raw reply, because the client's own types hide what a server leaves out or adds."""
         options = {"headers": {"X-Stainless-Raw-Response": "true"}}  # what the client's with_raw_response sets
         if body is None:
-            return self._client.get(path, cast_to=object, options=options).http_response
-        return self._client.post(path, body=body, cast_to=object, options=options).http_response
+            reply = self._client.get(path, cast_to=object, options=options).http_response
+        else:
+            reply = self._client.post(path, body=body, cast_to=object, options=options).http_response
+        if cut := reply.extensions["cut"]:
+            raise Unreadable(cut)
+        return reply
 
     def call_all(
         self, requests: Sequence[dict], tries: Tries, send: Callable[[dict], tuple[str, dict]],
@@ -242,10 +280,10 @@ class Server:
             return Answer("failed", reason=str(error)), True, 0.0, about
         except self.openai.APIStatusError as error:
             text, code = error.response.text, error.status_code
-            about = {"raw": text, "http_status": code}
-            reason = f"HTTP {code}: {_short(text)}"
+            about = {"raw": text[:_MAX_RAW], "http_status": code}
+            reason = f"HTTP {code}: {short(text)}"
             if code in (404, 405):  # an unknown model, or an endpoint that the server does not have
-                reason = f"HTTP {code} from {path}: {_short(text)}"
+                reason = f"HTTP {code} from {path}: {short(text)}"
             if code == 401:
                 unset = "" if os.environ.get(self.api_key_env, "").strip() else ", which is not set"
                 reason += f" (the key is read from the variable {self.api_key_env}{unset})"
@@ -258,7 +296,8 @@ class Server:
         except self.openai.APITimeoutError:
             return Answer("failed", reason=f"no answer within {self.timeout:g} s"), True, 0.0, about
         except self.openai.APIError as error:
-            return Answer("failed", reason=f"{type(error).__name__}: {_short(str(error))}"), True, 0.0, about
+            reason = f"{type(error).__name__}: {short(str(error.__cause__ or error))}"
+            return Answer("failed", reason=reason), True, 0.0, about
 
     # -- how fast --
 
@@ -324,7 +363,7 @@ class Server:
             limit = f", for {_PATIENCE / 60:.0f} minutes at most" if self._limited_since is not None else ""
         soon = f" in {wait:.0f} s" if wait >= 1 else ""
         told = f"{self.base_url}: {answer.reason}; no answer for {lasted:.0f} s, trying again{soon}{limit}"
-        tqdm.write(told, file=sys.stderr)
+        tqdm.write(visible(told), file=sys.stderr)
 
     def _jitter(self, number: int) -> float:
         return random.uniform(0, min(_MAX_WAIT, self.backoff * 2**number))
@@ -360,7 +399,7 @@ def _may_pass(about: dict) -> bool:
         return code != 501
     try:
         json.loads(about["raw"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 
@@ -368,10 +407,10 @@ def _may_pass(about: dict) -> bool:
 def _json(text: str) -> dict:
     try:
         reply = json.loads(text)
-    except ValueError:
-        raise Unreadable(f"the reply is not JSON: {_short(text)}") from None
+    except (ValueError, RecursionError):  # RecursionError: brackets in a thousand others
+        raise Unreadable(f"the reply is not JSON: {short(text)}") from None
     if not isinstance(reply, dict):
-        raise Unreadable(f"the reply is not a JSON object: {_short(text)}")
+        raise Unreadable(f"the reply is not a JSON object: {short(text)}")
     return reply
 
 
@@ -380,7 +419,7 @@ def _read(read, request: dict, reply: dict) -> Answer:
     try:
         return read(request, reply)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise Unreadable(f"the reply has another shape: {type(error).__name__}: {error}") from None
+        raise Unreadable(f"the reply has another shape: {type(error).__name__}: {short(str(error))}") from None
 
 
 def _says(pattern: re.Pattern, error: str, body: dict) -> bool:
@@ -395,24 +434,26 @@ def _usage(reply: dict) -> dict[str, int | None]:
         return {}
     found = {"prompt_tokens": usage.get("prompt_tokens", usage.get("input_tokens")),
              "completion_tokens": usage.get("completion_tokens", usage.get("output_tokens"))}  # fmt: skip
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    # A number that no answer can take is none. Negative ones would raise the limits, and SQLite's end at 2^63.
+    return {name: value for name, value in found.items() if type(value) is int and 0 <= value < 2**31}
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """At most 200 characters of what a server says, on one line."""
     text = " ".join(text.split())
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _retry_after(headers) -> float:
-    """Seconds, from any of the three forms of the header; 0 without one."""
+    """Seconds, from any of the three forms of the header; 0 without one, and for NaN."""
     try:
         if "retry-after-ms" in headers:
-            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
         value = headers.get("retry-after")
         if value is None:
             return 0.0
         try:
-            return max(float(value), 0.0)
+            return max(0.0, float(value))  # in this order: a comparison with NaN is false
         except ValueError:
             return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
 """Loads models and tokenizers from a directory or the hub, and saves them to a directory.
 
-A directory may hold a whole model, or LoRA adapters (with an adapter_config.json) that name their base model.
+A directory may hold a whole model, or LoRA adapters (with an adapter_config.json) that name their base model. Code that
+comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +37,8 @@ from .adapters import check_lm_head_is_plain, copied, has_adapters, import_peft,
 from .language import let_pad_learn, warn_of_lost_softcap
 from .scalar import check_score, register_scalar_class, reward_scale, scalar_head_on, set_reward_scale
 
+_NO_CODE = {"trust_remote_code": False}  # None, the default of transformers, asks on standard input
+
 
 def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
     """The config of the model that load_policy gives, without reading its weights; for adapters the base's config."""
@@ -45,7 +49,7 @@ def load_config(model: str | Path | PreTrainedModel) -> PretrainedConfig:
         with _base_of(model):
             return load_config(base)
     with _loading("model", model):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **_NO_CODE)
 
 
 def load_policy(model: str | Path | PreTrainedModel, *, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
@@ -126,7 +130,7 @@ def _reward_model_with_adapters(path: str | Path, base: str, tokenizer, dtype) -
     if not Path(path, "config.json").is_file():  # peft saved the adapters; save_model would have added a config
         return _with_saved_adapters(reward, path)
     with _loading("model", path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **_NO_CODE)
     if config.vocab_size > reward.get_input_embeddings().weight.shape[0]:  # a pad token was added for the training
         reward.resize_token_embeddings(config.vocab_size, mean_resizing=False)
     reward = _with_saved_adapters(reward, path)
@@ -160,7 +164,7 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase | PreTrainedModel) -> P
     if not saved and Path(path).is_dir() and not any(chain(*map(Path(path).glob, files))):
         raise ConfigError(f"no tokenizer can be loaded from {str(path)!r}, which holds none: copy the model's there")
     with _loading("tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **_NO_CODE)
         plain = saved.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4, 5
         if plain and isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer) is not PreTrainedTokenizerFast:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -180,7 +184,7 @@ def has_scalar_head(model: str | Path | PreTrainedModel) -> bool:
     if _adapter_base(model):
         return import_peft().PeftConfig.from_pretrained(str(model)).task_type == "SEQ_CLS"
     with _loading("model", model):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, **_NO_CODE)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
@@ -230,10 +234,16 @@ def _from_pretrained(kind: type, path: str | Path, dtype: torch.dtype | str) -> 
 
     transformers 4 runs Gemma 2 by sdpa, which silently leaves out the softcap of its attention. Eager attention has it.
     """
-    capped = getattr(AutoConfig.from_pretrained(path), "attn_logit_softcapping", None)
+    config = AutoConfig.from_pretrained(path, **_NO_CODE)
+    if "/" in str(config._attn_implementation):  # transformers would load it with the library kernels
+        raise ConfigError(
+            f"its config.json names the kernel {config._attn_implementation} as its attention, which is code from the "
+            "hub, and never run: take attn_implementation out of it"
+        )
+    capped = getattr(config, "attn_logit_softcapping", None)
     attention = {"attn_implementation": "eager"} if capped else {}
     try:
-        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **attention)
+        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **attention, **_NO_CODE)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error) and "size mismatch" not in str(error):  # transformers 5, 4
             raise
@@ -262,9 +272,19 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # missing, of another kind, or truncated
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"no {what} can be loaded from {name!r}: this version of transformers has no class for it, and "
+                "the code that comes with it (auto_map) is never run. In Python, load it yourself and give the object"
+            ) from error
         first, _, others = str(error).partition("\n")
         reason = f"{first} {others}" if first.rstrip().endswith(":") else first
         raise ConfigError(f"no {what} can be loaded from {name!r}: {' '.join(reason.split())}") from error
+    except UnpicklingError as error:  # torch's own message says how to load it all the same
+        raise ConfigError(
+            f"no {what} can be loaded from {name!r}: its weights are a pickle that holds more than tensors, which "
+            "could run code: have them saved as safetensors"
+        ) from error
     except (RuntimeError, MemoryError):  # no room for the weights
         raise
     except Exception as error:  # transformers takes a value that cannot be for what it should be

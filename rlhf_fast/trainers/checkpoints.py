@@ -9,13 +9,16 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from .. import parallel
+from ..disk import delete
 from ..errors import ConfigError
 from ..models import save_quietly
+from ..terminal import visible
 from .common import preserved_rng, set_rng_state
 
 MANIFEST = "manifest.json"
@@ -53,7 +56,8 @@ def save_checkpoint(trainer, run_dir: Path, metrics: dict | None, state: Callabl
         os.rename(target, replaced)
     os.rename(temporary, target)
     _fsync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        delete(replaced)
     return target
 
 
@@ -69,7 +73,7 @@ def remove_checkpoint(path: Path) -> None:
     deletes what is left when the run is resumed."""
     aside = path.with_name(f".tmp-{path.name}-deleted")
     os.rename(path, aside)
-    shutil.rmtree(aside)
+    delete(aside)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -94,7 +98,7 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing or torn"
     found = _hashes(checkpoint)
     wrong = [name for name, digest in expected.items() if found.get(name) != digest]
-    return f"{', '.join(wrong)} not as written" if wrong else None
+    return f"{visible(', '.join(wrong))} not as written" if wrong else None
 
 
 def load_checkpoint(trainer, path: Path) -> dict | None:
@@ -128,7 +132,8 @@ def newest_whole_checkpoint(run_dir: Path) -> Path | None:
         for bad, why in reasons.items():
             warnings.warn(f"{bad} is damaged ({why}): resuming from {checkpoint.name}", stacklevel=5)
             aside = bad.with_name(f"damaged-{bad.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                delete(aside)
             os.rename(bad, aside)
         return checkpoint
     if reasons:

@@ -47,7 +47,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .. import parallel
-from ..disk import make_directory, write_atomic
+from ..disk import delete, make_directory, write_atomic
 from ..errors import ConfigError
 from ..models import save_quietly
 from ..monitors import Alarm
@@ -311,8 +311,12 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> d
     """Prepares the directory and, on resume, the trainer -> the metrics of the trainer's step, if its checkpoint was
     saved before they were logged."""
     make_directory(trainer.config.output_dir)
+    if links := [path for path in run_dir.iterdir() if path.is_symlink() and not path.is_dir()]:
+        raise ConfigError(
+            f"{links[0]} is a link, through which the run would write over {links[0].resolve()}: replace it by a copy"
+        )
     for stale in run_dir.glob(".tmp-checkpoint-*"):
-        shutil.rmtree(stale)
+        delete(stale)
     settings = {"trainer": type(trainer).__name__, **dataclasses.asdict(trainer.config)}
     settings["num_processes"] = parallel.size()
     newest = newest_whole_checkpoint(run_dir) if resume else None

@@ -341,9 +341,14 @@ def test_files_are_read(tmp_path):
         read_dataset(tmp_path / "b.jsonl")
 
 
-def test_a_split_is_what_follows_the_last_colon_of_a_name(monkeypatch):
+def test_a_split_is_what_follows_the_last_colon_of_a_name_and_no_script_is_run(monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)))
+
+    def load_dataset(name, split, trust_remote_code):
+        assert trust_remote_code is False  # None: datasets 3 asks on the terminal about a script in a directory
+        asked.append((name, split))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for source in ("hf://datasets/org/name", "hf://datasets/org/name:test", "org/name:test", "D:\\data\\x"):
         read_dataset(source)
     assert asked == [

@@ -1,6 +1,8 @@
 """An HTTP judge against a server that knows the truth and fails by script: no label without evidence, no call twice."""
 
 import datetime
+import gzip
+import itertools
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 from fake_server import serving
@@ -19,6 +22,7 @@ from tqdm import tqdm
 
 pytest.importorskip("openai")
 
+from rlhf_fast.cli import main
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.judges import (
     Constitution,
@@ -31,8 +35,9 @@ from rlhf_fast.judges import (
     Server,
     audit,
 )
-from rlhf_fast.judges.http_judge import _read_top
-from rlhf_fast.judges.server import _retry_after
+from rlhf_fast.judges.http_judge import _read_echo, _read_top
+from rlhf_fast.judges.ledger import Ledger, Usage
+from rlhf_fast.judges.server import Unreadable, _read, _retry_after
 from rlhf_fast.trainers.constitutional import label, revise, sample_pairs
 
 ASK = [{"role": "user", "content": "say a number"}]
@@ -291,6 +296,112 @@ def test_every_fault_is_counted_and_none_becomes_a_label(tmp_path):
     ):
         assert named in reasons
     assert all(raw for (raw,) in db.execute("SELECT raw FROM attempts WHERE status='ok'"))
+
+
+def chat(**message):
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": "hi"} | message}]}
+
+
+@pytest.mark.parametrize(
+    ("reply", "headers", "status", "reason"),
+    [
+        ("[" * 100_000, {}, "failed", "not JSON"),
+        (json.dumps(chat()), {"Content-Type": "application/json; charset=zip"}, "ok", ""),
+        (chat(content=None), {}, "failed", "no text"),
+        (chat(content=["hi"]), {}, "failed", "no text"),
+        (chat(refusal={"no": "x" * 500}), {}, "refused", r"\{'no': 'x+\.\.\."),
+        (" " * 2**20, {}, "failed", "longer than 0 MB"),
+        (gzip.compress(b" " * 2**20), {"Content-Encoding": "gzip"}, "failed", "longer than 0 MB"),
+    ],
+)
+def test_a_hostile_reply_is_a_failed_try(tmp_path, monkeypatch, reply, headers, status, reason):
+    monkeypatch.setattr("rlhf_fast.judges.server.MAX_REPLY", 2**19)
+    with serving(lambda *_: (200, reply, headers)) as fake, Ledger(tmp_path) as ledger:
+        generator = HTTPGenerator(server_at(fake, max_tries=2), 8)
+        (answer,) = ledger.ask(generator, [{"prompt": ASK, "seed": 0}])
+        assert answer.status == status and re.search(reason, answer.reason) and len(answer.reason) < 300
+        assert sum(fake.asked.values()) == (2 if status == "failed" else 1)
+    assert all(len(raw or "") <= 100_000 for (raw,) in sqlite3.connect(tmp_path / "ledger.sqlite").execute(
+        "SELECT raw FROM attempts"
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [-(10**6), 10**30, True, 0.5, "1", None])
+def test_a_number_of_tokens_that_is_none_neither_ends_the_run_nor_raises_its_limit(tmp_path, tokens):
+    reply = chat() | {"usage": {"prompt_tokens": tokens, "completion_tokens": 1}}
+    with serving(lambda *_: (200, reply, {})) as fake, Ledger(tmp_path) as ledger:
+        generator = HTTPGenerator(server_at(fake), 8)
+        (answer,) = ledger.ask(generator, [{"prompt": ASK, "seed": 0}])
+        assert answer.status == "ok"
+        with pytest.raises(ConfigError, match="does not report how many tokens"):
+            HTTPGenerator(server_at(fake, max_total_tokens=9), 8).answer([{"prompt": ASK, "seed": 1}], Attempts())
+
+
+class Attempts:
+    """Takes the place of a ledger."""
+
+    def usage(self):
+        return Usage()
+
+    def begin(self, i):
+        return i
+
+    def end(self, attempt, i, answer, **about):
+        pass
+
+
+def test_a_reply_that_never_ends_takes_no_longer_than_the_time_out(tmp_path):
+    with serving(lambda *_: (200, itertools.repeat(b" "), {})) as fake, Ledger(tmp_path) as ledger:
+        began = time.monotonic()
+        (answer,) = ledger.ask(HTTPGenerator(server_at(fake, max_tries=1), 8), [{"prompt": ASK, "seed": 0}])
+        assert answer.status == "failed" and "had not ended after 0.4 s" in answer.reason
+        assert time.monotonic() - began < 5
+
+
+def test_an_error_of_a_megabyte_is_cut_and_without_the_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    reply = {"error": {"message": "no such key: sk-secret " + "x" * 2**20}}
+    with serving(lambda *_: (400, reply, {})) as fake, Ledger(tmp_path) as ledger:
+        (answer,) = ledger.ask(HTTPGenerator(server_at(fake), 8), [{"prompt": ASK, "seed": 0}])
+        with pytest.raises(ConfigError, match=r"HTTP 400.*no such key: \(the key\)") as error:
+            server_at(fake).call("/chat/completions", {"messages": ASK})
+    assert answer.status == "failed" and max(len(answer.reason), len(str(error.value))) < 300
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"no such key" in written and b"sk-secret" not in written and len(written) < 200_000
+
+
+@pytest.mark.parametrize("logprob", [math.nan, math.inf, -math.inf, 5.0, 10**400, "-1"])
+@pytest.mark.parametrize("mode", ["echo", "chat"])
+def test_what_is_no_log_probability_is_no_evidence(mode, logprob):
+    if mode == "echo":
+        choices = [{"logprobs": {"tokens": ["Q", f" ({x})"], "token_logprobs": [None, value]}}
+                   for x, value in (("A", logprob), ("B", -3.0))]  # fmt: skip
+        read = partial(_read_echo, [" (A)", " (B)"])
+    else:
+        top = [{"token": x, "logprob": value} for x, value in (("A", logprob), ("B", -3.0))]
+        choices = [{"message": {"content": "A"}, "logprobs": {"content": [{"top_logprobs": top}]}}]
+        read = partial(_read_top, [" (A)", " (B)"], max_slack=0.05)
+    reply = json.loads(json.dumps({"choices": choices}))
+    if (mode, logprob) == ("chat", -math.inf):  # as if the label were not among the likeliest tokens
+        assert read(reply).status == "unparsed"
+        return
+    with pytest.raises(Unreadable):
+        _read(lambda request, reply: read(reply), {}, reply)
+
+
+@pytest.mark.parametrize("url", ["http://jo:hidden@host/v1", "http://jo@host/v1", "http://host/v1?api-key=hidden"])
+def test_an_address_with_a_secret_in_it_is_refused_and_not_repeated(url, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="put the key into the environment variable MY_KEY") as error:
+        Server(url, "model", api_key_env="MY_KEY")
+    assert not {"jo", "hidden", "host"} & set(re.findall(r"\w+", str(error.value)))
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hi"}))
+    argv = ["cai", "pairs", "--model", url, "--constitution", "examples/constitution.yaml",
+            "--train_data", str(tmp_path / "prompts.jsonl"), "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    for more in ([], ["--server_model", "m"]):
+        assert main([*argv, *more]) == 2
+        told = capsys.readouterr().err
+        assert not {"jo", "hidden", "host"} & set(re.findall(r"\w+", told))
+    assert not (tmp_path / "out").exists()
 
 
 def test_swapping_the_replies_negates_every_logit_exactly(tmp_path):
@@ -593,7 +704,7 @@ def test_headers_say_how_long_to_wait():
     soon = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert _retry_after({"retry-after": "7"}) == 7 and _retry_after({"retry-after-ms": "250"}) == 0.25
     assert 28 < _retry_after({"retry-after": soon}) <= 30
-    assert _retry_after({}) == _retry_after({"retry-after": "soon"}) == _retry_after({"retry-after": "-3"}) == 0
+    assert {_retry_after(headers) for headers in ({}, *({"retry-after": x} for x in ("soon", "-3", "nan")))} == {0}
 
 
 # --- a server that writes ---

@@ -166,3 +166,11 @@ def test_a_backend_that_leaves_out_an_answer_is_a_bug(tmp_path):
         ask(ledger, Silent(), "a")
     with pytest.raises(ValueError, match=r"retry: .*'ok'"):
         Ledger(tmp_path, retry=("ok",))
+
+
+def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "ledger.lock").symlink_to(tmp_path / "mine")
+    Ledger(tmp_path / "stage").close()
+    assert (tmp_path / "mine").read_text() == "mine"

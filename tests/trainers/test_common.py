@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_fast.disk import write_atomic
 from rlhf_fast.errors import ConfigError
 from rlhf_fast.monitors import Alarm, Monitors
 from rlhf_fast.trainers import checkpoints, common, optimizers, records, run, run_dir
@@ -947,6 +948,41 @@ def test_whether_a_metric_is_better_when_it_is_lower_follows_from_its_name(tmp_p
     assert best.improved(1, {f"eval_{metric}": 0.2}) and best.improved(2, {f"eval_{metric}": better})
     assert not best.improved(3, {f"eval_{metric}": 0.4 - better})
     assert not best.improved(4, {f"eval_{metric}": better}) and best.step == 2  # the first of equals
+
+
+def test_a_checkpoint_that_is_a_link_is_unlinked_and_what_it_names_stays(tmp_path):
+    """Where the disk is full, old checkpoints are moved elsewhere and linked."""
+    config = Config(str(tmp_path / "run"), save_steps=1, save_total_limit=2)
+    Walk(config, total_steps=10, at_step={3: lambda: os.kill(os.getpid(), signal.SIGINT)}).train()
+    for name in ("checkpoint-2", ".tmp-checkpoint-9", "damaged-checkpoint-3"):
+        elsewhere = tmp_path / "elsewhere" / name
+        if name == "checkpoint-2":
+            shutil.copytree(tmp_path / "run" / name, elsewhere)
+            shutil.rmtree(tmp_path / "run" / name)
+        else:
+            elsewhere.mkdir()
+            (elsewhere / "mine").touch()
+        (tmp_path / "run" / name).symlink_to(elsewhere)
+    (tmp_path / "run/checkpoint-3/state.pt").write_text("torn")
+    with pytest.warns(UserWarning, match="checkpoint-3 is damaged"):
+        assert Walk(config).train(resume=True).step == 10
+    left = {path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name}
+    assert left == {"checkpoint-9", "checkpoint-10", "damaged-checkpoint-3"}
+    elsewhere = tmp_path / "elsewhere"
+    assert checkpoints.damage(elsewhere / "checkpoint-2") is None and len(list(elsewhere.glob("*/mine"))) == 2
+
+
+def test_a_run_does_not_write_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for name in ("model.txt", "README.md", "samples.jsonl"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+        with pytest.raises(ConfigError, match=rf"run/{name} is a link, .* over .*/mine: replace it by a copy"):
+            Walk(Config(str(tmp_path / "run"))).train()
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "job.json.tmp").symlink_to(tmp_path / "mine")
+    write_atomic(tmp_path / "run" / "job.json", "{}")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_the_best_step_is_one_whose_checkpoint_is_whole(tmp_path):
