@@ -7,7 +7,7 @@ from html import escape
 # Okabe and Ito (2008): colours that colour-blind readers can tell apart, and that differ in lightness in print.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 WIDTH, HEIGHT = 340, 200  # px; the width of a phone's column
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 60, 15, 10, 26  # room for 100000.3 on the left, and for half of 4000 on the right
 STRONG = ' stroke-width="1.7"'
 DENSE = ' stroke-width="1.1" stroke-opacity="0.7"'  # a noisy line must not hide one with fewer points
 MAX_POINTS = 240  # about what the plot's pixels can show; with more points neighbours are averaged
@@ -83,14 +83,17 @@ def line_chart(
     of a share without being one.)
     x_range: at least this range of x is shown.
     """
-    series = [Series(s.label, _thinned([p for p in s.points if math.isfinite(p[1])])) for s in series]
+    series = [Series(s.label, [p for p in s.points if math.isfinite(p[1])]) for s in series]
     series = [s for s in series if s.points]
     if not series:
         return ""
-    percent = percent and all(0 <= y <= 1 for s in series for _, y in s.points)
     xs = [*(x for s in series for x, _ in s.points), *(x_range or ())]
+    series = [Series(s.label, _thinned(s.points)) for s in series]
+    percent = percent and all(0 <= y <= 1 for s in series for _, y in s.points)
     ys = [0.0, 1.0] if percent else [y for s in series for _, y in s.points]
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 5), nice_ticks(min(ys), max(ys), 4)
+    if any(tick % 1 for tick in x_ticks) and all(x % 1 == 0 for x in xs):  # there is no half step
+        x_ticks = [tick for tick in x_ticks if tick % 1 == 0]
     x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
     y0, y1 = min([*ys, y_ticks[0]]), max([*ys, y_ticks[-1]])
 
@@ -158,9 +161,10 @@ def heat_table(labels: list[str], matrix: list[list[float | None]]) -> str:
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """About `about` round numbers that enclose [low, high]; their distance is 1, 2 or 5 times a power of ten."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+    if low == high == 0:  # mostly a count or a share that stays at 0, which is never below it
+        high = 1.0
+    elif high <= low:
+        low, high = low - abs(low) * 0.1, high + abs(low) * 0.1
     raw = (high - low) / about
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)

@@ -17,7 +17,7 @@ remembered nor the work at a line grows with the number of lines.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -26,6 +26,7 @@ from .charts import Series, line_chart, points_of, short
 from .page import grid
 
 WINDOW = 5
+MAX_ALARMS = 5  # of a monitor on the page, besides its last one; alarms.jsonl has all
 
 
 @dataclass(frozen=True)
@@ -201,13 +202,27 @@ def report_section(log: list[dict], limits: dict[str, float | None], alarms: lis
     points = {name: points_of(log, BANDS[name].metric) for name in limits if name in BANDS}
     held_out = list(dict.fromkeys(name for row in log for name in held_out_rewards(row)))
     watched = [name for name in limits if points.get(name, held_out)]
-    text = "".join(_paragraph(alarm, log) for alarm in alarms)
+    shown = list(_shown(alarms))
+    text = "".join(_paragraph(alarm, log) for alarm in shown)
+    if len(shown) < len(alarms):
+        text += f"<p>alarms.jsonl has {len(alarms) - len(shown)} more, between the first and the last of a monitor.</p>"
     if not text and watched:
         text = f"<p>No alarm from {escape(', '.join(watched))}.</p>"
     charts = list(_bands(points, limits))
     if held_out and "overoptimization" in limits:
         charts += [_held_out(log, name) for name in ("eval_scores", *held_out)]
     return text + grid(charts)
+
+
+def _shown(alarms: list[dict]) -> Iterator[dict]:
+    """The first MAX_ALARMS and the last alarm of each monitor, and those that ended the run. A metric that is close to
+    its bound crosses it thousands of times in a long run."""
+    last = {alarm["monitor"]: i for i, alarm in enumerate(alarms)}
+    times = Counter()
+    for i, alarm in enumerate(alarms):
+        times[alarm["monitor"]] += 1
+        if times[alarm["monitor"]] <= MAX_ALARMS or i == last[alarm["monitor"]] or "ended_run_of" in alarm:
+            yield alarm
 
 
 def _paragraph(alarm: dict, log: list[dict]) -> str:

@@ -1,6 +1,7 @@
 """Monitors on made-up logs: silent on a good run, and each raises its alarm once, with the numbers."""
 
 import json
+import re
 import tracemalloc
 from dataclasses import asdict
 
@@ -170,6 +171,15 @@ def test_the_page_shows_every_alarm_and_every_monitor(tmp_path):
     (tmp_path / "run_config.json").write_text(json.dumps({"monitors": {"length": None}}))
     text = write_report(tmp_path).read_text()
     assert "<h2>Monitors</h2>" in text and "No alarm" in text
+
+
+def test_a_metric_that_crosses_its_bound_all_the_time_does_not_fill_the_page():
+    alarm = {"monitor": "kl", "message": "above"}
+    often = [alarm | {"step": i} for i in range(1, 4001)]
+    often[2000]["ended_run_of"], often[3000]["monitor"] = 60_000, "length"
+    page = report_section(a_log(), {}, often)
+    assert [int(step) for step in re.findall(r"</b>, step (\d+)", page)] == [1, 2, 3, 4, 5, 2001, 3001, 4000]
+    assert "alarms.jsonl has 3992 more" in page
 
 
 def test_the_report_shows_the_alarms_that_were_raised_whatever_the_limits_are_now(tmp_path):

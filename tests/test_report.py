@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlhf_fast.charts import MAX_POINTS, Series, line_chart, nice_ticks, short
+from rlhf_fast.charts import MAX_POINTS, WIDTH, Series, line_chart, nice_ticks, short
 from rlhf_fast.cli import main
 from rlhf_fast.report import write_quickstart_report, write_report
 
@@ -57,6 +57,37 @@ def test_ticks_enclose_the_data_in_round_steps(low, high):
     steps = {f"{b - a:.3e}" for a, b in itertools.pairwise(ticks)}
     assert len(steps) == 1 and steps.pop()[0] in "125"
     assert len({short(tick) for tick in ticks}) == len(ticks)
+
+
+def test_no_label_is_cut_at_the_edge():
+    """On the left the minus sign was lost. 7 px is the width of a digit in DejaVu Sans, a wide font."""
+    for points in ([(0, -0.0005), (4000, -0.0002)], [(0, -120_500.0), (40_000, -118e3)], [(0, 1e5), (8000, 100_000.3)]):
+        chart = line_chart("t", [Series("run", points)])
+        texts = re.findall(r'<text x="([^"]+)" [^>]*text-anchor="(\w+)">([^<]*)<', chart)
+        width = {text: sum(3.5 if c in ".-" else 7 for c in text) for _, _, text in texts}
+        assert all(float(x) >= width[text] for x, anchor, text in texts if anchor == "end")
+        assert all(float(x) + width[text] / 2 <= WIDTH for x, anchor, text in texts if anchor == "middle")
+        assert texts[-1][2] == short(points[-1][0])
+
+
+def test_a_short_run_has_no_half_steps():
+    def below(points, **more):
+        return re.findall(r'text-anchor="middle">([^<]*)<', line_chart("t", [Series("run", points)], **more))
+
+    assert below([(1, 0.5), (2, 0.7)]) == ["1", "2"] and below([(0, 0.5), (2, 0.7)]) == ["0", "1", "2"]
+    assert below([(0.5, 0.5), (1.0, 0.7)]) == ["0.5", "0.6", "0.7", "0.8", "0.9", "1"]  # a probability
+
+
+def test_the_axis_of_a_long_run_has_its_first_and_its_last_step():
+    chart = line_chart("t", [Series("run", [(i, 0.5) for i in range(40_001)])])
+    assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == ["0", "10k", "20k", "30k", "40k"]
+
+
+def test_what_stays_at_0_lies_at_the_bottom_and_what_stays_elsewhere_in_the_middle():
+    assert nice_ticks(0, 0, 4)[0] == 0
+    for constant in (5.0, -3.0, -1e-9):
+        ticks = nice_ticks(constant, constant, 4)
+        assert ticks[0] < constant < ticks[-1]
 
 
 def test_no_two_ticks_of_a_narrow_range_read_the_same():
