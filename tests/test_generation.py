@@ -955,13 +955,13 @@ def test_what_alters_a_module_of_gpt2_is_heard():
 
 
 def test_long_work_goes_in_batches_under_a_bar_that_counts_them(monkeypatch):
-    seen = {}
+    seen, bar = {}, generation.tqdm
 
-    def bar(steps, what, **options):
+    def watched(steps, what, **options):
         seen.update(options, steps=len(steps), what=what)
-        return steps
+        return bar(steps, what, **options)
 
-    monkeypatch.setattr(generation, "tqdm", bar)
+    monkeypatch.setattr(generation, "tqdm", watched)
     assert list(generation.batches([7, 5, 3, 2, 1], 2, "scoring")) == [[7, 5], [3, 2], [1]] and seen["steps"] == 3
     assert list(generation.batches([], 2, "scoring")) == []
     assert seen["what"] == "scoring" and seen["delay"] > 0  # a short call shows nothing
