@@ -188,7 +188,8 @@ class Server:
             if cut:
                 break
         response.close()
-        if response.is_error and self._key != b"none":  # some repeat the key, and errors are recorded and printed
+        # Some repeat the key, and errors are recorded and printed. A short one may be a word of their text.
+        if (response.is_error or not content.lstrip().startswith(b"{")) and len(self._key) >= 8:
             content = content.replace(self._key, b"(the key)")
         response.encoding, response._content = "utf-8", bytes(content)  # what response.read() sets
         response.extensions["cut"] = cut

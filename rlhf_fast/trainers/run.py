@@ -33,6 +33,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -56,6 +57,9 @@ from .checkpoints import damage, newest_whole_checkpoint, prune_checkpoints, rem
 from .everywhere import Everywhere
 from .records import Records, as_numbers
 from .run_dir import RUN_CONFIG, begins_again, changed_settings, check_is_new, has_ended, model_card
+
+# The names of models' files, logs and records, but not those of what a scheduler writes (slurm-1.out, a link to a log).
+_WRITTEN_OVER = re.compile(r"value_model|.+\.(?:safetensors|jsonl?|jinja|model|txt|md|html)")
 
 
 @dataclasses.dataclass
@@ -311,7 +315,8 @@ def _open_run(trainer, run_dir: Path, resume: bool, everywhere: Everywhere) -> d
     """Prepares the directory and, on resume, the trainer -> the metrics of the trainer's step, if its checkpoint was
     saved before they were logged."""
     make_directory(trainer.config.output_dir)
-    if links := [path for path in run_dir.iterdir() if path.is_symlink() and not path.is_dir()]:
+    paths = itertools.chain(run_dir.iterdir(), run_dir.glob("value_model/*"))
+    if links := [path for path in paths if path.is_symlink() and _WRITTEN_OVER.fullmatch(path.name)]:
         raise ConfigError(
             f"{links[0]} is a link, through which the run would write over {links[0].resolve()}: replace it by a copy"
         )

@@ -358,6 +358,17 @@ def test_a_reply_that_never_ends_takes_no_longer_than_the_time_out(tmp_path):
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(("key", "shown"), [("sk-secret", "(the key)"), ("token", "token")])
+def test_a_page_in_place_of_a_reply_is_quoted_without_the_key(key, shown, tmp_path, monkeypatch):
+    """token: as people call it for a server that needs none. It is a word of many errors."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    page = f"<html>Authorization: Bearer {key}</html>"
+    with serving(lambda *_: (200, page, {})) as fake, Ledger(tmp_path) as ledger:
+        (answer,) = ledger.ask(HTTPGenerator(server_at(fake, max_tries=1), 8), [{"prompt": ASK, "seed": 0}])
+    assert answer.status == "failed" and f"not JSON: <html>Authorization: Bearer {shown}</html>" in answer.reason
+    assert (key in shown) == any(key.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
 def test_an_error_of_a_megabyte_is_cut_and_without_the_key(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     reply = {"error": {"message": "no such key: sk-secret " + "x" * 2**20}}

@@ -974,14 +974,18 @@ def test_a_checkpoint_that_is_a_link_is_unlinked_and_what_it_names_stays(tmp_pat
 
 def test_a_run_does_not_write_through_a_link(tmp_path):
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "run").mkdir()
-    for name in ("model.txt", "README.md", "samples.jsonl"):
+    (tmp_path / "run/value_model").mkdir(parents=True)
+    for name in ("model.txt", "README.md", "samples.jsonl", "value_model/config.json", "value_model"):
+        if name == "value_model":
+            (tmp_path / "run" / name).rmdir()
         (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
         with pytest.raises(ConfigError, match=rf"run/{name} is a link, .* over .*/mine: replace it by a copy"):
             Walk(Config(str(tmp_path / "run"))).train()
         (tmp_path / "run" / name).unlink()
-    (tmp_path / "run" / "job.json.tmp").symlink_to(tmp_path / "mine")
+    for name in ("job.json.tmp", "slurm.log"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     write_atomic(tmp_path / "run" / "job.json", "{}")
+    assert Walk(Config(str(tmp_path / "run"))).train().step
     assert (tmp_path / "mine").read_text() == "mine"
 
 
