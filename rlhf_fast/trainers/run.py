@@ -144,6 +144,7 @@ class _Run:
                 records.write({"step": 0, **first}, bar.write)
                 records.plot(0, first)
                 best.improved(0, first)  # for its refusal of a metric that evaluations do not have
+                _show(bar, f"{name} 0/{trainer.total_steps}", first, as_line=True)
             clock = time.perf_counter()
             for metrics in itertools.chain(records.unlogged, self.steps()):
                 step, last = trainer.step, trainer.step >= trainer.total_steps
@@ -166,6 +167,7 @@ class _Run:
                 told = step % config.logging_steps == 0 or last or bool(_evaluated(metrics))
                 if told:
                     records.plot(step, metrics)
+                bar.update(1)
                 _show(bar, f"{name} {step}/{trainer.total_steps}", metrics, as_line=told)
                 stopping = bool(stop)  # read once: a signal between the two uses must not skip the checkpoint
                 if best.improved(step, metrics) or (stopping and not last) or self.saves_at(step):
@@ -302,10 +304,9 @@ _IN_BAR = ("loss", "eval_loss", "accuracy", "eval_accuracy", "objective/kl", "ob
 
 
 def _show(bar: tqdm, place: str, metrics: dict, as_line: bool) -> None:
-    """Moves the bar on by a step. as_line: prints a line if there is no bar, as in a batch job, whose output would not
-    tell a run from one that hangs."""
+    """Writes the metrics beside the bar. as_line: prints a line if there is no bar, as in a batch job, whose output
+    would not tell a run from one that hangs."""
     shown = {k: f"{v:.4g}" for k, v in metrics.items() if k in _IN_BAR and v is not None}
-    bar.update(1)
     bar.set_postfix(shown, refresh=False)
     if as_line and bar.disable:
         print(", ".join([place, *(f"{k}={v}" for k, v in shown.items())]), file=sys.stderr, flush=True)

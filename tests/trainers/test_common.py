@@ -807,6 +807,9 @@ def test_where_no_bar_can_be_drawn_each_logged_step_is_a_line(tmp_path, capsys):
     Walk(Config(str(tmp_path), logging_steps=3), total_steps=7).train()
     steps = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert steps == ["Walk 3/7", "Walk 6/7", "Walk 7/7"]
+    Walk(Config(str(tmp_path / "evaluated"), logging_steps=7, eval_steps=7), total_steps=7).train()
+    steps = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert steps == ["Walk 0/7", "Walk 7/7"]
 
 
 def test_a_first_step_that_changed_something_is_not_repeated_by_the_same_trainer(tmp_path):
