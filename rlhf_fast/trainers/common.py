@@ -5,6 +5,7 @@ The run itself is in run.py, the optimizer in optimizers.py, the checks of setti
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import random
@@ -20,6 +21,8 @@ from .. import models, parallel, sharding
 from ..errors import ConfigError, NonFiniteError
 from ..packing import why_not_packed
 from . import optimizers
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 
 def start(config, cls: type) -> None:
@@ -281,6 +284,25 @@ def share_out(networks: list, config, data: str, held_out: list) -> None:
 def learning_together(config):
     """A context for the micro-batches of a step: if one process fails inside, all fail."""
     return parallel.exit_all() if config.fsdp else parallel.raise_in_all()
+
+
+@contextmanager
+def freed_memory_kept(model):
+    """Inside, on the CPU, glibc's malloc keeps the memory that is freed: it would return a large block to the system,
+    and each step would fault in the pages of its gradients again. At the end the memory is returned."""
+    libc = ctypes.CDLL(None) if model.device.type == "cpu" else None
+    if not hasattr(libc, "mallopt"):  # not glibc
+        yield
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:  # to what glibc itself has arrived at by then: it raises both limits with the blocks that it sees freed
+        libc.mallopt(M_MMAP_MAX, 65_536)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def autocast(model, bf16: bool):

@@ -142,8 +142,9 @@ class PPOTrainer:
         return [x for x in self._networks() if not (self.config.share_trunk and x is self.value_model.model)]
 
     def __iter__(self) -> Iterator[dict]:
-        while self.step < self.total_steps:
-            yield self._iteration()
+        with common.freed_memory_kept(self.policy):
+            while self.step < self.total_steps:
+                yield self._iteration()
 
     def _iteration(self) -> dict:
         config, clock = self.config, [time.perf_counter()]

@@ -139,8 +139,9 @@ class RewardTrainer:
             self.lengths, self.batch_size, seed=self.config.seed, start=self.step, stop=self.total_steps,
             by_length=not self.packed,
         )  # fmt: skip
-        for epoch, indices in batches:
-            yield {"epoch": epoch, **self._train_step([self.items[i] for i in indices])}
+        with common.freed_memory_kept(self.model):
+            for epoch, indices in batches:
+                yield {"epoch": epoch, **self._train_step([self.items[i] for i in indices])}
 
     def _train_step(self, items: list[Comparison]) -> dict:
         total = sum(item.weight for item in items)

@@ -86,8 +86,9 @@ class SFTTrainer:
             [sum(self.lengths[i] for i in row) for row in self.rows], self.batch_size, seed=self.config.seed,
             start=self.step, stop=self.total_steps, by_length=not self.packed,
         )  # fmt: skip
-        for epoch, indices in batches:
-            yield {"epoch": epoch, **self._train_step([[self.examples[i] for i in self.rows[r]] for r in indices])}
+        with common.freed_memory_kept(self.model):
+            for epoch, indices in batches:
+                yield {"epoch": epoch, **self._train_step([[self.examples[i] for i in self.rows[r]] for r in indices])}
 
     def _train_step(self, rows: list[list[Encoded]]) -> dict:
         config = self.config

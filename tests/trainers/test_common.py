@@ -1,9 +1,11 @@
 """The run around the steps, on a trainer of one number: log, evaluation, checkpoints, resume, signals, refusals."""
 
 import contextlib
+import ctypes
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import parallel_runs
 import pytest
 import torch
 
@@ -1302,3 +1305,27 @@ def test_where_adapters_go_means_nothing_without_any(config):
     with pytest.raises(ConfigError, match="lora_target_modules says where adapters go"):
         config("run", lora_target_modules=["q_proj"])
     config("run", lora_target_modules=["q_proj"], lora_r=2)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize("leave_early", [False, True])
+@pytest.mark.parametrize("make", [parallel_runs.sft, parallel_runs.reward, parallel_runs.ppo])
+def test_freed_memory_is_kept_from_step_to_step_and_returned_at_the_end(make, leave_early, tmp_path):
+    trainer, size = make(tmp_path), 256 << 20
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have left, or the block below would come from there
+    before = resident()
+    torch.ones(size // 4)
+    assert resident() - before < size // 4
+    for _ in trainer:
+        torch.ones(size // 4)
+        assert resident() - before > 3 * size // 4
+        if leave_early:
+            break
+    assert resident() - before < size // 4
