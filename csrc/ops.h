@@ -146,7 +146,7 @@ struct CpuOps {
   int64_t (*masked_whiten)(Grid values, Grid mask, int64_t rows, int64_t cols, int shift_mean, double eps, int dtype,
                            void* whitened, void* saved, int threads);
 
-  // Parts of a llama layer, contiguous. What lies on a product's side, y or grad in the norm and everything in swiglu,
+  // Parts of a llama layer, contiguous. What lies on a product's side, y or grad in the norm and everything in glu,
   // is in dtype, float32 or bfloat16; the rest is float32. y (rows, width) = x scale weight, scale (rows, may be null)
   // = 1 / sqrt(mean(x^2) + eps).
   int64_t (*rms_norm)(const float* x, const float* weight, int64_t rows, int64_t width, double eps, int dtype, void* y,
@@ -167,7 +167,8 @@ struct CpuOps {
                     int64_t capacity, int64_t filled, double scale, float* y, int threads);
 
   // Causal attention in a row of sequences, float32: y (queries, heads, dim) = softmax(scale q k^T) v, for q (queries,
-  // heads, dim), k and v (tokens, key_heads, dim). Their Grids are (queries, heads) and (tokens, key_heads), of vectors
+  // heads, dim), k and v (tokens, key_heads, dim). With a softcap > 0, x = scale q k^T becomes softcap tanh(x /
+  // softcap). Their Grids are (queries, heads) and (tokens, key_heads), of vectors
   // that are contiguous. table has a row for each sequence: its first query, their number, its first token, their
   // number, the first token that it shares, their number. Its keys are the shared tokens, which are own tokens of
   // an earlier sequence of the family (or none), then its own. Query i sees keys places[i] - window + 1 to places[i];
@@ -175,15 +176,15 @@ struct CpuOps {
   // saved (queries, heads, 2) is for the backward.
   int64_t (*packed_attention)(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table,
                               const int64_t* families, int64_t count, int64_t heads, int64_t key_heads, int64_t dim,
-                              int64_t window, double scale, float* y, float* saved, int threads);
+                              int64_t window, double scale, double softcap, float* y, float* saved, int threads);
 
   // grad_q (queries, heads, dim); grad_k and grad_v (tokens, key_heads, dim). by_head (2, tokens, heads, dim) is room
   // for the gradients by each head of queries, null if heads == key_heads.
   int64_t (*packed_attention_backward)(Grid q, Grid k, Grid v, const float* y, const float* saved, const float* grad,
                                        const int64_t* places, const int64_t* table, const int64_t* families,
                                        int64_t count, int64_t heads, int64_t key_heads, int64_t dim, int64_t window,
-                                       double scale, int64_t tokens, float* by_head, float* grad_q, float* grad_k,
-                                       float* grad_v, int threads);
+                                       double scale, double softcap, int64_t tokens, float* by_head, float* grad_q,
+                                       float* grad_k, float* grad_v, int threads);
 
   // y (rows, width) = x (rows, depth) weight^T + bias (may be null), for few rows. A weight in bfloat16 multiplies x
   // rounded to it; sums are float32. A row of y depends on its row of x alone.
@@ -203,11 +204,12 @@ struct CpuOps {
   int64_t (*sample_tokens)(const float* logits, const double* uniforms, int64_t rows, int64_t vocab, double temperature,
                            int64_t* tokens, float* logprobs, int threads);
 
-  // y = silu(gate) * up, all (rows, width); gate and up have rows row_stride apart, y is contiguous, as all below are.
-  int64_t (*swiglu)(const void* gate, const void* up, int dtype, int64_t row_stride, int64_t rows, int64_t width,
-                    void* y, int threads);
-  int64_t (*swiglu_backward)(const void* gate, const void* up, const void* grad, int dtype, int64_t rows, int64_t width,
-                             void* grad_gate, void* grad_up, int threads);
+  // y = silu(gate) * up, or with gelu, in the form with tanh, all (rows, width); gate and up have rows row_stride
+  // apart, y is contiguous, as all below are.
+  int64_t (*glu)(const void* gate, const void* up, bool gelu, int dtype, int64_t row_stride, int64_t rows,
+                 int64_t width, void* y, int threads);
+  int64_t (*glu_backward)(const void* gate, const void* up, const void* grad, bool gelu, int dtype, int64_t rows,
+                          int64_t width, void* grad_gate, void* grad_up, int threads);
 };
 
 #define RLHF_CPU_OPS(X)        \
@@ -236,8 +238,8 @@ struct CpuOps {
   X(few_rows_product)          \
   X(decode_layer)              \
   X(sample_tokens)             \
-  X(swiglu)                    \
-  X(swiglu_backward)
+  X(glu)                       \
+  X(glu_backward)
 
 // The instruction sets compiled into this module, best first; cpu_isa() is the one in use.
 struct CpuIsa {

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .decoder_layers import FEW, GPT2, NeoX, Rotary, few_rows, is_altered, product_of
-from .models import learns_a_prompt, logit_factor, logit_softcap, rotary_limit, unwrapped
+from .models import learns_a_prompt, logit_factor, logit_softcap, loses_softcap, rotary_limit, unwrapped
 from .ops import _layer
 
 SUPPORTED = (
@@ -55,9 +55,7 @@ def why_no_decoder(model, length: float = math.inf) -> str | None:
         return f"its attention is {config._attn_implementation}, which may be any function"
     if (limit := rotary_limit(model)) is not None and length > limit:
         return f"it rescales its rotary positions beyond {limit} tokens"
-    if getattr(config, "attn_logit_softcapping", None) and (
-        config.model_type != "gemma2" or config._attn_implementation == "sdpa"
-    ):
+    if loses_softcap(config) or (getattr(config, "attn_logit_softcapping", None) and config.model_type != "gemma2"):
         return f"{config._attn_implementation} attention does not apply the attn_logit_softcapping of its config"
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
@@ -101,19 +99,25 @@ def attends_in_its_own_way(model: nn.Module) -> bool:
     return attend is not None and attend.__module__ not in ATTENTION
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None, causal: bool = False
-) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None,
+    causal: bool = False, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
     """softmax(cap(scale q k^T) + mask) v, where cap(x) = softcap tanh(x / softcap). A bool mask is True where it
-    attends."""
+    attends. There may be several heads of queries to one of keys."""
+    group, rest = divmod(q.shape[1], k.shape[1])
     if softcap is None:
-        return nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        options = {"dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": group > 1 or rest > 0}
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)
+    k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype)
+    return nn.functional.dropout(weights, dropout) @ v
 
 
 class Decoder:
@@ -260,7 +264,7 @@ class Decoder:
         causal = attend is None
         if i + 1 == len(self.network.layers):  # only the last tokens, which see everything
             q, attend, causal, present = q[:, :, -1:], None if causal else attend[:, :, -1:], False, None
-        attended = _attention(q, k, v, attend, scale, softcap, causal).transpose(1, 2).flatten(0, 1)
+        attended = attention(q, k, v, attend, scale, softcap, causal).transpose(1, 2).flatten(0, 1)
         return (attended if present is None else attended[present]).flatten(1)
 
     def _seen(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
@@ -288,7 +292,7 @@ class Decoder:
             bias = None if bias is None else bias[:, None, None, :filled]
         # Query heads that share a key head are laid out as tokens of one query, so keys and values are not repeated.
         grouped = q.view(len(q), keys.shape[1], -1, q.shape[2])
-        return _attention(grouped, keys, values, bias, scale, softcap).flatten(1)
+        return attention(grouped, keys, values, bias, scale, softcap).flatten(1)
 
 
 def _holders(sources: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,17 +17,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .ops import _layer
 
 FEW = range(1, 129)  # numbers of rows at which our products are faster than the library's: 1.2 to 3.5x on EPYC 9004
-SILU = nn.SiLU, type(ACT2FN["silu"])
 # The other architectures ignore a window in their config, as a converted model may have one.
 WINDOW_IN_ALL = "mistral", "phi3"  # whatever layer_types says
 WINDOW_IN_SOME = "ministral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo3"
 MAX_COPIED = 1 << 20  # weights; above this, joining products saves little time and the copy takes memory
+GATES = {nn.SiLU: "silu", **{type(ACT2FN[name]): "gelu" for name in ("gelu_new", "gelu_pytorch_tanh")}}
+GATES[type(ACT2FN["silu"])] = "silu"  # transformers' own
 
 
 def is_altered(module: nn.Module) -> bool:
@@ -43,15 +44,14 @@ def is_altered(module: nn.Module) -> bool:
     return own not in (None, type(module).forward) or any(not maker.startswith(harmless) for maker in makers)
 
 
-def is_silu(activation: nn.Module) -> bool:
-    return type(activation) in SILU and not is_altered(activation)
+def gate_kind(activation: nn.Module) -> str | None:
+    """The activation as _layer.glu names it; None if it is another one."""
+    return None if is_altered(activation) else GATES.get(type(activation))
 
 
 def gelu_in_one_pass(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     """The activation; gelu_new, for which transformers takes eight passes over memory, in one of PyTorch."""
-    if type(activation) is not NewGELUActivation or is_altered(activation):
-        return activation
-    return partial(nn.functional.gelu, approximate="tanh")
+    return partial(nn.functional.gelu, approximate="tanh") if gate_kind(activation) == "gelu" else activation
 
 
 def gpt2_scaling(config, head_dim: int, layer: int) -> float:
@@ -167,7 +167,7 @@ def _plain_weights(layer: nn.Module, products: list[Callable]) -> tuple[Tensor |
     query_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
     if not all(map(_is_plain, products)) or any(product.bias is not None for product in gated):
         return None
-    if not is_silu(layer.mlp.act_fn):
+    if gate_kind(layer.mlp.act_fn) != "silu":
         return None
     if len({norm.variance_epsilon for norm in norms + query_norms}) > 1:
         return None
@@ -283,7 +283,7 @@ class Rotary:
             "output": few_rows(products[len(qkv)]),
             "gate_up": _side_by_side(*products[len(qkv) + 1 : -1]),
             "activation": activation,
-            "is_silu": is_silu(activation),
+            "gate_kind": gate_kind(activation) if self.in_one_pass else None,
             "down": few_rows(products[-1]),
             "weights": _plain_weights(layer, products),
             "eps": getattr(layer.post_attention_layernorm, "variance_epsilon", None),
@@ -311,8 +311,8 @@ class Rotary:
         _, after_attention, before_mlp, after_mlp = layer["norms"]
         x = x + after_attention(layer["output"](attended))
         gate, up = layer["gate_up"](before_mlp(x)).chunk(2, -1)
-        fused = self.in_one_pass and layer["is_silu"]
-        gated = _layer.swiglu(gate, up) if fused else layer["activation"](gate) * up
+        kind = layer["gate_kind"]
+        gated = layer["activation"](gate) * up if kind is None else _layer.glu(gate, up, kind)
         return x + after_mlp(layer["down"](gated))
 
 

@@ -25,13 +25,12 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from .data.collate import Packed
-from .decoder import attends_in_its_own_way
+from .decoder import attends_in_its_own_way, attention
 from .errors import ConfigError
-from .models import evaluating, rotary_limit, trunk_layers, unwrapped
+from .models import evaluating, loses_softcap, rotary_limit, trunk_layers, unwrapped
 from .ops import _layer
 from .ops._autograd import plain_in_backward
 from .trunk import forward, runs_here
@@ -42,14 +41,15 @@ FLASH = ("flash_attention_2", "flash_attention_3")
 
 def packed_attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, packed: Packed, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, read: Tensor | None = None, **others,
+    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, read: Tensor | None = None,
+    **others,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """(1, H, N, d) queries, (1, G, N, d) keys and values -> (1, N, H, d); transformers defines the signature.
 
     read: (M,) positions in the row, in ascending order. Then the queries are those of these tokens only, (1, H, M, d),
     and the result is (1, M, H, d).
     """
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("s_aux", "position_bias"):
         if others.get(name) is not None:
             raise NotImplementedError(f"packed attention does not support {name}")
     asked = packed.lengths if read is None else _counts(packed, read)
@@ -62,9 +62,9 @@ def packed_attention(
         heads = (x[0].transpose(0, 1) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = sliding_window or packed.position_ids.shape[1]
-        return _layer.packed_attention(*heads, places, table, families, scale, window)[None], None
+        return _layer.packed_attention(*heads, places, table, families, scale, softcap, window)[None], None
     keys, values = (x.split(packed.lengths, dim=2) for x in (key, value))
-    outputs, gqa = [], query.shape[1] != key.shape[1]
+    outputs = []
     for i, (q, at) in enumerate(zip(query.split(asked, dim=2), places.split(asked), strict=True)):
         (parent, shared), k, v = packed.prefixes[i], keys[i], values[i]
         if shared:
@@ -74,8 +74,7 @@ def packed_attention(
             if (made := (i, read_id, sliding_window, q.dtype)) not in packed.made:
                 packed.made[made] = _mask(at, k.shape[2], sliding_window, q), read
             mask, _ = packed.made[made]
-        options = {"is_causal": mask is None, "dropout_p": dropout, "scale": scaling, "enable_gqa": gqa}
-        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(1, 2))
+        outputs.append(attention(q, k, v, mask, scaling, softcap, mask is None, dropout).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
@@ -153,11 +152,12 @@ def packed_hidden_states(model, packed: Packed, read: Tensor) -> Tensor:
 
 
 def _attend(
-    packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
+    packed: Packed, read: Tensor | None, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
     """packed_attention for (N, heads, d) tensors, the layout of trunk.forward."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    options = {"packed": packed, "scaling": scale, "sliding_window": window, "read": read}
+    options = {"packed": packed, "scaling": scale, "softcap": softcap, "sliding_window": window, "read": read}
     return packed_attention(None, q, k, v, None, **options)[0]
 
 
@@ -203,10 +203,13 @@ def why_not_packed(model, longest: int, bf16: bool = False) -> str | None:
             f"beyond {limit} tokens {name} scales its rotary positions by the longest sequence in the batch, here "
             f"{longest}; padding does not avoid this, but batch sizes of 1 do"
         )
-    attention = unwrapped(model).config._attn_implementation
-    if attention not in FLASH and attends_in_its_own_way(model):
-        return f"{name} uses {attention} as its attention, which packed_attention would replace"
-    narrow = attention in FLASH and bf16
+    config = unwrapped(model).config
+    implementation = config._attn_implementation
+    if implementation not in FLASH and attends_in_its_own_way(model):
+        return f"{name} uses {implementation} as its attention, which packed_attention would replace"
+    if loses_softcap(config):
+        return f"{name} by sdpa leaves out the softcap of its scores, which packed_attention would apply"
+    narrow = implementation in FLASH and bf16
     try:
         together, alone = _packed_and_alone(model, narrow)
     except Exception as error:  # an architecture that was not made for this may raise anything

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .decoder import why_no_decoder
+from .decoder import attention, why_no_decoder
 from .decoder_layers import (
     embedding,
+    gate_kind,
     gelu_in_one_pass,
     gpt2_scaling,
-    is_silu,
     norm_factor,
     rotary_kind,
     sliding_window,
@@ -42,7 +42,7 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
         return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
     batch, width = input_ids.shape
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
         q, k, v = (x.view(batch, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -50,8 +50,7 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
         band = None
         if window is not None and width > window:
             band = torch.ones(width, width, dtype=torch.bool).tril().triu(1 - window)
-        options = {"attn_mask": band, "is_causal": band is None, "scale": scale}
-        return nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+        return attention(q, k, v, band, scale, softcap, causal=band is None).transpose(1, 2)
 
     return forward(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
 
@@ -76,8 +75,8 @@ def forward(
     """(N,) tokens, (T,) positions, (M,) indices `read` into the tokens -> (M, D) hidden states at these tokens.
 
     position_ids: if T is less than N, the tokens are rows of T, and every row has these positions.
-    attend(q, k, v, scale, window): (N, heads, d) each -> N * heads * d values in the same order. It decides which
-    tokens attend to which: to all before them, or to the last `window`.
+    attend(q, k, v, scale, softcap, window): (N, heads, d) each -> N * heads * d values in the same order. It decides
+    which tokens attend to which: to all before them, or to the last `window`. softcap: of decoder.attention.
     attend_read: attend with the queries of the M tokens only, the only ones that the last layer needs. It requires
     T = N.
     """
@@ -86,6 +85,7 @@ def forward(
         dtype = torch.bfloat16  # of what the products read
         input_ids, read = _with_spare_rows(input_ids), _with_spare_rows(read)
     family = FAMILIES[trunk.config.model_type](trunk, dtype)
+    softcap = getattr(trunk.config, "attn_logit_softcapping", None)
     x = family.embed(input_ids, position_ids)
     for i, layer in enumerate(family.layers):
         h, is_last, asked, some = family.attention_norm(layer, x), i + 1 == len(family.layers), rows, None
@@ -96,7 +96,7 @@ def forward(
         q, k, v = family.project(layer, i, h, some)
         with torch.autocast("cpu", enabled=False):
             q_k_v = _first(asked, q), _first(rows, k), _first(rows, v)
-            attended = attend(*q_k_v, family.scaling(layer, i), sliding_window(trunk.config, i))
+            attended = attend(*q_k_v, family.scaling(layer, i), softcap, sliding_window(trunk.config, i))
         attended = attended.reshape(asked, q.shape[1] * q.shape[2])
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)
@@ -163,8 +163,8 @@ class _Rotary:
             (gate, up), activation = (x.contiguous() for x in mlp.gate_up_proj(h).chunk(2, -1)), mlp.activation_fn
         else:
             gate, up, activation = mlp.gate_proj(h), mlp.up_proj(h), mlp.act_fn
-        gate, up = gate.to(self.dtype), up.to(self.dtype)
-        return mlp.down_proj(_layer.swiglu(gate, up) if is_silu(activation) else activation(gate) * up)
+        gate, up, kind = gate.to(self.dtype), up.to(self.dtype), gate_kind(activation)
+        return mlp.down_proj(activation(gate) * up if kind is None else _layer.glu(gate, up, kind))
 
     def norm(self, x: Tensor) -> Tensor:
         return _rms_norm(self.trunk.norm, x)
@@ -209,7 +209,7 @@ class _GPT2:
 
 FAMILIES = {  # by model_type
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "phi3", "granite"), _Rotary),
-    **dict.fromkeys(("gemma", "gemma3_text", "olmo2", "olmo3"), _Rotary),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"), _Rotary),
     "gpt2": _GPT2,
 }
 

@@ -1,5 +1,7 @@
 """Our forward of the trunk against transformers', and the parts of a layer against their formulas in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -12,8 +14,8 @@ from rlhf_fast.trunk import hidden_states_at, runs_here
 
 OURS = [
     "llama", "llama3 rope", "mistral", "qwen2", "qwen3", "gpt2", "window", "window in a layer", "ministral", "smollm3",
-    "phi3", "phi3 in part", "granite", "gemma", "gemma3", "olmo2", "olmo3", "llama with lora", "gpt2 with lora",
-    "gemma3 with lora", "phi3 with lora",
+    "phi3", "phi3 in part", "granite", "gemma", "gemma2", "gemma3", "olmo2", "olmo3", "llama with lora",
+    "gpt2 with lora", "gemma3 with lora", "phi3 with lora",
 ]  # fmt: skip
 OURS = [name for name in OURS if name.removesuffix(" with lora") not in BY_GENERATE]  # gemma3 and olmo3 need version 5
 POSITIONS = torch.tensor([0, 5, 6, 8, 11, 19, 26])  # of 3 rows of 9 tokens
@@ -69,7 +71,9 @@ def test_hidden_states_are_those_of_transformers_whoever_runs_the_model(name):
     torch.testing.assert_close(hidden_states_at(model, ids, POSITIONS), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "phi3", "gemma", "olmo2", "llama with lora"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "qwen3", "gpt2", "phi3", "gemma", "gemma2", "olmo2", "llama with lora"]
+)
 def test_in_bfloat16_it_is_no_less_exact_than_transformers(name):
     model = with_opinions(name.removesuffix(" with lora"))
     if name.endswith("lora"):
@@ -196,6 +200,9 @@ def test_gpt2_drops_what_transformers_would():
         torch.testing.assert_close(hidden_states_at(model, ids, torch.arange(3, 8)), expected, rtol=1e-4, atol=1e-4)
 
 
+gelu = partial(F.gelu, approximate="tanh")
+
+
 def rms_norm(x, w):
     return w * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
@@ -210,7 +217,8 @@ ANGLES = torch.rand(7, 5).repeat(1, 2)
 PARTS = {
     "rms_norm": (lambda x, w: _layer.rms_norm(x, w, 1e-6), rms_norm, [(300, 37), (37,)]),
     "rotary": (_layer.rotary, rotary, [(21, 3, 10)]),
-    "swiglu": (_layer.swiglu, lambda gate, up: F.silu(gate) * up, [(300, 37), (300, 37)]),
+    "silu": (partial(_layer.glu, activation="silu"), lambda gate, up: F.silu(gate) * up, [(300, 37), (300, 37)]),
+    "gelu": (partial(_layer.glu, activation="gelu"), lambda gate, up: gelu(gate) * up, [(300, 37), (300, 37)]),
 }
 
 
@@ -239,7 +247,8 @@ def test_in_bfloat16_a_part_is_its_float32_rounded(columns, isa):
     gate[0, 0], up[0, 1], weight = torch.inf, torch.nan, torch.randn(columns, generator=generator)
     for part, inputs in (
         (lambda x, w, dtype: _layer.rms_norm(x, w, 1e-6, dtype), (x, weight)),
-        (lambda gate, up, dtype: _layer.swiglu(gate.to(dtype), up.to(dtype)), (gate, up)),
+        (lambda gate, up, dtype: _layer.glu(gate.to(dtype), up.to(dtype), "silu"), (gate, up)),
+        (lambda gate, up, dtype: _layer.glu(gate.to(dtype), up.to(dtype), "gelu"), (gate, up)),
     ):
         y, grads = [], []
         for dtype in (torch.bfloat16, torch.float32):
@@ -452,11 +461,12 @@ def test_a_sampled_token_is_where_the_cumulative_probability_passes_the_uniform(
     assert logprobs.isfinite().all()  # so no token of probability 0
 
 
-def test_sigmoid_at_its_ends():
-    gate = torch.tensor([[-200.0, -100.0, 0.0, 100.0, 200.0]], requires_grad=True)
-    y = _layer.swiglu(gate, torch.ones_like(gate))
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gates_at_their_ends(activation, isa):
+    gate = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30]], requires_grad=True)
+    y = _layer.glu(gate, torch.ones_like(gate), activation)
     y.sum().backward()
-    torch.testing.assert_close(y, torch.tensor([[0.0, 0, 0, 100, 200]]), rtol=0, atol=1e-30)
+    torch.testing.assert_close(y, torch.tensor([[0.0, 0, 0, 100, 1e30]]), rtol=0, atol=1e-30)
     torch.testing.assert_close(gate.grad, torch.tensor([[0.0, 0, 0.5, 1, 1]]), rtol=0, atol=1e-30)
 
 

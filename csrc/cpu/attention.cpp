@@ -258,6 +258,21 @@ float dot(const float* x, const float* y, int64_t n) {
   return sum;
 }
 
+// Scores x = q k^T, of which only the first `count` matter -> softcap tanh(scale x / softcap). slopes (if not null):
+// its derivative over scale, 1 - tanh^2 = 4 e / (1 + e)^2, where e = exp(-2 |scale x / softcap|).
+void cap(float* x, int64_t count, double scale, double softcap, float* slopes) {
+  const float factor = float(scale / softcap), limit = float(softcap);
+  const Exp<> exp(2);
+  for (int64_t t = 0; t < count; t += kWidth) {
+    const vf y = load_vector<vf>(x + t) * factor, capped = limit * tanh(y);
+    std::memcpy(x + t, &capped, sizeof capped);
+    if (slopes) {
+      const vf e = exp(y < 0.0f ? y : -y), slope = 4.0f * e / ((1.0f + e) * (1.0f + e));
+      std::memcpy(slopes + t, &slope, sizeof slope);
+    }
+  }
+}
+
 void scale_row(float* x, int64_t dim, float factor) {
   for (int64_t j = 0; j < dim; ++j) x[j] *= factor;
 }
@@ -266,8 +281,8 @@ void scale_row(float* x, int64_t dim, float factor) {
 
 int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table, const int64_t* families,
                          int64_t count, int64_t heads, int64_t key_heads, int64_t dim, int64_t window, double scale,
-                         float* y, float* saved, int threads) {
-  const Exp<> exp(scale);
+                         double softcap, float* y, float* saved, int threads) {
+  const Exp<> exp(softcap ? 1 : scale);
   for_heads(
       table, families, count, heads, dim, threads,
       [&](int64_t head, const Sequence* begin, const Sequence* end, Products products) {
@@ -289,6 +304,7 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
               products.times_keys(queries + block.first, block, right_keys.data, scores.data);
               for (int64_t i = block.blind(0); i < block.count; ++i) {
                 float *x = scores.data + i * products.padded, *kept = saved + ((block.first + i) * heads + head) * 2;
+                if (softcap) cap(x, block.seen(i + 1), scale, softcap, nullptr);
                 const int64_t whole = hide(x, block.place(i), window, block.seen());
                 const float factor = softmax(exp, x, whole, begin == start, kept);
                 if (factor != 1) scale_row(out + i * heads * dim, dim, factor);
@@ -312,9 +328,9 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
 int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* y, const float* saved, const float* grad,
                                   const int64_t* places, const int64_t* table, const int64_t* families, int64_t count,
                                   int64_t heads, int64_t key_heads, int64_t dim, int64_t window, double scale,
-                                  int64_t tokens, float* by_head, float* grad_q, float* grad_k, float* grad_v,
-                                  int threads) {
-  const Exp<> exp(scale);
+                                  double softcap, int64_t tokens, float* by_head, float* grad_q, float* grad_k,
+                                  float* grad_v, int threads) {
+  const Exp<> exp(softcap ? 1 : scale);
   const int64_t stride = heads * dim;
   float *all_keys = by_head ? by_head : grad_k, *all_values = by_head ? by_head + tokens * stride : grad_v;
   for_heads(table, families, count, heads, dim, threads,
@@ -327,6 +343,7 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* y, const 
               const Buffer<uint32_t> right_block(products.by_dim_size(kQueries), kUnset);
               const Buffer<float> room(products.most * dim, kUnset), weights(products.scores_size(), kUnset);
               const Buffer<float> slopes(products.scores_size(), kUnset), sums(2 * products.span_size(), kUnset);
+              const Buffer<float> caps(softcap ? products.padded : 0, kUnset);
               float *of_keys = sums.data, *of_values = of_keys + products.span_size();
               for (const Sequence* s = begin; s < end; ++s) {
                 const int64_t first = s == begin ? 0 : s->packed_with(s[-1]);
@@ -347,11 +364,13 @@ int64_t packed_attention_backward(Grid q, Grid k, Grid v, const float* y, const 
                     products.times_keys(g_rows, block, right_values.data, slopes.data);
                     for (int64_t i = block.blind(0); i < block.count; ++i) {
                       float *p = weights.data + i * products.padded, *d = slopes.data + i * products.padded;
-                      const int64_t at = (block.first + i) * heads + head;
+                      const int64_t at = (block.first + i) * heads + head, seen = block.seen(i + 1);
+                      if (softcap) cap(p, seen, scale, softcap, caps.data);
                       const int64_t whole = hide(p, block.place(i), window, block.seen());
                       const bool several = products.sees_several_spans(block.places[i], window);
                       const float mean = several ? dot(grad + at * dim, y + at * dim, dim) : 0;
                       softmax_backward(exp, p, d, whole, saved + at * 2, float(scale), several ? &mean : nullptr);
+                      for (int64_t t = 0; softcap && t < seen; ++t) d[t] *= caps[t];
                       for (int64_t t = whole; t < block.seen(); ++t) d[t] = 0;
                     }
                     float* to = grad_q + block.first * stride + own;

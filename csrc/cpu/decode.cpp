@@ -15,7 +15,7 @@ namespace rlhf::RLHF_ISA {
 // layer.cpp
 std::remove_pointer_t<decltype(CpuOps::rms_norm)> rms_norm;
 std::remove_pointer_t<decltype(CpuOps::rotary)> rotary;
-std::remove_pointer_t<decltype(CpuOps::swiglu)> swiglu;
+std::remove_pointer_t<decltype(CpuOps::glu)> glu;
 
 namespace {
 
@@ -214,7 +214,7 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
   rms_norm(x, w.mlp_norm, rows, width, eps, kFloat32, normed.data, nullptr, threads);
   const FewRows<Unit> hidden(normed.data, rows, width, threads);
   hidden.times({{w.gate.data, nullptr, intermediate, gate.data}, {w.up.data, nullptr, intermediate, up.data}}, false);
-  swiglu(gate.data, up.data, kFloat32, intermediate, rows, intermediate, gate.data, threads);
+  glu(gate.data, up.data, false, kFloat32, intermediate, rows, intermediate, gate.data, threads);
   FewRows<Unit>(gate.data, rows, intermediate, threads).times({{w.down.data, nullptr, width, x}}, true);
 }
 

@@ -1,6 +1,6 @@
-// What a transformer layer computes between its matrix products, in float32: RMSNorm, rotary positions, SwiGLU, and
-// the gradients of them. PyTorch takes 3 to 10 passes over memory for each; these take one. Where the products are in
-// bfloat16, a pass reads and writes their side of it. Specification: the modules of transformers' llama.
+// What a transformer layer computes between its matrix products, in float32: RMSNorm, rotary positions, gated units,
+// and the gradients of them. PyTorch takes 3 to 10 passes over memory for each; these take one. Where the products are
+// in bfloat16, a pass reads and writes their side of it. Specification: the modules of transformers' llama and gemma.
 #include <cmath>
 #include <cstring>
 
@@ -34,12 +34,29 @@ void for_blocks(int64_t rows, int64_t width, int threads, F f) {
            [&](int64_t block) { f(block * kRows, (block + 1) * kRows < rows ? (block + 1) * kRows : rows); });
 }
 
-// s = 1 / (1 + exp(-x)) of a tile whose first n numbers count.
-void sigmoid(const float* x, float* s, int64_t n) {
+// silu(x) = x sigmoid(x), and gelu(x) = x sigmoid(2 u), as 1 + tanh(u) = 2 sigmoid(2 u), with u = sqrt(2 / pi) (x +
+// 0.044715 x^3). So the argument of sigmoid is x rise (1 + cubic x^2), and its derivative rise (1 + 3 cubic x^2).
+struct Argument {
+  float rise, cubic;
+  explicit Argument(bool gelu) : rise(gelu ? 1.5957691216f : 1), cubic(gelu ? 0.044715f : 0) {}
+  template <class V>
+  V operator()(V x) const {
+    return x * rise * (1 + cubic * square(x));
+  }
+  float derivative(float x) const { return rise * (1 + 3 * cubic * square(x)); }
+  template <class V>
+  static V square(V x) {  // never inf, which times 0 is NaN
+    const V y = x * x;
+    return y < 1e30f ? y : V{} + 1e30f;
+  }
+};
+
+// s = 1 / (1 + exp(-a)) of a tile whose first n numbers count, with their argument a.
+void sigmoid(const float* x, float* s, int64_t n, const Argument& argument) {
   static_assert(kTile % kWidth == 0);
   const Exp<> exp(1.0);
   for (int64_t i = 0; i < n; i += kWidth) {
-    const vf v = load_vector<vf>(x + i), e = exp(v < 0.0f ? v : -v), larger = 1.0f / (1.0f + e);
+    const vf v = argument(load_vector<vf>(x + i)), e = exp(v < 0.0f ? v : -v), larger = 1.0f / (1.0f + e);
     const vf y = v < 0.0f ? e * larger : larger;
     std::memcpy(s + i, &y, sizeof y);
   }
@@ -128,8 +145,9 @@ int64_t rotary(const float* x, int64_t row_stride, const float* cos, const float
   return -1;
 }
 
-int64_t swiglu(const void* gate, const void* up, int dtype, int64_t row_stride, int64_t rows, int64_t width, void* y,
-               int threads) {
+int64_t glu(const void* gate, const void* up, bool gelu, int dtype, int64_t row_stride, int64_t rows, int64_t width,
+            void* y, int threads) {
+  const Argument argument(gelu);
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     for_blocks(rows, width, threads, [&](int64_t row, int64_t end) {
@@ -142,7 +160,7 @@ int64_t swiglu(const void* gate, const void* up, int dtype, int64_t row_stride, 
         for (int64_t i = 0; i < n; i += kTile) {
           const int64_t m = n - i < kTile ? n - i : kTile;
           widen(g + i, m, x);
-          sigmoid(x, s, m);
+          sigmoid(x, s, m, argument);
 #pragma omp simd
           for (int64_t j = 0; j < m; ++j) put(out, i + j, x[j] * s[j] * at(u, i + j));
         }
@@ -151,9 +169,10 @@ int64_t swiglu(const void* gate, const void* up, int dtype, int64_t row_stride, 
   });
 }
 
-// silu(x) = x s has the derivative s (1 + x (1 - s)), s = sigmoid(x).
-int64_t swiglu_backward(const void* gate, const void* up, const void* grad, int dtype, int64_t rows, int64_t width,
-                        void* grad_gate, void* grad_up, int threads) {
+// x s has the derivative s + x s (1 - s) a', with s = sigmoid(a).
+int64_t glu_backward(const void* gate, const void* up, const void* grad, bool gelu, int dtype, int64_t rows,
+                     int64_t width, void* grad_gate, void* grad_up, int threads) {
+  const Argument argument(gelu);
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *gates = static_cast<const T*>(gate), *ups = static_cast<const T*>(up),
@@ -165,12 +184,13 @@ int64_t swiglu_backward(const void* gate, const void* up, const void* grad, int 
       for (int64_t i = begin; i < begin + n; i += kTile) {
         const int64_t m = begin + n - i < kTile ? begin + n - i : kTile;
         widen(gates + i, m, x);
-        sigmoid(x, s, m);
+        sigmoid(x, s, m, argument);
 #pragma omp simd
         for (int64_t j = 0; j < m; ++j) {
           const float g = at(grads, i + j);
-          put(to_up, i + j, g * x[j] * s[j]);
-          put(to_gate, i + j, g * at(ups, i + j) * s[j] * (1 + x[j] * (1 - s[j])));
+          const float xs = x[j] * s[j];
+          put(to_up, i + j, g * xs);
+          put(to_gate, i + j, g * at(ups, i + j) * (s[j] + xs * (1 - s[j]) * argument.derivative(x[j])));
         }
       }
     });

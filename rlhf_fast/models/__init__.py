@@ -44,6 +44,7 @@ from .language import (
     lm_head,
     logit_factor,
     logit_softcap,
+    loses_softcap,
     rotary_limit,
     starts_as_its_base,
     train_last_layers,

@@ -66,11 +66,16 @@ def logit_softcap(config: PretrainedConfig) -> float | None:
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
+def loses_softcap(config: PretrainedConfig) -> bool:
+    """Whether the attention of the model leaves out the softcap of its scores: transformers 4 runs Gemma 2 by sdpa
+    unless it is told not to, and sdpa has none. (transformers 5 refuses.)"""
+    return bool(getattr(config, "attn_logit_softcapping", None)) and config._attn_implementation == "sdpa"
+
+
 def warn_of_lost_softcap(model: PreTrainedModel) -> None:
-    """Warns, once, if the attention of the model leaves out the softcap of its scores: transformers 4 runs Gemma 2 by
-    sdpa unless it is told not to, and sdpa has none. (transformers 5 refuses.)"""
+    """Warns, once, if loses_softcap."""
     config = unwrapped(model).config
-    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+    if loses_softcap(config):
         warnings.warn(
             f"sdpa attention leaves out the attn_logit_softcapping of this {config.model_type} model, so it computes "
             "something else than it was trained to: load it with attn_implementation='eager', or give its path",

@@ -2,13 +2,13 @@
 
     rms_norm(x, w) = w x / sqrt(mean(x^2) + eps)
     rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the halves of a head
-    swiglu(g, u)   = silu(g) u
-    packed_attention = softmax(scale q k^T) v in each sequence of a row, causal
+    glu(g, u)      = silu(g) u, or gelu(g) u
+    packed_attention = softmax(cap(scale q k^T)) v in each sequence of a row, causal
     attend(q, ...) = softmax(scale q k^T + bias) v, with one query per row
     decode_layer   = all of these and the matrix products of a layer, for one token per row
     few_rows_linear = one such matrix product
 
-float32 on the CPU; ask runs_on() first. Where products are in bfloat16, the result of rms_norm and all of swiglu may be
+float32 on the CPU; ask runs_on() first. Where products are in bfloat16, the result of rms_norm and all of glu may be
 too, so that no pass only converts. These are not public ops: they make our own forwards fast, and they equal the
 modules of transformers up to rounding. The first four are differentiable once.
 """
@@ -104,32 +104,34 @@ class _Rotary(torch.autograd.Function):
         return _turned(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Both (N, I), float32 or bfloat16 -> (N, I) in their dtype. If no gradient is needed, they may be the halves of
-    one product."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _swiglu(gate, up)
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Both (N, I), float32 or bfloat16 -> (N, I) in their dtype. activation: "silu", or "gelu" in its form with tanh.
+    If no gradient is needed, they may be the halves of one product."""
+    gelu = activation == "gelu"
+    return _GLU.apply(gate, up, gelu) if torch.is_grad_enabled() else _gated(gate, up, gelu)
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     y = gate.new_empty(gate.shape)
-    _C.swiglu(gate, up, DTYPE_CODES[gate.dtype], gate.stride(0), *gate.shape, y, torch.get_num_threads())
+    _C.glu(gate, up, gelu, DTYPE_CODES[gate.dtype], gate.stride(0), *gate.shape, y, torch.get_num_threads())
     return y
 
 
-class _SwiGLU(torch.autograd.Function):
+class _GLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return _swiglu(gate, up)
+        ctx.gelu = gelu
+        return _gated(gate, up, gelu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        arguments = (gate, up, grad.contiguous(), DTYPE_CODES[gate.dtype], *gate.shape, grad_gate, grad_up)
-        _C.swiglu_backward(*arguments, torch.get_num_threads())
-        return grad_gate, grad_up
+        arguments = (gate, up, grad.contiguous(), ctx.gelu, DTYPE_CODES[gate.dtype], *gate.shape, grad_gate, grad_up)
+        _C.glu_backward(*arguments, torch.get_num_threads())
+        return grad_gate, grad_up, None
 
 
 def attend(
@@ -155,30 +157,32 @@ def _capacity(buffer: Tensor) -> int:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, places: Tensor, table: Tensor, families: Tensor, scale: float, window: int
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, places: Tensor, table: Tensor, families: Tensor, scale: float,
+    softcap: float | None, window: int,
+) -> Tensor:  # fmt: skip
     """q (M, H, d), k and v (N, G, d), each vector contiguous -> (M, H, d), causal attention in a row of sequences.
 
     places (M,), table (S, 6) and families (F + 1,), int64 and contiguous, are described at packed_attention in
-    csrc/ops.h. window: how many keys a query sees at most, the last of them its own.
+    csrc/ops.h. window: how many keys a query sees at most, the last of them its own. softcap: None, or c where scores
+    are c tanh(scale q k^T / c).
     """
-    arguments = (q, k, v, places, table, families, scale, window)
+    arguments = (q, k, v, places, table, families, scale, softcap or 0.0, window)
     return _PackedAttention.apply(*arguments) if torch.is_grad_enabled() else _attended(*arguments)[0]
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, window: int):
+def _attended(q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, softcap: float, window: int):
     y, saved = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2)
-    where = (places, table, families, len(families) - 1, q.shape[1], k.shape[1], q.shape[2], window, scale)
+    where = (places, table, families, len(families) - 1, q.shape[1], k.shape[1], q.shape[2], window, scale, softcap)
     _C.packed_attention(q[..., 0], k[..., 0], v[..., 0], *where, y, saved, torch.get_num_threads())
     return y, saved
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, window: int) -> Tensor:
-        y, saved = _attended(q, k, v, places, table, families, scale, window)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places, table, families, scale, softcap, window) -> Tensor:
+        y, saved = _attended(q, k, v, places, table, families, scale, softcap, window)
         ctx.save_for_backward(q, k, v, y, saved, places, table, families)
-        ctx.numbers = window, scale
+        ctx.numbers = window, scale, softcap
         return y
 
     @staticmethod
@@ -192,7 +196,7 @@ class _PackedAttention(torch.autograd.Function):
         views = (x[..., 0] for x in (q, k, v))
         threads = torch.get_num_threads()
         _C.packed_attention_backward(*views, y, saved, grad.contiguous(), *where, by_head, *grads, threads)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
