@@ -160,20 +160,20 @@ struct CpuOps {
                     int64_t positions, int64_t heads, int64_t dim, double direction, float* y, int threads);
 
   // Attention of one query per row: y (rows, heads, dim) = softmax(scale q k^T + bias) v over the first `filled` of the
-  // keys and values (rows, key_heads, capacity, dim). heads is a multiple of key_heads; bias (rows, capacity) may be
+  // keys and values (rows, key_heads, capacity, dim). With a softcap > 0, x = scale q k^T becomes softcap tanh(x /
+  // softcap). heads is a multiple of key_heads; bias (rows, capacity) may be
   // null. Row i has the first `shared` columns of row i - back[i], which are read in its place; back may be null.
   int64_t (*attend)(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
                     const int64_t* back, int64_t shared, int64_t rows, int64_t heads, int64_t key_heads, int64_t dim,
-                    int64_t capacity, int64_t filled, double scale, float* y, int threads);
+                    int64_t capacity, int64_t filled, double scale, double softcap, float* y, int threads);
 
   // Causal attention in a row of sequences, float32: y (queries, heads, dim) = softmax(scale q k^T) v, for q (queries,
-  // heads, dim), k and v (tokens, key_heads, dim). With a softcap > 0, x = scale q k^T becomes softcap tanh(x /
-  // softcap). Their Grids are (queries, heads) and (tokens, key_heads), of vectors
-  // that are contiguous. table has a row for each sequence: its first query, their number, its first token, their
-  // number, the first token that it shares, their number. Its keys are the shared tokens, which are own tokens of
-  // an earlier sequence of the family (or none), then its own. Query i sees keys places[i] - window + 1 to places[i];
-  // places ascend within a sequence. Family j of `count` has rows families[j] to families[j + 1] of the table.
-  // saved (queries, heads, 2) is for the backward.
+  // heads, dim), k and v (tokens, key_heads, dim). softcap is as in attend. Their Grids are (queries, heads) and
+  // (tokens, key_heads), of vectors that are contiguous. table has a row for each sequence: its first query, their
+  // number, its first token, their number, the first token that it shares, their number. Its keys are the shared
+  // tokens, which are own tokens of an earlier sequence of the family (or none), then its own. Query i sees keys
+  // places[i] - window + 1 to places[i]; places ascend within a sequence. Family j of `count` has rows families[j] to
+  // families[j + 1] of the table. saved (queries, heads, 2) is for the backward.
   int64_t (*packed_attention)(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table,
                               const int64_t* families, int64_t count, int64_t heads, int64_t key_heads, int64_t dim,
                               int64_t window, double scale, double softcap, float* y, float* saved, int threads);

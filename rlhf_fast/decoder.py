@@ -195,7 +195,7 @@ class Decoder:
 
     def repeat(self, rows: Tensor) -> None:
         """After start(): row i becomes a copy of row rows[i], so there may be more rows than before."""
-        if not self.fixed and self._attends_natively(self.keys[0]):
+        if not self.fixed and _layer.runs_on(self.keys[0]):
             self.shared = self.filled
             holders, self.back = _holders(rows)
         for buffers in (self.keys, self.values):
@@ -222,9 +222,6 @@ class Decoder:
                 buffers[i] = buffer[: len(rows)]
         self.positions = self.positions[rows]
         self.bias = None if self.bias is None else self.bias[rows]
-
-    def _attends_natively(self, x: Tensor) -> bool:
-        return _layer.runs_on(x) and not any(layer.get("softcap") for layer in self.network.layers)
 
     def _forward(self, ids: Tensor, positions: Tensor, read) -> Tensor:
         network = self.network
@@ -286,8 +283,8 @@ class Decoder:
             keys, values, bias, back, shared, filled = self._seen(i)
             keys[:, :, filled - 1] = k
             values[:, :, filled - 1] = v
-            if _layer.runs_on(q) and softcap is None:
-                return _layer.attend(q, keys, values, bias, back, shared, filled, scale).flatten(1)
+            if _layer.runs_on(q):
+                return _layer.attend(q, keys, values, bias, back, shared, filled, scale, softcap).flatten(1)
             keys, values = keys[:, :, :filled], values[:, :, :filled]
             bias = None if bias is None else bias[:, None, None, :filled]
         # Query heads that share a key head are laid out as tokens of one query, so keys and values are not repeated.

@@ -852,7 +852,7 @@ def test_prompts_are_a_list_of_texts_or_messages():
 @pytest.mark.parametrize("bf16", [False, True])
 @torch.no_grad()
 def test_copies_of_a_row_share_its_prompt_to_the_last_bit(family, bf16, prompts, monkeypatch):
-    """Also after rows have left, among them the one that has the columns of a prompt. gemma2's softcap needs copies."""
+    """Also after rows have left, among them the one that has the columns of a prompt."""
     model = with_opinions(family)
     ids, mask = pad(prompts[:3], EOS, left=True)
     rows = torch.tensor([0, 0, 2, 2, 2, 1, 0, 2, 1, 1])
@@ -861,12 +861,11 @@ def test_copies_of_a_row_share_its_prompt_to_the_last_bit(family, bf16, prompts,
         decoder.start()
         with monkeypatch.context() as patch:
             if decoder is copied:
-                patch.setattr(Decoder, "_attends_natively", lambda *_: False)
+                patch.setattr(_layer, "runs_on", lambda *_: False)
             decoder.repeat(rows)
-    assert copied.back is None and (shared.back is None) == (family == "gemma2")
-    if family != "gemma2":
-        for buffer in (*shared.keys, *shared.values):
-            buffer[shared.back > 0, :, : ids.shape[1]] = torch.nan  # read by nobody
+    assert copied.back is None and shared.back is not None
+    for buffer in (*shared.keys, *shared.values):
+        buffer[shared.back > 0, :, : ids.shape[1]] = torch.nan  # read by nobody
     tokens = torch.arange(len(rows)) + 3
     for kept in (None, [0, 1, 3, 4, 5, 6, 8], [1, 2, 3, 5, 6], [4, 0, 2], [1]):  # the first row with a prompt leaves
         if kept is not None:

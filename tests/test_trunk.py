@@ -261,9 +261,10 @@ def test_in_bfloat16_a_part_is_its_float32_rounded(columns, isa):
             torch.testing.assert_close(ours, exact.to(ours.dtype), rtol=last_bit, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dim, filled", [(10, 37), (64, 33), (72, 150), (256, 20), (128, 1), (5, 3)])
-def test_attention_of_one_query_is_its_formula(padded, dim, filled, isa):
+def test_attention_of_one_query_is_its_formula(dim, filled, padded, softcap, isa):
     rows, heads, key_heads, capacity = 3, 6, 2, filled + 4
     generator = torch.Generator().manual_seed(4)
     q = 2 * torch.randn(rows, heads + 1, dim, generator=generator)[:, :heads]  # strided rows
@@ -271,17 +272,18 @@ def test_attention_of_one_query_is_its_formula(padded, dim, filled, isa):
     keys[:, :, filled:] = values[:, :, filled:] = torch.nan  # not filled yet
     bias = torch.zeros(rows, capacity)
     bias[1, : filled // 2] = -torch.inf
-    y = _layer.attend(q, keys, values, bias if padded else None, None, 0, filled, 0.3)
+    y = _layer.attend(q, keys, values, bias if padded else None, None, 0, filled, 0.3, softcap)
     k, v = (x.double().repeat_interleave(heads // key_heads, 1)[:, :, :filled] for x in (keys, values))
     scores = 0.3 * torch.einsum("bhd,bhtd->bht", q.double(), k)
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     if padded:
         scores = scores + bias[:, None, :filled]
     torch.testing.assert_close(y.double(), torch.einsum("bht,bhtd->bhd", scores.softmax(-1), v), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("filled", [20, 21, 39, 300])
-@pytest.mark.parametrize("dim", [10, 64])
-def test_rows_that_share_columns_get_the_bits_of_rows_that_have_copies(dim, filled, isa):
+@pytest.mark.parametrize("dim, softcap", [(10, None), (64, None), (64, 1.5)])
+def test_rows_that_share_columns_get_the_bits_of_rows_that_have_copies(dim, softcap, filled, isa):
     """The columns in one of the rows, wherever it lies; the others hold NaN in their place, which nobody reads."""
     shared, rows, heads, key_heads, capacity = 20, 23, 6, 2, filled + 3
     generator = torch.Generator().manual_seed(9)
@@ -292,7 +294,7 @@ def test_rows_that_share_columns_get_the_bits_of_rows_that_have_copies(dim, fill
     bias[holders == 13, :7] = -torch.inf
     for x in (keys, values):
         x[:, :, :shared] = x[holders, :, :shared]
-    copies = _layer.attend(q, keys, values, bias, None, 0, filled, 0.3)
+    copies = _layer.attend(q, keys, values, bias, None, 0, filled, 0.3, softcap)
     back = torch.arange(rows) - holders
     for x in (keys, values):
         x[:, :, filled:] = torch.nan
@@ -301,7 +303,7 @@ def test_rows_that_share_columns_get_the_bits_of_rows_that_have_copies(dim, fill
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert torch.equal(_layer.attend(q, keys, values, bias, back, shared, filled, 0.3), copies)
+            assert torch.equal(_layer.attend(q, keys, values, bias, back, shared, filled, 0.3, softcap), copies)
     finally:
         torch.set_num_threads(before)
 

@@ -258,21 +258,6 @@ float dot(const float* x, const float* y, int64_t n) {
   return sum;
 }
 
-// Scores x = q k^T, of which only the first `count` matter -> softcap tanh(scale x / softcap). slopes (if not null):
-// its derivative over scale, 1 - tanh^2 = 4 e / (1 + e)^2, where e = exp(-2 |scale x / softcap|).
-void cap(float* x, int64_t count, double scale, double softcap, float* slopes) {
-  const float factor = float(scale / softcap), limit = float(softcap);
-  const Exp<> exp(2);
-  for (int64_t t = 0; t < count; t += kWidth) {
-    const vf y = load_vector<vf>(x + t) * factor, capped = limit * tanh(y);
-    std::memcpy(x + t, &capped, sizeof capped);
-    if (slopes) {
-      const vf e = exp(y < 0.0f ? y : -y), slope = 4.0f * e / ((1.0f + e) * (1.0f + e));
-      std::memcpy(slopes + t, &slope, sizeof slope);
-    }
-  }
-}
-
 void scale_row(float* x, int64_t dim, float factor) {
   for (int64_t j = 0; j < dim; ++j) x[j] *= factor;
 }
@@ -304,7 +289,7 @@ int64_t packed_attention(Grid q, Grid k, Grid v, const int64_t* places, const in
               products.times_keys(queries + block.first, block, right_keys.data, scores.data);
               for (int64_t i = block.blind(0); i < block.count; ++i) {
                 float *x = scores.data + i * products.padded, *kept = saved + ((block.first + i) * heads + head) * 2;
-                if (softcap) cap(x, block.seen(i + 1), scale, softcap, nullptr);
+                if (softcap) cap(x, block.seen(i + 1), scale, softcap);
                 const int64_t whole = hide(x, block.place(i), window, block.seen());
                 const float factor = softmax(exp, x, whole, begin == start, kept);
                 if (factor != 1) scale_row(out + i * heads * dim, dim, factor);

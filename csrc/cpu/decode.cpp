@@ -107,7 +107,8 @@ void add_values(const float* weights, const float* values, int64_t count, int64_
 // queries go over what they share together, a few keys (then values) at a time, which stay in L1.
 void attend_together(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
                      int64_t source, int64_t shared, int64_t first, int64_t end, int64_t heads, int64_t key_heads,
-                     int64_t key_head, int64_t dim, int64_t capacity, int64_t filled, float scale, float* y) {
+                     int64_t key_head, int64_t dim, int64_t capacity, int64_t filled, float scale, double softcap,
+                     float* y) {
   constexpr int64_t kStays = 4096;  // numbers
   const int64_t together = std::max<int64_t>(kStays / dim / kWidth, 1) * kWidth;
   const int64_t group = heads / key_heads, padded = whole_vectors(filled);
@@ -135,6 +136,7 @@ void attend_together(const float* q, int64_t row_stride, const float* keys, cons
   for (int64_t row = first; row < end; ++row) {
     for (int64_t head = 0; head < group; ++head) {
       float *x = lane(row, head), *sums = out(row, head);
+      if (softcap) cap(x, filled, 1, softcap);
       for (int64_t t = 0; bias && t < filled; ++t) x[t] += bias[row * capacity + t];
       for (int64_t t = filled; t < padded; ++t) x[t] = -INFINITY;
       vf largest = splat(-INFINITY);
@@ -154,7 +156,7 @@ void attend_together(const float* q, int64_t row_stride, const float* keys, cons
 // Up to kTogether neighbours that share columns are one piece of work.
 int64_t attend(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
                const int64_t* back, int64_t shared, int64_t rows, int64_t heads, int64_t key_heads, int64_t dim,
-               int64_t capacity, int64_t filled, double scale, float* y, int threads) {
+               int64_t capacity, int64_t filled, double scale, double softcap, float* y, int threads) {
   constexpr int64_t kTogether = 8;
   const int64_t together = back ? kTogether : 1, blocks = (rows + together - 1) / together;
   for_each(blocks * key_heads, worth_threads(threads, rows * heads * filled * dim), [&](int64_t i) {
@@ -163,7 +165,7 @@ int64_t attend(const float* q, int64_t row_stride, const float* keys, const floa
       const int64_t source = back ? row - back[row] : row;
       for (next = row + 1; next < end && next - back[next] == source;) ++next;
       attend_together(q, row_stride, keys, values, bias, source, shared, row, next, heads, key_heads, i % key_heads,
-                      dim, capacity, filled, float(scale), y);
+                      dim, capacity, filled, float(scale), softcap, y);
     }
   });
   return -1;
@@ -208,7 +210,7 @@ void decode_rows(const LayerWeights& w, float* x, const float* cos, const float*
   keep(v.data, values);
   rotary(q.data, queries, cos, sin, rows, rows, heads, dim, 1, turned.data, threads);
   attend(turned.data, queries, keys, values, bias, back, shared, rows, heads, key_heads, dim, capacity, filled, scale,
-         q.data, threads);
+         0, q.data, threads);
   FewRows<Unit>(q.data, rows, queries, threads).times({{w.output.data, w.output_bias, width, x}}, true);
 
   rms_norm(x, w.mlp_norm, rows, width, eps, kFloat32, normed.data, nullptr, threads);

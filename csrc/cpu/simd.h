@@ -444,4 +444,19 @@ inline vf tanh(vf x) {
   return size > 0.625f ? bits<vf>(bits<vu>(1.0f - 2.0f * e / (1.0f + e)) | sign) : fma(x * z, p, x);
 }
 
+// x -> softcap tanh(scale x / softcap), of n numbers and what is left to a whole number of vectors. slopes (if not
+// null): its derivative over scale, 1 - tanh^2 = 4 e / (1 + e)^2, where e = exp(-2 |scale x / softcap|).
+inline void cap(float* x, int64_t n, double scale, double softcap, float* slopes = nullptr) {
+  const float factor = float(scale / softcap), limit = float(softcap);
+  const Exp<> exp(2);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const vf y = load_vector<vf>(x + i) * factor, capped = limit * tanh(y);
+    std::memcpy(x + i, &capped, sizeof capped);
+    if (slopes) {
+      const vf e = exp(y < 0.0f ? y : -y), slope = 4.0f * e / ((1.0f + e) * (1.0f + e));
+      std::memcpy(slopes + i, &slope, sizeof slope);
+    }
+  }
+}
+
 }  // namespace rlhf::RLHF_ISA

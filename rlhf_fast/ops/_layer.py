@@ -4,7 +4,7 @@
     rotary(x)      = (x1 cos - x2 sin, x2 cos + x1 sin), where x1 and x2 are the halves of a head
     glu(g, u)      = silu(g) u, or gelu(g) u
     packed_attention = softmax(cap(scale q k^T)) v in each sequence of a row, causal
-    attend(q, ...) = softmax(scale q k^T + bias) v, with one query per row
+    attend(q, ...) = softmax(cap(scale q k^T) + bias) v, with one query per row
     decode_layer   = all of these and the matrix products of a layer, for one token per row
     few_rows_linear = one such matrix product
 
@@ -136,18 +136,18 @@ class _GLU(torch.autograd.Function):
 
 def attend(
     q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, back: Tensor | None, shared: int, filled: int,
-    scale: float,
+    scale: float, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """q (B, H, d), contiguous within a row; buffers (B, Hk, capacity, d); bias (B, capacity) or None -> (B, H, d).
 
     Only the first `filled` columns of the buffers are read. The buffers and the bias may be views that leave out as
     many of the first columns. back (B,) int64 or None: the first `shared` columns of row i are read in row i - back[i];
-    neighbours that share them read them together.
+    neighbours that share them read them together. softcap: None, or c where scores are c tanh(scale q k^T / c).
     """
     y = q.new_empty(q.shape)
     sizes = (*q.shape[:2], keys.shape[1], q.shape[2], _capacity(keys))
     threads = torch.get_num_threads()
-    _C.attend(q, q.stride(0), keys, values, bias, back, shared, *sizes, filled, scale, y, threads)
+    _C.attend(q, q.stride(0), keys, values, bias, back, shared, *sizes, filled, scale, softcap or 0.0, y, threads)
     return y
 
 
@@ -163,8 +163,7 @@ def packed_attention(
     """q (M, H, d), k and v (N, G, d), each vector contiguous -> (M, H, d), causal attention in a row of sequences.
 
     places (M,), table (S, 6) and families (F + 1,), int64 and contiguous, are described at packed_attention in
-    csrc/ops.h. window: how many keys a query sees at most, the last of them its own. softcap: None, or c where scores
-    are c tanh(scale q k^T / c).
+    csrc/ops.h. window: how many keys a query sees at most, the last of them its own. softcap: as in attend.
     """
     arguments = (q, k, v, places, table, families, scale, softcap or 0.0, window)
     return _PackedAttention.apply(*arguments) if torch.is_grad_enabled() else _attended(*arguments)[0]
