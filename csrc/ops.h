@@ -210,6 +210,9 @@ struct CpuOps {
                  int64_t width, void* y, int threads);
   int64_t (*glu_backward)(const void* gate, const void* up, const void* grad, bool gelu, int dtype, int64_t rows,
                           int64_t width, void* grad_gate, void* grad_up, int threads);
+
+  // y (width, rows) = x^T, both contiguous, of numbers of 16 bits.
+  int64_t (*transpose)(const void* x, int64_t rows, int64_t width, void* y, int threads);
 };
 
 #define RLHF_CPU_OPS(X)        \
@@ -239,7 +242,8 @@ struct CpuOps {
   X(decode_layer)              \
   X(sample_tokens)             \
   X(glu)                       \
-  X(glu_backward)
+  X(glu_backward)              \
+  X(transpose)
 
 // The instruction sets compiled into this module, best first; cpu_isa() is the one in use.
 struct CpuIsa {

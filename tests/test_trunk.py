@@ -239,6 +239,24 @@ def test_a_part_and_its_gradient_are_their_formula(name, isa):
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows, depth, width", [(1, 1, 1), (5, 37, 50), (64, 33, 32), (100, 64, 129)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_in_bfloat16_is_that_of_autocast(rows, depth, width, bias, isa):
+    generator = torch.Generator().manual_seed(6)
+    x, weight = torch.randn(rows, depth, generator=generator), torch.randn(width, depth, generator=generator)
+    leaves = [x, weight, torch.randn(width, generator=generator)] if bias else [x, weight]
+    grad, results = torch.randn(rows, width, generator=generator).bfloat16(), []
+    for linear in (_layer.bf16_linear, F.linear):
+        inputs = [t.clone().requires_grad_() for t in leaves]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(*inputs) if bias else linear(*inputs, None)
+        assert y.dtype == torch.bfloat16
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize("columns", [3, 37, 1200])
 def test_in_bfloat16_a_part_is_its_float32_rounded(columns, isa):
     generator = torch.Generator().manual_seed(5)

@@ -1,9 +1,11 @@
 // What a transformer layer computes between its matrix products, in float32: RMSNorm, rotary positions, gated units,
 // and the gradients of them. PyTorch takes 3 to 10 passes over memory for each; these take one. Where the products are
 // in bfloat16, a pass reads and writes their side of it. Specification: the modules of transformers' llama and gemma.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "product.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -195,6 +197,32 @@ int64_t glu_backward(const void* gate, const void* up, const void* grad, bool ge
       }
     });
   });
+}
+
+int64_t transpose(const void* x, int64_t rows, int64_t width, void* y, int threads) {
+  constexpr int64_t kSide = 2 * kWidth;  // numbers in a line of a cache, with AVX-512
+  const auto* from = static_cast<const uint16_t*>(x);
+  auto* to = static_cast<uint16_t*>(y);
+  for_each((width + kSide - 1) / kSide, worth_threads(threads, rows * width), [&](int64_t block) {
+    const int64_t column = block * kSide, end = std::min(column + kSide, width);
+    int64_t row = 0;
+    for (; end == column + kSide && row + kSide <= rows; row += kSide) {
+      for (int64_t first = column; first < end; first += kWidth) {
+        vu square[kWidth];  // two neighbouring rows in each vector, then a column
+        for (int i = 0; i < kWidth; ++i) {
+          const uint16_t* pair = from + (row + 2 * i) * width + first;
+          const auto wide = [](const uint16_t* line) { return __builtin_convertvector(load_vector<vh>(line), vu); };
+          square[i] = wide(pair) | wide(pair + width) << 16;
+        }
+        transpose(square);
+        for (int j = 0; j < kWidth; ++j) std::memcpy(to + (first + j) * rows + row, &square[j], sizeof square[j]);
+      }
+    }
+    for (; row < rows; ++row) {
+      for (int64_t j = column; j < end; ++j) to[j * rows + row] = from[row * width + j];
+    }
+  });
+  return -1;
 }
 
 }  // namespace rlhf::RLHF_ISA

@@ -7,6 +7,7 @@
     attend(q, ...) = softmax(cap(scale q k^T) + bias) v, with one query per row
     decode_layer   = all of these and the matrix products of a layer, for one token per row
     few_rows_linear = one such matrix product
+    bf16_linear     = one in bfloat16, in training
 
 float32 on the CPU; ask runs_on() first. Where products are in bfloat16, the result of rms_norm and all of glu may be
 too, so that no pass only converts. These are not public ops: they make our own forwards fast, and they equal the
@@ -132,6 +133,39 @@ class _GLU(torch.autograd.Function):
         arguments = (gate, up, grad.contiguous(), ctx.gelu, DTYPE_CODES[gate.dtype], *gate.shape, grad_gate, grad_up)
         _C.glu_backward(*arguments, torch.get_num_threads())
         return grad_gate, grad_up, None
+
+
+def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, D), weight (V, D) and bias (V,) or None in float32 -> (N, V) x weight^T + bias in bfloat16, as nn.Linear
+    computes it under autocast.
+
+    Its backward transposes the gradient before it multiplies: oneDNN reads a transposed left factor at half the speed.
+    """
+    return _BF16Linear.apply(x.bfloat16(), weight, bias)
+
+
+class _BF16Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        narrow = weight.bfloat16()
+        ctx.save_for_backward(x, narrow)
+        return torch.nn.functional.linear(x, narrow, None if bias is None else bias.bfloat16())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_x = grad @ weight if of_x else None
+        grad_weight = (_transposed(grad) @ x).float() if of_weight else None
+        return grad_x, grad_weight, grad.sum(0, dtype=torch.float32) if of_bias else None
+
+
+def _transposed(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[::-1])
+    _C.transpose(x, *x.shape, y, torch.get_num_threads())
+    return y
 
 
 def attend(
