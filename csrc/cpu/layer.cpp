@@ -43,7 +43,7 @@ struct Argument {
   explicit Argument(bool gelu) : rise(gelu ? 1.5957691216f : 1), cubic(gelu ? 0.044715f : 0) {}
   template <class V>
   V operator()(V x) const {
-    return x * rise * (1 + cubic * square(x));
+    return x * rise * (1.0f + cubic * square(x));
   }
   float derivative(float x) const { return rise * (1 + 3 * cubic * square(x)); }
   template <class V>
