@@ -289,7 +289,8 @@ def learning_together(config):
 @contextmanager
 def freed_memory_kept(model):
     """Inside, on the CPU, glibc's malloc keeps the memory that is freed: it would return a large block to the system,
-    and each step would fault in the pages of its gradients again. At the end the memory is returned."""
+    and each step would fault in the pages of its gradients again. At the end the memory is returned. This works in the
+    main thread; in others malloc does as always."""
     libc = ctypes.CDLL(None) if model.device.type == "cpu" else None
     if not hasattr(libc, "mallopt"):  # not glibc
         yield
