@@ -161,8 +161,8 @@ struct CpuOps {
 
   // Attention of one query per row: y (rows, heads, dim) = softmax(scale q k^T + bias) v over the first `filled` of the
   // keys and values (rows, key_heads, capacity, dim). With a softcap > 0, x = scale q k^T becomes softcap tanh(x /
-  // softcap). heads is a multiple of key_heads; bias (rows, capacity) may be
-  // null. Row i has the first `shared` columns of row i - back[i], which are read in its place; back may be null.
+  // softcap). heads is a multiple of key_heads; bias (rows, capacity) may be null. Row i has the first `shared` columns
+  // of row i - back[i], which are read in its place; back may be null.
   int64_t (*attend)(const float* q, int64_t row_stride, const float* keys, const float* values, const float* bias,
                     const int64_t* back, int64_t shared, int64_t rows, int64_t heads, int64_t key_heads, int64_t dim,
                     int64_t capacity, int64_t filled, double scale, double softcap, float* y, int threads);

@@ -105,11 +105,12 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """softmax(cap(scale q k^T) + mask) v, where cap(x) = softcap tanh(x / softcap). A bool mask is True where it
     attends. There may be several heads of queries to one of keys."""
-    group, rest = divmod(q.shape[1], k.shape[1])
+    gqa = q.shape[1] != k.shape[1]
     if softcap is None:
-        options = {"dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": group > 1 or rest > 0}
+        options = {"dropout_p": dropout, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
         return nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)
-    k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
+    if gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = softcap * torch.tanh(q @ k.mT * (scale / softcap))
     if causal:
