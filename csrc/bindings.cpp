@@ -105,7 +105,7 @@ PYBIND11_MODULE(_C, m) {
   BIND(ranking_loss, 1)
 #undef BIND
 
-  m.attr("interface") = 13;  // another number where a function takes other arguments (rlhf_fast/ops/_native.py)
+  m.attr("interface") = 14;  // another number where a function takes other arguments (rlhf_fast/ops/_native.py)
   m.attr("Negated") = py::reinterpret_borrow<py::object>(rlhf::torch().negated);
   bind<rlhf::alike>(m, "alike");
   bind<rlhf::labelled>(m, "labelled");

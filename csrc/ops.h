@@ -173,18 +173,19 @@ struct CpuOps {
   // number, its first token, their number, the first token that it shares, their number. Its keys are the shared
   // tokens, which are own tokens of an earlier sequence of the family (or none), then its own. Query i sees keys
   // places[i] - window + 1 to places[i]; places ascend within a sequence. Family j of `count` has rows families[j] to
-  // families[j + 1] of the table. saved (queries, heads, 2) is for the backward.
+  // families[j + 1] of the table. dtype: of the factors of the products. saved (queries, heads, 2) is for the backward.
   int64_t (*packed_attention)(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table,
                               const int64_t* families, int64_t count, int64_t heads, int64_t key_heads, int64_t dim,
-                              int64_t window, double scale, double softcap, float* y, float* saved, int threads);
+                              int64_t window, double scale, double softcap, int dtype, float* y, float* saved,
+                              int threads);
 
   // grad_q (queries, heads, dim); grad_k and grad_v (tokens, key_heads, dim). by_head (2, tokens, heads, dim) is room
   // for the gradients by each head of queries, null if heads == key_heads.
   int64_t (*packed_attention_backward)(Grid q, Grid k, Grid v, const float* y, const float* saved, const float* grad,
                                        const int64_t* places, const int64_t* table, const int64_t* families,
                                        int64_t count, int64_t heads, int64_t key_heads, int64_t dim, int64_t window,
-                                       double scale, double softcap, int64_t tokens, float* by_head, float* grad_q,
-                                       float* grad_k, float* grad_v, int threads);
+                                       double scale, double softcap, int dtype, int64_t tokens, float* by_head,
+                                       float* grad_q, float* grad_k, float* grad_v, int threads);
 
   // y (rows, width) = x (rows, depth) weight^T + bias (may be null), for few rows. A weight in bfloat16 multiplies x
   // rounded to it; sums are float32. A row of y depends on its row of x alone.

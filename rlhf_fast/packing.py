@@ -59,7 +59,7 @@ def packed_attention(
         if (made := ("table", read_id)) not in packed.made:  # with `read`, so that no other tensor gets its id
             packed.made[made] = _table(packed, asked), read
         (table, families), _ = packed.made[made]
-        heads = (x[0].transpose(0, 1) for x in (query, key, value))
+        heads = (x[0].transpose(0, 1).float() for x in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = sliding_window or packed.position_ids.shape[1]
         return _layer.packed_attention(*heads, places, table, families, scale, softcap, window)[None], None
@@ -84,7 +84,8 @@ def _runs_natively(query: Tensor, key: Tensor, value: Tensor, asked: int, tokens
     (batch, heads, queries, dim), key_heads = query.shape, key.shape[1]
     fits = batch == 1 and queries == asked and heads % key_heads == 0
     fits = fits and key.shape == value.shape == (1, key_heads, tokens, dim)
-    fits = fits and all(_layer.runs_on(x) and x.stride(-1) == 1 for x in (query, key, value))
+    dtypes = (torch.float32, torch.bfloat16) if _layer.products_in_bf16() else (torch.float32,)
+    fits = fits and all(_layer.runs_on(x, dtypes, products=False) and x.stride(-1) == 1 for x in (query, key, value))
     return fits and plain_in_backward(query, key, value)
 
 

@@ -7,9 +7,8 @@
 
 The architectures of FAMILIES in float32 on the CPU run here; all other models go through transformers. The model's own
 modules do the matrix products, with LoRA adapters if it has them, under autocast in bfloat16. The steps between the
-products are in float32 and take few passes over memory: those of llama are in ops/_layer.py, and so is attention, whose
-backward in bfloat16 takes PyTorch twice as long. There are two layouts: rows padded on the right (hidden_states_at, for
-PPO) and sequences end to end (packing.py).
+products are in float32 and take few passes over memory: those of llama are in ops/_layer.py, and so is attention. There
+are two layouts: rows padded on the right (hidden_states_at, for PPO) and sequences end to end (packing.py).
 Specification: the rows of models.hidden_states at the chosen positions.
 """
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .decoder import attention, why_no_decoder
+from .decoder import why_no_decoder
 from .decoder_layers import (
     embedding,
     gate_kind,
@@ -42,18 +41,15 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
     if not runs_here(model):
         return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
     batch, width = input_ids.shape
+    places, starts = torch.arange(width), torch.arange(batch) * width
+    size, none = torch.full_like(starts, width), torch.zeros_like(starts)
+    where = places.repeat(batch), torch.stack([starts, size, starts, size, none, none], 1), torch.arange(batch + 1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
-        q, k, v = (x.view(batch, width, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        if q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         # Padding is on the right, so the causal mask hides it.
-        band = None
-        if window is not None and width > window:
-            band = torch.ones(width, width, dtype=torch.bool).tril().triu(1 - window)
-        return attention(q, k, v, band, scale, softcap, causal=band is None).transpose(1, 2)
+        return _layer.packed_attention(q, k, v, *where, scale, softcap, window or width)
 
-    return forward(unwrapped(model).base_model, input_ids.flatten(), torch.arange(width), positions, attend)
+    return forward(unwrapped(model).base_model, input_ids.flatten(), places, positions, attend)
 
 
 def runs_here(model) -> bool:
@@ -95,9 +91,8 @@ def forward(
             if attend_read is not None:
                 attend, asked, some = attend_read, count, read
         q, k, v = family.project(layer, i, h, some)
-        with torch.autocast("cpu", enabled=False):
-            q_k_v = _first(asked, q), _first(rows, k), _first(rows, v)
-            attended = attend(*q_k_v, family.scaling(layer, i), softcap, sliding_window(trunk.config, i))
+        q_k_v = _first(asked, q), _first(rows, k), _first(rows, v)
+        attended = attend(*q_k_v, family.scaling(layer, i), softcap, sliding_window(trunk.config, i))
         attended = attended.reshape(asked, q.shape[1] * q.shape[2])
         if is_last and attend_read is None:
             attended = attended.index_select(0, read)

@@ -5,6 +5,7 @@ import re
 from bisect import bisect_left
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -746,20 +747,65 @@ def test_attention_and_its_gradients_are_at_least_as_exact_as_pytorchs(name, hea
             assert error <= 2 * allowed + 6e-7 * size, (error, allowed)
 
 
+@pytest.mark.parametrize("window, softcap", [(None, None), (140, None), (7, 2.0)])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", ROWS)
+def test_attention_under_autocast_is_no_less_exact_than_pytorchs(name, heads, window, softcap, isa, native_calls):
+    packed, *inputs = row_of(name, heads)
+    n, scale = packed.input_ids.shape[1], 1.7 * heads[2] ** -0.5
+    for read in (torch.arange(n), torch.arange(n)[torch.rand(n, generator=torch.Generator().manual_seed(1)) < 0.4]):
+        q, k, v, grad = inputs[0][:, :, read], *inputs[1:3], inputs[3][:, read]
+        options = {"read": read, "scaling": scale, "sliding_window": window, "softcap": softcap}
+        native_calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = attended(packed, q, k, v, grad, **options)
+            assert native_calls == [len(read)]
+            with rlhf_fast.use_backend("reference"):
+                peers = attended(packed, q, k, v, grad, **options)
+            assert native_calls == [len(read)]
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        exact = reference_attention(*wide, packed, read, scale, window or n, softcap)
+        exact.backward(grad.double())
+        size = max(x.grad.norm() for x in wide)
+        for ours, theirs, right in zip(found, peers, [exact.detach(), *(x.grad for x in wide)], strict=True):
+            assert ours.dtype == torch.float32
+            error, allowed = ((x - right).norm() for x in (ours, theirs))
+            # The gradient of a score is a small difference where few keys are seen: eager's error may be 0 by luck.
+            assert error <= 1.5 * allowed + 1e-3 * size, (error, allowed)
+
+
+def test_autocast_reaches_attention_and_its_backward(native_calls):
+    """On a CPU that multiplies bfloat16: results differ from those in float32, by its rounding."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "avx512_bf16" not in cpuinfo.read_text():
+        pytest.skip("this CPU does not multiply bfloat16")
+    packed, *inputs = row_of("one sequence", (2, 2, 64))
+    exact = attended(packed, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attended(packed, *inputs)
+        mixed = attended(packed, *(x.bfloat16() for x in inputs[:2]), *inputs[2:])
+    assert native_calls == [50] * 3
+    for x, y, z in zip(found, exact, mixed, strict=True):
+        assert 5e-4 < (x - y).norm() / y.norm() < 1e-2
+        torch.testing.assert_close(z.float(), x, rtol=1e-2, atol=1e-2)  # factors that are bfloat16 already
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("heads", [(4, 2, 64), (1, 1, 160)])  # the second in spans of 128 keys
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_bits_of_a_sequence_are_its_own(threads, heads, isa):
+def test_the_bits_of_a_sequence_are_its_own(threads, heads, bf16, isa):
     """Whatever else is in the row, is read, and computes: old log-probabilities and new ones must be equal."""
     packed, q, k, v, grad = row_of("more than a block of queries, and than a chain of keys", heads)
-    whole = attended(packed, q, k, v, grad)
     read = torch.tensor([*range(290, 310, 3), 399])
     before, alone = torch.get_num_threads(), Packed.of([packed.input_ids[0, 300:]])
-    torch.set_num_threads(threads)
-    try:
-        second = attended(alone, *(x[:, :, 300:] for x in (q, k, v)), grad[:, 300:])
-        some = packed_attention(None, q[:, :, read], k, v, None, packed=packed, read=read)[0]
-    finally:
-        torch.set_num_threads(before)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        whole = attended(packed, q, k, v, grad)
+        torch.set_num_threads(threads)
+        try:
+            second = attended(alone, *(x[:, :, 300:] for x in (q, k, v)), grad[:, 300:])
+            some = packed_attention(None, q[:, :, read], k, v, None, packed=packed, read=read)[0]
+        finally:
+            torch.set_num_threads(before)
     assert torch.equal(second[0], whole[0][:, 300:]) and torch.equal(some, whole[0][:, read])
     assert all(torch.equal(x, y[:, :, 300:]) for x, y in zip(second[1:], whole[1:], strict=True))
 

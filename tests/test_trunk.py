@@ -103,19 +103,6 @@ def test_a_window_that_the_architecture_ignores_is_ignored(name):
     torch.testing.assert_close(found, through_transformers(model, ids), rtol=1e-4, atol=1e-4)
 
 
-def test_attention_is_in_float32_also_under_autocast(monkeypatch):
-    seen, attend = [], F.scaled_dot_product_attention
-
-    def watched(q, *others, **options):
-        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
-        return attend(q, *others, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden_states_at(tiny_model(tiny_tokenizer()), torch.arange(18).view(2, 9), POSITIONS[:3])
-    assert seen == [(torch.float32, False)] * 2
-
-
 def test_products_in_bfloat16_meet_few_numbers_of_rows():
     """For each of them oneDNN would compile code and keep it."""
     sizes = {rows + _layer.spare_rows(rows) for rows in range(1024, 2049)}

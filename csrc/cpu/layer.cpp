@@ -208,14 +208,7 @@ int64_t transpose(const void* x, int64_t rows, int64_t width, void* y, int threa
     int64_t row = 0;
     for (; end == column + kSide && row + kSide <= rows; row += kSide) {
       for (int64_t first = column; first < end; first += kWidth) {
-        vu square[kWidth];  // two neighbouring rows in each vector, then a column
-        for (int i = 0; i < kWidth; ++i) {
-          const uint16_t* pair = from + (row + 2 * i) * width + first;
-          const auto wide = [](const uint16_t* line) { return __builtin_convertvector(load_vector<vh>(line), vu); };
-          square[i] = wide(pair) | wide(pair + width) << 16;
-        }
-        transpose(square);
-        for (int j = 0; j < kWidth; ++j) std::memcpy(to + (first + j) * rows + row, &square[j], sizeof square[j]);
+        transpose_block(from + row * width + first, width, to + first * rows + row, rows);
       }
     }
     for (; row < rows; ++row) {

@@ -303,6 +303,18 @@ template <class V>
   }
 }
 
+// kWidth columns of 2 kWidth rows of x, numbers of 16 bits -> as rows of y.
+inline void transpose_block(const uint16_t* x, int64_t x_row, uint16_t* y, int64_t y_row) {
+  vu square[kWidth];  // two neighbouring rows in each vector, then a column
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    const auto wide = [](const uint16_t* row) { return __builtin_convertvector(load_vector<vh>(row), vu); };
+    square[i] = wide(x + 2 * i * x_row) | wide(x + (2 * i + 1) * x_row) << 16;
+  }
+  transpose(square);
+  for (int j = 0; j < kWidth; ++j) std::memcpy(y + j * y_row, &square[j], sizeof square[j]);
+}
+
 // b = x.T: lane i is row i of x, units lie along the row.
 template <class Unit>
 void pack_rows(const typename Unit::type* x, int64_t stride, int64_t rows, int64_t elements, int64_t lanes,

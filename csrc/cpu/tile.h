@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "../ops.h"
 
@@ -46,13 +47,15 @@ void for_each(int64_t count, int threads, F f) {
 
 enum Unset { kUnset };
 
-// Not std::vector: its code would be shared between instruction sets by the linker. Of zeros, unless kUnset.
+// Not std::vector: its code would be shared between instruction sets by the linker. Of zeros, unless kUnset. It begins
+// with a line of the cache, so that no vector and no row of a tile lies in two.
 template <class T>
 struct Buffer {
+  static constexpr std::align_val_t kLine{64};
   T* data;
-  explicit Buffer(int64_t n) : data(new T[n > 0 ? n : 1]()) {}
-  Buffer(int64_t n, Unset) : data(new T[n > 0 ? n : 1]) {}
-  ~Buffer() { delete[] data; }
+  explicit Buffer(int64_t n) : data(new (kLine) T[n > 0 ? n : 1]()) {}
+  Buffer(int64_t n, Unset) : data(new (kLine) T[n > 0 ? n : 1]) {}
+  ~Buffer() { operator delete[](data, kLine); }
   Buffer(const Buffer&) = delete;
   T& operator[](int64_t i) const { return data[i]; }
 };

@@ -198,24 +198,31 @@ def packed_attention(
 
     places (M,), table (S, 6) and families (F + 1,), int64 and contiguous, are described at packed_attention in
     csrc/ops.h. window: how many keys a query sees at most, the last of them its own. softcap: as in attend.
+    Under autocast in bfloat16 the factors of the products are rounded to it, on CPUs that multiply bfloat16.
     """
-    arguments = (q, k, v, places, table, families, scale, softcap or 0.0, window)
+    dtype = DTYPE_CODES[torch.bfloat16 if products_in_bf16() else torch.float32]
+    arguments = (q, k, v, places, table, families, window, scale, softcap or 0.0, dtype)
     return _PackedAttention.apply(*arguments) if torch.is_grad_enabled() else _attended(*arguments)[0]
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, places, table, families, scale: float, softcap: float, window: int):
+def products_in_bf16() -> bool:
+    """Whether autocast asks for it."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, places, table, families, *numbers):
     y, saved = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2)
-    where = (places, table, families, len(families) - 1, q.shape[1], k.shape[1], q.shape[2], window, scale, softcap)
+    where = (places, table, families, len(families) - 1, q.shape[1], k.shape[1], q.shape[2], *numbers)
     _C.packed_attention(q[..., 0], k[..., 0], v[..., 0], *where, y, saved, torch.get_num_threads())
     return y, saved
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places, table, families, scale, softcap, window) -> Tensor:
-        y, saved = _attended(q, k, v, places, table, families, scale, softcap, window)
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, places, table, families, *numbers) -> Tensor:
+        y, saved = _attended(q, k, v, places, table, families, *numbers)
         ctx.save_for_backward(q, k, v, y, saved, places, table, families)
-        ctx.numbers = window, scale, softcap
+        ctx.numbers = numbers
         return y
 
     @staticmethod
@@ -229,7 +236,7 @@ class _PackedAttention(torch.autograd.Function):
         views = (x[..., 0] for x in (q, k, v))
         threads = torch.get_num_threads()
         _C.packed_attention_backward(*views, y, saved, grad.contiguous(), *where, by_head, *grads, threads)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

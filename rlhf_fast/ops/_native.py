@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # a source tree that is not built; backends() and the errors on the CPU say so
     _C, _C_MISSING = None, str(error)
 else:
-    if getattr(_C, "interface", 1) != 13:  # csrc/bindings.cpp
+    if getattr(_C, "interface", 1) != 14:  # csrc/bindings.cpp
         _C, _C_MISSING = None, "the existing one was built from another version of the source tree"
 
 HOW_TO_BUILD = "with nvcc on PATH run pip install . in the source tree (RLHF_FAST_CUDA=1 makes a missing nvcc an error)"

@@ -5,7 +5,9 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <vector>
 
+#include "../../csrc/cpu/attention.cpp"
 #include "../../csrc/cpu/few_rows.h"
 #include "../../csrc/cpu/linear.cpp"
 
@@ -157,6 +159,54 @@ void few_rows() {
   }
 }
 
+// A family whose second sequence shares the first `shared` keys of the first, and one with a few queries only.
+template <class Unit>
+std::vector<Exact<float>> attended(int64_t own, int64_t shared, int64_t dim, int64_t window, double softcap) {
+  random_bits.seed(unsigned(own + shared + dim));
+  const int64_t heads = 2, rest = 5, few = std::min<int64_t>(own, 3), tokens = own + rest + own;
+  const int64_t queries = own + rest + few;
+  const Exact<int64_t> places(queries), table(18), families(3);
+  for (int64_t i = 0; i < own; ++i) places[i] = i;
+  for (int64_t i = 0; i < rest; ++i) places[own + i] = shared + i;
+  for (int64_t i = 0; i < few; ++i) places[own + rest + i] = own - few + i;
+  const int64_t rows[] = {0,    own, 0,      own,        0,   0,          own, rest, own,
+                          rest, 0,   shared, own + rest, few, own + rest, own, 0,    0};
+  std::copy_n(rows, 18, table.data.get());
+  families[0] = 0, families[1] = 2, families[2] = 3;
+  const auto factors = [&](int64_t count) {  // which bfloat16 has
+    const Exact<uint16_t> narrow = random_halves(count * dim);
+    Exact<float> wide(count * dim);
+    for (int64_t i = 0; i < count * dim; ++i) wide[i] = bits<float>(uint32_t(narrow[i]) << 16);
+    return wide;
+  };
+  const auto q = factors(queries * heads), k = factors(tokens), v = factors(tokens), grad = factors(queries * heads);
+  const Grid all_q{q, kFloat32, heads * dim, dim}, all_k{k, kFloat32, dim, dim}, all_v{v, kFloat32, dim, dim};
+  std::vector<Exact<float>> r;
+  for (const int64_t count : {queries * heads, queries * heads, tokens * heads, tokens * heads}) {
+    r.push_back(Exact<float>(count * dim));
+  }
+  const Exact<float> saved(queries * heads * 2);
+  const double scale = 1 / std::sqrt(double(dim));
+  forward<Unit>(all_q, all_k, all_v, places, table, families, 2, heads, 1, dim, window, scale, softcap, r[0], saved, 2);
+  backward<Unit>(all_q, all_k, all_v, r[0], saved, grad, places, table, families, 2, heads, 1, dim, window, scale,
+                 softcap, r[1], r[2], r[3], 2);
+  return r;
+}
+
+void attention() {
+  const int64_t shapes[][4] = {{1, 1, 1, 1},       {7, 3, 20, 7},    {64, 64, 64, 64},    {65, 33, 5, 200},
+                               {130, 66, 80, 130}, {300, 1, 160, 7}, {300, 270, 160, 140}};
+  for (const auto& [own, shared, dim, window] : shapes) {
+    for (const double softcap : {0.0, 2.0}) {
+      const auto got = attended<UnitTiles>(own, shared, dim, window, softcap);
+      const auto want = attended<UnitF32>(own, shared, dim, window, softcap);
+      const std::string name = " of " + std::to_string(own) + " x " + std::to_string(dim);
+      const char* what[] = {"attention", "its gradient of q", "its gradients of k", "its gradients of v"};
+      for (int i = 0; i < 4; ++i) compare(what[i] + name, got[i], want[i], want[i].count, 6e-3);  // weights are rounded
+    }
+  }
+}
+
 }  // namespace
 }  // namespace RLHF_ISA
 }  // namespace rlhf
@@ -165,6 +215,7 @@ int main() {
   rlhf::RLHF_ISA::products();
   rlhf::RLHF_ISA::losses();
   rlhf::RLHF_ISA::few_rows();
+  rlhf::RLHF_ISA::attention();
   if (rlhf::RLHF_ISA::failures == 0) std::puts("all equal");
   return rlhf::RLHF_ISA::failures != 0;
 }
