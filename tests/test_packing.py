@@ -770,8 +770,8 @@ def test_attention_under_autocast_is_no_less_exact_than_pytorchs(name, heads, wi
         for ours, theirs, right in zip(found, peers, [exact.detach(), *(x.grad for x in wide)], strict=True):
             assert ours.dtype == torch.float32
             error, allowed = ((x - right).norm() for x in (ours, theirs))
-            # The gradient of a score is a small difference where few keys are seen: eager's error may be 0 by luck.
-            assert error <= 1.5 * allowed + 1e-3 * size, (error, allowed)
+            # Where few numbers are added up eager may be lucky: half a last bit of bfloat16 is 2e-3.
+            assert error <= 1.5 * allowed + 2e-3 * size, (error, allowed)
 
 
 def test_autocast_reaches_attention_and_its_backward(native_calls):
