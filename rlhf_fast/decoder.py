@@ -138,9 +138,11 @@ class Decoder:
         self.fixed = ids.is_cuda
         self.ids, self.prompt_mask, self.filled = ids, mask, 0
         self.capacity = ids.shape[1] + room
-        bf16 = bf16 and model.get_input_embeddings().weight.dtype == torch.float32  # else it is in half precision
-        self.network = family(model.base_model, self.capacity, bf16)
-        self.lm_head = few_rows(product_of(model.get_output_embeddings(), bf16))
+        weight = model.get_input_embeddings().weight
+        self.native = not self.fixed and _layer.runs_on(weight)
+        self.bf16 = bf16 and weight.dtype == torch.float32  # else it is in half precision
+        self.network = family(model.base_model, self.capacity, self.bf16)
+        self.lm_head = few_rows(product_of(model.get_output_embeddings(), self.bf16))
         self.factor, self.softcap = logit_factor(model.config), logit_softcap(model.config)
         self.keys: list[Tensor] = []  # per layer, (B, heads, capacity, d)
         self.values: list[Tensor] = []
@@ -156,23 +158,20 @@ class Decoder:
         self.shared = 0  # how many columns those are
 
     def start(self) -> Tensor:
-        """Reads the prompts -> (B, V) logits of the first answer token. Padding is computed in attention only. In the
-        last layer, from attention on, only the last token of each prompt is computed."""
+        """Reads the prompts -> (B, V) logits of the first answer token. Padding is computed in attention, if at all. In
+        the last layer, from attention on, only the last token of each prompt is computed."""
         ids, mask = self.ids, self.prompt_mask
         width = ids.shape[1]
         padded = not bool(mask.all())
         self.filled = width
-        attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
-        if padded:  # padding attends to itself: a softmax over nothing is NaN, which would spread
-            attend |= torch.eye(width, dtype=torch.bool, device=ids.device)
-        windowed = attend
-        if self.window is not None and width > self.window:
-            windowed = mask.new_ones(1, 1, width, width).tril() if attend is None else attend
-            windowed = windowed.triu(1 - self.window)
-        positions = mask.cumsum(1) - 1
+        positions = (mask.cumsum(1) - 1)[mask]
         present = mask.flatten().nonzero().squeeze(1) if padded else None
-        read = partial(self._read_prompt, attend=attend, windowed=windowed, present=present)
-        logits = self._forward(ids[mask], positions[mask], read)
+        if self.native:
+            read = partial(self._read_packed, places=positions, present=present)
+        else:
+            attend, windowed = self._prompt_masks(padded)
+            read = partial(self._read_padded, attend=attend, windowed=windowed, present=present)
+        logits = self._forward(ids[mask], positions, read)
         if padded or self.fixed:
             hidden = mask.new_ones(len(ids), self.capacity)
             hidden[:, :width] = mask
@@ -240,30 +239,63 @@ class Decoder:
         logits = logits if self.factor == 1.0 else self.factor * logits
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _read_prompt(
+    def _read_packed(
+        self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, places: Tensor,
+        present: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attention of all prompts end to end, without their padding. places: (N,) the position of each token."""
+        self._store_prompt(self.keys, k, present)
+        self._store_prompt(self.values, v, present)
+        asked = tokens = self.positions
+        if i + 1 == len(self.network.layers):  # only the last tokens
+            q, places, asked = q[self.last], tokens - 1, torch.ones_like(tokens)
+        where = places, *_layer.end_to_end(asked, tokens)
+        window = self.network.layers[i].get("window") or self.capacity
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return _layer.packed_attention(q, k, v, *where, scale, softcap, window).flatten(1)
+
+    def _prompt_masks(self, padded: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(B, 1, T, T) bool, what each token attends to, without and with the window. None: all before it."""
+        mask, width = self.prompt_mask, self.prompt_mask.shape[1]
+        attend = mask.new_ones(width, width).tril() & mask[:, None, None, :] if padded else None
+        if padded:  # padding attends to itself: a softmax over nothing is NaN, which would spread
+            attend |= torch.eye(width, dtype=torch.bool, device=mask.device)
+        windowed = attend
+        if self.window is not None and width > self.window:
+            windowed = mask.new_ones(1, 1, width, width).tril() if attend is None else attend
+            windowed = windowed.triu(1 - self.window)
+        return attend, windowed
+
+    def _read_padded(
         self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, attend: Tensor | None,
         windowed: Tensor | None, present: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        shape = self.ids.shape
         attend = attend if self.network.layers[i].get("window") is None else windowed
-
-        def placed(x: Tensor) -> Tensor:  # (N, heads, d) -> (B, heads, T, d), 0 in padding
-            if present is not None:
-                x = x.new_zeros(shape.numel(), *x.shape[1:]).index_copy_(0, present, x)
-            return x.view(*shape, *x.shape[1:]).transpose(1, 2)
-
-        q, k, v = map(placed, (q, k, v))
-        for buffers, new in ((self.keys, k), (self.values, v)):
-            # If the whole buffer is read (fixed), its unfilled part is multiplied by 0, so it must not hold NaN.
-            make = new.new_zeros if self.fixed else new.new_empty
-            buffers.append(make(*new.shape[:2], self.capacity, new.shape[3]))
-            buffers[i][:, :, : self.filled] = new
+        k, v = self._store_prompt(self.keys, k, present), self._store_prompt(self.values, v, present)
+        q = self._placed(q, present)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         causal = attend is None
         if i + 1 == len(self.network.layers):  # only the last tokens, which see everything
             q, attend, causal, present = q[:, :, -1:], None if causal else attend[:, :, -1:], False, None
         attended = attention(q, k, v, attend, scale, softcap, causal).transpose(1, 2).flatten(0, 1)
         return (attended if present is None else attended[present]).flatten(1)
+
+    def _placed(self, x: Tensor, present: Tensor | None) -> Tensor:
+        """(N, heads, d) -> (B, heads, T, d), 0 in padding."""
+        shape = self.ids.shape
+        if present is not None:
+            x = x.new_zeros(shape.numel(), *x.shape[1:]).index_copy_(0, present, x)
+        return x.view(*shape, *x.shape[1:]).transpose(1, 2)
+
+    def _store_prompt(self, buffers: list[Tensor], x: Tensor, present: Tensor | None) -> Tensor:
+        """Makes a layer's buffer, which begins with x (N, heads, d) -> _placed(x)."""
+        x = self._placed(x, present)
+        # If the whole buffer is read (fixed), its unfilled part is multiplied by 0, so it must not hold NaN.
+        make = x.new_zeros if self.fixed else x.new_empty
+        buffer = make(*x.shape[:2], self.capacity, x.shape[3])
+        buffer[:, :, : self.filled] = x
+        buffers.append(buffer)
+        return x
 
     def _seen(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
         """The columns that the last token of each row sees in layer i, itself the last of them: keys, values, bias,

@@ -41,9 +41,8 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
     if not runs_here(model):
         return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
     batch, width = input_ids.shape
-    places, starts = torch.arange(width), torch.arange(batch) * width
-    size, none = torch.full_like(starts, width), torch.zeros_like(starts)
-    where = places.repeat(batch), torch.stack([starts, size, starts, size, none, none], 1), torch.arange(batch + 1)
+    places, sizes = torch.arange(width), torch.full((batch,), width)
+    where = places.repeat(batch), *_layer.end_to_end(sizes, sizes)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
         # Padding is on the right, so the causal mask hides it.

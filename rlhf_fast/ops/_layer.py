@@ -205,6 +205,12 @@ def packed_attention(
     return _PackedAttention.apply(*arguments) if torch.is_grad_enabled() else _attended(*arguments)[0]
 
 
+def end_to_end(queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(S,) how many each sequence has -> table and families of packed_attention, for sequences that share nothing."""
+    own, none = [queries.cumsum(0) - queries, queries, tokens.cumsum(0) - tokens, tokens], torch.zeros_like(tokens)
+    return torch.stack([*own, none, none], 1), torch.arange(len(tokens) + 1)
+
+
 def products_in_bf16() -> bool:
     """Whether autocast asks for it."""
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
