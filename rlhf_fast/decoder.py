@@ -139,7 +139,7 @@ class Decoder:
         self.ids, self.prompt_mask, self.filled = ids, mask, 0
         self.capacity = ids.shape[1] + room
         weight = model.get_input_embeddings().weight
-        self.native = not self.fixed and _layer.runs_on(weight)
+        self.native = not self.fixed and all(map(_layer.runs_on, model.parameters()))  # so are queries and keys
         self.bf16 = bf16 and weight.dtype == torch.float32  # else it is in half precision
         self.network = family(model.base_model, self.capacity, self.bf16)
         self.lm_head = few_rows(product_of(model.get_output_embeddings(), self.bf16))
