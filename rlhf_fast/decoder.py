@@ -249,7 +249,7 @@ class Decoder:
         asked = tokens = self.positions
         if i + 1 == len(self.network.layers):  # only the last tokens
             q, places, asked = q[self.last], tokens - 1, torch.ones_like(tokens)
-        where = places, *_layer.end_to_end(asked, tokens)
+        where = places, *_layer.table_of(asked, tokens)
         window = self.network.layers[i].get("window") or self.capacity
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             return _layer.packed_attention(q, k, v, *where, scale, softcap, window).flatten(1)

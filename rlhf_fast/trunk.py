@@ -42,7 +42,7 @@ def hidden_states_at(model, input_ids: Tensor, positions: Tensor) -> Tensor:
         return hidden_states(model, input_ids).flatten(0, 1).index_select(0, positions)
     batch, width = input_ids.shape
     places, sizes = torch.arange(width), torch.full((batch,), width)
-    where = places.repeat(batch), *_layer.end_to_end(sizes, sizes)
+    where = places.repeat(batch), *_layer.table_of(sizes, sizes)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
         # Padding is on the right, so the causal mask hides it.

@@ -368,17 +368,17 @@ template <class Unit>
 class Factors {
  public:
   using type = typename Unit::type;
-  Factors(const Products<Unit>& products, float* scores)
-      : products_(products), scores_(scores), rounded_(products.kRounds ? products.scores_size() : 0, kUnset) {}
+  type* data;
 
-  const type* data() const {
+  Factors(const Products<Unit>& products, float* scores)
+      : products_(products), rounded_(products.kRounds ? products.scores_size() : 0, kUnset) {
     if constexpr (Products<Unit>::kRounds) {
-      return rounded_.data;
+      data = rounded_.data;
     } else {
-      return scores_;
+      data = scores;
     }
   }
-  type* row(int64_t i) const { return const_cast<type*>(data()) + i * products_.padded; }
+  type* row(int64_t i) const { return data + i * products_.padded; }
 
   // Rows that softmax leaves out, as there is no query or it sees none of the span.
   void clear(const Block& block) const {
@@ -391,7 +391,6 @@ class Factors {
 
  private:
   const Products<Unit>& products_;
-  float* scores_;
   Buffer<type> rounded_;
 };
 
@@ -434,8 +433,7 @@ void forward(Grid q, Grid k, Grid v, const int64_t* places, const int64_t* table
                 if (factor != 1) scale_row(sums.data + i * dim, dim, factor);
               }
               weights.clear(block);
-              products.over_keys(products.by_queries(weights.data()), block, right_values.data, sums.data,
-                                 begin > start);
+              products.over_keys(products.by_queries(weights.data), block, right_values.data, sums.data, begin > start);
             }
             for (int64_t i = 0; i < block.count; ++i) {
               float* sum = saved + ((block.first + i) * heads + head) * 2 + 1;
@@ -515,16 +513,16 @@ void backward(Grid q, Grid k, Grid v, const float* y, const float* saved, const 
               }
               weights.clear(block);
               slopes.clear(block);
-              products.over_keys(products.by_queries(slopes.data()), block, right_rows.data, query_sums.data, false);
+              products.over_keys(products.by_queries(slopes.data), block, right_rows.data, query_sums.data, false);
               for (int64_t i = blind; i < block.count; ++i) {
                 float* to = out + i * stride;
                 for (int64_t j = 0; j < dim; ++j) to[j] = (start > begins ? to[j] : 0) + query_sums[i * dim + j];
               }
               products.pack_by_dim(q_rows, 0, block.count, products.kQueries, right_block.data);
-              products.over_queries(products.by_keys(slopes.data(), block, left_keys.data), block, right_block.data,
+              products.over_queries(products.by_keys(slopes.data, block, left_keys.data), block, right_block.data,
                                     key_sums.data);
               products.pack_by_dim(g_rows, 0, block.count, products.kQueries, right_block.data);
-              products.over_queries(products.by_keys(weights.data(), block, left_keys.data), block, right_block.data,
+              products.over_queries(products.by_keys(weights.data, block, left_keys.data), block, right_block.data,
                                     value_sums.data);
             });
             products.hand_out(key_sums.data, *s, span, of_keys + own, stride);

@@ -205,7 +205,7 @@ def packed_attention(
     return _PackedAttention.apply(*arguments) if torch.is_grad_enabled() else _attended(*arguments)[0]
 
 
-def end_to_end(queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def table_of(queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(S,) how many each sequence has -> table and families of packed_attention, for sequences that share nothing."""
     own, none = [queries.cumsum(0) - queries, queries, tokens.cumsum(0) - tokens, tokens], torch.zeros_like(tokens)
     return torch.stack([*own, none, none], 1), torch.arange(len(tokens) + 1)
